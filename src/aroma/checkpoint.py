@@ -1,0 +1,90 @@
+"""Saved adapters as wholes: written atomically, checked, and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, bad_value
+from .files import file_digest, read_json, read_tensors
+from .tuner.state import STATE_FILE, WEIGHT_FILES, read_state
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write the adapter of `model` into `folder` so that a kill leaves either the old files or the new ones.
+
+    `model.save_pretrained` writes its tensors in place; here all files are written elsewhere, checked, and then moved,
+    `aroma_state.json`, which vouches for the others, last.
+
+    Args:
+        model: A PeftModel with an AROMA adapter.
+        folder: Where to; made if missing. Files of other names in it are left alone.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
+        model.save_pretrained(staging)
+        verify_adapter(staging)
+        written = sorted(Path(staging).iterdir(), key=lambda file: file.name == STATE_FILE)
+        for file in written:
+            os.replace(file, target / file.name)
+
+
+def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check that the adapter in `folder` is whole, and return its `aroma_state`.
+
+    Raises:
+        CheckpointError: A file is missing, truncated, edited, or of another moment than the others; it is named.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise bad_value(
+            "adapter", str(folder), "no such folder; give the folder that holds adapter_config.json", CheckpointError
+        )
+    read_json(path / "adapter_config.json")
+    state = read_state(path)
+    if not any((path / name).exists() for name in WEIGHT_FILES):
+        raise CheckpointError(f"{path / WEIGHT_FILES[0]}: the file is missing; use another checkpoint")
+    for name, digest in state["files"].items():
+        file = path / name
+        if file.suffix == ".safetensors":
+            read_tensors(file)
+        if not file.exists() or file_digest(file) != digest:
+            raise bad_value(
+                f"{file}: sha256",
+                file_digest(file) if file.exists() else None,
+                f"{STATE_FILE} expects {digest}; edited, or a save was interrupted; use another checkpoint",
+                CheckpointError,
+            )
+    return state
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the latest whole `checkpoint-N` folder in a Trainer's `output_dir`; None if there is none.
+
+    A training killed during a save leaves a folder that `get_last_checkpoint` would return and that cannot be resumed
+    from. The Trainer writes `trainer_state.json` last, so a folder where that is whole is whole.
+    """
+    root = Path(output_dir)
+    if not root.is_dir():
+        return None
+    found = [(int(match[1]), entry) for entry in root.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))]
+    for _, entry in sorted(found, reverse=True):
+        if _is_complete(entry):
+            return str(entry)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        verify_adapter(checkpoint)
+    except (CheckpointError, FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True

@@ -1,0 +1,32 @@
+"""The errors a user of AROMA can meet: each names the field, its value and the remedy."""
+
+from __future__ import annotations
+
+
+class AromaError(ValueError):
+    """Base of every error that AROMA raises on purpose."""
+
+
+class ConfigError(AromaError):
+    """A configuration that cannot work, refused before any training."""
+
+
+class DataError(AromaError):
+    """A data set that cannot be used as described."""
+
+
+class CheckpointError(AromaError):
+    """A saved adapter or training state that is missing, damaged, edited, or of another run."""
+
+
+class ResetError(AromaError):
+    """An optimizer whose state for a component cannot be reset."""
+
+
+class NonFiniteError(AromaError):
+    """NaN or infinity in a loss or in a component."""
+
+
+def bad_value(field: str, value: object, remedy: str, kind: type[AromaError] = ConfigError) -> AromaError:
+    """Return (not raise) an error of `kind` that reads ``field=value: remedy``."""
+    return kind(f"{field}={value!r}: {remedy}")

@@ -1,0 +1,291 @@
+"""Saved adapters for other uses: a uniform rank for serving engines, the merged model, and a table of ranks.
+
+Reads any plain LoRA folder of PEFT, AROMA's included.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from .errors import CheckpointError, bad_value
+from .files import read_json, read_tensors, write_json, write_tensors
+from .spectra import effective_rank, singular_values
+from .tuner.layout import PEFT_PREFIX
+from .tuner.state import STATE_FILE, read_state
+
+SERVING_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks that vLLM, TGI and SGLang all serve without padding."""
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
+_MODEL_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one matrix, ΔW = B A.
+
+    Args:
+        B: (m, R), the scale folded in.
+        A: (R, n).
+    """
+
+    B: Tensor
+    A: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A plain LoRA adapter, read.
+
+    Args:
+        config: Content of `adapter_config.json`.
+        updates: The update of every adapted module by its name in the base model, in the file's order of layers.
+        others: Further tensors by their name in the file: trained heads (`modules_to_save`).
+    """
+
+    config: dict[str, Any]
+    updates: dict[str, Update]
+    others: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One line of the table of ranks.
+
+    Args:
+        name: Module name in the base model.
+        rank: Rank of its update.
+        effective_rank: Effective rank of its update (Appendix C).
+        shape: (m, n) of its weight.
+    """
+
+    name: str
+    rank: int
+    effective_rank: float
+    shape: tuple[int, int]
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
+    """Read a plain LoRA adapter, with each module's scale folded into its B.
+
+    Raises:
+        CheckpointError: The folder or a file is missing or damaged.
+        ConfigError: The adapter is no plain LoRA adapter.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise bad_value(
+            "adapter", str(folder), "no such folder; give the folder that holds adapter_config.json", CheckpointError
+        )
+    config = read_json(path / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
+        raise bad_value(
+            "peft_type", config.get("peft_type"), "only plain LoRA adapters can be read (no DoRA, no bias)"
+        )
+    tensors = read_tensors(path / "adapter_model.safetensors")
+    updates: dict[str, Update] = {}
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        stem = key.removesuffix(".lora_A.weight")
+        A, B = tensors.pop(key), tensors.pop(f"{stem}.lora_B.weight", None)
+        if B is None or B.shape[1] != A.shape[0]:
+            raise CheckpointError(
+                f"{path}: {stem} has an A of rank {A.shape[0]} and no fitting B; the file is damaged"
+            )
+        name = stem.removeprefix(PEFT_PREFIX)
+        updates[name] = Update(B.float() * _scale(config, name, A.shape[0]), A.float())
+    return AdapterWeights(config, dict(sorted(updates.items(), key=lambda item: _natural(item[0]))), tensors)
+
+
+def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
+    """Return rank and effective rank of every matrix an adapter targets; those that ended at rank 0 included.
+
+    Raises:
+        CheckpointError: The folder or a file is missing or damaged.
+    """
+    adapter = read_adapter(folder)
+    shapes = {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
+    rows = []
+    for name, shape in _grown_shapes(folder, shapes).items():
+        update = adapter.updates.get(name)
+        moved = update is not None and bool(update.B.any())
+        rank = update.A.shape[0] if update is not None and moved else 0
+        effective = effective_rank(singular_values(update.B, update.A)) if update is not None and moved else 0.0
+        rows.append(RankRow(name, rank, effective, shape))
+    return rows
+
+
+def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
+    """Write an adapter of one rank for all modules, as every serving engine reads it, and return that rank.
+
+    Updates are zero-padded, the scale is 1 (`lora_alpha == r`), there are no patterns, and every module that could
+    grow is present, also those that ended at rank 0. It is a format to serve, not to resume from: a padded row gets
+    no gradient.
+
+    Args:
+        folder: A plain LoRA adapter.
+        out: Folder to write; must be new or empty.
+        rank: Rank to pad to; the next of 8, 16, 32, 64, 128, 256 by default.
+
+    Raises:
+        ConfigError: `rank` is too small, or the adapter's rank is above 256; `out` is not empty.
+    """
+    adapter = read_adapter(folder)
+    target = _empty_folder(out)
+    largest = max(update.A.shape[0] for update in adapter.updates.values())
+    uniform = _uniform_rank(largest, rank)
+    shapes = {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
+    tensors = dict(adapter.others)
+    shapes = _grown_shapes(folder, shapes)
+    for name, (m, n) in shapes.items():
+        B, A = torch.zeros(m, uniform), torch.zeros(uniform, n)
+        if name in adapter.updates:
+            update = adapter.updates[name]
+            B[:, : update.B.shape[1]], A[: update.A.shape[0]] = update.B, update.A
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
+    config = {
+        **adapter.config,
+        "r": uniform,
+        "lora_alpha": uniform,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted(shapes),
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    write_tensors(target / "adapter_model.safetensors", tensors)
+    write_json(target / "adapter_config.json", config)
+    return uniform
+
+
+def export_merged(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base_model: str | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Write the full model with the adapter merged in, added in float32.
+
+    Args:
+        folder: A plain LoRA adapter.
+        out: Folder to write; must be new or empty.
+        base_model: Folder or hub name of the base model; the adapter's own by default.
+        dtype: Type the merged weights are stored in. Below float32 each weight is rounded once, after the merge; a
+            small update can vanish in that rounding.
+
+    Raises:
+        ConfigError: No base model or model class is known, or `out` is not empty.
+        CheckpointError: The adapter is missing or damaged.
+    """
+    adapter = read_adapter(folder)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
+    target = _empty_folder(out)
+    base_name = base_model or adapter.config.get("base_model_name_or_path")
+    if not base_name:
+        raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
+    model = load_with_adapter(folder, base_name)
+    merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
+    merged.save_pretrained(target)
+    _copy_tokenizer([Path(folder), Path(base_name)], target)
+
+
+def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:
+    """Load base model and adapter in plain PEFT, in float32 and evaluation mode.
+
+    Args:
+        folder: A plain LoRA adapter.
+        base_model: Folder or hub name of the base model; the adapter's own by default.
+
+    Raises:
+        ConfigError: The model class cannot be told from the adapter.
+    """
+    import transformers
+    from peft import PeftModel
+
+    adapter = read_adapter(folder)
+    base_name = base_model or adapter.config.get("base_model_name_or_path")
+    mapping = adapter.config.get("auto_mapping") or {}
+    class_name = _MODEL_CLASSES.get(adapter.config.get("task_type") or "") or mapping.get("base_model_class")
+    if class_name is None or not hasattr(transformers, class_name):
+        raise bad_value(
+            "task_type",
+            adapter.config.get("task_type"),
+            f"it does not tell the model class; set it in adapter_config.json to one of {sorted(_MODEL_CLASSES)}",
+        )
+    labels = _head_size(adapter)
+    options = {} if labels is None else {"num_labels": labels}
+    base = getattr(transformers, class_name).from_pretrained(base_name, dtype=torch.float32, **options)
+    return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+def _head_size(adapter: AdapterWeights) -> int | None:
+    """Number of labels of a saved classification head: the rows of its last bias or weight."""
+    if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    sizes = [tensor.shape[0] for name, tensor in sorted(adapter.others.items()) if name.endswith((".weight", ".bias"))]
+    return sizes[-1] if sizes else None
+
+
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config["lora_alpha"])
+    return float(alpha / rank**0.5) if config.get("use_rslora") else float(alpha / rank)
+
+
+def _grown_shapes(folder: str | os.PathLike[str], found: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Return (m, n) of every module that could grow: from aroma_state where there is one, else those `found`."""
+    if not (Path(folder) / STATE_FILE).exists():
+        return found
+    modules = read_state(folder)["modules"]
+    return {name: (entry["shape"][0], entry["shape"][1]) for name, entry in modules.items()}
+
+
+def _uniform_rank(largest: int, wanted: int | None) -> int:
+    if wanted is not None:
+        if wanted < largest:
+            raise bad_value("rank", wanted, f"a module has rank {largest}; give at least that")
+        return wanted
+    for rank in SERVING_RANKS:
+        if largest <= rank:
+            return rank
+    raise bad_value(
+        "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
+    )
+
+
+def _empty_folder(out: str | os.PathLike[str]) -> Path:
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise bad_value("out", str(out), "it exists and is not an empty folder; nothing is overwritten, give another")
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _copy_tokenizer(sources: list[Path], target: Path) -> None:
+    for source in sources:
+        files = {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)} if source.is_dir() else set()
+        if files:
+            for file in files:
+                shutil.copy2(file, target / file.name)
+            return
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -1,0 +1,201 @@
+"""A growing adapter in the Hugging Face Trainer and TRL's SFTTrainer: one callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
+
+from ..controller import AromaController
+from ..errors import CheckpointError, NonFiniteError, bad_value
+from ..events import Event
+from ..tuner import AromaConfig, aroma_layers
+from ..tuner.state import pack, read_controller_state, unpack
+from .rewarmup import Rewarmup
+
+
+class AromaCallback(TrainerCallback, ExportableState):
+    """Drives an AROMA adapter inside `Trainer`: checks and merges after each optimizer step, before its save.
+
+    .. code-block:: python
+
+        model = get_peft_model(base, AromaConfig(task_type="SEQ_CLS"))
+        Trainer(model=model, callbacks=[AromaCallback()], ...).train()
+
+    Args:
+        early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
+            `False`, what else is trainable (a classification head) trains on to the end.
+        on_event (`Callable`, *optional*): Called with every `aroma.Event`.
+
+    Attributes:
+        controller: The `AromaController` of the current or last training; None before the first.
+    """
+
+    def __init__(self, early_stop: bool = True, on_event: Callable[[Event], None] | None = None) -> None:
+        self.early_stop = early_stop
+        self.on_event = on_event
+        self.controller: AromaController | None = None
+        self._rewarmup = Rewarmup()
+
+    # Beginning, and resuming -----------------------------------------------------------------------------------------
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Refuse a model without exactly one growing adapter before any work is done."""
+        trainable_adapter(model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Attach a controller; on resume, give it the state of the checkpoint."""
+        self.controller = AromaController(
+            model, optimizer, total_steps=state.max_steps, adapter_name=trainable_adapter(model)
+        )
+        if state.global_step > 0:
+            self.controller.load_state_dict(self._saved_state(state))
+        if self.on_event is not None:
+            self.controller.subscribe(self.on_event)
+
+    def _saved_state(self, state: TrainerState) -> dict[str, Any]:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        packed = (saved or {}).get("attributes", {}).get("controller_state")
+        if packed is None:
+            raise CheckpointError(
+                "trainer_state.json: the checkpoint has no state of AromaCallback, so its inner and outer loops are "
+                "unknown; resume from a checkpoint of an AROMA training, or load the adapter and start a new run"
+            )
+        return unpack(packed)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer stores in a checkpoint's `trainer_state.json`."""
+        packed = pack(self.controller.state_dict()) if self.controller is not None else None
+        return {"args": {"early_stop": self.early_stop}, "attributes": {"controller_state": packed}}
+
+    # Around every optimizer step -------------------------------------------------------------------------------------
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
+    ) -> None:
+        """Scale the learning rate by the re-warm-up."""
+        controller = self._running()
+        if controller.finished and self.early_stop:
+            # Only on resume from the last checkpoint of a finished run, where the Trainer takes a step before it asks
+            # whether to stop: without gradients it changes nothing.
+            optimizer.zero_grad(set_to_none=True)
+        self._rewarmup.begin(optimizer, controller.lr_factor)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any,
+        lr_scheduler: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Give the schedule its learning rate back; the one that was used is the one that is logged."""
+        # The Trainer logs a plateau schedule's rate from the optimizer, later; it goes back in on_step_end.
+        if not isinstance(lr_scheduler, ReduceLROnPlateau):
+            self._rewarmup.end(optimizer, lr_scheduler)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any,
+        lr_scheduler: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Check, merge and freeze where due; stop the training when every module has finished."""
+        self._rewarmup.end(optimizer, lr_scheduler)
+        controller = self._running()
+        if not getattr(optimizer, "step_was_skipped", False):
+            controller.step()
+        if controller.finished and self.early_stop:
+            control.should_training_stop = True
+            _finish_as_at_the_last_step(args, control)
+        self._guard_checkpoint(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let no broken component into an epoch's checkpoint."""
+        self._guard_checkpoint(control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add ranks to the logs; stop at a loss that is not finite."""
+        if self.controller is None or logs is None or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise NonFiniteError(
+                f"loss={logs['loss']} at optimizer step {state.global_step}: training stopped, and earlier "
+                "checkpoints are untouched; resume from the last one with a lower learning rate"
+            )
+        growth = {"total_rank": self.controller.total_rank, "active_modules": self.controller.active_modules}
+        logs.update(growth)
+        state.log_history[-1].update(growth)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """After `load_best_model_at_end`, bring ranks, labels and stop flags back to the best checkpoint's."""
+        best = state.best_model_checkpoint
+        if self.controller is None or not args.load_best_model_at_end or best is None:
+            return
+        exported = read_controller_state(best)
+        if exported is None:
+            raise CheckpointError(f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA")
+        self.controller.load_state_dict(exported)
+
+    def _guard_checkpoint(self, control: TrainerControl) -> None:
+        if control.should_save or control.should_evaluate:
+            self._running().require_finite()
+
+    def _running(self) -> AromaController:
+        assert self.controller is not None, "the Trainer calls on_train_begin first"
+        return self.controller
+
+
+def trainable_adapter(model: nn.Module) -> str:
+    """Return the name of the one AROMA adapter of `model` that trains.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    configs = getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        if isinstance(config, AromaConfig) and not config.inference_mode and aroma_layers(model, name):
+            return str(name)
+    raise bad_value(
+        "model",
+        type(model).__name__,
+        "it has no trainable AROMA adapter; give the Trainer get_peft_model(model, AromaConfig(...))",
+    )
+
+
+def _finish_as_at_the_last_step(args: TrainingArguments, control: TrainerControl) -> None:
+    """Save, evaluate and log once more, as the Trainer does at the last planned step."""
+    control.should_log = True
+    control.should_save = control.should_save or args.save_strategy == SaveStrategy.STEPS
+    control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"

@@ -1,0 +1,102 @@
+"""A growing adapter in a training loop of one's own: one call before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..controller import AromaController
+from ..errors import CheckpointError
+from ..events import Event
+from ..tuner.state import read_controller_state
+from .rewarmup import Rewarmup
+
+
+class Attachment:
+    """The controller of a plain training loop, hooked to its optimizer; made by `attach`.
+
+    Attributes:
+        controller: The `AromaController`.
+    """
+
+    def __init__(self, controller: AromaController, optimizer: Any, scheduler: Any | None) -> None:
+        self.controller = controller
+        self._scheduler = scheduler
+        self._rewarmup = Rewarmup()
+        # accelerate wraps the optimizer, and only the real one has hooks.
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._hooks = [
+            inner.register_step_pre_hook(self._before_step),
+            inner.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every module is frozen, so that the loop may stop."""
+        return self.controller.finished
+
+    def detach(self) -> None:
+        """Remove the hooks; the adapter stays as it is."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        self._rewarmup.begin(optimizer, self.controller.lr_factor)
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        self._rewarmup.end(optimizer, self._scheduler)
+        self.controller.step()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any | None = None,
+    *,
+    total_steps: int | None = None,
+    resume_from: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    adapter_name: str = "default",
+) -> Attachment:
+    """Let the adapter of `model` grow in a plain loop; all of it happens inside `optimizer.step()`.
+
+    .. code-block:: python
+
+        growth = attach(model, optimizer, scheduler, total_steps=1000)
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if growth.finished:
+                break
+
+    To resume: `model.load_adapter(folder, "default", is_trainable=True)`, restore optimizer and scheduler, then
+    `attach(..., resume_from=folder)`.
+
+    Args:
+        model: Model with an AROMA adapter.
+        optimizer: Optimizer that holds the adapter's parameters.
+        scheduler: Learning-rate scheduler; its `get_last_lr()` then tells the rate that was used.
+        total_steps: Planned optimizer steps; needed where `max_inner_steps` is None.
+        resume_from: Folder of a saved adapter whose run is to go on.
+        on_event: Called with every event.
+        adapter_name: Name of the adapter.
+
+    Raises:
+        ConfigError: As `AromaController`.
+        CheckpointError: `resume_from` holds no state of a run, or a damaged one.
+    """
+    controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
+    if resume_from is not None:
+        exported = read_controller_state(resume_from)
+        if exported is None:
+            raise CheckpointError(
+                f"resume_from={resume_from!r}: saved without a controller, so there is no run to resume"
+            )
+        controller.load_state_dict(exported)
+    if on_event is not None:
+        controller.subscribe(on_event)
+    return Attachment(controller, optimizer, scheduler)

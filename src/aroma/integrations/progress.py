@@ -1,0 +1,78 @@
+"""A progress bar for long trainings: step, loss, inner loop, active modules, total rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .callback import AromaCallback
+
+
+class RichProgress(TrainerCallback):
+    """Shows one line while the Trainer works; give the Trainer `disable_tqdm=True` with it.
+
+    Args:
+        growth: The AromaCallback whose controller is shown; None for a training without growth.
+        title: First word of the line.
+        console: Where to; standard error by default, so that output can be piped.
+    """
+
+    def __init__(
+        self, growth: AromaCallback | None = None, title: str = "train", console: Console | None = None
+    ) -> None:
+        self._growth = growth
+        self._loss: float | None = None
+        self._title = title
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            console=console or Console(stderr=True),
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar, at the step where the training begins."""
+        self._task = self._progress.add_task(
+            self._title, total=state.max_steps, completed=state.global_step, status=self._status()
+        )
+        self._progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the last loss."""
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance by one optimizer step."""
+        self._progress.update(self._task, completed=state.global_step, status=self._status())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the finished line."""
+        self._progress.update(self._task, status=self._status())
+        self._progress.stop()
+
+    def _status(self) -> str:
+        parts = [] if self._loss is None else [f"loss {self._loss:.4f}"]
+        controller = self._growth.controller if self._growth is not None else None
+        if controller is not None:
+            parts.append(f"inner {controller.inner_step}/{controller.max_inner_steps}")
+            parts.append(f"active {controller.active_modules}/{len(controller.modules)}")
+            parts.append(f"rank {controller.total_rank}")
+        return " · ".join(parts)

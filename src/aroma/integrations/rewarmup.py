@@ -1,0 +1,34 @@
+"""The re-warm-up of the learning rate around one optimizer step, whatever schedule is in force."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Rewarmup:
+    """Scales the learning rates for one optimizer step and gives them back afterwards.
+
+    The schedule never notices: it computes its next value from the rates it set itself. What it reports as its last
+    value is the rate that was really used.
+    """
+
+    def __init__(self) -> None:
+        self._scheduled: list[Any] | None = None
+
+    def begin(self, optimizer: Any, factor: float) -> None:
+        """Multiply the rate of every parameter group of `optimizer` by `factor`."""
+        self._scheduled = [group["lr"] for group in optimizer.param_groups]
+        if factor != 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+
+    def end(self, optimizer: Any, scheduler: Any | None) -> None:
+        """Restore the scheduled rates, and let `scheduler` report the used ones as its last."""
+        if self._scheduled is None:
+            return
+        used = [group["lr"] for group in optimizer.param_groups]
+        for group, scheduled in zip(optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = scheduled
+        self._scheduled = None
+        if scheduler is not None and hasattr(scheduler, "_last_lr"):
+            scheduler._last_lr = used

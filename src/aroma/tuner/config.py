@@ -1,0 +1,283 @@
+"""The adapter facts of AROMA: what one component is, and when a module has enough of them."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+
+from ..errors import ConfigError, bad_value
+from ..files import write_json
+from .state import write_adapter_state
+
+if TYPE_CHECKING:
+    from .layout import PlainAdapter
+
+PEFT_TYPE = "AROMA"
+
+METHOD_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "inner_tolerance",
+    "inner_check_interval",
+    "max_inner_steps",
+    "outer_tolerance",
+    "min_components",
+    "max_components",
+    "inner_criterion",
+    "reset",
+    "prune_ratio",
+    "rewarmup_steps",
+    "component_seed",
+)
+"""Fields that decide a run; a resumed run must agree with its checkpoint in all of them."""
+
+_PLAIN_LORA_ONLY: dict[str, tuple[Any, str]] = {
+    "bias": ("none", "AROMA trains no biases; leave it at 'none'"),
+    "lora_bias": (False, "a component has no bias; leave it at False"),
+    "use_rslora": (False, "the scale of a component is lora_alpha / r and never changes as the rank grows"),
+    "use_dora": (False, "DoRA's magnitude cannot be written as a plain LoRA adapter of growing rank"),
+    "init_lora_weights": (
+        True,
+        "b starts at 0 and a Kaiming-uniform, so that training starts at the pretrained model",
+    ),
+    "layer_replication": (None, "replicated layers share a base weight"),
+    "target_parameters": (None, "only Linear and Conv1D modules can grow"),
+    "trainable_token_indices": (None, "train token embeddings with a LoraConfig instead"),
+}
+"""LoraConfig fields that AROMA does not support: their only allowed value, and why."""
+
+
+@dataclass
+class AromaConfig(LoraConfig):
+    """Configuration of an AROMA adapter (arXiv 2504.05343), given to `peft.get_peft_model`.
+
+    Every target module trains one pair (b, a) of rank `r` at a time. With the defaults and 1,200 planned steps, the
+    first inner loop lasts at most 1200 / 12 = 100 optimizer steps and is checked at steps 10, 20, …, 100. A module
+    whose ‖b a‖_F grew by less than 10 % since the previous check is labelled; when all are labelled, or at step 100,
+    each module either keeps its component (‖s b a‖_F ≥ 0.005 ‖W0 + s B A‖_F) and starts the next one, or drops it
+    and stays frozen.
+
+    ReLoRA is the special case without checks: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
+    max_components=8)`` trains eight components of equal length.
+
+    Args:
+        r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks.
+        lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
+        lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training; finished
+            components count as merged and see no dropout.
+        target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`.
+        inner_tolerance (`float` or `None`, *optional*, defaults to 0.1): ε_in of equation (5). `None`: no inner
+            checks, every inner loop lasts `max_inner_steps`.
+        inner_check_interval (`int`, *optional*, defaults to 10): ΔT_in, in optimizer steps.
+        max_inner_steps (`int`, *optional*): T_in, in optimizer steps. `None`: a twelfth of the planned steps, at
+            least 50; for ReLoRA, the planned steps divided by `max_components`.
+        outer_tolerance (`float` or `None`, *optional*, defaults to 0.005): ε_out of equation (6). `None`: every
+            component is kept.
+        min_components (`int`, *optional*, defaults to 0): So many components are kept whatever equation (6) says.
+            The released code of the paper behaves as 1.
+        max_components (`int`, *optional*): A module with so many components is frozen.
+        inner_criterion (`str`, *optional*, defaults to `"norm_change"`): `"norm_change"` is equation (5), the relative
+            change of the norm; `"update_change"` is the relative norm of the change.
+        reset (`str`, *optional*, defaults to `"prune"`): What happens to the optimizer state of (b, a) after a merge:
+            `"prune"` zeroes a random `prune_ratio` of the moments and keeps the step count (section 3.2), `"zero"`
+            zeroes moments and step count, `"none"` keeps everything (the ablation of Table 4).
+        prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
+        rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
+            back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
+        component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` at
+            the time the adapter is made, so that `set_seed` decides it.
+
+    Raises:
+        ConfigError: A value that cannot work, with its field and the remedy.
+    """
+
+    r: int = field(default=1, metadata={"help": "Rank of one component."})
+    lora_alpha: float = field(default=4, metadata={"help": "Every component is scaled by lora_alpha / r."})
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Modules that grow: names, a regular expression, or 'all-linear'."}
+    )
+    inner_tolerance: float | None = field(
+        default=0.1, metadata={"help": "Tolerance of the inner check, equation (5); None: no inner checks."}
+    )
+    inner_check_interval: int = field(default=10, metadata={"help": "Optimizer steps between inner checks."})
+    max_inner_steps: int | None = field(
+        default=None,
+        metadata={"help": "Most optimizer steps of one inner loop; None: a twelfth of the run, at least 50."},
+    )
+    outer_tolerance: float | None = field(
+        default=5e-3, metadata={"help": "Tolerance of the outer check, equation (6); None: keep every component."}
+    )
+    min_components: int = field(
+        default=0, metadata={"help": "Components a module keeps whatever the outer check says."}
+    )
+    max_components: int | None = field(default=None, metadata={"help": "A module with so many components is frozen."})
+    inner_criterion: Literal["norm_change", "update_change"] = field(
+        default="norm_change",
+        metadata={"help": "'norm_change': change of the norm, equation (5); 'update_change': norm of the change."},
+    )
+    reset: Literal["prune", "zero", "none"] = field(
+        default="prune", metadata={"help": "What a merge does to the optimizer state of the pair."}
+    )
+    prune_ratio: float = field(default=0.999, metadata={"help": "Share of moment entries zeroed by reset='prune'."})
+    rewarmup_steps: int = field(
+        default=50, metadata={"help": "Optimizer steps of re-warm-up at the start of every later inner loop."}
+    )
+    component_seed: int | None = field(
+        default=None, metadata={"help": "Seed of new components; None: torch.initial_seed()."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_component()
+        self._check_loops()
+        self._check_reset()
+        self._check_unsupported()
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        # Not dataclass fields: they belong to the live adapter, not to its configuration.
+        self._plain: PlainAdapter | None = None
+        self._controller: weakref.ref[Any] | None = None
+        self.ever_controlled = False
+        self._chosen_seed = self.component_seed
+
+    def _check_component(self) -> None:
+        _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
+        if not self.lora_alpha > 0:
+            raise bad_value("lora_alpha", self.lora_alpha, "the scale lora_alpha / r must be positive; try 4")
+        if not 0 <= self.lora_dropout < 1:
+            raise bad_value("lora_dropout", self.lora_dropout, "give a probability in [0, 1)")
+        if self.component_seed is not None:
+            _require_int("component_seed", self.component_seed, 0, "give a non-negative seed, or None")
+
+    def _check_loops(self) -> None:
+        for name in ("inner_tolerance", "outer_tolerance"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise bad_value(name, value, "a tolerance is positive; None switches the check off")
+        _require_int(
+            "inner_check_interval", self.inner_check_interval, 1, "checks are at least one step apart; try 10"
+        )
+        if self.max_inner_steps is not None:
+            _require_int("max_inner_steps", self.max_inner_steps, 1, "an inner loop lasts at least one optimizer step")
+            self._check_inner_steps(self.max_inner_steps)
+        _require_int("min_components", self.min_components, 0, "give 0 or more")
+        if self.max_components is not None:
+            _require_int("max_components", self.max_components, 1, "give 1 or more, or None for no limit")
+            if self.max_components < self.min_components:
+                raise bad_value(
+                    "max_components", self.max_components, f"it must be at least min_components={self.min_components}"
+                )
+        if self.inner_criterion not in ("norm_change", "update_change"):
+            raise bad_value("inner_criterion", self.inner_criterion, "choose 'norm_change' or 'update_change'")
+
+    def _check_inner_steps(self, inner_steps: int) -> None:
+        """Raise when an inner loop of `inner_steps` would end before its first check."""
+        if self.inner_tolerance is not None and inner_steps < self.inner_check_interval:
+            raise bad_value(
+                "max_inner_steps",
+                inner_steps,
+                f"it is smaller than inner_check_interval={self.inner_check_interval}, so no inner check would ever "
+                "run; raise it, lower inner_check_interval, or set inner_tolerance=None",
+            )
+
+    def _check_reset(self) -> None:
+        if self.reset not in ("prune", "zero", "none"):
+            raise bad_value("reset", self.reset, "choose 'prune', 'zero' or 'none'")
+        if not 0 <= self.prune_ratio <= 1:
+            raise bad_value("prune_ratio", self.prune_ratio, "give the share of entries to zero, in [0, 1]")
+        _require_int("rewarmup_steps", self.rewarmup_steps, 0, "give 0 for no re-warm-up, or a number of steps")
+
+    def _check_unsupported(self) -> None:
+        for name, (allowed, why) in _PLAIN_LORA_ONLY.items():
+            value = getattr(self, name)
+            if value != allowed:
+                raise bad_value(name, value, f"not supported by AROMA: {why}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                raise bad_value(name, getattr(self, name), "AROMA finds the ranks; use max_components to bound them")
+        for item in fields(self):
+            if item.metadata.get("is_lora_variant") and getattr(self, item.name):
+                raise bad_value(item.name, getattr(self, item.name), "LoRA variants cannot grow; leave it unset")
+
+    @property
+    def scale(self) -> float:
+        """Scale s = lora_alpha / r of every component."""
+        return self.lora_alpha / self.r
+
+    @property
+    def controller(self) -> Any | None:
+        """The controller that drives this adapter, if one is attached and alive."""
+        return self._controller() if self._controller is not None else None
+
+    def attach_controller(self, controller: Any) -> None:
+        """Remember `controller`, so that saving writes its state; a weak reference, since it outlives no run."""
+        self._controller = weakref.ref(controller)
+        self.ever_controlled = True
+
+    def resolve_inner_steps(self, total_steps: int | None) -> int:
+        """Return T_in, in optimizer steps, for a run of `total_steps` planned optimizer steps.
+
+        Raises:
+            ConfigError: No T_in can be derived, or a check would never fall within the run or its inner loops.
+        """
+        if total_steps is not None and self.inner_tolerance is not None and self.inner_check_interval > total_steps:
+            raise bad_value(
+                "inner_check_interval",
+                self.inner_check_interval,
+                f"it is longer than the run of {total_steps} optimizer steps; lower it or train longer",
+            )
+        if self.max_inner_steps is not None:
+            return self.max_inner_steps
+        if total_steps is None:
+            raise bad_value(
+                "max_inner_steps", None, "give it, or give the controller total_steps so that it can be derived"
+            )
+        if self.inner_tolerance is None and self.outer_tolerance is None and self.max_components is not None:
+            return max(1, total_steps // self.max_components)
+        inner_steps = max(50, total_steps // 12)
+        self._check_inner_steps(inner_steps)
+        return inner_steps
+
+    def method(self) -> dict[str, Any]:
+        """Return the fields that decide a run, JSON-able."""
+        return {name: getattr(self, name) for name in METHOD_FIELDS}
+
+    def check_resumable(self, saved: dict[str, Any]) -> None:
+        """Raise when `saved`, the `method()` of a checkpoint, differs from this configuration.
+
+        Raises:
+            ConfigError: Naming every differing field with both values.
+        """
+        now = self.method()
+        if self._chosen_seed is None:
+            now["component_seed"] = saved.get("component_seed")
+        differing = [name for name in now if now[name] != saved.get(name)]
+        if differing:
+            values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
+            raise ConfigError(
+                f"cannot resume with another configuration: {values}. Resume with the checkpoint's values, or start "
+                "a new run."
+            )
+        self.component_seed = now["component_seed"]
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration; for a live adapter, that of its plain LoRA form and `aroma_state` beside it."""
+        if self._plain is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        plain = self._plain.lora_config(self).to_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            plain["auto_mapping"] = kwargs["auto_mapping_dict"]
+        ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
+        write_json(Path(save_directory) / CONFIG_NAME, ordered)
+        write_adapter_state(save_directory, self)
+
+
+def _require_int(name: str, value: object, minimum: int, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise bad_value(name, value, remedy)

@@ -1,0 +1,144 @@
+"""The plain LoRA form of a growing adapter: what is on disk at any moment, and how it is read back.
+
+Ranks differ from module to module, so the plain form names every module with a rank above 0 as a target and gives
+each its rank. The scale is folded into B, so that alpha equals the rank everywhere and every engine that reads only
+`r` and `lora_alpha` scales by 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import AromaConfig
+    from .layer import AromaLinear
+
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """What the plain LoRA configuration needs to know of the tensors that were just collected.
+
+    Args:
+        ranks: Rank of every module that has tensors, by module name.
+        shapes: (m, n) of every growing module, also of those with rank 0.
+        trained: Whether any component has moved away from its start.
+    """
+
+    ranks: dict[str, int]
+    shapes: dict[str, tuple[int, int]]
+    trained: bool
+
+    def lora_config(self, config: AromaConfig) -> LoraConfig:
+        """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
+        r = min(self.ranks.values())
+        patterns = {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank != r}
+        return LoraConfig(
+            r=r,
+            lora_alpha=r,
+            lora_dropout=config.lora_dropout,
+            target_modules=sorted(self.ranks),
+            rank_pattern=dict(patterns),
+            alpha_pattern=dict(patterns),
+            fan_in_fan_out=config.fan_in_fan_out,
+            modules_to_save=config.modules_to_save,
+            task_type=config.task_type,
+            base_model_name_or_path=config.base_model_name_or_path,
+            revision=config.revision,
+            inference_mode=config.inference_mode,
+        )
+
+
+def plain_tensors(
+    layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], PlainAdapter]:
+    """Collect the plain LoRA tensors of an adapter.
+
+    Args:
+        layers: Growing layers by their name in the state dict.
+        adapter_name: Adapter to collect.
+        state_dict: State dict of the whole model; the pair and the finished components are taken from it, so that a
+            gathered state dict of a sharded model works too.
+
+    Returns:
+        Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R) of every module
+        with R > 0 (of one module with a zero component, should all have rank 0), and what is known of them.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for key, layer in layers.items():
+        B, A = _whole_update(key, layer, adapter_name, state_dict)
+        if A.shape[0]:
+            ranks[_module_name(key)] = A.shape[0]
+            tensors[f"{key}.lora_A.{adapter_name}.weight"] = A
+            tensors[f"{key}.lora_B.{adapter_name}.weight"] = B
+    trained = bool(ranks)
+    if not ranks:
+        # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
+        key, layer = next(iter(layers.items()))
+        pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
+        ranks[_module_name(key)] = 1
+        tensors[f"{key}.lora_A.{adapter_name}.weight"] = pair_a.new_zeros(1, layer.in_features)
+        tensors[f"{key}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(layer.out_features, 1)
+    shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
+    return tensors, PlainAdapter(ranks, shapes, trained)
+
+
+def finished_tensors(
+    layers: Mapping[str, AromaLinear], adapter_name: str, plain: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Turn the plain tensors of a saved adapter into the state-dict entries of a growing one.
+
+    Everything saved becomes finished components, and the pair starts anew at b = 0; a resumed controller takes the
+    component that was in training back out (`FinishedComponents.pop`). A module without tensors has rank 0.
+
+    Args:
+        layers: Growing layers by their name in the state dict.
+        adapter_name: Adapter to load.
+        plain: Saved tensors by their name in the file, with or without the `base_model.model.` prefix.
+    """
+    entries: dict[str, Tensor] = {}
+    for key, layer in layers.items():
+        A = _saved(plain, f"{key}.lora_A.weight")
+        B = _saved(plain, f"{key}.lora_B.weight")
+        b, a = layer.pair(adapter_name)
+        if A is None or B is None:
+            A, B = a.new_zeros(0, layer.in_features), a.new_zeros(layer.out_features, 0)
+        elif not A.any() and not B.any():
+            A, B = A[:0], B[:, :0]  # the placeholder of an adapter whose ranks are all 0
+        entries[f"{key}.lora_finished.{adapter_name}.A"] = A
+        entries[f"{key}.lora_finished.{adapter_name}.B"] = B
+        entries[f"{key}.lora_A.{adapter_name}.weight"] = a.detach()
+        entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros_like(b)
+    return entries
+
+
+def _whole_update(
+    key: str, layer: AromaLinear, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
+    b = state_dict[f"{key}.lora_B.{adapter_name}.weight"]
+    A = state_dict[f"{key}.lora_finished.{adapter_name}.A"].to(a)
+    B = state_dict[f"{key}.lora_finished.{adapter_name}.B"].to(b)
+    if not b.any():
+        return B, A
+    return torch.cat([B, b * layer.scaling[adapter_name]], dim=1), torch.cat([A, a], dim=0)
+
+
+def _module_name(key: str) -> str:
+    return key.removeprefix(PEFT_PREFIX)
+
+
+def _saved(plain: Mapping[str, Tensor], name: str) -> Tensor | None:
+    for candidate in (name, PEFT_PREFIX + name, _module_name(name)):
+        if candidate in plain:
+            return plain[candidate]
+    return None

@@ -1,0 +1,159 @@
+"""The PEFT tuner: puts growing layers into a model, and writes and reads them as a plain LoRA adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import mapping as peft_mapping
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, bad_value
+from ..reset import fresh_component
+from .config import PEFT_TYPE, AromaConfig
+from .layer import AromaLinear
+from .layout import PEFT_PREFIX, finished_tensors, plain_tensors
+
+_QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
+
+
+class AromaModel(LoraModel):
+    """Tuner whose adapters grow; made by `peft.get_peft_model(model, AromaConfig(...))`.
+
+    Args:
+        model: Model to adapt; its weights are frozen and never written.
+        config: An `AromaConfig`.
+        adapter_name: Name of the adapter.
+
+    Raises:
+        ConfigError: A target that is neither Linear nor Conv1D nor a bitsandbytes layer, or a second trainable
+            adapter.
+    """
+
+    tuner_layer_cls = AromaLinear
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        trainable = [name for name, other in self.peft_config.items() if not other.inference_mode]
+        if len(trainable) > 1:
+            raise bad_value(
+                "adapter_name",
+                trainable[-1],
+                f"the model already grows the adapter {trainable[0]!r}, and only one adapter can grow at a time; "
+                "delete the first, or add the second with inference_mode=True",
+            )
+
+    @staticmethod
+    def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        is_conv1d = isinstance(target, Conv1D)
+        if not (isinstance(target, nn.Linear) or is_conv1d or type(target).__name__ in _QUANTISED_LINEAR):
+            raise bad_value(
+                "target_modules",
+                kwargs.get("target_name", ""),
+                f"it is a {type(target).__name__}; AROMA grows torch.nn.Linear, transformers Conv1D and bitsandbytes "
+                "4/8-bit linear layers. Leave it out of target_modules or name it in exclude_modules",
+            )
+        # The layer reads the flag from the config, which one model with both kinds of layer shares.
+        lora_config.fan_in_fan_out = is_conv1d
+        return AromaLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=is_conv1d, **kwargs)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._post_injection_hook(model, config, adapter_name)
+        layers = aroma_layers(model, adapter_name)
+        config.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
+        if config.component_seed is None:
+            config.component_seed = torch.initial_seed() % 2**31
+        for index, layer in enumerate(layers.values()):
+            _, a = layer.pair(adapter_name)
+            if not a.is_meta:
+                layer.start_pair(
+                    adapter_name, fresh_component(config.component_seed, 1, index, (a.shape[0], a.shape[1]))
+                )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AromaConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        tensors, config._plain = plain_tensors(_layers_by_key(model, adapter_name), adapter_name, state_dict)
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AromaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        layers = _layers_by_key(model, adapter_name)
+        entries = finished_tensors(layers, adapter_name, state_dict)
+        _refuse_strangers(state_dict, layers)
+        # What the pair was doing is over: the loaded components stand, until a controller says otherwise.
+        for layer in layers.values():
+            layer.unfreeze(adapter_name)
+        if config.controller is not None:
+            config.controller.invalidate()
+        others = {key: value for key, value in state_dict.items() if ".lora_A." not in key and ".lora_B." not in key}
+        return {**others, **entries}
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible on a growing adapter.
+
+        Raises:
+            ConfigError: Always; combine the saved adapters in plain PEFT.
+        """
+        raise ConfigError(
+            "add_weighted_adapter: a growing adapter cannot be combined; save it, load it with "
+            "PeftModel.from_pretrained, and combine it there"
+        )
+
+
+def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, AromaLinear]:
+    """Return the growing layers of `model` by the names their modules have in the base model, in module order.
+
+    Args:
+        model: A PeftModel, an AromaModel, or a model with injected layers, wrapped or not.
+        adapter_name: Only layers that have this adapter.
+    """
+    layers = {}
+    for key, module in model.named_modules():
+        if isinstance(module, AromaLinear) and (adapter_name is None or adapter_name in module.lora_A):
+            layers[_base_name(key)] = module
+    return layers
+
+
+def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, AromaLinear]:
+    return {
+        key: module
+        for key, module in model.named_modules()
+        if isinstance(module, AromaLinear) and adapter_name in module.lora_A
+    }
+
+
+def _base_name(key: str) -> str:
+    # Wrappers (DDP's "module.", compile's "_orig_mod.") come before PEFT's own prefix.
+    return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
+
+
+def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
+    """Raise when a saved component belongs to no growing layer: it would be dropped in silence."""
+    known = {_base_name(key) for key in layers}
+    saved = {_base_name(key).split(".lora_")[0] for key in state_dict if ".lora_A." in key or ".lora_B." in key}
+    strangers = sorted(saved - known)
+    if strangers:
+        raise bad_value(
+            "target_modules",
+            strangers[0],
+            f"the saved adapter has components for {len(strangers)} module(s) that this model does not grow; make the "
+            "adapter with the target_modules of the saved one",
+        )
+
+
+def register() -> None:
+    """Make PEFT know the tuner. Its mappings are keyed by string, so no enum is touched."""
+    peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AromaConfig
+    peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AromaModel
+    peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "lora_"

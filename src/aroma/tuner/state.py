@@ -1,0 +1,127 @@
+"""`aroma_state.json` (and `aroma_state.safetensors`): what a plain LoRA adapter does not say of the run behind it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load, save
+
+from ..errors import CheckpointError, bad_value
+from ..files import file_digest, read_json, read_tensors, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from .config import AromaConfig
+
+STATE_FILE = "aroma_state.json"
+STATE_TENSORS_FILE = "aroma_state.safetensors"
+STATE_FORMAT = 1
+WEIGHT_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+
+
+def write_adapter_state(folder: str, config: AromaConfig) -> None:
+    """Write the state of the adapter that was just saved into `folder` beside it.
+
+    Warns:
+        UserWarning: The adapter has been trained, and no controller was ever attached: it did not grow.
+    """
+    plain, controller = config._plain, config.controller
+    assert plain is not None, "called by AromaConfig.save_pretrained, right after the tensors were collected"
+    if controller is None and plain.trained and not config.ever_controlled:
+        warnings.warn(
+            "This AROMA adapter was trained without its controller, as a plain LoRA of rank "
+            f"{config.r}: no component was ever checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or "
+            "call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a loop of your own.",
+            stacklevel=2,
+        )
+    target = Path(folder)
+    state: dict[str, Any] = {
+        "format": STATE_FORMAT,
+        "config": config.method(),
+        "modules": {name: {"shape": shape, "rank": plain.ranks.get(name, 0)} for name, shape in plain.shapes.items()},
+        "files": {name: file_digest(target / name) for name in WEIGHT_FILES if (target / name).exists()},
+        "controller": None,
+    }
+    tensors: dict[str, Any] = {}
+    if controller is not None:
+        exported = controller.state_dict()
+        state["controller"], tensors = exported["state"], exported["tensors"]
+    if tensors:
+        write_tensors(target / STATE_TENSORS_FILE, tensors)
+        state["files"][STATE_TENSORS_FILE] = file_digest(target / STATE_TENSORS_FILE)
+    else:
+        (target / STATE_TENSORS_FILE).unlink(missing_ok=True)
+    # Last, so that it vouches for whole files.
+    write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
+
+
+def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of `aroma_state.json` in `folder`.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or of a newer format.
+    """
+    path = Path(folder) / STATE_FILE
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise bad_value(
+            f"{path}: format", found, f"this aroma reads format {STATE_FORMAT}; upgrade aroma-peft", CheckpointError
+        )
+    _require_checksum(state, str(path))
+    return state
+
+
+def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the controller's state saved in `folder`, as `AromaController.state_dict()`; None if it had none.
+
+    Raises:
+        CheckpointError: The state files are missing or damaged.
+    """
+    state = read_state(folder).get("controller")
+    if state is None:
+        return None
+    tensors = Path(folder) / STATE_TENSORS_FILE
+    return {"state": state, "tensors": read_tensors(tensors) if tensors.exists() else {}}
+
+
+def pack(exported: dict[str, Any]) -> dict[str, Any]:
+    """Return a controller's state as JSON alone: the few tensors become base64 of a safetensors blob.
+
+    The Trainer hands a callback its JSON state on resume, but not the folder of the checkpoint.
+    """
+    blob = base64.b64encode(save(exported["tensors"])).decode("ascii") if exported["tensors"] else ""
+    packed = {"state": exported["state"], "tensors": blob}
+    return {**packed, "checksum": _checksum(packed)}
+
+
+def unpack(packed: dict[str, Any]) -> dict[str, Any]:
+    """Undo `pack`.
+
+    Raises:
+        CheckpointError: The packed state was edited.
+    """
+    _require_checksum(packed, "trainer_state.json: stateful_callbacks.AromaCallback")
+    blob = packed["tensors"]
+    return {"state": packed["state"], "tensors": load(base64.b64decode(blob)) if blob else {}}
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    content = {key: value for key, value in state.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _require_checksum(state: dict[str, Any], where: str) -> None:
+    if state.get("checksum") != _checksum(state):
+        raise bad_value(
+            f"{where}: checksum",
+            state.get("checksum"),
+            "it does not fit the content, so the file was edited; use another checkpoint",
+            CheckpointError,
+        )
