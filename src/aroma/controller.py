@@ -17,7 +17,7 @@ from .errors import CheckpointError, NonFiniteError, bad_value
 from .events import Event, ModuleSummary
 from .files import tensors_digest
 from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
-from .reset import component_generator, fresh_component, reset_state
+from .reset import check_resettable, component_generator, fresh_component, reset_state
 from .spectra import effective_rank, singular_values
 from .tuner import AromaConfig, AromaLinear, aroma_layers
 from .warmup import rewarmup_factor
@@ -89,6 +89,7 @@ class AromaController:
         self._snapshot = PairSnapshot()
         self._listeners: list[Callable[[Event], None]] = []
         self._stale = False
+        self._state_is_known = False
         self.config.attach_controller(self)
 
     # What a loop asks ------------------------------------------------------------------------------------------------
@@ -133,11 +134,14 @@ class AromaController:
 
         Raises:
             NonFiniteError: A component is NaN or infinite at a check.
+            ResetError: The optimizer keeps state that `reset` cannot reset; found out at the first step.
         """
         self._refuse_stale()
         self.global_step += 1
         if self.finished:
             return []
+        if not self._state_is_known:
+            self._check_optimizer_state()
         self.inner_step += 1
         events = self._inner_check() if self._check_is_due() else []
         if self.inner_step >= self.max_inner_steps or all(module.converged for module in self._active()):
@@ -319,6 +323,13 @@ class AromaController:
         generator = component_generator(self._seed, self.outer_number, module.index, "reset")
         for parameter in (a, b):
             reset_state(self.optimizer, parameter, self.config.reset, self.config.prune_ratio, generator)
+
+    def _check_optimizer_state(self) -> None:
+        """Refuse an optimizer whose state cannot be reset now that it has some, not at the end of the inner loop."""
+        for module in self._active():
+            for parameter in module.layer.pair(self.adapter_name):
+                check_resettable(self.optimizer, parameter, self.config.reset)
+        self._state_is_known = True
 
     def _start_component(self, module: TargetModule, outer_number: int) -> None:
         module.layer.start_pair(self.adapter_name, self._fresh(module, outer_number))
