@@ -196,16 +196,7 @@ class AromaController:
         if self._stale:
             return {"state": None, "tensors": {}}
         tensors = self._snapshot.tensors()
-        modules = {}
         for module in self.modules:
-            modules[module.name] = {
-                "rank": self._finished_rank(module),
-                "frozen": self._is_frozen(module),
-                "converged": module.converged,
-                "inner_value": module.inner_value,
-                "outer_value": module.outer_value,
-                "weight_norm": module.weight_norm,
-            }
             tensors.update(self._pair_tensors(module))
         state = {
             "config": self.config.method(),
@@ -215,7 +206,8 @@ class AromaController:
             "max_inner_steps": self.max_inner_steps,
             "snapshot_norms": self._snapshot.norms,
             "adapter_digest": self._digest(),
-            "modules": modules,
+            # A list: the Trainer sorts the keys of a dict, and the order of modules decides their random numbers.
+            "modules": [self._module_state(module) for module in self.modules],
         }
         return {"state": state, "tensors": tensors}
 
@@ -228,16 +220,7 @@ class AromaController:
         """
         state, tensors = exported["state"], exported["tensors"]
         self.config.check_resumable(state["config"])
-        saved = state["modules"]
-        names = [module.name for module in self.modules]
-        if names != list(saved):
-            differing = sorted(set(names) ^ set(saved)) or names
-            raise bad_value(
-                "target_modules",
-                differing[0],
-                f"the checkpoint grows {len(saved)} modules and this model {len(names)}, and they differ in "
-                f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
-            )
+        self._refuse_other_modules([entry["name"] for entry in state["modules"]])
         if self._digest() != state["adapter_digest"]:
             raise CheckpointError(
                 "adapter_model.safetensors: its components are not those that aroma_state.json was written with, so "
@@ -245,8 +228,7 @@ class AromaController:
             )
         for name in ("global_step", "inner_step", "outer_number", "max_inner_steps"):
             setattr(self, name, state[name])
-        for module in self.modules:
-            entry = saved[module.name]
+        for module, entry in zip(self.modules, state["modules"], strict=True):
             for name in ("converged", "inner_value", "outer_value", "weight_norm"):
                 setattr(module, name, entry[name])
             self._restore_pair(module, entry["rank"], entry["frozen"], tensors)
@@ -342,6 +324,29 @@ class AromaController:
             module.converged = False
 
     # Exact restoring -------------------------------------------------------------------------------------------------
+
+    def _module_state(self, module: TargetModule) -> dict[str, Any]:
+        return {
+            "name": module.name,
+            "rank": self._finished_rank(module),
+            "frozen": self._is_frozen(module),
+            "converged": module.converged,
+            "inner_value": module.inner_value,
+            "outer_value": module.outer_value,
+            "weight_norm": module.weight_norm,
+        }
+
+    def _refuse_other_modules(self, saved: list[str]) -> None:
+        names = [module.name for module in self.modules]
+        if names == saved:
+            return
+        differing = sorted(set(names) ^ set(saved)) or names
+        raise bad_value(
+            "target_modules",
+            differing[0],
+            f"the checkpoint grows {len(saved)} modules and this model {len(names)}, and they differ in "
+            f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
+        )
 
     def _pair_tensors(self, module: TargetModule) -> dict[str, Tensor]:
         """Return the pair of `module` if the plain adapter would not give it back bit for bit."""
