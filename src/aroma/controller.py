@@ -80,8 +80,8 @@ class AromaController:
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
-        _check_optimizer(optimizer, layers, adapter_name)
         self.modules = [TargetModule(name, index, layer) for index, (name, layer) in enumerate(layers.items())]
+        self._check_optimizer()
         self._measure_weights()
         self.global_step = 0
         self.inner_step = 0
@@ -216,7 +216,8 @@ class AromaController:
         """Restore what `state_dict()` returned, onto the adapter loaded from the same checkpoint.
 
         Raises:
-            ConfigError: The checkpoint has another configuration or other modules; every difference is named.
+            ConfigError: The checkpoint has another configuration or other modules; every difference is named. Or the
+                optimizer does not hold the pair of a module that trained then.
         """
         state, tensors = exported["state"], exported["tensors"]
         self.config.check_resumable(state["config"])
@@ -232,6 +233,7 @@ class AromaController:
             for name in ("converged", "inner_value", "outer_value", "weight_norm"):
                 setattr(module, name, entry[name])
             self._restore_pair(module, entry["rank"], entry["frozen"], tensors)
+        self._check_optimizer()
         self._snapshot = PairSnapshot.restore(state["snapshot_norms"], tensors, self._pairs(self._active()))
         self._stale = False
 
@@ -305,6 +307,18 @@ class AromaController:
         generator = component_generator(self._seed, self.outer_number, module.index, "reset")
         for parameter in (a, b):
             reset_state(self.optimizer, parameter, self.config.reset, self.config.prune_ratio, generator)
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer without the pair of a module that trains."""
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        for module in self._active():
+            if not all(id(parameter) in held for parameter in module.layer.pair(self.adapter_name)):
+                raise bad_value(
+                    "optimizer",
+                    type(self.optimizer).__name__,
+                    f"it does not hold the trainable pair of {module.name!r}, so that module would never learn; make "
+                    "the optimizer after get_peft_model, over every parameter that requires a gradient",
+                )
 
     def _check_optimizer_state(self) -> None:
         """Refuse an optimizer whose state cannot be reset now that it has some, not at the end of the inner loop."""
@@ -471,15 +485,3 @@ def _find_config(model: nn.Module, adapter_name: str) -> AromaConfig:
             config: AromaConfig = configs[adapter_name]
             return config
     raise bad_value("adapter_name", adapter_name, "the model has growing layers of that name but no AromaConfig")
-
-
-def _check_optimizer(optimizer: Any, layers: dict[str, AromaLinear], adapter_name: str) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, layer in layers.items():
-        if not all(id(parameter) in held for parameter in layer.pair(adapter_name)):
-            raise bad_value(
-                "optimizer",
-                type(optimizer).__name__,
-                f"it does not hold the trainable pair of {name!r}, so that module would never learn; make the "
-                "optimizer after get_peft_model, over every parameter that requires a gradient",
-            )

@@ -22,12 +22,14 @@ RESET_KINDS = ("prune", "zero", "none")
 _MOMENTS = frozenset(
     {
         *("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),  # torch Adam, AdamW
-        *("momentum_buffer", "square_avg", "grad_avg", "sum"),  # torch SGD, RMSprop, Adagrad
+        *("momentum_buffer", "square_avg", "sum"),  # torch SGD, RMSprop, Adagrad
         *("row_var", "col_var", "variance"),  # torch Adafactor
         *("exp_avg_sq_row", "exp_avg_sq_col"),  # transformers Adafactor
         *("state1", "state2"),  # bitsandbytes
     }
 )
+"""Centered RMSprop's `grad_avg` is missing on purpose: pruned apart from `square_avg`, their difference, a variance,
+would turn negative."""
 
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. The qmap is shared by all parameters: never written."""

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, optimization
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
@@ -18,6 +19,10 @@ from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .rewarmup import Rewarmup
+
+# GreedyLR is younger than the oldest transformers that will do.
+_METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
+"""Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
 
 
 class AromaCallback(TrainerCallback, ExportableState):
@@ -90,12 +95,10 @@ class AromaCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
     ) -> None:
         """Scale the learning rate by the re-warm-up."""
-        controller = self._running()
-        if controller.finished and self.early_stop:
-            # Only on resume from the last checkpoint of a finished run, where the Trainer takes a step before it asks
-            # whether to stop: without gradients it changes nothing.
+        if self._is_over(state, state.global_step):
+            # Without gradients the step changes nothing.
             optimizer.zero_grad(set_to_none=True)
-        self._rewarmup.begin(optimizer, controller.lr_factor)
+        self._rewarmup.begin(optimizer, self._running().lr_factor)
 
     def on_optimizer_step(
         self,
@@ -107,8 +110,8 @@ class AromaCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Give the schedule its learning rate back; the one that was used is the one that is logged."""
-        # The Trainer logs a plateau schedule's rate from the optimizer, later; it goes back in on_step_end.
-        if not isinstance(lr_scheduler, ReduceLROnPlateau):
+        # The Trainer reads the rate of a metric's schedule after this call; there it goes back in on_step_end.
+        if not isinstance(lr_scheduler, _METRIC_SCHEDULES):
             self._rewarmup.end(optimizer, lr_scheduler)
 
     def on_step_end(
@@ -116,6 +119,7 @@ class AromaCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module,
         optimizer: Any,
         lr_scheduler: Any,
         **kwargs: Any,
@@ -123,18 +127,18 @@ class AromaCallback(TrainerCallback, ExportableState):
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
-        if not getattr(optimizer, "step_was_skipped", False):
+        if not (getattr(optimizer, "step_was_skipped", False) or self._is_over(state, state.global_step - 1)):
             controller.step()
         if controller.finished and self.early_stop:
             control.should_training_stop = True
             _finish_as_at_the_last_step(args, control)
-        self._guard_checkpoint(control)
+        self._guard_checkpoint(state, control, model)
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Let no broken component into an epoch's checkpoint."""
-        self._guard_checkpoint(control)
+        """Let nothing broken into an epoch's checkpoint."""
+        self._guard_checkpoint(state, control, model)
 
     def on_log(
         self,
@@ -168,9 +172,14 @@ class AromaCallback(TrainerCallback, ExportableState):
             raise CheckpointError(f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA")
         self.controller.load_state_dict(exported)
 
-    def _guard_checkpoint(self, control: TrainerControl) -> None:
+    def _is_over(self, state: TrainerState, steps_taken: int) -> bool:
+        """Whether the run was over before this step; on resuming such a run the Trainer steps before it stops."""
+        return steps_taken >= state.max_steps or (self.early_stop and self._running().finished)
+
+    def _guard_checkpoint(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         if control.should_save or control.should_evaluate:
             self._running().require_finite()
+            _require_finite_parameters(model, state.global_step)
 
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"
@@ -192,6 +201,18 @@ def trainable_adapter(model: nn.Module) -> str:
         type(model).__name__,
         "it has no trainable AROMA adapter; give the Trainer get_peft_model(model, AromaConfig(...))",
     )
+
+
+def _require_finite_parameters(model: nn.Module, step: int) -> None:
+    """Raise for what trains beside the components, a classification head for one, when it is broken."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()] or [torch.tensor(True)])
+    if not finite.all():
+        name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)
+        raise NonFiniteError(
+            f"{name}: not finite at the save or evaluation of optimizer step {step}. Training stopped, and earlier "
+            "checkpoints are untouched: resume from the last one with a lower learning rate, or look at the data"
+        )
 
 
 def _finish_as_at_the_last_step(args: TrainingArguments, control: TrainerControl) -> None:

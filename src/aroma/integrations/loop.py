@@ -23,10 +23,10 @@ class Attachment:
 
     def __init__(self, controller: AromaController, optimizer: Any, scheduler: Any | None) -> None:
         self.controller = controller
-        self._scheduler = scheduler
         self._rewarmup = Rewarmup()
-        # accelerate wraps the optimizer, and only the real one has hooks.
+        # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
         inner = getattr(optimizer, "optimizer", optimizer)
+        self._scheduler = getattr(scheduler, "scheduler", scheduler)
         self._hooks = [
             inner.register_step_pre_hook(self._before_step),
             inner.register_step_post_hook(self._after_step),

@@ -1,0 +1,422 @@
+"""Reinit & Reset on real optimizers after real steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers.optimization import Adafactor as TransformersAdafactor
+
+from aroma.errors import ConfigError, ResetError
+from aroma.reset import RESET_KINDS, check_resettable, component_generator, fresh_component, reset_state
+
+SHAPES = [(1, 5000), (600, 1), (8, 700), (3, 40)]
+"""Pairs of rank 1, 8 and 3; bitsandbytes keeps 8-bit states from 4096 elements on."""
+
+OPTIMIZERS: dict[str, Callable[[list], Any]] = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9),
+    "Adagrad": torch.optim.Adagrad,
+    "Adafactor": torch.optim.Adafactor,
+    "Adafactor (transformers)": TransformersAdafactor,
+    "Adafactor (transformers, first moment)": lambda p: TransformersAdafactor(
+        p, lr=1e-3, relative_step=False, beta1=0.9
+    ),
+    "AdamW8bit": bitsandbytes.optim.AdamW8bit,
+    "AdamW32bit": bitsandbytes.optim.AdamW32bit,
+    "Lion8bit": bitsandbytes.optim.Lion8bit,
+}
+
+MOMENTS = {  # how many moments each keeps; factors of a factored one count singly
+    "SGD": 0,
+    "SGD momentum": 1,
+    "Adagrad": 1,
+    "Lion8bit": 1,
+    "AdamW amsgrad": 3,
+    "Adafactor (transformers, first moment)": 3,
+}
+
+
+@pytest.fixture(params=list(OPTIMIZERS), ids=str)
+def optimizer_name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def trained(name: str, steps: int = 3) -> tuple[Any, list[nn.Parameter]]:
+    """Return an optimizer after real steps, and its parameters: one of each shape, then a bystander of each."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES * 2]
+    optimizer = OPTIMIZERS[name](params)
+    for _ in range(steps):
+        step(optimizer, params)
+    return optimizer, params
+
+
+def step(optimizer: Any, params: list[nn.Parameter], seed: int | None = None) -> None:
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator) + 0.1
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def snapshot(optimizer: Any, params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [copy.deepcopy(optimizer.state.get(param, {})) for param in params]
+
+
+def assert_same_bits(before: Any, after: Any) -> None:
+    assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+def moments(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every moment by name as the optimizer sees it, i.e. an 8-bit one dequantized by bitsandbytes."""
+    for key, value in state.items():
+        if key in ("step", "RMS") or key.startswith(("qmap", "absmax")):
+            continue
+        if value.dtype == torch.uint8:
+            number = key.removeprefix("state")
+            yield (
+                key,
+                bitsandbytes.functional.dequantize_blockwise(
+                    value, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+                ),
+            )
+        else:
+            yield key, value
+
+
+def reset_first_half(
+    optimizer: Any, params: list[nn.Parameter], kind: str, ratio: float = 0.999, seed: int = 5
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params[: len(SHAPES)]:
+        reset_state(optimizer, param, kind, ratio, generator)
+
+
+# Every optimizer, every kind -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", RESET_KINDS)
+def test_parameters_that_are_not_reset_keep_their_state_bit_for_bit(optimizer_name: str, kind: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    before, values = snapshot(optimizer, params), copy.deepcopy(params)
+    reset_first_half(optimizer, params, kind)
+    after = snapshot(optimizer, params)
+    assert_same_bits(before[len(SHAPES) :], after[len(SHAPES) :])
+    assert_same_bits(values, params)
+    if kind == "none":
+        assert_same_bits(before, after)
+
+
+def test_prune_zeroes_most_entries_and_keeps_the_rest_and_the_step(optimizer_name: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    before = snapshot(optimizer, params)
+    reset_first_half(optimizer, params, "prune", ratio=0.75)
+    for param, old in zip(params[: len(SHAPES)], before, strict=False):
+        state = optimizer.state.get(param, {})
+        assert state.keys() == old.keys()
+        assert_same_bits(old.get("step", 3), state.get("step", 3))
+        old_moments = dict(moments(old))
+        assert len(old_moments) == MOMENTS.get(optimizer_name, 2)
+        for key, moment in moments(state):
+            kept = moment != 0
+            assert_same_bits(old_moments[key][kept], moment[kept])
+            alive = int((old_moments[key] != 0).sum())
+            deviations = (int(kept.sum()) - 0.25 * alive) / math.sqrt(alive * 0.25 * 0.75)
+            assert abs(deviations) < 5, f"{key} of {tuple(param.shape)}: {int(kept.sum())} of {alive} kept"
+
+
+def test_prune_ratios_0_and_1_keep_all_and_nothing(optimizer_name: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    before = snapshot(optimizer, params)
+    reset_first_half(optimizer, params, "prune", ratio=0.0)
+    assert_same_bits(before, snapshot(optimizer, params))
+    reset_first_half(optimizer, params, "prune", ratio=1.0)
+    for param in params[: len(SHAPES)]:
+        assert not any(moment.any() for _, moment in moments(optimizer.state.get(param, {})))
+
+
+def test_prune_is_reproducible_and_follows_the_generator(optimizer_name: str) -> None:
+    states = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(1)
+        optimizer, params = trained(optimizer_name)
+        torch.randn(seed)  # the global generator must not matter
+        reset_first_half(optimizer, params, "prune", 0.5, seed)
+        states.append(snapshot(optimizer, params))
+    assert_same_bits(states[0], states[1])
+    if MOMENTS.get(optimizer_name) != 0:
+        with pytest.raises(AssertionError):
+            assert_same_bits(states[0], states[2])
+
+
+def test_zero_clears_moments_and_step(optimizer_name: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    reset_first_half(optimizer, params, "zero")
+    for param in params[: len(SHAPES)]:
+        state = optimizer.state.get(param, {})
+        assert float(state.get("step", 0)) == 0
+        assert not any(moment.any() for _, moment in moments(state))
+
+
+def test_zero_makes_the_next_steps_those_of_a_new_parameter(optimizer_name: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    reset_first_half(optimizer, params, "zero")
+    count = len(SHAPES)
+    new_params = copy.deepcopy(params[:count])
+    new_optimizer = OPTIMIZERS[optimizer_name](new_params)
+    before = copy.deepcopy(params[:count])
+    for seed in (3, 4):
+        step(optimizer, params[:count], seed)
+        step(new_optimizer, new_params, seed)
+    for old, param, new in zip(before, params, new_params, strict=False):
+        assert not torch.equal(old, param)
+        assert_close(param, new, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", RESET_KINDS)
+def test_training_goes_on_after_a_reset(optimizer_name: str, kind: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    reset_first_half(optimizer, params, kind)
+    before = copy.deepcopy(params)
+    for _ in range(3):
+        step(optimizer, params)
+    for old, param in zip(before, params, strict=True):
+        assert param.isfinite().all()
+        assert not torch.equal(old, param)
+
+
+@pytest.mark.parametrize("kind", RESET_KINDS)
+def test_a_parameter_without_state_has_nothing_to_reset(optimizer_name: str, kind: str) -> None:
+    params = [nn.Parameter(torch.randn(4, 6))]
+    optimizer = OPTIMIZERS[optimizer_name](params)
+    entries = len(optimizer.state)  # Adagrad alone has some from the start
+    reset_state(optimizer, params[0], kind, 0.999, torch.Generator())
+    assert len(optimizer.state) == entries, "an empty entry would end up in checkpoints"
+
+
+def test_a_reloaded_state_is_reset_alike_whatever_the_order_of_its_keys(optimizer_name: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for index, state in saved["state"].items():
+        saved["state"][index] = dict(reversed(state.items()))
+    reloaded = OPTIMIZERS[optimizer_name](params)
+    reloaded.load_state_dict(saved)
+    reset_first_half(optimizer, params, "prune", 0.5)
+    reset_first_half(reloaded, params, "prune", 0.5)
+    for ours, theirs in zip(snapshot(optimizer, params), snapshot(reloaded, params), strict=True):
+        assert_same_bits(dict(moments(ours)), dict(moments(theirs)))
+
+
+def test_the_check_alone_changes_nothing(optimizer_name: str) -> None:
+    optimizer, params = trained(optimizer_name)
+    before = snapshot(optimizer, params)
+    for kind in RESET_KINDS:
+        check_resettable(optimizer, params[0], kind)
+    assert_same_bits(before, snapshot(optimizer, params))
+
+
+# Particular optimizers -----------------------------------------------------------------------------------------------
+
+
+def test_moments_are_pruned_independently() -> None:
+    # The paper's rule; it lets a first moment outlive its second one, which reset="zero" avoids.
+    optimizer, params = trained("AdamW")
+    reset_first_half(optimizer, params, "prune", 0.5)
+    state = optimizer.state[params[0]]
+    differing = (state["exp_avg"] != 0) ^ (state["exp_avg_sq"] != 0)
+    assert 0.4 < float(differing.float().mean()) < 0.6
+
+
+def test_eight_bit_moments_are_pruned_by_code_not_by_a_zero_byte() -> None:
+    optimizer, params = trained("AdamW8bit")
+    state = optimizer.state[params[0]]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    qmaps = [state["qmap1"].clone(), state["qmap2"].clone()]
+    assert qmaps[0][0] != 0, "in the signed map, byte 0 is the most negative value"
+    for kind in ("prune", "zero"):
+        reset_state(optimizer, params[0], kind, 1.0, torch.Generator())
+        assert (qmaps[0][state["state1"].long()] == 0).all()
+        assert (qmaps[1][state["state2"].long()] == 0).all()
+    assert_same_bits(qmaps, [state["qmap1"], state["qmap2"]])  # shared by all parameters
+    assert not state["absmax1"].any()
+    assert not state["absmax2"].any()
+
+
+def test_small_parameters_of_an_eight_bit_optimizer() -> None:
+    optimizer, params = trained("AdamW8bit")
+    state = optimizer.state[params[1]]
+    assert state["state1"].dtype == torch.float32
+    reset_state(optimizer, params[1], "zero", 1.0, torch.Generator())
+    assert not state["state1"].any()
+    assert not state["state2"].any()
+    assert state["step"] == 0
+
+
+def test_an_optimizer_prepared_by_accelerate() -> None:
+    params = [nn.Parameter(torch.randn(3, 40))]
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.AdamW(params))
+    step(optimizer, params)
+    reset_state(optimizer, params[0], "zero", 1.0, torch.Generator())
+    assert not optimizer.state[params[0]]["exp_avg"].any()
+    optimizer.state[params[0]]["z"] = torch.zeros(3, 40)
+    with pytest.raises(ResetError, match="optimizer=AdamW: it keeps state 'z'"):
+        check_resettable(optimizer, params[0], "prune")
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+class Packed(Tensor):
+    """Stands for sharded or packed tensors, whose entries are not where they seem."""
+
+
+class Strange(torch.optim.Optimizer):
+    """Keeps Adam's moments and whatever else it is told to."""
+
+    def __init__(self, params: list, extra: dict[str, Any]) -> None:
+        super().__init__(params, {})
+        for param in params:
+            known = {"step": 7, "exp_avg": torch.ones_like(param), "exp_avg_sq": torch.ones_like(param)}
+            self.state[param] = {**known, **extra}
+
+
+REFUSED = {
+    "an iterate": ({"z": torch.ones(3, 5)}, ["'z'", "shape (3, 5)"]),
+    "an object": ({"projector": object()}, ["'projector'", "type object"]),
+    "another shape": ({"exp_avg": torch.ones(5, 3)}, ["'exp_avg'", "shape (5, 3)", "(3, 5)"]),
+    "two moments in one": ({"exp_avg": torch.ones(2, 3, 5)}, ["'exp_avg'", "shape (2, 3, 5)"]),
+    "a packed moment": ({"exp_avg_sq": torch.ones(3, 5).as_subclass(Packed)}, ["'exp_avg_sq'", "plain tensor"]),
+    "a number for a moment": ({"exp_avg": 1.0}, ["'exp_avg'", "type float"]),
+    "an integer moment": ({"exp_avg": torch.ones(3, 5, dtype=torch.uint8)}, ["'exp_avg'", "torch.uint8"]),
+    "a strange step": ({"step": "seven"}, ["'step'", "type str", "step count"]),
+    "no block scales": (
+        {"state1": torch.ones(3, 5, dtype=torch.uint8), "qmap1": torch.linspace(-1, 1, 256)},
+        ["'state1'", "without block scales"],
+    ),
+    "no zero code": (
+        {
+            "state1": torch.ones(3, 5, dtype=torch.uint8),
+            "qmap1": torch.linspace(0.1, 1, 256),
+            "absmax1": torch.ones(1),
+        },
+        ["'state1'", "no zero"],
+    ),
+    "scales of no moment": ({"absmax1": torch.ones(1)}, ["'absmax1'", "shape (1,)"]),
+}
+
+
+@pytest.mark.parametrize(("extra", "words"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize("kind", ["prune", "zero"])
+def test_strange_state_is_refused_before_anything_is_modified(extra: dict, words: list, kind: str) -> None:
+    param = nn.Parameter(torch.randn(3, 5))
+    optimizer = Strange([param], extra)
+    before = {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in optimizer.state[param].items()
+    }
+    generator = torch.Generator().manual_seed(0)
+    drawn = generator.get_state()
+    with pytest.raises(ResetError) as refusal:
+        reset_state(optimizer, param, kind, 0.999, generator)
+    for word in ["Strange", "reset='none'", "another optimizer", *words]:
+        assert word in str(refusal.value)
+    for key, value in before.items():
+        now = optimizer.state[param][key]
+        assert torch.equal(now, value) if isinstance(value, Tensor) else now is value
+    assert torch.equal(generator.get_state(), drawn)
+    with pytest.raises(ResetError):
+        check_resettable(optimizer, param, kind)
+    reset_state(optimizer, param, "none", 0.999, generator)  # the remedy that the message names
+
+
+def test_a_parameter_that_the_optimizer_does_not_hold_is_refused() -> None:
+    optimizer, _ = trained("AdamW", steps=1)
+    stranger = nn.Parameter(torch.randn(2, 6))
+    with pytest.raises(ResetError, match=r"param=\(2, 6\): .*not held by AdamW"):
+        reset_state(optimizer, stranger, "prune", 0.999, torch.Generator())
+
+
+def test_a_step_count_of_the_whole_group_cannot_be_zeroed_for_one_parameter() -> None:
+    param = nn.Parameter(torch.randn(3, 5))
+    optimizer = Strange([param], {})
+    del optimizer.state[param]["step"]
+    optimizer.param_groups[0]["step"] = 7
+    with pytest.raises(ResetError, match=r"Strange counts steps per parameter group.*reset='prune'"):
+        reset_state(optimizer, param, "zero", 0.999, torch.Generator())
+    assert optimizer.state[param]["exp_avg"].all()
+    reset_state(optimizer, param, "prune", 1.0, torch.Generator())
+    assert not optimizer.state[param]["exp_avg"].any()
+
+
+def test_centered_rmsprop_is_refused_because_pruning_would_make_its_variance_negative() -> None:
+    param = nn.Parameter(torch.randn(3, 5))
+    optimizer = torch.optim.RMSprop([param], centered=True)
+    step(optimizer, [param])
+    with pytest.raises(ResetError, match="optimizer=RMSprop: it keeps state 'grad_avg'"):
+        reset_state(optimizer, param, "prune", 0.999, torch.Generator())
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    optimizer, params = trained("AdamW", steps=1)
+    with pytest.raises(ConfigError, match="reset='half': choose 'prune', 'zero' or 'none'"):
+        reset_state(optimizer, params[0], "half", 0.999, torch.Generator())
+
+
+# Random draws --------------------------------------------------------------------------------------------------------
+
+
+def test_generators_are_the_same_in_every_process_and_release() -> None:
+    assert component_generator(42, 1, 0, "fresh").initial_seed() == 9190238854156502875
+    assert component_generator(2**64 - 1, 10**6, 10**4, "reset").initial_seed() == 7942744762921005877
+
+
+def test_each_argument_makes_another_generator() -> None:
+    arguments = [(0, 1, 0, "fresh"), (1, 1, 0, "fresh"), (0, 2, 0, "fresh"), (0, 1, 1, "fresh"), (0, 1, 0, "reset")]
+    arguments += [(0, 11, 2, "fresh"), (0, 1, 12, "fresh"), (1, 0, 10, "fresh"), (10, 1, 0, "fresh")]
+    seeds = {component_generator(*given).initial_seed() for given in arguments}
+    assert len(seeds) == len(arguments)
+    first_draws = {float(torch.rand((), generator=component_generator(*given))) for given in arguments}
+    assert len(first_draws) == len(arguments)
+
+
+def test_fresh_component_is_torchs_kaiming_uniform() -> None:
+    expected = torch.empty(3, 50)
+    nn.init.kaiming_uniform_(expected, a=math.sqrt(5), generator=component_generator(7, 2, 4, "fresh"))
+    assert_close(fresh_component(7, 2, 4, (3, 50), torch.float32, "cpu"), expected)
+
+
+def test_fresh_component_fills_its_bounds_evenly() -> None:
+    a = fresh_component(0, 1, 0, (8, 10_000)) * 100  # bound 1/√10000
+    assert a.abs().max() <= 1
+    quarters = torch.histc(a, 4, -1, 1) / a.numel()
+    assert_close(quarters, torch.full((4,), 0.25), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_fresh_component_is_the_same_in_every_dtype_but_for_rounding(dtype: torch.dtype) -> None:
+    a = fresh_component(3, 2, 1, (2, 9), dtype, torch.device("cpu"))
+    assert a.dtype == dtype
+    assert torch.equal(a, fresh_component(3, 2, 1, (2, 9), torch.float32, "cpu").to(dtype))
+
+
+def test_fresh_component_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    first = fresh_component(3, 2, 1, (2, 9))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(fresh_component(3, 2, 1, (2, 9)), first)
+    others = [fresh_component(4, 2, 1, (2, 9)), fresh_component(3, 3, 1, (2, 9)), fresh_component(3, 2, 0, (2, 9))]
+    assert not any(torch.equal(other, first) for other in others)

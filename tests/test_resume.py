@@ -1,0 +1,414 @@
+"""Resuming: from any checkpoint, from another folder, after SIGKILL at any moment; always the uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import trainer_runs
+from aroma import AromaCallback, AromaConfig, last_complete_checkpoint
+from aroma.errors import CheckpointError, ConfigError
+from trainer_runs import (
+    METHOD,
+    Run,
+    adapted,
+    assert_same,
+    growth,
+    live,
+    on_disk,
+    read_events,
+    tiny_bert,
+    train,
+    trainer_for,
+)
+
+# Every checkpoint ----------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "as it comes": {},
+    "rank 2, a scale of 3/2": {"method": {"r": 2, "lora_alpha": 3}},
+    "a scale of 3": {"method": {"lora_alpha": 3}},
+    "dropout": {"method": {"lora_dropout": 0.1, "lora_alpha": 3}},
+    "update_change": {"method": {"inner_criterion": "update_change"}},
+    "update_change, rank 2, a scale of 3/2": {
+        "method": {"inner_criterion": "update_change", "r": 2, "lora_alpha": 3},
+    },
+    "zero": {"method": {"reset": "zero", "lora_alpha": 3}},
+    "no reset": {"method": {"reset": "none"}},
+    "ReLoRA": {"method": {"inner_tolerance": None, "outer_tolerance": None, "max_components": 4}},
+    "gradient accumulation": {"training": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}},
+    "cosine, other optimizer": {"training": {"lr_scheduler_type": "cosine", "optim": "adafactor"}},
+    "restored callbacks": {"training": {"restore_callback_states_from_checkpoint": True}},
+    "bfloat16 pairs": {"training": {"bf16": True}, "method": {"lora_alpha": 3}},
+}
+
+
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS.keys())
+def test_resumed_equals_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = Run(**{"steps": 24, **changes})
+    run.training = {"save_steps": 2, **run.training}
+    whole = live(train(tmp_path / "whole", run))
+    second = outer_steps(tmp_path / "whole")[1]
+    # In the first inner loop, at an outer step, and in a later inner loop, after its first check.
+    for step in (2, second, second + 4):
+        assert_resumes(tmp_path, run, step, whole)
+
+
+def test_resumed_from_every_single_step(tmp_path: Path) -> None:
+    run = Run(steps=16, method={"lora_alpha": 3}, training={"save_steps": 1})
+    whole = live(train(tmp_path / "whole", run))
+    assert len(outer_steps(tmp_path / "whole")) == 2
+    assert "frozen" in {summary.state for summary in whole["summary"]}
+    for step in range(1, 16):
+        assert_resumes(tmp_path, run, step, whole)
+
+
+def outer_steps(out: Path) -> list[int]:
+    return sorted({event["step"] for event in read_events(out / "events.jsonl") if event["kind"] == "merged"})
+
+
+def assert_resumes(tmp_path: Path, run: Run, step: int, whole: dict[str, Any]) -> None:
+    out = copy_until(tmp_path, step)
+    resumed = train(out, run, str(out / f"checkpoint-{step}"))
+    assert resumed.state.global_step == run.steps
+    assert_same(live(resumed), whole, f"from step {step}")
+    if not run.training.get("restore_callback_states_from_checkpoint"):  # the Trainer makes a new callback then
+        events = [read_events(folder / "events.jsonl") for folder in (out, tmp_path / "whole")]
+        assert_same(*events, f"events from step {step}")
+    last = f"checkpoint-{run.steps}"
+    assert_same(on_disk(out / last), on_disk(tmp_path / "whole" / last), f"{last} from step {step}")
+
+
+def copy_until(tmp_path: Path, step: int) -> Path:
+    """Copy the events and one checkpoint into a folder of their own."""
+    out = tmp_path / f"from-{step}"
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    shutil.copy(tmp_path / "whole" / "events.jsonl", out)
+    return out
+
+
+def test_a_moved_run_resumes_without_the_original(tmp_path: Path) -> None:
+    training = {
+        "save_steps": 7,
+        "eval_steps": 7,
+        "eval_strategy": "steps",
+        "load_best_model_at_end": True,
+    }
+    run = Run(steps=28, training=training)
+    whole = train(tmp_path / "whole", run)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "whole", moved)
+    shutil.rmtree(moved / "checkpoint-28")
+    expected, expected_best = live(whole), Path(whole.state.best_model_checkpoint).name
+    shutil.rmtree(tmp_path / "whole")
+    resumed = train(moved, run, str(moved / "checkpoint-14"))
+    assert resumed.state.best_model_checkpoint == str(moved / expected_best)
+    assert_same(live(resumed), expected)
+
+
+def test_the_seed_of_the_components_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    trainers = []
+    for seed, resume in ((11, None), (12, str(tmp_path / "checkpoint-7"))):
+        base = tiny_bert()
+        torch.manual_seed(seed)
+        model = adapted(base, component_seed=None)
+        trainer = trainer_for(model, tmp_path, AromaCallback(), save_steps=7, max_steps=20)
+        trainer.train(resume_from_checkpoint=resume)
+        trainers.append(trainer)
+    assert growth(trainers[1]).controller.config.component_seed == 11
+    assert_same(*map(live, trainers))
+
+
+def test_resuming_in_the_same_process_and_model(tmp_path: Path) -> None:
+    run = Run(steps=28, training={"save_steps": 7})
+    trainer = train(tmp_path, run)
+    whole = live(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
+    assert_same(live(trainer), whole)
+
+
+# A run that is over --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset_callbacks", [False, True])
+def test_resuming_a_run_that_stopped_early_changes_nothing(tmp_path: Path, reset_callbacks: bool) -> None:
+    run = Run(
+        method={"max_components": 2},
+        training={"restore_callback_states_from_checkpoint": reset_callbacks, "weight_decay": 0.1},
+    )
+    whole = live_at_the_end(train(tmp_path, run))
+    end = whole["controller"]["state"]["global_step"]
+    assert end < run.steps
+    resumed = train(tmp_path, run, last_complete_checkpoint(tmp_path))
+    after = live_at_the_end(resumed)
+    assert_same(after, whole)
+    assert not torch.equal(
+        after["weights"]["base_model.model.classifier.modules_to_save.default.weight"],
+        after["weights"]["base_model.model.classifier.original_module.weight"],
+    ), "the head is to have learned"
+
+
+def test_resuming_a_run_at_its_last_step_changes_nothing(tmp_path: Path) -> None:
+    run = Run(steps=13, training={"weight_decay": 0.1})
+    whole = live_at_the_end(train(tmp_path, run))
+    resumed = train(tmp_path, run, str(tmp_path / "checkpoint-13"))
+    assert_same(live_at_the_end(resumed), whole)
+
+
+def live_at_the_end(trainer: Any) -> dict[str, Any]:
+    """As `live`, without what counts the step that the Trainer takes before it asks whether to stop."""
+    return {key: value for key, value in live(trainer).items() if key not in ("schedule", "log", "optimizer")} | {
+        "optimizer": trainer.optimizer.state_dict()["state"]
+    }
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the midst of outer step 2."""
+    out = tmp_path_factory.mktemp("run")
+    train(out, Run(steps=6, training={"save_steps": 6}))
+    return out / "checkpoint-6"
+
+
+def resume(folder: Path, model: Any = None, **training: Any) -> None:
+    trainer_for(model or adapted(), folder.parent, AromaCallback(), **{"max_steps": 8, **training}).train(
+        resume_from_checkpoint=str(folder)
+    )
+
+
+def test_another_configuration_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resume(checkpoint, adapted(outer_tolerance=0.5, reset="zero", component_seed=6))
+    message = str(caught.value)
+    for part in (
+        "outer_tolerance=0.5 (checkpoint: 0.045)",
+        "reset='zero' (checkpoint: 'prune')",
+        "component_seed=6 (checkpoint: 5)",
+        "new run",
+    ):
+        assert part in message
+    assert "inner_tolerance" not in message
+
+
+@pytest.mark.parametrize("field", [{"r": 2}, {"lora_alpha": 8}, {"lora_dropout": 0.5}, {"max_inner_steps": 9}])
+def test_every_field_of_the_method_is_compared(checkpoint: Path, field: dict[str, Any]) -> None:
+    (name,) = field
+    with pytest.raises(ConfigError, match=rf"{name}={field[name]} \(checkpoint: "):
+        resume(checkpoint, adapted(**field))
+
+
+def test_other_targets_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="target_modules="):
+        resume(checkpoint, adapted(target_modules=["query"]))
+
+
+def test_more_targets_are_refused(tmp_path: Path) -> None:
+    # By torch: the Trainer loads the optimizer before it asks a callback.
+    train(tmp_path, Run(steps=4, method={"exclude_modules": ["pooler.dense"]}))
+    with pytest.raises(ValueError, match="parameter group that doesn't match"):
+        resume(tmp_path / "checkpoint-4")
+
+
+def test_a_checkpoint_of_a_plain_lora_run_is_refused(tmp_path: Path) -> None:
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=1)
+    trainer_for(get_peft_model(tiny_bert(), lora), tmp_path, max_steps=4).train()
+    with pytest.raises(CheckpointError, match=r"has no state of AromaCallback.*new run"):
+        resume(tmp_path / "checkpoint-4")
+
+
+def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="trained without its controller"):
+        trainer_for(adapted(), tmp_path, max_steps=4).train()
+    with pytest.raises(CheckpointError, match="has no state of AromaCallback"):
+        resume(tmp_path / "checkpoint-4")
+
+
+def edited(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+
+
+def edit_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "trainer_state.json"
+    state = json.loads(path.read_text())
+    change(state["stateful_callbacks"]["AromaCallback"]["attributes"]["controller_state"])
+    path.write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda packed: packed["state"].update(inner_step=1),
+        lambda packed: packed["state"]["modules"][0].update(rank=0),
+        lambda packed: packed["state"]["modules"].reverse(),
+        lambda packed: packed.update(tensors=""),
+        lambda packed: packed.update(tensors=packed["tensors"][:-8]),
+    ],
+    ids=["inner_step", "rank", "order", "no tensors", "truncated tensors"],
+)
+def test_an_edited_trainer_state_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    train(tmp_path, Run(steps=6, method={"inner_criterion": "update_change"}, training={"save_steps": 6}))
+    edit_state(tmp_path / "checkpoint-6", change)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json: .*edited"):
+        resume(tmp_path / "checkpoint-6", adapted(inner_criterion="update_change"))
+
+
+def test_an_edited_adapter_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = edited(checkpoint, tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] += 1e-3
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*edited"):
+        resume(folder)
+
+
+# Sudden death --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Processes that have everything imported already, and no thread yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(trainer_runs.__file__).parent))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["trainer_runs"])
+        yield context
+
+
+def go_on(processes: Any, out: Path, run: Run, after: float | None = None) -> int:
+    """Begin or resume `run` in a process of its own; SIGKILL it `after` seconds. Return its exit code."""
+    process = processes.Process(target=trainer_runs.main, args=(str(out), run.json(), "--resume"))
+    process.start()
+    process.join(after)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    assert process.exitcode in (0, -9)
+    return process.exitcode
+
+
+def assert_same_end(out: Path, whole: Path, run: Run) -> None:
+    last = f"checkpoint-{run.steps}"
+    assert_same(on_disk(out / last), on_disk(whole / last))
+    assert_same(read_events(out / "events.jsonl"), read_events(whole / "events.jsonl"))
+
+
+MORTAL = Run(
+    steps=24,
+    method={"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "inner_criterion": "update_change"},
+    training={"save_steps": 3},
+)
+
+
+@pytest.fixture(scope="module")
+def immortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the uninterrupted run."""
+    out = tmp_path_factory.mktemp("immortal")
+    train(out, MORTAL)
+    return out
+
+
+def test_killed_within_saves(processes: Any, tmp_path: Path, immortal: Path) -> None:
+    # The first save, where there is nothing to go back to; the last; and one of every kind in between.
+    moments = {3: "adapter", 6: "vouching", 9: "optimizer", 12: "scheduler", 18: "trainer", 24: "adapter"}
+    for step, moment in moments.items():
+        die_within_the_save(processes, tmp_path, moment, step)
+    assert go_on(processes, tmp_path, MORTAL) == 0
+    assert_same_end(tmp_path, immortal, MORTAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["adapter", "vouching", "optimizer", "scheduler", "trainer"])
+def test_killed_within_every_save(processes: Any, tmp_path: Path, immortal: Path, moment: str) -> None:
+    for step in range(3, 25, 3):
+        die_within_the_save(processes, tmp_path, moment, step)
+    assert go_on(processes, tmp_path, MORTAL) == 0
+    assert_same_end(tmp_path, immortal, MORTAL)
+
+
+def die_within_the_save(processes: Any, out: Path, moment: str, step: int) -> None:
+    assert go_on(processes, out, Run(**{**MORTAL.__dict__, "kill": f"{moment} {step}"})) == -9
+    assert (out / f"checkpoint-{step}").is_dir(), "it is to die within the save"
+    whole = f"checkpoint-{step - 3}"
+    assert last_complete_checkpoint(out) == (str(out / whole) if step > 3 else None)
+
+
+def test_killed_after_random_steps(processes: Any, tmp_path: Path, immortal: Path) -> None:
+    steps = sorted(random.Random(4).sample(range(1, MORTAL.steps + 1), 4))
+    for step in steps:
+        assert go_on(processes, tmp_path, Run(**{**MORTAL.__dict__, "kill": f"step {step}"})) == -9
+    assert go_on(processes, tmp_path, MORTAL) == 0
+    assert_same_end(tmp_path, immortal, MORTAL)
+
+
+def test_killed_at_random_times(processes: Any, tmp_path: Path, immortal: Path) -> None:
+    clock = random.Random(5)
+    killed = kill_until_done(processes, tmp_path, MORTAL, lambda: clock.uniform(0.2, 1.2), at_most=4)
+    assert killed > 0
+    assert_same_end(tmp_path, immortal, MORTAL)
+
+
+def kill_until_done(processes: Any, out: Path, run: Run, patience: Callable[[], float], at_most: int) -> int:
+    """Return how often the run was killed before it came to its end."""
+    for killed in range(at_most):
+        if go_on(processes, out, run, after=patience()) == 0:
+            return killed
+    assert go_on(processes, out, run) == 0
+    return at_most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("changes", [{}, {"r": 1, "inner_criterion": "norm_change", "reset": "zero"}])
+def test_killed_many_times(processes: Any, tmp_path: Path, seed: int, changes: dict[str, Any]) -> None:
+    run = Run(steps=48, method={**MORTAL.method, **changes}, training={"save_steps": 2})
+    train(tmp_path / "whole", run)
+    clock = random.Random(seed)
+    killed = kill_until_done(processes, tmp_path / "mortal", run, lambda: clock.uniform(0.05, 2.0), at_most=25)
+    assert killed > 0
+    assert_same_end(tmp_path / "mortal", tmp_path / "whole", run)
+
+
+@pytest.mark.slow
+def test_a_script_killed_from_outside(tmp_path: Path, immortal: Path) -> None:
+    """The same with fresh processes, as a user's script would be."""
+    command = [sys.executable, trainer_runs.__file__, str(tmp_path), MORTAL.json(), "--resume"]
+    clock = random.Random(6)
+    for _ in range(4):
+        process = subprocess.Popen(command)
+        while not (tmp_path / "checkpoint-3").exists() and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(clock.uniform(0.0, 0.5))
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True)
+    assert_same_end(tmp_path, immortal, MORTAL)
+
+
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    one, other = (live(train(tmp_path / str(s), Run(steps=6, method={"component_seed": s}))) for s in (1, 2))
+    with pytest.raises(AssertionError):
+        assert_same(one, other)
+    assert_same(one, one)
+
+
+def test_the_options_differ_from_the_defaults() -> None:
+    known = AromaConfig().__dict__
+    assert all(name in known for changes in OPTIONS.values() for name in changes.get("method", {}))
+    assert set(METHOD) <= set(known)
