@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .criteria import cross_term, difference_norm_squared, merged_norm_squared, product_norm_squared
+from .criteria import (
+    cross_term,
+    difference_norm_squared,
+    inner_product,
+    merged_norm_squared,
+    product_norm_squared,
+)
 
 Pair = tuple[Tensor, Tensor]
 """A component b (m, r), a (r, n)."""
@@ -112,14 +118,9 @@ def grown_norms(
     """
     squares = []
     for weight, (B, A), (b, a), norm in zip(weights, updates, added, norms, strict=True):
-        cross = cross_term(weight(), b, a) + _inner_product(B, A, b, a)
+        cross = cross_term(weight(), b, a) + inner_product(B, A, b, a)
         squares.append((norm**2 + 2 * cross + product_norm_squared(b, a)).clamp_min(0).sqrt())
     return _to_host(squares)
-
-
-def _inner_product(B: Tensor, A: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    """Return the scalar ⟨B A, b a⟩ = ⟨Bᵀ b, A aᵀ⟩."""
-    return torch.sum((B.mT @ b).double() * (A @ a.mT).double())
 
 
 def _norm_and_change(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> Tensor:

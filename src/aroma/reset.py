@@ -22,14 +22,12 @@ RESET_KINDS = ("prune", "zero", "none")
 _MOMENTS = frozenset(
     {
         *("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),  # torch Adam, AdamW
-        *("momentum_buffer", "square_avg", "sum"),  # torch SGD, RMSprop, Adagrad
+        *("momentum_buffer", "square_avg", "grad_avg", "sum"),  # torch SGD, RMSprop, Adagrad
         *("row_var", "col_var", "variance"),  # torch Adafactor
         *("exp_avg_sq_row", "exp_avg_sq_col"),  # transformers Adafactor
         *("state1", "state2"),  # bitsandbytes
     }
 )
-"""Centered RMSprop's `grad_avg` is missing on purpose: pruned apart from `square_avg`, their difference, a variance,
-would turn negative."""
 
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. The qmap is shared by all parameters: never written."""
@@ -93,13 +91,13 @@ def fresh_component(
 def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, generator: torch.Generator) -> None:
     """Reset the optimizer state of one parameter after its component was merged, in place.
 
-    `"prune"` (section 3.2 of the paper) zeroes a random share of the entries of every moment, drawn for each moment
-    anew, and keeps the step count. `"zero"` zeroes the moments and the step count, as if the parameter were new.
+    `"prune"` (section 3.2 of the paper) zeroes a random share of the entries of the moments, the same entries in each,
+    and keeps the step count. `"zero"` zeroes the moments and the step count, as if the parameter were new.
     `"none"` leaves everything as it is. A parameter without state yet has nothing to reset.
 
     Args:
-        optimizer: torch's Adam, AdamW, SGD, RMSprop, Adagrad or Adafactor, transformers' Adafactor, or a bitsandbytes
-            optimizer of 32 or 8 bits; wrapped by accelerate or not.
+        optimizer: torch's Adam, AdamW, SGD, RMSprop (not centered), Adagrad or Adafactor, transformers' Adafactor, or
+            a bitsandbytes optimizer of 32 or 8 bits; wrapped by accelerate or not.
         param: The parameter, as the optimizer holds it.
         kind: `"prune"`, `"zero"` or `"none"`.
         prune_ratio: Share of entries that `"prune"` zeroes, in [0, 1].
@@ -111,8 +109,7 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
     """
     moments = _resettable_moments(optimizer, param, kind)
     if kind == "prune":
-        for moment in moments:
-            _prune(moment, prune_ratio, generator)
+        _prune(moments, prune_ratio, generator)
     elif kind == "zero":
         for moment in moments:
             _clear(moment)
@@ -188,9 +185,15 @@ def _read_quantized(optimizer: Any, state: Mapping[str, Any], key: str) -> _Mome
     return _Moment(state[key], int(codes[0]), absmax)
 
 
-def _prune(moment: _Moment, ratio: float, generator: torch.Generator) -> None:
-    chosen = torch.rand(moment.values.shape, generator=generator) < ratio
-    moment.values.masked_fill_(chosen.to(moment.values.device), moment.zero)
+def _prune(moments: list[_Moment], ratio: float, generator: torch.Generator) -> None:
+    # One draw for all moments of a shape. Drawn apart, a first moment would outlive its second one, and Adam, whose
+    # gradient of a is 0 while b is 0, would move that entry by a million times the learning rate.
+    chosen: dict[torch.Size, Tensor] = {}
+    for moment in moments:
+        shape = moment.values.shape
+        if shape not in chosen:
+            chosen[shape] = torch.rand(shape, generator=generator) < ratio
+        moment.values.masked_fill_(chosen[shape].to(moment.values.device), moment.zero)
 
 
 def _clear(moment: _Moment) -> None:

@@ -85,7 +85,8 @@ class AromaConfig(LoraConfig):
         inner_criterion (`str`, *optional*, defaults to `"norm_change"`): `"norm_change"` is equation (5), the relative
             change of the norm; `"update_change"` is the relative norm of the change.
         reset (`str`, *optional*, defaults to `"prune"`): What happens to the optimizer state of (b, a) after a merge:
-            `"prune"` zeroes a random `prune_ratio` of the moments and keeps the step count (section 3.2), `"zero"`
+            `"prune"` zeroes a random `prune_ratio` of the moments, the same entries in each, and keeps the step count
+            (section 3.2), `"zero"`
             zeroes moments and step count, `"none"` keeps everything (the ablation of Table 4).
         prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
         rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
