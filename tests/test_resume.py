@@ -52,7 +52,11 @@ OPTIONS = {
     "gradient accumulation": {"training": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}},
     "cosine, other optimizer": {"training": {"lr_scheduler_type": "cosine", "optim": "adafactor"}},
     "restored callbacks": {"training": {"restore_callback_states_from_checkpoint": True}},
-    "bfloat16 pairs": {"training": {"bf16": True}, "method": {"lora_alpha": 3}},
+    "bfloat16 autocast": {"training": {"bf16": True}, "method": {"lora_alpha": 3}},
+    "everything awkward": {
+        "method": {"inner_criterion": "update_change", "r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "reset": "zero"},
+        "training": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "optim": "adafactor"},
+    },
 }
 
 

@@ -56,6 +56,8 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     """Changes to the TrainingArguments."""
     early_stop: bool = True
+    half: bool = False
+    """Base model and pairs in bfloat16."""
     kill: str = ""
     """Where the process kills itself: '<moment> <step>'; see `die_at`."""
 
@@ -87,8 +89,10 @@ def tiny_bert(seed: int = 1, **changes: Any) -> BertForSequenceClassification:
     return model
 
 
-def adapted(model: nn.Module | None = None, **changes: Any) -> Any:
-    return get_peft_model(model or tiny_bert(), AromaConfig(task_type="SEQ_CLS", **{**METHOD, **changes}))
+def adapted(model: nn.Module | None = None, half: bool = False, **changes: Any) -> Any:
+    model = model or tiny_bert()
+    config = AromaConfig(task_type="SEQ_CLS", **{**METHOD, **changes})
+    return get_peft_model(model.bfloat16() if half else model, config, autocast_adapter_dtype=not half)
 
 
 def examples(count: int = 80, seed: int = 2) -> list[dict[str, Tensor]]:
@@ -176,7 +180,7 @@ def train(out: Path | str, run: Run, resume: str | None = None, callbacks: tuple
     Path(out).mkdir(parents=True, exist_ok=True)
     keep_events(events, int(resume.rsplit("-", 1)[1]) if resume else 0)
     trainer = trainer_for(
-        adapted(**run.method),
+        adapted(half=run.half, **run.method),
         out,
         AromaCallback(early_stop=run.early_stop, on_event=partial(append_event, events)),
         *callbacks,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, bad_value
-from .files import file_digest, read_json, read_tensors
-from .tuner.state import STATE_FILE, WEIGHT_FILES, read_state
+from .files import read_json
+from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state, require_files
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -34,6 +34,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
         written = sorted(Path(staging).iterdir(), key=lambda file: file.name == STATE_FILE)
         for file in written:
             os.replace(file, target / file.name)
+        if not any(file.name == STATE_TENSORS_FILE for file in written):
+            (target / STATE_TENSORS_FILE).unlink(missing_ok=True)
 
 
 def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -51,17 +53,7 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     state = read_state(path)
     if not any((path / name).exists() for name in WEIGHT_FILES):
         raise CheckpointError(f"{path / WEIGHT_FILES[0]}: the file is missing; use another checkpoint")
-    for name, digest in state["files"].items():
-        file = path / name
-        if file.suffix == ".safetensors":
-            read_tensors(file)
-        if not file.exists() or file_digest(file) != digest:
-            raise bad_value(
-                f"{file}: sha256",
-                file_digest(file) if file.exists() else None,
-                f"{STATE_FILE} expects {digest}; edited, or a save was interrupted; use another checkpoint",
-                CheckpointError,
-            )
+    require_files(path, state)
     return state
 
 
@@ -76,7 +68,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         return None
     found = [(int(match[1]), entry) for entry in root.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))]
     for _, entry in sorted(found, reverse=True):
-        if _is_complete(entry):
+        if entry.is_dir() and _is_complete(entry):
             return str(entry)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -51,6 +52,9 @@ _PLAIN_LORA_ONLY: dict[str, tuple[Any, str]] = {
     "trainable_token_indices": (None, "train token embeddings with a LoraConfig instead"),
 }
 """LoraConfig fields that AROMA does not support: their only allowed value, and why."""
+
+_INITIALISERS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_qalora", "megatron_config")
+"""Further LoraConfig fields that ask for another method, and would be ignored in silence."""
 
 
 @dataclass
@@ -148,9 +152,8 @@ class AromaConfig(LoraConfig):
 
     def _check_component(self) -> None:
         _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
-        if not self.lora_alpha > 0:
-            raise bad_value("lora_alpha", self.lora_alpha, "the scale lora_alpha / r must be positive; try 4")
-        if not 0 <= self.lora_dropout < 1:
+        _require_positive("lora_alpha", self.lora_alpha, "the scale lora_alpha / r is a positive number; try 4")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise bad_value("lora_dropout", self.lora_dropout, "give a probability in [0, 1)")
         if self.component_seed is not None:
             _require_int("component_seed", self.component_seed, 0, "give a non-negative seed, or None")
@@ -158,8 +161,8 @@ class AromaConfig(LoraConfig):
     def _check_loops(self) -> None:
         for name in ("inner_tolerance", "outer_tolerance"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise bad_value(name, value, "a tolerance is positive; None switches the check off")
+            if value is not None:
+                _require_positive(name, value, "a tolerance is a positive number; None switches the check off")
         _require_int(
             "inner_check_interval", self.inner_check_interval, 1, "checks are at least one step apart; try 10"
         )
@@ -189,7 +192,7 @@ class AromaConfig(LoraConfig):
     def _check_reset(self) -> None:
         if self.reset not in ("prune", "zero", "none"):
             raise bad_value("reset", self.reset, "choose 'prune', 'zero' or 'none'")
-        if not 0 <= self.prune_ratio <= 1:
+        if not _is_number(self.prune_ratio) or not 0 <= self.prune_ratio <= 1:
             raise bad_value("prune_ratio", self.prune_ratio, "give the share of entries to zero, in [0, 1]")
         _require_int("rewarmup_steps", self.rewarmup_steps, 0, "give 0 for no re-warm-up, or a number of steps")
 
@@ -201,9 +204,10 @@ class AromaConfig(LoraConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name):
                 raise bad_value(name, getattr(self, name), "AROMA finds the ranks; use max_components to bound them")
-        for item in fields(self):
-            if item.metadata.get("is_lora_variant") and getattr(self, item.name):
-                raise bad_value(item.name, getattr(self, item.name), "LoRA variants cannot grow; leave it unset")
+        variants = [item.name for item in fields(self) if item.metadata.get("is_lora_variant")]
+        for name in (*variants, *_INITIALISERS):
+            if getattr(self, name):
+                raise bad_value(name, getattr(self, name), "LoRA variants cannot grow; leave it unset")
 
     @property
     def scale(self) -> float:
@@ -277,6 +281,16 @@ class AromaConfig(LoraConfig):
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
         write_adapter_state(save_directory, self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require_positive(name: str, value: Any, remedy: str) -> None:
+    # Finite, too: infinity is no JSON, so the first save would fail.
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise bad_value(name, value, remedy)
 
 
 def _require_int(name: str, value: object, minimum: int, remedy: str) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.utils.integrations import dequantize_module_weight
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 
 CHUNK = 8
 """Finished components are stored in chunks of so many rows, so that a compiled graph survives many growths."""
@@ -139,6 +140,7 @@ class AromaLinear(LoraLinear):
         if "lora_finished" not in self._modules:
             self.lora_finished = nn.ModuleDict()
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
+        self._frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     # The pair and what is known of it -------------------------------------------------------------------------------
@@ -209,10 +211,11 @@ class AromaLinear(LoraLinear):
     def weight_matrix(self) -> Tensor:
         """Return W0 as (m, n); a view where the base layer is not quantised, else one dequantised copy."""
         base = self.get_base_layer()
-        weight = base.weight if base.weight.is_floating_point() and not hasattr(base.weight, "quant_state") else None
-        if weight is None:
-            weight = dequantize_module_weight(base)
-        return weight.detach().T if self.fan_in_fan_out else weight.detach()
+        weight = base.weight.detach()
+        if _is_quantised(base.weight):
+            # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
+            weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
+        return weight.T if self.fan_in_fan_out else weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW = B A + s b a in the layout of the base weight, computed in float32 at least."""
@@ -221,21 +224,38 @@ class AromaLinear(LoraLinear):
         delta = B.to(precise) @ A.to(precise)
         return delta.T if self.fan_in_fan_out else delta
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active and trainable, as PEFT does, but for pairs that are frozen for good."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for adapter_name in self._frozen_adapters & set(self.lora_A):
+            for parameter in self.pair(adapter_name):
+                parameter.requires_grad_(False)
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into the base weight, adding in float32 so that a small update survives the rounding once only.
+        """Merge into the base weight, adding in float32 so that a weight of lower precision is rounded once.
 
         Raises:
             ConfigError: The base layer is quantised and cannot be merged in place.
+            NonFiniteError: With `safe_merge`, the merged weight is NaN or infinite; the base weight is left as it was.
         """
-        if not self.get_base_layer().weight.is_floating_point() or hasattr(
-            self.get_base_layer().weight, "quant_state"
-        ):
+        base = self.get_base_layer()
+        if _is_quantised(base.weight):
             raise ConfigError(
-                f"base layer {type(self.get_base_layer()).__name__} is quantised: merging in place would round the "
+                f"base layer {type(base).__name__} is quantised: merging in place would round the "
                 "update away; load the base model in 16 or 32 bits and merge there (aroma export --merged)"
             )
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.lora_A:
+                continue
+            merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
+            if safe_merge and not merged.isfinite().all():
+                raise NonFiniteError(
+                    f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight; nothing was merged into "
+                    "this layer, use an earlier checkpoint"
+                )
+            base.weight.data = merged
+            self.merged_adapters.append(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (…, n) to (…, m); see the class for the equation."""
@@ -265,3 +285,7 @@ class AromaLinear(LoraLinear):
     def __repr__(self) -> str:
         """Mark the layer as ours in a printed model."""
         return nn.Module.__repr__(self).replace("AromaLinear(", "aroma.AromaLinear(", 1)
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None

@@ -114,8 +114,8 @@ def finished_tensors(
             A, B = a.new_zeros(0, layer.in_features), a.new_zeros(layer.out_features, 0)
         elif not A.any() and not B.any():
             A, B = A[:0], B[:, :0]  # the placeholder of an adapter whose ranks are all 0
-        entries[f"{key}.lora_finished.{adapter_name}.A"] = A
-        entries[f"{key}.lora_finished.{adapter_name}.B"] = B
+        entries[f"{key}.lora_finished.{adapter_name}.A"] = A.to(a.dtype)
+        entries[f"{key}.lora_finished.{adapter_name}.B"] = B.to(a.dtype)
         entries[f"{key}.lora_A.{adapter_name}.weight"] = a.detach()
         entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros_like(b)
     return entries

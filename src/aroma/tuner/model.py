@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
+from peft.utils import NoMatchingPeftModuleError
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, bad_value
@@ -45,8 +47,32 @@ class AromaModel(LoraModel):
                 "delete the first, or add the second with inference_mode=True",
             )
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put growing layers into `model`.
+
+        Raises:
+            ConfigError: No module matches `target_modules`, or one of them cannot grow.
+        """
+        wanted = self.peft_config[adapter_name].target_modules
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise bad_value(
+                "target_modules",
+                wanted,
+                f"no module of {type(model).__name__} is left to grow; give names as model.named_modules() lists them "
+                "or their endings, or 'all-linear', and look at exclude_modules and modules_to_save",
+            ) from error
+
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(target, NonDynamicallyQuantizableLinear):
+            raise bad_value(
+                "target_modules",
+                kwargs.get("target_name", ""),
+                "torch.nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it would not "
+                "learn; name it in exclude_modules",
+            )
         is_conv1d = isinstance(target, Conv1D)
         if not (isinstance(target, nn.Linear) or is_conv1d or type(target).__name__ in _QUANTISED_LINEAR):
             raise bad_value(

@@ -82,13 +82,38 @@ def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | No
     """Return the controller's state saved in `folder`, as `AromaController.state_dict()`; None if it had none.
 
     Raises:
-        CheckpointError: The state files are missing or damaged.
+        CheckpointError: The adapter or its state is missing, damaged, or of different moments.
     """
-    state = read_state(folder).get("controller")
-    if state is None:
+    state = read_state(folder)
+    if state.get("controller") is None:
         return None
-    tensors = Path(folder) / STATE_TENSORS_FILE
-    return {"state": state, "tensors": read_tensors(tensors) if tensors.exists() else {}}
+    require_files(folder, state)
+    # An interrupted save may have left tensors of an earlier moment that this state does not name.
+    named = STATE_TENSORS_FILE in state["files"]
+    return {
+        "state": state["controller"],
+        "tensors": read_tensors(Path(folder) / STATE_TENSORS_FILE) if named else {},
+    }
+
+
+def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Check that the files in `folder` are those that `state`, its `aroma_state.json`, was written with.
+
+    Raises:
+        CheckpointError: A file is missing, truncated, edited, or of another moment; it is named.
+    """
+    for name, digest in state["files"].items():
+        file = Path(folder) / name
+        if file.suffix == ".safetensors":
+            read_tensors(file)  # says more clearly that a file is missing or truncated
+        found = file_digest(file) if file.exists() else None
+        if found != digest:
+            raise bad_value(
+                f"{file}: sha256",
+                found,
+                f"{STATE_FILE} expects {digest}; edited, or a save was interrupted; use another checkpoint",
+                CheckpointError,
+            )
 
 
 def pack(exported: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""The command `aroma`.
+
+Importing this package is light: PyTorch and all that stands on it are imported by the command that needs them, so that
+help and wrong arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import AromaError
+from . import demo, evaluate, export, inspect, train
+from .texts import examples
+
+__all__ = ["main"]
+
+_COMMANDS = (demo, train, evaluate, inspect, export)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for an error of the user's, 130 when interrupted.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+    """
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except AromaError as error:
+        if os.environ.get("AROMA_DEBUG") == "1":
+            raise
+        return _report(str(error), code=2)
+    except KeyboardInterrupt:
+        return _report("interrupted; what was saved before is whole", code=130)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="aroma",
+        description="LoRA without choosing ranks: every weight matrix grows its own update and stops by itself.",
+        epilog=examples(
+            "aroma demo",
+            "aroma train examples/recipes/reviews.yaml training.seed=1",
+            "aroma inspect runs/reviews/adapter --plot ranks.png",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"aroma {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _report(message: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), (message, "red")))
+    return code

@@ -1,0 +1,1 @@
+"""Experiments: recipes, data, metrics, runs, figures, and the demo."""

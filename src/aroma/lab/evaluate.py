@@ -1,0 +1,112 @@
+"""A saved adapter against a file of examples, in plain PEFT: what whoever receives the adapter will see."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import bad_value
+from ..export import load_with_adapter
+from .data import load_examples
+from .encode import encode, load_tokenizer
+from .metrics import metrics_of
+from .task import load_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of an evaluation.
+
+    Args:
+        examples: Number of examples, all of the file.
+        metrics: Metrics by name, over all of them.
+    """
+
+    examples: int
+    metrics: dict[str, float]
+
+
+def evaluate_adapter(
+    folder: str | os.PathLike[str],
+    data: str,
+    *,
+    base_model: str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    batch_size: int = 32,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Evaluate an adapter that a recipe trained on all examples of a file.
+
+    Args:
+        folder: The adapter, with its `aroma_task.json`.
+        data: A CSV, TSV, JSONL or Parquet file.
+        base_model: Folder or hub name of the base model; the adapter's own by default.
+        text: Column of the text; the one of the training by default.
+        text_pair: Column of the second text; the one of the training by default.
+        label: Column of the label; the one of the training by default.
+        batch_size: Examples of one forward pass.
+        on_batch: Called after each batch with the examples done and their number.
+
+    Raises:
+        CheckpointError: The adapter is missing or damaged.
+        ConfigError: The base model cannot be loaded.
+        DataError: The file cannot be used.
+    """
+    if batch_size < 1:
+        raise bad_value("batch_size", batch_size, "give 1 or more")
+    task = load_task(folder)
+    given = {"text": text, "text_pair": text_pair, "label": label}
+    columns = replace(task.columns(), **{name: column for name, column in given.items() if column is not None})
+    examples = load_examples("data", data, columns, task.label_names)
+    tokenizer = load_tokenizer(str(folder), task.max_length)
+    try:
+        model = load_with_adapter(folder, base_model)
+    except OSError as error:
+        name = base_model or "named in adapter_config.json"
+        reason = " ".join(str(error).split())
+        raise bad_value("base_model", name, f"cannot be loaded ({reason}); give its folder or hub name") from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    logits = predict_logits(model, encode(examples, tokenizer, task.max_length), tokenizer, batch_size, on_batch)
+    labels = torch.tensor(examples.labels).numpy()
+    return Evaluation(len(examples), metrics_of(task.kind, logits, labels))
+
+
+@torch.no_grad()
+def predict_logits(
+    model: Any, data: Dataset, tokenizer: Any, batch_size: int, on_batch: Callable[[int, int], None]
+) -> NDArray[Any]:
+    """Return a model's logits, shape (examples, outputs), in the order of `data`, in batches padded to their longest.
+
+    Args:
+        model: A sequence classifier; it runs on a GPU if there is one.
+        data: Tokenized examples.
+        tokenizer: Pads the batches.
+        batch_size: Examples of one forward pass.
+        on_batch: Called after each batch with the examples done and their number.
+    """
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorWithPadding
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    batches = DataLoader(
+        data.remove_columns("labels"),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        collate_fn=DataCollatorWithPadding(tokenizer),
+    )
+    logits = []
+    for number, batch in enumerate(batches, start=1):
+        logits.append(model(**batch.to(device)).logits.float().cpu())
+        on_batch(min(number * batch_size, len(data)), len(data))
+    return torch.cat(logits).numpy()

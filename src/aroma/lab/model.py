@@ -1,0 +1,79 @@
+"""A pretrained classifier that grows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import bad_value
+from ..tuner import AromaConfig
+from .specs import AdapterSpec, TrainSpec
+
+
+def adapter_config(adapter: AdapterSpec, training: TrainSpec) -> AromaConfig:
+    """Return the configuration of the adapter of a sequence classifier.
+
+    Raises:
+        ConfigError: A field of `adapter` that cannot work.
+    """
+    chosen = asdict(adapter)
+    if adapter.component_seed is None:
+        chosen["component_seed"] = training.seed
+    return AromaConfig(task_type="SEQ_CLS", **chosen)
+
+
+def load_classifier(name: str, label_names: tuple[str, ...] | None, pad_token_id: int | None) -> Any:
+    """Load a pretrained model in float32 with a fresh classification head, or a regression head of one output.
+
+    Args:
+        name: Hub name or local folder.
+        label_names: Names of the classes by index; None for a regression.
+        pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other one.
+
+    Raises:
+        ConfigError: There is no such model, or it has no sequence-classification head.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if label_names is not None:
+        options = {
+            "num_labels": len(label_names),
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {label: index for index, label in enumerate(label_names)},
+            "problem_type": "single_label_classification",
+        }
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value("model.name", name, f"cannot be loaded as a classifier ({reason}); check the name") from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
+    return model
+
+
+def grow(model: Any, config: AromaConfig) -> Any:
+    """Put a growing adapter into `model`; its head trains with it.
+
+    Raises:
+        ConfigError: No module of the model can grow under `config.target_modules`.
+    """
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
+
+
+def count_trainable(model: Any) -> dict[str, int]:
+    """Return the numbers of trainable parameters: `adapter`, `head`."""
+    counts = {"adapter": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts["adapter" if is_adapter(name) else "head"] += parameter.numel()
+    return counts
+
+
+def is_adapter(parameter_name: str) -> bool:
+    """Whether a trainable parameter belongs to the adapter rather than to the head."""
+    return ".lora_A." in parameter_name or ".lora_B." in parameter_name

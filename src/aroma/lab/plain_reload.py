@@ -1,0 +1,54 @@
+"""A program of its own: base model + adapter in plain PEFT, in a process that cannot import aroma.
+
+Run by path, never imported: `python -P plain_reload.py JOB.json OUT.safetensors`. The job holds `base_model`, `adapter`,
+`num_labels`, `texts`, `max_length`, `batch_size` and `threads`; the output is the tensor `logits`, (texts, num_labels).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+
+class _NoAroma(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname.partition(".")[0] == "aroma":
+            raise ModuleNotFoundError(f"{fullname} is made impossible to import here")
+
+
+def main(job_file: str, out_file: str) -> None:
+    """Predict what the job asks for, and write the logits."""
+    sys.meta_path.insert(0, _NoAroma())
+    try:
+        import aroma  # noqa: F401
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise SystemExit("aroma could be imported, so this proves nothing")
+
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import save_file
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with open(job_file, encoding="utf-8") as stream:
+        job = json.load(stream)
+    torch.set_num_threads(job["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(job["adapter"])
+    base = AutoModelForSequenceClassification.from_pretrained(job["base_model"], num_labels=job["num_labels"])
+    model = PeftModel.from_pretrained(base, job["adapter"]).eval()
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(job["texts"]), job["batch_size"]):
+            texts = job["texts"][start : start + job["batch_size"]]
+            batch = tokenizer(
+                texts, truncation=True, max_length=job["max_length"], padding=True, return_tensors="pt"
+            )
+            logits.append(model(**batch).logits)
+    save_file({"logits": torch.cat(logits)}, out_file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

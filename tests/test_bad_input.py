@@ -1,0 +1,296 @@
+"""Bad input is refused before any training, by an error that names the field, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import EvaConfig, KasaConfig, LoraConfig, get_peft_model
+from torch import nn
+
+from aroma import AromaConfig, AromaController, aroma_layers, attach
+from aroma.errors import AromaError, ConfigError, NonFiniteError
+from aroma.tuner.config import METHOD_FIELDS
+from models import METHOD, adapted, base, batch, grow, set_ranks, train, trainable
+
+# Configuration -------------------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"r": 0}, "r=0", "at least 1"),
+    ({"r": -1}, "r=-1", "at least 1"),
+    ({"r": 1.5}, "r=1.5", "at least 1"),
+    ({"r": True}, "r=True", "at least 1"),
+    ({"lora_alpha": 0}, "lora_alpha=0", "try 4"),
+    ({"lora_alpha": -4}, "lora_alpha=-4", "try 4"),
+    ({"lora_alpha": "4"}, "lora_alpha='4'", "try 4"),
+    ({"lora_alpha": math.nan}, "lora_alpha=nan", "try 4"),
+    ({"lora_dropout": 1.0}, "lora_dropout=1.0", "[0, 1)"),
+    ({"lora_dropout": -0.1}, "lora_dropout=-0.1", "[0, 1)"),
+    ({"lora_dropout": "0.1"}, "lora_dropout='0.1'", "[0, 1)"),
+    ({"inner_tolerance": 0}, "inner_tolerance=0", "None switches"),
+    ({"inner_tolerance": -0.1}, "inner_tolerance=-0.1", "None switches"),
+    ({"inner_tolerance": "1e-1"}, "inner_tolerance='1e-1'", "None switches"),  # what YAML makes of 1e-1
+    ({"outer_tolerance": 0.0}, "outer_tolerance=0.0", "None switches"),
+    ({"outer_tolerance": -1}, "outer_tolerance=-1", "None switches"),
+    ({"outer_tolerance": math.nan}, "outer_tolerance=nan", "None switches"),
+    ({"outer_tolerance": math.inf}, "outer_tolerance=inf", "None switches"),
+    ({"inner_check_interval": 0}, "inner_check_interval=0", "try 10"),
+    ({"inner_check_interval": 2.0}, "inner_check_interval=2.0", "try 10"),
+    ({"max_inner_steps": 0}, "max_inner_steps=0", "at least one optimizer step"),
+    ({"max_inner_steps": 9}, "max_inner_steps=9", "inner_check_interval=10"),
+    ({"min_components": -1}, "min_components=-1", "0 or more"),
+    ({"max_components": 0}, "max_components=0", "1 or more"),
+    ({"min_components": 3, "max_components": 2}, "max_components=2", "min_components=3"),
+    ({"inner_criterion": "norm"}, "inner_criterion='norm'", "'update_change'"),
+    ({"reset": "all"}, "reset='all'", "'prune', 'zero' or 'none'"),
+    ({"prune_ratio": 1.1}, "prune_ratio=1.1", "[0, 1]"),
+    ({"prune_ratio": -0.1}, "prune_ratio=-0.1", "[0, 1]"),
+    ({"prune_ratio": None}, "prune_ratio=None", "[0, 1]"),
+    ({"rewarmup_steps": -1}, "rewarmup_steps=-1", "0 for no re-warm-up"),
+    ({"component_seed": -1}, "component_seed=-1", "non-negative"),
+    ({"component_seed": 0.5}, "component_seed=0.5", "non-negative"),
+    ({"bias": "all"}, "bias='all'", "'none'"),
+    ({"lora_bias": True}, "lora_bias=True", "False"),
+    ({"use_rslora": True}, "use_rslora=True", "lora_alpha / r"),
+    ({"use_dora": True}, "use_dora=True", "plain LoRA"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", "pretrained model"),
+    ({"init_lora_weights": False}, "init_lora_weights=False", "pretrained model"),
+    ({"layer_replication": [(0, 2)]}, "layer_replication=[(0, 2)]", "share"),
+    ({"target_parameters": ["w"]}, "target_parameters=['w']", "Linear and Conv1D"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices=[3]", "LoraConfig"),
+    ({"rank_pattern": {"query": 4}}, "rank_pattern={'query': 4}", "max_components"),
+    ({"alpha_pattern": {"query": 4}}, "alpha_pattern={'query': 4}", "max_components"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1]", "unset"),
+    ({"kasa_config": KasaConfig()}, "kasa_config=KasaConfig(", "unset"),
+    ({"eva_config": EvaConfig()}, "eva_config=EvaConfig(", "unset"),
+    ({"use_qalora": True}, "use_qalora=True", "unset"),
+]
+
+
+@pytest.mark.parametrize(("fields", "named", "remedy"), REFUSED, ids=[named[:40] for _, named, _ in REFUSED])
+def test_a_configuration_that_cannot_work(fields: dict[str, Any], named: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AromaConfig(**fields)
+    assert str(caught.value).startswith(named)
+    assert remedy in str(caught.value)
+
+
+def test_every_field_of_the_method_has_its_refusal() -> None:
+    assert set(METHOD_FIELDS) <= {named.split("=")[0] for _, named, _ in REFUSED}
+
+
+def test_the_bounds_themselves_are_fine() -> None:
+    config = AromaConfig(
+        r=1, lora_alpha=1e-3, max_inner_steps=10, min_components=2, max_components=2, prune_ratio=1, rewarmup_steps=0
+    )
+    assert config.resolve_inner_steps(None) == 10
+
+
+def test_one_line_is_relora() -> None:
+    config = AromaConfig(inner_tolerance=None, outer_tolerance=None, max_components=8)
+    assert config.resolve_inner_steps(800) == 100
+    assert config.resolve_inner_steps(807) == 100
+    assert config.resolve_inner_steps(5) == 1
+
+    model = adapted("bert", inner_tolerance=None, outer_tolerance=None, max_inner_steps=None, max_components=3)
+    events = []
+    growth, _ = grow(model, batch("bert"), 12, on_event=events.append)
+    assert {event.kind for event in events} == {"merged", "frozen", "finished"}
+    assert sorted({event.step for event in events if event.kind == "merged"}) == [4, 8, 12]
+    assert {summary.rank for summary in growth.controller.summary()} == {3}
+    assert growth.finished
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "total_steps", "named", "remedy"),
+    [
+        ({}, 9, "inner_check_interval=10", "run of 9 optimizer steps; lower it or train longer"),
+        ({"max_inner_steps": 40}, 9, "inner_check_interval=10", "run of 9 optimizer steps"),
+        ({}, None, "max_inner_steps=None", "total_steps"),
+        ({"inner_check_interval": 60}, 600, "max_inner_steps=50", "inner_check_interval=60"),
+    ],
+    ids=["interval longer than the run", "although T_in is given", "no total", "derived T_in below the interval"],
+)
+def test_loops_that_cannot_fit_the_run(fields: dict, total_steps: int | None, named: str, remedy: str) -> None:
+    model = get_peft_model(base("bert"), AromaConfig(**fields))
+    with pytest.raises(ConfigError) as caught:
+        AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=total_steps)
+    assert str(caught.value).startswith(named)
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(("total_steps", "inner_steps"), [(10, 50), (599, 50), (612, 51), (1200, 100)])
+def test_the_derived_inner_loop_is_a_twelfth_and_at_least_fifty(total_steps: int, inner_steps: int) -> None:
+    assert AromaConfig().resolve_inner_steps(total_steps) == inner_steps
+
+
+# Targets -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [(["querry"], "{'querry'}"), ("no.*such", "'no.*such'"), ([], "set()")],
+    ids=["names", "expression", "empty"],
+)
+def test_no_matching_targets(targets: Any, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapted("bert", target_modules=targets)
+    assert str(caught.value).startswith(f"target_modules={named}: ")
+    assert "BertForSequenceClassification" in str(caught.value)
+    assert "named_modules" in str(caught.value)
+
+
+def test_everything_excluded() -> None:
+    with pytest.raises(ConfigError, match=r"target_modules=.*query.*exclude_modules"):
+        adapted("bert", target_modules=["query"], exclude_modules=["query"])
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "kind"),
+    [
+        ("bert", "word_embeddings", "Embedding"),
+        ("bert", "LayerNorm", "LayerNorm"),
+        ("bert", "attention", "BertAttention"),
+        ("vit", "projection", "Conv2d"),
+    ],
+)
+def test_an_unsupported_kind_of_layer(name: str, target: str, kind: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapted(name, target_modules=[target])
+    message = str(caught.value)
+    assert message.startswith("target_modules='")
+    assert f".{target}': it is a {kind};" in message
+    assert "exclude_modules" in message
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.out(self.attention(x, x, x)[0])
+        return y
+
+
+def test_a_linear_that_is_never_called() -> None:
+    with pytest.raises(ConfigError, match=r"target_modules='attention\.out_proj'.*exclude_modules"):
+        get_peft_model(Attention(), AromaConfig())
+    model = get_peft_model(Attention(), AromaConfig(exclude_modules=["out_proj"]))
+    assert list(aroma_layers(model)) == ["out"]
+
+
+def test_a_second_growing_adapter() -> None:
+    model = adapted("bert")
+    with pytest.raises(ConfigError, match=r"adapter_name='other'.*'default'.*inference_mode=True"):
+        model.add_adapter("other", AromaConfig(task_type="SEQ_CLS"))
+    growth, _ = grow(model, batch("bert"), 5)  # the first is as it was
+    assert growth.controller.total_rank > 0
+
+
+def test_a_second_adapter_for_inference_is_welcome() -> None:
+    model = adapted("bert")
+    model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", inference_mode=True))
+    growth, _ = grow(model, batch("bert"), 5)
+    assert growth.controller.total_rank > 0
+    layers = aroma_layers(model, "other")
+    assert {layer.rank("other") for layer in layers.values()} == {0}
+
+
+def test_an_adapter_of_another_method() -> None:
+    with pytest.raises(ValueError, match="different peft types"):
+        adapted("bert").add_adapter("other", LoraConfig(target_modules=["query"]))
+
+
+# The controller's partners -------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_growing_adapter() -> None:
+    model = get_peft_model(base("bert"), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ConfigError, match=r"model='PeftModel'.*no AROMA adapter.*get_peft_model\(model, AromaConfig"):
+        attach(model, torch.optim.AdamW(trainable(model)), total_steps=20)
+
+
+def test_an_adapter_of_another_name() -> None:
+    model = adapted("bert")
+    with pytest.raises(ConfigError, match="'other'"):
+        AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=20, adapter_name="other")
+
+
+@pytest.mark.parametrize("held", ["the head", "all but one pair", "made before the adapter"])
+def test_an_optimizer_without_the_pair(held: str) -> None:
+    plain = base("bert")
+    parameters = list(plain.parameters())
+    model = adapted("bert", plain)
+    missing = "bert.encoder.layer.0.attention.self.query"
+    if held == "the head":
+        parameters = [p for name, p in model.named_parameters() if "classifier" in name]
+    if held == "all but one pair":
+        missing = "bert.pooler.dense"
+        pair = {id(p) for p in aroma_layers(model)[missing].pair("default")}
+        parameters = [p for p in trainable(model) if id(p) not in pair]
+    with pytest.raises(ConfigError) as caught:
+        attach(model, torch.optim.SGD(parameters, lr=0.1), total_steps=20)
+    assert "optimizer='SGD'" in str(caught.value)
+    assert missing in str(caught.value)
+    assert "after get_peft_model" in str(caught.value)
+
+
+# NaN and infinity ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("criterion", ["norm_change", "update_change"])
+def test_a_component_that_is_not_finite_at_a_check(value: float, criterion: str) -> None:
+    model, inputs = adapted("bert", inner_criterion=criterion), batch("bert")
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    attach(model, optimizer, total_steps=20)
+    train(model, inputs, optimizer, 1)
+    name = "bert.encoder.layer.1.output.dense"
+    with torch.no_grad():
+        aroma_layers(model)[name].pair("default")[0][3, 0] = value
+    with pytest.raises(NonFiniteError) as caught:
+        train(model, inputs, optimizer, 1)
+    message = str(caught.value)
+    # With a NaN in the forward pass all pairs that got a gradient are lost; the first in module order is named.
+    assert any(message.startswith(module) for module in aroma_layers(model))
+    assert "inner check of optimizer step 2 (outer step 1, inner step 2)" in message
+    assert "learning rate" in message
+
+
+def test_the_module_that_is_not_finite_is_named() -> None:
+    model = adapted("bert")
+    controller = AromaController(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20)
+    set_ranks(model, [0], pair=True)
+    name = "bert.encoder.layer.1.output.dense"
+    with torch.no_grad():
+        aroma_layers(model)[name].pair("default")[0][3, 0] = math.nan
+    controller.step()
+    with pytest.raises(NonFiniteError, match=rf"^{name}: .*norm is nan.*inner check of optimizer step 2 "):
+        controller.step()
+
+
+@pytest.mark.parametrize("method", [{}, {"outer_tolerance": None}], ids=["outer check", "no outer check"])
+def test_a_component_that_is_not_finite_is_never_merged(method: dict[str, Any]) -> None:
+    model = adapted("bert", inner_tolerance=None, **method)
+    controller = AromaController(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20)
+    set_ranks(model, [0], pair=True)
+    with torch.no_grad():
+        aroma_layers(model)["bert.pooler.dense"].pair("default")[1][0, 0] = math.inf
+    for _ in range(METHOD["max_inner_steps"] - 1):
+        controller.step()
+    with pytest.raises(NonFiniteError, match=r"^bert\.pooler\.dense: .*outer check of optimizer step 4 "):
+        controller.step()
+    assert controller.total_rank == 0
+
+
+def test_all_refusals_are_of_one_family() -> None:
+    for kind in (ConfigError, NonFiniteError):
+        assert issubclass(kind, AromaError)
+        assert issubclass(kind, ValueError)

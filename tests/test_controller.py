@@ -1,0 +1,624 @@
+"""The state machine of Algorithm 1, driven by hand: every component is put where the test wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from bitsandbytes.optim import AdamW8bit
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aroma import AromaConfig, AromaController, Event, aroma_layers
+from aroma.errors import ConfigError, NonFiniteError, ResetError
+from aroma.reset import fresh_component
+from models import trainable
+
+M, N = 6, 5
+WEIGHT_NORM = 10.0
+
+METHOD: dict[str, Any] = {
+    "target_modules": ["first", "second", "third"],
+    "inner_check_interval": 1,
+    "inner_tolerance": 0.1,
+    "max_inner_steps": 4,
+    "outer_tolerance": 0.5,
+    "lora_alpha": 1,
+    "rewarmup_steps": 2,
+    "component_seed": 3,
+}
+
+
+class Net(nn.Module):
+    """Three parallel maps of equal shape whose weights have norm 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in METHOD["target_modules"]:
+            layer = nn.Linear(N, M, bias=False, dtype=torch.float64)
+            layer.weight.data *= WEIGHT_NORM / torch.linalg.norm(layer.weight.data)
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: module(x) for name, module in self.named_children()}
+
+
+class Bench:
+    """A controller whose modules are set by hand; its optimizer never steps unless asked."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.model = get_peft_model(Net(), AromaConfig(**{**METHOD, **changes}))
+        self.layers = aroma_layers(self.model)
+        self.optimizer = torch.optim.AdamW(trainable(self.model), lr=0.1)
+        self.controller = AromaController(self.model, self.optimizer, total_steps=100)
+        self.events: list[Event] = []
+        self.controller.subscribe(self.events.append)
+
+    def put(self, *norms: float, turned: bool = False) -> None:
+        """Give the components the norms ‖b a‖; `turned`: another direction, of the same norm."""
+        for layer, norm in zip(self.layers.values(), norms, strict=True):
+            if not layer.is_frozen("default"):
+                b, a = torch.zeros(M, 1).double(), torch.zeros(1, N).double()
+                b[int(turned), 0], a[0, int(turned)] = norm, 1
+                layer.start_pair("default", a, b)
+
+    def step(self, *norms: float, turned: bool = False) -> list[tuple[str, str | None, bool]]:
+        """Take a step after which the components have these norms; return kind, module and label of its events."""
+        self.put(*norms, turned=turned)
+        return [(event.kind, event.module, event.converged) for event in self.controller.step()]
+
+    def labels(self) -> list[bool]:
+        return [module.converged for module in self.controller.modules]
+
+    def ranks(self) -> list[int]:
+        return [layer.finished("default").rank for layer in self.layers.values()]
+
+    def frozen(self) -> list[bool]:
+        return [layer.is_frozen("default") for layer in self.layers.values()]
+
+
+def of_kind(events: list[Event], kind: str) -> list[Event]:
+    return [event for event in events if event.kind == kind]
+
+
+# The inner loop ------------------------------------------------------------------------------------------------------
+
+
+def test_a_label_stays_once_given() -> None:
+    bench = Bench()
+    bench.step(1.0, 1.0, 1.0)
+    bench.step(1.05, 2.0, 2.0)
+    assert bench.labels() == [True, False, False]
+    bench.step(100.0, 4.0, 4.0)
+    assert bench.labels() == [True, False, False]
+    assert [event.value for event in of_kind(bench.events, "checked")][-3:] == pytest.approx(
+        [100 / 1.05 - 1, 1.0, 1.0]
+    )
+
+
+def test_the_first_check_has_nothing_to_compare_with() -> None:
+    bench = Bench()
+    bench.step(1.0, 1.0, 1.0)
+    assert [(event.value, event.converged) for event in bench.events] == [(None, False)] * 3
+
+
+def test_a_component_that_has_not_moved_is_not_converged() -> None:
+    bench = Bench()
+    bench.step(0.0, 1.0, 1.0)
+    bench.step(0.0, 2.0, 2.0)
+    assert bench.events[-3].value is None
+    assert bench.labels() == [False, False, False]
+
+
+def test_the_tolerance_itself_is_not_below_the_tolerance() -> None:
+    bench = Bench(inner_tolerance=0.5)
+    bench.step(1.0, 1.0, 1.0)
+    bench.step(1.5, 1.5 - 1e-9, 1.0)
+    assert bench.labels() == [False, True, True]
+
+
+def test_a_shrinking_component_is_converged() -> None:
+    bench = Bench()
+    bench.step(1.0, 1.0, 1.0)
+    bench.step(0.2, 2.0, 2.0)
+    assert bench.labels() == [True, False, False]
+    assert bench.events[-3].value == pytest.approx(-0.8)
+
+
+@pytest.mark.parametrize(("criterion", "label"), [("norm_change", True), ("update_change", False)])
+def test_the_criteria_differ_where_a_component_turns(criterion: str, label: bool) -> None:
+    bench = Bench(inner_criterion=criterion, max_inner_steps=9)
+    bench.step(1.0, 1.0, 1.0)
+    bench.step(1.0, 1.0, 1.0, turned=True)
+    assert bench.events[3].value == pytest.approx(0.0 if label else 2**0.5)
+    assert of_kind(bench.events, "checked")[3].converged == label
+
+
+def test_checks_fall_on_their_interval_only() -> None:
+    bench = Bench(inner_check_interval=3, max_inner_steps=7)
+    for step in range(1, 7):
+        events = bench.step(*[2.0**step] * 3)
+        assert bool(events) == (step % 3 == 0)
+
+
+def test_all_labels_end_the_inner_loop_before_its_time() -> None:
+    bench = Bench()
+    bench.step(6.0, 6.0, 6.0)
+    bench.step(6.0, 6.0, 9.0)
+    assert bench.controller.inner_step == 2
+    assert bench.step(9.0, 9.0, 9.0) == [
+        *[("checked", name, True) for name in bench.layers],
+        *[("merged", name, True) for name in bench.layers],
+    ]
+    assert (bench.controller.outer_number, bench.controller.inner_step, bench.controller.global_step) == (2, 0, 3)
+    assert bench.labels() == [False, False, False], "a new loop begins without labels"
+
+
+def test_the_longest_inner_loop_ends_after_its_own_check() -> None:
+    bench = Bench()
+    for step in range(1, 4):
+        bench.step(*[2.0**step] * 3)
+    assert bench.step(16.0, 16.0, 16.0) == [
+        *[("checked", name, False) for name in bench.layers],
+        *[("merged", name, False) for name in bench.layers],
+    ]
+    assert {event.inner_step for event in bench.events[-6:]} == {4}
+
+
+def test_frozen_modules_take_no_part_in_the_next_loops() -> None:
+    bench = Bench()
+    bench.put(9.0, 1.0, 9.0)
+    bench.controller.outer_step()
+    assert bench.frozen() == [False, True, False]
+    bench.step(60.0, 0.0, 60.0)
+    assert bench.step(60.0, 0.0, 60.0)[-2:] == [("merged", "first", True), ("merged", "third", True)]
+    assert "second" not in {event.module for event in bench.events if event.outer_step == 2}
+
+
+# The outer check -----------------------------------------------------------------------------------------------------
+
+
+def test_a_component_below_the_tolerance_is_dropped_and_its_module_frozen() -> None:
+    bench = Bench()
+    bench.put(5.0, 5.0 - 1e-9, 20.0)
+    bench.controller.outer_step()
+    assert [(event.kind, event.module, event.rank) for event in bench.events] == [
+        ("merged", "first", 1),
+        ("frozen", "second", 0),
+        ("merged", "third", 1),
+    ]
+    assert [event.value for event in bench.events] == pytest.approx([0.5, 0.5, 2.0])
+    assert bench.controller.active_modules == 2
+    assert bench.controller.total_rank == 2
+    b, a = bench.layers["second"].pair("default")
+    assert not b.any()
+    assert not a.any()
+    assert not b.requires_grad
+    assert not a.requires_grad
+
+
+def test_the_scale_belongs_to_the_update() -> None:
+    bench = Bench(lora_alpha=3)
+    bench.put(5.0 / 3, 1.0, 20.0)
+    bench.controller.outer_step()
+    assert bench.events[0].value == pytest.approx(0.5)
+    assert bench.ranks() == [1, 0, 1]
+
+
+def test_later_outer_checks_compare_with_the_merged_weight() -> None:
+    bench = Bench()
+    for norm in (50.0, 30.0):
+        bench.put(norm, 100.0, 100.0)
+        bench.controller.outer_step()
+    layer = bench.layers["first"]
+    merged = layer.weight_matrix() + layer.finished("default").B[:, :1] @ layer.finished("default").A[:1]
+    assert of_kind(bench.events, "merged")[3].value == pytest.approx(30.0 / float(torch.linalg.norm(merged)))
+
+
+def test_only_the_outputs_of_dropped_modules_change_at_an_outer_step() -> None:
+    bench = Bench()
+    bench.put(9.0, 1.0, 20.0)
+    x = torch.randn(4, N, dtype=torch.float64)
+    before = bench.model(x)
+    bench.controller.outer_step()
+    after = bench.model(x)
+    for name in ("first", "third"):
+        torch.testing.assert_close(after[name], before[name])
+    assert not torch.allclose(after["second"], before["second"])
+    torch.testing.assert_close(after["second"], x @ bench.layers["second"].weight_matrix().T)
+
+
+def test_the_least_components_are_kept_whatever_the_check_says() -> None:
+    bench = Bench(min_components=2)
+    for rank, norm in ((1, 100.0), (2, 300.0)):
+        bench.put(1e-9, 0.0, norm)
+        bench.controller.outer_step()
+        assert bench.ranks() == [rank] * 3
+    bench.put(1e-9, 0.0, 1000.0)
+    bench.controller.outer_step()
+    assert bench.ranks() == [2, 2, 3]
+    assert bench.frozen() == [True, True, False]
+
+
+def test_the_most_components_freeze_a_module() -> None:
+    bench = Bench(max_components=2)
+    bench.put(100.0, 1.0, 100.0)
+    bench.controller.outer_step()
+    bench.events.clear()
+    bench.put(100.0, 0.0, 100.0)
+    bench.controller.outer_step()
+    assert [(event.kind, event.module, event.rank) for event in bench.events] == [
+        ("merged", "first", 2),
+        ("frozen", "first", 2),
+        ("merged", "third", 2),
+        ("frozen", "third", 2),
+        ("finished", None, 4),
+    ]
+    assert bench.controller.finished
+
+
+def test_without_tolerances_it_is_relora() -> None:
+    bench = Bench(inner_tolerance=None, outer_tolerance=None, max_components=4, max_inner_steps=None)
+    assert bench.controller.max_inner_steps == 25
+    for _ in range(100):
+        assert not bench.controller.finished
+        bench.step(0.0, 1e-9, 1.0)
+    assert bench.controller.finished
+    assert bench.ranks() == [4, 4, 4]
+    assert not of_kind(bench.events, "checked")
+    assert sorted({event.step for event in of_kind(bench.events, "merged")}) == [25, 50, 75, 100]
+
+
+def test_the_rank_of_a_component_counts() -> None:
+    bench = Bench(r=2)
+    for layer in bench.layers.values():
+        layer.start_pair("default", torch.randn(2, N).double(), 100 * torch.randn(M, 2).double())
+    bench.controller.outer_step()
+    assert bench.ranks() == [2, 2, 2]
+    assert bench.controller.total_rank == 6
+    assert {event.rank for event in bench.events} == {2}
+
+
+# Merging, and beginning anew -----------------------------------------------------------------------------------------
+
+
+def test_a_kept_module_begins_a_fresh_component() -> None:
+    bench = Bench(reset="zero")
+    train(bench, 3)
+    assert all(state["exp_avg"].any() for state in bench.optimizer.state.values())
+    for parameter in trainable(bench.model):
+        parameter.grad = torch.ones_like(parameter)
+    bench.put(9.0, 9.0, 1.0)
+    bench.controller.outer_step()
+    for index, name in enumerate(("first", "second")):
+        b, a = bench.layers[name].pair("default")
+        assert not b.any()
+        torch.testing.assert_close(a.detach(), fresh_component(3, 2, index, (1, N), torch.float64), rtol=0, atol=0)
+        assert a.grad is None
+        assert b.grad is None
+        for parameter in (a, b):
+            state = bench.optimizer.state[parameter]
+            assert not state["exp_avg"].any()
+            assert not state["exp_avg_sq"].any()
+            assert state["step"] == 0
+    kept = bench.optimizer.state[bench.layers["third"].pair("default")[1]]
+    assert kept["exp_avg"].any(), "the state of a dropped pair is left alone"
+
+
+def train(bench: Bench, steps: int) -> None:
+    """Steps of the optimizer on a made-up loss, which the controller does not see."""
+    x = torch.randn(8, N, dtype=torch.float64)
+    for _ in range(steps):
+        sum(output.square().sum() for output in bench.model(x).values()).backward()
+        bench.optimizer.step()
+        bench.optimizer.zero_grad()
+
+
+def test_an_outer_step_by_hand() -> None:
+    bench = Bench(max_inner_steps=50)
+    bench.step(1.0, 1.0, 1.0)
+    bench.step(6.0, 1.0, 6.0)
+    assert bench.labels() == [False, True, False]
+    events = bench.controller.outer_step()
+    assert [(event.kind, event.step, event.outer_step, event.inner_step) for event in events] == [
+        ("merged", 2, 1, 2),
+        ("frozen", 2, 1, 2),
+        ("merged", 2, 1, 2),
+    ]
+    assert (bench.controller.global_step, bench.controller.inner_step, bench.controller.outer_number) == (2, 0, 2)
+    bench.step(6.0, 0.0, 6.0)
+    assert [event.value for event in bench.events[-2:]] == [None, None], "the loop begins without an earlier check"
+
+
+def test_finished_it_counts_steps_and_does_nothing_more() -> None:
+    bench = Bench()
+    bench.put(0.0, 0.0, 0.0)
+    bench.controller.outer_step()
+    assert bench.controller.finished
+    assert bench.events[-1] == Event("finished", 0, 1, 0, None, None, 0, True)
+    seen = len(bench.events)
+    for _ in range(10):
+        assert bench.controller.step() == []
+        assert bench.controller.lr_factor == 1.0
+    assert bench.controller.global_step == 10
+    assert bench.controller.active_modules == 0
+    assert len(bench.events) == seen
+
+
+def test_the_climb_of_the_rate() -> None:
+    bench = Bench(max_inner_steps=4, inner_tolerance=1e-9)
+    factors = []
+    for step in range(12):
+        factors.append(bench.controller.lr_factor)
+        bench.step(*[100.0 * 2**step] * 3)
+    assert factors == [1, 1, 1, 1, 0, 0.5, 1, 1, 0, 0.5, 1, 1]
+
+
+def test_every_listener_hears_every_event_in_order() -> None:
+    bench, second = Bench(), []
+    bench.step(1.0, 1.0, 1.0)
+    bench.controller.subscribe(second.append)
+    returned = bench.controller.step() + bench.controller.outer_step()
+    assert bench.events[3:] == second == returned
+
+
+def test_the_summary() -> None:
+    bench = Bench(max_inner_steps=50)
+    bench.put(20.0, 1.0, 20.0)
+    bench.controller.outer_step()
+    bench.step(1.0, 0.0, 1.0)
+    bench.step(1.01, 0.0, 3.0, turned=True)
+    first, second, third = bench.controller.summary()
+    assert (first.name, first.rank, first.state) == ("first", 2, "converged")
+    assert (second.name, second.rank, second.effective_rank, second.state) == ("second", 0, 0.0, "frozen")
+    assert (third.name, third.rank, third.state) == ("third", 2, "training")
+    assert (first.inner_value, first.outer_value) == pytest.approx((0.01, 2.0))
+    assert (second.inner_value, second.outer_value) == (None, pytest.approx(0.1))
+    assert 1 < third.effective_rank < 2
+    assert bench.controller.total_rank == 2, "the finished components alone"
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_component_that_is_not_finite_is_named_at_a_check(value: float) -> None:
+    bench = Bench()
+    bench.step(1.0, 1.0, 1.0)
+    bench.put(1.0, value, 1.0)
+    message = r"^second: .*inner check of optimizer step 2 \(outer step 1, inner step 2\)"
+    with pytest.raises(NonFiniteError, match=message):
+        bench.controller.step()
+    with pytest.raises(NonFiniteError, match=r"^second: .*outer check"):
+        bench.controller.outer_step()
+    with pytest.raises(NonFiniteError, match=r"^second: .*save check"):
+        bench.controller.require_finite()
+    assert bench.ranks() == [0, 0, 0], "nothing was merged"
+
+
+def test_an_optimizer_whose_state_is_unknown_is_refused_at_the_first_step() -> None:
+    bench = Bench()
+    optimizer = torch.optim.Rprop(trainable(bench.model))
+    controller = AromaController(bench.model, optimizer, total_steps=100)
+    bench.optimizer = optimizer
+    train(bench, 1)
+    with pytest.raises(ResetError, match=r"optimizer=Rprop: .*'prev' of shape \(6, 1\).*reset='none'.*AdamW"):
+        controller.step()
+
+
+def test_with_no_reset_any_optimizer_will_do() -> None:
+    bench = Bench(reset="none", outer_tolerance=None)
+    bench.optimizer = torch.optim.Rprop(trainable(bench.model))
+    controller = AromaController(bench.model, bench.optimizer, total_steps=100)
+    for _ in range(9):
+        train(bench, 1)
+        controller.step()
+    assert controller.total_rank >= 6
+
+
+def test_an_optimizer_without_a_pair_that_trains_is_refused() -> None:
+    bench = Bench()
+    b, _ = bench.layers["second"].pair("default")
+    optimizer = torch.optim.SGD([parameter for parameter in trainable(bench.model) if parameter is not b])
+    with pytest.raises(ConfigError, match=r"optimizer='SGD': .*'second'"):
+        AromaController(bench.model, optimizer, total_steps=100)
+
+
+def test_an_optimizer_without_a_frozen_pair_will_do_until_it_trains_again() -> None:
+    bench = Bench()
+    earlier = bench.controller.state_dict()
+    bench.put(9.0, 0.0, 9.0)
+    bench.controller.outer_step()
+    optimizer = torch.optim.SGD(trainable(bench.model))
+    controller = AromaController(bench.model, optimizer, total_steps=100)
+    assert controller.active_modules == 2
+    for layer in bench.layers.values():
+        layer.finished("default").pop(layer.finished("default").rank)
+        layer.start_pair("default", torch.zeros(1, N))
+    with pytest.raises(ConfigError, match=r"optimizer='SGD': .*'second'"):
+        controller.load_state_dict(earlier)
+
+
+# Cost ----------------------------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Counts what makes the host wait for the device, and notes the size of the largest tensor that is newly made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.syncs = 0
+        self.largest = 0
+        # tolist reads the memory of a CPU tensor without a call that a dispatch mode could see.
+        really_tolist = Tensor.tolist
+        monkeypatch.setattr(Tensor, "tolist", lambda tensor: self._count(really_tolist(tensor)))
+
+    def _count(self, result: Any) -> Any:
+        self.syncs += 1
+        return result
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.syncs += 1
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors([args, list((kwargs or {}).values())])}
+        made = [tensor for tensor in tensors(result) if tensor.untyped_storage().data_ptr() not in given]
+        self.largest = max([self.largest, *(tensor.numel() for tensor in made)])
+        return result
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors(part)
+
+
+WIDE, SQUARE, COMPONENTS = 1024, 512, 5
+
+
+def wide(**changes: Any) -> tuple[nn.Module, AromaController]:
+    """Modules of two shapes, with some finished components; m n is a hundred times (m + n) R."""
+    net = nn.ModuleDict(
+        {
+            "wide": nn.Linear(SQUARE, WIDE, bias=False),
+            "square": nn.Linear(SQUARE, SQUARE, bias=False),
+            "other": nn.Linear(SQUARE, WIDE, bias=False),
+        }
+    )
+    config = AromaConfig(**{**METHOD, "target_modules": list(net), "outer_tolerance": None, **changes})
+    model = get_peft_model(net, config)
+    controller = AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=100)
+    for _ in range(COMPONENTS):
+        shake(controller)
+        controller.outer_step()
+    shake(controller)
+    return model, controller
+
+
+def shake(controller: AromaController) -> None:
+    for module in controller.modules:
+        for parameter in module.layer.pair("default"):
+            parameter.data += torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("criterion", ["norm_change", "update_change"])
+@pytest.mark.parametrize("r", [1, 4])
+def test_a_check_costs_one_sync_and_no_matrix(monkeypatch: pytest.MonkeyPatch, criterion: str, r: int) -> None:
+    _, controller = wide(inner_criterion=criterion, r=r)
+    controller.step()
+    shake(controller)
+    with Watch(monkeypatch) as watch:
+        events = controller.step()
+    assert [event.kind for event in events] == ["checked"] * 3
+    assert all(event.value is not None for event in events)
+    assert watch.syncs == 1
+    assert watch.largest <= 2 * (2 * WIDE * r), "the two modules of one shape, stacked"
+
+
+def test_a_step_between_checks_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, controller = wide(inner_check_interval=3)
+    controller.step()
+    with Watch(monkeypatch) as watch:
+        assert controller.step() == []
+        assert controller.lr_factor == 1.0
+        assert controller.total_rank == 3 * COMPONENTS
+        assert not controller.finished
+    assert (watch.syncs, watch.largest) == (0, 0)
+
+
+@pytest.mark.parametrize("outer_tolerance", [1e-9, 1e9], ids=["merging", "freezing"])
+def test_an_outer_step_makes_no_matrix(monkeypatch: pytest.MonkeyPatch, outer_tolerance: float) -> None:
+    _, controller = wide(min_components=COMPONENTS, outer_tolerance=outer_tolerance)
+    with Watch(monkeypatch) as watch:
+        controller.outer_step()
+    assert controller.finished == (outer_tolerance > 1)
+    # Blocks of the weight are read in float64.
+    assert watch.largest <= WIDE * SQUARE / 8
+
+
+def test_the_beginning_makes_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, controller = wide()
+    with Watch(monkeypatch) as watch:
+        AromaController(model, controller.optimizer, total_steps=100)
+    assert watch.largest <= WIDE * SQUARE / 8
+
+
+def test_the_watch_sees_a_matrix_and_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(30, 2)
+    with Watch(monkeypatch) as watch:
+        assert float((x @ x.T).sum()) > 0
+        assert (x.sum() == 0).item() is False
+        x.tolist()
+    assert watch.syncs == 3
+    assert watch.largest == 900
+
+
+# Optimizers ----------------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "AdamW": partial(torch.optim.AdamW, lr=0.02),
+    "AdamW, amsgrad": partial(torch.optim.AdamW, lr=0.02, amsgrad=True),
+    "Adam": partial(torch.optim.Adam, lr=0.02),
+    "SGD with momentum": partial(torch.optim.SGD, lr=5.0, momentum=0.9),
+    "SGD": partial(torch.optim.SGD, lr=8.0),
+    "Adafactor of torch": partial(torch.optim.Adafactor, lr=0.5, eps=(None, 0.1)),
+    "Adafactor of transformers": partial(
+        transformers.Adafactor, lr=0.05, relative_step=False, scale_parameter=False, warmup_init=False
+    ),
+    "Adafactor of transformers, with momentum": partial(
+        transformers.Adafactor, lr=0.05, relative_step=False, scale_parameter=False, beta1=0.9
+    ),
+    "AdamW8bit": partial(AdamW8bit, lr=0.02, min_8bit_size=16),
+    "AdamW8bit, in 32 bits": partial(AdamW8bit, lr=0.02),
+}
+
+
+@pytest.mark.parametrize("reset", ["prune", "zero", "none"])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_it_grows_with_every_optimizer(make: Any, reset: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 32, bias=False))
+    goal = [layer.weight.detach() + 0.1 * torch.randn(layer.weight.shape) for layer in net]
+    config = AromaConfig(
+        **{**METHOD, "target_modules": ["0", "1"], "max_inner_steps": 6, "outer_tolerance": None, "reset": reset}
+    )
+    model = get_peft_model(net, config)
+    optimizer = make(trainable(model))
+    controller = AromaController(model, optimizer, total_steps=24)
+    x = torch.randn(64, 64)
+    losses = []
+    for _ in range(24):
+        for group in optimizer.param_groups:
+            group["lr"] = make.keywords["lr"] * controller.lr_factor
+        outputs = [module.layer(x) for module in controller.modules]
+        loss = sum((output - x @ weight.T).square().mean() for output, weight in zip(outputs, goal, strict=True))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        losses.append(loss.item())
+        if controller.inner_step == 0 and reset == "zero":
+            assert all(size_of_moments(optimizer, parameter) == 0 for parameter in trainable(model))
+    dtypes = {getattr(value, "dtype", None) for value in optimizer.state[trainable(model)[0]].values()}
+    assert (torch.uint8 in dtypes) == ("min_8bit_size" in make.keywords)
+    assert controller.total_rank >= 8
+    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < min(losses[:6]), "later components are to have learned too"
+
+
+def size_of_moments(optimizer: Any, parameter: Tensor) -> float:
+    """The largest entry of the moments of a parameter; of quantized ones, of their block scales."""
+    state = optimizer.state[parameter]
+    moments = [
+        state.get(f"absmax{key[-1]}", value) if value.dtype == torch.uint8 else value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.ndim > 0 and key not in ("RMS", "qmap1", "qmap2")
+    ]
+    return max([float(moment.abs().max()) for moment in moments], default=0.0)

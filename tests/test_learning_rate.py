@@ -1,0 +1,280 @@
+"""The learning rate that is really used is the schedule's times the re-warm-up's, and is the one that is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import lr_scheduler as torch_schedules
+from transformers import TrainerCallback, get_scheduler
+
+import aroma.controller
+from aroma import AromaCallback, Event, attach
+from trainer_runs import METHOD, adapted, assert_same, examples, steps_of, trainer_for
+
+STEPS = 40
+CLIMB = 3
+LENGTHS = [4, 8, 2, 6, 8, 4, 8]
+"""Of the inner loops: some shorter than the climb of the re-warm-up."""
+RATES = (0.01, 0.004)
+"""Of the components and of the head: two parameter groups."""
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {"warmup_steps": 5},
+    "cosine": {"warmup_steps": 5},
+    "constant": {},
+    "constant_with_warmup": {"warmup_steps": 15},
+    "warmup_stable_decay": {
+        "warmup_steps": 6,
+        "lr_scheduler_kwargs": {"num_stable_steps": 14, "num_decay_steps": 20, "min_lr_ratio": 0.1},
+    },
+    "cosine_with_restarts": {"warmup_steps": 2, "lr_scheduler_kwargs": {"num_cycles": 3}},
+}
+
+
+@pytest.fixture
+def uneven(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Let the modules converge at checks of their own, so that the inner loops have LENGTHS; return the config."""
+    really = aroma.controller.inner_values
+    loop, check = -1, 0
+
+    def scripted(pairs: Any, earlier: Any, criterion: str) -> Any:
+        nonlocal loop, check
+        loop, check = (loop, check + 1) if earlier.norms else (loop + 1, 1)
+        last = LENGTHS[loop] // METHOD["inner_check_interval"]
+        values, snapshot = really(pairs, earlier, criterion)
+        converged = [check >= 1 + index % last for index in range(len(values))]
+        return [0.0 if done else 1.0 for done in converged], snapshot
+
+    monkeypatch.setattr(aroma.controller, "inner_values", scripted)
+    return {"rewarmup_steps": CLIMB, "outer_tolerance": None}
+
+
+def assert_uneven(events: list[Event]) -> None:
+    lengths = {event.outer_step: event.inner_step for event in events if event.kind == "merged"}
+    assert list(lengths.values()) == LENGTHS[: len(lengths)]
+    assert len(lengths) > 3
+    labels = {event.step for event in events if event.converged and event.outer_step == 2}
+    assert len(labels) > 1
+
+
+class Recorder(TrainerCallback):
+    """Notes the rates of every group at the moment of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.used: list[list[float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+        optimizer.optimizer.register_step_pre_hook(self.note)
+
+    def note(self, optimizer: Any, *_: Any) -> None:
+        self.used.append([float(group["lr"]) for group in optimizer.param_groups])
+
+
+def factors(events: list[Event], steps: int = STEPS, climb: int = CLIMB) -> list[float]:
+    """The re-warm-up of Figure 2 from the outer steps that really happened, by the plain formula."""
+    ends = sorted({event.step for event in events if event.kind in ("merged", "frozen")})
+    finished = [event.step for event in events if event.kind == "finished"]
+    result = []
+    for done in range(steps):
+        begun = [end for end in ends if end <= done]
+        if not begun or (finished and done >= finished[0]):
+            result.append(1.0)
+        else:
+            result.append(min(1.0, (done - begun[-1]) / climb))
+    return result
+
+
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+    head = {name for name, _ in model.named_parameters() if "classifier" in name}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [parameter for name, parameter in named if name not in head], "lr": RATES[0]},
+            {"params": [parameter for name, parameter in named if name in head], "lr": RATES[1]},
+        ]
+    )
+
+
+def dummy_optimizer() -> torch.optim.Optimizer:
+    """An optimizer of the same groups that no growth disturbs."""
+    return torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in RATES])
+
+
+def rates(optimizer: Any) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+# In the Trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("components", [None, 4], ids=["growing", "the head trains on"])
+def test_used_and_logged_in_the_trainer(tmp_path: Path, uneven: Any, name: str, components: int | None) -> None:
+    options = SCHEDULES[name]
+    model, events, recorder = adapted(**uneven, max_components=components), [], Recorder()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        AromaCallback(early_stop=False, on_event=events.append),
+        recorder,
+        more={"optimizers": (two_groups(model), None)},
+        lr_scheduler_type=name,
+        save_strategy="no",
+        **options,
+    )
+    trainer.train()
+    assert_uneven(events)
+    assert ("finished" in {event.kind for event in events}) == (components is not None)
+
+    optimizer = dummy_optimizer()
+    kwargs = options.get("lr_scheduler_kwargs")
+    schedule = get_scheduler(name, optimizer, options.get("warmup_steps", 0), STEPS, scheduler_specific_kwargs=kwargs)
+    for step, factor in enumerate(factors(events)):
+        assert recorder.used[step] == pytest.approx([rate * factor for rate in rates(optimizer)], rel=1e-12), step
+        optimizer.step()
+        schedule.step()
+    logged = [entry["learning_rate"] for entry in steps_of(trainer.state.log_history)]
+    assert logged == [used[0] for used in recorder.used]
+    assert rates(trainer.optimizer) == rates(optimizer)
+    assert trainer.lr_scheduler.get_last_lr() == schedule.get_last_lr()
+    undisturbed = {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
+    assert_same({key: trainer.lr_scheduler.state_dict()[key] for key in undisturbed}, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_used_and_logged_where_the_schedule_follows_a_metric(tmp_path: Path, uneven: Any, name: str) -> None:
+    kwargs = {"factor": 0.5, "patience": 0}
+    if name == "greedy":
+        kwargs |= {"min_lr": 1e-5, "max_lr": 0.1}
+    # Some evaluations fall on the first steps of an inner loop: the schedule must not go on from their climbing rates.
+    losses = [1.0, 0.9, 0.8, 0.85, 0.7, 0.9, 0.6, 0.7, 0.8, 0.5, 0.4, 0.5, 0.6, 0.3]
+    scripted = iter(losses)
+    model, events, recorder = adapted(**uneven), [], Recorder()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        AromaCallback(on_event=events.append),
+        recorder,
+        more={
+            "optimizers": (two_groups(model), None),
+            "compute_metrics": lambda _: {"scripted": next(scripted)},
+        },
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=kwargs,
+        eval_strategy="steps",
+        eval_steps=3,
+        metric_for_best_model="scripted",
+        greater_is_better=False,
+        save_strategy="no",
+    )
+    trainer.train()
+    assert_uneven(events)
+
+    optimizer = dummy_optimizer()
+    schedule = get_scheduler(name, optimizer, scheduler_specific_kwargs=kwargs)
+    left = iter(losses)
+    for step, factor in enumerate(factors(events)):
+        assert recorder.used[step] == pytest.approx([rate * factor for rate in rates(optimizer)], rel=1e-12), step
+        if (step + 1) % 3 == 0 or step + 1 == STEPS:
+            schedule.step(next(left))
+    logged = [entry["learning_rate"] for entry in steps_of(trainer.state.log_history)]
+    assert logged == [used[0] for used in recorder.used]
+    assert rates(trainer.optimizer) == rates(optimizer)
+    assert rates(optimizer) != list(RATES), "the schedule is to have done something"
+    undisturbed = schedule.state_dict()
+    assert_same({key: trainer.lr_scheduler.state_dict()[key] for key in undisturbed}, undisturbed)
+
+
+@pytest.mark.parametrize("climb", [0, 5, 50])
+def test_the_length_of_the_climb_after_outer_steps_of_themselves(tmp_path: Path, climb: int) -> None:
+    events, recorder = [], Recorder()
+    trainer = trainer_for(
+        adapted(rewarmup_steps=climb),
+        tmp_path,
+        AromaCallback(on_event=events.append),
+        recorder,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        max_steps=30,
+    )
+    trainer.train()
+    expected = [1.0] * 30 if climb == 0 else factors(events, 30, climb)
+    assert [used[0] / 0.01 for used in recorder.used] == pytest.approx(expected)
+    assert (min(expected) == 1.0) == (climb == 0)
+
+
+# In a loop of one's own ----------------------------------------------------------------------------------------------
+
+
+PLAIN = {
+    "LambdaLR": lambda optimizer: torch_schedules.LambdaLR(optimizer, lambda step: 1 / (1 + step / 10)),
+    "CosineAnnealingLR, recursive": lambda optimizer: torch_schedules.CosineAnnealingLR(optimizer, STEPS, 1e-4),
+    "OneCycleLR": lambda optimizer: torch_schedules.OneCycleLR(optimizer, [0.02, 0.01], total_steps=STEPS + 1),
+    "ExponentialLR, recursive": lambda optimizer: torch_schedules.ExponentialLR(optimizer, 0.97),
+    "SequentialLR": lambda optimizer: torch_schedules.SequentialLR(
+        optimizer,
+        [torch_schedules.LinearLR(optimizer, 0.1, 1.0, 5), torch_schedules.CosineAnnealingLR(optimizer, STEPS - 5)],
+        [5],
+    ),
+}
+
+
+def batches() -> Iterator[dict[str, torch.Tensor]]:
+    rows = examples()
+    for start in range(0, STEPS * 8, 8):
+        batch = [rows[index % len(rows)] for index in range(start, start + 8)]
+        yield {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerate"])
+@pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
+def test_used_and_told_in_a_plain_loop(uneven: Any, make: Any, accelerated: bool) -> None:
+    model, events, recorder = adapted(**uneven), [], Recorder()
+    optimizer = two_groups(model)
+    schedule: Any = make(optimizer)
+    if accelerated:
+        model, optimizer, schedule = Accelerator(cpu=True).prepare(model, optimizer, schedule)
+    growth = attach(model, optimizer, schedule, total_steps=STEPS, on_event=events.append)
+    # After AROMA's own hook, which sets the rate.
+    getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(recorder.note)
+    told = []
+    model.train()
+    for batch in batches():
+        model(**batch).loss.backward()
+        optimizer.step()
+        told.append(list(schedule.get_last_lr()))
+        schedule.step()
+        optimizer.zero_grad()
+    assert growth.controller.global_step == STEPS
+    assert_uneven(events)
+
+    undisturbed_optimizer = dummy_optimizer()
+    undisturbed = make(undisturbed_optimizer)
+    for step, factor in enumerate(factors(events)):
+        expected = [rate * factor for rate in rates(undisturbed_optimizer)]
+        assert recorder.used[step] == pytest.approx(expected, rel=1e-12), step
+        undisturbed_optimizer.step()
+        undisturbed.step()
+    assert told == recorder.used
+    assert rates(optimizer) == rates(undisturbed_optimizer)
+    assert list(schedule.get_last_lr()) == list(undisturbed.get_last_lr())
+
+
+def test_without_a_scheduler_the_rate_of_the_optimizer_is_climbed_to(uneven: Any) -> None:
+    model, events, recorder = adapted(**uneven), [], Recorder()
+    optimizer = two_groups(model)
+    attach(model, optimizer, total_steps=STEPS, on_event=events.append)
+    optimizer.register_step_pre_hook(recorder.note)
+    for batch in batches():
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [[rate * factor for rate in RATES] for factor in factors(events)]
+    assert recorder.used == [pytest.approx(step, rel=1e-12) for step in expected]
+    assert rates(optimizer) == list(RATES)

@@ -1,0 +1,621 @@
+"""Saved adapters: plain LoRA at any moment, whole or refused, and a plain loop that resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import aroma.files
+from aroma import (
+    AromaConfig,
+    AromaController,
+    Attachment,
+    aroma_layers,
+    attach,
+    last_complete_checkpoint,
+    save_adapter,
+)
+from aroma.checkpoint import verify_adapter
+from aroma.errors import CheckpointError, ConfigError
+from aroma.tuner.state import read_controller_state
+from models import adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+STATE, STATE_TENSORS = "aroma_state.json", "aroma_state.safetensors"
+
+
+def reloaded(folder: Path, name: str = "bert", **changes: Any) -> Any:
+    """The adapter of `folder` in a fresh growing model, whose own start is another."""
+    model = adapted(name, **{"component_seed": 77, **changes})
+    model.load_adapter(str(folder), "default", is_trainable=True)
+    return model.eval()
+
+
+def trained(tmp_path: Path, steps: int = 10, **changes: Any) -> tuple[Any, Attachment, Path]:
+    """A model in the midst of an inner loop, and the folder of its adapter."""
+    model = adapted("bert", **changes)
+    growth, _ = grow(model, batch("bert"), steps, total_steps=20)
+    model.save_pretrained(tmp_path / "adapter")
+    return model, growth, tmp_path / "adapter"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+# There and back ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["after an outer step", "in the midst of training"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_a_loaded_adapter_is_the_saved_one(tmp_path: Path, name: str, pair: bool) -> None:
+    model = adapted(name, r=2, lora_alpha=3)
+    expected_ranks = set_ranks(model, [0, 2, 6, 12], pair=pair)
+    save_silently(model, tmp_path)
+    loaded = reloaded(tmp_path, name, r=2, lora_alpha=3)
+    assert ranks(loaded) == expected_ranks
+    assert set(expected_ranks.values()) == ({2, 4, 8, 14} if pair else {0, 2, 6, 12})
+    changes = deltas(loaded)
+    for module, change in deltas(model).items():
+        torch.testing.assert_close(changes[module], change, rtol=1e-6, atol=1e-7)
+        assert change.any() or not expected_ranks[module]
+    inputs = batch(name)
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(loaded, inputs), logits(base(name), inputs), atol=0.1)
+
+
+def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = adapted("bert")
+    set_ranks(model, [0, 1, 5], pair=True)
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1.0)
+    for folder in ("first", "second"):
+        save_silently(model, tmp_path / folder)
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    save_silently(reloaded(tmp_path / "first", component_seed=5), tmp_path / "third")
+    assert contents(tmp_path / "third") == contents(tmp_path / "first")
+
+
+def save_silently(model: Any, folder: Path) -> None:
+    """Save components that no controller has made."""
+    model.peft_config["default"].ever_controlled = True
+    model.save_pretrained(folder)
+
+
+def test_loading_forgets_what_was_there(tmp_path: Path) -> None:
+    model, _, folder = trained(tmp_path)
+    other = adapted("bert")
+    set_ranks(other, [9], pair=True, seed=1)
+    for layer in aroma_layers(other).values():
+        layer.freeze("default")
+    other.load_adapter(str(folder), "default", is_trainable=True)
+    assert ranks(other) == ranks(model)
+    assert torch.equal(logits(other, batch("bert")), logits(reloaded(folder), batch("bert")))
+    assert not any(layer.is_frozen("default") for layer in aroma_layers(other).values())
+
+
+def test_the_optimizer_of_a_loaded_adapter_holds_its_pairs(tmp_path: Path) -> None:
+    _, _, folder = trained(tmp_path)
+    model = adapted("bert")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)  # made before the load: the pairs are not replaced
+    model.load_adapter(str(folder), "default", is_trainable=True)
+    before = sum(ranks(model).values())
+    growth = attach(model, optimizer, total_steps=20)
+    train(model, batch("bert"), optimizer, 9)
+    assert growth.controller.total_rank > before
+
+
+def test_an_adapter_in_another_precision_takes_that_of_the_pair(tmp_path: Path) -> None:
+    _, _, folder = trained(tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    half = {name: t.to(torch.bfloat16) if "lora_" in name else t for name, t in tensors.items()}
+    save_file(half, folder / WEIGHTS, metadata={"format": "pt"})
+    model = reloaded(folder)
+    for layer in aroma_layers(model).values():
+        assert layer.finished("default").A.dtype == layer.pair("default")[1].dtype == torch.float32
+    logits(model, batch("bert"))
+    for module, layer in aroma_layers(model).items():
+        saved = half[f"base_model.model.{module}.lora_B.weight"].float()
+        assert torch.equal(layer.finished("default").B, saved)
+
+
+def test_components_of_modules_that_do_not_grow_here_are_refused(tmp_path: Path) -> None:
+    _, _, folder = trained(tmp_path)
+    with pytest.raises(ConfigError, match=r"target_modules='bert\..*7 module\(s\).*target_modules of the saved one"):
+        reloaded(folder, target_modules=["query", "key", "value"])
+
+
+# The plain form ------------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_on_disk_is_plain_lora(tmp_path: Path) -> None:
+    model = adapted("bert", r=2, lora_alpha=3, lora_dropout=0.25)
+    expected = {name: rank for name, rank in set_ranks(model, [0, 2, 6], pair=False).items() if rank}
+    save_silently(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == config["lora_alpha"] == 2, "the smallest rank above 0"
+    assert sorted(config["target_modules"]) == sorted(expected)
+    others = {"^" + re.escape(name): rank for name, rank in expected.items() if rank != 2}
+    assert config["rank_pattern"] == config["alpha_pattern"] == others
+    assert len(others) == 4
+    assert config["use_rslora"] is False
+    assert config["inference_mode"] is True
+    assert config["lora_dropout"] == 0.25
+    assert config["task_type"] == "SEQ_CLS"
+    assert config["modules_to_save"] == ["classifier", "score"]
+    assert "inner_tolerance" not in config
+    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / WEIGHTS).items() if "lora_" in name}
+    layers = aroma_layers(model)
+    assert shapes == {
+        f"base_model.model.{name}.lora_{factor}.weight": shape
+        for name, rank in expected.items()
+        for factor, shape in (("A", (rank, layers[name].in_features)), ("B", (layers[name].out_features, rank)))
+    }
+
+
+def test_equal_ranks_need_no_patterns(tmp_path: Path) -> None:
+    model = adapted("bert")
+    set_ranks(model, [3])
+    save_silently(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 3)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+
+
+def test_when_all_ranks_are_zero_one_zero_component_stands_in(tmp_path: Path) -> None:
+    model = adapted("bert", r=4)
+    model.save_pretrained(tmp_path)
+    tensors = {name: t for name, t in load_file(tmp_path / WEIGHTS).items() if "lora_" in name}
+    assert [tuple(t.shape) for t in tensors.values()] == [(1, 32), (32, 1)]
+    assert not any(t.any() for t in tensors.values())
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 1
+    assert set(ranks(reloaded(tmp_path, r=4)).values()) == {0}
+    assert {entry["rank"] for entry in verify_adapter(tmp_path)["modules"].values()} <= {0, 1}
+
+
+def test_nothing_is_pickled_and_nothing_unexpected_is_written(tmp_path: Path) -> None:
+    model, _, folder = trained(tmp_path, inner_criterion="update_change", lora_alpha=3)
+    save_adapter(model, tmp_path / "again")
+    for place in (folder, tmp_path / "again"):
+        assert sorted(contents(place)) == ["README.md", CONFIG, WEIGHTS, STATE, STATE_TENSORS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "again"]
+    assert load_file(folder / STATE_TENSORS)  # safetensors, not a pickle of that name
+    for name in (CONFIG, STATE):
+        assert isinstance(json.loads((folder / name).read_text()), dict)
+
+
+def test_a_second_adapter_does_not_leak_into_the_first(tmp_path: Path) -> None:
+    model = adapted("bert")
+    set_ranks(model, [1, 2])
+    save_silently(model, tmp_path / "alone")
+    model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", inference_mode=True))
+    for layer in aroma_layers(model).values():
+        layer.finished("other").append(torch.ones(layer.out_features, 1), torch.ones(1, layer.in_features))
+    model.save_pretrained(tmp_path / "both", selected_adapters=["default"])
+    assert (tmp_path / "both" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
+
+
+# Atomic --------------------------------------------------------------------------------------------------------------
+
+
+class SimulatedCrash(Exception):
+    """Stands for the death of the process."""
+
+
+def write_half(target: Path) -> None:
+    with aroma.files.replacing(target) as temporary:
+        temporary.write_text("half a fi")
+        raise SimulatedCrash
+
+
+def crash(*_: Any, **__: Any) -> None:
+    raise SimulatedCrash
+
+
+@pytest.mark.parametrize("where", ["os.replace", "os.fsync", "safetensors", "verify"])
+def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    model, growth, folder = trained(tmp_path, lora_alpha=3)
+    before = contents(folder)
+    assert growth.controller.global_step == 10
+    train(model, batch("bert"), growth.controller.optimizer, 1)
+    targets = {
+        "os.replace": "aroma.checkpoint.os.replace",
+        "os.fsync": "aroma.files.os.fsync",
+        "safetensors": "safetensors.torch.save_file",
+        "verify": "aroma.checkpoint.verify_adapter",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(targets[where], crash)
+        with pytest.raises(SimulatedCrash):
+            save_adapter(model, folder)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "no temporary files are left"
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    save_adapter(model, folder)
+    assert verify_adapter(folder)["controller"]["global_step"] == 11
+    changed = {name for name, data in contents(folder).items() if data != before[name]}
+    assert {WEIGHTS, STATE, STATE_TENSORS} <= changed
+
+
+def test_a_save_that_dies_between_two_files_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, growth, folder = trained(tmp_path, lora_alpha=3)
+    train(model, batch("bert"), growth.controller.optimizer, 1)
+    save_adapter(model, tmp_path / "new")
+    old, new = contents(folder), contents(tmp_path / "new")
+    outcomes = []
+    for moved in range(len(new)):
+        place = Path(shutil.copytree(folder, tmp_path / f"dies-after-{moved}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", crash_after(moved, place))
+            with pytest.raises(SimulatedCrash):
+                save_adapter(model, place)
+        now = contents(place)
+        assert sum(now[name] == new[name] != old[name] for name in new) <= moved
+        assert all(now[name] in (old[name], new[name]) for name in new), "each file is the old or the new one"
+        # Whole are the old files, and old ones beside what did not change; anything else is refused.
+        mixed = any(now[name] != old[name] for name in (WEIGHTS, STATE_TENSORS))
+        outcomes.append(mixed)
+        if mixed:
+            with pytest.raises(CheckpointError, match="sha256"):
+                verify_adapter(place)
+        else:
+            verify_adapter(place)
+    assert outcomes[0] is False
+    assert outcomes[-1] is True
+
+
+def crash_after(count: int, folder: Path) -> Callable[..., None]:
+    """An `os.replace` that crashes once it has moved `count` files into `folder`."""
+    moved, real = [0], os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).parent == folder:
+            if moved[0] == count:
+                raise SimulatedCrash
+            moved[0] += 1
+        real(source, target)
+
+    return replace
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "value.json"
+    aroma.files.write_json(target, {"old": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(SimulatedCrash):
+            aroma.files.write_json(target, {"new": 2})
+    with pytest.raises(ValueError, match="JSON"):
+        aroma.files.write_json(target, {"new": float("nan")})
+    with pytest.raises(SimulatedCrash):
+        write_half(target)
+    assert json.loads(target.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [target]
+    aroma.files.write_json(target, {"new": 2})
+    assert json.loads(target.read_text()) == {"new": 2}
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert target.stat().st_mode == plain.stat().st_mode, "as readable as any file of the user"
+
+
+# Broken files --------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def edit_json(path: Path) -> None:
+    text = path.read_text()
+    changed = text.replace('"global_step": 10', '"global_step": 11')
+    assert changed != text
+    path.write_text(changed)
+
+
+def newer_format(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+
+
+def wrong_kind(path: Path) -> None:
+    path.write_text("[]")
+
+
+BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
+    (WEIGHTS, truncate, "truncated or edited"),
+    (WEIGHTS, flip_a_bit, "sha256"),
+    (WEIGHTS, Path.unlink, "missing"),
+    (STATE, truncate, "truncated or edited"),
+    (STATE, edit_json, "edited"),
+    (STATE, newer_format, "upgrade aroma-peft"),
+    (STATE, wrong_kind, "format=None"),
+    (STATE, Path.unlink, "missing"),
+    (STATE_TENSORS, truncate, "truncated or edited"),
+    (STATE_TENSORS, flip_a_bit, "sha256"),
+    (STATE_TENSORS, Path.unlink, "missing"),
+    (CONFIG, truncate, "truncated or edited"),
+    (CONFIG, Path.unlink, "missing"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of which every file exists."""
+    return trained(tmp_path_factory.mktemp("whole"), lora_alpha=3)[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "reason"), BROKEN, ids=[f"{file} {harm.__name__}" for file, harm, _ in BROKEN]
+)
+def test_a_broken_adapter_is_refused_by_name(
+    whole: Path, tmp_path: Path, file: str, harm: Callable[[Path], None], reason: str
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "adapter"))
+    assert verify_adapter(folder)["controller"]["global_step"] == 10
+    harm(folder / file)
+    with pytest.raises(CheckpointError) as caught:
+        verify_adapter(folder)
+    message = str(caught.value)
+    assert str(folder / file) in message
+    assert reason in message
+    assert any(remedy in message for remedy in ("use another checkpoint", "give a folder", "upgrade"))
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        (WEIGHTS, flip_a_bit),
+        (STATE, truncate),
+        (STATE, edit_json),
+        (STATE, Path.unlink),
+        (STATE_TENSORS, truncate),
+        (STATE_TENSORS, flip_a_bit),
+        (STATE_TENSORS, Path.unlink),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_broken_adapter_is_not_resumed_from(
+    whole: Path, tmp_path: Path, file: str, harm: Callable[[Path], None]
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "adapter"))
+    harm(folder / file)
+    model = reloaded(folder, component_seed=5, lora_alpha=3)
+    with pytest.raises(CheckpointError, match=r"aroma_state|adapter_model"):
+        attach(model, torch.optim.AdamW(trainable(model)), total_steps=10, resume_from=str(folder))
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter=.*nowhere.*adapter_config\.json"):
+        verify_adapter(tmp_path / "nowhere")
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_the_last_complete_checkpoint_skips_broken_ones(whole: Path, tmp_path: Path) -> None:
+    for step in (9, 10, 100, 101, 102, 103):
+        folder = Path(shutil.copytree(whole, tmp_path / f"checkpoint-{step}"))
+        (folder / "trainer_state.json").write_text("{}")
+    shutil.copytree(tmp_path / "checkpoint-100", tmp_path / "checkpoint-104-copy")
+    (tmp_path / "checkpoint-200").write_text("no folder")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-103")
+    truncate(tmp_path / "checkpoint-103" / WEIGHTS)
+    (tmp_path / "checkpoint-102" / "trainer_state.json").write_text('{"half": ')
+    (tmp_path / "checkpoint-101" / "trainer_state.json").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    (tmp_path / "checkpoint-100" / STATE).unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), "10 is later than 9"
+
+
+def test_tensors_of_an_earlier_save_are_not_taken_for_those_of_a_later(tmp_path: Path) -> None:
+    # At step 10 some pairs need tensors of their own: they do not unfold bit for bit. After an outer step none does.
+    model, growth, folder = trained(tmp_path, lora_alpha=3)
+    assert (folder / STATE_TENSORS).exists()
+    growth.controller.outer_step()
+    save_adapter(model, folder)
+    assert read_controller_state(folder)["tensors"] == {}
+    assert not (folder / STATE_TENSORS).exists()
+    assert_resumes_to(model, growth.controller, folder, lora_alpha=3)
+
+
+def test_an_interrupted_save_may_leave_tensors_that_nobody_reads(tmp_path: Path) -> None:
+    model, growth, folder = trained(tmp_path, lora_alpha=3)
+    stale = (folder / STATE_TENSORS).read_bytes()
+    growth.controller.outer_step()
+    save_adapter(model, folder)
+    (folder / STATE_TENSORS).write_bytes(stale)
+    assert_resumes_to(model, growth.controller, folder, lora_alpha=3)
+
+
+# Resuming a plain loop -----------------------------------------------------------------------------------------------
+
+
+def assert_resumes_to(model: Any, controller: AromaController, folder: Path, **method: Any) -> Attachment:
+    """The adapter of `folder`, resumed, is `model` with `controller` bit for bit."""
+    loaded = reloaded(folder, component_seed=5, **method)
+    optimizer = torch.optim.AdamW(trainable(loaded), lr=1e-2)
+    growth = attach(loaded, optimizer, total_steps=controller.total_steps, resume_from=str(folder))
+    assert_same_adapter(loaded, model)
+    found, expected = growth.controller.state_dict(), controller.state_dict()
+    assert found["state"] == expected["state"]
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    assert all(torch.equal(found["tensors"][name], tensor) for name, tensor in expected["tensors"].items())
+    assert growth.controller.summary() == controller.summary()
+    assert growth.controller.lr_factor == controller.lr_factor
+    return growth
+
+
+def assert_same_adapter(one: nn.Module, other: nn.Module) -> None:
+    state, expected = one.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(state[key], tensor), key
+    for layer, twin in zip(aroma_layers(one).values(), aroma_layers(other).values(), strict=True):
+        assert layer.is_frozen("default") == twin.is_frozen("default")
+        assert layer.finished("default").storage_A.shape == twin.finished("default").storage_A.shape
+        assert [p.requires_grad for p in layer.pair("default")] == [p.requires_grad for p in twin.pair("default")]
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "scale 4": {},
+    "scale 3": {"lora_alpha": 3},
+    "rank 2, scale 5/2": {"r": 2, "lora_alpha": 5},
+    "update_change": {"inner_criterion": "update_change", "lora_alpha": 3},
+    "modules freeze": {"outer_tolerance": 0.02},
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 10])
+def test_the_state_is_restored_bit_for_bit(tmp_path: Path, method: dict[str, Any], steps: int) -> None:
+    model, growth, folder = trained(tmp_path, steps, **method)
+    if "outer_tolerance" in method and steps > 4:
+        assert 0 < growth.controller.active_modules < 13
+    verify_adapter(folder)
+    assert_resumes_to(model, growth.controller, folder, **method)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1),
+    "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 10])
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_a_resumed_loop_is_the_uninterrupted_one(tmp_path: Path, optimizer_name: str, stop: int) -> None:
+    method = {"lora_alpha": 3, "outer_tolerance": 0.02, "inner_criterion": "update_change"}
+    total = 16
+
+    def loop(model: Any, first: int, last: int, folder: Path | None = None) -> tuple[Any, ...]:
+        optimizer = OPTIMIZERS[optimizer_name](trainable(model))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+        events: list[Any] = []
+        if folder is not None:
+            saved = torch.load(folder / "loop.pt", weights_only=True)
+            optimizer.load_state_dict(saved["optimizer"])
+            scheduler.load_state_dict(saved["scheduler"])
+            torch.set_rng_state(saved["random"])
+        growth = attach(
+            model,
+            optimizer,
+            scheduler,
+            total_steps=total,
+            resume_from=str(folder) if folder else None,
+            on_event=events.append,
+        )
+        losses, rates = [], []
+        for step in range(first, last):
+            losses += train(model, batch("bert", seed=step), optimizer, 1)
+            rates += scheduler.get_last_lr()
+            scheduler.step()
+        return growth, optimizer, scheduler, events, losses, rates
+
+    torch.manual_seed(3)
+    model = adapted("bert", **method)
+    growth, optimizer, _, events, losses, rates = loop(model, 0, total)
+    assert growth.controller.total_rank > 0
+    assert {event.kind for event in events} >= {"checked", "merged", "frozen"}
+
+    torch.manual_seed(3)
+    broken_off = adapted("bert", **method)
+    kept = loop(broken_off, 0, stop)
+    save_adapter(broken_off, tmp_path)
+    torch.save(
+        {
+            "optimizer": kept[1].state_dict(),
+            "scheduler": kept[2].state_dict(),
+            "random": torch.get_rng_state(),
+        },
+        tmp_path / "loop.pt",
+    )
+    torch.manual_seed(55)
+    resumed = reloaded(tmp_path, component_seed=None, **method)
+    rest = loop(resumed, stop, total, tmp_path)
+    assert kept[4] + rest[4] == losses
+    assert kept[5] + rest[5] == rates
+    assert kept[3] + rest[3] == events
+    assert_same_adapter(resumed, model)
+    assert rest[0].controller.summary() == growth.controller.summary()
+    one, other = rest[1].state_dict()["state"], optimizer.state_dict()["state"]
+    assert one.keys() == other.keys()
+    for index, entry in other.items():
+        for key, value in entry.items():
+            assert torch.equal(torch.as_tensor(one[index][key]), torch.as_tensor(value)), (index, key)
+
+
+def resume(folder: Path, model: Any) -> Attachment:
+    return attach(model, torch.optim.AdamW(trainable(model)), total_steps=10, resume_from=str(folder))
+
+
+def test_a_resume_with_another_configuration_names_every_field(whole: Path) -> None:
+    changes = {"outer_tolerance": 0.5, "reset": "zero", "max_components": 4, "component_seed": 6}
+    with pytest.raises(ConfigError) as caught:
+        resume(whole, reloaded(whole, lora_alpha=3, **changes))
+    message = str(caught.value)
+    for name, value, saved in (
+        ("outer_tolerance", 0.5, 0.001),
+        ("reset", "zero", "prune"),
+        ("max_components", 4, None),
+        ("component_seed", 6, 5),
+    ):
+        assert f"{name}={value!r} (checkpoint: {saved!r})" in message
+    assert "lora_alpha" not in message
+    assert "new run" in message
+
+
+def test_a_resume_with_another_scale_is_refused(whole: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora_alpha=4 \(checkpoint: 3\)"):
+        resume(whole, reloaded(whole, component_seed=5))
+
+
+def test_a_resume_with_more_targets_is_refused(tmp_path: Path) -> None:
+    _, _, folder = trained(tmp_path, target_modules=["query", "key"])
+    with pytest.raises(
+        ConfigError, match=r"target_modules='bert\.[\w.]+': the checkpoint grows 4 modules and this model 13"
+    ):
+        resume(folder, reloaded(folder, component_seed=5))
+
+
+def test_a_resume_of_another_adapter_is_refused(whole: Path) -> None:
+    model = reloaded(whole, component_seed=5, lora_alpha=3)
+    with torch.no_grad():
+        aroma_layers(model)["bert.pooler.dense"].finished("default").B[0, 0] += 1e-4
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*edited.*another checkpoint"):
+        resume(whole, model)
+
+
+def test_a_resume_without_loading_the_adapter_is_refused(whole: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+        resume(whole, adapted("bert", lora_alpha=3))
+
+
+def test_a_resume_from_an_adapter_without_a_run_is_refused(tmp_path: Path) -> None:
+    adapted("bert").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="saved without a controller"):
+        resume(tmp_path, reloaded(tmp_path, component_seed=5))
+
+
+def test_loading_under_a_running_controller_is_noticed(tmp_path: Path) -> None:
+    model, growth, folder = trained(tmp_path)
+    model.load_adapter(str(folder), "default", is_trainable=True)
+    with pytest.raises(CheckpointError, match=r"load_adapter.*new controller.*load_state_dict"):
+        growth.controller.step()
+    growth.controller.load_state_dict(read_controller_state(folder))
+    growth.controller.step()
+    assert growth.controller.global_step == 11

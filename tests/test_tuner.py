@@ -1,0 +1,564 @@
+"""The tuner: an exact no-op at the start, base weights that are never written, buffers that grow in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from aroma import AromaConfig, AromaController, aroma_layers, attach
+from aroma.errors import ConfigError, NonFiniteError
+from aroma.tuner import AromaLinear
+from models import (
+    ARCHITECTURES,
+    METHOD,
+    adapted,
+    base,
+    batch,
+    deltas,
+    grow,
+    logits,
+    ranks,
+    set_ranks,
+    train,
+    trainable,
+)
+
+# The start -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_start_is_the_pretrained_model_bit_for_bit(name: str) -> None:
+    inputs = batch(name)
+    expected = logits(base(name), inputs)
+    model = adapted(name)
+    layers = aroma_layers(model)
+    assert len(layers) == ARCHITECTURES[name].targets
+    assert torch.equal(logits(model, inputs), expected)
+    assert all(layer.pair("default")[1].any() for layer in layers.values()), "a is random, b alone is 0"
+    # Each module takes part: once its b moves, the answer does.
+    for layer in layers.values():
+        b, _ = layer.pair("default")
+        with torch.no_grad():
+            b.fill_(0.5)
+        assert not torch.equal(logits(model, inputs), expected)
+        with torch.no_grad():
+            b.zero_()
+
+
+def test_the_start_of_a_bfloat16_model_is_exact_too() -> None:
+    inputs = batch("llama")
+    expected = logits(base("llama", dtype=torch.bfloat16), inputs)
+    model = adapted("llama", base("llama", dtype=torch.bfloat16))
+    assert torch.equal(logits(model, inputs), expected)
+    b, a = next(iter(aroma_layers(model).values())).pair("default")
+    assert b.dtype == a.dtype == torch.float32
+
+
+def test_the_same_seed_gives_the_same_components() -> None:
+    def components(**changes: Any) -> list[Tensor]:
+        return [layer.pair("default")[1].detach() for layer in aroma_layers(adapted("bert", **changes)).values()]
+
+    first = components()
+    torch.manual_seed(99)
+    assert all(map(torch.equal, first, components()))
+    assert not any(map(torch.equal, first, components(component_seed=6)))
+    assert not torch.equal(first[0], first[1]), "two modules of one shape start differently"
+
+
+def test_without_a_seed_the_global_one_decides() -> None:
+    torch.manual_seed(123)
+    assert adapted("bert", component_seed=None).peft_config["default"].component_seed == 123
+
+
+# What is wrapped -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "key", "value", "dense"]])
+def test_the_classification_head_is_not_wrapped_and_trains_fully(targets: Any) -> None:
+    # The released code matched substrings, wrapped classifier.dense, and left classifier.out_proj at its random start.
+    model = adapted("roberta", target_modules=targets)
+    wrapped = list(aroma_layers(model))
+    assert len(wrapped) == 12
+    assert not [name for name in wrapped if "classifier" in name]
+    head = {name: p for name, p in model.named_parameters() if ".classifier." in name and "original" not in name}
+    assert {name.split("default.")[1] for name in head} == {
+        "dense.weight",
+        "dense.bias",
+        "out_proj.weight",
+        "out_proj.bias",
+    }
+    before = {name: parameter.detach().clone() for name, parameter in head.items()}
+    grow(model, batch("roberta"), 4)
+    for name, parameter in head.items():
+        assert parameter.requires_grad
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_only_the_pairs_and_the_head_are_trainable() -> None:
+    model = adapted("bert", r=2)
+    layers = aroma_layers(model)
+    expected = sum(2 * (layer.in_features + layer.out_features) for layer in layers.values()) + 32 * 3 + 3
+    assert sum(parameter.numel() for parameter in trainable(model)) == expected
+    assert model.get_nb_trainable_parameters()[0] == expected
+
+
+def test_an_injected_adapter_without_the_peft_wrapper_grows() -> None:
+    # peft #3373: without the wrapper, AdaLoRA silently became LoRA.
+    model = inject_adapter_in_model(AromaConfig(**{**METHOD, "task_type": "SEQ_CLS"}), base("bert"))
+    growth, _ = grow(model, batch("bert"), 9)
+    assert growth.controller.total_rank > 0
+    assert set(ranks(model)) == set(aroma_layers(adapted("bert")))
+
+
+# The base weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_the_base_weights_are_bit_identical_after_growth(name: str) -> None:
+    original = base(name).state_dict()
+    model = adapted(name)
+    growth, losses = grow(model, batch(name), 13)
+    assert growth.controller.outer_number > 3
+    assert losses[0] != losses[-1]
+    kept = 0
+    for key, tensor in model.get_base_model().state_dict().items():
+        if "lora_" in key or "modules_to_save" in key:
+            continue
+        plain = key.replace(".base_layer", "").replace(".original_module", "")
+        assert torch.equal(tensor, original[plain]), key
+        kept += 1
+    assert kept == len(original)
+
+
+# The outer step ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_an_outer_step_changes_the_outputs_of_dropped_modules_only(name: str) -> None:
+    model = adapted(name, outer_tolerance=1e-2)
+    set_ranks(model, [0, 1, 3], pair=True)
+    layers = aroma_layers(model)
+    dropped = list(layers)[::3]
+    with torch.no_grad():
+        for module in dropped:
+            layers[module].pair("default")[0].mul_(1e-4)  # too small to keep
+    controller = AromaController(model, torch.optim.SGD(trainable(model), lr=0.1), total_steps=10)
+
+    torch.manual_seed(1)
+    inputs = {module: torch.randn(3, layer.in_features) for module, layer in layers.items()}
+    without_pair = {
+        module: layer.base_layer(inputs[module]) + layer.finished("default")(inputs[module])
+        for module, layer in layers.items()
+    }
+    before = {module: layer(inputs[module]) for module, layer in layers.items()}
+    events = controller.outer_step()
+    after = {module: layer(inputs[module]) for module, layer in layers.items()}
+
+    assert [event.module for event in events if event.kind == "frozen"] == dropped
+    assert len([event for event in events if event.kind == "merged"]) == len(layers) - len(dropped)
+    for module in layers:
+        if module in dropped:
+            torch.testing.assert_close(after[module], without_pair[module], rtol=1e-6, atol=1e-6)
+            assert not torch.equal(after[module], before[module])
+        else:
+            scale = float(before[module].detach().abs().max())
+            torch.testing.assert_close(after[module], before[module], rtol=0, atol=1e-6 * scale)
+            assert (before[module] - without_pair[module]).abs().max() > 0.01
+
+
+def test_a_frozen_module_is_zero_skipped_and_without_gradient() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    frozen = set_ranks(model, [2], pair=True)
+    layers = aroma_layers(model)
+    name = next(iter(frozen))
+    layers[name].freeze("default")
+    b, a = layers[name].pair("default")
+    assert not b.any()
+    assert not a.any()
+    assert ranks(model)[name] == 2
+
+    calls = []
+    for module in (layers[name].lora_A["default"], layers[name].lora_B["default"]):
+        module.register_forward_hook(lambda *_: calls.append("the pair was asked"))
+    model.train()
+    model(**inputs).loss.backward()
+    assert not calls
+    assert b.grad is None
+    assert a.grad is None
+    other_b, _ = layers["bert.pooler.dense"].pair("default")
+    assert other_b.grad is not None
+
+    x = torch.randn(2, layers[name].in_features)
+    finished = layers[name].finished("default")
+    W = layers[name].base_layer.weight + finished.B @ finished.A
+    torch.testing.assert_close(layers[name](x), F.linear(x, W, layers[name].base_layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_weight_decay_and_momentum_do_not_move_a_frozen_pair() -> None:
+    model, inputs = adapted("bert", outer_tolerance=0.5), batch("bert")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.5)
+    growth, _ = grow(model, inputs, 5, optimizer)
+    assert growth.finished
+    train(model, inputs, optimizer, 3)
+    assert not any(parameter.any() for layer in aroma_layers(model).values() for parameter in layer.pair("default"))
+
+
+@pytest.mark.parametrize("disturbance", ["disable_adapter", "set_adapter"])
+def test_a_frozen_module_stays_frozen_through_peft_calls(disturbance: str) -> None:
+    model = adapted("bert")
+    layers = list(aroma_layers(model).values())
+    layers[0].freeze("default")
+    if disturbance == "disable_adapter":
+        with model.disable_adapter():
+            pass
+    else:
+        model.set_adapter("default")
+    assert [p.requires_grad for layer in layers[:2] for p in layer.pair("default")] == [False, False, True, True]
+
+
+def test_autograd_stops_below_the_lowest_unfrozen_module() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    set_ranks(model, [1], pair=True)
+    for name, layer in aroma_layers(model).items():
+        if "layer.0." in name:
+            layer.freeze("default")
+    needs_gradient = []
+    for block in model.get_base_model().bert.encoder.layer:
+        block.register_forward_hook(lambda _, __, output: needs_gradient.append(_first(output).requires_grad))
+    model.train()
+    model(**inputs).loss.backward()
+    assert needs_gradient == [False, True]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+# Buffers -------------------------------------------------------------------------------------------------------------
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def test_buffers_grow_in_chunks_of_eight_and_in_place() -> None:
+    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
+    layer = aroma_layers(model)["0"]
+    finished = layer.finished("default")
+    assert finished.storage_A.shape[0] == 0
+    places = set()
+    for rank in range(1, 9):
+        layer.start_pair("default", torch.randn(1, 6), torch.randn(5, 1))
+        layer.merge_pair("default")
+        assert finished.rank == rank
+        assert (tuple(finished.storage_A.shape), tuple(finished.storage_B.shape)) == ((8, 6), (5, 8))
+        assert not finished.storage_A[rank:].any()
+        assert not finished.storage_B[:, rank:].any()
+        places.add((finished.storage_A.data_ptr(), finished.storage_B.data_ptr()))
+    assert len(places) == 1, "eight components, one place in memory"
+    eight = finished.B.clone(), finished.A.clone()
+    layer.merge_pair("default")
+    assert (tuple(finished.storage_A.shape), tuple(finished.storage_B.shape)) == ((16, 6), (5, 16))
+    assert torch.equal(finished.B[:, :8], eight[0])
+    assert torch.equal(finished.A[:8], eight[1])
+
+
+def test_the_state_dict_holds_the_components_without_padding() -> None:
+    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
+    set_ranks(model, [3])
+    state = model.state_dict()
+    assert tuple(state["base_model.model.0.lora_finished.default.A"].shape) == (3, 6)
+    assert tuple(state["base_model.model.0.lora_finished.default.B"].shape) == (5, 3)
+    fresh = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
+    fresh.load_state_dict(state)
+    assert ranks(fresh) == ranks(model)
+    x = torch.randn(2, 6)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_popped_components_are_gone_and_returned() -> None:
+    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
+    set_ranks(model, [9])
+    finished = aroma_layers(model)["0"].finished("default")
+    B, A = finished.B.clone(), finished.A.clone()
+    popped_B, popped_A = finished.pop(2)
+    assert torch.equal(popped_B, B[:, 7:])
+    assert torch.equal(popped_A, A[7:])
+    assert torch.equal(finished.B, B[:, :7])
+    assert finished.storage_A.shape[0] == 8, "as if the popped ones had never been there"
+    assert not finished.storage_A[7:].any()
+
+
+def test_nothing_that_the_optimizer_holds_is_replaced() -> None:
+    model, inputs = adapted("bert"), batch("bert")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    before = [(id(p), p.data_ptr(), p.shape, name) for name, p in model.named_parameters()]
+    held = [(id(p), p.data_ptr()) for group in optimizer.param_groups for p in group["params"]]
+    events: list[str] = []
+    growth, _ = grow(model, inputs, 30, optimizer, lambda event: events.append(event.kind))
+    growth.controller.modules[0].layer.freeze("default")
+    assert growth.controller.total_rank > 8 * len(growth.controller.modules) // 2
+    assert "merged" in events
+    assert [(id(p), p.data_ptr(), p.shape, name) for name, p in model.named_parameters()] == before
+    assert [(id(p), p.data_ptr()) for group in optimizer.param_groups for p in group["params"]] == held
+
+
+# Dropout -------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_acts_on_the_pair_alone_and_in_training_alone() -> None:
+    model = get_peft_model(small_net(), AromaConfig(lora_dropout=0.5, max_inner_steps=10))
+    set_ranks(model, [2], pair=True)
+    layer = aroma_layers(model)["0"]
+    finished = layer.finished("default")
+    b, a = layer.pair("default")
+    x = torch.randn(7, 6)
+    merged = layer.base_layer(x) + x @ finished.A.T @ finished.B.T
+
+    model.train()
+    torch.manual_seed(4)
+    out = layer(x)
+    torch.manual_seed(4)
+    expected = merged + layer.scaling["default"] * F.dropout(x, 0.5) @ a.T @ b.T
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(out, layer(x)), "another mask each time"
+
+    model.eval()
+    exact = merged + layer.scaling["default"] * x @ a.T @ b.T
+    torch.testing.assert_close(layer(x), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(layer(x), layer(x))
+
+
+# What PEFT offers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_disable_adapter_gives_the_pretrained_answer_and_comes_back(name: str) -> None:
+    inputs = batch(name)
+    model = adapted(name)
+    set_ranks(model, [0, 1, 2], pair=True)
+    before = logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(base(name), inputs))
+    assert torch.equal(logits(model, inputs), before)
+    assert not torch.allclose(before, logits(base(name), inputs), atol=1e-2)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_merging_keeps_the_answer_and_unmerging_the_weights(name: str, safe: bool) -> None:
+    inputs, model = batch(name), adapted(name)
+    set_ranks(model, [0, 1, 3], pair=True)
+    before = logits(model, inputs)
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-5)
+    once = weights(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it is merged already
+        model.merge_adapter(safe_merge=safe)
+        model.merge_adapter(safe_merge=safe)
+    assert all(map(torch.equal, weights(model), once)), "merging thrice is merging once"
+    model.unmerge_adapter()
+    torch.testing.assert_close(weights(model), weights(adapted(name)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-5)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [layer.base_layer.weight.detach().clone() for layer in aroma_layers(model).values()]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_merge_and_unload_leaves_no_growing_layer(name: str) -> None:
+    inputs, model = batch(name), adapted(name)
+    set_ranks(model, [0, 1, 3], pair=True)
+    before = logits(model, inputs)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
+    torch.testing.assert_close(logits(merged, inputs), before, rtol=1e-4, atol=1e-5)
+
+
+class Integers(nn.Module):
+    """Both layouts of a layer with small whole numbers: a Linear W (2, 3), and a Conv1D that stores W transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        W = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        self.linear = nn.Linear(3, 2, bias=False)
+        self.linear.weight.data = W.clone()
+        self.conv = Conv1D(2, 3)
+        self.conv.weight.data = W.T.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.conv(x)
+
+
+def test_merged_by_hand() -> None:
+    model = get_peft_model(
+        Integers(), AromaConfig(lora_alpha=2, target_modules=["linear", "conv"], max_inner_steps=10)
+    )
+    layers = aroma_layers(model)
+    assert list(layers) == ["linear", "conv"]
+    for layer in layers.values():
+        # The first component, merged: s b a = 2 (1, -1)ᵀ (1, 0, 2) = ((2, 0, 4), (-2, 0, -4)).
+        layer.start_pair("default", torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0], [-1.0]]))
+        layer.merge_pair("default")
+        # The second, in training: 2 (3, 1)ᵀ (0, 1, -1) = ((0, 6, -6), (0, 2, -2)).
+        layer.start_pair("default", torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[3.0], [1.0]]))
+    change = torch.tensor([[2.0, 6.0, -2.0], [-2.0, 2.0, -6.0]])
+    merged = torch.tensor([[3.0, 8.0, 1.0], [2.0, 7.0, 0.0]])
+    assert torch.equal(layers["linear"].get_delta_weight("default"), change)
+    assert torch.equal(layers["conv"].get_delta_weight("default"), change.T)
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    assert layers["linear"](x).tolist() == layers["conv"](x).tolist() == [[22.0, 16.0]]
+    model.merge_adapter()
+    assert torch.equal(layers["linear"].base_layer.weight, merged)
+    assert torch.equal(layers["conv"].base_layer.weight, merged.T)
+    assert model(x).tolist() == [[44.0, 32.0]]
+    model.unmerge_adapter()
+    assert torch.equal(layers["conv"].base_layer.weight, merged.T - change.T)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_into_bfloat16_rounds_once(safe: bool) -> None:
+    # peft #1388: the sum is formed in float32. Rounding ΔW first would give another weight.
+    model = get_peft_model(small_net().to(torch.bfloat16), AromaConfig(max_inner_steps=10))
+    set_ranks(model, [3], pair=True)
+    layer = aroma_layers(model)["0"]
+    expected = (layer.base_layer.weight.float() + layer.get_delta_weight("default")).bfloat16()
+    twice = layer.base_layer.weight + layer.get_delta_weight("default").bfloat16()
+    assert not torch.equal(expected, twice), "the case tells the two apart"
+    model.merge_adapter(safe_merge=safe)
+    assert torch.equal(layer.base_layer.weight, expected)
+
+
+def test_a_safe_merge_refuses_what_is_not_finite() -> None:
+    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
+    set_ranks(model, [1])
+    layer = aroma_layers(model)["0"]
+    before = layer.base_layer.weight.detach().clone()
+    layer.finished("default").B.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"adapter_name='default'.*NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_get_delta_weight_is_the_product() -> None:
+    model = adapted("gpt2", r=2, lora_alpha=3)
+    set_ranks(model, [0, 2, 4], pair=True)
+    expected = deltas(model)
+    for name, layer in aroma_layers(model).items():
+        assert layer.fan_in_fan_out
+        found = layer.get_delta_weight("default").T
+        torch.testing.assert_close(found.double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_deleted_adapter_leaves_nothing_behind() -> None:
+    model = adapted("bert")
+    set_ranks(model, [2])
+    for layer in aroma_layers(model).values():
+        layer.freeze("default")
+    model.add_adapter("other", AromaConfig(inference_mode=True, task_type="SEQ_CLS"))
+    model.set_adapter("other", inference_mode=True)
+    model.delete_adapter("default")
+    assert not [name for name in model.state_dict() if "default" in name]
+    model.add_adapter("default", AromaConfig(task_type="SEQ_CLS", max_inner_steps=50))
+    assert set(ranks(model).values()) == {0}
+    assert not any(layer.is_frozen("default") for layer in aroma_layers(model, "default").values())
+
+
+def test_combining_growing_adapters_is_refused() -> None:
+    model = adapted("bert")
+    with pytest.raises(ConfigError, match=r"add_weighted_adapter.*PeftModel\.from_pretrained"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+# Trained without a controller ----------------------------------------------------------------------------------------
+
+
+def test_saving_a_trained_adapter_without_a_controller_warns(tmp_path: Path) -> None:
+    model = adapted("bert")
+    train(model, batch("bert"), torch.optim.AdamW(trainable(model), lr=1e-2), 2)
+    with pytest.warns(UserWarning, match=r"without its controller.*AromaCallback.*attach"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["untrained", "controlled", "controller gone", "loaded"])
+def test_saving_otherwise_does_not_warn(tmp_path: Path, kind: str) -> None:
+    model = adapted("bert")
+    growth = None
+    if kind != "untrained":
+        growth, _ = grow(model, batch("bert"), 6)
+        assert growth.controller.total_rank
+    if kind == "controller gone":
+        growth.detach()
+        growth = None
+    if kind == "loaded":
+        model.save_pretrained(tmp_path / "first")
+        model = PeftModel.from_pretrained(base("bert"), tmp_path / "first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "out")
+
+
+# Quantised base weights ----------------------------------------------------------------------------------------------
+
+
+def quantised(kind: str) -> nn.Module:
+    torch.manual_seed(2)
+    make: dict[str, Callable[..., nn.Module]] = {
+        "4bit": lambda n, m: bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, quant_type="nf4"),
+        "8bit": lambda n, m: bnb.nn.Linear8bitLt(n, m, has_fp16_weights=False),
+    }
+    return nn.Sequential(make[kind](64, 64), nn.Tanh(), make[kind](64, 64)).to("cpu")
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_quantised_base_trains_and_grows(kind: str) -> None:
+    x, target = torch.randn(8, 64), torch.randn(8, 64)
+    net = quantised(kind)
+    with torch.no_grad():
+        expected = net(x)
+    model = get_peft_model(net, AromaConfig(target_modules=["0", "2"], **METHOD))
+    layers = aroma_layers(model)
+    assert all(type(layer.base_layer).__module__.startswith("bitsandbytes") for layer in layers.values())
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    before = [layer.base_layer.weight.detach().clone() for layer in layers.values()]
+    assert all(weight.dtype in (torch.uint8, torch.int8) for weight in before)
+
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    growth = attach(model, optimizer, total_steps=13)
+    losses = []
+    for _ in range(13):
+        loss = F.mse_loss(model(x).float(), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert growth.controller.total_rank >= 4
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(layer.base_layer.weight, old) for layer, old in zip(layers.values(), before, strict=True))
+    for module, layer in zip(growth.controller.modules, layers.values(), strict=True):
+        finished = layer.finished("default")
+        whole = layer.weight_matrix().double() + finished.B.double() @ finished.A.double()
+        assert module.weight_norm == pytest.approx(float(whole.norm()), rel=1e-5)
+    with pytest.raises(ConfigError, match=r"quantised.*16 or 32 bits.*export --merged"):
+        model.merge_adapter()
+
+
+def test_the_layers_print_under_our_name() -> None:
+    model = get_peft_model(small_net(), AromaConfig(max_inner_steps=10))
+    assert repr(model).count("aroma.AromaLinear(") == 2
+    assert isinstance(model.base_model.model[0], AromaLinear)
