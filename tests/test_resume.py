@@ -62,7 +62,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS.keys())
 def test_resumed_equals_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -> None:
-    run = Run(**{"steps": 24, **changes})
+    run = Run(**{"steps": 18, **changes})
     run.training = {"save_steps": 2, **run.training}
     whole = live(train(tmp_path / "whole", run))
     second = outer_steps(tmp_path / "whole")[1]
@@ -363,29 +363,25 @@ def test_killed_after_random_steps(processes: Any, tmp_path: Path, immortal: Pat
 
 def test_killed_at_random_times(processes: Any, tmp_path: Path, immortal: Path) -> None:
     clock = random.Random(5)
-    killed = kill_until_done(processes, tmp_path, MORTAL, lambda: clock.uniform(0.2, 1.2), at_most=4)
-    assert killed > 0
+    kill_until_done(processes, tmp_path, MORTAL, [clock.uniform(0.2, 0.9) for _ in range(4)])
     assert_same_end(tmp_path, immortal, MORTAL)
 
 
-def kill_until_done(processes: Any, out: Path, run: Run, patience: Callable[[], float], at_most: int) -> int:
-    """Return how often the run was killed before it came to its end."""
-    for killed in range(at_most):
-        if go_on(processes, out, run, after=patience()) == 0:
-            return killed
+def kill_until_done(processes: Any, out: Path, run: Run, times: list[float]) -> None:
+    for after in times:
+        if go_on(processes, out, run, after) == 0:
+            return
     assert go_on(processes, out, run) == 0
-    return at_most
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("changes", [{}, {"r": 1, "inner_criterion": "norm_change", "reset": "zero"}])
 def test_killed_many_times(processes: Any, tmp_path: Path, seed: int, changes: dict[str, Any]) -> None:
     run = Run(steps=48, method={**MORTAL.method, **changes}, training={"save_steps": 2})
     train(tmp_path / "whole", run)
     clock = random.Random(seed)
-    killed = kill_until_done(processes, tmp_path / "mortal", run, lambda: clock.uniform(0.05, 2.0), at_most=25)
-    assert killed > 0
+    kill_until_done(processes, tmp_path / "mortal", run, [clock.uniform(0.2, 1.2) for _ in range(15)])
     assert_same_end(tmp_path / "mortal", tmp_path / "whole", run)
 
 

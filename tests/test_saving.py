@@ -476,7 +476,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "scale 3": {"lora_alpha": 3},
     "rank 2, scale 5/2": {"r": 2, "lora_alpha": 5},
     "update_change": {"inner_criterion": "update_change", "lora_alpha": 3},
-    "modules freeze": {"outer_tolerance": 0.02},
+    "modules freeze": {"outer_tolerance": 0.052},
 }
 
 
@@ -484,8 +484,9 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 10])
 def test_the_state_is_restored_bit_for_bit(tmp_path: Path, method: dict[str, Any], steps: int) -> None:
     model, growth, folder = trained(tmp_path, steps, **method)
-    if "outer_tolerance" in method and steps > 4:
-        assert 0 < growth.controller.active_modules < 13
+    if "outer_tolerance" in method:
+        assert (0 < growth.controller.active_modules < 13) == (steps in (4, 5))
+        assert growth.finished == (steps == 10)
     verify_adapter(folder)
     assert_resumes_to(model, growth.controller, folder, **method)
 

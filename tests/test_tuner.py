@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,46 @@ def test_weight_decay_and_momentum_do_not_move_a_frozen_pair() -> None:
     assert not any(parameter.any() for layer in aroma_layers(model).values() for parameter in layer.pair("default"))
 
 
+WRAPPERS: dict[str, Callable[[AromaConfig], Any]] = {
+    "PeftModelForCausalLM": lambda config: get_peft_model(base("gpt2"), replace(config, task_type="CAUSAL_LM")),
+    "PeftModel": lambda config: get_peft_model(base("gpt2"), config),
+    "GPT2LMHeadModel": lambda config: inject_adapter_in_model(config, base("gpt2")),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_loop_may_go_on_after_the_last_module_has_finished(wrapper: str) -> None:
+    # Without a head nothing is left to train; torch would refuse a loss without a graph.
+    inputs = batch("gpt2")
+    model = WRAPPERS[wrapper](AromaConfig(**{**METHOD, "outer_tolerance": 10.0}))
+    assert type(model).__name__ == wrapper
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1)
+    growth, _ = grow(model, inputs, 4, optimizer)
+    assert growth.finished
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, inputs, optimizer, 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert growth.controller.global_step == 6
+    assert torch.equal(logits(model, inputs), logits(base("gpt2"), inputs))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, 1)], ids=["tensor", "tuple"])
+def test_only_a_finished_model_in_training_gets_a_gradient_for_nothing(wrap: Callable[[Tensor], Any]) -> None:
+    net = small_net()
+    net.forward = lambda x: wrap(nn.Sequential.forward(net, x))  # type: ignore[method-assign]
+    model = get_peft_model(net, AromaConfig(max_inner_steps=10))
+    x = torch.randn(2, 6)
+    for layer in aroma_layers(model).values():
+        layer.freeze("default")
+    out = first(model.train()(x))
+    assert out.requires_grad
+    assert torch.equal(out, first(wrap(nn.Sequential.forward(small_net(), x))))
+    assert not first(model.eval()(x)).requires_grad
+    with torch.no_grad():
+        assert not first(model.train()(x)).requires_grad
+    assert type(model(x)) is type(wrap(x))
+
+
 @pytest.mark.parametrize("disturbance", ["disable_adapter", "set_adapter"])
 def test_a_frozen_module_stays_frozen_through_peft_calls(disturbance: str) -> None:
     model = adapted("bert")
@@ -235,13 +276,13 @@ def test_autograd_stops_below_the_lowest_unfrozen_module() -> None:
             layer.freeze("default")
     needs_gradient = []
     for block in model.get_base_model().bert.encoder.layer:
-        block.register_forward_hook(lambda _, __, output: needs_gradient.append(_first(output).requires_grad))
+        block.register_forward_hook(lambda _, __, output: needs_gradient.append(first(output).requires_grad))
     model.train()
     model(**inputs).loss.backward()
     assert needs_gradient == [False, True]
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -145,7 +146,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         ConfigError: `rank` is too small, or the adapter's rank is above 256; `out` is not empty.
     """
     adapter = read_adapter(folder)
-    target = _empty_folder(out)
+    target = _new_folder(out)
     largest = max(update.A.shape[0] for update in adapter.updates.values())
     uniform = _uniform_rank(largest, rank)
     shapes = {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
@@ -195,7 +196,7 @@ def export_merged(
     adapter = read_adapter(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
-    target = _empty_folder(out)
+    target = _new_folder(out)
     base_name = base_model or adapter.config.get("base_model_name_or_path")
     if not base_name:
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
@@ -229,17 +230,18 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
             f"it does not tell the model class; set it in adapter_config.json to one of {sorted(_MODEL_CLASSES)}",
         )
     labels = _head_size(adapter)
-    options = {} if labels is None else {"num_labels": labels}
+    # The head comes with the adapter, whatever the base model has in its place.
+    options = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     base = getattr(transformers, class_name).from_pretrained(base_name, dtype=torch.float32, **options)
     return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def _head_size(adapter: AdapterWeights) -> int | None:
-    """Number of labels of a saved classification head: the rows of its last bias or weight."""
+    """Number of labels of a saved classification head: the rows of its last weight or bias."""
     if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
-    sizes = [tensor.shape[0] for name, tensor in sorted(adapter.others.items()) if name.endswith((".weight", ".bias"))]
-    return sizes[-1] if sizes else None
+    head = [name for name in sorted(adapter.others) if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
+    return adapter.others[head[-1]].shape[0] if head else None
 
 
 def _scale(config: dict[str, Any], name: str, rank: int) -> float:
@@ -269,11 +271,11 @@ def _uniform_rank(largest: int, wanted: int | None) -> int:
     )
 
 
-def _empty_folder(out: str | os.PathLike[str]) -> Path:
+def _new_folder(out: str | os.PathLike[str]) -> Path:
+    """Return `out` as a path if it does not exist, or is empty; it is made when something is written."""
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise bad_value("out", str(out), "it exists and is not an empty folder; nothing is overwritten, give another")
-    target.mkdir(parents=True, exist_ok=True)
     return target
 
 

@@ -45,8 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="LoRA without choosing ranks: every weight matrix grows its own update and stops by itself.",
         epilog=examples(
             "aroma demo",
-            "aroma train examples/recipes/reviews.yaml training.seed=1",
-            "aroma inspect runs/reviews/adapter --plot ranks.png",
+            "aroma train examples/recipes/mrpc.yaml training.seed=1",
+            "aroma inspect runs/mrpc/adapter --plot ranks.png",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,8 +15,8 @@ def add_parser(commands: Any) -> None:
         help="evaluate a trained adapter on all examples of a file",
         description="Load base model and adapter in plain PEFT and evaluate on all examples of a file.",
         epilog=examples(
-            "aroma eval runs/reviews/adapter --data test.jsonl",
-            "aroma eval runs/reviews/adapter --data other.csv --text body --label stars",
+            "aroma eval runs/mrpc/adapter --data test.jsonl",
+            "aroma eval runs/mrpc/adapter --data other.csv --text first --text-pair second --label same",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
             text_pair=arguments.text_pair,
             label=arguments.label,
             batch_size=arguments.batch_size,
-            on_batch=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_batch=lambda done: progress.advance(bar, done),
         )
     table = Table("metric", "value", title=f"all {result.examples} examples of {arguments.data}")
     for name, value in result.metrics.items():

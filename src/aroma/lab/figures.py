@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-# Two colours of Okabe and Ito that differ in lightness as much as in hue, so that the picture survives a black-and-white
-# print.
+# Two colours of Okabe and Ito that differ in lightness as much as in hue, so that the picture survives a print without
+# colours.
 _RANK_FACE, _RANK_EDGE = "#BFDDF0", "#0072B2"
 _EFFECTIVE = "#D55E00"
 _INK, _FAINT, _GRID = "#222222", "#767676", "#E4E4E4"
@@ -61,7 +62,9 @@ class Place:
     kind: str
 
 
-def rank_picture(matrices: Sequence[Matrix], path: str | os.PathLike[str], title: str = "Ranks grown by AROMA") -> None:
+def rank_picture(
+    matrices: Sequence[Matrix], path: str | os.PathLike[str], title: str = "Ranks grown by AROMA"
+) -> None:
     """Draw ranks and effective ranks and write the picture to `path`.
 
     The area of the outer circle is proportional to the rank, that of the inner one to the effective rank, on the same
@@ -126,16 +129,21 @@ def places_of(names: Sequence[str]) -> list[Place]:
 def _short_stacks(prefixes: set[str]) -> dict[str, str]:
     """Return each prefix without the parts, at its front and its back, that all have in common."""
     parts = {prefix: prefix.split(".") for prefix in prefixes}
-    front = len(os.path.commonprefix(list(parts.values())))  # works on any sequences
+    front = _common(list(parts.values()))
     short = {prefix: names[front:] for prefix, names in parts.items()}
-    back = len(os.path.commonprefix([names[::-1] for names in short.values()]))
+    back = _common([names[::-1] for names in short.values()])
     return {prefix: ".".join(names[: len(names) - back]) for prefix, names in short.items()}
+
+
+def _common(sequences: Sequence[Sequence[str]]) -> int:
+    """Return how many items from the front all sequences share."""
+    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
 
 
 def _columns(places: Sequence[Place]) -> list[int | None]:
     """Return the layers in order, modules without one last."""
-    layers: list[int | None] = sorted({place.layer for place in places if place.layer is not None})
-    return [*layers, None] if any(place.layer is None for place in places) else layers
+    numbered = sorted({place.layer for place in places if place.layer is not None})
+    return [*numbered, None] if any(place.layer is None for place in places) else [*numbered]
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,9 @@ def _radius(rank: float, largest: int) -> float:
 def _draw_title(figure: Figure, layout: _Layout, title: str, matrices: Sequence[Matrix]) -> None:
     ranks = [matrix.rank for matrix in matrices]
     effective = sum(matrix.effective_rank for matrix in matrices)
-    subtitle = f"{len(ranks)} matrices · ranks {min(ranks)} to {max(ranks)}, in all {sum(ranks)} · effective {effective:.1f}"
+    subtitle = (
+        f"{len(ranks)} matrices · ranks {min(ranks)} to {max(ranks)}, in all {sum(ranks)} · effective {effective:.1f}"
+    )
     height = layout.size[1]
     x = 0.25 / layout.size[0]
     figure.text(x, 1 - 0.32 / height, title, fontsize=12, fontweight="bold", color=_INK)

@@ -1,7 +1,8 @@
 """A program of its own: base model + adapter in plain PEFT, in a process that cannot import aroma.
 
-Run by path, never imported: `python -P plain_reload.py JOB.json OUT.safetensors`. The job holds `base_model`, `adapter`,
-`num_labels`, `texts`, `max_length`, `batch_size` and `threads`; the output is the tensor `logits`, (texts, num_labels).
+Run by path, never imported: `python -P plain_reload.py JOB.json OUT.safetensors`. The job holds `base_model`,
+`adapter`, `num_labels`, `texts`, `max_length`, `batch_size` and `threads`; the output is one tensor, `logits`, of
+shape (texts, num_labels).
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ def main(job_file: str, out_file: str) -> None:
     with torch.no_grad():
         for start in range(0, len(job["texts"]), job["batch_size"]):
             texts = job["texts"][start : start + job["batch_size"]]
-            batch = tokenizer(
-                texts, truncation=True, max_length=job["max_length"], padding=True, return_tensors="pt"
-            )
+            batch = tokenizer(texts, truncation=True, max_length=job["max_length"], padding=True, return_tensors="pt")
             logits.append(model(**batch).logits)
     save_file({"logits": torch.cat(logits)}, out_file)
 

@@ -121,7 +121,7 @@ class TrainSpec:
     keep_checkpoints: int | None = 2
     """Checkpoints that are kept, the latest and the best; null: all."""
     checkpoint: Literal["last", "best"] = "last"
-    """Which weights are reported and saved: of the last step, or of the best evaluation (needs eval and save steps)."""
+    """Weights that are reported and saved: of the last step, or of the best evaluation (needs eval and save steps)."""
     early_stop: bool = True
     """Stop when every module has finished growing; false: the head trains on to the end."""
     seed: int = 0
@@ -147,7 +147,7 @@ class Recipe:
         if not self.model.name:
             raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
         _check_data(self.data)
-        _check_training(self.training)
+        check_training(self.training)
 
 
 def _check_data(data: DataSpec) -> None:
@@ -162,7 +162,12 @@ def _check_data(data: DataSpec) -> None:
     _require_minimum("data.max_length", data.max_length, 3, "tokens; most models add two of their own")
 
 
-def _check_training(training: TrainSpec) -> None:
+def check_training(training: TrainSpec) -> None:
+    """Raise for a value out of range.
+
+    Raises:
+        ConfigError: Naming the first such field.
+    """
     for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
         _require_minimum(f"training.{name}", getattr(training, name), 1, "or more")
     for name in ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "threads"):

@@ -46,7 +46,7 @@ class Task:
 
 
 def save_trained(model: Any, tokenizer: Any, task: Task, folder: str | os.PathLike[str]) -> None:
-    """Write an adapter, its tokenizer and its task into one folder, all that is needed to use it beside the base model."""
+    """Write adapter, tokenizer and task into one folder: all that is needed beside the base model."""
     save_adapter(model, folder)
     tokenizer.save_pretrained(folder)
     save_task(task, folder)

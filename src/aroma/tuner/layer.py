@@ -131,8 +131,8 @@ class AromaLinear(LoraLinear):
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        # Before the parent's constructor, which already calls update_layer.
-        self._frozen_adapters: set[str] = set()
+        # Adapters that are outer-converged here. Before the parent's constructor, which already calls update_layer.
+        self.frozen_adapters: set[str] = set()
         super().__init__(base_layer, adapter_name, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
@@ -140,7 +140,7 @@ class AromaLinear(LoraLinear):
         if "lora_finished" not in self._modules:
             self.lora_finished = nn.ModuleDict()
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
-        self._frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
+        self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     # The pair and what is known of it -------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class AromaLinear(LoraLinear):
 
     def is_frozen(self, adapter_name: str) -> bool:
         """Whether the module is outer-converged: its pair is zero and skipped."""
-        return adapter_name in self._frozen_adapters
+        return adapter_name in self.frozen_adapters
 
     def rank(self, adapter_name: str) -> int:
         """Return the rank of the update: finished components, and the pair once it has moved."""
@@ -194,7 +194,7 @@ class AromaLinear(LoraLinear):
     @torch.no_grad()
     def freeze(self, adapter_name: str) -> None:
         """Freeze for good: the pair is dropped, and only the finished components remain."""
-        self._frozen_adapters.add(adapter_name)
+        self.frozen_adapters.add(adapter_name)
         for parameter in self.pair(adapter_name):
             parameter.zero_()
             parameter.grad = None
@@ -202,7 +202,7 @@ class AromaLinear(LoraLinear):
 
     def unfreeze(self, adapter_name: str) -> None:
         """Let the pair train again (a restored checkpoint may be older than the freezing)."""
-        self._frozen_adapters.discard(adapter_name)
+        self.frozen_adapters.discard(adapter_name)
         for parameter in self.pair(adapter_name):
             parameter.requires_grad_(True)
 
@@ -227,7 +227,7 @@ class AromaLinear(LoraLinear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active and trainable, as PEFT does, but for pairs that are frozen for good."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        for adapter_name in self._frozen_adapters & set(self.lora_A):
+        for adapter_name in self.frozen_adapters & set(self.lora_A):
             for parameter in self.pair(adapter_name):
                 parameter.requires_grad_(False)
 
