@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,7 +31,7 @@ from aroma import (
 from aroma.checkpoint import verify_adapter
 from aroma.errors import CheckpointError, ConfigError
 from aroma.tuner.state import read_controller_state
-from models import adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
+from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE, STATE_TENSORS = "aroma_state.json", "aroma_state.safetensors"
@@ -102,6 +105,37 @@ def test_loading_forgets_what_was_there(tmp_path: Path) -> None:
     assert ranks(other) == ranks(model)
     assert torch.equal(logits(other, batch("bert")), logits(reloaded(folder), batch("bert")))
     assert not any(layer.is_frozen("default") for layer in aroma_layers(other).values())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_saved_adapter_can_be_opened_to_grow_on(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    model, _, folder = trained(tmp_path)
+    config = AromaConfig(**METHOD, task_type="SEQ_CLS")
+    opened = PeftModel.from_pretrained(
+        base("bert"), str(folder), config=config, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert not any(tensor.is_meta for tensor in opened.state_dict().values())
+    torch.testing.assert_close(logits(opened, batch("bert")), logits(model, batch("bert")), rtol=1e-5, atol=1e-6)
+    before = ranks(opened)
+    assert before == ranks(model)
+    start = [layer.pair("default")[1].detach() for layer in aroma_layers(adapted("bert")).values()]
+    assert all(map(torch.equal, [layer.pair("default")[1] for layer in aroma_layers(opened).values()], start))
+    grow(opened, batch("bert"), 5, total_steps=20)
+    assert all(rank > before[name] for name, rank in ranks(opened).items())
+
+
+def test_a_copied_or_pickled_model_has_no_controller(tmp_path: Path) -> None:
+    model, growth, folder = trained(tmp_path)
+    pickled = pickle.loads(pickle.dumps(model.peft_config["default"]))
+    assert pickled.method() == model.peft_config["default"].method()
+    twin = copy.deepcopy(model)
+    assert model.peft_config["default"].controller is growth.controller
+    assert twin.peft_config["default"].controller is pickled.controller is None
+    assert torch.equal(logits(twin, batch("bert")), logits(model, batch("bert")))
+    train(model, batch("bert"), growth.controller.optimizer, 3)  # the copy stays as it is
+    twin.save_pretrained(tmp_path / "twin")
+    assert (tmp_path / "twin" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert verify_adapter(tmp_path / "twin")["controller"] is None
 
 
 def test_the_optimizer_of_a_loaded_adapter_holds_its_pairs(tmp_path: Path) -> None:

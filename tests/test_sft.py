@@ -110,6 +110,17 @@ def test_it_stops_early(tmp_path: Path) -> None:
     verify_adapter(tmp_path / f"checkpoint-{trainer.state.global_step}")
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    # There is no head: nothing at all is left to train in the step that the Trainer takes before it stops.
+    runs = []
+    for resume in (False, True):
+        trainer = trainer_for(tmp_path, AromaCallback(), method={"max_components": 2}, max_steps=40)
+        trainer.train(resume_from_checkpoint=resume)
+        runs.append(trainer)
+    assert_same(dict(runs[1].model.state_dict()), dict(runs[0].model.state_dict()))
+    assert_same(*[growth(trainer).controller.state_dict() for trainer in runs])
+
+
 def test_gradient_checkpointing_sees_the_same_run(tmp_path: Path) -> None:
     losses = []
     for checkpointing in (False, True):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .phases import shown_phase
 from .texts import examples
 
 if TYPE_CHECKING:
@@ -44,21 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..lab.demo import demo_training, run_demo
 
     training = demo_training(seed=arguments.seed, threads=arguments.threads, steps=arguments.steps)
-    result = run_demo(arguments.out, training, phase=_rich_phase(Console(stderr=True)), progress=True)
+    result = run_demo(arguments.out, training, phase=shown_phase, progress=True)
     _print_summary(result, arguments.out, Console())
-
-
-def _rich_phase(console: Console) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def phase(name: str, total: int) -> Iterator[Callable[[int], None]]:
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-            bar = progress.add_task(name, total=total)
-            yield lambda done: progress.advance(bar, done)
-
-    return phase
 
 
 def _print_summary(result: DemoResult, out: str, console: Console) -> None:

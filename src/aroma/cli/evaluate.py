@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .phases import shown_phase
 from .texts import examples
 
 
@@ -37,24 +38,21 @@ def run(arguments: argparse.Namespace) -> None:
 
     quiet()
     from rich.console import Console
-    from rich.progress import Progress
     from rich.table import Table
 
     from ..files import write_json
     from ..lab.evaluate import evaluate_adapter
 
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("evaluate", total=None)
-        result = evaluate_adapter(
-            arguments.adapter,
-            arguments.data,
-            base_model=arguments.base_model,
-            text=arguments.text,
-            text_pair=arguments.text_pair,
-            label=arguments.label,
-            batch_size=arguments.batch_size,
-            on_batch=lambda done: progress.advance(bar, done),
-        )
+    result = evaluate_adapter(
+        arguments.adapter,
+        arguments.data,
+        base_model=arguments.base_model,
+        text=arguments.text,
+        text_pair=arguments.text_pair,
+        label=arguments.label,
+        batch_size=arguments.batch_size,
+        phase=shown_phase,
+    )
     table = Table("metric", "value", title=f"all {result.examples} examples of {arguments.data}")
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")

@@ -36,7 +36,8 @@ class AromaCallback(TrainerCallback, ExportableState):
     Args:
         early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
             `False`, what else is trainable (a classification head) trains on to the end.
-        on_event (`Callable`, *optional*): Called with every `aroma.Event`.
+        on_event (`Callable`, *optional*): Called with every `aroma.Event`. It cannot be written into a checkpoint, so
+            `restore_callback_states_from_checkpoint=True` loses it.
 
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.
@@ -85,8 +86,16 @@ class AromaCallback(TrainerCallback, ExportableState):
         return unpack(packed)
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint's `trainer_state.json`."""
-        packed = pack(self.controller.state_dict()) if self.controller is not None else None
+        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file.
+
+        Raises:
+            NonFiniteError: A component is NaN or infinite; the checkpoint stays incomplete.
+        """
+        if self.controller is None:
+            packed = None
+        else:
+            self.controller.require_finite()
+            packed = pack(self.controller.state_dict())
         return {"args": {"early_stop": self.early_stop}, "attributes": {"controller_state": packed}}
 
     # Around every optimizer step -------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +25,7 @@ from .evaluate import predict_logits
 from .figures import rank_picture
 from .metrics import classification_metrics
 from .model import adapter_config, count_trainable, grow, load_classifier
+from .phases import Phase, silent_phase
 from .reload import Agreement, compare_logits, reloaded_logits
 from .run_folder import EventLog, require_empty
 from .specs import AdapterSpec, TrainSpec, check_training
@@ -66,16 +65,6 @@ def demo_training(seed: int = 0, threads: int | None = None, steps: int | None =
     chosen = replace(TRAINING, seed=seed, threads=threads, max_steps=steps or TRAINING.max_steps)
     check_training(chosen)
     return chosen
-
-
-Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Announces a phase by its name and number of items; gives what is called with the number of items just done."""
-
-
-@contextmanager
-def silent_phase(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Announce nothing."""
-    yield lambda done: None
 
 
 @dataclass(frozen=True)

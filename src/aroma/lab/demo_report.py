@@ -156,7 +156,6 @@ def _protocol(result: DemoResult, record: dict[str, Any]) -> str:
             "its L2 strength chosen on a fifth of the training articles. AROMA's head sees the model's own pooling; "
             "mean pooling is how this model is meant to be used.",
             f"- One seed ({result.training.seed}): a demonstration, not a comparison of methods.",
-            f"- {result.wall_seconds:.0f} s on {record['threads']} CPU threads; {versions}; "
-            f"source revision: {revision}.",
+            f"- {result.wall_seconds:.0f} s, CPU threads: {record['threads']}; {versions}; source revision: {revision}.",
         ]
     )

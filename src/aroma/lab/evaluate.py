@@ -14,6 +14,7 @@ from ..export import load_with_adapter
 from .data import load_examples
 from .encode import encode, load_tokenizer
 from .metrics import metrics_of
+from .phases import Phase, silent_phase
 from .task import load_task
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def evaluate_adapter(
     text_pair: str | None = None,
     label: str | None = None,
     batch_size: int = 32,
-    on_batch: Callable[[int], None] = lambda done: None,
+    phase: Phase = silent_phase,
 ) -> Evaluation:
     """Evaluate an adapter that a recipe trained on all examples of a file.
 
@@ -55,7 +56,7 @@ def evaluate_adapter(
         text_pair: Column of the second text; the one of the training by default.
         label: Column of the label; the one of the training by default.
         batch_size: Examples of one forward pass.
-        on_batch: Called after each batch with its number of examples.
+        phase: Announces the work.
 
     Raises:
         CheckpointError: The adapter is missing or damaged.
@@ -78,7 +79,9 @@ def evaluate_adapter(
         raise bad_value("base_model", name, f"cannot be loaded ({reason}); give its folder or hub name") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    logits = predict_logits(model, encode(examples, tokenizer, task.max_length), tokenizer, batch_size, on_batch)
+    encoded = encode(examples, tokenizer, task.max_length)
+    with phase("evaluate", len(examples)) as advance:
+        logits = predict_logits(model, encoded, tokenizer, batch_size, advance)
     labels = torch.tensor(examples.labels).numpy()
     return Evaluation(len(examples), metrics_of(task.kind, logits, labels))
 

@@ -110,7 +110,7 @@ def _read_table(field: str, file: Path) -> tuple[list[str], Rows]:
                     raise _damaged(field, file, reader.line_num, "its number of fields is not that of the header")
                 rows.append({name: value or None for name, value in row.items()})
         except csv.Error as error:
-            raise _damaged(field, file, reader.line_num, str(error)) from error
+            raise _damaged(field, file, reader.line_num + 1, str(error)) from error
         return list(reader.fieldnames or []), rows
 
 

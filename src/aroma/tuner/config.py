@@ -148,6 +148,7 @@ class AromaConfig(LoraConfig):
         self._plain: PlainAdapter | None = None
         self._controller: weakref.ref[Any] | None = None
         self.ever_controlled = False
+        self.dtype_is_settled = False
         self._chosen_seed = self.component_seed
 
     def _check_component(self) -> None:
@@ -223,6 +224,10 @@ class AromaConfig(LoraConfig):
         """Remember `controller`, so that saving writes its state; a weak reference, since it outlives no run."""
         self._controller = weakref.ref(controller)
         self.ever_controlled = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled adapter is not driven by the controller of the original."""
+        return {**self.__dict__, "_controller": None}
 
     def resolve_inner_steps(self, total_steps: int | None) -> int:
         """Return T_in, in optimizer steps, for a run of `total_steps` planned optimizer steps.

@@ -103,6 +103,14 @@ class AromaModel(LoraModel):
                     adapter_name, fresh_component(config.component_seed, 1, index, (a.shape[0], a.shape[1]))
                 )
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Once, when the adapter is made: PEFT casts again at every load_adapter, and that replaces the parameters which
+        # the optimizer holds.
+        config = self.peft_config[adapter_name]
+        if not config.dtype_is_settled:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            config.dtype_is_settled = True
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -121,6 +129,15 @@ class AromaModel(LoraModel):
     ) -> dict[str, Tensor]:
         layers = _layers_by_key(model, adapter_name)
         entries = finished_tensors(layers, adapter_name, state_dict)
+        for index, (key, layer) in enumerate(layers.items()):
+            b, a = layer.pair(adapter_name)
+            if a.is_meta:  # low_cpu_mem_usage: the pair starts now
+                assert config.component_seed is not None, "settled when the adapter was injected"
+                shape = (a.shape[0], a.shape[1])
+                entries[f"{key}.lora_A.{adapter_name}.weight"] = fresh_component(
+                    config.component_seed, 1, index, shape
+                )
+                entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros(b.shape)
         _refuse_strangers(state_dict, layers)
         # What the pair was doing is over: the loaded components stand, until a controller says otherwise.
         for layer in layers.values():

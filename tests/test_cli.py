@@ -1,0 +1,135 @@
+"""The command line: light, helpful, and clear about errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from aroma import __version__
+from aroma.cli import main, make_parser
+from aroma.cli.inspect import serving_hint
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "jsonargparse",
+    "rich",
+    "numpy",
+)
+COMMANDS = ("demo", "train", "eval", "inspect", "export")
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\nfrom aroma.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"aroma {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "-")
+def test_each_help_ends_with_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    examples = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
+    assert len(examples) >= 2
+    for line in examples:
+        program, *arguments = line.split()
+        assert program == "aroma"
+        assert make_parser().parse_args(arguments).run
+
+
+def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
+    from aroma.lab.recipe import recipe_keys
+
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {key}: " in text for key in recipe_keys())
+    assert "  training.weight_decay: 0.0\n      Decoupled weight decay" in text
+    assert "  training.bf16: false\n" in text
+    assert "  adapter.max_inner_steps: null\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "error: recipe='absent.yaml': cannot be read (No such file or directory)"),
+        (["inspect", "absent"], "error: adapter='absent': no such folder"),
+        (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': it has no aroma_task.json"),
+        (["export", "absent", "out", "--uniform"], "error: adapter='absent': no such folder"),
+        (["export", "a", "out", "--uniform", "--dtype", "float16"], "error: --dtype='float16': it has a meaning only"),
+        (["export", "a", "out", "--merged", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),
+        (["demo", "--threads", "0"], "error: training.threads=0: give 1 or more"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_and_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(message)
+    assert output.err.count("\n") == 1
+    assert "Traceback" not in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debugging_shows_where_an_error_comes_from(monkeypatch):
+    from aroma.errors import ConfigError
+
+    monkeypatch.setenv("AROMA_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        main(["train", "absent.yaml"])
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aroma.cli.train.run", interrupted)
+    assert main(["train", "recipe.yaml"]) == 130
+    assert capsys.readouterr().err == "error: interrupted; what was saved before is whole\n"
+
+
+def test_a_markup_in_an_error_is_printed_as_it_stands(capsys):
+    assert main(["train", "[bold]absent[/bold].yaml"]) == 2
+    assert "recipe='[bold]absent[/bold].yaml'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["export", "a", "b"], ["export", "a", "b", "--uniform", "--merged"], ["fly"], []]
+)
+def test_wrong_arguments_end_with_usage_and_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: aroma" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("largest", "flag"), [(0, 1), (1, 1), (2, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_the_serving_hint_is_a_value_that_vllm_takes(largest, flag):
+    assert serving_hint(largest).endswith(f"--max-lora-rank {flag}.")
+
+
+def test_above_what_vllm_serves_the_hint_is_to_merge():
+    assert "--merged" in serving_hint(513)
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "aroma.cli", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"aroma {__version__}\n"

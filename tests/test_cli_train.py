@@ -1,0 +1,363 @@
+"""The commands on a tiny model: train, resume, evaluate, inspect, export."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_classifier import save_tiny_bert, sentences, write_json_lines
+from transformers import AutoModelForSequenceClassification
+
+from aroma.cli import main
+from aroma.lab.evaluate import evaluate_adapter
+from aroma.lab.figures import places_of, rank_picture
+from aroma.lab.model import count_trainable, grow, load_classifier
+from aroma.lab.provenance import git_revision
+from aroma.lab.run_folder import EventLog
+from aroma.lab.specs import TrainSpec
+from aroma.lab.trainer import make_optimizer
+from aroma.tuner import AromaConfig
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    save_tiny_bert(folder / "model")
+    write_json_lines(folder / "train.jsonl", sentences(120, seed=1))
+    write_json_lines(folder / "test.jsonl", sentences(37, seed=2))
+    recipe = {
+        "model": {"name": str(folder / "model")},
+        "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "max_length": 10},
+        "adapter": {"max_inner_steps": 10, "inner_check_interval": 5, "rewarmup_steps": 2},
+        "training": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 4, "save_steps": 20},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(files):
+    out = files / "run"
+    assert main(["train", str(files / "recipe.yaml"), f"output={out}", "data.validation_fraction=0.2"]) == 0
+    return out
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_all_it_came_from(run):
+    assert {path.name for path in run.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "events.jsonl",
+        "history.json",
+        "recipe.yaml",
+        "result.json",
+    }
+    result = read(run / "result.json")
+    assert set(result["metrics"]) == {"validation", "test"}
+    assert set(result["metrics"]["test"]) == {"accuracy", "macro_f1", "mcc"}
+    assert result["examples"] == {"train": 96, "validation": 24, "test": 37}
+    assert set(result["versions"]) == {"python", "aroma-peft", "torch", "transformers", "peft", "accelerate"}
+    assert result["versions"]["torch"] == torch.__version__
+    assert (result["seed"], result["steps"], result["checkpoint"]) == (0, STEPS, "last")
+    assert result["git_revision"] == git_revision()
+    assert result["wall_seconds"] > 0
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["data"]["validation_fraction"] == 0.2
+    assert recipe["training"]["weight_decay"] == 0.0  # resolved: defaults are written out
+
+
+def test_the_metrics_are_of_whole_sets(run):
+    # 37 and 24 examples: an accuracy of the last batch alone would be a multiple of 1/5 or 1/8.
+    metrics = read(run / "result.json")["metrics"]
+    hits = metrics["test"]["accuracy"] * 37
+    assert hits == pytest.approx(round(hits))
+    assert hits > 22  # it learned: chance is 18.5
+
+
+def test_ranks_events_and_adapter_agree(run):
+    result = read(run / "result.json")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert {event["kind"] for event in events} >= {"checked", "merged"}
+    merged = [event["module"] for event in events if event["kind"] == "merged"]
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    for name, rank in result["ranks"].items():
+        # The component in training at the end counts too, once it has moved.
+        assert rank - merged.count(name) in (0, 1)
+        if rank:
+            assert tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
+    assert result["total_rank"] == sum(result["ranks"].values()) > 0
+    assert [entry["total_rank"] for entry in read(run / "history.json") if "total_rank" in entry]
+
+
+def test_the_number_of_trainable_parameters_is_of_the_pairs_and_the_head(files, run):
+    model = grow(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
+    pairs = 2 * (4 * (16 + 16) + (16 + 32) + (32 + 16)) + (16 + 16)  # two layers and the pooler
+    assert count_trainable(model) == {"adapter": pairs, "head": 16 * 2 + 2}
+    assert read(run / "result.json")["trainable_parameters"] == {"adapter": pairs, "head": 34}
+
+
+def test_head_and_adapters_have_their_own_learning_rates(files):
+    model = grow(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
+    optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02, weight_decay=0.3))
+    adapter, head = optimizer.param_groups
+    assert (adapter["lr"], head["lr"]) == (0.1, 0.02)
+    assert adapter["weight_decay"] == head["weight_decay"] == 0.3
+    trainable = sum(parameter.requires_grad for parameter in model.parameters())
+    assert (len(adapter["params"]), len(head["params"])) == (trainable - 2, 2)
+    assert make_optimizer(model, TrainSpec(learning_rate=0.1)).param_groups[1]["lr"] == 0.1
+
+
+def test_a_regression_runs(files, tmp_path):
+    out = tmp_path / "run"
+    overrides = ["data.task=regression", "data.label=score", "training.max_steps=20", f"output={out}"]
+    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    assert set(read(out / "result.json")["metrics"]["test"]) == {"pearson", "spearman", "mse"}
+    evaluation = evaluate_adapter(out / "adapter", str(files / "test.jsonl"))
+    assert evaluation.metrics == pytest.approx(read(out / "result.json")["metrics"]["test"], abs=1e-5)
+
+
+def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
+    out = tmp_path / "run"
+    overrides = ["training.checkpoint=best", "training.eval_steps=10", "training.save_steps=10", "training.max_steps=40"]
+    more = ["training.keep_checkpoints=null", "data.validation_fraction=0.3", f"output={out}"]
+    assert main(["train", str(files / "recipe.yaml"), *overrides, *more]) == 0
+    result, history = read(out / "result.json"), read(out / "history.json")
+    accuracies = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
+    assert sorted(accuracies) == [10, 20, 30, 40]
+    best = max(accuracies, key=lambda step: accuracies[step])
+    assert result["metrics"]["validation"]["accuracy"] == accuracies[best] == max(accuracies.values())
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    chosen = load_file(out / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert saved.keys() == chosen.keys()
+    assert all(torch.equal(saved[name], chosen[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.text=body", "it has no column 'body'"),
+        ("adapter.target_modules=[nothing]", "nothing"),
+        ("adapter.max_inner_steps=3", "max_inner_steps=3"),
+        ("adapter.outer_tolerance=0", "outer_tolerance=0"),
+        ("model.name=no/model", "model.name='no/model'"),
+        ("data.max_length=64", "data.max_length=64"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(files, tmp_path, capsys, override, message):
+    assert main(["train", str(files / "recipe.yaml"), override, f"output={tmp_path / 'run'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+def cut_short(run, out):
+    """Copy a run as a kill between steps 40 and 60, in the middle of an event's line, would have left it."""
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / f"checkpoint-{STEPS}")
+    shutil.rmtree(out / "adapter")
+    (out / "result.json").unlink()
+    events = (out / "events.jsonl").read_text()
+    (out / "events.jsonl").write_text(events[: int(len(events) * 0.95)])
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
+    out = tmp_path / "copy"
+    cut_short(run, out)
+    overrides = ["data.validation_fraction=0.2", f"output={out}", "--resume"]
+    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    assert (out / "events.jsonl").read_text() == (run / "events.jsonl").read_text()
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, run))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert read(out / "result.json")["metrics"] == read(run / "result.json")["metrics"]
+
+
+def test_a_resume_of_another_recipe_is_refused_by_key(files, run, tmp_path, capsys):
+    out = tmp_path / "copy"
+    cut_short(run, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    overrides = ["training.learning_rate=0.02", "adapter.r=2", f"output={out}", "--resume"]
+    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert "differs in data.validation_fraction, adapter.r, training.learning_rate." in error
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_folder_in_use_is_refused(files, run, tmp_path, capsys):
+    assert main(["train", str(files / "recipe.yaml"), f"output={run}"]) == 2
+    assert "it is not an empty folder, and nothing is overwritten; give another output, or --resume" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main(["train", str(files / "recipe.yaml"), f"output={tmp_path}", "--resume"]) == 2
+    assert "it holds no run to resume" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_the_event_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"step": 5}\n{"step": 10}\n{"step": 15}\n{"step": 1')
+    EventLog(path, upto=10)
+    assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
+    EventLog(path, upto=0)
+    assert path.read_text() == ""
+
+
+# Evaluating, inspecting, exporting -----------------------------------------------------------------------------------
+
+
+def test_eval_finds_what_the_run_reported(files, run, tmp_path, capsys):
+    out = tmp_path / "metrics.json"
+    arguments = ["eval", str(run / "adapter"), "--data", str(files / "test.jsonl"), "--json", str(out)]
+    assert main([*arguments, "--batch-size", "5"]) == 0
+    assert "all 37 examples" in capsys.readouterr().out
+    assert read(out)["metrics"] == read(run / "result.json")["metrics"]["test"]
+
+
+def test_eval_takes_other_columns_and_another_base(files, run, tmp_path, capsys):
+    rows = [{"words": row["text"], "kind": row["label"]} for row in sentences(37, seed=2)]
+    data = str(write_json_lines(tmp_path / "other.jsonl", rows))
+    arguments = ["eval", str(run / "adapter"), "--data", data, "--base-model", str(files / "model")]
+    assert main(arguments) == 2
+    assert "it has no column 'text', 'label'; its columns are 'words', 'kind'" in capsys.readouterr().err
+    out = tmp_path / "metrics.json"
+    assert main([*arguments, "--text", "words", "--label", "kind", "--json", str(out)]) == 0
+    assert read(out)["metrics"] == read(run / "result.json")["metrics"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base-model", "no/model"], "base_model='no/model': cannot be loaded"),
+        (["--batch-size", "0"], "batch_size=0: give 1 or more"),
+    ],
+)
+def test_eval_refuses(files, run, capsys, arguments, message):
+    assert main(["eval", str(run / "adapter"), "--data", str(files / "test.jsonl"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_eval_refuses_labels_that_the_adapter_does_not_know(run, tmp_path, capsys):
+    data = write_json_lines(tmp_path / "d.jsonl", [{"text": "w1", "label": "middling"}])
+    assert main(["eval", str(run / "adapter"), "--data", str(data)]) == 2
+    assert "'middling': labels that the training examples lack" in capsys.readouterr().err
+
+
+def test_eval_refuses_an_edited_task(files, run, tmp_path, capsys):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "aroma_task.json").write_text('{"kind": "classification"}')
+    assert main(["eval", str(tmp_path / "adapter"), "--data", str(files / "test.jsonl")]) == 2
+    assert "aroma_task.json: edited" in capsys.readouterr().err
+
+
+def test_inspect_shows_every_matrix_and_draws(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    picture = tmp_path / "pictures" / "ranks.svg"
+    assert main(["inspect", str(run / "adapter"), "--plot", str(picture)]) == 0
+    output = capsys.readouterr().out
+    result = read(run / "result.json")
+    for name, rank in result["ranks"].items():
+        line = next(line for line in output.splitlines() if f" {name} " in line)
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        assert cells[2] == str(rank)
+        assert cells[3] == (f"{result['effective_ranks'][name]:.2f}" if rank else "–")
+    assert f"{result['total_rank']}" in output.splitlines()[-4]
+    assert "--max-lora-rank 8" in output
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_export_uniform_predicts_the_same(files, run, tmp_path, capsys):
+    assert main(["export", str(run / "adapter"), str(tmp_path / "served"), "--uniform", "--rank", "16"]) == 0
+    assert "adapter of rank 16" in capsys.readouterr().out
+    batch = {"input_ids": torch.arange(5, 29).view(4, 6)}
+    logits = []
+    for folder in (run / "adapter", tmp_path / "served"):
+        base = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
+        model = PeftModel.from_pretrained(base, folder).eval()
+        logits.append(model(**batch).logits)
+    torch.testing.assert_close(*logits)
+
+
+def test_export_merged_predicts_the_same(files, run, tmp_path):
+    assert main(["export", str(run / "adapter"), str(tmp_path / "merged"), "--merged"]) == 0
+    batch = {"input_ids": torch.arange(5, 29).view(4, 6)}
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    base = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
+    model = PeftModel.from_pretrained(base, run / "adapter").eval()
+    torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+# The picture ---------------------------------------------------------------------------------------------------------
+
+
+def test_module_names_are_placed_by_layer_and_kind():
+    names = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.11.output.dense", "bert.pooler.dense"]
+    assert [(place.layer, place.kind) for place in places_of(names)] == [
+        (0, "attention.self.query"),
+        (11, "output.dense"),
+        (None, "bert.pooler.dense"),
+    ]
+
+
+def test_stacks_with_the_same_layers_are_told_apart():
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    assert [place.kind for place in places_of(names)] == [
+        "encoder.layer.0.SelfAttention.q",
+        "decoder.layer.0.SelfAttention.q",
+    ]
+    assert [place.kind for place in places_of(["h.0", "h.1"])] == ["h", "h"]
+
+
+class _Drawn:
+    def __init__(self, name, rank, effective_rank):
+        self.name, self.rank, self.effective_rank = name, rank, effective_rank
+
+
+def test_circles_have_areas_in_proportion_and_rank_0_is_a_cross():
+    from matplotlib.patches import Circle
+
+    from aroma.lab.figures import draw_ranks
+
+    matrices = [_Drawn("h.0.q", 8, 4.0), _Drawn("h.1.q", 2, 2.0), _Drawn("h.2.q", 0, 0.0)]
+    axes = draw_ranks(matrices, "title").axes[0]
+    circles = [patch for patch in axes.patches if isinstance(patch, Circle)]
+    areas = [circle.radius**2 for circle in circles]
+    assert areas[1] / areas[0] == pytest.approx(4 / 8)
+    assert areas[2] / areas[0] == pytest.approx(2 / 8)
+    assert len(circles) == 4  # none for rank 0
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [tuple(line.get_xydata()[0]) for line in crosses] == [(2.0, 0.0)]
+    assert [text.get_text() for text in axes.texts] == ["8", "2"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_a_picture_is_written_by_its_suffix(tmp_path, suffix):
+    path = tmp_path / f"ranks{suffix}"
+    rank_picture([_Drawn("a", 0, 0.0)], path)
+    assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml", b"%PDF-")
+
+
+def test_a_picture_of_nothing_or_of_an_unknown_kind_is_refused(run, tmp_path, capsys):
+    from aroma.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="there is nothing to draw"):
+        rank_picture([], tmp_path / "ranks.png")
+    assert main(["inspect", str(run / "adapter"), "--plot", "ranks.docx"]) == 2
+    assert "plot='ranks.docx': unknown kind of picture; its name must end in .png, .svg, .pdf" in (
+        capsys.readouterr().err
+    )

@@ -1,0 +1,296 @@
+"""Data: columns, labels, splits, and every way data can be wrong, each refused by name."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_classifier import save_tiny_bert, sentences, write_json_lines
+
+from aroma.errors import ConfigError, DataError
+from aroma.lab.data import Examples, load_examples, load_splits, split_validation
+from aroma.lab.encode import encode, load_tokenizer
+from aroma.lab.sources import read_file
+from aroma.lab.specs import DataSpec
+
+ROWS = "text,label\n" + "".join(f"t{i},{'yes' if i % 3 else 'no'}\n" for i in range(30))
+
+
+@pytest.fixture
+def train_csv(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text(ROWS)
+    return str(path)
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def test_four_formats_say_the_same(tmp_path):
+    texts = ['a "quoted" word', "two\nlines", "comma, here", "ünïcödé"]
+    labels = ["x", "y", "x", "y"]
+    quoted = "\n".join(f'"{t}",{y}' for t, y in zip([t.replace('"', '""') for t in texts], labels, strict=True))
+    csv = write(tmp_path, "d.csv", f"text,label\n{quoted}\n")
+    json_lines = write_json_lines(
+        tmp_path / "d.jsonl", [{"text": t, "label": y} for t, y in zip(texts, labels, strict=True)]
+    )
+    parquet = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": texts, "label": labels, "more": [1, 2, 3, 4]}), parquet)
+    flat = [text.replace("\n", " ") for text in texts]
+    tsv = write(tmp_path, "d.tsv", "label\ttext\n" + "".join(f"{y}\t{t}\n" for t, y in zip(flat, labels, strict=True)))
+    expected = {"text": texts, "label": labels}
+    for path in (csv, str(json_lines), str(parquet)):
+        assert read_file("data.train", path, ["text", "label"]) == expected
+    assert read_file("data.train", tsv, ["text", "label"]) == {"text": flat, "label": labels}
+
+
+def test_an_unbalanced_quote_in_tsv_swallows_nothing(tmp_path):
+    path = write(tmp_path, "d.tsv", 'text\tlabel\n"Open\tx\nnext\ty\n')
+    assert read_file("data.train", path, ["text"])["text"] == ['"Open', "next"]
+
+
+def test_words_that_other_readers_take_for_missing_are_kept(tmp_path):
+    path = write(tmp_path, "d.csv", "text,label\nNA,null\nNone,nan\n")
+    assert read_file("data.train", path, ["text", "label"]) == {"text": ["NA", "None"], "label": ["null", "nan"]}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    path = write(tmp_path, "d.csv", b"\xef\xbb\xbftext,label\na,x\n")
+    assert read_file("data.train", path, ["text"]) == {"text": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.csv", "text,label\na,x,surplus\n", "line 2: its number of fields is not that of the header"),
+        ("d.csv", "text,label\na,x\nb\n", "line 3: its number of fields is not that of the header"),
+        ("d.csv", 'text,label\n"a,x\n', "line 2: unexpected end of data"),
+        ("d.csv", b"text,label\n\xa3,x\n", "not UTF-8 text"),
+        ("d.csv", "", "it has no rows"),
+        ("d.csv", "text,label\n", "it has no rows"),
+        ("d.jsonl", "", "it has no rows"),
+        ("d.jsonl", '{"text": "a", "label": "x"}\nnot json\n', "line 2: Expecting value"),
+        ("d.jsonl", '["a", "x"]\n', "line 1: a list, not an object"),
+        ("d.parquet", "no parquet", "not a whole Parquet file"),
+        ("d.xlsx", "a", r"its name must end in \.csv, \.tsv, \.jsonl"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, name, content, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_file("data.train", path, ["text", "label"])
+    assert str(caught.value).startswith(f"data.train={path!r}: ")
+
+
+def test_a_missing_file_is_refused():
+    with pytest.raises(DataError, match=r"data\.test='absent\.csv': no such file"):
+        read_file("data.test", "absent.csv", ["text"])
+
+
+def test_missing_columns_are_named_with_those_that_exist(train_csv):
+    spec = DataSpec(train=train_csv, text="body", label="stars")
+    with pytest.raises(DataError) as caught:
+        load_splits(spec)
+    assert "it has no column 'body', 'stars'; its columns are 'text', 'label'" in str(caught.value)
+
+
+def test_an_empty_parquet_is_refused(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), path)
+    with pytest.raises(DataError, match="it has no rows"):
+        read_file("data.train", str(path), ["text", "label"])
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_numbered_in_sorted_order(train_csv):
+    splits = load_splits(DataSpec(train=train_csv))
+    assert splits.label_names == ("no", "yes")
+    assert {text: label for text, label in zip(splits.train.texts, splits.train.labels, strict=True)} == {
+        text: int(int(text[1:]) % 3 > 0) for text in splits.train.texts
+    }
+
+
+def test_whole_numbers_are_sorted_by_value_and_equal_to_their_texts(tmp_path):
+    train = write_json_lines(tmp_path / "train.jsonl", [{"text": "t", "label": i % 11} for i in range(44)])
+    test = write(tmp_path, "test.csv", "text,label\na,10\nb,2\n")
+    splits = load_splits(DataSpec(train=str(train), test=test, validation_fraction=0.5))
+    assert splits.label_names == tuple(map(str, range(11)))
+    assert splits.test is not None
+    assert splits.test.labels == [10, 2]
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_labels_that_training_lacks_are_named(tmp_path, train_csv, split):
+    other = write(tmp_path, "other.csv", "text,label\na,yes\nb,perhaps\nc,maybe\n")
+    with pytest.raises(DataError) as caught:
+        load_splits(DataSpec(train=train_csv, **{split: other}))
+    message = str(caught.value)
+    assert message.startswith(
+        f"data.{split} (column 'label')='maybe, perhaps': labels that the training examples lack"
+    )
+    assert "they have no, yes" in message
+
+
+def test_one_class_is_refused(tmp_path):
+    path = write(tmp_path, "one.csv", "text,label\na,yes\nb,yes\n")
+    with pytest.raises(DataError, match=r"data\.label \(column 'label'\)='yes': all training examples bear one label"):
+        load_splits(DataSpec(train=path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\n,x\nb,y\n", r"data\.train \(column 'text', row 1\)=None: a text is missing"),
+        (
+            "text,label\na,x\nb,\nc,y\nd,\n",
+            r"data\.train \(column 'label', 2 rows \(2, 4\)\)=None: a label is missing",
+        ),
+    ],
+)
+def test_missing_values_are_refused_by_row(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        load_splits(DataSpec(train=write(tmp_path, "d.csv", content), validation_fraction=0.5))
+
+
+# Regression ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_regression_reads_numbers(tmp_path):
+    path = write(tmp_path, "d.csv", "text,score\n" + "".join(f"t{i},{i / 10}\n" for i in range(20)))
+    splits = load_splits(DataSpec(task="regression", train=path, label="score", validation_fraction=0.25))
+    assert splits.label_names is None
+    assert (len(splits.train), len(splits.validation)) == (15, 5)
+    assert sorted([*splits.train.labels, *splits.validation.labels]) == [i / 10 for i in range(20)]
+
+
+@pytest.mark.parametrize("value", ["good", "nan", "inf", ""])
+def test_a_regression_refuses_what_is_no_finite_number(tmp_path, value):
+    path = write(tmp_path, "d.csv", f"text,score\na,1.5\nb,{value}\n")
+    with pytest.raises(DataError) as caught:
+        load_splits(DataSpec(task="regression", train=path, label="score"))
+    assert str(caught.value).startswith(f"data.train (column 'score', row 2)={value or None!r}: a regression needs")
+
+
+# Splitting -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_validation_split_is_stratified_whole_and_the_same_each_time(train_csv):
+    first, again = (load_splits(DataSpec(train=train_csv, validation_fraction=0.2)) for _ in range(2))
+    assert first == again
+    assert (len(first.train), len(first.validation)) == (24, 6)
+    assert sorted(first.validation.labels) == [0, 0, 1, 1, 1, 1]
+    assert sorted(first.train.texts + first.validation.texts) == sorted(f"t{i}" for i in range(30))
+    other = load_splits(DataSpec(train=train_csv, validation_fraction=0.2, split_seed=1))
+    assert other.validation.texts != first.validation.texts
+
+
+def test_a_given_validation_file_leaves_training_whole(tmp_path, train_csv):
+    other = write(tmp_path, "other.csv", "text,label\na,yes\n")
+    splits = load_splits(DataSpec(train=train_csv, validation=other))
+    assert (len(splits.train), len(splits.validation)) == (30, 1)
+
+
+def test_a_class_of_one_cannot_be_split(tmp_path):
+    path = write(tmp_path, "d.csv", ROWS + "t,rare\n")
+    with pytest.raises(DataError, match=r"data\.validation=None: 'rare' has one training example"):
+        load_splits(DataSpec(train=path))
+
+
+def test_too_few_examples_cannot_be_split(tmp_path):
+    path = write(tmp_path, "d.csv", "text,label\na,x\nb,y\nc,x\nd,y\n")
+    with pytest.raises(DataError, match=r"data\.validation_fraction=0\.1: 4 training examples cannot be split so"):
+        load_splits(DataSpec(train=path))
+
+
+def test_pairs_stay_together():
+    examples = Examples([f"a{i}" for i in range(10)], [f"b{i}" for i in range(10)], [0, 1] * 5)
+    train, validation = split_validation(examples, 0.4, seed=3, label_names=("x", "y"))
+    for part in (train, validation):
+        assert part.pairs == [text.replace("a", "b") for text in part.texts]
+
+
+def test_a_file_to_evaluate_on_is_checked_like_the_others(train_csv):
+    spec = DataSpec()
+    assert len(load_examples("data", train_csv, spec, ("no", "yes"))) == 30
+    with pytest.raises(DataError, match=r"data \(column 'label'\)='no': labels that the training examples lack"):
+        load_examples("data", train_csv, spec, ("perhaps", "yes"))
+
+
+# Hub -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, count in (("train", 20), ("validation", 4), ("test", 6)):
+        write_json_lines(folder / f"{split}.jsonl", sentences(count, seed=count))
+    return str(folder)
+
+
+def test_a_hub_data_set_has_its_splits(hub_folder):
+    splits = load_splits(DataSpec(name=hub_folder, test="test"))
+    assert splits.test is not None
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 4, 6)
+    assert load_splits(DataSpec(name=hub_folder)).test is None  # never looked at unless asked for
+
+
+def test_class_labels_come_as_names_and_hidden_ones_are_missing(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    Dataset.from_dict({"text": ["a", "b"] * 5, "label": [1, 0] * 5}, features=features).to_parquet(
+        folder / "train.parquet"
+    )
+    Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features).to_parquet(folder / "test.parquet")
+    splits = load_splits(DataSpec(name=str(folder), validation_fraction=0.2))
+    assert splits.label_names == ("neg", "pos")
+    with pytest.raises(DataError, match=r"data\.test \(column 'label', row 2\)=None: a label is missing"):
+        load_splits(DataSpec(name=str(folder), validation_fraction=0.2, test="test"))
+
+
+def test_a_missing_data_set_split_or_column_is_refused(hub_folder):
+    with pytest.raises(DataError, match=r"data\.name='no/such-data': cannot be loaded"):
+        load_splits(DataSpec(name="no/such-data"))
+    with pytest.raises(DataError, match=r"data\.test='tset': .* no such split; it has train, validation, test"):
+        load_splits(DataSpec(name=hub_folder, test="tset"))
+    with pytest.raises(DataError, match=r"data\.train='train': it has no column 'body'; its columns are 'text'"):
+        load_splits(DataSpec(name=hub_folder, text="body"))
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
+
+
+def test_examples_are_cut_and_not_padded(tmp_path):
+    base = str(save_tiny_bert(tmp_path))
+    tokenizer = load_tokenizer(base, 6)
+    data = encode(Examples(["w1 w2", "w1 w2 w3 w4 w5 w6"], None, [1, 0]), tokenizer, 6)
+    assert [len(ids) for ids in data["input_ids"]] == [4, 6]
+    assert list(data["labels"]) == [1, 0]
+    assert "text" not in data.column_names
+
+
+def test_pairs_share_the_length(tmp_path):
+    base = str(save_tiny_bert(tmp_path))
+    tokenizer = load_tokenizer(base, 9)
+    data = encode(Examples(["w1 w2 w3 w4 w5"], ["w7 w8 w9 w10 w11"], [0.5]), tokenizer, 9)
+    assert len(data["input_ids"][0]) == 9
+    assert set(data["token_type_ids"][0]) == {0, 1}
+    assert np.isclose(data["labels"][0], 0.5)
+
+
+def test_a_length_the_model_cannot_read_and_a_missing_model_are_refused(tmp_path):
+    base = str(save_tiny_bert(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.max_length=64: .* takes at most 32 tokens"):
+        load_tokenizer(base, 64)
+    with pytest.raises(ConfigError, match=r"model\.name='no/such-model': its tokenizer cannot be loaded"):
+        load_tokenizer("no/such-model", 8)

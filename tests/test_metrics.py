@@ -1,0 +1,87 @@
+"""Metrics against values worked out by hand, and over whole evaluation sets."""
+
+import numpy as np
+import pytest
+from tiny_classifier import save_tiny_bert
+
+from aroma.errors import DataError
+from aroma.lab.data import Examples
+from aroma.lab.encode import encode, load_tokenizer
+from aroma.lab.metrics import classification_metrics, metrics_of, regression_metrics, trainer_metrics
+
+
+def test_accuracy_and_macro_f1_by_hand():
+    # class 0: 2 hits, 1 miss, no false alarm: F1 = 4/5. class 1: 1 hit, 1 false alarm: 2/3. class 2: 1.
+    metrics = classification_metrics(np.array([0, 1, 1, 0, 2]), np.array([0, 1, 0, 0, 2]))
+    assert metrics["accuracy"] == pytest.approx(4 / 5)
+    assert metrics["macro_f1"] == pytest.approx((4 / 5 + 2 / 3 + 1) / 3)
+
+
+def test_mcc_by_hand():
+    # 2 true positives, 1 false negative, 1 true negative, 1 false positive: (2·1 − 1·1) / √(3·3·2·2)
+    metrics = classification_metrics(np.array([1, 1, 0, 0, 1]), np.array([1, 1, 1, 0, 0]))
+    assert metrics["mcc"] == pytest.approx(1 / 6)
+
+
+def test_macro_f1_weighs_a_rare_class_like_a_common_one():
+    labels = np.array([0] * 9 + [1])
+    metrics = classification_metrics(np.zeros(10, dtype=int), labels)
+    assert metrics == {"accuracy": pytest.approx(0.9), "macro_f1": pytest.approx((18 / 19 + 0) / 2), "mcc": 0.0}
+
+
+def test_correlations_and_error_by_hand():
+    # deviations (−1, 0, 1) and (−4/3, −1/3, 5/3): 3 / √(2 · 42/9)
+    metrics = regression_metrics(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 4.0]))
+    assert metrics["pearson"] == pytest.approx(3 / (2 * 42 / 9) ** 0.5)
+    assert metrics["spearman"] == pytest.approx(1.0)
+    assert metrics["mse"] == pytest.approx(1 / 3)
+
+
+def test_spearman_is_of_ranks():
+    metrics = regression_metrics(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 100.0]))
+    assert metrics["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert metrics["pearson"] != pytest.approx(metrics["spearman"], abs=0.02)
+
+
+@pytest.mark.parametrize(("predicted", "labels"), [([2.0, 2.0], [1.0, 3.0]), ([1.0, 3.0], [2.0, 2.0]), ([1.0], [1.0])])
+def test_a_correlation_with_a_constant_is_zero_and_no_warning(predicted, labels, recwarn):
+    metrics = regression_metrics(np.array(predicted), np.array(labels))
+    assert (metrics["pearson"], metrics["spearman"]) == (0.0, 0.0)
+    assert not recwarn.list
+
+
+def test_logits_of_either_task():
+    assert metrics_of("classification", np.array([[0.1, 0.9], [3.0, -1.0]]), np.array([1, 1]))["accuracy"] == 0.5
+    assert metrics_of("regression", np.array([[1.0], [2.0]]), np.array([1.0, 4.0]))["mse"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("metrics", [classification_metrics, regression_metrics])
+def test_no_examples_are_refused(metrics):
+    with pytest.raises(DataError, match="examples=0.*give at least one"):
+        metrics(np.array([]), np.array([]))
+
+
+def test_a_trainer_computes_once_over_all_examples_the_last_short_batch_included(tmp_path):
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    from aroma.lab.model import load_classifier
+
+    base = str(save_tiny_bert(tmp_path / "model"))
+    tokenizer = load_tokenizer(base, 8)
+    data = encode(Examples(["w1 w2"] * 7 + ["w9"] * 3, None, [0, 1] * 5), tokenizer, 8)
+    calls = []
+
+    def counted(prediction):
+        calls.append(len(prediction.label_ids))
+        return trainer_metrics("classification")(prediction)
+
+    trainer = Trainer(
+        model=load_classifier(base, ("a", "b"), 0),
+        args=TrainingArguments(str(tmp_path / "out"), per_device_eval_batch_size=4, report_to="none"),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=counted,
+    )
+    logits = trainer.predict(data).predictions
+    assert calls == [10]
+    expected = (logits.argmax(axis=-1) == np.array([0, 1] * 5)).mean()
+    assert trainer.evaluate(data)["eval_accuracy"] == pytest.approx(expected)
