@@ -89,6 +89,22 @@ def test_an_error_is_one_line_and_code_2(arguments, message, capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing", "extra"),
+    [
+        (["train", "r.yaml"], "datasets, sklearn, scipy", "train"),
+        (["eval", "a", "--data", "x.csv"], "datasets, sklearn, scipy", "train"),
+        (["demo"], "datasets, sklearn, scipy", "train"),
+        (["inspect", "a", "--plot", "x.png"], "matplotlib", "plot"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_missing_extra_is_named(arguments, missing, extra, capsys, monkeypatch):
+    monkeypatch.setattr("aroma.cli.extras.find_spec", lambda name: None)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {missing}: not installed; run: pip install 'aroma-peft[{extra}]'\n"
+
+
 def test_debugging_shows_where_an_error_comes_from(monkeypatch):
     from aroma.errors import ConfigError
 

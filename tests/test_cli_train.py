@@ -9,7 +9,6 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 from transformers import AutoModelForSequenceClassification
 
 from aroma.cli import main
@@ -21,6 +20,7 @@ from aroma.lab.run_folder import EventLog
 from aroma.lab.specs import TrainSpec
 from aroma.lab.trainer import make_optimizer
 from aroma.tuner import AromaConfig
+from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 STEPS = 60
 
@@ -83,7 +83,7 @@ def test_the_metrics_are_of_whole_sets(run):
     metrics = read(run / "result.json")["metrics"]
     hits = metrics["test"]["accuracy"] * 37
     assert hits == pytest.approx(round(hits))
-    assert hits > 22  # it learned: chance is 18.5
+    assert hits > 30  # it learned: chance is 18.5
 
 
 def test_ranks_events_and_adapter_agree(run):
@@ -128,9 +128,21 @@ def test_a_regression_runs(files, tmp_path):
     assert evaluation.metrics == pytest.approx(read(out / "result.json")["metrics"]["test"], abs=1e-5)
 
 
+def test_mixed_precision_runs_on_a_cpu_and_leaves_float32(files, tmp_path):
+    overrides = ["training.bf16=true", "training.max_steps=10", f"output={tmp_path / 'run'}"]
+    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
 def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
     out = tmp_path / "run"
-    overrides = ["training.checkpoint=best", "training.eval_steps=10", "training.save_steps=10", "training.max_steps=40"]
+    overrides = [
+        "training.checkpoint=best",
+        "training.eval_steps=10",
+        "training.save_steps=10",
+        "training.max_steps=40",
+    ]
     more = ["training.keep_checkpoints=null", "data.validation_fraction=0.3", f"output={out}"]
     assert main(["train", str(files / "recipe.yaml"), *overrides, *more]) == 0
     result, history = read(out / "result.json"), read(out / "history.json")
@@ -150,6 +162,7 @@ def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
         ("data.text=body", "it has no column 'body'"),
         ("adapter.target_modules=[nothing]", "nothing"),
         ("adapter.max_inner_steps=3", "max_inner_steps=3"),
+        ("training.max_steps=4", "inner_check_interval=5: it is longer than the run of 4"),
         ("adapter.outer_tolerance=0", "outer_tolerance=0"),
         ("model.name=no/model", "model.name='no/model'"),
         ("data.max_length=64", "data.max_length=64"),
@@ -158,8 +171,7 @@ def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
 def test_what_cannot_work_is_refused_before_training(files, tmp_path, capsys, override, message):
     assert main(["train", str(files / "recipe.yaml"), override, f"output={tmp_path / 'run'}"]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------

@@ -7,43 +7,18 @@ unfrozen module; when it ends, every unfrozen module keeps its component and sta
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import CheckpointError, NonFiniteError, bad_value
 from .events import Event, ModuleSummary
 from .files import tensors_digest
-from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
-from .reset import check_resettable, component_generator, fresh_component, reset_state
-from .spectra import effective_rank, singular_values
-from .tuner import AromaConfig, AromaLinear, aroma_layers
+from .measures import PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
+from .target import TargetModule
+from .tuner import AromaConfig, aroma_layers
 from .warmup import rewarmup_factor
-
-
-@dataclass(eq=False)
-class TargetModule:
-    """What the controller knows of one growing module.
-
-    Args:
-        name: Its name in the base model.
-        index: Its place in module order; decides its random numbers.
-        layer: The growing layer.
-        weight_norm: ‖W0 + s B A‖_F over the finished components.
-        converged: Whether it bears the label "inner-converged" in this inner loop.
-        inner_value: Left side of (5) at the last check, None where undefined.
-        outer_value: Left side of (6) at the last outer check.
-    """
-
-    name: str
-    index: int
-    layer: AromaLinear
-    weight_norm: float = 0.0
-    converged: bool = False
-    inner_value: float | None = None
-    outer_value: float | None = None
 
 
 class AromaController:
@@ -80,7 +55,10 @@ class AromaController:
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
-        self.modules = [TargetModule(name, index, layer) for index, (name, layer) in enumerate(layers.items())]
+        self.modules = [
+            TargetModule(name, index, layer, adapter_name, self.config)
+            for index, (name, layer) in enumerate(layers.items())
+        ]
         self._check_optimizer()
         self._measure_weights()
         self.global_step = 0
@@ -107,7 +85,7 @@ class AromaController:
     @property
     def total_rank(self) -> int:
         """Sum of the ranks of the finished components over all modules; no device is asked."""
-        return sum(self._finished_rank(module) for module in self.modules)
+        return sum(module.rank for module in self.modules)
 
     @property
     def lr_factor(self) -> float:
@@ -122,7 +100,7 @@ class AromaController:
 
     def summary(self) -> list[ModuleSummary]:
         """Return rank, effective rank, state and last check values of every module, in module order."""
-        return [self._summarise(module) for module in self.modules]
+        return [module.summary() for module in self.modules]
 
     # What a loop does ------------------------------------------------------------------------------------------------
 
@@ -159,13 +137,11 @@ class AromaController:
         """
         self._refuse_stale()
         active = self._active()
-        norms = pair_norms(self._pairs(active))
+        norms = pair_norms([module.pair for module in active])
         self._require_finite(active, norms, "outer")
-        kept = []
         for module, norm in zip(active, norms, strict=True):
             module.outer_value = outer_value(self.config.scale * norm, module.weight_norm)
-            if self._keeps(module):
-                kept.append(module)
+        kept = [module for module in active if module.keeps_component()]
         self._merge(kept)
         events = [event for module in active for event in self._decide(module, module in kept)]
         if self.finished:
@@ -181,7 +157,7 @@ class AromaController:
             NonFiniteError: A component is NaN or infinite.
         """
         active = self._active()
-        self._require_finite(active, pair_norms(self._pairs(active)), "save")
+        self._require_finite(active, pair_norms([module.pair for module in active]), "save")
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -197,7 +173,7 @@ class AromaController:
             return {"state": None, "tensors": {}}
         tensors = self._snapshot.tensors()
         for module in self.modules:
-            tensors.update(self._pair_tensors(module))
+            tensors.update(module.pair_tensors(self.outer_number))
         state = {
             "config": self.config.method(),
             "global_step": self.global_step,
@@ -207,7 +183,7 @@ class AromaController:
             "snapshot_norms": self._snapshot.norms,
             "adapter_digest": self._digest(),
             # A list: the Trainer sorts the keys of a dict, and the order of modules decides their random numbers.
-            "modules": [self._module_state(module) for module in self.modules],
+            "modules": [module.state() for module in self.modules],
         }
         return {"state": state, "tensors": tensors}
 
@@ -230,11 +206,11 @@ class AromaController:
         for name in ("global_step", "inner_step", "outer_number", "max_inner_steps"):
             setattr(self, name, state[name])
         for module, entry in zip(self.modules, state["modules"], strict=True):
-            for name in ("converged", "inner_value", "outer_value", "weight_norm"):
-                setattr(module, name, entry[name])
-            self._restore_pair(module, entry["rank"], entry["frozen"], tensors)
+            module.restore(entry, tensors, self.outer_number)
         self._check_optimizer()
-        self._snapshot = PairSnapshot.restore(state["snapshot_norms"], tensors, self._pairs(self._active()))
+        self._snapshot = PairSnapshot.restore(
+            state["snapshot_norms"], tensors, [module.pair for module in self._active()]
+        )
         self._stale = False
 
     def invalidate(self) -> None:
@@ -248,7 +224,9 @@ class AromaController:
 
     def _inner_check(self) -> list[Event]:
         active = self._active()
-        values, self._snapshot = inner_values(self._pairs(active), self._snapshot, self.config.inner_criterion)
+        values, self._snapshot = inner_values(
+            [module.pair for module in active], self._snapshot, self.config.inner_criterion
+        )
         self._require_finite(active, self._snapshot.norms, "inner")
         tolerance = self.config.inner_tolerance
         assert tolerance is not None, "no inner check is due without a tolerance"
@@ -259,13 +237,6 @@ class AromaController:
             events.append(self._event("checked", module, value))
         self._emit(events)
         return events
-
-    def _keeps(self, module: TargetModule) -> bool:
-        """Whether the outer check lets `module` keep its component: (6) is not met, or may not decide."""
-        tolerance = self.config.outer_tolerance
-        if tolerance is None or module.outer_value is None or self._components(module) < self.config.min_components:
-            return True
-        return module.outer_value >= tolerance
 
     def _require_finite(self, modules: list[TargetModule], values: list[float], where: str) -> None:
         for module, value in zip(modules, values, strict=True):
@@ -281,38 +252,40 @@ class AromaController:
     # Merge & Reinit & Reset, Freeze ----------------------------------------------------------------------------------
 
     def _merge(self, modules: list[TargetModule]) -> None:
-        added = [(b.detach() * self.config.scale, a.detach()) for b, a in self._pairs(modules)]
         norms = grown_norms(
             [module.layer.weight_matrix for module in modules],
-            self._updates(modules),
-            added,
+            [module.finished for module in modules],
+            [module.scaled_pair for module in modules],
             [module.weight_norm for module in modules],
         )
         for module, norm in zip(modules, norms, strict=True):
             module.weight_norm = norm
-            module.layer.merge_pair(self.adapter_name)
+            module.merge()
 
     def _decide(self, module: TargetModule, kept: bool) -> list[Event]:
         """Freeze `module`, or start its next component; return what happened to it."""
         events = [self._event("merged", module, module.outer_value)] if kept else []
-        if kept and self._components(module) != self.config.max_components:
-            self._reset(module)
-            self._start_component(module, self.outer_number + 1)
+        if kept and not module.is_full():
+            module.reset(self.optimizer, self.outer_number)
+            module.start_component(self.outer_number + 1)
             return events
-        module.layer.freeze(self.adapter_name)
+        module.freeze()
         return [*events, self._event("frozen", module, module.outer_value)]
 
-    def _reset(self, module: TargetModule) -> None:
-        b, a = module.layer.pair(self.adapter_name)
-        generator = component_generator(self._seed, self.outer_number, module.index, "reset")
-        for parameter in (a, b):
-            reset_state(self.optimizer, parameter, self.config.reset, self.config.prune_ratio, generator)
+    def _start_inner_loop(self) -> None:
+        self.outer_number += 1
+        self.inner_step = 0
+        self._snapshot = PairSnapshot()
+        for module in self.modules:
+            module.converged = False
+
+    # Refusals --------------------------------------------------------------------------------------------------------
 
     def _check_optimizer(self) -> None:
         """Refuse an optimizer without the pair of a module that trains."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         for module in self._active():
-            if not all(id(parameter) in held for parameter in module.layer.pair(self.adapter_name)):
+            if not all(id(parameter) in held for parameter in module.pair):
                 raise bad_value(
                     "optimizer",
                     type(self.optimizer).__name__,
@@ -323,32 +296,8 @@ class AromaController:
     def _check_optimizer_state(self) -> None:
         """Refuse an optimizer whose state cannot be reset now that it has some, not at the end of the inner loop."""
         for module in self._active():
-            for parameter in module.layer.pair(self.adapter_name):
-                check_resettable(self.optimizer, parameter, self.config.reset)
+            module.check_resettable(self.optimizer)
         self._state_is_known = True
-
-    def _start_component(self, module: TargetModule, outer_number: int) -> None:
-        module.layer.start_pair(self.adapter_name, self._fresh(module, outer_number))
-
-    def _start_inner_loop(self) -> None:
-        self.outer_number += 1
-        self.inner_step = 0
-        self._snapshot = PairSnapshot()
-        for module in self.modules:
-            module.converged = False
-
-    # Exact restoring -------------------------------------------------------------------------------------------------
-
-    def _module_state(self, module: TargetModule) -> dict[str, Any]:
-        return {
-            "name": module.name,
-            "rank": self._finished_rank(module),
-            "frozen": self._is_frozen(module),
-            "converged": module.converged,
-            "inner_value": module.inner_value,
-            "outer_value": module.outer_value,
-            "weight_norm": module.weight_norm,
-        }
 
     def _refuse_other_modules(self, saved: list[str]) -> None:
         names = [module.name for module in self.modules]
@@ -362,96 +311,33 @@ class AromaController:
             f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
         )
 
-    def _pair_tensors(self, module: TargetModule) -> dict[str, Tensor]:
-        """Return the pair of `module` if the plain adapter would not give it back bit for bit."""
-        if self._is_frozen(module):
-            return {}
-        b, a = (parameter.detach() for parameter in module.layer.pair(self.adapter_name))
-        if b.any():
-            exact = torch.equal(b * self.config.scale / self.config.scale, b)
-        else:
-            exact = torch.equal(a, self._fresh(module, self.outer_number).to(a))
-        return {} if exact else {f"pair.{module.index}.b": b.clone(), f"pair.{module.index}.a": a.clone()}
-
-    def _restore_pair(self, module: TargetModule, rank: int, frozen: bool, tensors: dict[str, Tensor]) -> None:
-        """Take the component that was in training out of the loaded finished ones."""
-        finished = module.layer.finished(self.adapter_name)
-        surplus = finished.rank - rank
-        if surplus not in (0, self.config.r) or (frozen and surplus):
+    def _refuse_stale(self) -> None:
+        if self._stale:
             raise CheckpointError(
-                f"{module.name}: the adapter has rank {finished.rank}, but its aroma_state says {rank} finished and "
-                f"{'no' if frozen else 'one'} component in training; the files are of different moments, use another "
-                "checkpoint"
+                "load_adapter replaced the components while this controller was attached; attach a new controller, "
+                "or restore the checkpoint's state with load_state_dict"
             )
-        if frozen:
-            module.layer.freeze(self.adapter_name)
-            return
-        module.layer.unfreeze(self.adapter_name)
-        b, a = finished.pop(surplus)
-        if f"pair.{module.index}.b" in tensors:
-            module.layer.start_pair(
-                self.adapter_name, tensors[f"pair.{module.index}.a"], tensors[f"pair.{module.index}.b"]
-            )
-        elif surplus:
-            module.layer.start_pair(self.adapter_name, a, b / self.config.scale)
-        else:
-            self._start_component(module, self.outer_number)
+
+    # Small things ----------------------------------------------------------------------------------------------------
 
     def _digest(self) -> str:
         """Return a digest of all components, equal before a save and after the load."""
         tensors = {}
         for module in self.modules:
-            B, A = module.layer.components(self.adapter_name)
+            B, A = module.components
             if A.shape[0]:
                 tensors[f"{module.name}.B"], tensors[f"{module.name}.A"] = B, A
         return tensors_digest(tensors)
 
-    # Small things ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _seed(self) -> int:
-        assert self.config.component_seed is not None, "AromaModel settles the seed when the adapter is made"
-        return self.config.component_seed
-
-    def _fresh(self, module: TargetModule, outer_number: int) -> Tensor:
-        _, a = module.layer.pair(self.adapter_name)
-        return fresh_component(self._seed, outer_number, module.index, (a.shape[0], a.shape[1]))
-
     def _measure_weights(self) -> None:
-        norms = weight_norms([module.layer.weight_matrix for module in self.modules], self._updates(self.modules))
+        norms = weight_norms(
+            [module.layer.weight_matrix for module in self.modules], [module.finished for module in self.modules]
+        )
         for module, norm in zip(self.modules, norms, strict=True):
             module.weight_norm = norm
 
     def _active(self) -> list[TargetModule]:
-        return [module for module in self.modules if not self._is_frozen(module)]
-
-    def _is_frozen(self, module: TargetModule) -> bool:
-        return module.layer.is_frozen(self.adapter_name)
-
-    def _pairs(self, modules: list[TargetModule]) -> list[Pair]:
-        return [module.layer.pair(self.adapter_name) for module in modules]
-
-    def _updates(self, modules: list[TargetModule]) -> list[Pair]:
-        finished = [module.layer.finished(self.adapter_name) for module in modules]
-        return [(components.B, components.A) for components in finished]
-
-    def _finished_rank(self, module: TargetModule) -> int:
-        return module.layer.finished(self.adapter_name).rank
-
-    def _components(self, module: TargetModule) -> int:
-        return self._finished_rank(module) // self.config.r
-
-    def _summarise(self, module: TargetModule) -> ModuleSummary:
-        B, A = module.layer.components(self.adapter_name)
-        frozen = self._is_frozen(module)
-        return ModuleSummary(
-            name=module.name,
-            rank=A.shape[0],
-            effective_rank=effective_rank(singular_values(B, A)),
-            state="frozen" if frozen else "converged" if module.converged else "training",
-            inner_value=module.inner_value,
-            outer_value=module.outer_value,
-        )
+        return [module for module in self.modules if not module.is_frozen]
 
     def _event(self, kind: Any, module: TargetModule | None = None, value: float | None = None) -> Event:
         return Event(
@@ -461,7 +347,7 @@ class AromaController:
             inner_step=self.inner_step,
             module=module.name if module else None,
             value=value,
-            rank=self._finished_rank(module) if module else self.total_rank,
+            rank=module.rank if module else self.total_rank,
             converged=module.converged if module else True,
         )
 
@@ -469,13 +355,6 @@ class AromaController:
         for event in events:
             for listener in self._listeners:
                 listener(event)
-
-    def _refuse_stale(self) -> None:
-        if self._stale:
-            raise CheckpointError(
-                "load_adapter replaced the components while this controller was attached; attach a new controller, "
-                "or restore the checkpoint's state with load_state_dict"
-            )
 
 
 def _find_config(model: nn.Module, adapter_name: str) -> AromaConfig:

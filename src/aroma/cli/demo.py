@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from .extras import require_extra
 from .phases import shown_phase
 from .texts import examples
 
@@ -35,6 +36,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo, and sum it up."""
+    require_extra("train", "plot")
     from .quiet import quiet
 
     quiet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .extras import require_extra
 from .phases import shown_phase
 from .texts import examples
 
@@ -34,6 +35,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
+    require_extra("train")
     from .quiet import quiet
 
     quiet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from .extras import require_extra
 from .texts import examples
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table; draw the picture."""
+    if arguments.plot:
+        require_extra("plot")
     from .quiet import quiet
 
     quiet()

@@ -7,6 +7,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from .extras import require_extra
 from .texts import examples
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
+    require_extra("train")
     from ..lab.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

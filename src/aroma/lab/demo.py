@@ -62,7 +62,7 @@ def demo_training(seed: int = 0, threads: int | None = None, steps: int | None =
     Raises:
         ConfigError: A number out of range.
     """
-    chosen = replace(TRAINING, seed=seed, threads=threads, max_steps=steps or TRAINING.max_steps)
+    chosen = replace(TRAINING, seed=seed, threads=threads, max_steps=TRAINING.max_steps if steps is None else steps)
     check_training(chosen)
     return chosen
 
@@ -112,9 +112,10 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     head_only = measure_head_only(material, training, phase)
     growth, parameters = train_adapters(material, training, folder, progress)
-    logits = predict(growth.trainer.model, material, training, phase)
+    model = growth.trainer.model.cpu()  # where the fresh process will predict, too
+    logits = predict(model, material, training, phase)
     task = Task("classification", TOPICS, "text", None, "label", MAX_LENGTH)
-    save_trained(growth.trainer.model, material.tokenizer, task, folder / "adapter")
+    save_trained(model, material.tokenizer, task, folder / "adapter")
     agreement = check_reload(logits, folder / "adapter", material, training, phase)
     assert growth.callback.controller is not None, "it has trained"
     result = DemoResult(

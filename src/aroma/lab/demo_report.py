@@ -144,7 +144,7 @@ def _table(result: DemoResult) -> str:
 
 def _protocol(result: DemoResult, record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    revision = record["git_revision"] or "none, an installed package"
+    revision = record["git_revision"] or "installed package"
     return "\n".join(
         [
             f"- {result.train_articles:,} articles to train on and {result.held_out_articles} held out, split once "
@@ -156,6 +156,6 @@ def _protocol(result: DemoResult, record: dict[str, Any]) -> str:
             "its L2 strength chosen on a fifth of the training articles. AROMA's head sees the model's own pooling; "
             "mean pooling is how this model is meant to be used.",
             f"- One seed ({result.training.seed}): a demonstration, not a comparison of methods.",
-            f"- {result.wall_seconds:.0f} s, CPU threads: {record['threads']}; {versions}; source revision: {revision}.",
+            f"- {result.wall_seconds:.0f} s, CPU threads: {record['threads']}; {versions}; source: {revision}.",
         ]
     )

@@ -79,6 +79,7 @@ def evaluate_adapter(
         raise bad_value("base_model", name, f"cannot be loaded ({reason}); give its folder or hub name") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoded = encode(examples, tokenizer, task.max_length)
     with phase("evaluate", len(examples)) as advance:
         logits = predict_logits(model, encoded, tokenizer, batch_size, advance)
@@ -93,7 +94,7 @@ def predict_logits(
     """Return a model's logits, shape (examples, outputs), in the order of `data`, in batches padded to their longest.
 
     Args:
-        model: A sequence classifier; it runs on a GPU if there is one.
+        model: A sequence classifier; it runs where it is.
         data: Tokenized examples.
         tokenizer: Pads the batches.
         batch_size: Examples of one forward pass.
@@ -102,8 +103,7 @@ def predict_logits(
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
+    model.eval()
     batches = DataLoader(
         data.remove_columns("labels"),
         batch_size=batch_size,
@@ -111,6 +111,6 @@ def predict_logits(
     )
     logits = []
     for batch in batches:
-        logits.append(model(**batch.to(device)).logits.float().cpu())
+        logits.append(model(**batch.to(model.device)).logits.float().cpu())
         on_batch(len(logits[-1]))
     return torch.cat(logits).numpy()

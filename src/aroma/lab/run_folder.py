@@ -51,11 +51,11 @@ class RunFolder:
         return self.root / "result.json"
 
 
-def open_run(recipe: Recipe, resume: bool) -> RunFolder:
-    """Make the run's folder and put its resolved recipe there, or check that the run in it is the same.
+def check_output(recipe: Recipe, resume: bool) -> RunFolder:
+    """Return the run's folder if the run may write there; nothing is written yet.
 
     Raises:
-        ConfigError: The folder is not empty and `resume` is false, or it holds a run of another recipe.
+        ConfigError: The folder is not empty and `resume` is false, or it holds a run of another recipe, or none.
     """
     folder = RunFolder(Path(recipe.output))
     if resume and folder.recipe.exists():
@@ -65,9 +65,14 @@ def open_run(recipe: Recipe, resume: bool) -> RunFolder:
         "it holds no run to resume; give another output" if resume else "give another output, or --resume this run"
     )
     require_empty("output", folder.root, remedy)
-    folder.root.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, folder.recipe)
     return folder
+
+
+def open_folder(folder: RunFolder, recipe: Recipe) -> None:
+    """Make the run's folder and put its resolved recipe there, unless a resumed run has it."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    if not folder.recipe.exists():
+        save_recipe(recipe, folder.recipe)
 
 
 def require_empty(field: str, folder: Path, remedy: str) -> None:

@@ -20,7 +20,7 @@ from .metrics import metrics_of
 from .model import adapter_config, count_trainable, grow, load_classifier
 from .provenance import provenance
 from .recipe import Recipe
-from .run_folder import EventLog, RunFolder, open_run
+from .run_folder import EventLog, RunFolder, check_output, open_folder
 from .task import Task, save_trained
 from .trainer import Growth, make_trainer
 
@@ -61,17 +61,20 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
         NonFiniteError: NaN or infinity in training.
     """
     began = time.monotonic()
-    # Whatever can be refused is refused before the model is loaded, and before the folder is made.
+    # What can be refused is refused before anything is written, the cheapest first.
+    folder = check_output(recipe, resume)
     config = adapter_config(recipe.adapter, recipe.training)
+    if recipe.training.max_steps is not None:
+        config.resolve_inner_steps(recipe.training.max_steps)
     splits = load_splits(recipe.data)
     assert recipe.model.name is not None, "Recipe checks it"
     tokenizer = load_tokenizer(recipe.model.name, recipe.data.max_length)
-    folder = open_run(recipe, resume)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     set_seed(recipe.training.seed)
     model = grow(load_classifier(recipe.model.name, splits.label_names, tokenizer.pad_token_id), config)
     trainable = count_trainable(model)
+    open_folder(folder, recipe)
     encoded = {name: encode(part, tokenizer, recipe.data.max_length) for name, part in _by_name(splits).items()}
     growth = _fit(recipe, folder, model, tokenizer, encoded, progress)
     metrics = {

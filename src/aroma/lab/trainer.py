@@ -117,6 +117,7 @@ def training_arguments(training: TrainSpec, task: str, folder: str | os.PathLike
         greater_is_better=True,
         seed=training.seed,
         bf16=training.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said outright, or bf16 would be refused
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),

