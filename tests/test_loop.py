@@ -10,6 +10,7 @@ import torch
 import transformers.integrations.peft
 from accelerate import Accelerator
 from peft import PeftModel, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
 
 from aroma import AromaConfig, Event, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import CheckpointError, ConfigError
@@ -143,6 +144,15 @@ def test_an_adapter_added_by_transformers_grows_and_is_saved(tmp_path: Path, mon
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base("llama"), str(tmp_path))
     torch.testing.assert_close(logits(loaded, batch("llama")), logits(model, batch("llama")))
+    # transformers writes the weights after the state that vouches for them.
+    verify_adapter(tmp_path)
+    next(iter(aroma_layers(model).values())).finished("default").storage_A.mul_(2)
+    model.save_pretrained(tmp_path)
+    verify_adapter(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: its components are not those"):
+        verify_adapter(tmp_path)
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from ..files import tensors_digest
+
 if TYPE_CHECKING:
     from .config import AromaConfig
     from .layer import AromaLinear
@@ -31,11 +33,13 @@ class PlainAdapter:
         ranks: Rank of every module that has tensors, by module name.
         shapes: (m, n) of every growing module, also of those with rank 0.
         trained: Whether any component has moved away from its start.
+        digest: `components_digest` of the tensors.
     """
 
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
     trained: bool
+    digest: str
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
@@ -89,7 +93,14 @@ def plain_tensors(
         tensors[f"{key}.lora_A.{adapter_name}.weight"] = pair_a.new_zeros(1, layer.in_features)
         tensors[f"{key}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(layer.out_features, 1)
     shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
-    return tensors, PlainAdapter(ranks, shapes, trained)
+    saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
+    return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved))
+
+
+def components_digest(saved: Mapping[str, Tensor]) -> str:
+    """Return a digest of the components among the tensors of an adapter file; its trained heads do not count."""
+    names = [name for name in saved if ".lora_A." in name or ".lora_B." in name]
+    return tensors_digest({_module_name(name): saved[name] for name in names})
 
 
 def finished_tensors(

@@ -104,8 +104,8 @@ class AromaModel(LoraModel):
                 )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Once, when the adapter is made: PEFT casts again at every load_adapter, and that replaces the parameters which
-        # the optimizer holds.
+        # Once, when the adapter is made: PEFT casts again at every load_adapter, and that replaces the parameters
+        # which the optimizer holds.
         config = self.peft_config[adapter_name]
         if not config.dtype_is_settled:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

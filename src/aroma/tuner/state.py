@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, read_json, read_tensors, write_json, write_tensors
+from .layout import PlainAdapter, components_digest
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -45,7 +46,8 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
         "format": STATE_FORMAT,
         "config": config.method(),
         "modules": {name: {"shape": shape, "rank": plain.ranks.get(name, 0)} for name, shape in plain.shapes.items()},
-        "files": {name: file_digest(target / name) for name in WEIGHT_FILES if (target / name).exists()},
+        "components": plain.digest,
+        "files": _written_files(target, plain),
         "controller": None,
     }
     tensors: dict[str, Any] = {}
@@ -59,6 +61,20 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
         (target / STATE_TENSORS_FILE).unlink(missing_ok=True)
     # Last, so that it vouches for whole files.
     write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
+
+
+def _written_files(folder: Path, plain: PlainAdapter) -> dict[str, str]:
+    """Return the digests of the weight files that hold the adapter just collected.
+
+    PEFT writes them before the configuration, transformers (`model.add_adapter`, `model.save_pretrained`) after it:
+    then there is no file yet, or an older one.
+    """
+    files = {name: folder / name for name in WEIGHT_FILES if (folder / name).exists()}
+    return {name: file_digest(file) for name, file in files.items() if _holds(file, plain.digest)}
+
+
+def _holds(file: Path, digest: str) -> bool:
+    return file.suffix != ".safetensors" or components_digest(read_tensors(file)) == digest
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -102,6 +118,16 @@ def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None
     Raises:
         CheckpointError: A file is missing, truncated, edited, or of another moment; it is named.
     """
+    weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if (
+        weights.name not in state["files"]
+        and weights.exists()
+        and components_digest(read_tensors(weights)) != state["components"]
+    ):
+        raise CheckpointError(
+            f"{weights}: its components are not those that {STATE_FILE} was written with; edited, or a save was "
+            "interrupted; use another checkpoint"
+        )
     for name, digest in state["files"].items():
         file = Path(folder) / name
         if file.suffix == ".safetensors":
