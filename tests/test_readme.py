@@ -26,6 +26,11 @@ def test_the_trainer_example_is_the_one_that_runs() -> None:
     assert blocks("python")[0].strip() == shown.replace("  # noqa: E402", "").strip()
 
 
+def test_the_output_shown_is_what_the_script_printed() -> None:
+    printed = (ROOT / "examples" / "trainer.out.txt").read_text(encoding="utf-8")
+    assert blocks("text")[0] in printed
+
+
 def test_the_commands_exist() -> None:
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     ours = [command[1:] for command in commands if command and command[0] == "aroma"]
