@@ -42,12 +42,12 @@ LORA_RANK = 8
 
 ADAPTER = AdapterSpec(
     inner_check_interval=5,
-    max_inner_steps=25,
-    outer_tolerance=0.01,
+    max_inner_steps=40,
+    outer_tolerance=0.02,
     rewarmup_steps=5,
 )
 TRAINING = TrainSpec(
-    max_steps=200,
+    max_steps=240,
     batch_size=16,
     learning_rate=2e-3,
     warmup_steps=10,
