@@ -328,6 +328,7 @@ def test_a_bad_loss_stops_the_training(
         AromaCallback(),
         kind=bad_loss_at(5, value),
         save_steps=save_steps,
+        logging_steps=100,  # nothing is logged before
     )
     with pytest.raises(NonFiniteError, match=rf"bert\.\S+: .*not finite.*optimizer step {found_at} .*last one"):
         trainer.train()
@@ -340,6 +341,33 @@ def test_a_bad_component_is_named(tmp_path: Path, value: float) -> None:
     with pytest.raises(NonFiniteError, match=r"^bert\.pooler\.dense: .*optimizer step 6 \(outer step 1, inner step 6"):
         trainer.train()
     assert_only_good_checkpoints(tmp_path, [2, 4])
+
+
+def test_a_bad_gradient_in_the_log_stops_the_training_though_the_trainer_hides_the_loss(tmp_path: Path) -> None:
+    trainer = trainer_for(adapted(), tmp_path, AromaCallback(), kind=bad_loss_at(5, math.nan), save_steps=4)
+    with pytest.raises(NonFiniteError, match=r"^grad_norm=nan at optimizer step 5: .*resume"):
+        trainer.train()
+    assert_only_good_checkpoints(tmp_path, [4])
+
+
+def test_two_callbacks_are_refused_before_they_freeze_each_other(tmp_path: Path) -> None:
+    trainer = trainer_for(adapted(), tmp_path, AromaCallback())
+    trainer.add_callback(AromaCallback())
+    with pytest.raises(ConfigError, match=r"controller='default': another controller.*single AromaCallback"):
+        trainer.train()
+
+
+def test_a_second_training_goes_on_with_directions_of_its_own(tmp_path: Path) -> None:
+    trainer = trainer_for(adapted(outer_tolerance=None), tmp_path, AromaCallback())
+    trainer.train()
+    layer = next(iter(aroma_layers(trainer.model).values()))
+    first = layer.finished("default").A.clone()
+    trainer.train()
+    second = layer.finished("default").A[first.shape[0] :]
+    assert len(first)
+    assert len(second)
+    cosines = torch.nn.functional.normalize(second, dim=1) @ torch.nn.functional.normalize(first, dim=1).T
+    assert cosines.abs().max() < 0.9
 
 
 def test_a_bad_loss_in_the_log_stops_the_training(tmp_path: Path) -> None:
@@ -374,6 +402,7 @@ def test_a_head_that_breaks_after_all_modules_have_finished(tmp_path: Path, stra
         AromaCallback(early_stop=False),
         kind=bad_loss_at(15, math.nan),
         save_strategy=strategy,
+        logging_steps=100,  # nothing is logged before
         save_steps=10,
     )
     with pytest.raises(NonFiniteError, match=r"classifier.*optimizer step 20"):

@@ -15,7 +15,7 @@ from aroma.controller import AromaController
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma.events import ModuleSummary
 from aroma.lab import bbc, demo
-from aroma.lab.baseline import head_accuracy
+from aroma.lab.baseline import fit_head
 from aroma.lab.data import Examples
 from aroma.lab.demo_report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
 from aroma.lab.encode import encode, load_tokenizer
@@ -122,9 +122,19 @@ def test_the_head_only_baseline_is_trained_to_convergence():
     generator = np.random.default_rng(0)
     labels = np.arange(300) % 3
     features = np.eye(3)[labels] * 0.05 + generator.normal(size=(300, 3)) * 0.01  # separable, but only just
-    assert head_accuracy(features[:200], list(labels[:200]), features[200:], list(labels[200:])) > 0.97
-    shuffled = list(generator.permutation(labels[:200]))
-    assert head_accuracy(features[:200], shuffled, features[200:], list(labels[200:])) < 0.6
+    head = fit_head(features[:200], list(labels[:200]))
+    assert head.accuracy(features[200:], list(labels[200:])) > 0.97
+    shuffled = fit_head(features[:200], list(generator.permutation(labels[:200])))
+    assert shuffled.accuracy(features[200:], list(labels[200:])) < 0.6
+
+
+def test_the_adapters_start_from_the_head_only_solution():
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(60, 4)), list(np.arange(60) % 3)
+    head, layer = fit_head(features, labels), torch.nn.Linear(4, 3)
+    head.copy_to(layer)
+    predicted = layer(torch.from_numpy(features).float()).argmax(dim=-1).numpy()
+    assert (predicted == labels).mean() == head.accuracy(features, labels)
 
 
 def test_trainable_parameters_stand_beside_those_of_lora_8(tmp_path):

@@ -288,7 +288,8 @@ def test_a_save_that_dies_between_two_files_is_noticed(tmp_path: Path, monkeypat
     save_adapter(model, tmp_path / "new")
     old, new = contents(folder), contents(tmp_path / "new")
     outcomes = []
-    for moved in range(len(new)):
+    # The model card is PEFT's the first time and the user's from then on: it is not moved again.
+    for moved in range(len(set(new) - {"README.md"})):
         place = Path(shutil.copytree(folder, tmp_path / f"dies-after-{moved}"))
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", crash_after(moved, place))

@@ -16,25 +16,28 @@ from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_stat
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Write the adapter of `model` into `folder` so that a kill leaves either the old files or the new ones.
+def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Write an adapter of `model` into `folder` so that a kill leaves either the old files or the new ones.
 
     `model.save_pretrained` writes its tensors in place; here all files are written elsewhere, checked, and then moved,
     `aroma_state.json`, which vouches for the others, last.
 
     Args:
         model: A PeftModel with an AROMA adapter.
-        folder: Where to; made if missing. Files of other names in it are left alone.
+        folder: Where to; made if missing. Files of other names in it, and a README.md, are left alone.
+        adapter_name: Adapter to write.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
-        model.save_pretrained(staging)
-        verify_adapter(staging)
-        written = sorted(Path(staging).iterdir(), key=lambda file: file.name == STATE_FILE)
-        for file in written:
+        model.save_pretrained(staging, selected_adapters=[adapter_name])
+        # PEFT gives every adapter but "default" a folder of its own.
+        source = Path(staging) if adapter_name == "default" else Path(staging) / adapter_name
+        verify_adapter(source)
+        files = [file for file in source.iterdir() if file.name != "README.md" or not (target / file.name).exists()]
+        for file in sorted(files, key=lambda file: file.name == STATE_FILE):
             os.replace(file, target / file.name)
-        if not any(file.name == STATE_TENSORS_FILE for file in written):
+        if not any(file.name == STATE_TENSORS_FILE for file in files):
             (target / STATE_TENSORS_FILE).unlink(missing_ok=True)
 
 
@@ -77,6 +80,6 @@ def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         verify_adapter(checkpoint)
-    except (CheckpointError, FileNotFoundError, json.JSONDecodeError):
+    except (CheckpointError, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return False
     return True

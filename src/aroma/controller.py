@@ -43,6 +43,7 @@ class AromaController:
     def __init__(
         self, model: nn.Module, optimizer: Any, *, total_steps: int | None = None, adapter_name: str = "default"
     ) -> None:
+        _refuse_many_processes()
         layers = aroma_layers(model, adapter_name)
         if not layers:
             raise bad_value(
@@ -64,6 +65,9 @@ class AromaController:
         self.global_step = 0
         self.inner_step = 0
         self.outer_number = 1
+        # A continued adapter must not draw again the directions it has.
+        self._earlier_outer_steps = max(module.component_count for module in self.modules)
+        self._continue_loaded()
         self._snapshot = PairSnapshot()
         self._listeners: list[Callable[[Event], None]] = []
         self._stale = False
@@ -115,6 +119,7 @@ class AromaController:
             ResetError: The optimizer keeps state that `reset` cannot reset; found out at the first step.
         """
         self._refuse_stale()
+        self.config.ever_controlled = True
         self.global_step += 1
         if self.finished:
             return []
@@ -136,6 +141,8 @@ class AromaController:
             NonFiniteError: A component is NaN or infinite.
         """
         self._refuse_stale()
+        if self.finished:
+            return []
         active = self._active()
         norms = pair_norms([module.pair for module in active])
         self._require_finite(active, norms, "outer")
@@ -173,13 +180,14 @@ class AromaController:
             return {"state": None, "tensors": {}}
         tensors = self._snapshot.tensors()
         for module in self.modules:
-            tensors.update(module.pair_tensors(self.outer_number))
+            tensors.update(module.pair_tensors(self._draw_number))
         state = {
             "config": self.config.method(),
             "global_step": self.global_step,
             "inner_step": self.inner_step,
             "outer_number": self.outer_number,
             "max_inner_steps": self.max_inner_steps,
+            "earlier_outer_steps": self._earlier_outer_steps,
             "snapshot_norms": self._snapshot.norms,
             "adapter_digest": self._digest(),
             # A list: the Trainer sorts the keys of a dict, and the order of modules decides their random numbers.
@@ -205,8 +213,9 @@ class AromaController:
             )
         for name in ("global_step", "inner_step", "outer_number", "max_inner_steps"):
             setattr(self, name, state[name])
+        self._earlier_outer_steps = state["earlier_outer_steps"]
         for module, entry in zip(self.modules, state["modules"], strict=True):
-            module.restore(entry, tensors, self.outer_number)
+            module.restore(entry, tensors, self._draw_number)
         self._check_optimizer()
         self._snapshot = PairSnapshot.restore(
             state["snapshot_norms"], tensors, [module.pair for module in self._active()]
@@ -266,8 +275,8 @@ class AromaController:
         """Freeze `module`, or start its next component; return what happened to it."""
         events = [self._event("merged", module, module.outer_value)] if kept else []
         if kept and not module.is_full():
-            module.reset(self.optimizer, self.outer_number)
-            module.start_component(self.outer_number + 1)
+            module.reset(self.optimizer, self._draw_number)
+            module.start_component(self._draw_number + 1)
             return events
         module.freeze()
         return [*events, self._event("frozen", module, module.outer_value)]
@@ -312,6 +321,13 @@ class AromaController:
         )
 
     def _refuse_stale(self) -> None:
+        if self.config.controller is not self:
+            raise bad_value(
+                "controller",
+                self.adapter_name,
+                "another controller was attached to this adapter later, and two would freeze each other's components; "
+                "give the Trainer a single AromaCallback, do not combine it with attach(), and call attach() once",
+            )
         if self._stale:
             raise CheckpointError(
                 "load_adapter replaced the components while this controller was attached; attach a new controller, "
@@ -328,6 +344,19 @@ class AromaController:
             if A.shape[0]:
                 tensors[f"{module.name}.B"], tensors[f"{module.name}.A"] = B, A
         return tensors_digest(tensors)
+
+    @property
+    def _draw_number(self) -> int:
+        """Number of the outer step for random draws: counted over all runs of the adapter."""
+        return self._earlier_outer_steps + self.outer_number
+
+    def _continue_loaded(self) -> None:
+        """Let modules with components from an earlier run go on: full ones are frozen, new ones start afresh."""
+        for module in self.modules:
+            if module.is_full() and not module.is_frozen:
+                module.freeze()
+            elif self._earlier_outer_steps and not module.is_frozen and not module.has_moved:
+                module.start_component(self._draw_number)
 
     def _measure_weights(self) -> None:
         norms = weight_norms(
@@ -355,6 +384,13 @@ class AromaController:
         for event in events:
             for listener in self._listeners:
                 listener(event)
+
+
+def _refuse_many_processes() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise bad_value("world_size", size, "AROMA trains in one process so far; launch it with one")
 
 
 def _find_config(model: nn.Module, adapter_name: str) -> AromaConfig:

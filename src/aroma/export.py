@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from .errors import CheckpointError, bad_value
 from .files import read_json, read_tensors, write_json, write_tensors
 from .spectra import effective_rank, singular_values
 from .tuner.layout import PEFT_PREFIX
-from .tuner.state import STATE_FILE, read_state
+from .tuner.state import STATE_FILE, read_state, require_files
 
 SERVING_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that vLLM, TGI and SGLang all serve without padding."""
@@ -93,6 +96,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
         raise bad_value(
             "adapter", str(folder), "no such folder; give the folder that holds adapter_config.json", CheckpointError
         )
+    if (path / STATE_FILE).exists():
+        require_files(path, read_state(path))
     config = read_json(path / "adapter_config.json")
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
         raise bad_value(
@@ -109,6 +114,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
             )
         name = stem.removeprefix(PEFT_PREFIX)
         updates[name] = Update(B.float() * _scale(config, name, A.shape[0]), A.float())
+    if not updates:
+        raise CheckpointError(f"{path / 'adapter_model.safetensors'}: no lora_A and lora_B in it; not a LoRA adapter")
     return AdapterWeights(config, dict(sorted(updates.items(), key=lambda item: _natural(item[0]))), tensors)
 
 
@@ -169,8 +176,10 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         "use_rslora": False,
         "inference_mode": True,
     }
-    write_tensors(target / "adapter_model.safetensors", tensors)
-    write_json(target / "adapter_config.json", config)
+    with _filled_at_once(target) as staging:
+        write_tensors(staging / "adapter_model.safetensors", tensors)
+        write_json(staging / "adapter_config.json", config)
+        _copy_files([Path(folder)], staging, (*_TOKENIZER_FILES, "aroma_task.json"))
     return uniform
 
 
@@ -202,8 +211,9 @@ def export_merged(
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
     model = load_with_adapter(folder, base_name)
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-    merged.save_pretrained(target)
-    _copy_tokenizer([Path(folder), Path(base_name)], target)
+    with _filled_at_once(target) as staging:
+        merged.save_pretrained(staging)
+        _copy_files([Path(folder), Path(base_name)], staging, _TOKENIZER_FILES)
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:
@@ -214,7 +224,7 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
         base_model: Folder or hub name of the base model; the adapter's own by default.
 
     Raises:
-        ConfigError: The model class cannot be told from the adapter.
+        ConfigError: The model class cannot be told from the adapter, or the base model cannot be loaded.
     """
     import transformers
     from peft import PeftModel
@@ -231,8 +241,16 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
         )
     labels = _head_size(adapter)
     # The head comes with the adapter, whatever the base model has in its place.
-    options = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
-    base = getattr(transformers, class_name).from_pretrained(base_name, dtype=torch.float32, **options)
+    options: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    if base_model is None and adapter.config.get("revision"):
+        options["revision"] = adapter.config["revision"]
+    try:
+        base = getattr(transformers, class_name).from_pretrained(base_name, dtype=torch.float32, **options)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise bad_value(
+            "base_model", base_name, f"cannot be loaded ({reason}); give its folder or hub name"
+        ) from error
     return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
@@ -279,9 +297,21 @@ def _new_folder(out: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _copy_tokenizer(sources: list[Path], target: Path) -> None:
+@contextmanager
+def _filled_at_once(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` that becomes `target` in one step, or vanishes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        staging = Path(scratch) / target.name
+        staging.mkdir()
+        yield staging
+        os.replace(staging, target)
+
+
+def _copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy what matches `patterns` from the first of `sources` that has any."""
     for source in sources:
-        files = {file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)} if source.is_dir() else set()
+        files = {file for pattern in patterns for file in source.glob(pattern)} if source.is_dir() else set()
         if files:
             for file in files:
                 shutil.copy2(file, target / file.name)

@@ -74,8 +74,13 @@ class TargetModule:
 
     @property
     def component_count(self) -> int:
-        """Number of finished components."""
-        return self.rank // self._config.r
+        """Number of finished components; a loaded rest of a rank below r counts as one."""
+        return -(-self.rank // self._config.r)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the component in training has moved away from its start, b = 0."""
+        return bool(self.pair[0].any())
 
     @property
     def is_frozen(self) -> bool:
@@ -104,8 +109,8 @@ class TargetModule:
         return self.outer_value >= tolerance
 
     def is_full(self) -> bool:
-        """Whether it has `max_components`."""
-        return self.component_count == self._config.max_components
+        """Whether it has `max_components` or more, as a loaded adapter may."""
+        return self._config.max_components is not None and self.component_count >= self._config.max_components
 
     def merge(self) -> None:
         """Merge: the component in training becomes a finished one."""

@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
     """
     arguments = make_parser().parse_args(argv)
+    # Before PyTorch loads its thread pool: a thread that spins while it waits keeps the core from the thread it waits
+    # for, which on a shared machine makes two threads several times slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         arguments.run(arguments)
     except AromaError as error:

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..export import export_merged, export_uniform
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     if arguments.uniform:
         rank = export_uniform(arguments.adapter, arguments.out, arguments.rank)
         console.print(f"adapter of rank {rank}: {arguments.out}")

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..export import rank_table
 
     rows = rank_table(arguments.adapter)
-    console = Console()
+    console = Console(markup=False)
     console.print(make_table(rows, title=str(arguments.adapter)))
     console.print(serving_hint(max((row.rank for row in rows), default=0)))
     if arguments.plot:

@@ -69,7 +69,7 @@ def _print_result(result: RunResult) -> None:
         table.add_row(split, *(f"{value:.4f}" for value in metrics.values()))
     ranks = [module.rank for module in result.modules]
     frozen = sum(module.state == "frozen" for module in result.modules)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(
         f"{result.steps} steps in {result.wall_seconds:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "

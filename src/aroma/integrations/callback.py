@@ -160,11 +160,13 @@ class AromaCallback(TrainerCallback, ExportableState):
         """Add ranks to the logs; stop at a loss that is not finite."""
         if self.controller is None or logs is None or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise NonFiniteError(
-                f"loss={logs['loss']} at optimizer step {state.global_step}: training stopped, and earlier "
-                "checkpoints are untouched; resume from the last one with a lower learning rate"
-            )
+        # The Trainer's logging_nan_inf_filter hides a loss that is not finite; with fp16, a gradient may overflow.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise NonFiniteError(
+                    f"{name}={logs[name]} at optimizer step {state.global_step}: training stopped, and earlier "
+                    "checkpoints are untouched; resume from the last one with a lower learning rate"
+                )
         growth = {"total_rank": self.controller.total_rank, "active_modules": self.controller.active_modules}
         logs.update(growth)
         state.log_history[-1].update(growth)

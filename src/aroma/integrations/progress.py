@@ -66,6 +66,10 @@ class RichProgress(TrainerCallback):
     ) -> None:
         """Leave the finished line."""
         self._progress.update(self._task, status=self._status())
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; for a training that ended with an exception."""
         self._progress.stop()
 
     def _status(self) -> str:

@@ -31,6 +31,30 @@ class Features:
     mean: NDArray[Any]
 
 
+@dataclass(frozen=True)
+class LinearHead:
+    """A linear classifier of three classes or more.
+
+    Args:
+        weight: (classes, hidden).
+        bias: (classes,).
+    """
+
+    weight: NDArray[Any]
+    bias: NDArray[Any]
+
+    def accuracy(self, features: NDArray[Any], labels: Sequence[float]) -> float:
+        """Return the share of `features`, (examples, hidden), that get their label."""
+        predicted = (features @ self.weight.T + self.bias).argmax(axis=-1)
+        return float((predicted == labels).mean())
+
+    @torch.no_grad()
+    def copy_to(self, layer: torch.nn.Linear) -> None:
+        """Give `layer` these weights."""
+        layer.weight.copy_(torch.from_numpy(self.weight))
+        layer.bias.copy_(torch.from_numpy(self.bias))
+
+
 @torch.no_grad()
 def features_of(
     model: Any, tokenizer: Any, examples: Examples, max_length: int, batch_size: int, on_batch: Callable[[int], None]
@@ -60,18 +84,12 @@ def features_of(
     return Features(torch.cat(pooled).numpy(), torch.cat(mean).numpy())
 
 
-def head_accuracy(
-    features: NDArray[Any], labels: Sequence[float], held_out_features: NDArray[Any], held_out_labels: Sequence[float]
-) -> float:
-    """Return the held-out accuracy of a linear head trained to convergence on frozen features.
-
-    Its L2 strength is chosen on a fifth of the training examples; the held-out ones are looked at once.
+def fit_head(features: NDArray[Any], labels: Sequence[float]) -> LinearHead:
+    """Return a linear head trained to convergence on frozen features; its L2 strength is chosen on a fifth of them.
 
     Args:
-        features: Of the training examples, (examples, hidden).
-        labels: Their classes.
-        held_out_features: Of the held-out examples, (examples, hidden).
-        held_out_labels: Their classes.
+        features: (examples, hidden).
+        labels: Classes 0, 1, …, every one of which occurs.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
@@ -81,5 +99,5 @@ def head_accuracy(
         {"C": _STRENGTHS},
         cv=StratifiedShuffleSplit(n_splits=1, test_size=0.2, random_state=0),
     )
-    search.fit(features, labels)
-    return float(search.score(held_out_features, held_out_labels))
+    best = search.fit(features, labels).best_estimator_
+    return LinearHead(best.coef_, best.intercept_)

@@ -16,7 +16,7 @@ from transformers import AutoModel, set_seed
 from ..errors import CheckpointError, bad_value
 from ..files import write_json, write_text
 from ..tuner import aroma_layers
-from .baseline import features_of, head_accuracy
+from .baseline import LinearHead, features_of, fit_head
 from .bbc import TOPICS, as_examples, load_articles, model_folder, split_articles
 from .data import Examples
 from .demo_report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
@@ -110,8 +110,8 @@ def run_demo(
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    head_only = measure_head_only(material, training, phase)
-    growth, parameters = train_adapters(material, training, folder, progress)
+    head, head_only = train_head_only(material, training, phase)
+    growth, parameters = train_adapters(material, head, training, folder, progress)
     model = growth.trainer.model.cpu()  # where the fresh process will predict, too
     logits = predict(model, material, training, phase)
     task = Task("classification", TOPICS, "text", None, "label", MAX_LENGTH)
@@ -148,25 +148,26 @@ def load_material() -> Material:
     return Material(base, load_tokenizer(base, MAX_LENGTH), as_examples(train), as_examples(held_out))
 
 
-def measure_head_only(material: Material, training: TrainSpec, phase: Phase) -> HeadOnly:
-    """Return the held-out accuracy of linear heads on the frozen model."""
+def train_head_only(material: Material, training: TrainSpec, phase: Phase) -> tuple[LinearHead, HeadOnly]:
+    """Train linear heads on the frozen model; return the one on its own pooling, and the held-out accuracies."""
     encoder = AutoModel.from_pretrained(material.base, dtype=torch.float32)
     with phase("head only", len(material.train) + len(material.held_out)) as advance:
         train, held_out = (
             features_of(encoder, material.tokenizer, examples, MAX_LENGTH, training.batch_size, advance)
             for examples in (material.train, material.held_out)
         )
-    labels, held_out_labels = material.train.labels, material.held_out.labels
-    return HeadOnly(
-        pooled=head_accuracy(train.pooled, labels, held_out.pooled, held_out_labels),
-        mean=head_accuracy(train.mean, labels, held_out.mean, held_out_labels),
-    )
+    pooled, mean = fit_head(train.pooled, material.train.labels), fit_head(train.mean, material.train.labels)
+    labels = material.held_out.labels
+    return pooled, HeadOnly(pooled.accuracy(held_out.pooled, labels), mean.accuracy(held_out.mean, labels))
 
 
-def train_adapters(material: Material, training: TrainSpec, folder: Path, progress: bool) -> tuple[Growth, Parameters]:
-    """Train head and growing adapters; the events go to `folder`."""
+def train_adapters(
+    material: Material, head: LinearHead, training: TrainSpec, folder: Path, progress: bool
+) -> tuple[Growth, Parameters]:
+    """Train growing adapters, and `head` on with them; the events go to `folder`."""
     set_seed(training.seed)
     classifier = load_classifier(material.base, TOPICS, material.tokenizer.pad_token_id)
+    head.copy_to(classifier.classifier)
     model = grow(classifier, adapter_config(ADAPTER, training))
     parameters = count_parameters(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -180,7 +181,7 @@ def train_adapters(material: Material, training: TrainSpec, folder: Path, progre
             on_event=EventLog(folder / "events.jsonl", upto=0),
             progress=progress,
         )
-        growth.trainer.train()
+        growth.train()
     return growth, parameters
 
 

@@ -153,8 +153,9 @@ def _protocol(result: DemoResult, record: dict[str, Any]) -> str:
             "- Settings were chosen on a fifth of the training articles. The held-out ones are looked at once, all "
             "of them, after the last step.",
             "- Head only: a linear head on the frozen model's features of the same tokens, trained to convergence, "
-            "its L2 strength chosen on a fifth of the training articles. AROMA's head sees the model's own pooling; "
-            "mean pooling is how this model is meant to be used.",
+            "its L2 strength chosen on a fifth of the training articles. The model's own pooling is "
+            "what a classifier in transformers sees, mean pooling how this model is meant to be used.",
+            "- AROMA starts from the first of these heads and trains it on, together with the adapters.",
             f"- One seed ({result.training.seed}): a demonstration, not a comparison of methods.",
             f"- {result.wall_seconds:.0f} s, CPU threads: {record['threads']}; {versions}; source: {revision}.",
         ]

@@ -71,12 +71,7 @@ def evaluate_adapter(
     )
     examples = load_examples("data", data, columns, task.label_names)
     tokenizer = load_tokenizer(str(folder), task.max_length)
-    try:
-        model = load_with_adapter(folder, base_model)
-    except OSError as error:
-        name = base_model or "named in adapter_config.json"
-        reason = " ".join(str(error).split())
-        raise bad_value("base_model", name, f"cannot be loaded ({reason}); give its folder or hub name") from error
+    model = load_with_adapter(folder, base_model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.to("cuda" if torch.cuda.is_available() else "cpu")

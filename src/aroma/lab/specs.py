@@ -29,7 +29,8 @@ class DataSpec:
     train: str | None = None
     """Training examples: a CSV, TSV (without quoting), JSONL or Parquet file; with `name`, a split (null: `train`)."""
     validation: str | None = None
-    """Validation examples: a file or split; null: `validation_fraction` of the training examples."""
+    """Validation examples: a file or split; null: the split `validation` of a hub data set that has one, else
+    `validation_fraction` of the training examples."""
     test: str | None = None
     """Test examples, looked at once after training: a file or split; null: none."""
     text: str = "text"

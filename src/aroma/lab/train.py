@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from .model import adapter_config, count_trainable, grow, load_classifier
 from .provenance import provenance
 from .recipe import Recipe
 from .run_folder import EventLog, RunFolder, check_output, open_folder
+from .specs import TrainSpec
 from .task import Task, save_trained
 from .trainer import Growth, make_trainer
 
@@ -67,6 +69,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
     if recipe.training.max_steps is not None:
         config.resolve_inner_steps(recipe.training.max_steps)
     splits = load_splits(recipe.data)
+    config.resolve_inner_steps(planned_steps(recipe.training, len(splits.train)))
     assert recipe.model.name is not None, "Recipe checks it"
     tokenizer = load_tokenizer(recipe.model.name, recipe.data.max_length)
     if recipe.training.threads is not None:
@@ -93,6 +96,14 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
     write_json(folder.history, growth.trainer.state.log_history)
     write_json(folder.result, result_record(result, recipe, splits))
     return result
+
+
+def planned_steps(training: TrainSpec, examples: int) -> int:
+    """Return the optimizer steps of a run over `examples` training examples, as the Trainer counts them."""
+    if training.max_steps is not None:
+        return training.max_steps
+    batches = math.ceil(examples / training.batch_size)
+    return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
 
 
 def evaluate(trainer: Trainer, task: str, data: Any) -> dict[str, float]:
@@ -134,7 +145,7 @@ def _fit(
         on_event=EventLog(folder.events, upto=_step_of(checkpoint)),
         progress=progress,
     )
-    growth.trainer.train(resume_from_checkpoint=checkpoint)
+    growth.train(checkpoint)
     return growth
 
 

@@ -28,10 +28,20 @@ class Growth:
     Args:
         trainer: Trains and evaluates.
         callback: Holds the controller.
+        bar: Shows the progress; None for none.
     """
 
     trainer: Trainer
     callback: AromaCallback
+    bar: RichProgress | None = None
+
+    def train(self, checkpoint: str | None = None) -> None:
+        """Train, from a checkpoint on if one is given; the terminal is given back whatever happens."""
+        try:
+            self.trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            if self.bar is not None:
+                self.bar.close()
 
 
 def make_trainer(
@@ -62,6 +72,7 @@ def make_trainer(
         ConfigError: The model does not grow.
     """
     callback = AromaCallback(early_stop=training.early_stop, on_event=on_event)
+    bar = RichProgress(callback) if progress else None
     trainer = Trainer(
         model=model,
         args=training_arguments(training, task, folder),
@@ -71,11 +82,11 @@ def make_trainer(
         processing_class=tokenizer,
         compute_metrics=trainer_metrics(task),
         preprocess_logits_for_metrics=_logits_alone,
-        callbacks=[callback, *([RichProgress(callback)] if progress else [])],
+        callbacks=[callback, *([bar] if bar else [])],
         optimizers=(make_optimizer(model, training), None),
     )
     trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
-    return Growth(trainer, callback)
+    return Growth(trainer, callback, bar)
 
 
 def make_optimizer(model: Any, training: TrainSpec) -> torch.optim.AdamW:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -223,7 +224,6 @@ class AromaConfig(LoraConfig):
     def attach_controller(self, controller: Any) -> None:
         """Remember `controller`, so that saving writes its state; a weak reference, since it outlives no run."""
         self._controller = weakref.ref(controller)
-        self.ever_controlled = True
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled adapter is not driven by the controller of the original."""
@@ -251,6 +251,12 @@ class AromaConfig(LoraConfig):
             return max(1, total_steps // self.max_components)
         inner_steps = max(50, total_steps // 12)
         self._check_inner_steps(inner_steps)
+        if inner_steps > total_steps:
+            warnings.warn(
+                f"max_inner_steps=None gives {inner_steps} steps, and the run has {total_steps}: it ends within its "
+                "first inner loop, so no rank will grow; set max_inner_steps below the run, or train longer",
+                stacklevel=2,
+            )
         return inner_steps
 
     def method(self) -> dict[str, Any]:

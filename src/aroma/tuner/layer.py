@@ -275,7 +275,9 @@ class AromaLinear(LoraLinear):
     def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         finished = self.finished(adapter_name)
         x = self._cast_input_dtype(x, self.lora_A[adapter_name].weight.dtype)
-        if finished.rank:
+        if finished.storage_A.shape[
+            0
+        ]:  # the padded shape: a compiled graph depends on nothing that changes more often
             result = result + finished(x).to(result.dtype)
         if not self.is_frozen(adapter_name):
             h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](x))

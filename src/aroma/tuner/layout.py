@@ -32,7 +32,7 @@ class PlainAdapter:
     Args:
         ranks: Rank of every module that has tensors, by module name.
         shapes: (m, n) of every growing module, also of those with rank 0.
-        trained: Whether any component has moved away from its start.
+        trained: Whether any component in training has moved away from its start.
         digest: `components_digest` of the tensors.
     """
 
@@ -84,7 +84,7 @@ def plain_tensors(
             ranks[_module_name(key)] = A.shape[0]
             tensors[f"{key}.lora_A.{adapter_name}.weight"] = A
             tensors[f"{key}.lora_B.{adapter_name}.weight"] = B
-    trained = bool(ranks)
+    trained = any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers)
     if not ranks:
         # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
         key, layer = next(iter(layers.items()))

@@ -18,6 +18,7 @@ from ..reset import fresh_component
 from .config import PEFT_TYPE, AromaConfig
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, plain_tensors
+from .state import warn_uncontrolled
 
 _QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
 
@@ -110,6 +111,13 @@ class AromaModel(LoraModel):
         if not config.dtype_is_settled:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             config.dtype_is_settled = True
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for adapter_name, config in self.peft_config.items():
+            pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
+            if not config.ever_controlled and any(bool(b.any()) for b, _ in pairs):
+                warn_uncontrolled(config)
 
     @classmethod
     def _get_adapter_state_dict(

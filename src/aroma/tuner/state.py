@@ -34,13 +34,8 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
     """
     plain, controller = config._plain, config.controller
     assert plain is not None, "called by AromaConfig.save_pretrained, right after the tensors were collected"
-    if controller is None and plain.trained and not config.ever_controlled:
-        warnings.warn(
-            "This AROMA adapter was trained without its controller, as a plain LoRA of rank "
-            f"{config.r}: no component was ever checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or "
-            "call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a loop of your own.",
-            stacklevel=2,
-        )
+    if plain.trained and not config.ever_controlled:
+        warn_uncontrolled(config)
     target = Path(folder)
     state: dict[str, Any] = {
         "format": STATE_FORMAT,
@@ -61,6 +56,20 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
         (target / STATE_TENSORS_FILE).unlink(missing_ok=True)
     # Last, so that it vouches for whole files.
     write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
+
+
+def warn_uncontrolled(config: AromaConfig) -> None:
+    """Warn that an adapter was trained, and that nobody ever stepped a controller: it did not grow.
+
+    Warns:
+        UserWarning: Always.
+    """
+    warnings.warn(
+        "This AROMA adapter was trained without its controller, as a plain LoRA of rank "
+        f"{config.r}: no component was ever checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or "
+        "call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a loop of your own.",
+        stacklevel=3,
+    )
 
 
 def _written_files(folder: Path, plain: PlainAdapter) -> dict[str, str]:

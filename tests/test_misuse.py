@@ -1,0 +1,99 @@
+"""It cannot be used wrong in silence: each way that looks right and is not is refused or said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aroma import AromaConfig, AromaController, attach, save_adapter
+from aroma.errors import CheckpointError, ConfigError
+from aroma.export import export_uniform, rank_table
+from aroma.files import read_tensors, write_tensors
+from models import adapted, batch, ranks, train, trainable
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(model), lr=0.01)
+
+
+def test_two_attachments_are_refused_before_they_freeze_each_other() -> None:
+    model = adapted("bert")
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, total_steps=20)
+    attach(model, optimizer, total_steps=20)
+    with pytest.raises(ConfigError, match=r"another controller was attached.*call attach\(\) once"):
+        train(model, batch("bert"), optimizer, 1)
+
+
+def test_an_edited_adapter_is_neither_shown_nor_exported(tmp_path: Path) -> None:
+    model = adapted("bert")
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, total_steps=40)
+    train(model, batch("bert"), optimizer, 20)
+    save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    write_tensors(file, {name: tensor + 1 for name, tensor in read_tensors(file).items()})
+    for use in (rank_table, lambda folder: export_uniform(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: sha256"):
+            use(tmp_path / "adapter")
+
+
+def test_another_adapter_under_an_old_state_is_refused(tmp_path: Path) -> None:
+    for targets in (["query"], ["query", "value"]):
+        model = adapted("bert", target_modules=targets)
+        optimizer = optimizer_of(model)
+        attach(model, optimizer, total_steps=40)
+        train(model, batch("bert"), optimizer, 20)
+        save_adapter(model, tmp_path / targets[-1])
+    new = tmp_path / "value" / "adapter_model.safetensors"
+    (tmp_path / "query" / "adapter_model.safetensors").write_bytes(new.read_bytes())
+    with pytest.raises(CheckpointError, match="sha256"):
+        rank_table(tmp_path / "query")
+
+
+def test_a_controller_that_is_never_stepped_does_not_count(tmp_path: Path) -> None:
+    model = adapted("bert")
+    AromaController(model, optimizer_of(model), total_steps=20)
+    train(model, batch("bert"), optimizer_of(model), 3)
+    with pytest.warns(UserWarning, match="trained without its controller"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_merge_says_so_too() -> None:
+    model = adapted("bert")
+    train(model, batch("bert"), optimizer_of(model), 3)
+    with pytest.warns(UserWarning, match="trained without its controller"):
+        model.merge_and_unload()
+
+
+def test_a_loaded_adapter_at_its_maximum_grows_no_further(tmp_path: Path) -> None:
+    model = adapted("bert", max_components=3)
+    growth = attach(model, optimizer_of(model), total_steps=40)
+    train(model, batch("bert"), growth.controller.optimizer, 40)
+    save_adapter(model, tmp_path)
+    loaded = adapted("bert", max_components=2)
+    loaded.load_adapter(str(tmp_path), "default", is_trainable=True)
+    before = ranks(loaded)
+    again = attach(loaded, optimizer_of(loaded), total_steps=40)
+    assert {module.name for module in again.controller.modules if module.is_frozen} == {
+        name for name, rank in before.items() if rank >= 2
+    }
+    assert max(before.values()) == 3
+
+
+def test_a_run_too_short_to_grow_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"max_inner_steps=None gives 50 steps, and the run has 40"):
+        assert AromaConfig().resolve_inner_steps(40) == 50
+
+
+def test_an_outer_step_after_the_end_does_nothing() -> None:
+    model = adapted("bert", max_components=1)
+    growth = attach(model, optimizer_of(model), total_steps=40)
+    train(model, batch("bert"), growth.controller.optimizer, 40)
+    assert growth.finished
+    number = growth.controller.outer_number
+    assert growth.controller.outer_step() == []
+    assert growth.controller.outer_number == number
