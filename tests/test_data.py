@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import BertConfig, RobertaConfig
 
 from aroma.errors import ConfigError, DataError
 from aroma.lab.data import Examples, load_examples, load_splits, split_validation
-from aroma.lab.encode import encode, load_tokenizer
+from aroma.lab.encode import check_positions, encode, load_tokenizer
 from aroma.lab.sources import read_file
 from aroma.lab.specs import DataSpec
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
@@ -292,3 +293,13 @@ def test_a_length_the_model_cannot_read_and_a_missing_model_are_refused(tmp_path
         load_tokenizer(base, 64)
     with pytest.raises(ConfigError, match=r"model\.name='no/such-model': its tokenizer cannot be loaded"):
         load_tokenizer("no/such-model", 8)
+
+
+def test_examples_longer_than_the_positions_of_the_model_are_refused(tmp_path):
+    # Neither tokenizer here knows a limit.
+    for kind, positions, allowed in ((BertConfig, 32, 32), (RobertaConfig, 34, 32)):
+        folder = tmp_path / kind.model_type
+        kind(max_position_embeddings=positions, pad_token_id=1).save_pretrained(folder)
+        check_positions(str(folder), allowed)
+        with pytest.raises(ConfigError, match=rf"data\.max_length={allowed + 1}: .* takes at most {allowed} tokens"):
+            check_positions(str(folder), allowed + 1)

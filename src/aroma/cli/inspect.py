@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = rank_table(arguments.adapter)
     console = Console(markup=False)
     console.print(make_table(rows, title=str(arguments.adapter)))
-    console.print(serving_hint(max((row.rank for row in rows), default=0)))
+    console.print(serving_hint(max((row.rank for row in rows), default=0)), soft_wrap=True)
     if arguments.plot:
         from ..lab.figures import rank_picture
 

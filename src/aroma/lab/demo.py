@@ -42,14 +42,15 @@ LORA_RANK = 8
 
 ADAPTER = AdapterSpec(
     inner_check_interval=5,
-    max_inner_steps=40,
-    outer_tolerance=0.02,
+    max_inner_steps=60,
+    outer_tolerance=0.01,
     rewarmup_steps=5,
 )
 TRAINING = TrainSpec(
     max_steps=240,
     batch_size=16,
-    learning_rate=2e-3,
+    learning_rate=1e-3,
+    head_learning_rate=2e-3,
     warmup_steps=10,
     logging_steps=5,
     save_steps=None,

@@ -36,6 +36,28 @@ def load_tokenizer(name: str, max_length: int) -> Any:
     return tokenizer
 
 
+def check_positions(name: str, max_length: int) -> None:
+    """Refuse examples longer than the positions a model has; a tokenizer does not always know them.
+
+    Args:
+        name: Hub name or local folder of the model.
+        max_length: Tokens of the longest example, special tokens included.
+
+    Raises:
+        ConfigError: The model has fewer positions.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if "roberta" in config.model_type or config.model_type == "camembert":
+        positions -= config.pad_token_id + 1  # their positions begin behind the padding's
+    if max_length > positions:
+        raise bad_value("data.max_length", max_length, f"{name} takes at most {positions} tokens")
+
+
 def encode(examples: Examples, tokenizer: Any, max_length: int) -> Dataset:
     """Tokenize examples, cut to `max_length` tokens and not padded.
 

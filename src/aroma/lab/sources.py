@@ -65,7 +65,13 @@ def read_hub(field: str, split: str, name: str, config: str | None, wanted: list
     known = hub_splits(name, config)
     if split.partition("[")[0] not in known:
         raise bad_value(field, split, f"{name} has no such split; it has {', '.join(known)}", DataError)
-    data = load_dataset(name, config, split=split)
+    try:
+        data = load_dataset(name, config, split=split)
+    except ValueError as error:  # a slice that datasets cannot read, as train[:10%
+        reason = " ".join(str(error).split())
+        raise bad_value(
+            field, split, f"not a split ({reason}); write it as train or train[:10%]", DataError
+        ) from error
     if not len(data):
         raise _no_rows(field, split)
     _require_columns(field, split, data.column_names, wanted)

@@ -16,7 +16,7 @@ from ..checkpoint import last_complete_checkpoint
 from ..events import ModuleSummary
 from ..files import write_json
 from .data import Examples, Splits, load_splits
-from .encode import encode, load_tokenizer
+from .encode import check_positions, encode, load_tokenizer
 from .metrics import metrics_of
 from .model import adapter_config, count_trainable, grow, load_classifier
 from .provenance import provenance
@@ -72,6 +72,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
     config.resolve_inner_steps(planned_steps(recipe.training, len(splits.train)))
     assert recipe.model.name is not None, "Recipe checks it"
     tokenizer = load_tokenizer(recipe.model.name, recipe.data.max_length)
+    check_positions(recipe.model.name, recipe.data.max_length)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     set_seed(recipe.training.seed)
