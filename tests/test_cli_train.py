@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from aroma.cli import main
+from aroma.errors import ConfigError
 from aroma.lab.evaluate import evaluate_adapter
 from aroma.lab.figures import places_of, rank_picture
 from aroma.lab.model import count_trainable, grow, load_classifier
 from aroma.lab.provenance import git_revision
 from aroma.lab.run_folder import EventLog
 from aroma.lab.specs import TrainSpec
+from aroma.lab.train import check_schedule, planned_steps
 from aroma.lab.trainer import make_optimizer
 from aroma.tuner import AromaConfig
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
@@ -135,6 +138,18 @@ def test_mixed_precision_runs_on_a_cpu_and_leaves_float32(files, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+def test_a_run_has_to_outlast_its_warm_up_and_its_first_check():
+    config = AromaConfig(task_type="SEQ_CLS", inner_check_interval=5, max_inner_steps=10)
+    spec = TrainSpec(epochs=2.5, batch_size=8, gradient_accumulation_steps=3, warmup_steps=12)
+    steps = planned_steps(spec, 100)
+    assert steps == 13  # 13 batches, 5 optimizer steps an epoch
+    check_schedule(spec, config, steps)
+    with pytest.raises(ConfigError, match=r"training\.warmup_steps=12: the run of 12 optimizer steps"):
+        check_schedule(spec, config, 12)
+    with pytest.raises(ConfigError, match="inner_check_interval=5: it is longer than the run of 4"):
+        check_schedule(replace(spec, warmup_steps=0), config, 4)
+
+
 def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
     out = tmp_path / "run"
     overrides = [
@@ -162,7 +177,7 @@ def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
         ("data.text=body", "it has no column 'body'"),
         ("adapter.target_modules=[nothing]", "nothing"),
         ("adapter.max_inner_steps=3", "max_inner_steps=3"),
-        ("training.max_steps=4", "inner_check_interval=5: it is longer than the run of 4"),
+        ("training.max_steps=4", "training.warmup_steps=4: the run of 4 optimizer steps ends before the warm-up"),
         ("adapter.outer_tolerance=0", "outer_tolerance=0"),
         ("model.name=no/model", "model.name='no/model'"),
         ("data.max_length=64", "data.max_length=64"),
@@ -208,6 +223,12 @@ def test_a_resume_of_another_recipe_is_refused_by_key(files, run, tmp_path, caps
     error = capsys.readouterr().err
     assert "differs in data.validation_fraction, adapter.r, training.learning_rate." in error
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_finished_run_is_not_resumed(files, run, capsys):
+    overrides = ["data.validation_fraction=0.2", f"output={run}", "--resume"]
+    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 2
+    assert "the run there is finished" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_is_refused(files, run, tmp_path, capsys):
@@ -365,8 +386,6 @@ def test_a_picture_is_written_by_its_suffix(tmp_path, suffix):
 
 
 def test_a_picture_of_nothing_or_of_an_unknown_kind_is_refused(run, tmp_path, capsys):
-    from aroma.errors import ConfigError
-
     with pytest.raises(ConfigError, match="there is nothing to draw"):
         rank_picture([], tmp_path / "ranks.png")
     assert main(["inspect", str(run / "adapter"), "--plot", "ranks.docx"]) == 2

@@ -298,7 +298,8 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     }
     result = json.loads((out / "result.json").read_text())
     assert result["held_out_articles"] == 445
-    assert result["metrics"]["accuracy"] > result["head_only"]["mean"] > result["head_only"]["pooled"] > 0.8
+    assert result["head_only"]["mean"] > result["head_only"]["pooled"] > 0.85
+    assert result["metrics"]["accuracy"] > result["head_only"]["pooled"] + 0.02
     assert result["outer_steps"] >= 4
     ranks = [module["rank"] for module in result["modules"].values()]
     assert len(ranks) == 37

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from aroma import AromaCallback
 from aroma.cli import make_parser
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,8 @@ def test_the_example_runs_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     end = runpy.run_path(str(EXAMPLE))
     assert end["trainer"].evaluate()["eval_accuracy"] > 0.85
-    ranks = {module.rank for module in end["trainer"].callback_handler.callbacks[-1].controller.summary()}
+    callback = next(one for one in end["trainer"].callback_handler.callbacks if isinstance(one, AromaCallback))
+    assert callback.controller is not None
+    ranks = {module.rank for module in callback.controller.summary()}
     assert len(ranks) > 1, "matrices are meant to end with ranks of their own"
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()

@@ -55,11 +55,13 @@ def check_output(recipe: Recipe, resume: bool) -> RunFolder:
     """Return the run's folder if the run may write there; nothing is written yet.
 
     Raises:
-        ConfigError: The folder is not empty and `resume` is false, or it holds a run of another recipe, or none.
+        ConfigError: The folder is not empty and `resume` is false; or it holds another run, a finished one, or none.
     """
     folder = RunFolder(Path(recipe.output))
     if resume and folder.recipe.exists():
         _require_same(recipe, folder)
+        if folder.result.exists():
+            raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
         return folder
     remedy = (
         "it holds no run to resume; give another output" if resume else "give another output, or --resume this run"

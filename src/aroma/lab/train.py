@@ -13,8 +13,10 @@ import torch
 from transformers import Trainer, set_seed
 
 from ..checkpoint import last_complete_checkpoint
+from ..errors import bad_value
 from ..events import ModuleSummary
 from ..files import write_json
+from ..tuner import AromaConfig
 from .data import Examples, Splits, load_splits
 from .encode import check_positions, encode, load_tokenizer
 from .metrics import metrics_of
@@ -66,10 +68,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
     # What can be refused is refused before anything is written, the cheapest first.
     folder = check_output(recipe, resume)
     config = adapter_config(recipe.adapter, recipe.training)
-    if recipe.training.max_steps is not None:
-        config.resolve_inner_steps(recipe.training.max_steps)
     splits = load_splits(recipe.data)
-    config.resolve_inner_steps(planned_steps(recipe.training, len(splits.train)))
+    check_schedule(recipe.training, config, planned_steps(recipe.training, len(splits.train)))
     assert recipe.model.name is not None, "Recipe checks it"
     tokenizer = load_tokenizer(recipe.model.name, recipe.data.max_length)
     check_positions(recipe.model.name, recipe.data.max_length)
@@ -105,6 +105,26 @@ def planned_steps(training: TrainSpec, examples: int) -> int:
         return training.max_steps
     batches = math.ceil(examples / training.batch_size)
     return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
+
+
+def check_schedule(training: TrainSpec, config: AromaConfig, steps: int) -> None:
+    """Refuse a run that is over before its warm-up or its first inner check.
+
+    Args:
+        training: The loop.
+        config: The adapter.
+        steps: Planned optimizer steps.
+
+    Raises:
+        ConfigError: Naming the field that does not fit.
+    """
+    if training.warmup_steps >= steps:
+        raise bad_value(
+            "training.warmup_steps",
+            training.warmup_steps,
+            f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer",
+        )
+    config.resolve_inner_steps(steps)
 
 
 def evaluate(trainer: Trainer, task: str, data: Any) -> dict[str, float]:
