@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, bad_value
-from .files import read_json
+from .errors import CheckpointError
+from .files import read_json, require_adapter_folder
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state, require_files
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -47,11 +47,7 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: A file is missing, truncated, edited, or of another moment than the others; it is named.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise bad_value(
-            "adapter", str(folder), "no such folder; give the folder that holds adapter_config.json", CheckpointError
-        )
+    path = require_adapter_folder(folder)
     read_json(path / "adapter_config.json")
     state = read_state(path)
     if not any((path / name).exists() for name in WEIGHT_FILES):

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .errors import CheckpointError, bad_value
-from .files import read_json, read_tensors, write_json, write_tensors
+from .files import is_new_or_empty, read_json, read_tensors, require_adapter_folder, write_json, write_tensors
 from .spectra import effective_rank, singular_values
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, read_state, require_files
@@ -91,11 +91,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
         CheckpointError: The folder or a file is missing or damaged.
         ConfigError: The adapter is no plain LoRA adapter.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise bad_value(
-            "adapter", str(folder), "no such folder; give the folder that holds adapter_config.json", CheckpointError
-        )
+    path = require_adapter_folder(folder)
     if (path / STATE_FILE).exists():
         require_files(path, read_state(path))
     config = read_json(path / "adapter_config.json")
@@ -126,9 +122,8 @@ def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
         CheckpointError: The folder or a file is missing or damaged.
     """
     adapter = read_adapter(folder)
-    shapes = {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
     rows = []
-    for name, shape in _grown_shapes(folder, shapes).items():
+    for name, shape in _grown_shapes(folder, adapter).items():
         update = adapter.updates.get(name)
         moved = update is not None and bool(update.B.any())
         rank = update.A.shape[0] if update is not None and moved else 0
@@ -156,9 +151,8 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     target = _new_folder(out)
     largest = max(update.A.shape[0] for update in adapter.updates.values())
     uniform = _uniform_rank(largest, rank)
-    shapes = {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
+    shapes = _grown_shapes(folder, adapter)
     tensors = dict(adapter.others)
-    shapes = _grown_shapes(folder, shapes)
     for name, (m, n) in shapes.items():
         B, A = torch.zeros(m, uniform), torch.zeros(uniform, n)
         if name in adapter.updates:
@@ -268,10 +262,10 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
     return float(alpha / rank**0.5) if config.get("use_rslora") else float(alpha / rank)
 
 
-def _grown_shapes(folder: str | os.PathLike[str], found: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Return (m, n) of every module that could grow: from aroma_state where there is one, else those `found`."""
+def _grown_shapes(folder: str | os.PathLike[str], adapter: AdapterWeights) -> dict[str, tuple[int, int]]:
+    """Return (m, n) of every module that could grow: from aroma_state where there is one, else those adapted."""
     if not (Path(folder) / STATE_FILE).exists():
-        return found
+        return {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
     modules = read_state(folder)["modules"]
     return {name: (entry["shape"][0], entry["shape"][1]) for name, entry in modules.items()}
 
@@ -292,7 +286,7 @@ def _uniform_rank(largest: int, wanted: int | None) -> int:
 def _new_folder(out: str | os.PathLike[str]) -> Path:
     """Return `out` as a path if it does not exist, or is empty; it is made when something is written."""
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_new_or_empty(target):
         raise bad_value("out", str(out), "it exists and is not an empty folder; nothing is overwritten, give another")
     return target
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, bad_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_new_or_empty(path: str | os.PathLike[str]) -> bool:
+    """Whether nothing would be overwritten by filling the folder `path`."""
+    folder = Path(path)
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of an adapter.
+
+    Raises:
+        CheckpointError: There is no such folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise bad_value(
+            "adapter", str(path), "no such folder; give the folder that holds adapter_config.json", CheckpointError
+        )
+    return folder
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

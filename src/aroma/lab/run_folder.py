@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, bad_value
 from ..events import Event
-from ..files import write_text
+from ..files import is_new_or_empty, write_text
 from .recipe import Recipe, differing_keys, load_recipe, save_recipe
 
 
@@ -83,7 +83,7 @@ def require_empty(field: str, folder: Path, remedy: str) -> None:
     Raises:
         ConfigError: It is a file, or holds something.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_new_or_empty(folder):
         raise bad_value(field, str(folder), f"it is not an empty folder, and nothing is overwritten; {remedy}")
 
 

@@ -38,6 +38,11 @@ class FinishedComponents(nn.Module):
     storage_B: Tensor
 
     @property
+    def capacity(self) -> int:
+        """Components that the storage holds, zero padding included."""
+        return self.storage_A.shape[0]
+
+    @property
     def A(self) -> Tensor:
         """Right factors, (R, n)."""
         return self.storage_A[: self.rank]
@@ -72,7 +77,7 @@ class FinishedComponents(nn.Module):
 
     def _reserve(self, rank: int, like: Tensor) -> None:
         capacity = -(-rank // CHUNK) * CHUNK
-        if capacity <= self.storage_A.shape[0]:
+        if capacity <= self.capacity:
             return
         A = like.new_zeros(capacity, self.storage_A.shape[1])
         B = like.new_zeros(self.storage_B.shape[0], capacity)
@@ -275,9 +280,7 @@ class AromaLinear(LoraLinear):
     def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         finished = self.finished(adapter_name)
         x = self._cast_input_dtype(x, self.lora_A[adapter_name].weight.dtype)
-        if finished.storage_A.shape[
-            0
-        ]:  # the padded shape: a compiled graph depends on nothing that changes more often
+        if finished.capacity:  # not the rank: a compiled graph depends on nothing that changes at every growth
             result = result + finished(x).to(result.dtype)
         if not self.is_frozen(adapter_name):
             h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](x))

@@ -100,9 +100,7 @@ class AromaModel(LoraModel):
         for index, layer in enumerate(layers.values()):
             _, a = layer.pair(adapter_name)
             if not a.is_meta:
-                layer.start_pair(
-                    adapter_name, fresh_component(config.component_seed, 1, index, (a.shape[0], a.shape[1]))
-                )
+                layer.start_pair(adapter_name, _first_component(config, index, a))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Once, when the adapter is made: PEFT casts again at every load_adapter, and that replaces the parameters
@@ -140,11 +138,7 @@ class AromaModel(LoraModel):
         for index, (key, layer) in enumerate(layers.items()):
             b, a = layer.pair(adapter_name)
             if a.is_meta:  # low_cpu_mem_usage: the pair starts now
-                assert config.component_seed is not None, "settled when the adapter was injected"
-                shape = (a.shape[0], a.shape[1])
-                entries[f"{key}.lora_A.{adapter_name}.weight"] = fresh_component(
-                    config.component_seed, 1, index, shape
-                )
+                entries[f"{key}.lora_A.{adapter_name}.weight"] = _first_component(config, index, a)
                 entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros(b.shape)
         _refuse_strangers(state_dict, layers)
         # What the pair was doing is over: the loaded components stand, until a controller says otherwise.
@@ -174,19 +168,22 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         model: A PeftModel, an AromaModel, or a model with injected layers, wrapped or not.
         adapter_name: Only layers that have this adapter.
     """
-    layers = {}
-    for key, module in model.named_modules():
-        if isinstance(module, AromaLinear) and (adapter_name is None or adapter_name in module.lora_A):
-            layers[_base_name(key)] = module
-    return layers
+    return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
 
 
-def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, AromaLinear]:
+def _layers_by_key(model: nn.Module, adapter_name: str | None) -> dict[str, AromaLinear]:
+    """Return the growing layers by the names that they have in the state dict of `model`."""
     return {
         key: module
         for key, module in model.named_modules()
-        if isinstance(module, AromaLinear) and adapter_name in module.lora_A
+        if isinstance(module, AromaLinear) and (adapter_name is None or adapter_name in module.lora_A)
     }
+
+
+def _first_component(config: AromaConfig, index: int, a: Tensor) -> Tensor:
+    """Return the a that the module at `index` starts with, shaped as `a`."""
+    assert config.component_seed is not None, "settled when the adapter was injected"
+    return fresh_component(config.component_seed, 1, index, (a.shape[0], a.shape[1]))
 
 
 def _base_name(key: str) -> str:
