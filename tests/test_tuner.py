@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from aroma import AromaConfig, AromaController, aroma_layers, attach
 from aroma.errors import ConfigError, NonFiniteError
 from aroma.tuner import AromaLinear
+from aroma.tuner.dropout import draw_places, keep_mask
 from models import (
     ARCHITECTURES,
     METHOD,
@@ -34,6 +35,12 @@ from models import (
     train,
     trainable,
 )
+
+
+def without_the_pair(layer: AromaLinear, x: Tensor) -> Tensor:
+    finished = layer.finished("default")
+    return layer.base_layer(x) + x @ finished.A.T @ finished.B.T
+
 
 # The start -----------------------------------------------------------------------------------------------------------
 
@@ -158,10 +165,7 @@ def test_an_outer_step_changes_the_outputs_of_dropped_modules_only(name: str) ->
 
     torch.manual_seed(1)
     inputs = {module: torch.randn(3, layer.in_features) for module, layer in layers.items()}
-    without_pair = {
-        module: layer.base_layer(inputs[module]) + layer.finished("default")(inputs[module])
-        for module, layer in layers.items()
-    }
+    without_pair = {module: without_the_pair(layer, inputs[module]) for module, layer in layers.items()}
     before = {module: layer(inputs[module]) for module, layer in layers.items()}
     events = controller.outer_step()
     after = {module: layer(inputs[module]) for module, layer in layers.items()}
@@ -363,16 +367,16 @@ def test_dropout_acts_on_the_pair_alone_and_in_training_alone() -> None:
     model = get_peft_model(small_net(), AromaConfig(lora_dropout=0.5, max_inner_steps=10))
     set_ranks(model, [2], pair=True)
     layer = aroma_layers(model)["0"]
-    finished = layer.finished("default")
     b, a = layer.pair("default")
     x = torch.randn(7, 6)
-    merged = layer.base_layer(x) + x @ finished.A.T @ finished.B.T
+    merged = without_the_pair(layer, x)
 
     model.train()
     torch.manual_seed(4)
     out = layer(x)
     torch.manual_seed(4)
-    expected = merged + layer.scaling["default"] * F.dropout(x, 0.5) @ a.T @ b.T
+    dropped = x * keep_mask(draw_places(), 0.5, *x.shape, like=x) / 0.5
+    expected = merged + layer.scaling["default"] * dropped @ a.T @ b.T
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(out, layer(x)), "another mask each time"
 

@@ -10,116 +10,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, NonFiniteError
-
-CHUNK = 8
-"""Finished components are stored in chunks of so many rows, so that a compiled graph survives many growths."""
-
-
-class FinishedComponents(nn.Module):
-    """The components of one module that no longer train: ΔW = B A, with the scale s already folded into B.
-
-    The storage grows in chunks of 8 components, zero-padded, and is written in place. The state dict holds exactly
-    the `rank` components there are, so its shapes tell the rank.
-
-    Args:
-        in_features (`int`): n.
-        out_features (`int`): m.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.rank = 0
-        self.register_buffer("storage_A", torch.empty(0, in_features))
-        self.register_buffer("storage_B", torch.empty(out_features, 0))
-
-    storage_A: Tensor
-    storage_B: Tensor
-
-    @property
-    def capacity(self) -> int:
-        """Components that the storage holds, zero padding included."""
-        return self.storage_A.shape[0]
-
-    @property
-    def A(self) -> Tensor:
-        """Right factors, (R, n)."""
-        return self.storage_A[: self.rank]
-
-    @property
-    def B(self) -> Tensor:
-        """Left factors with the scale folded in, (m, R)."""
-        return self.storage_B[:, : self.rank]
-
-    @torch.no_grad()
-    def append(self, B: Tensor, A: Tensor) -> None:
-        """Add components `B` (m, k), scale folded in, and `A` (k, n) behind the ones there are."""
-        new_rank = self.rank + A.shape[0]
-        self._reserve(new_rank, like=A)
-        self.storage_A[self.rank : new_rank] = A
-        self.storage_B[:, self.rank : new_rank] = B
-        self.rank = new_rank
-
-    @torch.no_grad()
-    def pop(self, count: int) -> tuple[Tensor, Tensor]:
-        """Remove the last `count` components and return copies of them: (m, count) and (count, n)."""
-        kept = self.rank - count
-        B, A = self.B, self.A
-        # Rebuilt, not shortened: the padded shape must be that of a run which never held the popped components.
-        self._clear(like_A=A, like_B=B)
-        self.append(B[:, :kept], A[:kept])
-        return B[:, kept:].clone(), A[kept:].clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return B A x for `x` (…, n), as (…, m). The zero padding takes part and adds nothing."""
-        return F.linear(F.linear(x, self.storage_A), self.storage_B)
-
-    def _reserve(self, rank: int, like: Tensor) -> None:
-        capacity = -(-rank // CHUNK) * CHUNK
-        if capacity <= self.capacity:
-            return
-        A = like.new_zeros(capacity, self.storage_A.shape[1])
-        B = like.new_zeros(self.storage_B.shape[0], capacity)
-        A[: self.rank] = self.A
-        B[:, : self.rank] = self.B
-        self.storage_A, self.storage_B = A, B
-
-    def _clear(self, like_A: Tensor, like_B: Tensor) -> None:
-        self.rank = 0
-        self.storage_A = like_A.new_empty(0, like_A.shape[1])
-        self.storage_B = like_B.new_empty(like_B.shape[0], 0)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "A"] = self.A
-        destination[prefix + "B"] = self.B
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        missing = [prefix + name for name in ("A", "B") if prefix + name not in state_dict]
-        if missing:
-            missing_keys.extend(missing)
-            return
-        A, B = state_dict[prefix + "A"], state_dict[prefix + "B"]
-        in_features, out_features = self.storage_A.shape[1], self.storage_B.shape[0]
-        if A.shape != (A.shape[0], in_features) or B.shape != (out_features, A.shape[0]):
-            error_msgs.append(
-                f"{prefix}: components B {tuple(B.shape)}, A {tuple(A.shape)} do not fit a module with "
-                f"{out_features} outputs and {in_features} inputs"
-            )
-            return
-        if not self.storage_A.is_meta:
-            A, B = A.to(self.storage_A.device), B.to(self.storage_B.device)
-        self._clear(like_A=A, like_B=B)
-        self.append(B, A)
+from .finished import FinishedComponents
+from .fused import Update, add_update, autocast_dtype, linear_with_update
 
 
 class AromaLinear(LoraLinear):
@@ -269,22 +165,67 @@ class AromaLinear(LoraLinear):
             raise ConfigError("adapter_names: mixed batches need the saved adapter; load it with PeftModel instead")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.lora_A:
-                result = self._add_update(result, x, adapter_name)
-        return result
+        adapters = [] if self.disable_adapters or self.merged else [*filter(self._adds, self.active_adapters)]
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if _is_traced(x):
+            return self._composed(x, adapters, *args, **kwargs)
+        updates = [self._update(adapter_name) for adapter_name in adapters]
+        if len(updates) == 1 and not args and not kwargs and self._can_replace_base(x, updates[0]):
+            base = self.get_base_layer()
+            weight = base.weight.T if self.fan_in_fan_out else base.weight
+            return linear_with_update(x, weight, base.bias, updates[0])
+        # Flat: of a batch of sequences nn.Linear returns a view, and writing to views is slow.
+        flat = x.reshape(-1, x.shape[-1])
+        result = self._writable_result(flat, x, *args, **kwargs)
+        for update in updates:
+            result = add_update(result, flat, update)
+        return result.view(*x.shape[:-1], result.shape[-1])
 
-    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+    def _adds(self, adapter_name: str) -> bool:
+        """Whether an adapter adds anything to the base layer's result."""
+        if adapter_name not in self.lora_A:
+            return False
+        # The capacity, not the rank: a compiled graph depends on nothing that changes at every growth.
+        return not self.is_frozen(adapter_name) or self.finished(adapter_name).capacity > 0
+
+    def _update(self, adapter_name: str) -> Update:
         finished = self.finished(adapter_name)
-        x = self._cast_input_dtype(x, self.lora_A[adapter_name].weight.dtype)
-        if finished.capacity:  # not the rank: a compiled graph depends on nothing that changes at every growth
-            result = result + finished(x).to(result.dtype)
-        if not self.is_frozen(adapter_name):
-            h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](x))
-            result = result + (self.lora_B[adapter_name](h) * self.scaling[adapter_name]).to(result.dtype)
+        b, a = (None, None) if self.is_frozen(adapter_name) else self.pair(adapter_name)
+        dropout = self.lora_dropout[adapter_name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return Update(finished.storage_A, finished.storage_B, a, b, self.scaling[adapter_name], p)
+
+    def _can_replace_base(self, x: Tensor, update: Update) -> bool:
+        """Whether the base layer is a plain frozen matmul that nobody listens to, in one dtype with all the rest."""
+        base = self.base_layer
+        if type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
+            return False
+        for parameter in (base.weight, base.bias):
+            if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):
+                return False
+        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == update.A.dtype
+
+    def _writable_result(self, flat: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's result, (tokens, m), as a tensor that belongs to nobody else."""
+        base = self.base_layer
+        if args or kwargs or not isinstance(base, nn.Linear) or _is_hooked(base):
+            result = base(x, *args, **kwargs)
+            return result.reshape(-1, result.shape[-1]).clone()
+        result = base(flat)
+        return result.clone() if result._is_view() else result
+
+    def _composed(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The same in operations of PyTorch alone, which a compiler or a function transform can take apart."""
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter_name in adapters:
+            update = self._update(adapter_name)
+            inputs = self._cast_input_dtype(x, update.A.dtype)
+            if update.A.shape[0]:
+                result = result + F.linear(F.linear(inputs, update.A), update.B).to(result.dtype)
+            if update.a is not None and update.b is not None:
+                h = F.linear(self.lora_dropout[adapter_name](inputs), update.a)
+                result = result + (F.linear(h, update.b) * update.scale).to(result.dtype)
         return result
 
     def __repr__(self) -> str:
@@ -294,3 +235,19 @@ class AromaLinear(LoraLinear):
 
 def _is_quantised(weight: Tensor) -> bool:
     return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or replaces the calls of a module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(vars(module)[name] for name in hooks) or bool(_has_any_global_hook())
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether somebody follows the operations on `x`, who could not look into an autograd function of ours."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

@@ -1,0 +1,112 @@
+"""The components of a module that no longer train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 8
+"""Finished components are stored in chunks of so many rows, so that a compiled graph survives many growths."""
+
+
+class FinishedComponents(nn.Module):
+    """The components of one module that no longer train: ΔW = B A, with the scale s already folded into B.
+
+    The storage grows in chunks of 8 components, zero-padded, and is written in place. The state dict holds exactly
+    the `rank` components there are, so its shapes tell the rank.
+
+    Args:
+        in_features (`int`): n.
+        out_features (`int`): m.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.rank = 0
+        self.register_buffer("storage_A", torch.empty(0, in_features))
+        self.register_buffer("storage_B", torch.empty(out_features, 0))
+
+    storage_A: Tensor
+    storage_B: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Components that the storage holds, zero padding included."""
+        return self.storage_A.shape[0]
+
+    @property
+    def A(self) -> Tensor:
+        """Right factors, (R, n)."""
+        return self.storage_A[: self.rank]
+
+    @property
+    def B(self) -> Tensor:
+        """Left factors with the scale folded in, (m, R)."""
+        return self.storage_B[:, : self.rank]
+
+    @torch.no_grad()
+    def append(self, B: Tensor, A: Tensor) -> None:
+        """Add components `B` (m, k), scale folded in, and `A` (k, n) behind the ones there are."""
+        new_rank = self.rank + A.shape[0]
+        self._reserve(new_rank, like=A)
+        self.storage_A[self.rank : new_rank] = A
+        self.storage_B[:, self.rank : new_rank] = B
+        self.rank = new_rank
+
+    @torch.no_grad()
+    def pop(self, count: int) -> tuple[Tensor, Tensor]:
+        """Remove the last `count` components and return copies of them: (m, count) and (count, n)."""
+        kept = self.rank - count
+        B, A = self.B, self.A
+        # Rebuilt, not shortened: the padded shape must be that of a run which never held the popped components.
+        self._clear(like_A=A, like_B=B)
+        self.append(B[:, :kept], A[:kept])
+        return B[:, kept:].clone(), A[kept:].clone()
+
+    def _reserve(self, rank: int, like: Tensor) -> None:
+        capacity = -(-rank // CHUNK) * CHUNK
+        if capacity <= self.capacity:
+            return
+        A = like.new_zeros(capacity, self.storage_A.shape[1])
+        B = like.new_zeros(self.storage_B.shape[0], capacity)
+        A[: self.rank] = self.A
+        B[:, : self.rank] = self.B
+        self.storage_A, self.storage_B = A, B
+
+    def _clear(self, like_A: Tensor, like_B: Tensor) -> None:
+        self.rank = 0
+        self.storage_A = like_A.new_empty(0, like_A.shape[1])
+        self.storage_B = like_B.new_empty(like_B.shape[0], 0)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "A"] = self.A
+        destination[prefix + "B"] = self.B
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing = [prefix + name for name in ("A", "B") if prefix + name not in state_dict]
+        if missing:
+            missing_keys.extend(missing)
+            return
+        A, B = state_dict[prefix + "A"], state_dict[prefix + "B"]
+        in_features, out_features = self.storage_A.shape[1], self.storage_B.shape[0]
+        if A.shape != (A.shape[0], in_features) or B.shape != (out_features, A.shape[0]):
+            error_msgs.append(
+                f"{prefix}: components B {tuple(B.shape)}, A {tuple(A.shape)} do not fit a module with "
+                f"{out_features} outputs and {in_features} inputs"
+            )
+            return
+        if not self.storage_A.is_meta:
+            A, B = A.to(self.storage_A.device), B.to(self.storage_B.device)
+        self._clear(like_A=A, like_B=B)
+        self.append(B, A)

@@ -1,0 +1,152 @@
+"""Dropout masks: the right rate, independent across tokens, features and calls, and a function of their seed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from aroma import AromaConfig, aroma_layers
+from aroma.tuner import dropout
+from aroma.tuner.dropout import draw_places, keep_mask
+
+RATES = [0.003, 0.05, 0.1, 0.5, 0.9, 0.999]
+LIKE = torch.empty(0)
+
+
+def masks(p: float, calls: int, tokens: int, features: int, seed: int = 0) -> Tensor:
+    """Return masks of successive calls, (calls, tokens, features)."""
+    torch.manual_seed(seed)
+    return torch.stack([keep_mask(draw_places(), p, tokens, features, LIKE) for _ in range(calls)])
+
+
+def correlation(one: Tensor, other: Tensor, p: float) -> float:
+    """Return the correlation of Bernoulli variables, in standard errors of independent ones."""
+    values = ((one - (1 - p)) * (other - (1 - p))).double()
+    return float(values.mean()) / (p * (1 - p)) * math.sqrt(values.numel())
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_the_rate(p: float) -> None:
+    drawn = masks(p, 40, 500, 501)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    count = drawn.numel()
+    assert abs(float(drawn.double().mean()) - (1 - p)) < 4 * math.sqrt(p * (1 - p) / count)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_every_token_and_every_feature_has_the_rate(p: float) -> None:
+    drawn = masks(p, 2000, 16, 24).double()
+    error = math.sqrt(p * (1 - p) / 2000)
+    places = (drawn.mean(0) - (1 - p)) / error
+    assert float(places.abs().max()) < 4.5, "384 places"
+    assert float(places.square().mean()) == pytest.approx(1, abs=0.3), "as scattered as independent draws, no less"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_tokens_features_and_calls_are_independent(p: float) -> None:
+    drawn = masks(p, 400, 64, 72)
+    for lag in (1, 2, 3, 5, 8, 16, 31):
+        assert abs(correlation(drawn[:, lag:], drawn[:, :-lag], p)) < 4, f"tokens {lag} apart"
+        assert abs(correlation(drawn[:, :, lag:], drawn[:, :, :-lag], p)) < 4, f"features {lag} apart"
+        assert abs(correlation(drawn[lag:], drawn[:-lag], p)) < 4, f"calls {lag} apart"
+    assert abs(correlation(drawn[:, 3:, 5:], drawn[:, :-3, :-5], p)) < 4
+    # Triples too: three banks make a mask.
+    centred = (drawn - (1 - p)).double()
+    triple = centred[:, 2:, 3:] * centred[:, 1:-1, 1:-2] * centred[:, :-2, :-3]
+    assert abs(float(triple.mean())) < 4 * (p * (1 - p)) ** 1.5 / math.sqrt(triple.numel())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_counts_a_token_scatter_as_binomial_ones(p: float) -> None:
+    counts = masks(p, 200, 64, 256).sum(-1).double()
+    assert float(counts.var()) == pytest.approx(256 * p * (1 - p), rel=0.05)
+
+
+def test_correlated_masks_would_be_seen() -> None:
+    drawn = masks(0.1, 400, 64, 72)
+    drawn[:, ::2] = drawn[:, 1::2]
+    assert abs(correlation(drawn[:, 1:], drawn[:, :-1], 0.1)) > 50
+
+
+def test_one_seed_one_mask() -> None:
+    assert torch.equal(masks(0.1, 3, 5, 7), masks(0.1, 3, 5, 7))
+    assert not torch.equal(masks(0.1, 3, 50, 70), masks(0.1, 3, 50, 70, seed=1))
+    places = draw_places()
+    assert torch.equal(keep_mask(places, 0.2, 9, 11, LIKE), keep_mask(places, 0.2, 9, 11, LIKE))
+
+
+def test_a_mask_does_not_depend_on_larger_ones_drawn_before() -> None:
+    dropout._banks.cache_clear()
+    places = (dropout._BLOCK - 1, 5, 17)
+    small = keep_mask(places, 0.2, 30, 70, LIKE)
+    large = keep_mask(places, 0.2, 3000, 2100, LIKE)
+    assert torch.equal(large.view(-1)[: small.numel()], small.view(-1)), "across the end of a block, too"
+    assert torch.equal(keep_mask(places, 0.2, 30, 70, LIKE), small)
+
+
+def test_dtypes_and_default_settings_do_not_change_a_mask() -> None:
+    places = draw_places()
+    expected = keep_mask(places, 0.25, 9, 11, LIKE)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        mask = keep_mask(places, 0.25, 9, 11, torch.empty(0, dtype=dtype))
+        assert mask.dtype == dtype
+        assert torch.equal(mask.float(), expected)
+    dropout._banks.cache_clear()
+    dropout._block.cache_clear()
+    dropout._decoder.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(keep_mask(places, 0.25, 9, 11, LIKE), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_no_tokens_no_mask() -> None:
+    assert keep_mask(draw_places(), 0.1, 0, 8, LIKE).shape == (0, 8)
+
+
+# In the layer --------------------------------------------------------------------------------------------------------
+
+
+def layer_with_dropout(p: float) -> nn.Module:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(24, 5))
+    model = get_peft_model(net, AromaConfig(target_modules=["0"], lora_dropout=p, max_inner_steps=10))
+    layer = aroma_layers(model)["0"]
+    layer.finished("default").append(torch.randn(5, 2), torch.randn(2, 24))
+    layer.start_pair("default", torch.randn(1, 24), torch.randn(5, 1))
+    return layer
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_the_expectation_is_the_layer_without_dropout(p: float) -> None:
+    layer = layer_with_dropout(p)
+    x = torch.randn(1, 24).expand(4000, 24)
+    with torch.no_grad():
+        layer.train()
+        drawn = torch.cat([layer(x) for _ in range(5)]).double()
+        layer.eval()
+        exact = layer(x[:1]).double()
+    error = drawn.std(0) / math.sqrt(len(drawn))
+    assert float(error.min()) > 0
+    assert float(((drawn.mean(0) - exact) / error).abs().max()) < 4
+
+
+def test_evaluation_drops_nothing_and_draws_nothing() -> None:
+    layer = layer_with_dropout(0.5).eval()
+    x = torch.randn(3, 24)
+    state = torch.get_rng_state()
+    assert torch.equal(layer(x), layer(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    layer.freeze("default")
+    state = torch.get_rng_state()
+    assert torch.equal(layer(x), layer(x))
+    assert torch.equal(torch.get_rng_state(), state), "a frozen module has no input to drop"

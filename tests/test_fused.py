@@ -1,0 +1,483 @@
+"""The layer's one node against the same arithmetic in PyTorch's own operations, and what it keeps for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from aroma import AromaConfig, aroma_layers
+from aroma.tuner import AromaLinear, fused
+from aroma.tuner.fused import add_update, linear_with_update
+from aroma.tuner.layer import _is_traced
+from models import adapted, batch, set_ranks
+
+N, M = 6, 5
+FOLDED = [False, True]
+
+
+@contextmanager
+def folding(wanted: bool) -> Iterator[None]:
+    """Fold components into a copy of the weight always, or never."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_is_folded", lambda tokens, components, weight: wanted and components > 0)
+        yield
+
+
+def grown(
+    base: nn.Module, rank: int, frozen: bool = False, dtype: torch.dtype = torch.float32, **method: Any
+) -> AromaLinear:
+    """Return a growing layer over `base` with random finished components and a random pair."""
+    model = get_peft_model(nn.Sequential(base), AromaConfig(target_modules=["0"], max_inner_steps=10, **method))
+    model.to(dtype)
+    layer = aroma_layers(model)["0"]
+    torch.manual_seed(3)
+    b, a = layer.pair("default")
+    if rank:
+        finished = torch.randn(b.shape[0], rank, dtype=dtype), torch.randn(rank, a.shape[1], dtype=dtype)
+        layer.finished("default").append(*finished)
+    layer.start_pair("default", torch.randn_like(a), torch.randn_like(b))
+    if frozen:
+        layer.freeze("default")
+    return layer
+
+
+def composed(layer: AromaLinear, x: Tensor) -> Tensor:
+    """The layer in PyTorch's own operations."""
+    return layer._composed(x, [*layer.active_adapters])
+
+
+def answer(function: Callable[[Tensor], Tensor], layer: AromaLinear, x: Tensor) -> list[Tensor | None]:
+    """Output of `function` on `x`, and gradients for x, a and b of a loss that weighs all outputs differently."""
+    x = x.detach().requires_grad_(x.requires_grad)
+    for parameter in layer.parameters():
+        parameter.grad = None
+    y = function(x)
+    if y.requires_grad:
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    b, a = layer.pair("default")
+    return [y.detach(), x.grad, a.grad, b.grad]
+
+
+def assert_same(layer: AromaLinear, x: Tensor, **tolerance: float) -> None:
+    for mine, theirs in zip(answer(layer, layer, x), answer(lambda x: composed(layer, x), layer, x), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+# Equal to PyTorch's operations ---------------------------------------------------------------------------------------
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "Linear": lambda: nn.Linear(N, M),
+    "Linear without bias": lambda: nn.Linear(N, M, bias=False),
+    "Conv1D": lambda: Conv1D(M, N),
+}
+
+
+@pytest.mark.parametrize("folded", FOLDED)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 9, 20])
+@pytest.mark.parametrize("base", BASES)
+def test_equal_to_the_composed_layer(base: str, rank: int, frozen: bool, folded: bool) -> None:
+    layer = grown(BASES[base](), rank, frozen, torch.float64, lora_alpha=3, r=2)
+    with folding(folded):
+        for wants_gradient in (False, True):
+            x = torch.randn(4, 3, N, dtype=torch.float64, requires_grad=wants_gradient)
+            assert_same(layer, x, rtol=1e-12, atol=1e-12)
+
+
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "one token": torch.randn(N),
+        "tokens": torch.randn(7, N),
+        "four axes": torch.randn(2, 3, 2, N),
+        "transposed": torch.randn(N, 7).T,
+        "strided": torch.randn(4, 6, 2 * N)[:, ::2, ::2],
+        "swapped": torch.randn(3, 4, N).transpose(0, 1),
+        "expanded": torch.randn(1, N).expand(5, N),
+        "no token": torch.randn(0, N),
+        "no sequence": torch.randn(3, 0, N),
+    }
+
+
+@pytest.mark.parametrize("folded", FOLDED)
+@pytest.mark.parametrize("name", inputs())
+def test_any_shape_and_layout_of_the_input(name: str, folded: bool) -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = inputs()[name].requires_grad_()
+    with folding(folded):
+        assert layer(x).shape == (*x.shape[:-1], M)
+        assert_same(layer, x, rtol=1e-5, atol=1e-5)
+        # What the layer above sends down may be just as odd.
+        y = layer(x)
+        (gx,) = torch.autograd.grad(y.sum(), x)
+        assert gx.shape == x.shape
+
+
+@pytest.mark.parametrize("folded", FOLDED)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradcheck(frozen: bool, dropout: float, folded: bool) -> None:
+    layer = grown(nn.Linear(N, M), 2, frozen, torch.float64, lora_alpha=3, r=2, lora_dropout=dropout)
+    x = torch.randn(2, 3, N, dtype=torch.float64, requires_grad=True)
+    b, a = (p.detach().requires_grad_(not frozen) for p in layer.pair("default"))
+    update = layer._update("default")
+    base = layer.base_layer
+
+    def whole(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(8)
+        pair = {} if frozen else {"a": a, "b": b}
+        return linear_with_update(x, base.weight, base.bias, update._replace(**pair))
+
+    def on_top(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(8)
+        pair = {} if frozen else {"a": a, "b": b}
+        flat = x.view(-1, N)
+        return add_update(torch.tanh(flat) @ base.weight.T, flat, update._replace(**pair))
+
+    with folding(folded):
+        for function in (whole, on_top):
+            assert torch.autograd.gradcheck(function, (x, a, b))
+            assert torch.autograd.gradgradcheck(function, (x, a, b))
+
+
+def test_the_gradient_of_a_wrong_formula_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = grown(nn.Linear(N, M), 2, dtype=torch.float64)
+    x = torch.randn(2, 3, N, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(fused._Parts, "project_back", lambda parts, g: 1.01 * (g @ torch.cat([parts.B, parts.b], 1)))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(layer, x, rtol=1e-12, atol=1e-12)
+
+
+def test_folding_is_chosen_by_cost_and_never_in_a_precision_that_rounds_updates_away() -> None:
+    weight = torch.zeros(768, 768)
+    assert not fused._is_folded(tokens=1, components=9, weight=weight), "one token is cheaper to pass through"
+    assert fused._is_folded(tokens=4096, components=9, weight=weight)
+    assert not fused._is_folded(tokens=4096, components=0, weight=weight)
+    assert fused._is_folded(tokens=4096, components=9, weight=weight.double())
+    assert not fused._is_folded(tokens=4096, components=9, weight=weight.bfloat16())
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not fused._is_folded(tokens=4096, components=9, weight=weight)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert fused._is_folded(tokens=4096, components=9, weight=weight)
+
+
+# Precisions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_autocast_computes_in_its_dtype(base: str) -> None:
+    layer = grown(BASES[base](), 9)
+    x = torch.randn(4, 3, N, requires_grad=True)
+    exact = answer(layer, layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = answer(layer, layer, x), answer(lambda x: composed(layer, x), layer, x)
+    assert mine[0].dtype == theirs[0].dtype == torch.bfloat16
+    for one, other, true in zip(mine, theirs, exact, strict=True):
+        assert one.dtype == other.dtype
+        error = (one.double() - true).norm() / true.norm()
+        assert error < 0.02
+        assert error < 2 * (other.double() - true).norm() / true.norm() + 1e-3, "no worse than PyTorch's operations"
+
+
+def test_backward_may_run_inside_autocast_and_outside() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(4, N, requires_grad=True)
+    gradients = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).float().square().sum()
+            if inside:
+                gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
+        if not inside:
+            gradients.append(torch.autograd.grad(loss, [x, *layer.pair("default")]))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_bfloat16_base_under_a_float32_pair_rounds_the_update_once(frozen: bool) -> None:
+    layer = grown(nn.Linear(N, M), 3, frozen)
+    layer.base_layer.bfloat16()
+    x = torch.randn(2, 3, N, dtype=torch.bfloat16, requires_grad=True)
+    assert_same(layer, x, rtol=2e-2, atol=2e-2)
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    B, A = layer.components("default")
+    update = (x.double().detach() @ A.double().T @ B.double().T).bfloat16()
+    torch.testing.assert_close(y.detach(), layer.base_layer(x).detach() + update, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_quantised_base(kind: str) -> None:
+    make: dict[str, Callable[[], nn.Module]] = {
+        "4bit": lambda: bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4"),
+        "8bit": lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
+    }
+    model = get_peft_model(
+        nn.Sequential(make[kind]().to("cpu")), AromaConfig(target_modules=["0"], max_inner_steps=10)
+    )
+    set_ranks(model, [3], pair=True)
+    layer = aroma_layers(model)["0"]
+    assert_same(layer, torch.randn(2, 3, 64, requires_grad=True), rtol=1e-4, atol=1e-4)
+
+
+# Inside PyTorch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_the_same_gradients(dropout: float) -> None:
+    layer = grown(nn.Linear(N, N), 3, lora_dropout=dropout)
+    x = torch.randn(4, N)
+
+    def twice(x: Tensor) -> Tensor:
+        return layer(torch.tanh(layer(x)))
+
+    def recomputed(x: Tensor) -> Tensor:
+        return checkpoint(twice, x, use_reentrant=False)
+
+    for one, other in zip(*(_seeded(layer, function, x) for function in (twice, recomputed)), strict=True):
+        assert torch.equal(one, other)
+
+
+def _seeded(layer: AromaLinear, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    torch.manual_seed(6)
+    return answer(function, layer, x.requires_grad_())
+
+
+def test_a_module_used_twice_gets_both_gradients() -> None:
+    layer = grown(nn.Linear(N, N), 3, dtype=torch.float64)
+    x = torch.randn(4, N, dtype=torch.float64, requires_grad=True)
+    mine = answer(lambda x: layer(torch.tanh(layer(x))) + layer(2 * x), layer, x)
+    theirs = answer(lambda x: composed(layer, torch.tanh(composed(layer, x))) + composed(layer, 2 * x), layer, x)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["compile", "vmap", "trace"])
+def test_what_looks_into_the_operations_finds_them(kind: str) -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(4, N)
+    if kind == "compile":
+        graphs: list[Any] = []
+
+        def look(graph: Any, _: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        result = torch.compile(layer, backend=look, fullgraph=True)(x)
+        assert not any("_LinearWithUpdate" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+        assert len(graphs) == 1
+    elif kind == "vmap":
+        result = torch.func.vmap(layer)(x)
+    else:
+        result = torch.jit.trace(layer, x, check_trace=False)(x)
+    torch.testing.assert_close(result, layer(x))
+
+
+def test_gradients_of_every_example_by_a_function_transform() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(4, N)
+    pair = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(pair: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, pair, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(pair, x)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_layer_survives_eight_growths_with_one_graph() -> None:
+    layer = grown(nn.Linear(N, M), 1)
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=count)
+    x = torch.randn(4, N)
+    for _ in range(7):
+        torch.testing.assert_close(compiled(x), layer(x))
+        layer.merge_pair("default")
+    assert len(graphs) == 1
+
+
+def test_no_gradient_no_graph() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(4, N)
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), composed(layer, x))
+    assert layer(x).requires_grad, "the pair trains"
+    frozen = grown(nn.Linear(N, M), 3, frozen=True)
+    assert not frozen(x).requires_grad, "backward stops here"
+    assert frozen(x.requires_grad_()).requires_grad
+
+
+def test_growing_between_forward_and_backward_is_refused_by_autograd() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    loss = layer(torch.randn(4, N, requires_grad=True)).sum()
+    layer.merge_pair("default")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Whoever has an interest in the base layer ---------------------------------------------------------------------------
+
+
+def test_hooks_and_replacements_of_the_base_layer_are_called() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(2, 3, N, requires_grad=True)
+    expected = answer(layer, layer, x)
+    seen: list[Tensor] = []
+    handle = layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    for one, other in zip(answer(layer, layer, x), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    handle.remove()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], F.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+    original = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: 2 * original(x)
+    torch.testing.assert_close(layer(x), composed(layer, x))
+    del layer.base_layer.forward
+
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
+    layer(x)
+    handle.remove()
+    assert len(seen) == 1 + 2, "the base layer and the layer"
+
+
+def test_a_base_layer_of_a_kind_of_its_own_is_called() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer = grown(Doubled(N, M), 3)
+    assert_same(layer, torch.randn(2, 3, N, requires_grad=True), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_layer_that_returns_what_it_keeps_is_not_written_to() -> None:
+    class Stored(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.stored = super().forward(x)
+            return self.stored.view(self.stored.shape)
+
+    layer = grown(Stored(N, M), 3)
+    x = torch.randn(2, 3, N)
+    torch.testing.assert_close(layer(x), composed(layer, x))
+    torch.testing.assert_close(layer.base_layer.stored, F.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+
+def test_a_base_layer_that_trains_gets_its_gradient() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    layer.base_layer.requires_grad_(True)
+    x = torch.randn(4, 3, N, requires_grad=True)
+    gradients = []
+    for function in (layer, lambda x: composed(layer, x)):
+        answer(function, layer, x)
+        gradients.append([p.grad.clone() for p in layer.base_layer.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_two_active_adapters_add_up() -> None:
+    net = nn.Sequential(nn.Linear(N, M))
+    model = get_peft_model(net, AromaConfig(target_modules=["0"], max_inner_steps=10))
+    model.add_adapter("second", AromaConfig(target_modules=["0"], max_inner_steps=10, inference_mode=True, r=2))
+    layer = aroma_layers(model)["0"]
+    for name in ("default", "second"):
+        layer.finished(name).append(torch.randn(M, 2), torch.randn(2, N))
+        layer.start_pair(name, torch.randn_like(layer.pair(name)[1]), torch.randn_like(layer.pair(name)[0]))
+    layer.set_adapter(["default", "second"])
+    x = torch.randn(4, 3, N)
+    both = sum(B @ A for B, A in map(layer.components, ("default", "second")))
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ both.T, rtol=1e-4, atol=1e-4)
+    assert_same(layer, x.requires_grad_(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_disabled_adapter_leaves_the_base_layer_alone() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(4, N)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer.enable_adapters(True)
+    assert not torch.allclose(layer(x), layer.base_layer(x))
+
+
+# What is kept for backward -------------------------------------------------------------------------------------------
+
+
+def kept(layer: AromaLinear, x: Tensor) -> list[Tensor]:
+    """The tensors that autograd keeps for one pass, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    tensors: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            tensors.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return tensors
+
+
+@pytest.mark.parametrize("folded", FOLDED)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("r", [1, 2])
+def test_only_the_input_and_r_numbers_a_token_are_kept(r: int, dropout: float, folded: bool) -> None:
+    layer = grown(nn.Linear(N, M), 9, r=r, lora_dropout=dropout)
+    x = torch.randn(4, 3, N, requires_grad=True)
+    with folding(folded):
+        tensors = kept(layer, x)
+    assert {tuple(t.shape) for t in tensors} == {(4, 3, N), (12, r)}
+    assert sum(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in tensors) == 1
+    assert {t.untyped_storage().nbytes() for t in tensors} == {4 * 12 * N, 4 * 12 * r}
+
+
+@pytest.mark.parametrize("folded", FOLDED)
+def test_a_frozen_module_keeps_nothing(folded: bool) -> None:
+    layer = grown(nn.Linear(N, M), 9, frozen=True)
+    with folding(folded):
+        assert kept(layer, torch.randn(4, N, requires_grad=True)) == []
+
+
+def test_a_half_precision_input_is_kept_as_it_is() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    layer.base_layer.bfloat16()
+    x = torch.randn(4, N, dtype=torch.bfloat16, requires_grad=True)
+    assert {(t.dtype, tuple(t.shape)) for t in kept(layer, x)} == {(torch.bfloat16, (4, N)), (torch.float32, (4, 1))}
+
+
+def test_a_whole_model_is_the_composed_one() -> None:
+    model, examples = adapted("bert"), batch("bert")
+    set_ranks(model, [0, 3, 9], pair=True)
+    model.eval()
+    mine = model(**examples).logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aroma.tuner.layer._is_traced", lambda x: True)
+        theirs = model(**examples).logits
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert not _is_traced(examples["input_ids"])
