@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import AromaError
-from . import demo, evaluate, export, inspect, train
+from . import bench, demo, evaluate, export, inspect, train
 from .texts import examples
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, train, evaluate, inspect, export)
+_COMMANDS = (demo, train, evaluate, inspect, export, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
