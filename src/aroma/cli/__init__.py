@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     # Before PyTorch loads its thread pool: a thread that spins while it waits keeps the core from the thread it waits
     # for, which on a shared machine makes two threads several times slower than one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if arguments.waits_passively:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         arguments.run(arguments)
     except AromaError as error:
@@ -53,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(waits_passively=True)
     parser.add_argument("--version", action="version", version=f"aroma {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:

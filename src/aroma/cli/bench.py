@@ -40,7 +40,8 @@ def add_parser(commands: Any) -> None:
     )
     _add_model_options(parser)
     _add_measuring_options(parser)
-    parser.set_defaults(run=run)
+    # PyTorch's own way of waiting: what is measured is what a script of the user's costs.
+    parser.set_defaults(run=run, waits_passively=False)
     subcommands = parser.add_subparsers(title="further benchmarks", metavar="COMMAND")
     bench_run.add_parser(subcommands)
 
@@ -76,6 +77,12 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
         help="measure peak memory; on a CPU in a process of its own for every case (yes)",
     )
     parser.add_argument(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep freed memory in the process: page faults are left out of the times, and most of the noise (yes)",
+    )
+    parser.add_argument(
         "--out", metavar="FILE", default="bench.json", help="new .json file; the picture goes beside it (%(default)s)"
     )
 
@@ -105,6 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         only=tuple(arguments.only) if arguments.only else None,
         compiled=arguments.device == "cuda" if arguments.compile is None else arguments.compile,
         peak=arguments.peak,
+        keep_memory=arguments.keep_memory,
     )
     result = measure(settings, phase=_timed_phase)
     write_json(out, result.as_dict())
@@ -132,14 +140,14 @@ def _new_files(out: str) -> tuple[Path, Path]:
 def _print(result: BenchResult) -> None:
     from rich.console import Console
 
-    from ..lab.bench.table import comparison_table, growth_lines, machine_lines, size_table, time_table
+    from ..lab.bench.table import comparison_table, growth_lines, machine_lines, roofline_lines, size_table, time_table
 
     console = Console()
     console.print(time_table(result))
     console.print(size_table(result))
     if result.comparisons:
         console.print(comparison_table(result.comparisons))
-    _print_lines([*growth_lines(result), *machine_lines(result)])
+    _print_lines([*growth_lines(result), *roofline_lines(result), *machine_lines(result)])
 
 
 def _print_lines(lines: list[str]) -> None:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import Places, draw_places, keep_mask
+from .narrow import add_narrow_product, narrow_product
 
-_MULTIPLIES_A_MOVE = 10
+_MULTIPLIES_A_MOVE = 16
 """Multiply-adds of a narrow matmul that take as long as moving one number through memory (AVX-512; docs/speed.md)."""
 
 
@@ -219,12 +220,9 @@ class _Parts(NamedTuple):
     def project(self, x: Tensor) -> Tensor:
         """Return [A x, a drop(x)], (T, R + r)."""
         if self.mask is None or self.a is None:
-            return x @ _join(self.A, self.a, 0).t()
-        R = self.A.shape[0]
-        h = x.new_empty(x.shape[0], R + self.a.shape[0])
-        torch.mm(x, self.A.t(), out=h[:, :R])
-        torch.mm(self.dropped(x), self.a.t(), out=h[:, R:])
-        return h
+            return narrow_product(x, _down_columns(self.A, self.a))
+        h = self.dropped(x) @ self.a.t()
+        return torch.cat([narrow_product(x, self.A.t().contiguous()), h], 1) if self.A.shape[0] else h
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return drop(x), (T, n), not divided by 1 - p. The last use of the mask, which is overwritten."""
@@ -236,28 +234,29 @@ class _Parts(NamedTuple):
         """Add what is not folded to y (T, m)."""
         if self.pair_is_folded or not h.shape[1]:
             return
-        up = _join(self.B, self.b, 1)
+        up = _up_rows(self.B, self.b)
         if y.dtype == h.dtype:
-            y.addmm_(h, up.t())
+            add_narrow_product(y, h, up)
         else:
-            y.add_(h @ up.t())
+            y.add_(h @ up)
 
     def project_back(self, g: Tensor) -> Tensor:
         """Return [Bᵀ g, s bᵀ g] for g (T, m), as (T, R + r)."""
-        return g @ _join(self.B, self.b, 1)
+        return narrow_product(g, _join(self.B, self.b, 1))
 
     def input_gradient(self, g: Tensor, gh: Tensor) -> Tensor:
         """Return the gradient of x, (T, n)."""
         if self.mask is not None and self.a is not None:
             R = self.A.shape[0]
             gx = (gh[:, R:] @ self.a).mul_(self.mask)
-            gx.addmm_(gh[:, :R], self.A)
+            if R:
+                add_narrow_product(gx, gh[:, :R], self.A)
             return gx if self.weight is None else gx.addmm_(g, self.weight)
         down = _join(self.A, self.a, 0)
         if self.weight is None:
             return gh @ down
         gx = g @ self.weight
-        return gx if self.pair_is_folded else gx.addmm_(gh, down)
+        return gx if self.pair_is_folded or not gh.shape[1] else add_narrow_product(gx, gh, down)
 
 
 def _is_folded(tokens: int, components: int, weight: Tensor) -> bool:
@@ -266,7 +265,8 @@ def _is_folded(tokens: int, components: int, weight: Tensor) -> bool:
     Never in a precision that would round a small update away.
     """
     m, n = weight.shape
-    narrow = components * tokens * (m + n) / _MULTIPLIES_A_MOVE + 2 * tokens * n
+    # Of narrow matmuls forward writes and reads y, or backward gx; of a folded weight it is two passes each way.
+    narrow = components * tokens * (m + n) / _MULTIPLIES_A_MOVE + tokens * (m + n)
     folded = components * m * n / _MULTIPLIES_A_MOVE + 4 * m * n
     return components > 0 and folded < narrow and _multiplies_exactly(weight)
 
@@ -286,6 +286,16 @@ def _join(finished: Tensor, pair: Tensor | None, dim: int) -> Tensor:
     if pair is None:
         return finished
     return torch.cat([finished, pair], dim) if finished.shape[dim] else pair
+
+
+def _down_columns(A: Tensor, a: Tensor | None) -> Tensor:
+    """Return [A; a]ᵀ, (n, K), contiguous."""
+    return A.t().contiguous() if a is None else _join(A.t(), a.t().contiguous(), 1)
+
+
+def _up_rows(B: Tensor, b: Tensor | None) -> Tensor:
+    """Return [B, s b]ᵀ, (K, m), contiguous."""
+    return B.t().contiguous() if b is None else _join(B.t(), b.t().contiguous(), 0)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import bad_value
+from ..allocator import keep_freed_memory
 from ..methods import encoder_linears
 from ..phases import Phase, silent_phase
 from ..provenance import provenance
@@ -22,6 +23,7 @@ from .growth_cost import growth_cost
 from .memory import kept_bytes, optimizer_bytes, peak_gpu_bytes, trainable_parameters
 from .peak import peak_resident_bytes
 from .result import BenchResult, Footprint, case_results, comparisons
+from .roofline import roofline
 from .settings import BenchSettings
 from .shapes import copy_model, make_batch, make_model
 from .timing import interleave, stopwatch_for
@@ -46,9 +48,11 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> BenchResult
     _require_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    keeps_memory = settings.keep_memory and keep_freed_memory()
     base = make_model(settings)
     batch = make_batch(base, settings)
     stopwatch = stopwatch_for(settings.device)
+    machine = roofline(base, settings, stopwatch)
     contestants, kept = _prepare(cases, base, batch, settings, phase)
     with phase("taking turns", len(cases) * (settings.rounds + settings.warmup_rounds)) as advance:
         times = interleave(contestants, settings.rounds, settings.warmup_rounds, stopwatch, advance)
@@ -64,10 +68,11 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> BenchResult
     return BenchResult(
         settings=settings,
         model=_describe(base),
-        provenance=_bench_provenance(settings.device),
+        provenance=_bench_provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
         cases=results,
         comparisons=comparisons(cases, results),
         growth=growth,
+        roofline=machine,
     )
 
 

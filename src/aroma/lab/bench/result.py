@@ -9,6 +9,7 @@ from typing import Any
 from ..methods import Aroma, Lora
 from .cases import FLOOR, Case
 from .growth_cost import GrowthCost
+from .roofline import Roofline
 from .settings import BenchSettings
 from .timing import Spread, Times
 
@@ -88,6 +89,7 @@ class BenchResult:
         cases: The cases, in the order in which they took turns.
         comparisons: AROMA against LoRA r=8.
         growth: Cost of the controller.
+        roofline: Speeds of the machine, and the least that an update must move.
     """
 
     settings: BenchSettings
@@ -96,6 +98,7 @@ class BenchResult:
     cases: list[CaseResult]
     comparisons: list[Comparison]
     growth: GrowthCost
+    roofline: Roofline
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything, JSON-able; the quotients of the controller's cost are written out."""
@@ -116,6 +119,7 @@ class BenchResult:
             cases=[_case_from(case) for case in content["cases"]],
             comparisons=[_with_spreads(Comparison, entry) for entry in content["comparisons"]],
             growth=GrowthCost(**{name: growth[name] for name in GrowthCost.__dataclass_fields__}),
+            roofline=Roofline(**content["roofline"]),
         )
 
 

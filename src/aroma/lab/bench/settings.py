@@ -27,6 +27,7 @@ class BenchSettings:
         only: Keys of the cases to measure; None for all. The floor is always measured.
         compiled: Whether each case is measured a second time with `torch.compile`.
         peak: Whether peak memory is measured; on a CPU that takes a process of its own for every case.
+        keep_memory: Whether the process keeps the memory that it frees; see `lab.allocator`.
 
     Raises:
         ConfigError: A value that cannot work.
@@ -44,6 +45,7 @@ class BenchSettings:
     only: tuple[str, ...] | None = None
     compiled: bool = False
     peak: bool = True
+    keep_memory: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "length", "rounds"):

@@ -70,6 +70,17 @@ def growth_lines(result: BenchResult) -> list[str]:
     ]
 
 
+def roofline_lines(result: BenchResult) -> list[str]:
+    """Return what bounds an update on this machine, in two sentences."""
+    machine = result.roofline
+    floor_ms = 1000 * result.cases[0].forward_backward.median
+    return [
+        f"The machine multiplies {machine.multiply_flops / 1e9:.0f} GFLOP/s and moves {machine.move_bytes / 1e9:.1f} "
+        f"GB/s. The narrow matmuls of all updates must move {machine.update_bytes / 1e9:.2f} GB a step: "
+        f"{machine.update_ms:.0f} ms, {machine.update_ms / floor_ms:.3f} of the floor, before they multiply anything.",
+    ]
+
+
 def headline(result: BenchResult) -> str:
     """Return what was measured, in one line."""
     settings = result.settings
