@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import Places, draw_places, keep_mask
-from .narrow import add_narrow_product, narrow_product
 
-_MULTIPLIES_A_MOVE = 16
-"""Multiply-adds of a narrow matmul that take as long as moving one number through memory (AVX-512; docs/speed.md)."""
+_NARROW_MULTIPLIES_A_MOVE = 6
+"""Multiply-adds of a matmul of many tokens with few components that take as long as moving one number."""
+
+_FOLDING_MULTIPLIES_A_MOVE = 16
+"""The same of the product of up and down."""
 
 
 class Update(NamedTuple):
@@ -192,8 +194,9 @@ class _Call(NamedTuple):
         if not _is_folded(tokens, components, weight):
             return _Parts(weight, A, B, a, b, mask)
         pair_too = a is not None and mask is None
-        up, down = (_join(B, b, 1), _join(A, a, 0)) if pair_too else (B, A)
-        return _Parts(torch.addmm(weight, up, down), A[:0], B[:, :0], a, b, mask, pair_is_folded=pair_too)
+        up, down = (_join(B, b, 1), _join(A, a)) if pair_too else (B, A)
+        # Not torch.addmm, which copies the weight more slowly than clone does.
+        return _Parts(weight.clone().addmm_(up, down), A[:0], B[:, :0], a, b, mask, pair_is_folded=pair_too)
 
 
 class _Parts(NamedTuple):
@@ -220,9 +223,9 @@ class _Parts(NamedTuple):
     def project(self, x: Tensor) -> Tensor:
         """Return [A x, a drop(x)], (T, R + r)."""
         if self.mask is None or self.a is None:
-            return narrow_product(x, _down_columns(self.A, self.a))
-        h = self.dropped(x) @ self.a.t()
-        return torch.cat([narrow_product(x, self.A.t().contiguous()), h], 1) if self.A.shape[0] else h
+            return F.linear(x, _join(self.A, self.a))
+        h = F.linear(self.dropped(x), self.a)
+        return torch.cat([F.linear(x, self.A), h], 1) if self.A.shape[0] else h
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return drop(x), (T, n), not divided by 1 - p. The last use of the mask, which is overwritten."""
@@ -234,15 +237,18 @@ class _Parts(NamedTuple):
         """Add what is not folded to y (T, m)."""
         if self.pair_is_folded or not h.shape[1]:
             return
-        up = _up_rows(self.B, self.b)
         if y.dtype == h.dtype:
-            add_narrow_product(y, h, up)
+            y.addmm_(h, self.up())
         else:
-            y.add_(h @ up)
+            y.add_(h @ self.up())
+
+    def up(self) -> Tensor:
+        """Return [B, s b]ᵀ, (R + r, m), contiguous."""
+        return _join(self.B.t().contiguous(), None if self.b is None else self.b.t().contiguous())
 
     def project_back(self, g: Tensor) -> Tensor:
         """Return [Bᵀ g, s bᵀ g] for g (T, m), as (T, R + r)."""
-        return narrow_product(g, _join(self.B, self.b, 1))
+        return F.linear(g, self.up())
 
     def input_gradient(self, g: Tensor, gh: Tensor) -> Tensor:
         """Return the gradient of x, (T, n)."""
@@ -250,13 +256,13 @@ class _Parts(NamedTuple):
             R = self.A.shape[0]
             gx = (gh[:, R:] @ self.a).mul_(self.mask)
             if R:
-                add_narrow_product(gx, gh[:, :R], self.A)
+                gx.addmm_(gh[:, :R], self.A)
             return gx if self.weight is None else gx.addmm_(g, self.weight)
-        down = _join(self.A, self.a, 0)
+        down = _join(self.A, self.a)
         if self.weight is None:
             return gh @ down
         gx = g @ self.weight
-        return gx if self.pair_is_folded or not gh.shape[1] else add_narrow_product(gx, gh, down)
+        return gx if self.pair_is_folded or not gh.shape[1] else gx.addmm_(gh, down)
 
 
 def _is_folded(tokens: int, components: int, weight: Tensor) -> bool:
@@ -266,8 +272,8 @@ def _is_folded(tokens: int, components: int, weight: Tensor) -> bool:
     """
     m, n = weight.shape
     # Of narrow matmuls forward writes and reads y, or backward gx; of a folded weight it is two passes each way.
-    narrow = components * tokens * (m + n) / _MULTIPLIES_A_MOVE + tokens * (m + n)
-    folded = components * m * n / _MULTIPLIES_A_MOVE + 4 * m * n
+    narrow = components * tokens * (m + n) / _NARROW_MULTIPLIES_A_MOVE + tokens * (m + n)
+    folded = components * m * n / _FOLDING_MULTIPLIES_A_MOVE + 4 * m * n
     return components > 0 and folded < narrow and _multiplies_exactly(weight)
 
 
@@ -282,20 +288,10 @@ def _multiplies_exactly(weight: Tensor) -> bool:
     return torch.get_float32_matmul_precision() == "highest"  # PyTorch before 2.9
 
 
-def _join(finished: Tensor, pair: Tensor | None, dim: int) -> Tensor:
+def _join(finished: Tensor, pair: Tensor | None, dim: int = 0) -> Tensor:
     if pair is None:
         return finished
     return torch.cat([finished, pair], dim) if finished.shape[dim] else pair
-
-
-def _down_columns(A: Tensor, a: Tensor | None) -> Tensor:
-    """Return [A; a]ᵀ, (n, K), contiguous."""
-    return A.t().contiguous() if a is None else _join(A.t(), a.t().contiguous(), 1)
-
-
-def _up_rows(B: Tensor, b: Tensor | None) -> Tensor:
-    """Return [B, s b]ᵀ, (K, m), contiguous."""
-    return B.t().contiguous() if b is None else _join(B.t(), b.t().contiguous(), 0)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
