@@ -20,7 +20,7 @@ LIKE = torch.empty(0)
 def masks(p: float, calls: int, tokens: int, features: int, seed: int = 0) -> Tensor:
     """Return masks of successive calls, (calls, tokens, features)."""
     torch.manual_seed(seed)
-    return torch.stack([keep_mask(draw_places(), p, tokens, features, LIKE) for _ in range(calls)])
+    return torch.stack([keep_mask(draw_places(tokens * features), p, tokens, features, LIKE) for _ in range(calls)])
 
 
 def correlation(one: Tensor, other: Tensor, p: float) -> float:
@@ -75,29 +75,31 @@ def test_correlated_masks_would_be_seen() -> None:
 def test_one_seed_one_mask() -> None:
     assert torch.equal(masks(0.1, 3, 5, 7), masks(0.1, 3, 5, 7))
     assert not torch.equal(masks(0.1, 3, 50, 70), masks(0.1, 3, 50, 70, seed=1))
-    places = draw_places()
+    places = draw_places(99)
     assert torch.equal(keep_mask(places, 0.2, 9, 11, LIKE), keep_mask(places, 0.2, 9, 11, LIKE))
 
 
-def test_a_mask_does_not_depend_on_larger_ones_drawn_before() -> None:
-    dropout._banks.cache_clear()
-    places = (dropout._BLOCK - 1, 5, 17)
-    small = keep_mask(places, 0.2, 30, 70, LIKE)
-    large = keep_mask(places, 0.2, 3000, 2100, LIKE)
-    assert torch.equal(large.view(-1)[: small.numel()], small.view(-1)), "across the end of a block, too"
-    assert torch.equal(keep_mask(places, 0.2, 30, 70, LIKE), small)
+def test_a_large_mask_is_made_of_pieces_at_places_of_their_own() -> None:
+    piece = dropout._PIECE
+    first, second = [piece - 1, 5, 17], [3, piece - 1, 0]
+    large = keep_mask([*first, *second], 0.2, 2, piece // 2 + 100, LIKE).view(-1)
+    assert torch.equal(large[:piece], keep_mask(first, 0.2, 1, piece, LIKE).view(-1))
+    assert torch.equal(large[piece:], keep_mask(second, 0.2, 1, 200, LIKE).view(-1))
+
+
+def test_there_are_places_for_every_piece() -> None:
+    assert [len(draw_places(count)) for count in (0, 1, dropout._PIECE, dropout._PIECE + 1)] == [0, 3, 3, 6]
+    assert all(0 <= place < dropout._PIECE for place in draw_places(100 * dropout._PIECE))
 
 
 def test_dtypes_and_default_settings_do_not_change_a_mask() -> None:
-    places = draw_places()
+    places = draw_places(99)
     expected = keep_mask(places, 0.25, 9, 11, LIKE)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         mask = keep_mask(places, 0.25, 9, 11, torch.empty(0, dtype=dtype))
         assert mask.dtype == dtype
         assert torch.equal(mask.float(), expected)
     dropout._banks.cache_clear()
-    dropout._block.cache_clear()
-    dropout._decoder.cache_clear()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -107,8 +109,18 @@ def test_dtypes_and_default_settings_do_not_change_a_mask() -> None:
         torch.set_default_dtype(before)
 
 
+def test_a_mask_first_drawn_in_inference_mode_serves_training() -> None:
+    like = torch.ones(1)
+    with torch.inference_mode():
+        first = keep_mask([5, 6, 7], 0.37, 2, 3, like)  # a rate of its own: nothing is cached for it yet
+    later = keep_mask([5, 6, 7], 0.37, 2, 3, like)
+    assert torch.equal(first, later)
+    (later * torch.ones(2, 3, requires_grad=True)).sum().backward()
+    assert not any(bank.is_inference() for bank in dropout._banks(0.37, like.device))
+
+
 def test_no_tokens_no_mask() -> None:
-    assert keep_mask(draw_places(), 0.1, 0, 8, LIKE).shape == (0, 8)
+    assert keep_mask(draw_places(0), 0.1, 0, 8, LIKE).shape == (0, 8)
 
 
 # In the layer --------------------------------------------------------------------------------------------------------

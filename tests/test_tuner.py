@@ -375,7 +375,7 @@ def test_dropout_acts_on_the_pair_alone_and_in_training_alone() -> None:
     torch.manual_seed(4)
     out = layer(x)
     torch.manual_seed(4)
-    dropped = x * keep_mask(draw_places(), 0.5, *x.shape, like=x) / 0.5
+    dropped = x * keep_mask(draw_places(x.numel()), 0.5, *x.shape, like=x) / 0.5
     expected = merged + layer.scaling["default"] * dropped @ a.T @ b.T
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(out, layer(x)), "another mask each time"

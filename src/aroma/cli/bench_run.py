@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench_options import timed_phase
 from .extras import require_extra
 from .texts import examples
 
@@ -64,9 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from ..lab.bench.run import bench_run
     from ..lab.bench.run_picture import run_picture
-    from .bench import _timed_phase
 
-    result = bench_run(_settings(arguments), arguments.out, phase=_timed_phase)
+    result = bench_run(_settings(arguments), arguments.out, phase=timed_phase)
     picture = Path(arguments.out) / "run.png"
     run_picture(result, picture)
     _print(result, arguments.out)

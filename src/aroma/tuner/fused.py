@@ -108,7 +108,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         update: Update,
         dtype: torch.dtype,
     ) -> Tensor:
-        places = draw_places() if update.p and a is not None else None
+        places = draw_places(x.numel()) if update.p and a is not None else None
         call = _Call(x.shape, x.dtype, dtype, update.scale, update.p, places)
         with _without_autocast(x.device):
             parts = call.parts(a, b, weight, update.A, update.B)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import bad_value
 from ..allocator import keep_freed_memory
 from ..methods import encoder_linears
 from ..phases import Phase, silent_phase
-from ..provenance import provenance
 from .cases import Case, select_cases
 from .contestant import Contestant
 from .growth_cost import growth_cost
+from .machine import bench_provenance, require_device
 from .memory import kept_bytes, optimizer_bytes, peak_gpu_bytes, trainable_parameters
 from .peak import peak_resident_bytes
 from .result import BenchResult, Footprint, case_results, comparisons
@@ -45,7 +40,7 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> BenchResult
         ConfigError: An unknown model, case or device, or a process that failed.
     """
     cases = select_cases(settings.only, settings.compiled)
-    _require_device(settings.device)
+    require_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     keeps_memory = settings.keep_memory and keep_freed_memory()
@@ -68,7 +63,7 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> BenchResult
     return BenchResult(
         settings=settings,
         model=_describe(base),
-        provenance=_bench_provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
+        provenance=bench_provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
         cases=results,
         comparisons=comparisons(cases, results),
         growth=growth,
@@ -109,11 +104,6 @@ def _peak(contestant: Contestant, settings: BenchSettings) -> int | None:
     return peak_resident_bytes(settings, contestant.case.key)
 
 
-def _require_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise bad_value("device", device, "PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
-
-
 def _describe(model: Any) -> dict[str, Any]:
     """Return kind and sizes of the measured model, JSON-able."""
     sizes = {name: value for name in _SIZES if (value := getattr(model.config, name, None)) is not None}
@@ -128,24 +118,3 @@ def _describe(model: Any) -> dict[str, Any]:
         "attention": "sdpa",
         "dropout": 0.0,
     }
-
-
-def _bench_provenance(device: str) -> dict[str, Any]:
-    """Return the usual provenance, and what else decides a time."""
-    found = provenance()
-    return found | {
-        "device": found["device"] if device == "cuda" else "cpu",
-        "cpu_model": _cpu_model(),
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cuda": torch.version.cuda,
-    }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()

@@ -7,7 +7,6 @@ speed at which the machine multiplies.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +78,7 @@ def _multiply_flops(tokens: int, matrix: torch.Tensor, stopwatch: Callable[..., 
     n = min(matrix.shape)
     weight = matrix.detach().reshape(n, -1)
     inputs = cycle([torch.randn(tokens, n, dtype=matrix.dtype, device=matrix.device) for _ in range(_POOL)])
-    seconds = _median(stopwatch, lambda: torch.mm(next(inputs), weight))
+    seconds = _best(stopwatch, lambda: torch.mm(next(inputs), weight))
     return 2 * tokens * matrix.numel() / seconds
 
 
@@ -88,10 +87,11 @@ def _move_bytes(tokens: int, matrix: torch.Tensor, stopwatch: Callable[..., list
     # Not zeros: until they are written, those are one and the same page of memory.
     pool = [torch.randn(shape, dtype=matrix.dtype, device=matrix.device) for _ in range(_POOL)]
     targets, sources = cycle(pool[::2]), cycle(pool[1::2])
-    seconds = _median(stopwatch, lambda: next(targets).add_(next(sources)))
+    seconds = _best(stopwatch, lambda: next(targets).add_(next(sources)))
     return 3 * pool[0].numel() * matrix.element_size() / seconds
 
 
-def _median(stopwatch: Callable[..., list[float]], work: Callable[[], Any]) -> float:
+def _best(stopwatch: Callable[..., list[float]], work: Callable[[], Any]) -> float:
+    """Return the least time of `work`: what the machine can do when nobody else wants it."""
     work()
-    return statistics.median(stopwatch(partial(work))[0] for _ in range(_REPEATS))
+    return min(stopwatch(partial(work))[0] for _ in range(_REPEATS))

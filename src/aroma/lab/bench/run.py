@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ...errors import bad_value
 from ...files import write_json
 from ..phases import Phase, silent_phase
 from ..run_folder import require_empty
 from .accounting import UNFROZEN, ArmLedger, Epoch
+from .machine import require_device
 from .recorder import TRAJECTORY_FILE
 from .run_arm import Arm
 from .run_data import Batch
@@ -43,7 +43,7 @@ def bench_run(settings: RunSettings, out: str | os.PathLike[str], phase: Phase =
     """
     folder = Path(out)
     require_empty("--out", folder, "give another folder with --out")
-    _require_device(settings.device)
+    require_device(settings.device)
     threads = settings.threads or (settings.recipe.training.threads if settings.recipe else None)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -145,11 +145,6 @@ class WholeRun:
     def _is_over(self) -> bool:
         """Whether AROMA has nothing left to train, and the run is one that ends then."""
         return self._lineup.early_stop and any(arm.is_over for arm in self._lineup.arms)
-
-
-def _require_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise bad_value("device", device, "PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
 
 
 @contextmanager

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from transformers import get_scheduler
 
 from ...tuner import aroma_layers
 from ..methods import AdaLora, Aroma, Hooks, Lora, Method
-from ..methods.aroma import Growth
+from ..methods.growth import Growth
 from ..specs import Recipe, TrainSpec
 from .accounting import ADALORA, AROMA, LORA, UNFROZEN
 from .recorder import TrajectoryRecorder
@@ -38,13 +37,14 @@ def reference_arms(base: Any, targets: Sequence[str], dropout: float, training: 
         training: The loop.
         steps: Optimizer steps that they will take.
     """
-    lora = Lora(r=LORA_RANK, dropout=dropout)
-    adalora = AdaLora(target_r=LORA_RANK, dropout=dropout)
-    first = _arm(LORA, lora, _build_on(lora, base, targets, steps, training.seed), training, steps)
-    first.total_rank = lambda: LORA_RANK * len(targets)
-    second = _arm(ADALORA, adalora, _build_on(adalora, base, targets, steps, training.seed), training, steps)
-    second.total_rank = lambda: _allocated(second.model, adalora.init_r * len(targets))
-    return [first, second]
+    lora = Lora(r=LORA_RANK, dropout=dropout, target_modules=list(targets))
+    adalora = AdaLora(target_r=LORA_RANK, dropout=dropout, target_modules=list(targets))
+    arms = []
+    for name, method in ((LORA, lora), (ADALORA, adalora)):
+        arm = _arm(name, method, _build(method, base, steps, training.seed), training, steps)
+        arm.total_rank = partial(_total_rank, method, arm.model)
+        arms.append(arm)
+    return arms
 
 
 def replaying_arm(base: Any, method: Aroma, plan: Plan, training: TrainSpec, steps: int, *, freezes: bool) -> Arm:
@@ -99,14 +99,6 @@ def _build(method: Method, base: Any, steps: int, seed: int) -> Any:
     return method.build(copy_model(base, own_backbone=False), steps)
 
 
-def _build_on(method: Method, base: Any, targets: Sequence[str], steps: int, seed: int) -> Any:
-    """Return what `method` would build, on modules of our choice instead of its own."""
-    config = method.build(copy.deepcopy(base).to("meta"), steps).peft_config["default"]
-    config.target_modules = set(targets)
-    torch.manual_seed(seed)
-    return get_peft_model(copy_model(base, own_backbone=False), config)
-
-
 def _optimizer(model: Any, training: TrainSpec) -> torch.optim.AdamW:
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -124,7 +116,5 @@ def _scheduler(optimizer: Any, training: TrainSpec, steps: int) -> Any:
     return get_scheduler(training.scheduler, optimizer, training.warmup_steps, steps, options)
 
 
-def _allocated(model: Any, at_start: int) -> int:
-    """Return the ranks that AdaLoRA's last allocation left; PEFT tells of none before the first."""
-    pattern = model.peft_config["default"].rank_pattern
-    return sum(sum(kept) for kept in pattern.values()) if pattern else at_start
+def _total_rank(method: Method, model: Any) -> int:
+    return sum(method.ranks(model).values())

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..provenance import provenance
 from .accounting import ADALORA, AROMA, LORA, Epoch, Means, Saving
+from .machine import bench_provenance
 from .recorder import TRAJECTORY_FILE
 from .run_settings import RunSettings
 
@@ -49,7 +49,7 @@ class RunResult:
     @classmethod
     def of(cls, settings: RunSettings, lineup: Lineup, epochs: Sequence[Epoch]) -> RunResult:
         """Return what has been found after `epochs`."""
-        steps, found = sum(epoch.steps for epoch in epochs), provenance()
+        steps = sum(epoch.steps for epoch in epochs)
         return cls(
             settings=settings,
             is_replay=lineup.is_replay,
@@ -58,7 +58,7 @@ class RunResult:
             planned_steps=lineup.steps,
             steps_per_epoch=lineup.batches.steps_per_epoch,
             epochs=tuple(epochs),
-            provenance=found | {"device": found["device"] if settings.device == "cuda" else "cpu"},
+            provenance=bench_provenance(settings.device),
         )
 
     @property

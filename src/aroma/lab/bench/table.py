@@ -11,6 +11,8 @@ from .timing import Spread
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .operations import OperationTimes
+
 
 def time_table(result: BenchResult) -> Table:
     """Return the table of times and of their ratios to forward and backward of the floor."""
@@ -79,6 +81,15 @@ def roofline_lines(result: BenchResult) -> list[str]:
         f"GB/s. The narrow matmuls of all updates must move {machine.update_bytes / 1e9:.2f} GB a step: "
         f"{machine.update_ms:.0f} ms, {machine.update_ms / floor_ms:.3f} of the floor, before they multiply anything.",
     ]
+
+
+def operations_table(found: Sequence[OperationTimes]) -> Table:
+    """Return the table of milliseconds, a row for every kind of operation."""
+    table = _table("forward and backward, ms", ("kind of operation",), [times.key for times in found])
+    for kind in found[0].milliseconds:
+        table.add_row(kind, *(f"{times.milliseconds[kind]:.0f}" for times in found))
+    table.add_row("in all", *(f"{sum(times.milliseconds.values()):.0f}" for times in found))
+    return table
 
 
 def headline(result: BenchResult) -> str:

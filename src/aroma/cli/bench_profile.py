@@ -1,0 +1,61 @@
+"""`aroma bench profile`: where the time of a step goes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .bench_options import add_model_options, add_round_options, new_files, print_lines, timed_phase
+from .texts import examples
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser of `aroma bench`."""
+    parser = commands.add_parser(
+        "profile",
+        help="measure where the time of forward and backward goes, by kind of operation",
+        description=(
+            "Measure where the time of forward and backward goes, by kind of operation: matmuls of the backbone,\n"
+            "narrow matmuls of the update, folding, dropout masks, attention, the rest. PyTorch's profiler measures,\n"
+            "and makes every step a little slower: ratios are `aroma bench`'s to give."
+        ),
+        epilog=examples("aroma bench profile --only aroma-0 aroma-8 lora-r8 --rounds 5"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    add_round_options(parser)
+    parser.add_argument("--out", metavar="FILE", default="profile.json", help="new .json file (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure; print the table; write the results."""
+    (out,) = new_files(arguments.out)
+    from .quiet import quiet
+
+    quiet()
+    from rich.console import Console
+
+    from ..files import write_json
+    from ..lab.bench.operations import operation_times, operations_record
+    from ..lab.bench.settings import BenchSettings
+    from ..lab.bench.table import operations_table
+
+    settings = BenchSettings(
+        model=arguments.model,
+        batch_size=arguments.batch_size,
+        length=arguments.length,
+        rounds=arguments.rounds,
+        warmup_rounds=arguments.warmup_rounds,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        only=tuple(arguments.only) if arguments.only else None,
+        peak=False,
+        keep_memory=arguments.keep_memory,
+    )
+    found = operation_times(settings, phase=timed_phase)
+    write_json(out, operations_record(settings, found))
+    Console().print(operations_table(found))
+    print_lines([f"Left: {out}."])
