@@ -9,7 +9,7 @@ from transformers import BertConfig, RobertaConfig
 from aroma.errors import ConfigError, DataError
 from aroma.lab.data import Examples, load_examples, load_splits, split_validation
 from aroma.lab.encode import check_positions, encode, load_tokenizer
-from aroma.lab.sources import read_file
+from aroma.lab.sources import read_file, read_fitting
 from aroma.lab.specs import DataSpec
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
@@ -68,8 +68,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.csv", "text,label\na,x,surplus\n", "line 2: its number of fields is not that of the header"),
-        ("d.csv", "text,label\na,x\nb\n", "line 3: its number of fields is not that of the header"),
+        ("d.csv", "text,label\na,x,surplus\n", "line 2: its number of fields is not that of the first line"),
+        ("d.csv", "text,label\na,x\nb\n", "line 3: its number of fields is not that of the first line"),
         ("d.csv", 'text,label\n"a,x\n', "line 2: unexpected end of data"),
         ("d.csv", b"text,label\n\xa3,x\n", "not UTF-8 text"),
         ("d.csv", "", "it has no rows"),
@@ -107,6 +107,59 @@ def test_an_empty_parquet_is_refused(tmp_path):
         read_file("data.train", str(path), ["text", "label"])
 
 
+# Columns by place ----------------------------------------------------------------------------------------------------
+
+
+def test_columns_without_a_header_are_called_by_their_places(tmp_path):
+    rows = 'gj04\t1\t\tOur "friends\ngj04\t0\t*\tThey, it.\n'
+    expected = {"#4": ['Our "friends', "They, it."], "#2": ["1", "0"]}
+    for name in ("d.tsv", "d.txt"):
+        assert read_file("data.train", write(tmp_path, name, rows), ["#4", "#2"]) == expected
+    comma = write(tmp_path, "d.csv", 'a,"x, y"\nb,z\n')
+    assert read_file("data.train", comma, ["#2"]) == {"#2": ["x, y", "z"]}
+    splits = load_splits(
+        DataSpec(train=write(tmp_path, "t.tsv", rows * 5), text="#4", label="#2", validation_fraction=0.2)
+    )
+    assert len(splits.train) + len(splits.validation) == 10
+
+
+def test_a_place_beyond_the_columns_and_places_among_names_are_refused(tmp_path):
+    path = write(tmp_path, "d.tsv", "a\tx\nb\ty\n")
+    with pytest.raises(DataError, match=r"it has no column '#3'; its columns are 'a', 'x'"):
+        read_file("data.train", path, ["#1", "#3"])
+    with pytest.raises(DataError, match=r"it has no column '#1', 'label'"):
+        read_file("data.train", path, ["#1", "label"])
+    with pytest.raises(DataError, match=r"it has no column '#0'"):
+        read_file("data.train", path, ["#0"])
+    lines = write(tmp_path, "d.jsonl", '{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"it has no column '#1'; its columns are 'text'"):
+        read_file("data.train", lines, ["#1"])
+
+
+def test_the_first_set_of_columns_that_fits_is_read(tmp_path):
+    choices = [["sentence", "label"], ["text", "gold"], ["#2", "#1"]]
+    assert read_fitting("f", write(tmp_path, "a.tsv", "label\tsentence\n1\ta\n"), choices) == (
+        0,
+        {"sentence": ["a"], "label": ["1"]},
+    )
+    assert read_fitting("f", write(tmp_path, "b.jsonl", '{"gold": 1, "text": "a"}\n'), choices)[0] == 1
+    assert read_fitting("f", write(tmp_path, "c.tsv", "1\ta\n0\tb\n"), choices) == (
+        2,
+        {"#2": ["a", "b"], "#1": ["1", "0"]},
+    )
+    with pytest.raises(DataError, match=r"it has no column 'gold'; its columns are 'text', 'x'"):  # the nearest
+        read_fitting("f", write(tmp_path, "d.jsonl", '{"text": "a", "x": 1}\n'), choices)
+
+
+def test_damaged_lines_are_left_out_only_where_asked_for_and_counted(tmp_path):
+    path = write(tmp_path, "d.tsv", "id\ttext\tlabel\n1\ta\tx\n2\tcut\nhere\ty\n3\t\ty\n4\tb\ty\n")
+    with pytest.raises(DataError, match=r"line 3: its number of fields is not that of the first line"):
+        read_file("f", path, ["text", "label"])
+    with pytest.warns(UserWarning, match=r"d\.tsv: 3 damaged lines are left out"):
+        _, columns = read_fitting("f", path, [["text", "label"]], skip_damaged=True)
+    assert columns == {"text": ["a", "b"], "label": ["x", "y"]}
+
+
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +192,7 @@ def test_labels_that_training_lacks_are_named(tmp_path, train_csv, split):
 
 def test_one_class_is_refused(tmp_path):
     path = write(tmp_path, "one.csv", "text,label\na,yes\nb,yes\n")
-    with pytest.raises(DataError, match=r"data\.label \(column 'label'\)='yes': all training examples bear one label"):
+    with pytest.raises(DataError, match=r"data\.train \(column 'label'\)='yes': all training examples bear one label"):
         load_splits(DataSpec(train=path))
 
 
@@ -198,7 +251,7 @@ def test_a_given_validation_file_leaves_training_whole(tmp_path, train_csv):
 
 def test_a_class_of_one_cannot_be_split(tmp_path):
     path = write(tmp_path, "d.csv", ROWS + "t,rare\n")
-    with pytest.raises(DataError, match=r"data\.validation=None: 'rare' has one training example"):
+    with pytest.raises(DataError, match=r"data\.validation_fraction=0\.1: 'rare' has one training example"):
         load_splits(DataSpec(train=path))
 
 

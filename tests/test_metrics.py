@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from aroma.errors import DataError
+from aroma.errors import DataError, NonFiniteError
 from aroma.lab.data import Examples
 from aroma.lab.encode import encode, load_tokenizer
-from aroma.lab.metrics import classification_metrics, metrics_of, regression_metrics, trainer_metrics
+from aroma.lab.evaluate import predict_logits
+from aroma.lab.metrics import binary_f1, classification_metrics, metrics_of, regression_metrics, trainer_metrics
+from aroma.lab.model import load_classifier
 from tiny_classifier import save_tiny_bert
 
 
@@ -27,6 +29,36 @@ def test_macro_f1_weighs_a_rare_class_like_a_common_one():
     labels = np.array([0] * 9 + [1])
     metrics = classification_metrics(np.zeros(10, dtype=int), labels)
     assert metrics == {"accuracy": pytest.approx(0.9), "macro_f1": pytest.approx((18 / 19 + 0) / 2), "mcc": 0.0}
+
+
+def test_f1_of_the_second_class_by_hand():
+    # class 1: 2 hits, 1 false alarm, 2 misses: precision 2/3, recall 1/2
+    predicted, labels = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 1, 0])
+    assert binary_f1(predicted, labels) == pytest.approx(2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2))
+    assert binary_f1(1 - predicted, 1 - labels) == pytest.approx(2 / (2 + 3))  # the other class: 1 hit, 2 + 1 errors
+    assert binary_f1(np.array([0, 0]), np.array([0, 0])) == 0.0
+
+
+def test_f1_is_there_for_two_classes_only():
+    two = metrics_of("classification", np.eye(2)[[1, 1, 0]], np.array([1, 0, 0]))
+    assert two["f1"] == pytest.approx(2 / 3)
+    assert set(two) == {"accuracy", "macro_f1", "mcc", "f1"}
+    assert "f1" not in metrics_of("classification", np.eye(3)[[1, 1, 0]], np.array([1, 0, 0]))
+
+
+def test_mcc_of_three_classes_by_hand():
+    # Gorodkin: (c·s − Σ t_k p_k) / √((s² − Σ p_k²)(s² − Σ t_k²)), c = 3 hits of s = 5, t = (2, 2, 1), p = (2, 1, 2)
+    metrics = classification_metrics(np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 0, 2]))
+    assert metrics["mcc"] == pytest.approx((3 * 5 - 8) / ((25 - 9) * (25 - 9)) ** 0.5)
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_a_diverged_model_is_not_scored(damage):
+    logits = np.array([[0.0, 1.0], [damage, 1.0], [1.0, 0.0]])
+    with pytest.raises(NonFiniteError, match=r"logits: NaN or infinite in 1 of 3 examples"):
+        metrics_of("classification", logits, np.array([1, 1, 0]))
+    with pytest.raises(NonFiniteError, match=r"in 1 of 3"):
+        metrics_of("regression", logits[:, :1], np.array([1.0, 1.0, 0.0]))
 
 
 def test_correlations_and_error_by_hand():
@@ -64,8 +96,6 @@ def test_no_examples_are_refused(metrics):
 def test_a_trainer_computes_once_over_all_examples_the_last_short_batch_included(tmp_path):
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from aroma.lab.model import load_classifier
-
     base = str(save_tiny_bert(tmp_path / "model"))
     tokenizer = load_tokenizer(base, 8)
     data = encode(Examples(["w1 w2"] * 7 + ["w9"] * 3, None, [0, 1] * 5), tokenizer, 8)
@@ -85,3 +115,25 @@ def test_a_trainer_computes_once_over_all_examples_the_last_short_batch_included
     assert calls == [10]
     expected = (logits.argmax(axis=-1) == np.array([0, 1] * 5)).mean()
     assert trainer.evaluate(data)["eval_accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 64])
+def test_every_example_is_predicted_exactly_once_in_its_place_whatever_the_batch(tmp_path, batch_size):
+    base = str(save_tiny_bert(tmp_path / "model"))
+    tokenizer = load_tokenizer(base, 8)
+    texts = [f"w{number}" if number % 2 else f"w{number} w1 w2" for number in range(10)]
+    data = encode(Examples(texts, None, [0, 1] * 5), tokenizer, 8)
+    model = load_classifier(base, ("a", "b"), 0)
+    seen, sizes = [], []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.extend(inputs["input_ids"][:, 1].tolist()), with_kwargs=True
+    )
+    logits = predict_logits(model, data, tokenizer, batch_size, sizes.append)
+    assert seen == [ids[1] for ids in data["input_ids"]]
+    assert len(set(seen)) == 10
+    assert sum(sizes) == 10
+    alone = predict_logits(model, data, tokenizer, 1, lambda _: None)
+    np.testing.assert_allclose(logits, alone, atol=1e-5)
+    labels = np.array([0, 1] * 5)
+    hits = [int(row.argmax() == label) for row, label in zip(alone, labels, strict=True)]
+    assert metrics_of("classification", logits, labels)["accuracy"] == pytest.approx(sum(hits) / 10)

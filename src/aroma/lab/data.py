@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import AromaError, DataError, bad_value
-from .sources import Columns, hub_splits, read_file, read_hub
+from ..errors import DataError, bad_value
+from .columns import as_indices, as_numbers, as_texts, label_names_of
+from .hub import hub_splits, read_hub
+from .sources import Columns, read_file
 from .specs import DataSpec
 
 
@@ -30,6 +30,12 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Examples:
+        """Return the examples with these indices, in their order."""
+        pairs = [self.pairs[i] for i in indices] if self.pairs is not None else None
+        labels: Any = [self.labels[i] for i in indices]
+        return Examples([self.texts[i] for i in indices], pairs, labels)
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,9 @@ def load_splits(spec: DataSpec) -> Splits:
             lacks, a number that is none, or too few examples for a validation split.
     """
     raw = _read_all(spec)
-    names = _label_names(raw["data.train"][spec.label]) if spec.task == "classification" else None
-    if names is not None:
-        _require_classes(names, spec)
+    names = None
+    if spec.task == "classification":
+        names = label_names_of("data.train", spec.label, raw["data.train"][spec.label])
     examples = {field: _examples(field, columns, spec, names) for field, columns in raw.items()}
     train, validation = examples["data.train"], examples.get("data.validation")
     if validation is None:
@@ -85,7 +91,12 @@ def load_examples(field: str, path: str, spec: DataSpec, label_names: Sequence[s
 
 
 def split_validation(
-    train: Examples, fraction: float, seed: int, label_names: Sequence[str] | None
+    train: Examples,
+    fraction: float,
+    seed: int,
+    label_names: Sequence[str] | None,
+    field: str = "data.validation_fraction",
+    remedy: str = "give data.validation, or another fraction",
 ) -> tuple[Examples, Examples]:
     """Split examples in two: the same two for the same seed, each class in proportion.
 
@@ -94,14 +105,23 @@ def split_validation(
         fraction: Share of the second part, in (0, 1).
         seed: Seed of the draw.
         label_names: Names of the classes; None for a regression, which is not stratified.
+        field: The recipe's key of the fraction, for errors.
+        remedy: What to do instead, for errors.
 
     Raises:
         DataError: A class has a single example, or there are too few examples.
     """
     from sklearn.model_selection import train_test_split
 
-    if label_names is not None:
-        _require_two_each(train, label_names)
+    single = _classes_of_one(train, label_names or ())
+    if single:
+        raise bad_value(
+            field,
+            fraction,
+            f"{', '.join(map(repr, single))} has one training example and cannot be in both parts; {remedy}, or more "
+            "examples",
+            DataError,
+        )
     try:
         kept, held_out = train_test_split(
             range(len(train)),
@@ -111,12 +131,9 @@ def split_validation(
         )
     except ValueError as error:
         raise bad_value(
-            "data.validation_fraction",
-            fraction,
-            f"{len(train)} training examples cannot be split so ({error}); give data.validation, or another fraction",
-            DataError,
+            field, fraction, f"{len(train)} training examples cannot be split so ({error}); {remedy}", DataError
         ) from error
-    return _take(train, sorted(kept)), _take(train, sorted(held_out))
+    return train.take(sorted(kept)), train.take(sorted(held_out))
 
 
 def _read_all(spec: DataSpec) -> dict[str, Columns]:
@@ -140,98 +157,14 @@ def _wanted(spec: DataSpec) -> list[str]:
 
 
 def _examples(field: str, columns: Columns, spec: DataSpec, label_names: Sequence[str] | None) -> Examples:
-    texts = _texts(field, spec.text, columns)
-    pairs = _texts(field, spec.text_pair, columns) if spec.text_pair is not None else None
+    texts = as_texts(field, spec.text, columns[spec.text])
+    pairs = as_texts(field, spec.text_pair, columns[spec.text_pair]) if spec.text_pair is not None else None
+    values = columns[spec.label]
     if label_names is None:
-        return Examples(texts, pairs, _numbers(field, spec.label, columns))
-    return Examples(texts, pairs, _indices(field, spec.label, columns, label_names))
+        return Examples(texts, pairs, as_numbers(field, spec.label, values))
+    return Examples(texts, pairs, as_indices(field, spec.label, values, label_names))
 
 
-def _texts(field: str, column: str, columns: Columns) -> list[str]:
-    empty = [row for row, value in enumerate(columns[column], start=1) if value is None]
-    if empty:
-        raise _at_rows(field, column, None, empty, "a text is missing; fill it in or leave the row out")
-    return [str(value) for value in columns[column]]
-
-
-def _numbers(field: str, column: str, columns: Columns) -> list[float]:
-    numbers = []
-    for row, value in enumerate(columns[column], start=1):
-        number = _as_number(value)
-        if number is None:
-            remedy = "a regression needs finite numbers; mend it, or set data.task: classification"
-            raise _at_rows(field, column, value, [row], remedy)
-        numbers.append(number)
-    return numbers
-
-
-def _as_number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _indices(field: str, column: str, columns: Columns, label_names: Sequence[str]) -> list[int]:
-    labels = columns[column]
-    missing = [row for row, label in enumerate(labels, start=1) if label is None]
-    if missing:
-        raise _at_rows(field, column, None, missing, "a label is missing; fill it in or leave the row out")
-    index = {name: number for number, name in enumerate(label_names)}
-    unseen = sorted({str(label) for label in labels} - set(index), key=_sort_key(label_names))
-    if unseen:
-        raise bad_value(
-            f"{field} (column {column!r})",
-            ", ".join(unseen),
-            f"labels that the training examples lack; they have {', '.join(label_names)}. Mend the labels, or add "
-            "training examples of them",
-            DataError,
-        )
-    return [index[str(label)] for label in labels]
-
-
-def _label_names(labels: list[Any]) -> tuple[str, ...]:
-    names = {str(label) for label in labels if label is not None}
-    return tuple(sorted(names, key=_sort_key(names)))
-
-
-def _sort_key(names: Sequence[str] | set[str]) -> Callable[[str], Any]:
-    """Sort by value where all names are whole numbers, else as texts."""
-    return int if all(re.fullmatch(r"-?\d+", name) for name in names) else str
-
-
-def _require_classes(names: tuple[str, ...], spec: DataSpec) -> None:
-    if len(names) < 2:
-        raise bad_value(
-            f"data.label (column {spec.label!r})",
-            ", ".join(names),
-            "all training examples bear one label, and there is nothing to tell apart; give examples of two classes "
-            "or more",
-            DataError,
-        )
-
-
-def _require_two_each(train: Examples, label_names: Sequence[str]) -> None:
-    counts = Counter(train.labels)
-    single = [label_names[index] for index in range(len(label_names)) if counts[index] == 1]
-    if single:
-        raise bad_value(
-            "data.validation",
-            None,
-            f"{', '.join(map(repr, single))} has one training example and cannot be in a training and a validation "
-            "split; give data.validation, or more examples",
-            DataError,
-        )
-
-
-def _take(examples: Examples, indices: list[int]) -> Examples:
-    pairs = [examples.pairs[i] for i in indices] if examples.pairs is not None else None
-    labels: Any = [examples.labels[i] for i in indices]
-    return Examples([examples.texts[i] for i in indices], pairs, labels)
-
-
-def _at_rows(field: str, column: str, value: Any, rows: list[int], remedy: str) -> AromaError:
-    shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
-    where = f"row {shown}" if len(rows) == 1 else f"{len(rows)} rows ({shown})"
-    return bad_value(f"{field} (column {column!r}, {where})", value, remedy, DataError)
+def _classes_of_one(examples: Examples, label_names: Sequence[str]) -> list[str]:
+    counts = Counter(examples.labels)
+    return [name for index, name in enumerate(label_names) if counts[index] == 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, NonFiniteError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +36,18 @@ def classification_metrics(predicted: NDArray[Any], labels: NDArray[Any]) -> dic
     }
 
 
+def binary_f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return F1 of class 1, the harmonic mean of its precision and recall; 0 where it is neither there nor predicted.
+
+    Args:
+        predicted: Class indices, 0 or 1, shape (examples,).
+        labels: True class indices, shape (examples,).
+    """
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predicted, average="binary", pos_label=1, zero_division=0.0))
+
+
 def regression_metrics(predicted: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
     """Return Pearson's and Spearman's correlation and the mean squared error.
 
@@ -61,16 +73,23 @@ def regression_metrics(predicted: NDArray[Any], labels: NDArray[Any]) -> dict[st
 
 
 def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """Return the metrics of a task.
+    """Return the metrics of a task; where there are two classes also `f1`, the one of class 1.
 
     Args:
         task: `"classification"` or `"regression"`.
         logits: Shape (examples, classes), or (examples, 1) for a regression.
         labels: Shape (examples,).
+
+    Raises:
+        DataError: No examples.
+        NonFiniteError: A logit is NaN or infinite: a prediction made of it would look like one.
     """
-    if task == "classification":
-        return classification_metrics(logits.argmax(axis=-1), labels)
-    return regression_metrics(logits.reshape(-1), labels)
+    _require_finite(logits)
+    if task == "regression":
+        return regression_metrics(logits.reshape(-1), labels)
+    predicted = logits.argmax(axis=-1)
+    metrics = classification_metrics(predicted, labels)
+    return {**metrics, "f1": binary_f1(predicted, labels)} if logits.shape[-1] == 2 else metrics
 
 
 def trainer_metrics(task: str) -> Callable[[Any], dict[str, float]]:
@@ -85,3 +104,14 @@ def trainer_metrics(task: str) -> Callable[[Any], dict[str, float]]:
 def _require_examples(labels: NDArray[Any]) -> None:
     if len(labels) == 0:
         raise DataError("examples=0: a metric of no examples does not exist; give at least one")
+
+
+def _require_finite(logits: NDArray[Any]) -> None:
+    import numpy
+
+    damaged = int((~numpy.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum())
+    if damaged:
+        raise NonFiniteError(
+            f"logits: NaN or infinite in {damaged} of {len(logits)} examples; lower the learning rate, or check the "
+            "model"
+        )

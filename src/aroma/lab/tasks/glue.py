@@ -1,0 +1,108 @@
+"""The eight GLUE tasks of Table 2: their columns on the hub and in the original download, labels, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+HUB = "nyu-mll/glue"
+"""Where the hub has them, each as a configuration named like the task."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns mean what.
+
+    Args:
+        text: Column of the text.
+        text_pair: Column of the second text; None: single texts.
+        label: Column of the label or number.
+    """
+
+    text: str
+    text_pair: str | None
+    label: str
+
+    def columns(self) -> list[str]:
+        """Return the columns to read."""
+        return [name for name in (self.text, self.text_pair, self.label) if name is not None]
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """One task of GLUE.
+
+    Args:
+        folder: Its folder in the original download.
+        metric: Its metric in Table 2.
+        layouts: The hub's columns, then those of the original files where they differ.
+        label_names: Names of the classes, in the order in which the hub numbers them; None for a regression.
+        reported: The splits whose labels are public, by label.
+        between: The smallest and the largest number of a regression.
+        originals: Names of original files by split, where they are called otherwise.
+        damaged_lines: Whether the original training file holds broken lines, which the hub leaves out too.
+    """
+
+    folder: str
+    metric: str
+    layouts: tuple[Layout, ...]
+    label_names: tuple[str, ...] | None
+    reported: Mapping[str, str] = field(default_factory=lambda: {"validation": "validation"})
+    between: tuple[float, float] | None = None
+    originals: Mapping[str, str] = field(default_factory=dict)
+    damaged_lines: bool = False
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+
+GLUE: dict[str, GlueTask] = {
+    "cola": GlueTask(
+        folder="CoLA",
+        metric="mcc",
+        # The original has no header line: source, label, the author's own mark, sentence.
+        layouts=(Layout("sentence", None, "label"), Layout("#4", None, "#2")),
+        label_names=("unacceptable", "acceptable"),
+    ),
+    "sst2": GlueTask("SST-2", "accuracy", (Layout("sentence", None, "label"),), ("negative", "positive")),
+    "mrpc": GlueTask(
+        folder="MRPC",
+        metric="accuracy",
+        layouts=(Layout("sentence1", "sentence2", "label"), Layout("#1 String", "#2 String", "Quality")),
+        label_names=("not_equivalent", "equivalent"),
+        originals={"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt"},
+    ),
+    "stsb": GlueTask(
+        folder="STS-B",
+        metric="pearson",
+        layouts=(Layout("sentence1", "sentence2", "label"), Layout("sentence1", "sentence2", "score")),
+        label_names=None,
+        between=(0.0, 5.0),
+    ),
+    "qqp": GlueTask(
+        folder="QQP",
+        metric="accuracy",
+        layouts=(Layout("question1", "question2", "label"), Layout("question1", "question2", "is_duplicate")),
+        label_names=("not_duplicate", "duplicate"),
+        damaged_lines=True,
+    ),
+    "mnli": GlueTask(
+        folder="MNLI",
+        metric="accuracy",
+        layouts=(Layout("premise", "hypothesis", "label"), Layout("sentence1", "sentence2", "gold_label")),
+        label_names=("entailment", "neutral", "contradiction"),
+        reported={"matched": "validation_matched", "mismatched": "validation_mismatched"},
+    ),
+    "qnli": GlueTask("QNLI", "accuracy", (Layout("question", "sentence", "label"),), _ENTAILMENT),
+    "rte": GlueTask("RTE", "accuracy", (Layout("sentence1", "sentence2", "label"),), _ENTAILMENT),
+}
+"""The tasks of Table 2 by name."""
+
+
+def glue_task(name: str) -> GlueTask | None:
+    """Return the GLUE task of a name, however it is spelt (`sst2`, `SST-2`), or None."""
+    return GLUE.get(glue_key(name))
+
+
+def glue_key(name: str) -> str:
+    """Return a name as the keys of `GLUE` are spelt."""
+    return name.lower().replace("-", "").replace("_", "")

@@ -1,0 +1,510 @@
+"""Tasks: the eight of GLUE in three forms, sets of one's own, splits that stay apart, and every error by name."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from aroma.errors import AromaError, ConfigError, DataError
+from aroma.lab.tasks import GLUE, TaskSpec, load_task, score, task_metrics
+from tiny_classifier import sentences, write_json_lines
+
+COUNTS = {"train": 30, "validation": 9}
+"""Examples of the little GLUE below; the training ones come out as 24 and 6."""
+
+ORIGINAL_HEADERS = {
+    "sst2": "sentence\tlabel",
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "mnli": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+    "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+    "qnli": "index\tquestion\tsentence\tlabel",
+    "rte": "index\tsentence1\tsentence2\tlabel",
+}
+IN_WORDS = ("mnli", "qnli", "rte")
+
+
+def rows_of(name, split):
+    """Return rows (first text, second text or None, class index or number) of a little GLUE task."""
+    labels = GLUE[name].label_names
+    rows = []
+    for i in range(COUNTS["train" if split == "train" else "validation"]):
+        second = f'{split} "b {i}' if GLUE[name].layouts[0].text_pair else None
+        rows.append((f'{split} "a {i}', second, i / 8 if labels is None else i % len(labels)))
+    return rows
+
+
+def splits_of(name):
+    return ["train", *GLUE[name].reported.values()]
+
+
+def write_originals(root, name):
+    """Write a task as the original GLUE download has it."""
+    folder = root / GLUE[name].folder
+    folder.mkdir(parents=True)
+    for split in splits_of(name):
+        lines = [] if name == "cola" else [ORIGINAL_HEADERS[name]]
+        for number, row in enumerate(rows_of(name, split)):
+            lines.append(original_line(name, number, *row))
+        (folder / f"{split.replace('validation', 'dev')}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def original_line(name, number, first, second, label):
+    if name in IN_WORDS:
+        label = GLUE[name].label_names[label]
+    fields = {
+        "cola": ["gj04", label, "" if label else "*", first],
+        "sst2": [first, label],
+        "mrpc": [label, 100 + number, 200 + number, first, second],
+        "stsb": [number, "news", "f", "2012", number, "s", "s", first, second, label],
+        "qqp": [number, number, number + 1, first, second, label],
+        "mnli": [number, 1, "1n", "fiction", "(", "(", "(", "(", first, second, label, label],
+    }.get(name, [number, first, second, label])
+    return "\t".join(map(str, fields))
+
+
+def write_json_folder(root, name, as_words):
+    """Write a task as JSONL with the hub's columns, its labels as words or numbers."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    layout, names = GLUE[name].layouts[0], GLUE[name].label_names
+    for split in splits_of(name):
+        rows = []
+        for first, second, label in rows_of(name, split):
+            row = {layout.text: first, layout.label: names[label] if as_words and names else label}
+            rows.append(row if second is None else {**row, layout.text_pair: second})
+        write_json_lines(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Serve GLUE as the hub has it; return what was asked for."""
+    asked = []
+
+    def load_dataset(source, config, split):
+        asked.append((source, config, split))
+        layout, names = GLUE[config].layouts[0], GLUE[config].label_names
+        rows = rows_of(config, split) if split in splits_of(config) else [("hidden", "hidden", -1)]
+        columns = {layout.text: [row[0] for row in rows], layout.label: [row[2] for row in rows]}
+        features = {layout.text: Value("string")}
+        if layout.text_pair:
+            columns[layout.text_pair] = [row[1] for row in rows]
+            features[layout.text_pair] = Value("string")
+        features[layout.label] = Value("float32") if names is None else ClassLabel(names=list(names))
+        return Dataset.from_dict(columns, Features(features))
+
+    def split_names(source, config):
+        if source != "nyu-mll/glue":
+            raise OSError(f"{source} is not there")
+        return [*splits_of(config), "test"]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.get_dataset_split_names", split_names)
+    return asked
+
+
+# The eight of GLUE ---------------------------------------------------------------------------------------------------
+
+
+def test_the_eight_have_the_metrics_of_table_2():
+    assert {name: task.metric for name, task in GLUE.items()} == {
+        "cola": "mcc",
+        "sst2": "accuracy",
+        "mrpc": "accuracy",
+        "stsb": "pearson",
+        "qqp": "accuracy",
+        "mnli": "accuracy",
+        "qnli": "accuracy",
+        "rte": "accuracy",
+    }
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_original_files_json_lines_and_the_hub_say_the_same(tmp_path, hub, name):
+    folders = [
+        write_originals(tmp_path / "original", name),
+        write_json_folder(tmp_path / "words", name, as_words=True),
+        write_json_folder(tmp_path / "numbers", name, as_words=False),
+    ]
+    from_hub = load_task(TaskSpec(name, held_out=0.2))
+    assert {asked[:2] for asked in hub} == {("nyu-mll/glue", name)}
+    assert [asked[2] for asked in hub] == splits_of(name)
+    for folder in folders:
+        assert load_task(TaskSpec(name, source=str(folder), held_out=0.2)) == from_hub
+
+    task = GLUE[name]
+    assert (from_hub.metric, from_hub.label_names) == (task.metric, task.label_names)
+    assert from_hub.kind == ("regression" if name == "stsb" else "classification")
+    assert (len(from_hub.train), len(from_hub.held_out)) == (24, 6)
+    assert list(from_hub.reported) == list(task.reported)
+    for label, split in task.reported.items():
+        shown = from_hub.reported[label]
+        seconds = [second for _, second, _ in rows_of(name, split)]
+        assert shown.texts == [first for first, _, _ in rows_of(name, split)]
+        assert shown.pairs == (None if seconds[0] is None else seconds)
+        assert shown.labels == [label for _, _, label in rows_of(name, split)]
+
+
+def test_a_folder_of_all_tasks_holds_each(tmp_path):
+    for name in ("cola", "mnli"):
+        write_originals(tmp_path, name)
+    assert load_task(TaskSpec("mnli", source=str(tmp_path))) == load_task(TaskSpec("mnli", str(tmp_path / "MNLI")))
+    assert load_task(TaskSpec("CoLA", source=str(tmp_path))).label_names == ("unacceptable", "acceptable")
+
+
+def test_mnli_reports_matched_and_mismatched(tmp_path):
+    data = load_task(TaskSpec("mnli", source=str(write_originals(tmp_path, "mnli"))))
+    assert data.reported["matched"].texts[0] == 'validation_matched "a 0'
+    assert data.reported["mismatched"].texts[0] == 'validation_mismatched "a 0'
+
+
+def test_the_original_paraphrase_corpus_has_its_own_file_names(tmp_path):
+    folder = write_originals(tmp_path, "mrpc")
+    (folder / "train.tsv").rename(folder / "msr_paraphrase_train.txt")
+    (folder / "dev.tsv").rename(folder / "msr_paraphrase_test.txt")
+    data = load_task(TaskSpec("mrpc", source=str(folder), reported={"test": "test"}))
+    assert len(data.train) + len(data.held_out) == 30
+    assert data.reported["test"].pairs == [f'validation "b {i}' for i in range(9)]
+
+
+def test_parquet_files_of_the_hub_can_be_copied_to_a_folder(tmp_path, hub):
+    from_hub = load_task(TaskSpec("rte"))
+    import datasets
+
+    for split in splits_of("rte"):
+        part = datasets.load_dataset("nyu-mll/glue", "rte", split)
+        part.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    assert load_task(TaskSpec("rte", source=str(tmp_path))) == from_hub
+
+
+def test_broken_lines_of_the_questions_are_left_out_of_training_and_refused_in_what_is_reported(tmp_path):
+    folder = write_originals(tmp_path, "qqp")
+    spec = TaskSpec("qqp", source=str(folder))
+    whole = load_task(spec)
+    break_a_line(folder / "train.tsv")
+    with pytest.warns(UserWarning, match=r"train\.tsv: 2 damaged lines are left out"):
+        assert load_task(spec) == whole
+    (folder / "train.tsv").unlink()
+    write_json_folder(tmp_path, "qqp", as_words=False).joinpath("train.jsonl").rename(folder / "train.jsonl")
+    break_a_line(folder / "dev.tsv")
+    with pytest.raises(DataError, match=r"tasks\.qqp\.reported\.validation=.*line 11: its number of fields"):
+        load_task(spec)
+
+
+def break_a_line(file):
+    """Append a line with a line break in its text, as the original training file has some."""
+    file.write_text(file.read_text(encoding="utf-8") + "9\t9\t9\tcut\nhere\t1\n", encoding="utf-8")
+
+
+# Sets of one's own ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for split, count in (("train", 50), ("validation", 7), ("test", 11)):
+        write_json_lines(folder / f"{split}.jsonl", sentences(count, seed=count))
+    return folder
+
+
+def own_spec(own, **changes):
+    return TaskSpec("own", **{"source": str(own), **changes})
+
+
+def test_the_test_split_is_reported_or_else_the_validation_split(own):
+    data = load_task(own_spec(own))
+    assert {label: len(part) for label, part in data.reported.items()} == {"test": 11}
+    assert (data.kind, data.metric, data.label_names) == ("classification", "accuracy", ("high", "low"))
+    (own / "test.jsonl").unlink()
+    assert {label: len(part) for label, part in load_task(own_spec(own)).reported.items()} == {"validation": 7}
+
+
+def test_files_may_be_named_without_a_folder(own):
+    spec = TaskSpec("own", train=str(own / "train.jsonl"), reported={"all": str(own / "test.jsonl")})
+    by_folder = load_task(own_spec(own, reported={"all": "test"}))
+    assert load_task(spec) == by_folder
+
+
+def test_columns_are_mapped_and_numbers_are_a_regression(own):
+    data = load_task(own_spec(own, label="score", kind="regression", metric="spearman"))
+    assert (data.kind, data.metric, data.label_names) == ("regression", "spearman", None)
+    expected = [json.loads(line)["score"] for line in (own / "test.jsonl").read_text().splitlines()]
+    assert data.reported["test"].labels == expected
+
+
+def test_a_file_without_a_header_is_mapped_by_places(tmp_path):
+    for split in ("train", "test"):
+        lines = [f"{i},{'no' if i % 2 else 'yes'},{split} {i}\n" for i in range(20)]
+        (tmp_path / f"{split}.csv").write_text("".join(lines))
+    data = load_task(TaskSpec("own", source=str(tmp_path), text="#3", label="#2"))
+    assert data.reported["test"].texts == [f"test {i}" for i in range(20)]
+    assert data.reported["test"].labels == [1, 0] * 10
+
+
+def test_seventy_seven_classes_keep_their_names(tmp_path):
+    names = [f"intent_{i:02}" for i in range(77)]
+    for split, each in (("train", 10), ("test", 1)):
+        rows = [{"text": f"{split} {name} {i}", "label": name} for name in names for i in range(each)]
+        write_json_lines(tmp_path / f"{split}.jsonl", rows)
+    data = load_task(TaskSpec("banking77", source=str(tmp_path)))
+    assert data.label_names == tuple(names)
+    assert data.reported["test"].labels == list(range(77))
+    assert set(Counter(data.held_out.labels).values()) == {1}
+
+
+def test_a_hub_set_of_other_columns_is_mapped(monkeypatch):
+    data = Dataset.from_dict({"body": [f"t{i}" for i in range(20)], "stars": [1, 5] * 10})
+    other = Dataset.from_dict({"body": ["u", "v"], "stars": [5, 1]})
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train", "validation"])
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: data if split == "train" else other)
+    task = load_task(TaskSpec("stars", source="someone/stars", text="body", label="stars"))
+    assert task.label_names == ("1", "5")
+    assert task.reported["validation"].labels == [1, 0]
+
+
+# Splits that stay apart ----------------------------------------------------------------------------------------------
+
+
+def texts_of(examples):
+    return sorted(zip(examples.texts, examples.labels, strict=True))
+
+
+def test_the_held_out_split_is_of_the_training_data_whole_stratified_and_always_the_same(own):
+    spec = own_spec(own, held_out=0.3)
+    data, again = load_task(spec), load_task(spec)
+    assert data == again
+    assert (len(data.train), len(data.held_out)) == (35, 15)
+    rows = [json.loads(line) for line in (own / "train.jsonl").read_text().splitlines()]
+    everything = sorted((row["text"], data.label_names.index(row["label"])) for row in rows)
+    assert sorted(texts_of(data.train) + texts_of(data.held_out)) == everything
+    share = Counter(label for _, label in everything)[0] / 50
+    assert Counter(data.held_out.labels)[0] == pytest.approx(15 * share, abs=1)
+    other = load_task(replace(spec, split_seed=1))
+    assert texts_of(other.held_out) != texts_of(data.held_out)
+    assert other.reported == data.reported
+
+
+def test_a_selection_opens_no_reported_file(own):
+    spec = own_spec(own)
+    whole = load_task(spec)
+    (own / "test.jsonl").write_text("not read at all")
+    selected = load_task(spec, reported=False)
+    assert selected.reported == {}
+    assert (selected.train, selected.held_out) == (whole.train, whole.held_out)
+    with pytest.raises(DataError, match="line 1"):
+        load_task(spec)
+
+
+def test_fewer_training_examples_are_a_part_and_leave_the_held_out_ones_alone(own):
+    whole = load_task(own_spec(own))
+    few = load_task(own_spec(own, train_examples=12))
+    assert len(few.train) == 12
+    assert Counter(texts_of(few.train)) <= Counter(texts_of(whole.train))
+    assert (few.held_out, few.reported) == (whole.held_out, whole.reported)
+    assert load_task(own_spec(own, train_examples=12)) == few
+    assert load_task(own_spec(own, train_examples=45)) == whole
+    with pytest.raises(DataError, match=r"tasks\.own\.train_examples=46: 45 are left"):
+        load_task(own_spec(own, train_examples=46))
+
+
+@pytest.mark.parametrize("reported", [{"x": "train"}, {"x": "train.jsonl"}, {"a": "test", "b": "test.jsonl"}])
+def test_one_file_is_not_two_splits(own, reported):
+    with pytest.raises(DataError, match=r"tasks\.own\.reported\.[xb]='.*': tasks\.own\.\S+ is the same"):
+        load_task(own_spec(own, reported=reported))
+
+
+def test_training_examples_under_another_name_are_not_reported(own):
+    lines = (own / "train.jsonl").read_text().splitlines(keepends=True)
+    (own / "dev.jsonl").write_text("".join(lines[10:20]))
+    with pytest.raises(DataError, match=r"reported\.dev='dev': every example of it is a training example too"):
+        load_task(own_spec(own, reported={"dev": "dev"}))
+    (own / "dev.jsonl").write_text("".join(lines[10:20]) + '{"text": "new", "label": "low"}\n')
+    assert len(load_task(own_spec(own, reported={"dev": "dev"})).reported["dev"]) == 11
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_score_is_the_metric_over_whole_sets_and_the_mean_of_matched_and_mismatched():
+    # 7 matched examples, 4 right; 3 mismatched, 3 right: sets count alike, whatever their sizes
+    labels = np.array([0, 1, 2, 0, 1, 2, 0])
+    predicted = np.array([0, 1, 2, 0, 0, 0, 1])
+    by_split = {
+        "matched": task_metrics("classification", np.eye(3)[predicted], labels),
+        "mismatched": task_metrics("classification", np.eye(3)[labels[:3]], labels[:3]),
+    }
+    assert score("accuracy", by_split) == pytest.approx((4 / 7 + 1) / 2)
+    assert score("accuracy", {"matched": by_split["matched"]}) == pytest.approx(4 / 7)
+    with pytest.raises(ConfigError, match=r"metric='f1': matched has only accuracy, macro_f1, mcc"):
+        score("f1", by_split)
+    with pytest.raises(ConfigError, match=r"metric='f1': there is no split"):
+        score("f1", {})
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"held_out": 0.0}, r"tasks\.own\.held_out=0\.0: give a share between 0 and 1"),
+        ({"held_out": 1}, r"tasks\.own\.held_out=1:"),
+        ({"max_length": 2}, r"tasks\.own\.max_length=2: give 3 tokens or more"),
+        ({"train_examples": 0}, r"tasks\.own\.train_examples=0: give 1 or more"),
+        ({"split_seed": -1}, r"tasks\.own\.split_seed=-1: give 0 or more"),
+        ({"kind": "ranking"}, r"tasks\.own\.kind='ranking': give classification, regression"),
+        ({"reported": {}}, r"tasks\.own\.reported={}: name at least one"),
+        ({"reported": {"held_out": "test"}}, r"tasks\.own\.reported='held_out': 'held_out' means training examples"),
+        ({"name": "../own"}, r"tasks\.\.\./own\.name='\.\./own': it names folders"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_at_once(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TaskSpec(**{"name": "own", **changes})
+
+
+def test_an_unknown_task_names_the_nearest_and_all():
+    with pytest.raises(ConfigError) as caught:
+        load_task(TaskSpec("mprc"))
+    assert "tasks.mprc.source=None: 'mprc' is no GLUE task (they are cola, sst2, mrpc" in str(caught.value)
+    assert "the nearest is 'mrpc'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"source": "no/such/folder"}, DataError, r"source='no/such/folder': no such folder"),
+        ({"source": "./absent"}, DataError, r"source='\./absent': no such folder"),
+        ({"train": "tarin.jsonl"}, DataError, r"train='tarin\.jsonl': no such file in .*; looked for tarin\.jsonl; "),
+        (
+            {"reported": {"x": "tset"}},
+            DataError,
+            r"reported\.x='tset': .*looked for tset\.csv, tset\.tsv, tset\.jsonl",
+        ),
+        ({"reported": {"x": "tset"}}, DataError, r"the folder holds test\.jsonl, train\.jsonl, validation\.jsonl\."),
+        (
+            {"text": "body"},
+            DataError,
+            r"tasks\.own\.train=.*: it has no column 'body'; its columns are 'text', 'label'",
+        ),
+        ({"text": "label"}, ConfigError, r"tasks\.own\.label='label': the label and a text cannot be the same column"),
+        (
+            {"metric": "acuracy"},
+            ConfigError,
+            r"metric='acuracy': no metric of a classification; the nearest is 'accur",
+        ),
+        ({"metric": "pearson"}, ConfigError, r"metric='pearson': no metric of a classification"),
+        ({"kind": "regression"}, DataError, r"tasks\.own\.train \(column 'label', row 1\)='.*': a regression needs"),
+        ({"held_out": 0.01}, DataError, r"tasks\.own\.held_out=0\.01: 50 training examples cannot be split so"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_by_name(own, changes, error, message):
+    with pytest.raises(error, match=message):
+        load_task(own_spec(own, **changes))
+
+
+def test_f1_is_for_two_classes(own, tmp_path):
+    assert load_task(own_spec(own, metric="f1")).metric == "f1"
+    spec = TaskSpec("mnli", source=str(write_originals(tmp_path, "mnli")), metric="f1")
+    with pytest.raises(ConfigError, match=r"tasks\.mnli\.metric='f1': it is for two classes, and the task has 3"):
+        load_task(spec)
+
+
+def test_a_folder_without_the_reported_split_says_what_was_looked_for(tmp_path):
+    folder = write_json_folder(tmp_path, "mrpc", as_words=False)
+    (folder / "validation.jsonl").rename(folder / "test.jsonl")
+    spec = TaskSpec("mrpc", source=str(folder))
+    with pytest.raises(DataError) as caught:
+        load_task(spec)
+    message = str(caught.value)
+    assert message.startswith(f"tasks.mrpc.reported.validation='validation': no such file in {folder}; looked for ")
+    for part in ("validation.jsonl", "dev.tsv", "holds test.jsonl, train.jsonl", "reported: {LABEL: FILE}"):
+        assert part in message
+    assert len(load_task(replace(spec, reported={"test": "test.jsonl"})).reported["test"]) == 9
+
+
+def test_nothing_to_report_is_said(own):
+    (own / "test.jsonl").unlink()
+    (own / "validation.jsonl").unlink()
+    with pytest.raises(DataError, match=r"tasks\.own\.reported=None: there is no split test or validation"):
+        load_task(own_spec(own))
+
+
+def test_two_files_of_one_split_are_not_guessed_between(own):
+    (own / "train.csv").write_text("text,label\na,low\n")
+    with pytest.raises(DataError, match=r"train='train': .* has train\.csv, train\.jsonl; name the file"):
+        load_task(own_spec(own))
+    assert len(load_task(own_spec(own, train="train.jsonl")).train) == 45
+
+
+def test_a_test_file_without_labels_is_refused(tmp_path):
+    folder = write_originals(tmp_path, "cola")
+    (folder / "test.tsv").write_text("index\tsentence\n0\tBill whistled past the house.\n")
+    with pytest.raises(
+        DataError, match=r"reported\.test=.*no column 'label'; its columns are 'index', 'sentence'\..*without labels"
+    ):
+        load_task(TaskSpec("cola", source=str(folder), reported={"test": "test.tsv"}))
+
+
+@pytest.mark.parametrize("name", ["rte", "stsb"])
+def test_hidden_labels_of_the_hub_are_refused(hub, name):
+    with pytest.raises(DataError, match=rf"tasks\.{name}\.reported\.test \(column 'label', row 1\)=.*hidden label"):
+        load_task(TaskSpec(name, reported={"test": "test"}))
+
+
+def test_hidden_labels_in_a_file_are_refused(tmp_path):
+    folder = write_json_folder(tmp_path, "rte", as_words=False)
+    write_json_lines(folder / "test.jsonl", [{"sentence1": "a", "sentence2": "b", "label": -1}])
+    with pytest.raises(DataError, match=r"row 1\)=None: a label is missing"):
+        load_task(TaskSpec("rte", source=str(folder), reported={"test": "test"}))
+
+
+def test_unknown_label_words_are_named_with_those_that_are_known(tmp_path):
+    folder = write_json_folder(tmp_path, "rte", as_words=True)
+    write_json_lines(folder / "validation.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "neutral"}])
+    with pytest.raises(DataError) as caught:
+        load_task(TaskSpec("rte", source=str(folder)))
+    assert str(caught.value).startswith("tasks.rte.reported.validation (column 'label')='neutral': rte knows only ent")
+    assert "entailment, not_entailment (or 0, 1)" in str(caught.value)
+
+
+def test_labels_that_training_lacks_are_named(own):
+    write_json_lines(own / "test.jsonl", [{"text": "a", "label": "middle"}])
+    with pytest.raises(
+        DataError, match=r"tasks\.own\.reported\.test \(column 'label'\)='middle': labels that the train"
+    ):
+        load_task(own_spec(own))
+
+
+def test_a_glue_task_is_of_its_kind(tmp_path):
+    spec = TaskSpec("stsb", source=str(write_originals(tmp_path, "stsb")), kind="classification")
+    with pytest.raises(ConfigError, match=r"tasks\.stsb\.kind='classification': GLUE's STS-B is a regression"):
+        load_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (TaskSpec("mrpc", source="no/such-data"), r"tasks\.mrpc\.source='no/such-data': cannot be loaded .*not there"),
+        (
+            TaskSpec("rte", train="tarin"),
+            r"tasks\.rte\.train='tarin': nyu-mll/glue has no such split; it has train, val",
+        ),
+    ],
+)
+def test_a_missing_hub_set_or_split_is_refused(hub, spec, message):
+    with pytest.raises(DataError, match=message):
+        load_task(spec)
+
+
+def test_every_error_here_is_one_of_ours_and_a_spec_goes_through_json(own):
+    assert issubclass(DataError, AromaError)
+    spec = own_spec(own, reported={"test": "test"}, train_examples=9)
+    assert TaskSpec(**json.loads(json.dumps(asdict(spec)))) == spec
