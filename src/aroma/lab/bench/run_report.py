@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .accounting import ADALORA, AROMA, LORA, Epoch, Means, Saving
+from .accounting import ADALORA, AROMA, LORA, PAPER_RATIOS, Epoch, Means, Saving
 from .machine import bench_provenance
 from .recorder import TRAJECTORY_FILE
 from .run_settings import RunSettings
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "result.json"
 """Name of the file in which a whole run leaves what it found."""
-
-PAPER_RATIOS: Mapping[str, float] = {LORA: 0.76, ADALORA: 0.285}
-"""The paper's claim: AROMA's time per epoch as a share of each method's, averages of its Table 5."""
 
 
 @dataclass(frozen=True)

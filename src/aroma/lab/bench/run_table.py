@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .accounting import ADALORA, AROMA, LORA, UNFROZEN, Epoch, Saving
-from .run_report import PAPER_RATIOS, RunResult, notes
+from .accounting import ADALORA, AROMA, LORA, PAPER_RATIOS, UNFROZEN, Epoch, Saving
+from .run_report import RunResult, notes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""What every method of comparison is: build, parameters, hooks.
+"""What every method of comparison is: build, parameters, hooks, and what can be asked of the model it made.
 
 .. code-block:: python
 
@@ -11,35 +11,47 @@
         optimizer.step()
         hooks.after_step(step)  # before zero_grad: AdaLoRA's allocator reads the gradients
         optimizer.zero_grad()
+
+In the Hugging Face Trainer `method.callbacks(model)` takes the place of the hooks. Adding a method is one file, and
+one line in `registry`.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_type_hints
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
-HEAD_NAMES = ("classifier", "score")
-"""What transformers calls the heads of its classifiers; they train with every adapter, as PEFT has it for SEQ_CLS."""
+from ...events import Event
+from ...files import write_tensors
+from .hooks import Hooks, HooksCallback
+from .modules import HEAD_NAMES, count_active, encoder_linears, find_targets, train_head_only
 
+__all__ = [
+    "HEAD_NAMES",
+    "TRAINED_FILE",
+    "Hooks",
+    "Method",
+    "encoder_linears",
+    "find_targets",
+    "train_head_only",
+    "with_dropout",
+]
 
-class Hooks:
-    """What a method does around an optimizer step; nothing, for most methods."""
-
-    def before_step(self, step: int) -> None:
-        """Called before optimizer step `step`, counted from 1, when the gradients are there."""
-
-    def after_step(self, step: int) -> None:
-        """Called after optimizer step `step`, before the gradients are cleared."""
+TRAINED_FILE = "trained.safetensors"
+"""Where a method that is no PEFT adapter saves what it trained, by the parameters' names in the built model."""
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """How a pretrained transformers model is fine-tuned.
+
+    A method holds no state of a run: what there is to know of a model is asked with the model.
 
     Attributes:
         writes_backbone: Whether training writes the weights of the backbone, so that they cannot be shared between
@@ -47,6 +59,23 @@ class Method(ABC):
     """
 
     writes_backbone: ClassVar[bool] = False
+
+    # From options ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """Return the type of every option, by the name that it has in an experiment's file."""
+        hints = get_type_hints(cls)
+        return {
+            field.name: hints[field.name] for field in fields(cls) if field.init and field.metadata.get("option", True)
+        }
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Return the method with `options`, of which `option_types` tells; see `registry.make_method`."""
+        return cls(**options)
+
+    # A run -----------------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -63,6 +92,9 @@ class Method(ABC):
 
         Returns:
             The model to train. Its head trains.
+
+        Raises:
+            ConfigError: A model that the method cannot adapt, or a run that it cannot plan for.
         """
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -73,23 +105,51 @@ class Method(ABC):
         """Return what is done around each optimizer step of a model that `build` made."""
         return Hooks()
 
+    def callbacks(
+        self, model: Any, on_event: Callable[[Event], None] | None = None, early_stop: bool = True
+    ) -> list[TrainerCallback]:
+        """Return what drives the method inside the Hugging Face Trainer.
 
-def encoder_linears(model: nn.Module) -> list[str]:
-    """Return the full names of the linear modules in numbered layers: PEFT's "all-linear" without head and pooler.
+        Args:
+            model: A model that `build` made.
+            on_event: Called with every event of a growing adapter; other methods have none.
+            early_stop: Whether training ends when every module of a growing adapter has finished.
 
-    In RoBERTa these are query, key, value, attention output, intermediate and output of every layer.
-    """
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and re.search(r"\.\d+\.", name)
-    ]
+        Returns:
+            One callback: a `HooksCallback`, which has the attribute `hooks` and must be given their state on resume,
+            or AROMA's own, which keeps its state in the Trainer's checkpoints.
+        """
+        return [HooksCallback(self.hooks)]
 
+    # What a model has come to ----------------------------------------------------------------------------------------
 
-def train_head_only(model: nn.Module) -> None:
-    """Freeze everything but the head."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in HEAD_NAMES)
+    def ranks(self, model: Any) -> dict[str, int]:
+        """Return the current rank of the update of every adapted module, by its name in the base model.
+
+        Empty for a method whose updates have no rank.
+        """
+        return {}
+
+    def active_parameters(self, model: Any) -> int:
+        """Return the number of parameters that train right now; the head's do not count."""
+        return count_active(model)
+
+    def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the whole update of every adapted module, ΔW = B A, by its name in the base model.
+
+        B is (m, R) with the scale folded in, A (R, n), detached; R may be 0. Empty where no update has factors.
+        """
+        return {}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write what was trained: a PEFT adapter where the method is one, else `TRAINED_FILE`.
+
+        Args:
+            model: A model that `build` made.
+            folder: A new folder.
+        """
+        trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        write_tensors(folder / TRAINED_FILE, trained)
 
 
 def with_dropout(name: str, dropout: float) -> str:

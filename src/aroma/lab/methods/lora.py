@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .base import Method, encoder_linears, with_dropout
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
+
+from ...errors import bad_value
+from .base import with_dropout
+from .modules import find_targets
+from .peft_adapter import ADAPTER, PeftAdapter, layers_of
 
 
 @dataclass(frozen=True)
-class Lora(Method):
+class Lora(PeftAdapter):
     """LoRA of one rank for all modules.
 
     Args:
@@ -17,12 +23,19 @@ class Lora(Method):
         alpha: lora_alpha; None for r, so that the scale is 1.
         dropout: Dropout on the adapter's input.
         task_type: PEFT's task type; "SEQ_CLS" lets the head train.
+        target_modules: Modules to adapt; see `modules.find_targets`.
     """
 
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    task_type: str = "SEQ_CLS"
+    task_type: str = field(default="SEQ_CLS", metadata={"option": False})
+    target_modules: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise bad_value("r", self.r, "the rank is 1 or more")
+        check_dropout(self.dropout)
 
     @property
     def name(self) -> str:
@@ -37,7 +50,27 @@ class Lora(Method):
             r=self.r,
             lora_alpha=self.r if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
-            target_modules=encoder_linears(model),
+            target_modules=find_targets(self.target_modules, model),
             task_type=self.task_type,
         )
         return get_peft_model(model, config)
+
+    def ranks(self, model: Any) -> dict[str, int]:
+        """Return the rank of every module; see `Method.ranks`."""
+        return {name: layer.r[ADAPTER] for name, layer in layers_of(model, LoraLinear).items()}
+
+    def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the update of every module; see `Method.components`."""
+        return {name: pair_of(layer) for name, layer in layers_of(model, LoraLinear).items()}
+
+
+def pair_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return copies of B (m, r), the scale folded in, and A (r, n) of a layer of PEFT's LoRA."""
+    scaled = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
+    return scaled, layer.lora_A[ADAPTER].weight.detach().clone()
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise ConfigError for what is no dropout."""
+    if not 0 <= dropout < 1:
+        raise bad_value("dropout", dropout, "give a probability in [0, 1)")

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
+from torch import Tensor
 
 from ...errors import bad_value
-from ...integrations.rewarmup import Rewarmup
-from ...reset import component_generator, reset_state
-from ...warmup import rewarmup_factor
-from .base import Hooks, Method
+from ...files import write_tensors
+from ...tuner.layout import PEFT_PREFIX
 from .lora import Lora
+from .peft_adapter import ADAPTER, PeftAdapter, staged
+from .restarts import Restarts, whole_ranks, whole_updates
 
 
 @dataclass(frozen=True)
-class ReLora(Method):
+class ReLora(PeftAdapter):
     """LoRA that restarts every `restart_every` steps (arXiv 2307.05695), on a pretrained model, not from scratch.
 
     At a restart the product is added to the backbone's weight, the pair starts anew, a share of its optimizer moments
-    is zeroed (at random, as in AROMA), and the learning rate climbs from 0 again.
+    is zeroed (at random, as in AROMA), and the learning rate climbs from 0 again. Rank and components of a module are
+    those of all its products, the merged ones included.
 
     Args:
         r: Rank of the pair.
@@ -31,7 +33,9 @@ class ReLora(Method):
         dropout: Dropout on the adapter's input.
         prune_ratio: Share of the moments that a restart zeroes.
         rewarmup_steps: Optimizer steps of the climb after a restart.
-        seed: Seed of the fresh pairs and of the zeroed entries.
+        seed: Seed of the fresh pairs and of the zeroed entries; None: `torch.initial_seed()`, so that the run's seed
+            decides it.
+        target_modules: Modules to adapt; see `modules.find_targets`.
     """
 
     writes_backbone: ClassVar[bool] = True
@@ -42,11 +46,17 @@ class ReLora(Method):
     dropout: float = 0.0
     prune_ratio: float = 0.99
     rewarmup_steps: int = 50
-    seed: int = 0
+    seed: int | None = None
+    target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
         if self.restart_every < 1:
             raise bad_value("restart_every", self.restart_every, "restarts are at least one optimizer step apart")
+        if not 0 <= self.prune_ratio <= 1:
+            raise bad_value("prune_ratio", self.prune_ratio, "give the share of moments to zero, in [0, 1]")
+        if self.rewarmup_steps < 0:
+            raise bad_value("rewarmup_steps", self.rewarmup_steps, "give 0 for no climb, or a number of steps")
+        self._lora()  # checks the rest
 
     @property
     def name(self) -> str:
@@ -57,65 +67,35 @@ class ReLora(Method):
         """Wrap `model` with PEFT's LoRA; see `Method.build`."""
         return self._lora().build(model, planned_steps)
 
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
+    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Restarts:
         """Return the restarts; see `Method.hooks`."""
-        return Restarts(self, model, optimizer)
+        seed = torch.initial_seed() % 2**31 if self.seed is None else self.seed
+        return Restarts(model, optimizer, self.restart_every, self.prune_ratio, self.rewarmup_steps, seed)
+
+    def ranks(self, model: Any) -> dict[str, int]:
+        """Return the sum of the ranks of all products of every module; see `Method.ranks`."""
+        return whole_ranks(model)
+
+    def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return all products of every module, the pair in training last; see `Method.components`."""
+        return whole_updates(model)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write all products as one plain LoRA adapter, which an unmerged base model needs; see `Method.save`."""
+        from peft import get_peft_model_state_dict
+
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        config = copy.deepcopy(model.peft_config[ADAPTER])
+        for name, (B, A) in whole_updates(model).items():
+            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
+            config.r = config.lora_alpha = A.shape[
+                0
+            ]  # the scale is folded into B; every module has restarted as often
+        config.inference_mode = True
+        with staged(folder) as staging:
+            write_tensors(staging / "adapter_model.safetensors", tensors)
+            config.save_pretrained(staging)
 
     def _lora(self) -> Lora:
-        return Lora(r=self.r, alpha=self.alpha, dropout=self.dropout)
-
-
-class Restarts(Hooks):
-    """Merges and restarts the pairs of a model, and lets the learning rate climb afterwards.
-
-    Args:
-        method: The method.
-        model: A model that `ReLora.build` made.
-        optimizer: The optimizer of its pairs.
-    """
-
-    def __init__(self, method: ReLora, model: nn.Module, optimizer: Any) -> None:
-        self._method = method
-        self._layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-        self._optimizer = optimizer
-        self._rewarmup = Rewarmup()
-        self._restarts = 0
-        self._last_restart = 0
-
-    def before_step(self, step: int) -> None:
-        """Scale the learning rate for this step."""
-        taken = step - 1 - self._last_restart
-        self._rewarmup.begin(self._optimizer, rewarmup_factor(self._restarts + 1, taken, self._method.rewarmup_steps))
-
-    def after_step(self, step: int) -> None:
-        """Give the learning rate back; restart where it is due."""
-        self._rewarmup.end(self._optimizer, None)
-        if step % self._method.restart_every == 0:
-            self.restart()
-            self._last_restart = step
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Merge every product into its weight, and start the pair anew; the function stays what it was."""
-        self._restarts += 1
-        for index, layer in enumerate(self._layers):
-            # One draw a layer, so that the fresh pairs depend on the seed alone and not on who drew before.
-            generator = component_generator(self._method.seed, self._restarts, index, "relora")
-            _merge(layer)
-            _start_anew(layer, generator)
-            for parameter in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
-                reset_state(self._optimizer, parameter, "prune", self._method.prune_ratio, generator)
-
-
-def _merge(layer: Any) -> None:
-    """Add the product to the base weight: in float32, so that a weight of lower precision is rounded once."""
-    weight = layer.get_base_layer().weight
-    weight.copy_(weight.float() + layer.get_delta_weight("default").float())
-
-
-def _start_anew(layer: Any, generator: torch.Generator) -> None:
-    """Zero B, and draw A as PEFT does at the start: uniform in ±1/√n."""
-    a = layer.lora_A["default"].weight
-    bound = a.shape[1] ** -0.5
-    a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-    layer.lora_B["default"].weight.zero_()
+        return Lora(r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules)

@@ -1,0 +1,154 @@
+"""Bottleneck adapters: where they sit, what they do at the start, and how many parameters they have."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from aroma.errors import ConfigError
+from aroma.lab.methods import Bottleneck, Houlsby, Pfeiffer
+from aroma.lab.methods.adapted_sublayer import AdaptedSublayer
+from models import base
+
+WIDTH, LAYERS = 32, 2
+"""Of the encoders in `models`."""
+
+
+def batch():
+    tokens = torch.randint(2, 40, (4, 8), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens[:, 0] % 3}
+
+
+def hidden(model):
+    with torch.no_grad():
+        return model.eval()(**batch(), output_hidden_states=True).hidden_states
+
+
+def sublayers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedSublayer)}
+
+
+@pytest.mark.parametrize("encoder", ["bert", "roberta"])
+@pytest.mark.parametrize("method", [Houlsby(), Pfeiffer()], ids=lambda method: method.kind)
+def test_the_model_is_nearly_unchanged_at_the_start_and_exactly_so_without_the_adapters_part(encoder, method):
+    plain = hidden(base(encoder))
+    model = method.build(base(encoder), 10)
+    started = hidden(model)
+    for before, after in zip(plain, started, strict=True):
+        assert (after - before).abs().max() < 2e-2 * before.abs().max()
+    assert not torch.equal(started[-1], plain[-1])
+    for sublayer in sublayers(model).values():
+        nn.init.zeros_(sublayer.adapter.up.weight)
+    assert all(map(torch.equal, hidden(model), plain))
+
+
+def test_houlsbys_stand_after_both_sublayers_and_pfeiffers_after_the_second():
+    places = {"houlsby": ["attention.output", "output"], "pfeiffer": ["output"]}
+    for kind, expected in places.items():
+        model = Bottleneck(kind=kind).build(base("bert"), 10)
+        names = [f"bert.encoder.layer.{layer}.{place}" for layer in range(LAYERS) for place in expected]
+        assert list(sublayers(model)) == names
+
+
+def test_each_computes_what_its_paper_draws():
+    torch.manual_seed(1)
+    x, skip = torch.randn(3, 5, 48), torch.randn(3, 5, WIDTH)
+    for kind, activation in (("houlsby", F.gelu), ("pfeiffer", F.relu)):
+        model = Bottleneck(kind=kind, size=4).build(base("bert"), 10).eval()
+        sublayer = sublayers(model)["bert.encoder.layer.1.output"]
+        adapter, block = sublayer.adapter, sublayer.sublayer
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter)
+
+        def added(z, adapter=adapter, activation=activation):
+            return activation(z @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
+
+        h = x @ block.dense.weight.T + block.dense.bias
+        read = h if kind == "houlsby" else block.LayerNorm(h + skip)
+        expected = block.LayerNorm(h + added(read) + skip)
+        torch.testing.assert_close(sublayer(x, skip), expected)
+        assert not torch.allclose(expected, block(x, skip), atol=0.1)
+
+
+def test_dropout_acts_before_the_adapter():
+    model = Houlsby().build(base("bert", hidden_dropout_prob=0.5), 10).train()
+    sublayer = sublayers(model)["bert.encoder.layer.0.output"]
+    seen = []
+    sublayer.adapter.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(**batch())
+    assert 0.3 < float((seen[0] == 0).float().mean()) < 0.7
+
+
+@pytest.mark.parametrize("method", [Houlsby(size=3), Pfeiffer(size=5)], ids=lambda method: method.kind)
+def test_only_adapters_and_head_train_and_are_as_many_as_the_formula_says(method):
+    model = method.build(base("bert"), 10)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if ".adapter." not in name} == {"classifier.weight", "classifier.bias"}
+    adapters = LAYERS * (2 if method.kind == "houlsby" else 1)
+    assert len(trained) == 4 * adapters + 2
+    assert method.active_parameters(model) == adapters * (2 * WIDTH * method.size + method.size + WIDTH)
+
+
+def test_the_default_sizes_are_those_of_table_2_on_roberta_base():
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2)
+    counts = {}
+    for method in (Houlsby(), Pfeiffer()):
+        with torch.device("meta"):
+            model = RobertaForSequenceClassification(config)
+        counts[method.kind] = method.active_parameters(method.build(model, 10))
+    assert counts == {"houlsby": 24 * (2 * 768 * 8 + 8 + 768), "pfeiffer": 12 * (2 * 768 * 16 + 16 + 768)}
+    assert [f"{count / 1e6:.2f}M" for count in counts.values()] == ["0.31M", "0.30M"]
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])
+def test_training_writes_nothing_but_adapters_and_head_and_is_the_same_twice(kind):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        method = Bottleneck(kind=kind)
+        model = method.build(base("roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), 10).train()
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = torch.optim.AdamW(method.parameters(model), lr=1e-2, weight_decay=0.1)
+        losses = []
+        for _ in range(5):
+            loss = model(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert changed == {name for name in before if ".adapter." in name or name.startswith("classifier.")}
+        assert losses[-1] < losses[0]
+        runs.append((losses, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+def test_an_adapter_takes_the_dtype_of_its_encoder():
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = Houlsby().build(BertForSequenceClassification(config).to(torch.bfloat16), 10)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
+def test_encoders_of_another_build_are_refused_untouched(name):
+    model = base(name)
+    before = {key for key, _ in model.named_modules()}
+    with pytest.raises(ConfigError, match=rf"model='{type(model).__name__}': bottleneck adapters go into encoders"):
+        Pfeiffer().build(model, 10)
+    assert {key for key, _ in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "parallel"}, "kind='parallel': choose one of houlsby, pfeiffer"),
+        ({"size": 0}, "size=0: the bottleneck has at least one neuron"),
+    ],
+)
+def test_what_cannot_work_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        Bottleneck(**arguments)

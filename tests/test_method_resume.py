@@ -1,0 +1,269 @@
+"""Exact resume: trained parameters, optimizer and the hooks' state are all that a method needs to go on as if nothing
+had happened. The Trainer's part in it is tested with the trials."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from aroma import aroma_layers
+from aroma.errors import CheckpointError
+from aroma.lab.bench.settings import BenchSettings
+from aroma.lab.bench.shapes import make_batch, make_model
+from aroma.lab.methods import (
+    METHODS,
+    AdaLora,
+    Aroma,
+    BitFit,
+    Full,
+    HeadOnly,
+    Hooks,
+    HooksCallback,
+    Houlsby,
+    Lora,
+    Pfeiffer,
+    ReLora,
+    Relora,
+)
+
+SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)
+PLANNED = 16
+GROWTH = {"inner_check_interval": 1, "inner_tolerance": 0.4, "max_inner_steps": 3, "rewarmup_steps": 2}
+
+CASES = {
+    "full": Full(),
+    "head_only": HeadOnly(),
+    "bitfit": BitFit(),
+    "houlsby": Houlsby(),
+    "pfeiffer": Pfeiffer(),
+    "lora": Lora(r=2),
+    "adalora": AdaLora(init_r=4, target_r=2, initial_steps=3, final_steps=4, interval=2),
+    "relora": Relora(max_components=5, options={"rewarmup_steps": 2, "reset": "zero"}),
+    "relora_merge": ReLora(r=2, restart_every=5, rewarmup_steps=4),
+    "aroma": Aroma(options=GROWTH | {"outer_tolerance": 0.22, "inner_criterion": "update_change"}),
+}
+STAGES = [2, 7, 13]
+"""AdaLoRA: nothing allocated yet; between two allocations; the budget fixed. ReLoRA: nothing merged; one and two
+restarts, the learning rate still climbing. AROMA: the first inner loop and later ones, all modules in it or some.
+"""
+
+
+class Run:
+    """A method in training, on one batch a step, that can be put down and taken up again."""
+
+    def __init__(self, method, seed=0, lr=2e-2):
+        torch.manual_seed(seed)
+        self.method = method
+        self.model = method.build(make_model(SETTINGS), PLANNED).train()
+        self.optimizer = torch.optim.AdamW(method.parameters(self.model), lr=lr)
+        self.hooks = method.hooks(self.model, self.optimizer, PLANNED)
+        self.step = 0
+
+    def go(self, until):
+        for step in range(self.step + 1, until + 1):
+            batch = make_batch(self.model, dataclasses.replace(SETTINGS, seed=step))
+            self.model(**batch).loss.backward()
+            self.hooks.before_step(step)
+            self.optimizer.step()
+            self.hooks.after_step(step)
+            self.optimizer.zero_grad()
+        self.step = until
+        return self
+
+    def put_down(self):
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "step": self.step,
+            "trained": save(trained),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "hooks": save(self.hooks.state_dict()),
+        }
+
+    def take_up(self, saved, with_hooks=True):
+        trained = load(saved["trained"])
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in trained:
+                    parameter.copy_(trained[name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if with_hooks:
+            self.hooks.load_state_dict(load(saved["hooks"]))
+        self.step = saved["step"]
+        torch.manual_seed(12345)  # a new process has drawn other numbers than the one that was killed
+        return self
+
+    def everything(self):
+        tensors = {f"model.{name}": tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        return tensors | {f"hooks.{name}": tensor for name, tensor in self.hooks.state_dict().items()}
+
+
+@functools.cache
+def whole_run(kind):
+    """The uninterrupted run; nobody goes on with it."""
+    return Run(CASES[kind]).go(PLANNED)
+
+
+def differing(one, other):
+    return sorted(name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name)))
+
+
+def _equal(one, other):
+    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_every_method_is_among_the_cases():
+    assert CASES.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(kind, stage):
+    method = CASES[kind]
+    whole = whole_run(kind)
+    saved = Run(method).go(stage).put_down()
+    resumed = Run(method).take_up(saved).go(PLANNED)
+    assert differing(resumed.everything(), whole.everything()) == []
+    assert method.ranks(resumed.model) == method.ranks(whole.model)
+    assert method.active_parameters(resumed.model) == method.active_parameters(whole.model)
+    for (name, (B, A)), (other, (D, C)) in zip(
+        method.components(resumed.model).items(), method.components(whole.model).items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(B, D)
+        assert torch.equal(A, C)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("adalora", 7), ("relora", 7), ("relora_merge", 7), ("relora_merge", 13), ("aroma", 7)]
+)
+def test_without_the_hooks_state_it_is_another_run(kind, stage):
+    saved = Run(CASES[kind]).go(stage).put_down()
+    resumed = Run(CASES[kind]).take_up(saved, with_hooks=False).go(PLANNED)
+    assert differing(resumed.everything(), whole_run(kind).everything())
+
+
+def test_the_stages_are_those_that_they_say():
+    patterns, restarts, frozen, ranks = [], [], [], []
+    runs = {kind: Run(CASES[kind]) for kind in ("adalora", "relora_merge", "aroma")}
+    for stage in STAGES:
+        for run in runs.values():
+            run.go(stage)
+        patterns.append(runs["adalora"].model.peft_config["default"].rank_pattern)
+        restarts.append(runs["relora_merge"].hooks._restarts)
+        layers = aroma_layers(runs["aroma"].model).values()
+        frozen.append(sum(layer.is_frozen("default") for layer in layers))
+        ranks.append(sum(layer.finished("default").rank for layer in layers))
+    assert patterns[0] is None
+    assert sum(map(sum, patterns[1].values())) > sum(map(sum, patterns[2].values())) == 2 * 12
+    assert restarts == [0, 1, 2]
+    assert ranks[0] == 0 < ranks[1] < ranks[2]
+    assert 0 < frozen[2] < len(layers)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [*itertools.product(["adalora", "relora_merge", "aroma"], [2, 7])])
+def test_a_later_moment_goes_back_to_an_earlier_one(kind, stage):
+    # As at the end of a run whose best checkpoint was an earlier one.
+    run = Run(CASES[kind]).go(stage)
+    saved, then = run.put_down(), run.everything()
+    run.go(PLANNED)
+    assert differing(run.everything(), then)
+    for parameter in run.model.parameters():
+        parameter.grad = None
+    run.take_up(saved)
+    assert differing(run.everything(), then) == []
+
+
+def test_a_state_is_a_copy():
+    run = Run(CASES["relora_merge"]).go(6)
+    state = run.hooks.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    run.go(12)
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+def test_adaloras_masks_are_known_though_peft_shortens_their_names_when_it_saves(tmp_path):
+    run = Run(CASES["adalora"]).go(6)
+    state, ranks = run.hooks.state_dict(), CASES["adalora"].ranks(run.model)
+    run.model.save_pretrained(tmp_path)
+    assert not any("default" in name for name in run.model.peft_config["default"].rank_pattern)
+    assert CASES["adalora"].ranks(run.model) == ranks
+    assert run.hooks.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_state_of_another_method_is_refused(kind):
+    foreign = {"weight.of.nothing": torch.zeros(2)}
+    with pytest.raises(CheckpointError, match="hooks: "):
+        Run(CASES[kind]).hooks.load_state_dict(foreign)
+
+
+@pytest.mark.parametrize("kind", ["relora_merge", "aroma"])
+def test_a_state_that_lacks_something_is_refused(kind):
+    run = Run(CASES[kind]).go(6)
+    with pytest.raises(CheckpointError, match="hooks: "):
+        run.hooks.load_state_dict({})
+
+
+# The callback --------------------------------------------------------------------------------------------------------
+
+
+class Recorded(Hooks):
+    def __init__(self):
+        self.calls = []
+
+    def before_step(self, step):
+        self.calls.append(("before", step))
+
+    def after_step(self, step):
+        self.calls.append(("after", step))
+
+    def load_state_dict(self, state):
+        self.calls.append(("load", sorted(state)))
+
+
+class Group:
+    """What the callback sees of an optimizer."""
+
+    def __init__(self):
+        self.param_groups = [{"lr": 0.5}]
+        self.cleared = 0
+
+    def zero_grad(self, set_to_none):
+        self.cleared += set_to_none
+
+
+def begin(callback, step, planned=10):
+    from transformers import TrainerControl, TrainerState
+
+    state = TrainerState(global_step=step, max_steps=planned)
+    arguments = (None, state, TrainerControl())
+    optimizer = Group()
+    callback.on_train_begin(*arguments, model=None, optimizer=optimizer)
+    return arguments, optimizer
+
+
+def test_a_training_that_goes_on_needs_the_state_of_its_hooks():
+    hooks = Recorded()
+    callback = HooksCallback(lambda model, optimizer, planned: hooks)
+    with pytest.raises(CheckpointError, match="goes on from step 3, and nobody restored what the method remembers"):
+        begin(callback, 3)
+    callback.load_state_dict({"x": torch.zeros(1)})
+    begin(callback, 3)
+    assert hooks.calls == [("load", ["x"])]
+    with pytest.raises(CheckpointError, match="goes on from step 3"):
+        begin(callback, 3)  # a third training has a state of its own
+
+
+def test_a_run_that_was_over_takes_no_further_step():
+    hooks = Recorded()
+    callback = HooksCallback(lambda model, optimizer, planned: hooks)
+    callback.load_state_dict({})
+    arguments, optimizer = begin(callback, 10)
+    callback.on_pre_optimizer_step(*arguments, optimizer=optimizer)
+    callback.on_optimizer_step(*arguments, optimizer=optimizer, lr_scheduler=None)
+    assert hooks.calls == [("load", [])]
+    assert optimizer.cleared == 1
