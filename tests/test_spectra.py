@@ -1,7 +1,9 @@
-"""Singular values through the small core against dense ones; effective rank against cases done by hand."""
+"""Singular values, overlaps and cosines from factors against dense ones; effective rank against cases done by hand."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from aroma.spectra import effective_rank, singular_values
+from aroma.errors import NonFiniteError
+from aroma.lab.spectra_record import spectra_of
+from aroma.spectra import component_cosines, effective_rank, singular_values, span_overlaps
 
 FACTORS = st.fixed_dictionaries(
     {
@@ -98,3 +102,180 @@ def test_effective_rank_of_huge_values_stays_finite() -> None:
 
 def test_effective_rank_of_nan_is_nan() -> None:
     assert math.isnan(effective_rank(torch.tensor([1.0, math.nan])))
+
+
+# Overlaps ------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def updates(draw, m: int | None = None, n: int | None = None) -> tuple[Tensor, Tensor, int]:
+    """Draw factors with components that are new, zero, or made of earlier ones, and the rank of a component."""
+    m, n = m or draw(st.integers(1, 7)), n or draw(st.integers(1, 7))
+    kinds = draw(
+        st.lists(st.sampled_from(["new", "zero b", "zero a", "row of earlier", "sum of earlier"]), max_size=9)
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    size = 10.0 ** draw(st.integers(-8, 8))
+    B, A = torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
+    for kind in kinds:
+        b = size * torch.randn(m, 1, generator=generator, dtype=torch.float64)
+        a = torch.randn(1, n, generator=generator, dtype=torch.float64)
+        if kind == "zero b":
+            b = torch.zeros_like(b)
+        elif kind == "zero a":
+            a = torch.zeros_like(a)
+        elif kind == "row of earlier" and len(A):
+            a = -3.0 * A[:1]
+        elif kind == "sum of earlier":
+            a = A.sum(dim=0, keepdim=True)
+        B, A = torch.cat([B, b], dim=1), torch.cat([A, a])
+    return B, A, draw(st.integers(1, 3))
+
+
+def dense_components(B: Tensor, A: Tensor, r: int) -> list[np.ndarray]:
+    b, a = B.double().numpy(), A.double().numpy()
+    return [b[:, start : start + r] @ a[start : start + r] for start in range(0, a.shape[0], r)]
+
+
+def dense_overlaps(B: Tensor, A: Tensor, r: int) -> list[float]:
+    unit = [component / (np.linalg.norm(component) or 1.0) for component in dense_components(B, A, r)]
+    overlaps = []
+    for index, component in enumerate(unit[1:], start=1):
+        _, sizes, directions = np.linalg.svd(np.concatenate(unit[:index]))
+        span = directions[: len(sizes)][sizes > 1e-9]
+        overlaps.append(float(np.linalg.norm(component @ span.T @ span)))
+    return overlaps
+
+
+@settings(deadline=None, max_examples=120)
+@given(updates())
+def test_overlaps_are_those_of_dense_projections(update: tuple) -> None:
+    B, A, r = update
+    overlaps = span_overlaps(B, A, r)
+    assert overlaps.dtype == torch.float64
+    assert len(overlaps) == max(0, -(-len(A) // r) - 1)
+    assert ((overlaps >= 0) & (overlaps <= 1)).all()
+    assert overlaps.tolist() == pytest.approx(dense_overlaps(B, A, r), abs=1e-9)
+
+
+def test_overlaps_by_hand() -> None:
+    A = torch.tensor([[2.0, 0.0, 0.0], [3.0, 4.0, 0.0], [0.0, -5.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    B = torch.ones(2, 5)
+    assert span_overlaps(B, A).tolist() == pytest.approx([0.6, 1.0, 0.0, 1.0])
+
+
+def test_a_zero_component_overlaps_nothing_and_spans_nothing() -> None:
+    A = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    assert span_overlaps(torch.tensor([[0.0, 1.0, 1.0]]), A).tolist() == [0.0, 1.0]
+    assert span_overlaps(torch.tensor([[1.0, 0.0, 1.0]]), A).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_a_second_component_there_is_no_overlap(rank: int) -> None:
+    assert span_overlaps(torch.ones(4, rank), torch.ones(rank, 3)).tolist() == []
+
+
+def test_the_share_between_factors_of_a_wide_component_does_not_matter() -> None:
+    B, A = draw_factors(6, 9, 6, 3, (0, 0), torch.float64)
+    mix = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    other_B, other_A = B.clone(), A.clone()
+    other_B[:, 3:], other_A[3:] = B[:, 3:] @ mix, torch.linalg.solve(mix, A[3:])
+    assert_close(span_overlaps(other_B, other_A, r=3), span_overlaps(B, A, r=3))
+    assert (span_overlaps(other_B, other_A)[2:] - span_overlaps(B, A)[2:]).abs().max() > 0.01
+
+
+def test_left_overlaps_come_from_the_transpose() -> None:
+    B = torch.tensor([[1.0, 3.0], [0.0, 4.0]])
+    A = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert span_overlaps(A.mT, B.mT).tolist() == pytest.approx([0.6])
+    assert span_overlaps(B, A).tolist() == [0.0]
+
+
+def test_no_dense_product_is_formed() -> None:
+    # 10^12 entries: the dense product would not fit any memory here.
+    generator = torch.Generator().manual_seed(0)
+    B, A = torch.randn(1_000_000, 3, generator=generator), torch.randn(3, 1_000_000, generator=generator)
+    A[2] = A[0] - A[1]
+    assert span_overlaps(B, A).tolist() == pytest.approx([0, 1], abs=5e-3)
+    assert component_cosines(B, A, B, A).tolist() == [pytest.approx(row, abs=5e-3) for row in torch.eye(3).tolist()]
+
+
+# Cosines -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=120)
+@given(updates(m=5, n=4), updates(m=5, n=4))
+def test_cosines_are_those_of_dense_components(one: tuple, other: tuple) -> None:
+    cosines = component_cosines(*one[:2], *other[:2], one[2], other[2])
+    ours, others = dense_components(*one), dense_components(*other)
+    assert cosines.shape == (len(ours), len(others))
+    assert (cosines.abs() <= 1).all()
+    for row, left in enumerate(ours):
+        for column, right in enumerate(others):
+            norms = np.linalg.norm(left) * np.linalg.norm(right)
+            expected = float((left * right).sum() / norms) if norms else 0.0
+            assert float(cosines[row, column]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_cosines_by_hand() -> None:
+    B = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    A = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    other_B, other_A = torch.tensor([[-2.0], [0.0]]), torch.tensor([[1.0, 0.0]])
+    assert component_cosines(B, A, other_B, other_A).tolist() == [[pytest.approx(-0.6)], [0.0]]
+
+
+def test_components_are_alike_to_themselves_whatever_the_sign_of_their_factors() -> None:
+    B, A = draw_factors(7, 6, 4, 5, (0, 0), torch.float64)
+    assert_close(component_cosines(B, A, -2 * B, -A).diagonal(), torch.ones(4, dtype=torch.float64))
+    assert_close(component_cosines(B, A, -2 * B, A).diagonal(), -torch.ones(4, dtype=torch.float64))
+
+
+def test_cosines_with_nothing_are_an_empty_matrix() -> None:
+    empty = torch.zeros(4, 0), torch.zeros(0, 3)
+    some = torch.ones(4, 2), torch.ones(2, 3)
+    assert component_cosines(*empty, *some).shape == (0, 2)
+    assert component_cosines(*some, *empty).shape == (2, 0)
+
+
+# The record of a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_record_says_ranks_values_and_overlaps_of_every_module() -> None:
+    B, A = draw_factors(6, 5, 3, 0, (0, 0), torch.float32)
+    components = {
+        "grown": (B, A),
+        "masked": (torch.cat([B[:, :2], torch.zeros(6, 1)], dim=1), A),
+        "empty": (torch.zeros(4, 0), torch.zeros(0, 7)),
+        "wide": draw_factors(2, 5, 3, 1, (0, 0), torch.float32),
+    }
+    record = json.loads(json.dumps(spectra_of(components), allow_nan=False))
+    assert record["ranks"] == {"grown": 3, "masked": 2, "empty": 0, "wide": 2}
+    assert record["average_rank"] == pytest.approx(7 / 4)
+    for name, (left, right) in components.items():
+        dense = torch.linalg.svdvals(left.double() @ right.double())
+        assert record["singular_values"][name] == pytest.approx(dense[: right.shape[0]].tolist(), abs=1e-12)
+        assert record["effective_ranks"][name] == pytest.approx(effective_rank(dense))
+        assert record["overlaps"][name] == pytest.approx(dense_overlaps(left, right, 1))
+    assert record["effective_rank"] == pytest.approx(sum(record["effective_ranks"].values()) / 4)
+
+
+def test_overlaps_of_a_record_are_by_component() -> None:
+    B, A = draw_factors(6, 9, 6, 3, (0, 0), torch.float32)
+    assert spectra_of({"m": (B, A)}, r=2)["overlaps"]["m"] == pytest.approx(dense_overlaps(B, A, 2))
+
+
+def test_a_method_without_components_has_no_average() -> None:
+    assert spectra_of({}) == {
+        "average_rank": None,
+        "effective_rank": None,
+        "ranks": {},
+        "effective_ranks": {},
+        "singular_values": {},
+        "overlaps": {},
+    }
+
+
+def test_a_diverged_update_is_named() -> None:
+    B, A = torch.ones(3, 1), torch.tensor([[1.0, math.nan]])
+    with pytest.raises(NonFiniteError, match=r"layer\.0\.A='not finite': .*training has diverged"):
+        spectra_of({"layer.0": (B, A)})

@@ -1,9 +1,16 @@
-"""Spectrum and effective rank of a low-rank update, computed from its factors."""
+"""Spectrum, effective rank, overlaps and cosines of low-rank updates, computed from their factors.
+
+An update is B A with B m×R and A R×n. A component is r neighbouring columns of B with the same rows of A; the last may
+have fewer. No m×n matrix is formed anywhere, and everything is computed in float64.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_NEGLIGIBLE = 1e-12
+"""Share of a component's norm below which what is left of it is rounding, not a new direction."""
 
 
 @torch.no_grad()
@@ -17,11 +24,8 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
         B: m×R, any floating dtype.
         A: R×n, on the same device. R = 0 gives an empty result.
     """
-    if B.device.type == "mps":  # knows neither float64 nor these factorizations
-        B, A = B.cpu(), A.cpu()
-    core_left = torch.linalg.qr(B.double(), mode="r").R
-    core_right = torch.linalg.qr(A.double().mT, mode="r").R
-    return torch.linalg.svdvals(core_left @ core_right.mT)
+    B, A = _double(B), _double(A)
+    return torch.linalg.svdvals(_triangle(B) @ _triangle(A.mT).mT)
 
 
 @torch.no_grad()
@@ -37,3 +41,95 @@ def effective_rank(sigma: Tensor) -> float:
     shares = sigma / sigma.max()  # so that the sum of huge values stays finite
     shares = shares / shares.sum()
     return float(torch.special.entr(shares).sum().exp())
+
+
+@torch.no_grad()
+def span_overlaps(B: Tensor, A: Tensor, r: int = 1) -> Tensor:
+    """Return, for every component after the first, how much of it lies in the row space of all earlier ones.
+
+    With P the orthogonal projection onto the span of the rows of the earlier components, it is ‖b a P‖_F / ‖b a‖_F,
+    which for r = 1 is ‖a P‖ / ‖a‖: 0 for a component that reads only directions of the input that none before it
+    read, 1 for one that reads none of its own. A component that is zero overlaps nothing and spans nothing.
+
+    The overlap of the left factors, with what was written before, is ``span_overlaps(A.mT, B.mT, r)``.
+
+    Args:
+        B: m×R, any floating dtype.
+        A: R×n, on the same device.
+        r: Rank of one component.
+
+    Returns:
+        Values in [0, 1], float64: one fewer than there are components, none where there is none.
+    """
+    B, A = _double(B), _double(A)
+    rows = _triangle(A.mT).mT  # A in coordinates of its own row space: at most R numbers a row, the same products
+    basis = rows.new_zeros(0, rows.shape[1])
+    overlaps = []
+    for b, a in _components(B, rows, r):
+        component = _triangle(b) @ a  # few rows, with the norm and the row space of b a
+        norm = torch.linalg.matrix_norm(component)
+        inside = torch.linalg.matrix_norm(component @ basis.mT)
+        overlaps.append((inside / norm).clamp(max=1.0) if norm > 0 else torch.zeros_like(norm))
+        basis = torch.cat([basis, _new_directions(component, basis, norm)])
+    return torch.stack(overlaps[1:]) if len(overlaps) > 1 else B.new_zeros(0)
+
+
+@torch.no_grad()
+def component_cosines(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor, r: int = 1, other_r: int = 1) -> Tensor:
+    """Return the cosine similarity of every component of one update with every component of another (Figure 4).
+
+    The cosine is that of the components as matrices, ⟨b a, b' a'⟩_F / (‖b a‖_F ‖b' a'‖_F), where
+    ⟨b a, b' a'⟩_F = ⟨bᵀ b', a a'ᵀ⟩; for r = 1 it is cos(b, b') · cos(a, a'), so neither the sign nor the scale that
+    a component shares out between its factors matters. It is 0 where a component is zero.
+
+    Args:
+        B: m×R, any floating dtype.
+        A: R×n, on the same device.
+        other_B: m×R', of the other update of the same module.
+        other_A: R'×n.
+        r: Rank of one component of the first update.
+        other_r: Rank of one component of the other.
+
+    Returns:
+        Values in [−1, 1], float64: a row for each component of the first update, a column for each of the other.
+    """
+    B, A, other_B, other_A = _double(B), _double(A), _double(other_B), _double(other_A)
+    cosines = B.new_zeros(-(-B.shape[1] // r), -(-other_B.shape[1] // other_r))
+    ours, others = _unit_components(B, A, r), _unit_components(other_B, other_A, other_r)
+    for row, (b, a) in enumerate(ours):
+        for column, (other_b, other_a) in enumerate(others):
+            cosines[row, column] = ((b.mT @ other_b) * (a @ other_a.mT)).sum()
+    return cosines.clamp(-1.0, 1.0)
+
+
+def _unit_components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the components' factors, scaled so that each product has norm 1; zero stays zero."""
+    components = []
+    for b, a in _components(B, A, r):
+        norm = torch.linalg.matrix_norm(_triangle(b) @ _triangle(a.mT).mT)
+        components.append((b / norm if norm > 0 else torch.zeros_like(b), a))
+    return components
+
+
+def _components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
+    # Torch splits nothing into one empty piece, not into none.
+    return list(zip(B.split(r, dim=1), A.split(r), strict=True)) if B.shape[1] else []
+
+
+def _new_directions(component: Tensor, basis: Tensor, norm: Tensor) -> Tensor:
+    """Return orthonormal rows that extend `basis` by what `component` adds to its span."""
+    rest = component
+    for _ in range(2):  # once more, because the first subtraction leaves rounding along the basis
+        rest = rest - rest @ basis.mT @ basis
+    _, sizes, directions = torch.linalg.svd(rest, full_matrices=False)
+    return directions[sizes > _NEGLIGIBLE * norm]
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """Return R of the QR factorization."""
+    return torch.linalg.qr(matrix, mode="r").R
+
+
+def _double(matrix: Tensor) -> Tensor:
+    # MPS knows neither float64 nor these factorizations.
+    return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()

@@ -1,0 +1,1 @@
+"""The laboratory's figures, drawn from the records that runs leave."""
