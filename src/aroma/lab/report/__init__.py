@@ -1,0 +1,1 @@
+"""Tables from run folders: every number traceable, nothing that failed left out."""
