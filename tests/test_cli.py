@@ -21,7 +21,8 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "inspect", "export")
+COMMANDS = ("demo", "train", "eval", "inspect", "export", "bench", "lab")
+LAB_COMMANDS = ("run", "search", "table", "figure")
 
 
 def test_help_imports_nothing_heavy():
@@ -42,7 +43,11 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"aroma {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "-")
+@pytest.mark.parametrize(
+    "command",
+    [[], *([name] for name in COMMANDS), *(["lab", name] for name in LAB_COMMANDS)],
+    ids=lambda command: " ".join(command) or "-",
+)
 def test_each_help_ends_with_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--help"])
@@ -75,6 +80,7 @@ def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
         (["export", "absent", "out", "--uniform"], "error: adapter='absent': no such folder"),
         (["export", "a", "out", "--uniform", "--dtype", "float16"], "error: --dtype='float16': it has a meaning only"),
         (["export", "a", "out", "--merged", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),
+        (["lab", "run", "absent.yaml"], "error: grid='absent.yaml': cannot be read (No such file or directory)"),
         (["demo", "--threads", "0"], "error: training.threads=0: give 1 or more"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -95,6 +101,7 @@ def test_an_error_is_one_line_and_code_2(arguments, message, capsys, tmp_path, m
         (["train", "r.yaml"], "datasets, sklearn, scipy", "train"),
         (["eval", "a", "--data", "x.csv"], "datasets, sklearn, scipy", "train"),
         (["demo"], "datasets, sklearn, scipy", "train"),
+        (["lab", "run", "g.yaml"], "datasets, sklearn, scipy", "train"),
         (["inspect", "a", "--plot", "x.png"], "matplotlib", "plot"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

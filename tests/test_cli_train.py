@@ -69,7 +69,7 @@ def test_a_run_leaves_all_it_came_from(run):
     }
     result = read(run / "result.json")
     assert set(result["metrics"]) == {"validation", "test"}
-    assert set(result["metrics"]["test"]) == {"accuracy", "macro_f1", "mcc"}
+    assert set(result["metrics"]["test"]) == {"accuracy", "macro_f1", "mcc", "f1"}
     assert result["examples"] == {"train": 96, "validation": 24, "test": 37}
     assert set(result["versions"]) == {"python", "aroma-peft", "torch", "transformers", "peft", "accelerate"}
     assert result["versions"]["torch"] == torch.__version__

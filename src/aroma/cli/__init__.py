@@ -12,16 +12,19 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import AromaError
-from . import bench, demo, evaluate, export, inspect, train
+from . import bench, demo, evaluate, export, inspect, lab, train
 from .texts import examples
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, train, evaluate, inspect, export, bench)
+_COMMANDS = (demo, train, evaluate, inspect, export, bench, lab)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for an error of the user's, 130 when interrupted.
+    """Run the command line and return its exit code.
+
+    0; 1 where a command ran to its end but something that it was to do failed; 2 for an error of the user's; 130 when
+    interrupted.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
@@ -32,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.waits_passively:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        arguments.run(arguments)
+        code: int | None = arguments.run(arguments)
     except AromaError as error:
         if os.environ.get("AROMA_DEBUG") == "1":
             raise
         return _report(str(error), code=2)
     except KeyboardInterrupt:
         return _report("interrupted; what was saved before is whole", code=130)
-    return 0
+    return code or 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
             "aroma demo",
             "aroma train examples/recipes/mrpc.yaml training.seed=1",
             "aroma inspect runs/mrpc/adapter --plot ranks.png",
+            "aroma lab run examples/lab/minilm-tiny.yaml",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

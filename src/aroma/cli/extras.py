@@ -9,6 +9,7 @@ from ..errors import ConfigError
 _MODULES = {
     "train": ("datasets", "sklearn", "scipy"),
     "plot": ("matplotlib",),
+    "search": ("optuna", "sqlalchemy"),
 }
 
 

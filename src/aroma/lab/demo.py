@@ -23,6 +23,7 @@ from .demo_report import DemoResult, HeadOnly, Parameters, demo_record, demo_rep
 from .encode import encode, load_tokenizer
 from .evaluate import predict_logits
 from .figures import rank_picture
+from .methods import Aroma
 from .metrics import classification_metrics
 from .model import adapter_config, count_trainable, grow, load_classifier
 from .phases import Phase, silent_phase
@@ -30,7 +31,7 @@ from .reload import Agreement, compare_logits, reloaded_logits
 from .run_folder import EventLog, require_empty
 from .specs import AdapterSpec, TrainSpec, check_training
 from .task import Task, save_trained
-from .trainer import Growth, make_trainer
+from .trainer import Fit, make_trainer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -112,26 +113,25 @@ def run_demo(
         torch.set_num_threads(training.threads)
     folder.mkdir(parents=True, exist_ok=True)
     head, head_only = train_head_only(material, training, phase)
-    growth, parameters = train_adapters(material, head, training, folder, progress)
-    model = growth.trainer.model.cpu()  # where the fresh process will predict, too
+    fit, parameters = train_adapters(material, head, training, folder, progress)
+    model = fit.trainer.model.cpu()  # where the fresh process will predict, too
     logits = predict(model, material, training, phase)
     task = Task("classification", TOPICS, "text", None, "label", MAX_LENGTH)
     save_trained(model, material.tokenizer, task, folder / "adapter")
     agreement = check_reload(logits, folder / "adapter", material, training, phase)
-    assert growth.callback.controller is not None, "it has trained"
     result = DemoResult(
         metrics=classification_metrics(logits.argmax(axis=-1), np.array(material.held_out.labels)),
         head_only=head_only,
         train_articles=len(material.train),
         held_out_articles=len(material.held_out),
-        modules=growth.callback.controller.summary(),
+        modules=fit.controller.summary(),
         parameters=parameters,
         agreement=agreement,
         adapter=ADAPTER,
         training=training,
         max_length=MAX_LENGTH,
-        steps=growth.trainer.state.global_step,
-        outer_steps=growth.callback.controller.outer_number - 1,
+        steps=fit.trainer.state.global_step,
+        outer_steps=fit.controller.outer_number - 1,
         wall_seconds=time.monotonic() - began,
     )
     leave_result(result, folder)
@@ -164,7 +164,7 @@ def train_head_only(material: Material, training: TrainSpec, phase: Phase) -> tu
 
 def train_adapters(
     material: Material, head: LinearHead, training: TrainSpec, folder: Path, progress: bool
-) -> tuple[Growth, Parameters]:
+) -> tuple[Fit, Parameters]:
     """Train growing adapters, and `head` on with them; the events go to `folder`."""
     set_seed(training.seed)
     classifier = load_classifier(material.base, TOPICS, material.tokenizer.pad_token_id)
@@ -172,7 +172,8 @@ def train_adapters(
     model = grow(classifier, adapter_config(ADAPTER, training))
     parameters = count_parameters(model)
     with tempfile.TemporaryDirectory() as scratch:
-        growth = make_trainer(
+        fit = make_trainer(
+            Aroma(),
             model,
             material.tokenizer,
             "classification",
@@ -182,8 +183,8 @@ def train_adapters(
             on_event=EventLog(folder / "events.jsonl", upto=0),
             progress=progress,
         )
-        growth.train()
-    return growth, parameters
+        fit.train()
+    return fit, parameters
 
 
 def count_parameters(model: Any) -> Parameters:

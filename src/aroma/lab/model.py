@@ -67,13 +67,10 @@ def grow(model: Any, config: AromaConfig) -> Any:
 
 def count_trainable(model: Any) -> dict[str, int]:
     """Return the numbers of trainable parameters: `adapter`, `head`."""
+    from .methods.modules import is_head
+
     counts = {"adapter": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts["adapter" if is_adapter(name) else "head"] += parameter.numel()
+            counts["head" if is_head(name) else "adapter"] += parameter.numel()
     return counts
-
-
-def is_adapter(parameter_name: str) -> bool:
-    """Whether a trainable parameter belongs to the adapter rather than to the head."""
-    return ".lora_A." in parameter_name or ".lora_B." in parameter_name

@@ -131,6 +131,8 @@ class TrainSpec:
     """CPU threads of PyTorch; null: its own choice."""
     bf16: bool = False
     """Mixed precision in bfloat16; adapters and head stay in float32."""
+    group_by_length: bool = False
+    """Batches of examples of similar lengths, which have less padding; in training and evaluation."""
 
 
 @dataclass(frozen=True)

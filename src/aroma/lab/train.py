@@ -19,6 +19,7 @@ from ..files import write_json
 from ..tuner import AromaConfig
 from .data import Examples, Splits, load_splits
 from .encode import check_positions, encode, load_tokenizer
+from .methods import Aroma
 from .metrics import metrics_of
 from .model import adapter_config, count_trainable, grow, load_classifier
 from .provenance import provenance
@@ -26,7 +27,7 @@ from .recipe import Recipe
 from .run_folder import EventLog, RunFolder, check_output, open_folder
 from .specs import TrainSpec
 from .task import Task, save_trained
-from .trainer import Growth, make_trainer
+from .trainer import Fit, make_trainer
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,20 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
     trainable = count_trainable(model)
     open_folder(folder, recipe)
     encoded = {name: encode(part, tokenizer, recipe.data.max_length) for name, part in _by_name(splits).items()}
-    growth = _fit(recipe, folder, model, tokenizer, encoded, progress)
+    fit = _fit(recipe, folder, model, tokenizer, encoded, progress)
     metrics = {
-        name: evaluate(growth.trainer, recipe.data.task, data) for name, data in encoded.items() if name != "train"
+        name: evaluate(fit.trainer, recipe.data.task, data) for name, data in encoded.items() if name != "train"
     }
     save_trained(model, tokenizer, Task.of(recipe.data, splits.label_names), folder.adapter)
-    assert growth.callback.controller is not None, "it has trained"
     result = RunResult(
         folder=folder,
         metrics=metrics,
-        modules=growth.callback.controller.summary(),
-        steps=growth.trainer.state.global_step,
+        modules=fit.controller.summary(),
+        steps=fit.trainer.state.global_step,
         trainable=trainable,
         wall_seconds=time.monotonic() - began,
     )
-    write_json(folder.history, growth.trainer.state.log_history)
+    write_json(folder.history, fit.trainer.state.log_history)
     write_json(folder.result, result_record(result, recipe, splits))
     return result
 
@@ -118,13 +118,22 @@ def check_schedule(training: TrainSpec, config: AromaConfig, steps: int) -> None
     Raises:
         ConfigError: Naming the field that does not fit.
     """
+    check_warmup(training, steps)
+    config.resolve_inner_steps(steps)
+
+
+def check_warmup(training: TrainSpec, steps: int) -> None:
+    """Refuse a run of `steps` optimizer steps that is over before its warm-up.
+
+    Raises:
+        ConfigError: The warm-up is longer.
+    """
     if training.warmup_steps >= steps:
         raise bad_value(
             "training.warmup_steps",
             training.warmup_steps,
             f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer",
         )
-    config.resolve_inner_steps(steps)
 
 
 def evaluate(trainer: Trainer, task: str, data: Any) -> dict[str, float]:
@@ -153,9 +162,10 @@ def result_record(result: RunResult, recipe: Recipe, splits: Splits) -> dict[str
 
 def _fit(
     recipe: Recipe, folder: RunFolder, model: Any, tokenizer: Any, encoded: dict[str, Any], progress: bool
-) -> Growth:
+) -> Fit:
     checkpoint = last_complete_checkpoint(folder.checkpoints)
-    growth = make_trainer(
+    fit = make_trainer(
+        Aroma(),
         model,
         tokenizer,
         recipe.data.task,
@@ -166,8 +176,8 @@ def _fit(
         on_event=EventLog(folder.events, upto=_step_of(checkpoint)),
         progress=progress,
     )
-    growth.train(checkpoint)
-    return growth
+    fit.train(checkpoint)
+    return fit
 
 
 def _by_name(splits: Splits) -> dict[str, Examples]:

@@ -1,39 +1,51 @@
-"""From a recipe's training section to a Hugging Face Trainer."""
+"""The one training loop: from a training section and a method to a Hugging Face Trainer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+from torch import nn
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..controller import AromaController
 from ..events import Event
 from ..integrations.callback import AromaCallback
 from ..integrations.progress import RichProgress
+from .methods import Method
+from .methods.hooks import HooksCallback
+from .methods.modules import is_head
 from .metrics import CHOICE_METRIC, trainer_metrics
-from .model import is_adapter
 from .specs import TrainSpec
+from .trials.trainer import MethodTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 @dataclass(frozen=True)
-class Growth:
-    """A Trainer and the callback that grows its model.
+class Fit:
+    """A Trainer, and what drives the method in it.
 
     Args:
         trainer: Trains and evaluates.
-        callback: Holds the controller.
+        growth: Holds AROMA's controller; None for a method that has none.
         bar: Shows the progress; None for none.
     """
 
     trainer: Trainer
-    callback: AromaCallback
+    growth: AromaCallback | None = None
     bar: RichProgress | None = None
+
+    @property
+    def controller(self) -> AromaController:
+        """AROMA's controller, of a training that has begun."""
+        assert self.growth is not None, "only AROMA has a controller"
+        assert self.growth.controller is not None, "it has not trained"
+        return self.growth.controller
 
     def train(self, checkpoint: str | None = None) -> None:
         """Train, from a checkpoint on if one is given; the terminal is given back whatever happens."""
@@ -45,65 +57,84 @@ class Growth:
 
 
 def make_trainer(
+    method: Method,
     model: Any,
     tokenizer: Any,
     task: str,
     training: TrainSpec,
     folder: str | os.PathLike[str],
     train: Dataset,
-    validation: Dataset | None = None,
+    validation: Dataset | dict[str, Dataset] | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    choice: str | None = None,
     on_event: Callable[[Event], None] | None = None,
     progress: bool = True,
-) -> Growth:
-    """Return a Trainer that grows `model`.
+) -> Fit:
+    """Return a Trainer of `model`: for every method the same, but for its callbacks and what it trains.
 
     Args:
-        model: A PeftModel with an AROMA adapter.
+        method: Made the model.
+        model: What to train.
         tokenizer: Pads the batches.
         task: `"classification"` or `"regression"`; decides the metrics.
         training: The loop.
         folder: Where checkpoints go.
         train: Tokenized training examples.
-        validation: Tokenized validation examples; None if nothing is evaluated on the way.
-        on_event: Called with every event of the controller.
+        validation: Tokenized examples, or several sets of them by name; None if nothing is evaluated on the way.
+        callbacks: Called after the method's own.
+        choice: Metric that a checkpoint is chosen by, where one is; None for the task's, on `validation`.
+        on_event: Called with every event of AROMA's controller.
         progress: Whether a progress bar is shown.
 
     Raises:
-        ConfigError: The model does not grow.
+        ConfigError: The method cannot train the model.
     """
-    callback = AromaCallback(early_stop=training.early_stop, on_event=on_event)
-    bar = RichProgress(callback) if progress else None
-    trainer = Trainer(
+    own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop)
+    growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
+    bar = RichProgress(growth) if progress else None
+    trainer = MethodTrainer(
+        hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         model=model,
-        args=training_arguments(training, task, folder),
+        args=training_arguments(training, choice or CHOICE_METRIC[task], folder),
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=trainer_metrics(task),
         preprocess_logits_for_metrics=_logits_alone,
-        callbacks=[callback, *([bar] if bar else [])],
-        optimizers=(make_optimizer(model, training), None),
+        callbacks=[*own, *callbacks, *([bar] if bar else [])],
+        optimizers=(make_optimizer(model, training, method), None),
     )
     trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
-    return Growth(trainer, callback, bar)
+    return Fit(trainer, growth, bar)
 
 
-def make_optimizer(model: Any, training: TrainSpec) -> torch.optim.AdamW:
-    """Return AdamW over two groups: the adapter, and the head with its own learning rate."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    adapter = [parameter for name, parameter in trainable.items() if is_adapter(name)]
-    head = [parameter for name, parameter in trainable.items() if not is_adapter(name)]
-    groups = [
-        {"params": adapter, "lr": training.learning_rate},
-        {"params": head, "lr": training.head_learning_rate or training.learning_rate},
+def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
+    """Return AdamW over two groups: the adapter or backbone, and the head with its own learning rate.
+
+    Args:
+        model: What to train.
+        training: The loop.
+        method: Says what of the model trains; None for all that has a gradient.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad] if method is None else method.parameters(model)
+    chosen = {id(parameter) for parameter in trained}
+    named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    groups: list[Mapping[str, Any]] = [
+        {"params": [p for name, p in named.items() if not is_head(name)], "lr": training.learning_rate},
+        {
+            "params": [p for name, p in named.items() if is_head(name)],
+            "lr": training.head_learning_rate or training.learning_rate,
+        },
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=training.weight_decay)
+    return torch.optim.AdamW([dict(group) for group in groups if group["params"]], weight_decay=training.weight_decay)
 
 
-def training_arguments(training: TrainSpec, task: str, folder: str | os.PathLike[str]) -> TrainingArguments:
-    """Return the Trainer's arguments for a recipe's training section; every count is in optimizer steps."""
+def training_arguments(training: TrainSpec, choice: str, folder: str | os.PathLike[str]) -> TrainingArguments:
+    """Return the Trainer's arguments for a training section; every count is in optimizer steps."""
     saves = {"save_strategy": "no"} if training.save_steps is None else {"save_steps": training.save_steps}
+    order = {"train_sampling_strategy": "group_by_length"} if training.group_by_length else {}
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -122,9 +153,10 @@ def training_arguments(training: TrainSpec, task: str, folder: str | os.PathLike
         eval_strategy="no" if training.eval_steps is None else "steps",
         eval_steps=training.eval_steps,
         **saves,
+        **order,
         save_total_limit=training.keep_checkpoints,
         load_best_model_at_end=training.checkpoint == "best",
-        metric_for_best_model=CHOICE_METRIC[task],
+        metric_for_best_model=choice,
         greater_is_better=True,
         seed=training.seed,
         bf16=training.bf16,

@@ -1,0 +1,108 @@
+"""What a finished trial says of itself: the content of `result.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..methods import Method
+from ..model import count_trainable
+from ..provenance import provenance
+from ..spectra_record import spectra_of
+from ..tasks.score import score
+from ..tasks.spec import HELD_OUT, TaskData
+from ..trainer import Fit
+from .curve import Curve
+from .history import inner_checks_of
+from .spec import Trial
+from .usage import Usage
+
+Metrics = Mapping[str, dict[str, float]]
+"""Metrics by split and name."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial that has trained.
+
+    Args:
+        trial: The trial.
+        method: Its method.
+        data: Its examples.
+        fit: Its Trainer.
+        planned_steps: Optimizer steps that were planned.
+        curve: Its trainable parameters and ranks by step.
+        usage: What it cost.
+    """
+
+    trial: Trial
+    method: Method
+    data: TaskData
+    fit: Fit
+    planned_steps: int
+    curve: Curve
+    usage: Usage
+
+
+def result_of(finished: Finished, metrics: Metrics, events: Path) -> dict[str, Any]:
+    """Return the content of `result.json`.
+
+    Args:
+        finished: The trial.
+        metrics: Of the held-out and, if the trial reports, the reported examples.
+        events: Its events.
+    """
+    trial, data, state = finished.trial, finished.data, finished.fit.trainer.state
+    reported = {name: values for name, values in metrics.items() if name != HELD_OUT}
+    return {
+        "name": trial.name,
+        "task": trial.task.name,
+        "method": trial.method,
+        "kind": trial.kind,
+        "options": trial.options,
+        "seed": trial.training.seed,
+        "purpose": trial.purpose,
+        "metric": data.metric,
+        "score": score(data.metric, reported if trial.purpose == "report" else metrics),
+        "checkpoint": trial.training.checkpoint,
+        "held_out": metrics[HELD_OUT],
+        "reported": reported,
+        "examples": _examples(data),
+        "steps": state.global_step,
+        "planned_steps": finished.planned_steps,
+        "stopped_early": state.global_step < finished.planned_steps,
+        "parameters": _parameters(finished),
+        **_ranks(finished),
+        **{name: round(value, 3) for name, value in finished.usage.total().items()},
+        "epoch_seconds": [round(seconds, 4) for seconds in finished.usage.epochs],
+        "inner_checks": inner_checks_of(json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()),
+        **provenance(),
+    }
+
+
+def _examples(data: TaskData) -> dict[str, int]:
+    splits = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
+    return {name: len(examples) for name, examples in splits.items()}
+
+
+def _parameters(finished: Finished) -> dict[str, float]:
+    changes = finished.curve.parameters
+    return {
+        "initial": changes[0][1],
+        "average": finished.curve.average_parameters(finished.planned_steps),
+        "final": changes[-1][1],
+        "head": count_trainable(finished.fit.trainer.model)["head"],
+    }
+
+
+def _ranks(finished: Finished) -> dict[str, Any]:
+    """Return ranks as the method counts them, and the spectra of the update."""
+    model = finished.fit.trainer.model
+    # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
+    size = getattr(finished.method, "r", 1) if finished.fit.growth is not None else 1
+    ranks = finished.method.ranks(model)
+    average = sum(ranks.values()) / len(ranks) if ranks else None
+    return {**spectra_of(finished.method.components(model), r=size), "ranks": ranks, "average_rank": average}

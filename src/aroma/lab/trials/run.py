@@ -1,0 +1,179 @@
+"""One trial from its description to its result; a killed one goes on where its last checkpoint was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from ...files import read_json, write_json, write_text
+from ..encode import check_positions, encode, load_tokenizer
+from ..methods import Method
+from ..methods.registry import METHODS, make_method
+from ..model import load_classifier
+from ..run_folder import EventLog
+from ..tasks.load import load_task
+from ..tasks.spec import HELD_OUT, TaskData
+from ..train import check_warmup, evaluate, planned_steps
+from ..trainer import Fit, make_trainer
+from .curve import CurveRecorder
+from .folder import TrialFolder, step_of
+from .history import history_of
+from .progress import ProgressFile
+from .result import Finished, result_of
+from .spec import Trial
+from .usage import Usage
+
+PACKAGED_MODEL = "minilm"
+"""Name of the encoder that comes with pip."""
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What a trial needs before it can train.
+
+    Args:
+        method: Its method.
+        data: Its examples.
+        model: Folder or hub name of the pretrained model.
+        tokenizer: Its tokenizer.
+        steps: Planned optimizer steps.
+    """
+
+    method: Method
+    data: TaskData
+    model: str
+    tokenizer: Any
+    steps: int
+
+
+def run_trial(trial: Trial, folder: Path, progress: bool = False) -> dict[str, Any]:
+    """Train, evaluate on whole sets, and leave all that is known of the run in `folder`.
+
+    A finished trial is not run again: its result is returned. One that was interrupted goes on from its last
+    checkpoint, and ends as if it had not been.
+
+    Args:
+        trial: What to run.
+        folder: Its folder; new, empty, or left by this very trial.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        ConfigError: A value that cannot work, or a folder that holds something else.
+        DataError: Examples that cannot be used.
+        NonFiniteError: NaN or infinity in training.
+    """
+    usage = Usage()
+    home = TrialFolder(Path(folder))
+    home.check(trial)
+    if not home.result.exists():
+        material = _prepare(trial)
+        home.open(trial)
+        write_json(home.result, _run(trial, material, home, usage, progress))
+    home.clean()
+    result: dict[str, Any] = read_json(home.result)
+    return result
+
+
+def _prepare(trial: Trial) -> _Material:
+    """Do what can go wrong before anything is written."""
+    method = make_method(trial.kind, seeded_options(trial.kind, trial.options, trial.training.seed))
+    name = _model_name(trial.model)
+    data = load_task(trial.task, reported=trial.purpose == "report")
+    steps = planned_steps(trial.training, len(data.train))
+    check_warmup(trial.training, steps)
+    tokenizer = load_tokenizer(name, trial.task.max_length)
+    check_positions(name, trial.task.max_length)
+    return _Material(method, data, name, tokenizer, steps)
+
+
+def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return a method's options, in which the seeds that were left open are the trial's.
+
+    What a method draws from a generator of its own, as AROMA its components, would else be the same in every trial.
+    """
+    if kind not in METHODS:
+        return dict(options)
+    seeds = dict.fromkeys(METHODS[kind].option_types().keys() & {"seed", "component_seed"}, seed)
+    return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
+
+
+def _model_name(name: str) -> str:
+    if name != PACKAGED_MODEL:
+        return name
+    from ..bbc import model_folder
+
+    return str(model_folder())
+
+
+def _run(trial: Trial, material: _Material, home: TrialFolder, usage: Usage, progress: bool) -> dict[str, Any]:
+    if trial.training.threads is not None:
+        torch.set_num_threads(trial.training.threads)
+    set_seed(trial.training.seed)
+    data = material.data
+    base = load_classifier(material.model, data.label_names, material.tokenizer.pad_token_id)
+    model = material.method.build(base, material.steps)
+    encoded = {
+        name: encode(examples, material.tokenizer, trial.task.max_length)
+        for name, examples in {"train": data.train, HELD_OUT: data.held_out, **data.reported}.items()
+    }
+    recorder = CurveRecorder(material.method, usage)
+    fit = _fit(trial, material, model, encoded, recorder, home, progress)
+    metrics = {name: evaluate(fit.trainer, data.kind, part) for name, part in encoded.items() if name != "train"}
+    finished = Finished(trial, material.method, data, fit, material.steps, recorder.curve, usage)
+    _leave(finished, home, list(metrics))
+    return result_of(finished, metrics, home.events)
+
+
+def _fit(
+    trial: Trial,
+    material: _Material,
+    model: Any,
+    encoded: dict[str, Any],
+    recorder: CurveRecorder,
+    home: TrialFolder,
+    progress: bool,
+) -> Fit:
+    checkpoint = home.checkpoint()
+    evaluated = {name: part for name, part in encoded.items() if name != "train"}
+    fit = make_trainer(
+        material.method,
+        model,
+        material.tokenizer,
+        material.data.kind,
+        trial.training,
+        home.checkpoints,
+        train=encoded["train"],
+        validation=evaluated if trial.training.eval_steps is not None else None,
+        callbacks=[recorder, ProgressFile(home.progress)],
+        choice=f"{HELD_OUT}_{material.data.metric}",
+        on_event=EventLog(home.events, upto=step_of(checkpoint)),
+        progress=progress,
+    )
+    fit.train(checkpoint)
+    return fit
+
+
+def _leave(finished: Finished, home: TrialFolder, splits: list[str]) -> None:
+    """Write all but the result."""
+    log = finished.fit.trainer.state.log_history
+    _write_compactly(home.curve, {"planned_steps": finished.planned_steps, **finished.curve.as_dict()})
+    _write_compactly(home.history, history_of(log, splits))
+    if finished.trial.purpose == "report":
+        shutil.rmtree(home.adapter, ignore_errors=True)  # of an attempt that was killed right here
+        home.adapter.mkdir()
+        finished.method.save(finished.fit.trainer.model, home.adapter)
+
+
+def _write_compactly(path: Path, value: Any) -> None:
+    """Write JSON on one line: a curve has thousands of pairs of numbers."""
+    write_text(path, json.dumps(value, allow_nan=False) + "\n")

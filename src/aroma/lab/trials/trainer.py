@@ -1,0 +1,124 @@
+"""The Hugging Face Trainer, with what an exact resume needs for any method."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ...errors import CheckpointError
+from ...files import read_tensors, write_tensors
+from ..methods.base import TRAINED_FILE
+from ..methods.hooks import HooksCallback
+from .loss_window import LossWindow
+
+HOOKS_FILE = "hooks.safetensors"
+"""In a checkpoint, what the method's hooks remember."""
+
+
+class MethodTrainer(Trainer):
+    """Trains any method, and resumes it to the bit.
+
+    Its checkpoints hold the trained parameters whole, and the state of the method's hooks. PEFT's own files would not
+    do: of AdaLoRA they lack the triplets that are masked for now, of ReLoRA what was merged into the backbone.
+
+    Args:
+        hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
+        **options: Of the `Trainer`.
+    """
+
+    def __init__(self, *, hooks: HooksCallback | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._hooks = hooks
+        self.add_callback(LossWindow(self))
+        # The Trainer takes any model with **kwargs for one that divides its loss by the number of items in the whole
+        # step. Those with a classification head take the mean over their micro-batch, and would be summed up.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return EpochLengthSampler(sampler, self.args.seed)
+        return sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._hooks is None:
+            super()._save(output_dir, state_dict)
+            return
+        assert self._hooks.hooks is not None, "the Trainer calls on_train_begin first"
+        folder = Path(output_dir or self.args.output_dir)
+        write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
+        write_tensors(folder / HOOKS_FILE, self._hooks.hooks.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._hooks is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_trained(self.model, Path(resume_from_checkpoint) / TRAINED_FILE)
+        self._hooks.load_state_dict(read_tensors(Path(resume_from_checkpoint) / HOOKS_FILE))
+
+    def _load_best_model(self) -> None:
+        if self._hooks is None:
+            super()._load_best_model()
+            return
+        assert self._hooks.hooks is not None, "it has trained"
+        best = Path(self.state.best_model_checkpoint)
+        load_trained(self.model, best / TRAINED_FILE)
+        self._hooks.hooks.load_state_dict(read_tensors(best / HOOKS_FILE))
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters that train, by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, file: Path) -> None:
+    """Write trained parameters back into the model that they are of.
+
+    Raises:
+        CheckpointError: The file is damaged, or of another model.
+    """
+    saved, parameters = read_tensors(file), trained_tensors(model)
+    for name in sorted(saved.keys() ^ parameters.keys()):
+        raise CheckpointError(f"{file}: {name} is in one of file and model only; it is a checkpoint of another run")
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{file}: {name} has the shape {tuple(saved[name].shape)}, and {tuple(parameter.shape)} in the model; "
+                "it is a checkpoint of another run"
+            )
+        parameter.copy_(saved[name])
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """transformers' groups of similar lengths, in an order that depends on seed and epoch alone.
+
+    Drawn from the global random numbers, as transformers does it, an epoch's order could not be found again by a run
+    that resumes in its midst; and every method, which draws its own dropout, would see other batches.
+
+    Args:
+        sampler: The sampler as the Trainer makes it.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        # Hashed: with a sum, the second epoch of one seed would be the first of the next.
+        digest = hashlib.sha256(f"{self._seed} {self._epoch}".encode()).digest()
+        self.generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        return super().__iter__()

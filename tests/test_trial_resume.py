@@ -1,0 +1,220 @@
+"""A killed trial ends as the uninterrupted one, whatever the method."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import trial_runs
+from aroma.errors import CheckpointError, ConfigError
+from aroma.files import read_json
+from aroma.lab.trials import run as running
+from aroma.lab.trials.folder import TrialFolder
+from aroma.lab.trials.run import run_trial
+from aroma.lab.trials.trainer import EpochLengthSampler
+from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
+
+COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "epoch_seconds"}
+"""Of a result, what is different in every run."""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Processes that have everything imported already, and no thread yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(trial_runs.__file__).parent))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["trial_runs"])
+        yield context
+
+
+def attempt(processes: Any, trial: Any, folder: Path, kill_at: int | None) -> None:
+    """Run a trial in a process of its own, which SIGKILLs itself after step `kill_at`."""
+    process = processes.Process(target=die_at, args=(trial, folder, kill_at))
+    process.start()
+    process.join()
+    assert process.exitcode == (0 if kill_at is None else -9)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Compare all that two finished trials left, to the bit."""
+    ours, theirs = (read(folder / "result.json") for folder in (one, other))
+    assert {key: value for key, value in ours.items() if key not in COSTS} == {
+        key: value for key, value in theirs.items() if key not in COSTS
+    }
+    assert len(ours["epoch_seconds"]) == len(theirs["epoch_seconds"])
+    for name in ("curve.json", "history.json", "events.jsonl", "trial.json"):
+        assert (one / name).read_text() == (other / name).read_text(), name
+    names = sorted(path.name for path in (one / "adapter").iterdir())
+    assert names == sorted(path.name for path in (other / "adapter").iterdir())
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    assert tensors
+    for name in tensors:
+        saved, expected = load_file(one / "adapter" / name), load_file(other / "adapter" / name)
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[key], expected[key]) for key in saved), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_equals_uninterrupted(processes: Any, material: Path, tmp_path: Path, method: str) -> None:
+    # Adapters, head and dropout move; evaluations on the way draw random numbers, too.
+    trial = trial_of(material, method, eval_steps=8, bf16=method in ("lora", "aroma"))
+    run_trial(trial, tmp_path / "whole")
+    attempt(processes, trial, tmp_path / "killed", LAST + 2)
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert TrialFolder(tmp_path / "killed").checkpoint() is not None
+    run_trial(trial, tmp_path / "killed")
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+    left = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert left == {"adapter", "curve.json", "events.jsonl", "history.json", "result.json", "trial.json"}
+
+
+def test_the_comparison_can_fail(material: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run_trial(trial_of(material, seed=seed, max_steps=6), tmp_path / str(seed))
+    with pytest.raises(AssertionError):
+        assert_same_end(tmp_path / "0", tmp_path / "1")
+
+
+def test_a_resumed_trial_does_not_begin_anew(processes: Any, material: Path, tmp_path: Path) -> None:
+    for kill_at, first_step in ((12, 0), (17, 10), (16, 15)):  # anew, the last would die there as well
+        attempt(processes, trial_of(material), tmp_path / "run", kill_at)
+        assert read(tmp_path / "run" / "progress.json")["first_step"] == first_step
+    run_trial(trial_of(material), tmp_path / "run")
+    run_trial(trial_of(material), tmp_path / "whole")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def killed(processes: Any, material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    attempt(processes, trial_of(material), folder, LAST + 2)
+    return folder
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(killed: Path, material: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    last = run / "checkpoints" / f"checkpoint-{LAST}"
+    state = (last / "trainer_state.json").read_text()
+    (last / "trainer_state.json").write_text(state[: len(state) // 2])
+    assert TrialFolder(run).checkpoint() == str(run / "checkpoints" / f"checkpoint-{LAST - SAVE_STEPS}")
+    (run / "checkpoints" / f"checkpoint-{LAST - SAVE_STEPS}" / "hooks.safetensors").unlink()
+    assert TrialFolder(run).checkpoint() is None
+    run_trial(trial_of(material), run)
+    run_trial(trial_of(material), tmp_path / "whole")
+    assert_same_end(run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("method", "stops"), [("adalora", False), ("aroma", False), ("aroma", True)])
+def test_killed_after_training_equals_uninterrupted(
+    material: Path, tmp_path: Path, method: str, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From the checkpoint of the last step the Trainer would take one step more.
+    trial = trial_of(material, method)
+    if stops:
+        trial = replace(trial, options={**trial.options, "outer_tolerance": 1e3})
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "evaluate", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(trial, tmp_path / "killed")
+    whole = run_trial(trial, tmp_path / "whole")
+    assert whole["stopped_early"] == stops
+    assert (tmp_path / "killed" / "checkpoints" / f"checkpoint-{whole['steps']}").exists()
+    run_trial(trial, tmp_path / "killed")
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def _interrupt(*arguments: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["adalora", "relora_merge", "aroma"])
+def test_the_best_checkpoint_is_the_one_reported(processes: Any, material: Path, tmp_path: Path, method: str) -> None:
+    trial = trial_of(material, method, checkpoint="best", eval_steps=5, keep_checkpoints=2)
+    result = run_trial(trial, tmp_path / "whole")
+    evaluations = read(tmp_path / "whole" / "history.json")["evaluations"]
+    held_out = [entry for entry in evaluations if entry["split"] == "held_out"]
+    best = max(held_out, key=lambda entry: entry["accuracy"])  # the first of equals, as the Trainer has it
+    assert result["held_out"]["accuracy"] == best["accuracy"]
+    reported = next(e for e in evaluations if e["split"] == "test" and e["step"] == best["step"])
+    assert result["reported"]["test"]["accuracy"] == reported["accuracy"]
+    attempt(processes, trial, tmp_path / "killed", LAST + 2)
+    run_trial(trial, tmp_path / "killed")
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_model_is_refused(killed: Path, material: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    file = run / "checkpoints" / f"checkpoint-{LAST}" / "trained.safetensors"
+    tensors = load_file(file)
+    name, tensor = next(iter(tensors.items()))
+    save_file({**tensors, name: tensor[:1].clone()}, file)
+    with pytest.raises(CheckpointError, match="has the shape"):
+        run_trial(trial_of(material), run)
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="is in one of file and model only"):
+        run_trial(trial_of(material), run)
+
+
+# What makes it exact -------------------------------------------------------------------------------------------------
+
+
+class _Lengths:
+    batch_size = 4
+    lengths = (3, 9, 4, 8, 2, 7, 1, 6, 5, 3, 9, 4, 8, 2, 7, 1, 6, 5)
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = EpochLengthSampler(_Lengths, seed)
+        sampler.set_epoch(epoch)
+        torch.rand(seed + epoch + 1)  # what others draw does not matter
+        assert list(sampler) == list(sampler)
+        return list(sampler)
+
+    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert orders == [order(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert all(sorted(indices) == list(range(18)) for indices in orders)
+    assert len({tuple(indices) for indices in orders}) == 9
+
+
+def test_earlier_attempts_count(killed: Path, material: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    file = run / "checkpoints" / f"checkpoint-{LAST}" / "trainer_state.json"
+    state = read_json(file)
+    usage = state["stateful_callbacks"]["CurveRecorder"]["attributes"]["usage"]
+    assert len(usage["epochs"]) == 2
+    assert all(seconds > 0 for seconds in usage["epochs"])
+    usage["total"] = {"wall_seconds": 1000.0, "cpu_seconds": 2000.0, "peak_memory_mib": 3e6}
+    usage["epochs"] = [100.0, 200.0]
+    file.write_text(json.dumps(state))
+    result = run_trial(trial_of(material), run)
+    assert 1000 < result["wall_seconds"] < 1900
+    assert 2000 < result["cpu_seconds"] < 2900
+    assert result["peak_memory_mib"] == 3e6
+    assert result["epoch_seconds"][0] == 100
+    assert 200 < result["epoch_seconds"][1] < 300
+    assert len(result["epoch_seconds"]) == 2
+
+
+def test_another_trial_is_not_resumed(killed: Path, material: Path) -> None:
+    with pytest.raises(ConfigError, match=r"it differs in training\.learning_rate\."):
+        run_trial(trial_of(material, learning_rate=0.5), killed)

@@ -1,0 +1,595 @@
+"""Trials: their description, what a run leaves and counts, and everything that could make it lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
+
+from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from aroma.lab.encode import encode as real_encode
+from aroma.lab.encode import load_tokenizer
+from aroma.lab.methods.registry import make_method
+from aroma.lab.model import load_classifier
+from aroma.lab.specs import TrainSpec
+from aroma.lab.tasks.load import load_task
+from aroma.lab.tasks.spec import TaskSpec
+from aroma.lab.trainer import make_optimizer
+from aroma.lab.trials import run as running
+from aroma.lab.trials import usage, worker
+from aroma.lab.trials.curve import Curve
+from aroma.lab.trials.folder import TrialFolder
+from aroma.lab.trials.history import history_of, inner_checks_of
+from aroma.lab.trials.run import run_trial, seeded_options
+from aroma.lab.trials.spec import Trial, differing_keys, load_trial, save_trial
+from aroma.lab.trials.usage import Usage
+from trial_runs import METHODS, STEPS, read, save_material, trial_of
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="module")
+def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished trial of AROMA, evaluated on the way."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run_trial(trial_of(material, "aroma", eval_steps=10), folder)
+    return folder
+
+
+# The description -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_comes_back_equal_from_json(material: Path, tmp_path: Path) -> None:
+    trial = trial_of(material, "aroma", head_learning_rate=1e-3)
+    save_trial(trial, tmp_path / "trial.json")
+    assert load_trial(tmp_path / "trial.json") == trial
+    assert read(tmp_path / "trial.json")["training"]["weight_decay"] == 0.0  # defaults are written out
+    assert Trial.from_dict(json.loads(json.dumps(trial.as_dict()))) == trial
+
+
+def test_differing_keys_are_named_with_their_sections(material: Path) -> None:
+    trial = trial_of(material)
+    assert differing_keys(trial, trial) == []
+    other = replace(
+        trial,
+        options={"r": 2, "alpha": 4},
+        task=replace(trial.task, max_length=9),
+        training=replace(trial.training, seed=3),
+        purpose="select",
+    )
+    assert differing_keys(trial, other) == [
+        "task.max_length",
+        "options.dropout",
+        "training.seed",
+        "purpose",
+        "options.alpha",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../elsewhere"}, r"trial\.name='\.\./elsewhere'"),
+        ({"name": "/root"}, r"trial\.name='/root'"),
+        ({"name": ""}, r"trial\.name=''"),
+        ({"model": ""}, r"trial\.model=''"),
+        ({"purpose": "show"}, r"trial\.purpose='show': give one of report, select"),
+        ({"training": TrainSpec(batch_size=0)}, r"training\.batch_size=0"),
+    ],
+)
+def test_a_trial_that_cannot_work_is_refused(material: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(trial_of(material), **change)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values.pop("kind"),
+        lambda values: values.update(methd="lora"),
+        lambda values: values["training"].update(epoch=3),
+        lambda values: values.update(task="mrpc"),
+    ],
+)
+def test_an_edited_trial_file_is_refused(material: Path, tmp_path: Path, edit: Callable[[Any], Any]) -> None:
+    values = trial_of(material).as_dict()
+    edit(values)
+    (tmp_path / "trial.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"trial\.json: edited, no trial"):
+        load_trial(tmp_path / "trial.json")
+
+
+# What a run leaves ---------------------------------------------------------------------------------------------------
+
+
+def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, material: Path) -> None:
+    result = read(finished / "result.json")
+    expected = {"name": "words/aroma/seed-0", "task": "words", "method": "aroma", "kind": "aroma", "seed": 0}
+    expected |= {"purpose": "report", "metric": "accuracy", "planned_steps": 18, "checkpoint": "last"}
+    assert {key: result[key] for key in expected} == expected
+    assert result["options"] == METHODS["aroma"][1]
+    assert result["examples"] == {"train": 96, "held_out": 24, "test": 37}
+    assert set(result["reported"]) == {"test"}
+    assert result["score"] == result["reported"]["test"]["accuracy"]
+    assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
+    assert set(result["parameters"]) == {"initial", "average", "final", "head"}
+    assert result["parameters"]["head"] == 16 * 2 + 2
+    assert result["wall_seconds"] > sum(result["epoch_seconds"]) > 0
+    assert len(result["epoch_seconds"]) == 2
+    assert result["cpu_seconds"] > 0
+    assert 50 < result["peak_memory_mib"] < 100_000
+    assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
+    modules = set(result["ranks"])
+    assert len(modules) == 12
+    for name in ("effective_ranks", "singular_values", "overlaps"):
+        assert set(result[name]) == modules
+    assert result["average_rank"] == pytest.approx(sum(result["ranks"].values()) / 12)
+    assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
+    assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
+
+
+def test_metrics_are_of_whole_sets(finished: Path) -> None:
+    # 37 and 24 examples in batches of 8: an accuracy of the last batch alone would be a multiple of 1/5.
+    result = read(finished / "result.json")
+    for values, count in ((result["reported"]["test"], 37), (result["held_out"], 24)):
+        hits = values["accuracy"] * count
+        assert hits == pytest.approx(round(hits))
+
+
+def test_curve_events_and_result_agree(finished: Path) -> None:
+    result, curve = read(finished / "result.json"), read(finished / "curve.json")
+    events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
+    assert curve["planned_steps"] == STEPS
+    assert set(curve["ranks"]) == set(result["ranks"])
+    for name, changes in curve["ranks"].items():
+        assert changes[0] == [0, 0]
+        assert changes[-1][1] == result["ranks"][name]
+        assert all(one[0] < two[0] and one[1] != two[1] for one, two in pairwise(changes))
+    assert curve["total_rank"][-1][1] == sum(result["ranks"].values()) > 0
+    assert curve["parameters"][0] == [0, result["parameters"]["initial"]]
+    assert curve["parameters"][-1][1] == result["parameters"]["final"]
+    checked = [event for event in events if event["kind"] == "checked" and event["converged"]]
+    assert result["inner_checks"] == inner_checks_of(events)
+    assert {(outer, module) for outer, _, module in result["inner_checks"]} == {
+        (event["outer_step"], event["module"]) for event in checked
+    }
+
+
+def test_the_history_has_losses_rates_and_evaluations_of_every_split(finished: Path) -> None:
+    history = read(finished / "history.json")
+    assert [step for step, _ in history["loss"]] == list(range(2, STEPS + 1, 2))
+    assert [step for step, _ in history["learning_rate"]] == list(range(2, STEPS + 1, 2))
+    places = [(entry["step"], entry["split"]) for entry in history["evaluations"]]
+    assert places == [(step, split) for step in (10, 18) for split in ("held_out", "test")]
+    last = history["evaluations"][-1]
+    assert set(last) == {"step", "split", "loss", "accuracy", "macro_f1", "mcc", "f1"}
+    assert last["accuracy"] == read(finished / "result.json")["score"]
+
+
+def test_a_saved_adapter_predicts_in_plain_peft_what_was_reported(material: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(material / "model"), 16)
+    for method in ("lora", "adalora", "relora_merge", "relora", "aroma"):
+        trial = trial_of(material, method)
+        result = run_trial(trial, tmp_path / method)
+        base = load_classifier(str(material / "model"), ("high", "low"), 0)
+        model = PeftModel.from_pretrained(base, tmp_path / method / "adapter").eval()
+        test = load_task(trial.task).reported["test"]
+        with torch.no_grad():
+            batch = tokenizer(test.texts, return_tensors="pt", padding=True, truncation=True, max_length=16)
+            predicted = model(**batch).logits.argmax(dim=-1)
+        accuracy = float((predicted == torch.tensor(test.labels)).double().mean())
+        assert accuracy == pytest.approx(result["reported"]["test"]["accuracy"]), method
+
+
+def test_a_finished_trial_is_not_run_again(finished: Path, material: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = run_trial(trial_of(material, "aroma", eval_steps=10), finished)
+    assert result == read(finished / "result.json")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_refused(finished: Path, material: Path, tmp_path: Path) -> None:
+    other = trial_of(material, "aroma", eval_steps=10, seed=1)
+    other = replace(other, options={**other.options, "max_inner_steps": 8})
+    with pytest.raises(ConfigError, match=r"it differs in options\.max_inner_steps, training\.seed\."):
+        run_trial(other, finished)
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=r"it holds thesis\.txt, and nothing is overwritten"):
+        run_trial(trial_of(material), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_can_be_refused_is_refused_before_anything_is_written(material: Path, tmp_path: Path) -> None:
+    trial = trial_of(material)
+    for broken, message in (
+        (replace(trial, kind="lorra"), "kind='lorra'"),
+        (replace(trial, options={"rank": 3}), r"options\.rank=3"),
+        (replace(trial, model="no/model"), "'no/model'"),
+        (trial_of(material, warmup_steps=18), r"training\.warmup_steps=18"),
+        (replace(trial, task=replace(trial.task, max_length=64)), "64"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_trial(broken, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+# Evaluation is whole, apart, and the same for all --------------------------------------------------------------------
+
+
+class _Seen:
+    """Counts the token sequences that a model is given, in training and in evaluation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.training: Counter[tuple[int, ...]] = Counter()
+        self.evaluation: Counter[tuple[int, ...]] = Counter()
+        self.padding = 0
+        forward = BertForSequenceClassification.forward
+
+        @wraps(forward)
+        def counted(model: Any, input_ids: Any, attention_mask: Any, **inputs: Any) -> Any:
+            seen = self.training if model.training else self.evaluation
+            for tokens, mask in zip(input_ids, attention_mask, strict=True):
+                seen[tuple(tokens[mask.bool()].tolist())] += 1
+            self.padding += int((attention_mask == 0).sum())
+            return forward(model, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+
+        monkeypatch.setattr(BertForSequenceClassification, "forward", counted)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_example_is_evaluated_exactly_once(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    seen = _Seen(monkeypatch)
+    trial = trial_of(material, max_steps=12, group_by_length=grouped)
+    run_trial(trial, tmp_path / "run")
+    data, tokenizer = load_task(trial.task), load_tokenizer(str(material / "model"), 16)
+    parts = {
+        name: [tuple(row) for row in real_encode(part, tokenizer, 16)["input_ids"]]
+        for name, part in {"train": data.train, "held_out": data.held_out, **data.reported}.items()
+    }
+    assert seen.evaluation == Counter(parts["held_out"] + parts["test"])
+    assert len(seen.evaluation) == 24 + 37
+    # One epoch trains on every training example once, encoded by the very function that encodes the others.
+    assert seen.training == Counter(parts["train"])
+    assert len(seen.training) == 96
+
+
+def test_one_function_encodes_all(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+
+    def upside_down(examples: Any, tokenizer: Any, max_length: int) -> Any:
+        encoded.append(len(examples))
+        return real_encode(replace(examples, texts=["w7"] * len(examples)), tokenizer, max_length)
+
+    monkeypatch.setattr(running, "encode", upside_down)
+    seen = _Seen(monkeypatch)
+    run_trial(trial_of(material, max_steps=4, eval_steps=2), tmp_path / "run")
+    assert encoded == [96, 24, 37]
+    assert seen.training.keys() == seen.evaluation.keys()  # nothing is encoded elsewhere
+    assert len(seen.training) == 1
+
+
+def test_batches_of_similar_lengths_have_less_padding(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padding = {}
+    for grouped in (False, True):
+        with monkeypatch.context() as patch:
+            seen = _Seen(patch)
+            run_trial(trial_of(material, max_steps=12, group_by_length=grouped), tmp_path / str(grouped))
+            padding[grouped] = seen.padding
+    assert padding[True] < 0.6 * padding[False]
+
+
+def test_every_method_sees_the_same_batches(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    for method in ("lora", "full", "adalora"):
+        with monkeypatch.context() as patch:
+            order: list[list[int]] = []
+            step = Trainer.training_step
+
+            def noted(self: Any, model: Any, inputs: Any, *rest: Any, order: Any = order, step: Any = step) -> Any:
+                order.append(inputs["input_ids"].flatten().tolist())
+                return step(self, model, inputs, *rest)
+
+            patch.setattr(Trainer, "training_step", noted)
+            run_trial(trial_of(material, method, max_steps=15, save_steps=None), tmp_path / method)
+            orders.append(order)
+    assert len(orders[0]) == 15
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_a_selecting_trial_does_not_look_at_what_is_reported(material: Path, tmp_path: Path) -> None:
+    chosen = trial_of(material, purpose="select", eval_steps=10)
+    blind = replace(chosen, task=replace(chosen.task, reported={"test": "secret.jsonl"}))
+    (material / "secret.jsonl").write_text("whoever reads this fails")
+    result = run_trial(blind, tmp_path / "select")
+    assert result["reported"] == {}
+    assert result["examples"] == {"train": 96, "held_out": 24}
+    assert result["score"] == result["held_out"]["accuracy"]
+    evaluations = read(tmp_path / "select" / "history.json")["evaluations"]
+    assert {entry["split"] for entry in evaluations} == {"held_out"}
+    assert not (tmp_path / "select" / "adapter").exists()
+    with pytest.raises(DataError, match="secret"):
+        run_trial(replace(blind, purpose="report"), tmp_path / "report")
+
+
+def test_a_regression_is_scored_by_its_correlation(material: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (material / "train.jsonl").read_text().splitlines()]
+    numbers = [{"text": row["text"], "label": len(row["text"].split()) / 4} for row in rows]
+    for name, part in (("train", numbers[:90]), ("dev", numbers[90:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    task = TaskSpec(
+        "lengths", str(tmp_path), train="train.jsonl", reported={"dev": "dev.jsonl"}, kind="regression", max_length=16
+    )
+    result = run_trial(replace(trial_of(material), task=task), tmp_path / "run")
+    assert result["metric"] == "pearson"
+    assert set(result["reported"]["dev"]) == {"pearson", "spearman", "mse"}
+    assert result["score"] == result["reported"]["dev"]["pearson"] > 0.5
+
+
+# What is counted -----------------------------------------------------------------------------------------------------
+
+
+def test_the_average_counts_what_trains_in_each_planned_step() -> None:
+    curve = Curve()
+    for step, parameters in enumerate([100, 100, 40, 40, 0]):
+        curve.note(step, parameters, {"a": step // 2, "b": 1})
+    # Steps 1 and 2 trained 100, steps 3 and 4 trained 40; after the stop at 4 nothing did.
+    assert curve.parameters == [[0, 100], [2, 40], [4, 0]]
+    assert curve.average_parameters(10) == (2 * 100 + 2 * 40 + 6 * 0) / 10
+    assert curve.average_parameters(4) == (2 * 100 + 2 * 40) / 4
+    assert curve.ranks == {"a": [[0, 0], [2, 1], [4, 2]], "b": [[0, 1]]}
+    assert curve.total_rank == [[0, 1], [2, 2], [4, 3]]
+
+
+def test_a_method_without_ranks_has_none(material: Path, tmp_path: Path) -> None:
+    result = run_trial(trial_of(material, "bitfit", max_steps=5), tmp_path / "run")
+    assert (result["average_rank"], result["effective_rank"], result["ranks"]) == (None, None, {})
+    assert (result["singular_values"], result["overlaps"], result["inner_checks"]) == ({}, {}, [])
+    curve = read(tmp_path / "run" / "curve.json")
+    assert (curve["ranks"], curve["total_rank"], len(curve["parameters"])) == ({}, [], 1)
+
+
+def test_adalora_loses_rank_on_the_way(material: Path, tmp_path: Path) -> None:
+    result = run_trial(trial_of(material, "adalora"), tmp_path / "run")
+    curve = read(tmp_path / "run" / "curve.json")
+    assert curve["total_rank"][0] == [0, 4 * 12]
+    assert curve["total_rank"][-1][1] == sum(result["ranks"].values()) == pytest.approx(2 * 12, abs=1)
+    assert result["parameters"]["initial"] > result["parameters"]["average"] > result["parameters"]["final"]
+
+
+def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Path) -> None:
+    options = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1, "outer_tolerance": 1e6}
+    trial = replace(trial_of(material, "aroma"), options=options)
+    result = run_trial(trial, tmp_path / "stops")
+    assert result["stopped_early"]
+    assert 2 < result["steps"] <= 4
+    parameters = result["parameters"]
+    assert parameters["final"] == 0
+    assert parameters["average"] == pytest.approx(parameters["initial"] * result["steps"] / STEPS)
+    on = replace(trial, training=replace(trial.training, early_stop=False))
+    result = run_trial(on, tmp_path / "goes-on")
+    assert (result["steps"], result["stopped_early"], result["parameters"]["final"]) == (STEPS, False, 0)
+
+
+class _Clock:
+    """Time that passes only where it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_evaluations_and_checkpoints_are_no_training_time(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = _Clock()
+    stopped = SimpleNamespace(perf_counter=clock, monotonic=time.monotonic, process_time=time.process_time)
+    monkeypatch.setattr(usage, "time", stopped)
+    for name, seconds in (("training_step", 1.0), ("evaluation_loop", 1000.0), ("_save_checkpoint", 1e6)):
+        monkeypatch.setattr(Trainer, name, _lasting(seconds, clock, getattr(Trainer, name)))
+    trial = trial_of(material, eval_steps=4, save_steps=3)
+    result = run_trial(trial, tmp_path / "run")
+    assert result["epoch_seconds"] == [12.0, 6.0]
+
+
+def _lasting(seconds: float, clock: _Clock, method: Any) -> Any:
+    def lasting(self: Any, *arguments: Any, **options: Any) -> Any:
+        clock.now += seconds
+        return method(self, *arguments, **options)
+
+    return lasting
+
+
+def test_usage_adds_what_earlier_attempts_used() -> None:
+    first = Usage()
+    first.begin()
+    first.end_step(0.5)
+    first.end_step(1.0)
+    first.end_step(1.25)
+    assert len(first.epochs) == 2
+    state = json.loads(json.dumps(first.state_dict()))
+    state["total"]["cpu_seconds"] += 100
+    second = Usage()
+    second.load_state_dict(state)
+    assert second.epochs == first.epochs
+    assert 100 <= second.total()["cpu_seconds"] < 110
+    assert second.total()["peak_memory_mib"] >= first.total()["peak_memory_mib"] > 0
+
+
+def test_inner_checks_are_the_first_converged_ones() -> None:
+    def event(kind: str, outer: int, inner: int, module: str | None, converged: bool) -> dict[str, Any]:
+        names = ("kind", "outer_step", "inner_step", "module", "converged")
+        return dict(zip(names, (kind, outer, inner, module, converged), strict=True))
+
+    events = [
+        event("checked", 1, 10, "a", False),
+        event("checked", 1, 20, "a", True),
+        event("checked", 1, 20, "b", False),
+        event("checked", 1, 30, "a", True),
+        event("merged", 1, 30, "a", True),
+        event("checked", 2, 10, "a", True),
+        event("finished", 2, 10, None, True),
+    ]
+    assert inner_checks_of(events) == [[1, 20, "a"], [2, 10, "a"]]
+
+
+def test_splits_with_a_common_beginning_are_told_apart() -> None:
+    log = [
+        {"step": 1, "loss": 0.5, "learning_rate": 0.1, "epoch": 0.1},
+        {"step": 2, "eval_test_accuracy": 0.1, "eval_test_runtime": 3.0, "eval_test_loss": 2.0, "epoch": 0.2},
+        {"step": 2, "eval_test_b_accuracy": 0.2, "epoch": 0.2},
+        {"step": 3, "train_loss": 1.0, "train_runtime": 5.0},
+    ]
+    assert history_of(log, ["test", "test_b"]) == {
+        "loss": [[1, 0.5]],
+        "learning_rate": [[1, 0.1]],
+        "evaluations": [
+            {"step": 2, "split": "test", "accuracy": 0.1, "loss": 2.0},
+            {"step": 2, "split": "test_b", "accuracy": 0.2},
+        ],
+    }
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_head_has_its_own_learning_rate_in_every_method(material: Path, method: str) -> None:
+    kind, options = METHODS[method]
+    made = make_method(kind, options)
+    model = made.build(load_classifier(str(material / "model"), ("high", "low"), 0), 30)
+    optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02), made)
+    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
+    assert sizes.pop(0.02) == 16 * 2 + 2
+    assert sizes == ({} if kind == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - 34})
+
+
+def test_micro_batches_are_averaged_not_summed(material: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 4, "warmup_steps": 0, "logging_steps": 1, "save_steps": None}
+    whole = trial_of(material, "full", **options)
+    parts = trial_of(material, "full", batch_size=4, gradient_accumulation_steps=2, **options)
+    losses = []
+    for name, trial in (("whole", whole), ("parts", parts)):
+        run_trial(trial, tmp_path / name)
+        losses.append([loss for _, loss in read(tmp_path / name / "history.json")["loss"]])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.3)  # dropout apart; the sum would be twice as much
+
+
+def test_a_run_that_diverges_fails(material: Path, tmp_path: Path) -> None:
+    trial = trial_of(material, "full", learning_rate=1e30, max_grad_norm=0.0, group_by_length=False)
+    with pytest.raises(NonFiniteError, match="at optimizer step"):
+        run_trial(trial, tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_open_seeds_of_a_method_are_the_trials() -> None:
+    assert seeded_options("lora", {"r": 3}, 5) == {"r": 3}
+    assert seeded_options("aroma", {"r": 3}, 5) == {"r": 3, "component_seed": 5}
+    assert seeded_options("aroma", {"component_seed": None}, 5) == {"component_seed": 5}
+    assert seeded_options("aroma", {"component_seed": 9}, 5) == {"component_seed": 9}
+    assert seeded_options("relora_merge", {}, 5) == {"seed": 5}
+
+
+# The worker ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_worker_runs_a_trial_with_pinned_threads(material: Path, tmp_path: Path) -> None:
+    save_trial(trial_of(material, max_steps=6, threads=1), tmp_path / "trial.json")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "worker.log").write_text("")
+    (tmp_path / "run" / "failure.json").write_text("{}")
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-m", "aroma.lab.trials.worker", str(tmp_path / "trial.json"), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = read(tmp_path / "run" / "result.json")
+    assert (result["steps"], result["threads"]) == (6, 1)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"failure.json", "progress.json", "checkpoints"}
+
+
+@pytest.fixture
+def quiet_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker in this process, which is to stay as it is."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(worker, "keep_freed_memory", lambda: True)
+
+
+@pytest.mark.usefixtures("quiet_worker")
+def test_a_failing_worker_says_why(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_trial(replace(trial_of(material), kind="lorra"), tmp_path / "trial.json")
+    assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 1
+    failure = read(tmp_path / "run" / "failure.json")
+    assert set(failure) == {"error", "message", "traceback", "at"}
+    assert failure["error"] == "ConfigError"
+    assert failure["message"].startswith("kind='lorra'")
+    assert any("make_method" in line for line in failure["traceback"])
+    assert "ConfigError: kind='lorra'" in capsys.readouterr().err
+    # The next attempt, with the mistake mended, takes the folder and the failure away.
+    save_trial(trial_of(material, max_steps=4), tmp_path / "trial.json")
+    assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "failure.json").exists()
+
+
+@pytest.mark.usefixtures("quiet_worker")
+def test_a_failure_leaves_the_work_of_others_alone(material: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    save_trial(trial_of(material), tmp_path / "trial.json")
+    assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 1
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+    assert "it holds thesis.txt" in read(tmp_path / "run" / "failure.json")["message"]
+
+
+@pytest.mark.usefixtures("quiet_worker")
+def test_a_worker_without_a_trial_says_so(tmp_path: Path) -> None:
+    assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 1
+    assert "the file is missing" in read(tmp_path / "run" / "failure.json")["message"]
+
+
+def test_progress_is_there_while_it_runs(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    evaluate = running.evaluate
+
+    def looked_at(*arguments: Any) -> Any:
+        seen.append(read(tmp_path / "run" / "progress.json"))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(running, "evaluate", looked_at)
+    run_trial(trial_of(material, max_steps=5), tmp_path / "run")
+    assert (seen[0]["step"], seen[0]["planned"], seen[0]["first_step"]) == (5, 5, 0)
+    assert seen[0]["started"] > 1.6e9
+    assert not TrialFolder(tmp_path / "run").progress.exists()
+
+
+def test_full_fine_tuning_learns_and_loads_again(material: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    result = run_trial(trial_of(material, "full", learning_rate=3e-3, max_steps=80), tmp_path / "run")
+    assert result["score"] * 37 > 28  # it learned: chance is 18.5
+    saved = load_file(tmp_path / "run" / "adapter" / "trained.safetensors")
+    model = AutoModelForSequenceClassification.from_pretrained(material / "model", num_labels=2)
+    assert model.load_state_dict(saved, strict=True)
