@@ -19,7 +19,7 @@ from aroma.lab.pictures.draw import KINDS, Choice, draw_figure
 from aroma.lab.pictures.modules import matching_module, paper_modules, short_name
 from aroma.lab.pictures.pareto import pareto_front
 from aroma.lab.pictures.series import band_of_points, band_of_steps
-from aroma.lab.pictures.style import SUFFIXES, save_picture, style_of
+from aroma.lab.pictures.style import SUFFIXES, save_picture, size_text, style_of
 from made_up_runs import MODULES, write_adapter, write_grid, write_run
 
 FIRST, DEEP = "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.3.attention.self.value"
@@ -533,3 +533,10 @@ def test_a_grid_edited_by_hand_is_named(own_grid):
     figure = draw("curves", own_grid, task="mrpc")
     legend = [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
     assert legend == ["bitfit (1 seed)", "lora (2 seeds)", "aroma (3 seeds)"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.6, "0.6"), (1, "1"), (20, "20"), (1500, "1.5k"), (2.3e7, "23M")]
+)
+def test_sizes_read_as_sizes(value, text):
+    assert size_text(value) == text

@@ -96,7 +96,7 @@ def spread(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> Non
     A logarithmic axis still has a place for zeros if there are any, below the smallest positive value. Ticks read as
     1k and 1M.
     """
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     values = list(values)
     positive = [value for value in values if value > 0]
@@ -113,8 +113,15 @@ def spread(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> Non
         set_scale("log")
         set_limits(smallest / 2, 2 * largest)
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_formatter(FuncFormatter(size_text))
     axis.set_minor_formatter(NullFormatter())
+
+
+def size_text(value: float, position: int | None = None) -> str:
+    """Return a size as an axis shows it: 0.5, 20, 1k, 3.5M; matplotlib's own would have 500m for 0.5."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="").format_eng(value) if abs(value) >= 1 else f"{value:g}"
 
 
 def require_picture_name(field: str, path: str | os.PathLike[str]) -> None:

@@ -144,7 +144,7 @@ def _serialise(engine: Engine) -> None:
 
 
 def _missing_driver(url: str, error: ImportError) -> Exception:
-    remedy = f"its driver is missing ({error.name or error}); for PostgreSQL run: pip install 'aroma-peft[search]'"
+    remedy = f"its driver is missing ({error.name or error}); for PostgreSQL run: pip install 'aroma-peft[postgresql]'"
     return bad_value("storage", shown(url), remedy)
 
 
