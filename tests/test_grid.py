@@ -19,6 +19,7 @@ from aroma.lab.grid.lock import exclusive
 from aroma.lab.grid.reader import load_grid, make_grid
 from aroma.lab.grid.run import run_grid
 from aroma.lab.grid.select import candidates, choose, chosen_settings
+from aroma.lab.grid.spec import Part
 from aroma.lab.grid.status import Ended, GridStatus, Pace, Running
 from aroma.lab.grid.survey import survey
 from aroma.lab.grid.worker import worker_environment
@@ -426,6 +427,36 @@ def test_what_a_selection_chose_is_run_and_written(counting_workers):
     assert trial_json(counting_workers, "mrpc/a/seed-1")["purpose"] == "report"
     assert trial_json(counting_workers, "select/mrpc/a/learning_rate=0.0005")["purpose"] == "select"
     assert len(run(grid).skipped) == 10
+
+
+def test_a_part_is_run_alone_and_the_rest_later_as_if_in_one(counting_workers):
+    select = {"over": {"training.learning_rate": [5e-4, 1e-3]}, "seed": 7, "training": {"max_steps": 2}}
+    grid = counting_grid(counting_workers, select=select)
+    first = run(grid, part=Part(methods=("b",)))
+    assert len(first.finished) == 4
+    assert all("/b/" in name for name in first.finished)
+    assert list(json.loads((counting_workers / "selection.json").read_text())["mrpc"]) == ["b"]
+    assert list(yaml.safe_load((counting_workers / "grid.yaml").read_text())["methods"]) == ["a", "b"]
+    assert [state for _, state in survey(grid, Part(tasks=("mrpc",), methods=("b",)))] == ["finished"] * 4
+    second = run(grid)
+    assert len(second.skipped) == 4
+    assert all("/a/" in name for name in second.finished)
+    assert list(json.loads((counting_workers / "selection.json").read_text())["mrpc"]) == ["a", "b"]
+    third = run(grid, part=Part(methods=("a",)))
+    assert not third.finished
+    assert list(json.loads((counting_workers / "selection.json").read_text())["mrpc"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [(Part(tasks=("cola",)), "--tasks='cola'.*mrpc"), (Part(methods=("c",)), "--methods='c'.*a, b")],
+)
+def test_a_part_that_the_grid_has_not_is_refused(counting_workers, part, message):
+    grid = counting_grid(counting_workers)
+    for refused in (partial(run, grid, part=part), partial(survey, grid, part)):
+        with pytest.raises(ConfigError, match=message):
+            refused()
+    assert not counting_workers.exists()
 
 
 def test_a_method_without_a_chosen_setting_is_reported(counting_workers):

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from . import bench_profile, bench_run
-from .bench_options import add_model_options, add_round_options, new_files, print_lines, timed_phase
+from .bench_options import add_model_options, add_round_options, new_files, print_lines, settings_of, timed_phase
 from .extras import require_extra
 from .texts import examples
 
@@ -70,22 +70,11 @@ def run(arguments: argparse.Namespace) -> None:
     from ..files import write_json
     from ..lab.bench.measure import measure
     from ..lab.bench.picture import bench_picture
-    from ..lab.bench.settings import BenchSettings
 
-    settings = BenchSettings(
-        model=arguments.model,
-        batch_size=arguments.batch_size,
-        length=arguments.length,
-        rounds=arguments.rounds,
-        warmup_rounds=arguments.warmup_rounds,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        threads=arguments.threads,
-        seed=arguments.seed,
-        only=tuple(arguments.only) if arguments.only else None,
+    settings = settings_of(
+        arguments,
         compiled=arguments.device == "cuda" if arguments.compile is None else arguments.compile,
         peak=arguments.peak,
-        keep_memory=arguments.keep_memory,
     )
     result = measure(settings, phase=timed_phase)
     write_json(out, result.as_dict())

@@ -6,8 +6,12 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import bad_value
+
+if TYPE_CHECKING:
+    from ..lab.bench.settings import BenchSettings
 
 _SHAPES = "roberta-base, minilm, tiny"
 
@@ -38,6 +42,26 @@ def add_round_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="keep freed memory in the process: page faults are left out of the times, and most of the noise (yes)",
+    )
+
+
+def settings_of(arguments: argparse.Namespace, **more: Any) -> BenchSettings:
+    """Return the settings that the options of both functions above give, and `more`."""
+    from ..lab.bench.settings import BenchSettings
+
+    return BenchSettings(
+        model=arguments.model,
+        batch_size=arguments.batch_size,
+        length=arguments.length,
+        rounds=arguments.rounds,
+        warmup_rounds=arguments.warmup_rounds,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        threads=arguments.threads,
+        seed=arguments.seed,
+        only=tuple(arguments.only) if arguments.only else None,
+        keep_memory=arguments.keep_memory,
+        **more,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .bench_options import add_model_options, add_round_options, new_files, print_lines, timed_phase
+from .bench_options import add_model_options, add_round_options, new_files, print_lines, settings_of, timed_phase
 from .texts import examples
 
 
@@ -38,23 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..files import write_json
     from ..lab.bench.operations import operation_times, operations_record
-    from ..lab.bench.settings import BenchSettings
     from ..lab.bench.table import operations_table
 
-    settings = BenchSettings(
-        model=arguments.model,
-        batch_size=arguments.batch_size,
-        length=arguments.length,
-        rounds=arguments.rounds,
-        warmup_rounds=arguments.warmup_rounds,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        threads=arguments.threads,
-        seed=arguments.seed,
-        only=tuple(arguments.only) if arguments.only else None,
-        peak=False,
-        keep_memory=arguments.keep_memory,
-    )
+    settings = settings_of(arguments, peak=False)
     found = operation_times(settings, phase=timed_phase)
     write_json(out, operations_record(settings, found))
     Console().print(operations_table(found))

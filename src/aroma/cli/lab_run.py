@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..lab.grid.run import GridOutcome
-    from ..lab.grid.spec import Grid
+    from ..lab.grid.spec import Grid, Part
 
 
 def add_parser(commands: Any) -> None:
@@ -31,12 +31,15 @@ def add_parser(commands: Any) -> None:
             "aroma lab run examples/lab/minilm-tiny.yaml",
             "aroma lab run examples/lab/minilm-tiny.yaml training.max_steps=60 methods.lora-r8.r=4 output=runs/other",
             "aroma lab run examples/lab/minilm-tiny.yaml --list",
+            "aroma lab run examples/lab/glue-roberta-base.yaml --tasks mrpc rte --methods aroma",
             "aroma lab run examples/lab/minilm-tiny.yaml --retry-failed --processes 1",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("grid", metavar="GRID.yaml", help="model, tasks, methods, training, seeds")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as seeds=[0,1]")
+    parser.add_argument("--tasks", metavar="TASK", nargs="+", help="run these tasks only (all)")
+    parser.add_argument("--methods", metavar="METHOD", nargs="+", help="run these methods only (all)")
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (the grid's)")
     parser.add_argument("--list", action="store_true", help="list the trials and how far they are, and run nothing")
     parser.add_argument("--retry-failed", action="store_true", help="run trials again that failed earlier")
@@ -52,9 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
     grid = load_grid(arguments.grid, [*arguments.overrides, *processes])
     from rich.console import Console
 
+    from ..lab.grid.spec import Part
+
+    part = Part(*(None if names is None else tuple(names) for names in (arguments.tasks, arguments.methods)))
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if arguments.list:
-        _list(grid, console)
+        _list(grid, part, console)
         return 0
     from .quiet import quiet
 
@@ -63,15 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     from .lab_progress import GridProgress
 
     with GridProgress(Console(stderr=True, markup=False, highlight=False, soft_wrap=True)) as progress:
-        outcome = run_grid(grid, retry_failed=arguments.retry_failed, watcher=progress)
+        outcome = run_grid(grid, part=part, retry_failed=arguments.retry_failed, watcher=progress)
     _print(outcome, grid, console)
     return 1 if outcome.failed else 0
 
 
-def _list(grid: Grid, console: Console) -> None:
+def _list(grid: Grid, part: Part, console: Console) -> None:
     from ..lab.grid.survey import survey
 
-    states = survey(grid)
+    states = survey(grid, part)
     for name, state in states:
         console.print(f"{state:12}{name}")
     counts = {state: sum(other == state for _, other in states) for _, state in states}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ..memory import peak_bytes
 from .settings import BenchSettings
 
 _STEPS = 2
@@ -55,25 +54,12 @@ def main() -> None:
     contestant = Contestant(case, model, make_batch(model, settings), settings.seed)
     for _ in range(_STEPS):
         contestant.step()
-    print(_peak_of_this_process())
+    print(peak_bytes())
 
 
 def _settings_from(values: dict[str, Any]) -> BenchSettings:
     only = values["only"]
     return BenchSettings(**{**values, "only": None if only is None else tuple(only)})
-
-
-def _peak_of_this_process() -> int:
-    # Not getrusage where it can be avoided: on Linux its peak is inherited from the process that started this one.
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
-    import resource  # not there on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

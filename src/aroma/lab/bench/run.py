@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .run_lineup import Lineup, line_up
 from .run_report import RESULT_FILE, RunResult, result_record
 from .run_settings import RunSettings
 from .sampling import turn_order
-from .timing import stopwatch_for
+from .timing import no_collection, stopwatch_for
 
 _COLLECT_EVERY = 50
 """Steps between two collections of Python's garbage, which is not to happen in somebody's turn."""
@@ -85,7 +84,7 @@ class WholeRun:
         per_epoch = self._lineup.batches.steps_per_epoch
         for number, first in enumerate(range(1, self._lineup.steps + 1, per_epoch), start=1):
             last = min(first + per_epoch - 1, self._lineup.steps)
-            with _no_collection():
+            with no_collection():
                 epoch = self._epoch(number, range(first, last + 1), on_step)
             yield epoch
             if self._is_over():
@@ -145,15 +144,3 @@ class WholeRun:
     def _is_over(self) -> bool:
         """Whether AROMA has nothing left to train, and the run is one that ends then."""
         return self._lineup.early_stop and any(arm.is_over for arm in self._lineup.arms)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -92,7 +92,7 @@ def interleave(
         Times of every contender, in order.
     """
     times = [Times([], []) for _ in contenders]
-    with _collecting_between_rounds():
+    with no_collection():
         for number in range(warmup_rounds + rounds):
             gc.collect()
             for contender, result in zip(contenders, times, strict=True):
@@ -129,9 +129,10 @@ def _time_on_gpu(*parts: Callable[[], Any]) -> list[float]:
 
 
 @contextmanager
-def _collecting_between_rounds() -> Iterator[None]:
-    """Keep Python's garbage collector from running in the middle of somebody's turn."""
+def no_collection() -> Iterator[None]:
+    """Collect Python's garbage now, and then not in the middle of somebody's turn."""
     was_enabled = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
         yield

@@ -10,13 +10,13 @@ from typing import Literal
 from ...errors import AromaError, ConfigError
 from ..trials.spec import Trial
 from .settings import Settings, section_of
-from .spec import Grid
+from .spec import WHOLE, Grid, Part
 
 Chosen = Mapping[str, Mapping[str, Settings]]
 """What a selection chose: settings by task and method."""
 
 
-def expand(grid: Grid, chosen: Chosen | None = None) -> list[Trial]:
+def expand(grid: Grid, chosen: Chosen | None = None, part: Part = WHOLE) -> list[Trial]:
     """Return the reported trials: all methods and tasks with the first seed, then with the second, and so on.
 
     So a grid that is stopped half-way has a whole table of fewer seeds.
@@ -25,6 +25,7 @@ def expand(grid: Grid, chosen: Chosen | None = None) -> list[Trial]:
         grid: The grid.
         chosen: What the selection chose; pairs of task and method that it lacks have no trials. None where nothing is
             chosen.
+        part: Which of the trials.
 
     Raises:
         ConfigError: A value that cannot work.
@@ -41,7 +42,7 @@ def expand(grid: Grid, chosen: Chosen | None = None) -> list[Trial]:
         for seed in grid.seeds
         for task in grid.tasks
         for method in grid.methods
-        if chosen is None or method in chosen.get(task, {})
+        if part.has(task, method) and (chosen is None or method in chosen.get(task, {}))
     ]
 
 

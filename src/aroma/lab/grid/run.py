@@ -16,8 +16,8 @@ from ..trials.spec import Trial
 from .expand import check_methods, expand, report_name
 from .lock import exclusive
 from .pool import run_pool
-from .select import Candidate, candidates, chosen_settings, selection_of
-from .spec import Grid
+from .select import Candidate, begun, candidates, chosen_settings, selection_of
+from .spec import WHOLE, Grid, Part
 from .status import Ended, GridStatus, Pace, Silent, Watcher
 from .trial_files import FAILURE, RESULT, RUNS, clear_if_new, require_no_conflicts, state_of, tidy
 from .worker import WORKER_MODULE, Worker, failure_message
@@ -59,6 +59,7 @@ class GridOutcome:
 def run_grid(
     grid: Grid,
     *,
+    part: Part = WHOLE,
     retry_failed: bool = False,
     watcher: Watcher | None = None,
     module: str = WORKER_MODULE,
@@ -67,6 +68,7 @@ def run_grid(
 
     Args:
         grid: The grid.
+        part: Which of its trials.
         retry_failed: Run trials again that failed earlier.
         watcher: Is told how it goes.
         module: What a worker runs; see `Worker`.
@@ -75,14 +77,15 @@ def run_grid(
         ConfigError: A value that cannot work, another runner on the same output, or trials there that another grid
             made. Nothing has been run then.
     """
-    tried = candidates(grid)
+    part.check(grid)
+    tried = [candidate for candidate in candidates(grid) if part.has(candidate.task, candidate.method)]
     # With any chosen values the trials differ in nothing that could be refused later.
-    every = [*(candidate.trial for candidate in tried), *expand(grid)]
+    every = [*(candidate.trial for candidate in tried), *expand(grid, part=part)]
     check_methods(every)
     output = Path(grid.output)
     _require_own(output / GRID_FILE)
     with exclusive(output) as lock:
-        run = _Run(grid, retry_failed, watcher or Silent(), module, lock, total=len(every))
+        run = _Run(grid, part, retry_failed, watcher or Silent(), module, lock, total=len(every))
         require_no_conflicts([candidate.trial for candidate in tried] or every, run.runs)
         write_text(output / GRID_FILE, _HEADER + yaml.safe_dump(grid.as_dict(), sort_keys=False, allow_unicode=True))
         return run.everything(tried)
@@ -91,9 +94,11 @@ def run_grid(
 class _Run:
     """One run of a grid, while it lasts."""
 
-    def __init__(self, grid: Grid, retry_failed: bool, watcher: Watcher, module: str, lock: int, total: int) -> None:
+    def __init__(
+        self, grid: Grid, part: Part, retry_failed: bool, watcher: Watcher, module: str, lock: int, total: int
+    ) -> None:
         self.runs = Path(grid.output) / RUNS
-        self._grid, self._retry_failed, self._watcher = grid, retry_failed, watcher
+        self._grid, self._part, self._retry_failed, self._watcher = grid, part, retry_failed, watcher
         self._module, self._lock, self._total = module, lock, total
         self._pace = Pace()
         self._outcome = GridOutcome()
@@ -101,15 +106,18 @@ class _Run:
 
     def everything(self, tried: list[Candidate]) -> GridOutcome:
         if not tried:
-            self._run(expand(self._grid))
+            self._run(expand(self._grid, part=self._part))
             return self._outcome
-        self._later = expand(self._grid)  # as long as they are not known, for the estimate of the time left
+        self._later = expand(
+            self._grid, part=self._part
+        )  # as long as they are not known, for the estimate of the time left
         self._run([candidate.trial for candidate in tried])
         self._later = []
         selection = selection_of(tried, self.runs)
-        write_json(Path(self._grid.output) / SELECTION_FILE, selection)
+        # Of all that has been tried so far, whatever part is run now.
+        write_json(Path(self._grid.output) / SELECTION_FILE, selection_of(begun(self._grid, self.runs), self.runs))
         self._refuse_unchosen(selection)
-        trials = expand(self._grid, chosen_settings(selection))
+        trials = expand(self._grid, chosen_settings(selection), self._part)
         require_no_conflicts(trials, self.runs)
         self._run(trials)
         return self._outcome

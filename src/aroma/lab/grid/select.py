@@ -64,6 +64,13 @@ def candidates(grid: Grid) -> list[Candidate]:
     ]
 
 
+def begun(grid: Grid, runs: Path) -> list[Candidate]:
+    """Return the candidates of those tasks and methods of which any has a folder."""
+    tried = candidates(grid)
+    pairs = {(one.task, one.method) for one in tried if (runs / one.trial.name).exists()}
+    return [one for one in tried if (one.task, one.method) in pairs]
+
+
 def choose(tried: list[Candidate], scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json`: by task and method what was chosen, and all that was tried.
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...errors import bad_value
 from ..specs import TrainSpec
 from ..tasks.spec import TaskSpec
 from .settings import Settings, section_of
@@ -116,6 +117,40 @@ class Grid:
         }
         made: dict[str, Any] = json.loads(json.dumps(content))  # tuples become lists
         return made
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which trials of a grid are run now; the others stay as they are.
+
+    Args:
+        tasks: Names of tasks; None for all.
+        methods: Labels of methods; None for all.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None
+
+    def check(self, grid: Grid) -> None:
+        """Raise for a task or a method that the grid has not.
+
+        Raises:
+            ConfigError: Naming it.
+        """
+        for field_name, wanted, known in (("tasks", self.tasks, grid.tasks), ("methods", self.methods, grid.methods)):
+            for name in wanted or ():
+                if name not in known:
+                    raise bad_value(
+                        f"--{field_name}", name, f"the grid has none of that name; it has {', '.join(known)}"
+                    )
+
+    def has(self, task: str, method: str) -> bool:
+        """Whether the trials of a task and a method are among them."""
+        return (self.tasks is None or task in self.tasks) and (self.methods is None or method in self.methods)
+
+
+WHOLE = Part()
+"""All of a grid."""
 
 
 def _without(values: dict[str, Any], name: str) -> dict[str, Any]:

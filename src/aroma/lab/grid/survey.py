@@ -6,11 +6,11 @@ from pathlib import Path
 
 from .expand import expand
 from .select import candidates, chosen_settings, selection_of
-from .spec import Grid
+from .spec import WHOLE, Grid, Part
 from .trial_files import FAILURE, RESULT, RUNS, State, state_of
 
 
-def survey(grid: Grid) -> list[tuple[str, State]]:
+def survey(grid: Grid, part: Part = WHOLE) -> list[tuple[str, State]]:
     """Return the name and the state of every trial, in the order of their run; nothing is run or written.
 
     While a selection is not over, what its reported trials will be is not known; their state is told by their files.
@@ -19,11 +19,12 @@ def survey(grid: Grid) -> list[tuple[str, State]]:
         ConfigError: A value that cannot work.
     """
     runs = Path(grid.output) / RUNS
-    tried = candidates(grid)
+    part.check(grid)
+    tried = [candidate for candidate in candidates(grid) if part.has(candidate.task, candidate.method)]
     states: list[tuple[str, State]] = [(one.trial.name, state_of(one.trial, runs / one.trial.name)) for one in tried]
-    reported = expand(grid)
+    reported = expand(grid, part=part)
     if tried and all(state in ("finished", "failed") for _, state in states):
-        chosen = {trial.name: trial for trial in expand(grid, chosen_settings(selection_of(tried, runs)))}
+        chosen = {trial.name: trial for trial in expand(grid, chosen_settings(selection_of(tried, runs)), part)}
         reported = [chosen.get(trial.name, trial) for trial in reported]
     elif tried:
         return states + [(trial.name, _state_by_files(runs / trial.name)) for trial in reported]

@@ -10,7 +10,8 @@ from typing import Any
 
 from ...errors import DataError, bad_value
 from ...files import read_json
-from ..report.records import Run, load_records
+from ..report.attempts import Run, read_attempt
+from ..report.records import load_records
 from .style import Style, style_of
 
 
@@ -124,10 +125,9 @@ def _read_folder(folder: Path) -> Finished:
         records = load_records(folder)
         tasks = tuple(task for task in records.tasks if records.of(task=task))
         return Finished(tuple(records.runs), tuple(records.methods), tasks)
-    if not (folder / "result.json").is_file():
-        return Finished((), (), ())
-    run = Run(folder, read_json(folder / "trial.json"), read_json(folder / "result.json"))
-    return Finished(() if run.is_selection else (run,), (run.method,), (run.task,))
+    run = read_attempt(folder)
+    reports = isinstance(run, Run) and not run.is_selection
+    return Finished((run,) if reports else (), (run.method,), (run.task,))
 
 
 def _require_distinct(runs: Sequence[Run]) -> None:
