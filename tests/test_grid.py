@@ -273,6 +273,21 @@ def test_a_selection_tries_the_product_on_held_out_examples():
     ]
 
 
+def test_the_trials_of_a_selection_can_differ_by_method_and_what_is_tried_is_strongest():
+    overrides = [{"method": "lora-r8", "options.dropout": 0.5, "training.learning_rate": 9.0}]
+    select = {"over": {"training.learning_rate": [1e-3]}, "training": {"max_steps": 3}, "overrides": overrides}
+    grid = make_grid({**MINIMAL, "select": select})
+    assert make_grid(grid.as_dict()) == grid
+    by_method = {one.method: one.trial for one in candidates(grid) if one.task == "mrpc"}
+    assert by_method["lora-r8"].options == {"r": 8, "dropout": 0.5}
+    assert by_method["head"].options == {}
+    assert {trial.training.learning_rate for trial in by_method.values()} == {1e-3}
+    assert {trial.training.max_steps for trial in by_method.values()} == {3}
+    assert expand(grid)[0].options == {"r": 8}, "reported trials have none of it"
+    with pytest.raises(ConfigError, match=r"select.overrides\[0\].method='x': the grid has no such method"):
+        make_grid({**MINIMAL, "select": {**select, "overrides": [{"method": "x"}]}})
+
+
 def test_values_that_no_folder_can_be_called_have_names_of_their_own():
     over = {"options.target": ["a/b", "a:b"], "task.label": ["x"]}
     names = [one.trial.name for one in candidates(make_grid({**MINIMAL, "select": {"over": over}}))]

@@ -684,3 +684,13 @@ def test_the_examples_of_the_help_parse(capsys):
         program, lab, *arguments = line.split()
         assert (program, lab) == ("aroma", "lab")
         assert parser.parse_args(arguments).run is lab_table.run
+
+
+def test_inner_loops_that_never_fired_are_counted(grid):
+    for place in grid.glob("runs/*/aroma*/seed-*/result.json"):
+        edit(place, lambda content: content.update(inner_checks=[]))
+    table = make_table(load_records(grid), "inner", None)
+    keys = [column.keys[0] for column in table.columns]
+    fired, never = ([row[keys.index(key)].values[0] for row in table.rows] for key in ("fired", "never"))
+    assert set(fired) == {0}
+    assert max(never) > 0

@@ -61,8 +61,8 @@ def make_grid(values: Mapping[str, Any]) -> Grid:
         methods=methods,
         training=_training(values.get("training")),
         seeds=_seeds(values.get("seeds", [0])),
-        overrides=_overrides(values.get("overrides"), tasks, methods),
-        select=_selection(values.get("select")),
+        overrides=_overrides("overrides", values.get("overrides"), tasks, methods),
+        select=_selection(values.get("select"), tasks, methods),
         **made,
     )
 
@@ -120,12 +120,14 @@ def _seeds(values: Any) -> tuple[int, ...]:
     return seeds
 
 
-def _overrides(entries: Any, tasks: Mapping[str, TaskSpec], methods: Mapping[str, MethodSpec]) -> tuple[Override, ...]:
+def _overrides(
+    key: str, entries: Any, tasks: Mapping[str, TaskSpec], methods: Mapping[str, MethodSpec]
+) -> tuple[Override, ...]:
     if not isinstance(entries or [], list):
-        raise bad_value("overrides", entries, "give a list, as [{task: rte, training.max_steps: 500}]")
+        raise bad_value(key, entries, "give a list, as [{task: rte, training.max_steps: 500}]")
     made = []
     for index, entry in enumerate(entries or []):
-        where = f"overrides[{index}]"
+        where = f"{key}[{index}]"
         keys = dict(require_mapping(where, entry))
         filters = {
             "tasks": _filter(f"{where}.task", keys, "task", tasks),
@@ -149,11 +151,11 @@ def _filter(where: str, keys: dict[str, Any], name: str, known: Mapping[str, Any
     return labels
 
 
-def _selection(values: Any) -> Selection | None:
+def _selection(values: Any, tasks: Mapping[str, TaskSpec], methods: Mapping[str, MethodSpec]) -> Selection | None:
     if values is None:
         return None
     given = require_mapping("select", values)
-    hints = {"over": None, "seed": None, "training": None}
+    hints = {"over": None, "seed": None, "training": None, "overrides": None}
     for key, value in given.items():
         if key not in hints:
             raise unknown_key(f"select.{key}", value, [f"select.{name}" for name in hints], "a grid")
@@ -161,7 +163,8 @@ def _selection(values: Any) -> Selection | None:
     if seed < 0:
         raise bad_value("select.seed", seed, "give 0 or more")
     training = {"training": require_mapping("select.training", given.get("training"))}
-    return Selection(_over(given.get("over")), seed, check_settings(training, "select."))
+    overrides = _overrides("select.overrides", given.get("overrides"), tasks, methods)
+    return Selection(_over(given.get("over")), seed, check_settings(training, "select."), overrides)
 
 
 def _over(values: Any) -> dict[str, list[Any]]:

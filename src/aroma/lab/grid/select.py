@@ -51,7 +51,7 @@ def candidates(grid: Grid) -> list[Candidate]:
                 method,
                 selection.seed,
                 name=f"select/{task}/{method}/{label}",
-                settings={**selection.training, **values},
+                settings={**selection.settings(task, method), **values},
                 purpose="select",
             ),
             task,

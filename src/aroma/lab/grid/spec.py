@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,15 +58,26 @@ class Selection:
         over: The values that are tried, by dotted key; their product is tried.
         seed: Seed of all these runs.
         training: Settings of the loop that differ in them, as a smaller `training.max_steps`.
+        overrides: Further settings of some of them, as inner loops shortened in proportion; later ones win.
     """
 
     over: dict[str, list[Any]]
     seed: int = 0
     training: Settings = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+
+    def settings(self, task: str, method: str) -> Settings:
+        """Return what differs in the trials of one task and method, but for what is tried."""
+        return _overridden(self.training, self.overrides, task, method)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section as a grid file has it."""
-        return {"over": self.over, "seed": self.seed, "training": section_of(self.training, "training")}
+        return {
+            "over": self.over,
+            "seed": self.seed,
+            "training": section_of(self.training, "training"),
+            "overrides": [override.as_dict() for override in self.overrides],
+        }
 
 
 @dataclass(frozen=True)
@@ -96,11 +108,7 @@ class Grid:
 
     def settings(self, task: str, method: str) -> Settings:
         """Return what the overrides say of the trials of one task and method."""
-        found: Settings = {}
-        for override in self.overrides:
-            if override.holds_for(task, method):
-                found |= override.settings
-        return found
+        return _overridden({}, self.overrides, task, method)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the grid as a grid file has it, defaults included, JSON-able."""
@@ -151,6 +159,14 @@ class Part:
 
 WHOLE = Part()
 """All of a grid."""
+
+
+def _overridden(settings: Settings, overrides: Iterable[Override], task: str, method: str) -> Settings:
+    found = dict(settings)
+    for override in overrides:
+        if override.holds_for(task, method):
+            found |= override.settings
+    return found
 
 
 def _without(values: dict[str, Any], name: str) -> dict[str, Any]:

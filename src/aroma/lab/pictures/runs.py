@@ -126,8 +126,8 @@ def _read_folder(folder: Path) -> Finished:
         tasks = tuple(task for task in records.tasks if records.of(task=task))
         return Finished(tuple(records.runs), tuple(records.methods), tasks)
     run = read_attempt(folder)
-    reports = isinstance(run, Run) and not run.is_selection
-    return Finished((run,) if reports else (), (run.method,), (run.task,))
+    runs = (run,) if isinstance(run, Run) and not run.is_selection else ()
+    return Finished(runs, (run.method,), (run.task,))
 
 
 def _require_distinct(runs: Sequence[Run]) -> None:

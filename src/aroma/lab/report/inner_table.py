@@ -97,11 +97,11 @@ def predicted_step(options: Mapping[str, Any]) -> float | None:
 
 
 def _rows(records: Records, method: str, task: str) -> Iterator[list[Cell]]:
-    runs = [run for run in records.of(method, task) if run.result.get("inner_checks")]
+    runs = [run for run in records.of(method, task) if run.kind == "aroma" and predicted_step(run.options)]
     loops = [loop for run in runs for loop in loops_of(run)]
     predictions = {predicted_step(run.options) for run in runs}
     predicted = predictions.pop() if len(predictions) == 1 else None
-    for kind in dict.fromkeys([ALL, *(loop.kind for loop in loops)] if loops else []):
+    for kind in dict.fromkeys([ALL, *(loop.kind for loop in loops)] if runs else []):
         of_kind = [loop for loop in loops if kind in (ALL, loop.kind)]
         names = [text_cell(text) for text in (method, task, kind)]
         yield [*names, *_number_cells(of_kind), number_cell(predicted, plain)]

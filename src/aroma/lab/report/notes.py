@@ -55,6 +55,11 @@ def chosen_notes(records: Records) -> list[str]:
     ]
     if nothing:
         notes.append(f"Nothing could be chosen, no candidate has a score: {', '.join(nothing)}.")
+    edge = [
+        f"{task}/{method}" for task in records.tasks for method in records.methods if _at_edge(records, task, method)
+    ]
+    if edge:
+        notes.append(f"Chosen at the edge of what was tried, so that more might be had beyond: {', '.join(edge)}.")
     unlike = [run for run in records.runs if _differs_from_choice(records, run)]
     if unlike:
         notes.append(f"Not with the chosen values: {_who(unlike)}.")
@@ -65,6 +70,16 @@ def chosen_notes(records: Records) -> list[str]:
     if ahead:
         notes.append(f"The choice looked at reported examples: {_who(ahead)}.")
     return notes
+
+
+def _at_edge(records: Records, task: str, method: str) -> bool:
+    """Whether a chosen number is the least or the greatest of three tried ones or more."""
+    tried = [values for values, _ in records.selection.get(task, {}).get(method, {}).get("tried", [])]
+    for key, value in chosen(records, task, method).items():
+        numbers = {values[key] for values in tried if isinstance(values[key], int | float)}
+        if len(numbers) > 2 and value in (min(numbers), max(numbers)):
+            return True
+    return False
 
 
 def protocol_mismatches(records: Records) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..methods import Method
 from ..model import count_trainable
-from ..provenance import provenance
 from ..spectra_record import spectra_of
 from ..tasks.score import score
 from ..tasks.spec import HELD_OUT, TaskData
@@ -36,6 +35,7 @@ class Finished:
         planned_steps: Optimizer steps that were planned.
         curve: Its trainable parameters and ranks by step.
         usage: What it cost.
+        provenance: Versions, revision and machine when it began: sources may be edited while it runs.
     """
 
     trial: Trial
@@ -45,6 +45,7 @@ class Finished:
     planned_steps: int
     curve: Curve
     usage: Usage
+    provenance: dict[str, Any]
 
 
 def result_of(finished: Finished, metrics: Metrics, events: Path) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def result_of(finished: Finished, metrics: Metrics, events: Path) -> dict[str, A
         **{name: round(value, 3) for name, value in finished.usage.total().items()},
         "epoch_seconds": [round(seconds, 4) for seconds in finished.usage.epochs],
         "inner_checks": inner_checks_of(json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()),
-        **provenance(),
+        **finished.provenance,
     }
 
 

@@ -17,6 +17,7 @@ from ..encode import check_positions, encode, load_tokenizer
 from ..methods import Method
 from ..methods.registry import METHODS, make_method
 from ..model import load_classifier
+from ..provenance import provenance
 from ..run_folder import EventLog
 from ..tasks.load import load_task
 from ..tasks.spec import HELD_OUT, TaskData
@@ -118,6 +119,7 @@ def _model_name(name: str) -> str:
 def _run(trial: Trial, material: _Material, home: TrialFolder, usage: Usage, progress: bool) -> dict[str, Any]:
     if trial.training.threads is not None:
         torch.set_num_threads(trial.training.threads)
+    found = provenance()
     set_seed(trial.training.seed)
     data = material.data
     base = load_classifier(material.model, data.label_names, material.tokenizer.pad_token_id)
@@ -129,7 +131,7 @@ def _run(trial: Trial, material: _Material, home: TrialFolder, usage: Usage, pro
     recorder = CurveRecorder(material.method, usage)
     fit = _fit(trial, material, model, encoded, recorder, home, progress)
     metrics = {name: evaluate(fit.trainer, data.kind, part) for name, part in encoded.items() if name != "train"}
-    finished = Finished(trial, material.method, data, fit, material.steps, recorder.curve, usage)
+    finished = Finished(trial, material.method, data, fit, material.steps, recorder.curve, usage, found)
     _leave(finished, home, list(metrics))
     return result_of(finished, metrics, home.events)
 
