@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from aroma import __version__
-from aroma.cli import main, make_parser
+from aroma.cli import main, make_parser, parse
 from aroma.cli.inspect import serving_hint
 
 HEAVY = (
@@ -156,3 +156,20 @@ def test_above_what_vllm_serves_the_hint_is_to_merge():
 def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "aroma.cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"aroma {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [["train", "r.yaml"], ["lab", "run", "g.yaml"]])
+def test_overrides_may_stand_behind_options(command):
+    option = "--resume" if command[0] == "train" else "--list"
+    arguments = parse([*command, "a=1", option, "b=2", "c=3"])
+    assert arguments.overrides == ["a=1", "b=2", "c=3"]
+
+
+@pytest.mark.parametrize(
+    "argv", [["lab", "run", "g.yaml", "--lst", "a=1"], ["inspect", "x", "a=1"], ["train", "r", "--resume", "b"]]
+)
+def test_what_is_no_override_is_refused(argv, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(argv)
+    assert raised.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; those of the process by default.
     """
-    arguments = make_parser().parse_args(argv)
+    arguments = parse(argv)
     # Before PyTorch loads its thread pool: a thread that spins while it waits keeps the core from the thread it waits
     # for, which on a shared machine makes two threads several times slower than one.
     if arguments.waits_passively:
@@ -43,6 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report("interrupted; what was saved before is whole", code=130)
     return code or 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed arguments; KEY=VALUE may also stand behind options, where argparse itself gives up."""
+    parser = make_parser()
+    arguments, left = parser.parse_known_args(argv)
+    overrides = getattr(arguments, "overrides", None)
+    if left and (overrides is None or any(text.startswith("-") or "=" not in text for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides = [*overrides, *left]
+    return arguments
 
 
 def make_parser() -> argparse.ArgumentParser:
