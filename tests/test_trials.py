@@ -136,6 +136,7 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert len(result["epoch_seconds"]) == 2
     assert result["cpu_seconds"] > 0
     assert 50 < result["peak_memory_mib"] < 100_000
+    assert result["peak_gpu_memory_mib"] == 0 or torch.cuda.is_available()
     assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
     modules = set(result["ranks"])
     assert len(modules) == 12

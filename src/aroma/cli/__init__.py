@@ -49,11 +49,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed arguments; KEY=VALUE may also stand behind options, where argparse itself gives up."""
     parser = make_parser()
     arguments, left = parser.parse_known_args(argv)
-    overrides = getattr(arguments, "overrides", None)
-    if left and (overrides is None or any(text.startswith("-") or "=" not in text for text in left)):
+    if any(text.startswith("-") or "=" not in text for text in left) or (left and "overrides" not in arguments):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
-        arguments.overrides = [*overrides, *left]
+        arguments.overrides = [*arguments.overrides, *left]
     return arguments
 
 

@@ -6,7 +6,9 @@ import math
 import time
 from typing import Any
 
-from ..memory import peak_bytes
+import torch
+
+from ..memory import peak_bytes, peak_gpu_bytes
 
 
 class Usage:
@@ -20,12 +22,17 @@ class Usage:
     def __init__(self) -> None:
         self.epochs: list[float] = []
         self._wall, self._cpu = time.monotonic(), time.process_time()
-        self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mib": 0.0}
+        self._earlier: dict[str, float] = {
+            "wall_seconds": 0.0,
+            "cpu_seconds": 0.0,
+            "peak_memory_mib": 0.0,
+            "peak_gpu_memory_mib": 0.0,
+        }
         self._since = 0.0
 
     def begin(self) -> None:
         """Count training time from now on."""
-        self._since = time.perf_counter()
+        self._since = _now()
 
     def end_step(self, epoch: float) -> None:
         """Add what has passed since `begin` to an epoch.
@@ -33,18 +40,23 @@ class Usage:
         Args:
             epoch: Epochs trained, fractions included, as the Trainer counts them.
         """
-        now = time.perf_counter()
+        now = _now()
         index = math.ceil(epoch) - 1
         self.epochs += [0.0] * (index + 1 - len(self.epochs))
         self.epochs[index] += now - self._since
         self._since = now
 
     def total(self) -> dict[str, float]:
-        """Return `wall_seconds`, `cpu_seconds` (all threads) and `peak_memory_mib` (resident) of the run so far."""
+        """Return what the run has cost so far.
+
+        `wall_seconds`, `cpu_seconds` (all threads), `peak_memory_mib` (resident), and `peak_gpu_memory_mib` (allocated
+        by PyTorch, 0 without a GPU).
+        """
         return {
             "wall_seconds": self._earlier["wall_seconds"] + time.monotonic() - self._wall,
             "cpu_seconds": self._earlier["cpu_seconds"] + time.process_time() - self._cpu,
             "peak_memory_mib": max(self._earlier["peak_memory_mib"], peak_bytes() / 2**20),
+            "peak_gpu_memory_mib": max(self._earlier["peak_gpu_memory_mib"], peak_gpu_bytes() / 2**20),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,3 +66,10 @@ class Usage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what an earlier attempt had used when it wrote the checkpoint."""
         self.epochs, self._earlier = list(state["epochs"]), dict(state["total"])
+
+
+def _now() -> float:
+    """Return the time, in seconds, when all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
