@@ -253,7 +253,10 @@ def _head_size(adapter: AdapterWeights) -> int | None:
     if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     head = [name for name in sorted(adapter.others) if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
-    return adapter.others[head[-1]].shape[0] if head else None
+    if head:
+        return adapter.others[head[-1]].shape[0]
+    # By another name, as classification_head or logits_proj: of its tensors those with a row a label have the fewest.
+    return min((tensor.shape[0] for tensor in adapter.others.values() if tensor.ndim), default=None)
 
 
 def _scale(config: dict[str, Any], name: str, rank: int) -> float:

@@ -50,7 +50,7 @@ def check_positions(name: str, max_length: int) -> None:
 
     config = AutoConfig.from_pretrained(name)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 0:  # XLNet says -1: as many as you like
         return
     if "roberta" in config.model_type or config.model_type == "camembert":
         positions -= config.pad_token_id + 1  # their positions begin behind the padding's

@@ -36,6 +36,8 @@ def load_classifier(name: str, label_names: tuple[str, ...] | None, pad_token_id
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from .methods.head import remember_head
+
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if label_names is not None:
         options = {
@@ -45,12 +47,15 @@ def load_classifier(name: str, label_names: tuple[str, ...] | None, pad_token_id
             "problem_type": "single_label_classification",
         }
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **options)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value("model.name", name, f"cannot be loaded as a classifier ({reason}); check the name") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
+    remember_head(model, loading["missing_keys"])
     return model
 
 
@@ -58,19 +63,19 @@ def grow(model: Any, config: AromaConfig) -> Any:
     """Put a growing adapter into `model`; its head trains with it.
 
     Raises:
-        ConfigError: No module of the model can grow under `config.target_modules`.
+        ConfigError: No module of the model can grow under `config.target_modules`, or a part of the head cannot train.
     """
-    from peft import get_peft_model
+    from .methods.peft_adapter import wrap
 
-    return get_peft_model(model, config)
+    return wrap(model, config)
 
 
 def count_trainable(model: Any) -> dict[str, int]:
     """Return the numbers of trainable parameters: `adapter`, `head`."""
-    from .methods.modules import is_head
+    from .methods.head import head_of
 
-    counts = {"adapter": 0, "head": 0}
+    head, counts = head_of(model), {"adapter": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts["head" if is_head(name) else "adapter"] += parameter.numel()
+            counts["head" if head.holds(name) else "adapter"] += parameter.numel()
     return counts

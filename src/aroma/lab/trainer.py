@@ -16,8 +16,8 @@ from ..events import Event
 from ..integrations.callback import AromaCallback
 from ..integrations.progress import RichProgress
 from .methods import Method
+from .methods.head import head_of, require_new_trains
 from .methods.hooks import HooksCallback
-from .methods.modules import is_head
 from .metrics import CHOICE_METRIC, trainer_metrics
 from .specs import TrainSpec
 from .trials.trainer import MethodTrainer
@@ -121,10 +121,12 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
     trained = [p for p in model.parameters() if p.requires_grad] if method is None else method.parameters(model)
     chosen = {id(parameter) for parameter in trained}
     named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    head = head_of(model)
+    require_new_trains(head, named)
     groups: list[Mapping[str, Any]] = [
-        {"params": [p for name, p in named.items() if not is_head(name)], "lr": training.learning_rate},
+        {"params": [p for name, p in named.items() if not head.holds(name)], "lr": training.learning_rate},
         {
-            "params": [p for name, p in named.items() if is_head(name)],
+            "params": [p for name, p in named.items() if head.holds(name)],
             "lr": training.head_learning_rate or training.learning_rate,
         },
     ]

@@ -15,7 +15,7 @@ from .base import with_dropout
 from .hooks import Hooks
 from .lora import check_dropout
 from .modules import find_targets
-from .peft_adapter import ADAPTER, PeftAdapter, layers_of
+from .peft_adapter import ADAPTER, PeftAdapter, layers_of, wrap
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class AdaLora(PeftAdapter):
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Wrap `model` with PEFT; see `Method.build`."""
-        from peft import AdaLoraConfig, get_peft_model
+        from peft import AdaLoraConfig
 
         initial, final = self._phases(planned_steps)
         config = AdaLoraConfig(
@@ -87,7 +87,7 @@ class AdaLora(PeftAdapter):
             target_modules=find_targets(self.target_modules, model),
             task_type=self.task_type,
         )
-        return get_peft_model(model, config)
+        return wrap(model, config)
 
     def _check_phases(self) -> None:
         for name in ("initial_steps", "final_steps"):

@@ -19,7 +19,7 @@ from ..specs import AdapterSpec
 from .base import with_dropout
 from .growth import Growth
 from .modules import find_targets
-from .peft_adapter import ADAPTER, PeftAdapter
+from .peft_adapter import ADAPTER, PeftAdapter, wrap
 
 _OWN_NAMES = {"lora_dropout": "dropout"}
 """Fields of AromaConfig that a method calls otherwise."""
@@ -74,9 +74,7 @@ class Aroma(PeftAdapter):
 
         Components are drawn from `torch.initial_seed()` unless the options give a `component_seed`.
         """
-        from peft import get_peft_model
-
-        return get_peft_model(model, self._config(find_targets(self.target_modules, model)))
+        return wrap(model, self._config(find_targets(self.target_modules, model)))
 
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Growth:
         """Return the controller and the re-warm-up; see `Method.hooks`."""

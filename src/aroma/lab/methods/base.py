@@ -30,10 +30,9 @@ from transformers import TrainerCallback
 from ...events import Event
 from ...files import write_tensors
 from .hooks import Hooks, HooksCallback
-from .modules import HEAD_NAMES, count_active, encoder_linears, find_targets, train_head_only
+from .modules import count_active, encoder_linears, find_targets, train_head_only
 
 __all__ = [
-    "HEAD_NAMES",
     "TRAINED_FILE",
     "Hooks",
     "Method",

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from ...errors import bad_value
 from .base import Method
-from .modules import is_head, train_head_only
+from .head import head_of
+from .modules import train_head_only
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class BitFit(Method):
             ConfigError: A backbone without biases, as LLaMA's.
         """
         train_head_only(model)
+        head = head_of(model)
         biases = [
             parameter
             for name, parameter in model.named_parameters()
-            if name.split(".")[-1] == "bias" and not is_head(name)
+            if name.split(".")[-1] == "bias" and not head.holds(name)
         ]
         if not biases:
             raise bad_value(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import bad_value
 from .base import with_dropout
 from .modules import find_targets
-from .peft_adapter import ADAPTER, PeftAdapter, layers_of
+from .peft_adapter import ADAPTER, PeftAdapter, layers_of, wrap
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Lora(PeftAdapter):
 
     def build(self, model: Any, planned_steps: int) -> Any:
         """Wrap `model` with PEFT; see `Method.build`."""
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         config = LoraConfig(
             r=self.r,
@@ -53,7 +53,7 @@ class Lora(PeftAdapter):
             target_modules=find_targets(self.target_modules, model),
             task_type=self.task_type,
         )
-        return get_peft_model(model, config)
+        return wrap(model, config)
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the rank of every module; see `Method.ranks`."""

@@ -9,20 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import bad_value
-from ...tuner.layout import PEFT_PREFIX
-
-HEAD_NAMES = ("classifier", "score")
-"""What transformers calls the heads of its classifiers; they train with every adapter, as PEFT has it for SEQ_CLS."""
-
-
-def base_name(name: str) -> str:
-    """Return the name that a module or parameter had before PEFT wrapped the model."""
-    return name.removeprefix(PEFT_PREFIX)
-
-
-def is_head(name: str) -> bool:
-    """Whether a parameter or module of a model, wrapped by PEFT or not, belongs to its head."""
-    return base_name(name).split(".")[0] in HEAD_NAMES
+from .head import head_of
 
 
 def encoder_linears(model: nn.Module) -> list[str]:
@@ -46,7 +33,7 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
     """
     if chosen is None:
         return encoder_linears(model)
-    names = [name for name in _linears(model) if not is_head(name)]
+    names = _linears(model)
     if chosen == "all-linear":
         return names
     if isinstance(chosen, str):
@@ -59,21 +46,26 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
 
 def train_head_only(model: nn.Module) -> None:
     """Freeze everything but the head."""
+    head = head_of(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_head(name))
+        parameter.requires_grad_(head.holds(name))
 
 
 def count_active(model: nn.Module) -> int:
     """Return the number of parameters that train outside the head."""
+    head = head_of(model)
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not is_head(name)
+        if parameter.requires_grad and not head.holds(name)
     )
 
 
 def _linears(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    """Return the names of the linear modules outside the head."""
+    head = head_of(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name in linears if not head.holds(name)]
 
 
 def _ends(name: str, ending: str) -> bool:

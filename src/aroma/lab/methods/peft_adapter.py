@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ...errors import bad_value
 from .base import Method
-from .modules import base_name
+from .head import base_name, head_of, require_new_trains
 
 ADAPTER = "default"
 """The name that PEFT gives the adapter of `get_peft_model`."""
@@ -29,6 +30,35 @@ class PeftAdapter(Method):
         """Write the adapter as PEFT does, head included; see `Method.save`."""
         with staged(folder) as staging:
             model.save_pretrained(staging)
+
+
+def wrap(model: Any, config: Any) -> Any:
+    """Wrap `model` with PEFT, so that its head trains whole beside the adapter, and is saved with it.
+
+    Args:
+        model: A transformers classifier.
+        config: PEFT's configuration of the adapter; gets the head's modules as `modules_to_save`.
+
+    Raises:
+        ConfigError: A parameter that the checkpoint lacks would not train, or one of the backbone would.
+    """
+    from peft import get_peft_model
+
+    head, asked = head_of(model), config.modules_to_save or []
+    config.modules_to_save = [*asked, *head.modules_to_save()] or None
+    wrapped = get_peft_model(model, config)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    require_new_trains(head, trained)
+    for name in trained:
+        # PEFT takes every module whose name ends so.
+        if ".modules_to_save." in name and not asked and not head.holds(name):
+            raise bad_value(
+                "parameter",
+                base_name(name),
+                f"PEFT would train it with the head, whose modules are {', '.join(head.modules)}, for its like name; "
+                "take a method that is no PEFT adapter, as 'bitfit'",
+            )
+    return wrapped
 
 
 def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:

@@ -1,0 +1,425 @@
+"""Heads of every build: they train whole with every method, nothing else does unasked, and PEFT reloads them."""
+
+import json
+
+import pytest
+import torch
+import transformers
+import yaml
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from aroma import AromaConfig, aroma_layers
+from aroma.cli import main
+from aroma.errors import ConfigError
+from aroma.export import load_with_adapter
+from aroma.files import read_tensors
+from aroma.lab.methods import METHODS, AdaLora, Aroma, BitFit, Full, HeadOnly, Lora, encoder_linears, make_method
+from aroma.lab.methods.head import Head, head_of
+from aroma.lab.methods.modules import find_targets
+from aroma.lab.methods.peft_adapter import PeftAdapter
+from aroma.lab.model import count_trainable, grow, load_classifier
+from aroma.lab.specs import TrainSpec
+from aroma.lab.trainer import make_optimizer
+from tiny_classifier import WORDS, sentences, write_json_lines
+
+VOCABULARY, STEPS, LABELS = 45, 5, ("a", "b", "c")
+BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 34,
+    "initializer_range": 0.2,
+}
+BACKBONES = {
+    "distilbert": lambda: transformers.DistilBertModel(
+        transformers.DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=16,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=32,
+            max_position_embeddings=34,
+            initializer_range=0.2,
+        )
+    ),
+    "bart": lambda: transformers.BartModel(
+        transformers.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=34,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            decoder_start_token_id=3,
+            forced_eos_token_id=3,
+            init_std=0.2,
+        )
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            eos_token_id=3,
+            decoder_start_token_id=0,
+        )
+    ),
+    "deberta": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    ),
+    "xlnet": lambda: transformers.XLNetModel(
+        transformers.XLNetConfig(
+            vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=32, initializer_range=0.2
+        )
+    ),
+    "bert without pooler": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**BERT)),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**BERT)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=34, n_embd=16, n_layer=2, n_head=2)
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=34,
+        )
+    ),
+}
+HEADS = {
+    "distilbert": {"pre_classifier", "classifier"},
+    "bart": {"classification_head"},
+    "t5": {"classification_head"},
+    "deberta": {"pooler", "classifier"},
+    "xlnet": {"sequence_summary", "logits_proj"},
+    "bert without pooler": {"bert.pooler", "classifier"},
+    "bert": {"classifier"},
+    "roberta": {"classifier"},
+    "gpt2": {"score"},
+    "llama": {"score"},
+}
+"""The modules of every head."""
+OTHERS = list(HEADS)[:6]
+"""Builds whose head PEFT does not find for itself."""
+SAME = list(HEADS)[6:]
+"""Builds whose head PEFT finds."""
+ADAPTERS = [kind for kind, made in METHODS.items() if issubclass(made, PeftAdapter)]
+GROWS = {"max_inner_steps": 2, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The pretrained models, without heads."""
+    root = tmp_path_factory.mktemp("backbones")
+    for index, (name, make) in enumerate(BACKBONES.items()):
+        torch.manual_seed(index)
+        make().save_pretrained(root / name)
+    return root
+
+
+def load(folders, name):
+    torch.manual_seed(9)
+    return load_classifier(str(folders / name), LABELS, 0)
+
+
+def method_of(kind, **options):
+    return make_method(kind, {**(GROWS if kind == "aroma" else {}), **options})
+
+
+def batch():
+    tokens = torch.randint(5, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(1))
+    labels = tokens[:, 0] % len(LABELS)
+    tokens[:, -1] = 3  # BART and T5 pool at the end of the sentence
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+def train(method, model, steps=STEPS):
+    optimizer = make_optimizer(model, TrainSpec(learning_rate=1e-2), method)
+    hooks = method.hooks(model, optimizer, steps)
+    model.train()
+    for step in range(1, steps + 1):
+        model(**batch()).loss.backward()
+        hooks.before_step(step)
+        optimizer.step()
+        hooks.after_step(step)
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    inputs = batch()
+    del inputs["labels"]
+    return model.eval()(**inputs).logits
+
+
+def plain_name(name):
+    """The name that a parameter had before any method came; None for what an adapter brought along."""
+    if "lora_" in name or ".adapter." in name or ".original_module." in name or ".ranknum." in name:
+        return None
+    for part in ("base_model.model.", ".modules_to_save.default", ".base_layer", ".sublayer"):
+        name = name.replace(part, "")
+    return name
+
+
+def plain_parameters(model):
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in named.items() if name is not None}
+
+
+def in_head(build, name):
+    return any(name.startswith(f"{module}.") for module in HEADS[build])
+
+
+def takes(build, kind):
+    """Whether the backbone has what the method needs: biases, or the sublayers of BERT."""
+    if (build, kind) == ("t5", "bitfit"):
+        return False
+    return kind not in ("houlsby", "pfeiffer") or build in ("deberta", "bert without pooler", "bert", "roberta")
+
+
+# What the head is ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", HEADS)
+def test_the_head_is_what_the_checkpoint_lacks(folders, build):
+    model = load(folders, build)
+    head = head_of(model)
+    assert set(head.modules) == HEADS[build]
+    assert head.parameters == ()
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name in names if head.holds(name)] == [name for name in names if in_head(build, name)]
+    assert sorted(head.new) == sorted(name for name in names if in_head(build, name))
+
+
+@pytest.mark.parametrize("build", OTHERS)
+def test_a_head_that_was_pretrained_is_a_head_all_the_same(folders, build, tmp_path):
+    load(folders, build).save_pretrained(tmp_path)
+    model = load_classifier(str(tmp_path), LABELS, 0)
+    assert head_of(model).new == ()
+    assert set(head_of(model).modules) == HEADS[build] - {"bert.pooler"}  # that is the backbone's, once it is trained
+
+
+def test_a_language_models_own_head_is_none(folders):
+    model = transformers.LlamaForCausalLM.from_pretrained(folders / "llama")
+    assert head_of(model) == Head()
+    assert "lm_head" in find_targets("all-linear", model)
+
+
+# What trains ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("build", OTHERS)
+def test_the_whole_head_trains_and_the_backbone_only_where_it_must(folders, build, kind):
+    method, model = method_of(kind), load(folders, build)
+    before = plain_parameters(model)
+    if not takes(build, kind):
+        with pytest.raises(ConfigError, match=r"model=.*; compare another method on it"):
+            method.build(model, STEPS)
+        return
+    model = method.build(model, STEPS)
+    train(method, model)
+    after = plain_parameters(model)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    head = {name for name in before if in_head(build, name)}
+    trained = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad} - {None}
+    assert head <= moved <= trained
+    expected = {"full": set(before), "bitfit": {name for name in before if name.split(".")[-1] == "bias"}}
+    assert trained == head | expected.get(kind, set())
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("build", OTHERS)
+def test_the_head_has_its_own_learning_rate_and_is_counted_as_the_head(folders, build, kind):
+    if not takes(build, kind):
+        return
+    method, model = method_of(kind), load(folders, build)
+    size = sum(parameter.numel() for name, parameter in model.named_parameters() if in_head(build, name))
+    model = method.build(model, STEPS)
+    optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02), method)
+    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
+    total = sum(p.numel() for p in method.parameters(model))
+    assert sizes == ({0.02: size} if kind == "head_only" else {0.1: total - size, 0.02: size})
+    assert count_trainable(model) == {"adapter": total - size, "head": size}
+    assert method.active_parameters(model) == total - size
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("build", OTHERS)
+def test_the_head_is_never_adapted(folders, build, kind, target_modules):
+    base = load(folders, build)
+    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    method = method_of(kind, target_modules=target_modules)
+    adapted = list(method.ranks(method.build(base, STEPS)))
+    # In all of these builds the linear modules outside the head are those of the numbered layers.
+    assert adapted == [name for name in linears if not in_head(build, f"{name}.")]
+
+
+@pytest.mark.parametrize("build", OTHERS)
+def test_what_aroma_train_grows_is_no_head(folders, build):
+    base = load(folders, build)
+    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    model = grow(base, AromaConfig(task_type="SEQ_CLS"))
+    assert list(aroma_layers(model)) == [name for name in linears if not in_head(build, f"{name}.")]
+    trained = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad} - {None}
+    assert trained == {name for name in plain_parameters(model) if in_head(build, name)}
+
+
+# Saving --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("build", OTHERS)
+def test_a_saved_adapter_gives_the_same_answers_in_plain_peft(folders, build, kind, tmp_path):
+    method = method_of(kind)
+    model = train(method, method.build(load(folders, build), STEPS))
+    method.save(model, tmp_path)
+    torch.manual_seed(77)  # the head that the base model starts with is another one
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folders / build, num_labels=len(LABELS))
+    assert not torch.allclose(logits(base), logits(model), atol=1e-3)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model), atol=1e-5, rtol=1e-5)
+    if kind != "adalora":
+        loaded = load_with_adapter(tmp_path, str(folders / build))
+        torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("build", OTHERS)
+def test_the_head_alone_is_saved_whole(folders, build, tmp_path):
+    model = train(HeadOnly(), HeadOnly().build(load(folders, build), STEPS))
+    HeadOnly().save(model, tmp_path)
+    saved = read_tensors(tmp_path / "trained.safetensors")
+    assert set(saved) == {name for name in plain_parameters(model) if in_head(build, name)}
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "aroma"])
+@pytest.mark.parametrize("build", SAME)
+def test_where_peft_finds_the_head_the_files_are_those_of_peft_alone(folders, build, kind, tmp_path):
+    targets = encoder_linears(load(folders, build))
+    common = {"target_modules": targets, "task_type": "SEQ_CLS"}
+    method, config = {
+        "lora": (Lora(), LoraConfig(r=8, lora_alpha=8, **common)),
+        "adalora": (AdaLora(), AdaLoraConfig(init_r=12, lora_alpha=12, total_step=STEPS, deltaT=1, **common)),
+        "aroma": (Aroma(options={"component_seed": 3}), AromaConfig(component_seed=3, **common)),
+    }[kind]
+    one, other = tmp_path / "one", tmp_path / "other"
+    base = load(folders, build)
+    torch.manual_seed(4)
+    method.save(method.build(base, STEPS), one)
+    base = load(folders, build)
+    torch.manual_seed(4)
+    get_peft_model(base, config).save_pretrained(other)
+    names = {file.name for file in one.iterdir()} - {"README.md"}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert json.loads((one / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+    for name in names - {"adapter_config.json"}:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (one, other)]
+    for read in configs:
+        read["target_modules"].sort()
+    assert configs[0] == configs[1]
+
+
+# From the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", ["distilbert", "bart", "xlnet"])
+def test_aroma_train_and_eval_agree(folders, build, tmp_path):
+    model = tmp_path / "model"
+    BACKBONES[build]().save_pretrained(model)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = transformers.BertTokenizerFast(str(vocabulary), model_max_length=32)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(model)
+    recipe = {
+        "model": {"name": str(model)},
+        "data": {
+            "train": str(write_json_lines(tmp_path / "train.jsonl", sentences(60, seed=1))),
+            "test": str(write_json_lines(tmp_path / "test.jsonl", sentences(21, seed=2))),
+            "task": "regression",  # one output: not the two that a base model has by default
+            "label": "score",
+            "max_length": 10,
+        },
+        "adapter": {"max_inner_steps": 5, "inner_check_interval": 5},
+        "training": {"max_steps": 10, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 1, "save_steps": None},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'run'}"]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert not [name for name in result["ranks"] if in_head(build, f"{name}.")]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    heads = [tensor for name, tensor in saved.items() if in_head(build, name.removeprefix("base_model.model."))]
+    assert sum(tensor.numel() for tensor in heads) == result["trainable_parameters"]["head"] > 16 * 16
+    out = tmp_path / "metrics.json"
+    arguments = ["eval", str(tmp_path / "run" / "adapter"), "--data", str(tmp_path / "test.jsonl"), "--json", str(out)]
+    assert main(arguments) == 0
+    assert json.loads(out.read_text())["metrics"] == pytest.approx(result["metrics"]["test"], abs=1e-4)
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+LACKING = "bert.encoder.layer.1.output.LayerNorm.bias"
+
+
+@pytest.fixture
+def lacking(folders, tmp_path):
+    """A checkpoint without one bias of the backbone."""
+    transformers.BertModel.from_pretrained(folders / "bert").save_pretrained(tmp_path / "lacking")
+    file = tmp_path / "lacking" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[LACKING.removeprefix("bert.")]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_refuses_what_it_would_leave_at_its_random_start(lacking, kind):
+    with pytest.raises(ConfigError, match=f"parameter='{LACKING}': the checkpoint lacks it"):
+        method_of(kind).build(load(lacking, "lacking"), STEPS)
+
+
+def test_aroma_train_refuses_it_too(lacking):
+    with pytest.raises(ConfigError, match=f"parameter='{LACKING}': the checkpoint lacks it"):
+        grow(load(lacking, "lacking"), AromaConfig(task_type="SEQ_CLS"))
+
+
+@pytest.mark.parametrize("method", [HeadOnly(), BitFit(), Full()], ids=lambda method: method.name)
+def test_other_methods_train_it(lacking, method):
+    model = method.build(load(lacking, "lacking"), STEPS)
+    before = model.get_parameter(LACKING).detach().clone()
+    assert head_of(model).parameters == (LACKING,)
+    assert not torch.equal(train(method, model).get_parameter(LACKING), before)
+
+
+def test_the_optimizer_refuses_a_head_that_somebody_froze(folders):
+    model = load(folders, "distilbert")
+    model.pre_classifier.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"parameter='pre_classifier\.weight': the checkpoint lacks it"):
+        make_optimizer(model, TrainSpec(learning_rate=0.1))
+
+
+def test_peft_is_not_let_train_a_module_of_the_backbone_for_its_name(folders):
+    model = load(folders, "distilbert")
+    model.distilbert.no_classifier = nn.Linear(16, 16)
+    with pytest.raises(ConfigError, match=r"parameter='distilbert\.no_classifier.*\.weight': PEFT would train it"):
+        Lora().build(model, STEPS)
