@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from aroma import AromaConfig, aroma_layers
 from aroma.tuner import AromaLinear, fused
 from aroma.tuner.fused import add_update, linear_with_update
-from aroma.tuner.layer import _is_traced
+from aroma.tuner.watched import is_traced
 from models import adapted, batch, set_ranks
 
 N, M = 6, 5
@@ -366,7 +366,7 @@ def test_hooks_and_replacements_of_the_base_layer_are_called() -> None:
     handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
     layer(x)
     handle.remove()
-    assert len(seen) == 1 + 2, "the base layer and the layer"
+    assert len(seen) == 1 + 5, "the base layer, the pair, its dropout, and the layer"
 
 
 def test_a_base_layer_of_a_kind_of_its_own_is_called() -> None:
@@ -477,7 +477,7 @@ def test_a_whole_model_is_the_composed_one() -> None:
     model.eval()
     mine = model(**examples).logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aroma.tuner.layer._is_traced", lambda x: True)
+        patch.setattr("aroma.tuner.layer.is_traced", lambda x: True)
         theirs = model(**examples).logits
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert not _is_traced(examples["input_ids"])
+    assert not is_traced(examples["input_ids"])

@@ -14,8 +14,9 @@ CHUNK = 8
 class FinishedComponents(nn.Module):
     """The components of one module that no longer train: ΔW = B A, with the scale s already folded into B.
 
-    The storage grows in chunks of 8 components, zero-padded, and is written in place. The state dict holds exactly
-    the `rank` components there are, so its shapes tell the rank.
+    The storage grows in chunks of 8 components, zero-padded, and is written in place; it is never an inference tensor,
+    with which nobody could train later. The state dict holds exactly the `rank` components there are, so its shapes
+    tell the rank.
 
     Args:
         in_features (`int`): n.
@@ -46,6 +47,7 @@ class FinishedComponents(nn.Module):
         """Left factors with the scale folded in, (m, R)."""
         return self.storage_B[:, : self.rank]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def append(self, B: Tensor, A: Tensor) -> None:
         """Add components `B` (m, k), scale folded in, and `A` (k, n) behind the ones there are."""
@@ -55,6 +57,7 @@ class FinishedComponents(nn.Module):
         self.storage_B[:, self.rank : new_rank] = B
         self.rank = new_rank
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def pop(self, count: int) -> tuple[Tensor, Tensor]:
         """Remove the last `count` components and return copies of them: (m, count) and (count, n)."""
@@ -75,6 +78,7 @@ class FinishedComponents(nn.Module):
         B[:, : self.rank] = self.B
         self.storage_A, self.storage_B = A, B
 
+    @torch.inference_mode(False)
     def _clear(self, like_A: Tensor, like_B: Tensor) -> None:
         self.rank = 0
         self.storage_A = like_A.new_empty(0, like_A.shape[1])

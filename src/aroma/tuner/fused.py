@@ -48,6 +48,11 @@ class Update(NamedTuple):
     scale: float
     p: float
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the pair, which finished components follow."""
+        return self.A.dtype if self.a is None else self.a.dtype
+
 
 def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
     """Return W0 x + bias + ΔW x.
@@ -71,7 +76,7 @@ def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, update: U
 def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
     """Add ΔW x to what a base layer made of x, for base layers that only they themselves can evaluate.
 
-    Computed in the dtype of the components (under autocast: in its dtype), so that a base layer of lower precision
+    Computed in the dtype of the pair (under autocast: in its dtype), so that a base layer of lower precision
     rounds the update once.
 
     Args:
@@ -82,7 +87,7 @@ def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
     Returns:
         `result`.
     """
-    dtype = autocast_dtype(x) or update.A.dtype
+    dtype = autocast_dtype(x) or update.dtype
     y: Tensor = _LinearWithUpdate.apply(x, update.a, update.b, result, None, None, update, dtype)
     return y
 
@@ -123,30 +128,37 @@ class _LinearWithUpdate(torch.autograd.Function):
                 ctx.mark_dirty(result)
             parts.add(y, h)
         ctx.call, ctx.pair_dtype = call, None if a is None else a.dtype
-        # Without a pair there is no gradient that needs x.
-        kept = (None, None) if a is None else (x, h[:, h.shape[1] - a.shape[0] :].contiguous())
+        # Without a pair that trains there is no gradient that needs x.
+        trains = a is not None and any(ctx.needs_input_grad[1:3])
+        kept = (x, h[:, h.shape[1] - a.shape[0] :].contiguous()) if a is not None and trains else (None, None)
         ctx.save_for_backward(*kept, a, b, weight, update.A, update.B)
-        return y.view(*x.shape[:-1], y.shape[-1]) if result is None else result
+        if result is not None:
+            return result
+        # .data: to a view that is made in here nobody could write in place (ReLU(inplace=True)).
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]).data
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, a, b, weight, A, B = ctx.saved_tensors
         call: _Call = ctx.call
         gx = ga = gb = None
+        needs_x, needs_a, needs_b, needs_result = ctx.needs_input_grad[:4]
         with _without_autocast(gy.device):
             parts = call.parts(a, b, weight, A, B)
             g = call.flat(gy)
             gh = parts.project_back(g)
-            if ctx.needs_input_grad[0]:
+            if needs_x:
                 gx = _cast(parts.input_gradient(g, gh), call.input_dtype).view(call.shape)
-            if parts.a is not None:
+            if parts.a is not None and (needs_a or needs_b):
                 dropped = parts.dropped(call.flat(x))
-                if torch.is_grad_enabled():  # create_graph: the kept h hangs on no graph
-                    h = dropped @ parts.a.t()
-                ga = _cast(gh[:, parts.A.shape[0] :].t() @ dropped, ctx.pair_dtype)
-                gb = (h.t() @ g).t()
-                gb = _cast(gb if call.pair_scale == 1 else gb * call.pair_scale, ctx.pair_dtype)
-        return gx, ga, gb, gy if ctx.needs_input_grad[3] else None, *(None,) * 4
+                if needs_a:
+                    ga = _cast(parts.of_pair(gh).t() @ dropped, ctx.pair_dtype)
+                if needs_b:
+                    if torch.is_grad_enabled():  # create_graph: the kept h hangs on no graph
+                        h = dropped @ parts.a.t()
+                    gb = (h.t() @ g).t()
+                    gb = _cast(gb if call.pair_scale == 1 else gb * call.pair_scale, ctx.pair_dtype)
+        return gx, ga, gb, gy if needs_result else None, *(None,) * 4
 
 
 class _Call(NamedTuple):
@@ -250,11 +262,16 @@ class _Parts(NamedTuple):
         """Return [Bᵀ g, s bᵀ g] for g (T, m), as (T, R + r)."""
         return F.linear(g, self.up())
 
+    def of_pair(self, gh: Tensor) -> Tensor:
+        """Return the columns of gh (T, R + r) that belong to the pair, (T, r)."""
+        # Not a slice of everything, which batched gradients (is_grads_batched) cannot take.
+        return gh[:, self.A.shape[0] :] if self.A.shape[0] else gh
+
     def input_gradient(self, g: Tensor, gh: Tensor) -> Tensor:
         """Return the gradient of x, (T, n)."""
         if self.mask is not None and self.a is not None:
             R = self.A.shape[0]
-            gx = (gh[:, R:] @ self.a).mul_(self.mask)
+            gx = (self.of_pair(gh) @ self.a).mul_(self.mask)
             if R:
                 gx.addmm_(gh[:, :R], self.A)
             return gx if self.weight is None else gx.addmm_(g, self.weight)

@@ -10,12 +10,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, NonFiniteError
 from .finished import FinishedComponents
 from .fused import Update, add_update, autocast_dtype, linear_with_update
+from .watched import are_plain_linear, is_hooked, is_traced, returns_its_own
 
 
 class AromaLinear(LoraLinear):
@@ -27,13 +27,18 @@ class AromaLinear(LoraLinear):
                   +  s · b a drop(x)  the component in training, s = lora_alpha / r       b (m, r), a (r, n)
 
     (section 3.1). W0 is never written. A frozen module has b = a = 0 and costs its finished components only.
+
+    `scaling` is the scale that PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change for a while; it
+    scales the whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
+    other_param_names = (*LoraLinear.other_param_names, "own_scaling")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        # Adapters that are outer-converged here. Before the parent's constructor, which already calls update_layer.
-        self.frozen_adapters: set[str] = set()
+        # Before the parent's constructor, which already calls update_layer.
+        self.frozen_adapters: set[str] = set()  # outer-converged here
+        self.own_scaling: dict[str, float] = {}
         super().__init__(base_layer, adapter_name, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
@@ -43,6 +48,7 @@ class AromaLinear(LoraLinear):
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        self.own_scaling[adapter_name] = self.scaling[adapter_name]
 
     # The pair and what is known of it -------------------------------------------------------------------------------
 
@@ -67,11 +73,17 @@ class AromaLinear(LoraLinear):
     def components(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return the whole update as B (m, R) with the scale folded in and A (R, n), the pair last if it has moved."""
         finished = self.finished(adapter_name)
+        B = self._scaled(finished.B, adapter_name)
         if not self._pair_counts(adapter_name):
-            return finished.B, finished.A
+            return B, finished.A
         b, a = self.pair(adapter_name)
-        B = torch.cat([finished.B.to(b), b * self.scaling[adapter_name]], dim=1)
+        B = torch.cat([B.to(b), b * self.scaling[adapter_name]], dim=1)
         return B, torch.cat([finished.A.to(a), a], dim=0)
+
+    def _scaled(self, B: Tensor, adapter_name: str) -> Tensor:
+        """Scale left factors of finished components by what PEFT scales the adapter by for a while, mostly 1."""
+        scale, own = self.scaling[adapter_name], self.own_scaling[adapter_name]
+        return B if scale == own else B * (scale / own)
 
     def _pair_counts(self, adapter_name: str) -> bool:
         return not self.is_frozen(adapter_name) and bool(self.pair(adapter_name)[0].any())
@@ -82,7 +94,8 @@ class AromaLinear(LoraLinear):
     def merge_pair(self, adapter_name: str) -> None:
         """Merge: the pair becomes a finished component."""
         b, a = self.pair(adapter_name)
-        self.finished(adapter_name).append(b * self.scaling[adapter_name], a)
+        # Its own scale: one that PEFT has set for a while goes on scaling the component from outside.
+        self.finished(adapter_name).append(b * self.own_scaling[adapter_name], a)
 
     @torch.no_grad()
     def start_pair(self, adapter_name: str, a: Tensor, b: Tensor | None = None) -> None:
@@ -168,14 +181,13 @@ class AromaLinear(LoraLinear):
         adapters = [] if self.disable_adapters or self.merged else [*filter(self._adds, self.active_adapters)]
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
-        if _is_traced(x):
+        if is_traced(x) or not all(map(self._pair_is_plain, adapters)):
             return self._composed(x, adapters, *args, **kwargs)
         updates = [self._update(adapter_name) for adapter_name in adapters]
         if len(updates) == 1 and not args and not kwargs and self._can_replace_base(x, updates[0]):
             base = self.get_base_layer()
             weight = base.weight.T if self.fan_in_fan_out else base.weight
             return linear_with_update(x, weight, base.bias, updates[0])
-        # Flat: of a batch of sequences nn.Linear returns a view, and writing to views is slow.
         flat = x.reshape(-1, x.shape[-1])
         result = self._writable_result(flat, x, *args, **kwargs)
         for update in updates:
@@ -189,29 +201,35 @@ class AromaLinear(LoraLinear):
         # The capacity, not the rank: a compiled graph depends on nothing that changes at every growth.
         return not self.is_frozen(adapter_name) or self.finished(adapter_name).capacity > 0
 
+    def _pair_is_plain(self, adapter_name: str) -> bool:
+        """Whether nobody would miss a call of the modules that hold the pair."""
+        return self.is_frozen(adapter_name) or are_plain_linear(self.lora_A[adapter_name], self.lora_B[adapter_name])
+
     def _update(self, adapter_name: str) -> Update:
         finished = self.finished(adapter_name)
         b, a = (None, None) if self.is_frozen(adapter_name) else self.pair(adapter_name)
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return Update(finished.storage_A, finished.storage_B, a, b, self.scaling[adapter_name], p)
+        B = self._scaled(finished.storage_B, adapter_name)
+        return Update(finished.storage_A, B, a, b, self.scaling[adapter_name], p)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
         """Whether the base layer is a plain frozen matmul that nobody listens to, in one dtype with all the rest."""
         base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
+        if type(base) not in (nn.Linear, Conv1D) or is_hooked(base):
             return False
         for parameter in (base.weight, base.bias):
             if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):
                 return False
-        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == update.A.dtype
+        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == update.A.dtype == update.dtype
 
     def _writable_result(self, flat: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's result, (tokens, m), as a tensor that belongs to nobody else."""
         base = self.base_layer
-        if args or kwargs or not isinstance(base, nn.Linear) or _is_hooked(base):
+        if args or kwargs or not returns_its_own(base):
             result = base(x, *args, **kwargs)
             return result.reshape(-1, result.shape[-1]).clone()
+        # Flat: of a batch of sequences nn.Linear returns a view, and writing to views is slow.
         result = base(flat)
         return result.clone() if result._is_view() else result
 
@@ -220,12 +238,13 @@ class AromaLinear(LoraLinear):
         result = self.base_layer(x, *args, **kwargs)
         for adapter_name in adapters:
             update = self._update(adapter_name)
-            inputs = self._cast_input_dtype(x, update.A.dtype)
+            inputs = self._cast_input_dtype(x, update.dtype)
             if update.A.shape[0]:
-                result = result + F.linear(F.linear(inputs, update.A), update.B).to(result.dtype)
-            if update.a is not None and update.b is not None:
-                h = F.linear(self.lora_dropout[adapter_name](inputs), update.a)
-                result = result + (F.linear(h, update.b) * update.scale).to(result.dtype)
+                A, B = update.A.to(update.dtype), update.B.to(update.dtype)
+                result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
+            if update.a is not None:
+                h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
+                result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
         return result
 
     def __repr__(self) -> str:
@@ -235,19 +254,3 @@ class AromaLinear(LoraLinear):
 
 def _is_quantised(weight: Tensor) -> bool:
     return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether somebody watches or replaces the calls of a module."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(vars(module)[name] for name in hooks) or bool(_has_any_global_hook())
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether somebody follows the operations on `x`, who could not look into an autograd function of ours."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or type(x) not in (Tensor, nn.Parameter)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )

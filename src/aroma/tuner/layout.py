@@ -141,7 +141,7 @@ def _whole_update(
     B = state_dict[f"{key}.lora_finished.{adapter_name}.B"].to(b)
     if not b.any():
         return B, A
-    return torch.cat([B, b * layer.scaling[adapter_name]], dim=1), torch.cat([A, a], dim=0)
+    return torch.cat([B, b * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a], dim=0)
 
 
 def _module_name(key: str) -> str:

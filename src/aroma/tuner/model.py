@@ -108,6 +108,9 @@ class AromaModel(LoraModel):
         config = self.peft_config[adapter_name]
         if not config.dtype_is_settled:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            for layer in aroma_layers(self, adapter_name).values():
+                # PEFT casts parameters alone: the (empty) storage still has the dtype of the base layer.
+                layer.finished(adapter_name).to(layer.pair(adapter_name)[1].dtype)
             config.dtype_is_settled = True
 
     def _check_merge_allowed(self) -> None:

@@ -1,0 +1,470 @@
+"""What PyTorch and PEFT promise of any layer, and ours must keep: it is one node, but nobody needs to know."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from peft.helpers import rescale_adapter_scale
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.pytorch_utils import Conv1D
+
+from aroma import AromaConfig, aroma_layers
+from aroma.tuner import AromaLinear
+from aroma.tuner.layout import plain_tensors
+from test_fused import FOLDED, M, N, answer, assert_same, composed, folding, grown, kept
+
+SHAPES = [(4, N), (2, 3, N)]
+
+
+def seeded(layer: AromaLinear, function: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor | None]:
+    torch.manual_seed(6)
+    return answer(function, layer, x)
+
+
+def assert_equal(one: list[Tensor | None], other: list[Tensor | None]) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+# Its output belongs to the caller ------------------------------------------------------------------------------------
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "relu": F.relu_,
+    "divide": lambda y: y.div_(2),
+    "clamp": lambda y: y.clamp_(-1, 1),
+    "a view of it": lambda y: y.view(-1, 1, M).transpose(0, 1).mul_(3),
+}
+
+
+@pytest.mark.parametrize("folded", FOLDED)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (N,)])
+@pytest.mark.parametrize("write", WRITES)
+def test_the_output_may_be_written_to(write: str, shape: tuple[int, ...], frozen: bool, folded: bool) -> None:
+    layer = grown(nn.Linear(N, M), 3, frozen)
+    x = torch.randn(shape, requires_grad=True)
+
+    def then_written(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            y = function(x)
+            WRITES[write](y)
+            return y
+
+        return run
+
+    with folding(folded):
+        mine = answer(then_written(layer), layer, x)
+        theirs = answer(then_written(lambda x: composed(layer, x)), layer, x)
+        assert_equal(mine, theirs)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(then_written(layer)(x), theirs[0], rtol=1e-5, atol=1e-5)
+
+
+_TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+WRITERS: dict[str, Callable[[], nn.Module]] = {
+    "inplace ReLU": lambda: nn.Sequential(
+        nn.Embedding(50, N), nn.Linear(N, M), nn.ReLU(inplace=True), nn.Linear(M, 2)
+    ),
+    "DeBERTa": lambda: transformers.DebertaModel(
+        transformers.DebertaConfig(
+            **_TINY,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            max_relative_positions=8,
+            position_biased_input=False,
+        )
+    ),
+    "OLMo": lambda: transformers.OlmoForCausalLM(
+        transformers.OlmoConfig(**_TINY, clip_qkv=8.0, pad_token_id=0, eos_token_id=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_models_that_write_to_the_output_train(name: str) -> None:
+    targets = ["1", "3"] if name == "inplace ReLU" else "all-linear"
+    model = get_peft_model(WRITERS[name](), AromaConfig(target_modules=targets, max_inner_steps=10)).train()
+    output = model(torch.randint(2, 50, (2, 6)))
+    (output if isinstance(output, Tensor) else output[0]).square().sum().backward()
+    assert all(layer.pair("default")[0].grad is not None for layer in aroma_layers(model).values())
+
+
+# Half-precision bases ------------------------------------------------------------------------------------------------
+
+
+def over_half(base: nn.Module, dtype: torch.dtype) -> AromaLinear:
+    """Return a growing layer of rank 0 with a random pair over a base that was of half precision before."""
+    model = get_peft_model(nn.Sequential(base).to(dtype), AromaConfig(target_modules=["0"], max_inner_steps=10))
+    layer = aroma_layers(model)["0"]
+    b, a = layer.pair("default")
+    torch.manual_seed(3)
+    layer.start_pair("default", torch.randn_like(a), torch.randn_like(b))
+    return layer
+
+
+@pytest.mark.parametrize("base", [nn.Linear(N, M), Conv1D(M, N)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_first_component_over_a_half_base_is_computed_like_all_others(base: nn.Module, dtype: torch.dtype) -> None:
+    layer = over_half(base, dtype)
+    finished = layer.finished("default")
+    assert finished.storage_A.dtype == finished.storage_B.dtype == layer.pair("default")[1].dtype == torch.float32
+    x = torch.randn(4, N, dtype=dtype)
+    before = layer(x)
+    for looked_into in (composed(layer, x), torch.func.vmap(layer)(x), compiled(layer)(x)):
+        torch.testing.assert_close(looked_into, before, rtol=2e-2, atol=2e-2)  # these round twice
+    layer.merge_pair("default")
+    layer.start_pair("default", torch.zeros(1, N))
+    torch.testing.assert_close(layer(x), before, rtol=2**-7, atol=2**-7)
+
+
+def test_a_pair_of_another_precision_than_its_components_decides() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    layer.base_layer.bfloat16()
+    layer.finished("default").bfloat16()
+    x = torch.randn(4, N, dtype=torch.bfloat16, requires_grad=True)
+    assert not layer._can_replace_base(x, layer._update("default"))
+    assert_same(layer, x, rtol=2e-2, atol=2e-2)
+
+
+# Base layers that are not what they seem -----------------------------------------------------------------------------
+
+
+class Tanh(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x))
+
+
+class Keeping(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+class Centred(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(-2, keepdim=True))
+
+
+class Returning(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [Tanh, Keeping, Centred, Returning])
+def test_a_derived_layer_is_called_as_it_is_and_its_result_left_alone(
+    kind: type[nn.Linear], shape: tuple[int, ...]
+) -> None:
+    layer = grown(kind(N, N), 3)
+    x = torch.randn(shape, requires_grad=True)
+    assert_same(layer, x, rtol=1e-5, atol=1e-5)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            given = x.detach().clone()
+            result, expected = layer(given), composed(layer, given)
+            assert torch.equal(given, x)
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+            if isinstance(layer.base_layer, Keeping):
+                layer(given)
+                assert torch.equal(layer.base_layer.kept, nn.Linear.forward(layer.base_layer, given))
+
+
+# Modes of PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(N, M))
+    model = get_peft_model(net, AromaConfig(target_modules=["0"], max_inner_steps=10))
+    y = model(torch.randn(4, N, device="meta"))
+    assert (y.device.type, y.shape) == ("meta", (4, M))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_forward_mode_differentiation(hooked: bool) -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    x, direction = torch.randn(4, N), torch.randn(4, N)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+    B, A = layer.components("default")
+    expected = direction @ (layer.base_layer.weight + B @ A).T
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("folded", FOLDED)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_batched_gradients(rank: int, folded: bool, dropout: float) -> None:
+    layer = grown(nn.Linear(N, M), rank, lora_dropout=dropout)
+    x = torch.randn(4, N, requires_grad=True)
+    inputs = [x, *layer.pair("default")]
+    with folding(folded):
+        y = layer(x)
+        each = torch.eye(y.numel()).view(-1, *y.shape)
+        together = torch.autograd.grad(y, inputs, each, is_grads_batched=True, retain_graph=True)
+        alone = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in each]
+    for found, expected in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_nested_tensors() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    sequences = [torch.randn(2, N), torch.randn(3, N)]
+    for found, x in zip(layer(torch.nested.nested_tensor(sequences)).unbind(), sequences, strict=True):
+        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_number_is_refused_as_by_any_linear_layer() -> None:
+    with pytest.raises(RuntimeError) as expected:
+        nn.Linear(N, M)(torch.tensor(1.0))
+    with pytest.raises(RuntimeError) as found:
+        grown(nn.Linear(N, M), 3)(torch.tensor(1.0))
+    assert str(found.value) == str(expected.value)
+
+
+def test_growth_in_inference_mode_makes_buffers_that_train() -> None:
+    layer = grown(nn.Linear(N, M), 0)
+    finished = layer.finished("default")
+    with torch.inference_mode():
+        for _ in range(9):
+            layer.merge_pair("default")
+        finished.pop(1)
+    assert finished.rank == 8
+    assert not finished.storage_A.is_inference()
+    assert not finished.storage_B.is_inference()
+    layer(torch.randn(4, N, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "selective"])
+def test_checkpointing(kind: str, dropout: float, autocast: bool) -> None:
+    layer = grown(nn.Linear(N, N), 3, lora_dropout=dropout)
+    x = torch.randn(4, N, requires_grad=True)
+    function: Callable[[Tensor], Tensor] = layer
+    settings: dict[str, Any] = {"use_reentrant": kind == "reentrant"}
+    if kind == "selective":
+        function = partial(composed, layer)  # which it does: dropout is drawn otherwise
+        saved = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, saved)
+
+    def twice(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.tanh(layer(torch.tanh(layer(x))))
+
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        whole = seeded(layer, partial(twice, function), x)
+        again = seeded(layer, lambda x: checkpoint(partial(twice, layer), x, **settings), x)
+    for one, other in zip(whole, again, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_is_kept_may_be_offloaded(dropout: float) -> None:
+    layer = grown(nn.Linear(N, M), 3, lora_dropout=dropout)
+    x = torch.randn(4, N, requires_grad=True)
+
+    def offloaded(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return layer(x)
+
+    for one, other in zip(seeded(layer, layer, x), seeded(layer, offloaded, x), strict=True):
+        assert torch.equal(one, other)
+
+
+def compiled(layer: AromaLinear) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(layer, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "bfloat16", "autocast"])
+def test_compiled(kind: str) -> None:
+    layer = grown(nn.Linear(N, M), 3, lora_dropout=0.5 if kind == "dropout" else 0.0)
+    x = torch.randn(4, N)
+    if kind == "bfloat16":
+        layer.base_layer.bfloat16()
+        x = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16) if kind == "autocast" else nullcontext():
+        for one, other in zip(
+            seeded(layer, compiled(layer), x), seeded(layer, partial(composed, layer), x), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict: bool) -> None:
+    layer = grown(nn.Linear(N, M), 3).eval()
+    x = torch.randn(4, N)
+    program = torch.export.export(layer, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_made_in_training_goes_its_own_way() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(4, N)
+    loss = layer(x).sum()
+    twin = copy.deepcopy(layer)
+    loss.backward()
+    expected = twin(x)
+    layer.merge_pair("default")
+    layer.start_pair("default", torch.randn(1, N), torch.randn(M, 1))
+    assert torch.equal(twin(x), expected)
+    assert not torch.allclose(layer(x), expected)
+    twin(x).sum().backward()
+    assert (twin.finished("default").rank, layer.finished("default").rank) == (3, 4)
+
+
+def test_two_adapters_with_dropout() -> None:
+    net = nn.Sequential(nn.Linear(N, M))
+    config = partial(AromaConfig, target_modules=["0"], max_inner_steps=10, lora_alpha=1, lora_dropout=0.5)
+    model = get_peft_model(net, config())
+    model.add_adapter("second", config(inference_mode=True, r=2))
+    layer = aroma_layers(model)["0"]
+    for name in ("default", "second"):
+        layer.start_pair(name, torch.ones_like(layer.pair(name)[1]), torch.ones_like(layer.pair(name)[0]))
+    layer.set_adapter(["default", "second"])
+    x = torch.ones(3000, N, requires_grad=True)
+    added = layer(x) - layer.base_layer(x)
+    drawn = added.detach()
+    # Each feature of a token counts 1 / (1 - p) or nothing, in each adapter by itself: r s = 1 for both.
+    assert float(drawn.mean()) == pytest.approx(2 * N, rel=0.03)
+    assert float(drawn[:, 0].var()) == pytest.approx(2 * N, rel=0.15)
+    added.sum().backward()
+    b, _ = layer.pair("default")
+    assert float(b.grad.mean()) == pytest.approx(3000 * N, rel=0.05)
+
+
+# What PEFT and its users do to the pair ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", ["frozen by hand", "inference adapter"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_pair_that_does_not_train_keeps_nothing(pair: str, hooked: bool) -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    if pair == "frozen by hand":
+        for parameter in layer.pair("default"):
+            parameter.requires_grad_(False)
+    else:
+        layer.set_adapter("default", inference_mode=True)
+    x = torch.randn(4, N, requires_grad=True)
+    assert kept(layer, x) == []
+    assert_same(layer, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_half_a_pair_that_trains_gets_its_gradient_alone(part: int) -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    layer.pair("default")[part].requires_grad_(False)
+    x = torch.randn(4, N, requires_grad=True)
+    assert_same(layer, x, rtol=1e-5, atol=1e-5)
+    assert layer.pair("default")[part].grad is None
+    assert layer.pair("default")[1 - part].grad is not None
+
+
+SCALINGS: dict[str, Callable[[AromaLinear], None]] = {
+    "set_scale": lambda layer: layer.set_scale("default", 0.5),
+    "scale_layer": lambda layer: layer.scale_layer(0.5),
+    "unscale_layer": lambda layer: layer.unscale_layer(2),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("base", [lambda: nn.Linear(N, M), lambda: Conv1D(M, N)])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_scale_of_peft_scales_the_whole_update(scaling: str, base: Callable[[], nn.Module], frozen: bool) -> None:
+    layer = grown(base(), 3, frozen, lora_alpha=3, r=2)
+    x = torch.randn(2, 3, N)
+    without = layer.base_layer(x)
+    delta, added = layer.get_delta_weight("default"), layer(x) - without
+    SCALINGS[scaling](layer)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(layer(x) - without, added / 2)
+    close(composed(layer, x) - without, added / 2)
+    close(layer.get_delta_weight("default"), delta / 2)
+    B, A = layer.components("default")
+    close((B @ A).T if layer.fan_in_fan_out else B @ A, delta / 2)
+    layer.merge()
+    close(layer(x) - without, added / 2)
+    layer.unmerge()
+    layer.unscale_layer()
+    close(layer(x) - without, added)
+
+
+def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(N, M)), AromaConfig(target_modules=["0"], max_inner_steps=10, r=2))
+    layer = aroma_layers(model)["0"]
+    b, a = layer.pair("default")
+    layer.finished("default").append(torch.randn(M, 3), torch.randn(3, N))
+    layer.start_pair("default", torch.randn_like(a), torch.randn_like(b))
+    x = torch.randn(4, N)
+    expected = layer(x)
+    saved, _ = plain_tensors({"0": layer}, "default", {f"0.{key}": value for key, value in layer.state_dict().items()})
+    with rescale_adapter_scale(model, 0.0):
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+        assert not layer.get_delta_weight("default").any()
+    with rescale_adapter_scale(model, 0.25):
+        scaled = layer(x)
+        state = {f"0.{key}": value for key, value in layer.state_dict().items()}
+        again, _ = plain_tensors({"0": layer}, "default", state)
+        layer.merge_pair("default")
+        layer.start_pair("default", torch.zeros_like(a))
+        torch.testing.assert_close(layer(x), scaled)
+    torch.testing.assert_close(layer(x), expected)
+    assert all(torch.equal(saved[key], again[key]) for key in saved)
+
+
+def test_a_deleted_adapter_takes_its_scale_along() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(N, M)), AromaConfig(target_modules=["0"], max_inner_steps=10))
+    model.add_adapter("other", AromaConfig(target_modules=["0"], inference_mode=True))
+    model.delete_adapter("other")
+    assert set(aroma_layers(model)["0"].own_scaling) == {"default"}
+
+
+def test_hooks_on_the_modules_of_the_pair_are_called() -> None:
+    layer = grown(nn.Linear(N, M), 3)
+    x = torch.randn(4, N, requires_grad=True)
+    expected = answer(layer, layer, x)
+    calls: list[str] = []
+    handles = [
+        layer.lora_A["default"].register_forward_hook(lambda *_: calls.append("A")),
+        layer.lora_B["default"].register_forward_pre_hook(lambda *_: calls.append("B")),
+        layer.lora_A["default"].register_full_backward_hook(lambda *_: calls.append("A back")),
+    ]
+    assert_equal(answer(layer, layer, x), expected)
+    assert calls == ["A", "B", "A back"]
+    for handle in handles:
+        handle.remove()
+    layer(x)
+    assert len(calls) == 3
+
+
+def test_a_replaced_module_of_the_pair_is_called() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer = grown(nn.Linear(N, M), 0)
+    x = torch.randn(4, N)
+    added = layer(x) - layer.base_layer(x)
+    layer.lora_A["default"].__class__ = Doubled
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), 2 * added, rtol=1e-4, atol=1e-4)
