@@ -29,7 +29,7 @@ from aroma.lab.model import load_classifier
 from aroma.lab.specs import TrainSpec
 from aroma.lab.tasks.load import load_task
 from aroma.lab.tasks.spec import TaskSpec
-from aroma.lab.trainer import make_optimizer
+from aroma.lab.trainer import make_optimizer, training_arguments
 from aroma.lab.trials import run as running
 from aroma.lab.trials import usage, worker
 from aroma.lab.trials.curve import Curve
@@ -594,3 +594,27 @@ def test_full_fine_tuning_learns_and_loads_again(material: Path, tmp_path: Path)
     saved = load_file(tmp_path / "run" / "adapter" / "trained.safetensors")
     model = AutoModelForSequenceClassification.from_pretrained(material / "model", num_labels=2)
     assert model.load_state_dict(saved, strict=True)
+
+
+def test_no_two_seeds_and_epochs_share_an_order_of_the_examples(tmp_path):
+    orders = [order for seed in (0, 1, 2) for order in orders_of_epochs(tmp_path / str(seed), seed, epochs=3)]
+    assert len({tuple(order) for order in orders}) == 9
+    assert orders[:3] == orders_of_epochs(tmp_path / "again", 0, epochs=3)
+
+
+def orders_of_epochs(folder, seed, epochs):
+    """Return the order in which examples come, epoch by epoch."""
+    from datasets import Dataset
+    from transformers import Trainer
+
+    data = Dataset.from_dict({"x": list(range(40))})
+    arguments = training_arguments(TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0), "accuracy", folder)
+    arguments.remove_unused_columns = False
+    trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
+    torch.manual_seed(99)
+    loader = trainer.get_train_dataloader()
+    orders = []
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        orders.append([x for batch in loader for x in batch])
+    return orders

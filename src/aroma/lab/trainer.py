@@ -161,12 +161,17 @@ def training_arguments(training: TrainSpec, choice: str, folder: str | os.PathLi
         metric_for_best_model=choice,
         greater_is_better=True,
         seed=training.seed,
+        data_seed=training.seed * _MOST_EPOCHS,
         bf16=training.bf16,
         use_cpu=not torch.accelerator.is_available(),  # said outright, or bf16 would be refused
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+_MOST_EPOCHS = 10**6
+"""accelerate orders an epoch by the sum of data seed and epoch: seeds side by side would share all orders but one."""
 
 
 def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
