@@ -45,6 +45,18 @@ def test_the_profile():
     ]
 
 
+def test_the_whole_run():
+    run = json.loads((BENCH / "run-minilm-mrpc" / "result.json").read_text())
+    found = run["mean_epoch"]
+    text = SPEED.split("<!-- run-minilm-mrpc -->")[1]
+    assert run["steps"] == 75
+    for label, name in (("LoRA r = 8", "lora"), ("AdaLoRA 12 → 8", "adalora")):
+        share, paper = found["aroma_over"][name], run["paper"]["aroma_over"][name]
+        assert f"| {label} | {found['seconds'][name]:.1f} | {share:.3f} | {paper:g} |" in text
+    assert f"| AROMA | {found['seconds']['aroma']:.1f} | | |" in text
+    assert round(found["share_of_finished"], 1) == 0.3
+
+
 def test_the_readme_rounds_the_same_numbers():
     cases = {case["key"]: case for case in json.loads((BENCH / "roberta-base-targets.json").read_text())["cases"]}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -186,7 +186,7 @@ def test_kills_at_any_moment_lose_nothing_finished(grid_file):
         assert_whole(folder)
 
 
-VOLATILE = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "epoch_seconds", "git_revision"}
+VOLATILE = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds", "git_revision"}
 """Of the machine and the moment, not of the trial."""
 
 

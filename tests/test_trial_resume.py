@@ -23,7 +23,7 @@ from aroma.lab.trials.run import run_trial
 from aroma.lab.trials.trainer import EpochLengthSampler
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
-COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "epoch_seconds"}
+COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds"}
 """Of a result, what is different in every run."""
 
 
@@ -203,13 +203,19 @@ def test_earlier_attempts_count(killed: Path, material: Path, tmp_path: Path) ->
     usage = state["stateful_callbacks"]["CurveRecorder"]["attributes"]["usage"]
     assert len(usage["epochs"]) == 2
     assert all(seconds > 0 for seconds in usage["epochs"])
-    usage["total"] = {"wall_seconds": 1000.0, "cpu_seconds": 2000.0, "peak_memory_mib": 3e6}
+    usage["total"] = {
+        "wall_seconds": 1000.0,
+        "cpu_seconds": 2000.0,
+        "peak_memory_mib": 3e6,
+        "peak_gpu_memory_mib": 5.0,
+    }
     usage["epochs"] = [100.0, 200.0]
     file.write_text(json.dumps(state))
     result = run_trial(trial_of(material), run)
     assert 1000 < result["wall_seconds"] < 1900
     assert 2000 < result["cpu_seconds"] < 2900
     assert result["peak_memory_mib"] == 3e6
+    assert result["peak_gpu_memory_mib"] == 5.0
     assert result["epoch_seconds"][0] == 100
     assert 200 < result["epoch_seconds"][1] < 300
     assert len(result["epoch_seconds"]) == 2
