@@ -59,6 +59,21 @@ def test_the_layer_makes_the_passes_that_the_roofline_counts(m, n, counted):
     assert traffic.touched == of_the_matrix + _PASSES
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_backward_looks_at_the_weight_only_where_x_wants_a_gradient(wanted):
+    tokens, m, n = 211, 7, 31
+    x, weight = torch.randn(tokens, n, requires_grad=wanted), torch.randn(m, n)
+    a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
+    A, B = torch.randn(9, n), torch.randn(m, 9)
+    y = linear_with_update(x, weight, None, Update(A, B, a, b, 1.0, 0.0))
+    with Traffic(m * n) as of_weight, Traffic(9 * n) as of_components:
+        y.sum().backward()
+    assert (of_weight.touched > 0) == wanted
+    assert of_components.touched == 0, "folded, or not needed"
+    torch.testing.assert_close(a.grad, (b.T @ torch.ones(m, 1)) * x.detach().sum(0))
+    torch.testing.assert_close(b.grad, ((x @ a.T).sum() * torch.ones(m, 1)).detach())
+
+
 def test_the_benchmark_names_the_roofline(capsys, tmp_path):
     from aroma.cli import main
 
