@@ -15,14 +15,14 @@ from .recipe import Recipe, differing_keys, load_recipe, save_recipe
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """Names of what a run leaves in `root`."""
+class RunFiles:
+    """Names of what every run leaves in `root`."""
 
     root: Path
 
     @property
     def adapter(self) -> Path:
-        """Folder of the plain LoRA adapter."""
+        """Folder of what was trained; of the plain LoRA adapter, where it is one."""
         return self.root / "adapter"
 
     @property
@@ -31,24 +31,29 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.root / "recipe.yaml"
-
-    @property
     def events(self) -> Path:
-        """Events of the controller, a JSON object a line."""
+        """Events of AROMA's controller, a JSON object a line."""
         return self.root / "events.jsonl"
 
     @property
     def history(self) -> Path:
-        """Losses, learning rates, ranks and evaluations by optimizer step."""
+        """Losses, learning rates and evaluations by optimizer step."""
         return self.root / "history.json"
 
     @property
     def result(self) -> Path:
         """Metrics, ranks and provenance; written last, so a folder that has it is a finished run's."""
         return self.root / "result.json"
+
+
+@dataclass(frozen=True)
+class RunFolder(RunFiles):
+    """Names of what a run of a recipe leaves."""
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.root / "recipe.yaml"
 
 
 def check_output(recipe: Recipe, resume: bool) -> RunFolder:

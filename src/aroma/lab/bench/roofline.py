@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -94,4 +93,4 @@ def _move_bytes(tokens: int, matrix: torch.Tensor, stopwatch: Callable[..., list
 def _best(stopwatch: Callable[..., list[float]], work: Callable[[], Any]) -> float:
     """Return the least time of `work`: what the machine can do when nobody else wants it."""
     work()
-    return min(stopwatch(partial(work))[0] for _ in range(_REPEATS))
+    return min(stopwatch(work)[0] for _ in range(_REPEATS))

@@ -39,6 +39,7 @@ __all__ = [
     "encoder_linears",
     "find_targets",
     "train_head_only",
+    "trained_tensors",
     "with_dropout",
 ]
 
@@ -147,8 +148,12 @@ class Method(ABC):
             model: A model that `build` made.
             folder: A new folder.
         """
-        trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-        write_tensors(folder / TRAINED_FILE, trained)
+        write_tensors(folder / TRAINED_FILE, trained_tensors(model))
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that train, by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def with_dropout(name: str, dropout: float) -> str:

@@ -89,9 +89,8 @@ class ReLora(PeftAdapter):
         for name, (B, A) in whole_updates(model).items():
             tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
             tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
-            config.r = config.lora_alpha = A.shape[
-                0
-            ]  # the scale is folded into B; every module has restarted as often
+            # The scale is folded into B, and every module has restarted as often.
+            config.r = config.lora_alpha = A.shape[0]
         config.inference_mode = True
         with staged(folder) as staging:
             write_tensors(staging / "adapter_model.safetensors", tensors)

@@ -16,6 +16,7 @@ from ...checkpoint import verify_adapter
 from ...errors import CheckpointError, ConfigError, bad_value
 from ...files import write_json
 from ..methods.base import TRAINED_FILE
+from ..run_folder import RunFiles
 from .spec import Trial, differing_keys, load_trial, save_trial
 from .trainer import HOOKS_FILE
 
@@ -24,10 +25,8 @@ _OF_THE_TRAINER = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 @dataclass(frozen=True)
-class TrialFolder:
-    """Names of what a trial leaves in `root`."""
-
-    root: Path
+class TrialFolder(RunFiles):
+    """Names of what a trial leaves; its checkpoints are there while it is not finished."""
 
     @property
     def trial(self) -> Path:
@@ -35,34 +34,9 @@ class TrialFolder:
         return self.root / "trial.json"
 
     @property
-    def result(self) -> Path:
-        """Metrics, ranks, cost and provenance; written last, so a folder that has it is a finished trial's."""
-        return self.root / "result.json"
-
-    @property
-    def events(self) -> Path:
-        """Events of AROMA's controller, a JSON object a line."""
-        return self.root / "events.jsonl"
-
-    @property
     def curve(self) -> Path:
         """Trainable parameters and ranks by optimizer step."""
         return self.root / "curve.json"
-
-    @property
-    def history(self) -> Path:
-        """Losses, learning rates and evaluations by optimizer step."""
-        return self.root / "history.json"
-
-    @property
-    def adapter(self) -> Path:
-        """Folder of what was trained."""
-        return self.root / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the Trainer's checkpoints, while the trial is not finished."""
-        return self.root / "checkpoints"
 
     @property
     def progress(self) -> Path:

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ...errors import CheckpointError
 from ...files import read_tensors, write_tensors
-from ..methods.base import TRAINED_FILE
+from ..methods.base import TRAINED_FILE, trained_tensors
 from ..methods.hooks import HooksCallback
 from .loss_window import LossWindow
 
@@ -71,11 +71,6 @@ class MethodTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint)
         load_trained(self.model, best / TRAINED_FILE)
         self._hooks.hooks.load_state_dict(read_tensors(best / HOOKS_FILE))
-
-
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters that train, by name."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
