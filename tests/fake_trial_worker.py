@@ -36,7 +36,8 @@ def main(trial_file: str, folder: str) -> int:
     if decay == FAILS:
         _write(folder, "failure.json", {"error": "DataError", "message": "no such column"})
         return 1
-    _write(folder, "result.json", {"score": score_of(trial["training"]["learning_rate"])})
+    rate = trial["training"]["learning_rate"]
+    _write(folder, "result.json", {"score": score_of(rate), "held_out_loss": rate})
     return 0
 
 

@@ -18,7 +18,7 @@ from aroma.lab.grid.expand import check_methods, expand
 from aroma.lab.grid.lock import exclusive
 from aroma.lab.grid.reader import load_grid, make_grid
 from aroma.lab.grid.run import run_grid
-from aroma.lab.grid.select import candidates, choose, chosen_settings
+from aroma.lab.grid.select import Outcome, candidates, choose, chosen_settings
 from aroma.lab.grid.spec import Part
 from aroma.lab.grid.status import Ended, GridStatus, Pace, Running
 from aroma.lab.grid.survey import survey
@@ -295,11 +295,16 @@ def test_values_that_no_folder_can_be_called_have_names_of_their_own():
     assert all(".." not in name and ":" not in name and name.count("/") == 3 for name in names)
 
 
-def test_the_best_score_is_chosen_the_first_of_equal_ones_and_never_a_failed_one():
+def test_the_best_score_is_chosen_of_equal_ones_the_lower_loss_and_never_a_failed_one():
     grid = make_grid({**MINIMAL, "tasks": {"mrpc": None}, "select": {"over": {"training.learning_rate": [1, 2, 3]}}})
     tried = candidates(grid)
     prefix = "select/mrpc/lora-r8/learning_rate="
-    selection = choose(tried, {f"{prefix}1.0": 0.5, f"{prefix}3.0": 0.5})
+    even = Outcome.of({"score": 0.5, "held_out_loss": 0.7})
+    selection = choose(tried, {f"{prefix}1.0": even, f"{prefix}3.0": even})
+    lower = Outcome.of({"score": 0.5, "held_out_loss": 0.6})
+    worse = Outcome.of({"score": 0.4, "held_out_loss": 0.1})
+    other = choose(tried, {f"{prefix}1.0": even, f"{prefix}2.0": worse, f"{prefix}3.0": lower})
+    assert other["mrpc"]["lora-r8"]["chosen"] == {"training.learning_rate": 3.0}
     assert selection["mrpc"]["lora-r8"] == {
         "chosen": {"training.learning_rate": 1.0},
         "tried": [

@@ -130,6 +130,7 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert set(result["reported"]) == {"test"}
     assert result["score"] == result["reported"]["test"]["accuracy"]
     assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
+    assert 0 < result["held_out_loss"] < 10
     assert set(result["parameters"]) == {"initial", "average", "final", "head"}
     assert result["parameters"]["head"] == 16 * 2 + 2
     assert result["wall_seconds"] > sum(result["epoch_seconds"]) > 0

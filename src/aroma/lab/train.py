@@ -136,10 +136,29 @@ def check_warmup(training: TrainSpec, steps: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of a whole set.
+
+    Args:
+        metrics: Metrics by name.
+        loss: Mean loss of an example.
+    """
+
+    metrics: dict[str, float]
+    loss: float
+
+
+def predict(trainer: Trainer, task: str, data: Any) -> Prediction:
+    """Return metrics and loss of a task over all of `data`, computed in one call."""
+    prediction = trainer.predict(data)
+    metrics = metrics_of(task, prediction.predictions, prediction.label_ids)
+    return Prediction(metrics, float(prediction.metrics["test_loss"]))
+
+
 def evaluate(trainer: Trainer, task: str, data: Any) -> dict[str, float]:
     """Return the metrics of a task over all of `data`, computed in one call."""
-    prediction = trainer.predict(data)
-    return metrics_of(task, prediction.predictions, prediction.label_ids)
+    return predict(trainer, task, data).metrics
 
 
 def result_record(result: RunResult, recipe: Recipe, splits: Splits) -> dict[str, Any]:

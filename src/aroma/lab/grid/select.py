@@ -17,6 +17,25 @@ from .spec import Grid, Selection
 from .trial_files import RESULT
 
 
+@dataclass(frozen=True, order=True)
+class Outcome:
+    """What a trial of a selection came to; the greatest is chosen.
+
+    Args:
+        score: Held-out score.
+        gain: The held-out loss with its sign turned. It decides between equal scores, as the first steps on few
+            examples often have them.
+    """
+
+    score: float
+    gain: float
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Outcome:
+        """Return the outcome that a `result.json` tells."""
+        return cls(result["score"], -result["held_out_loss"])
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A trial of a selection.
@@ -71,26 +90,28 @@ def begun(grid: Grid, runs: Path) -> list[Candidate]:
     return [one for one in tried if (one.task, one.method) in pairs]
 
 
-def choose(tried: list[Candidate], scores: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def choose(tried: list[Candidate], outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json`: by task and method what was chosen, and all that was tried.
 
-    The highest score wins; of equal ones the first.
+    The highest score wins; of equal ones that with the lowest loss, then the first.
 
     Args:
         tried: All candidates.
-        scores: Held-out scores by name of the trial; a failed one has none.
+        outcomes: By name of the trial; a failed one has none.
 
     Returns:
         `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or None], ...]}}}`.
     """
     selection: dict[str, dict[str, Any]] = {}
+    finished: dict[tuple[str, str], list[tuple[Candidate, Outcome]]] = {}
     for candidate in tried:
         entry = selection.setdefault(candidate.task, {}).setdefault(candidate.method, {"chosen": None, "tried": []})
-        entry["tried"].append([candidate.values, scores.get(candidate.trial.name)])
-    for entry in itertools.chain.from_iterable(methods.values() for methods in selection.values()):
-        scored = [(values, score) for values, score in entry["tried"] if score is not None]
-        if scored:
-            entry["chosen"] = max(scored, key=lambda pair: pair[1])[0]
+        outcome = outcomes.get(candidate.trial.name)
+        entry["tried"].append([candidate.values, None if outcome is None else outcome.score])
+        if outcome is not None:
+            finished.setdefault((candidate.task, candidate.method), []).append((candidate, outcome))
+    for (task, method), those in finished.items():
+        selection[task][method]["chosen"] = max(those, key=lambda pair: pair[1])[0].values
     return selection
 
 
@@ -105,7 +126,7 @@ def chosen_settings(selection: Mapping[str, Mapping[str, Any]]) -> Chosen:
 def selection_of(tried: list[Candidate], runs: Path) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json` from the results that lie in the folder of runs; see `choose`."""
     results = {candidate.trial.name: runs / candidate.trial.name / RESULT for candidate in tried}
-    return choose(tried, {name: read_json(path)["score"] for name, path in results.items() if path.exists()})
+    return choose(tried, {name: Outcome.of(read_json(path)) for name, path in results.items() if path.exists()})
 
 
 def _combinations(selection: Selection) -> list[tuple[str, Settings]]:

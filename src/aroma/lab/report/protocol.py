@@ -51,7 +51,7 @@ def selection_sentence(records: Records) -> str:
         return "Nothing was chosen by these runs: learning rates and all else are those that were given."
     return (
         f"Chosen for each task and method: {listing(keys)}, among {_candidates(records, keys)}, by the score on "
-        f"held-out training examples{_selecting_runs(records.selecting)}."
+        f"held-out training examples (of equal scores the lower loss){_selecting_runs(records.selecting)}."
     )
 
 

@@ -48,12 +48,13 @@ class Finished:
     provenance: dict[str, Any]
 
 
-def result_of(finished: Finished, metrics: Metrics, events: Path) -> dict[str, Any]:
+def result_of(finished: Finished, metrics: Metrics, held_out_loss: float, events: Path) -> dict[str, Any]:
     """Return the content of `result.json`.
 
     Args:
         finished: The trial.
         metrics: Of the held-out and, if the trial reports, the reported examples.
+        held_out_loss: Mean loss of the held-out examples.
         events: Its events.
     """
     trial, data, state = finished.trial, finished.data, finished.fit.trainer.state
@@ -70,6 +71,7 @@ def result_of(finished: Finished, metrics: Metrics, events: Path) -> dict[str, A
         "score": score(data.metric, reported if trial.purpose == "report" else metrics),
         "checkpoint": trial.training.checkpoint,
         "held_out": metrics[HELD_OUT],
+        "held_out_loss": held_out_loss,
         "reported": reported,
         "examples": _examples(data),
         "steps": state.global_step,

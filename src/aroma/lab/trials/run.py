@@ -21,7 +21,7 @@ from ..provenance import provenance
 from ..run_folder import EventLog
 from ..tasks.load import load_task
 from ..tasks.spec import HELD_OUT, TaskData
-from ..train import check_warmup, evaluate, planned_steps
+from ..train import check_warmup, evaluate, planned_steps, predict
 from ..trainer import Fit, make_trainer
 from .curve import CurveRecorder
 from .folder import TrialFolder, step_of
@@ -130,10 +130,12 @@ def _run(trial: Trial, material: _Material, home: TrialFolder, usage: Usage, pro
     }
     recorder = CurveRecorder(material.method, usage)
     fit = _fit(trial, material, model, encoded, recorder, home, progress)
-    metrics = {name: evaluate(fit.trainer, data.kind, part) for name, part in encoded.items() if name != "train"}
+    held_out = predict(fit.trainer, data.kind, encoded[HELD_OUT])
+    reported = {name: evaluate(fit.trainer, data.kind, encoded[name]) for name in data.reported}
+    metrics = {HELD_OUT: held_out.metrics, **reported}
     finished = Finished(trial, material.method, data, fit, material.steps, recorder.curve, usage, found)
     _leave(finished, home, list(metrics))
-    return result_of(finished, metrics, home.events)
+    return result_of(finished, metrics, held_out.loss, home.events)
 
 
 def _fit(
