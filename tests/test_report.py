@@ -238,8 +238,8 @@ def test_the_caption_says_how_it_was_measured():
         "rte: accuracy on all 277 of validation; trained on 2,241 examples, 249 held out of training.",
         "600 steps of 32 examples in bf16 mixed precision.",
         "Weights: those of the last step.",
-        "training.learning_rate, among 0.0005, 0.001 and 0.002, by the score on held-out training examples in runs of "
-        "200 steps, seed 100; none of them saw a reported example.",
+        "training.learning_rate, among 0.0005, 0.001 and 0.002, by the score on held-out training examples (of equal "
+        "scores the lower loss) in runs of 200 steps, seed 100; none of them saw a reported example.",
         "percentiles of 10,000 resamples",
         "With 3 seeds such an interval is narrower than it should be.",
     ):
