@@ -7,7 +7,14 @@ from aroma.errors import DataError, NonFiniteError
 from aroma.lab.data import Examples
 from aroma.lab.encode import encode, load_tokenizer
 from aroma.lab.evaluate import predict_logits
-from aroma.lab.metrics import binary_f1, classification_metrics, metrics_of, regression_metrics, trainer_metrics
+from aroma.lab.metrics import (
+    binary_f1,
+    classification_metrics,
+    loss_of,
+    metrics_of,
+    regression_metrics,
+    trainer_metrics,
+)
 from aroma.lab.model import load_classifier
 from tiny_classifier import save_tiny_bert
 
@@ -137,3 +144,12 @@ def test_every_example_is_predicted_exactly_once_in_its_place_whatever_the_batch
     labels = np.array([0, 1] * 5)
     hits = [int(row.argmax() == label) for row, label in zip(alone, labels, strict=True)]
     assert metrics_of("classification", logits, labels)["accuracy"] == pytest.approx(sum(hits) / 10)
+
+
+def test_losses_are_those_of_the_task_alone():
+    # Odds of 3 to 1, rightly and wrongly used: the mean of ln(4/3) and ln 4.
+    logits = np.array([[np.log(3), 0.0], [np.log(3), 0.0]])
+    assert loss_of("classification", logits, np.array([0, 1])) == pytest.approx((np.log(4 / 3) + np.log(4)) / 2)
+    assert loss_of("regression", np.array([[1.0], [4.0]]), np.array([2.0, 1.0])) == pytest.approx(5.0)
+    with pytest.raises(DataError, match="examples=0"):
+        loss_of("regression", np.zeros((0, 1)), np.zeros(0))

@@ -177,7 +177,7 @@ def test_a_missing_file_and_a_lone_key_are_refused(tmp_path, recipe_file):
 def test_every_key_is_documented():
     helped = {key: meaning for key, _, meaning in recipe_help()}
     assert set(helped) == set(recipe_keys())
-    assert len(helped) == 51
+    assert len(helped) == 66
     assert all(helped.values())
 
 
@@ -215,8 +215,19 @@ def test_differing_keys_name_all_but_the_output():
     assert differing_keys(one, other) == ["adapter.r", "training.seed"]
 
 
-def test_there_are_four_example_recipes():
-    assert [path.stem for path in EXAMPLES] == ["mrpc", "own-files", "relora-mrpc", "stsb"]
+INNER_STEPS = {
+    "llama3-8b-commonsense-r1": 1000,
+    "llama3-8b-commonsense-r8": 2000,
+    "mrpc": 200,
+    "own-files": 83,
+    "relora-mrpc": 375,
+    "smollm2-commonsense": 40,
+    "stsb": 1000,
+}
+
+
+def test_there_are_seven_example_recipes():
+    assert {path.stem for path in EXAMPLES} == set(INNER_STEPS)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -226,4 +237,4 @@ def test_an_example_recipe_is_valid_and_names_its_command(path):
     assert f"aroma train examples/recipes/{path.name}" in path.read_text()
     assert recipe.output == f"runs/{path.stem}"
     steps = adapter_config(recipe.adapter, recipe.training).resolve_inner_steps(recipe.training.max_steps or 1000)
-    assert steps == {"mrpc": 200, "stsb": 1000, "relora-mrpc": 375, "own-files": 83}[path.stem]
+    assert steps == INNER_STEPS[path.stem]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import trial_runs
 from aroma.errors import CheckpointError, ConfigError
 from aroma.files import read_json
-from aroma.lab.trials import run as running
+from aroma.lab.classify import ClassifierJob
 from aroma.lab.trials.folder import TrialFolder
 from aroma.lab.trials.run import run_trial
 from aroma.lab.trials.trainer import EpochLengthSampler
@@ -129,7 +129,7 @@ def test_killed_after_training_equals_uninterrupted(
     if stops:
         trial = replace(trial, options={**trial.options, "outer_tolerance": 1e3})
     with monkeypatch.context() as patch:
-        patch.setattr(running, "evaluate", _interrupt)
+        patch.setattr(ClassifierJob, "predict", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_trial(trial, tmp_path / "killed")
     whole = run_trial(trial, tmp_path / "whole")

@@ -22,15 +22,16 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from aroma.lab import classify
 from aroma.lab.encode import encode as real_encode
 from aroma.lab.encode import load_tokenizer
 from aroma.lab.methods.registry import make_method
 from aroma.lab.model import load_classifier
+from aroma.lab.objective import Objective
 from aroma.lab.specs import TrainSpec
 from aroma.lab.tasks.load import load_task
 from aroma.lab.tasks.spec import TaskSpec
 from aroma.lab.trainer import make_optimizer, training_arguments
-from aroma.lab.trials import run as running
 from aroma.lab.trials import usage, worker
 from aroma.lab.trials.curve import Curve
 from aroma.lab.trials.folder import TrialFolder
@@ -282,7 +283,7 @@ def test_one_function_encodes_all(material: Path, tmp_path: Path, monkeypatch: p
         encoded.append(len(examples))
         return real_encode(replace(examples, texts=["w7"] * len(examples)), tokenizer, max_length)
 
-    monkeypatch.setattr(running, "encode", upside_down)
+    monkeypatch.setattr(classify, "encode", upside_down)
     seen = _Seen(monkeypatch)
     run_trial(trial_of(material, max_steps=4, eval_steps=2), tmp_path / "run")
     assert encoded == [96, 24, 37]
@@ -574,13 +575,13 @@ def test_a_worker_without_a_trial_says_so(tmp_path: Path) -> None:
 
 def test_progress_is_there_while_it_runs(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    evaluate = running.evaluate
+    predict = classify.ClassifierJob.predict
 
     def looked_at(*arguments: Any) -> Any:
         seen.append(read(tmp_path / "run" / "progress.json"))
-        return evaluate(*arguments)
+        return predict(*arguments)
 
-    monkeypatch.setattr(running, "evaluate", looked_at)
+    monkeypatch.setattr(classify.ClassifierJob, "predict", looked_at)
     run_trial(trial_of(material, max_steps=5), tmp_path / "run")
     assert (seen[0]["step"], seen[0]["planned"], seen[0]["first_step"]) == (5, 5, 0)
     assert seen[0]["started"] > 1.6e9
@@ -609,7 +610,8 @@ def orders_of_epochs(folder, seed, epochs):
     from transformers import Trainer
 
     data = Dataset.from_dict({"x": list(range(40))})
-    arguments = training_arguments(TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0), "accuracy", folder)
+    training = TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0)
+    arguments = training_arguments(training, Objective(None, None, None, "accuracy"), folder)
     arguments.remove_unused_columns = False
     trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
     torch.manual_seed(99)

@@ -10,6 +10,7 @@ _MODULES = {
     "train": ("datasets", "sklearn", "scipy"),
     "plot": ("matplotlib",),
     "search": ("optuna", "sqlalchemy"),
+    "trl": ("trl",),
 }
 
 

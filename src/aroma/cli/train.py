@@ -17,6 +17,7 @@ _EXAMPLES = examples(
     "aroma train examples/recipes/mrpc.yaml",
     "aroma train examples/recipes/mrpc.yaml training.seed=1 output=runs/mrpc-1",
     "aroma train examples/recipes/mrpc.yaml --resume",
+    "aroma train examples/recipes/smollm2-commonsense.yaml",
 )
 
 
@@ -33,8 +34,9 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "train",
-        help="train a classifier or a regression from a recipe",
-        description="Train what a recipe says: sequence classification or regression, from files or the hub.",
+        help="train a classifier, a regression or a language model from a recipe",
+        description="Train what a recipe says, from files or the hub: a sequence classifier, a regression, or a\n"
+        "causal language model on instructions, chats or plain text.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
@@ -51,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..lab.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.training.loop == "sft":
+        require_extra("trl")
 
     from .quiet import quiet
 
@@ -75,6 +79,8 @@ def _print_result(result: RunResult) -> None:
         f"{result.steps} steps in {result.wall_seconds:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "
         f"{sum(ranks)} · {frozen} of {len(ranks)} matrices finished"
     )
+    for note in result.notes:
+        console.print(note)
     console.print(f"adapter: {result.folder.adapter}", soft_wrap=True)
 
 

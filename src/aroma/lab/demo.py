@@ -26,6 +26,7 @@ from .figures import rank_picture
 from .methods import Aroma
 from .metrics import classification_metrics
 from .model import adapter_config, count_trainable, grow, load_classifier
+from .objective import classifier_objective
 from .phases import Phase, silent_phase
 from .reload import Agreement, compare_logits, reloaded_logits
 from .run_folder import EventLog, require_empty
@@ -175,8 +176,7 @@ def train_adapters(
         fit = make_trainer(
             Aroma(),
             model,
-            material.tokenizer,
-            "classification",
+            classifier_objective("classification", material.tokenizer),
             training,
             scratch,
             train=encode(material.train, material.tokenizer, MAX_LENGTH),

@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import DataError, bad_value
-from .sources import Columns, no_rows, require_fitting
+from .sources import Choices, Columns, no_rows, require_fitting
 
 
 def read_hub(
     field: str, split: str, name: str, config: str | None, wanted: Sequence[str], name_field: str = "data.name"
 ) -> Columns:
-    """Read the columns `wanted` of one split of a hub data set; class labels come as their names.
+    """Read the columns `wanted` of one split of a hub data set; see `read_fitting_hub`."""
+    return read_fitting_hub(field, split, name, config, [wanted], name_field)[1]
+
+
+def read_fitting_hub(
+    field: str, split: str, name: str, config: str | None, choices: Choices, name_field: str = "data.name"
+) -> tuple[int, Columns]:
+    """Read one split of a hub data set whose columns are one of several known sets; class labels come as their names.
 
     Args:
         field: The recipe's key of the split, for errors.
         split: Name of the split.
         name: Hub name or local folder.
         config: Configuration, where the data set has several.
-        wanted: Column names.
+        choices: Sets of column names; the first that the split has is read.
         name_field: The recipe's key of the data set, for errors.
+
+    Returns:
+        The index of the choice, and its columns.
 
     Raises:
         DataError: The data set or the split is missing, or a column, or there are no rows.
@@ -38,14 +48,14 @@ def read_hub(
         ) from error
     if not len(data):
         raise no_rows(field, split)
-    require_fitting(field, split, data.column_names, [wanted])
-    columns: Columns = {column: list(data[column]) for column in wanted}
+    choice = require_fitting(field, split, data.column_names, choices)
+    columns: Columns = {column: list(data[column]) for column in choices[choice]}
     for column, values in columns.items():
         feature = data.features[column]
         if isinstance(feature, ClassLabel):
             # The hub's mark of a hidden label is −1.
             columns[column] = [None if i is None or i < 0 else feature.names[i] for i in values]
-    return columns
+    return choice, columns
 
 
 def hub_splits(name: str, config: str | None, name_field: str = "data.name") -> list[str]:

@@ -92,6 +92,25 @@ def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[st
     return {**metrics, "f1": binary_f1(predicted, labels)} if logits.shape[-1] == 2 else metrics
 
 
+def loss_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the mean loss of an example: cross entropy in nats, or the squared error of a regression.
+
+    Of the task alone: what a model reports in evaluation may hold a method's own terms, as AdaLoRA's orthogonality.
+
+    Args:
+        task: `"classification"` or `"regression"`.
+        logits: Shape (examples, classes), or (examples, 1) for a regression.
+        labels: Shape (examples,).
+    """
+    from scipy.special import log_softmax
+
+    _require_examples(labels)
+    if task == "regression":
+        return float(((logits.reshape(-1).astype("float64") - labels) ** 2).mean())
+    log_probabilities = log_softmax(logits.astype("float64"), axis=-1)
+    return float(-log_probabilities[range(len(labels)), labels].mean())
+
+
 def trainer_metrics(task: str) -> Callable[[Any], dict[str, float]]:
     """Return `compute_metrics` for a Trainer; it is called once an evaluation, with all examples."""
 

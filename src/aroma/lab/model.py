@@ -7,11 +7,16 @@ from typing import Any
 
 from ..errors import bad_value
 from ..tuner import AromaConfig
-from .specs import AdapterSpec, TrainSpec
+from .specs import AdapterSpec, ModelSpec, TrainSpec
 
 
-def adapter_config(adapter: AdapterSpec, training: TrainSpec) -> AromaConfig:
-    """Return the configuration of the adapter of a sequence classifier.
+def adapter_config(adapter: AdapterSpec, training: TrainSpec, task: str = "classification") -> AromaConfig:
+    """Return the configuration of an adapter.
+
+    Args:
+        adapter: The adapter.
+        training: The loop, whose seed the components have unless they have their own.
+        task: What it is for, as `data.task` has it.
 
     Raises:
         ConfigError: A field of `adapter` that cannot work.
@@ -19,25 +24,26 @@ def adapter_config(adapter: AdapterSpec, training: TrainSpec) -> AromaConfig:
     chosen = asdict(adapter)
     if adapter.component_seed is None:
         chosen["component_seed"] = training.seed
-    return AromaConfig(task_type="SEQ_CLS", **chosen)
+    return AromaConfig(task_type="CAUSAL_LM" if task == "causal_lm" else "SEQ_CLS", **chosen)
 
 
-def load_classifier(name: str, label_names: tuple[str, ...] | None, pad_token_id: int | None) -> Any:
-    """Load a pretrained model in float32 with a fresh classification head, or a regression head of one output.
+def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, pad_token_id: int | None) -> Any:
+    """Load a pretrained model with a fresh classification head, or a regression head of one output.
 
     Args:
-        name: Hub name or local folder.
+        name: Hub name or local folder, for a model in float32; or how it is loaded.
         label_names: Names of the classes by index; None for a regression.
         pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other one.
 
     Raises:
         ConfigError: There is no such model, or it has no sequence-classification head.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification
 
+    from .language.model import loading_options
     from .methods.head import remember_head
 
+    spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if label_names is not None:
         options = {
@@ -48,11 +54,13 @@ def load_classifier(name: str, label_names: tuple[str, ...] | None, pad_token_id
         }
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **options
+            spec.name, output_loading_info=True, **loading_options(spec), **options
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise bad_value("model.name", name, f"cannot be loaded as a classifier ({reason}); check the name") from error
+        raise bad_value(
+            "model.name", spec.name, f"cannot be loaded as a classifier ({reason}); check the name"
+        ) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     remember_head(model, loading["missing_keys"])

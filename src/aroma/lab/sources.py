@@ -96,7 +96,7 @@ def require_fitting(field: str, source: str, names: list[str], choices: Choices,
             field,
             source,
             f"it has no column {', '.join(map(repr, nearest))}; its columns are {', '.join(map(repr, names))}. Name "
-            "them by text, text_pair and label; examples without labels are of no use here",
+            "them by text, text_pair and label, or, for a language model, by the keys of the section language",
             DataError,
         )
     return lacking.index(nearest)

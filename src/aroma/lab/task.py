@@ -11,6 +11,7 @@ from ..checkpoint import save_adapter
 from ..errors import CheckpointError, bad_value
 from ..files import read_json, write_json
 from .specs import DataSpec
+from .tasks.glue import Layout
 
 TASK_FILE = "aroma_task.json"
 
@@ -38,7 +39,13 @@ class Task:
     @classmethod
     def of(cls, data: DataSpec, label_names: tuple[str, ...] | None) -> Task:
         """Return the task of a recipe's data."""
+        assert data.task != "causal_lm", "a language model has another task file"
         return cls(data.task, label_names, data.text, data.text_pair, data.label, data.max_length)
+
+    @classmethod
+    def of_layout(cls, kind: Any, label_names: tuple[str, ...] | None, layout: Layout, max_length: int) -> Task:
+        """Return the task of examples whose columns are known."""
+        return cls(kind, label_names, layout.text, layout.text_pair, layout.label, max_length)
 
     def columns(self) -> DataSpec:
         """Return the mapping of columns, as a recipe has it."""

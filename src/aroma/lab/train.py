@@ -10,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
-from ..checkpoint import last_complete_checkpoint
+from ..checkpoint import last_complete_checkpoint, save_adapter
 from ..errors import bad_value
 from ..events import ModuleSummary
 from ..files import write_json
 from ..tuner import AromaConfig
-from .data import Examples, Splits, load_splits
-from .encode import check_positions, encode, load_tokenizer
+from .job import Job
 from .methods import Aroma
-from .metrics import metrics_of
-from .model import adapter_config, count_trainable, grow, load_classifier
+from .model import adapter_config, count_trainable, grow
 from .provenance import provenance
 from .recipe import Recipe
 from .run_folder import EventLog, RunFolder, check_output, open_folder
 from .specs import TrainSpec
-from .task import Task, save_trained
 from .trainer import Fit, make_trainer
 
 
@@ -40,6 +37,8 @@ class RunResult:
         modules: Rank, effective rank and state of every module that could grow.
         steps: Optimizer steps taken.
         trainable: Trainable parameters at any one time: `adapter` and `head`.
+        examples: Numbers of examples by split, of training too.
+        notes: What became of examples that did not fit.
         wall_seconds: Duration of this attempt.
     """
 
@@ -48,6 +47,8 @@ class RunResult:
     modules: list[ModuleSummary]
     steps: int
     trainable: dict[str, int]
+    examples: dict[str, int]
+    notes: tuple[str, ...]
     wall_seconds: float
 
 
@@ -68,35 +69,48 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
     began = time.monotonic()
     # What can be refused is refused before anything is written, the cheapest first.
     folder = check_output(recipe, resume)
-    config = adapter_config(recipe.adapter, recipe.training)
-    splits = load_splits(recipe.data)
-    check_schedule(recipe.training, config, planned_steps(recipe.training, len(splits.train)))
-    assert recipe.model.name is not None, "Recipe checks it"
-    tokenizer = load_tokenizer(recipe.model.name, recipe.data.max_length)
-    check_positions(recipe.model.name, recipe.data.max_length)
+    config = adapter_config(recipe.adapter, recipe.training, recipe.data.task)
+    job = job_of(recipe)
+    check_schedule(recipe.training, config, planned_steps(recipe.training, len(job.train)))
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     set_seed(recipe.training.seed)
-    model = grow(load_classifier(recipe.model.name, splits.label_names, tokenizer.pad_token_id), config)
+    model = grow(job.load_model(), config)
     trainable = count_trainable(model)
     open_folder(folder, recipe)
-    encoded = {name: encode(part, tokenizer, recipe.data.max_length) for name, part in _by_name(splits).items()}
-    fit = _fit(recipe, folder, model, tokenizer, encoded, progress)
-    metrics = {
-        name: evaluate(fit.trainer, recipe.data.task, data) for name, data in encoded.items() if name != "train"
-    }
-    save_trained(model, tokenizer, Task.of(recipe.data, splits.label_names), folder.adapter)
+    fit = _fit(recipe, folder, model, job, progress)
+    metrics = {split: job.predict(fit.trainer, split).metrics for split in job.evaluated}
+    save_adapter(model, folder.adapter)
+    job.describe(folder.adapter)
     result = RunResult(
         folder=folder,
         metrics=metrics,
         modules=fit.controller.summary(),
         steps=fit.trainer.state.global_step,
         trainable=trainable,
+        examples=job.examples,
+        notes=job.notes,
         wall_seconds=time.monotonic() - began,
     )
     write_json(folder.history, fit.trainer.state.log_history)
-    write_json(folder.result, result_record(result, recipe, splits))
+    write_json(folder.result, result_record(result, recipe))
     return result
+
+
+def job_of(recipe: Recipe) -> Job:
+    """Read, check and encode what a recipe trains on.
+
+    Raises:
+        ConfigError: A tokenizer that cannot be loaded, or that does not fit the data.
+        DataError: Data that cannot be used as described.
+    """
+    if recipe.data.task == "causal_lm":
+        from .language.job import LanguageJob
+
+        return LanguageJob.of_recipe(recipe)
+    from .classify import ClassifierJob
+
+    return ClassifierJob.of_recipe(recipe)
 
 
 def planned_steps(training: TrainSpec, examples: int) -> int:
@@ -136,37 +150,13 @@ def check_warmup(training: TrainSpec, steps: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says of a whole set.
-
-    Args:
-        metrics: Metrics by name.
-        loss: Mean loss of an example.
-    """
-
-    metrics: dict[str, float]
-    loss: float
-
-
-def predict(trainer: Trainer, task: str, data: Any) -> Prediction:
-    """Return metrics and loss of a task over all of `data`, computed in one call."""
-    prediction = trainer.predict(data)
-    metrics = metrics_of(task, prediction.predictions, prediction.label_ids)
-    return Prediction(metrics, float(prediction.metrics["test_loss"]))
-
-
-def evaluate(trainer: Trainer, task: str, data: Any) -> dict[str, float]:
-    """Return the metrics of a task over all of `data`, computed in one call."""
-    return predict(trainer, task, data).metrics
-
-
-def result_record(result: RunResult, recipe: Recipe, splits: Splits) -> dict[str, Any]:
+def result_record(result: RunResult, recipe: Recipe) -> dict[str, Any]:
     """Return the content of `result.json`."""
     return {
         "metrics": result.metrics,
         "checkpoint": recipe.training.checkpoint,
-        "examples": {name: len(part) for name, part in _by_name(splits).items()},
+        "examples": result.examples,
+        "notes": list(result.notes),
         "steps": result.steps,
         "seed": recipe.training.seed,
         "trainable_parameters": result.trainable,
@@ -179,29 +169,21 @@ def result_record(result: RunResult, recipe: Recipe, splits: Splits) -> dict[str
     }
 
 
-def _fit(
-    recipe: Recipe, folder: RunFolder, model: Any, tokenizer: Any, encoded: dict[str, Any], progress: bool
-) -> Fit:
+def _fit(recipe: Recipe, folder: RunFolder, model: Any, job: Job, progress: bool) -> Fit:
     checkpoint = last_complete_checkpoint(folder.checkpoints)
     fit = make_trainer(
         Aroma(),
         model,
-        tokenizer,
-        recipe.data.task,
+        job.objective,
         recipe.training,
         folder.checkpoints,
-        train=encoded["train"],
-        validation=encoded["validation"],
+        train=job.train,
+        validation=job.watched["validation"],
         on_event=EventLog(folder.events, upto=_step_of(checkpoint)),
         progress=progress,
     )
     fit.train(checkpoint)
     return fit
-
-
-def _by_name(splits: Splits) -> dict[str, Examples]:
-    named = {"train": splits.train, "validation": splits.validation}
-    return named if splits.test is None else {**named, "test": splits.test}
 
 
 def _step_of(checkpoint: str | None) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..controller import AromaController
 from ..events import Event
@@ -18,7 +18,7 @@ from ..integrations.progress import RichProgress
 from .methods import Method
 from .methods.head import head_of, require_new_trains
 from .methods.hooks import HooksCallback
-from .metrics import CHOICE_METRIC, trainer_metrics
+from .objective import Objective
 from .specs import TrainSpec
 from .trials.trainer import MethodTrainer
 
@@ -59,15 +59,13 @@ class Fit:
 def make_trainer(
     method: Method,
     model: Any,
-    tokenizer: Any,
-    task: str,
+    objective: Objective,
     training: TrainSpec,
     folder: str | os.PathLike[str],
     train: Dataset,
     validation: Dataset | dict[str, Dataset] | None = None,
     *,
     callbacks: Sequence[TrainerCallback] = (),
-    choice: str | None = None,
     on_event: Callable[[Event], None] | None = None,
     progress: bool = True,
 ) -> Fit:
@@ -76,14 +74,12 @@ def make_trainer(
     Args:
         method: Made the model.
         model: What to train.
-        tokenizer: Pads the batches.
-        task: `"classification"` or `"regression"`; decides the metrics.
+        objective: What becomes of the examples.
         training: The loop.
         folder: Where checkpoints go.
         train: Tokenized training examples.
         validation: Tokenized examples, or several sets of them by name; None if nothing is evaluated on the way.
         callbacks: Called after the method's own.
-        choice: Metric that a checkpoint is chosen by, where one is; None for the task's, on `validation`.
         on_event: Called with every event of AROMA's controller.
         progress: Whether a progress bar is shown.
 
@@ -93,15 +89,17 @@ def make_trainer(
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
     bar = RichProgress(growth) if progress else None
-    trainer = MethodTrainer(
+    kind, arguments_class = trainer_class(training)
+    trainer = kind(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
+        counts_items=objective.counts_items,
         model=model,
-        args=training_arguments(training, choice or CHOICE_METRIC[task], folder),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        args=training_arguments(training, objective, folder, arguments_class),
+        data_collator=objective.collator,
         train_dataset=train,
         eval_dataset=validation,
-        processing_class=tokenizer,
-        compute_metrics=trainer_metrics(task),
+        processing_class=objective.processor,
+        compute_metrics=objective.metrics,
         preprocess_logits_for_metrics=_logits_alone,
         callbacks=[*own, *callbacks, *([bar] if bar else [])],
         optimizers=(make_optimizer(model, training, method), None),
@@ -133,11 +131,32 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
     return torch.optim.AdamW([dict(group) for group in groups if group["params"]], weight_decay=training.weight_decay)
 
 
-def training_arguments(training: TrainSpec, choice: str, folder: str | os.PathLike[str]) -> TrainingArguments:
-    """Return the Trainer's arguments for a training section; every count is in optimizer steps."""
+def trainer_class(training: TrainSpec) -> tuple[type[Any], Callable[..., TrainingArguments]]:
+    """Return the Trainer that a training section asks for, and what makes its arguments."""
+    if training.loop == "trainer":
+        return MethodTrainer, TrainingArguments
+    from .language.sft import SftMethodTrainer, sft_arguments
+
+    return SftMethodTrainer, sft_arguments
+
+
+def training_arguments(
+    training: TrainSpec,
+    objective: Objective,
+    folder: str | os.PathLike[str],
+    kind: Callable[..., TrainingArguments] = TrainingArguments,
+) -> TrainingArguments:
+    """Return the Trainer's arguments for a training section; every count is in optimizer steps.
+
+    Args:
+        training: The loop.
+        objective: Says what a checkpoint is chosen by.
+        folder: Where checkpoints go.
+        kind: Class of the arguments.
+    """
     saves = {"save_strategy": "no"} if training.save_steps is None else {"save_steps": training.save_steps}
     order = {"train_sampling_strategy": "group_by_length"} if training.group_by_length else {}
-    return TrainingArguments(
+    return kind(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         max_steps=-1 if training.max_steps is None else training.max_steps,
@@ -158,11 +177,13 @@ def training_arguments(training: TrainSpec, choice: str, folder: str | os.PathLi
         **order,
         save_total_limit=training.keep_checkpoints,
         load_best_model_at_end=training.checkpoint == "best",
-        metric_for_best_model=choice,
-        greater_is_better=True,
+        metric_for_best_model=objective.choice,
+        greater_is_better=objective.higher_is_better,
         seed=training.seed,
         data_seed=training.seed * _MOST_EPOCHS,
         bf16=training.bf16,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         use_cpu=not torch.accelerator.is_available(),  # said outright, or bf16 would be refused
         disable_tqdm=True,
         report_to="none",

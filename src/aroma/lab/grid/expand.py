@@ -85,6 +85,8 @@ def make_trial(
         options={**grid.methods[method].options, **section_of(resolved, "options")},
         training=replace(grid.training, **section_of(resolved, "training")),
         purpose=purpose,
+        dtype=grid.dtype,
+        quantization=grid.quantization,
     )
 
 

@@ -14,6 +14,8 @@ from ..tasks.spec import TaskSpec
 from .settings import SECTIONS, check_option, check_setting, check_settings, require_mapping
 from .spec import Grid, MethodSpec, Override, Selection
 
+_PLAIN = ("output", "model", "dtype", "quantization", "processes")
+"""Keys whose values are taken as they are."""
 _TAKEN = {"select", "search"}
 """Folders, below the runs, of trials that are not reported."""
 
@@ -48,7 +50,7 @@ def make_grid(values: Mapping[str, Any]) -> Grid:
     for key, value in values.items():
         if key not in hints:
             raise unknown_key(str(key), value, hints, "a grid")
-    made = {key: typed(key, values[key], hints[key]) for key in ("output", "model", "processes") if key in values}
+    made = {key: typed(key, values[key], hints[key]) for key in _PLAIN if key in values}
     for key in ("output", "model"):
         if not made.get(key):
             raise bad_value(key, made.get(key), "give it; a grid has no default for it")

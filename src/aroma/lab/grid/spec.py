@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import bad_value
 from ..specs import TrainSpec
@@ -94,6 +94,8 @@ class Grid:
         processes: Worker processes.
         overrides: Settings of some of the trials; later ones win.
         select: How settings are chosen; None: nothing is chosen.
+        dtype: Type of the pretrained weights; see `ModelSpec`.
+        quantization: Quantization of the pretrained weights; see `ModelSpec`.
     """
 
     output: str
@@ -105,6 +107,8 @@ class Grid:
     processes: int = 1
     overrides: tuple[Override, ...] = ()
     select: Selection | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["nf4", "int8"] | None = None
 
     def settings(self, task: str, method: str) -> Settings:
         """Return what the overrides say of the trials of one task and method."""
@@ -115,6 +119,8 @@ class Grid:
         content = {
             "output": self.output,
             "model": self.model,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
             "processes": self.processes,
             "tasks": {name: _without(asdict(task), "name") for name, task in self.tasks.items()},
             "methods": {label: {"kind": method.kind, **method.options} for label, method in self.methods.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ class AdaLora(PeftAdapter):
         final_steps: Optimizer steps after it has shrunk, in place of `final_share`; None: the share decides.
         interval: Optimizer steps between two allocations (deltaT).
         orthogonality: Weight of the orthogonality term.
-        task_type: PEFT's task type; "SEQ_CLS" lets the head train.
         target_modules: Modules to adapt; see `modules.find_targets`.
     """
 
@@ -50,7 +49,6 @@ class AdaLora(PeftAdapter):
     final_steps: int | None = None
     interval: int = 1
     orthogonality: float = 0.5
-    task_type: str = field(default="SEQ_CLS", metadata={"option": False})
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +83,6 @@ class AdaLora(PeftAdapter):
             orth_reg_weight=self.orthogonality,
             total_step=planned_steps,
             target_modules=find_targets(self.target_modules, model),
-            task_type=self.task_type,
         )
         return wrap(model, config)
 

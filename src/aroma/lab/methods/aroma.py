@@ -35,14 +35,12 @@ class Aroma(PeftAdapter):
         r: Rank of one component.
         dropout: Dropout on the input of the component in training.
         options: Further fields of `AromaConfig`; they are stronger than the other arguments.
-        task_type: PEFT's task type; "SEQ_CLS" lets the head train.
         target_modules: Modules that grow; see `modules.find_targets`.
     """
 
     r: int = 1
     dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
-    task_type: str = field(default="SEQ_CLS", metadata={"option": False})
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
@@ -104,4 +102,4 @@ class Aroma(PeftAdapter):
 
     def _options(self) -> dict[str, Any]:
         """Return all fields of `AromaConfig` that are not left to their defaults, but for the targets found."""
-        return {"r": self.r, "lora_dropout": self.dropout, "task_type": self.task_type, **self.options}
+        return {"r": self.r, "lora_dropout": self.dropout, **self.options}

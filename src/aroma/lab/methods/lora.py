@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
@@ -22,14 +22,12 @@ class Lora(PeftAdapter):
         r: Rank.
         alpha: lora_alpha; None for r, so that the scale is 1.
         dropout: Dropout on the adapter's input.
-        task_type: PEFT's task type; "SEQ_CLS" lets the head train.
         target_modules: Modules to adapt; see `modules.find_targets`.
     """
 
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    task_type: str = field(default="SEQ_CLS", metadata={"option": False})
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +49,6 @@ class Lora(PeftAdapter):
             lora_alpha=self.r if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=find_targets(self.target_modules, model),
-            task_type=self.task_type,
         )
         return wrap(model, config)
 

@@ -36,14 +36,16 @@ def wrap(model: Any, config: Any) -> Any:
     """Wrap `model` with PEFT, so that its head trains whole beside the adapter, and is saved with it.
 
     Args:
-        model: A transformers classifier.
-        config: PEFT's configuration of the adapter; gets the head's modules as `modules_to_save`.
+        model: A transformers classifier or causal language model.
+        config: PEFT's configuration of the adapter; gets the head's modules as `modules_to_save`, and the task type
+            of the model where it has none.
 
     Raises:
         ConfigError: A parameter that the checkpoint lacks would not train, or one of the backbone would.
     """
     from peft import get_peft_model
 
+    config.task_type = config.task_type or task_type_of(model)
     head, asked = head_of(model), config.modules_to_save or []
     config.modules_to_save = [*asked, *head.modules_to_save()] or None
     wrapped = get_peft_model(model, config)
@@ -59,6 +61,11 @@ def wrap(model: Any, config: Any) -> Any:
                 "take a method that is no PEFT adapter, as 'bitfit'",
             )
     return wrapped
+
+
+def task_type_of(model: Any) -> str:
+    """Return PEFT's name of what a model is for: it decides the wrapper, and whether a head trains."""
+    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else "SEQ_CLS"
 
 
 def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:

@@ -19,7 +19,7 @@ from ..trials.spec import Trial
 from .space import Space, extremes, grid_points, read_space
 
 _OWN = ("space", "sampler", "sampler_seed", "trials", "study", "storage", "heartbeat")
-_IDENTITY = ("model", "tasks", "methods", "training", "seeds", "overrides")
+_IDENTITY = ("model", "dtype", "quantization", "tasks", "methods", "training", "seeds", "overrides")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
     train, held_out = split_validation(
         everything, spec.held_out, spec.split_seed, names, spec.field("held_out"), "give another share"
     )
-    return TaskData(_draw(spec, train), held_out, shown, names, kind, metric)
+    return TaskData(_draw(spec, train), held_out, shown, names, kind, metric, raw[0])
 
 
 def _kind(spec: TaskSpec, glue: GlueTask | None) -> str:

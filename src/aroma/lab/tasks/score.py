@@ -15,6 +15,7 @@ __all__ = ["METRICS", "resolve_metric", "score", "task_metrics"]
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "mcc"),
     "regression": ("pearson", "spearman"),
+    "commonsense": ("accuracy", "accuracy_normalised", "generated"),
 }
 """What can be the score of a task of a kind; 1 is perfect in all of them."""
 

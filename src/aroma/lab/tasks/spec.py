@@ -8,6 +8,7 @@ from typing import Literal
 
 from ...errors import AromaError, ConfigError, bad_value
 from ..data import Examples
+from .glue import Layout
 
 HELD_OUT = "held_out"
 """Name, in results, of the examples held out from the training data; no reported split can bear it."""
@@ -29,8 +30,9 @@ class TaskSpec:
     reported: dict[str, str] | None = None
     """Label by label, the split or file that is reported, as `{test: test.jsonl}`; null: GLUE's validation sets (of
     MNLI matched and mismatched), and of other tasks the test split, or the validation split where there is no test."""
-    kind: Literal["classification", "regression"] | None = None
-    """`classification` (one label a text) or `regression` (one number a text); null: GLUE's, else a classification."""
+    kind: Literal["classification", "regression", "commonsense"] | None = None
+    """`classification` (one label a text), `regression` (one number a text), or `commonsense` (questions with
+    candidates in the form of LLM-Adapters, for a language model); null: GLUE's, else a classification."""
     text: str | None = None
     """Column of the text; `#4` is the fourth column of a CSV or TSV file without a header line; null: GLUE's, else
     `text`."""
@@ -40,7 +42,8 @@ class TaskSpec:
     """Column of the label or number; null: GLUE's, else `label`."""
     metric: str | None = None
     """What the score is: `accuracy`, `f1` (of the second of two classes), `macro_f1`, `mcc`, `pearson` or `spearman`;
-    null: GLUE's as in the paper, else accuracy or Pearson's correlation."""
+    null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy` (by likelihood),
+    `accuracy_normalised` (by likelihood a token), or `generated` (of what the model writes)."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
     held_out: float = 0.1
@@ -51,18 +54,28 @@ class TaskSpec:
     data."""
     train_examples: int | None = None
     """Train on so many of the examples that are left, drawn at random; null: all."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a language model's prompt is written: by the tokenizer's `chat` template, `plain`, or `auto`: chat where
+    there is a template."""
+    held_out_examples: int | None = None
+    """Of a commonsense task, keep so many of the held-out examples at most; null: all. What is reported is whole."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise self.bad("name", self.name, "it names folders; write it with letters, digits, '-', '_' and '.'")
-        if self.kind not in (None, "classification", "regression"):
-            raise self.bad("kind", self.kind, "give classification, regression, or null")
+        if self.kind not in (None, "classification", "regression", "commonsense"):
+            raise self.bad("kind", self.kind, "give classification, regression, commonsense, or null")
         if not 0 < self.held_out < 1:
             raise self.bad("held_out", self.held_out, "give a share between 0 and 1, as 0.1")
         if self.max_length < 3:
             raise self.bad("max_length", self.max_length, "give 3 tokens or more; most models add two of their own")
-        if self.train_examples is not None and self.train_examples < 1:
-            raise self.bad("train_examples", self.train_examples, "give 1 or more, or null")
+        for key in ("train_examples", "held_out_examples"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise self.bad(key, getattr(self, key), "give 1 or more, or null")
+        idle = (("template", self.template, "auto"), ("held_out_examples", self.held_out_examples, None))
+        for key, value, common in idle:
+            if value != common and self.kind != "commonsense":
+                raise self.bad(key, value, "only tasks of kind commonsense have it; leave it out")
         if self.split_seed < 0:
             raise self.bad("split_seed", self.split_seed, "give 0 or more")
         self._check_reported()
@@ -96,6 +109,7 @@ class TaskData:
         label_names: Names of the classes by index; None for a regression.
         kind: `"classification"` or `"regression"`.
         metric: Name of the metric that is the score.
+        layout: Which columns of the training examples mean what.
     """
 
     train: Examples
@@ -104,3 +118,4 @@ class TaskData:
     label_names: tuple[str, ...] | None
     kind: str
     metric: str
+    layout: Layout

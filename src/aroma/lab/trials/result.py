@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..job import Prediction
 from ..methods import Method
 from ..model import count_trainable
 from ..spectra_record import spectra_of
 from ..tasks.score import score
-from ..tasks.spec import HELD_OUT, TaskData
+from ..tasks.spec import HELD_OUT
 from ..trainer import Fit
 from .curve import Curve
 from .history import inner_checks_of
 from .spec import Trial
 from .usage import Usage
-
-Metrics = Mapping[str, dict[str, float]]
-"""Metrics by split and name."""
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Finished:
     Args:
         trial: The trial.
         method: Its method.
-        data: Its examples.
+        work: Its examples, and what they are scored by.
         fit: Its Trainer.
         planned_steps: Optimizer steps that were planned.
         curve: Its trainable parameters and ranks by step.
@@ -40,7 +39,7 @@ class Finished:
 
     trial: Trial
     method: Method
-    data: TaskData
+    work: Work
     fit: Fit
     planned_steps: int
     curve: Curve
@@ -48,16 +47,16 @@ class Finished:
     provenance: dict[str, Any]
 
 
-def result_of(finished: Finished, metrics: Metrics, held_out_loss: float, events: Path) -> dict[str, Any]:
+def result_of(finished: Finished, predictions: Mapping[str, Prediction], events: Path) -> dict[str, Any]:
     """Return the content of `result.json`.
 
     Args:
         finished: The trial.
-        metrics: Of the held-out and, if the trial reports, the reported examples.
-        held_out_loss: Mean loss of the held-out examples.
+        predictions: By split: the held-out and, if the trial reports, the reported examples.
         events: Its events.
     """
-    trial, data, state = finished.trial, finished.data, finished.fit.trainer.state
+    trial, work, state = finished.trial, finished.work, finished.fit.trainer.state
+    metrics = {split: prediction.metrics for split, prediction in predictions.items()}
     reported = {name: values for name, values in metrics.items() if name != HELD_OUT}
     return {
         "name": trial.name,
@@ -67,13 +66,14 @@ def result_of(finished: Finished, metrics: Metrics, held_out_loss: float, events
         "options": trial.options,
         "seed": trial.training.seed,
         "purpose": trial.purpose,
-        "metric": data.metric,
-        "score": score(data.metric, reported if trial.purpose == "report" else metrics),
+        "metric": work.metric,
+        "score": score(work.metric, reported if trial.purpose == "report" else metrics),
         "checkpoint": trial.training.checkpoint,
         "held_out": metrics[HELD_OUT],
-        "held_out_loss": held_out_loss,
+        "held_out_loss": predictions[HELD_OUT].loss,
         "reported": reported,
-        "examples": _examples(data),
+        "examples": work.job.examples,
+        "notes": list(work.job.notes),
         "steps": state.global_step,
         "planned_steps": finished.planned_steps,
         "stopped_early": state.global_step < finished.planned_steps,
@@ -84,11 +84,6 @@ def result_of(finished: Finished, metrics: Metrics, held_out_loss: float, events
         "inner_checks": inner_checks_of(json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()),
         **finished.provenance,
     }
-
-
-def _examples(data: TaskData) -> dict[str, int]:
-    splits = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
-    return {name: len(examples) for name, examples in splits.items()}
 
 
 def _parameters(finished: Finished) -> dict[str, float]:

@@ -13,15 +13,11 @@ import torch
 from transformers import set_seed
 
 from ...files import read_json, write_json, write_text
-from ..encode import check_positions, encode, load_tokenizer
 from ..methods import Method
 from ..methods.registry import METHODS, make_method
-from ..model import load_classifier
 from ..provenance import provenance
 from ..run_folder import EventLog
-from ..tasks.load import load_task
-from ..tasks.spec import HELD_OUT, TaskData
-from ..train import check_warmup, evaluate, planned_steps, predict
+from ..train import check_warmup, planned_steps
 from ..trainer import Fit, make_trainer
 from .curve import CurveRecorder
 from .folder import TrialFolder, step_of
@@ -30,9 +26,7 @@ from .progress import ProgressFile
 from .result import Finished, result_of
 from .spec import Trial
 from .usage import Usage
-
-PACKAGED_MODEL = "minilm"
-"""Name of the encoder that comes with pip."""
+from .work import Work, work_of
 
 
 @dataclass(frozen=True)
@@ -41,16 +35,12 @@ class _Material:
 
     Args:
         method: Its method.
-        data: Its examples.
-        model: Folder or hub name of the pretrained model.
-        tokenizer: Its tokenizer.
+        work: Its examples and what they are scored by.
         steps: Planned optimizer steps.
     """
 
     method: Method
-    data: TaskData
-    model: str
-    tokenizer: Any
+    work: Work
     steps: int
 
 
@@ -88,13 +78,10 @@ def run_trial(trial: Trial, folder: Path, progress: bool = False) -> dict[str, A
 def _prepare(trial: Trial) -> _Material:
     """Do what can go wrong before anything is written."""
     method = make_method(trial.kind, seeded_options(trial.kind, trial.options, trial.training.seed))
-    name = _model_name(trial.model)
-    data = load_task(trial.task, reported=trial.purpose == "report")
-    steps = planned_steps(trial.training, len(data.train))
+    work = work_of(trial)
+    steps = planned_steps(trial.training, len(work.job.train))
     check_warmup(trial.training, steps)
-    tokenizer = load_tokenizer(name, trial.task.max_length)
-    check_positions(name, trial.task.max_length)
-    return _Material(method, data, name, tokenizer, steps)
+    return _Material(method, work, steps)
 
 
 def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -108,58 +95,40 @@ def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str
     return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
 
 
-def _model_name(name: str) -> str:
-    if name != PACKAGED_MODEL:
-        return name
-    from ..bbc import model_folder
-
-    return str(model_folder())
-
-
 def _run(trial: Trial, material: _Material, home: TrialFolder, usage: Usage, progress: bool) -> dict[str, Any]:
     if trial.training.threads is not None:
         torch.set_num_threads(trial.training.threads)
     found = provenance()
     set_seed(trial.training.seed)
-    data = material.data
-    base = load_classifier(material.model, data.label_names, material.tokenizer.pad_token_id)
-    model = material.method.build(base, material.steps)
-    encoded = {
-        name: encode(examples, material.tokenizer, trial.task.max_length)
-        for name, examples in {"train": data.train, HELD_OUT: data.held_out, **data.reported}.items()
-    }
+    job = material.work.job
+    model = material.method.build(job.load_model(), material.steps)
     recorder = CurveRecorder(material.method, usage)
-    fit = _fit(trial, material, model, encoded, recorder, home, progress)
-    held_out = predict(fit.trainer, data.kind, encoded[HELD_OUT])
-    reported = {name: evaluate(fit.trainer, data.kind, encoded[name]) for name in data.reported}
-    metrics = {HELD_OUT: held_out.metrics, **reported}
-    finished = Finished(trial, material.method, data, fit, material.steps, recorder.curve, usage, found)
-    _leave(finished, home, list(metrics))
-    return result_of(finished, metrics, held_out.loss, home.events)
+    fit = _fit(trial, material, model, recorder, home, progress)
+    predictions = {split: job.predict(fit.trainer, split) for split in job.evaluated}
+    finished = Finished(trial, material.method, material.work, fit, material.steps, recorder.curve, usage, found)
+    _leave(finished, home, list(job.watched))
+    return result_of(finished, predictions, home.events)
 
 
 def _fit(
     trial: Trial,
     material: _Material,
     model: Any,
-    encoded: dict[str, Any],
     recorder: CurveRecorder,
     home: TrialFolder,
     progress: bool,
 ) -> Fit:
     checkpoint = home.checkpoint()
-    evaluated = {name: part for name, part in encoded.items() if name != "train"}
+    job = material.work.job
     fit = make_trainer(
         material.method,
         model,
-        material.tokenizer,
-        material.data.kind,
+        job.objective,
         trial.training,
         home.checkpoints,
-        train=encoded["train"],
-        validation=evaluated if trial.training.eval_steps is not None else None,
+        train=job.train,
+        validation=job.watched if trial.training.eval_steps is not None else None,
         callbacks=[recorder, ProgressFile(home.progress)],
-        choice=f"{HELD_OUT}_{material.data.metric}",
         on_event=EventLog(home.events, upto=step_of(checkpoint)),
         progress=progress,
     )
@@ -176,6 +145,7 @@ def _leave(finished: Finished, home: TrialFolder, splits: list[str]) -> None:
         shutil.rmtree(home.adapter, ignore_errors=True)  # of an attempt that was killed right here
         home.adapter.mkdir()
         finished.method.save(finished.fit.trainer.model, home.adapter)
+        finished.work.job.describe(home.adapter)
 
 
 def _write_compactly(path: Path, value: Any) -> None:

@@ -30,6 +30,8 @@ class Trial:
         training: The loop; its seed is the trial's.
         purpose: `"report"`: evaluated on the held-out and on the reported examples. `"select"`: on the held-out ones
             alone; the reported ones are not even looked at.
+        dtype: Type of the pretrained weights; see `ModelSpec`.
+        quantization: Quantization of the pretrained weights; see `ModelSpec`.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Trial:
     options: dict[str, Any] = field(default_factory=dict)
     training: TrainSpec = field(default_factory=TrainSpec)
     purpose: Literal["report", "select"] = "report"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["nf4", "int8"] | None = None
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.name)

@@ -22,34 +22,42 @@ HOOKS_FILE = "hooks.safetensors"
 """In a checkpoint, what the method's hooks remember."""
 
 
-class MethodTrainer(Trainer):
-    """Trains any method, and resumes it to the bit.
+class ExactResume:
+    """Lets a Trainer that it is mixed into train any method, and resume it to the bit.
 
     Its checkpoints hold the trained parameters whole, and the state of the method's hooks. PEFT's own files would not
     do: of AdaLoRA they lack the triplets that are masked for now, of ReLoRA what was merged into the backbone.
 
     Args:
         hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
-        **options: Of the `Trainer`.
+        counts_items: Whether the model divides its loss by the number of items in the whole step.
+        **options: Of the Trainer.
     """
 
-    def __init__(self, *, hooks: HooksCallback | None, **options: Any) -> None:
+    # Of the Trainer that it is mixed into.
+    add_callback: Any
+    args: Any
+    model: Any
+    state: Any
+
+    def __init__(self, *, hooks: HooksCallback | None, counts_items: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self._hooks = hooks
         self.add_callback(LossWindow(self))
-        # The Trainer takes any model with **kwargs for one that divides its loss by the number of items in the whole
-        # step. Those with a classification head take the mean over their micro-batch, and would be summed up.
-        self.model_accepts_loss_kwargs = False
+        if not counts_items:
+            # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
+            # mean over their micro-batch, and would be summed up.
+            self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         if isinstance(sampler, LengthGroupedSampler):
             return EpochLengthSampler(sampler, self.args.seed)
         return sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._hooks is None:
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         assert self._hooks.hooks is not None, "the Trainer calls on_train_begin first"
         folder = Path(output_dir or self.args.output_dir)
@@ -58,19 +66,23 @@ class MethodTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._hooks is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
         load_trained(self.model, Path(resume_from_checkpoint) / TRAINED_FILE)
         self._hooks.load_state_dict(read_tensors(Path(resume_from_checkpoint) / HOOKS_FILE))
 
     def _load_best_model(self) -> None:
         if self._hooks is None:
-            super()._load_best_model()
+            super()._load_best_model()  # type: ignore[misc]
             return
         assert self._hooks.hooks is not None, "it has trained"
         best = Path(self.state.best_model_checkpoint)
         load_trained(self.model, best / TRAINED_FILE)
         self._hooks.hooks.load_state_dict(read_tensors(best / HOOKS_FILE))
+
+
+class MethodTrainer(ExactResume, Trainer):
+    """The Hugging Face Trainer; see `ExactResume`."""
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Causal language models: instruction data, prompts, answers, generation."""
