@@ -128,8 +128,6 @@ def _convert(source: Path, folder: Path) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = f"transformers cannot read it ({reason}); give the model's safetensors, or another file"
         raise bad_value("model.gguf_file", str(source), remedy, DataError) from error
-    # The weights are plain by now, and are to be loaded as such.
-    model.hf_quantizer.remove_quantization_config(model)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -123,21 +124,26 @@ def label_log_probs(model: Any, batch: Sequence[Asked]) -> list[tuple[float, ...
     owners = torch.arange(len(batch), device=model.device).repeat_interleave(counts)
     # A position counts tokens, not padding.
     positions = (context_mask.cumsum(1) - 1).clamp(min=0)
+    cache, kept = _cache_of(model)
     whole = model(
-        input_ids=context, attention_mask=context_mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        input_ids=context,
+        attention_mask=context_mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        **kept,
     )
     first = whole.logits[:, -1].float().log_softmax(-1)[owners]
     scores = first.gather(1, labels[:, :1])
     if labels.shape[1] > 1:
-        cache = whole.past_key_values
         cache.batch_select_indices(owners)
         fed = labels[:, :-1]
         more = model(
             input_ids=fed,
             attention_mask=torch.cat([context_mask[owners], label_mask[:, :-1]], dim=1),
             position_ids=positions[owners, -1:] + 1 + torch.arange(fed.shape[1], device=model.device),
-            past_key_values=cache,
             use_cache=True,
+            **kept,
         )
         rest = more.logits.float().log_softmax(-1).gather(2, labels[:, 1:, None]).squeeze(2)
         # Not a product: what stands at the padding may be anything.
@@ -148,6 +154,25 @@ def label_log_probs(model: Any, batch: Sequence[Asked]) -> list[tuple[float, ...
             "log_probs", float("nan"), "the model's logits are no numbers; try another dtype", NonFiniteError
         )
     return [tuple(part.tolist()) for part in sums.split(counts.tolist())]
+
+
+def _cache_of(model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return an empty cache of keys and values, and the argument that gives it to the model.
+
+    Raises:
+        ConfigError: The model takes none.
+    """
+    from transformers import DynamicCache
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = signature(base.forward).parameters
+    # The newer name in transformers first: the older one still works there, but warns.
+    names = [name for name in ("cache", "past_key_values") if name in known]
+    if not names:
+        remedy = "it keeps no keys and values, which the candidates of a question share; use generation"
+        raise bad_value("model", type(base).__name__, remedy)
+    cache = DynamicCache(config=base.config)
+    return cache, {names[0]: cache}
 
 
 def _context_length(item: Asked) -> int:

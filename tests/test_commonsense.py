@@ -1,0 +1,536 @@
+"""Commonsense questions: files, likelihood against a plain forward pass, answers out of texts, and `aroma eval`."""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aroma.cli import main
+from aroma.errors import ConfigError, DataError, NonFiniteError
+from aroma.lab.language import evaluate
+from aroma.lab.language.answers import extract
+from aroma.lab.language.asked import ask, prompt_of
+from aroma.lab.language.commonsense import SETS, Question, load_questions
+from aroma.lab.language.encode import encode_conversations
+from aroma.lab.language.evaluate import evaluate_questions
+from aroma.lab.language.examples import Turn, load_conversations
+from aroma.lab.language.generate import Generation, open_adapter
+from aroma.lab.language.likelihood import Ranking, rank
+from aroma.lab.language.prompt import PromptBuilder
+from aroma.lab.language.results import write_predictions
+from aroma.lab.language.spec import LanguageSpec
+from aroma.lab.language.task import LanguageTask, save_language_task
+from aroma.lab.specs import ModelSpec
+from aroma.lab.task import Task, save_task
+from tiny_lm import questions, save_tiny_lm, write_json_lines
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "commonsense"
+LANGUAGE = LanguageSpec()
+LEAD = "the correct answer is "
+
+
+def load_lm(folder, attention="sdpa"):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llama": save_tiny_lm(root / "llama", "llama", chat_template=True),
+        "gpt2": save_tiny_lm(root / "gpt2", "gpt2", chat_template=False),
+    }
+
+
+@pytest.fixture(scope="module")
+def llama(folders):
+    model, tokenizer = load_lm(folders["llama"])
+    return model, PromptBuilder(tokenizer, LANGUAGE), tokenizer
+
+
+def asked_questions(path, count=5, seed=1):
+    return load_questions("data", str(write_json_lines(path / "asked.jsonl", questions(count, seed))), LANGUAGE)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def row_of(labels, right=0, listed=True):
+    options = " ".join(f"{label.capitalize()}: some text" for label in labels)
+    ending = f"\n\nAnswer format: {'/'.join(labels)}" if listed else ""
+    return {
+        "instruction": f"Which one fits?\n\n{options}{ending}",
+        "input": "",
+        "output": LEAD + labels[right],
+        "answer": labels[right],
+    }
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", SETS)
+def test_each_of_the_eight_sets_has_its_labels(tmp_path, name, listed):
+    rows = [row_of(SETS[name], right, listed) for right in range(len(SETS[name]))]
+    (tmp_path / name).mkdir()
+    path = write_json_lines(tmp_path / name / "test.jsonl", rows)
+    loaded = load_questions("data", str(path), LANGUAGE)
+    assert [question.answer for question in loaded] == list(SETS[name])
+    for question, row in zip(loaded, rows, strict=True):
+        assert question.candidates == SETS[name]
+        assert question.turns == (Turn("user", row["instruction"]),)
+        assert question.response_of(question.answer) == row["output"]
+    # A set without folders is known by its file's name.
+    alone = write_json_lines(tmp_path / f"{name}.jsonl", rows)
+    assert load_questions("data", str(alone), LANGUAGE) == loaded
+
+
+def test_there_are_eight_sets():
+    assert len(SETS) == 8
+
+
+def test_the_instructions_own_list_of_labels_comes_first(tmp_path):
+    five = [f"answer{number}" for number in range(1, 6)]
+    path = tmp_path / "ARC-Easy.json"
+    path.write_text(json.dumps([row_of(five, right=4), row_of(five[:3], right=2)]))
+    loaded = load_questions("data", str(path), LANGUAGE)
+    assert [question.candidates for question in loaded] == [tuple(five), tuple(five[:3])]
+
+
+def test_a_json_list_and_json_lines_are_the_same(tmp_path):
+    rows = questions(7, seed=3)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    lines = write_json_lines(tmp_path / "rows.jsonl", rows)
+    assert load_questions("data", str(tmp_path / "rows.json"), LANGUAGE) == load_questions("d", str(lines), LANGUAGE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "answer7"}, r"'answer', row 2\)='answer7': it is none of the candidates answer1, answer2"),
+        ({"answer": ""}, r"'answer', row 2\)='': give a text that is not empty"),
+        ({"answer": True}, r"'answer', row 2\)=True: give a text"),
+        ({"output": "answer1 or answer2 or so"}, r"'output', row 2\)=.*does not end with the answer"),
+        ({"output": None}, r"'output', row 2\)=None: give a text"),
+        ({"instruction": "Which?"}, r"'instruction', row 2\)='Which\?': end it with a line such as"),
+        ({"instruction": "Which?\nAnswer format: answer1"}, r"lists two labels or more"),
+        ({"instruction": "Which?\nAnswer format: answer1/answer1"}, r"each once"),
+        ({"instruction": 5}, r"'instruction', row 2\)=5: give a text"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, change, message):
+    rows = [row_of(("answer1", "answer2")), {**row_of(("answer1", "answer2")), **change}]
+    with pytest.raises(DataError, match=message):
+        load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)), LANGUAGE)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    rows = [{"instruction": "a", "output": "b"}]
+    with pytest.raises(DataError, match="no column 'answer'; its columns are 'instruction', 'output'"):
+        load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)), LANGUAGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"), [("ARC-Easy", 2251, 2376), ("ARC-Challenge", 1119, 1172), ("openbookqa", 4957, 500)]
+)
+def test_the_shared_sets_are_read_whole(name, train, test):
+    counts = {}
+    for part in ("train", "test"):
+        loaded = load_questions("data", str(SHARED / name / f"{part}.jsonl"), LANGUAGE)
+        assert {question.lead for question in loaded} == {LEAD}
+        assert {len(question.candidates) for question in loaded} <= {3, 4, 5}
+        counts[part] = len(loaded)
+    assert counts == {"train": train, "test": test}
+
+
+# Tokens: what is asked is what was trained on ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # the first with a chat template, the second with the plain one
+@pytest.mark.parametrize("max_length", [None, 30])
+def test_prompts_are_those_of_training(folders, tmp_path, kind, max_length):
+    tokenizer = AutoTokenizer.from_pretrained(folders[kind])
+    builder = PromptBuilder(tokenizer, LanguageSpec(system="Please answer ."))
+    path = write_json_lines(tmp_path / "rows.jsonl", questions(6, seed=5))
+    trained, report = encode_conversations(
+        load_conversations("data", str(path), LANGUAGE), builder, max_length or 128, "data"
+    )
+    assert report.cut_prompts == (0 if max_length is None else 6)
+    for question, row in zip(load_questions("data", str(path), LANGUAGE), trained, strict=True):
+        item = ask(builder, question, max_length)
+        right = item.labels[question.candidates.index(question.answer)]
+        answer = [*item.lead, *right]
+        whole = [*item.prompt, *answer]
+        assert row["input_ids"][: len(whole)] == whole
+        assert [label for label in row["labels"] if label != -100][: len(answer)] == answer
+        assert item.cut == (max_length is not None)
+        assert prompt_of(builder, question, max_length) == (item.prompt, item.cut)
+
+
+def test_the_lead_is_given_and_the_label_scored(llama, tmp_path):
+    _, builder, tokenizer = llama
+    item = ask(builder, asked_questions(tmp_path)[0])
+    assert item.lead == tokenizer("the correct answer is", add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode(label) for label in item.labels] == ["answer1", "answer2"]
+
+
+def test_candidates_that_tokens_cannot_tell_apart_are_refused(llama):
+    _, builder, _ = llama
+    turns = (Turn("user", "Please choose"),)
+    for candidates in (("qqq", "zzz"), ("apple", "apple bird")):  # both unknown; one begins the other
+        with pytest.raises(DataError, match=r"beginning of another.*use generation"):
+            ask(builder, Question(turns, candidates, candidates[0], LEAD))
+
+
+def test_a_limit_that_leaves_no_prompt_is_refused(llama, tmp_path):
+    _, builder, _ = llama
+    with pytest.raises(DataError, match="max_length=7: a response alone has 6 tokens"):
+        prompt_of(builder, asked_questions(tmp_path)[0], max_length=7)
+
+
+# Likelihood ----------------------------------------------------------------------------------------------------------
+
+
+def mixed_questions():
+    """Questions of 2 to 5 candidates, labels of 1 to 3 words, prompts of unequal lengths, with and without a lead."""
+    words = ["apple", "bird", "cloud", "door", "eagle", "fish", "grass", "house", "iron", "juice", "king", "lamp"]
+    asked = []
+    for number in range(7):
+        candidates = tuple(" ".join(words[(number + place) % 12 :][: 1 + (number + place) % 3]) for place in range(5))
+        asked.append(
+            Question(
+                (Turn("user", " ".join(["Please choose a word", *words[: 1 + 3 * (number % 4)], "?"])),),
+                candidates[: 2 + number % 4],
+                candidates[1],
+                LEAD if number % 3 else "",
+            )
+        )
+    return asked
+
+
+def plain_log_prob(model, builder, question, label):
+    """One candidate by one forward pass over all its tokens: no batch, no padding, no cache."""
+    prompt = builder.prompt(question.turns)
+    lead = builder.continuation(question.lead)
+    response = builder.continuation(question.response_of(label))
+    assert response[: len(lead)] == lead
+    ids = [*prompt, *response]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(log_probs[place - 1, ids[place]].item() for place in range(len(prompt) + len(lead), len(ids)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_likelihoods_equal_those_of_plain_forward_passes(folders, kind, attention):
+    model, tokenizer = load_lm(folders[kind], attention)
+    builder = PromptBuilder(tokenizer, LANGUAGE)
+    asked = mixed_questions()
+    assert {len(label) for question in asked for label in ask(builder, question).labels} == {1, 2, 3}
+    expected = [[plain_log_prob(model, builder, q, label) for label in q.candidates] for q in asked]
+    for batch_size in (1, 3, 7):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rankings = rank(model, builder, asked, batch_size=batch_size)
+        for ranking, sums in zip(rankings, expected, strict=True):
+            assert ranking.log_probs == pytest.approx(sums, abs=1e-5)
+            assert ranking.best == sums.index(max(sums))
+
+
+def test_an_adapter_takes_part(folders):
+    model, tokenizer = load_lm(folders["llama"])
+    builder = PromptBuilder(tokenizer, LANGUAGE)
+    before = rank(model, builder, mixed_questions())
+    adapted = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.5, target_modules=["q_proj", "down_proj"])
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    after = rank(adapted.train(), builder, mixed_questions(), batch_size=2)
+    assert adapted.training
+    adapted.eval()
+    for question, one, other in zip(mixed_questions(), before, after, strict=True):
+        expected = [plain_log_prob(adapted, builder, question, label) for label in question.candidates]
+        assert other.log_probs == pytest.approx(expected, abs=1e-5)
+        assert one.log_probs != pytest.approx(expected, abs=1e-2)
+
+
+def test_each_prompt_is_computed_once(llama):
+    model, builder, _ = llama
+    asked = mixed_questions()
+    computed = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: computed.append(given[0]))
+    done = []
+    rank(model, builder, asked, batch_size=1, advance=done.append)
+    hook.remove()
+    items = [ask(builder, question) for question in asked]
+    contexts = sum(len(item.prompt) + len(item.lead) for item in items)
+    labels = sum(len(item.labels) * (max(map(len, item.labels)) - 1) for item in items)
+    assert sum(ids.numel() for ids in computed) == contexts + labels
+    assert done == [1] * len(asked)
+
+
+def test_the_normalisations_differ_as_they_say():
+    ranking = Ranking(log_probs=(-2.0, -3.0, -4.0), tokens=(1, 3, 2), characters=(4, 8, 16), cut=False)
+    assert (ranking.best, ranking.best_normalised, ranking.best_per_character) == (0, 1, 2)
+    assert Ranking((-1.0, -1.0), (1, 1), (1, 1), cut=False).best == 0
+
+
+def test_a_model_without_numbers_is_not_scored(folders, tmp_path):
+    model, tokenizer = load_lm(folders["llama"])
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="logits are no numbers"):
+        rank(model, PromptBuilder(tokenizer, LANGUAGE), asked_questions(tmp_path))
+
+
+# Answers out of texts ------------------------------------------------------------------------------------------------
+
+FOUR = ("answer1", "answer2", "answer3", "answer4")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("the correct answer is answer2", "answer2"),
+        ("  The correct answer is: answer3.\nBecause answer1 is wrong.", "answer3"),
+        ('The correct answer is "answer4"', "answer4"),
+        ("The correct answer is answer2: quit eating lunch out", "answer2"),
+        ("the correct answer is answer2, the correct answer is answer2", "answer2"),
+        ("answer1", "answer1"),
+        ("Answer4.", "answer4"),
+        # The first label anywhere does not count.
+        ("answer1 is wrong, so the correct answer is answer2", None),
+        ("I think that answer3 is right", None),
+        ("Of answer1 and answer2 the correct answer is answer2", None),
+        ("answer1/answer2/answer3/answer4", None),
+        ("answer2 answer3", None),
+        # Neither does a choice of several, nor a longer word.
+        ("the correct answer is answer1 or answer2", None),
+        ("the correct answer is answer1/answer2/answer3/answer4", None),
+        ("the correct answer is answer10", None),
+        ("the correct answer is answer5", None),
+        ("the correct answer is", None),
+        ("", None),
+        ("the answer is answer1", None),
+    ],
+)
+def test_only_an_answer_in_the_form_asked_for_counts(text, answer):
+    assert extract(text, FOUR, LEAD) == answer
+
+
+def test_other_labels_and_leads():
+    assert extract("The correct answer is False", ("true", "false"), LEAD) == "false"
+    assert extract("true", ("true", "false"), LEAD) == "true"
+    assert extract("falsehood", ("true", "false"), LEAD) is None
+    assert extract("It is untrue", ("true", "false"), "It is ") is None
+    assert extract("It is true", ("true", "false"), "It is ") == "true"
+    assert extract("true", ("true", "false"), "") == "true"
+    assert extract("true or false", ("true", "false"), "") is None
+    assert extract("answer10", ("answer1", "answer10"), LEAD) == "answer10"
+
+
+# Whole sets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(folders):
+    """A tiny model that has learned the form of an answer, and some of the answers."""
+    model, tokenizer = load_lm(folders["llama"])
+    builder = PromptBuilder(tokenizer, LANGUAGE)
+    root = folders["llama"].parent
+    path = write_json_lines(root / "train.jsonl", questions(64, seed=11))
+    rows, _ = encode_conversations(load_conversations("data", str(path), LANGUAGE), builder, 128, "data")
+    ids = [torch.tensor(row) for row in rows["input_ids"]]
+    labels = [torch.tensor(row) for row in rows["labels"]]
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        model(input_ids=batch, labels=targets).loss.backward()  # right padding, which no token looks at
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = root / "trained"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
+    model, tokenizer = load_lm(trained)
+    builder = PromptBuilder(tokenizer, LANGUAGE)
+    asked = asked_questions(tmp_path, count=30, seed=12)
+    ranked = evaluate_questions(model, builder, tokenizer, asked, "likelihood", batch_size=7)
+    written = evaluate_questions(model, builder, tokenizer, asked, "generation", batch_size=7, max_new_tokens=12)
+    assert written.unparseable == written.unfinished == 0
+    # The greedy text says the lead, and then what is most likely after it.
+    assert [prediction.chosen for prediction in written.predictions] == [p.chosen for p in ranked.predictions]
+    assert written.metrics == {"generated": ranked.metrics["accuracy"]}
+    assert {prediction.chosen for prediction in ranked.predictions} == {"answer1", "answer2"}
+
+
+def test_every_question_counts_once_and_in_its_order(llama, tmp_path):
+    model, builder, tokenizer = llama
+    asked = asked_questions(tmp_path, count=11, seed=4)
+    done = []
+    found = evaluate_questions(model, builder, tokenizer, asked, batch_size=4, advance=done.append)
+    assert found.examples == sum(done) == 11
+    right = 0
+    for question, prediction in zip(asked, found.predictions, strict=True):
+        sums = {label: plain_log_prob(model, builder, question, label) for label in question.candidates}
+        assert prediction.answer == question.answer
+        assert prediction.log_probs == pytest.approx(sums, abs=1e-5)
+        assert prediction.chosen == max(sums, key=sums.get)
+        right += prediction.chosen == question.answer
+    assert found.metrics["accuracy"] == right / 11
+    assert found.loss == pytest.approx(-sum(p.log_probs[p.answer] for p in found.predictions) / 11)
+
+
+def test_answers_that_cannot_be_read_are_counted_and_wrong(llama, tmp_path, monkeypatch):
+    model, builder, tokenizer = llama
+    asked = asked_questions(tmp_path, count=4, seed=4)
+    wrong = {"answer1": "answer2", "answer2": "answer1"}[asked[1].answer]
+    texts = [LEAD + asked[0].answer, LEAD + wrong, "who knows", f"no, {LEAD}{asked[3].answer}"]
+    finished = [True, True, False, True]
+    given = []
+
+    def write(model, builder, tokenizer, prompts, **options):
+        given.extend(prompts)
+        return [Generation(text, [], end) for text, end in zip(texts, finished, strict=True)]
+
+    monkeypatch.setattr(evaluate, "generate_batch", write)
+    found = evaluate_questions(model, builder, tokenizer, asked, "generation")
+    assert given == [builder.prompt(question.turns) for question in asked]
+    assert found.metrics == {"generated": 0.25}
+    assert (found.unparseable, found.unfinished, found.loss) == (2, 1, None)
+    assert [prediction.chosen for prediction in found.predictions] == [asked[0].answer, wrong, None, None]
+
+
+def test_bad_requests(llama, tmp_path):
+    asked = asked_questions(tmp_path)
+    with pytest.raises(ConfigError, match="method='guess': give likelihood or generation"):
+        evaluate_questions(*llama, asked, "guess")
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        evaluate_questions(*llama, asked, batch_size=0)
+    with pytest.raises(DataError, match="nothing to ask"):
+        evaluate_questions(*llama, [])
+
+
+def test_predictions_are_written_whole_and_never_over_a_file(llama, tmp_path):
+    asked = asked_questions(tmp_path)
+    found = {"one": evaluate_questions(*llama, asked), "two": evaluate_questions(*llama, asked[:2])}
+    path = tmp_path / "predictions.jsonl"
+    write_predictions(path, found)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["set"], row["example"]) for row in rows] == [
+        *(("one", n) for n in range(1, 6)),
+        ("two", 1),
+        ("two", 2),
+    ]
+    assert rows[0]["log_probs"] == found["one"].predictions[0].log_probs
+    with pytest.raises(DataError, match="nothing is overwritten"):
+        write_predictions(path, found)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(trained, tmp_path_factory):
+    """An adapter that changes the answers of the trained model, as `aroma train` leaves it."""
+    model, tokenizer = load_lm(trained)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    adapted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_language_task(LanguageTask(LANGUAGE, 40, ModelSpec(str(trained))), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    return [write_json_lines(root / f"{name}.jsonl", questions(count, count)) for name, count in (("a", 13), ("b", 7))]
+
+
+def test_the_command_evaluates_sets_and_their_average(adapter, sets, tmp_path, capsys):
+    out, predictions = tmp_path / "out.json", tmp_path / "predictions.jsonl"
+    one, two = sets
+    arguments = ["eval", str(adapter), "--data", f"one={one}", "--data", str(two), "--batch-size", "4"]
+    assert main([*arguments, "--json", str(out), "--predictions", str(predictions)]) == 0
+    told = json.loads(out.read_text())
+    assert [(name, part["data"], part["examples"]) for name, part in told["sets"].items()] == [
+        ("one", str(one), 13),
+        (str(two), str(two), 7),
+    ]
+    opened = open_adapter(adapter)
+    for name, path in (("one", one), (str(two), two)):
+        asked = load_questions("data", str(path), LANGUAGE)
+        found = evaluate_questions(opened.model, opened.builder, opened.tokenizer, asked, max_length=40)
+        assert told["sets"][name]["metrics"] == found.metrics
+        assert told["sets"][name]["cut_prompts"] == found.cut_prompts
+    first, second = (part["metrics"]["accuracy"] for part in told["sets"].values())
+    assert told["average"]["accuracy"] == pytest.approx((first + second) / 2)  # not of all questions
+    printed = capsys.readouterr().out
+    assert "average of sets" in printed
+    assert f"{told['average']['accuracy']:.4f}" in printed
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert [row["set"] for row in rows] == ["one"] * 13 + [str(two)] * 7
+    assert sum(row["chosen"] == row["answer"] for row in rows[:13]) / 13 == pytest.approx(first)
+    assert main([*arguments, "--predictions", str(predictions)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_command_generates_and_a_model_needs_no_adapter(trained, adapter, sets, tmp_path, capsys):
+    told = {}
+    for name, folder in (("base", trained), ("adapter", adapter)):
+        out = tmp_path / f"{name}.json"
+        arguments = ["--method", "generation", "--max-new-tokens", "10", "--max-length", "60", "--json", str(out)]
+        assert main(["eval", str(folder), "--data", f"a={sets[0]}", *arguments, "--limit", "5"]) == 0
+        told[name] = json.loads(out.read_text())
+    assert told["base"]["sets"]["a"]["examples"] == 5
+    assert told["base"]["sets"]["a"]["unparseable"] == 0
+    assert told["base"] != told["adapter"]  # the adapter spoils what the model has learned
+    printed = capsys.readouterr().out
+    assert "no result of a whole set" in printed
+    assert "answers not in the form asked for, counted as wrong" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "absent.jsonl"], "data='absent.jsonl': no such file"),
+        (["--data", "{a}", "--text", "sentence"], "--text='sentence': only classifiers and regressions have it"),
+        (["--data", "x={a}", "--data", "x={b}"], "the name 'x' is given twice"),
+        (["--data", "={a}"], "write FILE or NAME=FILE"),
+        (["--data", "{a}", "--max-length", "500"], "max_length=500: the model takes at most 128 tokens"),
+        (["--data", "{a}", "--max-length", "0"], "max_length=0: a response alone has 6 tokens; give more"),
+        (["--data", "{a}", "--limit", "0"], "limit=0: give 1 or more"),
+        (["--data", "{a}", "--batch-size", "0"], "batch_size=0"),
+        (["--data", "{a}", "--base-model", "{nowhere}"], "cannot be loaded as a causal language model"),
+    ],
+)
+def test_bad_arguments_of_the_command(adapter, sets, tmp_path, capsys, arguments, message):
+    names = {"a": sets[0], "b": sets[1], "nowhere": tmp_path / "nowhere"}
+    assert main(["eval", str(adapter), *(text.format(**names) for text in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_classifier_has_no_options_of_language_models(tmp_path, capsys):
+    save_task(Task("classification", ("no", "yes"), "text", None, "label", 16), tmp_path)
+    for arguments, message in (
+        (["--method", "generation"], "--method='generation': only language models have it"),
+        (["--data", "y.csv"], "give one file; only a language model answers several"),
+    ):
+        assert main(["eval", str(tmp_path), "--data", "x.csv", *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,304 @@
+"""A language model through `aroma train` and through an experiment, with the same promises as for classifiers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aroma.cli import main
+from aroma.errors import ConfigError, DataError
+from aroma.lab.grid.expand import expand
+from aroma.lab.grid.reader import make_grid
+from aroma.lab.language.examples import load_conversations
+from aroma.lab.language.prompt import PromptBuilder
+from aroma.lab.language.spec import LanguageSpec
+from aroma.lab.recipe import make_recipe
+from aroma.lab.train import job_of, run_recipe
+from aroma.lab.trials.run import run_trial
+from tiny_lm import questions, save_tiny_lm, write_json_lines
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("language")
+    save_tiny_lm(folder / "model")
+    write_json_lines(folder / "train.jsonl", questions(80, seed=1))
+    write_json_lines(folder / "test.jsonl", questions(23, seed=2))
+    return folder
+
+
+def values_of(files: Path, out: str, **changes: Any) -> dict[str, Any]:
+    """Values of a recipe by dotted key."""
+    return {
+        "model.name": str(files / "model"),
+        "data.task": "causal_lm",
+        "data.train": str(files / "train.jsonl"),
+        "data.test": str(files / "test.jsonl"),
+        "data.validation_fraction": 0.2,
+        "data.max_length": 64,
+        "adapter.max_inner_steps": 8,
+        "adapter.inner_check_interval": 2,
+        "adapter.rewarmup_steps": 2,
+        "training.max_steps": STEPS,
+        "training.batch_size": 8,
+        "training.learning_rate": 0.01,
+        "training.warmup_steps": 3,
+        "training.save_steps": 20,
+        "training.logging_steps": 1,
+        "output": str(files / out),
+        **changes,
+    }
+
+
+def run(files: Path, out: str, **changes: Any) -> Path:
+    """Run a recipe."""
+    run_recipe(make_recipe(values_of(files, out, **changes)), progress=False)
+    return files / out
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read(folder / "history.json") if "loss" in entry]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(files: Path) -> Path:
+    nested: dict[str, Any] = {}
+    for key, value in values_of(files, "run").items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    (files / "recipe.yaml").write_text(yaml.safe_dump(nested))
+    assert main(["train", str(files / "recipe.yaml")]) == 0
+    return files / "run"
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_plain_peft_loads_it(files: Path, finished: Path) -> None:
+    told = losses(finished)
+    assert len(told) == STEPS
+    assert told[-1] < told[0] - 1
+    result = read(finished / "result.json")
+    assert result["examples"] == {"train": 64, "validation": 16, "test": 23}
+    assert set(result["metrics"]) == {"validation", "test"}
+    assert result["total_rank"] == sum(result["ranks"].values()) > 14
+    assert result["trainable_parameters"]["head"] == 0
+    config = read(finished / "adapter" / "adapter_config.json")
+    assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(files / "model")
+    loaded = PeftModel.from_pretrained(base, str(finished / "adapter")).eval()
+    assert mean_loss(loaded, files) == pytest.approx(result["metrics"]["test"]["loss"], rel=1e-5)
+    assert result["metrics"]["test"]["perplexity"] == pytest.approx(math.exp(result["metrics"]["test"]["loss"]))
+
+
+def mean_loss(model: Any, files: Path) -> float:
+    """Mean over the tokens of all test responses, one example after the other, by hand."""
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(files / "model"), LanguageSpec())
+    total, tokens = 0.0, 0
+    for conversation in load_conversations("data.test", str(files / "test.jsonl"), LanguageSpec()):
+        prompt, response = builder.prompt(conversation.turns[:-1]), builder.response(conversation.turns[-1].text)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
+        total += float(cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(response), reduction="sum"))
+        tokens += len(response)
+    return total / tokens
+
+
+def test_a_killed_run_ends_like_an_uninterrupted_one(files: Path, finished: Path) -> None:
+    again = files / "again"
+    again.mkdir()
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    (again / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output": str(again)}))
+    shutil.copytree(finished / "checkpoints" / "checkpoint-20", again / "checkpoints" / "checkpoint-20")
+    (again / "events.jsonl").write_text((finished / "events.jsonl").read_text())
+    assert main(["train", str(files / "recipe.yaml"), f"output={again}", "--resume"]) == 0
+    assert losses(again) == losses(finished)
+    assert (again / "events.jsonl").read_text() == (finished / "events.jsonl").read_text()
+    one, other = adapter(again), adapter(finished)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_micro_batches_are_weighed_by_their_tokens(files: Path) -> None:
+    # Rows of one response of 3 tokens and one of 20: the mean over tokens is not the mean of the means.
+    rows = [{"text": "bird " * (3 if number % 2 else 20)} for number in range(40)]
+    write_json_lines(files / "uneven.jsonl", rows)
+    changes: dict[str, Any] = {"data.train": str(files / "uneven.jsonl"), "data.test": None, "training.max_steps": 6}
+    changes |= {"training.warmup_steps": 1, "adapter.max_inner_steps": 4}
+    whole = run(files, "whole", **changes)
+    parts = run(files, "parts", **changes, **{"training.batch_size": 2, "training.gradient_accumulation_steps": 4})
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_packed_rows_learn_the_same(files: Path) -> None:
+    # One step over all examples: packed or not, it is the mean loss of the same tokens.
+    changes: dict[str, Any] = {"training.max_steps": 3, "training.warmup_steps": 1, "adapter.max_inner_steps": 2}
+    plain = run(files, "plain", **changes, **{"training.batch_size": 64})
+    packed = run(files, "packed", **changes, **{"training.batch_size": 64, "language.packing": True})
+    assert losses(packed) == pytest.approx(losses(plain), rel=1e-4)
+    rows = job_of(make_recipe(values_of(files, "x", **{"language.packing": True, "data.max_length": 128}))).train
+    assert len(rows) == 64 / 2  # two of some 46 tokens fit into 128
+    assert (read(packed / "result.json")["metrics"]["test"]["loss"]) == pytest.approx(
+        read(plain / "result.json")["metrics"]["test"]["loss"], rel=1e-4
+    )
+
+
+def test_activation_checkpoints_change_nothing(files: Path, finished: Path) -> None:
+    kept = run(files, "checkpointed", **{"training.gradient_checkpointing": True})
+    assert losses(kept) == losses(finished)
+
+
+def test_trls_loop_does_the_same_on_the_same_recipe(files: Path, finished: Path) -> None:
+    sft = run(files, "sft", **{"training.loop": "sft"})
+    assert losses(sft) == pytest.approx(losses(finished), rel=1e-4)
+    assert read(sft / "result.json")["ranks"] == read(finished / "result.json")["ranks"]
+    one, other = adapter(sft), adapter(finished)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-4, rtol=1e-3)
+
+
+def test_what_was_cut_is_told(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"data.max_length": "20", "training.max_steps": "4", "training.warmup_steps": "1"}
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    assert (
+        main(["train", str(files / "recipe.yaml"), f"output={files / 'cut'}", "adapter.max_inner_steps=2", *overrides])
+        == 0
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert "64 prompts cut from the left" in told
+    assert any("64 prompts cut" in note for note in read(files / "cut" / "result.json")["notes"])
+
+
+# What cannot work ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data.task": "classification"}, ConfigError, None),
+        (
+            {"data.task": "classification", "language.packing": True},
+            ConfigError,
+            "language=.*it needs data.task=causal_lm, and the task is classification",
+        ),
+        ({"data.task": "classification", "training.loop": "sft"}, ConfigError, "training.loop='sft'"),
+        ({"data.task": "classification", "model.gguf_file": "a.gguf"}, ConfigError, "model.gguf_file='a.gguf'"),
+        ({"data.max_length": 500}, ConfigError, "data.max_length=500"),
+        ({"data.train": "nowhere.jsonl"}, DataError, "data.train='nowhere.jsonl'"),
+        ({"data.max_length": 3}, DataError, "no example is left to learn from"),
+        ({"language.template": "letter"}, ConfigError, "language.template='letter'"),
+        ({"training.warmup_steps": 30}, ConfigError, "training.warmup_steps=30"),
+        ({"model.quantization": "nf4", "training.loop": "sft"}, ConfigError, "model.quantization='nf4'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    files: Path, changes: dict[str, Any], error: type[Exception], message: str | None
+) -> None:
+    with pytest.raises(error if message else (ConfigError, DataError), match=message):
+        run(files, "refused", **changes)
+    assert not (files / "refused").exists()
+
+
+# In an experiment ----------------------------------------------------------------------------------------------------
+
+
+def grid_of(files: Path, out: Path, methods: dict[str, Any], **changes: Any) -> Any:
+    task = {
+        "kind": "commonsense",
+        "source": str(files),
+        "reported": {"easy": "test.jsonl"},
+        "max_length": 64,
+        "held_out": 0.25,
+        "train_examples": 50,
+    }
+    return make_grid(
+        {
+            "output": str(out),
+            "model": str(files / "model"),
+            "tasks": {"reasoning": {**task, **changes.pop("task", {})}},
+            "methods": methods,
+            "training": {
+                "max_steps": 12,
+                "batch_size": 8,
+                "warmup_steps": 2,
+                "learning_rate": 0.01,
+                "save_steps": None,
+                "threads": 1,
+            },
+            **changes,
+        }
+    )
+
+
+GROWING = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1}
+
+
+def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path) -> None:
+    methods = {
+        "lora": {"kind": "lora", "r": 2},
+        "adalora": {"kind": "adalora", "init_r": 3, "target_r": 2},
+        "aroma": {"kind": "aroma", **GROWING, "target_modules": ["q_proj", "v_proj"]},
+        "full": {"kind": "full"},
+    }
+    trials = expand(grid_of(files, tmp_path / "grid", methods))
+    assert [trial.method for trial in trials] == list(methods)
+    for trial in trials:
+        result = run_trial(trial, tmp_path / trial.method)
+        assert result["examples"] == {"train": 50, "held_out": 20, "easy": 23}
+        hits = result["reported"]["easy"]["accuracy"] * 23
+        assert hits == pytest.approx(round(hits))
+        assert result["score"] == result["reported"]["easy"]["accuracy"]
+        assert 0 < result["held_out_loss"] < 10
+    assert set(result["reported"]["easy"]) >= {"accuracy", "accuracy_normalised"}
+    described = read(tmp_path / "aroma" / "adapter" / "aroma_task.json")
+    assert described["kind"] == "causal_lm"
+
+
+def test_written_answers_can_be_the_score(files: Path, tmp_path: Path) -> None:
+    grid = grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora", "r": 2}}, task={"metric": "generated"})
+    result = run_trial(expand(grid)[0], tmp_path / "run")
+    assert result["score"] == result["reported"]["easy"]["generated"]
+    assert 0 <= result["reported"]["easy"]["unparseable"] <= 1
+
+
+def test_questions_that_are_trained_on_are_not_reported(files: Path, tmp_path: Path) -> None:
+    grid = grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora"}}, task={"reported": {"all": "train.jsonl"}})
+    with pytest.raises(
+        DataError, match="tasks.reasoning.reported.all='train.jsonl': every question of it is a training"
+    ):
+        run_trial(expand(grid)[0], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"kind": None, "held_out_examples": 3}, "only tasks of kind commonsense"),
+        ({"kind": None, "template": "plain"}, "only tasks of kind commonsense"),
+        ({"held_out_examples": 0}, "held_out_examples=0"),
+    ],
+)
+def test_a_task_that_cannot_work_is_refused(files: Path, tmp_path: Path, task: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora"}}, task=task)
