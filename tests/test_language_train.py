@@ -284,9 +284,7 @@ def test_written_answers_can_be_the_score(files: Path, tmp_path: Path) -> None:
 
 def test_questions_that_are_trained_on_are_not_reported(files: Path, tmp_path: Path) -> None:
     grid = grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora"}}, task={"reported": {"all": "train.jsonl"}})
-    with pytest.raises(
-        DataError, match="tasks.reasoning.reported.all='train.jsonl': every question of it is a training"
-    ):
+    with pytest.raises(DataError, match=r"reported\.all='train.jsonl': every question of it is a training example"):
         run_trial(expand(grid)[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
