@@ -80,7 +80,7 @@ def _print_result(result: RunResult) -> None:
         f"{sum(ranks)} · {frozen} of {len(ranks)} matrices finished"
     )
     for note in result.notes:
-        console.print(note)
+        console.print(note, soft_wrap=True)
     console.print(f"adapter: {result.folder.adapter}", soft_wrap=True)
 
 
