@@ -1,4 +1,4 @@
-"""`aroma export`: an adapter for serving engines, or the whole merged model."""
+"""`aroma export`: an adapter for serving engines or for llama.cpp, or the whole merged model."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "export",
-        help="write an adapter of one rank for serving engines, or the merged model",
-        description="Write an adapter of one rank, as vLLM, TGI, SGLang and llama.cpp serve it, or the merged model.",
+        help="write an adapter for serving engines or llama.cpp, or the merged model",
+        description="Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, "
+        "or the merged model.",
         epilog=examples(
             "aroma export runs/mrpc/adapter served --uniform",
             "aroma export runs/mrpc/adapter served --uniform --rank 32",
             "aroma export runs/mrpc/adapter merged --merged",
+            "aroma export runs/smollm2/adapter adapter.gguf --gguf",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a plain LoRA adapter")
-    parser.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
+    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty; with --gguf a new file")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--uniform", action="store_true", help="an adapter of one rank, zero-padded, scale 1")
     kind.add_argument("--merged", action="store_true", help="the full model, merged in float32")
+    kind.add_argument(
+        "--gguf", action="store_true", help="an adapter file for llama.cpp (models of Llama's architecture)"
+    )
     parser.add_argument("--rank", type=int, help="with --uniform: rank to pad to (the next of 8, 16, 32, … 256)")
-    parser.add_argument("--base-model", metavar="NAME", help="with --merged: if not the one that the adapter names")
+    parser.add_argument(
+        "--base-model", metavar="NAME", help="with --merged, --gguf: if not the one named in the adapter"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -45,27 +52,38 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
+    console = Console(soft_wrap=True, markup=False)
+    console.print(f"{_export(arguments)}: {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    """Export, and say what was written."""
+    if arguments.gguf:
+        from ..gguf_lora import export_gguf
+
+        ranks = export_gguf(arguments.adapter, arguments.out, arguments.base_model)
+        return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
     from ..export import export_merged, export_uniform
 
-    console = Console(soft_wrap=True, markup=False)
     if arguments.uniform:
-        rank = export_uniform(arguments.adapter, arguments.out, arguments.rank)
-        console.print(f"adapter of rank {rank}: {arguments.out}")
-    else:
-        export_merged(arguments.adapter, arguments.out, arguments.base_model, arguments.dtype or "float32")
-        console.print(f"merged model: {arguments.out}")
+        return f"adapter of rank {export_uniform(arguments.adapter, arguments.out, arguments.rank)}"
+    export_merged(arguments.adapter, arguments.out, arguments.base_model, arguments.dtype or "float32")
+    return "merged model"
+
+
+_MEANT_FOR = {"rank": ("uniform",), "base_model": ("merged", "gguf"), "dtype": ("merged",)}
 
 
 def _refuse_idle_options(arguments: argparse.Namespace) -> None:
-    """Raise for an option that belongs to the other kind of export and would do nothing.
+    """Raise for an option that belongs to another kind of export and would do nothing.
 
     Raises:
         ConfigError: Always naming the option.
     """
-    other, options = ("--merged", ("base_model", "dtype")) if arguments.uniform else ("--uniform", ("rank",))
-    for option in options:
+    for option, kinds in _MEANT_FOR.items():
         value = getattr(arguments, option)
-        if value is not None:
+        if value is not None and not any(getattr(arguments, kind) for kind in kinds):
+            others = " or ".join(f"--{kind}" for kind in kinds)
             raise bad_value(
-                f"--{option.replace('_', '-')}", value, f"it has a meaning only with {other}; leave it out"
+                f"--{option.replace('_', '-')}", value, f"it has a meaning only with {others}; leave it out"
             )
