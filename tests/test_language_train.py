@@ -112,6 +112,20 @@ def test_it_learns_and_plain_peft_loads_it(files: Path, finished: Path) -> None:
     assert result["metrics"]["test"]["perplexity"] == pytest.approx(math.exp(result["metrics"]["test"]["loss"]))
 
 
+def test_its_adapter_merges_into_the_model_that_the_recipe_names(files: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    # As after a conversion on another machine: the folder that PEFT recorded is not there.
+    config = read(tmp_path / "adapter" / "adapter_config.json")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "/not/here"})
+    )
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--merged"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert mean_loss(merged, files) == pytest.approx(
+        read(finished / "result.json")["metrics"]["test"]["loss"], rel=1e-4
+    )
+
+
 def mean_loss(model: Any, files: Path) -> float:
     """Mean over the tokens of all test responses, one example after the other, by hand."""
     builder = PromptBuilder(AutoTokenizer.from_pretrained(files / "model"), LanguageSpec())

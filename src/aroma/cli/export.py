@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..errors import bad_value
@@ -61,14 +62,31 @@ def _export(arguments: argparse.Namespace) -> str:
     if arguments.gguf:
         from ..gguf_lora import export_gguf
 
-        ranks = export_gguf(arguments.adapter, arguments.out, arguments.base_model)
+        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments))
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
     from ..export import export_merged, export_uniform
 
     if arguments.uniform:
         return f"adapter of rank {export_uniform(arguments.adapter, arguments.out, arguments.rank)}"
-    export_merged(arguments.adapter, arguments.out, arguments.base_model, arguments.dtype or "float32")
+    export_merged(arguments.adapter, arguments.out, _base_of(arguments), arguments.dtype or "float32")
     return "merged model"
+
+
+def _base_of(arguments: argparse.Namespace) -> str | None:
+    """Return where the base model is, if it is another place than the one that PEFT recorded.
+
+    Of a model from a GGUF file PEFT records the folder of its conversion, which other machines do not have.
+    """
+    from ..lab.language.model import model_source
+    from ..lab.language.task import LANGUAGE_KIND, load_language_task, task_kind
+    from ..lab.specs import ModelSpec
+    from ..lab.task import TASK_FILE
+
+    if arguments.base_model is not None:
+        return model_source(ModelSpec(arguments.base_model))
+    if (Path(arguments.adapter) / TASK_FILE).exists() and task_kind(arguments.adapter) == LANGUAGE_KIND:
+        return model_source(load_language_task(arguments.adapter).model)
+    return None
 
 
 _MEANT_FOR = {"rank": ("uniform",), "base_model": ("merged", "gguf"), "dtype": ("merged",)}

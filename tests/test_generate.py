@@ -1,0 +1,641 @@
+"""Text from language models: batches, streams, adapters that are opened, and the commands generate and chat."""
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from aroma import AromaConfig
+from aroma.checkpoint import save_adapter
+from aroma.cli import main, make_parser
+from aroma.errors import CheckpointError, ConfigError, DataError
+from aroma.lab.language.chat import Chat
+from aroma.lab.language.examples import Turn
+from aroma.lab.language.generate import generate_batch, open_adapter, stream
+from aroma.lab.language.prompt import PromptBuilder
+from aroma.lab.language.spec import LanguageSpec
+from aroma.lab.language.task import LanguageTask, save_language_task
+from aroma.lab.specs import ModelSpec
+from models import METHOD, set_ranks
+from tiny_lm import save_tiny_lm, tiny_tokenizer, write_json_lines
+
+TEXTS = ["apple", "bird cloud door eagle fish", "grass house " * 9, "king a lamp", "iron"]
+KINDS = ["llama", "gpt2"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    made = {kind: save_tiny_lm(folder / kind, kind) for kind in KINDS}
+    model = AutoModelForCausalLM.from_pretrained(made["gpt2"])
+    model.transformer.wpe.weight.data *= 6  # else it soon repeats itself, wherever it is
+    model.save_pretrained(made["gpt2"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def opened(bases):
+    return {kind: open_adapter(base) for kind, base in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def adapter(bases, tmp_path_factory):
+    """An adapter of the tiny Llama with a large effect, as a run leaves it."""
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    make_adapter(bases["llama"], folder)
+    return folder
+
+
+def make_adapter(base, folder, language=LanguageSpec(), seed=7):  # noqa: B008
+    config = AromaConfig(**METHOD, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    set_ranks(model, [2, 0, 1], seed=seed)
+    save_adapter(model, folder)
+    tiny_tokenizer().save_pretrained(folder)
+    save_language_task(LanguageTask(language, 64, ModelSpec(str(base))), folder)
+    return model.eval()
+
+
+def prompts_of(opened, texts=TEXTS):
+    return [opened.builder.prompt([Turn("user", text)]) for text in texts]
+
+
+def answers(opened, prompts, builder=None, **options):
+    options = {"max_new_tokens": 12, "batch_size": 3, **options}
+    return generate_batch(opened.model, builder or opened.builder, opened.tokenizer, prompts, **options)
+
+
+@torch.no_grad()
+def likeliest(model, prompt, count, stops=()):
+    """The greedy continuation by whole forward passes over a single row, without a cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+def stopping_at(builder, *tokens):
+    """The builder with other tokens that end a response."""
+    made = PromptBuilder(tiny_tokenizer(), builder.spec)
+    made.stop_ids = tokens
+    return made
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_says_what_each_prompt_says_alone(kind, opened):
+    prompts = prompts_of(opened[kind])
+    assert len({len(prompt) for prompt in prompts}) == 4
+    alone = [likeliest(opened[kind].model, prompt, 12) for prompt in prompts]
+    assert len({tuple(ids) for ids in alone}) >= 4, "answers that are alike would prove nothing"
+    never = stopping_at(opened[kind].builder, min(set(range(40)).difference(*alone)))
+    for batch_size in (1, 2, 5):
+        found = answers(opened[kind], prompts, never, batch_size=batch_size)
+        assert [answer.ids for answer in found] == alone
+        assert not any(answer.finished for answer in found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_ends_before_the_token_that_ends_it(kind, opened):
+    prompts = prompts_of(opened[kind])
+    alone = [likeliest(opened[kind].model, prompt, 12) for prompt in prompts]
+    # Ends some of the responses, not all of them, and not at once.
+    stop = next(
+        token for token in alone[3][4:] if token not in alone[3][:4] and not all(token in ids for ids in alone)
+    )
+    found = answers(opened[kind], prompts, stopping_at(opened[kind].builder, 3, stop), batch_size=5)
+    for answer, ids in zip(found, alone, strict=True):
+        stops = [place for place, token in enumerate(ids) if token in (3, stop)]
+        assert answer.ids == ids[: stops[0] if stops else 12]
+        assert answer.finished == bool(stops)
+        assert answer.text == opened[kind].tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+    assert {answer.finished for answer in found} == {True, False}
+
+
+@pytest.mark.parametrize("padding", ["<|end|>", None])
+def test_padding_may_be_the_token_that_ends(padding, opened):
+    prompts = prompts_of(opened["llama"])
+    tokenizer = tiny_tokenizer(pad_token=padding)
+    found = answers(opened["llama"]._replace(tokenizer=tokenizer), prompts, batch_size=5)
+    expected = answers(opened["llama"], prompts)
+    assert [(answer.ids, answer.finished) for answer in found] == [
+        (answer.ids, answer.finished) for answer in expected
+    ]
+
+
+def test_the_models_own_settings_do_not_count(opened):
+    model, prompts = opened["llama"].model, prompts_of(opened["llama"])
+    plain = answers(opened["llama"], prompts)
+    own = GenerationConfig(
+        do_sample=True,
+        temperature=5.0,
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=plain[0].ids[:1],
+    )
+    before, model.generation_config = model.generation_config, own
+    try:
+        inputs = torch.tensor([prompts[0]])
+        assert model.generate(inputs, max_new_tokens=12)[0, len(prompts[0]) :].tolist() != plain[0].ids
+        assert answers(opened["llama"], prompts) == plain
+        assert model.generation_config is own
+    finally:
+        model.generation_config = before
+
+
+def test_a_model_in_training_answers_without_dropout_and_goes_on_training(bases):
+    model = AutoModelForCausalLM.from_pretrained(bases["gpt2"]).train()
+    assert model.config.resid_pdrop > 0
+    other = open_adapter(bases["gpt2"])
+    prompts = prompts_of(other)
+    assert answers(other._replace(model=model), prompts) == answers(other, prompts)
+    assert model.training
+
+
+def test_progress_counts_every_prompt(opened):
+    done = []
+    answers(opened["llama"], prompts_of(opened["llama"]), advance=done.append)
+    assert done == [3, 2]
+    assert answers(opened["llama"], []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "kind", "message"),
+    [
+        ({"max_new_tokens": 0}, [[7]], ConfigError, r"max_new_tokens=0: give 1 or more"),
+        ({"batch_size": 0}, [[7]], ConfigError, r"batch_size=0: give 1 or more"),
+        ({}, [[7], []], DataError, r"prompt 2='': it has no tokens"),
+        ({"max_new_tokens": 30}, [[7], [7] * 99], DataError, r"prompt 2 has 99 tokens .* takes 128 in all; give less"),
+        ({}, [[7] * 128], DataError, r"prompt 1='…': it has 128 tokens, and the model takes 128 in all"),
+    ],
+    ids=["tokens", "batch", "empty", "no room", "too long"],
+)
+def test_what_cannot_be_answered_is_refused(options, prompts, kind, message, opened):
+    with pytest.raises(kind, match=message):
+        answers(opened["gpt2"], prompts, **options)
+
+
+def test_the_last_place_of_the_model_can_be_used(opened):
+    found = answers(opened["gpt2"], [[7] * 98], stopping_at(opened["gpt2"].builder, 0), max_new_tokens=30)
+    assert found[0].ids == likeliest(opened["gpt2"].model, [7] * 98, 30)
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+def streamed(opened, text="bird cloud door", **options):
+    options = {"max_new_tokens": 12, **options}
+    return list(stream(opened.model, opened.builder, opened.tokenizer, [Turn("user", text)], **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_the_greedy_answer_in_pieces(kind, opened):
+    for text, answer in zip(TEXTS, answers(opened[kind], prompts_of(opened[kind])), strict=True):
+        pieces = streamed(opened[kind], text)
+        assert "".join(pieces).strip() == answer.text
+        assert 2 * len(pieces) > len("".join(pieces).split())
+
+
+def test_a_stream_leaves_out_the_token_that_ends_it_special_or_not(opened):
+    whole = answers(opened["llama"], prompts_of(opened["llama"], ["apple"]))[0]
+    builder = stopping_at(opened["llama"].builder, *opened["llama"].builder.stop_ids, whole.ids[4])
+    cut = answers(opened["llama"], prompts_of(opened["llama"], ["apple"]), builder)[0]
+    assert "".join(streamed(opened["llama"]._replace(builder=builder), "apple")).strip() == cut.text
+    assert len(cut.ids) < len(whole.ids)
+
+
+def test_a_seed_draws_the_same_answer_again_and_leaves_other_random_numbers_alone(opened):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = [streamed(opened["llama"], temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(3), expected)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({tuple(streamed(opened["llama"], temperature=3.0)) for _ in range(8)}) > 1
+
+
+def test_cold_or_narrow_draws_are_greedy(opened):
+    greedy = streamed(opened["llama"])
+    assert streamed(opened["llama"], temperature=1e-4, seed=3) == greedy
+    assert streamed(opened["llama"], temperature=1.0, top_p=1e-6, seed=3) == greedy
+    assert streamed(opened["llama"], temperature=3.0, seed=3) != greedy
+
+
+def test_a_hot_draw_is_among_all_tokens(opened):
+    """Transformers' own default keeps the 50 likeliest, which are not all of this vocabulary."""
+    prompt = prompts_of(opened["llama"], ["apple"])[0]
+    with torch.no_grad():
+        ranked = opened["llama"].model(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
+    unlikely = {opened["llama"].tokenizer.decode([token]) for token in ranked[50:]}
+    assert len(unlikely) > 5
+    firsts = {
+        "".join(streamed(opened["llama"], "apple", temperature=1e4, seed=n, max_new_tokens=1)) for n in range(60)
+    }
+    assert firsts & unlikely
+
+
+def test_a_closed_stream_stops_the_model(opened, monkeypatch):
+    before = threading.active_count()
+    turns = [Turn("user", "apple")]
+    calls = []
+    forward = type(opened["llama"].model).forward
+    monkeypatch.setattr(type(opened["llama"].model), "forward", lambda *a, **k: [calls.append(1), forward(*a, **k)][1])
+    monkeypatch.setattr("aroma.lab.language.decoding.positions_of", lambda config: 10**6)
+    model, tokenizer, builder = opened["llama"]
+    with closing(stream(model, builder, tokenizer, turns, max_new_tokens=10**5)) as pieces:
+        next(pieces)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    assert 0 < len(calls) < 10**4
+
+
+def test_an_error_of_the_model_comes_out_of_the_stream(opened, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(opened["llama"].model), "forward", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streamed(opened["llama"])
+
+
+def test_an_answer_gets_the_room_that_there_is(opened):
+    text = "apple " * 110
+    room = 128 - len(prompts_of(opened["llama"], [text])[0])
+    assert 0 < room < 20
+    found = answers(opened["llama"], prompts_of(opened["llama"], [text]), max_new_tokens=room)[0]
+    assert "".join(streamed(opened["llama"], text, max_new_tokens=500)).strip() == found.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, r"max_new_tokens=0: give 1 or more"),
+        ({"temperature": -1.0}, r"temperature=-1.0: give 0 \(greedy\) or more"),
+        ({"temperature": float("nan")}, r"temperature=nan: give 0 \(greedy\) or more"),
+        ({"top_p": 0.0}, r"top_p=0.0: give a probability above 0, at most 1"),
+        ({"top_p": 1.5}, r"top_p=1.5: give a probability above 0, at most 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message, opened):
+    with pytest.raises(ConfigError, match=message):
+        streamed(opened["llama"], **options)
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_opened_in_plain_peft(bases, tmp_path):
+    trained = make_adapter(bases["llama"], tmp_path / "adapter")
+    found = open_adapter(tmp_path / "adapter")
+    prompt = prompts_of(found)[1]
+    with torch.no_grad():
+        logits = [model(torch.tensor([prompt])).logits for model in (found.model, trained)]
+        with found.model.disable_adapter():
+            without = found.model(torch.tensor([prompt])).logits
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    assert (logits[0] - without).abs().max() > 0.1
+    assert type(found.model.base_model.model.model.layers[0].mlp.up_proj).__module__.startswith("peft.")
+    assert not found.model.training
+    assert answers(found, [prompt])[0].ids == likeliest(trained, prompt, 12, found.builder.stop_ids)
+
+
+def test_prompts_are_those_of_the_training(bases, tmp_path):
+    make_adapter(bases["llama"], tmp_path / "adapter", LanguageSpec(template="plain", system="lamp"))
+    builder = open_adapter(tmp_path / "adapter").builder
+    assert builder.template == "plain"
+    assert prompts_of(open_adapter(tmp_path / "adapter"))[0] == PromptBuilder(
+        tiny_tokenizer(), LanguageSpec(template="plain", system="lamp")
+    ).prompt([Turn("user", "apple")])
+
+
+def test_the_same_model_under_another_name_is_taken(adapter, bases, tmp_path):
+    shutil.copytree(bases["llama"], tmp_path / "copy")
+    one, other = open_adapter(adapter), open_adapter(adapter, str(tmp_path / "copy"))
+    assert answers(one, prompts_of(one)) == answers(other, prompts_of(other))
+
+
+def test_another_base_model_is_refused(adapter, bases, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        open_adapter(adapter, str(bases["gpt2"]))
+    assert f"base_model={str(bases['gpt2'])!r}: not the model of the adapter {adapter}" in str(refused.value)
+    assert f"trained on {bases['llama']}: it has no model.layers.0." in str(refused.value)
+
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    wider = type(model)(type(model.config)(**{**model.config.to_dict(), "intermediate_size": 64}))
+    wider.save_pretrained(tmp_path / "wider")
+    tiny_tokenizer().save_pretrained(tmp_path / "wider")
+    with pytest.raises(ConfigError, match=r"up_proj is \(64, 32\) there, and \(48, 32\) in the adapter; give that"):
+        open_adapter(adapter, str(tmp_path / "wider"))
+
+
+def test_another_vocabulary_is_refused(adapter, bases, tmp_path):
+    shutil.copytree(bases["llama"], tmp_path / "other")
+    vocabulary = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    words["apple"], words["bird"] = words["bird"], words["apple"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ConfigError, match=r"not the model of the adapter .*: its vocabulary is another"):
+        open_adapter(adapter, str(tmp_path / "other"))
+
+
+def test_an_adapter_of_another_method_is_opened_or_refused_whole(bases, tmp_path):
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, init_lora_weights=False
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), config).eval()
+    model.save_pretrained(tmp_path)
+    found = open_adapter(tmp_path)
+    prompt = prompts_of(found)[0]
+    written = likeliest(model, prompt, 12, found.builder.stop_ids)
+    assert answers(found, [prompt])[0].ids == [token for token in written if token not in found.builder.stop_ids]
+    with pytest.raises(ConfigError, match=r"PEFT cannot put the one into the other: Target modules .* not found"):
+        open_adapter(tmp_path, str(bases["gpt2"]))
+
+
+def test_what_is_no_language_models_adapter_is_refused(bases, adapter, tmp_path):
+    with pytest.raises(CheckpointError, match=r"adapter='.*absent': no such folder"):
+        open_adapter(tmp_path / "absent")
+    shutil.copytree(adapter, tmp_path / "classifier")
+    config = json.loads((tmp_path / "classifier" / "adapter_config.json").read_text())
+    (tmp_path / "classifier" / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
+    with pytest.raises(ConfigError, match=r"its task_type is SEQ_CLS, not CAUSAL_LM"):
+        open_adapter(tmp_path / "classifier")
+    with pytest.raises(ConfigError, match=r"base_model='x': .* is a whole model and no adapter; leave it out"):
+        open_adapter(bases["llama"], "x")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "nameless")
+    config = json.loads((tmp_path / "nameless" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):
+        open_adapter(tmp_path / "nameless")
+    assert isinstance(open_adapter(tmp_path / "nameless", str(bases["llama"])).model, PeftModel)
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    """Exit code and output of a command."""
+    code = main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def first_answer(found, text, **options):
+    return answers(found, prompts_of(found, [text]), **options)[0].text
+
+
+def test_generate_prints_the_answer(adapter, opened, capsys, monkeypatch):
+    answer = first_answer(open_adapter(adapter), "bird cloud door")
+    capsys.readouterr()
+    assert answer != first_answer(opened["llama"], "bird cloud door")
+    options = ("--max-new-tokens", 12)
+    assert run(capsys, "generate", adapter, "bird cloud door", *options) == (0, f"{answer}\n", "")
+    assert run(capsys, "generate", adapter, *options, "bird cloud door")[1] == f"{answer}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("bird cloud door\n"))
+    assert run(capsys, "generate", adapter, "-", *options)[1] == f"{answer}\n"
+
+
+def test_a_system_turn_can_be_given(adapter, capsys):
+    found = open_adapter(adapter)
+    builder = PromptBuilder(found.tokenizer, replace(found.builder.spec, system="lamp king"))
+    answer = first_answer(found._replace(builder=builder), "apple")
+    assert answer != first_answer(found, "apple")
+    assert (
+        run(capsys, "generate", adapter, "apple", "--system", "lamp king", "--max-new-tokens", 12)[1] == f"{answer}\n"
+    )
+
+
+def test_a_draw_from_the_command_line(adapter, capsys):
+    options = ("--temperature", 1.5, "--top-p", 0.9, "--seed", 4, "--max-new-tokens", 12)
+    answer = "".join(streamed(open_adapter(adapter), "apple", temperature=1.5, top_p=0.9, seed=4))
+    assert run(capsys, "generate", adapter, "apple", *options)[1] == f"{answer}\n"
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, capsys, tmp_path):
+    rows = [
+        {"prompt": "apple", "id": 7},
+        {"instruction": "bird cloud", "input": "door", "output": "fish"},
+        {"messages": [{"role": "system", "content": "lamp"}, {"role": "user", "content": "king"}]},
+        {"instruction": "iron"},
+    ]
+    turns = [
+        (Turn("user", "apple"),),
+        (Turn("user", "bird cloud\n\ndoor"),),
+        (Turn("system", "lamp"), Turn("user", "king")),
+        (Turn("user", "iron"),),
+    ]
+    write_json_lines(tmp_path / "prompts.jsonl", rows)
+    out = tmp_path / "answers.jsonl"
+    arguments = ("generate", adapter, tmp_path / "prompts.jsonl", "--out", out, "--max-new-tokens", 12)
+    code, said, _ = run(capsys, *arguments, "--batch-size", 2)
+    found = open_adapter(adapter)
+    expected = answers(found, [found.builder.prompt(one) for one in turns])
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == 0
+    assert written == [
+        {**row, "response": answer.text, "finished": answer.finished}
+        for row, answer in zip(rows, expected, strict=True)
+    ]
+    cut = sum(not answer.finished for answer in expected)
+    assert said.splitlines()[-1] == f"4 answers, {cut} of them cut after 12 tokens: {out}"
+    before = out.read_bytes()
+    assert run(capsys, *arguments)[2].startswith(f"error: out='{out}': it exists, and nothing is overwritten")
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "apple"}, "prompts (row 2)=['text']: it has no prompt, messages or instruction"),
+        ({"prompt": 3}, "prompts (row 2)=3: a int, not a text"),
+        ({"prompt": "apple", "response": "bird"}, "prompts (row 2)='bird': it has a response, which the answer would"),
+        ({"messages": "apple"}, "prompts (row 2)='apple': give a list of messages"),
+        (
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "prompts (row 2)={'role': 'robot', 'content': 'x'}: a",
+        ),
+        ({"messages": [{"role": "user"}]}, "prompts (row 2)=None: a NoneType, not a text"),
+        ({"messages": []}, "prompts (row 2)=[]: the user speaks first"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "prompts (row 2)=['user', 'assistant']: the last turn must be the user's",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:24],
+)
+def test_a_row_that_asks_nothing_is_refused(row, message, bases, capsys, tmp_path):
+    write_json_lines(tmp_path / "prompts.jsonl", [{"prompt": "apple"}, row])
+    out = tmp_path / "answers.jsonl"
+    code, _, error = run(capsys, "generate", bases["llama"], tmp_path / "prompts.jsonl", "--out", out)
+    assert code == 2
+    assert error.startswith(f"error: {message}")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "absent", "apple"], "adapter='absent': no such folder"),
+        (["chat", "absent"], "adapter='absent': no such folder"),
+        (["generate", "absent", "  "], "PROMPT='  ': it is empty; write something"),
+        (["generate", "absent", "a", "--seed", "1"], "--seed=1: it has a meaning only with a --temperature above 0"),
+        (["chat", "absent", "--top-p", "0.5"], "--top-p=0.5: it has a meaning only with a --temperature above 0"),
+        (["chat", "absent", "--temperature", "-1"], "temperature=-1.0: give 0 (greedy) or more"),
+        (["generate", "absent", "a", "--max-new-tokens", "0"], "max_new_tokens=0: give 1 or more"),
+        (["generate", "absent", "a", "--batch-size", "2"], "--batch-size=2: it has a meaning only with --out"),
+        (["generate", "a", "b", "--out", "c", "--temperature", "1"], "--temperature=1.0: files are answered greedily"),
+        (["generate", "a", "b", "--out", "c", "--batch-size", "0"], "--batch-size=0: give 1 or more"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_one_line_and_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capsys, *arguments)
+    assert code == 2
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_help_is_light_and_its_examples_parse(command, capsys):
+    program = (
+        "import sys\nfrom aroma.cli import main\n"
+        f"try:\n    main([{command!r}, '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'rich', 'jsonargparse') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
+    assert len(lines) >= 2
+    for line in lines:
+        program, *arguments = line.split()
+        assert program == "aroma"
+        assert make_parser().parse_args(arguments).run
+
+
+# Chat ----------------------------------------------------------------------------------------------------------------
+
+
+def chat_of(opened, **options):
+    return Chat(*opened[:2], opened.builder, **{"max_new_tokens": 6, **options})
+
+
+def test_a_chat_remembers(opened):
+    chat = chat_of(opened["llama"])
+    first, second = ("".join(chat.answer(text)).strip() for text in ("apple", "bird"))
+    turns = [Turn("user", "apple"), Turn("assistant", first), Turn("user", "bird")]
+    prompt = opened["llama"].builder.prompt(turns)
+    assert answers(opened["llama"], [prompt], max_new_tokens=6)[0].text == second
+    assert second != first_answer(opened["llama"], "bird", max_new_tokens=6)
+    assert chat.turns == [*turns, Turn("assistant", second)]
+    chat.reset()
+    assert "".join(chat.answer("bird")).strip() == first_answer(opened["llama"], "bird", max_new_tokens=6)
+
+
+def test_a_full_memory_loses_its_oldest_turns(opened):
+    chat = chat_of(opened["llama"], max_new_tokens=20)
+    said = []
+    for number in range(12):
+        said.append("".join(chat.answer(f"apple bird {'door ' * number}")))
+        assert len(opened["llama"].builder.prompt(chat.turns[:-1])) <= 128 - 20
+        if chat.left_out:
+            break
+    assert chat.left_out == 2
+    assert chat.turns[0] == Turn("user", "apple bird door ")
+    assert len(chat.turns) == 2 * number
+    with pytest.raises(DataError, match=r"prompt='…': it has \d+ tokens, and the model takes 128"):
+        chat.answer("apple " * 200)
+    assert len(chat.turns) == 2 * number
+
+
+def test_of_an_answer_that_is_cut_off_the_beginning_is_remembered(opened):
+    chat = chat_of(opened["llama"])
+    with closing(chat.answer("apple")) as pieces:
+        first = next(pieces)
+    assert chat.turns == [Turn("user", "apple"), Turn("assistant", first.strip())]
+    with closing(chat.answer("bird")):
+        pass
+    assert len(chat.turns) == 2
+
+
+def test_seeded_answers_differ_and_repeat(opened):
+    def talk():
+        chat = chat_of(opened["llama"], temperature=1.0, seed=3)
+        said = ["".join(chat.answer("apple"))]
+        chat.reset()
+        return [*said, "".join(chat.answer("apple"))]
+
+    one, other = talk(), talk()
+    assert one == other
+    assert one[0] != one[1]
+
+
+def chatted(capsys, monkeypatch, adapter, *lines, options=("--max-new-tokens", 6)):
+    """What a chat prints for lines from a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    code, said, error = run(capsys, "chat", adapter, *options)
+    assert (code, error) == (0, "")
+    head, *rest = said.splitlines()
+    assert head == "/reset forgets what was said, /exit leaves, Ctrl-C stops an answer."
+    return rest
+
+
+def test_a_chat_through_a_pipe(adapter, capsys, monkeypatch):
+    chat = chat_of(open_adapter(adapter))
+    first, second = ("".join(chat.answer(text)).strip() for text in ("apple", "bird"))
+    alone = first_answer(open_adapter(adapter), "bird", max_new_tokens=6)
+    said = chatted(capsys, monkeypatch, adapter, "apple", "", "bird", "/reset", "bird", "/help", "/exit", "never")
+    assert [line.strip() for line in said] == [
+        *(first, second, "(forgotten)", alone),
+        "(no such command: /help; there are /reset and /exit)",
+    ]
+    assert [line.strip() for line in chatted(capsys, monkeypatch, adapter, "apple")] == [first]
+
+
+def test_a_chat_says_what_it_forgets_and_survives_what_it_cannot_answer(adapter, capsys, monkeypatch):
+    long = "apple bird cloud door " * 14
+    said = chatted(capsys, monkeypatch, adapter, long, "/reset", "apple " * 200, "bird", long, long)
+    assert said[2].startswith("prompt='…': it has 2")
+    assert "(no room: the oldest 4 turns are forgotten)" in said
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_chat(adapter, capsys, monkeypatch):
+    from aroma.lab.language import chat as room
+
+    pieces = room.stream
+
+    def interrupted(*arguments, **options):
+        made = pieces(*arguments, **options)
+        yield next(made)
+        try:
+            signal.raise_signal(signal.SIGINT)
+            yield from made
+        finally:
+            made.close()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(room, "stream", interrupted)
+    try:
+        said = chatted(capsys, monkeypatch, adapter, "apple", "/reset")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    first = next(chat_of(open_adapter(adapter)).answer("apple"))
+    assert [line.strip() for line in said] == [first.strip(), "(stopped)", "(forgotten)"]

