@@ -96,7 +96,8 @@ def require_fitting(field: str, source: str, names: list[str], choices: Choices,
             field,
             source,
             f"it has no column {', '.join(map(repr, nearest))}; its columns are {', '.join(map(repr, names))}. Name "
-            "them by text, text_pair and label, or, for a language model, by the keys of the section language",
+            "them by text, text_pair and label, or, for a language model, by the keys of the section language; "
+            "examples without labels or responses are of no use here",
             DataError,
         )
     return lacking.index(nearest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ...errors import AromaError, ConfigError, bad_value
@@ -118,4 +118,4 @@ class TaskData:
     label_names: tuple[str, ...] | None
     kind: str
     metric: str
-    layout: Layout
+    layout: Layout = field(compare=False)
