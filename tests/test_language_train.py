@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +21,9 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma.lab.grid.expand import expand
 from aroma.lab.grid.reader import make_grid
-from aroma.lab.language.examples import load_conversations
+from aroma.lab.language.examples import Turn, load_conversations
+from aroma.lab.language.fingerprint import fingerprint_of
+from aroma.lab.language.opening import open_adapter
 from aroma.lab.language.prompt import PromptBuilder
 from aroma.lab.language.spec import LanguageSpec
 from aroma.lab.recipe import make_recipe
@@ -222,6 +225,9 @@ def test_what_was_cut_is_told(files: Path, capsys: pytest.CaptureFixture[str]) -
         ({"data.train": "nowhere.jsonl"}, DataError, "data.train='nowhere.jsonl'"),
         ({"data.max_length": 3}, DataError, "no example is left to learn from"),
         ({"language.template": "letter"}, ConfigError, "language.template='letter'"),
+        ({"data.text": "body"}, ConfigError, "data.text='body': it is a classifier's.*section language"),
+        ({"training.head_learning_rate": 0.1}, ConfigError, "training.head_learning_rate=0.1"),
+        ({"model.dtype": "float16"}, ConfigError, "model.dtype='float16'"),
         ({"training.warmup_steps": 30}, ConfigError, "training.warmup_steps=30"),
         ({"model.quantization": "nf4", "training.loop": "sft"}, ConfigError, "model.quantization='nf4'"),
     ],
@@ -314,3 +320,74 @@ def test_questions_that_are_trained_on_are_not_reported(files: Path, tmp_path: P
 def test_a_task_that_cannot_work_is_refused(files: Path, tmp_path: Path, task: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora"}}, task=task)
+
+
+# After training ------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_a_run_leaves_is_asked_as_in_training(files: Path, tmp_path: Path) -> None:
+    # Settings that no folder has by itself: a system turn, and the plain template on a tokenizer with one of its own.
+    out = run(files, "told", **{"language.system": "bird", "language.template": "plain"})
+    assert main(["export", str(out / "adapter"), str(tmp_path / "merged"), "--merged"]) == 0
+    assert main(["export", str(out / "adapter"), str(tmp_path / "uniform"), "--uniform"]) == 0
+    places = [out / "adapter", out / "checkpoints" / "checkpoint-20", tmp_path / "merged", tmp_path / "uniform"]
+    turns = [Turn("user", "Please choose")]
+    prompts = [open_adapter(place).builder.prompt(turns) for place in places]
+    assert prompts == [prompts[0]] * 4
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(files / "model"), LanguageSpec())
+    assert prompts[0] != builder.prompt(turns)
+
+
+def test_another_base_model_of_the_same_shape_is_told(files: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "model", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors")
+    with pytest.warns(UserWarning, match="its weights are not those that the adapter"):
+        open_adapter(finished / "adapter", str(tmp_path / "other"))
+    shutil.copytree(files / "model", tmp_path / "moved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        open_adapter(finished / "adapter", str(tmp_path / "moved"))
+        open_adapter(finished / "adapter")
+
+
+def test_the_fingerprint_is_of_the_weights_whatever_holds_them(files: Path, finished: Path) -> None:
+    one = fingerprint_of(AutoModelForCausalLM.from_pretrained(files / "model"))
+    half = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.bfloat16)
+    assert one == fingerprint_of(half) == fingerprint_of(open_adapter(finished / "adapter").model)
+    assert fingerprint_of(half.half()) is None
+
+
+def test_the_loss_on_the_way_is_that_of_the_end(files: Path) -> None:
+    uneven = [{"text": "bird " * (3 if number % 3 else 20)} for number in range(43)]
+    write_json_lines(files / "validation.jsonl", uneven)
+    changes: dict[str, Any] = {"data.train": str(files / "validation.jsonl"), "data.test": None}
+    changes |= {
+        "data.validation": str(files / "validation.jsonl"),
+        "training.eval_steps": 10,
+        "training.max_steps": 20,
+    }
+    out = run(files, "watched", **changes, **{"training.checkpoint": "best"})
+    seen = [entry["eval_loss"] for entry in read(out / "history.json") if "eval_loss" in entry]
+    assert len(seen) == 2
+    assert read(out / "result.json")["metrics"]["validation"]["loss"] == pytest.approx(min(seen), rel=1e-6)
+
+
+def test_a_hub_data_set_is_read(files: Path) -> None:
+    folder = files / "hub"
+    folder.mkdir()
+    shutil.copy(files / "train.jsonl", folder / "train.jsonl")
+    shutil.copy(files / "test.jsonl", folder / "test.jsonl")
+    recipe = make_recipe(
+        values_of(files, "x", **{"data.name": str(folder), "data.train": "train[:50%]", "data.test": "test"})
+    )
+    by_file = make_recipe(values_of(files, "x"))
+    assert job_of(recipe).examples == {"train": 32, "validation": 8, "test": 23}
+    assert job_of(recipe).watched["test"].to_dict() == job_of(by_file).watched["test"].to_dict()
+
+
+def test_whole_runs_of_language_models_are_not_benchmarked(files: Path, finished: Path, capsys: Any) -> None:
+    assert main(["bench", "run", str(finished / "recipe.yaml"), "--out", str(files / "bench")]) == 2
+    assert "data.task='causal_lm': runs of classifiers and regressions are measured" in " ".join(
+        capsys.readouterr().err.split()
+    )

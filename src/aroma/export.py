@@ -208,6 +208,7 @@ def export_merged(
     with _filled_at_once(target) as staging:
         merged.save_pretrained(staging)
         _copy_files([Path(folder), Path(base_name)], staging, _TOKENIZER_FILES)
+        _copy_files([Path(folder)], staging, ("aroma_task.json",))
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:

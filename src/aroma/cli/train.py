@@ -59,9 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     from .quiet import quiet
 
     quiet()
+    from rich.console import Console
+
     from ..lab.train import run_recipe
 
-    _print_result(run_recipe(recipe, resume=arguments.resume))
+    console = Console(markup=False, soft_wrap=True)
+    _print_result(run_recipe(recipe, resume=arguments.resume, on_note=console.print))
 
 
 def _print_result(result: RunResult) -> None:
@@ -79,8 +82,6 @@ def _print_result(result: RunResult) -> None:
         f"{result.steps} steps in {result.wall_seconds:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "
         f"{sum(ranks)} · {frozen} of {len(ranks)} matrices finished"
     )
-    for note in result.notes:
-        console.print(note, soft_wrap=True)
     console.print(f"adapter: {result.folder.adapter}", soft_wrap=True)
 
 

@@ -108,7 +108,7 @@ class ClassifierJob:
         metrics = metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
         return Prediction(metrics, loss_of(self.task.kind, prediction.predictions, prediction.label_ids))
 
-    def describe(self, adapter: Path) -> None:
+    def describe(self, model: Any, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""
         self.tokenizer.save_pretrained(adapter)
         save_task(self.task, adapter)

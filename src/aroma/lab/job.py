@@ -58,5 +58,5 @@ class Job(Protocol):
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return metrics and loss over the whole of a split."""
 
-    def describe(self, adapter: Path) -> None:
-        """Write the tokenizer, and what the outputs mean, into the folder of an adapter."""
+    def describe(self, model: Any, adapter: Path) -> None:
+        """Write the tokenizer, and what the outputs of `model` mean, into the folder of its adapter."""

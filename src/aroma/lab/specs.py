@@ -167,8 +167,16 @@ class Recipe:
             raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
         _check_data(self.data)
         check_training(self.training)
-        if self.data.task != "causal_lm":
+        if self.data.task == "causal_lm":
+            _check_no_classes(self)
+        else:
             _check_no_language(self)
+        if self.model.dtype == "float16":
+            raise bad_value(
+                "model.dtype",
+                "float16",
+                "without a scaler small gradients vanish in it; take bfloat16 or float32",
+            )
         if self.training.loop == "sft" and self.model.quantization is not None:
             raise bad_value(
                 "model.quantization",
@@ -188,6 +196,18 @@ def _check_data(data: DataSpec) -> None:
     if data.task != "causal_lm" and data.label in (data.text, data.text_pair):
         raise bad_value("data.label", data.label, "the label and a text cannot be the same column")
     _require_minimum("data.max_length", data.max_length, 3, "tokens; most models add two of their own")
+
+
+def _check_no_classes(recipe: Recipe) -> None:
+    """Refuse what would do nothing for a language model."""
+    common = DataSpec()
+    for name in ("text", "text_pair", "label"):
+        if getattr(recipe.data, name) != getattr(common, name):
+            remedy = "it is a classifier's; the columns of a language model are named in the section language"
+            raise bad_value(f"data.{name}", getattr(recipe.data, name), remedy)
+    if recipe.training.head_learning_rate is not None:
+        remedy = "a language model has no head that trains; leave it out"
+        raise bad_value("training.head_learning_rate", recipe.training.head_learning_rate, remedy)
 
 
 def _check_no_language(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,16 @@ class RunResult:
     wall_seconds: float
 
 
-def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> RunResult:
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+) -> RunResult:
     """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
 
     Args:
         recipe: The run.
         resume: Go on from the last whole checkpoint in the folder.
         progress: Whether a progress bar is shown.
+        on_note: Called, before the training, with what became of examples that did not fit.
 
     Raises:
         ConfigError: A recipe that cannot work, a folder that is not empty, or a resume of another recipe.
@@ -78,10 +82,13 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, progress: bool = True) -
     model = grow(job.load_model(), config)
     trainable = count_trainable(model)
     open_folder(folder, recipe)
+    for note in job.notes:
+        on_note(note)
     fit = _fit(recipe, folder, model, job, progress)
-    metrics = {split: job.predict(fit.trainer, split).metrics for split in job.evaluated}
+    # Before the evaluation, which may fail, as of a text that is too long to be continued.
     save_adapter(model, folder.adapter)
-    job.describe(folder.adapter)
+    job.describe(model, folder.adapter)
+    metrics = {split: job.predict(fit.trainer, split).metrics for split in job.evaluated}
     result = RunResult(
         folder=folder,
         metrics=metrics,
@@ -181,6 +188,7 @@ def _fit(recipe: Recipe, folder: RunFolder, model: Any, job: Job, progress: bool
         validation=job.watched["validation"],
         on_event=EventLog(folder.events, upto=_step_of(checkpoint)),
         progress=progress,
+        describe=job.describe,
     )
     fit.train(checkpoint)
     return fit

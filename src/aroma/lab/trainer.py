@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     on_event: Callable[[Event], None] | None = None,
     progress: bool = True,
+    describe: Callable[[Any, Path], None] | None = None,
 ) -> Fit:
     """Return a Trainer of `model`: for every method the same, but for its callbacks and what it trains.
 
@@ -82,6 +84,7 @@ def make_trainer(
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
         progress: Whether a progress bar is shown.
+        describe: Called with the model and the folder of every checkpoint, to say there what its outputs mean.
 
     Raises:
         ConfigError: The method cannot train the model.
@@ -93,6 +96,7 @@ def make_trainer(
     trainer = kind(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         counts_items=objective.counts_items,
+        describe=describe,
         model=model,
         args=training_arguments(training, objective, folder, arguments_class),
         data_collator=objective.collator,

@@ -21,7 +21,7 @@ from .replay import fit_modules
 from .run_arm import Arm
 from .run_arms import TIMED_TRAINING, aroma_of, deciding_arm, reference_arms, replaying_arm
 from .run_data import Batches, RandomBatches, RecipeBatches
-from .run_settings import RunSettings
+from .run_settings import RunSettings, refuse_language
 from .sampling import draw_steps
 from .shapes import make_model
 from .trajectory import Trajectory
@@ -99,6 +99,7 @@ def _random_ground(settings: RunSettings) -> _Ground:
 
 
 def _recipe_ground(settings: RunSettings, recipe: Recipe) -> _Ground:
+    refuse_language(recipe)
     assert recipe.model.name is not None, "Recipe checks it"
     config = adapter_config(recipe.adapter, recipe.training)
     splits = load_splits(recipe.data)

@@ -103,12 +103,24 @@ class RunSettings:
             )
 
 
+def refuse_language(recipe: Recipe) -> None:
+    """Raise for a language model's recipe.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if recipe.data.task == "causal_lm":
+        remedy = "runs of classifiers and regressions are measured, not of language models; give another recipe"
+        raise bad_value("data.task", recipe.data.task, remedy)
+
+
 def facts_of_run(folder: str) -> dict[str, Any]:
     """Return what the folder of a run tells of its model and data: keywords of `RunSettings`, as far as known."""
     run = RunFolder(Path(folder))
     if not run.recipe.is_file():
         return {}
     recipe = load_recipe(run.recipe)
+    refuse_language(recipe)
     facts: dict[str, Any] = {
         "model": recipe.model.name,
         "batch_size": recipe.training.batch_size * recipe.training.gradient_accumulation_steps,

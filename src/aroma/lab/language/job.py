@@ -17,6 +17,7 @@ from ..specs import DataSpec, ModelSpec
 from .collate import make_collator
 from .encode import EncodeReport, encode_conversations
 from .examples import Conversation, load_conversations, load_hub_conversations
+from .fingerprint import fingerprint_of
 from .loss import token_loss
 from .model import load_causal_lm, load_lm_tokenizer
 from .packing import pack, require_packing_works
@@ -125,10 +126,11 @@ class LanguageJob:
         found = token_loss(trainer.model, self.watched[split], self.objective.collator, self.batch_size)
         return Prediction({"loss": found.loss, "perplexity": found.perplexity}, found.loss)
 
-    def describe(self, adapter: Path) -> None:
+    def describe(self, model: Any, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""
         self.tokenizer.save_pretrained(adapter)
-        save_language_task(LanguageTask(self.language, self.max_length, self.model), adapter)
+        task = LanguageTask(self.language, self.max_length, self.model, fingerprint_of(model))
+        save_language_task(task, adapter)
 
     @cached_property
     def _encoded(self) -> dict[str, tuple[Dataset, EncodeReport]]:

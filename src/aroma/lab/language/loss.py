@@ -62,7 +62,7 @@ def token_loss(
     """
     from torch.utils.data import DataLoader
 
-    lengths = data["length"][:]
+    lengths = [len(ids) for ids in data["input_ids"]]  # the Trainer has no column of them left
     order = sorted(range(len(data)), key=lambda index: -lengths[index])
     training = model.training
     model.eval()

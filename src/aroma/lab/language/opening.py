@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ from ...errors import AromaError, bad_value
 from ...export import read_adapter
 from ...files import read_json, require_adapter_folder
 from ..specs import ModelSpec
+from .fingerprint import fingerprint_of
 from .model import load_causal_lm, load_lm_tokenizer
 from .prompt import PromptBuilder
-from .spec import LanguageSpec
-from .task import is_bare_model, load_language_task
+from .task import LanguageTask, is_bare_model, load_language_task, task_of
 
 
 class OpenedModel(NamedTuple):
@@ -47,9 +48,10 @@ def open_adapter(folder: str | os.PathLike[str], base_model: str | None = None) 
     if is_bare_model(folder):
         if base_model is not None:
             raise bad_value("base_model", base_model, f"{folder} is a whole model and no adapter; leave it out")
-        spec = ModelSpec(str(folder))
-        tokenizer = load_lm_tokenizer(spec, None)
-        return OpenedModel(_placed(load_causal_lm(spec)), tokenizer, PromptBuilder(tokenizer, LanguageSpec()))
+        whole = task_of(folder)
+        tokenizer = load_lm_tokenizer(whole.model, None)
+        builder = PromptBuilder(tokenizer, whole.language)
+        return OpenedModel(_placed(load_causal_lm(whole.model)), tokenizer, builder)
     path = require_adapter_folder(folder)
     _require_language(path)
     task = load_language_task(path)
@@ -58,7 +60,9 @@ def open_adapter(folder: str | os.PathLike[str], base_model: str | None = None) 
         raise bad_value("base_model", spec.name, "the adapter does not name its base model; give its folder or name")
     tokenizer = _tokenizer_of(path, spec)
     builder = PromptBuilder(tokenizer, task.language)
-    return OpenedModel(_placed(_with_adapter(load_causal_lm(spec), path, spec)), tokenizer, builder)
+    base = load_causal_lm(spec)
+    _warn_of_others(base, path, spec, task)
+    return OpenedModel(_placed(_with_adapter(base, path, spec)), tokenizer, builder)
 
 
 def _require_language(path: Path) -> None:
@@ -103,6 +107,26 @@ def _require_shapes(base: Any, path: Path, spec: ModelSpec) -> None:
         wanted = (update.B.shape[0], update.A.shape[1])
         if shape != wanted:
             raise _does_not_fit(path, spec, f"{name} is {shape} there, and {wanted} in the adapter")
+
+
+def _warn_of_others(base: Any, path: Path, spec: ModelSpec, task: LanguageTask) -> None:
+    """Warn where the weights are not, or may not be, those that the adapter was trained on."""
+    now = fingerprint_of(base) if task.fingerprint is not None else None
+    if now == task.fingerprint and (now is not None or spec.name == task.model.name):
+        return
+    if now is None or task.fingerprint is None:
+        if spec.name != task.model.name:
+            warnings.warn(
+                f"base_model={spec.name!r}: the adapter {path} was trained on {task.model.name!r}, and nothing tells "
+                "whether that has the same weights",
+                stacklevel=3,
+            )
+        return
+    warnings.warn(
+        f"base_model={spec.name!r}: its weights are not those that the adapter {path} was trained on "
+        f"({task.model.name!r}), so its answers mean little; give that model",
+        stacklevel=3,
+    )
 
 
 def _shape_of(module: Any) -> tuple[int, int]:

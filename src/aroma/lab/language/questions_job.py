@@ -119,9 +119,9 @@ class QuestionsJob:
         unparseable = written.unparseable / written.examples
         return Prediction({**ranked.metrics, **written.metrics, "unparseable": unparseable}, ranked.loss)
 
-    def describe(self, adapter: Path) -> None:
+    def describe(self, model: Any, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""
-        self.learning.describe(adapter)
+        self.learning.describe(model, adapter)
 
     def _evaluate(self, trainer: Any, split: str, method: Literal["likelihood", "generation"]) -> QuestionEvaluation:
         return evaluate_questions(

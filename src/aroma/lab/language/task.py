@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -29,12 +29,14 @@ class LanguageTask:
         language: Template, system turn and columns.
         max_length: Most tokens of an example in training; None: not known.
         model: The pretrained model, loaded as in training.
+        fingerprint: Of its weights, see `fingerprint_of`; None: not known.
         kind: Tells this task from a classifier's.
     """
 
     language: LanguageSpec
     max_length: int | None
     model: ModelSpec
+    fingerprint: str | None = None
     kind: Literal["causal_lm"] = LANGUAGE_KIND
 
 
@@ -63,9 +65,24 @@ def load_language_task(adapter: str | os.PathLike[str]) -> LanguageTask:
             language=_read(LanguageSpec, content["language"]),
             max_length=typed("max_length", content["max_length"], int | None),
             model=_read(ModelSpec, content["model"]),
+            fingerprint=typed("fingerprint", content.get("fingerprint"), str | None),
         )
     except (AttributeError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error
+
+
+def task_of(folder: str | os.PathLike[str]) -> LanguageTask:
+    """Read the task of an adapter, or of a whole model: a merged export has that of its adapter.
+
+    Raises:
+        CheckpointError: As `load_language_task`.
+    """
+    if not is_bare_model(folder):
+        return load_language_task(folder)
+    model = ModelSpec(str(folder))
+    if not (Path(folder) / TASK_FILE).exists():
+        return LanguageTask(LanguageSpec(), None, model)
+    return replace(load_language_task(folder), model=model, fingerprint=None)
 
 
 def task_kind(folder: str | os.PathLike[str]) -> str:

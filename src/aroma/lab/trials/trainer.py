@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 
 from ...errors import CheckpointError
 from ...files import read_tensors, write_tensors
@@ -30,19 +31,31 @@ class ExactResume:
 
     Args:
         hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
-        counts_items: Whether the model divides its loss by the number of items in the whole step.
+        counts_items: Whether the model divides its loss by the number of items in the whole step, as language models
+            do, whose held-out loss is the mean over all tokens too.
+        describe: Called with the model and the folder of every checkpoint; None for nothing.
         **options: Of the Trainer.
     """
 
     # Of the Trainer that it is mixed into.
     add_callback: Any
     args: Any
+    data_collator: Any
     model: Any
     state: Any
 
-    def __init__(self, *, hooks: HooksCallback | None, counts_items: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        hooks: HooksCallback | None,
+        counts_items: bool = False,
+        describe: Callable[[Any, Path], None] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self._hooks = hooks
+        self._counts_items = counts_items
+        self._describe = describe
         self.add_callback(LossWindow(self))
         if not counts_items:
             # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
@@ -55,7 +68,22 @@ class ExactResume:
             return EpochLengthSampler(sampler, self.args.seed)
         return sampler
 
+    def evaluation_loop(self, dataloader: Any, *options: Any, metric_key_prefix: str = "eval", **further: Any) -> Any:
+        """Evaluate; of a language model, loss and perplexity over all learned tokens, whatever the batches."""
+        if not self._counts_items:
+            return super().evaluation_loop(  # type: ignore[misc]
+                dataloader, *options, metric_key_prefix=metric_key_prefix, **further
+            )
+        from ..language.loss import token_loss
+
+        data = dataloader.dataset
+        found = token_loss(self.model, data, self.data_collator, self.args.per_device_eval_batch_size)
+        measured = {f"{metric_key_prefix}_loss": found.loss, f"{metric_key_prefix}_perplexity": found.perplexity}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=measured, num_samples=len(data))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._describe is not None:
+            self._describe(self.model, Path(output_dir or self.args.output_dir))
         if self._hooks is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
