@@ -81,6 +81,19 @@ def write_run(output: Path, task: str, method: str, seed: int, **changes: Any) -
     return folder
 
 
+def write_untrained_run(output: Path, task: str, seed: int, **changes: Any) -> Path:
+    """Write the folder of a run of the method `pretrained`, which trains nothing, and return it."""
+    nothing: dict[str, Any] = {
+        "kind": "pretrained",
+        "steps": 0,
+        "parameters": {"initial": 0, "average": 0.0, "final": 0, "head": 0},
+        "ranks": {},
+        "curve": {"planned_steps": 100, "parameters": [[0, 0]], "total_rank": [], "ranks": {}},
+        "epoch_seconds": [],
+    }
+    return write_run(output, task, "pretrained", seed, **{**nothing, **changes})
+
+
 def write_adapter(folder: Path, updates: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Write a plain LoRA adapter of scale 1, module by module B and A, into a run's folder."""
     tensors, alphas = {}, {}

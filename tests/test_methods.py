@@ -556,7 +556,7 @@ def test_every_method_has_one_callback_and_all_but_aroma_their_hooks():
 
 def test_every_kind_can_be_made_and_built():
     assert list(METHODS) == [
-        *("full", "head_only", "bitfit", "houlsby", "pfeiffer"),
+        *("pretrained", "full", "head_only", "bitfit", "houlsby", "pfeiffer"),
         *("lora", "adalora", "relora", "relora_merge", "aroma"),
     ]
     for kind, made in METHODS.items():
@@ -564,7 +564,8 @@ def test_every_kind_can_be_made_and_built():
         assert type(method) is made
         model = built(method)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        assert any("classifier" in name for name in trained)
+        assert any("classifier" in name for name in trained) == made.trains
+        assert bool(trained) == made.trains
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from .extras import require_extra
 from .texts import examples
 
 # As in lab/report; written out here so that help imports nothing.
-KINDS = ("main", "reset", "time", "inner")
+KINDS = ("main", "sets", "reset", "time", "inner")
 FORMATS = ("text", "markdown", "latex", "csv")
 
 
@@ -20,11 +20,12 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser of `aroma lab`."""
     parser = commands.add_parser(
         "table",
-        help="print a table of a grid's runs: scores, Reset ablation, times, inner criterion",
+        help="print a table of a grid's runs: scores, set by set, Reset ablation, times, inner criterion",
         description=(
             "Print a table of the runs that `aroma lab run` left: mean ± standard deviation over seeds, with the\n"
             "protocol in its caption and every failed run below it.\n\n"
             "main   scores, trainable parameters, paired difference to a baseline (the paper's Table 2)\n"
+            "sets   each reported set and their average, with the difference of the average (Table 3)\n"
             "reset  AROMA's scores, ranks and effective ranks by what a merge resets (Table 4)\n"
             "time   seconds of an epoch, and their ratios (Table 5)\n"
             "inner  after how many steps the inner criterion fires, by kind of matrix"
@@ -32,6 +33,7 @@ def add_parser(commands: Any) -> None:
         epilog=examples(
             "aroma lab table results/lab/minilm",
             "aroma lab table results/lab/minilm --kind time --baseline lora-r1",
+            "aroma lab table results/lab/smollm2-commonsense --kind sets --metric accuracy_normalised",
             "aroma lab table results/lab/minilm --format latex --out table.tex",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,6 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--kind", choices=KINDS, default="main", help="what the table is of (%(default)s)")
     parser.add_argument("--format", choices=FORMATS, help="how it is written (by the suffix of --out, else text)")
     parser.add_argument("--baseline", metavar="LABEL", help="method to compare with (lora-r8 if it was run)")
+    parser.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
     parser.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")
     parser.set_defaults(run=run)
 
@@ -54,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..lab.report.render import SUFFIXES, render
 
     form = arguments.format or (SUFFIXES.get(out.suffix.lower(), "text") if out else "text")
-    table = make_table(load_records(arguments.folder), arguments.kind, arguments.baseline)
+    table = make_table(load_records(arguments.folder), arguments.kind, arguments.baseline, arguments.metric)
     rendered = render(table, form)
     if out is not None:
         write_text(out, rendered)

@@ -56,9 +56,11 @@ class Method(ABC):
     Attributes:
         writes_backbone: Whether training writes the weights of the backbone, so that they cannot be shared between
             models.
+        trains: Whether anything trains; if not, a run is the evaluation of what `build` makes.
     """
 
     writes_backbone: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
 
     # From options ----------------------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class Method(ABC):
             planned_steps: Optimizer steps of the run.
 
         Returns:
-            The model to train. Its head trains.
+            The model to train. Its head trains, unless nothing does.
 
         Raises:
             ConfigError: A model that the method cannot adapt, or a run that it cannot plan for.

@@ -16,10 +16,12 @@ from .bottleneck import Houlsby, Pfeiffer
 from .full import Full
 from .head_only import HeadOnly
 from .lora import Lora
+from .pretrained import Pretrained
 from .relora import ReLora
 from .relora_components import Relora
 
 METHODS: dict[str, type[Method]] = {
+    "pretrained": Pretrained,
     "full": Full,
     "head_only": HeadOnly,
     "bitfit": BitFit,

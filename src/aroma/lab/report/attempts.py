@@ -94,6 +94,11 @@ class Run(Attempt):
         """The task's metric on the reported examples (held-out ones for a selection), in [-1, 1]."""
         return float(self.result["score"])
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything trained; the pretrained model as it is has taken no step."""
+        return int(self.result["steps"]) > 0
+
 
 @dataclass(frozen=True)
 class Failure(Attempt):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from .formats import amount, counted, points, signed_points, span, spread_text
+from .comparison import Comparison
+from .formats import amount, points, span, spread_text
 from .notes import common_notes, stopped_early
 from .protocol import protocol, seeds_sentence
 from .records import Records
-from .stats import CONFIDENCE, RESAMPLES, Difference, Scores, Spread, paired_difference
-from .table import Cell, Column, Table, empty_cell, mark_best, number_cell, text_cell
-
-_FEW_SEEDS = 10
-"""Below so many seeds a table says that its intervals are too narrow."""
+from .stats import Scores, Spread
+from .table import Cell, Column, Table, mark_best, number_cell, text_cell
 
 
 def main_table(records: Records, baseline: str | None) -> Table:
@@ -31,24 +30,20 @@ def main_table(records: Records, baseline: str | None) -> Table:
     if len(records.tasks) > 1:
         columns.append(Column("average", ("average",)))
         cells.append(_average_cells(records))
-    for column, of_method in (
-        (Column("seeds", ("planned_seeds",)), _seeds_cell),
-        (Column("trainable at start", ("initial_parameters",)), _initial_cell),
-        (Column("trainable on average", ("average_parameters",)), _average_parameters_cell),
-    ):
+    for column, of_method in COST_COLUMNS:
         columns.append(column)
         cells.append([of_method(records, method) for method in records.methods])
     notes = [*stopped_early(records), *common_notes(records)]
-    if baseline is not None:
-        differences = _differences(records, baseline)
-        columns.append(_difference_column(baseline))
-        cells.append([_difference_cell(records, columns[-1], difference) for difference in differences.values()])
-        notes = [*_without_interval(differences, baseline), *notes]
-    columns.append(Column("failed", ("failed",), is_raw=True))
-    cells.append([_failed_cell(records, method) for method in records.methods])
+    comparison = None if baseline is None else Comparison(records, baseline, partial(_scores, records))
+    if comparison is not None:
+        columns.append(comparison.column)
+        cells.append(comparison.cells)
+        notes = [*comparison.notes, *notes]
+    columns.append(FAILED_COLUMN)
+    cells.append([failed_cell(records, method) for method in records.methods])
     return Table(
         name="main",
-        caption=_caption(records, baseline),
+        caption=_caption(records, comparison),
         columns=columns,
         rows=list(zip(*cells, strict=True)),
         best="best mean of a column, among the methods with the most seeds in it",
@@ -112,67 +107,39 @@ def _scores(records: Records, method: str) -> Scores:
     return {(run.task, run.seed): run.score for run in records.of(method)}
 
 
-def _differences(records: Records, baseline: str) -> dict[str, Difference | None]:
-    """Return the difference of every method to the baseline; None for those without a pair."""
-    theirs = _scores(records, baseline)
-    return {method: paired_difference(_scores(records, method), theirs) for method in records.methods}
-
-
-def _difference_column(baseline: str) -> Column:
-    keys = ("difference", "difference_low", "difference_high", "difference_pairs")
-    return Column(f"− {baseline} [{CONFIDENCE:.0%}]", keys)
-
-
-def _difference_cell(records: Records, column: Column, difference: Difference | None) -> Cell:
-    if difference is None:
-        return empty_cell(column)
-    pairs, planned = sum(difference.pairs.values()), len(records.tasks) * len(records.seeds)
-    text = f"{signed_points(difference.mean)} [no interval]"
-    low, high = difference.interval or (None, None)
-    if low is not None and high is not None:
-        text = f"{signed_points(difference.mean)} [{signed_points(low)}, {signed_points(high)}]"
-    if pairs != planned:
-        text += f" ({pairs} of {counted(planned, 'pair')})"
-    return Cell(text, (difference.mean, low, high, pairs))
-
-
-def _without_interval(differences: dict[str, Difference | None], baseline: str) -> list[str]:
-    """Return which methods have no interval, and why."""
-    reasons: dict[str, list[str]] = {}
-    for method, difference in differences.items():
-        if difference is not None and difference.single:
-            reasons.setdefault(", ".join(difference.single), []).append(method)
-    return [
-        f"No interval for {', '.join(methods)}: a single seed shared with {baseline} on {tasks} tells nothing of the "
-        "spread."
-        for tasks, methods in reasons.items()
-    ]
-
-
-def _failed_cell(records: Records, method: str) -> Cell:
+def failed_cell(records: Records, method: str) -> Cell:
+    """Return the names of a method's failed runs."""
     return text_cell(" ".join(failure.name for failure in records.failures if failure.method == method))
 
 
-def _caption(records: Records, baseline: str | None) -> str:
-    sentences = [f"{seeds_sentence(records)} Scores in points (100 × metric)."]
-    sentences.append(protocol(records))
-    heads = [float(run.result["parameters"]["head"]) for run in records.runs]
-    if heads:
-        sentences.append(
+COST_COLUMNS: Sequence[tuple[Column, Callable[[Records, str], Cell]]] = (
+    (Column("seeds", ("planned_seeds",)), _seeds_cell),
+    (Column("trainable at start", ("initial_parameters",)), _initial_cell),
+    (Column("trainable on average", ("average_parameters",)), _average_parameters_cell),
+)
+"""Columns of what a method takes, each with what makes the cell of a method."""
+FAILED_COLUMN = Column("failed", ("failed",), is_raw=True)
+
+
+def parameters_sentence(records: Records) -> str:
+    """Return what the trainable parameters are; empty where no run has finished."""
+    if not records.runs:
+        return ""
+    # A method that trains nothing has no head to train either.
+    heads = [float(run.result["parameters"]["head"]) for run in records.runs if run.trains]
+    if any(heads):
+        return (
             f"Trainable parameters leave out the head's {span(heads, amount)}, which every method trains; on average: "
             "over the planned steps."
         )
-    if baseline is not None:
-        sentences.append(_difference_sentence(records, baseline))
-    return " ".join(sentences)
+    return "Trainable parameters on average: over the planned steps."
 
 
-def _difference_sentence(records: Records, baseline: str) -> str:
-    seeds: Sequence[int] = records.seeds
-    text = (
-        f"Difference to {baseline}: of runs of the same task and seed, in points, mean over the tasks; interval: "
-        f"{CONFIDENCE:.0%} bootstrap, percentiles of {RESAMPLES:,} resamples of the seeds of each task."
-    )
-    if 1 < len(seeds) < _FEW_SEEDS:
-        text += f" With {len(seeds)} seeds such an interval is narrower than it should be."
-    return text
+def _caption(records: Records, comparison: Comparison | None) -> str:
+    sentences = [
+        f"{seeds_sentence(records)} Scores in points (100 × metric).",
+        protocol(records),
+        parameters_sentence(records),
+        comparison.sentence() if comparison is not None else "",
+    ]
+    return " ".join(filter(None, sentences))

@@ -20,7 +20,25 @@ _FREE_SETTINGS = ("seed", "save_steps", "keep_checkpoints", "logging_steps", "ev
 
 def common_notes(records: Records) -> list[str]:
     """Return the notes that every table bears, an entry a matter."""
-    return [*lacking(records), *chosen_notes(records), *protocol_mismatches(records), *provenance_notes(records.runs)]
+    return [
+        *untrained(records),
+        *lacking(records),
+        *chosen_notes(records),
+        *protocol_mismatches(records),
+        *provenance_notes(records.runs),
+    ]
+
+
+def untrained(records: Records) -> list[str]:
+    """Return which methods train nothing."""
+    methods = [method for method in records.methods if not trains(records, method)]
+    return [f"{listing(methods)}: nothing trains; the pretrained model as it is."] if methods else []
+
+
+def trains(records: Records, method: str) -> bool:
+    """Whether a method trains anything, as far as finished runs tell."""
+    runs = records.of(method)
+    return not runs or any(run.trains for run in runs)
 
 
 def lacking(records: Records) -> list[str]:
@@ -41,9 +59,11 @@ def lacking(records: Records) -> list[str]:
 def chosen_notes(records: Records) -> list[str]:
     """Return what was chosen for every method, task by task; and where a run did not use it, or looked ahead."""
     notes = []
+    # Whatever is tried of a method that trains nothing is one and the same.
+    methods = [method for method in records.methods if trains(records, method)]
     for key in chosen_keys(records):
         for task in records.tasks:
-            picked = {method: chosen(records, task, method).get(key) for method in records.methods}
+            picked = {method: chosen(records, task, method).get(key) for method in methods}
             listed = [f"{method} {show(value)}" for method, value in picked.items() if value is not None]
             if listed:
                 notes.append(f"Chosen {key} on {task}: {', '.join(listed)}.")
@@ -55,15 +75,14 @@ def chosen_notes(records: Records) -> list[str]:
     ]
     if nothing:
         notes.append(f"Nothing could be chosen, no candidate has a score: {', '.join(nothing)}.")
-    edge = [
-        f"{task}/{method}" for task in records.tasks for method in records.methods if _at_edge(records, task, method)
-    ]
+    edge = [f"{task}/{method}" for task in records.tasks for method in methods if _at_edge(records, task, method)]
     if edge:
         notes.append(f"Chosen at the edge of what was tried, so that more might be had beyond: {', '.join(edge)}.")
     unlike = [run for run in records.runs if _differs_from_choice(records, run)]
     if unlike:
         notes.append(f"Not with the chosen values: {_who(unlike)}.")
-    without = [run for run in records.runs if chosen_keys(records) and not chosen(records, run.task, run.method)]
+    keys = chosen_keys(records)
+    without = [run for run in records.runs if keys and run.trains and not chosen(records, run.task, run.method)]
     if without:
         notes.append(f"Without a choice on held-out examples, with the given values: {_who(without)}.")
     ahead = [run for run in records.selecting if run.result.get("reported")]

@@ -24,14 +24,14 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Finished:
-    """A trial that has trained.
+    """A trial that has trained, if its method does.
 
     Args:
         trial: The trial.
         method: Its method.
         work: Its examples, and what they are scored by.
         fit: Its Trainer.
-        planned_steps: Optimizer steps that were planned.
+        planned_steps: Optimizer steps that its training section plans.
         curve: Its trainable parameters and ranks by step.
         usage: What it cost.
         provenance: Versions, revision and machine when it began: sources may be edited while it runs.
@@ -76,7 +76,7 @@ def result_of(finished: Finished, predictions: Mapping[str, Prediction], events:
         "notes": list(work.job.notes),
         "steps": state.global_step,
         "planned_steps": finished.planned_steps,
-        "stopped_early": state.global_step < finished.planned_steps,
+        "stopped_early": finished.method.trains and state.global_step < finished.planned_steps,
         "parameters": _parameters(finished),
         **_ranks(finished),
         **{name: round(value, 3) for name, value in finished.usage.total().items()},

@@ -1,0 +1,165 @@
+"""The pretrained model as a method of comparison: nothing trains, and it is scored like all others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
+
+from aroma.errors import ConfigError
+from aroma.lab.language.commonsense import load_questions
+from aroma.lab.language.evaluate import evaluate_questions
+from aroma.lab.language.prompt import PromptBuilder
+from aroma.lab.language.spec import LanguageSpec
+from aroma.lab.specs import TrainSpec
+from aroma.lab.tasks.spec import TaskSpec
+from aroma.lab.trials.run import run_trial
+from aroma.lab.trials.spec import Trial
+from tiny_lm import questions, save_tiny_lm, write_json_lines
+from trial_runs import read, save_material
+
+TRAINING = TrainSpec(max_steps=12, batch_size=8, warmup_steps=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    save_tiny_lm(folder / "model")
+    write_json_lines(folder / "train.jsonl", questions(60, seed=1))
+    write_json_lines(folder / "test.jsonl", questions(29, seed=2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model and data of a classification."""
+    return save_material(tmp_path_factory.mktemp("words"))
+
+
+def trial_of(files: Path, kind: str = "pretrained", **changes: Any) -> Trial:
+    task = TaskSpec(
+        name="reasoning",
+        kind="commonsense",
+        source=str(files),
+        reported={"easy": "test.jsonl"},
+        max_length=64,
+        held_out=0.25,
+    )
+    trial = Trial(name="t", model=str(files / "model"), task=task, method=kind, kind=kind, training=TRAINING)
+    return replace(trial, **changes)
+
+
+def classify(words: Path, model: str, **changes: Any) -> Trial:
+    task = TaskSpec(name="w", source=str(words), train="train.jsonl", reported={"test": "test.jsonl"}, max_length=16)
+    return replace(trial_of(words, model=str(words / model), task=task), **changes)
+
+
+def metrics_by_hand(files: Path, autocast: bool = False) -> dict[str, float]:
+    tokenizer = AutoTokenizer.from_pretrained(files / "model")
+    asked = load_questions("data", str(files / "test.jsonl"), LanguageSpec())
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    builder = PromptBuilder(tokenizer, LanguageSpec())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = evaluate_questions(model, builder, tokenizer, asked, batch_size=8, max_length=64)
+    assert found.loss is not None
+    return {**found.metrics, "loss": found.loss}
+
+
+def test_it_is_scored_and_nothing_else_is_done(files: Path, tmp_path: Path) -> None:
+    result = run_trial(trial_of(files), tmp_path / "run")
+    expected = metrics_by_hand(files)
+    assert result["reported"]["easy"] == {name: value for name, value in expected.items() if name != "loss"}
+    assert result["score"] == expected["accuracy"]
+    assert 0 < expected["accuracy"] < 1
+    assert result["examples"] == {"train": 45, "held_out": 15, "easy": 29}
+    assert (result["steps"], result["planned_steps"], result["stopped_early"]) == (0, 12, False)
+    assert result["parameters"] == {"initial": 0, "average": 0.0, "final": 0, "head": 0}
+    assert (result["ranks"], result["average_rank"], result["epoch_seconds"]) == ({}, None, [])
+    assert read(tmp_path / "run" / "curve.json")["parameters"] == [[0, 0]]
+    assert read(tmp_path / "run" / "history.json") == {"loss": [], "learning_rate": [], "evaluations": []}
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_it_is_where_training_begins(files: Path, tmp_path: Path) -> None:
+    # At a rate that changes nothing, a LoRA, whose B is 0 at first, ends where the pretrained model stands.
+    still = replace(TRAINING, learning_rate=1e-12)
+    trained = run_trial(trial_of(files, "lora", training=still), tmp_path / "lora")
+    result = run_trial(trial_of(files), tmp_path / "pretrained")
+    assert trained["steps"] == 12
+    assert result["reported"] == trained["reported"]
+    assert result["held_out_loss"] == pytest.approx(trained["held_out_loss"], rel=1e-6)
+
+
+def test_it_is_scored_in_the_precision_of_those_beside_it(files: Path, tmp_path: Path) -> None:
+    half = replace(TRAINING, bf16=True, learning_rate=1e-12)
+    result = run_trial(trial_of(files, training=half), tmp_path / "pretrained")
+    trained = run_trial(trial_of(files, "lora", training=half), tmp_path / "lora")
+    whole = run_trial(trial_of(files), tmp_path / "whole")
+    assert result["held_out_loss"] == pytest.approx(trained["held_out_loss"], rel=1e-6)
+    assert abs(result["held_out_loss"] - whole["held_out_loss"]) > 1e-5
+    expected = metrics_by_hand(files, autocast=True)
+    assert result["reported"]["easy"] == {name: value for name, value in expected.items() if name != "loss"}
+
+
+def test_a_finished_one_is_not_run_again(files: Path, tmp_path: Path) -> None:
+    result = run_trial(trial_of(files), tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    path.write_text(json.dumps({**result, "score": 2.0}))
+    assert run_trial(trial_of(files), tmp_path / "run")["score"] == 2.0
+
+
+def test_a_selection_sees_held_out_questions_alone(files: Path, tmp_path: Path) -> None:
+    task = replace(trial_of(files).task, reported={"easy": "absent.jsonl"})
+    result = run_trial(trial_of(files, purpose="select", task=task), tmp_path / "run")
+    assert result["reported"] == {}
+    assert result["score"] == result["held_out"]["accuracy"]
+
+
+def test_what_only_training_needs_does_not_count(files: Path, tmp_path: Path) -> None:
+    loop = TrainSpec(
+        max_steps=4, batch_size=8, warmup_steps=100, eval_steps=5, save_steps=5, checkpoint="best", threads=1
+    )
+    assert run_trial(trial_of(files, training=loop), tmp_path / "run")["steps"] == 0
+
+
+def test_a_classifier_with_its_head_is_scored(words: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    tuned = BertForSequenceClassification.from_pretrained(words / "model", num_labels=2)
+    tuned.save_pretrained(words / "tuned")
+    AutoTokenizer.from_pretrained(words / "model").save_pretrained(words / "tuned")
+    result = run_trial(classify(words, "tuned"), tmp_path / "run")
+    assert result["parameters"]["head"] == 0
+    tokenizer, hits = AutoTokenizer.from_pretrained(words / "tuned"), 0
+    rows = [json.loads(line) for line in (words / "test.jsonl").read_text().splitlines()]
+    for row in rows:
+        with torch.no_grad():
+            logits = tuned.eval()(**tokenizer(row["text"], return_tensors="pt")).logits
+        hits += ("high", "low")[int(logits.argmax())] == row["label"]
+    assert result["score"] == pytest.approx(hits / len(rows))
+
+
+# What cannot work ----------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_would_stay_random_is_refused(words: Path, tmp_path: Path) -> None:
+    message = r"kind='pretrained': it trains nothing, and the checkpoint lacks classifier\.weight, classifier\.bias"
+    with pytest.raises(ConfigError, match=message):
+        run_trial(classify(words, "model"), tmp_path / "run")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_quantised_model_is_refused_before_anything_is_written(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantization='nf4': transformers' Trainer takes no quantised model"):
+        run_trial(trial_of(files, quantization="nf4"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_has_no_options(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"options\.r=2: the method 'pretrained' has no options"):
+        run_trial(trial_of(files, options={"r": 2}), tmp_path / "run")
