@@ -343,23 +343,27 @@ def test_other_labels_and_leads():
 def trained(folders):
     """A tiny model that has learned the form of an answer, and some of the answers."""
     model, tokenizer = load_lm(folders["llama"])
-    builder = PromptBuilder(tokenizer, LANGUAGE)
     root = folders["llama"].parent
-    path = write_json_lines(root / "train.jsonl", questions(64, seed=11))
+    learn(model, tokenizer, write_json_lines(root / "train.jsonl", questions(64, seed=11)), 60)
+    folder = root / "trained"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def learn(model, tokenizer, path, steps):
+    """Train a model on a file of questions."""
+    builder = PromptBuilder(tokenizer, LANGUAGE)
     rows, _ = encode_conversations(load_conversations("data", str(path), LANGUAGE), builder, 128, "data")
     ids = [torch.tensor(row) for row in rows["input_ids"]]
     labels = [torch.tensor(row) for row in rows["labels"]]
     batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(steps):
         model(input_ids=batch, labels=targets).loss.backward()  # right padding, which no token looks at
         optimizer.step()
         optimizer.zero_grad()
-    folder = root / "trained"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
@@ -373,6 +377,39 @@ def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
     assert [prediction.chosen for prediction in written.predictions] == [p.chosen for p in ranked.predictions]
     assert written.metrics == {"generated": ranked.metrics["accuracy"]}
     assert {prediction.chosen for prediction in ranked.predictions} == {"answer1", "answer2"}
+
+
+def test_answers_behind_words_of_the_template_are_read(folders, tmp_path):
+    model, tokenizer = load_lm(folders["llama"])
+    heading = "<|turn|>{{ message['role'] }}\n"
+    thoughts = "{% if message['role'] == 'assistant' %}{{ 'Context :\n\n' }}{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(heading, heading + thoughts, 1)
+    learn(model, tokenizer, write_json_lines(tmp_path / "train.jsonl", questions(5, seed=1)), 40)
+    asked = asked_questions(tmp_path)
+    found = evaluate_questions(model, PromptBuilder(tokenizer, LANGUAGE), tokenizer, asked, "generation")
+    assert (found.unparseable, found.unfinished) == (0, 0)
+    assert all(prediction.text.startswith(LEAD) for prediction in found.predictions)
+
+
+@pytest.mark.parametrize("max_length", [None, 128, 70])
+def test_generation_asks_what_likelihood_asks_in_the_room_that_is_left(llama, max_length, monkeypatch):
+    model, builder, tokenizer = llama
+    words = ["apple"] * 100
+    short, long = (Question((Turn("user", " ".join(text)),), FOUR[:2], FOUR[0], LEAD) for text in (words[:9], words))
+    assert len(builder.prompt(long.turns)) + 32 > 128 > len(builder.prompt(long.turns)) + 6
+    assert evaluate_questions(model, builder, tokenizer, [short, long], max_length=max_length).examples == 2
+    given, write = [], evaluate.generate_batch
+    monkeypatch.setattr(
+        evaluate, "generate_batch", lambda *parts, **options: [given.extend(parts[3]), write(*parts, **options)][1]
+    )
+    found = evaluate_questions(
+        model, builder, tokenizer, [short, long], "generation", max_length=max_length, max_new_tokens=32
+    )
+    assert found.cut_prompts == 1
+    assert given[0] == builder.prompt(short.turns)
+    assert given[1] == builder.shorten(builder.prompt(long.turns), 64 if max_length == 70 else 96)
+    with pytest.raises(ConfigError, match="max_new_tokens=127: the model takes 128 tokens in all; give fewer"):
+        evaluate_questions(model, builder, tokenizer, [short], "generation", max_new_tokens=127)
 
 
 def test_every_question_counts_once_and_in_its_order(llama, tmp_path):

@@ -21,7 +21,7 @@ from aroma.cli import main, make_parser
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma.lab.language.chat import Chat
 from aroma.lab.language.examples import Turn
-from aroma.lab.language.generate import generate_batch, open_adapter, stream
+from aroma.lab.language.generate import OpenedModel, generate_batch, open_adapter, stream
 from aroma.lab.language.prompt import PromptBuilder
 from aroma.lab.language.spec import LanguageSpec
 from aroma.lab.language.task import LanguageTask, save_language_task
@@ -293,6 +293,62 @@ def test_an_answer_gets_the_room_that_there_is(opened):
 def test_settings_out_of_range_are_refused(options, message, opened):
     with pytest.raises(ConfigError, match=message):
         streamed(opened["llama"], **options)
+
+
+# Words that the template puts before every response ------------------------------------------------------------------
+
+THOUGHTS = (  # as Qwen 3: before the last response alone
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+    "{{ 'Context :\n\nReply :\n\n' }}{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def thoughtful(bases):
+    """A model that has learned to answer everything with the same words, after those of its template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THOUGHTS
+    builder = PromptBuilder(tokenizer, LanguageSpec())
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"]).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    response = builder.response("bird , a fish .")
+    for step in range(60):
+        prompt = builder.prompt([Turn("user", TEXTS[step % len(TEXTS)])])
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return OpenedModel(model.eval(), tokenizer, builder)
+
+
+def test_they_are_written_and_not_handed_on(thoughtful):
+    found = answers(thoughtful, prompts_of(thoughtful), max_new_tokens=20)
+    assert {answer.text for answer in found} == {"bird , a fish ."}
+    assert all(answer.finished for answer in found)
+    assert [*found[0].ids, thoughtful.builder.stop_ids[0]] == thoughtful.builder.response("bird , a fish .")
+    pieces = streamed(thoughtful, "apple", max_new_tokens=20)
+    assert "".join(pieces) == found[0].text
+    assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_a_stream_that_is_cut_among_them_says_what_a_batch_says(thoughtful, count):
+    (found,) = answers(thoughtful, prompts_of(thoughtful, ["apple"]), max_new_tokens=count)
+    pieces = streamed(thoughtful, "apple", max_new_tokens=count)
+    assert "".join(pieces).split() == found.text.split()
+    assert all(pieces)
+
+
+def test_a_chat_goes_on_after_them(thoughtful):
+    chat = chat_of(thoughtful, max_new_tokens=20)
+    for text in ("apple", "iron", "king a lamp"):
+        assert list(chat.answer(text))
+    assert [turn.text for turn in chat.turns[:2]] == ["apple", "bird , a fish ."]
+    assert len(chat.turns) == 6
+    messages = [{"role": turn.role, "content": turn.text} for turn in chat.turns[:3]]
+    whole = thoughtful.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert thoughtful.builder.prompt(chat.turns[:3]) == whole
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------

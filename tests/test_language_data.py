@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,10 @@ from aroma.lab.language.spec import LanguageSpec
 from tiny_lm import WORDS, questions, save_tiny_lm, tiny_tokenizer, with_bos, write_json_lines
 
 SPEC = LanguageSpec()
+FORGETFUL = (  # takes the words out of earlier responses
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}"
+    "{% endif %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
 ASK, ANSWER = Turn("user", "choose a word"), Turn("assistant", "bird")
 MESSAGES = [{"role": "user", "content": "choose a word"}, {"role": "assistant", "content": "bird"}]
 
@@ -132,6 +137,14 @@ def test_files_that_are_not_there_or_no_text(tmp_path):
         load(tmp_path / "other.jsonl")
     with pytest.raises(DataError, match=r"not UTF-8 text \(byte 11\)"):
         load(tmp_path / "train.json")
+
+
+def test_a_row_says_where_it_is_from(tmp_path):
+    rows = [{"instruction": f"choose {number}", "output": "bird"} for number in range(3)]
+    one, other = (load(lines(tmp_path, *rows, name=name)) for name in ("a.jsonl", "b.jsonl"))
+
+    assert one == other
+    assert [conversation.source for conversation in other] == [f"{tmp_path}/b.jsonl, row {row}" for row in (1, 2, 3)]
 
 
 # Encoding ------------------------------------------------------------------------------------------------------------
@@ -263,6 +276,33 @@ def test_the_row_of_an_untrainable_conversation_is_named():
 
     with pytest.raises(DataError, match=r"data.train \(row 2\)"):
         encode([Conversation((ASK, ANSWER)), bad])
+
+
+def test_the_row_is_the_files_whatever_was_held_out_or_joined(tmp_path):
+    loaded = [
+        *load(lines(tmp_path, *[{"messages": MESSAGES}] * 2, name="a.jsonl")),
+        *load(lines(tmp_path, *[{"messages": MESSAGES}] * 5, name="b.jsonl")),
+    ]
+    bad = replace(loaded[5], turns=(ASK,))
+
+    with pytest.raises(DataError, match=r"data.train \(.*/b\.jsonl, row 4\)="):
+        encode([loaded[0], loaded[3], bad])
+
+
+@pytest.mark.parametrize("learn", ["response", "all"])
+def test_earlier_responses_that_the_template_rewrites_are_counted(learn):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = FORGETFUL
+    builder = PromptBuilder(tokenizer, LanguageSpec(learn=learn))
+    chat = Conversation((ASK, ANSWER, Turn("user", "a question"), Turn("assistant", "fish")))
+    (row, single), report = encode([chat, Conversation((ASK, ANSWER))], builder=builder)
+
+    assert (report.rewritten_responses, report.kept, report.rows) == (1, 2, 2)
+    assert "1 earlier responses not learned, for the chat template rewrites them" in str(report)
+    assert row["input_ids"] == builder.prompt(chat.turns[:3]) + builder.response("fish")
+    assert row["labels"][-2:] == builder.response("fish")
+    if learn == "response":
+        assert words_of(row["labels"] + single["labels"]) == "fish <|end|> bird <|end|>"
 
 
 # Batches -------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """The prompt builder: what is trained on is the prompt of evaluation and a response after it, under every template."""
 
+import datetime
+
 import pytest
 
 from aroma.errors import ConfigError, DataError
 from aroma.lab.language.examples import Conversation, Turn, instruction_turns
 from aroma.lab.language.prompt import PromptBuilder
 from aroma.lab.language.spec import LanguageSpec
+from aroma.lab.language.template import _DAY, Lead, make_render
 from tiny_lm import CHAT_TEMPLATE, questions, tiny_tokenizer, with_bos
 
 USER = Turn("user", "Please choose a word")
@@ -18,18 +21,29 @@ BRACKETS = (  # as Llama 2: no heading of a response, a space before it, the end
 )
 NO_HEADING = CHAT_TEMPLATE.partition("{% if add_generation_prompt %}")[0]  # never says that a response is to follow
 FORGETFUL = (  # as templates that take thoughts out of earlier responses
-    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}"
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}"
     "{% endif %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
 DEAF = CHAT_TEMPLATE.replace(
     "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
 )
+THOUGHTS = (  # as Qwen 3: empty thoughts before the last response, and none before earlier ones
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+CLOCK = (  # as Llama 3.2 and others that write the date
+    "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{% if strftime_now is defined %}"
+    "{% set date = strftime_now('%A, %B %-d') %}{% endif %}{{ today() }} : {{ date }}\n"
+) + CHAT_TEMPLATE
+OTHER_WORDS = CHAT_TEMPLATE.replace("message['content']", "message['content'] | replace('bird', 'fish')")
 BACKWARDS = CHAT_TEMPLATE.replace("in messages %}", "in messages | reverse %}")
 
 
 def make(template="auto", chat_template=CHAT_TEMPLATE, **options):
     tokenizer = tiny_tokenizer(chat_template=False)
+    tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = chat_template
     return PromptBuilder(tokenizer, LanguageSpec(template=template, **options)), tokenizer
 
@@ -77,12 +91,53 @@ def test_the_history_of_a_chat_is_what_was_trained_on(chat_template):
     assert builder.prompt(CHAT[:4]) == ids_of(segments[:3])
 
 
+@pytest.mark.parametrize("chat_template", [FORGETFUL, THOUGHTS])
+def test_of_a_chat_with_a_rewritten_history_the_last_response_is_learned(chat_template):
+    builder, tokenizer = make(chat_template=chat_template)
+    prompt, response = builder.segments(Conversation(CHAT))
+
+    assert prompt.ids == builder.prompt(CHAT[:4]) == rendered(tokenizer, CHAT[:4], add_generation_prompt=True)
+    assert response.ids == builder.response("bird")
+    assert (prompt.learned, response.learned) == (False, True)
+    assert prompt.ids + response.ids == rendered(tokenizer, CHAT)[:-1]
+
+
 def test_white_space_around_a_response_is_no_part_of_it():
     builder, _ = make()
     padded = (*CHAT[:2], Turn("assistant", f"\n {REPLY.text}\n"), *CHAT[3:])
 
     assert builder.segments(Conversation(padded)) == builder.segments(Conversation(CHAT))
     assert builder.response(" bird\n") == builder.response("bird")
+
+
+@pytest.mark.parametrize("chat_template", [CHAT_TEMPLATE, None, BRACKETS, NO_HEADING, THOUGHTS])
+@pytest.mark.parametrize("text", ["the answer is bird", "a bird , \n a fish"])
+def test_a_response_is_read_as_it_was_written(chat_template, text):
+    builder, _ = make(chat_template=chat_template)
+
+    assert builder.read(builder.response(text)) == text
+    assert builder.read(builder.continuation(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("written", "said", "undecided"),
+    [
+        ("", "", True),
+        (" \n", "", True),
+        ("<think>", "<think>", True),
+        ("<think>\n\n</thi", "<think>\n\n</thi", True),
+        ("<think>\n\n</think>\n\n", "", True),
+        ("<think></think> bird", "bird", False),
+        ("\n<think>\n\n</think>\n\n<think>", "<think>", False),
+        ("<think>\nbird", "<think>\nbird", False),
+        ("  bird <think></think>", "bird <think></think>", False),
+    ],
+)
+def test_the_lead_is_known_by_its_words(written, said, undecided):
+    lead = Lead("<think>\n\n</think>\n\n")
+
+    assert (lead.removed_from(written), lead.may_go_on(written)) == (said, undecided)
+    assert Lead(" ").removed_from(written) == written.lstrip()
 
 
 # The chat template ---------------------------------------------------------------------------------------------------
@@ -138,6 +193,51 @@ def test_a_chat_template_writes_the_beginning_of_the_text_itself():
 
     assert again.prompt([USER]) == builder.prompt([USER])
     assert again.prompt([USER]).count(tokenizer.bos_token_id) == 1
+
+
+def test_what_comes_before_every_response_is_learned():
+    builder, tokenizer = make(chat_template=THOUGHTS)
+    prompt, response = builder.segments(Conversation((USER, REPLY)))
+
+    assert prompt.ids == builder.prompt([USER]) == rendered(tokenizer, [USER], add_generation_prompt=True)
+    assert tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) == [
+        t for t in response.ids if t >= len(tokenizer) - 2
+    ]
+    assert prompt.ids + response.ids == rendered(tokenizer, [USER, REPLY])[:-1]
+
+
+def at(day):
+    """Return a clock for transformers' templates."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 7, day)
+
+    return Clock
+
+
+@pytest.mark.parametrize("before", ["", "\n", "  {% if true %}\n  x{% endif %}"])
+def test_a_template_writes_the_same_date_every_day(before, monkeypatch):
+    _, tokenizer = make(chat_template=before + CLOCK)
+    messages, clock = [{"role": "user", "content": USER.text}], "transformers.utils.chat_template_utils.datetime"
+    written = {}
+    for day in (26, 27):
+        monkeypatch.setattr(clock, at(day))
+        own = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        written[day] = own, make_render(tokenizer, "chat")([USER], True, "prompt")
+
+    assert "26 Jul 2024 : Friday, July 26\n" in written[26][1]
+    assert written[26][1] == written[26][0] == written[27][1] != written[27][0]
+
+
+def test_the_date_is_written_in_every_form():
+    day = datetime.datetime(2024, 7, 26)
+
+    assert {code: day.strftime(code) for code in _DAY} == _DAY
+    _, tokenizer = make(chat_template="{{ strftime_now('" + "|".join(_DAY) + "') }}\n" + CHAT_TEMPLATE)
+    written = make_render(tokenizer, "chat")([USER], True, "prompt")
+    assert written.partition("\n")[0] == day.strftime("|".join(_DAY))
 
 
 # The plain template --------------------------------------------------------------------------------------------------
@@ -204,6 +304,17 @@ def test_a_template_that_refuses_a_conversation_names_it():
         builder.segments(Conversation(CHAT), "row 7")
 
 
+@pytest.mark.parametrize("turns", [CHAT, CHAT[:2]])
+def test_a_system_turn_that_the_template_leaves_out_names_its_conversation(turns):
+    builder, _ = make(chat_template=DEAF)
+    assert CHAT[0].text in USER.text  # so that it is not enough to look for the words
+
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"row 7='choose'.*leaves out system turns.*plain"):
+            builder.segments(Conversation(turns), "row 7") if turns == CHAT else builder.prompt(turns, "row 7")
+    assert builder.prompt([Turn("system", " "), USER]) == builder.prompt([USER])  # nothing is lost
+
+
 # Cutting -------------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +327,20 @@ def test_a_prompt_is_shortened_from_the_left():
     assert builder.shorten(prompt, len(prompt)) == prompt
     assert begun.shorten([tokenizer.bos_token_id, *prompt], 5) == [tokenizer.bos_token_id, *prompt[-4:]]
     assert begun.shorten([tokenizer.bos_token_id, *prompt], 1) == [tokenizer.bos_token_id]
+
+
+@pytest.mark.parametrize("chat_template", [CHAT_TEMPLATE, NO_HEADING])
+def test_a_token_that_begins_every_turn_does_not_begin_a_text(chat_template):
+    tokenizer = tiny_tokenizer(bos_token="<|turn|>")
+    tokenizer.chat_template = chat_template
+    builder = PromptBuilder(tokenizer, LanguageSpec())
+    prompt = builder.prompt([USER])
+
+    assert prompt[0] == tokenizer.bos_token_id
+    assert builder.kept_at_front(prompt) == 0
+    assert builder.shorten(prompt, 5) == prompt[-5:]
+    begun, _ = make(chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
+    assert begun.kept_at_front(begun.prompt([USER])) == 1
 
 
 # What cannot work ----------------------------------------------------------------------------------------------------
@@ -236,11 +361,11 @@ def test_a_template_in_which_no_prompt_leads_to_a_response():
         make(chat_template=BACKWARDS)
 
 
-def test_a_template_that_rewrites_earlier_responses():
-    builder, _ = make(chat_template=FORGETFUL)
+def test_a_response_that_the_template_changes():
+    builder, _ = make(chat_template=OTHER_WORDS)
 
-    assert builder.segments(Conversation((USER, REPLY)))  # a single response is never rewritten
-    with pytest.raises(DataError, match=r"row 2.*differently when more turns follow"):
+    assert builder.segments(Conversation((USER, REPLY)))
+    with pytest.raises(DataError, match=r"row 2='bird'.*writes this response otherwise"):
         builder.segments(Conversation(CHAT), "row 2")
 
 

@@ -28,7 +28,9 @@ class Asked:
     cut: bool
 
 
-def prompt_of(builder: PromptBuilder, question: Question, max_length: int | None = None) -> tuple[list[int], bool]:
+def prompt_of(
+    builder: PromptBuilder, question: Question, max_length: int | None = None, most: int | None = None
+) -> tuple[list[int], bool]:
     """Return the tokens of a question up to where the response begins, and whether they had to be cut.
 
     Args:
@@ -36,17 +38,18 @@ def prompt_of(builder: PromptBuilder, question: Question, max_length: int | None
         question: The question.
         max_length: Most tokens of prompt and longest response with its end: a longer prompt loses tokens on the left,
             as in training. None: no limit.
+        most: Most tokens of the prompt alone, 2 or more; None: no other limit.
 
     Raises:
         DataError: The responses alone are longer than `max_length`.
     """
     prompt = builder.prompt(question.turns)
-    if max_length is None:
-        return prompt, False
-    longest = max(len(builder.response(question.response_of(label))) for label in question.candidates)
-    room = max_length - longest
-    if room < 2:  # one token and a beginning-of-text token
-        raise bad_value("max_length", max_length, f"a response alone has {longest} tokens; give more", DataError)
+    room = len(prompt) if most is None else most
+    if max_length is not None:
+        longest = max(len(builder.response(question.response_of(label))) for label in question.candidates)
+        room = min(room, max_length - longest)
+        if room < 2:  # one token and a beginning-of-text token
+            raise bad_value("max_length", max_length, f"a response alone has {longest} tokens; give more", DataError)
     return builder.shorten(prompt, room), room < len(prompt)
 
 

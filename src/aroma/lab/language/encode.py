@@ -33,6 +33,8 @@ class EncodeReport:
         cut_prompts: Examples that lost tokens from the left of their prompt.
         cut_tokens: Tokens that those lost.
         cut_responses: Earlier responses of long chats that went with them.
+        rewritten_responses: Earlier responses of chats that the chat template writes otherwise once more turns follow;
+            they lead up to the last one and are not learned.
         split_texts: Plain texts that make several rows.
         dropped_long_responses: Examples left out because the response alone is longer than the limit.
         dropped_empty: Examples left out because a response, or the text, is empty.
@@ -45,6 +47,7 @@ class EncodeReport:
     cut_prompts: int = 0
     cut_tokens: int = 0
     cut_responses: int = 0
+    rewritten_responses: int = 0
     split_texts: int = 0
     dropped_long_responses: int = 0
     dropped_empty: int = 0
@@ -58,6 +61,7 @@ class EncodeReport:
         special = {
             "prompts cut from the left": self.cut_prompts,
             "earlier responses cut off with them": self.cut_responses,
+            "earlier responses not learned, for the chat template rewrites them": self.rewritten_responses,
             "texts split": self.split_texts,
             "left out for a response over the limit": self.dropped_long_responses,
             "left out for an empty response": self.dropped_empty,
@@ -101,10 +105,11 @@ def encode_conversations(
         if _is_empty(conversation):
             counts["dropped_empty"] += 1
             continue
-        segments = builder.segments(conversation, f"{field} (row {number})")
+        segments = builder.segments(conversation, f"{field} ({conversation.source or f'row {number}'})")
         if conversation.text is not None:
             rows.extend(_split(builder.bos_ids, segments[-1].ids, max_length, counts))
         else:
+            counts["rewritten_responses"] += _responses_of(conversation) - sum(part.response for part in segments)
             rows.extend(_fit(segments, builder, max_length, counts))
     ids = [row for row, _ in rows]
     # The first token of a row has nothing to be predicted from; in a packed row it must not be from another example.
@@ -129,6 +134,10 @@ def _is_empty(conversation: Conversation) -> bool:
     if conversation.text is not None:
         return not conversation.text.strip()
     return not all(turn.text.strip() for turn in conversation.turns if turn.role == "assistant")
+
+
+def _responses_of(conversation: Conversation) -> int:
+    return sum(turn.role == "assistant" for turn in conversation.turns)
 
 
 def _fit(segments: Sequence[Segment], builder: PromptBuilder, most: int, counts: Counter[str]) -> Iterator[Row]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from ...errors import DataError, bad_value
 from ..phases import Phase, silent_phase
-from ..specs import ModelSpec
 from .answers import extract
 from .asked import prompt_of
 from .commonsense import Question, load_questions
@@ -17,8 +16,7 @@ from .likelihood import rank
 from .model import positions_of
 from .prompt import PromptBuilder
 from .results import Method, QuestionEvaluation, RankedAnswer, WrittenAnswer
-from .spec import LanguageSpec
-from .task import LanguageTask, is_bare_model, load_language_task
+from .task import task_of
 
 
 def evaluate_files(
@@ -56,7 +54,7 @@ def evaluate_files(
     """
     if limit is not None and limit < 1:
         raise bad_value("limit", limit, "give 1 or more")
-    task = _task_of(folder)
+    task = task_of(folder)
     asked = {name: load_questions("data", path, task.language)[:limit] for name, path in files.items()}
     opened = open_adapter(folder, base_model)
     positions = positions_of(opened.model.config)
@@ -104,11 +102,11 @@ def evaluate_questions(
             (see `answers`).
         batch_size: Questions of one forward pass.
         max_length: Most tokens of prompt and response, as in training; None: no limit.
-        max_new_tokens: Most tokens of a generated answer.
+        max_new_tokens: Most tokens of a generated answer; a prompt that leaves less room in the model is cut.
         advance: Called on the way with numbers of questions just done.
 
     Raises:
-        ConfigError: A method that does not exist, or a batch size below 1.
+        ConfigError: A method that does not exist, a batch size below 1, or answers that leave no room for prompts.
         DataError: No questions, or one that cannot be asked.
     """
     if method not in ("likelihood", "generation"):
@@ -132,7 +130,11 @@ def _by_generation(
     max_new_tokens: int,
     advance: Callable[[int], None],
 ) -> QuestionEvaluation:
-    asked = [prompt_of(builder, question, max_length) for question in questions]
+    positions = positions_of(model.config)
+    most = None if positions is None else positions - max_new_tokens
+    if most is not None and most < 2:  # one token and a beginning-of-text token
+        raise bad_value("max_new_tokens", max_new_tokens, f"the model takes {positions} tokens in all; give fewer")
+    asked = [prompt_of(builder, question, max_length, most) for question in questions]
     generations = generate_batch(
         model,
         builder,
@@ -199,9 +201,3 @@ def _by_likelihood(
 def _share(outcomes: Iterable[bool]) -> float:
     told = list(outcomes)
     return sum(told) / len(told)
-
-
-def _task_of(folder: str | os.PathLike[str]) -> LanguageTask:
-    if is_bare_model(folder):
-        return LanguageTask(LanguageSpec(), None, ModelSpec(str(folder)))
-    return load_language_task(folder)

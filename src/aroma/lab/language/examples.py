@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -34,10 +35,12 @@ class Conversation:
     Args:
         turns: Turns, the last one the assistant's; none where the example is plain text.
         text: The plain text; None where there are turns.
+        source: File and row, for errors; "": not out of a file. It does not count in comparisons.
     """
 
     turns: tuple[Turn, ...]
     text: str | None = None
+    source: str = dataclass_field(default="", compare=False)
 
 
 def load_conversations(field: str, path: str, spec: LanguageSpec) -> list[Conversation]:
@@ -52,7 +55,7 @@ def load_conversations(field: str, path: str, spec: LanguageSpec) -> list[Conver
         DataError: No such file, a damaged row (with its number), a missing column, no rows, a row without
             instruction, a value that is no text, or messages in an order that no chat has.
     """
-    return _conversations(field, *_read_columns(field, path, spec), spec)
+    return _from_source(path, _conversations(field, *_read_columns(field, path, spec), spec))
 
 
 def load_hub_conversations(
@@ -72,7 +75,13 @@ def load_hub_conversations(
     """
     choices = _choices(spec)
     index, columns = read_fitting_hub(field, split, name, config, [names for _, names in choices])
-    return _conversations(field, choices[index][0], columns, spec)
+    return _from_source(f"{name} {split}", _conversations(field, choices[index][0], columns, spec))
+
+
+def _from_source(source: str, conversations: Sequence[Conversation]) -> list[Conversation]:
+    return [
+        replace(conversation, source=f"{source}, row {row}") for row, conversation in enumerate(conversations, start=1)
+    ]
 
 
 def _conversations(field: str, kind: str, columns: Columns, spec: LanguageSpec) -> list[Conversation]:

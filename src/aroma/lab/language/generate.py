@@ -24,8 +24,8 @@ class Generation:
     """What a model writes after a prompt.
 
     Args:
-        text: The response, without white space around it.
-        ids: Its tokens, without the one that ended it.
+        text: The response, without what the template puts before every one and without white space around it.
+        ids: Its tokens, all but the one that ended it.
         finished: Whether such a token ended it, and not the limit.
     """
 
@@ -84,14 +84,13 @@ def generate_batch(
             with settings_alone(model):
                 rows = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
             for index, row in zip(chosen, rows.tolist(), strict=True):
-                written[index] = _read(row, builder, tokenizer)
+                written[index] = _generation(row, builder)
             advance(len(chosen))
     finally:
         model.train(training)
     return [written[index] for index in range(len(prompts))]
 
 
-def _read(row: list[int], builder: PromptBuilder, tokenizer: Any) -> Generation:
+def _generation(row: list[int], builder: PromptBuilder) -> Generation:
     ids = list(takewhile(lambda token: token not in builder.stop_ids, row))
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return Generation(text.strip(), ids, finished=len(ids) < len(row))
+    return Generation(builder.read(ids), ids, finished=len(ids) < len(row))

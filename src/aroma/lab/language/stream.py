@@ -15,6 +15,7 @@ from ...errors import bad_value
 from .decoding import greedy_settings, left_padded, room_after, settings_alone
 from .examples import Turn
 from .prompt import PromptBuilder
+from .template import Lead
 
 
 def stream(
@@ -64,7 +65,7 @@ def stream(
             failures.append(error)
             streamer.end()
 
-    return _pieces(threading.Thread(target=write, daemon=True), streamer, stopped, failures)
+    return _pieces(threading.Thread(target=write, daemon=True), streamer, stopped, failures, builder.lead)
 
 
 def require_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -104,17 +105,23 @@ class _Stopped(StoppingCriteria):
 
 
 def _pieces(
-    thread: threading.Thread, streamer: _Streamer, stopped: _Stopped, failures: list[BaseException]
+    thread: threading.Thread, streamer: _Streamer, stopped: _Stopped, failures: list[BaseException], lead: Lead
 ) -> Generator[str, None, None]:
-    """Yield what a thread writes, without white space in front; it has ended when this has."""
+    """Yield what a thread writes, without lead and white space in front; it has ended when this has."""
     thread.start()
-    begun = False
+    held: str | None = ""  # what may still be the lead; None: that is decided
     try:
         for piece in streamer:
-            piece = piece if begun else piece.lstrip()
-            if piece:
-                begun = True
-                yield piece
+            if held is None:
+                if piece:
+                    yield piece
+            elif lead.may_go_on(held + piece):
+                held += piece
+            else:
+                yield lead.removed_from(held + piece)
+                held = None
+        if held and (rest := lead.removed_from(held)):
+            yield rest
     finally:
         stopped.now.set()
         thread.join()

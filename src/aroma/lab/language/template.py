@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,51 @@ PLAIN_TEMPLATE = (
 Render = Callable[[Sequence[Turn], bool, str], str]
 """Writes turns as text: the turns, whether a response is to follow, what they are called in errors."""
 
-_QUESTION, _ANSWER = "aromaprobequestion", "aromaprobeanswer"
+_QUESTION, _ANSWER, _SYSTEM = "aromaprobequestion", "aromaprobeanswer", "aromaprobesystem"
+
+_DAY = {
+    "%Y-%m-%d": "2024-07-26",
+    "%F": "2024-07-26",
+    "%T": "00:00:00",
+    "%Y": "2024",
+    "%y": "24",
+    "%B": "July",
+    "%b": "Jul",
+    "%m": "07",
+    "%-m": "7",
+    "%d": "26",
+    "%-d": "26",
+    "%e": "26",
+    "%j": "208",
+    "%A": "Friday",
+    "%a": "Fri",
+    "%H": "00",
+    "%I": "12",
+    "%M": "00",
+    "%S": "00",
+    "%p": "AM",
+}
+"""What a template that asks for the time is told: midnight of the day that Llama 3's templates fall back on."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """What a template lets every response begin with, and what is not said with it, as the empty thoughts of Qwen 3.
+
+    Args:
+        text: As a tokenizer decodes it; white space does not matter.
+    """
+
+    text: str
+
+    def removed_from(self, written: str) -> str:
+        """Return what was written without the lead, if it begins with it, and without white space in front."""
+        pattern = r"\s*".join(map(re.escape, self.text.split()))
+        return re.sub(rf"\A\s*{pattern}", "", written, count=1).lstrip()
+
+    def may_go_on(self, written: str) -> bool:
+        """Whether all that was written so far is white space, or the beginning of the lead."""
+        return "".join(self.text.split()).startswith("".join(written.split()))
 
 
 @dataclass(frozen=True)
@@ -40,6 +85,10 @@ class ResponseForm:
     stop_token: str | None
     trailer: str
 
+    def around(self, text: str) -> str:
+        """Return a response as the template writes it behind its prompt."""
+        return self.lead + text + self.end + self.trailer
+
 
 def choose_template(tokenizer: Any, asked: Literal["auto", "chat", "plain"]) -> Literal["chat", "plain"]:
     """Return which template writes the turns.
@@ -55,10 +104,14 @@ def choose_template(tokenizer: Any, asked: Literal["auto", "chat", "plain"]) -> 
 
 
 def make_render(tokenizer: Any, template: Literal["chat", "plain"]) -> Render:
-    """Return the function that writes turns as text by a template; it raises DataError where the template refuses."""
+    """Return the function that writes turns as text by a template; it raises DataError where the template refuses.
+
+    A template that writes the date writes the same one every day: a prompt is what was trained on, whenever it is
+    made.
+    """
     from jinja2 import TemplateError
 
-    source = PLAIN_TEMPLATE if template == "plain" else None
+    source = PLAIN_TEMPLATE if template == "plain" else _without_clock(tokenizer.get_chat_template())
 
     def render(turns: Sequence[Turn], to_follow: bool, field: str) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
@@ -100,19 +153,25 @@ def response_form(tokenizer: Any, render: Render) -> ResponseForm:
     return ResponseForm(header, lead, end, stop, after[len(end) :])
 
 
-def require_system(render: Render, system: str) -> None:
-    """Raise if a template does not write a system turn.
+def writes_system(render: Render, field: str) -> bool:
+    """Whether a template writes system turns, and does not leave them out.
 
     Raises:
-        ConfigError: It leaves the turn out.
-        DataError: It refuses the turn.
+        DataError: It refuses them.
     """
-    if system.strip() not in render([Turn("system", system), Turn("user", _QUESTION)], True, "language.system"):
-        raise bad_value(
-            "language.system",
-            system,
-            "the tokenizer's chat template leaves out system turns; give null, or put it into the instructions",
-        )
+    return _SYSTEM in render([Turn("system", _SYSTEM), Turn("user", _QUESTION)], True, field)
+
+
+def _without_clock(source: str) -> str:
+    """Return a template that takes the time from `_DAY` where it would ask for today's.
+
+    Transformers hands templates a function `strftime_now`, and nothing that can be called in its place; a macro of
+    that name goes before it. The line end behind the macro is part of its tag and is not written.
+    """
+    if "strftime_now" not in source:
+        return source
+    told = "".join(f" | replace({code!r}, {text!r})" for code, text in _DAY.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n{source}"
 
 
 def _first_stop(tokenizer: Any, text: str) -> str | None:

@@ -193,8 +193,8 @@ def _caption(sets: _Sets, comparison: Comparison | None) -> str:
     shown = [f"{metric} ({_MEANING[metric]})" if asks and metric in _MEANING else metric for metric in metrics]
     tasks = " of a task, then over the tasks" if len(sets.labels) > 1 else ""
     sentences = [
-        f"{seeds_sentence(sets.records)} Shown: {listing(shown)} of each set, in points; average: over the sets{tasks}, "
-        "each of equal weight.",
+        f"{seeds_sentence(sets.records)} Shown: {listing(shown)} of each set, in points; average: over the "
+        f"sets{tasks}, each of equal weight.",
         protocol(sets.records),
         parameters_sentence(sets.records),
         comparison.sentence("Difference of the average") if comparison is not None else "",
