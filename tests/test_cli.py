@@ -21,7 +21,7 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "generate", "chat", "inspect", "export", "bench", "lab")
+COMMANDS = ("demo", "train", "eval", "generate", "chat", "inspect", "export", "bench", "estimate", "lab")
 LAB_COMMANDS = ("run", "search", "table", "figure")
 
 

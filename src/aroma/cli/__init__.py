@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import AromaError
-from . import bench, chat, demo, evaluate, export, generate, inspect, lab, train
+from . import bench, chat, demo, estimate, evaluate, export, generate, inspect, lab, train
 from .texts import examples
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, train, evaluate, generate, chat, inspect, export, bench, lab)
+_COMMANDS = (demo, train, evaluate, generate, chat, inspect, export, bench, estimate, lab)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
