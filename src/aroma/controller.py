@@ -6,12 +6,24 @@ unfrozen module; when it ends, every unfrozen module keeps its component and sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .distributed import (
+    agree,
+    is_distributed,
+    of_first_rank,
+    refuse_sharding,
+    refuse_together,
+    require_equal_replicas,
+    unwrapped,
+    world_size,
+)
 from .errors import CheckpointError, NonFiniteError, bad_value
 from .events import Event, ModuleSummary
 from .files import tensors_digest
@@ -24,8 +36,11 @@ from .warmup import rewarmup_factor
 class AromaController:
     """Runs Algorithm 1 for one adapter. Call `step()` after every optimizer step.
 
+    Under DistributedDataParallel every rank makes one, after the model was wrapped, and steps it in step with the
+    others: they agree on every decision, and an error of one is raised on all.
+
     Args:
-        model: Model with an AROMA adapter.
+        model: Model with an AROMA adapter; wrapped or not.
         optimizer: Optimizer that holds the trainable pairs; wrapped by accelerate or not.
         total_steps: Planned optimizer steps T; needed where `max_inner_steps` is None.
         adapter_name: Name of the adapter.
@@ -37,13 +52,14 @@ class AromaController:
         max_inner_steps: T_in.
 
     Raises:
-        ConfigError: No growing module, a pair that the optimizer does not hold, or loops that cannot fit the run.
+        ConfigError: No growing module, a pair that the optimizer does not hold, loops that cannot fit the run,
+            replicas that differ between the ranks, or sharded parameters.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: Any, *, total_steps: int | None = None, adapter_name: str = "default"
     ) -> None:
-        _refuse_many_processes()
+        wrapper, model = model, unwrapped(model)
         layers = aroma_layers(model, adapter_name)
         if not layers:
             raise bad_value(
@@ -55,12 +71,18 @@ class AromaController:
         self.adapter_name = adapter_name
         self.optimizer = optimizer
         self.total_steps = total_steps
-        self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
         self.modules = [
             TargetModule(name, index, layer, adapter_name, self.config)
             for index, (name, layer) in enumerate(layers.items())
         ]
-        self._check_optimizer()
+        self._processes = world_size()
+        self._device = self.modules[0].pair[0].device
+        self._wrapper = wrapper if wrapper is not model else None
+        with self.together():
+            refuse_sharding(wrapper, optimizer)
+            self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
+            self._check_optimizer()
+        self._join_ranks(model)
         self._measure_weights()
         self.global_step = 0
         self.inner_step = 0
@@ -144,10 +166,15 @@ class AromaController:
         if self.finished:
             return []
         active = self._active()
+        names = [module.name for module in active]
         norms = pair_norms([module.pair for module in active])
+        weights = [module.weight_norm for module in active]
+        agreed, _ = agree([*names, *names], [*norms, *weights], [], self._device)
+        norms, weights = agreed[: len(active)], agreed[len(active) :]
         self._require_finite(active, norms, "outer")
-        for module, norm in zip(active, norms, strict=True):
-            module.outer_value = outer_value(self.config.scale * norm, module.weight_norm)
+        for module, norm, weight in zip(active, norms, weights, strict=True):
+            module.weight_norm = weight
+            module.outer_value = outer_value(self.config.scale * norm, weight)
         kept = [module for module in active if module.keeps_component()]
         self._merge(kept)
         events = [event for module in active for event in self._decide(module, module in kept)]
@@ -157,14 +184,24 @@ class AromaController:
         self._start_inner_loop()
         return events
 
-    def require_finite(self) -> None:
+    def require_finite(self, *, alone: bool = False) -> None:
         """Check every component in training, as a check would; called before a checkpoint is written.
+
+        Args:
+            alone: Whether this rank asks by itself; otherwise all ranks call this, and all raise.
 
         Raises:
             NonFiniteError: A component is NaN or infinite.
         """
         active = self._active()
-        self._require_finite(active, pair_norms([module.pair for module in active]), "save")
+        norms = pair_norms([module.pair for module in active])
+        if not alone:
+            norms, _ = agree([module.name for module in active], norms, [], self._device)
+        self._require_finite(active, norms, "save")
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return a context in which what one rank refuses is raised on all; see `refuse_together`."""
+        return refuse_together(self._device)
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -199,11 +236,16 @@ class AromaController:
     def load_state_dict(self, exported: dict[str, Any]) -> None:
         """Restore what `state_dict()` returned, onto the adapter loaded from the same checkpoint.
 
+        Under DistributedDataParallel all ranks call it; the checkpoint may be of another number of processes.
+
         Raises:
             ConfigError: The checkpoint has another configuration or other modules; every difference is named. Or the
                 optimizer does not hold the pair of a module that trained then.
         """
-        state, tensors = exported["state"], exported["tensors"]
+        with self.together():
+            self._restore(exported["state"], exported["tensors"])
+
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
         self.config.check_resumable(state["config"])
         self._refuse_other_modules([entry["name"] for entry in state["modules"]])
         if self._digest() != state["adapter_digest"]:
@@ -233,10 +275,12 @@ class AromaController:
 
     def _inner_check(self) -> list[Event]:
         active = self._active()
-        values, self._snapshot = inner_values(
+        values, snapshot = inner_values(
             [module.pair for module in active], self._snapshot, self.config.inner_criterion
         )
-        self._require_finite(active, self._snapshot.norms, "inner")
+        norms, values = agree([module.name for module in active], snapshot.norms, values, self._device)
+        self._snapshot = PairSnapshot(norms, snapshot.pairs)
+        self._require_finite(active, norms, "inner")
         tolerance = self.config.inner_tolerance
         assert tolerance is not None, "no inner check is due without a tolerance"
         events = []
@@ -288,6 +332,42 @@ class AromaController:
         for module in self.modules:
             module.converged = False
 
+    # Several processes -----------------------------------------------------------------------------------------------
+
+    def _join_ranks(self, model: nn.Module) -> None:
+        """Settle what depends on how many processes train, and refuse replicas that differ."""
+        together = is_distributed()
+        for module in self.modules:
+            module.stay_in_graph(together)
+        if not together:
+            return
+        # torch's seed, which was taken where none was chosen, may differ between the ranks.
+        require_equal_replicas(self._facts(), self._tensors(model), self._device)
+        assert self.config.component_seed is not None, "AromaModel settles the seed when the adapter is made"
+        self.config.component_seed = of_first_rank(self.config.component_seed, self._device)
+        # Their gradients are zero. Without any, the optimizer leaves them and its state alone, as in one process.
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner.register_step_pre_hook(partial(_drop_gradients_of_frozen, self.modules))
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "adapter_name": self.adapter_name,
+            **self.config.method(),
+            "component_seed": self.config._chosen_seed,
+            "total_steps": self.total_steps,
+            "target_modules": [(module.name, module.rank, module.is_frozen) for module in self.modules],
+            "optimizer": type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,
+        }
+
+    def _tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        # DDP's own mark for what it does not keep equal.
+        yield from (
+            (name, parameter) for name, parameter in model.named_parameters() if not hasattr(parameter, "_ddp_ignored")
+        )
+        for module in self.modules:
+            B, A = module.finished
+            yield from ((f"{module.name}: finished B", B), (f"{module.name}: finished A", A))
+
     # Refusals --------------------------------------------------------------------------------------------------------
 
     def _check_optimizer(self) -> None:
@@ -320,7 +400,25 @@ class AromaController:
             f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
         )
 
+    def _refuse_changed_processes(self) -> None:
+        if world_size() != self._processes:
+            raise bad_value(
+                "world_size",
+                world_size(),
+                f"the controller was made when it was {self._processes}; make it after init_process_group, when the "
+                "model is wrapped in DistributedDataParallel",
+            )
+        join = getattr(self._wrapper, "_join_config", None)
+        if join is not None and join.enable:
+            raise bad_value(
+                "join",
+                True,
+                "a rank whose data have run out would take no part in the checks of the others; leave the join "
+                "context, and give all ranks equally many batches (DistributedSampler, accelerate and the Trainer do)",
+            )
+
     def _refuse_stale(self) -> None:
+        self._refuse_changed_processes()
         if self.config.controller is not self:
             raise bad_value(
                 "controller",
@@ -386,11 +484,11 @@ class AromaController:
                 listener(event)
 
 
-def _refuse_many_processes() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise bad_value("world_size", size, "AROMA trains in one process so far; launch it with one")
+def _drop_gradients_of_frozen(modules: list[TargetModule], *_: Any) -> None:
+    for module in modules:
+        if module.is_frozen:
+            for parameter in module.pair:
+                parameter.grad = None
 
 
 def _find_config(model: nn.Module, adapter_name: str) -> AromaConfig:

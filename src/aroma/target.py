@@ -120,6 +120,10 @@ class TargetModule:
         """Drop the component in training, for good."""
         self.layer.freeze(self._adapter_name)
 
+    def stay_in_graph(self, stays: bool) -> None:
+        """Settle whether the pair goes on requiring a gradient, zero, once it is frozen; see `AromaLinear`."""
+        self.layer.stay_in_graph(self._adapter_name, stays)
+
     def start_component(self, outer_number: int) -> None:
         """Reinit: b = 0 and the a that outer step `outer_number` starts with."""
         self.layer.start_pair(self._adapter_name, self._fresh(outer_number))

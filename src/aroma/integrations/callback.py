@@ -71,7 +71,9 @@ class AromaCallback(TrainerCallback, ExportableState):
             model, optimizer, total_steps=state.max_steps, adapter_name=trainable_adapter(model)
         )
         if state.global_step > 0:
-            self.controller.load_state_dict(self._saved_state(state))
+            with self.controller.together():
+                saved = self._saved_state(state)
+            self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
 
@@ -86,7 +88,7 @@ class AromaCallback(TrainerCallback, ExportableState):
         return unpack(packed)
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file.
+        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file; rank 0 alone asks.
 
         Raises:
             NonFiniteError: A component is NaN or infinite; the checkpoint stays incomplete.
@@ -94,7 +96,7 @@ class AromaCallback(TrainerCallback, ExportableState):
         if self.controller is None:
             packed = None
         else:
-            self.controller.require_finite()
+            self.controller.require_finite(alone=True)
             packed = pack(self.controller.state_dict())
         return {"args": {"early_stop": self.early_stop}, "attributes": {"controller_state": packed}}
 
@@ -178,9 +180,12 @@ class AromaCallback(TrainerCallback, ExportableState):
         best = state.best_model_checkpoint
         if self.controller is None or not args.load_best_model_at_end or best is None:
             return
-        exported = read_controller_state(best)
-        if exported is None:
-            raise CheckpointError(f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA")
+        with self.controller.together():
+            exported = read_controller_state(best)
+            if exported is None:
+                raise CheckpointError(
+                    f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA"
+                )
         self.controller.load_state_dict(exported)
 
     def _is_over(self, state: TrainerState, steps_taken: int) -> bool:
@@ -190,7 +195,8 @@ class AromaCallback(TrainerCallback, ExportableState):
     def _guard_checkpoint(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         if control.should_save or control.should_evaluate:
             self._running().require_finite()
-            _require_finite_parameters(model, state.global_step)
+            with self._running().together():
+                _require_finite_parameters(model, state.global_step)
 
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"

@@ -76,8 +76,11 @@ def attach(
     To resume: `model.load_adapter(folder, "default", is_trainable=True)`, restore optimizer and scheduler, then
     `attach(..., resume_from=folder)`.
 
+    Under `torchrun`, wrap the model first, `attach(DistributedDataParallel(model), optimizer, ...)`, on every rank;
+    save on rank 0.
+
     Args:
-        model: Model with an AROMA adapter.
+        model: Model with an AROMA adapter; wrapped or not.
         optimizer: Optimizer that holds the adapter's parameters.
         scheduler: Learning-rate scheduler; its `get_last_lr()` then tells the rate that was used.
         total_steps: Planned optimizer steps; needed where `max_inner_steps` is None.
@@ -91,11 +94,12 @@ def attach(
     """
     controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
     if resume_from is not None:
-        exported = read_controller_state(resume_from)
-        if exported is None:
-            raise CheckpointError(
-                f"resume_from={resume_from!r}: saved without a controller, so there is no run to resume"
-            )
+        with controller.together():
+            exported = read_controller_state(resume_from)
+            if exported is None:
+                raise CheckpointError(
+                    f"resume_from={resume_from!r}: saved without a controller, so there is no run to resume"
+                )
         controller.load_state_dict(exported)
     if on_event is not None:
         controller.subscribe(on_event)

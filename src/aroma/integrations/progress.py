@@ -12,7 +12,7 @@ from .callback import AromaCallback
 
 
 class RichProgress(TrainerCallback):
-    """Shows one line while the Trainer works; give the Trainer `disable_tqdm=True` with it.
+    """Shows one line while the Trainer works, rank 0 alone; give the Trainer `disable_tqdm=True` with it.
 
     Args:
         growth: The AromaCallback whose controller is shown; None for a training without growth.
@@ -42,7 +42,8 @@ class RichProgress(TrainerCallback):
         self._task = self._progress.add_task(
             self._title, total=state.max_steps, completed=state.global_step, status=self._status()
         )
-        self._progress.start()
+        if state.is_world_process_zero:
+            self._progress.start()
 
     def on_log(
         self,

@@ -30,6 +30,10 @@ class AromaLinear(LoraLinear):
 
     `scaling` is the scale that PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change for a while; it
     scales the whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
+
+    `stays_in_graph` is set where several processes train: DistributedDataParallel waits in every backward for a
+    gradient of each parameter that it found at the start, so a frozen pair goes on requiring one, and the model's
+    output gives it zero (`GraphKeeper`). The layer skips it all the same.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
@@ -39,6 +43,7 @@ class AromaLinear(LoraLinear):
         # Before the parent's constructor, which already calls update_layer.
         self.frozen_adapters: set[str] = set()  # outer-converged here
         self.own_scaling: dict[str, float] = {}
+        self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
@@ -112,7 +117,14 @@ class AromaLinear(LoraLinear):
         for parameter in self.pair(adapter_name):
             parameter.zero_()
             parameter.grad = None
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(self.stays_in_graph)
+
+    def stay_in_graph(self, adapter_name: str, stays: bool) -> None:
+        """Settle whether a frozen pair goes on requiring a gradient, for one frozen already as well."""
+        self.stays_in_graph = stays
+        if self.is_frozen(adapter_name):
+            for parameter in self.pair(adapter_name):
+                parameter.requires_grad_(stays)
 
     def unfreeze(self, adapter_name: str) -> None:
         """Let the pair train again (a restored checkpoint may be older than the freezing)."""
@@ -141,6 +153,8 @@ class AromaLinear(LoraLinear):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active and trainable, as PEFT does, but for pairs that are frozen for good."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if self.stays_in_graph:
+            return
         for adapter_name in self.frozen_adapters & set(self.lora_A):
             for parameter in self.pair(adapter_name):
                 parameter.requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
 from .config import PEFT_TYPE, AromaConfig
+from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, plain_tensors
 from .state import warn_uncontrolled
@@ -92,9 +92,12 @@ class AromaModel(LoraModel):
         layers = aroma_layers(model, adapter_name)
         config.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
         if len(self.peft_config) == 1:
+            self._graph_keeper = GraphKeeper()
             # PEFT calls the one or the other, depending on the task.
             for module in (self, model):
-                module.register_forward_hook(_keep_a_graph)
+                module.register_forward_hook(self._graph_keeper)
+        self._graph_keeper.layers = [*aroma_layers(model).values()]
+        hide_from_ddp(model, _layers_by_key(model, None))
         if config.component_seed is None:
             config.component_seed = torch.initial_seed() % 2**31
         for index, layer in enumerate(layers.values()):
@@ -192,32 +195,6 @@ def _first_component(config: AromaConfig, index: int, a: Tensor) -> Tensor:
 def _base_name(key: str) -> str:
     # Wrappers (DDP's "module.", compile's "_orig_mod.") come before PEFT's own prefix.
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
-
-
-def _keep_a_graph(model: nn.Module, _: Any, output: Any) -> Any:
-    """Give the loss of a finished adapter a gradient, which is zero, so that `backward` has something to do.
-
-    When every module is frozen and there is no head to train, no parameter is left in the graph. A loop may well take
-    another step then: with early stopping switched off, or a Trainer that resumes a run that was over.
-    """
-    if not model.training or not torch.is_grad_enabled() or any(p.requires_grad for p in model.parameters()):
-        return None
-    if not any(layer.frozen_adapters for layer in aroma_layers(model).values()):
-        return None
-    return _map_tensors(lambda tensor: tensor + tensor.new_zeros((), requires_grad=True), output)
-
-
-def _map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Change the floating-point tensors of what a model returns: a tensor, a tuple, or transformers' `ModelOutput`."""
-    if isinstance(output, Tensor):
-        return change(output) if output.is_floating_point() else output
-    if isinstance(output, tuple):
-        return tuple(_map_tensors(change, item) if isinstance(item, Tensor) else item for item in output)
-    if isinstance(output, dict):
-        for name, item in output.items():
-            if isinstance(item, Tensor):
-                output[name] = _map_tensors(change, item)
-    return output
 
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:

@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
+from ..distributed import is_distributed, processes_of_node
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, read_json, read_tensors, write_json, write_tensors
 from .layout import PlainAdapter, components_digest
@@ -45,6 +47,8 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
         "files": _written_files(target, plain),
         "controller": None,
     }
+    if is_distributed():
+        state["processes"] = processes_of_node()
     tensors: dict[str, Any] = {}
     if controller is not None:
         exported = controller.state_dict()
@@ -127,6 +131,7 @@ def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None
     Raises:
         CheckpointError: A file is missing, truncated, edited, or of another moment; it is named.
     """
+    _require_random_states(Path(folder), state.get("processes", 1))
     weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if (
         weights.name not in state["files"]
@@ -149,6 +154,18 @@ def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None
                 f"{STATE_FILE} expects {digest}; edited, or a save was interrupted; use another checkpoint",
                 CheckpointError,
             )
+
+
+def _require_random_states(folder: Path, processes: int) -> None:
+    """Raise when a process died before the Trainer had saved its random numbers, while another had.
+
+    The Trainer would resume without a word, and the rank with other random numbers than before.
+    """
+    files = [folder / f"rng_state_{rank}.pth" for rank in range(processes)]
+    if processes > 1 and any(file.exists() for file in files):
+        for file in files:
+            if not zipfile.is_zipfile(file):  # as torch.save writes; its directory comes last
+                raise CheckpointError(f"{file}: missing or truncated, a save was interrupted; use another checkpoint")
 
 
 def pack(exported: dict[str, Any]) -> dict[str, Any]:

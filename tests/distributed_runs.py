@@ -1,0 +1,482 @@
+"""Runs in several processes, for torchrun: plain loops, refusals, and a Trainer.
+
+    torchrun --standalone --nproc-per-node 2 tests/distributed_runs.py loops OUT
+    torchrun --standalone --nproc-per-node 2 tests/distributed_runs.py train OUT '{"steps": 24}' [--resume]
+
+Every rank writes what it came to into files of its own in OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+import aroma.distributed
+from aroma import AromaCallback, AromaController, aroma_layers, attach, last_complete_checkpoint
+from aroma.errors import AromaError
+from aroma.files import tensors_digest
+from aroma.integrations.callback import _require_finite_parameters
+from models import set_ranks
+from trainer_runs import (
+    DieAtStep,
+    Run,
+    adapted,
+    append_event,
+    die,
+    die_at,
+    examples,
+    growth,
+    keep_events,
+    live,
+    tiny_bert,
+    trainer_for,
+)
+
+TIMEOUT = timedelta(seconds=60)
+CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+"""A model without random numbers, so that one process and several can do the same."""
+UNLIKE_MODULES = {"max_components": 3, "outer_tolerance": 0.15}
+"""A method with which modules freeze at three different outer steps, and all have within 24 steps."""
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# Plain loops ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One training in a plain loop; the same global batches whatever the number of processes."""
+
+    optimizer: str = "adamw"
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Arguments of DistributedDataParallel."""
+    method: dict[str, Any] = field(default_factory=dict)
+    steps: int = 24
+    accumulate: int = 1
+    """Batches in a step; under DDP all but the last without synchronisation."""
+    forwards: int = 1
+    """Calls of the model before a backward."""
+    unlike: bool = False
+    """The ranks have other random numbers, and drop other activations out."""
+    uneven: bool = False
+    """The second rank has one example of every batch, the first the others."""
+    double: bool = True
+    """In float64, where rounding is no excuse."""
+    early_stop: bool = True
+    head: bool = True
+
+
+LOOPS = {
+    "all parameters used": Loop(),
+    "unused parameters looked for": Loop(ddp={"find_unused_parameters": True}),
+    "static graph, momentum": Loop(
+        "sgd", ddp={"static_graph": True, "gradient_as_bucket_view": True}, method={"outer_tolerance": 0.008}
+    ),
+    "adafactor": Loop("adafactor", method={"outer_tolerance": 0.01}),
+    "accumulation": Loop(accumulate=2),
+    "two forwards": Loop(forwards=2, method={"inner_criterion": "update_change", "reset": "zero", "r": 2}),
+    "other random numbers": Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1}),
+    "uneven batches": Loop(uneven=True, double=False, ddp={"find_unused_parameters": True}),
+    "on after all have finished": Loop(early_stop=False, head=False, method={"max_components": 2}, steps=20),
+}
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.3, weight_decay=0.003),
+}
+
+
+def run_loop(loop: Loop) -> dict[str, Any]:
+    """Train, and return what the rank came to; see the keys."""
+    base = tiny_bert(**({} if loop.unlike else CALM))
+    base = base.double() if loop.double else base
+    torch.manual_seed(100 + rank() * loop.unlike)
+    model: Any = adapted(base, **{**UNLIKE_MODULES, **loop.method})
+    if not loop.head:
+        model.base_model.classifier.requires_grad_(False)
+    wrapped: Any = DistributedDataParallel(model, **loop.ddp) if size() > 1 else model
+    optimizer = OPTIMIZERS[loop.optimizer]([p for p in model.parameters() if p.requires_grad])
+    events: list[Any] = []
+    with CountCollectives() as counted:
+        start = attach(wrapped, optimizer, total_steps=loop.steps, on_event=events.append)
+        at_start = counted.number
+        wrapped.train()
+        stopped = loop.steps
+        for step in range(loop.steps):
+            take_step(wrapped, optimizer, loop, step)
+            if start.finished and loop.early_stop:
+                stopped = step + 1
+                break
+    hidden = [] if size() == 1 else [name for name in wrapped.named_module_buffers if "lora_finished" in name]
+    checks = {(event.step, event.kind) for event in events if event.kind == "checked"}
+    return {
+        "weights": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict()["state"],
+        "digest": tensors_digest({**model.state_dict()}),
+        "events": [{**event.as_dict(), "value": None} for event in events],
+        "values": [event.value for event in events if event.value is not None],
+        "stopped": stopped,
+        "finished": start.finished,
+        "seed": start.controller.config.component_seed,
+        "collectives": [at_start, counted.number - at_start],
+        "checks": len(checks) + start.controller.outer_number - 1,
+        "buffers that DDP sends": hidden,
+        "frozen pairs that moved": [
+            name
+            for name, layer in aroma_layers(model).items()
+            if layer.is_frozen("default") and any(bool(p.any()) for p in layer.pair("default"))
+        ],
+    }
+
+
+def take_step(model: Any, optimizer: Any, loop: Loop, step: int) -> None:
+    if loop.unlike:
+        torch.rand(rank() + 1)
+    for part in range(loop.accumulate):
+        rows = share(batch_of(step * loop.accumulate + part), loop.uneven)
+        last = part == loop.accumulate - 1
+        quiet: AbstractContextManager[Any] = nullcontext() if last or size() == 1 else model.no_sync()
+        with quiet:
+            losses = [model(**stacked(rows[i :: loop.forwards])).loss for i in range(loop.forwards)]
+            (sum(losses) / loop.forwards / loop.accumulate).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def batch_of(number: int, count: int = 8) -> list[dict[str, Tensor]]:
+    rows = examples()
+    return [rows[i % len(rows)] for i in range(number * count, (number + 1) * count)]
+
+
+def share(rows: list[Any], uneven: bool = False) -> list[Any]:
+    """The rank's part of a global batch."""
+    if uneven and size() > 1:
+        return rows[:-1] if rank() == 0 else rows[-1:]
+    return rows[rank() :: size()]
+
+
+def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class CountCollectives:
+    """Counts the collectives that are called from Python: DDP's own are not."""
+
+    def __enter__(self) -> CountCollectives:
+        self.number = 0
+        self._kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
+        for name, call in self._kept.items():
+            setattr(aroma.distributed.dist, name, partial(self._count, call))
+        return self
+
+    def _count(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        self.number += 1
+        return call(*args, **kwargs)
+
+    def __exit__(self, *_: Any) -> None:
+        for name, call in self._kept.items():
+            setattr(aroma.distributed.dist, name, call)
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def adamw(model: nn.Module) -> Any:
+    return OPTIMIZERS["adamw"]([p for p in model.parameters() if p.requires_grad])
+
+
+def step_on(model: Any, optimizer: Any, steps: int) -> None:
+    model.train()
+    for step in range(steps):
+        take_step(model, optimizer, Loop(), step)
+
+
+def other_weights(_: Path) -> None:
+    model = adapted(tiny_bert(seed=rank()))
+    attach(model, adamw(model), total_steps=32)
+
+
+def other_heads(_: Path) -> None:
+    model = adapted(tiny_bert())
+    with torch.no_grad():
+        model.base_model.classifier.modules_to_save["default"].bias[0] += rank() * 1e-6
+    attach(model, adamw(model), total_steps=32)
+
+
+def other_drawn_seeds(_: Path) -> None:
+    base = tiny_bert()
+    torch.manual_seed(rank())
+    model = adapted(base, component_seed=None)
+    attach(model, adamw(model), total_steps=32)
+
+
+def other_chosen_seeds(_: Path) -> None:
+    model = DistributedDataParallel(adapted(component_seed=rank()))
+    attach(model, adamw(model), total_steps=32)
+
+
+def other_tolerances(_: Path) -> None:
+    model = DistributedDataParallel(adapted(outer_tolerance=0.01 * (1 + rank())))
+    attach(model, adamw(model), total_steps=32)
+
+
+def other_lengths(_: Path) -> None:
+    model = DistributedDataParallel(adapted(max_inner_steps=None))
+    attach(model, adamw(model), total_steps=640 + rank())
+
+
+def other_targets(_: Path) -> None:
+    model = adapted(exclude_modules=["pooler.dense"] if rank() else None)
+    attach(model, adamw(model), total_steps=32)
+
+
+def other_components(_: Path) -> None:
+    model = adapted()
+    set_ranks(model, [1, 2], seed=rank())
+    wrapped = DistributedDataParallel(model)
+    attach(wrapped, adamw(model), total_steps=32)
+
+
+def not_wrapped(_: Path) -> None:
+    model = adapted()
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=32)
+    step_on(model, optimizer, 2)
+
+
+def broken_component(_: Path) -> None:
+    model = adapted()
+    wrapped = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    attach(wrapped, optimizer, total_steps=32)
+    step_on(wrapped, optimizer, 1)
+    if rank() == 1:
+        with torch.no_grad():
+            next(iter(aroma_layers(model).values())).pair("default")[0][0] = torch.nan
+    # Not a step: its gradients would carry NaN to the other rank.
+    model.base_model.peft_config["default"].controller.outer_step()
+
+
+def broken_head(_: Path) -> None:
+    model = adapted()
+    controller = AromaController(DistributedDataParallel(model), adamw(model), total_steps=32)
+    if rank() == 1:
+        with torch.no_grad():
+            model.base_model.classifier.modules_to_save["default"].bias[0] = torch.nan
+    with controller.together():
+        _require_finite_parameters(model, 3)
+
+
+def broken_checkpoint(out: Path) -> None:
+    model = adapted()
+    wrapped = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    first = attach(wrapped, optimizer, total_steps=32)
+    folder = out / f"adapter-{rank()}"
+    model.save_pretrained(folder)
+    first.detach()
+    if rank() == 1:
+        (folder / "aroma_state.json").unlink()
+    attach(wrapped, optimizer, total_steps=32, resume_from=str(folder))
+
+
+def no_pair_in_one_optimizer(_: Path) -> None:
+    model = adapted()
+    wrapped = DistributedDataParallel(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    attach(wrapped, OPTIMIZERS["adamw"](parameters[rank() :]), total_steps=32)
+
+
+def sharded(_: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = adapted()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size(),)))
+    attach(model, adamw(model), total_steps=32)
+
+
+def shared_optimizer(_: Path) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = adapted()
+    wrapped = DistributedDataParallel(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    attach(wrapped, ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=0.01), total_steps=32)
+
+
+def joined(_: Path) -> None:
+    wrapped = DistributedDataParallel(adapted())
+    optimizer = adamw(wrapped)
+    attach(wrapped, optimizer, total_steps=32)
+    with wrapped.join():
+        step_on(wrapped, optimizer, 1)
+
+
+REFUSALS = {
+    refuse.__name__: refuse
+    for refuse in (
+        other_weights,
+        other_heads,
+        other_drawn_seeds,
+        other_chosen_seeds,
+        other_tolerances,
+        other_lengths,
+        other_targets,
+        other_components,
+        not_wrapped,
+        broken_component,
+        broken_head,
+        broken_checkpoint,
+        no_pair_in_one_optimizer,
+        sharded,
+        shared_optimizer,
+        joined,  # last: DDP goes on waiting for the joined ranks
+    )
+}
+
+
+def refusal(refuse: Callable[[Path], None], out: Path) -> list[str]:
+    """Kind and message of the error that is raised."""
+    try:
+        refuse(out)
+    except AromaError as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+
+
+def loops(out: Path) -> None:
+    """All loops and refusals, in one process group: starting one takes longer than they do."""
+    early_model = adapted()
+    early_optimizer = adamw(early_model)
+    early = attach(early_model, early_optimizer, total_steps=32)  # before there is a process group
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    refused = {"made_too_early": refusal(lambda _: step_on(early_model, early_optimizer, 1), out)}
+    early.detach()
+    for number, loop in enumerate(LOOPS.values()):
+        torch.save(run_loop(loop), out / f"loop-{number}-{rank()}.pt")
+    for name, refuse in REFUSALS.items():
+        refused[name] = refusal(refuse, out)
+    (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ManyRun(Run):
+    """A Run of several processes."""
+
+    dying_rank: int = 0
+    """The rank that `kill` is for. Its moment may be 'random N' too: before the random numbers of checkpoint N."""
+    calm: bool = False
+    """Without dropout."""
+    unlike: bool = True
+    """Let the ranks use other numbers of the global generator."""
+
+
+class UseRandomNumbers(TrainerCallback):
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        torch.rand(rank() + 1)
+
+
+def train(out: Path, run: ManyRun, resume: str | None = None) -> Any:
+    """Do `run` in `out`; every rank keeps its own events."""
+    out.mkdir(parents=True, exist_ok=True)
+    mine = rank_of_launch()
+    events = out / f"events-{mine}.jsonl"
+    keep_events(events, int(resume.rsplit("-", 1)[1]) if resume else 0)
+    kill = run.kill if mine == run.dying_rank else ""
+    if kill.startswith("random "):
+        die_before_random_state(kill.removeprefix("random "))
+        kill = ""
+    elif not kill.startswith("step "):
+        die_at(kill)
+    several = {"ddp_backend": "gloo", "ddp_timeout": 60} if launched() else {}
+    trainer = trainer_for(
+        adapted(tiny_bert(**CALM) if run.calm else None, half=run.half, **run.method),
+        out,
+        AromaCallback(early_stop=run.early_stop, on_event=partial(append_event, events)),
+        DieAtStep(kill),
+        *([UseRandomNumbers()] if run.unlike else []),
+        **{"max_steps": run.steps, **several, **run.training},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ
+
+
+def rank_of_launch() -> int:
+    """The rank, before the Trainer makes the process group too."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def die_before_random_state(step: str) -> None:
+    """Let this process kill itself when it is about to save its random numbers for checkpoint `step`."""
+    save = torch.save
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        if f"checkpoint-{step}" in str(args[1]) and "rng_state" in str(args[1]):
+            die()
+        return save(*args, **kwargs)
+
+    torch.save = never
+
+
+def end_of(trainer: Any) -> dict[str, Any]:
+    """What a rank came to, as plain as `torch.load` with weights_only takes it."""
+    ended = live(trainer)
+    return {
+        "weights": ended["weights"],
+        "optimizer": ended["optimizer"],
+        "controller": ended["controller"],
+        "digest": tensors_digest(ended["weights"]),
+        "summary": [asdict(summary) for summary in ended["summary"]],
+        "stopped": trainer.state.global_step,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "frozen": sum(module.is_frozen for module in growth(trainer).controller.modules),
+    }
+
+
+def train_and_tell(out: Path, run_json: str, *flags: str) -> None:
+    run = ManyRun(**json.loads(run_json))
+    resume = last_complete_checkpoint(out) if "--resume" in flags else None
+    trainer = train(out, run, resume)
+    torch.save(end_of(trainer), out / f"end-{rank_of_launch()}.pt")
+
+
+def main(what: str, out: str, *rest: str) -> None:
+    torch.set_num_threads(1)
+    {"loops": loops, "train": train_and_tell}[what](Path(out), *rest)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
