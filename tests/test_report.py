@@ -80,7 +80,7 @@ def test_every_kind_is_on_record_in_every_format():
     assert set(SUFFIXES.values()) == set(FORMATS)
     expected = {f"{kind}{suffix}" for kind in KINDS for suffix in SUFFIXES}
     assert {path.name for path in (GOLDEN / "tables").iterdir()} == expected
-    assert len(expected) == 20
+    assert len(expected) == 24
 
 
 def test_a_folder_that_was_moved_or_has_adapters_and_checkpoints_gives_the_same_tables(grid):
@@ -148,6 +148,43 @@ def test_a_single_seed_has_no_interval_and_the_table_says_so():
         note.startswith("No interval for aroma-no-reset: a single seed shared with lora-r8 on rte")
         for note in table.notes
     )
+
+
+def test_on_each_task_the_difference_is_that_of_its_seeds():
+    ours, theirs = scores(FROZEN, "aroma"), scores(FROZEN, "lora-r8")
+    row, whole = raw(FROZEN, "paired")["aroma"], raw(FROZEN)["aroma"]
+    for task in ("mrpc", "rte"):
+        differences = [ours[task, seed] - theirs[task, seed] for seed in range(3)]
+        assert float(row[f"{task}_difference"]) == pytest.approx(statistics.fmean(differences), rel=1e-12)
+        assert min(differences) <= float(row[f"{task}_difference_low"]) <= float(row[f"{task}_difference_high"])
+        assert row[f"{task}_difference_pairs"] == "3"
+    assert sum(float(row[f"{task}_difference"]) for task in ("mrpc", "rte")) / 2 == pytest.approx(
+        float(whole["difference"]), rel=1e-12
+    )
+
+
+def test_a_method_is_better_where_its_whole_interval_is_above_zero():
+    rows = raw(FROZEN, "paired")
+    assert "lora-r8" not in rows
+    for method, row in rows.items():
+        intervals = [
+            (float(row[f"{task}_difference_low"]), float(row[f"{task}_difference_high"]))
+            for task in ("mrpc", "rte")
+            if row[f"{task}_difference_low"]
+        ]
+        assert int(row["better"]) == sum(low > 0 for low, _ in intervals), method
+        assert int(row["worse"]) == sum(high < 0 for _, high in intervals), method
+        assert sum(int(row[verdict]) for verdict in ("better", "tied", "worse")) == len(intervals), method
+    assert int(rows["head-only"]["worse"]) == 2
+    assert int(rows["aroma"]["tied"]) > 0
+    assert int(rows["aroma-no-reset"]["worse"]) + int(rows["aroma-no-reset"]["tied"]) == 1
+
+
+def test_differences_need_a_baseline(grid):
+    for task in ("mrpc", "rte"):
+        shutil.rmtree(grid / "runs" / task / "lora-r8")
+    with pytest.raises(ConfigError, match=r"^--baseline=None: a table of differences compares two methods"):
+        make_table(load_records(grid), "paired")
 
 
 def test_another_baseline_turns_the_difference_round():

@@ -12,7 +12,7 @@ from .extras import require_extra
 from .texts import examples
 
 # As in lab/report; written out here so that help imports nothing.
-KINDS = ("main", "sets", "reset", "time", "inner")
+KINDS = ("main", "paired", "sets", "reset", "time", "inner")
 FORMATS = ("text", "markdown", "latex", "csv")
 
 
@@ -20,11 +20,12 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser of `aroma lab`."""
     parser = commands.add_parser(
         "table",
-        help="print a table of a grid's runs: scores, set by set, Reset ablation, times, inner criterion",
+        help="print a table of a grid's runs: scores, differences, set by set, Reset ablation, times, inner criterion",
         description=(
             "Print a table of the runs that `aroma lab run` left: mean ± standard deviation over seeds, with the\n"
             "protocol in its caption and every failed run below it.\n\n"
             "main   scores, trainable parameters, paired difference to a baseline (the paper's Table 2)\n"
+            "paired the difference to the baseline on each task: better, tied or worse\n"
             "sets   each reported set and their average, with the difference of the average (Table 3)\n"
             "reset  AROMA's scores, ranks and effective ranks by what a merge resets (Table 4)\n"
             "time   seconds of an epoch, and their ratios (Table 5)\n"

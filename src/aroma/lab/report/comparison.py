@@ -23,28 +23,32 @@ class Comparison:
         records: The runs.
         baseline: Label of the method that the others are compared with.
         scores_of: Returns the scores of a method, by task and seed.
+        task: The only task that is compared; None: the mean over all.
     """
 
     records: Records
     baseline: str
     scores_of: Callable[[str], Scores]
+    task: str | None = None
 
     @property
     def column(self) -> Column:
         """The column of the differences."""
-        keys = ("difference", "difference_low", "difference_high", "difference_pairs")
-        return Column(f"− {self.baseline} [{CONFIDENCE:.0%}]", keys)
+        prefix = "" if self.task is None else f"{self.task}_"
+        keys = tuple(prefix + key for key in ("difference", "difference_low", "difference_high", "difference_pairs"))
+        title = f"− {self.baseline}" if self.task is None else self.task
+        return Column(f"{title} [{CONFIDENCE:.0%}]", keys)
 
     @property
     def cells(self) -> list[Cell]:
         """The difference of every method, with its interval."""
-        return [self._cell(difference) for difference in self._differences.values()]
+        return [self._cell(difference) for difference in self.differences.values()]
 
     @property
     def notes(self) -> list[str]:
         """Which methods have no interval, and why."""
         reasons: dict[str, list[str]] = {}
-        for method, difference in self._differences.items():
+        for method, difference in self.differences.items():
             if difference is not None and difference.single:
                 reasons.setdefault(", ".join(difference.single), []).append(method)
         return [
@@ -56,8 +60,9 @@ class Comparison:
     def sentence(self, what: str = "Difference") -> str:
         """Return how the differences, of `what`, and their intervals were computed."""
         seeds: Sequence[int] = self.records.seeds
+        mean = ", mean over the tasks" if self.task is None else ""
         text = (
-            f"{what} to {self.baseline}: of runs of the same task and seed, in points, mean over the tasks; interval: "
+            f"{what} to {self.baseline}: of runs of the same task and seed, in points{mean}; interval: "
             f"{CONFIDENCE:.0%} bootstrap, percentiles of {RESAMPLES:,} resamples of the seeds of each task."
         )
         if 1 < len(seeds) < _FEW_SEEDS:
@@ -65,15 +70,20 @@ class Comparison:
         return text
 
     @cached_property
-    def _differences(self) -> dict[str, Difference | None]:
+    def differences(self) -> dict[str, Difference | None]:
         """The difference of every method; None for those without a pair."""
-        theirs = self.scores_of(self.baseline)
-        return {method: paired_difference(self.scores_of(method), theirs) for method in self.records.methods}
+        theirs = self._compared(self.baseline)
+        return {method: paired_difference(self._compared(method), theirs) for method in self.records.methods}
+
+    def _compared(self, method: str) -> Scores:
+        scores = self.scores_of(method)
+        return {key: score for key, score in scores.items() if self.task in (None, key[0])}
 
     def _cell(self, difference: Difference | None) -> Cell:
         if difference is None:
             return empty_cell(self.column)
-        pairs, planned = sum(difference.pairs.values()), len(self.records.tasks) * len(self.records.seeds)
+        tasks = self.records.tasks if self.task is None else [self.task]
+        pairs, planned = sum(difference.pairs.values()), len(tasks) * len(self.records.seeds)
         text = f"{signed_points(difference.mean)} [no interval]"
         low, high = difference.interval or (None, None)
         if low is not None and high is not None:

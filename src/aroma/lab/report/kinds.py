@@ -5,15 +5,16 @@ from __future__ import annotations
 from ...errors import bad_value
 from .inner_table import inner_table
 from .main_table import main_table
+from .paired_table import paired_table
 from .records import Records
 from .reset_table import reset_table
 from .sets_table import sets_table
 from .table import Table
 from .time_table import time_table
 
-KINDS = ("main", "sets", "reset", "time", "inner")
-"""`main`: the paper's Table 2; `sets`: Table 3; `reset`: Table 4; `time`: Table 5; `inner`: when the inner criterion
-fires."""
+KINDS = ("main", "paired", "sets", "reset", "time", "inner")
+"""`main`: the paper's Table 2; `paired`: where a method beats the baseline; `sets`: Table 3; `reset`: Table 4; `time`:
+Table 5; `inner`: when the inner criterion fires."""
 DEFAULT_BASELINE = "lora-r8"
 """Method that others are compared with where it is among them and no other was named."""
 
@@ -43,6 +44,8 @@ def make_table(records: Records, kind: str = "main", baseline: str | None = None
         baseline = DEFAULT_BASELINE
     if kind == "main":
         return main_table(records, baseline)
+    if kind == "paired":
+        return paired_table(records, baseline)
     if kind == "sets":
         return sets_table(records, baseline, metric)
     if kind == "time":

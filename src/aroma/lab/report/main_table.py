@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from .comparison import Comparison
 from .formats import amount, points, span, spread_text
@@ -34,7 +33,7 @@ def main_table(records: Records, baseline: str | None) -> Table:
         columns.append(column)
         cells.append([of_method(records, method) for method in records.methods])
     notes = [*stopped_early(records), *common_notes(records)]
-    comparison = None if baseline is None else Comparison(records, baseline, partial(_scores, records))
+    comparison = None if baseline is None else Comparison(records, baseline, scores_of(records))
     if comparison is not None:
         columns.append(comparison.column)
         cells.append(comparison.cells)
@@ -103,8 +102,9 @@ def _parameters_cell(records: Records, method: str, which: str) -> Cell:
     return number_cell(statistics.fmean(means) if means else None, amount)
 
 
-def _scores(records: Records, method: str) -> Scores:
-    return {(run.task, run.seed): run.score for run in records.of(method)}
+def scores_of(records: Records) -> Callable[[str], Scores]:
+    """Return what finds the scores of a method, by task and seed."""
+    return lambda method: {(run.task, run.seed): run.score for run in records.of(method)}
 
 
 def failed_cell(records: Records, method: str) -> Cell:

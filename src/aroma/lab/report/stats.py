@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 RESAMPLES = 10_000
 """Resamples of a bootstrap."""
@@ -15,6 +15,8 @@ _BOOTSTRAP_SEED = 0
 
 Scores = Mapping[tuple[str, int], float]
 """Scores by task and seed."""
+
+Verdict = Literal["better", "tied", "worse"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Difference:
     mean: float
     interval: tuple[float, float] | None
     pairs: Mapping[str, int]
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether the interval lies above zero, holds it, or lies below; None without an interval."""
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        return "better" if low > 0 else "worse" if high < 0 else "tied"
 
     @property
     def single(self) -> list[str]:
