@@ -39,12 +39,13 @@ def paired_table(records: Records, baseline: str | None) -> Table:
     columns.append(Column("–".join(_VERDICTS), _VERDICTS))
     cells.append([_verdicts(comparisons, method) for method in records.methods])
     rows = list(zip(*cells, strict=True))
+    seeds = f"{counted(len(records.seeds), 'seed')}: {', '.join(map(str, records.seeds))}."
     notes = dict.fromkeys(note for comparison in comparisons for note in comparison.notes)
     return Table(
         name="paired",
         caption=(
             f"{comparisons[0].sentence()} Better, tied, worse: tasks whose interval lies above zero, holds it, or "
-            f"lies below. {counted(len(records.seeds), 'seed')}: {', '.join(map(str, records.seeds))}. {protocol(records)}"
+            f"lies below. {seeds} {protocol(records)}"
         ),
         columns=columns,
         rows=[rows[place] for place in others],
