@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
@@ -85,6 +86,8 @@ class Loop:
     """In float64, where rounding is no excuse."""
     early_stop: bool = True
     head: bool = True
+    accelerate: bool = False
+    """Wrapped by accelerate, the optimizer too."""
 
 
 LOOPS = {
@@ -95,6 +98,7 @@ LOOPS = {
     ),
     "adafactor": Loop("adafactor", method={"outer_tolerance": 0.01}),
     "accumulation": Loop(accumulate=2),
+    "accelerate": Loop(accelerate=True),
     "two forwards": Loop(forwards=2, method={"inner_criterion": "update_change", "reset": "zero", "r": 2}),
     "other random numbers": Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1}),
     "uneven batches": Loop(uneven=True, double=False, ddp={"find_unused_parameters": True}),
@@ -116,8 +120,11 @@ def run_loop(loop: Loop) -> dict[str, Any]:
     model: Any = adapted(base, **{**UNLIKE_MODULES, **loop.method})
     if not loop.head:
         model.base_model.classifier.requires_grad_(False)
-    wrapped: Any = DistributedDataParallel(model, **loop.ddp) if size() > 1 else model
     optimizer = OPTIMIZERS[loop.optimizer]([p for p in model.parameters() if p.requires_grad])
+    if loop.accelerate:
+        wrapped, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
+    else:
+        wrapped = DistributedDataParallel(model, **loop.ddp) if size() > 1 else model
     events: list[Any] = []
     with CountCollectives() as counted:
         start = attach(wrapped, optimizer, total_steps=loop.steps, on_event=events.append)

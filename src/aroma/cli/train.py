@@ -18,6 +18,7 @@ _EXAMPLES = examples(
     "aroma train examples/recipes/mrpc.yaml training.seed=1 output=runs/mrpc-1",
     "aroma train examples/recipes/mrpc.yaml --resume",
     "aroma train examples/recipes/smollm2-commonsense.yaml",
+    "torchrun --nproc-per-node 2 -m aroma train examples/recipes/mrpc.yaml     # on two GPUs",
 )
 
 
@@ -61,10 +62,15 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
+    from ..lab.processes import Processes
     from ..lab.train import run_recipe
 
+    processes = Processes.join()
     console = Console(markup=False, soft_wrap=True)
-    _print_result(run_recipe(recipe, resume=arguments.resume, on_note=console.print))
+    result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
+    if processes.is_first:
+        _print_result(result)
+    processes.leave()
 
 
 def _print_result(result: RunResult) -> None:

@@ -14,6 +14,7 @@ import torch
 from transformers import set_seed
 
 from ..checkpoint import last_complete_checkpoint, save_adapter
+from ..distributed import world_size
 from ..errors import bad_value
 from ..events import ModuleSummary
 from ..files import write_json
@@ -21,6 +22,7 @@ from ..tuner import AromaConfig
 from .job import Job
 from .methods import Aroma
 from .model import adapter_config, count_trainable, grow
+from .processes import Processes, require_as_many
 from .provenance import provenance
 from .recipe import Recipe
 from .run_folder import EventLog, RunFolder, check_output, open_folder
@@ -58,6 +60,8 @@ def run_recipe(
 ) -> RunResult:
     """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
 
+    Under torchrun every process calls this; they train replicas, and the first one writes.
+
     Args:
         recipe: The run.
         resume: Go on from the last whole checkpoint in the folder.
@@ -71,23 +75,21 @@ def run_recipe(
         NonFiniteError: NaN or infinity in training.
     """
     began = time.monotonic()
-    # What can be refused is refused before anything is written, the cheapest first.
-    folder = check_output(recipe, resume)
-    config = adapter_config(recipe.adapter, recipe.training, recipe.data.task)
-    job = job_of(recipe)
-    check_schedule(recipe.training, config, planned_steps(recipe.training, len(job.train)))
-    if recipe.training.threads is not None:
-        torch.set_num_threads(recipe.training.threads)
-    set_seed(recipe.training.seed)
-    model = grow(job.load_model(), config)
+    processes = Processes.join()
+    with processes.together():
+        prepared = _prepare(recipe, resume, processes.number)
+    folder, job, model = prepared.folder, prepared.job, prepared.model
     trainable = count_trainable(model)
-    open_folder(folder, recipe)
-    for note in job.notes:
-        on_note(note)
-    fit = _fit(recipe, folder, model, job, progress)
+    if processes.is_first:
+        open_folder(folder, recipe)
+        for note in job.notes:
+            on_note(note)
+    processes.wait()
+    fit = _fit(recipe, prepared, progress, writes=processes.is_first)
     # Before the evaluation, which may fail, as of a text that is too long to be continued.
-    save_adapter(model, folder.adapter)
-    job.describe(model, folder.adapter)
+    if processes.is_first:
+        save_adapter(model, folder.adapter)
+        job.describe(model, folder.adapter)
     metrics = {split: job.predict(fit.trainer, split).metrics for split in job.evaluated}
     result = RunResult(
         folder=folder,
@@ -99,9 +101,34 @@ def run_recipe(
         notes=job.notes,
         wall_seconds=time.monotonic() - began,
     )
-    write_json(folder.history, fit.trainer.state.log_history)
-    write_json(folder.result, result_record(result, recipe))
+    if processes.is_first:
+        write_json(folder.history, fit.trainer.state.log_history)
+        write_json(folder.result, result_record(result, recipe))
     return result
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that nothing has refused; nothing is written yet."""
+
+    folder: RunFolder
+    job: Job
+    model: Any
+    checkpoint: str | None
+
+
+def _prepare(recipe: Recipe, resume: bool, processes: int) -> _Prepared:
+    # What can be refused is refused before anything is written, the cheapest first.
+    folder = check_output(recipe, resume)
+    checkpoint = last_complete_checkpoint(folder.checkpoints)
+    require_as_many(checkpoint)
+    config = adapter_config(recipe.adapter, recipe.training, recipe.data.task)
+    job = job_of(recipe)
+    check_schedule(recipe.training, config, planned_steps(recipe.training, len(job.train), processes))
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+    set_seed(recipe.training.seed)
+    return _Prepared(folder, job, grow(job.load_model(), config), checkpoint)
 
 
 def job_of(recipe: Recipe) -> Job:
@@ -120,11 +147,11 @@ def job_of(recipe: Recipe) -> Job:
     return ClassifierJob.of_recipe(recipe)
 
 
-def planned_steps(training: TrainSpec, examples: int) -> int:
+def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:
     """Return the optimizer steps of a run over `examples` training examples, as the Trainer counts them."""
     if training.max_steps is not None:
         return training.max_steps
-    batches = math.ceil(examples / training.batch_size)
+    batches = math.ceil(examples / (training.batch_size * processes))
     return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
 
 
@@ -172,21 +199,22 @@ def result_record(result: RunResult, recipe: Recipe) -> dict[str, Any]:
         "effective_ranks": {module.name: module.effective_rank for module in result.modules},
         "states": {module.name: module.state for module in result.modules},
         "wall_seconds": round(result.wall_seconds, 1),
+        "processes": world_size(),
         **provenance(),
     }
 
 
-def _fit(recipe: Recipe, folder: RunFolder, model: Any, job: Job, progress: bool) -> Fit:
-    checkpoint = last_complete_checkpoint(folder.checkpoints)
+def _fit(recipe: Recipe, prepared: _Prepared, progress: bool, writes: bool) -> Fit:
+    folder, job, checkpoint = prepared.folder, prepared.job, prepared.checkpoint
     fit = make_trainer(
         Aroma(),
-        model,
+        prepared.model,
         job.objective,
         recipe.training,
         folder.checkpoints,
         train=job.train,
         validation=job.watched["validation"],
-        on_event=EventLog(folder.events, upto=_step_of(checkpoint)),
+        on_event=EventLog(folder.events, upto=_step_of(checkpoint)) if writes else None,
         progress=progress,
         describe=job.describe,
     )

@@ -1,0 +1,127 @@
+"""`torchrun -m aroma train`: two processes train what one does with their batches together, and one of them writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from aroma.cli import main
+from aroma.errors import ConfigError
+from aroma.lab.processes import require_as_many
+from aroma.lab.specs import TrainSpec
+from aroma.lab.train import planned_steps
+from tiny_classifier import save_tiny_bert, sentences, write_json_lines
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    save_tiny_bert(folder / "model")
+    # Without dropout, which the processes would draw otherwise than one.
+    config = folder / "model" / "config.json"
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **calm}))
+    write_json_lines(folder / "train.jsonl", sentences(120, seed=1))
+    write_json_lines(folder / "test.jsonl", sentences(37, seed=2))
+    recipe = {
+        "model": {"name": str(folder / "model")},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "test": str(folder / "test.jsonl"),
+            "max_length": 10,
+            "validation_fraction": 0.2,  # leaves 96: accelerate would fill a last batch up with others
+        },
+        "adapter": {"max_inner_steps": 8, "inner_check_interval": 4, "rewarmup_steps": 2, "outer_tolerance": 0.02},
+        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 4, "save_steps": 10},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `aroma` in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "aroma"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def decisions(folder: Path) -> list[dict[str, Any]]:
+    return [{**json.loads(line), "value": None} for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def many(files: Path) -> tuple[Path, str]:
+    """The folder of a run of two processes, and what they printed."""
+    done = launch("train", str(files / "recipe.yaml"), f"output={files / 'many'}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return files / "many", done.stdout
+
+
+def test_two_processes_train_what_one_trains(files: Path, many: tuple[Path, str]) -> None:
+    folder, _ = many
+    one = files / "one"
+    assert main(["train", str(files / "recipe.yaml"), "training.batch_size=8", f"output={one}"]) == 0
+    ours, theirs = read(folder / "result.json"), read(one / "result.json")
+    assert (ours["processes"], theirs["processes"]) == (2, 1)
+    assert ours["steps"] == theirs["steps"] == planned_steps(TrainSpec(epochs=2, batch_size=4), 96, 2) == 24
+    assert decisions(folder) == decisions(one)
+    assert {event["kind"] for event in decisions(folder)} >= {"merged"}
+    assert ours["ranks"] == theirs["ranks"]
+    assert ours["metrics"].keys() == theirs["metrics"].keys() == {"validation", "test"}
+    for split, metrics in theirs["metrics"].items():
+        assert ours["metrics"][split] == pytest.approx(metrics, abs=1e-6)
+    weights, expected = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, one))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        # float32, where the processes add in another order; see test_distributed.
+        assert float((tensor - expected[name]).abs().max()) <= 1e-3 * float(expected[name].abs().max()), name
+
+
+def test_only_the_first_process_prints(many: tuple[Path, str]) -> None:
+    folder, printed = many
+    assert printed.count("adapter: ") == 1
+    assert len(decisions(folder)) == len({(e["step"], e["module"], e["kind"]) for e in decisions(folder)})
+
+
+def test_it_resumes_as_if_it_had_not_been_interrupted(many: tuple[Path, str], tmp_path: Path) -> None:
+    whole, _ = many
+    kept = tmp_path / "whole"
+    shutil.copytree(whole, kept)
+    try:
+        shutil.rmtree(whole / "checkpoints" / "checkpoint-24")
+        shutil.rmtree(whole / "adapter")
+        (whole / "result.json").unlink()
+        with pytest.raises(ConfigError, match=r"^--nproc-per-node=1: .*checkpoint-20 is of 2 on .*; start 2$"):
+            require_as_many(str(whole / "checkpoints" / "checkpoint-20"))
+        assert main(["train", str(whole / "recipe.yaml"), "--resume"]) == 2  # alone
+        done = launch("train", str(whole / "recipe.yaml"), "--resume")
+        assert done.returncode == 0, done.stderr[-4000:]
+        for name in ("adapter/adapter_model.safetensors", "events.jsonl"):
+            assert (whole / name).read_bytes() == (kept / name).read_bytes(), name
+        assert read(whole / "result.json")["metrics"] == read(kept / "result.json")["metrics"]
+    finally:
+        shutil.rmtree(whole)
+        shutil.copytree(kept, whole)
+
+
+def test_what_is_refused_is_one_error_in_every_process_and_nothing_is_touched(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    done = launch("train", str(files / "recipe.yaml"), f"output={tmp_path / 'out'}")
+    assert done.returncode != 0
+    assert done.stderr.count("it is not an empty folder, and nothing is overwritten") == 2
+    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("torch/distributed")[0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
