@@ -223,7 +223,10 @@ def trainable_adapter(model: nn.Module) -> str:
 def _require_finite_parameters(model: nn.Module, step: int) -> None:
     """Raise for what trains beside the components, a classification head for one, when it is broken."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()] or [torch.tensor(True)])
+    device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
+    # On one device: the parts of a split model are on several.
+    whole = [parameter.isfinite().all().to(device) for parameter in trained.values()]
+    finite = torch.stack(whole or [torch.tensor(True)])
     if not finite.all():
         name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)
         raise NonFiniteError(
