@@ -68,7 +68,12 @@ class AromaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self.controller = AromaController(
-            model, optimizer, total_steps=state.max_steps, adapter_name=trainable_adapter(model)
+            model,
+            optimizer,
+            total_steps=state.max_steps,
+            adapter_name=trainable_adapter(model),
+            # The model that the Trainer shows is not the one that it compiled.
+            compiled=args.torch_compile,
         )
         if state.global_step > 0:
             with self.controller.together():
