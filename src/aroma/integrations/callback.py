@@ -18,7 +18,7 @@ from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from .rewarmup import Rewarmup
+from .rewarmup import Rewarmup, was_skipped
 
 # GreedyLR is younger than the oldest transformers that will do.
 _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
@@ -48,6 +48,7 @@ class AromaCallback(TrainerCallback, ExportableState):
         self.on_event = on_event
         self.controller: AromaController | None = None
         self._rewarmup = Rewarmup()
+        self._fused_step_was_skipped = False
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
@@ -81,6 +82,11 @@ class AromaCallback(TrainerCallback, ExportableState):
             self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
+        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._note_skipped_step)
+
+    def _note_skipped_step(self, optimizer: Any, *_: Any) -> None:
+        # Known only within the step: accelerate takes every step of a fused optimizer for one that was taken.
+        self._fused_step_was_skipped = was_skipped(optimizer)
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -143,7 +149,8 @@ class AromaCallback(TrainerCallback, ExportableState):
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
-        if not (getattr(optimizer, "step_was_skipped", False) or self._is_over(state, state.global_step - 1)):
+        skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
+        if not (skipped or self._is_over(state, state.global_step - 1)):
             controller.step()
         if controller.finished and self.early_stop:
             control.should_training_stop = True
