@@ -304,12 +304,24 @@ class AromaLinear(LoraLinear):
 
     # Devices and precisions ------------------------------------------------------------------------------------------
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # An offloaded weight is on the meta device; what trains must be where it computes.
+    def onload_pair(self, adapter_name: str) -> None:
+        """Put a new pair, without data, where an offloaded base layer computes.
+
+        PEFT has sent it after the weight, which is on the meta device.
+        """
+        device = self._execution_device
+        if device is not None and self.pair(adapter_name)[0].is_meta:
+            for modules in (self.lora_A, self.lora_B, self.lora_finished):
+                modules[adapter_name].to_empty(device=device)
+
+    @property
+    def _execution_device(self) -> torch.device | None:
+        """Where an offloaded base layer computes; None where it is not offloaded."""
         base = self.get_base_layer()
-        if device is None and has_offloaded_params(base):
-            device = torch.device(base._hf_hook.execution_device)
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device=device)
+        return torch.device(base._hf_hook.execution_device) if has_offloaded_params(base) else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AromaLinear:
         if recurse:

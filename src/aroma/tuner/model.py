@@ -101,6 +101,7 @@ class AromaModel(LoraModel):
         if config.component_seed is None:
             config.component_seed = torch.initial_seed() % 2**31
         for index, layer in enumerate(layers.values()):
+            layer.onload_pair(adapter_name)
             _, a = layer.pair(adapter_name)
             if not a.is_meta:
                 layer.start_pair(adapter_name, _first_component(config, index, a))
