@@ -65,9 +65,7 @@ def run(
 def test_ten_growths_take_two_graphs_and_no_break(r: int) -> None:
     graphs = Graphs()
     method = {**ALWAYS_GROW, "r": r}
-    attachment, losses, _ = run(
-        adapted("llama", **method), 11, lambda model: torch.compile(model, backend=graphs)
-    )
+    attachment, losses, _ = run(adapted("llama", **method), 11, lambda model: torch.compile(model, backend=graphs))
     assert attachment.controller.outer_number == 12
     assert set(ranks(attachment.controller._wrapper).values()) == {11 * r}
     assert len(graphs.graphs) == 2

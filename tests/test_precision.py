@@ -24,7 +24,7 @@ from aroma.lab.language.model import quantization_config
 from aroma.tuner import AromaLinear
 from models import METHOD, adapted, batch, deltas, grow, logits, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
-from trainer_runs import assert_same, growth, trainer_for, tiny_bert
+from trainer_runs import assert_same, growth, tiny_bert, trainer_for
 
 STEPS = 10
 KINDS = ["nf4", "int8"]
@@ -291,7 +291,7 @@ def test_a_run_with_skipped_steps_is_the_run_without_them(fused: bool) -> None:
 class Overflowing(Trainer):
     """Trains under float16 autocast with a GradScaler, as fp16=True does on a GPU, and overflows at chosen steps."""
 
-    bad: set[int] = set()
+    bad: frozenset[int] = frozenset()
     calls = 0
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -313,7 +313,7 @@ def test_a_step_that_fp16_skips_is_no_step_in_the_trainer(
         self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
 
     monkeypatch.setattr(Accelerator, "__init__", with_scaler)
-    monkeypatch.setattr(Overflowing, "bad", {2, 5, 6})
+    monkeypatch.setattr(Overflowing, "bad", frozenset({2, 5, 6}))
     events: list[Event] = []
     trainer = trainer_for(
         adapted_bert(tiny_bert()),
@@ -402,9 +402,7 @@ def test_pairs_wanted_in_16_bits_are_left_so() -> None:
 def checkpointed_run(kind: str, dropout: float = 0.0) -> tuple[list[float], list[Event], dict[str, Tensor]]:
     """Modules freeze at different times, and all of them before the end."""
     torch.manual_seed(11)
-    model = unlike(
-        adapted("llama", outer_tolerance=0.03, max_inner_steps=2, max_components=3, lora_dropout=dropout)
-    )
+    model = unlike(adapted("llama", outer_tolerance=0.03, max_inner_steps=2, max_components=3, lora_dropout=dropout))
     if kind != "none":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
