@@ -282,7 +282,7 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 
 def unlike(model: Any) -> Any:
-    """Give the growing layers of `model` base weights of very different norms, so that they freeze at different times."""
+    """Give the growing layers base weights of very different norms, so that they freeze at different times."""
     for index, layer in enumerate(aroma_layers(model).values()):
         layer.base_layer.weight.data *= 2.0 ** (index % 5 - 1)
     return model

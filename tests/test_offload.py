@@ -1,4 +1,4 @@
-"""Bases that accelerate offloads or splits over devices: pairs train beside them, and norms are taken one at a time."""
+"""Bases that accelerate offloads or splits: pairs train beside them, and norms are taken one at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from aroma import aroma_layers, attach, save_adapter
 from aroma.errors import ConfigError
-from aroma.measures import PairSnapshot, grown_norms, inner_values, pair_norms, weight_norms
+from aroma.measures import PairSnapshot, inner_values, pair_norms
 from aroma.tuner import AromaLinear
 from models import adapted, base, batch, grow, logits, ranks, train, trainable
 from trainer_runs import assert_same
@@ -127,7 +127,7 @@ def test_a_device_map_without_offloading_hooks_the_layers_and_trains() -> None:
     assert growth.controller.total_rank == expected.controller.total_rank
 
 
-# Two devices, without any: tensors without data that know their device, and refuse to meet one of another -------------
+# Two devices, without any: tensors without data that know their device, and refuse to meet one of another ------------
 
 
 def on(device: str, *shape: int) -> Tensor:
@@ -140,10 +140,6 @@ def spread() -> list[tuple[Tensor, Tensor]]:
 
 MEASURES: dict[str, Callable[[], Any]] = {
     "pair norms": lambda: pair_norms(spread()),
-    "weight norms": lambda: weight_norms([lambda device=b.device: on(device, 6, 5) for b, _ in spread()], [*spread()]),
-    "grown norms": lambda: grown_norms(
-        [lambda device=b.device: on(device, 6, 5) for b, _ in spread()], spread(), spread(), [1.0, 2.0, 3.0]
-    ),
     "update_change": lambda: inner_values(spread(), PairSnapshot([1.0] * 3, spread()), "update_change"),
     "update_change after a move": lambda: inner_values(
         spread(), PairSnapshot([1.0] * 3, [(on("cpu", 6, 1), on("cpu", 1, 5))] * 3), "update_change"
