@@ -279,3 +279,10 @@ def deltas(model: nn.Module) -> dict[str, Tensor]:
 
 def ranks(model: nn.Module) -> dict[str, int]:
     return {name: layer.rank("default") for name, layer in aroma_layers(model).items()}
+
+
+def unlike(model: Any) -> Any:
+    """Give the growing layers base weights of very different norms, so that they freeze at different times."""
+    for index, layer in enumerate(aroma_layers(model).values()):
+        layer.base_layer.weight.data *= 2.0 ** (index % 5 - 1)
+    return model

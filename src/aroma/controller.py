@@ -30,7 +30,11 @@ from .files import tensors_digest
 from .measures import PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
 from .target import TargetModule
 from .tuner import AromaConfig, aroma_layers
+from .tuner.graph import is_compiled
 from .warmup import rewarmup_factor
+
+_COMPILED_GROWTHS = 8
+"""Growths that one compiled graph takes."""
 
 
 class AromaController:
@@ -44,6 +48,8 @@ class AromaController:
         optimizer: Optimizer that holds the trainable pairs; wrapped by accelerate or not.
         total_steps: Planned optimizer steps T; needed where `max_inner_steps` is None.
         adapter_name: Name of the adapter.
+        compiled: Whether `torch.compile` wraps the model though `model` does not show it; then, as for a compiled
+            `model`, neither growing nor freezing changes the graph.
 
     Attributes:
         global_step: Optimizer steps taken so far.
@@ -52,12 +58,18 @@ class AromaController:
         max_inner_steps: T_in.
 
     Raises:
-        ConfigError: No growing module, a pair that the optimizer does not hold, loops that cannot fit the run,
-            replicas that differ between the ranks, or sharded parameters.
+        ConfigError: No growing module, a pair that the optimizer does not hold or that is offloaded, loops that
+            cannot fit the run, replicas that differ between the ranks, or sharded parameters.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, *, total_steps: int | None = None, adapter_name: str = "default"
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        total_steps: int | None = None,
+        adapter_name: str = "default",
+        compiled: bool = False,
     ) -> None:
         wrapper, model = model, unwrapped(model)
         layers = aroma_layers(model, adapter_name)
@@ -76,12 +88,14 @@ class AromaController:
             for index, (name, layer) in enumerate(layers.items())
         ]
         self._processes = world_size()
-        self._device = self.modules[0].pair[0].device
         self._wrapper = wrapper if wrapper is not model else None
         with self.together():
             refuse_sharding(wrapper, optimizer)
+            for module in self.modules:
+                module.require_data()
             self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
             self._check_optimizer()
+        self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
         self._measure_weights()
         self.global_step = 0
@@ -332,22 +346,31 @@ class AromaController:
         for module in self.modules:
             module.converged = False
 
-    # Several processes -----------------------------------------------------------------------------------------------
+    # Compiled graphs and several processes ---------------------------------------------------------------------------
+
+    def _settle_graph(self, compiled: bool) -> None:
+        """Let frozen pairs stay in the graph where DistributedDataParallel or a compiler want it unchanged."""
+        stays = compiled or is_distributed()
+        for module in self.modules:
+            module.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else 1)
+        if stays:
+            # Their gradients are zero. Without any, the optimizer leaves them and its state alone, as anywhere else.
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner.register_step_pre_hook(partial(_drop_gradients_of_frozen, self.modules))
+
+    @property
+    def _device(self) -> torch.device:
+        """Where collectives take place; a model that is moved takes it along."""
+        return self.modules[0].pair[0].device
 
     def _join_ranks(self, model: nn.Module) -> None:
         """Settle what depends on how many processes train, and refuse replicas that differ."""
-        together = is_distributed()
-        for module in self.modules:
-            module.stay_in_graph(together)
-        if not together:
+        if not is_distributed():
             return
         # torch's seed, which was taken where none was chosen, may differ between the ranks.
         require_equal_replicas(self._facts(), self._tensors(model), self._device)
         assert self.config.component_seed is not None, "AromaModel settles the seed when the adapter is made"
         self.config.component_seed = of_first_rank(self.config.component_seed, self._device)
-        # Their gradients are zero. Without any, the optimizer leaves them and its state alone, as in one process.
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        inner.register_step_pre_hook(partial(_drop_gradients_of_frozen, self.modules))
 
     def _facts(self) -> dict[str, object]:
         return {

@@ -57,10 +57,14 @@ def processes_of_node() -> int:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that DistributedDataParallel wraps, or `model` itself."""
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
-    return model
+    """Return the model that DistributedDataParallel or torch.compile wraps, or `model` itself."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
 
 
 # Decisions -----------------------------------------------------------------------------------------------------------

@@ -185,6 +185,8 @@ def export_merged(
 ) -> None:
     """Write the full model with the adapter merged in, added in float32.
 
+    The adapter is added to the weights that the base model has on disk, whatever they were quantised to for training.
+
     Args:
         folder: A plain LoRA adapter.
         out: Folder to write; must be new or empty.
@@ -193,7 +195,8 @@ def export_merged(
             small update can vanish in that rounding.
 
     Raises:
-        ConfigError: No base model or model class is known, or `out` is not empty.
+        ConfigError: No base model or model class is known, the base model is quantised on disk, or `out` is not
+            empty.
         CheckpointError: The adapter is missing or damaged.
     """
     adapter = read_adapter(folder)
@@ -204,6 +207,13 @@ def export_merged(
     if not base_name:
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
     model = load_with_adapter(folder, base_name)
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise bad_value(
+            "base_model",
+            base_name,
+            "its weights are quantised on disk, and adding to them would round the update away; give the model in 16 "
+            "or 32 bits that it was made from (--base-model)",
+        )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     with _filled_at_once(target) as staging:
         merged.save_pretrained(staging)

@@ -75,7 +75,8 @@ def inner_values(
         changes = [now - before for now, before in zip(norms, earlier.norms, strict=True)] if earlier.norms else []
         snapshot = PairSnapshot(norms)
     elif earlier.pairs:
-        joined = [(b, a, b0, a0) for (b, a), (b0, a0) in zip(pairs, earlier.pairs, strict=True)]
+        # To where the pairs are: the model may have been moved since.
+        joined = [(b, a, b0.to(b), a0.to(a)) for (b, a), (b0, a0) in zip(pairs, earlier.pairs, strict=True)]
         flat = _batched(_norm_and_change, joined)
         norms, changes = flat[::2], flat[1::2]
         snapshot = PairSnapshot(norms, _copies(pairs))

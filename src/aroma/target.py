@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, bad_value
 from .events import ModuleSummary
 from .measures import Pair
 from .reset import check_resettable, component_generator, fresh_component, reset_state
@@ -120,9 +120,19 @@ class TargetModule:
         """Drop the component in training, for good."""
         self.layer.freeze(self._adapter_name)
 
-    def stay_in_graph(self, stays: bool) -> None:
+    def stay_in_graph(self, stays: bool, growths: int = 1) -> None:
         """Settle whether the pair goes on requiring a gradient, zero, once it is frozen; see `AromaLinear`."""
-        self.layer.stay_in_graph(self._adapter_name, stays)
+        self.layer.stay_in_graph(self._adapter_name, stays, growths)
+
+    def require_data(self) -> None:
+        """Raise ConfigError where the pair was offloaded, so that it cannot train."""
+        if any(parameter.is_meta for parameter in self.pair):
+            raise bad_value(
+                "model",
+                "offloaded",
+                f"the trainable pair of {self.name!r} is on the meta device: what trains cannot be offloaded. Offload "
+                "the base model (device_map of from_pretrained, dispatch_model, cpu_offload) before get_peft_model",
+            )
 
     def start_component(self, outer_number: int) -> None:
         """Reinit: b = 0 and the a that outer step `outer_number` starts with."""

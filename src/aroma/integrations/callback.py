@@ -18,7 +18,7 @@ from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from .rewarmup import Rewarmup
+from .rewarmup import Rewarmup, was_skipped
 
 # GreedyLR is younger than the oldest transformers that will do.
 _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
@@ -48,6 +48,7 @@ class AromaCallback(TrainerCallback, ExportableState):
         self.on_event = on_event
         self.controller: AromaController | None = None
         self._rewarmup = Rewarmup()
+        self._fused_step_was_skipped = False
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
@@ -68,7 +69,12 @@ class AromaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self.controller = AromaController(
-            model, optimizer, total_steps=state.max_steps, adapter_name=trainable_adapter(model)
+            model,
+            optimizer,
+            total_steps=state.max_steps,
+            adapter_name=trainable_adapter(model),
+            # The model that the Trainer shows is not the one that it compiled.
+            compiled=args.torch_compile,
         )
         if state.global_step > 0:
             with self.controller.together():
@@ -76,6 +82,11 @@ class AromaCallback(TrainerCallback, ExportableState):
             self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
+        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._note_skipped_step)
+
+    def _note_skipped_step(self, optimizer: Any, *_: Any) -> None:
+        # Known only within the step: accelerate takes every step of a fused optimizer for one that was taken.
+        self._fused_step_was_skipped = was_skipped(optimizer)
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -138,7 +149,8 @@ class AromaCallback(TrainerCallback, ExportableState):
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
-        if not (getattr(optimizer, "step_was_skipped", False) or self._is_over(state, state.global_step - 1)):
+        skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
+        if not (skipped or self._is_over(state, state.global_step - 1)):
             controller.step()
         if controller.finished and self.early_stop:
             control.should_training_stop = True
@@ -223,7 +235,10 @@ def trainable_adapter(model: nn.Module) -> str:
 def _require_finite_parameters(model: nn.Module, step: int) -> None:
     """Raise for what trains beside the components, a classification head for one, when it is broken."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()] or [torch.tensor(True)])
+    device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
+    # On one device: the parts of a split model are on several.
+    whole = [parameter.isfinite().all().to(device) for parameter in trained.values()]
+    finite = torch.stack(whole or [torch.tensor(True)])
     if not finite.all():
         name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)
         raise NonFiniteError(

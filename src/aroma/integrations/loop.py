@@ -11,7 +11,7 @@ from ..controller import AromaController
 from ..errors import CheckpointError
 from ..events import Event
 from ..tuner.state import read_controller_state
-from .rewarmup import Rewarmup
+from .rewarmup import Rewarmup, was_skipped
 
 
 class Attachment:
@@ -47,7 +47,8 @@ class Attachment:
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         self._rewarmup.end(optimizer, self._scheduler)
-        self.controller.step()
+        if not was_skipped(optimizer):
+            self.controller.step()
 
 
 def attach(

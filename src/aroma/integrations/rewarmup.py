@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 
+def was_skipped(optimizer: Any) -> bool:
+    """Whether the step that `optimizer` is in changes nothing, because a GradScaler found an overflow.
+
+    A fused optimizer (`AdamW(fused=True)`, the Trainer's default) is stepped all the same, and told to do nothing.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 class Rewarmup:
     """Scales the learning rates for one optimizer step and gives them back afterwards.
 

@@ -14,9 +14,9 @@ CHUNK = 8
 class FinishedComponents(nn.Module):
     """The components of one module that no longer train: ΔW = B A, with the scale s already folded into B.
 
-    The storage grows in chunks of 8 components, zero-padded, and is written in place; it is never an inference tensor,
-    with which nobody could train later. The state dict holds exactly the `rank` components there are, so its shapes
-    tell the rank.
+    The storage grows in chunks, of 8 components unless `reserve` says otherwise, zero-padded, and is written in place;
+    it is never an inference tensor, with which nobody could train later. The state dict holds exactly the `rank`
+    components there are, so its shapes tell the rank.
 
     Args:
         in_features (`int`): n.
@@ -26,6 +26,7 @@ class FinishedComponents(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.rank = 0
+        self.chunk = CHUNK
         self.register_buffer("storage_A", torch.empty(0, in_features))
         self.register_buffer("storage_B", torch.empty(out_features, 0))
 
@@ -47,6 +48,24 @@ class FinishedComponents(nn.Module):
         """Left factors with the scale folded in, (m, R)."""
         return self.storage_B[:, : self.rank]
 
+    @property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """B (m, K) and A (K, n) as a layer multiplies with them, zero-padded to a multiple of 8 components.
+
+        A compiler gets the whole storage, whose shape says nothing of the rank: a growth makes no new graph.
+        """
+        if torch.compiler.is_compiling():
+            return self.storage_B, self.storage_A
+        count = -(-self.rank // CHUNK) * CHUNK
+        if count == self.capacity:
+            return self.storage_B, self.storage_A
+        return self.storage_B[:, :count], self.storage_A[:count]
+
+    def reserve(self, chunk: int, like: Tensor) -> None:
+        """Store components in chunks of `chunk`, a multiple of 8, from now on, the first at once, typed as `like`."""
+        self.chunk = chunk
+        self._reserve(max(self.rank, 1), like)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def append(self, B: Tensor, A: Tensor) -> None:
@@ -65,11 +84,14 @@ class FinishedComponents(nn.Module):
         B, A = self.B, self.A
         # Rebuilt, not shortened: the padded shape must be that of a run which never held the popped components.
         self._clear(like_A=A, like_B=B)
+        self.reserve(self.chunk, like=A)
         self.append(B[:, :kept], A[:kept])
         return B[:, kept:].clone(), A[kept:].clone()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _reserve(self, rank: int, like: Tensor) -> None:
-        capacity = -(-rank // CHUNK) * CHUNK
+        capacity = -(-rank // self.chunk) * self.chunk
         if capacity <= self.capacity:
             return
         A = like.new_zeros(capacity, self.storage_A.shape[1])

@@ -38,12 +38,20 @@ class GraphKeeper:
         """Return `output` with another graph, or None to leave it as it is."""
         if not model.training or not torch.is_grad_enabled():
             return None
+        if torch.compiler.is_compiling() and any(layer.stays_in_graph for layer in self.layers):
+            # The layers evaluate frozen pairs themselves; to ask for these is to compile again at every freezing.
+            return None
         waiting = [pair for layer in self.layers if layer.stays_in_graph for pair in _frozen_in_graph(layer)]
         if waiting:
             return _with_zero_gradients(waiting, output)
         if any(p.requires_grad for p in model.parameters()) or not any(layer.frozen_adapters for layer in self.layers):
             return None
         return _map_tensors(lambda tensor: tensor + tensor.new_zeros((), requires_grad=True), output)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` was applied to the model, to a part of it, or to what it wraps."""
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
 
 
 def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
@@ -12,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, NonFiniteError
-from .finished import FinishedComponents
+from ..errors import ConfigError, NonFiniteError, bad_value
+from .finished import CHUNK, FinishedComponents
 from .fused import Update, add_update, autocast_dtype, linear_with_update
 from .watched import are_plain_linear, is_hooked, is_traced, returns_its_own
 
@@ -31,9 +34,13 @@ class AromaLinear(LoraLinear):
     `scaling` is the scale that PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change for a while; it
     scales the whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
 
-    `stays_in_graph` is set where several processes train: DistributedDataParallel waits in every backward for a
-    gradient of each parameter that it found at the start, so a frozen pair goes on requiring one, and the model's
-    output gives it zero (`GraphKeeper`). The layer skips it all the same.
+    `stays_in_graph` is set where the graph must not change: DistributedDataParallel waits in every backward for a
+    gradient of each parameter that it found at the start, and a compiled graph is made again when a parameter stops
+    requiring one. A frozen pair goes on requiring a gradient then, which is zero. The layer skips it all the same, and
+    the model's output gives it the gradient (`GraphKeeper`); in a compiled graph it is evaluated as any other.
+
+    Casting the model to 16 bits (`model.to`, `half`, `bfloat16`) leaves components of 32 bits as they are: small
+    updates would be rounded away.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
@@ -119,9 +126,18 @@ class AromaLinear(LoraLinear):
             parameter.grad = None
             parameter.requires_grad_(self.stays_in_graph)
 
-    def stay_in_graph(self, adapter_name: str, stays: bool) -> None:
-        """Settle whether a frozen pair goes on requiring a gradient, for one frozen already as well."""
+    def stay_in_graph(self, adapter_name: str, stays: bool, growths: int = 1) -> None:
+        """Settle whether a frozen pair goes on requiring a gradient, for one frozen already as well.
+
+        Args:
+            adapter_name: The adapter that grows.
+            stays: Whether it does.
+            growths: Components of rank r that the storage of finished ones takes before it is made anew, and a
+                compiled graph with it; never fewer than 8 components of rank 1.
+        """
         self.stays_in_graph = stays
+        rows = growths * self.r[adapter_name]
+        self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=self.pair(adapter_name)[1])
         if self.is_frozen(adapter_name):
             for parameter in self.pair(adapter_name):
                 parameter.requires_grad_(stays)
@@ -135,13 +151,28 @@ class AromaLinear(LoraLinear):
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
     def weight_matrix(self) -> Tensor:
-        """Return W0 as (m, n); a view where the base layer is not quantised, else one dequantised copy."""
+        """Return W0 as (m, n); a view, or where the base layer is quantised or offloaded one copy of it.
+
+        Raises:
+            ConfigError: The weight has no data, and nothing is known to load it.
+        """
         base = self.get_base_layer()
-        weight = base.weight.detach()
-        if _is_quantised(base.weight):
-            # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
-            weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
+        with align_module_device(base):
+            if base.weight.is_meta:
+                raise bad_value(
+                    "base_layer.weight", "meta", "it has no data; load the model's weights before it is adapted"
+                )
+            weight = base.weight.detach()
+            if self.is_quantised:
+                # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
+                weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
         return weight.T if self.fan_in_fan_out else weight
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base layer's weight is one of bitsandbytes."""
+        weight = self.get_base_layer().weight
+        return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW = B A + s b a in the layout of the base weight, computed in float32 at least."""
@@ -168,11 +199,7 @@ class AromaLinear(LoraLinear):
             NonFiniteError: With `safe_merge`, the merged weight is NaN or infinite; the base weight is left as it was.
         """
         base = self.get_base_layer()
-        if _is_quantised(base.weight):
-            raise ConfigError(
-                f"base layer {type(base).__name__} is quantised: merging in place would round the "
-                "update away; load the base model in 16 or 32 bits and merge there (aroma export --merged)"
-            )
+        self.refuse_merge_if_quantised()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.lora_A:
                 continue
@@ -184,6 +211,18 @@ class AromaLinear(LoraLinear):
                 )
             base.weight.data = merged
             self.merged_adapters.append(adapter_name)
+
+    def refuse_merge_if_quantised(self) -> None:
+        """Raise where `merge` cannot merge in place.
+
+        Raises:
+            ConfigError: The base layer is quantised.
+        """
+        if self.is_quantised:
+            raise ConfigError(
+                f"base layer {type(self.get_base_layer()).__name__} is quantised: merging in place would round the "
+                "update away; load the base model in 16 or 32 bits and merge there (aroma export --merged)"
+            )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (…, n) to (…, m); see the class for the equation."""
@@ -212,20 +251,22 @@ class AromaLinear(LoraLinear):
         """Whether an adapter adds anything to the base layer's result."""
         if adapter_name not in self.lora_A:
             return False
-        # The capacity, not the rank: a compiled graph depends on nothing that changes at every growth.
-        return not self.is_frozen(adapter_name) or self.finished(adapter_name).capacity > 0
+        return self._evaluates_pair(adapter_name) or self.finished(adapter_name).padded[1].shape[0] > 0
+
+    def _evaluates_pair(self, adapter_name: str) -> bool:
+        """Whether the pair takes part: a frozen one does in a compiled graph, which freezing then leaves as it is."""
+        return (self.stays_in_graph and torch.compiler.is_compiling()) or not self.is_frozen(adapter_name)
 
     def _pair_is_plain(self, adapter_name: str) -> bool:
         """Whether nobody would miss a call of the modules that hold the pair."""
         return self.is_frozen(adapter_name) or are_plain_linear(self.lora_A[adapter_name], self.lora_B[adapter_name])
 
     def _update(self, adapter_name: str) -> Update:
-        finished = self.finished(adapter_name)
-        b, a = (None, None) if self.is_frozen(adapter_name) else self.pair(adapter_name)
+        b, a = self.pair(adapter_name) if self._evaluates_pair(adapter_name) else (None, None)
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        B = self._scaled(finished.storage_B, adapter_name)
-        return Update(finished.storage_A, B, a, b, self.scaling[adapter_name], p)
+        B, A = self.finished(adapter_name).padded
+        return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
         """Whether the base layer is a plain frozen matmul that nobody listens to, in one dtype with all the rest."""
@@ -261,10 +302,42 @@ class AromaLinear(LoraLinear):
                 result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
         return result
 
+    # Devices and precisions ------------------------------------------------------------------------------------------
+
+    def onload_pair(self, adapter_name: str) -> None:
+        """Put a new pair, without data, where an offloaded base layer computes.
+
+        PEFT has sent it after the weight, which is on the meta device.
+        """
+        device = self._execution_device
+        if device is not None and self.pair(adapter_name)[0].is_meta:
+            for modules in (self.lora_A, self.lora_B, self.lora_finished):
+                modules[adapter_name].to_empty(device=device)
+
+    @property
+    def _execution_device(self) -> torch.device | None:
+        """Where an offloaded base layer computes; None where it is not offloaded."""
+        base = self.get_base_layer()
+        return torch.device(base._hf_hook.execution_device) if has_offloaded_params(base) else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AromaLinear:
+        if recurse:
+            for name, child in self.named_children():
+                child._apply(fn if name == "base_layer" else partial(_without_rounding, fn))
+        super()._apply(fn, recurse=False)
+        return self
+
     def __repr__(self) -> str:
         """Mark the layer as ours in a printed model."""
         return nn.Module.__repr__(self).replace("AromaLinear(", "aroma.AromaLinear(", 1)
 
 
-def _is_quantised(weight: Tensor) -> bool:
-    return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
+def _without_rounding(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply what `Module.to` and its like apply to every tensor, but for a cast from 32 bits or more to fewer."""
+    result = fn(tensor)
+    if tensor.is_floating_point() and tensor.itemsize >= 4 > result.itemsize:
+        return tensor.to(result.device)
+    return result

@@ -101,6 +101,7 @@ class AromaModel(LoraModel):
         if config.component_seed is None:
             config.component_seed = torch.initial_seed() % 2**31
         for index, layer in enumerate(layers.values()):
+            layer.onload_pair(adapter_name)
             _, a = layer.pair(adapter_name)
             if not a.is_meta:
                 layer.start_pair(adapter_name, _first_component(config, index, a))
@@ -118,6 +119,9 @@ class AromaModel(LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        # Before any of the other layers is merged.
+        for layer in aroma_layers(self).values():
+            layer.refuse_merge_if_quantised()
         for adapter_name, config in self.peft_config.items():
             pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
             if not config.ever_controlled and any(bool(b.any()) for b, _ in pairs):
@@ -193,7 +197,8 @@ def _first_component(config: AromaConfig, index: int, a: Tensor) -> Tensor:
 
 
 def _base_name(key: str) -> str:
-    # Wrappers (DDP's "module.", compile's "_orig_mod.") come before PEFT's own prefix.
+    # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
+    key = key.replace("_orig_mod.", "")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
 
 
