@@ -170,7 +170,6 @@ SAYS = {
     "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.bias: not finite"),
     "broken_checkpoint": ("CheckpointError", "aroma_state.json: the file is missing"),
     "no_pair_in_one_optimizer": ("ConfigError", "optimizer='AdamW': it does not hold"),
-    "sharded": ("ConfigError", "model='DTensor': "),
     "shared_optimizer": ("ConfigError", "optimizer='ZeroRedundancyOptimizer': "),
     "joined": ("ConfigError", "join=True: "),
 }
