@@ -48,7 +48,6 @@ LOOPS: dict[str, tuple[Loop, Callable[[Any, Loop], Any]]] = {
     "blocks": (Loop(), by_block),
     "root alone": (Loop(), as_one),
     "momentum": (Loop("sgd", method={"outer_tolerance": 0.008}), by_block),
-    "adafactor": (Loop("adafactor", method={"outer_tolerance": 0.01}), by_block),
     "accumulation": (Loop(accumulate=2), by_block),
     "three rows": (Loop(method={"inner_criterion": "update_change", "reset": "zero", "r": 3}), by_block),
     "other random numbers": (
