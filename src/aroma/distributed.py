@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -36,12 +36,17 @@ _ZERO = (
     "would have to be written into them"
 )
 
+_REMEDY = (
+    "AROMA trains in one process, under DistributedDataParallel and under FSDP2 (torch.distributed.fsdp.fully_shard): "
+    "launch with one of these"
+)
+
 _SHARDED = {
     "FlatParameter": "a parameter of FSDP1, which has no shape of its own",
     "FullyShardedDataParallel": "a module of FSDP1, which flattens the pairs of many modules into one parameter",
-    "DeepSpeedEngine": _ZERO,
-    "DeepSpeedOptimizerWrapper": _ZERO,
-    "ZeROOptimizer": _ZERO,
+    "DeepSpeedEngine": f"an engine {_ZERO}",
+    "DeepSpeedOptimizerWrapper": f"an optimizer {_ZERO}",
+    "ZeROOptimizer": f"an optimizer {_ZERO}",
     "ZeroRedundancyOptimizer": "an optimizer that keeps a share of its state on every rank",
 }
 """Classes by name, so that nothing is imported to look for them."""
@@ -193,11 +198,18 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
                 raise bad_value(
                     "optimizer" if part is optimizer or part is inner else "model",
                     kind.__name__,
-                    f"it is {_SHARDED[kind.__name__]}. AROMA trains in one process, under DistributedDataParallel "
-                    "and under FSDP2 (torch.distributed.fsdp.fully_shard; fsdp_version=2 of accelerate): launch with "
-                    "one of these",
+                    f"it is {_SHARDED[kind.__name__]}. {_REMEDY}",
                 )
     refuse_other_shards(model, world_size())
+
+
+def refuse_deepspeed(configuration: object) -> NoReturn:
+    """Refuse a training that DeepSpeed is to run, before its engine is made.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise bad_value("deepspeed", configuration, f"it would make an engine {_ZERO}. {_REMEDY}")
 
 
 def _number_of(text: str) -> int:

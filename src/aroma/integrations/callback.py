@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from ..controller import AromaController
+from ..distributed import refuse_deepspeed
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
@@ -54,8 +56,10 @@ class AromaCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Refuse a model without exactly one growing adapter before any work is done."""
+        """Refuse a model without exactly one growing adapter, and DeepSpeed, before any work is done."""
         trainable_adapter(model)
+        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            refuse_deepspeed(args.deepspeed)
 
     def on_train_begin(
         self,
