@@ -83,6 +83,7 @@ class AromaController:
         self._sharding = sharding_modules(model)
         reshard(self._sharding)
         self._device = _communicating_device(self.modules[0])
+        self._held: dict[str, Pair] | None = None
         with self.together():
             refuse_sharding(wrapper, optimizer)
             self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
@@ -147,6 +148,7 @@ class AromaController:
             ResetError: The optimizer keeps state that `reset` cannot reset; found out at the first step.
         """
         self._refuse_stale()
+        self._held = None
         self.config.ever_controlled = True
         self.global_step += 1
         if self.finished:
@@ -169,6 +171,7 @@ class AromaController:
             NonFiniteError: A component is NaN or infinite.
         """
         self._refuse_stale()
+        self._held = None
         if self.finished:
             return []
         active = self._active()
@@ -195,12 +198,16 @@ class AromaController:
         """Check every component in training, as a check would; called before a checkpoint is written.
 
         Args:
-            alone: Whether this rank asks by itself; otherwise all ranks call this, and all raise.
+            alone: Whether this rank asks by itself; otherwise all ranks call this, and all raise. Under FSDP2 they
+                gather the components for what rank 0 does alone until the next step, and it asks after that only.
 
         Raises:
             NonFiniteError: A component is NaN or infinite.
         """
         active = self._active()
+        if not alone and self._sharding:
+            self._held = None
+            self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
         norms = pair_norms(self._pairs(active))
         if not alone:
             norms, _ = agree([module.name for module in active], norms, [], self._device)
@@ -254,6 +261,7 @@ class AromaController:
             ConfigError: The checkpoint has another configuration or other modules; every difference is named. Or the
                 optimizer does not hold the pair of a module that trained then.
         """
+        self._held = None
         pairs = self._pairs(self.modules)
         with self.together():
             self._restore(exported["state"], exported["tensors"], pairs)
@@ -280,6 +288,7 @@ class AromaController:
     def invalidate(self) -> None:
         """Note that other components were loaded under the controller's feet."""
         self._stale = True
+        self._held = None
 
     # Checks ----------------------------------------------------------------------------------------------------------
 
@@ -452,6 +461,8 @@ class AromaController:
 
     def _pairs(self, modules: Sequence[TargetModule]) -> list[Pair]:
         """Return the components in training, whole; under FSDP2 by one collective."""
+        if self._held is not None:
+            return [self._held[module.name] for module in modules]
         reshard(self._sharding)
         tensors = gathered([tensor for module in modules for tensor in module.pair])
         return [*zip(tensors[::2], tensors[1::2], strict=True)]
