@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException
@@ -32,7 +34,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aroma import AromaController, aroma_layers, attach, save_adapter
+from aroma import AromaCallback, AromaController, aroma_layers, attach, save_adapter
 from aroma.sharded import local
 from distributed_runs import (
     CALM,
@@ -50,7 +52,7 @@ from distributed_runs import (
     take_step,
     whole,
 )
-from trainer_runs import adapted, assert_same, tiny_bert
+from trainer_runs import adapted, assert_same, tiny_bert, trainer_for
 
 # Ways to shard -------------------------------------------------------------------------------------------------------
 
@@ -362,6 +364,55 @@ def traffic(out: Path) -> None:
     (out / f"traffic-{rank()}.json").write_text(json.dumps(told))
 
 
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+FSDP2 = {
+    "fsdp_version": 2,
+    "version": 2,
+    "reshard_after_forward": True,
+    "cpu_ram_efficient_loading": False,
+    "state_dict_type": "FULL_STATE_DICT",
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["BertLayer"],
+}
+
+
+def trained(out: Path, batch: int, **training: Any) -> dict[str, Any]:
+    """Train in the Trainer, and return what it came to."""
+    events: list[dict[str, Any]] = []
+    trainer = trainer_for(
+        adapted(tiny_bert(**CALM), **UNLIKE_MODULES),
+        out,
+        AromaCallback(on_event=lambda event: events.append({**event.as_dict(), "value": None})),
+        **{"max_steps": 24, "save_steps": 8, "per_device_train_batch_size": batch, **training},
+    )
+    trainer.train()
+    return {
+        "events": events,
+        "weights": whole(trainer.model.state_dict()),
+        "stopped": trainer.state.global_step,
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
+def train(out: Path) -> None:
+    make_accelerate_shard_on_cpu()
+    several = {"ddp_backend": "gloo", "ddp_timeout": 60, "fsdp": True, "fsdp_config": FSDP2}
+    torch.save(trained(out, 4, **several), out / f"end-{rank()}.pt")
+
+
+def make_accelerate_shard_on_cpu() -> None:
+    """accelerate uses FSDP where its processes are of GPUs, and else DDP without a word."""
+    made = PartialState.__init__
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = make
+
+
 def tell_all(out: Path) -> None:
     """Everything in one process group: starting one takes longer than most of it."""
     loops(out)
@@ -372,8 +423,9 @@ def tell_all(out: Path) -> None:
 
 def main(what: str, out: str, *rest: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    {"loops": loops, "all": tell_all, "resume": resume}[what](Path(out), *rest)
+    if what != "train":  # the Trainer makes its own
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    {"loops": loops, "all": tell_all, "resume": resume, "train": train}[what](Path(out), *rest)
     dist.destroy_process_group()
 
 

@@ -16,12 +16,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import sharded_runs
-from aroma import AromaCallback, AromaController
+from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.distributed import refuse_sharding
 from aroma.errors import ConfigError
 from aroma.sharded import gathered, sharding_modules, summed
 from distributed_runs import CALM, batch_of, run_loop, stacked
-from sharded_runs import EXACT, LOOPS, REFUSALS, SAVED_AT, STEPS, Training
+from sharded_runs import LOOPS, REFUSALS, SAVED_AT, STEPS, Training
 from test_distributed import assert_close, launch, load
 from trainer_runs import adapted, assert_same, tiny_bert
 
@@ -151,15 +151,21 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> N
 
 
 def test_one_process_goes_on_with_the_checkpoint_of_two(told: Path) -> None:
-    assert_resumed_in_one(told)
+    assert_ends_alike(Training(told / "adapter").go_on(SAVED_AT, STEPS), told)
 
 
-def assert_resumed_in_one(told: Path) -> None:
+@pytest.mark.slow
+def test_four_processes_go_on_with_the_checkpoint_of_two(told: Path) -> None:
+    launch(4, "resume", str(told), "of-four", script=sharded_runs.__file__)
+    for rank in range(4):
+        assert_ends_alike(load(told / f"of-four-{rank}.pt"), told)
+
+
+def assert_ends_alike(found: dict[str, Any], told: Path) -> None:
     expected = load(told / "uninterrupted-0.pt")
-    found = Training(told / "adapter").go_on(SAVED_AT, STEPS)
     names = [{**event, "value": None} for event in expected["events"]]
     assert [{**event, "value": None} for event in found["events"]] == names
-    assert EXACT.method["lora_dropout"] > 0, "with dropout, every number of processes draws for its own batches"
+    assert_close(found["weights"], expected["weights"])
 
 
 def test_sharded_weights_are_not_loaded_into_a_model_without_the_components(told: Path) -> None:
@@ -204,7 +210,7 @@ def test_deepspeed_is_refused_with_the_reason(name: str) -> None:
 
 def test_deepspeed_is_refused_before_the_trainer_makes_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     callback, model = AromaCallback(), adapted()
-    arguments = SimpleNamespace(deepspeed="zero3.json")
+    arguments = SimpleNamespace(deepspeed="zero3.json", fsdp=False)
     with pytest.raises(ConfigError, match=r"^deepspeed='zero3.json': .*flattened fp32 copies"):
         callback.on_init_end(arguments, None, None, model=model)
     arguments.deepspeed = None
@@ -212,6 +218,42 @@ def test_deepspeed_is_refused_before_the_trainer_makes_its_engine(monkeypatch: p
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigError, match=r"^deepspeed=None: "):
         callback.on_init_end(arguments, None, None, model=model)
+
+
+def test_loading_on_rank_0_alone_is_refused_in_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, model = AromaCallback(), adapted()
+    arguments = SimpleNamespace(deepspeed=None, fsdp=True, fsdp_config={"cpu_ram_efficient_loading": True})
+    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading=True: .*set it to false"):
+        callback.on_init_end(arguments, None, None, model=model)
+    arguments.fsdp_config = {}
+    callback.on_init_end(arguments, None, None, model=model)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
+    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading='True': "):
+        callback.on_init_end(arguments, None, None, model=model)
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_trainer_under_fsdp2_does_what_one_process_does(tmp_path: Path) -> None:
+    """With accelerate told that its CPU processes are GPUs: by itself it trains CPU processes under DDP."""
+    launch(2, "train", str(tmp_path / "many"), script=sharded_runs.__file__)
+    alone = sharded_runs.trained(tmp_path / "one", 8)
+    ends = [load(tmp_path / "many" / f"end-{rank}.pt") for rank in (0, 1)]
+    assert_same(ends[0], ends[1])
+    assert ends[0]["wrapped"].startswith("FSDP")
+    assert ends[0]["events"] == alone["events"]
+    assert ends[0]["stopped"] == alone["stopped"] < 24
+    assert_close(ends[0]["weights"], alone["weights"])
+    for step in (8, 16):
+        one, many = (verified_tensors(tmp_path / folder / f"checkpoint-{step}") for folder in ("one", "many"))
+        assert_close(many, one)
+
+
+def verified_tensors(checkpoint: Path) -> dict[str, Any]:
+    verify_adapter(checkpoint)
+    return load_file(checkpoint / "adapter_model.safetensors")
 
 
 # One process ---------------------------------------------------------------------------------------------------------

@@ -56,10 +56,12 @@ class AromaCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Refuse a model without exactly one growing adapter, and DeepSpeed, before any work is done."""
+        """Refuse a model without exactly one growing adapter, and launches that cannot work, before any work."""
         trainable_adapter(model)
         if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             refuse_deepspeed(args.deepspeed)
+        if args.fsdp:
+            _refuse_fsdp_options(args.fsdp_config or {})
 
     def on_train_begin(
         self,
@@ -222,6 +224,19 @@ def trainable_adapter(model: nn.Module) -> str:
         type(model).__name__,
         "it has no trainable AROMA adapter; give the Trainer get_peft_model(model, AromaConfig(...))",
     )
+
+
+def _refuse_fsdp_options(options: dict[str, Any]) -> None:
+    """Refuse what accelerate's FSDP2 could not do with a growing adapter."""
+    name = "cpu_ram_efficient_loading"
+    value = options.get(name, os.environ.get(f"FSDP_{name.upper()}", "false"))
+    if str(value).lower() in ("true", "1"):
+        raise bad_value(
+            name,
+            value,
+            "accelerate then sends parameters alone from rank 0 to the others, and finished components are none; set "
+            "it to false",
+        )
 
 
 def _require_finite_parameters(model: nn.Module, step: int) -> None:
