@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -112,19 +113,23 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 }
 
 
-def run_loop(loop: Loop) -> dict[str, Any]:
-    """Train, and return what the rank came to; see the keys."""
+def replicated(model: Any, loop: Loop) -> Any:
+    """`model` in DistributedDataParallel, if there are other processes."""
+    return DistributedDataParallel(model, **loop.ddp) if size() > 1 else model
+
+
+def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[str, Any]:
+    """Train, and return what the rank came to; see the keys. `wrap` makes the model one of several processes."""
     base = tiny_bert(**({} if loop.unlike else CALM))
     base = base.double() if loop.double else base
     torch.manual_seed(100 + rank() * loop.unlike)
     model: Any = adapted(base, **{**UNLIKE_MODULES, **loop.method})
     if not loop.head:
         model.base_model.classifier.requires_grad_(False)
+    wrapped = model if loop.accelerate else wrap(model, loop)
     optimizer = OPTIMIZERS[loop.optimizer]([p for p in model.parameters() if p.requires_grad])
     if loop.accelerate:
         wrapped, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
-    else:
-        wrapped = DistributedDataParallel(model, **loop.ddp) if size() > 1 else model
     events: list[Any] = []
     with CountCollectives() as counted:
         start = attach(wrapped, optimizer, total_steps=loop.steps, on_event=events.append)
@@ -136,12 +141,12 @@ def run_loop(loop: Loop) -> dict[str, Any]:
             if start.finished and loop.early_stop:
                 stopped = step + 1
                 break
-    hidden = [] if size() == 1 else [name for name in wrapped.named_module_buffers if "lora_finished" in name]
+    hidden = [name for name in getattr(wrapped, "named_module_buffers", ()) if "lora_finished" in name]
     checks = {(event.step, event.kind) for event in events if event.kind == "checked"}
     return {
-        "weights": dict(model.state_dict()),
-        "optimizer": optimizer.state_dict()["state"],
-        "digest": tensors_digest({**model.state_dict()}),
+        "weights": whole(model.state_dict()),
+        "optimizer": whole(optimizer.state_dict()["state"]),
+        "digest": tensors_digest(whole(model.state_dict())),
         "events": [{**event.as_dict(), "value": None} for event in events],
         "values": [event.value for event in events if event.value is not None],
         "stopped": stopped,
@@ -153,7 +158,7 @@ def run_loop(loop: Loop) -> dict[str, Any]:
         "frozen pairs that moved": [
             name
             for name, layer in aroma_layers(model).items()
-            if layer.is_frozen("default") and any(bool(p.any()) for p in layer.pair("default"))
+            if layer.is_frozen("default") and any(bool(p.any()) for p in layer.whole_pair("default"))
         ],
     }
 
@@ -164,12 +169,23 @@ def take_step(model: Any, optimizer: Any, loop: Loop, step: int) -> None:
     for part in range(loop.accumulate):
         rows = share(batch_of(step * loop.accumulate + part), loop.uneven)
         last = part == loop.accumulate - 1
-        quiet: AbstractContextManager[Any] = nullcontext() if last or size() == 1 else model.no_sync()
-        with quiet:
+        with nullcontext() if last else without_sync(model):
             losses = [model(**stacked(rows[i :: loop.forwards])).loss for i in range(loop.forwards)]
             (sum(losses) / loop.forwards / loop.accumulate).backward()  # type: ignore[union-attr]
     optimizer.step()
     optimizer.zero_grad()
+
+
+def without_sync(model: Any) -> AbstractContextManager[Any]:
+    no_sync = getattr(model, "no_sync", nullcontext)
+    return no_sync()  # type: ignore[no-any-return]
+
+
+def whole(value: Any) -> Any:
+    """A state dict with its sharded tensors whole, on all ranks."""
+    if isinstance(value, dict):
+        return {name: whole(item) for name, item in value.items()}
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def batch_of(number: int, count: int = 8) -> list[dict[str, Tensor]]:
@@ -316,15 +332,6 @@ def no_pair_in_one_optimizer(_: Path) -> None:
     attach(wrapped, OPTIMIZERS["adamw"](parameters[rank() :]), total_steps=32)
 
 
-def sharded(_: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model: Any = adapted()
-    fully_shard(model, mesh=init_device_mesh("cpu", (size(),)))
-    attach(model, adamw(model), total_steps=32)
-
-
 def shared_optimizer(_: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -358,7 +365,6 @@ REFUSALS = {
         broken_head,
         broken_checkpoint,
         no_pair_in_one_optimizer,
-        sharded,
         shared_optimizer,
         joined,  # last: DDP goes on waiting for the joined ranks
     )

@@ -32,12 +32,12 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference between weights of one process and several, as a share of the largest weight of the tensor."""
 
 
-def launch(processes: int, *arguments: str, fails: bool = False) -> str:
-    """Run `distributed_runs.py` in several processes; return what they said."""
+def launch(processes: int, *arguments: str, fails: bool = False, script: str = distributed_runs.__file__) -> str:
+    """Run a script in several processes; return what they said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, distributed_runs.__file__, *arguments],
+        [*command, script, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -170,7 +170,6 @@ SAYS = {
     "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.bias: not finite"),
     "broken_checkpoint": ("CheckpointError", "aroma_state.json: the file is missing"),
     "no_pair_in_one_optimizer": ("ConfigError", "optimizer='AdamW': it does not hold"),
-    "sharded": ("ConfigError", "model='DTensor': "),
     "shared_optimizer": ("ConfigError", "optimizer='ZeroRedundancyOptimizer': "),
     "joined": ("ConfigError", "join=True: "),
 }

@@ -9,8 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from .errors import CheckpointError
 from .files import read_json, require_adapter_folder
+from .sharded import sharding_modules
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state, require_files
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -22,6 +25,9 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
     `model.save_pretrained` writes its tensors in place; here all files are written elsewhere, checked, and then moved,
     `aroma_state.json`, which vouches for the others, last.
 
+    Under DistributedDataParallel rank 0 calls this. Under FSDP2 all ranks do: they gather what trains, and go on when
+    rank 0 has written it.
+
     Args:
         model: A PeftModel with an AROMA adapter.
         folder: Where to; made if missing. Files of other names in it, and a README.md, are left alone.
@@ -29,8 +35,20 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    if not sharding_modules(model):
+        _write_adapter(model, target, adapter_name)
+        return
+    try:
+        _write_adapter(model, target, adapter_name, writes=dist.get_rank() == 0)
+    finally:  # so that nobody waits for a rank that failed
+        dist.barrier()
+
+
+def _write_adapter(model: Any, target: Path, adapter_name: str, writes: bool = True) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
-        model.save_pretrained(staging, selected_adapters=[adapter_name])
+        model.save_pretrained(staging, selected_adapters=[adapter_name], is_main_process=writes)
+        if not writes:
+            return
         # PEFT gives every adapter but "default" a folder of its own.
         source = Path(staging) if adapter_name == "default" else Path(staging) / adapter_name
         verify_adapter(source)

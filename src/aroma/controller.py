@@ -6,13 +6,14 @@ unfrozen module; when it ends, every unfrozen module keeps its component and sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .distributed import (
     agree,
@@ -27,7 +28,8 @@ from .distributed import (
 from .errors import CheckpointError, NonFiniteError, bad_value
 from .events import Event, ModuleSummary
 from .files import tensors_digest
-from .measures import PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
+from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
+from .sharded import gathered, is_sharded, reshard, sharding_modules
 from .target import TargetModule
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
@@ -41,10 +43,11 @@ class AromaController:
     """Runs Algorithm 1 for one adapter. Call `step()` after every optimizer step.
 
     Under DistributedDataParallel every rank makes one, after the model was wrapped, and steps it in step with the
-    others: they agree on every decision, and an error of one is raised on all.
+    others: they agree on every decision, and an error of one is raised on all. The same under FSDP2, after
+    `fully_shard` and the optimizer; whatever reads components (`summary`, `state_dict`) is then called by all ranks.
 
     Args:
-        model: Model with an AROMA adapter; wrapped or not.
+        model: Model with an AROMA adapter; wrapped, sharded or neither.
         optimizer: Optimizer that holds the trainable pairs; wrapped by accelerate or not.
         total_steps: Planned optimizer steps T; needed where `max_inner_steps` is None.
         adapter_name: Name of the adapter.
@@ -59,7 +62,7 @@ class AromaController:
 
     Raises:
         ConfigError: No growing module, a pair that the optimizer does not hold or that is offloaded, loops that
-            cannot fit the run, replicas that differ between the ranks, or sharded parameters.
+            cannot fit the run, replicas that differ between the ranks, or parameters sharded otherwise than by FSDP2.
     """
 
     def __init__(
@@ -89,6 +92,9 @@ class AromaController:
         ]
         self._processes = world_size()
         self._wrapper = wrapper if wrapper is not model else None
+        self._sharding = sharding_modules(model)
+        reshard(self._sharding)
+        self._held: dict[str, Pair] | None = None
         with self.together():
             refuse_sharding(wrapper, optimizer)
             for module in self.modules:
@@ -140,7 +146,8 @@ class AromaController:
 
     def summary(self) -> list[ModuleSummary]:
         """Return rank, effective rank, state and last check values of every module, in module order."""
-        return [module.summary() for module in self.modules]
+        pairs = self._pairs(self.modules)
+        return [module.summary(pair) for module, pair in zip(self.modules, pairs, strict=True)]
 
     # What a loop does ------------------------------------------------------------------------------------------------
 
@@ -155,6 +162,7 @@ class AromaController:
             ResetError: The optimizer keeps state that `reset` cannot reset; found out at the first step.
         """
         self._refuse_stale()
+        self._held = None
         self.config.ever_controlled = True
         self.global_step += 1
         if self.finished:
@@ -177,11 +185,13 @@ class AromaController:
             NonFiniteError: A component is NaN or infinite.
         """
         self._refuse_stale()
+        self._held = None
         if self.finished:
             return []
         active = self._active()
         names = [module.name for module in active]
-        norms = pair_norms([module.pair for module in active])
+        pairs = self._pairs(active)
+        norms = pair_norms(pairs)
         weights = [module.weight_norm for module in active]
         agreed, _ = agree([*names, *names], [*norms, *weights], [], self._device)
         norms, weights = agreed[: len(active)], agreed[len(active) :]
@@ -189,7 +199,7 @@ class AromaController:
         for module, norm, weight in zip(active, norms, weights, strict=True):
             module.weight_norm = weight
             module.outer_value = outer_value(self.config.scale * norm, weight)
-        kept = [module for module in active if module.keeps_component()]
+        kept = {module: pair for module, pair in zip(active, pairs, strict=True) if module.keeps_component()}
         self._merge(kept)
         events = [event for module in active for event in self._decide(module, module in kept)]
         if self.finished:
@@ -202,13 +212,17 @@ class AromaController:
         """Check every component in training, as a check would; called before a checkpoint is written.
 
         Args:
-            alone: Whether this rank asks by itself; otherwise all ranks call this, and all raise.
+            alone: Whether this rank asks by itself; otherwise all ranks call this, and all raise. Under FSDP2 they
+                gather the components for what rank 0 does alone until the next step, and it asks after that only.
 
         Raises:
             NonFiniteError: A component is NaN or infinite.
         """
         active = self._active()
-        norms = pair_norms([module.pair for module in active])
+        if not alone and self._sharding:
+            self._held = None
+            self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
+        norms = pair_norms(self._pairs(active))
         if not alone:
             norms, _ = agree([module.name for module in active], norms, [], self._device)
         self._require_finite(active, norms, "save")
@@ -219,8 +233,12 @@ class AromaController:
 
     # State -----------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, pairs: Sequence[Pair] | None = None) -> dict[str, Any]:
         """Return what an exact resume needs beside the adapter's own tensors.
+
+        Args:
+            pairs: The component in training of every module, whole, where they are known; otherwise all ranks gather
+                sharded ones together.
 
         Returns:
             `{"state": JSON-able dict, "tensors": {name: Tensor}}`. Tensors are there only where the plain adapter
@@ -229,9 +247,10 @@ class AromaController:
         """
         if self._stale:
             return {"state": None, "tensors": {}}
+        pairs = self._pairs(self.modules) if pairs is None else pairs
         tensors = self._snapshot.tensors()
-        for module in self.modules:
-            tensors.update(module.pair_tensors(self._draw_number))
+        for module, pair in zip(self.modules, pairs, strict=True):
+            tensors.update(module.pair_tensors(self._draw_number, pair))
         state = {
             "config": self.config.method(),
             "global_step": self.global_step,
@@ -240,7 +259,7 @@ class AromaController:
             "max_inner_steps": self.max_inner_steps,
             "earlier_outer_steps": self._earlier_outer_steps,
             "snapshot_norms": self._snapshot.norms,
-            "adapter_digest": self._digest(),
+            "adapter_digest": self._digest(pairs),
             # A list: the Trainer sorts the keys of a dict, and the order of modules decides their random numbers.
             "modules": [module.state() for module in self.modules],
         }
@@ -250,19 +269,21 @@ class AromaController:
     def load_state_dict(self, exported: dict[str, Any]) -> None:
         """Restore what `state_dict()` returned, onto the adapter loaded from the same checkpoint.
 
-        Under DistributedDataParallel all ranks call it; the checkpoint may be of another number of processes.
+        All ranks call it; the checkpoint may be of another number of processes.
 
         Raises:
             ConfigError: The checkpoint has another configuration or other modules; every difference is named. Or the
                 optimizer does not hold the pair of a module that trained then.
         """
+        self._held = None
+        pairs = self._pairs(self.modules)
         with self.together():
-            self._restore(exported["state"], exported["tensors"])
+            self._restore(exported["state"], exported["tensors"], pairs)
 
-    def _restore(self, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Any], pairs: Sequence[Pair]) -> None:
         self.config.check_resumable(state["config"])
         self._refuse_other_modules([entry["name"] for entry in state["modules"]])
-        if self._digest() != state["adapter_digest"]:
+        if self._digest(pairs) != state["adapter_digest"]:
             raise CheckpointError(
                 "adapter_model.safetensors: its components are not those that aroma_state.json was written with, so "
                 "one of the files was edited or comes from another moment; use another checkpoint"
@@ -281,6 +302,7 @@ class AromaController:
     def invalidate(self) -> None:
         """Note that other components were loaded under the controller's feet."""
         self._stale = True
+        self._held = None
 
     # Checks ----------------------------------------------------------------------------------------------------------
 
@@ -289,9 +311,7 @@ class AromaController:
 
     def _inner_check(self) -> list[Event]:
         active = self._active()
-        values, snapshot = inner_values(
-            [module.pair for module in active], self._snapshot, self.config.inner_criterion
-        )
+        values, snapshot = inner_values(self._pairs(active), self._snapshot, self.config.inner_criterion)
         norms, values = agree([module.name for module in active], snapshot.norms, values, self._device)
         self._snapshot = PairSnapshot(norms, snapshot.pairs)
         self._require_finite(active, norms, "inner")
@@ -318,16 +338,16 @@ class AromaController:
 
     # Merge & Reinit & Reset, Freeze ----------------------------------------------------------------------------------
 
-    def _merge(self, modules: list[TargetModule]) -> None:
+    def _merge(self, kept: dict[TargetModule, Pair]) -> None:
         norms = grown_norms(
-            [module.layer.weight_matrix for module in modules],
-            [module.finished for module in modules],
-            [module.scaled_pair for module in modules],
-            [module.weight_norm for module in modules],
+            [module.layer.weight_matrix for module in kept],
+            [module.finished for module in kept],
+            [module.scaled(pair) for module, pair in kept.items()],
+            [module.weight_norm for module in kept],
         )
-        for module, norm in zip(modules, norms, strict=True):
+        for (module, pair), norm in zip(kept.items(), norms, strict=True):
             module.weight_norm = norm
-            module.merge()
+            module.merge(pair)
 
     def _decide(self, module: TargetModule, kept: bool) -> list[Event]:
         """Freeze `module`, or start its next component; return what happened to it."""
@@ -350,9 +370,10 @@ class AromaController:
 
     def _settle_graph(self, compiled: bool) -> None:
         """Let frozen pairs stay in the graph where DistributedDataParallel or a compiler want it unchanged."""
-        stays = compiled or is_distributed()
+        # FSDP2 waits for no gradient: it reduces those that there are.
+        stays = compiled or (is_distributed() and not self._sharding)
         for module in self.modules:
-            module.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else 1)
+            module.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
         if stays:
             # Their gradients are zero. Without any, the optimizer leaves them and its state alone, as anywhere else.
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -361,7 +382,7 @@ class AromaController:
     @property
     def _device(self) -> torch.device:
         """Where collectives take place; a model that is moved takes it along."""
-        return self.modules[0].pair[0].device
+        return _communicating_device(self.modules[0])
 
     def _join_ranks(self, model: nn.Module) -> None:
         """Settle what depends on how many processes train, and refuse replicas that differ."""
@@ -380,12 +401,15 @@ class AromaController:
             "total_steps": self.total_steps,
             "target_modules": [(module.name, module.rank, module.is_frozen) for module in self.modules],
             "optimizer": type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,
+            "fully_shard": len(self._sharding),
         }
 
     def _tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        # DDP's own mark for what it does not keep equal.
+        # The one is DDP's own mark for what it does not keep equal; of the other there is one in all.
         yield from (
-            (name, parameter) for name, parameter in model.named_parameters() if not hasattr(parameter, "_ddp_ignored")
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if not hasattr(parameter, "_ddp_ignored") and not is_sharded(parameter)
         )
         for module in self.modules:
             B, A = module.finished
@@ -402,7 +426,8 @@ class AromaController:
                     "optimizer",
                     type(self.optimizer).__name__,
                     f"it does not hold the trainable pair of {module.name!r}, so that module would never learn; make "
-                    "the optimizer after get_peft_model, over every parameter that requires a gradient",
+                    "the optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that "
+                    "requires a gradient",
                 )
 
     def _check_optimizer_state(self) -> None:
@@ -429,7 +454,7 @@ class AromaController:
                 "world_size",
                 world_size(),
                 f"the controller was made when it was {self._processes}; make it after init_process_group, when the "
-                "model is wrapped in DistributedDataParallel",
+                "model is wrapped in DistributedDataParallel or sharded by fully_shard",
             )
         join = getattr(self._wrapper, "_join_config", None)
         if join is not None and join.enable:
@@ -457,11 +482,19 @@ class AromaController:
 
     # Small things ----------------------------------------------------------------------------------------------------
 
-    def _digest(self) -> str:
+    def _pairs(self, modules: Sequence[TargetModule]) -> list[Pair]:
+        """Return the components in training, whole; under FSDP2 by one collective."""
+        if self._held is not None:
+            return [self._held[module.name] for module in modules]
+        reshard(self._sharding)
+        tensors = gathered([tensor for module in modules for tensor in module.pair])
+        return [*zip(tensors[::2], tensors[1::2], strict=True)]
+
+    def _digest(self, pairs: Sequence[Pair]) -> str:
         """Return a digest of all components, equal before a save and after the load."""
         tensors = {}
-        for module in self.modules:
-            B, A = module.components
+        for module, pair in zip(self.modules, pairs, strict=True):
+            B, A = module.components(pair)
             if A.shape[0]:
                 tensors[f"{module.name}.B"], tensors[f"{module.name}.A"] = B, A
         return tensors_digest(tensors)
@@ -473,10 +506,10 @@ class AromaController:
 
     def _continue_loaded(self) -> None:
         """Let modules with components from an earlier run go on: full ones are frozen, new ones start afresh."""
-        for module in self.modules:
+        for module, (b, _) in zip(self.modules, self._pairs(self.modules), strict=True):
             if module.is_full() and not module.is_frozen:
                 module.freeze()
-            elif self._earlier_outer_steps and not module.is_frozen and not module.has_moved:
+            elif self._earlier_outer_steps and not module.is_frozen and not b.any():
                 module.start_component(self._draw_number)
 
     def _measure_weights(self) -> None:
@@ -505,6 +538,12 @@ class AromaController:
         for event in events:
             for listener in self._listeners:
                 listener(event)
+
+
+def _communicating_device(module: TargetModule) -> torch.device:
+    """Return a device that the process group can reduce tensors of: not the CPU that shards may be offloaded to."""
+    b, _ = module.pair
+    return torch.device(b.device_mesh.device_type) if isinstance(b, DTensor) else b.device
 
 
 def _drop_gradients_of_frozen(modules: list[TargetModule], *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the processes that train replicas of one model (DistributedDataParallel) must agree on.
+"""What the processes that train one model (DistributedDataParallel, FSDP2) must agree on.
 
 Functions with a `device` are collectives: every rank calls them, in the same order. A process alone agrees with
 itself, bit for bit. No step calls one: a check calls one, and a few are called at the start.
@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import errors
 from .errors import AromaError, ConfigError, bad_value
+from .sharded import refuse_other_shards
 
 _DRIFT = 1e-3
 """Relative difference of a norm between replicas that no rounding explains: DDP keeps them equal bit for bit."""
@@ -30,12 +31,22 @@ _BLOCK_ELEMENTS = 2**22
 
 _MESSAGE_BYTES = 4096
 
+_ZERO = (
+    "of DeepSpeed, whose ZeRO-2 and ZeRO-3 keep flattened fp32 copies of the parameters, and every new component "
+    "would have to be written into them"
+)
+
+_REMEDY = (
+    "AROMA trains in one process, under DistributedDataParallel and under FSDP2 (torch.distributed.fsdp.fully_shard): "
+    "launch with one of these"
+)
+
 _SHARDED = {
-    "DTensor": "a sharded tensor (FSDP2, tensor parallelism)",
-    "FlatParameter": "a sharded parameter of FSDP",
-    "FullyShardedDataParallel": "an FSDP module",
-    "DeepSpeedEngine": "a DeepSpeed engine",
-    "DeepSpeedOptimizerWrapper": "an optimizer of DeepSpeed",
+    "FlatParameter": "a parameter of FSDP1, which has no shape of its own",
+    "FullyShardedDataParallel": "a module of FSDP1, which flattens the pairs of many modules into one parameter",
+    "DeepSpeedEngine": f"an engine {_ZERO}",
+    "DeepSpeedOptimizerWrapper": f"an optimizer {_ZERO}",
+    "ZeROOptimizer": f"an optimizer {_ZERO}",
     "ZeroRedundancyOptimizer": "an optimizer that keeps a share of its state on every rank",
 }
 """Classes by name, so that nothing is imported to look for them."""
@@ -179,10 +190,10 @@ def require_equal_replicas(
 
 
 def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
-    """Refuse everything that several processes share out among them instead of each holding a replica.
+    """Refuse every way of sharing a model or its optimizer out but FSDP2 with rows over all processes.
 
     Raises:
-        ConfigError: A sharded parameter, module or optimizer.
+        ConfigError: A parameter, module or optimizer that is sharded otherwise.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     for part in (optimizer, inner, *model.modules(), *model.parameters()):
@@ -191,9 +202,18 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
                 raise bad_value(
                     "optimizer" if part is optimizer or part is inner else "model",
                     kind.__name__,
-                    f"it is {_SHARDED[kind.__name__]}, and AROMA trains whole replicas so far: one process, or "
-                    "several with DistributedDataParallel. Launch without FSDP and DeepSpeed",
+                    f"it is {_SHARDED[kind.__name__]}. {_REMEDY}",
                 )
+    refuse_other_shards(model, world_size())
+
+
+def refuse_deepspeed(configuration: object) -> NoReturn:
+    """Refuse a training that DeepSpeed is to run, before its engine is made.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise bad_value("deepspeed", configuration, f"it would make an engine {_ZERO}. {_REMEDY}")
 
 
 def _number_of(text: str) -> int:

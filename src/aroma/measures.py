@@ -19,6 +19,7 @@ from .criteria import (
     merged_norm_squared,
     product_norm_squared,
 )
+from .sharded import summed
 
 Pair = tuple[Tensor, Tensor]
 """A component b (m, r), a (r, n)."""
@@ -102,7 +103,7 @@ def weight_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair
         weights: W0 (m, n) of every module, by call: a quantised weight is dequantised one module at a time.
         updates: Finished components B (m, R), A (R, n), scale folded in.
     """
-    squares = [merged_norm_squared(weight(), B, A) for weight, (B, A) in zip(weights, updates, strict=True)]
+    squares = summed(merged_norm_squared, weights, updates)
     return _to_host([square.clamp_min(0).sqrt() for square in squares])
 
 
@@ -118,9 +119,10 @@ def grown_norms(
         norms: ‖W0 + B A‖_F.
     """
     squares = []
-    for weight, (B, A), (b, a), norm in zip(weights, updates, added, norms, strict=True):
-        cross = cross_term(weight(), b, a) + inner_product(B, A, b, a)
-        squares.append((norm**2 + 2 * cross + product_norm_squared(b, a)).clamp_min(0).sqrt())
+    crosses = summed(cross_term, weights, added)
+    for cross, (B, A), (b, a), norm in zip(crosses, updates, added, norms, strict=True):
+        both = cross + inner_product(B, A, b, a)
+        squares.append((norm**2 + 2 * both + product_norm_squared(b, a)).clamp_min(0).sqrt())
     return _to_host(squares)
 
 

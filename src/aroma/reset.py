@@ -10,12 +10,14 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ResetError, bad_value
+from .sharded import is_sharded, layout, local, own_rows
 
 RESET_KINDS = ("prune", "zero", "none")
 
@@ -38,11 +40,16 @@ _SCRATCH = frozenset({"RMS", "unorm_vec"})
 
 @dataclass(frozen=True)
 class _Moment:
-    """One moment tensor, the value in it that stands for zero, and the block scales of a quantized one."""
+    """One moment tensor, the value in it that stands for zero, and the block scales of a quantized one.
+
+    Of a sharded moment, `values` are what this rank holds: the entries `own` of the first dimension of `shape`.
+    """
 
     values: Tensor
     zero: float
     absmax: Tensor | None = None
+    own: slice | EllipsisType = ...
+    shape: tuple[int, ...] = ()
 
 
 def component_generator(seed: int, outer_step: int, module_index: int, purpose: str) -> torch.Generator:
@@ -158,13 +165,15 @@ def _require_known(optimizer: Any, state: Mapping[str, Any]) -> None:
 
 def _read_moment(optimizer: Any, param: Tensor, state: Mapping[str, Any], key: str) -> _Moment:
     values = state[key]
-    if type(values) not in (Tensor, torch.nn.Parameter):  # a subclass may be sharded or packed
-        raise _refusal(optimizer, key, values, "which is not a plain tensor")
-    if tuple(values.shape) not in _moment_shapes(tuple(param.shape)):
+    sharded = is_sharded(values) and is_sharded(param) and layout(values) == layout(param)
+    if not sharded and type(values) not in (Tensor, torch.nn.Parameter):  # a subclass may be packed
+        raise _refusal(optimizer, key, values, "which is neither a plain tensor nor sharded as its parameter is")
+    shape = tuple(values.shape)
+    if shape not in _moment_shapes(tuple(param.shape)):
         raise _refusal(optimizer, key, values, f"which does not fit its parameter of shape {tuple(param.shape)}")
     if values.is_floating_point():
-        return _Moment(values, 0.0)
-    if values.dtype == torch.uint8 and key in _CODEBOOKS:
+        return _Moment(local(values), 0.0, shape=shape, own=own_rows(values) if sharded else ...)
+    if not sharded and values.dtype == torch.uint8 and key in _CODEBOOKS:
         return _read_quantized(optimizer, state, key)
     raise _refusal(optimizer, key, values, f"whose dtype {values.dtype} AROMA cannot read")
 
@@ -182,18 +191,18 @@ def _read_quantized(optimizer: Any, state: Mapping[str, Any], key: str) -> _Mome
     codes = torch.nonzero(qmap == 0)
     if len(codes) == 0:
         raise _refusal(optimizer, key, state[key], "whose quantization map has no zero")
-    return _Moment(state[key], int(codes[0]), absmax)
+    return _Moment(state[key], int(codes[0]), absmax, shape=tuple(state[key].shape))
 
 
 def _prune(moments: list[_Moment], ratio: float, generator: torch.Generator) -> None:
     # One draw for all moments of a shape. Drawn apart, a first moment would outlive its second one, and Adam, whose
     # gradient of a is 0 while b is 0, would move that entry by a million times the learning rate.
-    chosen: dict[torch.Size, Tensor] = {}
+    # Of the whole shape, also where the rank holds a part: all ranks and all numbers of them draw alike.
+    chosen: dict[tuple[int, ...], Tensor] = {}
     for moment in moments:
-        shape = moment.values.shape
-        if shape not in chosen:
-            chosen[shape] = torch.rand(shape, generator=generator) < ratio
-        moment.values.masked_fill_(chosen[shape].to(moment.values.device), moment.zero)
+        if moment.shape not in chosen:
+            chosen[moment.shape] = torch.rand(moment.shape, generator=generator) < ratio
+        moment.values.masked_fill_(chosen[moment.shape][moment.own].to(moment.values.device), moment.zero)
 
 
 def _clear(moment: _Moment) -> None:

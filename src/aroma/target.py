@@ -47,13 +47,15 @@ class TargetModule:
 
     @property
     def pair(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-        """The component in training, b (m, r) and a (r, n)."""
+        """The component in training, b (m, r) and a (r, n), as the optimizer holds it: sharded under FSDP2.
+
+        Methods that take a `pair` want it whole.
+        """
         return self.layer.pair(self._adapter_name)
 
-    @property
-    def scaled_pair(self) -> Pair:
-        """The component in training with the scale folded into b, detached."""
-        b, a = self.pair
+    def scaled(self, pair: Pair) -> Pair:
+        """Return a component with the scale folded into b, detached."""
+        b, a = pair
         return b.detach() * self._config.scale, a.detach()
 
     @property
@@ -62,10 +64,9 @@ class TargetModule:
         finished = self.layer.finished(self._adapter_name)
         return finished.B, finished.A
 
-    @property
-    def components(self) -> Pair:
-        """The whole update, B and A as in `finished`, the component in training last if it has moved."""
-        return self.layer.components(self._adapter_name)
+    def components(self, pair: Pair) -> Pair:
+        """Return the whole update, B and A as in `finished`, with the component in training last if it has moved."""
+        return self.layer.components(self._adapter_name, pair)
 
     @property
     def rank(self) -> int:
@@ -78,18 +79,13 @@ class TargetModule:
         return -(-self.rank // self._config.r)
 
     @property
-    def has_moved(self) -> bool:
-        """Whether the component in training has moved away from its start, b = 0."""
-        return bool(self.pair[0].any())
-
-    @property
     def is_frozen(self) -> bool:
         """Whether it is outer-converged."""
         return self.layer.is_frozen(self._adapter_name)
 
-    def summary(self) -> ModuleSummary:
+    def summary(self, pair: Pair) -> ModuleSummary:
         """Return rank, effective rank, state and last check values."""
-        B, A = self.components
+        B, A = self.components(pair)
         return ModuleSummary(
             name=self.name,
             rank=A.shape[0],
@@ -112,15 +108,15 @@ class TargetModule:
         """Whether it has `max_components` or more, as a loaded adapter may."""
         return self._config.max_components is not None and self.component_count >= self._config.max_components
 
-    def merge(self) -> None:
+    def merge(self, pair: Pair) -> None:
         """Merge: the component in training becomes a finished one."""
-        self.layer.merge_pair(self._adapter_name)
+        self.layer.merge_pair(self._adapter_name, pair)
 
     def freeze(self) -> None:
         """Drop the component in training, for good."""
         self.layer.freeze(self._adapter_name)
 
-    def stay_in_graph(self, stays: bool, growths: int = 1) -> None:
+    def stay_in_graph(self, stays: bool, growths: int | None = None) -> None:
         """Settle whether the pair goes on requiring a gradient, zero, once it is frozen; see `AromaLinear`."""
         self.layer.stay_in_graph(self._adapter_name, stays, growths)
 
@@ -164,11 +160,11 @@ class TargetModule:
             "weight_norm": self.weight_norm,
         }
 
-    def pair_tensors(self, outer_number: int) -> dict[str, Tensor]:
+    def pair_tensors(self, outer_number: int, pair: Pair) -> dict[str, Tensor]:
         """Return the pair by name if the plain adapter would not give it back bit for bit."""
         if self.is_frozen:
             return {}
-        b, a = (parameter.detach() for parameter in self.pair)
+        b, a = (tensor.detach() for tensor in pair)
         if b.any():
             exact = torch.equal(b * self._config.scale / self._config.scale, b)
         else:

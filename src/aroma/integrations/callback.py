@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from ..controller import AromaController
+from ..distributed import refuse_deepspeed
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
@@ -55,8 +57,12 @@ class AromaCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Refuse a model without exactly one growing adapter before any work is done."""
+        """Refuse a model without exactly one growing adapter, and launches that cannot work, before any work."""
         trainable_adapter(model)
+        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            refuse_deepspeed(args.deepspeed)
+        if args.fsdp:
+            _refuse_fsdp_options(args.fsdp_config or {})
 
     def on_train_begin(
         self,
@@ -230,6 +236,19 @@ def trainable_adapter(model: nn.Module) -> str:
         type(model).__name__,
         "it has no trainable AROMA adapter; give the Trainer get_peft_model(model, AromaConfig(...))",
     )
+
+
+def _refuse_fsdp_options(options: dict[str, Any]) -> None:
+    """Refuse what accelerate's FSDP2 could not do with a growing adapter."""
+    name = "cpu_ram_efficient_loading"
+    value = options.get(name, os.environ.get(f"FSDP_{name.upper()}", "false"))
+    if str(value).lower() in ("true", "1"):
+        raise bad_value(
+            name,
+            value,
+            "accelerate then sends parameters alone from rank 0 to the others, and finished components are none; set "
+            "it to false",
+        )
 
 
 def _require_finite_parameters(model: nn.Module, step: int) -> None:

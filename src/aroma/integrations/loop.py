@@ -78,10 +78,11 @@ def attach(
     `attach(..., resume_from=folder)`.
 
     Under `torchrun`, wrap the model first, `attach(DistributedDataParallel(model), optimizer, ...)`, on every rank;
-    save on rank 0.
+    save on rank 0. With FSDP2: `fully_shard` the blocks and the model, make the optimizer, then `attach(model,
+    optimizer, ...)`; save with `aroma.save_adapter(model, folder)` on every rank (docs/distributed.md).
 
     Args:
-        model: Model with an AROMA adapter; wrapped or not.
+        model: Model with an AROMA adapter; wrapped, sharded or neither.
         optimizer: Optimizer that holds the adapter's parameters.
         scheduler: Learning-rate scheduler; its `get_last_lr()` then tells the rate that was used.
         total_steps: Planned optimizer steps; needed where `max_inner_steps` is None.

@@ -147,6 +147,7 @@ class AromaConfig(LoraConfig):
         self.peft_type = PEFT_TYPE
         # Not dataclass fields: they belong to the live adapter, not to its configuration.
         self._plain: PlainAdapter | None = None
+        self._exported: dict[str, Any] | None = None
         self._controller: weakref.ref[Any] | None = None
         self.ever_controlled = False
         self.dtype_is_settled = False

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, NonFiniteError, bad_value
+from ..sharded import gathered, is_sharded, local, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Update, add_update, autocast_dtype, linear_with_update
 from .watched import are_plain_linear, is_hooked, is_traced, returns_its_own
@@ -79,16 +80,30 @@ class AromaLinear(LoraLinear):
 
     def rank(self, adapter_name: str) -> int:
         """Return the rank of the update: finished components, and the pair once it has moved."""
-        return self.finished(adapter_name).rank + (self.r[adapter_name] if self._pair_counts(adapter_name) else 0)
+        counts = not self.is_frozen(adapter_name) and bool(self.whole_pair(adapter_name)[0].any())
+        return self.finished(adapter_name).rank + (self.r[adapter_name] if counts else 0)
 
     @torch.no_grad()
-    def components(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return the whole update as B (m, R) with the scale folded in and A (R, n), the pair last if it has moved."""
+    def whole_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return b (m, r) and a (r, n), detached; of a sharded pair a copy, gathered by all ranks together."""
+        b, a = gathered([parameter.detach() for parameter in self.pair(adapter_name)])
+        return b, a
+
+    @torch.no_grad()
+    def components(self, adapter_name: str, pair: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the whole update as B (m, R) with the scale folded in and A (R, n), the pair last if it has moved.
+
+        Args:
+            adapter_name: Name of the adapter.
+            pair: Its whole pair where that is known; otherwise all ranks gather a sharded one together.
+        """
         finished = self.finished(adapter_name)
         B = self._scaled(finished.B, adapter_name)
-        if not self._pair_counts(adapter_name):
+        if self.is_frozen(adapter_name):
             return B, finished.A
-        b, a = self.pair(adapter_name)
+        b, a = self.whole_pair(adapter_name) if pair is None else pair
+        if not b.any():
+            return B, finished.A
         B = torch.cat([B.to(b), b * self.scaling[adapter_name]], dim=1)
         return B, torch.cat([finished.A.to(a), a], dim=0)
 
@@ -97,15 +112,12 @@ class AromaLinear(LoraLinear):
         scale, own = self.scaling[adapter_name], self.own_scaling[adapter_name]
         return B if scale == own else B * (scale / own)
 
-    def _pair_counts(self, adapter_name: str) -> bool:
-        return not self.is_frozen(adapter_name) and bool(self.pair(adapter_name)[0].any())
-
     # The steps of Algorithm 1 that change a module ------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge_pair(self, adapter_name: str) -> None:
-        """Merge: the pair becomes a finished component."""
-        b, a = self.pair(adapter_name)
+    def merge_pair(self, adapter_name: str, pair: tuple[Tensor, Tensor] | None = None) -> None:
+        """Merge: the pair, given whole or gathered by all ranks together, becomes a finished component."""
+        b, a = self.whole_pair(adapter_name) if pair is None else pair
         # Its own scale: one that PEFT has set for a while goes on scaling the component from outside.
         self.finished(adapter_name).append(b * self.own_scaling[adapter_name], a)
 
@@ -113,8 +125,8 @@ class AromaLinear(LoraLinear):
     def start_pair(self, adapter_name: str, a: Tensor, b: Tensor | None = None) -> None:
         """Reinit: put `a` (r, n) and `b` (m, r), zero by default, into the pair; a stale gradient is dropped."""
         pair_b, pair_a = self.pair(adapter_name)
-        pair_a.copy_(a)
-        pair_b.zero_() if b is None else pair_b.copy_(b)
+        write(pair_a, a)
+        local(pair_b).zero_() if b is None else write(pair_b, b)
         pair_a.grad = pair_b.grad = None
 
     @torch.no_grad()
@@ -122,22 +134,23 @@ class AromaLinear(LoraLinear):
         """Freeze for good: the pair is dropped, and only the finished components remain."""
         self.frozen_adapters.add(adapter_name)
         for parameter in self.pair(adapter_name):
-            parameter.zero_()
+            local(parameter).zero_()
             parameter.grad = None
             parameter.requires_grad_(self.stays_in_graph)
 
-    def stay_in_graph(self, adapter_name: str, stays: bool, growths: int = 1) -> None:
+    def stay_in_graph(self, adapter_name: str, stays: bool, growths: int | None = None) -> None:
         """Settle whether a frozen pair goes on requiring a gradient, for one frozen already as well.
 
         Args:
             adapter_name: The adapter that grows.
             stays: Whether it does.
-            growths: Components of rank r that the storage of finished ones takes before it is made anew, and a
-                compiled graph with it; never fewer than 8 components of rank 1.
+            growths: Components of rank r that the storage of finished ones takes, from now on, before it is made anew
+                and a compiled graph with it; never fewer than 8 of rank 1. None: nothing is stored in advance.
         """
         self.stays_in_graph = stays
-        rows = growths * self.r[adapter_name]
-        self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=self.pair(adapter_name)[1])
+        if growths is not None:
+            rows = growths * self.r[adapter_name]
+            self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=local(self.pair(adapter_name)[1]))
         if self.is_frozen(adapter_name):
             for parameter in self.pair(adapter_name):
                 parameter.requires_grad_(stays)
@@ -195,11 +208,16 @@ class AromaLinear(LoraLinear):
         """Merge into the base weight, adding in float32 so that a weight of lower precision is rounded once.
 
         Raises:
-            ConfigError: The base layer is quantised and cannot be merged in place.
+            ConfigError: The base layer is quantised or sharded and cannot be merged in place.
             NonFiniteError: With `safe_merge`, the merged weight is NaN or infinite; the base weight is left as it was.
         """
         base = self.get_base_layer()
         self.refuse_merge_if_quantised()
+        if is_sharded(base.weight):
+            raise ConfigError(
+                "base layer: FSDP2 shares its weight out, and no rank can merge into it; save the adapter and merge "
+                "in one process (aroma export --merged)"
+            )
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.lora_A:
                 continue

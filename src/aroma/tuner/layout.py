@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ..files import tensors_digest
+from ..sharded import Factors
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -69,8 +70,8 @@ def plain_tensors(
     Args:
         layers: Growing layers by their name in the state dict.
         adapter_name: Adapter to collect.
-        state_dict: State dict of the whole model; the pair and the finished components are taken from it, so that a
-            gathered state dict of a sharded model works too.
+        state_dict: State dict of the whole model, nothing that trains sharded in it; the pair and the finished
+            components are taken from it.
 
     Returns:
         Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R) of every module
@@ -95,6 +96,14 @@ def plain_tensors(
     shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
     saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
     return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved))
+
+
+def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:
+    """Return the components in training, b (m, r) and a (r, n), that a state dict of the whole model holds."""
+    return [
+        (state_dict[f"{key}.lora_B.{adapter_name}.weight"], state_dict[f"{key}.lora_A.{adapter_name}.weight"])
+        for key in layers
+    ]
 
 
 def components_digest(saved: Mapping[str, Tensor]) -> str:
@@ -122,7 +131,7 @@ def finished_tensors(
         B = _saved(plain, f"{key}.lora_B.weight")
         b, a = layer.pair(adapter_name)
         if A is None or B is None:
-            A, B = a.new_zeros(0, layer.in_features), a.new_zeros(layer.out_features, 0)
+            A, B = torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
         elif not A.any() and not B.any():
             A, B = A[:0], B[:, :0]  # the placeholder of an adapter whose ranks are all 0
         entries[f"{key}.lora_finished.{adapter_name}.A"] = A.to(a.dtype)

@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
+from ..sharded import gathered, is_sharded, shared_out
 from .config import PEFT_TYPE, AromaConfig
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX, finished_tensors, plain_tensors
+from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
 from .state import warn_uncontrolled
 
 _QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
@@ -136,7 +137,12 @@ class AromaModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        tensors, config._plain = plain_tensors(_layers_by_key(model, adapter_name), adapter_name, state_dict)
+        layers = _layers_by_key(model, adapter_name)
+        _make_whole(model, state_dict)
+        tensors, config._plain = plain_tensors(layers, adapter_name, state_dict)
+        controller = config.controller
+        # Now, when all ranks are here and the pairs are whole: rank 0 writes it alone.
+        config._exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
         return tensors
 
     @classmethod
@@ -156,7 +162,12 @@ class AromaModel(LoraModel):
             layer.unfreeze(adapter_name)
         if config.controller is not None:
             config.controller.invalidate()
-        others = {key: value for key, value in state_dict.items() if ".lora_A." not in key and ".lora_B." not in key}
+        parameters = dict(model.named_parameters())
+        others = {
+            key: shared_out(value, parameters.get(key, value))
+            for key, value in state_dict.items()
+            if ".lora_A." not in key and ".lora_B." not in key
+        }
         return {**others, **entries}
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -188,6 +199,13 @@ def _layers_by_key(model: nn.Module, adapter_name: str | None) -> dict[str, Arom
         for key, module in model.named_modules()
         if isinstance(module, AromaLinear) and (adapter_name is None or adapter_name in module.lora_A)
     }
+
+
+def _make_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Gather, in place, what trains and is sharded: pairs, and the heads, which PEFT reads after us."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad or ".lora_" in name]
+    sharded = [name for name in names if name in state_dict and is_sharded(state_dict[name])]
+    state_dict.update(zip(sharded, gathered([state_dict[name] for name in sharded]), strict=True))
 
 
 def _first_component(config: AromaConfig, index: int, a: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
     Warns:
         UserWarning: The adapter has been trained, and no controller was ever attached: it did not grow.
     """
-    plain, controller = config._plain, config.controller
+    plain, exported = config._plain, config._exported
     assert plain is not None, "called by AromaConfig.save_pretrained, right after the tensors were collected"
     if plain.trained and not config.ever_controlled:
         warn_uncontrolled(config)
@@ -50,8 +50,7 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
     if is_distributed():
         state["processes"] = processes_of_node()
     tensors: dict[str, Any] = {}
-    if controller is not None:
-        exported = controller.state_dict()
+    if exported is not None:
         state["controller"], tensors = exported["state"], exported["tensors"]
     if tensors:
         write_tensors(target / STATE_TENSORS_FILE, tensors)

@@ -99,12 +99,12 @@ class Replayer:
         norms = grown_norms(
             [module.layer.weight_matrix for module in modules],
             [module.finished for module in modules],
-            [module.scaled_pair for module in modules],
+            [module.scaled(module.pair) for module in modules],
             [module.weight_norm for module in modules],
         )
         for module, norm in zip(modules, norms, strict=True):
             module.weight_norm = norm
-            module.merge()
+            module.merge(module.pair)
 
     def _active(self) -> list[TargetModule]:
         return [module for module in self._modules.values() if not module.is_frozen]

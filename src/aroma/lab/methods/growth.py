@@ -51,7 +51,7 @@ class Growth(Hooks):
         state = {_STATE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
         state |= {f"{_KEPT}{name}": tensor.detach().clone() for name, tensor in exported["tensors"].items()}
         for index, module in enumerate(self.controller.modules):
-            B, A = module.components
+            B, A = module.components(module.pair)
             state[f"{_UPDATES}{index}.B"] = B.detach().clone()
             state[f"{_UPDATES}{index}.A"] = A.detach().clone()
         return state

@@ -1,0 +1,433 @@
+"""Runs in several processes under FSDP2, for torchrun: plain loops, checkpoints, refusals, and a Trainer.
+
+    torchrun --standalone --nproc-per-node 2 tests/sharded_runs.py loops OUT
+
+Every rank writes what it came to into files of its own in OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from aroma import AromaCallback, AromaController, aroma_layers, attach, save_adapter
+from aroma.sharded import local
+from distributed_runs import (
+    CALM,
+    TIMEOUT,
+    UNLIKE_MODULES,
+    Loop,
+    adamw,
+    batch_of,
+    rank,
+    refusal,
+    run_loop,
+    size,
+    stacked,
+    step_on,
+    take_step,
+    whole,
+)
+from trainer_runs import adapted, assert_same, tiny_bert, trainer_for
+
+# Ways to shard -------------------------------------------------------------------------------------------------------
+
+
+def by_block(model: Any, _: Any = None) -> Any:
+    """Each block of the encoder by itself, and the rest as the root."""
+    for block in model.base_model.model.bert.encoder.layer:
+        fully_shard(block)
+    return as_one(model)
+
+
+def as_one(model: Any, _: Any = None) -> Any:
+    """Everything in the root."""
+    fully_shard(model)
+    # What DDP calls so, for the loops that accumulate.
+    model.no_sync = lambda: _without_sync(model)
+    return model
+
+
+@contextmanager
+def _without_sync(model: Any) -> Any:
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
+
+
+LOOPS: dict[str, tuple[Loop, Callable[[Any, Loop], Any]]] = {
+    "blocks": (Loop(), by_block),
+    "root alone": (Loop(), as_one),
+    "momentum": (Loop("sgd", method={"outer_tolerance": 0.008}), by_block),
+    "accumulation": (Loop(accumulate=2), by_block),
+    "three rows": (Loop(method={"inner_criterion": "update_change", "reset": "zero", "r": 3}), by_block),
+    "other random numbers": (
+        Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1, "r": 2}),
+        by_block,
+    ),
+    "on after all have finished": (
+        Loop(early_stop=False, head=False, method={"max_components": 2}, steps=20),
+        by_block,
+    ),
+}
+
+
+def loops(out: Path) -> None:
+    for number, (loop, wrap) in enumerate(LOOPS.values()):
+        torch.save(run_loop(loop, wrap), out / f"loop-{number}-{rank()}.pt")
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+SAVED_AT, STEPS = 9, 20
+"""In the middle of an inner loop, after merges."""
+EXACT = Loop(method={"inner_criterion": "update_change", "r": 2, "lora_alpha": 3})
+
+
+class Training:
+    """One training of EXACT that can stop and go on."""
+
+    def __init__(self, resume_from: Path | None = None, loads_late: bool = False) -> None:
+        model = adapted(tiny_bert(**CALM).double(), **{**UNLIKE_MODULES, **EXACT.method})
+        if resume_from and not loads_late:
+            load_adapter(model, resume_from)
+        self.model: Any = by_block(model) if size() > 1 else model
+        if resume_from and loads_late:
+            load_adapter(self.model, resume_from)
+        self.optimizer = adamw(self.model)
+        self.events: list[dict[str, Any]] = []
+        if resume_from:
+            # Before attach: on an optimizer without state, torch takes a step with gradients of zero.
+            load_optimizer(self.model, self.optimizer, resume_from / "sharded")
+        self.growth = attach(
+            self.model,
+            self.optimizer,
+            total_steps=STEPS,
+            resume_from=str(resume_from) if resume_from else None,
+            on_event=lambda event: self.events.append(event.as_dict()),
+        )
+
+    def go_on(self, start: int, stop: int) -> dict[str, Any]:
+        """Take steps, and return what it came to."""
+        self.model.train()
+        for step in range(start, stop):
+            take_step(self.model, self.optimizer, EXACT, step)
+        return {
+            "weights": whole(self.model.state_dict()),
+            "optimizer": whole(get_optimizer_state_dict(self.model, self.optimizer)["state"]),
+            "events": [event for event in self.events if event["step"] > SAVED_AT],
+            "controller": self.growth.controller.state_dict(),
+        }
+
+    def logits(self) -> Tensor:
+        self.model.eval()
+        with torch.no_grad():
+            answer: Tensor = self.model(**stacked(batch_of(0))).logits
+        return answer
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    model.load_adapter(str(folder), "default", is_trainable=True)
+
+
+def load_optimizer(model: Any, optimizer: Any, folder: Path) -> None:
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    checkpoint.load(state, checkpoint_id=str(folder))
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def save(out: Path) -> None:
+    """Write checkpoints of a training in every way, and go on."""
+    training = Training()
+    training.go_on(0, SAVED_AT)
+    model = training.model
+    # The root's parameters stay gathered after an evaluation.
+    torch.save(training.logits(), out / f"logits-{rank()}.pt")
+    save_adapter(model, out / "adapter")
+    model.save_pretrained(out / "by-peft", is_main_process=rank() == 0)
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        torch.save(full, out / "full.pt")
+        model.save_pretrained(out / "from-full", state_dict=full)
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, training.optimizer),
+    }
+    checkpoint.save(state, checkpoint_id=str(out / "adapter" / "sharded"))
+    torch.save(training.go_on(SAVED_AT, STEPS), out / f"uninterrupted-{rank()}.pt")
+
+
+def state_of_rank_0(out: Path) -> None:
+    """What the Trainer asks rank 0 alone for, after all ranks have looked for NaN."""
+    training = Training()
+    training.go_on(0, SAVED_AT)
+    controller = training.growth.controller
+    together = controller.state_dict()
+    controller.require_finite()
+    if rank() == 0:
+        controller.require_finite(alone=True)
+        assert_same(controller.state_dict(), together)
+    before = training.go_on(SAVED_AT, SAVED_AT + 1)["controller"]["state"]["adapter_digest"]
+    assert before != together["state"]["adapter_digest"], "what was held for rank 0 is let go at the next step"
+
+
+def resume(out: Path, where: str = "resumed") -> None:
+    for name, late in ((where, False), (f"{where}-late", True)):
+        training = Training(out / "adapter", loads_late=late)
+        torch.save(training.go_on(SAVED_AT, STEPS), out / f"{name}-{rank()}.pt")
+
+
+def load_shards(out: Path) -> None:
+    """Load the sharded weights into a resumed model that was disturbed."""
+    training = Training(out / "adapter")
+    before = whole(training.model.state_dict())
+    for parameter in training.model.parameters():
+        local(parameter).add_(1.0)
+    state = {"model": get_model_state_dict(training.model)}
+    checkpoint.load(state, checkpoint_id=str(out / "adapter" / "sharded"))
+    set_model_state_dict(training.model, state["model"])
+    assert_same(whole(training.model.state_dict()), before)
+    fresh = by_block(adapted(tiny_bert(**CALM).double(), **{**UNLIKE_MODULES, **EXACT.method}))
+    said = "nothing"
+    try:
+        checkpoint.load({"model": get_model_state_dict(fresh)}, checkpoint_id=str(out / "adapter" / "sharded"))
+    except CheckpointException as error:
+        said = str(error)
+    (out / f"too-early-{rank()}.txt").write_text(said)
+
+
+def checkpoints(out: Path) -> None:
+    save(out)
+    resume(out)
+    load_shards(out)
+    state_of_rank_0(out)
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def by_tensor_parallelism(_: Path) -> None:
+    model = adapted()
+    layer = next(iter(aroma_layers(model).values()))
+    layer.get_base_layer().weight = nn.Parameter(
+        distribute_tensor(layer.get_base_layer().weight.detach(), init_device_mesh("cpu", (size(),)), [Shard(0)]),
+        requires_grad=False,
+    )
+    attach(model, adamw(model), total_steps=32)
+
+
+def hybrid(_: Path) -> None:
+    model: Any = adapted()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size(), 1), mesh_dim_names=("replicate", "shard")))
+    attach(model, adamw(model), total_steps=32)
+
+
+def by_columns(_: Path) -> None:
+    model: Any = adapted()
+    fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.shape == (32, 32) else None)
+    attach(model, adamw(model), total_steps=32)
+
+
+def over_some(_: Path) -> None:
+    model: Any = adapted()
+    fully_shard(model, mesh=init_device_mesh("cpu", (size(), 1), mesh_dim_names=("a", "b"))["b"])
+    attach(model, adamw(model), total_steps=32)
+
+
+def without_root(_: Path) -> None:
+    model = adapted()
+    for block in model.base_model.model.bert.encoder.layer:
+        fully_shard(block)
+    attach(model, adamw(model), total_steps=32)
+
+
+def optimizer_too_early(_: Path) -> None:
+    model = adapted()
+    optimizer = adamw(model)
+    attach(as_one(model), optimizer, total_steps=32)
+
+
+def fsdp1(_: Path) -> None:
+    model = FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
+    attach(model, adamw(model), total_steps=32)
+
+
+def other_tolerances(_: Path) -> None:
+    model = as_one(adapted(outer_tolerance=0.01 * (1 + rank())))
+    attach(model, adamw(model), total_steps=32)
+
+
+def sharded_on_one(_: Path) -> None:
+    model = as_one(adapted())
+    if rank() == 1:
+        model = adapted()
+    attach(model, adamw(model), total_steps=32)
+
+
+def broken_component(_: Path) -> None:
+    model = as_one(adapted())
+    attach(model, adamw(model), total_steps=32)
+    if rank() == 1:
+        local(next(iter(aroma_layers(model).values())).pair("default")[0])[0] = torch.nan
+    model.base_model.peft_config["default"].controller.outer_step()
+
+
+def merged(_: Path) -> None:
+    as_one(adapted()).merge_adapter()
+
+
+REFUSALS = {
+    refuse.__name__: refuse
+    for refuse in (
+        by_tensor_parallelism,
+        hybrid,
+        by_columns,
+        over_some,
+        without_root,
+        optimizer_too_early,
+        fsdp1,
+        other_tolerances,
+        sharded_on_one,
+        broken_component,
+        merged,
+    )
+}
+
+
+def refusals(out: Path) -> None:
+    refused = {name: refusal(refuse, out) for name, refuse in REFUSALS.items()}
+    (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
+
+
+# What stays where it is ----------------------------------------------------------------------------------------------
+
+
+class CountBytes(TorchDispatchMode):
+    """Counts the bytes that this rank gives to collectives, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in call.namespace:
+            tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+            self.number += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return call(*args, **(kwargs or {}))
+
+
+def traffic(out: Path) -> None:
+    """What a controller sends when it begins, at an outer step, and what gathering one base weight would be."""
+    model = by_block(adapted())
+    optimizer = adamw(model)
+    with CountBytes() as start:
+        controller = AromaController(model, optimizer, total_steps=32)
+    step_on(model, optimizer, 1)
+    with CountBytes() as outer:
+        controller.outer_step()
+    weight = controller.modules[0].layer.get_base_layer().weight
+    with CountBytes() as one:
+        weight.full_tensor()
+    told = {
+        "start": start.number,
+        "outer": outer.number,
+        "one gathered": one.number,
+        "one weight": weight.numel() * weight.element_size() // size(),
+        "pairs": sum(p.numel() * p.element_size() for module in controller.modules for p in module.pair),
+        "modules": len(controller.modules),
+        "merged": sum(module.rank for module in controller.modules),
+    }
+    (out / f"traffic-{rank()}.json").write_text(json.dumps(told))
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+FSDP2 = {
+    "fsdp_version": 2,
+    "version": 2,
+    "reshard_after_forward": True,
+    "cpu_ram_efficient_loading": False,
+    "state_dict_type": "FULL_STATE_DICT",
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["BertLayer"],
+}
+
+
+def trained(out: Path, batch: int, **training: Any) -> dict[str, Any]:
+    """Train in the Trainer, and return what it came to."""
+    events: list[dict[str, Any]] = []
+    trainer = trainer_for(
+        adapted(tiny_bert(**CALM), **UNLIKE_MODULES),
+        out,
+        AromaCallback(on_event=lambda event: events.append({**event.as_dict(), "value": None})),
+        **{"max_steps": 24, "save_steps": 8, "per_device_train_batch_size": batch, **training},
+    )
+    trainer.train()
+    return {
+        "events": events,
+        "weights": whole(trainer.model.state_dict()),
+        "stopped": trainer.state.global_step,
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
+def train(out: Path) -> None:
+    make_accelerate_shard_on_cpu()
+    several = {"ddp_backend": "gloo", "ddp_timeout": 60, "fsdp": True, "fsdp_config": FSDP2}
+    torch.save(trained(out, 4, **several), out / f"end-{rank()}.pt")
+
+
+def make_accelerate_shard_on_cpu() -> None:
+    """accelerate uses FSDP where its processes are of GPUs, and else DDP without a word."""
+    made = PartialState.__init__
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = make
+
+
+def tell_all(out: Path) -> None:
+    """Everything in one process group: starting one takes longer than most of it."""
+    loops(out)
+    checkpoints(out)
+    traffic(out)
+    refusals(out)
+
+
+def main(what: str, out: str, *rest: str) -> None:
+    torch.set_num_threads(1)
+    if what != "train":  # the Trainer makes its own
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    {"loops": loops, "all": tell_all, "resume": resume, "train": train}[what](Path(out), *rest)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,269 @@
+"""FSDP2: several processes with a share of the model each do what one process does, and save what it saves.
+
+Processes are started by torchrun and talk over gloo; see `test_distributed` for how closely several and one agree.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import sharded_runs
+from aroma import AromaCallback, AromaController, verify_adapter
+from aroma.distributed import refuse_sharding
+from aroma.errors import ConfigError
+from aroma.sharded import gathered, sharding_modules, summed
+from distributed_runs import CALM, batch_of, run_loop, stacked
+from sharded_runs import LOOPS, REFUSALS, SAVED_AT, STEPS, Training
+from test_distributed import assert_close, launch, load
+from trainer_runs import adapted, assert_same, tiny_bert
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks told of every loop, checkpoint and refusal."""
+    out = tmp_path_factory.mktemp("shards")
+    launch(2, "all", str(out), script=sharded_runs.__file__)
+    return out
+
+
+def both(told: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    number = list(LOOPS).index(name)
+    first, second = (load(told / f"loop-{number}-{rank}.pt") for rank in (0, 1))
+    return first, second
+
+
+# Plain loops ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_ranks_decide_alike_and_end_alike(told: Path, name: str) -> None:
+    first, second = both(told, name)
+    assert_same(first, second)
+    assert first["finished"]
+    assert first["frozen pairs that moved"] == []
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_modules_finish_at_different_times(told: Path, name: str) -> None:
+    first, _ = both(told, name)
+    frozen = {event["step"] for event in first["events"] if event["kind"] == "frozen"}
+    assert len(frozen) > 1
+    assert max(frozen) < LOOPS[name][0].steps, "all have finished before the end"
+    assert first["stopped"] == (max(frozen) if LOOPS[name][0].early_stop else LOOPS[name][0].steps)
+
+
+@pytest.mark.parametrize("name", [name for name, (loop, _) in LOOPS.items() if not loop.unlike])
+def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
+    assert_does_what_one_does(both(told, name)[0], name)
+
+
+def assert_does_what_one_does(found: dict[str, Any], name: str) -> None:
+    alone = run_loop(LOOPS[name][0])
+    assert found["events"] == alone["events"]
+    assert found["stopped"] == alone["stopped"]
+    assert found["values"] == pytest.approx(alone["values"], rel=1e-7)
+    assert_close(found["weights"], alone["weights"])
+    for index, state in alone["optimizer"].items():
+        moments = {key: value for key, value in state.items() if torch.is_tensor(value)}
+        assert_close(moments, {key: found["optimizer"][index][key] for key in moments})
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
+    launch(4, "loops", str(tmp_path), script=sharded_runs.__file__)
+    for number, (name, (loop, _)) in enumerate(LOOPS.items()):
+        found = [load(tmp_path / f"loop-{number}-{rank}.pt") for rank in range(4)]
+        for other in found[1:]:
+            assert_same(other, found[0])
+        if not loop.unlike:
+            assert_does_what_one_does(found[0], name)
+
+
+# What is sent --------------------------------------------------------------------------------------------------------
+
+
+def test_no_collective_a_step_and_few_a_check(told: Path) -> None:
+    for name in LOOPS:
+        first, _ = both(told, name)
+        inner = len({event["step"] for event in first["events"] if event["kind"] == "checked"})
+        outer = first["checks"] - inner
+        at_start, later = first["collectives"]
+        # An inner check gathers the pairs and agrees on the values; an outer one also sums the products with W0,
+        # where a component is kept.
+        assert 2 * first["checks"] <= later <= 2 * inner + 3 * outer, name
+        assert at_start <= 6
+
+
+def test_no_base_weight_is_ever_gathered(told: Path) -> None:
+    for rank in (0, 1):
+        sent = json.loads((told / f"traffic-{rank}.json").read_text())
+        assert sent["merged"] > 8, "norms after a merge were measured"
+        assert sent["one gathered"] >= sent["one weight"], "a gathered weight would be seen"
+        # The pairs, and a few numbers a module.
+        for moment in ("start", "outer"):
+            assert sent[moment] <= sent["pairs"] + 80 * sent["modules"]
+        assert sent["outer"] < sent["pairs"] + sent["one weight"]
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_adapter_gives_plain_peft_the_logits_of_the_sharded_model(told: Path) -> None:
+    expected = load(told / "logits-0.pt")
+    assert_same(load(told / "logits-1.pt"), expected)
+    for folder in ("adapter", "by-peft", "from-full"):
+        config = json.loads((told / folder / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA"
+        model = PeftModel.from_pretrained(tiny_bert(**CALM).double(), told / folder, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            found = model.eval()(**stacked(batch_of(0))).logits
+            without = model.unload().eval()(**stacked(batch_of(0))).logits
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        assert (found - without).abs().max() > 1e-3
+
+
+def test_every_way_to_save_writes_the_same(told: Path) -> None:
+    expected = load_file(told / "adapter" / "adapter_model.safetensors")
+    state = (told / "adapter" / "aroma_state.json").read_text()
+    for folder in ("by-peft", "from-full"):
+        assert_same(load_file(told / folder / "adapter_model.safetensors"), expected)
+        assert (
+            json.loads((told / folder / "aroma_state.json").read_text())["controller"]
+            == json.loads(state)["controller"]
+        )
+
+
+@pytest.mark.parametrize("name", ["resumed", "resumed-late"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> None:
+    expected = load(told / "uninterrupted-0.pt")
+    assert {event["kind"] for event in expected["events"]} == {"checked", "merged", "frozen"}
+    for rank in (0, 1):
+        assert_same(load(told / f"{name}-{rank}.pt"), load(told / f"uninterrupted-{rank}.pt"))
+        assert_same(load(told / f"{name}-{rank}.pt"), expected)
+
+
+def test_one_process_goes_on_with_the_checkpoint_of_two(told: Path) -> None:
+    assert_ends_alike(Training(told / "adapter").go_on(SAVED_AT, STEPS), told)
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_with_the_checkpoint_of_two(told: Path) -> None:
+    launch(4, "resume", str(told), "of-four", script=sharded_runs.__file__)
+    for rank in range(4):
+        assert_ends_alike(load(told / f"of-four-{rank}.pt"), told)
+
+
+def assert_ends_alike(found: dict[str, Any], told: Path) -> None:
+    expected = load(told / "uninterrupted-0.pt")
+    names = [{**event, "value": None} for event in expected["events"]]
+    assert [{**event, "value": None} for event in found["events"]] == names
+    assert_close(found["weights"], expected["weights"])
+
+
+def test_sharded_weights_are_not_loaded_into_a_model_without_the_components(told: Path) -> None:
+    for rank in (0, 1):
+        assert "Size mismatch" in (told / f"too-early-{rank}.txt").read_text()
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+SAYS = {
+    "by_tensor_parallelism": ("ConfigError", "a DTensor that fully_shard does not manage"),
+    "hybrid": ("ConfigError", "a mesh of several dimensions"),
+    "by_columns": ("ConfigError", "not sharded by rows"),
+    "over_some": ("ConfigError", "sharded over 1 of 2 processes"),
+    "without_root": ("ConfigError", "model='base_model.model.bert.pooler.dense.lora_A.default.weight': it trains"),
+    "optimizer_too_early": ("ConfigError", "after get_peft_model and, if you use it, fully_shard"),
+    "fsdp1": ("ConfigError", "model='FullyShardedDataParallel': it is a module of FSDP1"),
+    "other_tolerances": ("ConfigError", "outer_tolerance="),
+    "sharded_on_one": ("ConfigError", "fully_shard="),
+    "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
+    "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
+    kind, words = SAYS[name]
+    for rank in (0, 1):
+        found, message = json.loads((told / f"refused-{rank}.json").read_text())[name]
+        assert found == kind, message
+        assert words in message
+        assert len(message) < 600
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "ZeROOptimizer"])
+def test_deepspeed_is_refused_with_the_reason(name: str) -> None:
+    """The classes by name: DeepSpeed itself cannot be installed here."""
+    part = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(ConfigError, match=rf"='{name}': it is an .* of DeepSpeed, whose ZeRO-2 .*FSDP2"):
+        refuse_sharding(torch.nn.Sequential(part), None)
+
+
+def test_deepspeed_is_refused_before_the_trainer_makes_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, model = AromaCallback(), adapted()
+    arguments = SimpleNamespace(deepspeed="zero3.json", fsdp=False)
+    with pytest.raises(ConfigError, match=r"^deepspeed='zero3.json': .*flattened fp32 copies"):
+        callback.on_init_end(arguments, None, None, model=model)
+    arguments.deepspeed = None
+    callback.on_init_end(arguments, None, None, model=model)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"^deepspeed=None: "):
+        callback.on_init_end(arguments, None, None, model=model)
+
+
+def test_loading_on_rank_0_alone_is_refused_in_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, model = AromaCallback(), adapted()
+    arguments = SimpleNamespace(deepspeed=None, fsdp=True, fsdp_config={"cpu_ram_efficient_loading": True})
+    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading=True: .*set it to false"):
+        callback.on_init_end(arguments, None, None, model=model)
+    arguments.fsdp_config = {}
+    callback.on_init_end(arguments, None, None, model=model)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
+    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading='True': "):
+        callback.on_init_end(arguments, None, None, model=model)
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_trainer_under_fsdp2_does_what_one_process_does(tmp_path: Path) -> None:
+    """With accelerate told that its CPU processes are GPUs: by itself it trains CPU processes under DDP."""
+    launch(2, "train", str(tmp_path / "many"), script=sharded_runs.__file__)
+    alone = sharded_runs.trained(tmp_path / "one", 8)
+    ends = [load(tmp_path / "many" / f"end-{rank}.pt") for rank in (0, 1)]
+    assert_same(ends[0], ends[1])
+    assert ends[0]["wrapped"].startswith("FSDP")
+    assert ends[0]["events"] == alone["events"]
+    assert ends[0]["stopped"] == alone["stopped"] < 24
+    assert_close(ends[0]["weights"], alone["weights"])
+    for step in (8, 16):
+        one, many = (verified_tensors(tmp_path / folder / f"checkpoint-{step}") for folder in ("one", "many"))
+        assert_close(many, one)
+
+
+def verified_tensors(checkpoint: Path) -> dict[str, Any]:
+    verify_adapter(checkpoint)
+    return load_file(checkpoint / "adapter_model.safetensors")
+
+
+# One process ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_copied_where_nothing_is_sharded() -> None:
+    model = adapted()
+    pair = AromaController(model, sharded_runs.adamw(model), total_steps=32).modules[0].pair
+    assert all(one is other for one, other in zip(gathered(pair), pair, strict=True))
+    assert sharding_modules(model) == []
+    weight, B, A = torch.ones(3, 2), torch.ones(3, 1), torch.ones(1, 2)
+    (value,) = summed(lambda W, b, a: (W + b @ a).sum(), [lambda: weight], [(B, A)])
+    assert value == 12
