@@ -16,7 +16,7 @@ from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
 from models import adapted, batch, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
-from trainer_runs import growth, trainer_for
+from trainer_runs import growth, tiny_bert, trainer_for
 
 ALWAYS_GROW: dict[str, Any] = {"inner_tolerance": None, "max_inner_steps": 1, "outer_tolerance": None}
 """A component every optimizer step."""
@@ -61,7 +61,7 @@ def run(
     return attachment, losses, active
 
 
-@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("r", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_ten_growths_take_two_graphs_and_no_break(r: int) -> None:
     graphs = Graphs()
     method = {**ALWAYS_GROW, "r": r}
@@ -94,6 +94,7 @@ def test_modules_that_freeze_at_different_times_make_no_new_graph() -> None:
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_optimizer_gets_no_gradient_of_a_frozen_pair_in_a_compiled_graph() -> None:
     model = adapted("llama", **ALWAYS_GROW)
     compiled = torch.compile(model, backend=Graphs())
@@ -109,6 +110,7 @@ def test_the_optimizer_gets_no_gradient_of_a_frozen_pair_in_a_compiled_graph() -
     assert not any(parameter.any() for parameter in module.pair)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_a_freeze_alone() -> None:
     graphs = Graphs()
     model = adapted("llama", **ALWAYS_GROW)
@@ -152,6 +154,7 @@ def test_a_compiled_model_is_seen_through(compile_it: Callable[[nn.Module], nn.M
     assert all(module.layer.stays_in_graph for module in controller.modules)
 
 
+@pytest.mark.slow
 def test_the_trainer_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Controller] = []
     settle = Controller._settle_graph
@@ -162,7 +165,8 @@ def test_the_trainer_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         torch._dynamo.reset()
         counters.clear()
-        model = adapted_bert(**ALWAYS_GROW)
+        # Set, as BERT's first forward would set it, which is a graph of BERT's own making.
+        model = adapted_bert(tiny_bert(problem_type="single_label_classification"), **ALWAYS_GROW)
         trainer = trainer_for(
             model, tmp_path / str(len(runs)), AromaCallback(), max_steps=10, save_strategy="no", **changes
         )
