@@ -111,17 +111,17 @@ def test_the_optimizer_gets_no_gradient_of_a_frozen_pair_in_a_compiled_graph() -
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_a_freeze_alone() -> None:
+def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_growth_and_a_freeze() -> None:
     graphs = Graphs()
     model = adapted("llama", **ALWAYS_GROW)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     attachment = attach(model, optimizer, total_steps=5)
     compiled = torch.compile(model, backend=graphs)
     train(compiled, batch("llama"), optimizer, 3)
-    assert len(graphs.graphs) == 1
+    assert len(graphs.graphs) == 2
     attachment.controller.modules[0].freeze()
     train(compiled, batch("llama"), optimizer, 2)
-    assert len(graphs.graphs) == 2
+    assert len(graphs.graphs) == 3
 
 
 # Who is compiled -----------------------------------------------------------------------------------------------------

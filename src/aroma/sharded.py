@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -108,14 +109,11 @@ def summed(
     """
     values, sharded = [], []
     for index, (weight, (B, A)) in enumerate(zip(weights, factors, strict=True)):
-        W = weight()
-        if isinstance(W, DTensor):
-            rows = own_rows(W)
-            by_rows = _sharded_dimension(W) == 0
-            values.append(measure(local(W), B[rows] if by_rows else B, A if by_rows else A[:, rows]))
-            sharded.append((index, W.device_mesh))
-        else:
-            values.append(measure(W, B, A))
+        # In a function: of copies, as of a quantised weight, one is there at a time.
+        value, mesh = _measured(measure, weight(), B, A)
+        values.append(value)
+        if mesh is not None:
+            sharded.append((index, mesh))
     if sharded:
         mesh = sharded[0][1]
         sums = torch.stack([values[index].to(mesh.device_type) for index, _ in sharded])
@@ -123,6 +121,17 @@ def summed(
         for (index, _), value in zip(sharded, sums, strict=True):
             values[index] = value
     return values
+
+
+def _measured(
+    measure: Callable[[Tensor, Tensor, Tensor], Tensor], W: Tensor, B: Tensor, A: Tensor
+) -> tuple[Tensor, DeviceMesh | None]:
+    """Return the measure of what this rank holds of W, and the mesh over which that is to be summed."""
+    if not isinstance(W, DTensor):
+        return measure(W, B, A), None
+    rows = own_rows(W)
+    by_rows = _sharded_dimension(W) == 0
+    return measure(local(W), B[rows] if by_rows else B, A if by_rows else A[:, rows]), W.device_mesh
 
 
 # The model -----------------------------------------------------------------------------------------------------------
