@@ -44,7 +44,11 @@ def options_of_launch() -> argparse.Namespace:
     parser.add_argument("--ddp", action="store_true", help="keep the whole model in every process")
     parser.add_argument("--four-bit", action="store_true", help="keep the base model in 4 bits; one process or --ddp")
     parser.add_argument("--resume", action="store_true")
-    return parser.parse_args()
+    options = parser.parse_args()
+    shares = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not options.ddp
+    if options.four_bit and (options.model is None or shares):
+        parser.error("--four-bit needs --model, and with several processes --ddp")
+    return options
 
 
 def base_model(options: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor]:

@@ -79,26 +79,34 @@ def _without_sync(model: Any) -> Any:
     model.set_requires_gradient_sync(True)
 
 
-LOOPS: dict[str, tuple[Loop, Callable[[Any, Loop], Any]]] = {
+Kind = tuple[Loop, Callable[[Any, Loop], Any]]
+
+LOOPS: dict[str, Kind] = {
     "blocks": (Loop(), by_block),
-    "root alone": (Loop(), as_one),
-    "momentum": (Loop("sgd", method={"outer_tolerance": 0.008}), by_block),
-    "accumulation": (Loop(accumulate=2), by_block),
+    "root alone": (Loop(accumulate=2), as_one),
     "three rows": (Loop(method={"inner_criterion": "update_change", "reset": "zero", "r": 3}), by_block),
-    "other random numbers": (
-        Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1, "r": 2}),
-        by_block,
-    ),
     "on after all have finished": (
         Loop(early_stop=False, head=False, method={"max_components": 2}, steps=20),
         by_block,
     ),
 }
+MORE_LOOPS: dict[str, Kind] = {
+    "momentum": (Loop("sgd", method={"outer_tolerance": 0.008}), by_block),
+    "accumulation": (Loop(accumulate=2), by_block),
+    "other random numbers": (
+        Loop(unlike=True, double=False, method={"component_seed": None, "lora_dropout": 0.1, "r": 2}),
+        by_block,
+    ),
+}
 
 
-def loops(out: Path) -> None:
-    for number, (loop, wrap) in enumerate(LOOPS.values()):
-        torch.save(run_loop(loop, wrap), out / f"loop-{number}-{rank()}.pt")
+def run_loops(out: Path, loops: dict[str, Kind]) -> None:
+    for name, (loop, wrap) in loops.items():
+        torch.save(run_loop(loop, wrap), out / f"loop-{name}-{rank()}.pt")
+
+
+def all_loops(out: Path) -> None:
+    run_loops(out, {**LOOPS, **MORE_LOOPS})
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
@@ -415,7 +423,7 @@ def make_accelerate_shard_on_cpu() -> None:
 
 def tell_all(out: Path) -> None:
     """Everything in one process group: starting one takes longer than most of it."""
-    loops(out)
+    run_loops(out, LOOPS)
     checkpoints(out)
     traffic(out)
     refusals(out)
@@ -425,7 +433,7 @@ def main(what: str, out: str, *rest: str) -> None:
     torch.set_num_threads(1)
     if what != "train":  # the Trainer makes its own
         dist.init_process_group("gloo", timeout=TIMEOUT)
-    {"loops": loops, "all": tell_all, "resume": resume, "train": train}[what](Path(out), *rest)
+    {"loops": all_loops, "all": tell_all, "resume": resume, "train": train}[what](Path(out), *rest)
     dist.destroy_process_group()
 
 

@@ -20,8 +20,8 @@ from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.distributed import refuse_sharding
 from aroma.errors import ConfigError
 from aroma.sharded import gathered, sharding_modules, summed
-from distributed_runs import CALM, batch_of, run_loop, stacked
-from sharded_runs import LOOPS, REFUSALS, SAVED_AT, STEPS, Training
+from distributed_runs import CALM, Loop, batch_of, run_loop, stacked
+from sharded_runs import LOOPS, MORE_LOOPS, REFUSALS, SAVED_AT, STEPS, Training
 from test_distributed import assert_close, launch, load
 from trainer_runs import adapted, assert_same, tiny_bert
 
@@ -35,8 +35,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def both(told: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    number = list(LOOPS).index(name)
-    first, second = (load(told / f"loop-{number}-{rank}.pt") for rank in (0, 1))
+    first, second = (load(told / f"loop-{name}-{rank}.pt") for rank in (0, 1))
     return first, second
 
 
@@ -60,13 +59,13 @@ def test_modules_finish_at_different_times(told: Path, name: str) -> None:
     assert first["stopped"] == (max(frozen) if LOOPS[name][0].early_stop else LOOPS[name][0].steps)
 
 
-@pytest.mark.parametrize("name", [name for name, (loop, _) in LOOPS.items() if not loop.unlike])
+@pytest.mark.parametrize("name", LOOPS)
 def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
-    assert_does_what_one_does(both(told, name)[0], name)
+    assert_does_what_one_does(both(told, name)[0], LOOPS[name][0])
 
 
-def assert_does_what_one_does(found: dict[str, Any], name: str) -> None:
-    alone = run_loop(LOOPS[name][0])
+def assert_does_what_one_does(found: dict[str, Any], loop: Loop) -> None:
+    alone = run_loop(loop)
     assert found["events"] == alone["events"]
     assert found["stopped"] == alone["stopped"]
     assert found["values"] == pytest.approx(alone["values"], rel=1e-7)
@@ -77,14 +76,16 @@ def assert_does_what_one_does(found: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
-    launch(4, "loops", str(tmp_path), script=sharded_runs.__file__)
-    for number, (name, (loop, _)) in enumerate(LOOPS.items()):
-        found = [load(tmp_path / f"loop-{number}-{rank}.pt") for rank in range(4)]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_more_loops_in_more_processes(tmp_path: Path, processes: int) -> None:
+    launch(processes, "loops", str(tmp_path), script=sharded_runs.__file__)
+    for name, (loop, _) in {**LOOPS, **MORE_LOOPS}.items():
+        found = [load(tmp_path / f"loop-{name}-{rank}.pt") for rank in range(processes)]
         for other in found[1:]:
             assert_same(other, found[0])
+        assert found[0]["finished"]
         if not loop.unlike:
-            assert_does_what_one_does(found[0], name)
+            assert_does_what_one_does(found[0], loop)
 
 
 # What is sent --------------------------------------------------------------------------------------------------------
@@ -254,6 +255,23 @@ def test_the_trainer_under_fsdp2_does_what_one_process_does(tmp_path: Path) -> N
 def verified_tensors(checkpoint: Path) -> dict[str, Any]:
     verify_adapter(checkpoint)
     return load_file(checkpoint / "adapter_model.safetensors")
+
+
+# The example ---------------------------------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "fsdp2.py"
+
+
+@pytest.mark.slow
+def test_the_example_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = ("--batch", "2", "--total-steps", "20")
+    for ways in (("--ddp",), ()):
+        once, twice = (tmp_path / f"{kind}{len(ways)}" for kind in ("once", "twice"))
+        said = launch(2, *options, *ways, "--steps", "20", "--out", str(once), script=str(EXAMPLE))
+        assert "total rank 14" in said
+        launch(2, *options, *ways, "--steps", "12", "--out", str(twice), script=str(EXAMPLE))
+        launch(2, *options, *ways, "--steps", "20", "--out", str(twice), "--resume", script=str(EXAMPLE))
+        assert_same(verified_tensors(twice), verified_tensors(once))
 
 
 # One process ---------------------------------------------------------------------------------------------------------
