@@ -30,7 +30,8 @@ def fingerprint_of(model: Any) -> str | None:
         if parameter.dtype not in (torch.float32, torch.bfloat16) or parameter.is_meta:
             return None
         flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).long()
+        count = min(_SAMPLES, flat.numel())
+        places = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)
         digest.update(name.encode())
         digest.update(flat[places.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
