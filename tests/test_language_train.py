@@ -358,6 +358,18 @@ def test_the_fingerprint_is_of_the_weights_whatever_holds_them(files: Path, fini
     assert fingerprint_of(half.half()) is None
 
 
+def test_the_fingerprint_of_a_large_weight_reaches_from_its_first_entry_to_its_last():
+    """float32 cannot count its entries."""
+    weight = torch.zeros(2**25 + 1, 1, dtype=torch.bfloat16)
+    model = torch.nn.Embedding.from_pretrained(weight)
+    of_zeros = fingerprint_of(model)
+    for place in (0, -1):
+        weight[place] = 1
+        assert fingerprint_of(model) != of_zeros
+        weight[place] = 0
+    assert fingerprint_of(model) == of_zeros
+
+
 def test_the_loss_on_the_way_is_that_of_the_end(files: Path) -> None:
     uneven = [{"text": "bird " * (3 if number % 3 else 20)} for number in range(43)]
     write_json_lines(files / "validation.jsonl", uneven)

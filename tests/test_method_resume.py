@@ -115,8 +115,8 @@ def _equal(one, other):
     return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-def test_every_method_is_among_the_cases():
-    assert CASES.keys() == METHODS.keys()
+def test_every_method_that_trains_is_among_the_cases():
+    assert CASES.keys() == {kind for kind, method in METHODS.items() if method.trains}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -27,6 +27,7 @@ class FinishedComponents(nn.Module):
         super().__init__()
         self.rank = 0
         self.chunk = CHUNK
+        self._least = 0
         self.register_buffer("storage_A", torch.empty(0, in_features))
         self.register_buffer("storage_B", torch.empty(out_features, 0))
 
@@ -63,8 +64,8 @@ class FinishedComponents(nn.Module):
 
     def reserve(self, chunk: int, like: Tensor) -> None:
         """Store components in chunks of `chunk`, a multiple of 8, from now on, the first at once, typed as `like`."""
-        self.chunk = chunk
-        self._reserve(max(self.rank, 1), like)
+        self.chunk, self._least = chunk, chunk
+        self._reserve(self.rank, like)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -84,14 +85,14 @@ class FinishedComponents(nn.Module):
         B, A = self.B, self.A
         # Rebuilt, not shortened: the padded shape must be that of a run which never held the popped components.
         self._clear(like_A=A, like_B=B)
-        self.reserve(self.chunk, like=A)
+        self._reserve(kept, like=A)
         self.append(B[:, :kept], A[:kept])
         return B[:, kept:].clone(), A[kept:].clone()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _reserve(self, rank: int, like: Tensor) -> None:
-        capacity = -(-rank // self.chunk) * self.chunk
+        capacity = max(self._least, -(-rank // self.chunk) * self.chunk)
         if capacity <= self.capacity:
             return
         A = like.new_zeros(capacity, self.storage_A.shape[1])
