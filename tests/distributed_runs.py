@@ -380,6 +380,15 @@ def refusal(refuse: Callable[[Path], None], out: Path) -> list[str]:
     return ["nothing", ""]
 
 
+def assert_refused(out: Path, name: str, kind: str, words: str) -> None:
+    """What two ranks told of a refusal in `out` is an error of that kind, which says `words`."""
+    for told in (0, 1):
+        found, message = json.loads((out / f"refused-{told}.json").read_text())[name]
+        assert found == kind, message
+        assert words in message
+        assert len(message) < 600
+
+
 def loops(out: Path) -> None:
     """All loops and refusals, in one process group: starting one takes longer than they do."""
     early_model = adapted()

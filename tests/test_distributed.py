@@ -8,7 +8,6 @@ move as the rounding of 1e-7 wants, to 1e-3 of a tensor's largest weight.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -177,12 +176,7 @@ SAYS = {
 
 @pytest.mark.parametrize("name", ["made_too_early", *REFUSALS])
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
-    kind, words = SAYS[name]
-    for rank in (0, 1):
-        found, message = json.loads((told / f"refused-{rank}.json").read_text())[name]
-        assert found == kind, message
-        assert words in message
-        assert len(message) < 500
+    distributed_runs.assert_refused(told, name, *SAYS[name])
 
 
 # One process ---------------------------------------------------------------------------------------------------------

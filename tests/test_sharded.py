@@ -20,7 +20,7 @@ from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.distributed import refuse_sharding
 from aroma.errors import ConfigError
 from aroma.sharded import gathered, sharding_modules, summed
-from distributed_runs import CALM, Loop, batch_of, run_loop, stacked
+from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
 from sharded_runs import LOOPS, MORE_LOOPS, REFUSALS, SAVED_AT, STEPS, Training
 from test_distributed import assert_close, launch, load
 from trainer_runs import adapted, assert_same, tiny_bert
@@ -193,12 +193,7 @@ SAYS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
-    kind, words = SAYS[name]
-    for rank in (0, 1):
-        found, message = json.loads((told / f"refused-{rank}.json").read_text())[name]
-        assert found == kind, message
-        assert words in message
-        assert len(message) < 600
+    assert_refused(told, name, *SAYS[name])
 
 
 @pytest.mark.parametrize("name", ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "ZeROOptimizer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,25 @@ SHAPES: dict[str, tuple[type[Any], dict[str, int]]] = {
 LABELS = 2
 
 
+def named_config(model: str, shapes: Mapping[str, tuple[type[Any], dict[str, Any]]]) -> Any:
+    """Return the configuration of a named shape, a local folder or a hub name.
+
+    Raises:
+        ConfigError: There is no such configuration.
+    """
+    if model in shapes:
+        kind, sizes = shapes[model]
+        return kind(**sizes)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise bad_value(
+            "model",
+            model,
+            f"neither a shape ({', '.join(shapes)}) nor a folder or hub name whose configuration can be loaded",
+        ) from error
+
+
 def load_config(model: str) -> Any:
     """Return the configuration of a named shape, a local folder or a hub name, with all its dropouts at 0.
 
@@ -62,18 +82,7 @@ def load_config(model: str) -> Any:
     Raises:
         ConfigError: There is no such configuration.
     """
-    if model in SHAPES:
-        kind, sizes = SHAPES[model]
-        config = kind(**sizes)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise bad_value(
-                "model",
-                model,
-                f"neither a shape ({', '.join(SHAPES)}) nor a folder or hub name whose configuration can be loaded",
-            ) from error
+    config = named_config(model, SHAPES)
     config.num_labels = LABELS
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from ...errors import bad_value
 from ..bench.shapes import SHAPES as ENCODERS
+from ..bench.shapes import named_config
 
 _LLAMA_3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,18 +63,7 @@ def load_config(model: str) -> Any:
     Raises:
         ConfigError: There is none, or its checkpoint is quantised already.
     """
-    if model in SHAPES:
-        kind, sizes = SHAPES[model]
-        config = kind(**sizes)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise bad_value(
-                "model",
-                model,
-                f"neither a shape ({', '.join(SHAPES)}) nor a folder or hub name whose configuration can be loaded",
-            ) from error
+    config = named_config(model, SHAPES)
     if getattr(config, "quantization_config", None) is not None:
         remedy = "its checkpoint is quantised already; give the model that it was made from, and the dtype nf4 or int8"
         raise bad_value("model", model, remedy)
