@@ -1,0 +1,55 @@
+"""Tables in results/ are what their runs say, and docs/results.md shows them as they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from aroma.lab.report.kinds import make_table
+from aroma.lab.report.records import load_records
+from aroma.lab.report.render import render
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted((ROOT / "results" / "lab").glob("*/tables/*.md"))
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "results" / "lab"))
+
+
+def rows_of(table: str) -> str:
+    return table.partition("\n\n")[0]
+
+
+def test_there_are_results() -> None:
+    assert "smollm2-commonsense/tables/sets.md" in map(name_of, TABLES)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=name_of)
+def test_a_table_is_what_its_runs_say(path: Path) -> None:
+    folder = path.parents[1]
+    assert render(make_table(load_records(folder), path.stem), "markdown") == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", TABLES, ids=name_of)
+def test_the_page_shows_a_table_as_it_is(path: Path) -> None:
+    assert rows_of(path.read_text(encoding="utf-8")) in PAGE
+    assert f"(../results/lab/{name_of(path)})" in PAGE
+
+
+def test_what_the_page_links_to_is_there() -> None:
+    targets = re.findall(r"\]\((\.\./[^)#]+)\)", PAGE)
+    assert targets
+    assert all((ROOT / "docs" / target).exists() for target in targets)
+
+
+def test_every_run_says_what_it_was_made_with() -> None:
+    for path in (ROOT / "results" / "lab").glob("*/runs/*/*/*/result.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["git_revision"], path
+        assert {"python", "torch", "transformers", "peft", "aroma-peft"} <= result["versions"].keys()
+        assert (path.parent / "trial.json").exists()
