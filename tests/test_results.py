@@ -53,3 +53,12 @@ def test_every_run_says_what_it_was_made_with() -> None:
         assert result["git_revision"], path
         assert {"python", "torch", "transformers", "peft", "aroma-peft"} <= result["versions"].keys()
         assert (path.parent / "trial.json").exists()
+
+
+def test_generated_answers_are_counted_as_their_files_say() -> None:
+    files = sorted((ROOT / "results" / "lab" / "smollm2-commonsense" / "generation").glob("*.json"))
+    assert len(files) == 4
+    for file in files:
+        sets = json.loads(file.read_text(encoding="utf-8"))["sets"].values()
+        right = sum(round(one["metrics"]["generated"] * one["examples"]) for one in sets)
+        assert f"| {file.stem} | {right} | {sum(one['unparseable'] for one in sets)} |" in PAGE
