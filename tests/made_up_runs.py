@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +106,10 @@ def write_adapter(folder: Path, updates: dict[str, tuple[torch.Tensor, torch.Ten
     config = {"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": alphas, "use_rslora": False}
     write_tensors(folder / "adapter" / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter" / "adapter_config.json", config)
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Change the content of a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

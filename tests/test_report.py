@@ -22,6 +22,7 @@ from aroma.lab.report.render import FORMATS, SUFFIXES, render
 from aroma.lab.report.stats import Spread, paired_difference
 from aroma.lab.report.table import Cell, Column, Table, mark_best
 from aroma.lab.report.time_table import epoch_seconds
+from made_up_runs import edit
 
 GOLDEN = Path(__file__).parent / "golden"
 FROZEN = GOLDEN / "lab"
@@ -34,12 +35,6 @@ OF_SETS = GOLDEN / "sets"
 def grid(tmp_path):
     """A copy of the frozen runs that a test may change."""
     return Path(shutil.copytree(FROZEN, tmp_path / "grid"))
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def edit_result(grid, name, **values):

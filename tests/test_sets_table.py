@@ -16,7 +16,7 @@ from aroma.lab.pictures.draw import Choice, draw_figure
 from aroma.lab.report.kinds import KINDS, make_table
 from aroma.lab.report.records import load_records
 from aroma.lab.report.render import render
-from made_up_runs import write_grid, write_run, write_untrained_run
+from made_up_runs import edit, write_grid, write_run, write_untrained_run
 
 FROZEN = Path(__file__).parent / "golden" / "sets"
 """Made-up runs: pretrained, LoRA and AROMA on three sets, two seeds; one of AROMA r = 8 has failed."""
@@ -27,12 +27,6 @@ SETS = {"arc-easy": 2376, "arc-challenge": 1172, "openbookqa": 500}
 def grid(tmp_path):
     """A copy of the frozen runs that a test may change."""
     return Path(shutil.copytree(FROZEN, tmp_path / "grid"))
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def results(folder, pattern="*/seed-*"):

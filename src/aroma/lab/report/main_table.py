@@ -21,28 +21,49 @@ def main_table(records: Records, baseline: str | None) -> Table:
         records: The runs.
         baseline: Method that the others are compared with; None: no comparison.
     """
+    scored = [(task_column(records, task), score_cells(records, task, records.methods)) for task in records.tasks]
+    if len(records.tasks) > 1:
+        scored.append((Column("average", ("average",)), _average_cells(records)))
+    comparison = None if baseline is None else Comparison(records, baseline, scores_of(records))
+    notes = [*stopped_early(records), *common_notes(records)]
+    return scored_table("main", _caption(records, comparison), records, scored, comparison, notes)
+
+
+def scored_table(
+    name: str,
+    caption: str,
+    records: Records,
+    scored: Sequence[tuple[Column, list[Cell]]],
+    comparison: Comparison | None,
+    notes: Sequence[str],
+) -> Table:
+    """Return a table of all methods: columns of scores, then what each method takes, its difference and its failures.
+
+    Args:
+        name: Short name of the table.
+        caption: Its caption.
+        records: The runs.
+        scored: The columns of scores, each with its cells.
+        comparison: The differences to a baseline; None: no comparison.
+        notes: What a reader has to know beside.
+    """
     columns = [Column("method", ("method",), is_text=True)]
     cells = [[text_cell(method) for method in records.methods]]
-    for task in records.tasks:
-        columns.append(task_column(records, task))
-        cells.append(score_cells(records, task, records.methods))
-    if len(records.tasks) > 1:
-        columns.append(Column("average", ("average",)))
-        cells.append(_average_cells(records))
-    for column, of_method in COST_COLUMNS:
+    for column, those in scored:
+        columns.append(column)
+        cells.append(those)
+    for column, of_method in _COST_COLUMNS:
         columns.append(column)
         cells.append([of_method(records, method) for method in records.methods])
-    notes = [*stopped_early(records), *common_notes(records)]
-    comparison = None if baseline is None else Comparison(records, baseline, scores_of(records))
     if comparison is not None:
         columns.append(comparison.column)
         cells.append(comparison.cells)
         notes = [*comparison.notes, *notes]
-    columns.append(FAILED_COLUMN)
-    cells.append([failed_cell(records, method) for method in records.methods])
+    columns.append(_FAILED_COLUMN)
+    cells.append([_failed_cell(records, method) for method in records.methods])
     return Table(
-        name="main",
-        caption=_caption(records, comparison),
+        name=name,
+        caption=caption,
         columns=columns,
         rows=list(zip(*cells, strict=True)),
         best="best mean of a column, among the methods with the most seeds in it",
@@ -107,18 +128,18 @@ def scores_of(records: Records) -> Callable[[str], Scores]:
     return lambda method: {(run.task, run.seed): run.score for run in records.of(method)}
 
 
-def failed_cell(records: Records, method: str) -> Cell:
+def _failed_cell(records: Records, method: str) -> Cell:
     """Return the names of a method's failed runs."""
     return text_cell(" ".join(failure.name for failure in records.failures if failure.method == method))
 
 
-COST_COLUMNS: Sequence[tuple[Column, Callable[[Records, str], Cell]]] = (
+_COST_COLUMNS: Sequence[tuple[Column, Callable[[Records, str], Cell]]] = (
     (Column("seeds", ("planned_seeds",)), _seeds_cell),
     (Column("trainable at start", ("initial_parameters",)), _initial_cell),
     (Column("trainable on average", ("average_parameters",)), _average_parameters_cell),
 )
 """Columns of what a method takes, each with what makes the cell of a method."""
-FAILED_COLUMN = Column("failed", ("failed",), is_raw=True)
+_FAILED_COLUMN = Column("failed", ("failed",), is_raw=True)
 
 
 def parameters_sentence(records: Records) -> str:

@@ -10,12 +10,12 @@ from ...errors import bad_value
 from .attempts import require_keys
 from .comparison import Comparison
 from .formats import listing, points, spread_text
-from .main_table import COST_COLUMNS, FAILED_COLUMN, failed_cell, parameters_sentence
+from .main_table import parameters_sentence, scored_table
 from .notes import common_notes, stopped_early
 from .protocol import protocol, seeds_sentence
 from .records import Records, Run
 from .stats import Scores, Spread
-from .table import Cell, Column, Table, mark_best, text_cell
+from .table import Cell, Column, Table, mark_best
 
 _MEANING = {
     "accuracy": "the candidate whose label has the highest log-probability",
@@ -73,33 +73,15 @@ def sets_table(records: Records, baseline: str | None, metric: str | None = None
     """
     sets = _Sets(records, _labels(records), metric)
     _require_metric(sets)
-    columns = [Column("method", ("method",), is_text=True)]
-    cells = [[text_cell(method) for method in records.methods]]
-    for task, labels in sets.labels.items():
-        for label in labels:
-            columns.append(_set_column(sets, task, label))
-            cells.append(_set_cells(sets, task, label))
-    columns.append(Column("average", ("average_mean", "average_std", "average_seeds")))
-    cells.append(_average_cells(sets))
-    for column, of_method in COST_COLUMNS:
-        columns.append(column)
-        cells.append([of_method(records, method) for method in records.methods])
-    notes = [*_unparseable(sets), *stopped_early(records), *_examples(records), *common_notes(records)]
+    scored = [
+        (_set_column(sets, task, label), _set_cells(sets, task, label))
+        for task, labels in sets.labels.items()
+        for label in labels
+    ]
+    scored.append((Column("average", ("average_mean", "average_std", "average_seeds")), _average_cells(sets)))
     comparison = None if baseline is None else Comparison(records, baseline, sets.averages)
-    if comparison is not None:
-        columns.append(comparison.column)
-        cells.append(comparison.cells)
-        notes = [*comparison.notes, *notes]
-    columns.append(FAILED_COLUMN)
-    cells.append([failed_cell(records, method) for method in records.methods])
-    return Table(
-        name="sets",
-        caption=_caption(sets, comparison),
-        columns=columns,
-        rows=list(zip(*cells, strict=True)),
-        best="best mean of a column, among the methods with the most seeds in it",
-        notes=notes,
-    )
+    notes = [*_unparseable(sets), *stopped_early(records), *_examples(records), *common_notes(records)]
+    return scored_table("sets", _caption(sets, comparison), records, scored, comparison, notes)
 
 
 def _labels(records: Records) -> dict[str, list[str]]:
