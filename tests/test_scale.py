@@ -483,6 +483,14 @@ def test_bad_input_is_one_line(arguments, message, capsys, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_is_there_is_kept(capsys, tmp_path):
+    file = tmp_path / "there.json"
+    file.write_text("mine")
+    assert main(["estimate", "gpt2", "--json", str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --json='{file}': {file} exists; give another name")
+    assert file.read_text() == "mine"
+
+
 def test_a_model_that_is_neither_and_one_that_is_quantised_already(tmp_path):
     with pytest.raises(ConfigError, match="a vit: neither a causal language model nor a text classifier"):
         inventory_of(settings_for("vit"))

@@ -23,6 +23,7 @@ from .distributed import (
     refuse_together,
     require_equal_replicas,
     unwrapped,
+    unwrapped_optimizer,
     world_size,
 )
 from .errors import CheckpointError, NonFiniteError, bad_value
@@ -376,7 +377,7 @@ class AromaController:
             module.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
         if stays:
             # Their gradients are zero. Without any, the optimizer leaves them and its state alone, as anywhere else.
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner = unwrapped_optimizer(self.optimizer)
             inner.register_step_pre_hook(partial(_drop_gradients_of_frozen, self.modules))
 
     @property
@@ -400,7 +401,7 @@ class AromaController:
             "component_seed": self.config._chosen_seed,
             "total_steps": self.total_steps,
             "target_modules": [(module.name, module.rank, module.is_frozen) for module in self.modules],
-            "optimizer": type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__,
+            "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
             "fully_shard": len(self._sharding),
         }
 

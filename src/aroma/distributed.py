@@ -78,6 +78,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def unwrapped_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer that accelerate wraps, or `optimizer` itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 # Decisions -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +200,7 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
     Raises:
         ConfigError: A parameter, module or optimizer that is sharded otherwise.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped_optimizer(optimizer)
     for part in (optimizer, inner, *model.modules(), *model.parameters()):
         for kind in type(part).__mro__:
             if kind.__name__ in _SHARDED:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import unwrapped_optimizer
 from .errors import ResetError, bad_value
 from .sharded import is_sharded, layout, local, own_rows
 
@@ -253,4 +254,4 @@ def _refusal(optimizer: Any, key: str, value: object, why: str) -> ResetError:
 
 
 def _name(optimizer: Any) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+    return type(unwrapped_optimizer(optimizer)).__name__

@@ -65,19 +65,19 @@ def settings_of(arguments: argparse.Namespace, **more: Any) -> BenchSettings:
     )
 
 
-def new_files(out: str, *suffixes: str) -> list[Path]:
-    """Return the files to write: results, and what goes beside them under other suffixes.
+def new_files(out: str, *suffixes: str, option: str = "--out") -> list[Path]:
+    """Return the files to write, as `option` names them: results, and what goes beside them under other suffixes.
 
     Raises:
         ConfigError: One of them is there already, or the name does not end in .json.
     """
     results = Path(out)
     if results.suffix != ".json":
-        raise bad_value("--out", out, "the name of the results must end in .json")
+        raise bad_value(option, out, "the name of the results must end in .json")
     files = [results, *map(results.with_suffix, suffixes)]
     for file in files:
         if file.exists():
-            raise bad_value("--out", out, f"{file} exists; give another name, or move it away")
+            raise bad_value(option, out, f"{file} exists; give another name, or move it away")
     return files
 
 

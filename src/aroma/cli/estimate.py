@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Estimate; print the tables; write the JSON file."""
     if arguments.json and not arguments.json.endswith(".json"):
         raise bad_value("--json", arguments.json, "the name of the file must end in .json")
-    files = new_files(arguments.json) if arguments.json else []
+    files = new_files(arguments.json, option="--json") if arguments.json else []
     from .quiet import quiet
 
     quiet()

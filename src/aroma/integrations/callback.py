@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from ..controller import AromaController
-from ..distributed import refuse_deepspeed
+from ..distributed import refuse_deepspeed, unwrapped_optimizer
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
@@ -88,7 +88,7 @@ class AromaCallback(TrainerCallback, ExportableState):
             self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
-        getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._note_skipped_step)
+        unwrapped_optimizer(optimizer).register_step_post_hook(self._note_skipped_step)
 
     def _note_skipped_step(self, optimizer: Any, *_: Any) -> None:
         # Known only within the step: accelerate takes every step of a fused optimizer for one that was taken.

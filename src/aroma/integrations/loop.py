@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..controller import AromaController
+from ..distributed import unwrapped_optimizer
 from ..errors import CheckpointError
 from ..events import Event
 from ..tuner.state import read_controller_state
@@ -25,7 +26,7 @@ class Attachment:
         self.controller = controller
         self._rewarmup = Rewarmup()
         # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = unwrapped_optimizer(optimizer)
         self._scheduler = getattr(scheduler, "scheduler", scheduler)
         self._hooks = [
             inner.register_step_pre_hook(self._before_step),
