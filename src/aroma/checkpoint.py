@@ -15,6 +15,7 @@ from .errors import CheckpointError
 from .files import read_json, require_adapter_folder
 from .sharded import sharding_modules
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state, require_files
+from .zero import is_partitioned
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -25,8 +26,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
     `model.save_pretrained` writes its tensors in place; here all files are written elsewhere, checked, and then moved,
     `aroma_state.json`, which vouches for the others, last.
 
-    Under DistributedDataParallel rank 0 calls this. Under FSDP2 all ranks do: they gather what trains, and go on when
-    rank 0 has written it.
+    Under DistributedDataParallel, ZeRO-1 and ZeRO-2 rank 0 calls this. Under FSDP2 and ZeRO-3 all ranks do: they
+    gather what trains, and go on when rank 0 has written it.
 
     Args:
         model: A PeftModel with an AROMA adapter.
@@ -35,7 +36,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    if not sharding_modules(model):
+    if not sharding_modules(model) and not any(map(is_partitioned, model.parameters())):
         _write_adapter(model, target, adapter_name)
         return
     try:

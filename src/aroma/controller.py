@@ -35,6 +35,7 @@ from .target import TargetModule
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .warmup import rewarmup_factor
+from .zero import is_flattened, is_zero
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -94,6 +95,7 @@ class AromaController:
         self._processes = world_size()
         self._wrapper = wrapper if wrapper is not model else None
         self._sharding = sharding_modules(model)
+        self._zero = is_zero(unwrapped_optimizer(optimizer))
         reshard(self._sharding)
         self._held: dict[str, Pair] | None = None
         with self.together():
@@ -220,7 +222,7 @@ class AromaController:
             NonFiniteError: A component is NaN or infinite.
         """
         active = self._active()
-        if not alone and self._sharding:
+        if not alone and any(is_sharded(parameter) for module in self.modules for parameter in module.pair):
             self._held = None
             self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
         norms = pair_norms(self._pairs(active))
@@ -292,8 +294,8 @@ class AromaController:
         for name in ("global_step", "inner_step", "outer_number", "max_inner_steps"):
             setattr(self, name, state[name])
         self._earlier_outer_steps = state["earlier_outer_steps"]
-        for module, entry in zip(self.modules, state["modules"], strict=True):
-            module.restore(entry, tensors, self._draw_number)
+        for module, entry, pair in zip(self.modules, state["modules"], pairs, strict=True):
+            module.restore(entry, tensors, self._draw_number, pair, self.optimizer)
         self._check_optimizer()
         self._snapshot = PairSnapshot.restore(
             state["snapshot_norms"], tensors, [module.pair for module in self._active()]
@@ -357,7 +359,7 @@ class AromaController:
             module.reset(self.optimizer, self._draw_number)
             module.start_component(self._draw_number + 1)
             return events
-        module.freeze()
+        module.freeze(self.optimizer)
         return [*events, self._event("frozen", module, module.outer_value)]
 
     def _start_inner_loop(self) -> None:
@@ -371,11 +373,11 @@ class AromaController:
 
     def _settle_graph(self, compiled: bool) -> None:
         """Let frozen pairs stay in the graph where DistributedDataParallel or a compiler want it unchanged."""
-        # FSDP2 waits for no gradient: it reduces those that there are.
-        stays = compiled or (is_distributed() and not self._sharding)
+        # FSDP2 and ZeRO wait for no gradient: they reduce those that there are.
+        stays = compiled or (is_distributed() and not self._sharding and not self._zero)
         for module in self.modules:
             module.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
-        if stays:
+        if stays and not self._zero:
             # Their gradients are zero. Without any, the optimizer leaves them and its state alone, as anywhere else.
             inner = unwrapped_optimizer(self.optimizer)
             inner.register_step_pre_hook(partial(_drop_gradients_of_frozen, self.modules))
@@ -422,7 +424,7 @@ class AromaController:
         """Refuse an optimizer without the pair of a module that trains."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         for module in self._active():
-            if not all(id(parameter) in held for parameter in module.pair):
+            if not all(id(parameter) in held or is_flattened(parameter) for parameter in module.pair):
                 raise bad_value(
                     "optimizer",
                     type(self.optimizer).__name__,
@@ -509,7 +511,7 @@ class AromaController:
         """Let modules with components from an earlier run go on: full ones are frozen, new ones start afresh."""
         for module, (b, _) in zip(self.modules, self._pairs(self.modules), strict=True):
             if module.is_full() and not module.is_frozen:
-                module.freeze()
+                module.freeze(self.optimizer)
             elif self._earlier_outer_steps and not module.is_frozen and not b.any():
                 module.start_component(self._draw_number)
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import errors
 from .errors import AromaError, ConfigError, bad_value
 from .sharded import refuse_other_shards
+from .zero import is_zero, refuse_other_zero
 
 _DRIFT = 1e-3
 """Relative difference of a norm between replicas that no rounding explains: DDP keeps them equal bit for bit."""
@@ -31,22 +32,15 @@ _BLOCK_ELEMENTS = 2**22
 
 _MESSAGE_BYTES = 4096
 
-_ZERO = (
-    "of DeepSpeed, whose ZeRO-2 and ZeRO-3 keep flattened fp32 copies of the parameters, and every new component "
-    "would have to be written into them"
-)
-
 _REMEDY = (
-    "AROMA trains in one process, under DistributedDataParallel and under FSDP2 (torch.distributed.fsdp.fully_shard): "
-    "launch with one of these"
+    "AROMA trains in one process, under DistributedDataParallel, under FSDP2 (torch.distributed.fsdp.fully_shard) and "
+    "under DeepSpeed's ZeRO: launch with one of these"
 )
 
 _SHARDED = {
     "FlatParameter": "a parameter of FSDP1, which has no shape of its own",
     "FullyShardedDataParallel": "a module of FSDP1, which flattens the pairs of many modules into one parameter",
-    "DeepSpeedEngine": f"an engine {_ZERO}",
-    "DeepSpeedOptimizerWrapper": f"an optimizer {_ZERO}",
-    "ZeROOptimizer": f"an optimizer {_ZERO}",
+    "PipelineEngine": "an engine of DeepSpeed whose stages are on different ranks",
     "ZeroRedundancyOptimizer": "an optimizer that keeps a share of its state on every rank",
 }
 """Classes by name, so that nothing is imported to look for them."""
@@ -68,10 +62,10 @@ def processes_of_node() -> int:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that DistributedDataParallel or torch.compile wraps, or `model` itself."""
+    """Return the model that DistributedDataParallel, DeepSpeed or torch.compile wraps, or `model` itself."""
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
+        if isinstance(model, DistributedDataParallel) or _is_engine(model):
+            model = model.module  # type: ignore[assignment]
         elif "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         else:
@@ -79,8 +73,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer that accelerate wraps, or `optimizer` itself."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """Return the optimizer that accelerate wraps, or `optimizer` itself; the one that DeepSpeed wraps is its own."""
+    return optimizer if is_zero(optimizer) else getattr(optimizer, "optimizer", optimizer)
+
+
+def _is_engine(model: nn.Module) -> bool:
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
 # Decisions -----------------------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def require_equal_replicas(
 
 
 def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
-    """Refuse every way of sharing a model or its optimizer out but FSDP2 with rows over all processes.
+    """Refuse every way of sharing a model or its optimizer out but FSDP2 with rows over all processes, and ZeRO.
 
     Raises:
         ConfigError: A parameter, module or optimizer that is sharded otherwise.
@@ -210,15 +208,15 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
                     f"it is {_SHARDED[kind.__name__]}. {_REMEDY}",
                 )
     refuse_other_shards(model, world_size())
-
-
-def refuse_deepspeed(configuration: object) -> NoReturn:
-    """Refuse a training that DeepSpeed is to run, before its engine is made.
-
-    Raises:
-        ConfigError: Always.
-    """
-    raise bad_value("deepspeed", configuration, f"it would make an engine {_ZERO}. {_REMEDY}")
+    if is_zero(inner):
+        refuse_other_zero(unwrapped(model), inner, world_size())
+    elif _is_engine(model):
+        raise bad_value(
+            "optimizer",
+            type(inner).__name__,
+            "the model is an engine of DeepSpeed, and this is no optimizer that it shares out: give engine.optimizer, "
+            "and set zero_optimization.stage to 1, 2 or 3",
+        )
 
 
 def _number_of(text: str) -> int:

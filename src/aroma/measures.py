@@ -20,6 +20,7 @@ from .criteria import (
     product_norm_squared,
 )
 from .sharded import summed
+from .zero import Partition
 
 Pair = tuple[Tensor, Tensor]
 """A component b (m, r), a (r, n)."""
@@ -96,11 +97,12 @@ def outer_value(update_norm: float, weight_norm: float) -> float | None:
     return None if update_norm > 0 else 0.0
 
 
-def weight_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair]) -> list[float]:
+def weight_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: Sequence[Pair]) -> list[float]:
     """Return ‖W0 + B A‖_F of every module, from scratch.
 
     Args:
-        weights: W0 (m, n) of every module, by call: a quantised weight is dequantised one module at a time.
+        weights: W0 (m, n) of every module, or what this rank has of it, by call: a quantised weight is dequantised one
+            module at a time.
         updates: Finished components B (m, R), A (R, n), scale folded in.
     """
     squares = summed(merged_norm_squared, weights, updates)
@@ -108,7 +110,10 @@ def weight_norms(weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair
 
 
 def grown_norms(
-    weights: Sequence[Callable[[], Tensor]], updates: Sequence[Pair], added: Sequence[Pair], norms: Sequence[float]
+    weights: Sequence[Callable[[], Tensor | Partition]],
+    updates: Sequence[Pair],
+    added: Sequence[Pair],
+    norms: Sequence[float],
 ) -> list[float]:
     """Return ‖W0 + B A + b a‖_F of every module from `norms`, ‖W0 + B A‖_F: one component at a time.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from .distributed import unwrapped_optimizer
 from .errors import ResetError, bad_value
 from .sharded import is_sharded, layout, local, own_rows
+from .zero import Range, is_flattened, own_range
 
 RESET_KINDS = ("prune", "zero", "none")
 
@@ -43,7 +44,8 @@ _SCRATCH = frozenset({"RMS", "unorm_vec"})
 class _Moment:
     """One moment tensor, the value in it that stands for zero, and the block scales of a quantized one.
 
-    Of a sharded moment, `values` are what this rank holds: the entries `own` of the first dimension of `shape`.
+    Of a sharded moment, `values` are what this rank holds: the entries `own` of the first dimension of `shape`; with
+    ZeRO the entries `range` of `shape`, row by row.
     """
 
     values: Tensor
@@ -51,6 +53,11 @@ class _Moment:
     absmax: Tensor | None = None
     own: slice | EllipsisType = ...
     shape: tuple[int, ...] = ()
+    range: Range | None = None
+
+    def pick(self, chosen: Tensor) -> Tensor:
+        """Return what of a mask of `shape` is about `values`."""
+        return chosen[self.own] if self.range is None else self.range.pick(chosen)
 
 
 def component_generator(seed: int, outer_step: int, module_index: int, purpose: str) -> torch.Generator:
@@ -105,7 +112,8 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
 
     Args:
         optimizer: torch's Adam, AdamW, SGD, RMSprop (not centered), Adagrad or Adafactor, transformers' Adafactor, or
-            a bitsandbytes optimizer of 32 or 8 bits; wrapped by accelerate or not.
+            a bitsandbytes optimizer of 32 or 8 bits; wrapped by accelerate or not. Under DeepSpeed's ZeRO those that
+            keep moments shaped as their parameters.
         param: The parameter, as the optimizer holds it.
         kind: `"prune"`, `"zero"` or `"none"`.
         prune_ratio: Share of entries that `"prune"` zeroes, in [0, 1].
@@ -124,6 +132,17 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
         _clear_step(optimizer.state.get(param, {}))
 
 
+@torch.no_grad()
+def forget_moments(optimizer: Any, param: Tensor) -> None:
+    """Zero the moments of a parameter, and nothing else.
+
+    Raises:
+        ResetError: State that is not understood, before anything is modified.
+    """
+    for moment in _resettable_moments(optimizer, param, "prune"):
+        _clear(moment)
+
+
 def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
     """Raise what `reset_state` would raise, and change nothing.
 
@@ -139,6 +158,8 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
 def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
     if kind not in RESET_KINDS:
         raise bad_value("reset", kind, "choose 'prune', 'zero' or 'none'")
+    if is_flattened(param):
+        return _flat_moments(unwrapped_optimizer(optimizer), param, kind)
     if kind == "none":
         return []
     state = optimizer.state.get(param, {})
@@ -151,6 +172,29 @@ def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Momen
     # In the order of names: the order in which a loaded state lists its keys must not change the random draws.
     keys = sorted(key for key in state if key in _MOMENTS and state[key] is not None)
     return [_read_moment(optimizer, param, state, key) for key in keys]
+
+
+def _flat_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
+    """Return the moments that this rank holds of a parameter which ZeRO trains as a range of a flat tensor."""
+    if kind == "zero":
+        raise bad_value(
+            "reset",
+            kind,
+            f"{_name(optimizer)} counts the steps of many parameters at once, so one component's count cannot be "
+            "zeroed; set reset='prune' or 'none', or train under DistributedDataParallel or FSDP2",
+            ResetError,
+        )
+    own = own_range(param, optimizer)
+    state = {} if own is None else optimizer.optimizer.state.get(own.flat, {})
+    if own is None or not state:
+        return []
+    _require_known(optimizer, state)
+    keys = sorted(key for key in state if key in _MOMENTS and state[key] is not None)
+    for key in keys:
+        if type(state[key]) is not Tensor or not state[key].is_floating_point() or state[key].shape != own.flat.shape:
+            raise _refusal(optimizer, key, state[key], "which is not laid out as its flat parameters are")
+    # Whatever `kind` is: once the component is frozen, they are zeroed.
+    return [_Moment(own.of(state[key]), 0.0, shape=own.shape, range=own) for key in keys]
 
 
 def _require_known(optimizer: Any, state: Mapping[str, Any]) -> None:
@@ -203,7 +247,7 @@ def _prune(moments: list[_Moment], ratio: float, generator: torch.Generator) -> 
     for moment in moments:
         if moment.shape not in chosen:
             chosen[moment.shape] = torch.rand(moment.shape, generator=generator) < ratio
-        moment.values.masked_fill_(chosen[moment.shape][moment.own].to(moment.values.device), moment.zero)
+        moment.values.masked_fill_(moment.pick(chosen[moment.shape]).to(moment.values.device), moment.zero)
 
 
 def _clear(moment: _Moment) -> None:

@@ -1,8 +1,8 @@
-"""Parameters that FSDP2 (`torch.distributed.fsdp.fully_shard`) has shared out: read, written and measured in place.
+"""Parameters that FSDP2 (`torch.distributed.fsdp.fully_shard`) or ZeRO-3 has shared out: read, written and measured.
 
-Every rank holds a block of rows of each parameter, a `DTensor`. The pairs are small, so checks gather them, all of
-them in one collective; base weights never leave their ranks. Functions that say "a collective" are called by all
-ranks, in the same order; of tensors that are not sharded all of this does nothing.
+Under FSDP2 every rank holds a block of rows of each parameter, a `DTensor`; for ZeRO see there. The pairs are small,
+so checks gather them, all of them in one collective; base weights never leave their ranks. Functions that say "a
+collective" are called by all ranks, in the same order; of tensors that are not sharded all of this does nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from . import zero
 from .errors import bad_value
+from .zero import Partition
 
 Factors = tuple[Tensor, Tensor]
 """Left and right factor, (m, R) and (R, n)."""
@@ -28,7 +30,7 @@ _ALIGNMENT = 16
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds a part of `tensor` only."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) or not zero.is_here(tensor)
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:
@@ -55,6 +57,9 @@ def own_rows(tensor: Tensor) -> slice:
 @torch.no_grad()
 def write(target: Tensor, values: Tensor) -> None:
     """Put `values`, the same whole tensor on all ranks, into `target`, in place; no collective."""
+    if zero.is_partitioned(target) or zero.is_flattened(target):
+        zero.write(target, values)
+        return
     local(target).copy_(values[own_rows(target)] if isinstance(target, DTensor) else values)
 
 
@@ -75,9 +80,15 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     Their bytes are summed, and every byte comes from one rank alone: one collective whatever the dtypes, and no more
     memory than the result.
     """
-    sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
     if not sharded:
         return [*tensors]
+    found = iter(_gathered_rows(sharded) if isinstance(sharded[0], DTensor) else zero.gathered(sharded))
+    return [next(found) if is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def _gathered_rows(sharded: Sequence[Any]) -> list[Tensor]:
+    """Return tensors of FSDP2's whole."""
     sizes = [tensor.numel() * tensor.element_size() for tensor in sharded]
     mesh = sharded[0].device_mesh
     flat = torch.zeros(sum(map(_aligned, sizes)), dtype=torch.uint8, device=mesh.device_type)
@@ -89,38 +100,52 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     for part, tensor in zip(whole, sharded, strict=True):
         part[own_rows(tensor)] = local(tensor).to(part.device)
     dist.all_reduce(flat, group=mesh.get_group())
-    found = iter(whole)
-    return [next(found) if is_sharded(tensor) else tensor for tensor in tensors]
+    return whole
 
 
 def summed(
     measure: Callable[[Tensor, Tensor, Tensor], Tensor],
-    weights: Sequence[Callable[[], Tensor]],
+    weights: Sequence[Callable[[], Tensor | Partition]],
     factors: Sequence[Factors],
 ) -> list[Tensor]:
     """Return `measure(W, B, A)`, a sum over the entries of W, of every module: a collective if any W is sharded.
 
-    Every rank measures the rows (of Conv1D, columns) of W that it holds, with the same rows of B (columns of A).
+    Every rank measures the rows (of Conv1D, columns) of W that it holds, with the same rows of B (columns of A); under
+    ZeRO-3 the rectangles that its entries make up.
 
     Args:
         measure: Maps W, or a block of it, and the factors to a scalar tensor.
         weights: W (m, n) of every module, by call.
         factors: B (m, R) and A (R, n) of every module, whole.
     """
-    values, sharded = [], []
+    values: list[Tensor] = []
+    sharded: list[tuple[int, torch.device, Any]] = []
     for index, (weight, (B, A)) in enumerate(zip(weights, factors, strict=True)):
         # In a function: of copies, as of a quantised weight, one is there at a time.
-        value, mesh = _measured(measure, weight(), B, A)
+        W = weight()
+        if isinstance(W, Partition):
+            values.append(_measured_blocks(measure, W, B, A))
+            sharded.append((index, values[-1].device, None))
+            continue
+        value, mesh = _measured(measure, W, B, A)
         values.append(value)
         if mesh is not None:
-            sharded.append((index, mesh))
+            sharded.append((index, torch.device(mesh.device_type), mesh.get_group()))
     if sharded:
-        mesh = sharded[0][1]
-        sums = torch.stack([values[index].to(mesh.device_type) for index, _ in sharded])
-        dist.all_reduce(sums, group=mesh.get_group())
-        for (index, _), value in zip(sharded, sums, strict=True):
+        _, device, group = sharded[0]
+        sums = torch.stack([values[index].to(device) for index, *_ in sharded])
+        dist.all_reduce(sums, group=group)
+        for (index, *_), value in zip(sharded, sums, strict=True):
             values[index] = value
     return values
+
+
+def _measured_blocks(
+    measure: Callable[[Tensor, Tensor, Tensor], Tensor], W: Partition, B: Tensor, A: Tensor
+) -> Tensor:
+    """Return the measure of what this rank holds of W under ZeRO-3, on the device of the factors."""
+    parts = [measure(block.to(B.device), B[rows], A[:, columns]) for block, rows, columns in W.blocks()]
+    return torch.stack(parts).sum() if parts else measure(*(tensor.new_zeros(0, 0) for tensor in (B, B, A)))
 
 
 def _measured(

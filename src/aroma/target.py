@@ -10,9 +10,10 @@ from torch import Tensor
 from .errors import CheckpointError, bad_value
 from .events import ModuleSummary
 from .measures import Pair
-from .reset import check_resettable, component_generator, fresh_component, reset_state
+from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
 from .spectra import effective_rank, singular_values
 from .tuner import AromaConfig, AromaLinear
+from .zero import is_flattened
 
 
 class TargetModule:
@@ -112,9 +113,13 @@ class TargetModule:
         """Merge: the component in training becomes a finished one."""
         self.layer.merge_pair(self._adapter_name, pair)
 
-    def freeze(self) -> None:
+    def freeze(self, optimizer: Any) -> None:
         """Drop the component in training, for good."""
         self.layer.freeze(self._adapter_name)
+        for parameter in self.pair:
+            if is_flattened(parameter):
+                # A flat optimizer goes on stepping it, with a gradient of zero: without moments it stays zero.
+                forget_moments(optimizer, parameter)
 
     def stay_in_graph(self, stays: bool, growths: int | None = None) -> None:
         """Settle whether the pair goes on requiring a gradient, zero, once it is frozen; see `AromaLinear`."""
@@ -171,8 +176,17 @@ class TargetModule:
             exact = torch.equal(a, self._fresh(outer_number).to(a))
         return {} if exact else {f"pair.{self.index}.b": b.clone(), f"pair.{self.index}.a": a.clone()}
 
-    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], outer_number: int) -> None:
+    def restore(
+        self, state: dict[str, Any], tensors: dict[str, Tensor], outer_number: int, pair: Pair, optimizer: Any
+    ) -> None:
         """Restore `state()`, and take the component that was in training out of the loaded finished ones.
+
+        Args:
+            state: What `state()` returned.
+            tensors: All tensors of the checkpoint's state.
+            outer_number: Number of the outer step for random draws.
+            pair: The component in training as it is now, whole: one that has moved was loaded as it was, by DeepSpeed.
+            optimizer: The optimizer that holds it.
 
         Raises:
             CheckpointError: The loaded adapter has another rank than the state says.
@@ -181,7 +195,7 @@ class TargetModule:
             setattr(self, name, state[name])
         in_training = self._loaded_pair_rank(state["rank"], state["frozen"])
         if state["frozen"]:
-            self.freeze()
+            self.freeze(optimizer)
             return
         self.layer.unfreeze(self._adapter_name)
         b, a = self.layer.finished(self._adapter_name).pop(in_training)
@@ -190,7 +204,7 @@ class TargetModule:
             self.layer.start_pair(self._adapter_name, a, b)
         elif in_training:
             self.layer.start_pair(self._adapter_name, a, b / self._config.scale)
-        else:
+        elif not pair[0].any():
             self.start_component(outer_number)
 
     def _loaded_pair_rank(self, rank: int, frozen: bool) -> int:
@@ -210,5 +224,4 @@ class TargetModule:
         return self._config.component_seed
 
     def _fresh(self, outer_number: int) -> Tensor:
-        _, a = self.pair
-        return fresh_component(self._seed, outer_number, self.index, (a.shape[0], a.shape[1]))
+        return fresh_component(self._seed, outer_number, self.index, (self._config.r, self.layer.in_features))

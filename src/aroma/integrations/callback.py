@@ -15,11 +15,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from ..controller import AromaController
-from ..distributed import refuse_deepspeed, unwrapped_optimizer
+from ..distributed import unwrapped_optimizer
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
+from ..zero import StepHooks, is_zero
 from .rewarmup import Rewarmup, was_skipped
 
 # GreedyLR is younger than the oldest transformers that will do.
@@ -51,6 +52,7 @@ class AromaCallback(TrainerCallback, ExportableState):
         self.controller: AromaController | None = None
         self._rewarmup = Rewarmup()
         self._fused_step_was_skipped = False
+        self._engine_steps: StepHooks | None = None
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
@@ -59,8 +61,6 @@ class AromaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse a model without exactly one growing adapter, and launches that cannot work, before any work."""
         trainable_adapter(model)
-        if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            refuse_deepspeed(args.deepspeed)
         if args.fsdp:
             _refuse_fsdp_options(args.fsdp_config or {})
 
@@ -88,7 +88,19 @@ class AromaCallback(TrainerCallback, ExportableState):
             self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
-        unwrapped_optimizer(optimizer).register_step_post_hook(self._note_skipped_step)
+        inner = unwrapped_optimizer(optimizer)
+        self._engine_steps = self._rewarm_within_the_engine(state, inner) if is_zero(inner) else None
+        if self._engine_steps is None:
+            inner.register_step_post_hook(self._note_skipped_step)
+
+    def _rewarm_within_the_engine(self, state: TrainerState, optimizer: Any) -> StepHooks:
+        """Scale the rate where DeepSpeed steps: within the backward, before the Trainer says that a step is due."""
+
+        def before(optimizer: Any) -> None:
+            over = self._is_over(state, state.global_step)
+            self._rewarmup.begin(optimizer, 0.0 if over else self._running().lr_factor)
+
+        return StepHooks(optimizer, before, lambda optimizer: self._rewarmup.end(optimizer, None))
 
     def _note_skipped_step(self, optimizer: Any, *_: Any) -> None:
         # Known only within the step: accelerate takes every step of a fused optimizer for one that was taken.
@@ -123,6 +135,8 @@ class AromaCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
     ) -> None:
         """Scale the learning rate by the re-warm-up."""
+        if self._engine_steps is not None:
+            return
         if self._is_over(state, state.global_step):
             # Without gradients the step changes nothing.
             optimizer.zero_grad(set_to_none=True)
@@ -196,6 +210,8 @@ class AromaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """After `load_best_model_at_end`, bring ranks, labels and stop flags back to the best checkpoint's."""
         best = state.best_model_checkpoint
+        if self._engine_steps is not None:
+            self._engine_steps.remove()
         if self.controller is None or not args.load_best_model_at_end or best is None:
             return
         with self.controller.together():
@@ -256,7 +272,9 @@ def _require_finite_parameters(model: nn.Module, step: int) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
     # On one device: the parts of a split model are on several.
-    whole = [parameter.isfinite().all().to(device) for parameter in trained.values()]
+    # Of what ZeRO-3 has shared out the part that is here.
+    here = [getattr(parameter, "ds_tensor", parameter) for parameter in trained.values()]
+    whole = [tensor.isfinite().all().to(device) for tensor in here]
     finite = torch.stack(whole or [torch.tensor(True)])
     if not finite.all():
         name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)

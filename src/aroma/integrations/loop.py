@@ -12,6 +12,7 @@ from ..distributed import unwrapped_optimizer
 from ..errors import CheckpointError
 from ..events import Event
 from ..tuner.state import read_controller_state
+from ..zero import StepHooks, is_zero
 from .rewarmup import Rewarmup, was_skipped
 
 
@@ -28,10 +29,14 @@ class Attachment:
         # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
         inner = unwrapped_optimizer(optimizer)
         self._scheduler = getattr(scheduler, "scheduler", scheduler)
-        self._hooks = [
-            inner.register_step_pre_hook(self._before_step),
-            inner.register_step_post_hook(self._after_step),
-        ]
+        self._hooks: list[Any] = (
+            [StepHooks(inner, self._before_step, self._after_step)]
+            if is_zero(inner)
+            else [
+                inner.register_step_pre_hook(self._before_step),
+                inner.register_step_post_hook(self._after_step),
+            ]
+        )
 
     @property
     def finished(self) -> bool:

@@ -6,10 +6,12 @@ from typing import Any
 
 
 def was_skipped(optimizer: Any) -> bool:
-    """Whether the step that `optimizer` is in changes nothing, because a GradScaler found an overflow.
+    """Whether the step that `optimizer` is in changes nothing, because a GradScaler or DeepSpeed found an overflow.
 
     A fused optimizer (`AdamW(fused=True)`, the Trainer's default) is stepped all the same, and told to do nothing.
     """
+    if getattr(optimizer, "overflow", False) is True:
+        return True
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 

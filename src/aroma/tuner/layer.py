@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, NonFiniteError, bad_value
 from ..sharded import gathered, is_sharded, local, write
+from ..zero import Partition, is_partitioned, partition_of
 from .finished import CHUNK, FinishedComponents
 from .fused import Update, add_update, autocast_dtype, linear_with_update
 from .watched import are_plain_linear, is_hooked, is_traced, returns_its_own
@@ -86,8 +87,8 @@ class AromaLinear(LoraLinear):
     @torch.no_grad()
     def whole_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return b (m, r) and a (r, n), detached; of a sharded pair a copy, gathered by all ranks together."""
-        b, a = gathered([parameter.detach() for parameter in self.pair(adapter_name)])
-        return b, a
+        b, a = gathered(self.pair(adapter_name))
+        return b.detach(), a.detach()
 
     @torch.no_grad()
     def components(self, adapter_name: str, pair: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -126,15 +127,18 @@ class AromaLinear(LoraLinear):
         """Reinit: put `a` (r, n) and `b` (m, r), zero by default, into the pair; a stale gradient is dropped."""
         pair_b, pair_a = self.pair(adapter_name)
         write(pair_a, a)
-        local(pair_b).zero_() if b is None else write(pair_b, b)
+        write(pair_b, a.new_zeros(self.out_features, a.shape[0]) if b is None else b)
         pair_a.grad = pair_b.grad = None
 
     @torch.no_grad()
     def freeze(self, adapter_name: str) -> None:
         """Freeze for good: the pair is dropped, and only the finished components remain."""
         self.frozen_adapters.add(adapter_name)
-        for parameter in self.pair(adapter_name):
-            local(parameter).zero_()
+        b, a = self.pair(adapter_name)
+        r, like = self.r[adapter_name], local(a)
+        write(b, like.new_zeros(self.out_features, r))
+        write(a, like.new_zeros(r, self.in_features))
+        for parameter in (b, a):
             parameter.grad = None
             parameter.requires_grad_(self.stays_in_graph)
 
@@ -163,13 +167,18 @@ class AromaLinear(LoraLinear):
 
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
-    def weight_matrix(self) -> Tensor:
+    def weight_matrix(self) -> Tensor | Partition:
         """Return W0 as (m, n); a view, or where the base layer is quantised or offloaded one copy of it.
+
+        Under ZeRO-3 what this rank has of it.
 
         Raises:
             ConfigError: The weight has no data, and nothing is known to load it.
         """
         base = self.get_base_layer()
+        if is_partitioned(base.weight):
+            partition = partition_of(base.weight)
+            return partition.T if self.fan_in_fan_out else partition
         with align_module_device(base):
             if base.weight.is_meta:
                 raise bad_value(
@@ -213,10 +222,10 @@ class AromaLinear(LoraLinear):
         """
         base = self.get_base_layer()
         self.refuse_merge_if_quantised()
-        if is_sharded(base.weight):
+        if is_sharded(base.weight) or is_partitioned(base.weight):
             raise ConfigError(
-                "base layer: FSDP2 shares its weight out, and no rank can merge into it; save the adapter and merge "
-                "in one process (aroma export --merged)"
+                "base layer: FSDP2 or ZeRO-3 shares its weight out, and no rank can merge into it; save the adapter "
+                "and merge in one process (aroma export --merged)"
             )
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.lora_A:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
 from ..sharded import gathered, is_sharded, shared_out
+from ..zero import is_partitioned
 from .config import PEFT_TYPE, AromaConfig
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
@@ -139,6 +140,7 @@ class AromaModel(LoraModel):
     ) -> dict[str, Tensor]:
         layers = _layers_by_key(model, adapter_name)
         _make_whole(model, state_dict)
+        _complete(layers, adapter_name, state_dict)
         tensors, config._plain = plain_tensors(layers, adapter_name, state_dict)
         controller = config.controller
         # Now, when all ranks are here and the pairs are whole: rank 0 writes it alone.
@@ -203,9 +205,28 @@ def _layers_by_key(model: nn.Module, adapter_name: str | None) -> dict[str, Arom
 
 def _make_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Gather, in place, what trains and is sharded: pairs, and the heads, which PEFT reads after us."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad or ".lora_" in name]
-    sharded = [name for name in names if name in state_dict and is_sharded(state_dict[name])]
-    state_dict.update(zip(sharded, gathered([state_dict[name] for name in sharded]), strict=True))
+    sharded: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name in state_dict and (parameter.requires_grad or ".lora_" in name):
+            held = state_dict[name]
+            if is_sharded(held):
+                sharded[name] = held
+            elif not held.numel() and is_partitioned(parameter):
+                sharded[name] = parameter
+    state_dict.update(zip(sharded, gathered([*sharded.values()]), strict=True))
+
+
+def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Add, in place, what a state dict lacks that DeepSpeed has collected: parameters that train, and buffers."""
+    for key, layer in layers.items():
+        finished = layer.finished(adapter_name)
+        state_dict.setdefault(f"{key}.lora_finished.{adapter_name}.A", finished.A)
+        state_dict.setdefault(f"{key}.lora_finished.{adapter_name}.B", finished.B)
+        if layer.is_frozen(adapter_name):
+            r = layer.r[adapter_name]
+            zeros = torch.zeros(layer.out_features, r), torch.zeros(r, layer.in_features)
+            state_dict.setdefault(f"{key}.lora_B.{adapter_name}.weight", zeros[0])
+            state_dict.setdefault(f"{key}.lora_A.{adapter_name}.weight", zeros[1])
 
 
 def _first_component(config: AromaConfig, index: int, a: Tensor) -> Tensor:

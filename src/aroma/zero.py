@@ -1,0 +1,246 @@
+"""Parameters whose optimizer DeepSpeed's ZeRO has shared out: where this rank holds what of them, and how to write it.
+
+ZeRO-1 and ZeRO-2 keep every parameter whole on all ranks; ZeRO-3 keeps a range of its entries, row by row, on each,
+and whole ones only while they are used. The base optimizer holds flat tensors, float32 copies of such ranges of many
+parameters one after the other, and after a step ZeRO overwrites the parameters with them. So whatever is written into
+a parameter is written into its range of the flat tensor too, and its moments are a range of theirs.
+
+Nothing is imported from DeepSpeed: what it shares out bears its marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import bad_value
+
+_STAGES = {"DeepSpeedZeroOptimizer": "ZeRO-1/2", "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3"}
+"""The optimizers of DeepSpeed that are known, by name."""
+
+_LAUNCH = "see docs/distributed.md for what AROMA trains under"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The entries of a parameter that this rank holds, counted row by row.
+
+    Attributes:
+        shape: Shape of the whole parameter.
+        start: First entry.
+        stop: Entry behind the last one; `start` where the rank holds none.
+        flat: The tensor of the base optimizer that holds them.
+        offset: Their place in it.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return the entries in a tensor laid out as `self.flat`, sharing its memory."""
+        return flat.detach()[self.offset : self.offset + self.stop - self.start]
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Return the entries of a whole tensor."""
+        return values.reshape(-1)[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A range of the entries of a matrix, which is all that this rank has of it under ZeRO-3.
+
+    Attributes:
+        values: The entries from `start` on, row by row, one after the other.
+        start: Number of the first.
+        shape: Shape of the whole matrix as it is stored.
+        transposed: Whether what is meant is the transpose.
+    """
+
+    values: Tensor
+    start: int
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def T(self) -> Partition:
+        """The transpose."""
+        return Partition(self.values, self.start, self.shape, not self.transposed)
+
+    def blocks(self) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Return the rectangles that the range consists of, at most three, each with its rows and columns."""
+        width, place, left = self.shape[1], self.start, self.values
+        while len(left):
+            row, column = divmod(place, width)
+            # To the end of a row that was begun; then as many whole rows as there are; then what is left.
+            rows = 0 if column else len(left) // width
+            count = rows * width or min(width - column, len(left))
+            block, left = left[:count].view(rows or 1, -1), left[count:]
+            where = slice(row, row + block.shape[0]), slice(column, column + block.shape[1])
+            yield (block.T, *where[::-1]) if self.transposed else (block, *where)
+            place += count
+
+
+# What is shared out --------------------------------------------------------------------------------------------------
+
+
+def is_zero(optimizer: Any) -> bool:
+    """Whether `optimizer` is one that DeepSpeed made."""
+    return any(kind.__name__ in ("ZeROOptimizer", "DeepSpeedOptimizer") for kind in type(optimizer).__mro__)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 has shared a parameter out."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether the optimizer that trains a parameter holds flat copies of it."""
+    return hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping")
+
+
+def is_here(parameter: Any) -> bool:
+    """Whether this rank holds the whole parameter now: ZeRO-3 leaves small ones where they are used."""
+    return not is_partitioned(parameter) or parameter.ds_status.name == "AVAILABLE"
+
+
+def partition_of(parameter: Any) -> Partition:
+    """Return what this rank holds of a matrix under ZeRO-3."""
+    start, stop = _own_entries(parameter)
+    return Partition(parameter.ds_tensor.detach()[: stop - start], start, tuple(parameter.ds_shape))
+
+
+def own_range(parameter: Any, optimizer: Any) -> Range | None:
+    """Return where this rank's entries of a parameter lie in `optimizer`; None where it has none, or is not flat.
+
+    Args:
+        parameter: The parameter.
+        optimizer: The optimizer that trains it, as DeepSpeed made it.
+    """
+    if hasattr(parameter, "_z3_optimizer"):
+        index, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start, stop = _own_entries(parameter)
+        return Range(tuple(parameter.ds_shape), start, stop, optimizer.fp32_partitioned_groups_flat[index], offset)
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return None
+    own, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    return Range(tuple(parameter.shape), own.start, own.start + own.numel, flat, place.start)
+
+
+@torch.no_grad()
+def write(parameter: Any, values: Tensor) -> None:
+    """Put `values`, the same whole tensor on all ranks, into a parameter and its flat copy; no collective."""
+    if is_here(parameter):
+        parameter.data.copy_(values)
+    if is_partitioned(parameter):
+        start, stop = _own_entries(parameter)
+        parameter.ds_tensor.data[: stop - start].copy_(values.reshape(-1)[start:stop])
+    optimizer = parameter._z3_optimizer if hasattr(parameter, "_z3_optimizer") else None
+    if optimizer is not None:
+        own = own_range(parameter, optimizer)
+        assert own is not None, "ZeRO-3 gives every rank a range of every parameter"
+        own.of(own.flat).copy_(own.pick(values))
+    elif getattr(parameter, "_hp_mapping", None) is not None:
+        address = parameter._hp_mapping.lp_fragment_address
+        flat = values.reshape(-1)[address.start : address.start + address.numel]
+        parameter._hp_mapping.get_hp_fragment().data.copy_(flat)
+
+
+@torch.no_grad()
+def gathered(parameters: Sequence[Any]) -> list[Tensor]:
+    """Return partitioned parameters whole, in one collective of all ranks."""
+    sizes = [parameter.ds_numel for parameter in parameters]
+    flat = parameters[0].ds_tensor.new_zeros(sum(sizes), device=parameters[0].device)
+    whole = flat.split(sizes)
+    for piece, parameter in zip(whole, parameters, strict=True):
+        start, stop = _own_entries(parameter)
+        piece[start:stop] = parameter.ds_tensor[: stop - start].to(piece)
+    dist.all_reduce(flat)
+    return [piece.view(tuple(p.ds_shape)).to(p.dtype) for piece, p in zip(whole, parameters, strict=True)]
+
+
+def _own_entries(parameter: Any) -> tuple[int, int]:
+    """Return the first entry that this rank holds, and the one behind its last; what pads the rest is no entry."""
+    length = parameter.ds_tensor.numel()
+    start = min(dist.get_rank() * length, parameter.ds_numel)
+    return start, min(start + length, parameter.ds_numel)
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+class StepHooks:
+    """Calls before and after every step of an optimizer of DeepSpeed's, which has no hooks.
+
+    Args:
+        optimizer: The optimizer.
+        before: Called with it before a step.
+        after: Called with it after a step.
+    """
+
+    def __init__(self, optimizer: Any, before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
+        self._optimizer = optimizer
+        self._step = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            before(optimizer)
+            result = self._step(*args, **kwargs)
+            after(optimizer)
+            return result
+
+        optimizer.step = step
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was."""
+        self._optimizer.step = self._step
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def refuse_other_zero(model: Any, optimizer: Any, processes: int) -> None:
+    """Refuse every way of DeepSpeed's to share a model out but ZeRO-1, ZeRO-2 and ZeRO-3 over all processes.
+
+    Args:
+        model: The model, unwrapped.
+        optimizer: The optimizer that DeepSpeed made.
+        processes: Number of processes that train together.
+
+    Raises:
+        ConfigError: Naming the optimizer, option or parameter.
+    """
+    kind = type(optimizer).__name__
+    if kind not in _STAGES:
+        raise bad_value(
+            "optimizer",
+            kind,
+            "of DeepSpeed's optimizers AROMA knows those of ZeRO-1, ZeRO-2 and ZeRO-3 for float32 parameters (in bf16 "
+            f"ZeRO-1 has another: use stage 2); {_LAUNCH}",
+        )
+    if getattr(optimizer, "params_in_nvme_and_cpu", False) or getattr(optimizer, "swap_optimizer", False):
+        raise bad_value("offload", "nvme", f"AROMA writes to what trains in place, which files cannot take; {_LAUNCH}")
+    for name, parameter in model.named_parameters():
+        group = getattr(parameter, "ds_process_group", None) or getattr(parameter, "_dp_group", None)
+        if group is not None and dist.get_world_size(group) != processes:
+            raise bad_value(
+                "model",
+                name,
+                f"it is shared out over {dist.get_world_size(group)} of {processes} processes (MiCS, hpZ, tensor or "
+                f"sequence parallelism); {_LAUNCH}",
+            )
+        if ".lora_" in name and is_flattened(parameter) and parameter.dtype != torch.float32:
+            raise bad_value(
+                "autocast_adapter_dtype",
+                parameter.dtype,
+                f"{name} is not float32, so the component in training would be rounded; leave autocast_adapter_dtype "
+                "of get_peft_model at True",
+            )

@@ -1,0 +1,286 @@
+"""Runs in several processes under DeepSpeed's ZeRO, for torchrun: plain loops, checkpoints, refusals, and a Trainer.
+
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/zero_runs.py all OUT
+
+Every rank writes what it came to into files of its own in OUT. DeepSpeed compiles its collectives for CPUs at the first
+start, which takes a minute and a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from aroma import AromaCallback, aroma_layers, attach, save_adapter
+from distributed_runs import (
+    CALM,
+    OPTIMIZERS,
+    TIMEOUT,
+    UNLIKE_MODULES,
+    Loop,
+    batch_of,
+    rank,
+    refusal,
+    replicated,
+    run_loop,
+    share,
+    stacked,
+)
+from trainer_runs import adapted, tiny_bert, trainer_for
+
+
+def zero(stage: int, **changes: Any) -> dict[str, Any]:
+    """A configuration of DeepSpeed; in `changes`, what is ZeRO's begins with `zero_`."""
+    own = {name.removeprefix("zero_"): value for name, value in changes.items() if name.startswith("zero_")}
+    rest = {name: value for name, value in changes.items() if not name.startswith("zero_")}
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": stage, **own},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **rest,
+    }
+
+
+NOTHING_STAYS = {"zero_stage3_param_persistence_threshold": 0, "zero_stage3_prefetch_bucket_size": 0}
+"""ZeRO-3 gives whole parameters back after every use, small ones too."""
+
+PLAIN = Loop(double=False)
+
+LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
+    "zero 1": (PLAIN, zero(1)),
+    "zero 2": (PLAIN, zero(2)),
+    "zero 3": (PLAIN, zero(3)),
+    "zero 3, nothing stays": (
+        replace(PLAIN, method={"inner_criterion": "update_change", "r": 3}),
+        zero(3, **NOTHING_STAYS),
+    ),
+    "zero 2, momentum": (replace(PLAIN, optimizer="sgd", method={"outer_tolerance": 0.008}), zero(2)),
+    "zero 2, accumulation": (replace(PLAIN, accumulate=2), zero(2, gradient_accumulation_steps=2)),
+    "zero 3, on after all have finished": (
+        replace(PLAIN, early_stop=False, head=False, method={"max_components": 2}, steps=20),
+        zero(3),
+    ),
+    "zero 2, on after all have finished": (
+        replace(PLAIN, early_stop=False, head=False, method={"max_components": 2, "reset": "none"}, steps=20),
+        zero(2),
+    ),
+}
+
+
+class Training:
+    """One training under ZeRO that can stop and go on."""
+
+    def __init__(self, loop: Loop, config: dict[str, Any], resume_from: Path | None = None) -> None:
+        torch.manual_seed(100)
+        self.loop = loop
+        self.model = adapted(tiny_bert(**CALM), **{**UNLIKE_MODULES, **loop.method})
+        if not loop.head:
+            self.model.base_model.classifier.requires_grad_(False)
+        base = OPTIMIZERS[loop.optimizer]([p for p in self.model.parameters() if p.requires_grad])
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.model, optimizer=base, config=config)
+        if resume_from:
+            self.engine.load_checkpoint(str(resume_from), tag="engine")
+        self.events: list[Any] = []
+        self.growth = attach(
+            self.engine,
+            self.engine.optimizer,
+            total_steps=loop.steps,
+            resume_from=str(resume_from) if resume_from else None,
+            on_event=self.events.append,
+        )
+
+    def go_on(self, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+        """Take steps, and return what it came to."""
+        self.engine.train()
+        stopped = stop = self.loop.steps if stop is None else stop
+        for step in range(start, stop):
+            for part in range(self.loop.accumulate):
+                rows = share(batch_of(step * self.loop.accumulate + part))
+                self.engine.backward(self.engine(**stacked(rows)).loss)
+                self.engine.step()
+            if self.growth.finished and self.loop.early_stop:
+                stopped = step + 1
+                break
+        return {
+            "weights": whole_weights(self.model),
+            "controller": self.growth.controller.state_dict(),
+            "moments": self.moments(),
+            "events": [{**event.as_dict(), "value": None} for event in self.events],
+            "values": [event.value for event in self.events if event.value is not None],
+            "stopped": stopped,
+            "frozen pairs that moved": [
+                name
+                for name, layer in aroma_layers(self.model).items()
+                if layer.is_frozen("default") and any(bool(p.any()) for p in layer.whole_pair("default"))
+            ],
+        }
+
+    def moments(self) -> dict[str, Tensor]:
+        """The flat state of the base optimizer on this rank."""
+        held = self.engine.optimizer.optimizer.state.values()
+        return {f"{i}.{name}": t for i, s in enumerate(held) for name, t in s.items() if isinstance(t, Tensor)}
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the trained part, whole on all ranks."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().clone()
+    for name, layer in aroma_layers(model).items():
+        weights[f"{name}.B"], weights[f"{name}.A"] = layer.components("default")
+    return weights
+
+
+def loops(out: Path) -> None:
+    for name, (loop, config) in LOOPS.items():
+        torch.save(Training(loop, config).go_on(), out / f"loop-{name}-{rank()}.pt")
+        torch.save(as_replicas(loop), out / f"ddp-{name}-{rank()}.pt")
+
+
+def as_replicas(loop: Loop) -> dict[str, Any]:
+    """The same under DistributedDataParallel."""
+    kept = {}
+
+    def wrap(model: Any, loop: Loop) -> Any:
+        kept["model"] = model
+        return replicated(model, loop)
+
+    came_to = run_loop(loop, wrap)
+    return {**came_to, "weights": whole_weights(kept["model"])}
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+SAVED_AT, STEPS = 9, 20
+"""In the middle of an inner loop, after merges."""
+EXACT = replace(PLAIN, method={"inner_criterion": "update_change", "r": 2, "lora_alpha": 3}, steps=STEPS)
+STAGES = {"2": zero(2), "3": zero(3), "3, nothing stays": zero(3, **NOTHING_STAYS)}
+
+
+def checkpoints(out: Path) -> None:
+    for name, config in STAGES.items():
+        training = Training(EXACT, config)
+        training.go_on(0, SAVED_AT)
+        folder = out / f"adapter-{name}"
+        training.engine.eval()
+        with torch.no_grad():
+            torch.save(training.engine(**stacked(batch_of(0))).logits, out / f"logits-{name}-{rank()}.pt")
+        if config["zero_optimization"]["stage"] == 3 or rank() == 0:
+            save_adapter(training.model, folder)
+        training.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        before = len(training.events)
+        end = training.go_on(SAVED_AT)
+        torch.save({**end, "events": end["events"][before:]}, out / f"uninterrupted-{name}-{rank()}.pt")
+        resumed = Training(EXACT, config, resume_from=folder)
+        torch.save(resumed.go_on(SAVED_AT), out / f"resumed-{name}-{rank()}.pt")
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def engine_of(config: dict[str, Any], **method: Any) -> Any:
+    model = adapted(**method)
+    base = OPTIMIZERS["adamw"]([p for p in model.parameters() if p.requires_grad])
+    return deepspeed.initialize(model=model, optimizer=base, config=config)[0]
+
+
+def without_zero(_: Path) -> None:
+    engine = engine_of(zero(0))
+    attach(engine, engine.optimizer, total_steps=32)
+
+
+def base_optimizer(_: Path) -> None:
+    engine = engine_of(zero(2))
+    attach(engine, engine.optimizer.optimizer, total_steps=32)
+
+
+def reset_to_zero(_: Path) -> None:
+    engine = engine_of(zero(2), reset="zero")
+    attach(engine, engine.optimizer, total_steps=32)
+    engine.backward(engine(**stacked(share(batch_of(0)))).loss)
+    engine.step()
+
+
+def merged(_: Path) -> None:
+    engine_of(zero(3)).module.merge_adapter()
+
+
+def other_tolerances(_: Path) -> None:
+    engine = engine_of(zero(2), outer_tolerance=0.01 * (1 + rank()))
+    attach(engine, engine.optimizer, total_steps=32)
+
+
+REFUSALS: dict[str, Callable[[Path], None]] = {
+    refuse.__name__: refuse for refuse in (without_zero, base_optimizer, reset_to_zero, merged, other_tolerances)
+}
+
+
+def refusals(out: Path) -> None:
+    refused = {name: refusal(refuse, out) for name, refuse in REFUSALS.items()}
+    (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
+
+
+def tell_all(out: Path) -> None:
+    """Everything in one process group: starting one takes longer than most of it."""
+    loops(out)
+    checkpoints(out)
+    refusals(out)
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def trained(out: Path, batch: int, resume: str | None = None, **training: Any) -> dict[str, Any]:
+    """Train in the Trainer, and return what it came to."""
+    events: list[dict[str, Any]] = []
+    trainer = trainer_for(
+        adapted(tiny_bert(**CALM), **UNLIKE_MODULES),
+        out,
+        AromaCallback(on_event=lambda event: events.append({**event.as_dict(), "value": None})),
+        **{"max_steps": 24, "save_steps": 8, "per_device_train_batch_size": batch, **training},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "events": events,
+        "weights": whole_weights(trainer.model),
+        "stopped": trainer.state.global_step,
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
+def train(out: Path) -> None:
+    for stage in (2, 3):
+        config = {
+            **zero(stage, zero_stage3_gather_16bit_weights_on_model_save=True),
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        }
+        torch.save(trained(out / str(stage), 4, deepspeed=config), out / f"end-{stage}-{rank()}.pt")
+        again = trained(out / str(stage), 4, str(out / str(stage) / "checkpoint-8"), deepspeed=config)
+        torch.save(again, out / f"again-{stage}-{rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    deepspeed.init_distributed(timeout=TIMEOUT)
+    where = Path(sys.argv[2])
+    where.mkdir(parents=True, exist_ok=True)
+    {"all": tell_all, "train": train, "loops": loops, "checkpoints": checkpoints, "refusals": refusals}[sys.argv[1]](
+        where
+    )
+    dist.barrier()
+    dist.destroy_process_group()
