@@ -90,7 +90,7 @@ class Training:
         base = OPTIMIZERS[loop.optimizer]([p for p in self.model.parameters() if p.requires_grad])
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.model, optimizer=base, config=config)
         if resume_from:
-            self.engine.load_checkpoint(str(resume_from), tag="engine")
+            self.engine.load_checkpoint(str(resume_from), tag="engine", load_module_strict=False)
         self.events: list[Any] = []
         self.growth = attach(
             self.engine,

@@ -111,10 +111,17 @@ def is_here(parameter: Any) -> bool:
     return not is_partitioned(parameter) or parameter.ds_status.name == "AVAILABLE"
 
 
+def own_entries(parameter: Any) -> Tensor:
+    """Return what this rank holds of a parameter for good: of one that ZeRO-3 shares out a range, without padding."""
+    if not is_partitioned(parameter):
+        return parameter.detach()  # type: ignore[no-any-return]
+    start, stop = _bounds(parameter)
+    return parameter.ds_tensor.detach()[: stop - start]  # type: ignore[no-any-return]
+
+
 def partition_of(parameter: Any) -> Partition:
     """Return what this rank holds of a matrix under ZeRO-3."""
-    start, stop = _own_entries(parameter)
-    return Partition(parameter.ds_tensor.detach()[: stop - start], start, tuple(parameter.ds_shape))
+    return Partition(own_entries(parameter), _bounds(parameter)[0], tuple(parameter.ds_shape))
 
 
 def own_range(parameter: Any, optimizer: Any) -> Range | None:
@@ -126,7 +133,7 @@ def own_range(parameter: Any, optimizer: Any) -> Range | None:
     """
     if hasattr(parameter, "_z3_optimizer"):
         index, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start, stop = _own_entries(parameter)
+        start, stop = _bounds(parameter)
         return Range(tuple(parameter.ds_shape), start, stop, optimizer.fp32_partitioned_groups_flat[index], offset)
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
@@ -142,8 +149,8 @@ def write(parameter: Any, values: Tensor) -> None:
     if is_here(parameter):
         parameter.data.copy_(values)
     if is_partitioned(parameter):
-        start, stop = _own_entries(parameter)
-        parameter.ds_tensor.data[: stop - start].copy_(values.reshape(-1)[start:stop])
+        start, stop = _bounds(parameter)
+        own_entries(parameter).copy_(values.reshape(-1)[start:stop])
     optimizer = parameter._z3_optimizer if hasattr(parameter, "_z3_optimizer") else None
     if optimizer is not None:
         own = own_range(parameter, optimizer)
@@ -162,13 +169,13 @@ def gathered(parameters: Sequence[Any]) -> list[Tensor]:
     flat = parameters[0].ds_tensor.new_zeros(sum(sizes), device=parameters[0].device)
     whole = flat.split(sizes)
     for piece, parameter in zip(whole, parameters, strict=True):
-        start, stop = _own_entries(parameter)
-        piece[start:stop] = parameter.ds_tensor[: stop - start].to(piece)
+        start, stop = _bounds(parameter)
+        piece[start:stop] = own_entries(parameter).to(piece)
     dist.all_reduce(flat)
     return [piece.view(tuple(p.ds_shape)).to(p.dtype) for piece, p in zip(whole, parameters, strict=True)]
 
 
-def _own_entries(parameter: Any) -> tuple[int, int]:
+def _bounds(parameter: Any) -> tuple[int, int]:
     """Return the first entry that this rank holds, and the one behind its last; what pads the rest is no entry."""
     length = parameter.ds_tensor.numel()
     start = min(dist.get_rank() * length, parameter.ds_numel)

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from ..zero import StepHooks, is_zero
+from ..zero import StepHooks, is_zero, own_entries
 from .rewarmup import Rewarmup, was_skipped
 
 # GreedyLR is younger than the oldest transformers that will do.
@@ -272,9 +272,7 @@ def _require_finite_parameters(model: nn.Module, step: int) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
     # On one device: the parts of a split model are on several.
-    # Of what ZeRO-3 has shared out the part that is here.
-    here = [getattr(parameter, "ds_tensor", parameter) for parameter in trained.values()]
-    whole = [tensor.isfinite().all().to(device) for tensor in here]
+    whole = [own_entries(parameter).isfinite().all().to(device) for parameter in trained.values()]
     finite = torch.stack(whole or [torch.tensor(True)])
     if not finite.all():
         name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)
