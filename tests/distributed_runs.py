@@ -85,6 +85,8 @@ class Loop:
     """The second rank has one example of every batch, the first the others."""
     double: bool = True
     """In float64, where rounding is no excuse."""
+    half: bool = False
+    """Base model in bfloat16, components in float32."""
     early_stop: bool = True
     head: bool = True
     accelerate: bool = False
@@ -121,7 +123,7 @@ def replicated(model: Any, loop: Loop) -> Any:
 def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[str, Any]:
     """Train, and return what the rank came to; see the keys. `wrap` makes the model one of several processes."""
     base = tiny_bert(**({} if loop.unlike else CALM))
-    base = base.double() if loop.double else base
+    base = base.double() if loop.double else base.bfloat16() if loop.half else base
     torch.manual_seed(100 + rank() * loop.unlike)
     model: Any = adapted(base, **{**UNLIKE_MODULES, **loop.method})
     if not loop.head:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,18 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference between weights of one process and several, as a share of the largest weight of the tensor."""
 
 
-def launch(processes: int, *arguments: str, fails: bool = False, script: str = distributed_runs.__file__) -> str:
-    """Run a script in several processes; return what they said."""
+def launch(
+    processes: int,
+    *arguments: str,
+    fails: bool = False,
+    script: str = distributed_runs.__file__,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a script in several processes, with more variables in their environment; return what they said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, script, *arguments],
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 import sharded_runs
 from aroma import AromaCallback, AromaController, verify_adapter
-from aroma.distributed import refuse_sharding
 from aroma.errors import ConfigError
 from aroma.sharded import gathered, sharding_modules, summed
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
@@ -194,26 +193,6 @@ SAYS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     assert_refused(told, name, *SAYS[name])
-
-
-@pytest.mark.parametrize("name", ["DeepSpeedEngine", "DeepSpeedOptimizerWrapper", "ZeROOptimizer"])
-def test_deepspeed_is_refused_with_the_reason(name: str) -> None:
-    """The classes by name: DeepSpeed itself cannot be installed here."""
-    part = type(name, (torch.nn.Module,), {})()
-    with pytest.raises(ConfigError, match=rf"='{name}': it is an .* of DeepSpeed, whose ZeRO-2 .*FSDP2"):
-        refuse_sharding(torch.nn.Sequential(part), None)
-
-
-def test_deepspeed_is_refused_before_the_trainer_makes_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    callback, model = AromaCallback(), adapted()
-    arguments = SimpleNamespace(deepspeed="zero3.json", fsdp=False)
-    with pytest.raises(ConfigError, match=r"^deepspeed='zero3.json': .*flattened fp32 copies"):
-        callback.on_init_end(arguments, None, None, model=model)
-    arguments.deepspeed = None
-    callback.on_init_end(arguments, None, None, model=model)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"^deepspeed=None: "):
-        callback.on_init_end(arguments, None, None, model=model)
 
 
 def test_loading_on_rank_0_alone_is_refused_in_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:

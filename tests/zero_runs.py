@@ -1,9 +1,9 @@
 """Runs in several processes under DeepSpeed's ZeRO, for torchrun: plain loops, checkpoints, refusals, and a Trainer.
 
-    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/zero_runs.py all OUT
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/zero_runs.py loops OUT
 
-Every rank writes what it came to into files of its own in OUT. DeepSpeed compiles its collectives for CPUs at the first
-start, which takes a minute and a C++ compiler.
+Every rank writes what it came to into files of its own in OUT. DeepSpeed compiles its collectives for CPUs at the
+first start, which takes a minute and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def zero(stage: int, **changes: Any) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": stage, **own},
+        # The default of 2 GB of buckets takes longer to make than these models to train.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, **own},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **rest,
@@ -65,6 +66,8 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
         replace(PLAIN, method={"inner_criterion": "update_change", "r": 3}),
         zero(3, **NOTHING_STAYS),
     ),
+    "zero 2, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(2)),
+    "zero 3, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(3, **NOTHING_STAYS)),
     "zero 2, momentum": (replace(PLAIN, optimizer="sgd", method={"outer_tolerance": 0.008}), zero(2)),
     "zero 2, accumulation": (replace(PLAIN, accumulate=2), zero(2, gradient_accumulation_steps=2)),
     "zero 3, on after all have finished": (
@@ -84,11 +87,12 @@ class Training:
     def __init__(self, loop: Loop, config: dict[str, Any], resume_from: Path | None = None) -> None:
         torch.manual_seed(100)
         self.loop = loop
-        self.model = adapted(tiny_bert(**CALM), **{**UNLIKE_MODULES, **loop.method})
+        base = tiny_bert(**CALM)
+        self.model = adapted(base.bfloat16() if loop.half else base, **{**UNLIKE_MODULES, **loop.method})
         if not loop.head:
             self.model.base_model.classifier.requires_grad_(False)
-        base = OPTIMIZERS[loop.optimizer]([p for p in self.model.parameters() if p.requires_grad])
-        self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.model, optimizer=base, config=config)
+        optimizer = OPTIMIZERS[loop.optimizer]([p for p in self.model.parameters() if p.requires_grad])
+        self.engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
         if resume_from:
             self.engine.load_checkpoint(str(resume_from), tag="engine", load_module_strict=False)
         self.events: list[Any] = []
@@ -99,6 +103,7 @@ class Training:
             resume_from=str(resume_from) if resume_from else None,
             on_event=self.events.append,
         )
+        self.told = 0
 
     def go_on(self, start: int = 0, stop: int | None = None) -> dict[str, Any]:
         """Take steps, and return what it came to."""
@@ -116,8 +121,7 @@ class Training:
             "weights": whole_weights(self.model),
             "controller": self.growth.controller.state_dict(),
             "moments": self.moments(),
-            "events": [{**event.as_dict(), "value": None} for event in self.events],
-            "values": [event.value for event in self.events if event.value is not None],
+            "events": [{**event.as_dict(), "value": None} for event in self.new_events()],
             "stopped": stopped,
             "frozen pairs that moved": [
                 name
@@ -125,6 +129,11 @@ class Training:
                 if layer.is_frozen("default") and any(bool(p.any()) for p in layer.whole_pair("default"))
             ],
         }
+
+    def new_events(self) -> list[Any]:
+        """The events since this was asked last."""
+        new, self.told = self.events[self.told :], len(self.events)
+        return new
 
     def moments(self) -> dict[str, Tensor]:
         """The flat state of the base optimizer on this rank."""
@@ -181,9 +190,7 @@ def checkpoints(out: Path) -> None:
         if config["zero_optimization"]["stage"] == 3 or rank() == 0:
             save_adapter(training.model, folder)
         training.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
-        before = len(training.events)
-        end = training.go_on(SAVED_AT)
-        torch.save({**end, "events": end["events"][before:]}, out / f"uninterrupted-{name}-{rank()}.pt")
+        torch.save(training.go_on(SAVED_AT), out / f"uninterrupted-{name}-{rank()}.pt")
         resumed = Training(EXACT, config, resume_from=folder)
         torch.save(resumed.go_on(SAVED_AT), out / f"resumed-{name}-{rank()}.pt")
 
@@ -218,26 +225,25 @@ def merged(_: Path) -> None:
     engine_of(zero(3)).module.merge_adapter()
 
 
+def in_16_bits(_: Path) -> None:
+    engine = engine_of(zero(3, bf16={"enabled": True}))
+    attach(engine, engine.optimizer, total_steps=32)
+
+
 def other_tolerances(_: Path) -> None:
     engine = engine_of(zero(2), outer_tolerance=0.01 * (1 + rank()))
     attach(engine, engine.optimizer, total_steps=32)
 
 
 REFUSALS: dict[str, Callable[[Path], None]] = {
-    refuse.__name__: refuse for refuse in (without_zero, base_optimizer, reset_to_zero, merged, other_tolerances)
+    refuse.__name__: refuse
+    for refuse in (without_zero, base_optimizer, reset_to_zero, merged, in_16_bits, other_tolerances)
 }
 
 
 def refusals(out: Path) -> None:
     refused = {name: refusal(refuse, out) for name, refuse in REFUSALS.items()}
     (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
-
-
-def tell_all(out: Path) -> None:
-    """Everything in one process group: starting one takes longer than most of it."""
-    loops(out)
-    checkpoints(out)
-    refusals(out)
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------
@@ -261,6 +267,10 @@ def trained(out: Path, batch: int, resume: str | None = None, **training: Any) -
     }
 
 
+def train_replicas(out: Path) -> None:
+    torch.save(trained(out / "replicas", 4, ddp_backend="gloo", ddp_timeout=60), out / f"end-replicas-{rank()}.pt")
+
+
 def train(out: Path) -> None:
     for stage in (2, 3):
         config = {
@@ -274,13 +284,19 @@ def train(out: Path) -> None:
         torch.save(again, out / f"again-{stage}-{rank()}.pt")
 
 
+PARTS: dict[str, Callable[[Path], None]] = {
+    "loops": loops,
+    "checkpoints": checkpoints,
+    "refusals": refusals,
+    "train": train,
+    "replicas": train_replicas,
+}
+
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
     deepspeed.init_distributed(timeout=TIMEOUT)
     where = Path(sys.argv[2])
     where.mkdir(parents=True, exist_ok=True)
-    {"all": tell_all, "train": train, "loops": loops, "checkpoints": checkpoints, "refusals": refusals}[sys.argv[1]](
-        where
-    )
+    PARTS[sys.argv[1]](where)
     dist.barrier()
     dist.destroy_process_group()

@@ -35,7 +35,7 @@ from .target import TargetModule
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .warmup import rewarmup_factor
-from .zero import is_flattened, is_zero
+from .zero import is_flattened, is_partitioned, is_zero
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -373,8 +373,9 @@ class AromaController:
 
     def _settle_graph(self, compiled: bool) -> None:
         """Let frozen pairs stay in the graph where DistributedDataParallel or a compiler want it unchanged."""
-        # FSDP2 and ZeRO wait for no gradient: they reduce those that there are.
-        stays = compiled or (is_distributed() and not self._sharding and not self._zero)
+        # FSDP2 and ZeRO-3 wait for no gradient: they reduce those that there are. ZeRO-1 and ZeRO-2 fail without any.
+        shared = bool(self._sharding) or any(is_partitioned(parameter) for parameter in self.modules[0].pair)
+        stays = compiled or ((is_distributed() or self._zero) and not shared)
         for module in self.modules:
             module.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
         if stays and not self._zero:

@@ -114,9 +114,9 @@ def is_here(parameter: Any) -> bool:
 def own_entries(parameter: Any) -> Tensor:
     """Return what this rank holds of a parameter for good: of one that ZeRO-3 shares out a range, without padding."""
     if not is_partitioned(parameter):
-        return parameter.detach()  # type: ignore[no-any-return]
+        return parameter.detach()
     start, stop = _bounds(parameter)
-    return parameter.ds_tensor.detach()[: stop - start]  # type: ignore[no-any-return]
+    return parameter.ds_tensor.detach()[: stop - start]
 
 
 def partition_of(parameter: Any) -> Partition:
@@ -246,8 +246,9 @@ def refuse_other_zero(model: Any, optimizer: Any, processes: int) -> None:
             )
         if ".lora_" in name and is_flattened(parameter) and parameter.dtype != torch.float32:
             raise bad_value(
-                "autocast_adapter_dtype",
+                "dtype",
                 parameter.dtype,
-                f"{name} is not float32, so the component in training would be rounded; leave autocast_adapter_dtype "
-                "of get_peft_model at True",
+                f"{name} is not float32, so components would be rounded; leave bf16 and fp16 out of DeepSpeed's "
+                "configuration (the Trainer's: out of TrainingArguments) and load the base model in 16 bits, or set "
+                "torch_autocast there",
             )

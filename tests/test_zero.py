@@ -1,0 +1,271 @@
+"""DeepSpeed's ZeRO: several processes do what DistributedDataParallel does, and go on exactly where they stopped.
+
+DeepSpeed is looked for beside the other packages, or in the folder that `AROMA_DEEPSPEED` names: with it among the
+others, the Trainer of every other test would import it too. `.ci/run` installs it into such a folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from aroma import verify_adapter
+from aroma.distributed import refuse_sharding, unwrapped_optimizer
+from aroma.errors import ConfigError
+from aroma.integrations.rewarmup import was_skipped
+from aroma.sharded import summed
+from aroma.zero import Partition, StepHooks
+from distributed_runs import CALM, assert_refused, batch_of, stacked
+from test_distributed import assert_close, launch, load
+from trainer_runs import assert_same, tiny_bert
+
+pytestmark = pytest.mark.timeout(1500)
+"""The first test waits for a compiler and for three starts of two processes."""
+
+RUNS = str(Path(__file__).parent / "zero_runs.py")
+
+LOOPS = [
+    "zero 1",
+    "zero 2",
+    "zero 3",
+    "zero 3, nothing stays",
+    "zero 2, base in 16 bits",
+    "zero 3, base in 16 bits",
+    "zero 2, momentum",
+    "zero 2, accumulation",
+    "zero 3, on after all have finished",
+    "zero 2, on after all have finished",
+]
+STAGES = ["2", "3", "3, nothing stays"]
+
+COMPILE = """
+from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+"""
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """What the processes need to find DeepSpeed, its collectives for CPUs compiled."""
+    folder = os.environ.get("AROMA_DEEPSPEED", "")
+    assert folder or importlib.util.find_spec("deepspeed"), (
+        "these tests need DeepSpeed: pip install deepspeed, or as .ci/run does, and set AROMA_DEEPSPEED"
+    )
+    found = {"DS_ACCELERATOR": "cpu"}
+    if folder:
+        found["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    found["PATH"] = os.pathsep.join([str(Path(folder, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
+    # By one process, before two wait for each other.
+    subprocess.run([sys.executable, "-c", COMPILE], env={**os.environ, **found}, check=True, timeout=500)
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+    """The folder in which two ranks told of every loop, checkpoint and refusal."""
+    out = tmp_path_factory.mktemp("zero")
+    for part in ("loops", "checkpoints", "refusals"):
+        launch(2, part, str(out), script=RUNS, environment=environment)
+    return out
+
+
+# Plain loops ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOPS)
+def test_what_is_shared_out_trains_as_replicas_do(told: Path, name: str) -> None:
+    first, second = (load(told / f"loop-{name}-{rank}.pt") for rank in (0, 1))
+    replicas = load(told / f"ddp-{name}-0.pt")
+    for what in ("weights", "controller", "events", "stopped"):
+        assert_same(first[what], second[what], what)
+    assert first["events"] == replicas["events"]
+    assert first["stopped"] == replicas["stopped"]
+    if (
+        name != "zero 3, base in 16 bits"
+    ):  # ZeRO-3 evaluates a linear layer otherwise, and 16 bits are rounded otherwise
+        assert_close(first["weights"], replicas["weights"])
+    frozen = [event for event in first["events"] if event["kind"] == "frozen"]
+    assert len({event["step"] for event in frozen}) > 1 or "on after" in name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOPS)
+def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
+    """Though the flat optimizer steps them too, and had moments of them."""
+    for rank in (0, 1):
+        assert load(told / f"loop-{name}-{rank}.pt")["frozen pairs that moved"] == []
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> None:
+    for rank in (0, 1):
+        uninterrupted, resumed = (load(told / f"{kind}-{name}-{rank}.pt") for kind in ("uninterrupted", "resumed"))
+        assert uninterrupted["events"]
+        assert_same(resumed, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_the_saved_adapter_gives_plain_peft_the_logits_of_the_engine(told: Path, name: str) -> None:
+    folder = told / f"adapter-{name}"
+    verify_adapter(folder)
+    model = PeftModel.from_pretrained(tiny_bert(**CALM), folder).eval()
+    with torch.no_grad():
+        found = model(**stacked(batch_of(0))).logits
+    torch.testing.assert_close(found, load(told / f"logits-{name}-0.pt"), rtol=1e-5, atol=1e-6)
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+SAYS = {
+    "without_zero": ("ConfigError", "set zero_optimization.stage to 1, 2 or 3"),
+    "base_optimizer": ("ConfigError", "give engine.optimizer"),
+    "reset_to_zero": ("ResetError", "reset='zero': DeepSpeedZeroOptimizer counts the steps"),
+    "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
+    "in_16_bits": ("ConfigError", "leave bf16 and fp16 out of DeepSpeed's configuration"),
+    "other_tolerances": ("ConfigError", "outer_tolerance"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAYS)
+def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
+    assert_refused(told, name, *SAYS[name])
+
+
+def test_other_optimizers_of_deepspeed_are_refused() -> None:
+    """By name: a process alone makes none of them."""
+    known = type("ZeROOptimizer", (), {"optimizer": None})
+    other = type("BF16_Optimizer", (known,), {})()
+    assert unwrapped_optimizer(SimpleNamespace(optimizer=other)) is other
+    with pytest.raises(ConfigError, match=r"^optimizer='BF16_Optimizer': .*use stage 2"):
+        refuse_sharding(torch.nn.Linear(2, 2), other)
+    on_disk = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"params_in_nvme_and_cpu": True})()
+    with pytest.raises(ConfigError, match=r"^offload='nvme': "):
+        refuse_sharding(torch.nn.Linear(2, 2), on_disk)
+
+
+def test_an_engine_in_stages_is_refused() -> None:
+    engine = type("PipelineEngine", (torch.nn.Module,), {})()
+    with pytest.raises(ConfigError, match=r"^model='PipelineEngine': it is an engine of DeepSpeed whose stages"):
+        refuse_sharding(engine, None)
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+    """The folder in which two ranks trained in the Trainer, once as replicas."""
+    out = tmp_path_factory.mktemp("trained")
+    for part in ("replicas", "train"):
+        launch(2, part, str(out), script=RUNS, environment=environment)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_the_trainer_does_what_it_does_with_replicas(trained: Path, stage: str) -> None:
+    ends = [load(trained / f"end-{stage}-{rank}.pt") for rank in (0, 1)]
+    replicas = load(trained / "end-replicas-0.pt")
+    assert_same(ends[0], ends[1])
+    assert ends[0]["wrapped"] == "DeepSpeedEngine"
+    assert ends[0]["events"] == replicas["events"]
+    assert ends[0]["stopped"] == replicas["stopped"] < 24
+    assert_close(ends[0]["weights"], replicas["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_the_trainer_resumes_exactly(trained: Path, stage: str) -> None:
+    for rank in (0, 1):
+        end, again = (load(trained / f"{kind}-{stage}-{rank}.pt") for kind in ("end", "again"))
+        assert again["events"] == [event for event in end["events"] if event["step"] > 8]
+        assert_same(again["weights"], end["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_the_trainer_saves_whole_adapters(trained: Path, stage: str) -> None:
+    for checkpoint in ("checkpoint-8", "checkpoint-16"):
+        folder = trained / stage / checkpoint
+        verify_adapter(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA"
+        model = PeftModel.from_pretrained(tiny_bert(**CALM), folder).eval()
+        replica = PeftModel.from_pretrained(tiny_bert(**CALM), trained / "replicas" / checkpoint).eval()
+        with torch.no_grad():
+            found, expected = (m(**stacked(batch_of(0))).logits for m in (model, replica))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# One process ---------------------------------------------------------------------------------------------------------
+
+
+def pieces(matrix: Tensor, ranks: int) -> Iterator[Partition]:
+    """Cut a matrix as ZeRO-3 does: into equal ranges of its entries, the last ones shorter or empty."""
+    flat = matrix.reshape(-1)
+    length = -(-len(flat) // ranks)
+    for rank in range(ranks):
+        start = min(rank * length, len(flat))
+        yield Partition(flat[start : start + length], start, tuple(matrix.shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (5, 3), (1, 7), (7, 1), (2, 9)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 100])
+def test_the_rectangles_of_all_ranks_are_the_matrix(shape: tuple[int, int], ranks: int) -> None:
+    matrix = torch.arange(1.0, shape[0] * shape[1] + 1).view(shape)
+    for transposed in (False, True):
+        found = torch.zeros_like(matrix.T if transposed else matrix)
+        for piece in pieces(matrix, ranks):
+            blocks = [*(piece.T if transposed else piece).blocks()]
+            assert len(blocks) <= 3
+            for block, rows, columns in blocks:
+                assert not found[rows, columns].any(), "every entry once"
+                found[rows, columns] = block
+        assert torch.equal(found, matrix.T if transposed else matrix)
+
+
+def test_a_measure_is_the_sum_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, B, A = (torch.randn(*shape, generator=generator) for shape in ((5, 7), (5, 2), (2, 7)))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+
+    def measure(W: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return (W + B @ A).square().sum()
+
+    def constant(value: Any) -> Callable[[], Any]:
+        return lambda: value
+
+    for stored in (W, W.T.contiguous()):
+        parts = [piece if stored is W else piece.T for piece in pieces(stored, 11)]
+        values = [summed(measure, [constant(part)], [(B, A)])[0] for part in parts]
+        torch.testing.assert_close(torch.stack(values).sum(), measure(W, B, A))
+
+
+def test_steps_are_watched_until_the_hooks_are_removed() -> None:
+    said: list[str] = []
+    optimizer: Any = SimpleNamespace(step=lambda: said.append("step"), overflow=True)
+    hooks = StepHooks(optimizer, lambda _: said.append("before"), lambda _: said.append("after"))
+    optimizer.step()
+    hooks.remove()
+    optimizer.step()
+    assert said == ["before", "step", "after", "step"]
+    assert was_skipped(optimizer)
