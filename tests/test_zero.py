@@ -41,6 +41,7 @@ LOOPS = [
     "zero 2",
     "zero 3",
     "zero 3, nothing stays",
+    "zero 3, loaded in shares",
     "zero 2, base in 16 bits",
     "zero 3, base in 16 bits",
     "zero 2, momentum",

@@ -19,6 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
 
 from aroma import AromaCallback, aroma_layers, attach, save_adapter
 from distributed_runs import (
@@ -57,6 +58,7 @@ NOTHING_STAYS = {"zero_stage3_param_persistence_threshold": 0, "zero_stage3_pref
 """ZeRO-3 gives whole parameters back after every use, small ones too."""
 
 PLAIN = Loop(double=False)
+LOADED_SHARED = "zero 3, loaded in shares"
 
 LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
     "zero 1": (PLAIN, zero(1)),
@@ -66,6 +68,7 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
         replace(PLAIN, method={"inner_criterion": "update_change", "r": 3}),
         zero(3, **NOTHING_STAYS),
     ),
+    LOADED_SHARED: (PLAIN, zero(3)),
     "zero 2, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(2)),
     "zero 3, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(3, **NOTHING_STAYS)),
     "zero 2, momentum": (replace(PLAIN, optimizer="sgd", method={"outer_tolerance": 0.008}), zero(2)),
@@ -81,14 +84,30 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
 }
 
 
+def loaded_shared(base: Any, config: dict[str, Any], folder: Path) -> Any:
+    """`base`, by way of a folder, as transformers loads it under ZeRO-3: no rank ever has the whole model."""
+    if rank() == 0:
+        base.save_pretrained(folder)
+    dist.barrier()
+    kept = HfDeepSpeedConfig(config)  # as long as it lives
+    loaded = type(base).from_pretrained(folder)
+    del kept
+    assert all(hasattr(parameter, "ds_tensor") for parameter in loaded.parameters())
+    return loaded
+
+
 class Training:
     """One training under ZeRO that can stop and go on."""
 
-    def __init__(self, loop: Loop, config: dict[str, Any], resume_from: Path | None = None) -> None:
+    def __init__(
+        self, loop: Loop, config: dict[str, Any], resume_from: Path | None = None, by_way_of: Path | None = None
+    ) -> None:
         torch.manual_seed(100)
         self.loop = loop
         base = tiny_bert(**CALM)
-        self.model = adapted(base.bfloat16() if loop.half else base, **{**UNLIKE_MODULES, **loop.method})
+        base = base.bfloat16() if loop.half else base
+        base = loaded_shared(base, config, by_way_of) if by_way_of else base
+        self.model = adapted(base, **{**UNLIKE_MODULES, **loop.method})
         if not loop.head:
             self.model.base_model.classifier.requires_grad_(False)
         optimizer = OPTIMIZERS[loop.optimizer]([p for p in self.model.parameters() if p.requires_grad])
@@ -155,7 +174,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def loops(out: Path) -> None:
     for name, (loop, config) in LOOPS.items():
-        torch.save(Training(loop, config).go_on(), out / f"loop-{name}-{rank()}.pt")
+        by_way_of = out / "base" if name == LOADED_SHARED else None
+        torch.save(Training(loop, config, by_way_of=by_way_of).go_on(), out / f"loop-{name}-{rank()}.pt")
         torch.save(as_replicas(loop), out / f"ddp-{name}-{rank()}.pt")
 
 
