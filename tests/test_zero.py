@@ -114,12 +114,19 @@ def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "3, autocast"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> None:
     for rank in (0, 1):
         uninterrupted, resumed = (load(told / f"{kind}-{name}-{rank}.pt") for kind in ("uninterrupted", "resumed"))
         assert uninterrupted["events"]
         assert_same(resumed, uninterrupted)
+
+
+@pytest.mark.slow
+def test_one_process_under_zero_resumes_too(tmp_path: Path, environment: dict[str, str]) -> None:
+    launch(1, "checkpoints", str(tmp_path), script=RUNS, environment=environment)
+    for name in STAGES:
+        assert_same(*(load(tmp_path / f"{kind}-{name}-0.pt") for kind in ("resumed", "uninterrupted")))
 
 
 @pytest.mark.slow

@@ -196,7 +196,12 @@ def as_replicas(loop: Loop) -> dict[str, Any]:
 SAVED_AT, STEPS = 9, 20
 """In the middle of an inner loop, after merges."""
 EXACT = replace(PLAIN, method={"inner_criterion": "update_change", "r": 2, "lora_alpha": 3}, steps=STEPS)
-STAGES = {"2": zero(2), "3": zero(3), "3, nothing stays": zero(3, **NOTHING_STAYS)}
+STAGES = {
+    "2": zero(2),
+    "3": zero(3),
+    "3, nothing stays": zero(3, **NOTHING_STAYS),
+    "3, autocast": zero(3, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
+}
 
 
 def checkpoints(out: Path) -> None:
