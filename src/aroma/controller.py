@@ -295,7 +295,7 @@ class AromaController:
             setattr(self, name, state[name])
         self._earlier_outer_steps = state["earlier_outer_steps"]
         for module, entry, pair in zip(self.modules, state["modules"], pairs, strict=True):
-            module.restore(entry, tensors, self._draw_number, pair, self.optimizer)
+            module.restore(entry, tensors, self._draw_number, pair)
         self._check_optimizer()
         self._snapshot = PairSnapshot.restore(
             state["snapshot_norms"], tensors, [module.pair for module in self._active()]
@@ -359,7 +359,8 @@ class AromaController:
             module.reset(self.optimizer, self._draw_number)
             module.start_component(self._draw_number + 1)
             return events
-        module.freeze(self.optimizer)
+        module.freeze()
+        module.forget(self.optimizer)
         return [*events, self._event("frozen", module, module.outer_value)]
 
     def _start_inner_loop(self) -> None:
@@ -512,7 +513,7 @@ class AromaController:
         """Let modules with components from an earlier run go on: full ones are frozen, new ones start afresh."""
         for module, (b, _) in zip(self.modules, self._pairs(self.modules), strict=True):
             if module.is_full() and not module.is_frozen:
-                module.freeze(self.optimizer)
+                module.freeze()
             elif self._earlier_outer_steps and not module.is_frozen and not b.any():
                 module.start_component(self._draw_number)
 

@@ -113,9 +113,12 @@ class TargetModule:
         """Merge: the component in training becomes a finished one."""
         self.layer.merge_pair(self._adapter_name, pair)
 
-    def freeze(self, optimizer: Any) -> None:
+    def freeze(self) -> None:
         """Drop the component in training, for good."""
         self.layer.freeze(self._adapter_name)
+
+    def forget(self, optimizer: Any) -> None:
+        """Let `optimizer` leave the pair of a frozen module alone."""
         for parameter in self.pair:
             if is_flattened(parameter):
                 # A flat optimizer goes on stepping it, with a gradient of zero: without moments it stays zero.
@@ -176,9 +179,7 @@ class TargetModule:
             exact = torch.equal(a, self._fresh(outer_number).to(a))
         return {} if exact else {f"pair.{self.index}.b": b.clone(), f"pair.{self.index}.a": a.clone()}
 
-    def restore(
-        self, state: dict[str, Any], tensors: dict[str, Tensor], outer_number: int, pair: Pair, optimizer: Any
-    ) -> None:
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor], outer_number: int, pair: Pair) -> None:
         """Restore `state()`, and take the component that was in training out of the loaded finished ones.
 
         Args:
@@ -186,7 +187,6 @@ class TargetModule:
             tensors: All tensors of the checkpoint's state.
             outer_number: Number of the outer step for random draws.
             pair: The component in training as it is now, whole: one that has moved was loaded as it was, by DeepSpeed.
-            optimizer: The optimizer that holds it.
 
         Raises:
             CheckpointError: The loaded adapter has another rank than the state says.
@@ -195,7 +195,7 @@ class TargetModule:
             setattr(self, name, state[name])
         in_training = self._loaded_pair_rank(state["rank"], state["frozen"])
         if state["frozen"]:
-            self.freeze(optimizer)
+            self.freeze()
             return
         self.layer.unfreeze(self._adapter_name)
         b, a = self.layer.finished(self._adapter_name).pop(in_training)

@@ -87,7 +87,7 @@ class Replayer:
         for change in changes:
             module = self._modules[change.module]
             if change.frozen and self._freezes:
-                module.freeze(self._optimizer)
+                module.freeze()
                 continue
             if change.merged:
                 module.reset(self._optimizer, self._outer_number)
