@@ -426,7 +426,7 @@ class AromaController:
         """Refuse an optimizer without the pair of a module that trains."""
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         for module in self._active():
-            if not all(id(parameter) in held or is_flattened(parameter) for parameter in module.pair):
+            if not all(id(parameter) in held or (self._zero and is_flattened(parameter)) for parameter in module.pair):
                 raise bad_value(
                     "optimizer",
                     type(self.optimizer).__name__,

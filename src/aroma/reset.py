@@ -19,7 +19,7 @@ from torch import Tensor
 from .distributed import unwrapped_optimizer
 from .errors import ResetError, bad_value
 from .sharded import is_sharded, layout, local, own_rows
-from .zero import Range, is_flattened, own_range
+from .zero import Range, is_flattened, is_zero, own_range
 
 RESET_KINDS = ("prune", "zero", "none")
 
@@ -158,8 +158,9 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
 def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
     if kind not in RESET_KINDS:
         raise bad_value("reset", kind, "choose 'prune', 'zero' or 'none'")
-    if is_flattened(param):
-        return _flat_moments(unwrapped_optimizer(optimizer), param, kind)
+    inner = unwrapped_optimizer(optimizer)
+    if is_zero(inner) and is_flattened(param):
+        return _flat_moments(inner, param, kind)
     if kind == "none":
         return []
     state = optimizer.state.get(param, {})

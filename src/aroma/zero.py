@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from .errors import bad_value
 
-_STAGES = {"DeepSpeedZeroOptimizer": "ZeRO-1/2", "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3"}
-"""The optimizers of DeepSpeed that are known, by name."""
+_KNOWN = frozenset({"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"})
+"""The optimizers of ZeRO-1 and ZeRO-2, and of ZeRO-3, by name."""
 
 _LAUNCH = "see docs/distributed.md for what AROMA trains under"
 
@@ -151,9 +152,8 @@ def write(parameter: Any, values: Tensor) -> None:
     if is_partitioned(parameter):
         start, stop = _bounds(parameter)
         own_entries(parameter).copy_(values.reshape(-1)[start:stop])
-    optimizer = parameter._z3_optimizer if hasattr(parameter, "_z3_optimizer") else None
-    if optimizer is not None:
-        own = own_range(parameter, optimizer)
+    if hasattr(parameter, "_z3_optimizer"):
+        own = own_range(parameter, parameter._z3_optimizer)
         assert own is not None, "ZeRO-3 gives every rank a range of every parameter"
         own.of(own.flat).copy_(own.pick(values))
     elif getattr(parameter, "_hp_mapping", None) is not None:
@@ -164,14 +164,15 @@ def write(parameter: Any, values: Tensor) -> None:
 
 @torch.no_grad()
 def gathered(parameters: Sequence[Any]) -> list[Tensor]:
-    """Return partitioned parameters whole, in one collective of all ranks."""
+    """Return partitioned parameters whole, bit for bit, in one collective of all ranks."""
     sizes = [parameter.ds_numel for parameter in parameters]
-    flat = parameters[0].ds_tensor.new_zeros(sum(sizes), device=parameters[0].device)
+    widest = reduce(torch.promote_types, [parameter.dtype for parameter in parameters])
+    flat = torch.zeros(sum(sizes), dtype=widest, device=parameters[0].device)
     whole = flat.split(sizes)
     for piece, parameter in zip(whole, parameters, strict=True):
         start, stop = _bounds(parameter)
         piece[start:stop] = own_entries(parameter).to(piece)
-    dist.all_reduce(flat)
+    dist.all_reduce(flat.view(torch.uint8))  # every byte is of one rank alone; as numbers, -0.0 would become 0.0
     return [piece.view(tuple(p.ds_shape)).to(p.dtype) for piece, p in zip(whole, parameters, strict=True)]
 
 
@@ -226,7 +227,7 @@ def refuse_other_zero(model: Any, optimizer: Any, processes: int) -> None:
         ConfigError: Naming the optimizer, option or parameter.
     """
     kind = type(optimizer).__name__
-    if kind not in _STAGES:
+    if kind not in _KNOWN:
         raise bad_value(
             "optimizer",
             kind,
