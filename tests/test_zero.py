@@ -42,6 +42,8 @@ LOOPS = [
     "zero 3",
     "zero 3, nothing stays",
     "zero 3, loaded in shares",
+    "zero 3, offloaded",
+    "zero 2, offloaded",
     "zero 2, base in 16 bits",
     "zero 3, base in 16 bits",
     "zero 2, momentum",
@@ -168,6 +170,21 @@ def test_other_optimizers_of_deepspeed_are_refused() -> None:
     on_disk = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"params_in_nvme_and_cpu": True})()
     with pytest.raises(ConfigError, match=r"^offload='nvme': "):
         refuse_sharding(torch.nn.Linear(2, 2), on_disk)
+    in_part = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"backup_optimizer": None})()
+    with pytest.raises(ConfigError, match=r"^offload_optimizer.ratio='below 1': "):
+        refuse_sharding(torch.nn.Linear(2, 2), in_part)
+    coded = torch.nn.Linear(2, 2)
+    coded.weight.ds_tensor = SimpleNamespace(ds_quant_scale=1.0)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"^model='weight': ZeRO-3 shares it out in codes"):
+        refuse_sharding(coded, type("DeepSpeedZeroOptimizer_Stage3", (known,), {})())
+
+
+def test_the_trainer_under_deepspeed_without_zero_is_refused() -> None:
+    """It shows a model that is not the engine, and the optimizer in a wrapper that steps nothing."""
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    wrapper = type("DeepSpeedOptimizerWrapper", (), {"optimizer": plain})()
+    with pytest.raises(ConfigError, match=r"^optimizer='SGD': .*stage to 1, 2 or 3"):
+        refuse_sharding(torch.nn.Linear(2, 2), wrapper)
 
 
 def test_an_engine_in_stages_is_refused() -> None:

@@ -69,6 +69,8 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
         zero(3, **NOTHING_STAYS),
     ),
     LOADED_SHARED: (PLAIN, zero(3)),
+    "zero 3, offloaded": (PLAIN, zero(3, zero_offload_optimizer={"device": "cpu"})),
+    "zero 2, offloaded": (PLAIN, zero(2, zero_offload_optimizer={"device": "cpu"})),
     "zero 2, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(2)),
     "zero 3, base in 16 bits": (replace(PLAIN, half=True, head=False), zero(3, **NOTHING_STAYS)),
     "zero 2, momentum": (replace(PLAIN, optimizer="sgd", method={"outer_tolerance": 0.008}), zero(2)),

@@ -7,7 +7,7 @@ unfrozen module; when it ends, every unfrozen module keeps its component and sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -222,7 +222,7 @@ class AromaController:
             NonFiniteError: A component is NaN or infinite.
         """
         active = self._active()
-        if not alone and any(is_sharded(parameter) for module in self.modules for parameter in module.pair):
+        if not alone and self._pairs_are_shared():
             self._held = None
             self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
         norms = pair_norms(self._pairs(active))
@@ -437,8 +437,10 @@ class AromaController:
 
     def _check_optimizer_state(self) -> None:
         """Refuse an optimizer whose state cannot be reset now that it has some, not at the end of the inner loop."""
-        for module in self._active():
-            module.check_resettable(self.optimizer)
+        # With ZeRO a rank may hold no state of any pair.
+        with self.together() if self._zero else nullcontext():
+            for module in self._active():
+                module.check_resettable(self.optimizer)
         self._state_is_known = True
 
     def _refuse_other_modules(self, saved: list[str]) -> None:
@@ -494,6 +496,12 @@ class AromaController:
         reshard(self._sharding)
         tensors = gathered([tensor for module in modules for tensor in module.pair])
         return [*zip(tensors[::2], tensors[1::2], strict=True)]
+
+    def _pairs_are_shared(self) -> bool:
+        """Whether the ranks must gather pairs; FSDP2 may hold whole ones for a while, after an evaluation."""
+        return bool(self._sharding) or any(
+            is_sharded(parameter) for module in self.modules for parameter in module.pair
+        )
 
     def _digest(self, pairs: Sequence[Pair]) -> str:
         """Return a digest of all components, equal before a save and after the load."""

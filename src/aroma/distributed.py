@@ -210,7 +210,7 @@ def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
     refuse_other_shards(model, world_size())
     if is_zero(inner):
         refuse_other_zero(unwrapped(model), inner, world_size())
-    elif _is_engine(model):
+    elif _is_engine(model) or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
         raise bad_value(
             "optimizer",
             type(inner).__name__,

@@ -134,13 +134,16 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
 
 @torch.no_grad()
 def forget_moments(optimizer: Any, param: Tensor) -> None:
-    """Zero the moments of a parameter, and nothing else.
+    """Zero the moments of a parameter, and of a flattened one the gradient that its optimizer keeps.
 
     Raises:
         ResetError: State that is not understood, before anything is modified.
     """
     for moment in _resettable_moments(optimizer, param, "prune"):
         _clear(moment)
+    own = own_range(param, unwrapped_optimizer(optimizer)) if is_flattened(param) else None
+    if own is not None and own.flat.grad is not None:  # offloaded, it is that of the last step that had one
+        own.of(own.flat.grad).zero_()
 
 
 def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
@@ -186,8 +189,12 @@ def _flat_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
             ResetError,
         )
     own = own_range(param, optimizer)
-    state = {} if own is None else optimizer.optimizer.state.get(own.flat, {})
-    if own is None or not state:
+    if own is None:
+        # Nothing to reset, but the mask is drawn as on every other rank: what is drawn next depends on it.
+        nothing = Range(tuple(param.shape), 0, 0, param.new_zeros(0), 0)
+        return [_Moment(nothing.flat, 0.0, shape=nothing.shape, range=nothing)]
+    state = optimizer.optimizer.state.get(own.flat, {})
+    if not state:
         return []
     _require_known(optimizer, state)
     keys = sorted(key for key in state if key in _MOMENTS and state[key] is not None)

@@ -104,7 +104,10 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def is_flattened(tensor: Tensor) -> bool:
     """Whether the optimizer that trains a parameter holds flat copies of it."""
-    return hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping")
+    optimizer = getattr(tensor, "_z3_optimizer", None)
+    if optimizer is not None:  # of all parameters of the model
+        return optimizer.get_param_id(tensor) in optimizer.grad_position
+    return hasattr(tensor, "_hp_mapping")
 
 
 def is_here(parameter: Any) -> bool:
@@ -126,7 +129,7 @@ def partition_of(parameter: Any) -> Partition:
 
 
 def own_range(parameter: Any, optimizer: Any) -> Range | None:
-    """Return where this rank's entries of a parameter lie in `optimizer`; None where it has none, or is not flat.
+    """Return where this rank's entries of a flattened parameter lie in `optimizer`; None where it has none.
 
     Args:
         parameter: The parameter.
@@ -152,6 +155,8 @@ def write(parameter: Any, values: Tensor) -> None:
     if is_partitioned(parameter):
         start, stop = _bounds(parameter)
         own_entries(parameter).copy_(values.reshape(-1)[start:stop])
+    if not is_flattened(parameter):
+        return
     if hasattr(parameter, "_z3_optimizer"):
         own = own_range(parameter, parameter._z3_optimizer)
         assert own is not None, "ZeRO-3 gives every rank a range of every parameter"
@@ -236,13 +241,30 @@ def refuse_other_zero(model: Any, optimizer: Any, processes: int) -> None:
         )
     if getattr(optimizer, "params_in_nvme_and_cpu", False) or getattr(optimizer, "swap_optimizer", False):
         raise bad_value("offload", "nvme", f"AROMA writes to what trains in place, which files cannot take; {_LAUNCH}")
+    if hasattr(optimizer, "backup_optimizer"):
+        raise bad_value(
+            "offload_optimizer.ratio",
+            "below 1",
+            "an optimizer of its own steps what is not offloaded, and AROMA resets the moments of one; set it to 1",
+        )
     for name, parameter in model.named_parameters():
+        if hasattr(getattr(parameter, "ds_tensor", None), "ds_quant_scale") or (
+            is_partitioned(parameter) and not parameter.is_floating_point()
+        ):
+            raise bad_value(
+                "model",
+                name,
+                "ZeRO-3 shares it out in codes, of which no norm can be taken; leave zero_quantized_weights and "
+                "zero_quantized_nontrainable_weights out, and use a quantised base with ZeRO-1, ZeRO-2 or DDP",
+            )
+        if getattr(parameter, "ds_zero_param_process_group", None) is not None:
+            raise bad_value("zero_hpz_partition_size", name, f"it has a second copy of shares; set it to 1, {_LAUNCH}")
         group = getattr(parameter, "ds_process_group", None) or getattr(parameter, "_dp_group", None)
         if group is not None and dist.get_world_size(group) != processes:
             raise bad_value(
                 "model",
                 name,
-                f"it is shared out over {dist.get_world_size(group)} of {processes} processes (MiCS, hpZ, tensor or "
+                f"it is shared out over {dist.get_world_size(group)} of {processes} processes (MiCS, tensor or "
                 f"sequence parallelism); {_LAUNCH}",
             )
         if ".lora_" in name and is_flattened(parameter) and parameter.dtype != torch.float32:

@@ -90,7 +90,8 @@ def attach(
     Args:
         model: Model with an AROMA adapter; wrapped, sharded or neither.
         optimizer: Optimizer that holds the adapter's parameters.
-        scheduler: Learning-rate scheduler; its `get_last_lr()` then tells the rate that was used.
+        scheduler: Learning-rate scheduler; its `get_last_lr()` then tells the rate that was used, but with DeepSpeed,
+            which steps it at once.
         total_steps: Planned optimizer steps; needed where `max_inner_steps` is None.
         resume_from: Folder of a saved adapter whose run is to go on.
         on_event: Called with every event.
