@@ -26,7 +26,16 @@ def rows_of(table: str) -> str:
 
 
 def test_there_are_results() -> None:
-    assert "smollm2-commonsense/tables/sets.md" in map(name_of, TABLES)
+    kinds = ("main", "paired", "reset", "time", "inner")
+    expected = {"smollm2-commonsense/tables/sets.md", *(f"minilm-mrpc-rte/tables/{kind}.md" for kind in kinds)}
+    assert expected <= set(map(name_of, TABLES))
+
+
+def test_the_nine_methods_ran_with_three_seeds_on_both_tasks() -> None:
+    runs = ROOT / "results" / "lab" / "minilm-mrpc-rte" / "runs"
+    finished = [path.parts[-4:-1] for path in runs.glob("*/*/seed-*/result.json")]
+    assert len(finished) == 9 * 3 * 2
+    assert {seed for _, _, seed in finished} == {"seed-0", "seed-1", "seed-2"}
 
 
 @pytest.mark.parametrize("path", TABLES, ids=name_of)
