@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -122,15 +121,10 @@ def summed(
     sharded: list[tuple[int, torch.device, Any]] = []
     for index, (weight, (B, A)) in enumerate(zip(weights, factors, strict=True)):
         # In a function: of copies, as of a quantised weight, one is there at a time.
-        W = weight()
-        if isinstance(W, Partition):
-            values.append(_measured_blocks(measure, W, B, A))
-            sharded.append((index, values[-1].device, None))
-            continue
-        value, mesh = _measured(measure, W, B, A)
+        value, where = _measured(measure, weight(), B, A)
         values.append(value)
-        if mesh is not None:
-            sharded.append((index, torch.device(mesh.device_type), mesh.get_group()))
+        if where is not None:
+            sharded.append((index, *where))
     if sharded:
         _, device, group = sharded[0]
         sums = torch.stack([values[index].to(device) for index, *_ in sharded])
@@ -149,14 +143,18 @@ def _measured_blocks(
 
 
 def _measured(
-    measure: Callable[[Tensor, Tensor, Tensor], Tensor], W: Tensor, B: Tensor, A: Tensor
-) -> tuple[Tensor, DeviceMesh | None]:
-    """Return the measure of what this rank holds of W, and the mesh over which that is to be summed."""
+    measure: Callable[[Tensor, Tensor, Tensor], Tensor], W: Tensor | Partition, B: Tensor, A: Tensor
+) -> tuple[Tensor, tuple[torch.device, Any] | None]:
+    """Return the measure of what this rank holds of W, and the device and group over which that is to be summed."""
+    if isinstance(W, Partition):
+        value = _measured_blocks(measure, W, B, A)
+        return value, (value.device, None)
     if not isinstance(W, DTensor):
         return measure(W, B, A), None
     rows = own_rows(W)
     by_rows = _sharded_dimension(W) == 0
-    return measure(local(W), B[rows] if by_rows else B, A if by_rows else A[:, rows]), W.device_mesh
+    value = measure(local(W), B[rows] if by_rows else B, A if by_rows else A[:, rows])
+    return value, (torch.device(W.device_mesh.device_type), W.device_mesh.get_group())
 
 
 # The model -----------------------------------------------------------------------------------------------------------
