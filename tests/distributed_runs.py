@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 import aroma.distributed
 from aroma import AromaCallback, AromaController, aroma_layers, attach, last_complete_checkpoint
@@ -87,6 +88,8 @@ class Loop:
     """In float64, where rounding is no excuse."""
     half: bool = False
     """Base model in bfloat16, components in float32."""
+    transposed: bool = False
+    """The layers are GPT-2's, which keep (n, m)."""
     early_stop: bool = True
     head: bool = True
     accelerate: bool = False
@@ -122,8 +125,7 @@ def replicated(model: Any, loop: Loop) -> Any:
 
 def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[str, Any]:
     """Train, and return what the rank came to; see the keys. `wrap` makes the model one of several processes."""
-    base = tiny_bert(**({} if loop.unlike else CALM))
-    base = base.double() if loop.double else base.bfloat16() if loop.half else base
+    base = base_of(loop)
     torch.manual_seed(100 + rank() * loop.unlike)
     model: Any = adapted(base, **{**UNLIKE_MODULES, **loop.method})
     if not loop.head:
@@ -163,6 +165,24 @@ def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[
             if layer.is_frozen("default") and any(bool(p.any()) for p in layer.whole_pair("default"))
         ],
     }
+
+
+def base_of(loop: Loop) -> Any:
+    """The pretrained model of a training."""
+    base: Any = tiny_bert(**({} if loop.unlike else CALM))
+    if loop.transposed:
+        for layer in [*base.bert.encoder.modules()]:
+            for name, child in layer.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(layer, name, transposed(child))
+    return base.double() if loop.double else base.bfloat16() if loop.half else base
+
+
+def transposed(linear: nn.Linear) -> Conv1D:
+    """The same layer as GPT-2 keeps it."""
+    layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight.data, layer.bias.data = linear.weight.data.T.contiguous(), linear.bias.data
+    return layer
 
 
 def take_step(model: Any, optimizer: Any, loop: Loop, step: int) -> None:

@@ -84,6 +84,7 @@ Kind = tuple[Loop, Callable[[Any, Loop], Any]]
 LOOPS: dict[str, Kind] = {
     "blocks": (Loop(), by_block),
     "root alone": (Loop(accumulate=2), as_one),
+    "transposed layers": (Loop(transposed=True), by_block),
     "three rows": (Loop(method={"inner_criterion": "update_change", "reset": "zero", "r": 3}), by_block),
     "on after all have finished": (
         Loop(early_stop=False, head=False, method={"max_components": 2}, steps=20),
@@ -128,8 +129,7 @@ class Training:
             load_adapter(self.model, resume_from)
         self.optimizer = adamw(self.model)
         self.events: list[dict[str, Any]] = []
-        if resume_from:
-            # Before attach: on an optimizer without state, torch takes a step with gradients of zero.
+        if resume_from and not loads_late:
             load_optimizer(self.model, self.optimizer, resume_from / "sharded")
         self.growth = attach(
             self.model,
@@ -138,6 +138,8 @@ class Training:
             resume_from=str(resume_from) if resume_from else None,
             on_event=lambda event: self.events.append(event.as_dict()),
         )
+        if resume_from and loads_late:
+            load_optimizer(self.model, self.optimizer, resume_from / "sharded")
 
     def go_on(self, start: int, stop: int) -> dict[str, Any]:
         """Take steps, and return what it came to."""

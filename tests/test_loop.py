@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers.integrations.peft
 from accelerate import Accelerator
 from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from aroma import AromaConfig, Event, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import CheckpointError, ConfigError
@@ -68,6 +70,34 @@ def test_detached_it_trains_on_without_growing() -> None:
     assert used == [0.01] * 6, "no re-warm-up any more"
     for name, layer in aroma_layers(model).items():
         assert not torch.equal(layer.pair("default")[0], before[name])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_for_the_sake_of_the_state_is_none(kind: Callable[..., torch.optim.Optimizer]) -> None:
+    """torch takes one where an optimizer without state is read, as before a checkpoint is loaded into it."""
+    model = adapted("llama", rewarmup_steps=50)
+    optimizer = kind(trainable(model), lr=torch.tensor(0.01) if kind is torch.optim.AdamW else 0.01)
+    taken = []
+    optimizer.register_step_post_hook(lambda *_: taken.append(1))
+    growth = attach(model, optimizer, total_steps=STEPS)
+    get_optimizer_state_dict(model, optimizer)
+    assert taken == [1]
+    assert growth.controller.global_step == 0
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
+    train(model, batch("llama"), optimizer, 5)
+    assert growth.controller.global_step == 5
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("closure", [(), (None,)])
+def test_a_first_step_with_a_rate_of_zero_is_one(closure: tuple[None, ...]) -> None:
+    """As a schedule with a warm-up takes it."""
+    model = adapted("llama")
+    optimizer = optimizer_of(model, rate=0.0)
+    growth = attach(model, optimizer, total_steps=STEPS)
+    model(**batch("llama")).loss.backward()
+    optimizer.step(*closure)
+    assert growth.controller.global_step == 1
 
 
 def test_the_rate_is_whole_again_after_detaching_in_the_midst_of_a_climb() -> None:

@@ -24,7 +24,7 @@ from aroma.lab.language.model import quantization_config
 from aroma.tuner import AromaLinear
 from models import METHOD, adapted, batch, deltas, grow, logits, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
-from trainer_runs import assert_same, growth, tiny_bert, trainer_for
+from trainer_runs import arguments, assert_same, growth, tiny_bert, trainer_for
 
 STEPS = 10
 KINDS = ["nf4", "int8"]
@@ -119,6 +119,28 @@ def test_a_quantised_base_from_training_to_the_merged_model(folder: str, kind: s
         torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-6)
         quantised = layers[name].weight_matrix().double() + delta
         assert not torch.allclose(weight.double(), quantised, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_grows_and_resumes_in_the_trainer(folder: str, kind: str, tmp_path: Path) -> None:
+    rows = [{name: values[i % 4] for name, values in batch("llama").items()} for i in range(16)]
+
+    def run(resume: str | None) -> tuple[Trainer, list[Event]]:
+        events: list[Event] = []
+        trainer = Trainer(
+            model=adapted("llama", quantised_base(folder, kind)),
+            args=arguments(tmp_path, max_steps=STEPS, save_steps=6, per_device_train_batch_size=4),
+            train_dataset=rows,
+            callbacks=[AromaCallback(on_event=events.append)],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, events
+
+    whole, events = run(None)
+    assert {event.step for event in events if event.kind == "merged"} == {4, 8}
+    resumed, later = run(str(tmp_path / "checkpoint-6"))
+    assert later == [event for event in events if event.step > 6]
+    assert_same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

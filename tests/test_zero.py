@@ -23,8 +23,9 @@ from torch import Tensor
 
 from aroma import verify_adapter
 from aroma.distributed import refuse_sharding, unwrapped_optimizer
-from aroma.errors import ConfigError
+from aroma.errors import ConfigError, ResetError
 from aroma.integrations.rewarmup import was_skipped
+from aroma.reset import check_resettable, forget_moments, reset_state
 from aroma.sharded import summed
 from aroma.zero import Partition, StepHooks
 from distributed_runs import CALM, assert_refused, batch_of, stacked
@@ -41,6 +42,7 @@ LOOPS = [
     "zero 2",
     "zero 3",
     "zero 3, nothing stays",
+    "zero 3, transposed layers",
     "zero 3, loaded in shares",
     "zero 3, offloaded",
     "zero 2, offloaded",
@@ -283,6 +285,46 @@ def test_a_measure_is_the_sum_over_the_ranks(monkeypatch: pytest.MonkeyPatch) ->
         parts = [piece if stored is W else piece.T for piece in pieces(stored, 11)]
         values = [summed(measure, [constant(part)], [(B, A)])[0] for part in parts]
         torch.testing.assert_close(torch.stack(values).sum(), measure(W, B, A))
+
+
+def flat_optimizer(parameter: Any, start: int, count: int, **state: Tensor) -> Any:
+    """What ZeRO-2 makes of an optimizer with one parameter, of which this rank has `count` entries from `start` on."""
+    flat, base = torch.zeros(20), SimpleNamespace(state={})
+    base.state[flat] = state
+    parameter._hp_mapping = SimpleNamespace(
+        lp_fragment_address=SimpleNamespace(start=start, numel=count),
+        hp_fragment_address=SimpleNamespace(start=4),
+        param_group_index=0,
+    )
+    known = type("ZeROOptimizer", (), {"optimizer": base, "single_partition_of_fp32_groups": [flat]})
+    return type("DeepSpeedZeroOptimizer", (known,), {})()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_a_range_of_flat_moments_is_pruned_as_the_whole_would_be(ratio: float) -> None:
+    whole, shared = (torch.nn.Parameter(torch.ones(3, 5)) for _ in range(2))
+    plain = torch.optim.AdamW([whole])
+    plain.state[whole] = {name: torch.ones(3, 5) for name in ("exp_avg", "exp_avg_sq")}
+    reset_state(plain, whole, "prune", ratio, torch.Generator().manual_seed(3))
+    moments = {name: torch.ones(20) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer = flat_optimizer(shared, 6, 8, **moments)
+    reset_state(optimizer, shared, "prune", ratio, torch.Generator().manual_seed(3))
+    for name, found in moments.items():
+        assert torch.equal(found[4:12], plain.state[whole][name].reshape(-1)[6:14])
+        assert found[:4].all(), "what is of other parameters stays"
+        assert found[12:].all(), "what is of other parameters stays"
+    forget_moments(optimizer, shared)
+    assert moments["exp_avg"].nonzero().flatten().tolist() == [*range(4), *range(12, 20)]
+
+
+@pytest.mark.parametrize("kind", ["prune", "none"])
+@pytest.mark.parametrize("state", [{"z": torch.ones(20)}, {"exp_avg_sq_row": torch.ones(5)}])
+def test_flat_state_that_cannot_be_reset_is_refused(kind: str, state: dict[str, Tensor]) -> None:
+    """With `none` too, as what a frozen component leaves is zeroed all the same."""
+    parameter = torch.nn.Parameter(torch.ones(3, 5))
+    optimizer = flat_optimizer(parameter, 0, 15, **state)
+    with pytest.raises(ResetError, match=r"^optimizer=DeepSpeedZeroOptimizer: .*; use another optimizer, e\.g\."):
+        check_resettable(optimizer, parameter, kind)
 
 
 def test_steps_are_watched_until_the_hooks_are_removed() -> None:

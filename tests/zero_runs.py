@@ -28,6 +28,7 @@ from distributed_runs import (
     TIMEOUT,
     UNLIKE_MODULES,
     Loop,
+    base_of,
     batch_of,
     rank,
     refusal,
@@ -68,6 +69,7 @@ LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
         replace(PLAIN, method={"inner_criterion": "update_change", "r": 3}),
         zero(3, **NOTHING_STAYS),
     ),
+    "zero 3, transposed layers": (replace(PLAIN, transposed=True), zero(3, **NOTHING_STAYS)),
     LOADED_SHARED: (PLAIN, zero(3)),
     "zero 3, offloaded": (PLAIN, zero(3, zero_offload_optimizer={"device": "cpu"})),
     "zero 2, offloaded": (PLAIN, zero(2, zero_offload_optimizer={"device": "cpu"})),
@@ -106,8 +108,7 @@ class Training:
     ) -> None:
         torch.manual_seed(100)
         self.loop = loop
-        base = tiny_bert(**CALM)
-        base = base.bfloat16() if loop.half else base
+        base = base_of(loop)
         base = loaded_shared(base, config, by_way_of) if by_way_of else base
         self.model = adapted(base, **{**UNLIKE_MODULES, **loop.method})
         if not loop.head:

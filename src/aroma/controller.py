@@ -46,11 +46,12 @@ class AromaController:
 
     Under DistributedDataParallel every rank makes one, after the model was wrapped, and steps it in step with the
     others: they agree on every decision, and an error of one is raised on all. The same under FSDP2, after
-    `fully_shard` and the optimizer; whatever reads components (`summary`, `state_dict`) is then called by all ranks.
+    `fully_shard` and the optimizer, and under ZeRO, after `deepspeed.initialize`; whatever reads components
+    (`summary`, `state_dict`) is then called by all ranks.
 
     Args:
         model: Model with an AROMA adapter; wrapped, sharded or neither.
-        optimizer: Optimizer that holds the trainable pairs; wrapped by accelerate or not.
+        optimizer: Optimizer that holds the trainable pairs; wrapped by accelerate or not, or DeepSpeed's.
         total_steps: Planned optimizer steps T; needed where `max_inner_steps` is None.
         adapter_name: Name of the adapter.
         compiled: Whether `torch.compile` wraps the model though `model` does not show it; then, as for a compiled
@@ -64,7 +65,8 @@ class AromaController:
 
     Raises:
         ConfigError: No growing module, a pair that the optimizer does not hold or that is offloaded, loops that
-            cannot fit the run, replicas that differ between the ranks, or parameters sharded otherwise than by FSDP2.
+            cannot fit the run, replicas that differ between the ranks, or parameters sharded otherwise than by FSDP2
+            or ZeRO.
     """
 
     def __init__(
@@ -215,8 +217,9 @@ class AromaController:
         """Check every component in training, as a check would; called before a checkpoint is written.
 
         Args:
-            alone: Whether this rank asks by itself; otherwise all ranks call this, and all raise. Under FSDP2 they
-                gather the components for what rank 0 does alone until the next step, and it asks after that only.
+            alone: Whether this rank asks by itself; otherwise all ranks call this, and all raise. Under FSDP2 and
+                ZeRO-3 they gather the components for what rank 0 does alone until the next step, and it asks after
+                that only.
 
         Raises:
             NonFiniteError: A component is NaN or infinite.
@@ -490,7 +493,7 @@ class AromaController:
     # Small things ----------------------------------------------------------------------------------------------------
 
     def _pairs(self, modules: Sequence[TargetModule]) -> list[Pair]:
-        """Return the components in training, whole; under FSDP2 by one collective."""
+        """Return the components in training, whole; where they are sharded by one collective."""
         if self._held is not None:
             return [self._held[module.name] for module in modules]
         reshard(self._sharding)

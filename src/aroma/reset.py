@@ -299,9 +299,11 @@ def _require_own_step(optimizer: Any, state: Mapping[str, Any]) -> None:
 
 def _refusal(optimizer: Any, key: str, value: object, why: str) -> ResetError:
     shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+    # A flat one keeps moments of what is frozen, too, which are zeroed whatever `reset` is.
+    without = "" if is_zero(unwrapped_optimizer(optimizer)) else "set reset='none', or "
     return ResetError(
-        f"optimizer={_name(optimizer)}: it keeps state {key!r} of {shape}, {why}; set reset='none', or use another "
-        "optimizer, e.g. torch.optim.AdamW"
+        f"optimizer={_name(optimizer)}: it keeps state {key!r} of {shape}, {why}; {without}use another optimizer, "
+        "e.g. torch.optim.AdamW"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from ..errors import CheckpointError
 from ..events import Event
 from ..tuner.state import read_controller_state
 from ..zero import StepHooks, is_zero
-from .rewarmup import Rewarmup, was_skipped
+from .rewarmup import Rewarmup, makes_state_only, was_skipped
 
 
 class Attachment:
@@ -26,6 +27,7 @@ class Attachment:
     def __init__(self, controller: AromaController, optimizer: Any, scheduler: Any | None) -> None:
         self.controller = controller
         self._rewarmup = Rewarmup()
+        self._counts = True
         # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
         inner = unwrapped_optimizer(optimizer)
         self._scheduler = getattr(scheduler, "scheduler", scheduler)
@@ -48,10 +50,14 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
 
-    def _before_step(self, optimizer: Any, *_: Any) -> None:
-        self._rewarmup.begin(optimizer, self.controller.lr_factor)
+    def _before_step(self, optimizer: Any, _: Any = (), keywords: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._counts = not makes_state_only(optimizer, keywords)
+        if self._counts:
+            self._rewarmup.begin(optimizer, self.controller.lr_factor)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if not self._counts:
+            return
         self._rewarmup.end(optimizer, self._scheduler)
         if not was_skipped(optimizer):
             self.controller.step()
