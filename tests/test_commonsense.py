@@ -134,6 +134,7 @@ def test_a_missing_column_is_named(tmp_path):
         load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)), LANGUAGE)
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     ("name", "train", "test"), [("ARC-Easy", 2251, 2376), ("ARC-Challenge", 1119, 1172), ("openbookqa", 4957, 500)]
 )

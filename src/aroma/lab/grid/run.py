@@ -12,6 +12,7 @@ import yaml
 
 from ...errors import bad_value
 from ...files import read_json, write_json, write_text
+from ..trials.files import RUNS, TrialFiles
 from ..trials.spec import Trial
 from .expand import check_methods, expand, report_name
 from .lock import exclusive
@@ -19,7 +20,7 @@ from .pool import run_pool
 from .select import Candidate, begun, candidates, chosen_settings, selection_of
 from .spec import WHOLE, Grid, Part
 from .status import Ended, GridStatus, Pace, Silent, Watcher
-from .trial_files import FAILURE, RESULT, RUNS, clear_if_new, require_no_conflicts, state_of, tidy
+from .trial_files import clear_if_new, require_no_conflicts, state_of, tidy
 from .worker import WORKER_MODULE, Worker, failure_message
 
 GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
@@ -137,10 +138,10 @@ class _Run:
         if state == "finished":
             tidy(folder)
             self._outcome.skipped.append(trial.name)
-            self._learn(trial, read_json(folder / RESULT))
+            self._learn(trial, read_json(TrialFiles(folder).result))
             return False
         if state == "failed" and not self._retry_failed:
-            self._outcome.failed.append(Failure(trial.name, failure_message(folder), folder / FAILURE))
+            self._outcome.failed.append(Failure(trial.name, failure_message(folder), TrialFiles(folder).failure))
             return False
         clear_if_new(trial, folder)
         return True
@@ -148,12 +149,12 @@ class _Run:
     def _end(self, worker: Worker) -> None:
         name, failure, score = worker.trial.name, worker.failure(), None
         if failure is None:
-            result = read_json(worker.folder / RESULT)
+            result = read_json(TrialFiles(worker.folder).result)
             score = result["score"]
             self._learn(worker.trial, result)
             self._outcome.finished.append(name)
         else:
-            self._outcome.failed.append(Failure(name, failure, worker.folder / FAILURE))
+            self._outcome.failed.append(Failure(name, failure, TrialFiles(worker.folder).failure))
         self._watcher.on_end(Ended(name, failure, score, worker.seconds))
 
     def _learn(self, trial: Trial, result: dict[str, Any]) -> None:

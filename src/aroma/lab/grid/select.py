@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json
+from ..trials.files import TrialFiles
 from ..trials.spec import Trial
 from .expand import Chosen, make_trial
 from .settings import Settings
 from .spec import Grid, Selection
-from .trial_files import RESULT
 
 
 @dataclass(frozen=True, order=True)
@@ -125,7 +125,7 @@ def chosen_settings(selection: Mapping[str, Mapping[str, Any]]) -> Chosen:
 
 def selection_of(tried: list[Candidate], runs: Path) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json` from the results that lie in the folder of runs; see `choose`."""
-    results = {candidate.trial.name: runs / candidate.trial.name / RESULT for candidate in tried}
+    results = {candidate.trial.name: TrialFiles(runs / candidate.trial.name).result for candidate in tried}
     return choose(tried, {name: Outcome.of(read_json(path)) for name, path in results.items() if path.exists()})
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..trials.files import RUNS, TrialFiles
 from .expand import expand
 from .select import candidates, chosen_settings, selection_of
 from .spec import WHOLE, Grid, Part
-from .trial_files import FAILURE, RESULT, RUNS, State, state_of
+from .trial_files import State, state_of
 
 
 def survey(grid: Grid, part: Part = WHOLE) -> list[tuple[str, State]]:
@@ -32,8 +33,8 @@ def survey(grid: Grid, part: Part = WHOLE) -> list[tuple[str, State]]:
 
 
 def _state_by_files(folder: Path) -> State:
-    if (folder / RESULT).exists():
+    if TrialFiles(folder).result.exists():
         return "finished"
-    if (folder / FAILURE).exists():
+    if TrialFiles(folder).failure.exists():
         return "failed"
     return "interrupted" if folder.exists() else "new"

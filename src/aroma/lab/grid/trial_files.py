@@ -1,4 +1,4 @@
-"""What lies in a trial's folder, and what that says of the trial."""
+"""What the files in a trial's folder say of the trial."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import ConfigError
+from ..trials.files import TrialFiles
 from ..trials.spec import Trial, differing_keys, load_trial
-
-TRIAL, RESULT, FAILURE, PROGRESS = "trial.json", "result.json", "failure.json", "progress.json"
-CHECKPOINTS = "checkpoints"
-RUNS = "runs"
-"""Folder, in a grid's output, of the trials' folders."""
-WORKER_LOG = "worker.log"
-"""What a worker printed; a process that is killed can leave nothing else."""
 
 State = Literal["finished", "failed", "interrupted", "new", "conflict"]
 
@@ -29,10 +23,11 @@ def state_of(trial: Trial, folder: Path) -> State:
     Raises:
         CheckpointError: `trial.json` is damaged.
     """
-    if not (folder / TRIAL).exists():
+    files = TrialFiles(folder)
+    if not files.trial.exists():
         return "new"
-    finished, failed = (folder / RESULT).exists(), (folder / FAILURE).exists()
-    if differing_keys(load_trial(folder / TRIAL), trial):
+    finished, failed = files.result.exists(), files.failure.exists()
+    if differing_keys(load_trial(files.trial), trial):
         return "conflict" if finished or (_has_checkpoint(folder) and not failed) else "new"
     return "finished" if finished else "failed" if failed else "interrupted"
 
@@ -44,9 +39,9 @@ def require_no_conflicts(trials: Iterable[Trial], runs: Path) -> None:
         ConfigError: Naming every such folder, and the keys in which the trials differ.
     """
     conflicts = [
-        f"{runs / trial.name} ({', '.join(differing_keys(load_trial(runs / trial.name / TRIAL), trial))})"
-        for trial in trials
-        if state_of(trial, runs / trial.name) == "conflict"
+        f"{files.root} ({', '.join(differing_keys(load_trial(files.trial), trial))})"
+        for trial, files in ((trial, TrialFiles(runs / trial.name)) for trial in trials)
+        if state_of(trial, files.root) == "conflict"
     ]
     if conflicts:
         raise ConfigError(
@@ -57,19 +52,19 @@ def require_no_conflicts(trials: Iterable[Trial], runs: Path) -> None:
 
 def clear_if_new(trial: Trial, folder: Path) -> None:
     """Remove what another trial without a result or a checkpoint left in the folder."""
-    if (folder / TRIAL).exists() and state_of(trial, folder) == "new":
+    if TrialFiles(folder).trial.exists() and state_of(trial, folder) == "new":
         shutil.rmtree(folder)
 
 
 def tidy(folder: Path) -> None:
     """Remove from a finished trial's folder what its worker had no time to remove, and a log of nothing."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    (folder / PROGRESS).unlink(missing_ok=True)
-    log = folder / WORKER_LOG
-    if log.exists() and not log.stat().st_size:
-        log.unlink()
+    files = TrialFiles(folder)
+    shutil.rmtree(files.checkpoints, ignore_errors=True)
+    files.progress.unlink(missing_ok=True)
+    if files.log.exists() and not files.log.stat().st_size:
+        files.log.unlink()
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    checkpoints = folder / CHECKPOINTS
+    checkpoints = TrialFiles(folder).checkpoints
     return checkpoints.is_dir() and any(checkpoints.iterdir())

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json, write_json
+from ..trials.files import TrialFiles
 from ..trials.spec import Trial, save_trial
 from .status import Running
-from .trial_files import FAILURE, PROGRESS, RESULT, TRIAL, WORKER_LOG, tidy
+from .trial_files import tidy
 
 WORKER_MODULE = "aroma.lab.trials.worker"
 _LOG_LINES = 20
@@ -33,19 +34,19 @@ class Worker:
     """
 
     def __init__(self, trial: Trial, folder: Path, module: str = WORKER_MODULE, inherit: Sequence[int] = ()) -> None:
-        self.trial, self.folder = trial, folder
+        self.trial, self.folder, self._files = trial, folder, TrialFiles(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_trial(trial, folder / TRIAL)
+        save_trial(trial, self._files.trial)
         # Of an earlier attempt: they would pass for this one's.
-        for name in (FAILURE, PROGRESS):
-            (folder / name).unlink(missing_ok=True)
+        for left in (self._files.failure, self._files.progress):
+            left.unlink(missing_ok=True)
         self._began = time.monotonic()
         self._first: tuple[int, float] | None = None
         self._latest: tuple[int, float] | None = None
         self._planned: int | None = None
-        with (folder / WORKER_LOG).open("wb") as log:
+        with self._files.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "aroma.lab.grid.leash", module, str(folder / TRIAL), str(folder)],
+                [sys.executable, "-m", "aroma.lab.grid.leash", module, str(self._files.trial), str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -66,7 +67,7 @@ class Worker:
 
     def progress(self) -> Running:
         """Return how far the trial is, as its worker last wrote."""
-        content = read_json(self.folder / PROGRESS) if (self.folder / PROGRESS).exists() else {}
+        content = read_json(self._files.progress) if self._files.progress.exists() else {}
         step, self._planned = int(content.get("step", 0)), content.get("planned", self._planned)
         if content and (self._latest is None or step != self._latest[0]):
             self._latest = (step, time.monotonic())
@@ -79,11 +80,11 @@ class Worker:
         A process that could not say why it died has its failure written for it.
         """
         self._close()
-        if (self.folder / RESULT).exists():
+        if self._files.result.exists():
             tidy(self.folder)
             return None
-        if not (self.folder / FAILURE).exists():
-            write_json(self.folder / FAILURE, _death(self._process.returncode, self.folder / WORKER_LOG))
+        if not self._files.failure.exists():
+            write_json(self._files.failure, _death(self._process.returncode, self._files.log))
         return failure_message(self.folder)
 
     def ask_to_stop(self) -> None:
@@ -119,7 +120,7 @@ def worker_environment(threads: int | None) -> dict[str, str]:
 
 def failure_message(folder: Path) -> str:
     """Return kind and message of a failed trial."""
-    content = read_json(folder / FAILURE)
+    content = read_json(TrialFiles(folder).failure)
     return f"{content['error']}: {content['message']}"
 
 

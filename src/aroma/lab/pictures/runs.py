@@ -12,6 +12,7 @@ from ...errors import DataError, bad_value
 from ...files import read_json
 from ..report.attempts import Run, read_attempt
 from ..report.records import load_records
+from ..trials.files import TrialFiles
 from .style import Style, style_of
 
 
@@ -108,7 +109,7 @@ def curve_of(run: Run) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    return dict(read_json(run.folder / "curve.json"))
+    return dict(read_json(run.files.curve))
 
 
 def history_of(run: Run) -> dict[str, Any]:
@@ -117,11 +118,11 @@ def history_of(run: Run) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    return dict(read_json(run.folder / "history.json"))
+    return dict(read_json(run.files.history))
 
 
 def _read_folder(folder: Path) -> Finished:
-    if not (folder / "trial.json").is_file():
+    if not TrialFiles(folder).trial.is_file():
         records = load_records(folder)
         tasks = tuple(task for task in records.tasks if records.of(task=task))
         return Finished(tuple(records.runs), tuple(records.methods), tasks)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...files import read_json
+from ..trials.files import TrialFiles
 
 _TRIAL_KEYS = ("name", "model", "task", "method", "kind", "options", "training", "purpose")
 _RESULT_KEYS = (
@@ -35,6 +36,11 @@ class Attempt:
 
     folder: Path
     trial: Mapping[str, Any]
+
+    @property
+    def files(self) -> TrialFiles:
+        """What lies where in its folder."""
+        return TrialFiles(self.folder)
 
     @property
     def name(self) -> str:
@@ -119,22 +125,23 @@ def read_attempt(place: Path) -> Attempt:
     Raises:
         CheckpointError: A file is missing, damaged or edited.
     """
-    trial = read_json(place / "trial.json")
-    require_keys(place / "trial.json", trial, _TRIAL_KEYS)
-    require_keys(place / "trial.json, task", trial["task"], ("name",))
-    require_keys(place / "trial.json, training", trial["training"], ("seed",))
-    if (place / "result.json").exists():
-        result = read_json(place / "result.json")
-        require_keys(place / "result.json", result, _RESULT_KEYS + _PROVENANCE_KEYS)
+    files = TrialFiles(place)
+    trial = read_json(files.trial)
+    require_keys(files.trial, trial, _TRIAL_KEYS)
+    require_keys(f"{files.trial}, task", trial["task"], ("name",))
+    require_keys(f"{files.trial}, training", trial["training"], ("seed",))
+    if files.result.exists():
+        result = read_json(files.result)
+        require_keys(files.result, result, _RESULT_KEYS + _PROVENANCE_KEYS)
         return Run(place, trial, result)
-    if (place / "failure.json").exists():
-        failure = read_json(place / "failure.json")
-        require_keys(place / "failure.json", failure, ("error", "message"))
+    if files.failure.exists():
+        failure = read_json(files.failure)
+        require_keys(files.failure, failure, ("error", "message"))
         return Failure(place, trial, " ".join(f"{failure['error']}: {failure['message']}".split()))
     return Attempt(place, trial)
 
 
-def require_keys(where: Path, content: object, keys: Iterable[str]) -> None:
+def require_keys(where: Path | str, content: object, keys: Iterable[str]) -> None:
     """Raise unless `content`, read at `where`, is a mapping that has `keys`.
 
     Raises:

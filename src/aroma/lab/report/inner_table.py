@@ -124,7 +124,7 @@ def _quartiles(steps: Sequence[int]) -> Sequence[float | None]:
 
 def _ended(run: Run) -> list[tuple[int, str]]:
     """Return outer step and module of every inner loop that ended with an outer check."""
-    path = run.folder / "events.jsonl"
+    path = run.files.events
     if not path.exists():
         return []
     try:

@@ -13,9 +13,11 @@ import yaml
 
 from ...errors import CheckpointError, bad_value
 from ...files import read_json
+from ..trials.files import RUNS, TrialFiles
 from .attempts import Attempt, Failure, Run, read_attempt, require_keys
 
-_FILES = ("trial.json", "result.json", "failure.json")
+_FILES = TrialFiles(Path())
+_ANY_OF = (_FILES.trial.name, _FILES.result.name, _FILES.failure.name)
 """Any of these makes a folder a run's."""
 
 
@@ -89,7 +91,7 @@ def load_records(folder: str | os.PathLike[str]) -> Records:
         CheckpointError: A file is damaged or edited, or two run folders hold the same task, method and seed.
     """
     root = Path(folder)
-    places = sorted({found.parent for name in _FILES for found in root.glob(f"runs/**/{name}")})
+    places = sorted({found.parent for name in _ANY_OF for found in (root / RUNS).glob(f"**/{name}")})
     if not places:
         raise bad_value("folder", str(folder), "no runs there; give the output folder of `aroma lab run`")
     attempts = sorted((read_attempt(place) for place in places), key=lambda attempt: attempt.name)

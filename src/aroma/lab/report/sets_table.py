@@ -87,10 +87,10 @@ def sets_table(records: Records, baseline: str | None, metric: str | None = None
 def _labels(records: Records) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {task: [] for task in records.tasks}
     for run in (run for task in records.tasks for run in records.of(task=task)):
-        require_keys(run.folder / "result.json", run.result, ("reported",))
-        require_keys(run.folder / "result.json, reported", run.result["reported"], ())
+        require_keys(run.files.result, run.result, ("reported",))
+        require_keys(f"{run.files.result}, reported", run.result["reported"], ())
         for label, metrics in run.result["reported"].items():
-            require_keys(run.folder / f"result.json, reported.{label}", metrics, ())
+            require_keys(f"{run.files.result}, reported.{label}", metrics, ())
         found[run.task] = list(dict.fromkeys([*found[run.task], *run.result["reported"]]))
     if not any(found.values()):
         raise bad_value("--kind", "sets", f"no run with a reported set has finished in {records.folder}")

@@ -9,8 +9,9 @@ from ...errors import ConfigError
 from ...files import read_json
 from ..grid.lock import exclusive
 from ..grid.status import Running
-from ..grid.trial_files import FAILURE, RESULT, clear_if_new, require_no_conflicts, state_of
+from ..grid.trial_files import clear_if_new, require_no_conflicts, state_of
 from ..grid.worker import WORKER_MODULE, Worker
+from ..trials.files import RUNS, TrialFiles
 from ..trials.spec import Trial
 
 _STOP_SECONDS = 10.0
@@ -34,7 +35,7 @@ class TicketRun:
     """
 
     def __init__(self, trial: Trial, output: Path, module: str = WORKER_MODULE) -> None:
-        runs = output / "runs"
+        runs = output / RUNS
         self.trial = trial
         self.folder = runs / trial.name
         with ExitStack() as stack:
@@ -66,15 +67,15 @@ class TicketRun:
     def failure(self) -> str | None:
         """Return what a trial that has ended failed of, and where more stands; None if it has a score."""
         message = None if self._worker is None else self._worker.failure()
-        return None if message is None else f"{message} ({self.folder / FAILURE})"
+        return None if message is None else f"{message} ({TrialFiles(self.folder).failure})"
 
     def was_killed(self) -> bool:
         """Whether a signal ended the process of a failed trial, which says nothing about the trial."""
-        return bool(read_json(self.folder / FAILURE)["error"] == "WorkerKilled")
+        return bool(read_json(TrialFiles(self.folder).failure)["error"] == "WorkerKilled")
 
     def score(self) -> float:
         """Return the held-out score of a trial that has ended well."""
-        return float(read_json(self.folder / RESULT)["score"])
+        return float(read_json(TrialFiles(self.folder).result)["score"])
 
     def ask_to_stop(self) -> None:
         """Ask the trial's process to end, if there is one."""

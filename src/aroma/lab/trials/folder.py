@@ -7,7 +7,6 @@ import re
 import shutil
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ...checkpoint import verify_adapter
 from ...errors import CheckpointError, ConfigError, bad_value
 from ...files import write_json
 from ..methods.base import TRAINED_FILE
-from ..run_folder import RunFiles
+from .files import TrialFiles
 from .spec import Trial, differing_keys, load_trial, save_trial
 from .trainer import HOOKS_FILE
 
@@ -24,29 +23,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OF_THE_TRAINER = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-@dataclass(frozen=True)
-class TrialFolder(RunFiles):
-    """Names of what a trial leaves; its checkpoints are there while it is not finished."""
-
-    @property
-    def trial(self) -> Path:
-        """The trial itself."""
-        return self.root / "trial.json"
-
-    @property
-    def curve(self) -> Path:
-        """Trainable parameters and ranks by optimizer step."""
-        return self.root / "curve.json"
-
-    @property
-    def progress(self) -> Path:
-        """How far a running trial is."""
-        return self.root / "progress.json"
-
-    @property
-    def failure(self) -> Path:
-        """What went wrong at the last attempt."""
-        return self.root / "failure.json"
+class TrialFolder(TrialFiles):
+    """The folder of a trial that runs."""
 
     def check(self, trial: Trial) -> None:
         """Refuse to work in a folder that is not this trial's; nothing is written.
