@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -576,11 +577,36 @@ def test_latex_escapes_what_means_something_to_it(hostile):
     rendered = render(hostile, "latex")
     escaped = (
         r"a\textbar{}b\_c \& 50 \% \#1 \{x\} \$y\$ \textasciitilde{}\textasciicircum{}\textbackslash{} {[}z{]} "
-        r"\textless{}t\textgreater{} *w* -{}-k"
+        r"\textless{}t\textgreater{} {*}w{*} -{}-k"
     )
-    assert rendered.count(escaped) == 4
+    assert rendered.count(escaped) == 3  # caption, cell, note
+    first, second = escaped.split(r" \$y", 1)
+    assert rf"\shortstack[l]{{{first}\\\$y{second}}} & n \\" in rendered, "its head is in two lines"
     assert rf"{escaped} & \textbf{{1 $\pm$ 2}} \\" in rendered
     assert rendered.isascii()
+
+
+DOCUMENT = r"""\documentclass{article}
+\usepackage{booktabs,graphicx}
+\begin{document}
+\input{table}
+\end{document}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "hostile"])
+def test_latex_sets_the_table_within_the_text(kind, hostile, tmp_path):
+    """By pdflatex, which .ci/run installs: texlive-latex-recommended of Debian."""
+    rendered = render(hostile, "latex") if kind == "hostile" else (GOLDEN / "tables" / f"{kind}.tex").read_text()
+    (tmp_path / "table.tex").write_text(rendered)
+    (tmp_path / "page.tex").write_text(DOCUMENT)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    for _ in range(2):  # labels are known the second time
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert "Output written on page.pdf (1 page" in said
+    for complaint in ("Overfull", "Undefined", "undefined", "Missing", "too large"):
+        assert complaint not in said
 
 
 def test_markdown_escapes_what_means_something_to_it(hostile):

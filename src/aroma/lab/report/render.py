@@ -55,9 +55,13 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Return a LaTeX table for the package booktabs, the best in bold, the notes below it."""
+    """Return a LaTeX table, the best in bold, the notes below it; one wider than the text is made as wide.
+
+    It needs the packages booktabs and graphicx.
+    """
     columns = _shown(table)
-    heads = [_escape_latex(column.title) for column in columns]
+    sides = ["l" if column.is_text else "r" for column in columns]
+    heads = [_stacked_latex(column.title, side) for column, side in zip(columns, sides, strict=True)]
     rows = [[_bold_latex(cell) for cell in row] for row in _shown_rows(table)]
     lines = [
         r"\begin{table}",
@@ -65,13 +69,16 @@ def latex(table: Table) -> str:
         r"\small",
         rf"\caption{{{_escape_latex(_caption(table, 'Bold'))}}}",
         rf"\label{{tab:{table.name}}}",
-        rf"\begin{{tabular}}{{{''.join('l' if column.is_text else 'r' for column in columns)}}}",
+        r"\medskip",
+        rf"\setlength{{\tabcolsep}}{{4pt}}\sbox0{{\begin{{tabular}}{{{''.join(sides)}}}",
         r"\toprule",
         rf"{' & '.join(heads)} \\",
         r"\midrule",
         *(rf"{' & '.join(row)} \\" for row in rows),
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}}",
+        r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
+        r"\par\medskip",
         *(rf"\par\raggedright\footnotesize {_escape_latex(note)}" for note in _one_line(table.notes)),
         r"\end{table}",
     ]
@@ -99,8 +106,8 @@ _LATEX = str.maketrans(
         **{character: f"\\{character}" for character in "&%$#_{}"},
         **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
         **{"<": r"\textless{}", ">": r"\textgreater{}"},
-        # Behind \\ a bracket would be read as its argument.
-        **{"[": "{[}", "]": "{]}"},
+        # Behind \\ a bracket would be read as its argument, and a star as part of it.
+        **{"[": "{[}", "]": "{]}", "*": "{*}"},
         **{"±": r"$\pm$", "×": r"$\times$", "÷": r"$\div$", "−": "$-$", "Δ": r"$\Delta$", "ε": r"$\varepsilon$"},
         **{"≤": r"$\leq$", "≥": r"$\geq$", "→": r"$\to$", "·": r"$\cdot$", "‖": r"$\Vert$"},
         **{"–": r"\textendash{}", "…": r"\dots{}"},
@@ -149,6 +156,16 @@ def _bold_markdown(cell: Cell) -> str:
 
 def _escape_markdown(words: str) -> str:
     return words.translate({ord(character): f"\\{character}" for character in "\\|*_<>`"})
+
+
+def _stacked_latex(head: str, side: str) -> str:
+    """Return a head in two lines as equal as can be: most are wider than what is below them."""
+    words = head.split()
+    halves = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
+    if not halves:
+        return _escape_latex(head)
+    first, second = min(halves, key=lambda pair: max(map(len, pair)))
+    return rf"\shortstack[{side}]{{{_escape_latex(first)}\\{_escape_latex(second)}}}"
 
 
 def _bold_latex(cell: Cell) -> str:
