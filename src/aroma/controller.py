@@ -30,12 +30,13 @@ from .errors import CheckpointError, NonFiniteError, bad_value
 from .events import Event, ModuleSummary
 from .files import tensors_digest
 from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
+from .refusals import refuse_changed_processes, refuse_missing_pairs, refuse_other_modules
 from .sharded import gathered, is_sharded, reshard, sharding_modules
 from .target import TargetModule
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .warmup import rewarmup_factor
-from .zero import is_flattened, is_partitioned, is_zero
+from .zero import is_partitioned, is_zero
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -105,7 +106,7 @@ class AromaController:
             for module in self.modules:
                 module.require_data()
             self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
-            self._check_optimizer()
+            refuse_missing_pairs(self.optimizer, self._active())
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
         self._measure_weights()
@@ -288,7 +289,7 @@ class AromaController:
 
     def _restore(self, state: dict[str, Any], tensors: dict[str, Any], pairs: Sequence[Pair]) -> None:
         self.config.check_resumable(state["config"])
-        self._refuse_other_modules([entry["name"] for entry in state["modules"]])
+        refuse_other_modules([module.name for module in self.modules], [entry["name"] for entry in state["modules"]])
         if self._digest(pairs) != state["adapter_digest"]:
             raise CheckpointError(
                 "adapter_model.safetensors: its components are not those that aroma_state.json was written with, so "
@@ -299,7 +300,7 @@ class AromaController:
         self._earlier_outer_steps = state["earlier_outer_steps"]
         for module, entry, pair in zip(self.modules, state["modules"], pairs, strict=True):
             module.restore(entry, tensors, self._draw_number, pair)
-        self._check_optimizer()
+        refuse_missing_pairs(self.optimizer, self._active())
         self._snapshot = PairSnapshot.restore(
             state["snapshot_norms"], tensors, [module.pair for module in self._active()]
         )
@@ -425,19 +426,6 @@ class AromaController:
 
     # Refusals --------------------------------------------------------------------------------------------------------
 
-    def _check_optimizer(self) -> None:
-        """Refuse an optimizer without the pair of a module that trains."""
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        for module in self._active():
-            if not all(id(parameter) in held or (self._zero and is_flattened(parameter)) for parameter in module.pair):
-                raise bad_value(
-                    "optimizer",
-                    type(self.optimizer).__name__,
-                    f"it does not hold the trainable pair of {module.name!r}, so that module would never learn; make "
-                    "the optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that "
-                    "requires a gradient",
-                )
-
     def _check_optimizer_state(self) -> None:
         """Refuse an optimizer whose state cannot be reset now that it has some, not at the end of the inner loop."""
         # With ZeRO a rank may hold no state of any pair.
@@ -446,37 +434,8 @@ class AromaController:
                 module.check_resettable(self.optimizer)
         self._state_is_known = True
 
-    def _refuse_other_modules(self, saved: list[str]) -> None:
-        names = [module.name for module in self.modules]
-        if names == saved:
-            return
-        differing = sorted(set(names) ^ set(saved)) or names
-        raise bad_value(
-            "target_modules",
-            differing[0],
-            f"the checkpoint grows {len(saved)} modules and this model {len(names)}, and they differ in "
-            f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
-        )
-
-    def _refuse_changed_processes(self) -> None:
-        if world_size() != self._processes:
-            raise bad_value(
-                "world_size",
-                world_size(),
-                f"the controller was made when it was {self._processes}; make it after init_process_group, when the "
-                "model is wrapped in DistributedDataParallel or sharded by fully_shard",
-            )
-        join = getattr(self._wrapper, "_join_config", None)
-        if join is not None and join.enable:
-            raise bad_value(
-                "join",
-                True,
-                "a rank whose data have run out would take no part in the checks of the others; leave the join "
-                "context, and give all ranks equally many batches (DistributedSampler, accelerate and the Trainer do)",
-            )
-
     def _refuse_stale(self) -> None:
-        self._refuse_changed_processes()
+        refuse_changed_processes(self._processes, self._wrapper)
         if self.config.controller is not self:
             raise bad_value(
                 "controller",
