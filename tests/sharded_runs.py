@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aroma import AromaCallback, AromaController, aroma_layers, attach, save_adapter
+from aroma.integrations.callback import _require_finite_parameters
 from aroma.sharded import local
 from distributed_runs import (
     CALM,
@@ -306,6 +307,25 @@ def broken_component(_: Path) -> None:
     model.base_model.peft_config["default"].controller.outer_step()
 
 
+def broken_head(_: Path) -> None:
+    model = as_one(adapted())
+    controller = AromaController(model, adamw(model), total_steps=32)
+    if rank() == 1:
+        local(model.base_model.classifier.modules_to_save["default"].weight)[0] = torch.nan
+    with controller.together():
+        _require_finite_parameters(model, 3)
+
+
+def unannounced_save(_: Path) -> None:
+    """What the Trainer asks rank 0 for; where nothing was gathered before, it would wait for the others."""
+    model = as_one(adapted())
+    controller = AromaController(model, adamw(model), total_steps=32)
+    controller.require_finite()
+    controller.require_finite(alone=True)
+    controller.step()
+    controller.require_finite(alone=True)
+
+
 def merged(_: Path) -> None:
     as_one(adapted()).merge_adapter()
 
@@ -323,6 +343,8 @@ REFUSALS = {
         other_tolerances,
         sharded_on_one,
         broken_component,
+        broken_head,
+        unannounced_save,
         merged,
     )
 }

@@ -357,6 +357,11 @@ def test_two_callbacks_are_refused_before_they_freeze_each_other(tmp_path: Path)
         trainer.train()
 
 
+def test_saving_in_the_midst_of_a_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^enable_jit_checkpoint=True: .*last_complete_checkpoint"):
+        trainer_for(adapted(), tmp_path, AromaCallback(), enable_jit_checkpoint=True)
+
+
 def test_a_second_training_goes_on_with_directions_of_its_own(tmp_path: Path) -> None:
     trainer = trainer_for(adapted(outer_tolerance=None), tmp_path, AromaCallback())
     trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,25 @@ def plain_run(model: Any, steps: int = STEPS) -> tuple[list[Event], list[float]]
     optimizer = optimizer_of(model)
     attach(model, optimizer, total_steps=steps, on_event=events.append)
     return events, train(model, batch("llama"), optimizer, steps)
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_a_whole_state_dict_of_an_earlier_moment_brings_back_what_has_frozen_since(steps: int) -> None:
+    """As an engine loads it, which knows nothing of adapters."""
+    model = adapted("llama", max_components=3)
+    optimizer = optimizer_of(model)
+    controller = attach(model, optimizer, total_steps=40).controller
+    train(model, batch("llama"), optimizer, steps)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state, said = copy.deepcopy(controller.state_dict()), logits(model, batch("llama"))
+    while not controller.finished:
+        train(model, batch("llama"), optimizer, 1)
+    assert not torch.equal(logits(model, batch("llama")), said)
+    model.load_state_dict(weights)
+    controller.load_state_dict(state)
+    assert_same(controller.state_dict(), state)
+    assert torch.equal(logits(model, batch("llama")), said)
+    assert all(parameter.requires_grad for module in controller.modules for parameter in module.pair)
 
 
 # Growing -------------------------------------------------------------------------------------------------------------

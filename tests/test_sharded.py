@@ -192,6 +192,8 @@ SAYS = {
     "other_tolerances": ("ConfigError", "outer_tolerance="),
     "sharded_on_one": ("ConfigError", "fully_shard="),
     "broken_component": ("NonFiniteError", "query: the component in training is not finite"),
+    "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.weight: not finite"),
+    "unannounced_save": ("CheckpointError", "list AromaCallback behind the callbacks that set should_save"),
     "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
 }
 
@@ -211,6 +213,11 @@ def test_loading_on_rank_0_alone_is_refused_in_the_trainer(monkeypatch: pytest.M
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
     with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading='True': "):
         callback.on_init_end(arguments, None, None, model=model)
+    launched = SimpleNamespace(deepspeed=None, fsdp=False, fsdp_config=None)
+    callback.on_init_end(launched, None, None, model=model)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # by `accelerate launch --use_fsdp`
+    with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading='True': "):
+        callback.on_init_end(launched, None, None, model=model)
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ LOOPS = [
     "zero 2, on after all have finished",
 ]
 STAGES = ["2", "3", "3, nothing stays"]
+UNDER_AUTOCAST = ["3, autocast", "3, autocast, nothing stays"]
 
 COMPILE = """
 from deepspeed.accelerator import get_accelerator
@@ -118,7 +119,7 @@ def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*STAGES, "3, autocast"])
+@pytest.mark.parametrize("name", [*STAGES, *UNDER_AUTOCAST])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> None:
     for rank in (0, 1):
         uninterrupted, resumed = (load(told / f"{kind}-{name}-{rank}.pt") for kind in ("uninterrupted", "resumed"))
@@ -175,6 +176,12 @@ def test_other_optimizers_of_deepspeed_are_refused() -> None:
     in_part = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"backup_optimizer": None})()
     with pytest.raises(ConfigError, match=r"^offload_optimizer.ratio='below 1': "):
         refuse_sharding(torch.nn.Linear(2, 2), in_part)
+    in_turns = type("DeepSpeedZeroOptimizer", (known,), {"round_robin_gradients": True})()
+    with pytest.raises(ConfigError, match=r"^round_robin_gradients=True: .*set it to false"):
+        refuse_sharding(torch.nn.Linear(2, 2), in_turns)
+    flowing = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"zenflow": True})()
+    with pytest.raises(ConfigError, match=r"^zenflow=True: .*leave it out"):
+        refuse_sharding(torch.nn.Linear(2, 2), flowing)
     coded = torch.nn.Linear(2, 2)
     coded.weight.ds_tensor = SimpleNamespace(ds_quant_scale=1.0)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"^model='weight': ZeRO-3 shares it out in codes"):
@@ -230,6 +237,19 @@ def test_the_trainer_resumes_exactly(trained: Path, stage: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["2", "3"])
+def test_the_trainer_goes_back_to_the_best_checkpoint(trained: Path, stage: str) -> None:
+    """Of a moment when modules trained that are frozen at the end; DeepSpeed loads it, and no adapter is."""
+    ends = [load(trained / f"best-{stage}-{rank}.pt") for rank in (0, 1)]
+    replicas = load(trained / "best-replicas-0.pt")
+    assert_same(ends[0], ends[1])
+    assert ends[0]["best"] == replicas["best"] == "checkpoint-8"
+    assert any(event["kind"] == "frozen" and event["step"] > 8 for event in ends[0]["events"])
+    assert ends[0]["modules"] == replicas["modules"]
+    assert_close(ends[0]["weights"], replicas["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["2", "3"])
 def test_the_trainer_saves_whole_adapters(trained: Path, stage: str) -> None:
     for checkpoint in ("checkpoint-8", "checkpoint-16"):
         folder = trained / stage / checkpoint
@@ -237,7 +257,7 @@ def test_the_trainer_saves_whole_adapters(trained: Path, stage: str) -> None:
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "LORA"
         model = PeftModel.from_pretrained(tiny_bert(**CALM), folder).eval()
-        replica = PeftModel.from_pretrained(tiny_bert(**CALM), trained / "replicas" / checkpoint).eval()
+        replica = PeftModel.from_pretrained(tiny_bert(**CALM), trained / "replicas-end" / checkpoint).eval()
         with torch.no_grad():
             found, expected = (m(**stacked(batch_of(0))).logits for m in (model, replica))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

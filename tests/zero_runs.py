@@ -37,7 +37,7 @@ from distributed_runs import (
     share,
     stacked,
 )
-from trainer_runs import adapted, tiny_bert, trainer_for
+from trainer_runs import adapted, growth, tiny_bert, trainer_for
 
 
 def zero(stage: int, **changes: Any) -> dict[str, Any]:
@@ -199,11 +199,13 @@ def as_replicas(loop: Loop) -> dict[str, Any]:
 SAVED_AT, STEPS = 9, 20
 """In the middle of an inner loop, after merges."""
 EXACT = replace(PLAIN, method={"inner_criterion": "update_change", "r": 2, "lora_alpha": 3}, steps=STEPS)
+AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 STAGES = {
     "2": zero(2),
     "3": zero(3),
     "3, nothing stays": zero(3, **NOTHING_STAYS),
-    "3, autocast": zero(3, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
+    "3, autocast": zero(3, torch_autocast=AUTOCAST),
+    "3, autocast, nothing stays": zero(3, torch_autocast=AUTOCAST, **NOTHING_STAYS),
 }
 
 
@@ -292,11 +294,25 @@ def trained(out: Path, batch: int, resume: str | None = None, **training: Any) -
         "weights": whole_weights(trainer.model),
         "stopped": trainer.state.global_step,
         "wrapped": type(trainer.model_wrapped).__name__,
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
+        "modules": [[module.name, module.rank, module.is_frozen] for module in growth(trainer).controller.modules],
     }
 
 
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 8,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+}
+"""The best checkpoint is the first one, when no module was frozen."""
+
+
 def train_replicas(out: Path) -> None:
-    torch.save(trained(out / "replicas", 4, ddp_backend="gloo", ddp_timeout=60), out / f"end-replicas-{rank()}.pt")
+    for name, changes in (("end", {}), ("best", BEST)):
+        came_to = trained(out / f"replicas-{name}", 4, ddp_backend="gloo", ddp_timeout=60, **changes)
+        torch.save(came_to, out / f"{name}-replicas-{rank()}.pt")
 
 
 def train(out: Path) -> None:
@@ -310,6 +326,7 @@ def train(out: Path) -> None:
         torch.save(trained(out / str(stage), 4, deepspeed=config), out / f"end-{stage}-{rank()}.pt")
         again = trained(out / str(stage), 4, str(out / str(stage) / "checkpoint-8"), deepspeed=config)
         torch.save(again, out / f"again-{stage}-{rank()}.pt")
+        torch.save(trained(out / f"best-{stage}", 4, deepspeed=config, **BEST), out / f"best-{stage}-{rank()}.pt")
 
 
 PARTS: dict[str, Callable[[Path], None]] = {

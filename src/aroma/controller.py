@@ -224,11 +224,11 @@ class AromaController:
 
         Raises:
             NonFiniteError: A component is NaN or infinite.
+            CheckpointError: A rank asks by itself for sharded components that nobody has gathered.
         """
         active = self._active()
-        if not alone and self._pairs_are_shared():
-            self._held = None
-            self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
+        if self._pairs_are_shared():
+            self._hold_pairs(alone)
         norms = pair_norms(self._pairs(active))
         if not alone:
             norms, _ = agree([module.name for module in active], norms, [], self._device)
@@ -464,6 +464,18 @@ class AromaController:
         return bool(self._sharding) or any(
             is_sharded(parameter) for module in self.modules for parameter in module.pair
         )
+
+    def _hold_pairs(self, alone: bool) -> None:
+        """Gather all components for what rank 0 does alone until the next step; alone, require that it was done."""
+        if not alone:
+            self._held = None
+            self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
+        elif self._held is None:
+            raise CheckpointError(
+                f"the Trainer saves at optimizer step {self.global_step} without a word to AromaCallback before, and "
+                "one rank alone cannot gather components that are sharded; list AromaCallback behind the callbacks "
+                "that set should_save"
+            )
 
     def _digest(self, pairs: Sequence[Pair]) -> str:
         """Return a digest of all components, equal before a save and after the load."""

@@ -1,7 +1,7 @@
 """What the processes that train one model (DistributedDataParallel, FSDP2) must agree on.
 
 Functions with a `device` are collectives: every rank calls them, in the same order. A process alone agrees with
-itself, bit for bit. No step calls one: a check calls one, and a few are called at the start.
+itself, bit for bit. No step calls one, but the first under ZeRO: a check calls one, and a few are called at the start.
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ _ALIGNMENT = 16
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of `tensor` only."""
-    return isinstance(tensor, DTensor) or not zero.is_here(tensor)
+    """Whether this process holds a part of `tensor` only.
+
+    Under ZeRO-3 it may hold the whole for a while as well, which is never read: it may have been rounded on its way.
+    """
+    return isinstance(tensor, DTensor) or zero.is_partitioned(tensor)
 
 
 def layout(tensor: Tensor) -> tuple[Any, ...]:

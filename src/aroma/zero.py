@@ -110,11 +110,6 @@ def is_flattened(tensor: Tensor) -> bool:
     return hasattr(tensor, "_hp_mapping")
 
 
-def is_here(parameter: Any) -> bool:
-    """Whether this rank holds the whole parameter now: ZeRO-3 leaves small ones where they are used."""
-    return not is_partitioned(parameter) or parameter.ds_status.name == "AVAILABLE"
-
-
 def own_entries(parameter: Any) -> Tensor:
     """Return what this rank holds of a parameter for good: of one that ZeRO-3 shares out a range, without padding."""
     if not is_partitioned(parameter):
@@ -150,11 +145,13 @@ def own_range(parameter: Any, optimizer: Any) -> Range | None:
 @torch.no_grad()
 def write(parameter: Any, values: Tensor) -> None:
     """Put `values`, the same whole tensor on all ranks, into a parameter and its flat copy; no collective."""
-    if is_here(parameter):
+    if not is_partitioned(parameter):
         parameter.data.copy_(values)
-    if is_partitioned(parameter):
+    else:
         start, stop = _bounds(parameter)
         own_entries(parameter).copy_(values.reshape(-1)[start:stop])
+        if parameter.ds_status.name == "AVAILABLE":  # ZeRO-3 leaves small ones whole where they are used
+            parameter.data.copy_(values)
     if not is_flattened(parameter):
         return
     if hasattr(parameter, "_z3_optimizer"):
@@ -241,6 +238,20 @@ def refuse_other_zero(model: Any, optimizer: Any, processes: int) -> None:
         )
     if getattr(optimizer, "params_in_nvme_and_cpu", False) or getattr(optimizer, "swap_optimizer", False):
         raise bad_value("offload", "nvme", f"AROMA writes to what trains in place, which files cannot take; {_LAUNCH}")
+    if getattr(optimizer, "round_robin_gradients", False):
+        raise bad_value(
+            "round_robin_gradients",
+            True,
+            "DeepSpeed lays the flat copies out in turns then and notes their places as if it did not, so components "
+            "would be written over other parameters; set it to false",
+        )
+    if getattr(optimizer, "zenflow", False):
+        raise bad_value(
+            "zenflow",
+            True,
+            "it stores weights transposed, and keeps moments in an optimizer of its own, which would not be reset; "
+            "leave it out",
+        )
     if hasattr(optimizer, "backup_optimizer"):
         raise bad_value(
             "offload_optimizer.ratio",

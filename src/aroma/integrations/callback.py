@@ -18,6 +18,7 @@ from ..controller import AromaController
 from ..distributed import unwrapped_optimizer
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
+from ..sharded import local
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from ..zero import StepHooks, is_zero, own_entries
@@ -61,7 +62,14 @@ class AromaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse a model without exactly one growing adapter, and launches that cannot work, before any work."""
         trainable_adapter(model)
-        if args.fsdp:
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise bad_value(
+                "enable_jit_checkpoint",
+                True,
+                "it saves before the step is checked, so that no run could go on exactly; set it to false and a "
+                "save_steps that loses little: a run that was killed goes on from aroma.last_complete_checkpoint",
+            )
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
             _refuse_fsdp_options(args.fsdp_config or {})
 
     def on_train_begin(
@@ -272,8 +280,8 @@ def _require_finite_parameters(model: nn.Module, step: int) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
     # On one device: the parts of a split model are on several.
-    whole = [own_entries(parameter).isfinite().all().to(device) for parameter in trained.values()]
-    finite = torch.stack(whole or [torch.tensor(True)])
+    own = [local(own_entries(parameter)).isfinite().all().to(device) for parameter in trained.values()]
+    finite = torch.stack(own or [torch.tensor(True)])
     if not finite.all():
         name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)
         raise NonFiniteError(

@@ -100,7 +100,7 @@ class AromaLinear(LoraLinear):
         """
         finished = self.finished(adapter_name)
         B = self._scaled(finished.B, adapter_name)
-        if self.is_frozen(adapter_name):
+        if pair is None and self.is_frozen(adapter_name):
             return B, finished.A
         b, a = self.whole_pair(adapter_name) if pair is None else pair
         if not b.any():
@@ -222,7 +222,7 @@ class AromaLinear(LoraLinear):
         """
         base = self.get_base_layer()
         self.refuse_merge_if_quantised()
-        if is_sharded(base.weight) or is_partitioned(base.weight):
+        if is_sharded(base.weight):
             raise ConfigError(
                 "base layer: FSDP2 or ZeRO-3 shares its weight out, and no rank can merge into it; save the adapter "
                 "and merge in one process (aroma export --merged)"

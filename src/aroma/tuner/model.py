@@ -211,7 +211,8 @@ def _make_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             held = state_dict[name]
             if is_sharded(held):
                 sharded[name] = held
-            elif not held.numel() and is_partitioned(parameter):
+            # What ZeRO-3 has there now: nothing, or a whole one for a while. Not what DeepSpeed has collected.
+            elif is_partitioned(parameter) and held.data_ptr() == parameter.data_ptr():
                 sharded[name] = parameter
     state_dict.update(zip(sharded, gathered([*sharded.values()]), strict=True))
 
