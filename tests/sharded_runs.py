@@ -53,7 +53,7 @@ from distributed_runs import (
     take_step,
     whole,
 )
-from trainer_runs import adapted, assert_same, tiny_bert, trainer_for
+from trainer_runs import BEST, adapted, assert_same, growth, tiny_bert, trainer_for
 
 # Ways to shard -------------------------------------------------------------------------------------------------------
 
@@ -409,7 +409,7 @@ FSDP2 = {
 }
 
 
-def trained(out: Path, batch: int, **training: Any) -> dict[str, Any]:
+def trained(out: Path, batch: int, resume: str | None = None, **training: Any) -> dict[str, Any]:
     """Train in the Trainer, and return what it came to."""
     events: list[dict[str, Any]] = []
     trainer = trainer_for(
@@ -418,12 +418,14 @@ def trained(out: Path, batch: int, **training: Any) -> dict[str, Any]:
         AromaCallback(on_event=lambda event: events.append({**event.as_dict(), "value": None})),
         **{"max_steps": 24, "save_steps": 8, "per_device_train_batch_size": batch, **training},
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return {
         "events": events,
         "weights": whole(trainer.model.state_dict()),
         "stopped": trainer.state.global_step,
         "wrapped": type(trainer.model_wrapped).__name__,
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
+        "modules": [[module.name, module.rank, module.is_frozen] for module in growth(trainer).controller.modules],
     }
 
 
@@ -431,6 +433,8 @@ def train(out: Path) -> None:
     make_accelerate_shard_on_cpu()
     several = {"ddp_backend": "gloo", "ddp_timeout": 60, "fsdp": True, "fsdp_config": FSDP2}
     torch.save(trained(out, 4, **several), out / f"end-{rank()}.pt")
+    torch.save(trained(out, 4, str(out / "checkpoint-8"), **several), out / f"again-{rank()}.pt")
+    torch.save(trained(out / "best", 4, **several, **BEST), out / f"best-{rank()}.pt")
 
 
 def make_accelerate_shard_on_cpu() -> None:

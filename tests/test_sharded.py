@@ -223,20 +223,49 @@ def test_loading_on_rank_0_alone_is_refused_in_the_trainer(monkeypatch: pytest.M
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks trained in the Trainer.
+
+    With accelerate told that its CPU processes are GPUs: by itself it trains CPU processes under DDP.
+    """
+    out = tmp_path_factory.mktemp("trained")
+    launch(2, "train", str(out), script=sharded_runs.__file__)
+    return out
+
+
 @pytest.mark.slow
-def test_the_trainer_under_fsdp2_does_what_one_process_does(tmp_path: Path) -> None:
-    """With accelerate told that its CPU processes are GPUs: by itself it trains CPU processes under DDP."""
-    launch(2, "train", str(tmp_path / "many"), script=sharded_runs.__file__)
-    alone = sharded_runs.trained(tmp_path / "one", 8)
-    ends = [load(tmp_path / "many" / f"end-{rank}.pt") for rank in (0, 1)]
+def test_the_trainer_under_fsdp2_does_what_one_process_does(trained: Path, tmp_path: Path) -> None:
+    alone = sharded_runs.trained(tmp_path, 8)
+    ends = [load(trained / f"end-{rank}.pt") for rank in (0, 1)]
     assert_same(ends[0], ends[1])
     assert ends[0]["wrapped"].startswith("FSDP")
     assert ends[0]["events"] == alone["events"]
     assert ends[0]["stopped"] == alone["stopped"] < 24
     assert_close(ends[0]["weights"], alone["weights"])
     for step in (8, 16):
-        one, many = (verified_tensors(tmp_path / folder / f"checkpoint-{step}") for folder in ("one", "many"))
+        one, many = (verified_tensors(folder / f"checkpoint-{step}") for folder in (tmp_path, trained))
         assert_close(many, one)
+
+
+@pytest.mark.slow
+def test_the_trainer_under_fsdp2_resumes_exactly(trained: Path) -> None:
+    for rank in (0, 1):
+        end, again = (load(trained / f"{kind}-{rank}.pt") for kind in ("end", "again"))
+        assert again["events"] == [event for event in end["events"] if event["step"] > 8]
+        assert_same(again["weights"], end["weights"])
+
+
+@pytest.mark.slow
+def test_the_trainer_under_fsdp2_goes_back_to_the_best_checkpoint(trained: Path, tmp_path: Path) -> None:
+    """Of a moment when modules trained that are frozen at the end; torch loads it, and no adapter is."""
+    alone = sharded_runs.trained(tmp_path, 8, **sharded_runs.BEST)
+    ends = [load(trained / f"best-{rank}.pt") for rank in (0, 1)]
+    assert_same(ends[0], ends[1])
+    assert ends[0]["best"] == alone["best"] == "checkpoint-8"
+    assert any(event["kind"] == "frozen" and event["step"] > 8 for event in ends[0]["events"])
+    assert ends[0]["modules"] == alone["modules"]
+    assert_close(ends[0]["weights"], alone["weights"])
 
 
 def verified_tensors(checkpoint: Path) -> dict[str, Any]:

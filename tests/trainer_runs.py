@@ -45,6 +45,9 @@ METHOD = {
 }
 """Inner loops of different lengths, and modules that freeze at different outer steps, within 40 optimizer steps."""
 
+BEST: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 8, "load_best_model_at_end": True}
+"""Arguments with which a run of several processes ends with its first checkpoint, in which no module is frozen."""
+
 
 @dataclass
 class Run:

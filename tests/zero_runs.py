@@ -37,7 +37,7 @@ from distributed_runs import (
     share,
     stacked,
 )
-from trainer_runs import adapted, growth, tiny_bert, trainer_for
+from trainer_runs import BEST, adapted, growth, tiny_bert, trainer_for
 
 
 def zero(stage: int, **changes: Any) -> dict[str, Any]:
@@ -297,16 +297,6 @@ def trained(out: Path, batch: int, resume: str | None = None, **training: Any) -
         "best": Path(trainer.state.best_model_checkpoint or "").name,
         "modules": [[module.name, module.rank, module.is_frozen] for module in growth(trainer).controller.modules],
     }
-
-
-BEST = {
-    "eval_strategy": "steps",
-    "eval_steps": 8,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "greater_is_better": True,
-}
-"""The best checkpoint is the first one, when no module was frozen."""
 
 
 def train_replicas(out: Path) -> None:

@@ -28,11 +28,22 @@ class FinishedComponents(nn.Module):
         self.rank = 0
         self.chunk = CHUNK
         self._least = 0
-        self.register_buffer("storage_A", torch.empty(0, in_features))
-        self.register_buffer("storage_B", torch.empty(out_features, 0))
+        # Named as their part in the state dict: torch's distributed checkpoints load what is named alike in both.
+        self._buffers["A"] = torch.empty(0, in_features)
+        self._buffers["B"] = torch.empty(out_features, 0)
 
-    storage_A: Tensor
-    storage_B: Tensor
+    @property
+    def storage_A(self) -> Tensor:
+        """A with its padding, (capacity, n)."""
+        return self._buffers["A"]  # type: ignore[return-value]
+
+    @property
+    def storage_B(self) -> Tensor:
+        """B with its padding, (m, capacity)."""
+        return self._buffers["B"]  # type: ignore[return-value]
+
+    def _store(self, A: Tensor, B: Tensor) -> None:
+        self._buffers["A"], self._buffers["B"] = A, B
 
     @property
     def capacity(self) -> int:
@@ -99,17 +110,17 @@ class FinishedComponents(nn.Module):
         B = like.new_zeros(self.storage_B.shape[0], capacity)
         A[: self.rank] = self.A
         B[:, : self.rank] = self.B
-        self.storage_A, self.storage_B = A, B
+        self._store(A, B)
 
     @torch.inference_mode(False)
     def _clear(self, like_A: Tensor, like_B: Tensor) -> None:
         self.rank = 0
-        self.storage_A = like_A.new_empty(0, like_A.shape[1])
-        self.storage_B = like_B.new_empty(like_B.shape[0], 0)
+        self._store(like_A.new_empty(0, like_A.shape[1]), like_B.new_empty(like_B.shape[0], 0))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "A"] = self.A
-        destination[prefix + "B"] = self.B
+        # A collective over a view of the padded storage would send other numbers than it shows.
+        destination[prefix + "B"] = self.B.contiguous()
 
     def _load_from_state_dict(
         self,

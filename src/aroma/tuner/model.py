@@ -221,8 +221,10 @@ def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dic
     """Add, in place, what a state dict lacks that DeepSpeed has collected: parameters that train, and buffers."""
     for key, layer in layers.items():
         finished = layer.finished(adapter_name)
-        state_dict.setdefault(f"{key}.lora_finished.{adapter_name}.A", finished.A)
-        state_dict.setdefault(f"{key}.lora_finished.{adapter_name}.B", finished.B)
+        A, B = (f"{key}.lora_finished.{adapter_name}.{name}" for name in "AB")
+        # It collects buffers as they are, with their padding.
+        state_dict[A] = state_dict.get(A, finished.A)[: finished.rank]
+        state_dict[B] = state_dict.get(B, finished.B)[:, : finished.rank]
         if layer.is_frozen(adapter_name):
             r = layer.r[adapter_name]
             zeros = torch.zeros(layer.out_features, r), torch.zeros(r, layer.in_features)
