@@ -216,7 +216,21 @@ def test_loading_on_rank_0_alone_is_refused_in_the_trainer(monkeypatch: pytest.M
     launched = SimpleNamespace(deepspeed=None, fsdp=False, fsdp_config=None)
     callback.on_init_end(launched, None, None, model=model)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # by `accelerate launch --use_fsdp`
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     with pytest.raises(ConfigError, match=r"^cpu_ram_efficient_loading='True': "):
+        callback.on_init_end(launched, None, None, model=model)
+
+
+def test_checkpoints_in_shards_are_refused_in_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would hold no adapter."""
+    callback, model = AromaCallback(), adapted()
+    for config in ({"state_dict_type": "SHARDED_STATE_DICT"}, {"state_dict_type": "LOCAL_STATE_DICT"}):
+        arguments = SimpleNamespace(deepspeed=None, fsdp=True, fsdp_config=config)
+        with pytest.raises(ConfigError, match=r"^state_dict_type='(SHARDED|LOCAL)_STATE_DICT': .*FULL_STATE_DICT$"):
+            callback.on_init_end(arguments, None, None, model=model)
+    launched = SimpleNamespace(deepspeed=None, fsdp=False, fsdp_config=None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate's own is in shards
+    with pytest.raises(ConfigError, match=r"^state_dict_type='SHARDED_STATE_DICT': "):
         callback.on_init_end(launched, None, None, model=model)
 
 

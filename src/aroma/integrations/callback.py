@@ -69,8 +69,10 @@ class AromaCallback(TrainerCallback, ExportableState):
                 "it saves before the step is checked, so that no run could go on exactly; set it to false and a "
                 "save_steps that loses little: a run that was killed goes on from aroma.last_complete_checkpoint",
             )
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-            _refuse_fsdp_options(args.fsdp_config or {})
+        if args.fsdp:
+            _refuse_fsdp_options(args.fsdp_config or {}, "FULL_STATE_DICT")
+        elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+            _refuse_fsdp_options({}, os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT"))
 
     def on_train_begin(
         self,
@@ -262,8 +264,20 @@ def trainable_adapter(model: nn.Module) -> str:
     )
 
 
-def _refuse_fsdp_options(options: dict[str, Any]) -> None:
-    """Refuse what accelerate's FSDP2 could not do with a growing adapter."""
+def _refuse_fsdp_options(options: dict[str, Any], state_dict_type: str) -> None:
+    """Refuse what accelerate's FSDP2 could not do with a growing adapter.
+
+    Args:
+        options: The Trainer's `fsdp_config`; empty where `accelerate launch` sets everything.
+        state_dict_type: What holds where `options` says nothing of it.
+    """
+    state_dict_type = str(options.get("state_dict_type", state_dict_type))
+    if "FULL_STATE_DICT" not in state_dict_type:
+        raise bad_value(
+            "state_dict_type",
+            state_dict_type,
+            "the Trainer's checkpoints would hold no adapter, and none could be resumed; set it to FULL_STATE_DICT",
+        )
     name = "cpu_ram_efficient_loading"
     value = options.get(name, os.environ.get(f"FSDP_{name.upper()}", "false"))
     if str(value).lower() in ("true", "1"):
