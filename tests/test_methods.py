@@ -599,6 +599,26 @@ def test_options_by_name(kind, options, expected):
     assert make_method(kind, options) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "default"),
+    [
+        ("lora", {"r": 4, "target_modules": ["query"]}, ("dropout", 0.0)),
+        ("adalora", {"init_r": 4, "target_r": 1}, ("orthogonality", 0.5)),
+        ("houlsby", {"size": 64}, None),
+        ("relora", {"max_components": 4, "reset": "zero"}, ("inner_tolerance", None)),
+        ("relora_merge", {"restart_every": 9}, None),
+        ("aroma", {"reset": "none", "lora_dropout": 0.1, "exclude_modules": ["key"]}, ("outer_tolerance", 5e-3)),
+        ("full", {}, None),
+    ],
+)
+def test_resolved_options_are_those_given_and_the_defaults(kind, options, default):
+    resolved = make_method(kind, options).resolved_options()
+    assert json.loads(json.dumps(resolved)) == resolved
+    assert {name: resolved[name] for name in options} == options
+    if default is not None:
+        assert resolved[default[0]] == default[1]
+
+
 def test_options_of_aroma_reach_its_configuration():
     options = {
         "reset": "zero",

@@ -127,6 +127,10 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     expected |= {"purpose": "report", "metric": "accuracy", "planned_steps": 18, "checkpoint": "last"}
     assert {key: result[key] for key in expected} == expected
     assert result["options"] == METHODS["aroma"][1]
+    resolved = result["resolved_options"]
+    assert METHODS["aroma"][1].items() <= resolved.items()
+    defaults = {"lora_alpha": 4, "inner_criterion": "norm_change", "reset": "prune", "prune_ratio": 0.999}
+    assert {name: resolved[name] for name in defaults} == defaults
     assert result["examples"] == {"train": 96, "held_out": 24, "test": 37}
     assert set(result["reported"]) == {"test"}
     assert result["score"] == result["reported"]["test"]["accuracy"]

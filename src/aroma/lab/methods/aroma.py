@@ -62,6 +62,13 @@ class Aroma(PeftAdapter):
             (own if name in super().option_types() else further)[name] = value
         return cls(**own, options=further)
 
+    def resolved_options(self) -> dict[str, Any]:
+        """Return the value of every field of `AromaConfig`; see `Method.resolved_options`."""
+        config = self._config([])
+        # PEFT turns lists of modules into sets.
+        modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
+        return {name: getattr(config, name) for name in get_type_hints(AdapterSpec)} | modules
+
     @property
     def name(self) -> str:
         """Name for tables and pictures."""

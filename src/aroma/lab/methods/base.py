@@ -77,6 +77,10 @@ class Method(ABC):
         """Return the method with `options`, of which `option_types` tells; see `registry.make_method`."""
         return cls(**options)
 
+    def resolved_options(self) -> dict[str, Any]:
+        """Return the value of every option, those that were left to their defaults too."""
+        return {name: getattr(self, name) for name in self.option_types()}
+
     # A run -----------------------------------------------------------------------------------------------------------
 
     @property

@@ -64,6 +64,7 @@ def result_of(finished: Finished, predictions: Mapping[str, Prediction], events:
         "method": trial.method,
         "kind": trial.kind,
         "options": trial.options,
+        "resolved_options": finished.method.resolved_options(),
         "seed": trial.training.seed,
         "purpose": trial.purpose,
         "metric": work.metric,
