@@ -14,8 +14,8 @@ from aroma.lab.trials.spec import Trial
 GRID = Path(__file__).parents[1] / "examples" / "lab" / "glue-roberta-base.yaml"
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 
-# What a method has on all tasks, and its rows of Table 9 in the order of TASKS. The table gives AdaLoRA and AROMA epochs
-# too, which do not always agree with T; here T counts.
+# What a method has on all tasks, and its rows of Table 9 in the order of TASKS. The table gives AdaLoRA and AROMA
+# epochs too, which do not always agree with T; here T counts.
 SAME: dict[str, dict[str, Any]] = {
     "lora-r8": {"max_length": 128, "batch_size": 64, "max_steps": None, "r": 8, "alpha": 16},
     "adalora-r8": {"max_length": 128, "batch_size": 32, "init_r": 12, "target_r": 8, "alpha": 32},
