@@ -20,7 +20,7 @@ from aroma.lab.pictures.modules import matching_module, paper_modules, short_nam
 from aroma.lab.pictures.pareto import pareto_front
 from aroma.lab.pictures.series import band_of_points, band_of_steps
 from aroma.lab.pictures.style import SUFFIXES, save_picture, size_text, style_of
-from made_up_runs import MODULES, write_adapter, write_grid, write_run
+from made_up_runs import MODULES, edit, write_adapter, write_grid, write_run, write_untrained_run
 
 FIRST, DEEP = "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.3.attention.self.value"
 NOTHING = {"curve": {"planned_steps": 100, "parameters": [[0, 30]], "total_rank": [], "ranks": {}}, "ranks": {}}
@@ -114,7 +114,45 @@ def test_a_line_is_the_mean_over_seeds_up_to_the_last_ones_end(grid):
     at = dict(zip(steps.tolist(), ranks.tolist(), strict=True))
     assert [at[step] for step in (0, 20, 40, 50, 60)] == pytest.approx([0, 1, 4 / 3, 5 / 3, 2])
     assert max(steps) == 90
-    assert "stopped by itself" in figure.texts[1].get_text()
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({"a": [100, 100]}, None),
+        ({"a": [60]}, "a line that ends early: its training stopped by itself"),
+        ({"a": [60], "b": [100]}, "a line that ends early: its training stopped by itself"),
+        ({"a": [60, 60], "b": [100]}, "a line that ends early: its training stopped by itself"),
+        (
+            {"a": [60, 100]},
+            "1 of 2 runs stopped by itself: its last value is held until the longest run of the method ends",
+        ),
+        (
+            {"a": [60, 70], "b": [100]},
+            "2 of 3 runs stopped by themselves: their last value is held until the longest run of the method ends",
+        ),
+    ],
+    ids=str,
+)
+def test_the_subtitle_says_how_runs_that_stopped_show(tmp_path, steps, words):
+    for label, of_method in steps.items():
+        for seed, last in enumerate(of_method):
+            write_run(tmp_path, "mrpc", label, seed, steps=last, stopped_early=last < 100)
+    figure = draw("curves", tmp_path)
+    ends = [max(line.get_xdata()) for line in figure.axes[0].lines]
+    assert ends == [max(of_method) for of_method in steps.values()]
+    assert subtitle(figure).split(" · ")[1:] == ([words] if words else [])
+
+
+def test_ranks_and_steps_are_counted_in_whole_numbers(tmp_path):
+    # At these heights and lengths matplotlib's own ticks are 2.5 apart.
+    ranks = [[0, 0], *([step, step] for step in range(1, 17))]
+    curve = {"planned_steps": 20, "parameters": [[0, 16]], "total_rank": ranks, "ranks": dict.fromkeys(MODULES, ranks)}
+    write_run(tmp_path, "mrpc", "aroma", 0, curve=curve, steps=20)
+    figure = draw("curves", tmp_path)
+    ticks = [axes.get_yticks() for axes in figure.axes[:4]] + [axes.get_xticks() for axes in figure.axes[:5]]
+    assert all(float(tick).is_integer() for of_axis in ticks for tick in of_axis)
+    assert min(map(len, ticks)) > 2
 
 
 def test_scores_are_of_reported_examples_and_end_with_the_result(grid):
@@ -306,8 +344,11 @@ def test_what_cosines_cannot_compare(pair, grid):
     output, one, _ = pair
     with pytest.raises(ConfigError, match="cosines compare two runs; choose two of lora, aroma, bitfit"):
         draw("cosines", grid, task="mrpc")
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match=r"^FOLDER='.*/mrpc/lora/seed-0': the adapter of this run is not kept"):
         draw("cosines", grid, task="mrpc", methods=("lora", "aroma"))
+    write_untrained_run(output, "mrpc", 0)
+    with pytest.raises(ConfigError, match=r"^--methods='pretrained': it trains nothing"):
+        draw("cosines", output, methods=("with", "pretrained"))
     alone = write_run(output.parent / "other", "mrpc", "stray", 5)
     write_adapter(alone, {"elsewhere": two_components((0, 0, 1))})
     with pytest.raises(DataError, match="no grown module in common"):
@@ -363,6 +404,19 @@ def test_whiskers_reach_from_the_lowest_to_the_highest(grid):
     across, along = (bars.get_segments()[0] for bars in container.lines[2])
     assert across[:, 0].tolist() == pytest.approx([100, 100])
     assert along[:, 1].tolist() == pytest.approx([70, 90])
+
+
+def test_a_figure_of_costs_says_over_what_they_are_and_of_which_seeds(tmp_path, grid):
+    figure = draw("pareto", grid)
+    assert {axes.get_xlabel() for axes in figure.axes[::2]} == {"trainable parameters, average over the planned steps"}
+    assert subtitle(figure) == (
+        "mean over seeds, whiskers from lowest to highest · filled: on the Pareto front · after an early stop nothing "
+        "trains: the planned steps that are left count as 0 parameters"
+    )
+    write_run(tmp_path, "mrpc", "lora", 0)
+    write_run(tmp_path, "mrpc", "full", 0)
+    write_run(tmp_path, "rte", "lora", 0)
+    assert subtitle(draw("pareto", tmp_path)) == "one seed each · filled: on the Pareto front"
 
 
 def test_costs_far_apart_are_on_a_logarithmic_axis_with_a_place_for_zero(tmp_path):
@@ -433,6 +487,17 @@ def test_a_lost_record_is_named(own_grid):
     lost = own_grid / "runs" / "mrpc" / "lora" / "seed-0" / "curve.json"
     lost.unlink()
     with pytest.raises(CheckpointError, match=str(lost)):
+        draw("curves", own_grid, task="mrpc")
+
+
+@pytest.mark.parametrize(("file", "key"), [("curve.json", "ranks"), ("history.json", "evaluations")])
+def test_a_damaged_record_is_named(own_grid, file, key):
+    path = own_grid / "runs" / "mrpc" / "lora" / "seed-0" / file
+    edit(path, lambda content: content.pop(key))
+    with pytest.raises(CheckpointError, match=f"{file}: edited, or of another version: {key} missing; restore the"):
+        draw("curves", own_grid, task="mrpc")
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match=f"{file}: missing, truncated or edited .*; restore the file"):
         draw("curves", own_grid, task="mrpc")
 
 

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from aroma.cli import lab_table
 from aroma.errors import CheckpointError, ConfigError
@@ -561,6 +562,12 @@ def test_a_table_of_aroma_needs_runs_of_it(kind, remedy, grid):
         make_table(load_records(grid), kind)
 
 
+@pytest.mark.parametrize("kind", ["reset", "inner"])
+def test_a_table_that_compares_nothing_takes_no_baseline(kind):
+    with pytest.raises(ConfigError, match=f"^--baseline='aroma': a table of kind {kind} compares with no method"):
+        command(FROZEN, "--kind", kind, "--baseline", "aroma")
+
+
 # Formats
 
 
@@ -676,6 +683,90 @@ def test_a_damaged_result_is_refused_with_its_path(grid):
 def test_a_missing_key_is_named(file, key, grid):
     edit(grid / "runs" / "mrpc" / "aroma" / "seed-0" / file, lambda content: content.pop(key))
     with pytest.raises(CheckpointError, match=rf"{file}: edited, or of another version: {key} missing"):
+        load_records(grid)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("trial.json", {"options": 3}, "trial.json, options: edited, or of another version: 3 is not a mapping; "),
+        ("trial.json", {"training": {"seed": "0"}}, "trial.json, training, seed: edited"),
+        ("result.json", {"score": None}, "result.json, score: edited, or of another version: None is not a number; "),
+        ("result.json", {"steps": True}, "result.json, steps: edited, or of another version: True is not a whole num"),
+        ("result.json", {"parameters": 3}, "result.json, parameters: edited, or of another version: 3 is not a map"),
+        ("result.json", {"parameters": {"initial": 1, "average": "1", "head": 0}}, "parameters, average: edited"),
+        ("result.json", {"examples": {"test": 3}}, "result.json, examples: edited, or of another version: train miss"),
+        ("result.json", {"epoch_seconds": 3.0}, "result.json, epoch_seconds: edited"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_named(file, change, message, grid):
+    edit(grid / "runs" / "mrpc" / "aroma" / "seed-0" / file, lambda content: content.update(change))
+    with pytest.raises(CheckpointError, match=re.escape(message)) as error:
+        load_records(grid)
+    assert str(error.value).endswith("; restore the file, or remove the run's folder and run it again")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("selection.json", {"mrpc": 3}, "selection.json, mrpc: edited, or of another version: a mapping missing; "),
+        ("selection.json", {"mrpc": {"aroma": 3}}, "selection.json, mrpc/aroma: edited"),
+        ("selection.json", {"mrpc": {"aroma": {"chosen": 3}}}, "selection.json, mrpc/aroma, chosen: edited"),
+        (
+            "selection.json",
+            {"mrpc": {"aroma": {"tried": 3}}},
+            "mrpc/aroma, tried: edited, or of another version: 3 ",
+        ),
+        ("selection.json", {"mrpc": {"aroma": {"tried": [[{}]]}}}, "[{}] is not a pair of values and score; "),
+        (
+            "selection.json",
+            {"mrpc": {"aroma": {"chosen": {"training.learning_rate": 1}, "tried": [[{}, 0.5]]}}},
+            "mrpc/aroma, tried: edited, or of another version: training.learning_rate missing; ",
+        ),
+        ("grid.yaml", {"methods": 3}, "grid.yaml, methods: edited, or of another version: 3 is not a mapping; "),
+        ("grid.yaml", {"tasks": {3: {}}}, "grid.yaml, tasks: edited, or of another version: 3 is not a text; "),
+        ("grid.yaml", {"seeds": 3}, "grid.yaml, seeds: edited, or of another version: 3 is not a list; "),
+        (
+            "grid.yaml",
+            {"seeds": ["a"]},
+            "grid.yaml, seeds: edited, or of another version: 'a' is not a whole number",
+        ),
+        ("grid.yaml", [3], "grid.yaml: edited, or of another version: a mapping missing; "),
+    ],
+    ids=str,
+)
+def test_an_edited_file_of_the_grid_is_named(file, content, message, grid):
+    (grid / file).write_text(json.dumps(content) if file.endswith("json") else yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match=re.escape(message)) as error:
+        load_records(grid)
+    assert str(error.value).endswith("; restore the file, or remove it and run the grid again, which writes it anew")
+
+
+@pytest.mark.parametrize("change", [{"chosen": None}, {"chosen": {}}, {"tried": []}], ids=str)
+def test_a_choice_of_nothing_is_no_edited_one(change, grid):
+    edit(grid / "selection.json", lambda content: content["rte"]["lora-r8"].update(change))
+    assert make_table(load_records(grid)).rows
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("selection.json", "restore the file, or remove it and run the grid again, which writes it anew"),
+        ("grid.yaml", "restore the file, or remove it and run the grid again, which writes it anew"),
+        ("runs/mrpc/aroma/seed-0/trial.json", "restore the file, or remove the run's folder and run it again"),
+        ("runs/mrpc/aroma/seed-0/result.json", "restore the file, or remove the run's folder and run it again"),
+    ],
+)
+def test_a_truncated_record_is_not_called_a_checkpoint(file, remedy, grid):
+    (grid / file).write_text('{"a": [')
+    with pytest.raises(CheckpointError, match=f"{re.escape(file)}: .*edited.*; {remedy}$"):
+        load_records(grid)
+
+
+def test_a_lost_trial_is_named(grid):
+    (grid / "runs" / "mrpc" / "aroma" / "seed-0" / "trial.json").unlink()
+    with pytest.raises(CheckpointError, match=r"seed-0/trial\.json: missing.*; restore the file"):
         load_records(grid)
 
 

@@ -42,7 +42,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="the grid's output folder")
     parser.add_argument("--kind", choices=KINDS, default="main", help="what the table is of (%(default)s)")
     parser.add_argument("--format", choices=FORMATS, help="how it is written (by the suffix of --out, else text)")
-    parser.add_argument("--baseline", metavar="LABEL", help="method to compare with (lora-r8 if it was run)")
+    parser.add_argument(
+        "--baseline",
+        metavar="LABEL",
+        help="method to compare with, of all kinds but reset and inner (lora-r8 if it was run)",
+    )
     parser.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
     parser.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")
     parser.set_defaults(run=run)

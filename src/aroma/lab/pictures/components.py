@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ...errors import DataError, bad_value
+from ...errors import CheckpointError, DataError, bad_value
 from ...export import Update, read_adapter
 from ...spectra import component_cosines
 from ..report.records import Run
@@ -46,7 +45,7 @@ def cosine_panels(first: Run, second: Run, modules: Sequence[str] | None = None)
 
     Raises:
         CheckpointError: An adapter is missing or damaged.
-        ConfigError: An adapter is no plain LoRA adapter, or a module did not grow in both.
+        ConfigError: An adapter is no plain LoRA adapter, a run trains nothing, or a module did not grow in both.
         DataError: The adapters have no module of the same shape in common that grew in both.
     """
     ours, others = _updates(first), _updates(second)
@@ -86,7 +85,17 @@ def _default(shared: Sequence[str], ours: Mapping[str, Update], others: Mapping[
 
 
 def _updates(run: Run) -> dict[str, Update]:
-    return read_adapter(os.path.join(run.folder, "adapter")).updates
+    if not run.trains:
+        raise bad_value("--methods", run.method, "it trains nothing, so it has no components; choose others")
+    if not run.files.adapter.is_dir():  # records are often kept, and handed on, without what was trained
+        raise bad_value(
+            "FOLDER",
+            str(run.folder),
+            "the adapter of this run is not kept there, and cosines are of adapters; remove the folder and run the "
+            "trial again, or run its grid again with another output",
+            CheckpointError,
+        )
+    return read_adapter(run.files.adapter).updates
 
 
 def _component_rank(run: Run) -> int:

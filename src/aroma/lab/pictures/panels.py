@@ -12,7 +12,17 @@ from ...errors import bad_value
 from .modules import matching_module, paper_modules, short_name
 from .runs import MethodRuns, curve_of
 from .series import Band, Points, band_of_points, band_of_steps, score_points
-from .style import FAINT, INK, Style, metric_label, new_figure, spread, style_axes, write_title
+from .style import (
+    FAINT,
+    INK,
+    Style,
+    count_in_whole_numbers,
+    metric_label,
+    new_figure,
+    spread,
+    style_axes,
+    write_title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +90,7 @@ def _make_panels(figure: Figure) -> list[Axes]:
     for panel in axes[:5]:
         style_axes(panel)
         panel.set_xlabel("optimizer step", color=INK, fontsize=9)
+        count_in_whole_numbers(panel.xaxis)
     axes[5].set_axis_off()
     return axes
 
@@ -87,6 +98,7 @@ def _make_panels(figure: Figure) -> list[Axes]:
 def _draw_steps(axes: Axes, methods: Sequence[MethodRuns], points: Mapping[Path, Points], title: str) -> None:
     """Draw step functions; a method of which a run has no values is left out."""
     axes.set_title(title, fontsize=10, color=INK, loc="left")
+    count_in_whole_numbers(axes.yaxis)
     for place, method in enumerate(methods):
         curves = [points[run.folder] for run in method.runs]
         if all(curves):
@@ -155,5 +167,24 @@ def _subtitle(methods: Sequence[MethodRuns]) -> str:
     runs = [run for method in methods for run in method.runs]
     parts = ["mean over seeds, lowest to highest shaded" if len(runs) > len(methods) else "one seed each"]
     if any(run.result["stopped_early"] for run in runs):
-        parts.append("a line that ends early: its training stopped by itself")
+        parts.append(_stop_text(methods))
     return " · ".join(parts)
+
+
+def _stop_text(methods: Sequence[MethodRuns]) -> str:
+    """Return how runs that stopped by themselves show."""
+    if not any(_has_shorter_stop(method) for method in methods):
+        return "a line that ends early: its training stopped by itself"
+    runs = [run for method in methods for run in method.runs]
+    stopped = sum(bool(run.result["stopped_early"]) for run in runs)
+    itself, their = ("itself", "its") if stopped == 1 else ("themselves", "their")
+    return (
+        f"{stopped} of {len(runs)} runs stopped by {itself}: {their} last value is held until the longest run of the "
+        "method ends"
+    )
+
+
+def _has_shorter_stop(method: MethodRuns) -> bool:
+    """Whether a run stopped before another one of the method ended, so that the line goes on without it."""
+    longest = max(run.result["steps"] for run in method.runs)
+    return any(run.result["stopped_early"] and run.result["steps"] < longest for run in method.runs)

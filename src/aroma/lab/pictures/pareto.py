@@ -28,7 +28,7 @@ def minutes_of(run: Run) -> float:
 
 
 _COSTS: tuple[tuple[str, Callable[[Run], float]], ...] = (
-    ("trainable parameters, average over training", parameters_of),
+    ("trainable parameters, average over the planned steps", parameters_of),
     ("training time, minutes", minutes_of),
 )
 
@@ -57,7 +57,8 @@ def draw_pareto(tasks: Mapping[str, Sequence[MethodRuns]]) -> Figure:
     """Return a row of two panels for each task: score against average trainable parameters, and against time.
 
     A mark is the mean over a method's seeds, its whiskers reach from the lowest to the highest of both; it is filled
-    if the method is on the Pareto front, which a line joins.
+    if the method is on the Pareto front, which a line joins. Parameters are averaged over the planned steps, also
+    those that a run which stopped early did not take: the axis and the subtitle say so.
 
     Args:
         tasks: By task, the runs by method.
@@ -76,10 +77,18 @@ def draw_pareto(tasks: Mapping[str, Sequence[MethodRuns]]) -> Figure:
             if column == 0:
                 axes.set_ylabel(metric_label(methods[0].runs[0].result["metric"]), color=INK, fontsize=9)
     _draw_key(figure, [method for methods in tasks.values() for method in methods])
-    write_title(
-        figure, "Score against cost", "mean over seeds, whiskers from lowest to highest · filled: on the Pareto front"
-    )
+    write_title(figure, "Score against cost", _subtitle([method for methods in tasks.values() for method in methods]))
     return figure
+
+
+def _subtitle(methods: Sequence[MethodRuns]) -> str:
+    runs = [run for method in methods for run in method.runs]
+    several = len(runs) > len(methods)
+    parts = ["mean over seeds, whiskers from lowest to highest" if several else "one seed each"]
+    parts.append("filled: on the Pareto front")
+    if any(run.result["stopped_early"] for run in runs):
+        parts.append("after an early stop nothing trains: the planned steps that are left count as 0 parameters")
+    return " · ".join(parts)
 
 
 def _draw_panel(axes: Axes, methods: Sequence[MethodRuns], cost: Callable[[Run], float]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, bad_value
-from ...files import read_json
 from ..report.attempts import Run, read_attempt
+from ..report.checks import read_record, require_keys
 from ..report.records import load_records
 from ..trials.files import TrialFiles
 from .style import Style, style_of
@@ -109,7 +109,9 @@ def curve_of(run: Run) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    return dict(read_json(run.files.curve))
+    curve = read_record(run.files.curve)
+    require_keys(run.files.curve, curve, ("parameters", "total_rank", "ranks"))
+    return dict(curve)
 
 
 def history_of(run: Run) -> dict[str, Any]:
@@ -118,7 +120,9 @@ def history_of(run: Run) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    return dict(read_json(run.files.history))
+    history = read_record(run.files.history)
+    require_keys(run.files.history, history, ("evaluations",))
+    return dict(history)
 
 
 def _read_folder(folder: Path) -> Finished:

@@ -14,6 +14,7 @@ from ...files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -88,6 +89,13 @@ def style_axes(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
+
+
+def count_in_whole_numbers(axis: Axis) -> None:
+    """Give an axis of counts, as ranks and steps, ticks at whole numbers; matplotlib's own can be at 2.5 and 7.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def spread(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointError
-from ...files import read_json
 from ..trials.files import TrialFiles
+from .checks import read_record, require_keys, require_types
 
 _TRIAL_KEYS = ("name", "model", "task", "method", "kind", "options", "training", "purpose")
 _RESULT_KEYS = (
@@ -23,6 +22,19 @@ _RESULT_KEYS = (
     "epoch_seconds",
 )
 _PROVENANCE_KEYS = ("versions", "git_revision", "platform", "device", "cpu_count", "threads")
+# Of what a table computes with or groups by; a wrong one would else surface in the midst of a table.
+_TRIAL_TYPES = {"model": "a text", "options": "a mapping"}
+_RESULT_TYPES = {
+    "metric": "a text",
+    "score": "a number",
+    "examples": "a mapping",
+    "steps": "a whole number",
+    "planned_steps": "a whole number",
+    "parameters": "a mapping",
+    "epoch_seconds": "a list",
+    "versions": "a mapping",
+}
+_PARAMETER_TYPES = {"initial": "a number", "average": "a number", "head": "a number"}
 
 
 @dataclass(frozen=True)
@@ -126,30 +138,21 @@ def read_attempt(place: Path) -> Attempt:
         CheckpointError: A file is missing, damaged or edited.
     """
     files = TrialFiles(place)
-    trial = read_json(files.trial)
+    trial = read_record(files.trial)
     require_keys(files.trial, trial, _TRIAL_KEYS)
+    require_types(files.trial, trial, _TRIAL_TYPES)
     require_keys(f"{files.trial}, task", trial["task"], ("name",))
-    require_keys(f"{files.trial}, training", trial["training"], ("seed",))
+    require_types(f"{files.trial}, training", trial["training"], {"seed": "a whole number"})
     if files.result.exists():
-        result = read_json(files.result)
+        result = read_record(files.result)
         require_keys(files.result, result, _RESULT_KEYS + _PROVENANCE_KEYS)
+        require_types(files.result, result, _RESULT_TYPES)
+        require_types(f"{files.result}, parameters", result["parameters"], _PARAMETER_TYPES)
+        of_split = dict.fromkeys(["train", *result["examples"]], "a whole number")
+        require_types(f"{files.result}, examples", result["examples"], of_split)
         return Run(place, trial, result)
     if files.failure.exists():
-        failure = read_json(files.failure)
+        failure = read_record(files.failure)
         require_keys(files.failure, failure, ("error", "message"))
         return Failure(place, trial, " ".join(f"{failure['error']}: {failure['message']}".split()))
     return Attempt(place, trial)
-
-
-def require_keys(where: Path | str, content: object, keys: Iterable[str]) -> None:
-    """Raise unless `content`, read at `where`, is a mapping that has `keys`.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    missing = list(keys) if not isinstance(content, Mapping) else [key for key in keys if key not in content]
-    if missing or not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{where}: edited, or of another version: {', '.join(missing) or 'a mapping'} missing; restore the file, "
-            "or remove the run's folder and run it again"
-        )

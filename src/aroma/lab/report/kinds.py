@@ -17,6 +17,8 @@ KINDS = ("main", "paired", "sets", "reset", "time", "inner")
 Table 5; `inner`: when the inner criterion fires."""
 DEFAULT_BASELINE = "lora-r8"
 """Method that others are compared with where it is among them and no other was named."""
+_WITHOUT_BASELINE = ("reset", "inner")
+"""Kinds that compare with no method."""
 
 
 def make_table(records: Records, kind: str = "main", baseline: str | None = None, metric: str | None = None) -> Table:
@@ -25,18 +27,21 @@ def make_table(records: Records, kind: str = "main", baseline: str | None = None
     Args:
         records: The runs.
         kind: One of `KINDS`.
-        baseline: Label of the method that others are compared with; None: `lora-r8` if it is there, else none.
+        baseline: Label of the method that others are compared with; None: `lora-r8` if it is there, else none. Not of
+            `reset` and `inner`.
         metric: Of `sets`, the metric that is shown; None: the one that is the score.
 
     Raises:
-        ConfigError: An unknown kind, a baseline without finished runs, no runs that such a table is of, or a metric
-            that they do not have.
+        ConfigError: An unknown kind, a baseline without finished runs, no runs that such a table is of, a metric that
+            they do not have, or a baseline or a metric for a kind that takes none.
         CheckpointError: A file is damaged or edited.
     """
     if kind not in KINDS:
         raise bad_value("--kind", kind, f"give one of {', '.join(KINDS)}")
     if metric is not None and kind != "sets":
         raise bad_value("--metric", metric, f"a table of kind {kind} shows the metric that is the score; leave it out")
+    if baseline is not None and kind in _WITHOUT_BASELINE:
+        raise bad_value("--baseline", baseline, f"a table of kind {kind} compares with no method; leave it out")
     finished = [method for method in records.methods if records.of(method)]
     if baseline is not None and baseline not in finished:
         raise bad_value("--baseline", baseline, f"no run of it has finished; give one of {', '.join(finished)}")

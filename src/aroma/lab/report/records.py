@@ -9,12 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...errors import CheckpointError, bad_value
-from ...files import read_json
 from ..trials.files import RUNS, TrialFiles
-from .attempts import Attempt, Failure, Run, read_attempt, require_keys
+from .attempts import Attempt, Failure, Run, read_attempt
+from .grid_files import read_grid, read_selection
 
 _FILES = TrialFiles(Path())
 _ANY_OF = (_FILES.trial.name, _FILES.result.name, _FILES.failure.name)
@@ -104,24 +102,9 @@ def load_records(folder: str | os.PathLike[str]) -> Records:
         selecting=[run for run in finished if run.is_selection],
         failures=[attempt for attempt in attempts if isinstance(attempt, Failure)],
         unfinished=[attempt for attempt in attempts if not isinstance(attempt, Run | Failure)],
-        selection=_read_mapping(root / "selection.json"),
-        grid=_read_mapping(root / "grid.yaml"),
+        selection=read_selection(root / "selection.json"),
+        grid=read_grid(root / "grid.yaml"),
     )
-
-
-def _read_mapping(path: Path) -> Mapping[str, Any]:
-    """Return the content of a JSON or YAML file; nothing where the file is not there."""
-    if not path.exists():
-        return {}
-    if path.suffix == ".json":
-        content = read_json(path)
-    else:
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: edited, no YAML ({' '.join(str(error).split())})") from error
-    require_keys(path, content, ())
-    return content
 
 
 def _require_single(runs: Sequence[Run]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import bad_value
-from .attempts import require_keys
+from .checks import require_keys
 from .comparison import Comparison
 from .formats import listing, points, spread_text
 from .main_table import parameters_sentence, scored_table
