@@ -13,16 +13,17 @@ from rich.console import Console
 
 from aroma.cli import main
 from aroma.cli.lab_progress import GridProgress, duration
-from aroma.errors import ConfigError
-from aroma.lab.grid.expand import check_methods, expand
+from aroma.errors import ConfigError, DataError
+from aroma.lab.grid.expand import check_methods, check_tasks, expand
 from aroma.lab.grid.lock import exclusive
 from aroma.lab.grid.reader import load_grid, make_grid
 from aroma.lab.grid.run import run_grid
 from aroma.lab.grid.select import Outcome, candidates, choose, chosen_settings
 from aroma.lab.grid.spec import Part
 from aroma.lab.grid.status import Ended, GridStatus, Pace, Running
-from aroma.lab.grid.survey import survey
+from aroma.lab.grid.survey import due, survey
 from aroma.lab.grid.worker import worker_environment
+from aroma.lab.trials.spec import save_trial
 
 TESTS = Path(__file__).parent
 EXAMPLES = [
@@ -45,7 +46,8 @@ MINIMAL = {
 def counting_workers(monkeypatch, tmp_path):
     """Workers that only count steps; a grid in the returned folder."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
-    monkeypatch.setattr("aroma.lab.grid.run.check_methods", lambda trials: None)
+    for user in ("run", "survey"):
+        monkeypatch.setattr(f"aroma.lab.grid.{user}.check_methods", lambda trials: None)
     return tmp_path / "out"
 
 
@@ -151,7 +153,8 @@ def test_a_worker_has_one_thread_unless_the_grid_says_otherwise():
         ({"training": {"seed": 8}}, "training.seed=8: a grid has `seeds`"),
         ({"seeds": []}, "seeds=[]: give at least one"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: give at least one, 0 or more, each once"),
-        ({"seeds": 3}, "seeds=3: give"),
+        ({"seeds": 3}, "seeds=3: give a list of whole numbers, as [0, 1, 2]"),
+        ({"seeds": ["a"]}, "seeds=['a']: give a list of whole numbers"),
         ({"overrides": {"task": "rte"}}, "overrides={'task': 'rte'}: give a list"),
         ({"overrides": [{"task": "rt"}]}, "overrides[0].task='rt': the grid has no such task; it has mrpc, rte"),
         ({"overrides": [{"methods": "head"}]}, "overrides[0].methods='head': a grid has no such key; the nearest is "),
@@ -209,6 +212,16 @@ def test_a_wrong_option_or_kind_is_refused_under_its_label():
         check_methods(expand(make_grid({**MINIMAL, "methods": {"lora-r8": {"kind": "lora", "rr": 8}}})))
     with pytest.raises(ConfigError, match=r"^methods\.mine: .*lorra"):
         check_methods(expand(make_grid({**MINIMAL, "methods": {"mine": {"kind": "lorra"}}})))
+
+
+def test_what_is_listed_is_refused_as_if_it_were_run(tmp_path):
+    for method, message in (({"kind": "lorra"}, "lorra"), ({"kind": "lora", "r": 0}, "r=0")):
+        grid = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "methods": {"mine": method}})
+        with pytest.raises(ConfigError, match=rf"^methods\.mine: .*{message}"):
+            survey(grid)
+    tried = {"select": {"over": {"options.rr": [1, 2]}}, "methods": {"mine": {"kind": "lora"}}}
+    with pytest.raises(ConfigError, match=r"^methods\.mine: .*rr"):
+        survey(make_grid({**MINIMAL, "output": str(tmp_path / "out"), **tried}))
 
 
 # From a grid to trials ----------------------------------------------------------------------------------------------
@@ -431,6 +444,112 @@ def test_two_runners_on_one_grid_are_refused(counting_workers):
     with exclusive(counting_workers), pytest.raises(ConfigError, match="this grid is being run already"):
         run(counting_grid(counting_workers))
     assert len(run(counting_grid(counting_workers, seeds=[0])).finished) == 2  # given back
+
+
+# Tasks that cannot be loaded
+
+
+@pytest.fixture
+def no_worker(monkeypatch):
+    """Real workers, of which none may be started."""
+    monkeypatch.setattr("aroma.lab.grid.pool.Worker", lambda *args, **kwargs: pytest.fail("a worker was started"))
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        ({"source": "/nope"}, DataError, "tasks.messages.source='/nope': no such folder"),
+        ({"metric": "foo"}, ConfigError, "tasks.messages.metric='foo': no metric"),
+        ({"label": "nope"}, DataError, "tasks.messages.train="),
+        ({"reported": {"test": "nope.jsonl"}}, DataError, "tasks.messages.reported.test='nope.jsonl'"),
+        ({"max_length": 9999}, ConfigError, "tasks.messages: data.max_length=9999"),
+        ({"kind": "commonsense", "metric": "foo"}, ConfigError, "tasks.messages.metric='foo': no metric of commons"),
+        ({"kind": "commonsense", "train": "nope.json"}, DataError, "tasks.messages.train="),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("select", [None, {"over": {"training.learning_rate": [1e-3, 2e-3]}}], ids=["", "select"])
+def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_run(
+    no_worker, tmp_path, task, error, message, select
+):
+    grid = messages_grid(tmp_path / "out", {**MESSAGES, **task}, select=select)
+    with pytest.raises(error) as caught:
+        run_grid(grid)
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("select", [None, {"over": {"task.label": ["topic"]}}], ids=["", "select"])
+def test_what_is_over_needs_its_data_no_more(no_worker, tmp_path, select):
+    task = {**MESSAGES, "source": "/nope", "label": None}
+    grid = messages_grid(tmp_path / "out", task, select=select)
+    tried = [candidate.trial for candidate in candidates(grid)]
+    pretend_finished(tmp_path / "out", tried)
+    chosen = {"messages": {"head": {"task.label": "topic"}}} if select else None
+    trials = expand(grid, chosen)
+    pretend_finished(tmp_path / "out", trials[:1])
+    with pytest.raises(DataError, match="source='/nope'"):
+        run_grid(grid)
+    pretend_finished(tmp_path / "out", trials[1:])
+    assert run_grid(grid).skipped == [trial.name for trial in [*tried, *trials]]
+
+
+def test_a_trial_that_failed_needs_its_data_only_to_be_run_again(no_worker, tmp_path):
+    grid = messages_grid(tmp_path / "out", {**MESSAGES, "source": "/nope"}, seeds=[0])
+    (trial,) = expand(grid)
+    pretend_finished(tmp_path / "out", [trial], "failure.json", {"error": "DataError", "message": "no such file"})
+    assert [failure.message for failure in run_grid(grid).failed] == ["DataError: no such file"]
+    with pytest.raises(DataError, match="source='/nope'"):
+        run_grid(grid, retry_failed=True)
+
+
+def test_every_task_is_loaded_once_and_with_what_is_reported_if_any_trial_reports_it(monkeypatch, tmp_path):
+    loaded = []
+    monkeypatch.setattr("aroma.lab.trials.work.work_of", loaded.append)
+    select = {"over": {"training.learning_rate": [1e-3, 2e-3]}}
+    grid = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "select": select})
+    tried = candidates(grid)
+    check_tasks(due(grid, tried))
+    assert [(trial.task.name, trial.purpose) for trial in loaded] == [("mrpc", "report"), ("rte", "report")]
+    loaded.clear()
+    check_tasks([candidate.trial for candidate in tried])
+    assert [(trial.task.name, trial.purpose) for trial in loaded] == [("mrpc", "select"), ("rte", "select")]
+    changed = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "select": {"over": {"task.label": ["a", "b"]}}})
+    labels = [trial.task.label for trial in due(changed, candidates(changed))]
+    assert set(labels) == {"a", "b"}, "what is tried stands for what is chosen"
+
+
+MESSAGES = {
+    "source": str(TESTS.parent / "examples" / "lab" / "messages"),
+    "train": "train.jsonl",
+    "reported": {"test": "test.jsonl"},
+    "label": "topic",
+    "max_length": 32,
+}
+
+
+def messages_grid(output, task, **changes):
+    values = {
+        **MINIMAL,
+        "output": str(output),
+        "tasks": {"messages": task},
+        "methods": {"head": {"kind": "head_only"}},
+    }
+    return make_grid({**values, **changes})
+
+
+RESULT = {"score": 0.5, "held_out_loss": 0.5, "planned_steps": 10, "wall_seconds": 1.0}
+
+
+def pretend_finished(output, trials, name="result.json", content=RESULT):
+    for trial in trials:
+        folder = output / "runs" / trial.name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trial(trial, folder / "trial.json")
+        (folder / name).write_text(json.dumps(content))
+
+
+# Choosing
 
 
 def test_what_a_selection_chose_is_run_and_written(counting_workers):

@@ -97,7 +97,17 @@ def test_a_grid_is_the_product_of_its_values_whatever_the_order_of_lines():
         ({RATE: {"low": 1e-3}}, "a range needs both low and high"),
         ({RATE: {"low": 1e-2, "high": 1e-3}}, f"space.{RATE}.low=0.01: it must be a number below high=0.001"),
         ({RATE: {"low": "much", "high": 1.0}}, f"space.{RATE}.low='much': give a number"),
-        ({RATE: {"low": 0.0, "high": 1.0, "log": True}}, f"space.{RATE}={{'low': 0.0"),
+        (
+            {RATE: {"low": 0.0, "high": 1.0, "log": True}},
+            f"space.{RATE}.low=0.0: only numbers above 0 have a logarithm; give a low above 0, or leave log out",
+        ),
+        (
+            {"options.r": {"low": 0, "high": 8, "log": True}},
+            "space.options.r.low=0: only numbers above 0 have a logarithm",
+        ),
+        ({"training": {"lr": 1}}, "space.training.lr=1: write {low: 1e-4"),
+        ({"training": {"lr": {"low": 1.0, "high": 2.0}}}, "space.training.lr=1.0: a grid has no such key; the neare"),
+        ({"training": None}, "space={'training': None}: give at least one dotted key"),
         ({RATE: {"low": 0.1, "high": 1.0, "log": True, "step": 0.1}}, "a logarithmic range has no steps"),
         ({RATE: {"low": 0.1, "high": 0.55, "step": 0.1}}, f"space.{RATE}.high=0.55: steps of 0.1 from 0.1 do not end"),
         ({RATE: {"low": 0.1, "high": 1.0, "steps": 0.1}}, f"the nearest is 'space.{RATE}.step'"),
@@ -131,12 +141,19 @@ def test_a_space_that_cannot_be_is_one_clear_error(space, message, tmp_path):
         ({"heartbeat": 0}, "heartbeat=0: give 1 or more"),
         ({"sampler": "bayes"}, "sampler='bayes': give one of random, grid, tpe"),
         ({"study": "../other"}, "study='../other': it names folders"),
-        ({"sampler": "grid"}, f"space.{RATE}="),
+        (
+            {"sampler": "grid"},
+            f"space.{RATE}={{'low': 1e-05, 'high': 0.1, 'log': True}}: a grid needs choices or a step",
+        ),
+        (
+            {"sampler": "grid", "space": {"options.r": {"low": 1, "high": 8, "log": True}}},
+            "space.options.r={'low': 1, 'high': 8, 'log': True}: a grid needs choices or a step",
+        ),
         (
             {"sampler": "grid", "space": {RATE: {"choices": RATES}}},
             "trials=4: sampler: grid tries each of the 3 points",
         ),
-        ({"select": {"over": {}}}, "select={'over': {}}: a search has no such key"),
+        ({"select": {"over": {}}}, "select={'over': {}}: only a grid has it; a search has space instead, as space: {"),
         ({"trails": 5}, "trails=5: a search has no such key; the nearest is 'trials'"),
     ],
     ids=str,
@@ -163,6 +180,30 @@ def test_arguments_are_stronger_than_overrides_and_these_than_the_file(tmp_path)
     plain = load_search(file)
     assert plain.storage == f"sqlite:///{tmp_path / 'out' / 'search.db'}"
     assert (plain.study, plain.sampler) == ("mine-lora-r8", "random")
+
+
+def test_a_key_of_the_space_can_be_given_by_an_override(tmp_path):
+    file = write_search(tmp_path / "search.yaml", search_values(tmp_path / "out"))
+    search = load_search(file, [f"space.{RATE}.low=1e-4", f"space.{DECAY}={{choices: [0.0, 0.1]}}"])
+    assert list(search.space) == [RATE, DECAY]
+    assert search.space[RATE].low == 1e-4
+    whole = make_search(search_values(tmp_path / "out", space=search.described))
+    assert whole.identity() == search.identity(), "however it is written, it is the same search"
+    assert set(search.described) == {RATE, DECAY}
+
+
+def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_written(tmp_path):
+    values = search_values(tmp_path / "out", model="minilm")
+    with pytest.raises(DataError, match=r"^tasks\.mine\.train='absent\.jsonl'"):
+        run_search(make_search(values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_search_needs_its_data_no_more(tmp_path, log):
+    outcome = searched(tmp_path / "out", trials=2)
+    assert scores(run_search(make_search(search_values(tmp_path / "out", trials=2)))) == scores(outcome)
+    with pytest.raises(DataError, match=r"^tasks\.mine\.train"):
+        run_search(make_search(search_values(tmp_path / "out", trials=3)))
 
 
 # The storage

@@ -59,12 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     part = Part(*(None if names is None else tuple(names) for names in (arguments.tasks, arguments.methods)))
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    if arguments.list:
-        _list(grid, part, console)
-        return 0
     from .quiet import quiet
 
     quiet()
+    if arguments.list:
+        _list(grid, part, console)
+        return 0
     from ..lab.grid.run import run_grid
     from .lab_progress import GridProgress
 

@@ -159,16 +159,19 @@ _TYPE_NAMES: dict[Any, str] = {
     str: "a text",
     NoneType: "null",
 }
-_CONTAINER_NAMES: dict[Any, str] = {list: "a list of texts", dict: "a mapping of texts"}
+_CONTAINER_NAMES: dict[Any, str] = {list: "a list of", dict: "a mapping of"}
+_ELEMENT_NAMES: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def type_name(kind: Any) -> str:
     """Return a type hint in words."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    named = _TYPE_NAMES.get(kind) or _CONTAINER_NAMES.get(get_origin(kind))
-    if named is not None:
-        return named
+    if kind in _TYPE_NAMES:
+        return _TYPE_NAMES[kind]
+    container = _CONTAINER_NAMES.get(get_origin(kind))
+    if container is not None:
+        return f"{container} {_ELEMENT_NAMES.get(get_args(kind)[-1], 'values')}"
     return " or ".join(type_name(part) for part in get_args(kind))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Literal
 
 from ...errors import AromaError, ConfigError
@@ -105,5 +105,32 @@ def check_methods(trials: Iterable[Trial]) -> None:
             raise ConfigError(f"methods.{trial.method}: {error}") from error
 
 
+def check_tasks(trials: Iterable[Trial]) -> None:
+    """Read every task once, as its trials will, so that what cannot be used is refused before anything runs.
+
+    The tokenizer is loaded, the model is not. What is reported is opened only for tasks of trials that report it.
+
+    Raises:
+        ConfigError: An unknown task or metric, values that contradict each other, or a tokenizer that cannot be
+            loaded, under the task's name.
+        DataError: Examples that cannot be used, likewise.
+    """
+    from ..trials.work import work_of
+
+    # Of equal tasks the last counts: a trial that reports reads all that one that selects does.
+    by_task = {_task_key(trial): trial for trial in sorted(trials, key=lambda trial: trial.purpose == "report")}
+    for trial in by_task.values():
+        try:
+            work_of(trial)
+        except AromaError as error:
+            if str(error).startswith(f"tasks.{trial.task.name}."):
+                raise
+            raise type(error)(f"tasks.{trial.task.name}: {error}") from error
+
+
 def _method_key(trial: Trial) -> str:
     return json.dumps([trial.kind, trial.options], sort_keys=True)
+
+
+def _task_key(trial: Trial) -> str:
+    return json.dumps([trial.model, asdict(trial.task)], sort_keys=True)

@@ -116,6 +116,8 @@ def _fields(section: str, values: dict[str, Any], hints: dict[str, Any]) -> dict
 
 
 def _seeds(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise bad_value("seeds", values, "give a list of whole numbers, as [0, 1, 2]")
     seeds = tuple(typed("seeds", values, list[int]))
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise bad_value("seeds", values, "give at least one, 0 or more, each once, as [0, 1, 2]")

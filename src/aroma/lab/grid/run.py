@@ -14,12 +14,13 @@ from ...errors import bad_value
 from ...files import read_json, write_json, write_text
 from ..trials.files import RUNS, TrialFiles
 from ..trials.spec import Trial
-from .expand import check_methods, expand, report_name
+from .expand import check_methods, check_tasks, expand, report_name
 from .lock import exclusive
 from .pool import run_pool
 from .select import Candidate, begun, candidates, chosen_settings, selection_of
 from .spec import WHOLE, Grid, Part
 from .status import Ended, GridStatus, Pace, Silent, Watcher
+from .survey import due
 from .trial_files import clear_if_new, require_no_conflicts, state_of, tidy
 from .worker import WORKER_MODULE, Worker, failure_message
 
@@ -77,6 +78,7 @@ def run_grid(
     Raises:
         ConfigError: A value that cannot work, another runner on the same output, or trials there that another grid
             made. Nothing has been run then.
+        DataError: Examples that cannot be used. Nothing has been run then, either.
     """
     part.check(grid)
     tried = [candidate for candidate in candidates(grid) if part.has(candidate.task, candidate.method)]
@@ -85,6 +87,8 @@ def run_grid(
     check_methods(every)
     output = Path(grid.output)
     _require_own(output / GRID_FILE)
+    if module == WORKER_MODULE:  # what another one makes of a task is not known
+        check_tasks(due(grid, tried, part, retry_failed=retry_failed))
     with exclusive(output) as lock:
         run = _Run(grid, part, retry_failed, watcher or Silent(), module, lock, total=len(every))
         require_no_conflicts([candidate.trial for candidate in tried] or every, run.runs)

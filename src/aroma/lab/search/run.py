@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import bad_value
 from ...files import read_json, write_json
-from ..grid.expand import check_methods
+from ..grid.expand import check_methods, check_tasks
 from ..grid.status import Silent, Watcher
 from ..grid.worker import WORKER_MODULE
 from .spec import Search
@@ -52,10 +52,14 @@ def run_search(search: Search, watcher: Watcher | None = None, *, module: str = 
     Raises:
         ConfigError: A method's option that cannot be, a storage that cannot be reached or went away, a study that
             searches something else, or an output that holds another's trials or result.
+        DataError: Examples that cannot be used.
     """
     file = search.output / "search.json"
     _require_own(file, search)
     check_methods(search.extreme_trials())
+    # Before the study is made, which would be one of the wrong task. What another module makes of it is not known.
+    if module == WORKER_MODULE and not _is_over(file, search):
+        check_tasks(search.extreme_trials())
     storage = open_storage(search.storage, search.heartbeat)
     try:
         study = join_study(search, storage)
@@ -98,6 +102,11 @@ def _require_own(file: Path, search: Search) -> None:
             str(search.output),
             f"search.json there is of study {study!r}, and would be overwritten; give another output",
         )
+
+
+def _is_over(file: Path, search: Search) -> bool:
+    """Whether a search has been written with all its trials, so that none is left to run."""
+    return file.exists() and len(read_json(file).get("tried", [])) >= search.trials
 
 
 def _record(search: Search, ticket: Ticket) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import Trial
 
 from ...errors import bad_value
-from ..keys import unknown_key
+from ..grid.settings import SECTIONS
+from ..keys import flatten, unknown_key
 
 Space = dict[str, BaseDistribution]
 """Distributions by dotted key of a trial, as `training.learning_rate`."""
@@ -25,6 +26,20 @@ _KEYS = ("low", "high", "step", "log", "choices")
 _MOST_POINTS = 10_000
 
 
+def whole_keys(values: Any) -> dict[str, Any]:
+    """Return a space as described, with sections taken apart: an override's dots have made some of its keys.
+
+    Raises:
+        ConfigError: It has no keys.
+    """
+    flat = flatten(values, SECTIONS) if isinstance(values, dict) else {}
+    if not flat:
+        raise bad_value(
+            "space", values, f"give at least one dotted key, as training.learning_rate, and to it {_WRITE}"
+        )
+    return flat
+
+
 def read_space(values: Any) -> Space:
     """Return the space that a search file describes.
 
@@ -33,12 +48,9 @@ def read_space(values: Any) -> Space:
     Raises:
         ConfigError: Naming the key whose range or choices cannot be.
     """
-    if not isinstance(values, dict) or not values:
-        raise bad_value(
-            "space", values, f"give at least one dotted key, as training.learning_rate, and to it {_WRITE}"
-        )
+    described = whole_keys(values)
     # Sorted, so that machines agree on the order of points whatever the order of lines.
-    return {str(key): _distribution(f"space.{key}", values[key]) for key in sorted(values, key=str)}
+    return {str(key): _distribution(f"space.{key}", described[key]) for key in sorted(described, key=str)}
 
 
 def grid_points(space: Space) -> list[dict[str, Any]]:
@@ -126,12 +138,13 @@ def _range(field: str, given: Mapping[str, Any]) -> BaseDistribution:
         raise bad_value(f"{field}.low", low, f"it must be a number below high={high!r}")
     if step is not None:
         _check_step(field, low, high, step, log)
-    try:
-        if all(isinstance(number, int) for number in (low, high, step) if number is not None):
-            return IntDistribution(low, high, log=log, step=step or 1)
-        return FloatDistribution(low, high, log=log, step=step)
-    except ValueError as error:
-        raise bad_value(field, dict(given), str(error)) from error
+    if log and low <= 0:
+        raise bad_value(
+            f"{field}.low", low, "only numbers above 0 have a logarithm; give a low above 0, or leave log out"
+        )
+    if all(isinstance(number, int) for number in (low, high, step) if number is not None):
+        return IntDistribution(low, high, log=log, step=step or 1)
+    return FloatDistribution(low, high, log=log, step=step)
 
 
 def _check_step(field: str, low: float, high: float, step: float, log: bool) -> None:
@@ -156,4 +169,6 @@ def _values(key: str, distribution: BaseDistribution) -> list[Any]:
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
         low, high, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
         return [float(low + n * step) for n in range(int((high - low) / step) + 1)]
-    raise bad_value(f"space.{key}", str(distribution), "a grid needs choices or a step; or use sampler: random")
+    assert isinstance(distribution, IntDistribution | FloatDistribution), "read_space makes no others"
+    written = {"low": distribution.low, "high": distribution.high, **({"log": True} if distribution.log else {})}
+    raise bad_value(f"space.{key}", written, "a grid needs choices or a step; or use sampler: random")

@@ -16,7 +16,7 @@ from ..grid.settings import check_setting
 from ..grid.spec import Grid
 from ..keys import typed, unknown_key
 from ..trials.spec import Trial
-from .space import Space, extremes, grid_points, read_space
+from .space import Space, extremes, grid_points, read_space, whole_keys
 
 _OWN = ("space", "sampler", "sampler_seed", "trials", "study", "storage", "heartbeat")
 _IDENTITY = ("model", "dtype", "quantization", "tasks", "methods", "training", "seeds", "overrides")
@@ -124,16 +124,18 @@ def make_search(values: Mapping[str, Any]) -> Search:
     Raises:
         ConfigError: An unknown or missing key, or a value that cannot work.
     """
-    known = [*get_type_hints(Grid), *_OWN]
+    if "select" in values:
+        remedy = "only a grid has it; a search has space instead, as space: {training.learning_rate: {low: 1e-4, "
+        raise bad_value("select", values["select"], f"{remedy}high: 1e-2, log: true}}}}; or use `aroma lab run`")
+    known = [name for name in (*get_type_hints(Grid), *_OWN) if name != "select"]
     for key, value in values.items():
-        if key not in known or key == "select":
-            raise unknown_key(str(key), value, [name for name in known if name != "select"], "a search")
+        if key not in known:
+            raise unknown_key(str(key), value, known, "a search")
     own = {key: values[key] for key in _OWN if values.get(key) is not None}
     grid = make_grid({key: value for key, value in values.items() if key not in _OWN})
     _require_one(grid)
-    described = own.get("space")
+    described = whole_keys(own.get("space"))
     space = read_space(described)
-    assert isinstance(described, dict), "read_space has checked it"
     sampler = typed("sampler", own.get("sampler", "random"), Literal["random", "grid", "tpe"])
     search = Search(
         grid=grid,
