@@ -429,6 +429,28 @@ def loops(out: Path) -> None:
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 
+def trained_in_the_trainer(
+    weights_of: Callable[[Any], dict[str, Tensor]], out: Path, batch: int, resume: str | None = None, **training: Any
+) -> dict[str, Any]:
+    """Train a model that is shared out, or a replica, and return what it came to; `weights_of` makes it whole."""
+    events: list[dict[str, Any]] = []
+    trainer = trainer_for(
+        adapted(tiny_bert(**CALM), **UNLIKE_MODULES),
+        out,
+        AromaCallback(on_event=lambda event: events.append({**event.as_dict(), "value": None})),
+        **{"max_steps": 24, "save_steps": 8, "per_device_train_batch_size": batch, **training},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "events": events,
+        "weights": weights_of(trainer.model),
+        "stopped": trainer.state.global_step,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
+        "modules": [[module.name, module.rank, module.is_frozen] for module in growth(trainer).controller.modules],
+    }
+
+
 @dataclass
 class ManyRun(Run):
     """A Run of several processes."""

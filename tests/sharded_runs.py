@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aroma import AromaCallback, AromaController, aroma_layers, attach, save_adapter
+from aroma import AromaController, aroma_layers, attach, save_adapter
 from aroma.integrations.callback import _require_finite_parameters
 from aroma.sharded import local
 from distributed_runs import (
@@ -51,9 +52,10 @@ from distributed_runs import (
     stacked,
     step_on,
     take_step,
+    trained_in_the_trainer,
     whole,
 )
-from trainer_runs import BEST, adapted, assert_same, growth, tiny_bert, trainer_for
+from trainer_runs import BEST, adapted, assert_same, tiny_bert
 
 # Ways to shard -------------------------------------------------------------------------------------------------------
 
@@ -409,24 +411,7 @@ FSDP2 = {
 }
 
 
-def trained(out: Path, batch: int, resume: str | None = None, **training: Any) -> dict[str, Any]:
-    """Train in the Trainer, and return what it came to."""
-    events: list[dict[str, Any]] = []
-    trainer = trainer_for(
-        adapted(tiny_bert(**CALM), **UNLIKE_MODULES),
-        out,
-        AromaCallback(on_event=lambda event: events.append({**event.as_dict(), "value": None})),
-        **{"max_steps": 24, "save_steps": 8, "per_device_train_batch_size": batch, **training},
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return {
-        "events": events,
-        "weights": whole(trainer.model.state_dict()),
-        "stopped": trainer.state.global_step,
-        "wrapped": type(trainer.model_wrapped).__name__,
-        "best": Path(trainer.state.best_model_checkpoint or "").name,
-        "modules": [[module.name, module.rank, module.is_frozen] for module in growth(trainer).controller.modules],
-    }
+trained = partial(trained_in_the_trainer, lambda model: whole(model.state_dict()))
 
 
 def train(out: Path) -> None:

@@ -108,6 +108,21 @@ def test_what_is_shared_out_trains_as_replicas_do(told: Path, name: str) -> None
 
 
 @pytest.mark.slow
+def test_four_processes_do_what_four_replicas_do(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Some of them hold no entry of a small parameter."""
+    launch(4, "loops of four", str(tmp_path), script=RUNS, environment=environment)
+    for name in ("zero 2", "zero 3, nothing stays", "zero 3, transposed layers"):
+        ends = [load(tmp_path / f"loop-{name}-{rank}.pt") for rank in range(4)]
+        replicas = load(tmp_path / f"ddp-{name}-0.pt")
+        for what in ("weights", "controller", "events", "stopped", "frozen pairs that moved"):
+            for other in ends[1:]:
+                assert_same(other[what], ends[0][what], what)
+        assert ends[0]["frozen pairs that moved"] == []
+        assert ends[0]["events"] == replicas["events"]
+        assert_close(ends[0]["weights"], replicas["weights"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
     """Though the flat optimizer steps them too, and had moments of them."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from aroma import AromaCallback, aroma_layers, attach, save_adapter
+from aroma import aroma_layers, attach, save_adapter
 from distributed_runs import (
-    CALM,
     OPTIMIZERS,
     TIMEOUT,
     UNLIKE_MODULES,
@@ -36,8 +36,9 @@ from distributed_runs import (
     run_loop,
     share,
     stacked,
+    trained_in_the_trainer,
 )
-from trainer_runs import BEST, adapted, growth, tiny_bert, trainer_for
+from trainer_runs import BEST, adapted
 
 
 def zero(stage: int, **changes: Any) -> dict[str, Any]:
@@ -175,8 +176,12 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def loops(out: Path) -> None:
-    for name, (loop, config) in LOOPS.items():
+OF_FOUR = ("zero 2", "zero 3, nothing stays", "zero 3, transposed layers")
+
+
+def loops(out: Path, names: Iterable[str] = tuple(LOOPS)) -> None:
+    for name in names:
+        loop, config = LOOPS[name]
         by_way_of = out / "base" if name == LOADED_SHARED else None
         torch.save(Training(loop, config, by_way_of=by_way_of).go_on(), out / f"loop-{name}-{rank()}.pt")
         torch.save(as_replicas(loop), out / f"ddp-{name}-{rank()}.pt")
@@ -279,24 +284,7 @@ def refusals(out: Path) -> None:
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 
-def trained(out: Path, batch: int, resume: str | None = None, **training: Any) -> dict[str, Any]:
-    """Train in the Trainer, and return what it came to."""
-    events: list[dict[str, Any]] = []
-    trainer = trainer_for(
-        adapted(tiny_bert(**CALM), **UNLIKE_MODULES),
-        out,
-        AromaCallback(on_event=lambda event: events.append({**event.as_dict(), "value": None})),
-        **{"max_steps": 24, "save_steps": 8, "per_device_train_batch_size": batch, **training},
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return {
-        "events": events,
-        "weights": whole_weights(trainer.model),
-        "stopped": trainer.state.global_step,
-        "wrapped": type(trainer.model_wrapped).__name__,
-        "best": Path(trainer.state.best_model_checkpoint or "").name,
-        "modules": [[module.name, module.rank, module.is_frozen] for module in growth(trainer).controller.modules],
-    }
+trained = partial(trained_in_the_trainer, whole_weights)
 
 
 def train_replicas(out: Path) -> None:
@@ -321,6 +309,7 @@ def train(out: Path) -> None:
 
 PARTS: dict[str, Callable[[Path], None]] = {
     "loops": loops,
+    "loops of four": partial(loops, names=OF_FOUR),
     "checkpoints": checkpoints,
     "refusals": refusals,
     "train": train,
