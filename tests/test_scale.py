@@ -378,7 +378,7 @@ def test_what_fsdp2_leaves_on_a_device(fake_group):
 
     assert found.pairs == numbers(trained.values())
     assert found.weights == numbers(p for name, p in local.items() if name not in trained)
-    assert found.finished == bytes_of(b for n, b in model.named_buffers() if "storage" in n)
+    assert found.finished == bytes_of(b for n, b in model.named_buffers() if "lora_finished" in n)
     assert found.optimizer == state_bytes("adamw", needs_of(settings).inventory.trained) - 2 * (
         needs_of(settings).on("one").pairs - found.pairs
     )
