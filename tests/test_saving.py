@@ -32,6 +32,7 @@ from aroma.checkpoint import verify_adapter
 from aroma.errors import CheckpointError, ConfigError
 from aroma.tuner.state import read_controller_state
 from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
+from trainer_runs import assert_same
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 STATE, STATE_TENSORS = "aroma_state.json", "aroma_state.safetensors"
@@ -167,6 +168,30 @@ def test_components_of_modules_that_do_not_grow_here_are_refused(tmp_path: Path)
     _, _, folder = trained(tmp_path)
     with pytest.raises(ConfigError, match=r"target_modules='bert\..*7 module\(s\).*target_modules of the saved one"):
         reloaded(folder, target_modules=["query", "key", "value"])
+
+
+def test_a_state_dict_of_another_moment_is_saved_as_it_is(tmp_path: Path) -> None:
+    model = adapted("bert")
+    set_ranks(model, [3])
+    later = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "then")
+    for layer in aroma_layers(model).values():
+        layer.finished("default").pop(1)
+    model.save_pretrained(tmp_path / "now", state_dict=later)
+    assert_same(load_file(tmp_path / "now" / WEIGHTS), load_file(tmp_path / "then" / WEIGHTS))
+
+
+def test_padding_that_a_collector_of_buffers_saw_is_not_saved(tmp_path: Path) -> None:
+    """DeepSpeed's, for one, which asks modules for their buffers and not for their state."""
+    model = adapted("bert")
+    set_ranks(model, [3])
+    model.save_pretrained(tmp_path / "exact")
+    collected = dict(model.state_dict()) | {
+        name: buffer for name, buffer in model.named_buffers() if ".lora_finished." in name
+    }
+    assert any(len(value) == 8 for name, value in collected.items() if name.endswith("lora_finished.default.A"))
+    model.save_pretrained(tmp_path / "padded", state_dict=collected)
+    assert_same(load_file(tmp_path / "padded" / WEIGHTS), load_file(tmp_path / "exact" / WEIGHTS))
 
 
 # The plain form ------------------------------------------------------------------------------------------------------

@@ -222,14 +222,15 @@ def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dic
     for key, layer in layers.items():
         finished = layer.finished(adapter_name)
         A, B = (f"{key}.lora_finished.{adapter_name}.{name}" for name in "AB")
-        # It collects buffers as they are, with their padding.
-        state_dict[A] = state_dict.get(A, finished.A)[: finished.rank]
-        state_dict[B] = state_dict.get(B, finished.B)[:, : finished.rank]
+        state_dict.setdefault(A, finished.A)
+        state_dict.setdefault(B, finished.B)
+        # It collects buffers with their padding. A state dict of another moment may as well have more components.
+        if len(state_dict[A]) > finished.rank and not state_dict[A][finished.rank :].any():
+            state_dict[A], state_dict[B] = state_dict[A][: finished.rank], state_dict[B][:, : finished.rank]
         if layer.is_frozen(adapter_name):
-            r = layer.r[adapter_name]
-            zeros = torch.zeros(layer.out_features, r), torch.zeros(r, layer.in_features)
-            state_dict.setdefault(f"{key}.lora_B.{adapter_name}.weight", zeros[0])
-            state_dict.setdefault(f"{key}.lora_A.{adapter_name}.weight", zeros[1])
+            b, a = (f"{key}.lora_{name}.{adapter_name}.weight" for name in "BA")
+            state_dict.setdefault(b, torch.zeros(layer.out_features, layer.r[adapter_name]))
+            state_dict.setdefault(a, torch.zeros(layer.r[adapter_name], layer.in_features))
 
 
 def _first_component(config: AromaConfig, index: int, a: Tensor) -> Tensor:
