@@ -99,9 +99,8 @@ def test_what_is_shared_out_trains_as_replicas_do(told: Path, name: str) -> None
         assert_same(first[what], second[what], what)
     assert first["events"] == replicas["events"]
     assert first["stopped"] == replicas["stopped"]
-    if (
-        name != "zero 3, base in 16 bits"
-    ):  # ZeRO-3 evaluates a linear layer otherwise, and 16 bits are rounded otherwise
+    # ZeRO-3 evaluates a linear layer otherwise, and 16 bits are rounded otherwise.
+    if name != "zero 3, base in 16 bits":
         assert_close(first["weights"], replicas["weights"])
     frozen = [event for event in first["events"] if event["kind"] == "frozen"]
     assert len({event["step"] for event in frozen}) > 1 or "on after" in name
@@ -185,18 +184,14 @@ def test_other_optimizers_of_deepspeed_are_refused() -> None:
     assert unwrapped_optimizer(SimpleNamespace(optimizer=other)) is other
     with pytest.raises(ConfigError, match=r"^optimizer='BF16_Optimizer': .*use stage 2"):
         refuse_sharding(torch.nn.Linear(2, 2), other)
-    on_disk = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"params_in_nvme_and_cpu": True})()
-    with pytest.raises(ConfigError, match=r"^offload='nvme': "):
-        refuse_sharding(torch.nn.Linear(2, 2), on_disk)
-    in_part = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"backup_optimizer": None})()
-    with pytest.raises(ConfigError, match=r"^offload_optimizer.ratio='below 1': "):
-        refuse_sharding(torch.nn.Linear(2, 2), in_part)
-    in_turns = type("DeepSpeedZeroOptimizer", (known,), {"round_robin_gradients": True})()
-    with pytest.raises(ConfigError, match=r"^round_robin_gradients=True: .*set it to false"):
-        refuse_sharding(torch.nn.Linear(2, 2), in_turns)
-    flowing = type("DeepSpeedZeroOptimizer_Stage3", (known,), {"zenflow": True})()
-    with pytest.raises(ConfigError, match=r"^zenflow=True: .*leave it out"):
-        refuse_sharding(torch.nn.Linear(2, 2), flowing)
+    for name, option, value, said in (
+        ("DeepSpeedZeroOptimizer_Stage3", "params_in_nvme_and_cpu", True, r"^offload='nvme': "),
+        ("DeepSpeedZeroOptimizer_Stage3", "backup_optimizer", None, r"^offload_optimizer.ratio='below 1': "),
+        ("DeepSpeedZeroOptimizer", "round_robin_gradients", True, r"^round_robin_gradients=True: .*set it to false"),
+        ("DeepSpeedZeroOptimizer_Stage3", "zenflow", True, r"^zenflow=True: .*leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            refuse_sharding(torch.nn.Linear(2, 2), type(name, (known,), {option: value})())
     coded = torch.nn.Linear(2, 2)
     coded.weight.ds_tensor = SimpleNamespace(ds_quant_scale=1.0)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"^model='weight': ZeRO-3 shares it out in codes"):
@@ -365,7 +360,7 @@ def test_flat_state_that_cannot_be_reset_is_refused(kind: str, state: dict[str, 
 def test_steps_are_watched_until_the_hooks_are_removed() -> None:
     said: list[str] = []
     optimizer: Any = SimpleNamespace(step=lambda: said.append("step"), overflow=True)
-    hooks = StepHooks(optimizer, lambda _: said.append("before"), lambda _: said.append("after"))
+    hooks = StepHooks(optimizer, lambda *_: said.append("before"), lambda *_: said.append("after"))
     optimizer.step()
     hooks.remove()
     optimizer.step()

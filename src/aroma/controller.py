@@ -36,7 +36,7 @@ from .target import TargetModule
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .warmup import rewarmup_factor
-from .zero import is_partitioned, is_zero
+from .zero import is_zero
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -228,7 +228,7 @@ class AromaController:
         """
         active = self._active()
         if self._pairs_are_shared():
-            self._hold_pairs(alone)
+            self._require_held() if alone else self._hold_pairs()
         norms = pair_norms(self._pairs(active))
         if not alone:
             norms, _ = agree([module.name for module in active], norms, [], self._device)
@@ -379,8 +379,7 @@ class AromaController:
     def _settle_graph(self, compiled: bool) -> None:
         """Let frozen pairs stay in the graph where DistributedDataParallel or a compiler want it unchanged."""
         # FSDP2 and ZeRO-3 wait for no gradient: they reduce those that there are. ZeRO-1 and ZeRO-2 fail without any.
-        shared = bool(self._sharding) or any(is_partitioned(parameter) for parameter in self.modules[0].pair)
-        stays = compiled or ((is_distributed() or self._zero) and not shared)
+        stays = compiled or ((is_distributed() or self._zero) and not self._pairs_are_shared())
         for module in self.modules:
             module.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
         if stays and not self._zero:
@@ -465,12 +464,13 @@ class AromaController:
             is_sharded(parameter) for module in self.modules for parameter in module.pair
         )
 
-    def _hold_pairs(self, alone: bool) -> None:
-        """Gather all components for what rank 0 does alone until the next step; alone, require that it was done."""
-        if not alone:
-            self._held = None
-            self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
-        elif self._held is None:
+    def _hold_pairs(self) -> None:
+        """Gather all components for what rank 0 does alone until the next step."""
+        self._held = None
+        self._held = dict(zip([module.name for module in self.modules], self._pairs(self.modules), strict=True))
+
+    def _require_held(self) -> None:
+        if self._held is None:
             raise CheckpointError(
                 f"the Trainer saves at optimizer step {self.global_step} without a word to AromaCallback before, and "
                 "one rank alone cannot gather components that are sharded; list AromaCallback behind the callbacks "

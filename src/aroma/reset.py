@@ -134,14 +134,14 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
 
 @torch.no_grad()
 def forget_moments(optimizer: Any, param: Tensor) -> None:
-    """Zero the moments of a parameter, and of a flattened one the gradient that its optimizer keeps.
+    """Zero what a flat optimizer keeps of a flattened parameter: its moments, and the gradient.
 
     Raises:
         ResetError: State that is not understood, before anything is modified.
     """
     for moment in _resettable_moments(optimizer, param, "prune"):
         _clear(moment)
-    own = own_range(param, unwrapped_optimizer(optimizer)) if is_flattened(param) else None
+    own = own_range(param, unwrapped_optimizer(optimizer))
     if own is not None and own.flat.grad is not None:  # offloaded, it is that of the last step that had one
         own.of(own.flat.grad).zero_()
 

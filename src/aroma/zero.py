@@ -193,18 +193,18 @@ class StepHooks:
 
     Args:
         optimizer: The optimizer.
-        before: Called with it before a step.
-        after: Called with it after a step.
+        before: Called before a step as torch calls its hooks: with the optimizer, and the arguments of `step`.
+        after: Called after a step, likewise.
     """
 
-    def __init__(self, optimizer: Any, before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
+    def __init__(self, optimizer: Any, before: Callable[..., None], after: Callable[..., None]) -> None:
         self._optimizer = optimizer
         self._step = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            before(optimizer)
+            before(optimizer, args, kwargs)
             result = self._step(*args, **kwargs)
-            after(optimizer)
+            after(optimizer, args, kwargs)
             return result
 
         optimizer.step = step

@@ -106,11 +106,11 @@ class AromaCallback(TrainerCallback, ExportableState):
     def _rewarm_within_the_engine(self, state: TrainerState, optimizer: Any) -> StepHooks:
         """Scale the rate where DeepSpeed steps: within the backward, before the Trainer says that a step is due."""
 
-        def before(optimizer: Any) -> None:
+        def before(optimizer: Any, *_: Any) -> None:
             over = self._is_over(state, state.global_step)
             self._rewarmup.begin(optimizer, 0.0 if over else self._running().lr_factor)
 
-        return StepHooks(optimizer, before, lambda optimizer: self._rewarmup.end(optimizer, None))
+        return StepHooks(optimizer, before, lambda optimizer, *_: self._rewarmup.end(optimizer, None))
 
     def _note_skipped_step(self, optimizer: Any, *_: Any) -> None:
         # Known only within the step: accelerate takes every step of a fused optimizer for one that was taken.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -50,7 +49,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
 
-    def _before_step(self, optimizer: Any, _: Any = (), keywords: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def _before_step(self, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
         self._counts = not makes_state_only(optimizer, keywords)
         if self._counts:
             self._rewarmup.begin(optimizer, self.controller.lr_factor)

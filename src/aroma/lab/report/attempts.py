@@ -11,17 +11,6 @@ from ..trials.files import TrialFiles
 from .checks import read_record, require_keys, require_types
 
 _TRIAL_KEYS = ("name", "model", "task", "method", "kind", "options", "training", "purpose")
-_RESULT_KEYS = (
-    "metric",
-    "score",
-    "examples",
-    "steps",
-    "planned_steps",
-    "stopped_early",
-    "parameters",
-    "epoch_seconds",
-)
-_PROVENANCE_KEYS = ("versions", "git_revision", "platform", "device", "cpu_count", "threads")
 # Of what a table computes with or groups by; a wrong one would else surface in the midst of a table.
 _TRIAL_TYPES = {"model": "a text", "options": "a mapping"}
 _RESULT_TYPES = {
@@ -34,6 +23,7 @@ _RESULT_TYPES = {
     "epoch_seconds": "a list",
     "versions": "a mapping",
 }
+_RESULT_KEYS = (*_RESULT_TYPES, "stopped_early", "git_revision", "platform", "device", "cpu_count", "threads")
 _PARAMETER_TYPES = {"initial": "a number", "average": "a number", "head": "a number"}
 
 
@@ -145,7 +135,7 @@ def read_attempt(place: Path) -> Attempt:
     require_types(f"{files.trial}, training", trial["training"], {"seed": "a whole number"})
     if files.result.exists():
         result = read_record(files.result)
-        require_keys(files.result, result, _RESULT_KEYS + _PROVENANCE_KEYS)
+        require_keys(files.result, result, _RESULT_KEYS)
         require_types(files.result, result, _RESULT_TYPES)
         require_types(f"{files.result}, parameters", result["parameters"], _PARAMETER_TYPES)
         of_split = dict.fromkeys(["train", *result["examples"]], "a whole number")
