@@ -113,7 +113,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate)
     moments = options.out / "optimizer"
     if options.resume:
-        # Before attach: on an optimizer without state, torch takes a step with gradients of zero.
+        # Before attach: torch reads no state of pairs that are frozen.
         state = {"optimizer": get_optimizer_state_dict(wrapped, optimizer)}
         checkpoint.load(state, checkpoint_id=str(moments))
         set_optimizer_state_dict(wrapped, optimizer, state["optimizer"])

@@ -6,6 +6,10 @@ Processes are started by torchrun and talk over gloo; see `test_distributed` for
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +26,7 @@ from aroma.sharded import gathered, sharding_modules, summed
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
 from sharded_runs import LOOPS, MORE_LOOPS, REFUSALS, SAVED_AT, STEPS, Training
 from test_distributed import assert_close, launch, load
+from tiny_lm import save_tiny_lm
 from trainer_runs import adapted, assert_same, tiny_bert
 
 
@@ -301,6 +306,27 @@ def test_the_example_goes_on_where_it_stopped(tmp_path: Path, ways: tuple[str, .
     launch(2, *options, "--steps", "12", "--out", twice, script=str(EXAMPLE))
     launch(2, *options, "--steps", "20", "--out", twice, "--resume", script=str(EXAMPLE))
     assert_same(verified_tensors(Path(twice)), verified_tensors(Path(once)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [(), ("--four-bit",)])
+def test_the_example_trains_in_one_process_without_a_launcher(tmp_path: Path, ways: tuple[str, ...]) -> None:
+    """The lines of the documentation for one GPU, here on a CPU: a folder with model and tokenizer, a text."""
+    model = save_tiny_lm(tmp_path / "llama", "llama")
+    (tmp_path / "text.txt").write_text("a model learns this text by heart " * 40)
+    options = {"--model": model, "--text": tmp_path / "text.txt", "--out": tmp_path / "adapter", "--steps": 20}
+    said = subprocess.run(
+        [sys.executable, str(EXAMPLE), *(str(part) for option in options.items() for part in option), *ways],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout
+    (first, _), (last, rank) = re.findall(r"^step \d+: loss ([\d.]+), total rank (\d+)$", said, re.MULTILINE)
+    assert float(last) < float(first)
+    saved = verified_tensors(tmp_path / "adapter")
+    assert 0 < int(rank) <= sum(len(tensor) for name, tensor in saved.items() if "lora_A" in name)
 
 
 # One process ---------------------------------------------------------------------------------------------------------
