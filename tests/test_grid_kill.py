@@ -80,12 +80,16 @@ def worker_ids(grid_file: Path) -> list[int]:
     return [json.loads(file.read_text())["pid"] for file in files if file.exists()]
 
 
-def is_alive(process: int) -> bool:
+def state_of(process: int) -> str:
+    """The kernel's letter for what a process is doing, empty for one that is gone."""
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
-        return False
-    return state != "Z"
+        return ""
+
+
+def is_alive(process: int) -> bool:
+    return state_of(process) not in ("", "Z")
 
 
 def assert_whole(folder: Path) -> None:
@@ -135,11 +139,16 @@ def test_a_killed_runner_takes_its_workers_along_and_leaves_no_lock(grid_file):
 
 def test_the_next_runner_waits_for_the_workers_of_a_killed_one(grid_file):
     """A worker stopped in its tracks cannot notice that its runner is gone; it still keeps its folder to itself."""
+    grid = yaml.safe_load(grid_file.read_text())
+    for method in grid["methods"].values():
+        method["pause"] = 0.25  # on a busy machine, trials of a second may be over before the other worker begins
+    grid_file.write_text(yaml.safe_dump(grid))
     runner = start(grid_file)
     wait_until(lambda: len(worker_ids(grid_file)) == 2)
     stopped = worker_ids(grid_file)
     for worker in stopped:
         os.kill(worker, signal.SIGSTOP)
+    wait_until(lambda: [state_of(worker) for worker in stopped] == ["T", "T"], seconds=5)
     runner.kill()
     runner.communicate()
     following = start(grid_file)
