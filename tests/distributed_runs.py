@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-import aroma.distributed
+import aroma.sharding.processes
 from aroma import AromaCallback, AromaController, aroma_layers, attach, last_complete_checkpoint
 from aroma.errors import AromaError
 from aroma.files import tensors_digest
@@ -233,7 +233,7 @@ class CountCollectives:
         self.number = 0
         self._kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
         for name, call in self._kept.items():
-            setattr(aroma.distributed.dist, name, partial(self._count, call))
+            setattr(aroma.sharding.processes.dist, name, partial(self._count, call))
         return self
 
     def _count(self, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ class CountCollectives:
 
     def __exit__(self, *_: Any) -> None:
         for name, call in self._kept.items():
-            setattr(aroma.distributed.dist, name, call)
+            setattr(aroma.sharding.processes.dist, name, call)
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

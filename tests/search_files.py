@@ -78,10 +78,10 @@ def start_machine(search_file: Path, log: Path, seconds: float = 0) -> subproces
         "import sys\n"
         "from unittest import mock\n"
         "from aroma.errors import AromaError\n"
-        "from aroma.lab.search.run import run_search\n"
-        "from aroma.lab.search.spec import load_search\n"
+        "from aroma_lab.search.run import run_search\n"
+        "from aroma_lab.search.spec import load_search\n"
         # Checking the method's options loads PyTorch, for which these trials have no use.
-        "with mock.patch('aroma.lab.search.run.check_methods'):\n"
+        "with mock.patch('aroma_lab.search.run.check_methods'):\n"
         f"    try:\n        run_search(load_search(sys.argv[1]), module={FAKE!r})\n"
         "    except AromaError as error:\n        sys.exit(f'error: {error}')\n"
     )

@@ -13,17 +13,17 @@ from torch import nn
 from aroma import AromaConfig, aroma_layers
 from aroma.cli import main, make_parser
 from aroma.errors import ConfigError
-from aroma.lab.bench.cases import all_cases, select_cases
-from aroma.lab.bench.contestant import Contestant
-from aroma.lab.bench.measure import measure
-from aroma.lab.bench.memory import kept_bytes, optimizer_bytes, trainable_parameters
-from aroma.lab.bench.peak import peak_resident_bytes
-from aroma.lab.bench.picture import draw_bench
-from aroma.lab.bench.result import BenchResult, Footprint, case_results, comparisons
-from aroma.lab.bench.settings import BenchSettings
-from aroma.lab.bench.shapes import SHAPES, copy_model, load_config, make_batch, make_model
-from aroma.lab.bench.table import comparison_table, growth_lines, machine_lines, size_table, time_table
-from aroma.lab.bench.timing import Spread, Times, interleave, stopwatch_for
+from aroma_lab.bench.cases import all_cases, select_cases
+from aroma_lab.bench.contestant import Contestant
+from aroma_lab.bench.measure import measure
+from aroma_lab.bench.memory import kept_bytes, optimizer_bytes, trainable_parameters
+from aroma_lab.bench.peak import peak_resident_bytes
+from aroma_lab.bench.picture import draw_bench
+from aroma_lab.bench.result import BenchResult, Footprint, case_results, comparisons
+from aroma_lab.bench.settings import BenchSettings
+from aroma_lab.bench.shapes import SHAPES, copy_model, load_config, make_batch, make_model
+from aroma_lab.bench.table import comparison_table, growth_lines, machine_lines, size_table, time_table
+from aroma_lab.bench.timing import Spread, Times, interleave, stopwatch_for
 
 SETTINGS = BenchSettings(
     model="tiny",

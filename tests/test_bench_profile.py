@@ -5,8 +5,8 @@ import json
 import pytest
 
 from aroma.cli import main
-from aroma.lab.bench.operations import BETWEEN, KINDS, kind_of, operation_times
-from aroma.lab.bench.settings import BenchSettings
+from aroma_lab.bench.operations import BETWEEN, KINDS, kind_of, operation_times
+from aroma_lab.bench.settings import BenchSettings
 
 TOKENS, WEIGHTS = 16, {(48, 32), (32, 32)}
 

@@ -12,21 +12,21 @@ from aroma import aroma_layers
 from aroma.cli import main
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma.events import Event
-from aroma.lab.bench.accounting import ADALORA, AROMA, LORA, UNFROZEN, ArmEpoch, ArmLedger, Epoch, Means, Saving
-from aroma.lab.bench.recorder import TrajectoryRecorder, read_trajectory
-from aroma.lab.bench.replay import Replayer, fit_modules
-from aroma.lab.bench.run import WholeRun, bench_run
-from aroma.lab.bench.run_data import RandomBatches, RecipeBatches
-from aroma.lab.bench.run_lineup import line_up
-from aroma.lab.bench.run_settings import RunSettings
-from aroma.lab.bench.sampling import draw_steps, turn_order
-from aroma.lab.bench.settings import BenchSettings
-from aroma.lab.bench.shapes import make_model
-from aroma.lab.bench.trajectory import Change, Trajectory
-from aroma.lab.data import load_splits
-from aroma.lab.encode import load_tokenizer
-from aroma.lab.recipe import load_recipe
-from aroma.lab.run_folder import EventLog
+from aroma_lab.bench.accounting import ADALORA, AROMA, LORA, UNFROZEN, ArmEpoch, ArmLedger, Epoch, Means, Saving
+from aroma_lab.bench.recorder import TrajectoryRecorder, read_trajectory
+from aroma_lab.bench.replay import Replayer, fit_modules
+from aroma_lab.bench.run import WholeRun, bench_run
+from aroma_lab.bench.run_data import RandomBatches, RecipeBatches
+from aroma_lab.bench.run_lineup import line_up
+from aroma_lab.bench.run_settings import RunSettings
+from aroma_lab.bench.sampling import draw_steps, turn_order
+from aroma_lab.bench.settings import BenchSettings
+from aroma_lab.bench.shapes import make_model
+from aroma_lab.bench.trajectory import Change, Trajectory
+from aroma_lab.data import load_splits
+from aroma_lab.encode import load_tokenizer
+from aroma_lab.recipe import load_recipe
+from aroma_lab.run_folder import EventLog
 from models import adapted, batch, grow, ranks, trainable
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 

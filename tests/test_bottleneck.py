@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from aroma.errors import ConfigError
-from aroma.lab.methods import Bottleneck, Houlsby, Pfeiffer
-from aroma.lab.methods.adapted_sublayer import AdaptedSublayer
+from aroma_lab.methods import Bottleneck, Houlsby, Pfeiffer
+from aroma_lab.methods.adapted_sublayer import AdaptedSublayer
 from models import base
 
 WIDTH, LAYERS = 32, 2

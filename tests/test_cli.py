@@ -63,7 +63,7 @@ def test_each_help_ends_with_examples_that_parse(command, capsys):
 
 
 def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
-    from aroma.lab.recipe import recipe_keys
+    from aroma_lab.recipe import recipe_keys
 
     with pytest.raises(SystemExit):
         main(["train", "--help"])
@@ -127,7 +127,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aroma.cli.train.run", interrupted)
+    monkeypatch.setattr("aroma_lab.cli.train.run", interrupted)
     assert main(["train", "recipe.yaml"]) == 130
     assert capsys.readouterr().err == "error: interrupted; what was saved before is whole\n"
 

@@ -12,21 +12,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError, NonFiniteError
-from aroma.lab.language import evaluate
-from aroma.lab.language.answers import extract
-from aroma.lab.language.asked import ask, prompt_of
-from aroma.lab.language.commonsense import SETS, Question, load_questions
-from aroma.lab.language.encode import encode_conversations
-from aroma.lab.language.evaluate import evaluate_questions
-from aroma.lab.language.examples import Turn, load_conversations
-from aroma.lab.language.generate import Generation, open_adapter
-from aroma.lab.language.likelihood import Ranking, rank
-from aroma.lab.language.prompt import PromptBuilder
-from aroma.lab.language.results import write_predictions
-from aroma.lab.language.spec import LanguageSpec
-from aroma.lab.language.task import LanguageTask, save_language_task
-from aroma.lab.specs import ModelSpec
-from aroma.lab.task import Task, save_task
+from aroma_lab.language import evaluate
+from aroma_lab.language.answers import extract
+from aroma_lab.language.asked import ask, prompt_of
+from aroma_lab.language.commonsense import SETS, Question, load_questions
+from aroma_lab.language.encode import encode_conversations
+from aroma_lab.language.evaluate import evaluate_questions
+from aroma_lab.language.examples import Turn, load_conversations
+from aroma_lab.language.generate import Generation, open_adapter
+from aroma_lab.language.likelihood import Ranking, rank
+from aroma_lab.language.prompt import PromptBuilder
+from aroma_lab.language.results import write_predictions
+from aroma_lab.language.spec import LanguageSpec
+from aroma_lab.language.task import LanguageTask, save_language_task
+from aroma_lab.specs import ModelSpec
+from aroma_lab.task import Task, save_task
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "commonsense"

@@ -19,13 +19,13 @@ from aroma import AromaConfig
 from aroma.checkpoint import save_adapter
 from aroma.cli import main, make_parser
 from aroma.errors import CheckpointError, ConfigError, DataError
-from aroma.lab.language.chat import Chat
-from aroma.lab.language.examples import Turn
-from aroma.lab.language.generate import OpenedModel, generate_batch, open_adapter, stream
-from aroma.lab.language.prompt import PromptBuilder
-from aroma.lab.language.spec import LanguageSpec
-from aroma.lab.language.task import LanguageTask, save_language_task
-from aroma.lab.specs import ModelSpec
+from aroma_lab.language.chat import Chat
+from aroma_lab.language.examples import Turn
+from aroma_lab.language.generate import OpenedModel, generate_batch, open_adapter, stream
+from aroma_lab.language.prompt import PromptBuilder
+from aroma_lab.language.spec import LanguageSpec
+from aroma_lab.language.task import LanguageTask, save_language_task
+from aroma_lab.specs import ModelSpec
 from models import METHOD, set_ranks
 from tiny_lm import save_tiny_lm, tiny_tokenizer, write_json_lines
 
@@ -254,7 +254,7 @@ def test_a_closed_stream_stops_the_model(opened, monkeypatch):
     calls = []
     forward = type(opened["llama"].model).forward
     monkeypatch.setattr(type(opened["llama"].model), "forward", lambda *a, **k: [calls.append(1), forward(*a, **k)][1])
-    monkeypatch.setattr("aroma.lab.language.decoding.positions_of", lambda config: 10**6)
+    monkeypatch.setattr("aroma_lab.language.decoding.positions_of", lambda config: 10**6)
     model, tokenizer, builder = opened["llama"]
     with closing(stream(model, builder, tokenizer, turns, max_new_tokens=10**5)) as pieces:
         next(pieces)
@@ -674,7 +674,7 @@ def test_a_chat_says_what_it_forgets_and_survives_what_it_cannot_answer(adapter,
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_chat(adapter, capsys, monkeypatch):
-    from aroma.lab.language import chat as room
+    from aroma_lab.language import chat as room
 
     pieces = room.stream
 

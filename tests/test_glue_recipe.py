@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from aroma.lab.grid.expand import check_methods, expand
-from aroma.lab.grid.reader import load_grid
-from aroma.lab.trials.spec import Trial
+from aroma_lab.grid.expand import check_methods, expand
+from aroma_lab.grid.reader import load_grid
+from aroma_lab.trials.spec import Trial
 
 GRID = Path(__file__).parents[1] / "examples" / "lab" / "glue-roberta-base.yaml"
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")

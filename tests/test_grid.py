@@ -12,18 +12,18 @@ import yaml
 from rich.console import Console
 
 from aroma.cli import main
-from aroma.cli.lab_progress import GridProgress, duration
 from aroma.errors import ConfigError, DataError
-from aroma.lab.grid.expand import check_methods, check_tasks, expand
-from aroma.lab.grid.lock import exclusive
-from aroma.lab.grid.reader import load_grid, make_grid
-from aroma.lab.grid.run import run_grid
-from aroma.lab.grid.select import Outcome, candidates, choose, chosen_settings
-from aroma.lab.grid.spec import Part
-from aroma.lab.grid.status import Ended, GridStatus, Pace, Running
-from aroma.lab.grid.survey import due, survey
-from aroma.lab.grid.worker import worker_environment
-from aroma.lab.trials.spec import save_trial
+from aroma_lab.cli.lab_progress import GridProgress, duration
+from aroma_lab.grid.expand import check_methods, check_tasks, expand
+from aroma_lab.grid.lock import exclusive
+from aroma_lab.grid.reader import load_grid, make_grid
+from aroma_lab.grid.run import run_grid
+from aroma_lab.grid.select import Outcome, candidates, choose, chosen_settings
+from aroma_lab.grid.spec import Part
+from aroma_lab.grid.status import Ended, GridStatus, Pace, Running
+from aroma_lab.grid.survey import due, survey
+from aroma_lab.grid.worker import worker_environment
+from aroma_lab.trials.spec import save_trial
 
 TESTS = Path(__file__).parent
 EXAMPLES = [
@@ -47,7 +47,7 @@ def counting_workers(monkeypatch, tmp_path):
     """Workers that only count steps; a grid in the returned folder."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     for user in ("run", "survey"):
-        monkeypatch.setattr(f"aroma.lab.grid.{user}.check_methods", lambda trials: None)
+        monkeypatch.setattr(f"aroma_lab.grid.{user}.check_methods", lambda trials: None)
     return tmp_path / "out"
 
 
@@ -452,7 +452,7 @@ def test_two_runners_on_one_grid_are_refused(counting_workers):
 @pytest.fixture
 def no_worker(monkeypatch):
     """Real workers, of which none may be started."""
-    monkeypatch.setattr("aroma.lab.grid.pool.Worker", lambda *args, **kwargs: pytest.fail("a worker was started"))
+    monkeypatch.setattr("aroma_lab.grid.pool.Worker", lambda *args, **kwargs: pytest.fail("a worker was started"))
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_a_trial_that_failed_needs_its_data_only_to_be_run_again(no_worker, tmp_
 
 def test_every_task_is_loaded_once_and_with_what_is_reported_if_any_trial_reports_it(monkeypatch, tmp_path):
     loaded = []
-    monkeypatch.setattr("aroma.lab.trials.work.work_of", loaded.append)
+    monkeypatch.setattr("aroma_lab.trials.work.work_of", loaded.append)
     select = {"over": {"training.learning_rate": [1e-3, 2e-3]}}
     grid = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "select": select})
     tried = candidates(grid)
@@ -644,7 +644,7 @@ def test_a_watcher_sees_every_trial_and_never_more_than_the_processes(counting_w
 
 @pytest.fixture
 def grid_file(counting_workers, monkeypatch, tmp_path):
-    monkeypatch.setattr("aroma.lab.grid.run.run_grid", partial(run_grid, module="grid_worker"))
+    monkeypatch.setattr("aroma_lab.grid.run.run_grid", partial(run_grid, module="grid_worker"))
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "grid.yaml"
     methods = {"bad": {"kind": "x", "fail": "raise", "until": "absent"}, "good": {"kind": "x"}}

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aroma.lab.grid.reader import load_grid
-from aroma.lab.grid.run import run_grid
+from aroma_lab.grid.reader import load_grid
+from aroma_lab.grid.run import run_grid
 from grid_worker import SAVED_EVERY
 
 TESTS = Path(__file__).parent
@@ -29,7 +29,7 @@ NAMES = [f"mrpc/{method}/seed-{seed}" for method in "ab" for seed in (0, 1)]
 def grid_file(monkeypatch, tmp_path):
     """A grid of four trials of a second each, whose workers only count."""
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
-    monkeypatch.setattr("aroma.lab.grid.run.check_methods", lambda trials: None)
+    monkeypatch.setattr("aroma_lab.grid.run.check_methods", lambda trials: None)
     grid = {
         "output": str(tmp_path / "out"),
         "model": "minilm",

@@ -15,13 +15,13 @@ from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.export import load_with_adapter
 from aroma.files import read_tensors
-from aroma.lab.methods import METHODS, AdaLora, Aroma, BitFit, Full, HeadOnly, Lora, encoder_linears, make_method
-from aroma.lab.methods.head import Head, head_of
-from aroma.lab.methods.modules import find_targets
-from aroma.lab.methods.peft_adapter import PeftAdapter
-from aroma.lab.model import count_trainable, grow, load_classifier
-from aroma.lab.specs import TrainSpec
-from aroma.lab.trainer import make_optimizer
+from aroma_lab.methods import METHODS, AdaLora, Aroma, BitFit, Full, HeadOnly, Lora, encoder_linears, make_method
+from aroma_lab.methods.head import Head, head_of
+from aroma_lab.methods.modules import find_targets
+from aroma_lab.methods.peft_adapter import PeftAdapter
+from aroma_lab.model import count_trainable, grow, load_classifier
+from aroma_lab.specs import TrainSpec
+from aroma_lab.trainer import make_optimizer
 from tiny_classifier import WORDS, sentences, write_json_lines
 
 VOCABULARY, STEPS, LABELS = 45, 5, ("a", "b", "c")

@@ -12,13 +12,13 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from aroma.errors import ConfigError, DataError
-from aroma.lab.language.collate import LanguageCollator, make_collator
-from aroma.lab.language.encode import NOT_LEARNED, encode_conversations
-from aroma.lab.language.examples import Conversation, Turn, load_conversations
-from aroma.lab.language.loss import TokenLoss, token_loss
-from aroma.lab.language.packing import pack, pack_lengths, require_packing_works
-from aroma.lab.language.prompt import PromptBuilder
-from aroma.lab.language.spec import LanguageSpec
+from aroma_lab.language.collate import LanguageCollator, make_collator
+from aroma_lab.language.encode import NOT_LEARNED, encode_conversations
+from aroma_lab.language.examples import Conversation, Turn, load_conversations
+from aroma_lab.language.loss import TokenLoss, token_loss
+from aroma_lab.language.packing import pack, pack_lengths, require_packing_works
+from aroma_lab.language.prompt import PromptBuilder
+from aroma_lab.language.spec import LanguageSpec
 from tiny_lm import WORDS, questions, save_tiny_lm, tiny_tokenizer, with_bos, write_json_lines
 
 SPEC = LanguageSpec()

@@ -19,14 +19,14 @@ from transformers import (
 )
 
 from aroma.errors import CheckpointError, ConfigError, DataError
-from aroma.lab.language import gguf_source
-from aroma.lab.language.gguf_source import cache_folder, resolve_gguf
-from aroma.lab.language.model import load_causal_lm, load_lm_tokenizer, model_source, positions_of
-from aroma.lab.language.spec import LanguageSpec
-from aroma.lab.language.task import LanguageTask, load_language_task, save_language_task, task_kind
-from aroma.lab.recipe import make_recipe
-from aroma.lab.specs import ModelSpec
-from aroma.lab.task import TASK_FILE, Task, save_task
+from aroma_lab.language import gguf_source
+from aroma_lab.language.gguf_source import cache_folder, resolve_gguf
+from aroma_lab.language.model import load_causal_lm, load_lm_tokenizer, model_source, positions_of
+from aroma_lab.language.spec import LanguageSpec
+from aroma_lab.language.task import LanguageTask, load_language_task, save_language_task, task_kind
+from aroma_lab.recipe import make_recipe
+from aroma_lab.specs import ModelSpec
+from aroma_lab.task import TASK_FILE, Task, save_task
 from tiny_classifier import save_tiny_bert
 from tiny_gguf import POSITIONS, tiny_llama, write_gguf
 from tiny_lm import save_tiny_lm, tiny_tokenizer
@@ -76,7 +76,7 @@ def test_quantized_weights_say_nearly_the_same(tmp_path, quantization, layer):
 
 
 def test_nf4_is_as_qlora_has_it():
-    from aroma.lab.language.model import quantization_config
+    from aroma_lab.language.model import quantization_config
 
     config = quantization_config("nf4")
     assert config.bnb_4bit_quant_type == "nf4"
@@ -85,7 +85,7 @@ def test_nf4_is_as_qlora_has_it():
 
 
 def test_quantization_needs_bitsandbytes(llama, monkeypatch):
-    monkeypatch.setattr("aroma.lab.language.model.find_spec", lambda name: None)
+    monkeypatch.setattr("aroma_lab.language.model.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"model.quantization='int8': bitsandbytes is not installed; run: pip inst"):
         load_causal_lm(ModelSpec(str(llama), quantization="int8"))
 
@@ -311,7 +311,7 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
 def test_smollm2_is_sane(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    from aroma.lab.language.gguf_source import packaged_gguf
+    from aroma_lab.language.gguf_source import packaged_gguf
 
     monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
     spec = ModelSpec("smollm2")

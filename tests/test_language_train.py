@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma.lab.grid.expand import expand
-from aroma.lab.grid.reader import make_grid
-from aroma.lab.language.examples import Turn, load_conversations
-from aroma.lab.language.fingerprint import fingerprint_of
-from aroma.lab.language.opening import open_adapter
-from aroma.lab.language.prompt import PromptBuilder
-from aroma.lab.language.spec import LanguageSpec
-from aroma.lab.recipe import make_recipe
-from aroma.lab.train import job_of, run_recipe
-from aroma.lab.trials.run import run_trial
+from aroma_lab.grid.expand import expand
+from aroma_lab.grid.reader import make_grid
+from aroma_lab.language.examples import Turn, load_conversations
+from aroma_lab.language.fingerprint import fingerprint_of
+from aroma_lab.language.opening import open_adapter
+from aroma_lab.language.prompt import PromptBuilder
+from aroma_lab.language.spec import LanguageSpec
+from aroma_lab.recipe import make_recipe
+from aroma_lab.train import job_of, run_recipe
+from aroma_lab.trials.run import run_trial
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
 STEPS = 30

@@ -9,11 +9,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aroma.lab.language.commonsense import load_questions
-from aroma.lab.language.evaluate import evaluate_questions
-from aroma.lab.language.examples import instruction_turns
-from aroma.lab.language.prompt import PromptBuilder
-from aroma.lab.language.spec import LanguageSpec
+from aroma_lab.language.commonsense import load_questions
+from aroma_lab.language.evaluate import evaluate_questions
+from aroma_lab.language.examples import instruction_turns
+from aroma_lab.language.prompt import PromptBuilder
+from aroma_lab.language.spec import LanguageSpec
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
 TASKS = Path(__file__).resolve().parents[1] / "examples" / "lm-eval"

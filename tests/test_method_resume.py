@@ -12,9 +12,9 @@ from safetensors.torch import load, save
 
 from aroma import aroma_layers
 from aroma.errors import CheckpointError
-from aroma.lab.bench.settings import BenchSettings
-from aroma.lab.bench.shapes import make_batch, make_model
-from aroma.lab.methods import (
+from aroma_lab.bench.settings import BenchSettings
+from aroma_lab.bench.shapes import make_batch, make_model
+from aroma_lab.methods import (
     METHODS,
     AdaLora,
     Aroma,

@@ -12,9 +12,9 @@ from transformers import Trainer, TrainingArguments
 from aroma import aroma_layers
 from aroma.errors import ConfigError
 from aroma.files import read_tensors
-from aroma.lab.bench.settings import BenchSettings
-from aroma.lab.bench.shapes import make_batch, make_model
-from aroma.lab.methods import (
+from aroma_lab.bench.settings import BenchSettings
+from aroma_lab.bench.shapes import make_batch, make_model
+from aroma_lab.methods import (
     METHODS,
     AdaLora,
     Aroma,
@@ -31,7 +31,7 @@ from aroma.lab.methods import (
     encoder_linears,
     make_method,
 )
-from aroma.lab.methods.modules import find_targets
+from aroma_lab.methods.modules import find_targets
 from models import base
 
 SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)
@@ -68,7 +68,7 @@ def built(method, planned_steps=100):
 
 
 def train(method, model, steps, planned_steps=100, lr=1e-2):
-    """Train as `aroma.lab.methods.base` says; return the optimizer and the hooks."""
+    """Train as `aroma_lab.methods.base` says; return the optimizer and the hooks."""
     batch = make_batch(model, SETTINGS)
     optimizer = torch.optim.AdamW(method.parameters(model), lr=lr)
     hooks = method.hooks(model, optimizer, planned_steps)

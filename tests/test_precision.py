@@ -20,8 +20,8 @@ import aroma.tuner.layer
 from aroma import AromaCallback, AromaConfig, AromaController, Event, aroma_layers, attach, save_adapter
 from aroma.errors import ConfigError
 from aroma.export import export_merged
-from aroma.lab.language.model import quantization_config
 from aroma.tuner import AromaLinear
+from aroma_lab.language.model import quantization_config
 from models import METHOD, adapted, batch, deltas, grow, logits, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import arguments, assert_same, growth, tiny_bert, trainer_for

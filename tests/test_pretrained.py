@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
 
 from aroma.errors import ConfigError
-from aroma.lab.language.commonsense import load_questions
-from aroma.lab.language.evaluate import evaluate_questions
-from aroma.lab.language.prompt import PromptBuilder
-from aroma.lab.language.spec import LanguageSpec
-from aroma.lab.specs import TrainSpec
-from aroma.lab.tasks.spec import TaskSpec
-from aroma.lab.trials.run import run_trial
-from aroma.lab.trials.spec import Trial
+from aroma_lab.language.commonsense import load_questions
+from aroma_lab.language.evaluate import evaluate_questions
+from aroma_lab.language.prompt import PromptBuilder
+from aroma_lab.language.spec import LanguageSpec
+from aroma_lab.specs import TrainSpec
+from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.trials.run import run_trial
+from aroma_lab.trials.spec import Trial
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 from trial_runs import read, save_material
 

@@ -5,10 +5,10 @@ import datetime
 import pytest
 
 from aroma.errors import ConfigError, DataError
-from aroma.lab.language.examples import Conversation, Turn, instruction_turns
-from aroma.lab.language.prompt import PromptBuilder
-from aroma.lab.language.spec import LanguageSpec
-from aroma.lab.language.template import _DAY, Lead, make_render
+from aroma_lab.language.examples import Conversation, Turn, instruction_turns
+from aroma_lab.language.prompt import PromptBuilder
+from aroma_lab.language.spec import LanguageSpec
+from aroma_lab.language.template import _DAY, Lead, make_render
 from tiny_lm import CHAT_TEMPLATE, questions, tiny_tokenizer, with_bos
 
 USER = Turn("user", "Please choose a word")

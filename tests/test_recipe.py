@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from aroma.errors import ConfigError
-from aroma.lab.model import adapter_config
-from aroma.lab.recipe import (
+from aroma.tuner import AromaConfig
+from aroma.tuner.config import METHOD_FIELDS
+from aroma_lab.model import adapter_config
+from aroma_lab.recipe import (
     AdapterSpec,
     Recipe,
     differing_keys,
@@ -19,8 +21,6 @@ from aroma.lab.recipe import (
     recipe_keys,
     save_recipe,
 )
-from aroma.tuner import AromaConfig
-from aroma.tuner.config import METHOD_FIELDS
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 MINIMAL = {"model.name": "bert", "data.train": "train.csv"}

@@ -16,14 +16,14 @@ import yaml
 
 from aroma.cli import lab_table
 from aroma.errors import CheckpointError, ConfigError
-from aroma.lab.report import formats
-from aroma.lab.report.inner_table import Loop, loops_of, predicted_step
-from aroma.lab.report.kinds import KINDS, make_table
-from aroma.lab.report.records import load_records
-from aroma.lab.report.render import FORMATS, SUFFIXES, render
-from aroma.lab.report.stats import Spread, paired_difference
-from aroma.lab.report.table import Cell, Column, Table, mark_best
-from aroma.lab.report.time_table import epoch_seconds
+from aroma_lab.report import formats
+from aroma_lab.report.inner_table import Loop, loops_of, predicted_step
+from aroma_lab.report.kinds import KINDS, make_table
+from aroma_lab.report.records import load_records
+from aroma_lab.report.render import FORMATS, SUFFIXES, render
+from aroma_lab.report.stats import Spread, paired_difference
+from aroma_lab.report.table import Cell, Column, Table, mark_best
+from aroma_lab.report.time_table import epoch_seconds
 from made_up_runs import edit
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from aroma.lab.report.kinds import make_table
-from aroma.lab.report.records import load_records
-from aroma.lab.report.render import render
+from aroma_lab.report.kinds import make_table
+from aroma_lab.report.records import load_records
+from aroma_lab.report.render import render
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted((ROOT / "results" / "lab").glob("*/tables/*.md"))

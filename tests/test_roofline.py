@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aroma.lab.bench.roofline import _PASSES, roofline
-from aroma.lab.bench.settings import BenchSettings
-from aroma.lab.bench.shapes import make_model
-from aroma.lab.methods import encoder_linears
 from aroma.tuner.fused import Update, linear_with_update
+from aroma_lab.bench.roofline import _PASSES, roofline
+from aroma_lab.bench.settings import BenchSettings
+from aroma_lab.bench.shapes import make_model
+from aroma_lab.methods import encoder_linears
 
 SETTINGS = BenchSettings(model="tiny", batch_size=2, length=8)
 TOKENS = 16
@@ -87,7 +87,7 @@ def test_the_benchmark_names_the_roofline(capsys, tmp_path):
 
 FAULTS = """
 import resource, sys, torch
-from aroma.lab.allocator import keep_freed_memory
+from aroma_lab.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults():
@@ -114,7 +114,7 @@ def test_kept_memory_is_not_mapped_again():
 
 
 def test_only_glibc_can_be_told(monkeypatch):
-    from aroma.lab import allocator
+    from aroma_lab import allocator
 
     monkeypatch.setattr(allocator.sys, "platform", "darwin")
     assert allocator.keep_freed_memory() is False

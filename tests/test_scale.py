@@ -17,21 +17,21 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, RobertaC
 from aroma import AromaConfig, aroma_layers
 from aroma.cli import main
 from aroma.errors import ConfigError
-from aroma.lab.bench.memory import kept_bytes, optimizer_bytes
-from aroma.lab.language.model import quantization_config
-from aroma.lab.memory import peak_bytes
-from aroma.lab.scale.architecture import build, layers_of
-from aroma.lab.scale.checks import inner_check_bytes, outer_step_bytes
-from aroma.lab.scale.devices import DEVICES, GIB, device_of_memory, find_device
-from aroma.lab.scale.estimate import estimate
-from aroma.lab.scale.fit import fit
-from aroma.lab.scale.inventory import finished_bytes, take_inventory
-from aroma.lab.scale.optimizers import state_bytes
-from aroma.lab.scale.settings import ScaleSettings
-from aroma.lab.scale.shapes import load_config
-from aroma.lab.scale.step import run_step, step_use
-from aroma.lab.scale.traffic import Traffic
 from aroma.measures import grown_norms, pair_norms
+from aroma_lab.bench.memory import kept_bytes, optimizer_bytes
+from aroma_lab.language.model import quantization_config
+from aroma_lab.memory import peak_bytes
+from aroma_lab.scale.architecture import build, layers_of
+from aroma_lab.scale.checks import inner_check_bytes, outer_step_bytes
+from aroma_lab.scale.devices import DEVICES, GIB, device_of_memory, find_device
+from aroma_lab.scale.estimate import estimate
+from aroma_lab.scale.fit import fit
+from aroma_lab.scale.inventory import finished_bytes, take_inventory
+from aroma_lab.scale.optimizers import state_bytes
+from aroma_lab.scale.settings import ScaleSettings
+from aroma_lab.scale.shapes import load_config
+from aroma_lab.scale.step import run_step, step_use
+from aroma_lab.scale.traffic import Traffic
 from models import ARCHITECTURES, METHOD, adapted, saved_base, trainable
 
 COMPONENTS = (0, 1, 8, 9, 100)
@@ -503,8 +503,8 @@ def test_a_model_that_is_neither_and_one_that_is_quantised_already(tmp_path):
 def test_nothing_of_the_layer_stays_changed():
     from torch.nn import functional as F
 
-    from aroma.lab.scale.attention import as_on_a_device
     from aroma.tuner import fused, layer
+    from aroma_lab.scale.attention import as_on_a_device
 
     before = (layer.is_traced, layer.autocast_dtype, fused.autocast_dtype, fused._without_autocast, F.dropout)
     with as_on_a_device():

@@ -13,16 +13,16 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from aroma.errors import ConfigError, DataError
-from aroma.lab.grid.status import GridStatus, Silent
-from aroma.lab.search.run import SearchOutcome, run_search
-from aroma.lab.search.space import extremes, grid_points, read_space
-from aroma.lab.search.spec import load_search, make_search
-from aroma.lab.search.storage import open_storage, shown
-from aroma.lab.search.study import join_study
-from aroma.lab.search.tickets import ERROR, best_of, tickets_of
-from aroma.lab.search.worker import SearchWorker
-from aroma.lab.tasks.load import load_task
-from aroma.lab.tasks.spec import TaskSpec
+from aroma_lab.grid.status import GridStatus, Silent
+from aroma_lab.search.run import SearchOutcome, run_search
+from aroma_lab.search.space import extremes, grid_points, read_space
+from aroma_lab.search.spec import load_search, make_search
+from aroma_lab.search.storage import open_storage, shown
+from aroma_lab.search.study import join_study
+from aroma_lab.search.tickets import ERROR, best_of, tickets_of
+from aroma_lab.search.worker import SearchWorker
+from aroma_lab.tasks.load import load_task
+from aroma_lab.tasks.spec import TaskSpec
 from fake_trial_worker import DIES, DIES_ONCE, FAILS, score_of
 from search_files import (
     FAKE,
@@ -337,7 +337,7 @@ def test_tpe_gives_each_trial_values_of_its_own(tmp_path, log):
 
 
 def test_a_finished_search_runs_nothing_and_more_trials_run_only_what_is_new(tmp_path, log, monkeypatch):
-    monkeypatch.setattr("aroma.lab.search.worker._IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("aroma_lab.search.worker._IDLE_SECONDS", 0.5)
     first = searched(tmp_path / "out", trials=2)
     again = searched(tmp_path / "out", trials=2)
     assert scores(again) == scores(first)
@@ -401,7 +401,7 @@ def test_the_trial_of_a_worker_that_gives_no_sign_of_life_is_failed_and_tried_ag
 
 
 def test_tickets_and_retries_that_a_kill_left_out_are_put_back(tmp_path, log, monkeypatch):
-    monkeypatch.setattr("aroma.lab.search.worker._IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("aroma_lab.search.worker._IDLE_SECONDS", 0.5)
     search = make_search(search_values(tmp_path / "out", trials=3))
     storage = open_storage(search.storage, search.heartbeat)
     study = join_study(search, storage)

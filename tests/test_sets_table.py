@@ -12,10 +12,10 @@ import pytest
 
 from aroma.cli import main
 from aroma.errors import CheckpointError, ConfigError
-from aroma.lab.pictures.draw import Choice, draw_figure
-from aroma.lab.report.kinds import KINDS, make_table
-from aroma.lab.report.records import load_records
-from aroma.lab.report.render import render
+from aroma_lab.pictures.draw import Choice, draw_figure
+from aroma_lab.report.kinds import KINDS, make_table
+from aroma_lab.report.records import load_records
+from aroma_lab.report.render import render
 from made_up_runs import edit, write_grid, write_run, write_untrained_run
 
 FROZEN = Path(__file__).parent / "golden" / "sets"

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from aroma.errors import AromaError, ConfigError, DataError
-from aroma.lab.tasks import GLUE, TaskSpec, load_task, score, task_metrics
+from aroma_lab.tasks import GLUE, TaskSpec, load_task, score, task_metrics
 from tiny_classifier import sentences, write_json_lines
 
 COUNTS = {"train": 30, "validation": 9}

@@ -22,12 +22,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from aroma import verify_adapter
-from aroma.distributed import refuse_sharding, unwrapped_optimizer
 from aroma.errors import ConfigError, ResetError
 from aroma.integrations.rewarmup import was_skipped
 from aroma.reset import check_resettable, forget_moments, reset_state
-from aroma.sharded import summed
-from aroma.zero import Partition, StepHooks
+from aroma.sharding.fsdp2 import summed
+from aroma.sharding.processes import refuse_sharding, unwrapped_optimizer
+from aroma.sharding.zero import Partition, StepHooks
 from distributed_runs import CALM, assert_refused, batch_of, stacked
 from test_distributed import assert_close, launch, load
 from trainer_runs import assert_same, tiny_bert

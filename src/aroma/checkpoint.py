@@ -13,9 +13,8 @@ import torch.distributed as dist
 
 from .errors import CheckpointError
 from .files import read_json, require_adapter_folder
-from .sharded import sharding_modules
+from .sharding import is_partitioned, sharding_modules
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state, require_files
-from .zero import is_partitioned
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 

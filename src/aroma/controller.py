@@ -15,28 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .distributed import (
-    agree,
-    is_distributed,
-    of_first_rank,
-    refuse_sharding,
-    refuse_together,
-    require_equal_replicas,
-    unwrapped,
-    unwrapped_optimizer,
-    world_size,
-)
 from .errors import CheckpointError, NonFiniteError, bad_value
 from .events import Event, ModuleSummary
 from .files import tensors_digest
 from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
 from .refusals import refuse_changed_processes, refuse_missing_pairs, refuse_other_modules
-from .sharded import gathered, is_sharded, reshard, sharding_modules
+from .sharding import (
+    agree,
+    gathered,
+    is_distributed,
+    is_sharded,
+    is_zero,
+    of_first_rank,
+    refuse_sharding,
+    refuse_together,
+    require_equal_replicas,
+    reshard,
+    sharding_modules,
+    unwrapped,
+    unwrapped_optimizer,
+    world_size,
+)
 from .target import TargetModule
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .warmup import rewarmup_factor
-from .zero import is_zero
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""

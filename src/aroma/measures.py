@@ -19,8 +19,7 @@ from .criteria import (
     merged_norm_squared,
     product_norm_squared,
 )
-from .sharded import summed
-from .zero import Partition
+from .sharding import Partition, summed
 
 Pair = tuple[Tensor, Tensor]
 """A component b (m, r), a (r, n)."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .distributed import unwrapped_optimizer, world_size
 from .errors import bad_value
+from .sharding import is_flattened, is_zero, unwrapped_optimizer, world_size
 from .target import TargetModule
-from .zero import is_flattened, is_zero
 
 
 def refuse_missing_pairs(optimizer: Any, modules: Iterable[TargetModule]) -> None:

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import unwrapped_optimizer
 from .errors import ResetError, bad_value
-from .sharded import is_sharded, layout, local, own_rows
-from .zero import Range, is_flattened, is_zero, own_range
+from .sharding import Range, is_flattened, is_sharded, is_zero, layout, local, own_range, own_rows, unwrapped_optimizer
 
 RESET_KINDS = ("prune", "zero", "none")
 

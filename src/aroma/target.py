@@ -11,9 +11,9 @@ from .errors import CheckpointError, bad_value
 from .events import ModuleSummary
 from .measures import Pair
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
+from .sharding import is_flattened
 from .spectra import effective_rank, singular_values
 from .tuner import AromaConfig, AromaLinear
-from .zero import is_flattened
 
 
 class TargetModule:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aroma.lab.language.gguf_source import cache_folder
+from aroma_lab.language.gguf_source import cache_folder
 
 VERSION = "3.22.1"
 _SCRIPT = Path(__file__).with_name("logits.mjs")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aroma import AromaConfig, aroma_layers
 from aroma.export import export_uniform
 from aroma.gguf_lora import export_gguf
-from aroma.lab.language.gguf_source import packaged_gguf, resolve_gguf
+from aroma_lab.language.gguf_source import packaged_gguf, resolve_gguf
 from models import METHOD
 
 pytestmark = pytest.mark.slow

@@ -1,7 +1,8 @@
 """The command `aroma`.
 
-Importing this package is light: PyTorch and all that stands on it are imported by the command that needs them, so that
-help and wrong arguments answer at once.
+Importing this package is light: a command imports PyTorch and what stands on it only when it runs, so that help and
+wrong arguments answer at once. The library has two commands of its own, `inspect` and `export`; other packages add
+theirs through the entry point group `aroma.commands`, as the laboratory does.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
 
 from .. import __version__
 from ..errors import AromaError
-from . import bench, chat, demo, estimate, evaluate, export, generate, inspect, lab, train
+from . import export, inspect
 from .texts import examples
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, train, evaluate, generate, chat, inspect, export, bench, estimate, lab)
+COMMAND_GROUP = "aroma.commands"
+"""Entry point group of further commands: modules with an `add_parser(commands)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,9 +76,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(waits_passively=True)
     parser.add_argument("--version", action="version", version=f"aroma {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
+    for command in _commands():
         command.add_parser(commands)
     return parser
+
+
+def _commands() -> list[Any]:
+    """Return the modules of all commands, in alphabetical order of their names."""
+    found: dict[str, Any] = {"inspect": inspect, "export": export}
+    found |= {entry.name: entry.load() for entry in entry_points(group=COMMAND_GROUP)}
+    return [found[name] for name in sorted(found)]
 
 
 def _report(message: str, code: int) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import bad_value
 from .texts import examples
+
+BASE_MODEL_GROUP = "aroma.base_models"
+"""Entry point group of functions that know further names of base models."""
 
 
 def add_parser(commands: Any) -> None:
@@ -75,18 +78,15 @@ def _export(arguments: argparse.Namespace) -> str:
 def _base_of(arguments: argparse.Namespace) -> str | None:
     """Return where the base model is, if it is another place than the one that PEFT recorded.
 
-    Of a model from a GGUF file PEFT records the folder of its conversion, which other machines do not have.
+    The entry point group `aroma.base_models` holds functions that know further names of base models: each takes the
+    adapter's folder and the given name, or None, and returns a folder or hub name, or None.
     """
-    from ..lab.language.model import model_source
-    from ..lab.language.task import LANGUAGE_KIND, load_language_task, task_kind
-    from ..lab.specs import ModelSpec
-    from ..lab.task import TASK_FILE
-
-    if arguments.base_model is not None:
-        return model_source(ModelSpec(arguments.base_model))
-    if (Path(arguments.adapter) / TASK_FILE).exists() and task_kind(arguments.adapter) == LANGUAGE_KIND:
-        return model_source(load_language_task(arguments.adapter).model)
-    return None
+    name: str | None = arguments.base_model
+    for entry in entry_points(group=BASE_MODEL_GROUP):
+        found: str | None = entry.load()(arguments.adapter, name)
+        if found is not None:
+            return found
+    return name
 
 
 _MEANT_FOR = {"rank": ("uniform",), "base_model": ("merged", "gguf"), "dtype": ("merged",)}

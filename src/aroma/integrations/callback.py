@@ -15,13 +15,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from ..controller import AromaController
-from ..distributed import unwrapped_optimizer
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
-from ..sharded import local
+from ..sharding import StepHooks, is_zero, local, own_entries, unwrapped_optimizer
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from ..zero import StepHooks, is_zero, own_entries
 from .rewarmup import Rewarmup, was_skipped
 
 # GreedyLR is younger than the oldest transformers that will do.

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..controller import AromaController
-from ..distributed import unwrapped_optimizer
 from ..errors import CheckpointError
 from ..events import Event
+from ..sharding import StepHooks, is_zero, unwrapped_optimizer
 from ..tuner.state import read_controller_state
-from ..zero import StepHooks, is_zero
 from .rewarmup import Rewarmup, makes_state_only, was_skipped
 
 

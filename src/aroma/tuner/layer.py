@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, NonFiniteError, bad_value
-from ..sharded import gathered, is_sharded, local, write
-from ..zero import Partition, is_partitioned, partition_of
+from ..sharding import Partition, gathered, is_partitioned, is_sharded, local, partition_of, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Update, add_update, autocast_dtype, linear_with_update
 from .watched import are_plain_linear, is_hooked, is_traced, returns_its_own

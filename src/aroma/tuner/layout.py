@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ..files import tensors_digest
-from ..sharded import Factors
+from ..sharding import Factors
 
 if TYPE_CHECKING:
     from .config import AromaConfig

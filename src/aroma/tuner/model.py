@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
-from ..sharded import gathered, is_sharded, shared_out
-from ..zero import is_partitioned
+from ..sharding import gathered, is_partitioned, is_sharded, shared_out
 from .config import PEFT_TYPE, AromaConfig
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
-from ..distributed import is_distributed, processes_of_node
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, read_json, read_tensors, write_json, write_tensors
+from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 
 if TYPE_CHECKING:

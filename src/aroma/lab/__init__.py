@@ -1,1 +1,0 @@
-"""Experiments: recipes, data, metrics, runs, figures, and the demo."""

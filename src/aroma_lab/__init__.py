@@ -1,0 +1,1 @@
+"""The laboratory: recipes, experiments, tables and figures, benchmarks, around the library `aroma`."""

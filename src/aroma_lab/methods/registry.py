@@ -1,0 +1,67 @@
+"""Every method by the name that it has in an experiment's file, and its options, checked one by one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from aroma.errors import bad_value
+
+from ..keys import typed, unknown_key
+from .adalora import AdaLora
+from .aroma import Aroma
+from .base import Method
+from .bitfit import BitFit
+from .bottleneck import Houlsby, Pfeiffer
+from .full import Full
+from .head_only import HeadOnly
+from .lora import Lora
+from .pretrained import Pretrained
+from .relora import ReLora
+from .relora_components import Relora
+
+METHODS: dict[str, type[Method]] = {
+    "pretrained": Pretrained,
+    "full": Full,
+    "head_only": HeadOnly,
+    "bitfit": BitFit,
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
+    "lora": Lora,
+    "adalora": AdaLora,
+    "relora": Relora,
+    "relora_merge": ReLora,
+    "aroma": Aroma,
+}
+"""The methods by kind."""
+
+
+def make_method(kind: str, options: Mapping[str, Any]) -> Method:
+    """Return a method.
+
+    Args:
+        kind: One of `METHODS`.
+        options: Its options by name; what is left out has its default.
+
+    Raises:
+        ConfigError: An unknown kind or option, of which the nearest known one is named, or a value of a wrong type or
+            out of range.
+    """
+    if kind not in METHODS:
+        nearest = difflib.get_close_matches(kind, METHODS, n=1, cutoff=0.0)[0]
+        raise bad_value(
+            "kind",
+            kind,
+            f"there is no such kind of method; the nearest is {nearest!r}, and all are {', '.join(METHODS)}",
+        )
+    types = METHODS[kind].option_types()
+    for name, value in options.items():
+        if not types:
+            raise bad_value(f"options.{name}", value, f"the method {kind!r} has no options; leave it out")
+        if name not in types:
+            raise unknown_key(
+                f"options.{name}", value, [f"options.{known}" for known in types], f"the method {kind!r}"
+            )
+    chosen = {name: typed(f"options.{name}", value, types[name]) for name, value in options.items()}
+    return METHODS[kind].from_options(chosen)

@@ -1,0 +1,74 @@
+"""The processes that train one model: those that torchrun started, or this one alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aroma.errors import bad_value
+from aroma.sharding import processes_of_node, refuse_together, world_size
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes, as this one sees them.
+
+    Args:
+        state: accelerate's.
+    """
+
+    state: Any
+
+    @classmethod
+    def join(cls) -> Processes:
+        """Join those of the launch; each has one device."""
+        from accelerate import PartialState
+
+        return cls(PartialState(cpu=not torch.accelerator.is_available()))
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return world_size()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return bool(self.state.is_main_process)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return a context in which what one process refuses is raised in all."""
+        return refuse_together(self.state.device)
+
+    def wait(self) -> None:
+        """Wait until all have come here."""
+        self.state.wait_for_everyone()
+
+    def leave(self) -> None:
+        """Part, when all is done."""
+        self.state.destroy_process_group()
+
+
+def require_as_many(checkpoint: str | None) -> None:
+    """Refuse to go on from a checkpoint of another number of processes: its batches would be others.
+
+    Args:
+        checkpoint: A checkpoint of the Trainer, which saves the random numbers of every process of a machine in a file
+            of its own; None for none.
+
+    Raises:
+        ConfigError: There were more of them, or fewer.
+    """
+    if checkpoint is None:
+        return
+    before, now = max(1, len([*Path(checkpoint).glob("rng_state_*.pth")])), processes_of_node()
+    if before != now:
+        raise bad_value(
+            "--nproc-per-node",
+            now,
+            f"{checkpoint} is of {before} on this machine, and a step would have other examples; start {before}",
+        )

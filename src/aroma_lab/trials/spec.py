@@ -1,0 +1,108 @@
+"""What a trial is: one method, one task, one seed, nothing left open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from aroma.errors import CheckpointError, bad_value
+from aroma.files import read_json, write_json
+
+from ..specs import TrainSpec, check_training
+from ..tasks.spec import TaskSpec
+
+PURPOSES = ("report", "select")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run, fully resolved; to and from JSON.
+
+    Args:
+        name: Its folder's name below the runs, as `"mrpc/lora-r8/seed-0"`.
+        model: Hub name or folder of the pretrained model, or `"minilm"`: the packaged encoder.
+        task: The data, the metric, and what is held out.
+        method: Label of the method in tables, as `"lora-r8"`.
+        kind: Kind of the method; one of `METHODS`.
+        options: Fields of the method.
+        training: The loop; its seed is the trial's.
+        purpose: `"report"`: evaluated on the held-out and on the reported examples. `"select"`: on the held-out ones
+            alone; the reported ones are not even looked at.
+        dtype: Type of the pretrained weights; see `ModelSpec`.
+        quantization: Quantization of the pretrained weights; see `ModelSpec`.
+    """
+
+    name: str
+    model: str
+    task: TaskSpec
+    method: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    training: TrainSpec = field(default_factory=TrainSpec)
+    purpose: Literal["report", "select"] = "report"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["nf4", "int8"] | None = None
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.name)
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise bad_value("trial.name", self.name, "give a path below the folder of runs, as mrpc/lora-r8/seed-0")
+        if not self.model:
+            raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
+        if self.purpose not in PURPOSES:
+            raise bad_value("trial.purpose", self.purpose, f"give one of {', '.join(PURPOSES)}")
+        check_training(self.training)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the trial as a JSON-able dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Trial:
+        """Return the trial that `as_dict` described.
+
+        Raises:
+            TypeError: A key is unknown or missing.
+            ConfigError: A value that cannot work.
+        """
+        sections = {"task": TaskSpec(**values["task"]), "training": TrainSpec(**values["training"])}
+        return cls(**{**values, **sections})
+
+
+def save_trial(trial: Trial, path: str | os.PathLike[str]) -> None:
+    """Write a trial as JSON, atomically."""
+    write_json(path, trial.as_dict())
+
+
+def load_trial(path: str | os.PathLike[str]) -> Trial:
+    """Read a trial.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or edited so that it is no trial.
+        ConfigError: A value that cannot work.
+    """
+    content = read_json(path)
+    try:
+        return Trial.from_dict(content)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: edited, no trial ({error}); restore the file that was written") from error
+
+
+def differing_keys(one: Trial, other: Trial) -> list[str]:
+    """Return the dotted keys in which two trials differ, in the order of the file."""
+    left, right = _flatten(one.as_dict()), _flatten(other.as_dict())
+    return [key for key in {**left, **right} if key not in left or key not in right or left[key] != right[key]]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested `values` by dotted key, sequences as lists, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

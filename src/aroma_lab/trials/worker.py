@@ -1,0 +1,53 @@
+"""`python -m aroma_lab.trials.worker TRIAL.json FOLDER`: one trial in a process of its own.
+
+Exit codes: 0 for a finished trial, 1 for one that failed, which leaves `failure.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from aroma.files import read_json
+
+from ..allocator import keep_freed_memory
+
+_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+"""What the libraries read when they are loaded to size their pools of threads."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the trial described in a file, in a folder; return the exit code."""
+    trial_file, folder = arguments
+    keep_freed_memory()
+    try:
+        _pin_threads(read_json(trial_file)["training"].get("threads"))
+        _run(trial_file, Path(folder))
+    except Exception as error:
+        from .folder import TrialFolder
+
+        TrialFolder(Path(folder)).record_failure(error)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _pin_threads(threads: int | None) -> None:
+    """Give every library's pool so many threads; called before any of them is loaded."""
+    if threads is not None:
+        os.environ.update(dict.fromkeys(_POOLS, str(threads)))
+
+
+def _run(trial_file: str, folder: Path) -> None:
+    from aroma.cli.quiet import quiet
+
+    quiet()
+    from .run import run_trial
+    from .spec import load_trial
+
+    run_trial(load_trial(trial_file), folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
