@@ -10,7 +10,7 @@ from transformers import (
     set_seed,
 )
 
-from aroma_lab.bbc import TOPICS, load_articles, model_folder, split_articles
+from aroma_lab.demo.bbc import TOPICS, load_articles, model_folder, split_articles
 
 set_seed(0)
 name = str(model_folder())  # or a hub name: "sentence-transformers/all-MiniLM-L6-v2"

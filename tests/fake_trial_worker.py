@@ -1,4 +1,4 @@
-"""Stands in for `aroma_lab.trials.worker` where a test is about who runs what: a score in no time, without PyTorch.
+"""Stands in for `aroma_lab.run.worker` where a test is about who runs what: a score in no time, without PyTorch.
 
 It appends the trial's name to `$FAKE_LOG`, takes `$FAKE_SECONDS`, and does as the trial's weight decay says: at FAILS
 it leaves a failure, at DIES it is killed, at DIES_ONCE only the first time.

@@ -63,7 +63,7 @@ def test_each_help_ends_with_examples_that_parse(command, capsys):
 
 
 def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
-    from aroma_lab.recipe import recipe_keys
+    from aroma_lab.run.recipe import recipe_keys
 
     with pytest.raises(SystemExit):
         main(["train", "--help"])

@@ -15,14 +15,14 @@ from transformers import AutoModelForSequenceClassification
 from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
-from aroma_lab.evaluate import evaluate_adapter
-from aroma_lab.figures import places_of, rank_picture
-from aroma_lab.model import count_trainable, grow, load_classifier
-from aroma_lab.provenance import git_revision
-from aroma_lab.run_folder import EventLog
+from aroma_lab.pictures.rank_picture import places_of, rank_picture
+from aroma_lab.run.provenance import git_revision
+from aroma_lab.run.recipe_run import check_schedule, planned_steps
+from aroma_lab.run.run_folder import EventLog
 from aroma_lab.specs import TrainSpec
-from aroma_lab.train import check_schedule, planned_steps
-from aroma_lab.trainer import make_optimizer
+from aroma_lab.tasks.evaluate import evaluate_adapter
+from aroma_lab.tasks.model import count_trainable, grow, load_classifier
+from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 STEPS = 60
@@ -364,7 +364,7 @@ class _Drawn:
 def test_circles_have_areas_in_proportion_and_rank_0_is_a_cross():
     from matplotlib.patches import Circle
 
-    from aroma_lab.figures import draw_ranks
+    from aroma_lab.pictures.rank_picture import draw_ranks
 
     matrices = [_Drawn("h.0.q", 8, 4.0), _Drawn("h.1.q", 2, 2.0), _Drawn("h.2.q", 0, 0.0)]
     axes = draw_ranks(matrices, "title").axes[0]

@@ -26,7 +26,7 @@ from aroma_lab.language.results import write_predictions
 from aroma_lab.language.spec import LanguageSpec
 from aroma_lab.language.task import LanguageTask, save_language_task
 from aroma_lab.specs import ModelSpec
-from aroma_lab.task import Task, save_task
+from aroma_lab.tasks.task import Task, save_task
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "commonsense"

@@ -7,10 +7,10 @@ import pytest
 from transformers import BertConfig, RobertaConfig
 
 from aroma.errors import ConfigError, DataError
-from aroma_lab.data import Examples, load_examples, load_splits, split_validation
-from aroma_lab.encode import check_positions, encode, load_tokenizer
-from aroma_lab.sources import read_file, read_fitting
 from aroma_lab.specs import DataSpec
+from aroma_lab.tasks.data import Examples, load_examples, load_splits, split_validation
+from aroma_lab.tasks.encode import check_positions, encode, load_tokenizer
+from aroma_lab.tasks.sources import read_file, read_fitting
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 ROWS = "text,label\n" + "".join(f"t{i},{'yes' if i % 3 else 'no'}\n" for i in range(30))

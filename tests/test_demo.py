@@ -15,15 +15,16 @@ from aroma.controller import AromaController
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma.events import ModuleSummary
 from aroma.tuner import AromaConfig, aroma_layers
-from aroma_lab import bbc, demo
-from aroma_lab.baseline import fit_head
-from aroma_lab.data import Examples
-from aroma_lab.demo_report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
-from aroma_lab.encode import encode, load_tokenizer
-from aroma_lab.evaluate import predict_logits
-from aroma_lab.model import grow, load_classifier
-from aroma_lab.reload import Agreement, compare_logits, reloaded_logits
-from aroma_lab.task import Task, save_trained
+from aroma_lab.demo import bbc
+from aroma_lab.demo import run as demo
+from aroma_lab.demo.baseline import fit_head
+from aroma_lab.demo.reload import Agreement, compare_logits, reloaded_logits
+from aroma_lab.demo.report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
+from aroma_lab.tasks.data import Examples
+from aroma_lab.tasks.encode import encode, load_tokenizer
+from aroma_lab.tasks.evaluate import predict_logits
+from aroma_lab.tasks.model import grow, load_classifier
+from aroma_lab.tasks.task import Task, save_trained
 from tiny_classifier import save_tiny_bert
 
 HELD_OUT_DIGEST = "27fbf546d013906bef0eee35c6091a5dfe3375846275733e64822b1a4a757b20"

@@ -9,7 +9,7 @@ import pytest
 
 from aroma_lab.grid.expand import check_methods, expand
 from aroma_lab.grid.reader import load_grid
-from aroma_lab.trials.spec import Trial
+from aroma_lab.run.trial import Trial
 
 GRID = Path(__file__).parents[1] / "examples" / "lab" / "glue-roberta-base.yaml"
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")

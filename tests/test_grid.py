@@ -23,7 +23,7 @@ from aroma_lab.grid.spec import Part
 from aroma_lab.grid.status import Ended, GridStatus, Pace, Running
 from aroma_lab.grid.survey import due, survey
 from aroma_lab.grid.worker import worker_environment
-from aroma_lab.trials.spec import save_trial
+from aroma_lab.run.trial import save_trial
 
 TESTS = Path(__file__).parent
 EXAMPLES = [
@@ -505,7 +505,7 @@ def test_a_trial_that_failed_needs_its_data_only_to_be_run_again(no_worker, tmp_
 
 def test_every_task_is_loaded_once_and_with_what_is_reported_if_any_trial_reports_it(monkeypatch, tmp_path):
     loaded = []
-    monkeypatch.setattr("aroma_lab.trials.work.work_of", loaded.append)
+    monkeypatch.setattr("aroma_lab.run.work.work_of", loaded.append)
     select = {"over": {"training.learning_rate": [1e-3, 2e-3]}}
     grid = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "select": select})
     tried = candidates(grid)

@@ -19,9 +19,9 @@ from aroma_lab.methods import METHODS, AdaLora, Aroma, BitFit, Full, HeadOnly, L
 from aroma_lab.methods.head import Head, head_of
 from aroma_lab.methods.modules import find_targets
 from aroma_lab.methods.peft_adapter import PeftAdapter
-from aroma_lab.model import count_trainable, grow, load_classifier
 from aroma_lab.specs import TrainSpec
-from aroma_lab.trainer import make_optimizer
+from aroma_lab.tasks.model import count_trainable, grow, load_classifier
+from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import WORDS, sentences, write_json_lines
 
 VOCABULARY, STEPS, LABELS = 45, 5, ("a", "b", "c")

@@ -24,9 +24,9 @@ from aroma_lab.language.gguf_source import cache_folder, resolve_gguf
 from aroma_lab.language.model import load_causal_lm, load_lm_tokenizer, model_source, positions_of
 from aroma_lab.language.spec import LanguageSpec
 from aroma_lab.language.task import LanguageTask, load_language_task, save_language_task, task_kind
-from aroma_lab.recipe import make_recipe
+from aroma_lab.run.recipe import make_recipe
 from aroma_lab.specs import ModelSpec
-from aroma_lab.task import TASK_FILE, Task, save_task
+from aroma_lab.tasks.task import TASK_FILE, Task, save_task
 from tiny_classifier import save_tiny_bert
 from tiny_gguf import POSITIONS, tiny_llama, write_gguf
 from tiny_lm import save_tiny_lm, tiny_tokenizer

@@ -26,9 +26,9 @@ from aroma_lab.language.fingerprint import fingerprint_of
 from aroma_lab.language.opening import open_adapter
 from aroma_lab.language.prompt import PromptBuilder
 from aroma_lab.language.spec import LanguageSpec
-from aroma_lab.recipe import make_recipe
-from aroma_lab.train import job_of, run_recipe
-from aroma_lab.trials.run import run_trial
+from aroma_lab.run.recipe import make_recipe
+from aroma_lab.run.recipe_run import job_of, run_recipe
+from aroma_lab.run.trial_run import run_trial
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
 STEPS = 30

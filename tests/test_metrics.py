@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from aroma.errors import DataError, NonFiniteError
-from aroma_lab.data import Examples
-from aroma_lab.encode import encode, load_tokenizer
-from aroma_lab.evaluate import predict_logits
-from aroma_lab.metrics import (
+from aroma_lab.tasks.data import Examples
+from aroma_lab.tasks.encode import encode, load_tokenizer
+from aroma_lab.tasks.evaluate import predict_logits
+from aroma_lab.tasks.metrics import (
     binary_f1,
     classification_metrics,
     loss_of,
@@ -15,7 +15,7 @@ from aroma_lab.metrics import (
     regression_metrics,
     trainer_metrics,
 )
-from aroma_lab.model import load_classifier
+from aroma_lab.tasks.model import load_classifier
 from tiny_classifier import save_tiny_bert
 
 

@@ -10,14 +10,14 @@ import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.patches import Circle, Rectangle
 
-from aroma.cli import lab_figure
 from aroma.errors import AromaError, CheckpointError, ConfigError, DataError
 from aroma.files import write_json
-from aroma_lab.figures import rank_picture
+from aroma_lab.cli import lab_figure
 from aroma_lab.pictures.circles import Grown, RankPanel, draw_rank_panels
 from aroma_lab.pictures.draw import KINDS, Choice, draw_figure
 from aroma_lab.pictures.modules import matching_module, paper_modules, short_name
 from aroma_lab.pictures.pareto import pareto_front
+from aroma_lab.pictures.rank_picture import rank_picture
 from aroma_lab.pictures.series import band_of_points, band_of_steps
 from aroma_lab.pictures.style import SUFFIXES, save_picture, size_text, style_of
 from made_up_runs import MODULES, edit, write_adapter, write_grid, write_run, write_untrained_run

@@ -10,8 +10,7 @@ import yaml
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
 from aroma.tuner.config import METHOD_FIELDS
-from aroma_lab.model import adapter_config
-from aroma_lab.recipe import (
+from aroma_lab.run.recipe import (
     AdapterSpec,
     Recipe,
     differing_keys,
@@ -21,6 +20,7 @@ from aroma_lab.recipe import (
     recipe_keys,
     save_recipe,
 )
+from aroma_lab.tasks.model import adapter_config
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 MINIMAL = {"model.name": "bert", "data.train": "train.csv"}

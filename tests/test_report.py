@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aroma.cli import lab_table
 from aroma.errors import CheckpointError, ConfigError
+from aroma_lab.cli import lab_table
 from aroma_lab.report import formats
 from aroma_lab.report.inner_table import Loop, loops_of, predicted_step
 from aroma_lab.report.kinds import KINDS, make_table

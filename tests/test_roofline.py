@@ -87,7 +87,7 @@ def test_the_benchmark_names_the_roofline(capsys, tmp_path):
 
 FAULTS = """
 import resource, sys, torch
-from aroma_lab.allocator import keep_freed_memory
+from aroma_lab.run.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults():
@@ -114,7 +114,7 @@ def test_kept_memory_is_not_mapped_again():
 
 
 def test_only_glibc_can_be_told(monkeypatch):
-    from aroma_lab import allocator
+    from aroma_lab.run import allocator
 
     monkeypatch.setattr(allocator.sys, "platform", "darwin")
     assert allocator.keep_freed_memory() is False

@@ -19,19 +19,19 @@ from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.measures import grown_norms, pair_norms
 from aroma_lab.bench.memory import kept_bytes, optimizer_bytes
+from aroma_lab.estimate.architecture import build, layers_of
+from aroma_lab.estimate.checks import inner_check_bytes, outer_step_bytes
+from aroma_lab.estimate.devices import DEVICES, GIB, device_of_memory, find_device
+from aroma_lab.estimate.estimate import estimate
+from aroma_lab.estimate.fit import fit
+from aroma_lab.estimate.inventory import finished_bytes, take_inventory
+from aroma_lab.estimate.optimizers import state_bytes
+from aroma_lab.estimate.settings import ScaleSettings
+from aroma_lab.estimate.shapes import load_config
+from aroma_lab.estimate.step import run_step, step_use
+from aroma_lab.estimate.traffic import Traffic
 from aroma_lab.language.model import quantization_config
-from aroma_lab.memory import peak_bytes
-from aroma_lab.scale.architecture import build, layers_of
-from aroma_lab.scale.checks import inner_check_bytes, outer_step_bytes
-from aroma_lab.scale.devices import DEVICES, GIB, device_of_memory, find_device
-from aroma_lab.scale.estimate import estimate
-from aroma_lab.scale.fit import fit
-from aroma_lab.scale.inventory import finished_bytes, take_inventory
-from aroma_lab.scale.optimizers import state_bytes
-from aroma_lab.scale.settings import ScaleSettings
-from aroma_lab.scale.shapes import load_config
-from aroma_lab.scale.step import run_step, step_use
-from aroma_lab.scale.traffic import Traffic
+from aroma_lab.run.memory import peak_bytes
 from models import ARCHITECTURES, METHOD, adapted, saved_base, trainable
 
 COMPONENTS = (0, 1, 8, 9, 100)
@@ -504,7 +504,7 @@ def test_nothing_of_the_layer_stays_changed():
     from torch.nn import functional as F
 
     from aroma.tuner import fused, layer
-    from aroma_lab.scale.attention import as_on_a_device
+    from aroma_lab.estimate.attention import as_on_a_device
 
     before = (layer.is_traced, layer.autocast_dtype, fused.autocast_dtype, fused._without_autocast, F.dropout)
     with as_on_a_device():

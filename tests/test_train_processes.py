@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from aroma.cli import main
 from aroma.errors import ConfigError
-from aroma_lab.processes import require_as_many
+from aroma_lab.run.processes import require_as_many
+from aroma_lab.run.recipe_run import planned_steps
 from aroma_lab.specs import TrainSpec
-from aroma_lab.train import planned_steps
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 import trial_runs
 from aroma.errors import CheckpointError, ConfigError
 from aroma.files import read_json
-from aroma_lab.classify import ClassifierJob
-from aroma_lab.trials.folder import TrialFolder
-from aroma_lab.trials.run import run_trial
-from aroma_lab.trials.trainer import EpochLengthSampler
+from aroma_lab.run.folder import TrialFolder
+from aroma_lab.run.trial_run import run_trial
+from aroma_lab.tasks.classify import ClassifierJob
+from aroma_lab.training.exact_resume import EpochLengthSampler
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
 COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds"}

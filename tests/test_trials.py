@@ -22,23 +22,23 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from aroma_lab import classify
-from aroma_lab.encode import encode as real_encode
-from aroma_lab.encode import load_tokenizer
 from aroma_lab.methods.registry import make_method
-from aroma_lab.model import load_classifier
-from aroma_lab.objective import Objective
+from aroma_lab.run import usage, worker
+from aroma_lab.run.curve import Curve
+from aroma_lab.run.folder import TrialFolder
+from aroma_lab.run.history import history_of, inner_checks_of
+from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
+from aroma_lab.run.trial_run import run_trial, seeded_options
+from aroma_lab.run.usage import Usage
 from aroma_lab.specs import TrainSpec
+from aroma_lab.tasks import classify
+from aroma_lab.tasks.encode import encode as real_encode
+from aroma_lab.tasks.encode import load_tokenizer
 from aroma_lab.tasks.load import load_task
+from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.spec import TaskSpec
-from aroma_lab.trainer import make_optimizer, training_arguments
-from aroma_lab.trials import usage, worker
-from aroma_lab.trials.curve import Curve
-from aroma_lab.trials.folder import TrialFolder
-from aroma_lab.trials.history import history_of, inner_checks_of
-from aroma_lab.trials.run import run_trial, seeded_options
-from aroma_lab.trials.spec import Trial, differing_keys, load_trial, save_trial
-from aroma_lab.trials.usage import Usage
+from aroma_lab.training.objective import Objective
+from aroma_lab.training.trainer import make_optimizer, training_arguments
 from trial_runs import METHODS, STEPS, read, save_material, trial_of
 
 
@@ -529,7 +529,7 @@ def test_the_worker_runs_a_trial_with_pinned_threads(material: Path, tmp_path: P
     (tmp_path / "run" / "worker.log").write_text("")
     (tmp_path / "run" / "failure.json").write_text("{}")
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    command = [sys.executable, "-m", "aroma_lab.trials.worker", str(tmp_path / "trial.json"), str(tmp_path / "run")]
+    command = [sys.executable, "-m", "aroma_lab.run.worker", str(tmp_path / "trial.json"), str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = read(tmp_path / "run" / "result.json")

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from aroma_lab.run.progress_file import ProgressFile
+from aroma_lab.run.trial import Trial
+from aroma_lab.run.trial_run import run_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.spec import TaskSpec
-from aroma_lab.trials.progress import ProgressFile
-from aroma_lab.trials.run import run_trial
-from aroma_lab.trials.spec import Trial
 from tiny_classifier import WORDS, save_tiny_bert, write_json_lines
 
 STEPS, SAVE_STEPS, LAST = 18, 5, 15

@@ -12,7 +12,7 @@ import torch
 
 from aroma.errors import bad_value
 
-from ..provenance import provenance
+from ..run.provenance import provenance
 
 
 def require_device(device: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..allocator import keep_freed_memory
 from ..methods import encoder_linears
-from ..phases import Phase, silent_phase
+from ..progress import Phase, silent_phase
+from ..run.allocator import keep_freed_memory
 from .cases import Case, select_cases
 from .contestant import Contestant
 from .growth_cost import growth_cost

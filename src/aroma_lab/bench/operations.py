@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..allocator import keep_freed_memory
 from ..methods import encoder_linears
-from ..phases import Phase, silent_phase
+from ..progress import Phase, silent_phase
+from ..run.allocator import keep_freed_memory
 from .cases import select_cases
 from .contestant import Contestant
 from .machine import bench_provenance, require_device

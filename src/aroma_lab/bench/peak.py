@@ -10,7 +10,7 @@ from typing import Any
 
 from aroma.errors import ConfigError
 
-from ..memory import peak_bytes
+from ..run.memory import peak_bytes
 from .settings import BenchSettings
 
 _STEPS = 2

@@ -13,7 +13,7 @@ from aroma.errors import CheckpointError, DataError, bad_value
 from aroma.events import Event
 from aroma.files import read_json
 
-from ..run_folder import RunFolder
+from ..run.run_folder import RunFolder
 from .trajectory import Change, Trajectory
 
 TRAJECTORY_FILE = "trajectory.json"

@@ -12,7 +12,7 @@ from aroma.measures import PairSnapshot, grown_norms, inner_values, pair_norms, 
 from aroma.target import TargetModule
 from aroma.tuner import AromaConfig, aroma_layers
 
-from ..figures import places_of
+from ..pictures.rank_picture import places_of
 from .trajectory import Change, Trajectory
 
 

@@ -12,8 +12,8 @@ import torch
 
 from aroma.files import write_json
 
-from ..phases import Phase, silent_phase
-from ..run_folder import require_empty
+from ..progress import Phase, silent_phase
+from ..run.run_folder import require_empty
 from .accounting import UNFROZEN, ArmLedger, Epoch
 from .machine import require_device
 from .recorder import TRAJECTORY_FILE

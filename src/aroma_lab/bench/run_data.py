@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..data import Splits
-from ..encode import encode
 from ..specs import Recipe
+from ..tasks.data import Splits
+from ..tasks.encode import encode
 from .settings import BenchSettings
 from .shapes import make_batch
 

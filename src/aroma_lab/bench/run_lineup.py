@@ -11,12 +11,12 @@ from transformers import set_seed
 from aroma.errors import bad_value
 from aroma.tuner import aroma_layers
 
-from ..data import load_splits
-from ..encode import check_positions, load_tokenizer
 from ..methods import Aroma
-from ..model import adapter_config, load_classifier
+from ..run.recipe_run import check_schedule, planned_steps
 from ..specs import Recipe, TrainSpec
-from ..train import check_schedule, planned_steps
+from ..tasks.data import load_splits
+from ..tasks.encode import check_positions, load_tokenizer
+from ..tasks.model import adapter_config, load_classifier
 from .recorder import TrajectoryRecorder, read_trajectory
 from .replay import fit_modules
 from .run_arm import Arm

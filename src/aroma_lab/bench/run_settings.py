@@ -9,8 +9,8 @@ from typing import Any
 from aroma.errors import bad_value
 from aroma.files import read_json
 
-from ..recipe import load_recipe
-from ..run_folder import RunFolder
+from ..run.recipe import load_recipe
+from ..run.run_folder import RunFolder
 from ..specs import Recipe
 from .settings import BenchSettings
 

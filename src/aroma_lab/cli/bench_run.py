@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace) -> RunSettings:
     from ..bench.run_settings import RunSettings, facts_of_run
-    from ..recipe import load_recipe
+    from ..run.recipe import load_recipe
 
     given = {
         name: getattr(arguments, name)

@@ -13,7 +13,7 @@ from .phases import shown_phase
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..demo_report import DemoResult
+    from ..demo.report import DemoResult
 
 
 def add_parser(commands: Any) -> None:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..demo import demo_training, run_demo
+    from ..demo.run import demo_training, run_demo
 
     training = demo_training(seed=arguments.seed, threads=arguments.threads, steps=arguments.steps)
     result = run_demo(arguments.out, training, phase=shown_phase, progress=True)
@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _print_summary(result: DemoResult, out: str, console: Console) -> None:
     from rich.table import Table
 
-    from ..bbc import DATA_ORIGIN, MODEL_ORIGIN
-    from ..demo_report import agreement_line, rank_line, result_rows
+    from ..demo.bbc import DATA_ORIGIN, MODEL_ORIGIN
+    from ..demo.report import agreement_line, rank_line, result_rows
 
     table = Table("method", title=f"all {result.held_out_articles} held-out articles", title_justify="left")
     table.add_column("accuracy", justify="right")

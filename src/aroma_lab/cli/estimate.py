@@ -11,7 +11,7 @@ from aroma.errors import bad_value
 from .bench_options import new_files, print_lines
 
 if TYPE_CHECKING:
-    from ..scale.devices import Device
+    from ..estimate.devices import Device
 
 _SHAPES = "roberta-base, minilm, gpt2, llama3-8b, llama3-70b, llama3.1-405b"
 
@@ -85,9 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     from aroma.files import write_json
 
-    from ..scale.estimate import estimate, record
-    from ..scale.settings import ScaleSettings
-    from ..scale.table import bytes_table, notes, verdict_table
+    from ..estimate.estimate import estimate, record
+    from ..estimate.settings import ScaleSettings
+    from ..estimate.table import bytes_table, notes, verdict_table
 
     targets = arguments.target_modules
     settings = [
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _kinds(arguments: argparse.Namespace) -> list[Device]:
     """Return the kinds of devices that were asked for; all where none was."""
-    from ..scale.devices import DEVICES, device_of_memory, find_device
+    from ..estimate.devices import DEVICES, device_of_memory, find_device
 
     named = [find_device(name) for name in arguments.device]
     if arguments.device_memory is not None:

@@ -88,7 +88,7 @@ def _run_classifier(arguments: argparse.Namespace) -> None:
 
     from aroma.files import write_json
 
-    from ..evaluate import evaluate_adapter
+    from ..tasks.evaluate import evaluate_adapter
 
     if len(arguments.data) > 1:
         raise bad_value("data", arguments.data, "give one file; only a language model answers several")

@@ -11,7 +11,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 
 if TYPE_CHECKING:
-    from ..train import RunResult
+    from ..run.recipe_run import RunResult
 
 _EXAMPLES = examples(
     "aroma train examples/recipes/mrpc.yaml",
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
     require_extra("train")
-    from ..recipe import load_recipe
+    from ..run.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.training.loop == "sft":
@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..processes import Processes
-    from ..train import run_recipe
+    from ..run.processes import Processes
+    from ..run.recipe_run import run_recipe
 
     processes = Processes.join()
     console = Console(markup=False, soft_wrap=True)
@@ -92,7 +92,7 @@ def _print_result(result: RunResult) -> None:
 
 
 def _describe_keys() -> str:
-    from ..recipe import recipe_help
+    from ..run.recipe import recipe_help
 
     lines = ["keys of a recipe, with their defaults:"]
     for key, default, meaning in recipe_help():

@@ -9,7 +9,7 @@ from typing import Literal
 
 from aroma.errors import AromaError, ConfigError
 
-from ..trials.spec import Trial
+from ..run.trial import Trial
 from .settings import Settings, section_of
 from .spec import WHOLE, Grid, Part
 
@@ -116,7 +116,7 @@ def check_tasks(trials: Iterable[Trial]) -> None:
             loaded, under the task's name.
         DataError: Examples that cannot be used, likewise.
     """
-    from ..trials.work import work_of
+    from ..run.work import work_of
 
     # Of equal tasks the last counts: a trial that reports reads all that one that selects does.
     by_task = {_task_key(trial): trial for trial in sorted(trials, key=lambda trial: trial.purpose == "report")}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-from ..trials.spec import Trial
+from ..run.trial import Trial
 from .worker import WORKER_MODULE, Worker
 
 _POLL_SECONDS = 0.2

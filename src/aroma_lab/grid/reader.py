@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from aroma.errors import bad_value
 
-from ..keys import apply_overrides, flatten, read_mapping, typed, unknown_key
+from ..settings import apply_overrides, flatten, read_mapping, typed, unknown_key
 from ..specs import TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 from .settings import SECTIONS, check_option, check_setting, check_settings, require_mapping

@@ -13,8 +13,8 @@ import yaml
 from aroma.errors import bad_value
 from aroma.files import read_json, write_json, write_text
 
-from ..trials.files import RUNS, TrialFiles
-from ..trials.spec import Trial
+from ..run.files import RUNS, TrialFiles
+from ..run.trial import Trial
 from .expand import check_methods, check_tasks, expand, report_name
 from .lock import exclusive
 from .pool import run_pool

@@ -11,8 +11,8 @@ from typing import Any
 
 from aroma.files import read_json
 
-from ..trials.files import TrialFiles
-from ..trials.spec import Trial
+from ..run.files import TrialFiles
+from ..run.trial import Trial
 from .expand import Chosen, make_trial
 from .settings import Settings
 from .spec import Grid, Selection

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from aroma.errors import ConfigError, bad_value
 
-from ..keys import flatten, typed, unknown_key
+from ..settings import flatten, typed, unknown_key
 from ..specs import TrainSpec
 from ..tasks.spec import TaskSpec
 

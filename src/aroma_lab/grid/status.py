@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-from ..trials.spec import Trial
+from ..run.trial import Trial
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..trials.files import RUNS, TrialFiles
-from ..trials.spec import Trial
+from ..run.files import RUNS, TrialFiles
+from ..run.trial import Trial
 from .expand import check_methods, expand
 from .select import Candidate, candidates, chosen_settings, selection_of
 from .spec import WHOLE, Grid, Part

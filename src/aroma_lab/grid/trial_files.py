@@ -9,8 +9,8 @@ from typing import Literal
 
 from aroma.errors import ConfigError
 
-from ..trials.files import TrialFiles
-from ..trials.spec import Trial, differing_keys, load_trial
+from ..run.files import TrialFiles
+from ..run.trial import Trial, differing_keys, load_trial
 
 State = Literal["finished", "failed", "interrupted", "new", "conflict"]
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from aroma.files import read_json, write_json
 
-from ..trials.files import TrialFiles
-from ..trials.spec import Trial, save_trial
+from ..run.files import TrialFiles
+from ..run.trial import Trial, save_trial
 from .status import Running
 from .trial_files import tidy
 
-WORKER_MODULE = "aroma_lab.trials.worker"
+WORKER_MODULE = "aroma_lab.run.worker"
 _LOG_LINES = 20
 """Last lines of a dead worker's log that go into its failure."""
 

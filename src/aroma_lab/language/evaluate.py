@@ -8,7 +8,7 @@ from typing import Any
 
 from aroma.errors import DataError, bad_value
 
-from ..phases import Phase, silent_phase
+from ..progress import Phase, silent_phase
 from .answers import extract
 from .asked import prompt_of
 from .commonsense import Question, load_questions

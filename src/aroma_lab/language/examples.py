@@ -11,8 +11,8 @@ from typing import Any, Literal, cast, get_args
 
 from aroma.errors import DataError, bad_value
 
-from ..hub import read_fitting_hub
-from ..sources import Columns, read_fitting
+from ..tasks.hub import read_fitting_hub
+from ..tasks.sources import Columns, read_fitting
 from .records import read_records
 from .spec import LanguageSpec
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from aroma.errors import DataError, bad_value
 
-from ..hub import hub_splits
-from ..job import Prediction
-from ..objective import Objective
-from ..recipe import Recipe
+from ..run.recipe import Recipe
 from ..specs import DataSpec, ModelSpec
+from ..tasks.hub import hub_splits
+from ..training.job import Prediction
+from ..training.objective import Objective
 from .collate import make_collator
 from .encode import EncodeReport, encode_conversations
 from .examples import Conversation, load_conversations, load_hub_conversations

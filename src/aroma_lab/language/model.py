@@ -153,7 +153,7 @@ def base_model_of(adapter: str, name: str | None) -> str | None:
         adapter: Folder of the adapter.
         name: The base model that the user named, or None.
     """
-    from ..task import TASK_FILE
+    from ..tasks.task import TASK_FILE
     from .task import LANGUAGE_KIND, load_language_task, task_kind
 
     if name is not None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aroma.errors import DataError
 
-from ..job import Prediction
-from ..objective import Objective
 from ..specs import ModelSpec
 from ..tasks.score import METRICS
 from ..tasks.spec import HELD_OUT, TaskSpec
+from ..training.job import Prediction
+from ..training.objective import Objective
 from .commonsense import Question, load_questions
 from .evaluate import QuestionEvaluation, evaluate_questions
 from .examples import Conversation, load_conversations

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import SFTConfig, SFTTrainer
 
-from ..trials.trainer import ExactResume
+from ..training.exact_resume import ExactResume
 
 
 class SftMethodTrainer(ExactResume, SFTTrainer):

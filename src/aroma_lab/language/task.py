@@ -11,9 +11,9 @@ from typing import Any, Literal, get_type_hints
 from aroma.errors import CheckpointError, ConfigError
 from aroma.files import read_json, write_json
 
-from ..keys import typed
+from ..settings import typed
 from ..specs import ModelSpec
-from ..task import TASK_FILE, load_task
+from ..tasks.task import TASK_FILE, load_task
 from .gguf_source import PACKAGED
 from .spec import LanguageSpec
 

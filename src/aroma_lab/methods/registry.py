@@ -8,7 +8,7 @@ from typing import Any
 
 from aroma.errors import bad_value
 
-from ..keys import typed, unknown_key
+from ..settings import typed, unknown_key
 from .adalora import AdaLora
 from .aroma import Aroma
 from .base import Method

@@ -13,7 +13,7 @@ from aroma.errors import DataError, bad_value
 from ..report.attempts import Run, read_attempt
 from ..report.checks import read_record, require_keys
 from ..report.records import load_records
-from ..trials.files import TrialFiles
+from ..run.files import TrialFiles
 from .style import Style, style_of
 
 

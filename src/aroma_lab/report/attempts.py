@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..trials.files import TrialFiles
+from ..run.files import TrialFiles
 from .checks import read_record, require_keys, require_types
 
 _TRIAL_KEYS = ("name", "model", "task", "method", "kind", "options", "training", "purpose")

@@ -11,7 +11,7 @@ from typing import Any
 
 from aroma.errors import CheckpointError, bad_value
 
-from ..trials.files import RUNS, TrialFiles
+from ..run.files import RUNS, TrialFiles
 from .attempts import Attempt, Failure, Run, read_attempt
 from .grid_files import read_grid, read_selection
 

@@ -12,8 +12,8 @@ from ..grid.lock import exclusive
 from ..grid.status import Running
 from ..grid.trial_files import clear_if_new, require_no_conflicts, state_of
 from ..grid.worker import WORKER_MODULE, Worker
-from ..trials.files import RUNS, TrialFiles
-from ..trials.spec import Trial
+from ..run.files import RUNS, TrialFiles
+from ..run.trial import Trial
 
 _STOP_SECONDS = 10.0
 

@@ -14,7 +14,7 @@ from optuna.trial import Trial
 from aroma.errors import bad_value
 
 from ..grid.settings import SECTIONS
-from ..keys import flatten, unknown_key
+from ..settings import flatten, unknown_key
 
 Space = dict[str, BaseDistribution]
 """Distributions by dotted key of a trial, as `training.learning_rate`."""

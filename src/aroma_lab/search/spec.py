@@ -15,8 +15,8 @@ from ..grid.expand import make_trial
 from ..grid.reader import make_grid, read_grid_file
 from ..grid.settings import check_setting
 from ..grid.spec import Grid
-from ..keys import typed, unknown_key
-from ..trials.spec import Trial
+from ..run.trial import Trial
+from ..settings import typed, unknown_key
 from .space import Space, extremes, grid_points, read_space, whole_keys
 
 _OWN = ("space", "sampler", "sampler_seed", "trials", "study", "storage", "heartbeat")

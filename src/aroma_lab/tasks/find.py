@@ -7,7 +7,7 @@ from pathlib import Path
 
 from aroma.errors import DataError
 
-from ..sources import FORMATS
+from .sources import FORMATS
 from .spec import TaskSpec
 
 _SHARD = "-00000-of-00001.parquet"

@@ -7,12 +7,12 @@ from typing import Any
 
 from aroma.errors import DataError
 
-from ..columns import as_indices, as_numbers, as_texts, label_names_of
-from ..data import Examples, split_validation
-from ..sources import Columns
+from .columns import as_indices, as_numbers, as_texts, label_names_of
+from .data import Examples, split_validation
 from .glue import GlueTask, Layout, glue_task
 from .origin import Origin, find_origin
 from .score import resolve_metric
+from .sources import Columns
 from .spec import TaskData, TaskSpec
 
 Read = tuple[Layout, Columns]

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from aroma.errors import DataError
 
-from ..hub import hub_splits, read_hub
-from ..sources import FORMATS, Columns, read_fitting
 from .find import find_file, has_split
 from .glue import GLUE, HUB, GlueTask, Layout, glue_key
+from .hub import hub_splits, read_hub
+from .sources import FORMATS, Columns, read_fitting
 from .spec import TaskSpec
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from aroma.errors import bad_value
 
-from ..metrics import CHOICE_METRIC
-from ..metrics import metrics_of as task_metrics
+from .metrics import CHOICE_METRIC
+from .metrics import metrics_of as task_metrics
 from .spec import TaskSpec
 
 __all__ = ["METRICS", "resolve_metric", "score", "task_metrics"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from aroma.errors import AromaError, ConfigError, bad_value
 
-from ..data import Examples
+from .data import Examples
 from .glue import Layout
 
 HELD_OUT = "held_out"

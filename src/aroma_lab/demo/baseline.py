@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .data import Examples
-from .encode import encode
+from ..tasks.data import Examples
+from ..tasks.encode import encode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

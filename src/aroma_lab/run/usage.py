@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..memory import peak_bytes, peak_gpu_bytes
+from .memory import peak_bytes, peak_gpu_bytes
 
 
 class Usage:

@@ -17,12 +17,12 @@ from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
 
-from .methods import Method
-from .methods.head import head_of, require_new_trains
-from .methods.hooks import HooksCallback
+from ..methods import Method
+from ..methods.head import head_of, require_new_trains
+from ..methods.hooks import HooksCallback
+from ..specs import TrainSpec
+from .exact_resume import MethodTrainer
 from .objective import Objective
-from .specs import TrainSpec
-from .trials.trainer import MethodTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,7 +140,7 @@ def trainer_class(training: TrainSpec) -> tuple[type[Any], Callable[..., Trainin
     """Return the Trainer that a training section asks for, and what makes its arguments."""
     if training.loop == "trainer":
         return MethodTrainer, TrainingArguments
-    from .language.sft import SftMethodTrainer, sft_arguments
+    from ..language.sft import SftMethodTrainer, sft_arguments
 
     return SftMethodTrainer, sft_arguments
 

@@ -11,8 +11,8 @@ from aroma.checkpoint import save_adapter
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from .specs import DataSpec
-from .tasks.glue import Layout
+from ..specs import DataSpec
+from .glue import Layout
 
 TASK_FILE = "aroma_task.json"
 

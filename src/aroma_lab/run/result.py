@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..job import Prediction
 from ..methods import Method
-from ..model import count_trainable
-from ..spectra_record import spectra_of
+from ..tasks.model import count_trainable
 from ..tasks.score import score
 from ..tasks.spec import HELD_OUT
-from ..trainer import Fit
+from ..training.job import Prediction
+from ..training.trainer import Fit
 from .curve import Curve
 from .history import inner_checks_of
-from .spec import Trial
+from .spectra_record import spectra_of
+from .trial import Trial
 from .usage import Usage
 from .work import Work
 

@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..run.recipe import Recipe
+from ..specs import ModelSpec
+from ..training.job import Prediction
+from ..training.objective import Objective, classifier_objective
 from .data import Examples, load_splits
 from .encode import check_positions, encode, load_tokenizer
-from .job import Prediction
 from .metrics import loss_of, metrics_of
 from .model import load_classifier
-from .objective import Objective, classifier_objective
-from .recipe import Recipe
-from .specs import ModelSpec
 from .task import Task, save_task
 
 if TYPE_CHECKING:

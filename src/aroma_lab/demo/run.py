@@ -17,23 +17,23 @@ from aroma.errors import CheckpointError, bad_value
 from aroma.files import write_json, write_text
 from aroma.tuner import aroma_layers
 
+from ..methods import Aroma
+from ..pictures.rank_picture import rank_picture
+from ..progress import Phase, silent_phase
+from ..run.run_folder import EventLog, require_empty
+from ..specs import AdapterSpec, TrainSpec, check_training
+from ..tasks.data import Examples
+from ..tasks.encode import encode, load_tokenizer
+from ..tasks.evaluate import predict_logits
+from ..tasks.metrics import classification_metrics
+from ..tasks.model import adapter_config, count_trainable, grow, load_classifier
+from ..tasks.task import Task, save_trained
+from ..training.objective import classifier_objective
+from ..training.trainer import Fit, make_trainer
 from .baseline import LinearHead, features_of, fit_head
 from .bbc import TOPICS, as_examples, load_articles, model_folder, split_articles
-from .data import Examples
-from .demo_report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
-from .encode import encode, load_tokenizer
-from .evaluate import predict_logits
-from .figures import rank_picture
-from .methods import Aroma
-from .metrics import classification_metrics
-from .model import adapter_config, count_trainable, grow, load_classifier
-from .objective import classifier_objective
-from .phases import Phase, silent_phase
 from .reload import Agreement, compare_logits, reloaded_logits
-from .run_folder import EventLog, require_empty
-from .specs import AdapterSpec, TrainSpec, check_training
-from .task import Task, save_trained
-from .trainer import Fit, make_trainer
+from .report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,15 +20,15 @@ from aroma.files import write_json
 from aroma.sharding import world_size
 from aroma.tuner import AromaConfig
 
-from .job import Job
-from .methods import Aroma
-from .model import adapter_config, count_trainable, grow
+from ..methods import Aroma
+from ..specs import TrainSpec
+from ..tasks.model import adapter_config, count_trainable, grow
+from ..training.job import Job
+from ..training.trainer import Fit, make_trainer
 from .processes import Processes, require_as_many
 from .provenance import provenance
 from .recipe import Recipe
 from .run_folder import EventLog, RunFolder, check_output, open_folder
-from .specs import TrainSpec
-from .trainer import Fit, make_trainer
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ def job_of(recipe: Recipe) -> Job:
         DataError: Data that cannot be used as described.
     """
     if recipe.data.task == "causal_lm":
-        from .language.job import LanguageJob
+        from ..language.job import LanguageJob
 
         return LanguageJob.of_recipe(recipe)
-    from .classify import ClassifierJob
+    from ..tasks.classify import ClassifierJob
 
     return ClassifierJob.of_recipe(recipe)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from aroma.errors import DataError, bad_value
 
+from ..specs import DataSpec
 from .columns import as_indices, as_numbers, as_texts, label_names_of
 from .hub import hub_splits, read_hub
 from .sources import Columns, read_file
-from .specs import DataSpec
 
 
 @dataclass(frozen=True)

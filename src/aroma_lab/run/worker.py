@@ -1,4 +1,4 @@
-"""`python -m aroma_lab.trials.worker TRIAL.json FOLDER`: one trial in a process of its own.
+"""`python -m aroma_lab.run.worker TRIAL.json FOLDER`: one trial in a process of its own.
 
 Exit codes: 0 for a finished trial, 1 for one that failed, which leaves `failure.json`.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aroma.files import read_json
 
-from ..allocator import keep_freed_memory
+from .allocator import keep_freed_memory
 
 _POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 """What the libraries read when they are loaded to size their pools of threads."""
@@ -43,8 +43,8 @@ def _run(trial_file: str, folder: Path) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
-    from .run import run_trial
-    from .spec import load_trial
+    from .trial import load_trial
+    from .trial_run import run_trial
 
     run_trial(load_trial(trial_file), folder)
 

@@ -16,9 +16,9 @@ from aroma.errors import CheckpointError, ConfigError, bad_value
 from aroma.files import write_json
 
 from ..methods.base import TRAINED_FILE
+from ..training.exact_resume import HOOKS_FILE
 from .files import TrialFiles
-from .spec import Trial, differing_keys, load_trial, save_trial
-from .trainer import HOOKS_FILE
+from .trial import Trial, differing_keys, load_trial, save_trial
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OF_THE_TRAINER = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

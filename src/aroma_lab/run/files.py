@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..run_folder import RunFiles
+from .run_folder import RunFiles
 
 RUNS = "runs"
 """Folder, in the output of a grid or a search, of the trials' folders."""

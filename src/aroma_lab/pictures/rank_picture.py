@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .pictures.circles import Matrix, RankPanel, draw_rank_panels
-from .pictures.places import Place, places_of
-from .pictures.style import SUFFIXES, require_picture_name, save_picture
+from .circles import Matrix, RankPanel, draw_rank_panels
+from .places import Place, places_of
+from .style import SUFFIXES, require_picture_name, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding
 
-from .metrics import CHOICE_METRIC, trainer_metrics
+from ..tasks.metrics import CHOICE_METRIC, trainer_metrics
 
 
 @dataclass(frozen=True)

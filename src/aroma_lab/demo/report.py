@@ -7,10 +7,10 @@ from typing import Any
 
 from aroma.events import ModuleSummary
 
+from ..run.provenance import provenance
+from ..specs import AdapterSpec, TrainSpec
 from .bbc import DATA_ORIGIN, MODEL_ORIGIN
-from .provenance import provenance
 from .reload import Agreement
-from .specs import AdapterSpec, TrainSpec
 
 
 @dataclass(frozen=True)

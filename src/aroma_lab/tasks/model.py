@@ -8,7 +8,7 @@ from typing import Any
 from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
-from .specs import AdapterSpec, ModelSpec, TrainSpec
+from ..specs import AdapterSpec, ModelSpec, TrainSpec
 
 
 def adapter_config(adapter: AdapterSpec, training: TrainSpec, task: str = "classification") -> AromaConfig:
@@ -41,8 +41,8 @@ def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, 
     """
     from transformers import AutoModelForSequenceClassification
 
-    from .language.model import loading_options
-    from .methods.head import remember_head
+    from ..language.model import loading_options
+    from ..methods.head import remember_head
 
     spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -74,14 +74,14 @@ def grow(model: Any, config: AromaConfig) -> Any:
     Raises:
         ConfigError: No module of the model can grow under `config.target_modules`, or a part of the head cannot train.
     """
-    from .methods.peft_adapter import wrap
+    from ..methods.peft_adapter import wrap
 
     return wrap(model, config)
 
 
 def count_trainable(model: Any) -> dict[str, int]:
     """Return the numbers of trainable parameters: `adapter`, `head`."""
-    from .methods.head import head_of
+    from ..methods.head import head_of
 
     head, counts = head_of(model), {"adapter": 0, "head": 0}
     for name, parameter in model.named_parameters():

@@ -12,8 +12,8 @@ import yaml
 from aroma.errors import ConfigError
 from aroma.files import write_text
 
-from .keys import flatten, read_mapping, split_override, typed, unknown_key
-from .specs import AdapterSpec, DataSpec, ModelSpec, Recipe, TrainSpec
+from ..settings import flatten, read_mapping, split_override, typed, unknown_key
+from ..specs import AdapterSpec, DataSpec, ModelSpec, Recipe, TrainSpec
 
 __all__ = ["AdapterSpec", "DataSpec", "ModelSpec", "Recipe", "TrainSpec"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..classify import ClassifierJob
-from ..job import Job
 from ..specs import ModelSpec
-from ..task import Task
+from ..tasks.classify import ClassifierJob
 from ..tasks.load import load_task
 from ..tasks.spec import HELD_OUT
-from .spec import Trial
+from ..tasks.task import Task
+from ..training.job import Job
+from .trial import Trial
 
 PACKAGED_MODEL = "minilm"
 """Name of the encoder that comes with pip."""
@@ -52,6 +52,6 @@ def work_of(trial: Trial) -> Work:
 def _model_name(name: str) -> str:
     if name != PACKAGED_MODEL:
         return name
-    from ..bbc import model_folder
+    from ..demo.bbc import model_folder
 
     return str(model_folder())

@@ -1,0 +1,1 @@
+"""The demo: AROMA on real articles with a real model, offline."""

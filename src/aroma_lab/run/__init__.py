@@ -1,0 +1,1 @@
+"""One run: a trial from its description to its result, exact across kills."""
