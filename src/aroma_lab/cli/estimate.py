@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from aroma.cli.texts import examples
 from aroma.errors import bad_value
 
-from .bench_options import new_files, print_lines
+from .bench import new_files, print_lines
 
 if TYPE_CHECKING:
     from ..estimate.devices import Device
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Estimate; print the tables; write the JSON file."""
     if arguments.json and not arguments.json.endswith(".json"):
         raise bad_value("--json", arguments.json, "the name of the file must end in .json")
-    files = new_files(arguments.json, option="--json") if arguments.json else []
+    files = new_files(arguments.json, "--json") if arguments.json else []
     from aroma.cli.quiet import quiet
 
     quiet()

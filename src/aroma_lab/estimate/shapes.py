@@ -8,8 +8,8 @@ from transformers import GPT2Config, LlamaConfig
 
 from aroma.errors import bad_value
 
-from ..bench.shapes import SHAPES as ENCODERS
-from ..bench.shapes import named_config
+from ..bench.models import SHAPES as ENCODERS
+from ..bench.models import named_config
 
 _LLAMA_3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
