@@ -16,17 +16,8 @@ from aroma.cli import main, make_parser
 from aroma.errors import ConfigError
 from aroma.tuner.fused import Update, linear_with_update
 from aroma_lab.bench.cases import Contender, all_cases, select_cases
-from aroma_lab.bench.measure import (
-    PASSES,
-    Times,
-    case_results,
-    comparisons,
-    kept_bytes,
-    measure,
-    optimizer_bytes,
-    peak_resident_bytes,
-    take_turns,
-)
+from aroma_lab.bench.measure import PASSES, Times, case_results, comparisons, measure, take_turns
+from aroma_lab.bench.memory import kept_bytes, optimizer_bytes, peak_resident_bytes
 from aroma_lab.bench.models import SHAPES, BenchSettings, load_config, make_batch, make_model
 from aroma_lab.bench.profile import BETWEEN, KINDS, kind_of, profile
 from aroma_lab.bench.report import case_frame, draw

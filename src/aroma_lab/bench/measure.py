@@ -1,48 +1,44 @@
 """The measurement: all cases in one process, in turns.
 
 `torch.utils.benchmark.Timer` takes every single time: it warms up, sets the number of threads, waits for the
-accelerator, and keeps Python's garbage collector out. Here is what it leaves open: the order of the cases, the ratios
-round by round, and bytes.
+accelerator, and keeps Python's garbage collector out. This file has what it leaves open: the order of the cases, and
+the ratios round by round.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import platform
 import re
 import statistics
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now
 
-from aroma.cli.quiet import quiet
-from aroma.errors import ConfigError, bad_value
+from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
 from ..methods import Aroma, Lora, encoder_linears
 from ..progress import Phase, silent_phase
 from ..run.allocator import keep_freed_memory
-from ..run.memory import peak_bytes
 from ..run.provenance import provenance
 from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
+from .memory import kept_bytes, optimizer_bytes, peak_of
 from .models import BenchSettings, make_batch, make_model
 
 CONTROLLER_REPEATS = 5
 """Outer steps that are timed."""
 
 _CHECK_INTERVAL = 2
-"""Steps between two timed inner checks: fewer than in training, to save time. It does not change what a check costs."""
+"""Steps between two timed inner checks: fewer than in training, to save time. A check costs the same."""
 
 PASSES = 4
 """Passes over the inputs, and over the outputs, of one matrix in a step. Forward reads x, and reads and writes y.
@@ -84,7 +80,7 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> Result:
     if settings.peak:
         with phase("peak memory", len(contenders)) as advance:
             for index, contender in enumerate(contenders):
-                peaks[index] = _peak(contender, settings)
+                peaks[index] = peak_of(contender, settings)
                 advance(1)
     sizes = [
         {
@@ -346,112 +342,6 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _median_ms(seconds: Sequence[float]) -> float:
     return 1000 * statistics.median(seconds)
-
-
-# Bytes ---------------------------------------------------------------------------------------------------------------
-
-
-class _Kept:
-    """What autograd holds in place of a tensor, so that it can be seen whether it still holds it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached: the output of a node would hold the node, which holds this, and neither would ever be freed.
-        self.tensor = tensor.detach()
-
-
-def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Return the bytes that a forward pass keeps for its backward pass.
-
-    A tensor counts with its whole storage, since a view keeps that alive, and each storage counts once. Parameters
-    and buffers of `model` do not count. The number is exact, and the same on every run.
-
-    Args:
-        forward: Computes the loss.
-        model: The model that it calls.
-    """
-    kept: list[weakref.ref[_Kept]] = []
-
-    def pack(tensor: Tensor) -> _Kept:
-        holder = _Kept(tensor)
-        kept.append(weakref.ref(holder))
-        return holder
-
-    own = set(_storages((*model.parameters(), *model.buffers())))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        loss = forward()
-    # What the graph has freed by now does not wait for backward.
-    storages = _storages([holder.tensor for reference in kept if (holder := reference()) is not None])
-    del loss
-    return sum(size for place, size in storages.items() if place not in own)
-
-
-def optimizer_bytes(optimizer: Any) -> int:
-    """Return the bytes of the optimizer's state; 0 for None."""
-    return sum(_storages(_state_tensors(optimizer)).values())
-
-
-def peak_resident_bytes(settings: BenchSettings, key: str) -> int:
-    """Return the peak resident memory of a fresh process that trains one case for two steps.
-
-    Raises:
-        ConfigError: The process failed, for example because memory ran out.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=quiet) as process:
-        try:
-            return process.submit(_train_two_steps, settings, key).result()
-        except (RuntimeError, MemoryError) as error:
-            raise ConfigError(
-                f"{key}: the process that measures its peak memory failed ({error}); "
-                "leave the case out, or leave peaks out with --no-peak"
-            ) from error
-
-
-def _train_two_steps(settings: BenchSettings, key: str) -> int:
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    case = next(case for case in select_cases([key], compiled=False) if case.key == key)
-    model = make_model(settings)
-    contender = Contender(case, model, make_batch(model, settings), settings.seed)
-    for _ in range(2):  # the second step has the optimizer's state from its beginning
-        contender.step()
-    return peak_bytes()
-
-
-def _peak(contender: Contender, settings: BenchSettings) -> int | None:
-    """Return the peak memory of a case; None on a CPU if it is compiled, since the compiler would be the peak."""
-    if settings.device == "cuda":
-        return _peak_gpu_bytes(contender)
-    return None if contender.case.compiled else peak_resident_bytes(settings, contender.case.key)
-
-
-def _peak_gpu_bytes(contender: Contender) -> int:
-    """Return the peak GPU memory of a case as if no other model were on the device.
-
-    That is what a step needs beyond what was there before, plus the model and the optimizer's state, which were.
-    """
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.step()
-    contender.clear()
-    torch.cuda.synchronize()
-    model = contender.model
-    resident = _storages((*model.parameters(), *model.buffers(), *_state_tensors(contender.optimizer)))
-    return torch.cuda.max_memory_allocated() - before + sum(resident.values())
-
-
-def _state_tensors(optimizer: Any) -> list[Tensor]:
-    if optimizer is None:
-        return []
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, int], int]:
-    """Return address and bytes of every storage that holds one of `tensors`."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return {(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
 # What was measured, and where ----------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def kind_of(operation: str, shapes: Sequence[Shape], tokens: int, weights: set[S
 
 
 def _is_of_a_mask(operation: str, shape: Shape, tokens: int, weights: set[Shape]) -> bool:
-    """Return whether the operation makes or applies a mask. Masks are flat; a backbone of sequences has nothing flat."""
+    """Return whether the operation makes or applies a mask, which is flat; in a backbone of sequences nothing is."""
     if operation in _BITWISE:
         return True
     sizes = {tokens * size for weight in weights for size in weight}
