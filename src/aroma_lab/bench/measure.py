@@ -14,7 +14,6 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,10 @@ CONTROLLER_REPEATS = 5
 _CHECK_INTERVAL = 2
 """Steps between two timed inner checks: fewer than in training, to save time. A check costs the same."""
 
-PASSES = 4
-"""Passes over the inputs, and over the outputs, of one matrix in a step. Forward reads x, and reads and writes y.
-Backward reads gy twice (for bᵀ gy and for the gradient of b), reads and writes gx, and reads x (for the gradient of
-a)."""
-
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 Result = dict[str, Any]
-"""What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, controller, machine."""
+"""What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, controller."""
 
 
 def measure(settings: BenchSettings, phase: Phase = silent_phase) -> Result:
@@ -65,7 +59,6 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> Result:
     keeps_memory = prepare(settings)
     base = make_model(settings)
     batch = make_batch(base, settings)
-    machine = machine_speeds(base, settings)
     contenders = make_contenders(base, batch, settings)
     with phase("counting bytes", len(contenders)) as advance:
         kept = []
@@ -99,7 +92,6 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> Result:
         "cases": case_results(cases, times, sizes),
         "comparisons": comparisons(cases, times, kept),
         "controller": controller,
-        "machine": machine,
     }
 
 
@@ -293,45 +285,6 @@ def controller_cost(
         "outer_ms": outer_ms,
         "outer_fraction": outer_ms / step_ms,
     }
-
-
-def machine_speeds(model: Any, settings: BenchSettings) -> dict[str, float]:
-    """Measure what the machine can do at best, with operands of the model's sizes.
-
-    The narrow matmuls of an update multiply next to nothing, but each reads or writes activations as large as the
-    backbone's. So their time is bytes over bandwidth, whatever the rank.
-
-    Returns:
-        `multiply_flops`, floating-point operations a second of the widest matmul; `move_bytes`, bytes a second of
-        adding one activation to another; `update_bytes`, bytes that the narrow matmuls of all updates of rank 1 read
-        and write in a step; `update_ms`, the least time for that, in milliseconds.
-    """
-    tokens = settings.batch_size * settings.length
-    matrices = [model.get_submodule(name).weight.detach() for name in encoder_linears(model)]
-    widest = max(matrices, key=torch.numel)
-    narrow, wide = sorted(widest.shape)
-    # Operands take turns, so that none is in a cache because of the last repeat. Random numbers rather than zeros:
-    # until they are written, all pages of zeros are the same page of memory.
-    like = {"dtype": widest.dtype, "device": widest.device}
-    inputs = [torch.randn(tokens, narrow, **like) for _ in range(6)]
-    outputs = [torch.randn(tokens, wide, **like) for _ in range(6)]
-    weight = widest.reshape(narrow, wide)
-    multiply = _best_seconds("torch.mm(next(inputs), weight)", inputs=cycle(inputs), weight=weight)
-    add = _best_seconds("next(targets).add_(next(inputs))", targets=cycle(outputs[::2]), inputs=cycle(outputs[1::2]))
-    move_bytes = 3 * tokens * wide * widest.element_size() / add
-    update_bytes = float(PASSES * tokens * sum(sum(matrix.shape) for matrix in matrices) * widest.element_size())
-    return {
-        "multiply_flops": 2 * tokens * narrow * wide / multiply,
-        "move_bytes": move_bytes,
-        "update_bytes": update_bytes,
-        "update_ms": 1000 * update_bytes / move_bytes,
-    }
-
-
-def _best_seconds(statement: str, **operands: Any) -> float:
-    """Return the least time of `statement`: what the machine can do when nothing else runs."""
-    timer = Timer(statement, globals=operands, num_threads=torch.get_num_threads())
-    return min(timer.blocked_autorange(min_run_time=0.2).times)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -75,9 +75,8 @@ def comparison_table(result: Result) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """Return in sentences what the controller costs, what the machine can do, and with what it was measured."""
-    cost, machine, found = result["controller"], result["machine"], result["provenance"]
-    floor_ms = 1000 * result["cases"][0]["forward_backward"]["median"]
+    """Return in sentences what the controller costs, and with what it was measured."""
+    cost, found = result["controller"], result["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     processor = found["device"] if result["settings"]["device"] == "cuda" else found["cpu_model"]
     return [
@@ -86,10 +85,6 @@ def notes(result: Result) -> list[str]:
         f"{cost['check_ms']:.2f} ms.",
         f"One outer step (check, merge, reset, norms of the weights): {cost['outer_ms']:.1f} ms, "
         f"{cost['outer_fraction']:.2f} of an ordinary step.",
-        f"The machine multiplies {machine['multiply_flops'] / 1e9:.0f} GFLOP/s and moves "
-        f"{machine['move_bytes'] / 1e9:.1f} GB/s. The narrow matmuls of all updates move "
-        f"{machine['update_bytes'] / 1e9:.2f} GB per step: at least {machine['update_ms']:.0f} ms, "
-        f"{machine['update_ms'] / floor_ms:.3f} of the floor.",
         f"{processor}; {found['threads']} of {found['cpu_count']} threads, OMP_WAIT_POLICY "
         f"{found['wait_policy'] or 'not set'}.",
         f"{versions}; revision {found['git_revision'] or 'unknown'}.",
@@ -160,6 +155,7 @@ def draw(result: Result) -> Figure:
         axes.set_axisbelow(True)
         axes.grid(color="#E4E4E4", linewidth=0.8)
         axes.tick_params(length=0, labelsize=8.5)
+        axes.xaxis.label.set_size(9)
     times.set_yticks(frame.index, frame["name"])
     times.invert_yaxis()
     figure.suptitle(f"Cost of one training step\n{headline(result)}", x=0.01, ha="left", fontsize=10)
@@ -173,7 +169,7 @@ def _draw_times(axes: Axes, frame: pd.DataFrame, colours: Sequence[str]) -> None
         axes.plot(case["step × floor"], row, "o", markersize=7, markerfacecolor="white", markeredgecolor=colour)
         axes.plot([case["lower"], case["upper"]], [row, row], color=colour, linewidth=1.6)
         axes.plot(case["× floor"], row, "o", markersize=5, color=colour)
-    axes.set_xlabel("time, × floor: ● forward + backward, with quartiles   ○ whole step")
+    axes.set_xlabel("× floor:  ● forward + backward, quartiles   ○ whole step")
 
 
 def _colour(key: str) -> str:
