@@ -110,9 +110,13 @@ def test_optimizer_state():
     assert optimizer_bytes(optimizer) == 2 * 4 * M * N + 4  # two moments, and the step count
 
 
-def test_the_peak_is_that_of_a_process_of_its_own_and_a_failure_is_one_error():
+def test_the_peak_is_that_of_a_process_of_its_own():
     ballast = torch.ones(2**28)  # 1 GiB in this process
     assert 2**27 < peak_resident_bytes(SETTINGS, "floor") < ballast.nbytes
+
+
+@pytest.mark.slow
+def test_a_process_without_enough_memory_is_one_error():
     too_much = replace(SETTINGS, batch_size=2**40)
     with pytest.raises(ConfigError, match=r"^floor: the process that measures its peak memory failed .* --no-peak$"):
         peak_resident_bytes(too_much, "floor")

@@ -248,8 +248,8 @@ def measured_peak(work: Any) -> int:
     return peak
 
 
-# name, dtype, finished components or "lora", checkpointing, and by what share the peak may be underestimated, because of
-# scratch of CPU kernels
+# name, dtype, finished components or "lora", checkpointing, and by what share the peak may be underestimated: CPU
+# kernels use scratch
 CASES = [
     ("roberta", "float32", 9, False, 0.001),
     ("roberta", "bfloat16", 0, False, 0.1),
