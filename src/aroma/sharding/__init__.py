@@ -2,6 +2,7 @@
 
 from .fsdp2 import (
     Factors,
+    communicating_device,
     gathered,
     is_sharded,
     layout,
@@ -43,6 +44,7 @@ __all__ = [
     "Range",
     "StepHooks",
     "agree",
+    "communicating_device",
     "gathered",
     "is_distributed",
     "is_flattened",
