@@ -103,7 +103,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure; print the tables; write the results and the picture."""
-    require_extra("plot")
+    require_extra("lab")
     out, picture = new_files(arguments.out, "--out", ".png")
     from aroma.cli.quiet import quiet
 
@@ -123,6 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_profile(arguments: argparse.Namespace) -> None:
     """Profile; print the table; write the results."""
+    require_extra("lab")
     (out,) = new_files(arguments.out, "--out")
     from aroma.cli.quiet import quiet
 

@@ -47,8 +47,9 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         self._existing = [tensor.untyped_storage() for tensor in existing]
         self._known = {storage._cdata for storage in self._existing}
 
