@@ -233,7 +233,8 @@ def _outer_step_of_module(m: int, n: int, settings: EstimateSettings) -> int:
         inner_product(B, A, b, a)
     dequantised = 2 * m * n if settings.is_quantised else 0
     # While a new storage is filled, the old one exists too. The new one is among the finished components.
-    return max(meter.peak + dequantised, 4 * (m + n) * R)
+    peak: int = max(meter.peak + dequantised, 4 * (m + n) * R)
+    return peak
 
 
 # The optimizer's state -----------------------------------------------------------------------------------------------
