@@ -39,7 +39,7 @@ def work_of(trial: Trial) -> Work:
     model = ModelSpec(_model_name(trial.model), dtype=trial.dtype, quantization=trial.quantization)
     reported = trial.purpose == "report"
     if trial.task.kind == "commonsense":
-        from ..language.questions_job import QuestionsJob
+        from ..language.job import QuestionsJob
 
         questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
         return Work(questions, questions.metric)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
 
 from aroma.errors import CheckpointError
 from aroma.files import read_tensors, write_tensors
@@ -68,19 +67,6 @@ class ExactResume:
         if isinstance(sampler, LengthGroupedSampler):
             return EpochLengthSampler(sampler, self.args.seed)
         return sampler
-
-    def evaluation_loop(self, dataloader: Any, *options: Any, metric_key_prefix: str = "eval", **further: Any) -> Any:
-        """Evaluate; of a language model, loss and perplexity over all learned tokens, whatever the batches."""
-        if not self._counts_items:
-            return super().evaluation_loop(  # type: ignore[misc]
-                dataloader, *options, metric_key_prefix=metric_key_prefix, **further
-            )
-        from ..language.loss import token_loss
-
-        data = dataloader.dataset
-        found = token_loss(self.model, data, self.data_collator, self.args.per_device_eval_batch_size)
-        measured = {f"{metric_key_prefix}_loss": found.loss, f"{metric_key_prefix}_perplexity": found.perplexity}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=measured, num_samples=len(data))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._describe is not None:

@@ -93,7 +93,7 @@ def make_trainer(
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
     bar = RichProgress(growth) if progress else None
-    kind, arguments_class = trainer_class(training)
+    kind, arguments_class = trainer_class(objective)
     trainer = kind(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         counts_items=objective.counts_items,
@@ -136,13 +136,13 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
     return torch.optim.AdamW([dict(group) for group in groups if group["params"]], weight_decay=training.weight_decay)
 
 
-def trainer_class(training: TrainSpec) -> tuple[type[Any], Callable[..., TrainingArguments]]:
-    """Return the Trainer that a training section asks for, and what makes its arguments."""
-    if training.loop == "trainer":
+def trainer_class(objective: Objective) -> tuple[type[Any], Callable[..., TrainingArguments]]:
+    """Return the Trainer of an objective, and what makes its arguments: TRL's for language models."""
+    if not objective.counts_items:
         return MethodTrainer, TrainingArguments
-    from ..language.sft import SftMethodTrainer, sft_arguments
+    from ..language.sft import MethodSFTTrainer, sft_arguments
 
-    return SftMethodTrainer, sft_arguments
+    return MethodSFTTrainer, sft_arguments
 
 
 def training_arguments(
