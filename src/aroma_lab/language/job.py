@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 from aroma.cli.extras import require_extra
 from aroma.errors import DataError, bad_value
 
-from ..run.recipe import Recipe
-from ..specs import DataSpec, LanguageSpec, ModelSpec
+from ..specs import DataSpec, LanguageSpec, ModelSpec, Recipe
 from ..tasks.hub import hub_splits
 from ..tasks.score import METRICS
 from ..tasks.spec import HELD_OUT, TaskSpec
-from ..training.job import Prediction
-from ..training.objective import Objective
+from ..training.job import Objective, Prediction, TrainerKind
 from .data import (
     EncodeReport,
     Example,
@@ -82,10 +80,19 @@ class LanguageJob:
     @cached_property
     def objective(self) -> Objective:
         """What the Trainer makes of the encoded examples: the mean loss of the learned tokens of a step."""
-        from .sft import make_collator
+        from .sft import MethodSFTTrainer, make_collator, sft_arguments, token_loss
 
         collator = make_collator(self.template.tokenizer, self.template.spec.packing)
-        return Objective(collator, self.template.tokenizer, None, "loss", higher_is_better=False, counts_items=True)
+        return Objective(
+            collator,
+            self.template.tokenizer,
+            None,
+            "loss",
+            higher_is_better=False,
+            counts_items=True,
+            evaluate=lambda model, data, batch_size: token_loss(model, data, collator, batch_size),
+            trainer=TrainerKind(MethodSFTTrainer, sft_arguments),
+        )
 
     @cached_property
     def train(self) -> Dataset:
@@ -93,7 +100,7 @@ class LanguageJob:
         return self._rows("train")
 
     @cached_property
-    def watched(self) -> dict[str, Dataset]:
+    def eval_sets(self) -> dict[str, Dataset]:
         """The rows of all other splits."""
         return {split: self._rows(split) for split in self.evaluated}
 
@@ -127,7 +134,10 @@ class LanguageJob:
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return loss and perplexity of the learned tokens of a split."""
-        measured = trainer.token_loss(self.watched[split])
+        from .sft import token_loss
+
+        rows, batch_size = self.eval_sets[split], trainer.args.per_device_eval_batch_size
+        measured = token_loss(trainer.model, rows, self.objective.collator, batch_size)
         return Prediction(measured, measured["loss"])
 
     def describe(self, model: Any, adapter: Path) -> None:
@@ -258,9 +268,9 @@ class QuestionsJob:
         return self.learning.train
 
     @property
-    def watched(self) -> dict[str, Dataset]:
+    def eval_sets(self) -> dict[str, Dataset]:
         """The held-out rows: during training their loss is measured, and answers are ranked at the end."""
-        return self.learning.watched
+        return self.learning.eval_sets
 
     @property
     def evaluated(self) -> tuple[str, ...]:

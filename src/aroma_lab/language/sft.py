@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import EvalLoopOutput
+from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from aroma.errors import DataError, bad_value
 
-from ..training.exact_resume import ExactResume
+from ..training.trainer import ExactResume
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,48 +36,6 @@ class MethodSFTTrainer(ExactResume, SFTTrainer):
                 # On a quantized base TRL rounds adapters to bfloat16, in which small updates are lost.
                 parameter.data = data.to(parameter.device)
 
-    def evaluation_loop(self, dataloader: Any, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> EvalLoopOutput:
-        """Evaluate loss and perplexity over all learned tokens, whatever the batches."""
-        data = dataloader.dataset
-        measured = {f"{metric_key_prefix}_{name}": value for name, value in self.token_loss(data).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=measured, num_samples=len(data))
-
-    @torch.no_grad()
-    def token_loss(self, data: Dataset) -> dict[str, float]:
-        """Return `loss`, the mean of -ln p over all learned tokens of a set in nats, and `perplexity`, e to the loss.
-
-        Args:
-            data: Rows of `data.encode`, or packed ones; those of similar lengths go together.
-
-        Raises:
-            DataError: Nothing is learned in `data`.
-        """
-        from torch.utils.data import DataLoader
-
-        lengths = [len(ids) for ids in data["input_ids"]]
-        order = sorted(range(len(data)), key=lambda index: -lengths[index])
-        training = self.model.training
-        self.model.eval()
-        total, tokens = 0.0, 0
-        try:
-            for batch in DataLoader(
-                data, self.args.per_device_eval_batch_size, sampler=order, collate_fn=self.data_collator
-            ):
-                placed = {
-                    name: value.to(self.model.device) if isinstance(value, Tensor) else value
-                    for name, value in batch.items()
-                }
-                outputs = self.model(**placed, fused_lm_head=True)  # of TRL: log-probabilities instead of logits
-                total -= float(outputs.log_probs.double().sum())
-                tokens += int(outputs.label_mask.sum())
-        finally:
-            self.model.train(training)
-        if not tokens:
-            remedy = "none of their tokens is learned; give examples with responses"
-            raise bad_value("rows", len(data), remedy, DataError)
-        loss = total / tokens
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the Trainer logs."""
         for measured in self._metrics.values():
@@ -89,6 +47,40 @@ class MethodSFTTrainer(ExactResume, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Send none."""
+
+
+@torch.no_grad()
+def token_loss(model: Any, data: Dataset, collator: Any, batch_size: int) -> dict[str, float]:
+    """Return `loss`, the mean of -ln p over all learned tokens of a set in nats, and `perplexity`, e to the loss.
+
+    Args:
+        model: A causal language model that `MethodSFTTrainer` was made for; it is left in its mode.
+        data: Rows of `data.encode`, or packed ones; those of similar lengths go together.
+        collator: Makes the batches.
+        batch_size: Rows of one forward pass; the result does not depend on it.
+
+    Raises:
+        DataError: Nothing is learned in `data`.
+    """
+    lengths = [len(ids) for ids in data["input_ids"]]
+    order = sorted(range(len(data)), key=lambda index: -lengths[index])
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        for batch in DataLoader(data, batch_size, sampler=order, collate_fn=collator):
+            placed = {
+                name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()
+            }
+            outputs = model(**placed, fused_lm_head=True)  # TRL's: log-probabilities of the labels, not logits
+            total -= float(outputs.log_probs.double().sum())
+            tokens += int(outputs.label_mask.sum())
+    finally:
+        model.train(training)
+    if not tokens:
+        raise bad_value("rows", len(data), "none of their tokens is learned; give examples with responses", DataError)
+    loss = total / tokens
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
 def sft_arguments(**options: Any) -> SFTConfig:
