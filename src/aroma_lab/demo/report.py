@@ -8,7 +8,7 @@ from typing import Any
 from aroma.events import ModuleSummary
 
 from ..run.provenance import provenance
-from ..specs import AdapterSpec, TrainSpec
+from ..specs import TrainSpec
 from .bbc import DATA_ORIGIN, MODEL_ORIGIN
 from .reload import Agreement
 
@@ -68,7 +68,7 @@ class DemoResult:
     modules: list[ModuleSummary]
     parameters: Parameters
     agreement: Agreement
-    adapter: AdapterSpec
+    adapter: dict[str, Any]
     training: TrainSpec
     max_length: int
     steps: int

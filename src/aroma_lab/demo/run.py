@@ -20,15 +20,16 @@ from aroma.tuner import aroma_layers
 from ..methods import Aroma
 from ..pictures.rank_picture import rank_picture
 from ..progress import Phase, silent_phase
-from ..run.run_folder import EventLog, require_empty
-from ..specs import AdapterSpec, TrainSpec, check_training
+from ..run.folder import require_empty
+from ..run.recorder import EventLog
+from ..specs import TrainSpec, adapter_options, check_training
+from ..tasks.classify import classifier_objective
 from ..tasks.data import Examples
 from ..tasks.encode import encode, load_tokenizer
 from ..tasks.evaluate import predict_logits
 from ..tasks.metrics import classification_metrics
 from ..tasks.model import adapter_config, count_trainable, grow, load_classifier
 from ..tasks.task import Task, save_trained
-from ..training.objective import classifier_objective
 from ..training.trainer import Fit, make_trainer
 from .baseline import LinearHead, features_of, fit_head
 from .bbc import TOPICS, as_examples, load_articles, model_folder, split_articles
@@ -43,12 +44,7 @@ MAX_LENGTH = 64
 LORA_RANK = 8
 """Rank of the LoRA whose parameters are counted beside."""
 
-ADAPTER = AdapterSpec(
-    inner_check_interval=5,
-    max_inner_steps=60,
-    outer_tolerance=0.01,
-    rewarmup_steps=5,
-)
+ADAPTER = {"inner_check_interval": 5, "max_inner_steps": 60, "outer_tolerance": 0.01, "rewarmup_steps": 5}
 TRAINING = TrainSpec(
     max_steps=240,
     batch_size=16,
@@ -129,7 +125,7 @@ def run_demo(
         modules=fit.controller.summary(),
         parameters=parameters,
         agreement=agreement,
-        adapter=ADAPTER,
+        adapter=adapter_options(ADAPTER, training.seed),
         training=training,
         max_length=MAX_LENGTH,
         steps=fit.trainer.state.global_step,

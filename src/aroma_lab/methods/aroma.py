@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import TrainerCallback
@@ -16,7 +16,7 @@ from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
 from aroma.tuner import AromaConfig, aroma_layers
 
-from ..specs import AdapterSpec
+from ..specs import adapter_keys
 from .base import with_dropout
 from .growth import Growth
 from .modules import find_targets
@@ -51,7 +51,7 @@ class Aroma(PeftAdapter):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return get_type_hints(AdapterSpec) | super().option_types()
+        return {name: key.type for name, key in adapter_keys().items()} | super().option_types()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -68,7 +68,7 @@ class Aroma(PeftAdapter):
         config = self._config([])
         # PEFT turns lists of modules into sets.
         modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
-        return {name: getattr(config, name) for name in get_type_hints(AdapterSpec)} | modules
+        return {name: getattr(config, name) for name in adapter_keys()} | modules
 
     @property
     def name(self) -> str:

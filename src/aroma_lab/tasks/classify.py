@@ -8,13 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..run.recipe import Recipe
-from ..specs import ModelSpec
-from ..training.job import Prediction
-from ..training.objective import Objective, classifier_objective
+from ..specs import ModelSpec, Recipe
+from ..training.job import Objective, Prediction
 from .data import Examples, load_splits
 from .encode import check_positions, encode, load_tokenizer
-from .metrics import loss_of, metrics_of
+from .metrics import CHOICE_METRIC, loss_of, metrics_of, trainer_metrics
 from .model import load_classifier
 from .task import Task, save_task
 
@@ -79,7 +77,7 @@ class ClassifierJob:
         return self._encode("train")
 
     @cached_property
-    def watched(self) -> dict[str, Dataset]:
+    def eval_sets(self) -> dict[str, Dataset]:
         """All other splits, encoded."""
         return {split: self._encode(split) for split in self.evaluated}
 
@@ -104,7 +102,7 @@ class ClassifierJob:
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return the metrics of a split, computed in one call, and its loss."""
-        prediction = trainer.predict(self.watched[split])
+        prediction = trainer.predict(self.eval_sets[split])
         metrics = metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
         return Prediction(metrics, loss_of(self.task.kind, prediction.predictions, prediction.label_ids))
 
@@ -115,3 +113,18 @@ class ClassifierJob:
 
     def _encode(self, split: str) -> Dataset:
         return encode(self.parts[split], self.tokenizer, self.task.max_length)
+
+
+def classifier_objective(kind: str, tokenizer: Any, choice: str | None = None) -> Objective:
+    """Return the objective of a sequence classification or regression.
+
+    Args:
+        kind: `"classification"` or `"regression"`.
+        tokenizer: Pads the batches.
+        choice: Metric that a checkpoint is chosen by; None for the kind's.
+    """
+    from transformers import DataCollatorWithPadding
+
+    return Objective(
+        DataCollatorWithPadding(tokenizer), tokenizer, trainer_metrics(kind), choice or CHOICE_METRIC[kind]
+    )

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
-from ..specs import AdapterSpec, ModelSpec, TrainSpec
+from ..specs import ModelSpec, TrainSpec, adapter_options
 
 
-def adapter_config(adapter: AdapterSpec, training: TrainSpec, task: str = "classification") -> AromaConfig:
+def adapter_config(adapter: Mapping[str, Any], training: TrainSpec, task: str = "classification") -> AromaConfig:
     """Return the configuration of an adapter.
 
     Args:
-        adapter: The adapter.
+        adapter: Fields of `AromaConfig`.
         training: The loop, whose seed the components have unless they have their own.
         task: What it is for, as `data.task` has it.
 
     Raises:
         ConfigError: A field of `adapter` that cannot work.
     """
-    chosen = asdict(adapter)
-    if adapter.component_seed is None:
-        chosen["component_seed"] = training.seed
-    return AromaConfig(task_type="CAUSAL_LM" if task == "causal_lm" else "SEQ_CLS", **chosen)
+    task_type = "CAUSAL_LM" if task == "causal_lm" else "SEQ_CLS"
+    return AromaConfig(task_type=task_type, **adapter_options(adapter, training.seed))
 
 
 def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, pad_token_id: int | None) -> Any:
