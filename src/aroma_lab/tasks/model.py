@@ -74,7 +74,7 @@ def grow(model: Any, config: AromaConfig) -> Any:
     Raises:
         ConfigError: No module of the model can grow under `config.target_modules`, or a part of the head cannot train.
     """
-    from ..methods.peft_adapter import wrap
+    from ..methods.lora import wrap
 
     return wrap(model, config)
 

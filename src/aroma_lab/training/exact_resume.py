@@ -16,8 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from aroma.errors import CheckpointError
 from aroma.files import read_tensors, write_tensors
 
-from ..methods.base import TRAINED_FILE, trained_tensors
-from ..methods.hooks import HooksCallback
+from ..methods.base import TRAINED_FILE, HooksCallback, trained_tensors
 from .loss_window import LossWindow
 
 HOOKS_FILE = "hooks.safetensors"

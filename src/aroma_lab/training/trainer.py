@@ -18,8 +18,8 @@ from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
 
 from ..methods import Method
+from ..methods.base import HooksCallback
 from ..methods.head import head_of, require_new_trains
-from ..methods.hooks import HooksCallback
 from ..specs import TrainSpec
 from .exact_resume import MethodTrainer
 from .objective import Objective
