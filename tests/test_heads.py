@@ -19,7 +19,7 @@ from aroma_lab.methods import METHODS, AdaLora, Aroma, BitFit, Full, HeadOnly, L
 from aroma_lab.methods.head import Head, find_targets, head_of
 from aroma_lab.methods.lora import PeftAdapter
 from aroma_lab.specs import TrainSpec
-from aroma_lab.tasks.model import count_trainable, grow, load_classifier
+from aroma_lab.tasks.model import count_trainable, load_classifier
 from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import WORDS, sentences, write_json_lines
 

@@ -12,7 +12,7 @@ from aroma.errors import DataError, bad_value
 
 from ..run.recipe import Recipe
 from ..specs import DataSpec, ModelSpec
-from ..tasks.hub import hub_splits
+from ..tasks.sources import hub_splits
 from ..training.job import Prediction
 from ..training.objective import Objective
 from .collate import make_collator

@@ -21,8 +21,9 @@ from aroma.sharding import world_size
 from aroma.tuner import AromaConfig
 
 from ..methods import Aroma
+from ..methods.lora import wrap
 from ..specs import TrainSpec
-from ..tasks.model import adapter_config, count_trainable, grow
+from ..tasks.model import adapter_config, count_trainable
 from ..training.job import Job
 from ..training.trainer import Fit, make_trainer
 from .processes import Processes, require_as_many
@@ -129,7 +130,7 @@ def _prepare(recipe: Recipe, resume: bool, processes: int) -> _Prepared:
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     set_seed(recipe.training.seed)
-    return _Prepared(folder, job, grow(job.load_model(), config), checkpoint)
+    return _Prepared(folder, job, wrap(job.load_model(), config), checkpoint)
 
 
 def job_of(recipe: Recipe) -> Job:
@@ -143,7 +144,7 @@ def job_of(recipe: Recipe) -> Job:
         from ..language.job import LanguageJob
 
         return LanguageJob.of_recipe(recipe)
-    from ..tasks.classify import ClassifierJob
+    from ..tasks.classification import ClassifierJob
 
     return ClassifierJob.of_recipe(recipe)
 

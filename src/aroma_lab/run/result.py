@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import Method
+from ..tasks.metrics import score
 from ..tasks.model import count_trainable
-from ..tasks.score import score
 from ..tasks.spec import HELD_OUT
 from ..training.job import Prediction
 from ..training.trainer import Fit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..specs import ModelSpec
-from ..tasks.classify import ClassifierJob
+from ..tasks.classification import ClassifierJob
 from ..tasks.load import load_task
 from ..tasks.spec import HELD_OUT
 from ..tasks.task import Task
@@ -52,6 +52,6 @@ def work_of(trial: Trial) -> Work:
 def _model_name(name: str) -> str:
     if name != PACKAGED_MODEL:
         return name
-    from ..demo.bbc import model_folder
+    from ..tasks.model import packaged_encoder
 
-    return str(model_folder())
+    return str(packaged_encoder())

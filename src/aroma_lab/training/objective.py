@@ -6,10 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DataCollatorWithPadding
-
-from ..tasks.metrics import CHOICE_METRIC, trainer_metrics
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -31,16 +27,3 @@ class Objective:
     choice: str
     higher_is_better: bool = True
     counts_items: bool = False
-
-
-def classifier_objective(kind: str, tokenizer: Any, choice: str | None = None) -> Objective:
-    """Return the objective of a sequence classification or regression.
-
-    Args:
-        kind: `"classification"` or `"regression"`.
-        tokenizer: Pads the batches.
-        choice: Metric that a checkpoint is chosen by; None for the kind's.
-    """
-    return Objective(
-        DataCollatorWithPadding(tokenizer), tokenizer, trainer_metrics(kind), choice or CHOICE_METRIC[kind]
-    )
