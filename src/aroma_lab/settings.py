@@ -129,7 +129,7 @@ def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
     hints = get_type_hints(kind)
     for field in fields(kind):
         if is_dataclass(hints[field.name]):
-            for key, default, meaning in describe(hints[field.name]):  # type: ignore[arg-type]
+            for key, default, meaning in describe(hints[field.name]):
                 yield f"{field.name}.{key}", default, meaning
         else:
             default = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -284,7 +284,7 @@ def _types(kind: type[Any] | Mapping[str, Any]) -> dict[str, Any]:
         return dict(kind)
     types: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        inner = _types(hint) if is_dataclass(hint) else {}
+        inner = _types(hint) if is_dataclass(hint) else {}  # type: ignore[arg-type]
         types |= {f"{name}.{key}": one for key, one in inner.items()} or {name: hint}
     return types
 

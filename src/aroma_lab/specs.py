@@ -131,13 +131,17 @@ class AdapterKey:
     meaning: str
 
 
+_INHERITED = ("lora_dropout", "exclude_modules")
+"""Fields of LoraConfig that are keys; of AromaConfig's own fields all are."""
+
+
 @cache
 def adapter_keys() -> dict[str, AdapterKey]:
-    """Return the keys of the section `adapter`: the fields of `AromaConfig` that decide a run. Loads PyTorch."""
-    from aroma.tuner.config import METHOD_FIELDS, AromaConfig
+    """Return the keys of the section `adapter`: the fields of `AromaConfig` that a user may set. Loads PyTorch."""
+    from aroma.tuner.config import AromaConfig
 
     hints = get_type_hints(AromaConfig)
-    chosen = {"target_modules", "exclude_modules", *METHOD_FIELDS}
+    chosen = {*AromaConfig.__annotations__, *_INHERITED}
     ordered = sorted(
         (f for f in fields(AromaConfig) if f.name in chosen), key=lambda f: not f.name.endswith("modules")
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aroma.errors import bad_value
 
-from .phases import shown_phase
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from ..language.results import QuestionEvaluation
@@ -44,7 +44,7 @@ def run_language(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
         limit=arguments.limit,
-        phase=shown_phase,
+        phase=progress_bar,
     )
     # Before anything is printed: what took long is kept first.
     if arguments.predictions is not None:

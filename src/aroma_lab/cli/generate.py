@@ -9,8 +9,8 @@ from typing import Any
 from aroma.cli.texts import examples
 from aroma.errors import bad_value
 
+from ..progress import progress_bar
 from .generate_options import add_options, check_options, opened, sampling_of
-from .phases import shown_phase
 
 
 def add_parser(commands: Any) -> None:
@@ -72,7 +72,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     model, tokenizer, builder = opened(arguments)
     rows = load_prompts(arguments.prompt, builder.spec)
     prompts = [builder.prompt(turns, f"prompts (row {number})") for number, (_, turns) in enumerate(rows, start=1)]
-    with shown_phase("generate", len(prompts)) as advance:
+    with progress_bar("generate", len(prompts)) as advance:
         answers = generate_batch(
             model,
             builder,

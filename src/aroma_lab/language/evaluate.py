@@ -8,7 +8,7 @@ from typing import Any
 
 from aroma.errors import DataError, bad_value
 
-from ..progress import Phase, silent_phase
+from ..progress import Progress, no_progress
 from .answers import extract
 from .asked import prompt_of
 from .commonsense import Question, load_questions
@@ -30,7 +30,7 @@ def evaluate_files(
     max_length: int | None = None,
     max_new_tokens: int = 32,
     limit: int | None = None,
-    phase: Phase = silent_phase,
+    phase: Progress = no_progress,
 ) -> dict[str, QuestionEvaluation]:
     """Ask a language model all questions of files; every file is read before the model is.
 

@@ -11,8 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 from aroma.errors import DataError, bad_value
 
-from ..tasks.hub import read_fitting_hub
-from ..tasks.sources import Columns, read_fitting
+from ..tasks.sources import Columns, read_file, read_hub
 from .records import read_records
 from .spec import LanguageSpec
 
@@ -75,7 +74,7 @@ def load_hub_conversations(
         DataError: As `load_conversations`; or there is no such data set or split.
     """
     choices = _choices(spec)
-    index, columns = read_fitting_hub(field, split, name, config, [names for _, names in choices])
+    index, columns = read_hub(field, split, name, config, [names for _, names in choices])
     return _from_source(f"{name} {split}", _conversations(field, choices[index][0], columns, spec))
 
 
@@ -126,7 +125,7 @@ def _read_columns(field: str, path: str, spec: LanguageSpec) -> tuple[str, Colum
     """Read the columns of the first format that the file has; return the format and the columns."""
     choices = _choices(spec)
     if Path(path).suffix.lower() not in _JSON:
-        index, columns = read_fitting(field, path, [names for _, names in choices])
+        index, columns = read_file(field, path, [names for _, names in choices])
         return choices[index][0], columns
     rows = read_records(field, path)
     there = list(dict.fromkeys(name for row in rows for name in row))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aroma.errors import DataError, bad_value
 
 from ..specs import DataSpec, ModelSpec, Recipe
-from ..tasks.hub import hub_splits
+from ..tasks.sources import hub_splits
 from ..training.job import Objective, Prediction
 from .collate import make_collator
 from .encode import EncodeReport, encode_conversations

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from aroma.errors import DataError
 
 from ..specs import ModelSpec
-from ..tasks.score import METRICS
+from ..tasks.metrics import METRICS
 from ..tasks.spec import HELD_OUT, TaskSpec
 from ..training.job import Objective, Prediction
 from .commonsense import Question, load_questions

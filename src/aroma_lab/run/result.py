@@ -14,8 +14,8 @@ from aroma.errors import NonFiniteError, bad_value
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
 from ..methods import Method
+from ..tasks.metrics import score
 from ..tasks.model import count_trainable
-from ..tasks.score import score
 from ..training.job import Prediction
 from ..training.trainer import Fit
 from .recorder import Recorder, inner_checks_of

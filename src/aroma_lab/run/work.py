@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..specs import DataSpec, ModelSpec
-from ..tasks.classify import ClassifierJob
-from ..tasks.data import load_splits
+from ..tasks.classification import ClassifierJob
+from ..tasks.data import load_splits, names_of
 from ..tasks.load import load_task
 from ..tasks.metrics import CHOICE_METRIC
 from ..tasks.spec import HELD_OUT
@@ -95,11 +95,8 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
         conversations = read_parts(data, trial.language)
         job: Job = LanguageJob.make(model, trial.language, data.max_length, trial.training.batch_size, conversations)
         return Work(job, "loss", VALIDATION, "loss", (VALIDATION,), _trainer_of(trial))
-    splits = load_splits(data)
-    parts = {"train": splits.train, VALIDATION: splits.validation}
-    if splits.test is not None:
-        parts["test"] = splits.test
-    job = ClassifierJob.make(model, Task.of(data, splits.label_names), parts)
+    parts = load_splits(data)
+    job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts)
     metric = CHOICE_METRIC[data.task]
     return Work(job, metric, VALIDATION, metric, (VALIDATION,))
 
@@ -115,6 +112,6 @@ def _trainer_of(trial: Trial) -> TrainerKind | None:
 def _model_name(name: str) -> str:
     if name != PACKAGED_MODEL or Path(name).is_dir():
         return name
-    from ..demo.bbc import model_folder
+    from ..tasks.model import packaged_encoder
 
-    return str(model_folder())
+    return str(packaged_encoder())

@@ -31,9 +31,8 @@ from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
 
 from ..methods import Method
-from ..methods.base import TRAINED_FILE, trained_tensors
+from ..methods.base import TRAINED_FILE, HooksCallback, trained_tensors
 from ..methods.head import head_of, require_new_trains
-from ..methods.hooks import HooksCallback
 from ..specs import TrainSpec
 from .job import Objective
 
