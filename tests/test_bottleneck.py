@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from aroma.errors import ConfigError
 from aroma_lab.methods import Bottleneck, Houlsby, Pfeiffer
-from aroma_lab.methods.adapted_sublayer import AdaptedSublayer
+from aroma_lab.methods.bottleneck import AdaptedSublayer
 from models import base
 
 WIDTH, LAYERS = 32, 2

@@ -8,9 +8,9 @@ from transformers import BertConfig, RobertaConfig
 
 from aroma.errors import ConfigError, DataError
 from aroma_lab.specs import DataSpec
+from aroma_lab.tasks.classification import check_positions, encode, load_tokenizer
 from aroma_lab.tasks.data import Examples, load_examples, load_splits, split_validation
-from aroma_lab.tasks.encode import check_positions, encode, load_tokenizer
-from aroma_lab.tasks.sources import read_file, read_fitting
+from aroma_lab.tasks.sources import read_file
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 ROWS = "text,label\n" + "".join(f"t{i},{'yes' if i % 3 else 'no'}\n" for i in range(30))
@@ -138,17 +138,17 @@ def test_a_place_beyond_the_columns_and_places_among_names_are_refused(tmp_path)
 
 def test_the_first_set_of_columns_that_fits_is_read(tmp_path):
     choices = [["sentence", "label"], ["text", "gold"], ["#2", "#1"]]
-    assert read_fitting("f", write(tmp_path, "a.tsv", "label\tsentence\n1\ta\n"), choices) == (
+    assert read_file("f", write(tmp_path, "a.tsv", "label\tsentence\n1\ta\n"), choices) == (
         0,
         {"sentence": ["a"], "label": ["1"]},
     )
-    assert read_fitting("f", write(tmp_path, "b.jsonl", '{"gold": 1, "text": "a"}\n'), choices)[0] == 1
-    assert read_fitting("f", write(tmp_path, "c.tsv", "1\ta\n0\tb\n"), choices) == (
+    assert read_file("f", write(tmp_path, "b.jsonl", '{"gold": 1, "text": "a"}\n'), choices)[0] == 1
+    assert read_file("f", write(tmp_path, "c.tsv", "1\ta\n0\tb\n"), choices) == (
         2,
         {"#2": ["a", "b"], "#1": ["1", "0"]},
     )
     with pytest.raises(DataError, match=r"it has no column 'gold'; its columns are 'text', 'x'"):  # the nearest
-        read_fitting("f", write(tmp_path, "d.jsonl", '{"text": "a", "x": 1}\n'), choices)
+        read_file("f", write(tmp_path, "d.jsonl", '{"text": "a", "x": 1}\n'), choices)
 
 
 def test_damaged_lines_are_left_out_only_where_asked_for_and_counted(tmp_path):
@@ -156,7 +156,7 @@ def test_damaged_lines_are_left_out_only_where_asked_for_and_counted(tmp_path):
     with pytest.raises(DataError, match=r"line 3: its number of fields is not that of the first line"):
         read_file("f", path, ["text", "label"])
     with pytest.warns(UserWarning, match=r"d\.tsv: 3 damaged lines are left out"):
-        _, columns = read_fitting("f", path, [["text", "label"]], skip_damaged=True)
+        _, columns = read_file("f", path, [["text", "label"]], skip_damaged=True)
     assert columns == {"text": ["a", "b"], "label": ["x", "y"]}
 
 

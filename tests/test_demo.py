@@ -20,10 +20,10 @@ from aroma_lab.demo import run as demo
 from aroma_lab.demo.baseline import fit_head
 from aroma_lab.demo.reload import Agreement, compare_logits, reloaded_logits
 from aroma_lab.demo.report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
+from aroma_lab.tasks.classification import encode, load_tokenizer
 from aroma_lab.tasks.data import Examples
-from aroma_lab.tasks.encode import encode, load_tokenizer
 from aroma_lab.tasks.evaluate import predict_logits
-from aroma_lab.tasks.model import grow, load_classifier
+from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.task import Task, save_trained
 from tiny_classifier import save_tiny_bert
 
@@ -139,7 +139,7 @@ def test_the_adapters_start_from_the_head_only_solution():
 
 
 def test_trainable_parameters_stand_beside_those_of_lora_8(tmp_path):
-    model = grow(load_classifier(str(save_tiny_bert(tmp_path)), ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
+    model = wrap(load_classifier(str(save_tiny_bert(tmp_path)), ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
     sizes = sum(layer.in_features + layer.out_features for layer in aroma_layers(model).values())
     assert demo.count_parameters(model) == Parameters(adapter=sizes, head=34, lora=8 * sizes)
 
@@ -160,7 +160,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reload")
     base = str(save_tiny_bert(folder / "model"))
     tokenizer = load_tokenizer(base, 8)
-    model = grow(load_classifier(base, ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
+    model = wrap(load_classifier(base, ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
     pairs = [parameter for parameter in model.parameters() if parameter.requires_grad]
     controller = AromaController(model, torch.optim.AdamW(pairs), total_steps=100)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_the_demo_stops_when_the_reloaded_adapter_predicts_otherwise(saved, monk
     with pytest.raises(
         CheckpointError, match=r"max \|Δlogit\|=0\.0\d+: plain PEFT predicts 0 of 7 articles otherwise"
     ):
-        demo.check_reload(saved[2], tmp_path, material, demo.TRAINING, demo.silent_phase)
+        demo.check_reload(saved[2], tmp_path, material, demo.TRAINING, demo.no_progress)
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):

@@ -16,11 +16,10 @@ from aroma.errors import ConfigError
 from aroma.export import load_with_adapter
 from aroma.files import read_tensors
 from aroma_lab.methods import METHODS, AdaLora, Aroma, BitFit, Full, HeadOnly, Lora, encoder_linears, make_method
-from aroma_lab.methods.head import Head, head_of
-from aroma_lab.methods.modules import find_targets
-from aroma_lab.methods.peft_adapter import PeftAdapter
+from aroma_lab.methods.head import Head, find_targets, head_of
+from aroma_lab.methods.lora import PeftAdapter
 from aroma_lab.specs import TrainSpec
-from aroma_lab.tasks.model import count_trainable, grow, load_classifier
+from aroma_lab.tasks.model import count_trainable, load_classifier
 from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import WORDS, sentences, write_json_lines
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
 from aroma.errors import ConfigError, DataError
 from aroma_lab.language.data import NOT_LEARNED, Example, encode, load_examples
@@ -269,13 +268,6 @@ def folder(request, folders):
     return folders[request.param]
 
 
-def load_lm(folder, **options):
-    """A model as TRL's trainer makes it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    add_fused_lm_head(model)
-    return model
-
-
 def examples():
     """Return encoded examples of clearly different lengths."""
     texts = ["bird", "the correct answer is answer1", "fish king lamp house door iron grass", "a", "bird " * 20]
@@ -298,7 +290,7 @@ def loss_by_hand(model, data):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_the_loss_is_the_mean_over_all_tokens_whatever_the_batches(folder, batch_size):
-    model, data = load_lm(folder).eval(), examples()
+    model, data = AutoModelForCausalLM.from_pretrained(folder).eval(), examples()
     wanted = loss_by_hand(model, data)
     model.train()  # GPT-2 has dropout in training
 
@@ -316,7 +308,9 @@ def test_a_loss_of_nothing(folders):
     data = examples().map(lambda row: {"labels": [NOT_LEARNED] * len(row["labels"])})
 
     with pytest.raises(DataError, match="none of their tokens is learned"):
-        token_loss(load_lm(folders["llama"]), data, make_collator(tiny_tokenizer(), False), 2)
+        token_loss(
+            AutoModelForCausalLM.from_pretrained(folders["llama"]), data, make_collator(tiny_tokenizer(), False), 2
+        )
 
 
 # Packing -------------------------------------------------------------------------------------------------------------

@@ -26,12 +26,12 @@ from aroma_lab.methods import (
     Houlsby,
     Lora,
     Pfeiffer,
-    ReLora,
-    Relora,
+    ReLoraComponents,
+    ReLoraMerge,
     encoder_linears,
     make_method,
 )
-from aroma_lab.methods.modules import find_targets
+from aroma_lab.methods.head import find_targets
 from models import base
 
 SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)
@@ -47,16 +47,16 @@ CASES = [
     Lora(r=2),
     Lora(r=2, dropout=0.1),
     AdaLora(),
-    ReLora(),
-    Relora(),
+    ReLoraMerge(),
+    ReLoraComponents(),
     Full(),
     Aroma(),
 ]
 FACTORS = [
     Lora(r=2, alpha=5),
     AdaLora(init_r=4, target_r=2, alpha=3),
-    ReLora(r=2, alpha=3, restart_every=4),
-    Relora(max_components=3, max_inner_steps=9),
+    ReLoraMerge(r=2, alpha=3, restart_every=4),
+    ReLoraComponents(max_components=3, max_inner_steps=9),
     Aroma(options={"max_inner_steps": 3, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 0}),
 ]
 """Those whose updates are products of factors, at scales other than 1."""
@@ -104,7 +104,13 @@ def test_the_head_trains_and_the_backbone_only_where_it_must(method):
     backbone = [name for name in names if name not in head and name not in adapter]
     assert bool(head) == (not isinstance(method, Frozen))
     assert bool(backbone) == isinstance(method, Full | BitFit)
-    expected = {Lora: 2 * MODULES, ReLora: 2 * MODULES, Relora: 2 * MODULES, AdaLora: 3 * MODULES, Aroma: 2 * MODULES}
+    expected = {
+        Lora: 2 * MODULES,
+        ReLoraMerge: 2 * MODULES,
+        ReLoraComponents: 2 * MODULES,
+        AdaLora: 3 * MODULES,
+        Aroma: 2 * MODULES,
+    }
     expected |= {Houlsby: 4 * 4, Pfeiffer: 2 * 4}
     assert len(adapter) == expected.get(type(method), 0)
     assert len(method.parameters(model)) == len(names)
@@ -193,7 +199,7 @@ def pairs(model):
 
 
 def test_a_restart_leaves_the_function_and_zeroes_the_pair():
-    method = ReLora(r=2, restart_every=100)
+    method = ReLoraMerge(r=2, restart_every=100)
     model = built(method)
     _, hooks = train(method, model, 5)
     before, trained = logits(model), pairs(model)
@@ -208,7 +214,7 @@ def test_a_restart_leaves_the_function_and_zeroes_the_pair():
 
 
 def test_restarts_come_when_due_and_reset_the_optimizer():
-    method = ReLora(r=2, restart_every=4, prune_ratio=1.0)
+    method = ReLoraMerge(r=2, restart_every=4, prune_ratio=1.0)
     model = built(method)
     optimizer, hooks = train(method, model, 8)
     assert hooks._restarts == 2
@@ -218,7 +224,7 @@ def test_restarts_come_when_due_and_reset_the_optimizer():
 
 
 def test_the_learning_rate_climbs_after_a_restart():
-    method = ReLora(r=2, restart_every=2, rewarmup_steps=4)
+    method = ReLoraMerge(r=2, restart_every=2, rewarmup_steps=4)
     model = built(method)
     optimizer, hooks = train(method, model, 2)
     rates = []
@@ -232,7 +238,7 @@ def test_the_learning_rate_climbs_after_a_restart():
 
 def test_restarts_cannot_be_closer_than_a_step():
     with pytest.raises(ConfigError, match="restart_every=0"):
-        ReLora(restart_every=0)
+        ReLoraMerge(restart_every=0)
 
 
 # AROMA ---------------------------------------------------------------------------------------------------------------
@@ -264,7 +270,7 @@ def test_components_are_drawn_from_the_seed_of_the_run():
 
 
 def test_relora_1x8_trains_eight_components_of_equal_length_whatever_they_come_to():
-    method = Relora()
+    method = ReLoraComponents()
     model = built(method, planned_steps=40)
     events = []
     optimizer = torch.optim.AdamW(method.parameters(model), lr=1e-7)  # next to nothing is learned
@@ -304,11 +310,11 @@ def test_active_parameters_are_what_the_closed_forms_say():
         Full(): backbone,
         Lora(r=2): 2 * PAIR,
         AdaLora(init_r=4, target_r=2): 4 * (PAIR + MODULES),
-        ReLora(r=2): 2 * PAIR,
+        ReLoraMerge(r=2): 2 * PAIR,
     }
     for method, count in expected.items():
         assert method.active_parameters(built(method)) == count, method.name
-    for method in (Aroma(r=2), Relora(r=2)):
+    for method in (Aroma(r=2), ReLoraComponents(r=2)):
         assert method.active_parameters(built(method)) == 2 * PAIR
 
 
@@ -342,7 +348,7 @@ def test_frozen_modules_do_not_count_any_more():
 
 
 def test_the_rank_of_relora_counts_what_it_merged():
-    method = ReLora(r=2, restart_every=4)
+    method = ReLoraMerge(r=2, restart_every=4)
     model = built(method)
     assert set(method.ranks(model).values()) == {2}
     train(method, model, 9)
@@ -415,7 +421,7 @@ def test_targets_that_are_not_there_are_refused(chosen, shown):
 
 
 @pytest.mark.parametrize(
-    "method", [Lora(), AdaLora(), ReLora(), Relora(), Aroma()], ids=lambda method: type(method).__name__
+    "method", [Lora(), AdaLora(), ReLoraMerge(), ReLoraComponents(), Aroma()], ids=lambda method: type(method).__name__
 )
 def test_adapters_go_where_they_are_sent(method):
     method = dataclasses.replace(method, target_modules=["key", "intermediate.dense"])
@@ -445,7 +451,7 @@ def test_a_saved_adapter_gives_the_same_answers_in_plain_peft(method, tmp_path):
 
 
 def test_merged_products_are_saved_as_a_plain_lora(tmp_path):
-    method = ReLora(r=2, alpha=3, restart_every=4)
+    method = ReLoraMerge(r=2, alpha=3, restart_every=4)
     model = built(method)
     train(method, model, 9)
     method.save(model, tmp_path)
@@ -514,8 +520,8 @@ def trainer_for(method, model, steps, folder, **arguments):
         Houlsby(),
         Lora(r=2),
         AdaLora(init_r=4, target_r=2, final_share=0.25),
-        ReLora(r=2, restart_every=5, rewarmup_steps=3),
-        Relora(max_components=3),
+        ReLoraMerge(r=2, restart_every=5, rewarmup_steps=3),
+        ReLoraComponents(max_components=3),
         Aroma(options={"max_inner_steps": 4, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 2}),
     ],
     ids=lambda method: method.name,
@@ -532,7 +538,7 @@ def test_the_trainer_does_what_the_plain_loop_does(method, tmp_path):
 
 
 def test_the_learning_rate_that_was_used_is_logged(tmp_path):
-    method = ReLora(r=2, restart_every=3, rewarmup_steps=2)
+    method = ReLoraMerge(r=2, restart_every=3, rewarmup_steps=2)
     trainer = trainer_for(method, built(method), 6, tmp_path)
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
@@ -580,8 +586,12 @@ def test_every_kind_can_be_made_and_built():
             AdaLora(init_r=4, target_r=1, final_share=0.5),
         ),
         ("houlsby", {"size": 64}, Houlsby(size=64)),
-        ("relora", {"max_components": 4, "reset": "zero"}, Relora(max_components=4, options={"reset": "zero"})),
-        ("relora_merge", {"restart_every": 9}, ReLora(restart_every=9)),
+        (
+            "relora",
+            {"max_components": 4, "reset": "zero"},
+            ReLoraComponents(max_components=4, options={"reset": "zero"}),
+        ),
+        ("relora_merge", {"restart_every": 9}, ReLoraMerge(restart_every=9)),
         ("aroma", {"r": 2, "lora_dropout": 0.1}, Aroma(r=2, dropout=0.1)),
         (
             "aroma",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from aroma.errors import DataError, NonFiniteError
+from aroma_lab.tasks.classification import encode, load_tokenizer
 from aroma_lab.tasks.data import Examples
-from aroma_lab.tasks.encode import encode, load_tokenizer
 from aroma_lab.tasks.evaluate import predict_logits
 from aroma_lab.tasks.metrics import (
     binary_f1,

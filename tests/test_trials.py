@@ -28,12 +28,12 @@ from aroma_lab.run.curve import Curve
 from aroma_lab.run.folder import TrialFolder
 from aroma_lab.run.history import history_of, inner_checks_of
 from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
-from aroma_lab.run.trial_run import run_trial, seeded_options
+from aroma_lab.run.run import run_trial, seeded_options
 from aroma_lab.run.usage import Usage
 from aroma_lab.specs import TrainSpec
-from aroma_lab.tasks import classify
-from aroma_lab.tasks.encode import encode as real_encode
-from aroma_lab.tasks.encode import load_tokenizer
+from aroma_lab.tasks import classification
+from aroma_lab.tasks.classification import encode as real_encode
+from aroma_lab.tasks.classification import load_tokenizer
 from aroma_lab.tasks.load import load_task
 from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.spec import TaskSpec
@@ -287,7 +287,7 @@ def test_one_function_encodes_all(material: Path, tmp_path: Path, monkeypatch: p
         encoded.append(len(examples))
         return real_encode(replace(examples, texts=["w7"] * len(examples)), tokenizer, max_length)
 
-    monkeypatch.setattr(classify, "encode", upside_down)
+    monkeypatch.setattr(classification, "encode", upside_down)
     seen = _Seen(monkeypatch)
     run_trial(trial_of(material, max_steps=4, eval_steps=2), tmp_path / "run")
     assert encoded == [96, 24, 37]
@@ -579,13 +579,13 @@ def test_a_worker_without_a_trial_says_so(tmp_path: Path) -> None:
 
 def test_progress_is_there_while_it_runs(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    predict = classify.ClassifierJob.predict
+    predict = classification.ClassifierJob.predict
 
     def looked_at(*arguments: Any) -> Any:
         seen.append(read(tmp_path / "run" / "progress.json"))
         return predict(*arguments)
 
-    monkeypatch.setattr(classify.ClassifierJob, "predict", looked_at)
+    monkeypatch.setattr(classification.ClassifierJob, "predict", looked_at)
     run_trial(trial_of(material, max_steps=5), tmp_path / "run")
     assert (seen[0]["step"], seen[0]["planned"], seen[0]["first_step"]) == (5, 5, 0)
     assert seen[0]["started"] > 1.6e9

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aroma.cli.extras import require_extra
 from aroma.errors import bad_value
 
-from .phases import shown_phase
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from ..language.evaluate import QuestionEvaluation
@@ -46,7 +46,7 @@ def run_language(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
         limit=arguments.limit,
-        phase=shown_phase,
+        progress=progress_bar,
     )
     # Written before anything is printed, so that a failing terminal loses nothing.
     if arguments.predictions is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aroma.cli.texts import examples
 from aroma.errors import bad_value
 
-from .phases import shown_phase
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from ..language.inference import LoadedModel
@@ -94,7 +94,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     prompts = [
         loaded.template.prompt(turns, f"prompts (row {number})") for number, (_, turns) in enumerate(rows, start=1)
     ]
-    with shown_phase("generate", len(prompts)) as advance:
+    with progress_bar("generate", len(prompts)) as advance:
         answers = generate_batch(
             loaded,
             prompts,

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from aroma.errors import AromaError, DataError, bad_value
 
 from ..specs import LanguageSpec
-from ..tasks.hub import read_fitting_hub
-from ..tasks.sources import Columns, read_fitting
+from ..tasks.sources import Columns, read_file, read_hub
 from .template import Role, Segment, Template, Turn, instruction_turns, order_fault
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def load_hub_examples(field: str, split: str, name: str, config: str | None, spe
         DataError: As `load_examples`; or there is no such data set or split.
     """
     formats = _formats(spec)
-    index, columns = read_fitting_hub(field, split, name, config, [names for _, names in formats])
+    index, columns = read_hub(field, split, name, config, [names for _, names in formats])
     return _with_source(f"{name} {split}", _examples(field, formats[index][0], columns, spec))
 
 
@@ -169,7 +168,7 @@ def _read_columns(field: str, path: str, spec: LanguageSpec) -> tuple[str, Colum
     """Read the columns of the first format that the file has; return the format and the columns."""
     formats = _formats(spec)
     if Path(path).suffix.lower() not in _JSON:
-        index, columns = read_fitting(field, path, [names for _, names in formats])
+        index, columns = read_file(field, path, [names for _, names in formats])
         return formats[index][0], columns
     rows = read_records(field, path)
     there = list(dict.fromkeys(name for row in rows for name in row))

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from aroma.errors import DataError, NonFiniteError, bad_value
 from aroma.files import write_text
 
-from ..progress import Phase, silent_phase
+from ..progress import Progress, no_progress
 from .data import Question, load_questions
 from .generate import generate_batch, refuse_existing
 from .inference import LoadedModel, load_for_inference, load_language_task
@@ -119,7 +119,7 @@ def evaluate_files(
     max_length: int | None = None,
     max_new_tokens: int = 32,
     limit: int | None = None,
-    phase: Phase = silent_phase,
+    progress: Progress = no_progress,
 ) -> dict[str, QuestionEvaluation]:
     """Ask a language model all questions of files; every file is read before the model is.
 
@@ -132,7 +132,7 @@ def evaluate_files(
         max_length: Most tokens of prompt and response; as in training by default, else all that the model takes.
         max_new_tokens: Most tokens of a generated answer.
         limit: Ask the first so many of each file; None: all.
-        phase: Announces the work on each set.
+        progress: Announces the work on each set.
 
     Returns:
         The result by the name of the set.
@@ -154,7 +154,7 @@ def evaluate_files(
         max_length = task.max_length or positions
     found = {}
     for name, questions in sets.items():
-        with phase(name, len(questions)) as advance:
+        with progress(name, len(questions)) as advance:
             found[name] = evaluate_questions(
                 loaded,
                 questions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from aroma.cli.extras import require_extra
 from aroma.errors import DataError, bad_value
 
-from ..specs import DataSpec, LanguageSpec, ModelSpec, Recipe
-from ..tasks.hub import hub_splits
-from ..tasks.score import METRICS
+from ..specs import DataSpec, LanguageSpec, ModelSpec
+from ..tasks.metrics import METRICS
+from ..tasks.sources import hub_splits
 from ..tasks.spec import HELD_OUT, TaskSpec
 from ..training.job import Objective, Prediction, TrainerKind
 from .data import (
@@ -64,18 +64,6 @@ class LanguageJob:
         """
         require_extra("language")
         return cls(model, max_length, parts, Template(load_lm_tokenizer(model, max_length), language))
-
-    @classmethod
-    def of_recipe(cls, recipe: Recipe) -> LanguageJob:
-        """Read the examples of a recipe.
-
-        Raises:
-            ConfigError: See `make`.
-            DataError: Data that cannot be used as described.
-        """
-        return cls.make(
-            recipe.model, recipe.language, recipe.data.max_length, read_parts(recipe.data, recipe.language)
-        )
 
     @cached_property
     def objective(self) -> Objective:
@@ -259,8 +247,8 @@ class QuestionsJob:
 
     @property
     def objective(self) -> Objective:
-        """What the Trainer makes of the encoded examples; a checkpoint is chosen by the held-out loss."""
-        return replace(self.learning.objective, choice=f"{HELD_OUT}_loss")
+        """What the Trainer makes of the encoded examples."""
+        return self.learning.objective
 
     @property
     def train(self) -> Dataset:

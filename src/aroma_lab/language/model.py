@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from aroma.errors import AromaError, bad_value
 
 from ..specs import ModelSpec
+from ..tasks.model import loading_options
 from .gguf_source import PACKAGED, packaged_gguf, resolve_gguf
 
 
@@ -88,39 +88,6 @@ def model_source(spec: ModelSpec) -> str:
         file = packaged_gguf()
         return str(resolve_gguf(str(file.parent), file.name))
     return spec.name
-
-
-def loading_options(spec: ModelSpec) -> dict[str, Any]:
-    """Return arguments of `from_pretrained`: type and quantization of the weights.
-
-    Raises:
-        ConfigError: Quantization without bitsandbytes.
-    """
-    options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
-    if spec.quantization is not None:
-        options["quantization_config"] = quantization_config(spec.quantization)
-    return options
-
-
-def quantization_config(kind: Literal["nf4", "int8"]) -> Any:
-    """Return transformers' configuration of bitsandbytes: NF4 as QLoRA has it, or LLM.int8().
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
-    """
-    if find_spec("bitsandbytes") is None:
-        remedy = "bitsandbytes is not installed; run: pip install 'aroma-peft[quant]'"
-        raise bad_value("model.quantization", kind, remedy)
-    from transformers import BitsAndBytesConfig
-
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def positions_of(config: Any) -> int | None:

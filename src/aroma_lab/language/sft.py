@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -14,6 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from aroma.errors import DataError, bad_value
 
 from ..training.trainer import ExactResume
+from .data import NOT_LEARNED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +56,7 @@ def token_loss(model: Any, data: Dataset, collator: Any, batch_size: int) -> dic
     """Return `loss`, the mean of -ln p over all learned tokens of a set in nats, and `perplexity`, e to the loss.
 
     Args:
-        model: A causal language model that `MethodSFTTrainer` was made for; it is left in its mode.
+        model: A causal language model; it runs where it is, and is left in its mode.
         data: Rows of `data.encode`, or packed ones; those of similar lengths go together.
         collator: Makes the batches.
         batch_size: Rows of one forward pass; the result does not depend on it.
@@ -72,9 +74,12 @@ def token_loss(model: Any, data: Dataset, collator: Any, batch_size: int) -> dic
             placed = {
                 name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()
             }
-            outputs = model(**placed, fused_lm_head=True)  # TRL's: log-probabilities of the labels, not logits
-            total -= float(outputs.log_probs.double().sum())
-            tokens += int(outputs.label_mask.sum())
+            labels = placed.pop("labels")[:, 1:]
+            # Without a cache transformers keeps the examples of packed rows apart.
+            logits = model(**placed, use_cache=False).logits[:, :-1]
+            learned = labels != NOT_LEARNED
+            total += float(cross_entropy(logits[learned].float(), labels[learned], reduction="none").double().sum())
+            tokens += int(learned.sum())
     finally:
         model.train(training)
     if not tokens:

