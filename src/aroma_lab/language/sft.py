@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -28,9 +29,15 @@ class MethodSFTTrainer(ExactResume, SFTTrainer):
     """TRL's SFTTrainer, resumed as exactly as the Trainer; see `ExactResume`.
 
     Its log and its checkpoints are the Trainer's: TRL's own metrics are counted anew after a resume.
+
+    Raises:
+        ConfigError: The method adapts the output embeddings, which TRL reads without their adapter.
     """
 
     def __init__(self, *, model: Any, **options: Any) -> None:
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            remedy = "TRL computes the loss without an adapter of the output embeddings; leave them out"
+            raise bad_value("target_modules", "lm_head", remedy)
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(model=model, **options)
         for parameter, data in trained:
