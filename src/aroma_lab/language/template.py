@@ -40,6 +40,9 @@ _DAY = datetime.datetime(2024, 7, 26)
 _TIME_CODES = tuple("%Y-%m-%d %F %T %Y %y %B %b %-m %m %-d %d %e %j %A %a %H %I %M %S %p".split())  # noqa: SIM905
 
 
+_CLOCK = "{% macro strftime_now(format) %}"
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one side says."""
@@ -333,10 +336,10 @@ def _without_clock(source: str) -> str:
 
     Transformers gives templates the function `strftime_now`; a macro of that name takes precedence.
     """
-    if "strftime_now" not in source:
+    if "strftime_now" not in source or source.startswith(_CLOCK):
         return source
     filled = "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _TIME_CODES)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{source}"
+    return f"{_CLOCK}{{{{ format{filled} }}}}{{% endmacro %}}\n{source}"
 
 
 def _first_stop(tokenizer: Any, text: str) -> str | None:
