@@ -57,7 +57,7 @@ def rendered(tokenizer, turns, **options):
     return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
 
-# One template ---------------------------------------------------------------------------------------------------------
+# One template --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chat_template", [CHAT_TEMPLATE, None, BRACKETS, NO_HEADING, NO_STOP])
