@@ -88,15 +88,11 @@ def typed_fields(
         ConfigError: An unknown key, or a value of a wrong type.
     """
     prefix = f"{where}." if where else ""
-    types, sections = _types(kind), _sections(kind)
-    flat = flatten(values, sections)
+    types = _types(kind)
+    flat = flatten(values, _sections(kind))
     for key, value in flat.items():
-        if key in sections:
-            example = next(known for known in types if known.startswith(f"{key}."))
-            raise ConfigError(f"{prefix}{key}={value!r}: it is a section; give it keys, as {prefix}{example}")
         if key not in types:
-            known = [*types] if _resembles(key, types) else [*types, *also()]
-            raise unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
+            raise _no_such_key(key, value, types, prefix, whole, remedy, also)
         if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
             raise bad_value(f"{prefix}{key}", value, f"give {type_name(types[key])}; it cannot be null")
     parser = _parser(tuple(types.items()))
@@ -257,13 +253,29 @@ def unknown_key(key: str, value: Any, known: Iterable[str], whole: str, remedy: 
     return ConfigError(". ".join(filter(None, sentences)))
 
 
+def _no_such_key(
+    key: str,
+    value: Any,
+    types: Mapping[str, Any],
+    prefix: str,
+    whole: str,
+    remedy: str,
+    also: Callable[[], Iterable[str]],
+) -> ConfigError:
+    example = next((known for known in types if known.startswith(f"{key}.")), None)
+    if example is not None:
+        return ConfigError(f"{prefix}{key}={value!r}: it is a section; give it keys, as {prefix}{example}")
+    while isinstance(value, dict) and value:  # of a section that does not exist, a key tells more
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    resembles = _of_name(key, types) or difflib.get_close_matches(key, types, n=1, cutoff=0.8)
+    known = [*types] if resembles else [*types, *also()]
+    return unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
+
+
 def _of_name(key: str, known: Iterable[str]) -> list[str]:
     """Return the keys whose last part is that of `key`."""
     return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-
-
-def _resembles(key: str, known: Iterable[str]) -> bool:
-    return bool(_of_name(key, known) or difflib.get_close_matches(key, known, n=1, cutoff=0.8))
 
 
 # Types ---------------------------------------------------------------------------------------------------------------
