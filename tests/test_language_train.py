@@ -28,7 +28,7 @@ from aroma_lab.language.prompt import PromptBuilder
 from aroma_lab.language.spec import LanguageSpec
 from aroma_lab.run.recipe import make_recipe
 from aroma_lab.run.recipe_run import job_of, run_recipe
-from aroma_lab.run.trial_run import run_trial
+from aroma_lab.run.run import run_trial
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
 STEPS = 30

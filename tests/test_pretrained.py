@@ -17,7 +17,7 @@ from aroma_lab.language.evaluate import evaluate_questions
 from aroma_lab.language.prompt import PromptBuilder
 from aroma_lab.language.spec import LanguageSpec
 from aroma_lab.run.trial import Trial
-from aroma_lab.run.trial_run import run_trial
+from aroma_lab.run.run import run_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.spec import TaskSpec
 from tiny_lm import questions, save_tiny_lm, write_json_lines

@@ -18,7 +18,7 @@ import trial_runs
 from aroma.errors import CheckpointError, ConfigError
 from aroma.files import read_json
 from aroma_lab.run.folder import TrialFolder
-from aroma_lab.run.trial_run import run_trial
+from aroma_lab.run.run import run_trial
 from aroma_lab.tasks.classification import ClassifierJob
 from aroma_lab.training.exact_resume import EpochLengthSampler
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of

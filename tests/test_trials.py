@@ -28,7 +28,7 @@ from aroma_lab.run.curve import Curve
 from aroma_lab.run.folder import TrialFolder
 from aroma_lab.run.history import history_of, inner_checks_of
 from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
-from aroma_lab.run.trial_run import run_trial, seeded_options
+from aroma_lab.run.run import run_trial, seeded_options
 from aroma_lab.run.usage import Usage
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks import classification

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..methods import encoder_linears
 from ..progress import Progress, no_progress
-from ..run.allocator import keep_freed_memory
+from ..run.memory import keep_freed_memory
 from .cases import Case, select_cases
 from .contestant import Contestant
 from .growth_cost import growth_cost

@@ -11,7 +11,7 @@ import torch
 
 from ..methods import encoder_linears
 from ..progress import Progress, no_progress
-from ..run.allocator import keep_freed_memory
+from ..run.memory import keep_freed_memory
 from .cases import select_cases
 from .contestant import Contestant
 from .machine import bench_provenance, require_device

@@ -21,7 +21,8 @@ from aroma.tuner import aroma_layers
 from ..methods import Method, make_method
 from ..pictures.rank_picture import rank_picture
 from ..progress import Progress, no_progress
-from ..run.run_folder import EventLog, require_empty
+from ..run.folder import require_empty
+from ..run.recorder import EventLog
 from ..specs import TrainSpec, check_training
 from ..tasks.classification import classifier_objective, encode, load_tokenizer, predict_logits
 from ..tasks.metrics import classification_metrics

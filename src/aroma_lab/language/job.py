@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from aroma.errors import DataError, bad_value
 
-from ..run.recipe import Recipe
-from ..specs import DataSpec, ModelSpec
+from ..specs import DataSpec, ModelSpec, Recipe
 from ..tasks.sources import hub_splits
-from ..training.job import Prediction
-from ..training.objective import Objective
+from ..training.job import Objective, Prediction
 from .collate import make_collator
 from .encode import EncodeReport, encode_conversations
 from .examples import Conversation, load_conversations, load_hub_conversations
@@ -84,7 +82,20 @@ class LanguageJob:
     def objective(self) -> Objective:
         """What the Trainer makes of the encoded examples: the mean loss of the learned tokens of a step."""
         collator = make_collator(self.tokenizer)
-        return Objective(collator, self.tokenizer, None, "loss", higher_is_better=False, counts_items=True)
+
+        def evaluate(model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
+            found = token_loss(model, data, collator, batch_size)
+            return {"loss": found.loss, "perplexity": found.perplexity}
+
+        return Objective(
+            collator,
+            self.tokenizer,
+            None,
+            "loss",
+            higher_is_better=False,
+            counts_items=True,
+            evaluate=evaluate,
+        )
 
     @cached_property
     def train(self) -> Dataset:
@@ -92,7 +103,7 @@ class LanguageJob:
         return self._rows("train")
 
     @cached_property
-    def watched(self) -> dict[str, Dataset]:
+    def eval_sets(self) -> dict[str, Dataset]:
         """The rows of all other splits."""
         return {split: self._rows(split) for split in self.evaluated}
 
@@ -124,7 +135,7 @@ class LanguageJob:
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return loss and perplexity of the learned tokens of a split."""
-        found = token_loss(trainer.model, self.watched[split], self.objective.collator, self.batch_size)
+        found = token_loss(trainer.model, self.eval_sets[split], self.objective.collator, self.batch_size)
         return Prediction({"loss": found.loss, "perplexity": found.perplexity}, found.loss)
 
     def describe(self, model: Any, adapter: Path) -> None:

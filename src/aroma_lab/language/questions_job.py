@@ -13,8 +13,7 @@ from aroma.errors import DataError
 from ..specs import ModelSpec
 from ..tasks.metrics import METRICS
 from ..tasks.spec import HELD_OUT, TaskSpec
-from ..training.job import Prediction
-from ..training.objective import Objective
+from ..training.job import Objective, Prediction
 from .commonsense import Question, load_questions
 from .evaluate import QuestionEvaluation, evaluate_questions
 from .examples import Conversation, load_conversations
@@ -84,9 +83,9 @@ class QuestionsJob:
         return self.learning.train
 
     @property
-    def watched(self) -> dict[str, Dataset]:
+    def eval_sets(self) -> dict[str, Dataset]:
         """The held-out rows: of the way the loss is known, answers are ranked at the end."""
-        return self.learning.watched
+        return self.learning.eval_sets
 
     @property
     def evaluated(self) -> tuple[str, ...]:

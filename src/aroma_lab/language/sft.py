@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import SFTConfig, SFTTrainer
 
-from ..training.exact_resume import ExactResume
+from ..training.trainer import ExactResume
 
 
 class SftMethodTrainer(ExactResume, SFTTrainer):

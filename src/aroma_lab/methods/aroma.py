@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,20 +22,13 @@ from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
 from aroma.tuner.state import pack, unpack
 
+from ..specs import adapter_keys
 from .base import Hooks, with_dropout
 from .head import find_targets
 from .lora import ADAPTER, PeftAdapter, wrap
 
 _OWN_NAMES = {"lora_dropout": "dropout"}
 """Fields of AromaConfig that have another name in the methods."""
-_INHERITED = ("lora_dropout", "exclude_modules")
-"""Fields of LoraConfig that are options; of AromaConfig's own fields all are."""
-
-
-def adapter_fields() -> dict[str, Any]:
-    """Return the type of every field of `AromaConfig` that a user may set, by name."""
-    hints = get_type_hints(AromaConfig)
-    return {name: hints[name] for name in (*AromaConfig.__annotations__, *_INHERITED)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Aroma(PeftAdapter):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return adapter_fields() | super().option_types()
+        return {name: key.type for name, key in adapter_keys().items()} | super().option_types()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -79,7 +72,7 @@ class Aroma(PeftAdapter):
         config = self._config([])
         # PEFT turns lists of modules into sets.
         modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
-        return {name: getattr(config, name) for name in adapter_fields()} | modules
+        return {name: getattr(config, name) for name in adapter_keys()} | modules
 
     @property
     def name(self) -> str:

@@ -156,7 +156,9 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
         return encoder_linears(model)
     names = _linears(model)
     if chosen == "all-linear":
-        return names
+        # As in PEFT: the output embeddings of a language model are not among them.
+        outputs = getattr(model, "get_output_embeddings", lambda: None)()
+        return [name for name in names if outputs is None or model.get_submodule(name) is not outputs]
     if isinstance(chosen, str):
         return [name for name in names if re.fullmatch(chosen, name)] or _refuse(chosen, names)
     for ending in chosen:

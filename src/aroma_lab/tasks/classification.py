@@ -14,8 +14,7 @@ from transformers import DataCollatorWithPadding
 from aroma.errors import bad_value
 
 from ..specs import ModelSpec, Recipe
-from ..training.job import Prediction
-from ..training.objective import Objective
+from ..training.job import Objective, Prediction
 from .data import load_splits, names_of
 from .metrics import CHOICE_METRIC, loss_of, metrics_of, trainer_metrics
 from .model import load_classifier
@@ -185,7 +184,7 @@ class ClassifierJob:
         return self._encode("train")
 
     @cached_property
-    def watched(self) -> dict[str, Dataset]:
+    def eval_sets(self) -> dict[str, Dataset]:
         """All other splits, encoded."""
         return {split: self._encode(split) for split in self.evaluated}
 
@@ -210,7 +209,7 @@ class ClassifierJob:
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return the metrics of a whole split, computed in one call, and its loss."""
-        prediction = trainer.predict(self.watched[split])
+        prediction = trainer.predict(self.eval_sets[split])
         metrics = metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
         return Prediction(metrics, loss_of(self.task.kind, prediction.predictions, prediction.label_ids))
 

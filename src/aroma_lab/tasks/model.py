@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,6 @@ import torch
 
 from aroma.errors import DataError, bad_value
 from aroma.files import file_digest
-from aroma.tuner import AromaConfig
 
 from ..methods.head import head_of, remember_head
 from ..specs import ModelSpec
@@ -97,14 +95,6 @@ def count_trainable(model: Any) -> dict[str, int]:
         if parameter.requires_grad:
             counts["head" if head.holds(name) else "adapter"] += parameter.numel()
     return counts
-
-
-def adapter_config(adapter: Any, training: Any, task: str = "classification") -> Any:
-    """Return the AromaConfig of a recipe's adapter (until the one runner is merged)."""
-    chosen = asdict(adapter)
-    if adapter.component_seed is None:
-        chosen["component_seed"] = training.seed
-    return AromaConfig(task_type="CAUSAL_LM" if task == "causal_lm" else "SEQ_CLS", **chosen)
 
 
 # The encoder that comes with pip -------------------------------------------------------------------------------------
