@@ -88,34 +88,26 @@ def typed_fields(
         ConfigError: An unknown key, or a value of a wrong type.
     """
     prefix = f"{where}." if where else ""
-    types, sections = _types(kind), _sections(kind)
-    flat = flatten(values, sections)
+    types = _types(kind)
+    flat = flatten(values, _sections(kind))
     for key, value in flat.items():
-        if key in sections:
-            example = next(known for known in types if known.startswith(f"{key}."))
-            raise ConfigError(f"{prefix}{key}={value!r}: it is a section; give it keys, as {prefix}{example}")
         if key not in types:
-            known = [*types] if _resembles(key, types) else [*types, *also()]
-            raise unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
-        if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
-            raise bad_value(f"{prefix}{key}", value, f"give {type_name(types[key])}; it cannot be null")
-    parser = _parser(tuple(types.items()))
-    try:
-        parsed = parser.parse_object(flat)
-    except ArgumentError as error:
-        key = _key_of(error, types)
-        raise bad_value(f"{prefix}{key}", flat[key], f"give {type_name(types[key])}") from error
-    return _nested(kind, {key: parsed[key] for key in flat})
+            raise _no_such_key(key, value, types, prefix, whole, remedy, also)
+    return _nested(kind, _parsed(types, flat, lambda key: f"{prefix}{key}"))
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
     """Return one `value` as `kind`, by the rules of `typed_fields` ("1e-4" is a float, 1.5 is no int).
 
+    Args:
+        key: The key, for errors.
+        value: What was given.
+        kind: A type hint.
+
     Raises:
         ConfigError: It is none.
     """
-    section, _, name = key.rpartition(".")
-    return typed_fields({name: kind}, {name: value}, section)[name]
+    return _parsed({"value": kind}, {"value": value}, lambda _: key)["value"]
 
 
 def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
@@ -257,16 +249,45 @@ def unknown_key(key: str, value: Any, known: Iterable[str], whole: str, remedy: 
     return ConfigError(". ".join(filter(None, sentences)))
 
 
+def _no_such_key(
+    key: str,
+    value: Any,
+    types: Mapping[str, Any],
+    prefix: str,
+    whole: str,
+    remedy: str,
+    also: Callable[[], Iterable[str]],
+) -> ConfigError:
+    example = next((known for known in types if known.startswith(f"{key}.")), None)
+    if example is not None:
+        return ConfigError(f"{prefix}{key}={value!r}: it is a section; give it keys, as {prefix}{example}")
+    while isinstance(value, dict) and value:  # of a section that does not exist, a key tells more
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    resembles = _of_name(key, types) or difflib.get_close_matches(key, types, n=1, cutoff=0.8)
+    known = [*types] if resembles else [*types, *also()]
+    return unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
+
+
 def _of_name(key: str, known: Iterable[str]) -> list[str]:
     """Return the keys whose last part is that of `key`."""
     return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
 
 
-def _resembles(key: str, known: Iterable[str]) -> bool:
-    return bool(_of_name(key, known) or difflib.get_close_matches(key, known, n=1, cutoff=0.8))
-
-
 # Types ---------------------------------------------------------------------------------------------------------------
+
+
+def _parsed(types: Mapping[str, Any], flat: Mapping[str, Any], shown: Callable[[str], str]) -> dict[str, Any]:
+    """Return values by dotted key, each of its type; errors name a key as `shown` says."""
+    for key, value in flat.items():
+        if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
+            raise bad_value(shown(key), value, f"give {type_name(types[key])}; it cannot be null")
+    try:
+        parsed = _parser(tuple(types.items())).parse_object(dict(flat))
+    except ArgumentError as error:
+        key = next(key for key in re.findall(r'[kK]ey "([^"]+)"', str(error)) if key in types)
+        raise bad_value(shown(key), flat[key], f"give {type_name(types[key])}") from error
+    return {key: parsed[key] for key in flat}
 
 
 @cache
@@ -311,11 +332,6 @@ def _nested(kind: type[Any] | Mapping[str, Any], flat: Mapping[str, Any]) -> dic
         elif name in flat:
             made[name] = flat[name]
     return made
-
-
-def _key_of(error: ArgumentError, types: Mapping[str, Any]) -> str:
-    """Return the key that jsonargparse's message is about."""
-    return next(key for key in re.findall(r'[kK]ey "([^"]+)"', str(error)) if key in types)
 
 
 _TYPE_NAMES: dict[Any, str] = {

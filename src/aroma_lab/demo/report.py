@@ -121,11 +121,11 @@ For comparison: {result.lora_line()}
 in proportion. An article that is in the corpus twice is on one side only.
 - The first {result.max_length} tokens of an article are read.
 - A run evaluates the held-out articles once, all of them, after the last step. Settings were chosen on a fifth of \
-the training articles, but held-out results of earlier settings had been seen, and one of them led to a new choice: the \
-accuracy is a demonstration's, not an unbiased estimate.
-- Head only: a linear head on the frozen model's features of the same tokens, trained to convergence, its L2 strength \
-chosen on a fifth of the training articles. The model's own pooling is what a classifier in transformers sees; mean \
-pooling is how this model is meant to be used.
+the training articles, but held-out results of earlier settings had been seen, and one of them led to a new choice: \
+the accuracy is a demonstration's, not an unbiased estimate.
+- Head only: a linear head on the frozen model's features of the same tokens, trained to convergence, its L2 \
+strength chosen on a fifth of the training articles. The model's own pooling is what a classifier in transformers \
+sees; mean pooling is how this model is meant to be used.
 - AROMA starts from the first of these heads and trains it further, together with the adapters.
 - One seed ({result.training.seed}): a demonstration, not a comparison of methods.
 - {result.wall_seconds:.0f} s, CPU threads: {record["threads"]}; {versions}; source: \

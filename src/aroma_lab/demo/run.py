@@ -25,7 +25,7 @@ from ..run.folder import require_empty
 from ..run.recorder import EventLog
 from ..specs import TrainSpec, check_training
 from ..tasks.classification import classifier_objective, encode, load_tokenizer, predict_logits
-from ..tasks.metrics import classification_metrics
+from ..tasks.metrics import metrics_of
 from ..tasks.model import count_trainable, load_classifier, packaged_encoder
 from ..tasks.task import Task, save_task
 from ..training.trainer import Fit, make_trainer
@@ -127,7 +127,7 @@ def run_demo(
     material.tokenizer.save_pretrained(folder / "adapter")
     save_task(Task("classification", TOPICS, "text", None, "label", MAX_LENGTH), folder / "adapter")
     result = DemoResult(
-        metrics=classification_metrics(logits.argmax(axis=-1), np.array(material.held_out["labels"])),
+        metrics=metrics_of("classification", logits, np.array(material.held_out["labels"])),
         head_only=head_only,
         train_articles=len(material.train),
         held_out_articles=len(material.held_out),

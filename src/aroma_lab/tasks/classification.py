@@ -13,10 +13,9 @@ from transformers import DataCollatorWithPadding
 
 from aroma.errors import bad_value
 
-from ..specs import ModelSpec, Recipe
+from ..specs import ModelSpec
 from ..training.job import Objective, Prediction
-from .data import load_splits, names_of
-from .metrics import CHOICE_METRIC, loss_of, metrics_of, trainer_metrics
+from .metrics import CHOICE_METRIC, loss_of, metrics_of
 from .model import load_classifier
 from .task import Task, save_task
 
@@ -117,17 +116,18 @@ def predict_logits(
 # The job -------------------------------------------------------------------------------------------------------------
 
 
-def classifier_objective(kind: str, tokenizer: Any, choice: str | None = None) -> Objective:
+def classifier_objective(kind: str, tokenizer: Any) -> Objective:
     """Return the objective of a sequence classification or regression.
 
     Args:
         kind: `"classification"` or `"regression"`.
         tokenizer: Pads the batches.
-        choice: Metric that a checkpoint is chosen by; None for the kind's.
     """
-    return Objective(
-        DataCollatorWithPadding(tokenizer), tokenizer, trainer_metrics(kind), choice or CHOICE_METRIC[kind]
-    )
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        return metrics_of(kind, prediction.predictions, prediction.label_ids)
+
+    return Objective(DataCollatorWithPadding(tokenizer), tokenizer, metrics, CHOICE_METRIC[kind])
 
 
 @dataclass(frozen=True)
@@ -139,19 +139,15 @@ class ClassifierJob:
         task: What the outputs mean.
         parts: Examples by split, `train` among them.
         tokenizer: The model's.
-        choice: Metric that a checkpoint is chosen by; None for the task's.
     """
 
     model: ModelSpec
     task: Task
     parts: Mapping[str, Dataset]
     tokenizer: Any
-    choice: str | None = None
 
     @classmethod
-    def make(
-        cls, model: ModelSpec, task: Task, parts: Mapping[str, Dataset], choice: str | None = None
-    ) -> ClassifierJob:
+    def make(cls, model: ModelSpec, task: Task, parts: Mapping[str, Dataset]) -> ClassifierJob:
         """Return the job, with the model's tokenizer.
 
         Raises:
@@ -160,23 +156,12 @@ class ClassifierJob:
         assert model.name is not None, "Recipe and Trial check it"
         tokenizer = load_tokenizer(model.name, task.max_length)
         check_positions(model.name, task.max_length)
-        return cls(model, task, parts, tokenizer, choice)
-
-    @classmethod
-    def of_recipe(cls, recipe: Recipe) -> ClassifierJob:
-        """Read the examples of a recipe.
-
-        Raises:
-            ConfigError: See `make`.
-            DataError: Data that cannot be used as described.
-        """
-        parts = load_splits(recipe.data)
-        return cls.make(recipe.model, Task.of(recipe.data, names_of(parts["train"])), parts)
+        return cls(model, task, parts, tokenizer)
 
     @cached_property
     def objective(self) -> Objective:
         """Batches, loss and metrics for the Trainer."""
-        return classifier_objective(self.task.kind, self.tokenizer, self.choice)
+        return classifier_objective(self.task.kind, self.tokenizer)
 
     @cached_property
     def train(self) -> Dataset:

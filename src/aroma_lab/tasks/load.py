@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from aroma.errors import AromaError, DataError
 
@@ -97,7 +97,7 @@ def _kind(spec: TaskSpec, glue: GlueTask | None) -> str:
     return kind
 
 
-def _reported(spec: TaskSpec, glue: GlueTask | None, source: _Source) -> dict[str, str]:
+def _reported(spec: TaskSpec, glue: GlueTask | None, source: _Files | _Hub) -> dict[str, str]:
     """Return the reported splits by the task's key."""
     splits = spec.reported or (glue.reported if glue else None)
     if splits is None:
@@ -114,7 +114,7 @@ def _reported(spec: TaskSpec, glue: GlueTask | None, source: _Source) -> dict[st
     return {f"reported.{label}": split for label, split in splits.items()}
 
 
-def _require_distinct(spec: TaskSpec, source: _Source, splits: dict[str, str]) -> None:
+def _require_distinct(spec: TaskSpec, source: _Files | _Hub, splits: dict[str, str]) -> None:
     seen: dict[str, str] = {}
     for key, split in splits.items():
         identity = source.identity(key, split)
@@ -167,23 +167,10 @@ def _draw(spec: TaskSpec, train: Dataset) -> Dataset:
     return train.select(sorted(random.Random(spec.split_seed).sample(range(len(train)), wanted)))
 
 
-# Where the examples are ----------------------------------------------------------------------------------------------
+# Where the examples are: files or the hub; `key` is the task's key that names a split, for errors --------------------
 
 
-class _Source(Protocol):
-    """Reads the splits of one task; `key` is the task's key that names a split, for errors."""
-
-    def has(self, split: str) -> bool:
-        """Whether there is a split of this name."""
-
-    def identity(self, key: str, split: str) -> str:
-        """Return what tells the split from others, without reading it."""
-
-    def read(self, key: str, split: str) -> tuple[Layout, Columns]:
-        """Return the columns of a split, and which of them means what."""
-
-
-def _find_source(spec: TaskSpec, glue: GlueTask | None) -> _Source:
+def _find_source(spec: TaskSpec, glue: GlueTask | None) -> _Files | _Hub:
     layouts = _layouts(spec, glue)
     if spec.source is None and spec.train is not None and Path(spec.train).suffix.lower() in FORMATS:
         return _Files(spec, glue, layouts, Path())
@@ -241,6 +228,7 @@ class _Hub:
         return split in hub_splits(self.name, self.config, self.spec.field("source"))
 
     def identity(self, key: str, split: str) -> str:
+        """Return what tells the split from others, without reading it."""
         return split
 
     def read(self, key: str, split: str) -> tuple[Layout, Columns]:

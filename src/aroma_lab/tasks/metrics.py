@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from aroma.errors import DataError, NonFiniteError, bad_value
 
@@ -71,75 +73,49 @@ def resolve_metric(spec: TaskSpec, kind: str, default: str | None, label_names: 
 
 
 def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """Return the metrics of a task; with two classes also `f1`, that of class 1.
+    """Return the metrics of a task over a whole set.
+
+    Of a classification: accuracy, F1 averaged over the classes that are predicted or occur, each with the same weight
+    (`macro_f1`), Matthews' correlation coefficient (`mcc`) and, with two classes, F1 of class 1 (`f1`). Of a
+    regression: Pearson's and Spearman's correlation, which count as 0 with a constant, and the mean squared error.
 
     Args:
         task: `"classification"` or `"regression"`.
         logits: Shape (examples, classes), or (examples, 1) for a regression.
-        labels: Shape (examples,).
+        labels: Class indices or numbers, shape (examples,).
 
     Raises:
         DataError: No examples.
         NonFiniteError: A logit is NaN or infinite: its argmax would look like a prediction.
     """
-    _require_finite(logits)
+    _require_examples(labels)
+    damaged = int((~np.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum())
+    if damaged:
+        raise NonFiniteError(
+            f"logits: NaN or infinite in {damaged} of {len(logits)} examples; lower the learning rate, or check the "
+            "model"
+        )
     if task == "regression":
-        return regression_metrics(logits.reshape(-1), labels)
-    predicted = logits.argmax(axis=-1)
-    metrics = classification_metrics(predicted, labels)
-    return {**metrics, "f1": binary_f1(predicted, labels)} if logits.shape[-1] == 2 else metrics
+        return _regression(logits.reshape(-1).astype("float64"), labels.astype("float64"))
+    return _classification(logits.argmax(axis=-1), labels, logits.shape[-1])
 
 
-def classification_metrics(predicted: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """Return accuracy, macro-averaged F1 and Matthews' correlation coefficient.
-
-    F1 is averaged over the classes that occur in `predicted` or `labels`, each with the same weight.
-
-    Args:
-        predicted: Class indices, shape (examples,).
-        labels: True class indices, shape (examples,).
-
-    Raises:
-        DataError: No examples.
-    """
+def _classification(predicted: NDArray[Any], labels: NDArray[Any], classes: int) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    _require_examples(labels)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
-        "mcc": float(matthews_corrcoef(labels, predicted)),
+    metrics = {
+        "accuracy": accuracy_score(labels, predicted),
+        "macro_f1": f1_score(labels, predicted, average="macro", zero_division=0.0),
+        "mcc": matthews_corrcoef(labels, predicted),
     }
+    if classes == 2:
+        metrics["f1"] = f1_score(labels, predicted, average="binary", pos_label=1, zero_division=0.0)
+    return {name: float(value) for name, value in metrics.items()}
 
 
-def binary_f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return F1 of class 1, the harmonic mean of its precision and recall; 0 if it neither occurs nor is predicted.
-
-    Args:
-        predicted: Class indices, 0 or 1, shape (examples,).
-        labels: True class indices, shape (examples,).
-    """
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predicted, average="binary", pos_label=1, zero_division=0.0))
-
-
-def regression_metrics(predicted: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """Return Pearson's and Spearman's correlation and the mean squared error.
-
-    A correlation with a constant is undefined, and counts as 0.
-
-    Args:
-        predicted: Numbers, shape (examples,).
-        labels: True numbers, shape (examples,).
-
-    Raises:
-        DataError: No examples.
-    """
+def _regression(predicted: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
     from scipy.stats import pearsonr, spearmanr
 
-    _require_examples(labels)
-    predicted, labels = predicted.astype("float64"), labels.astype("float64")
     constant = len(labels) < 2 or predicted.min() == predicted.max() or labels.min() == labels.max()
     return {
         "pearson": 0.0 if constant else float(pearsonr(predicted, labels).statistic),
@@ -157,6 +133,9 @@ def loss_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> float:
         task: `"classification"` or `"regression"`.
         logits: Shape (examples, classes), or (examples, 1) for a regression.
         labels: Shape (examples,).
+
+    Raises:
+        DataError: No examples.
     """
     from scipy.special import log_softmax
 
@@ -167,22 +146,6 @@ def loss_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> float:
     return float(-log_probabilities[range(len(labels)), labels].mean())
 
 
-def trainer_metrics(task: str) -> Callable[[Any], dict[str, float]]:
-    """Return `compute_metrics` for a Trainer, which calls it once an evaluation, with all examples."""
-    return lambda prediction: metrics_of(task, prediction.predictions, prediction.label_ids)
-
-
 def _require_examples(labels: NDArray[Any]) -> None:
     if len(labels) == 0:
         raise DataError("examples=0: a metric of no examples does not exist; give at least one")
-
-
-def _require_finite(logits: NDArray[Any]) -> None:
-    import numpy
-
-    damaged = int((~numpy.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum())
-    if damaged:
-        raise NonFiniteError(
-            f"logits: NaN or infinite in {damaged} of {len(logits)} examples; lower the learning rate, or check the "
-            "model"
-        )
