@@ -324,18 +324,6 @@ def test_questions_that_are_trained_on_are_not_reported(files: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ({"kind": None, "template": "plain"}, "only tasks of kind commonsense"),
-        ({"held_out_examples": 0}, "held_out_examples=0"),
-    ],
-)
-def test_a_task_that_cannot_work_is_refused(files: Path, tmp_path: Path, task: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora"}}, task=task)
-
-
 # After training ------------------------------------------------------------------------------------------------------
 
 
