@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.grid.expand import expand
-from aroma_lab.grid.reader import make_grid
 from aroma_lab.language.examples import Turn, load_conversations
 from aroma_lab.language.fingerprint import fingerprint_of
 from aroma_lab.language.opening import open_adapter
@@ -29,6 +27,7 @@ from aroma_lab.language.spec import LanguageSpec
 from aroma_lab.run.recipe import make_recipe
 from aroma_lab.run.recipe_run import job_of, run_recipe
 from aroma_lab.run.trial_run import run_trial
+from aroma_lab.study.grid import expand, make_grid
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
 STEPS = 30
