@@ -106,13 +106,13 @@ def _distribution(field: str, given: Any) -> BaseDistribution:
         raise bad_value(field, given, f"a range needs both low and high; {_WRITE}")
     if given["low"] == given["high"]:
         raise bad_value(f"{field}.low", given["low"], f"it must be below high={given['high']!r}")
+    if given.get("step", 0) > 0 and not given.get("log"):
+        _require_end(field, given)
     whole = all(isinstance(given.get(key, 0), int) for key in ("low", "high", "step"))
     try:
         made: BaseDistribution = IntDistribution(**given) if whole else FloatDistribution(**given)
     except ValueError as error:  # says what does not go together
         raise bad_value(field, dict(given), str(error)) from error
-    if "step" in given:
-        _require_end(field, given)
     return made
 
 

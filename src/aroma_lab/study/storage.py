@@ -125,12 +125,18 @@ def _open_database(url: URL, heartbeat: int) -> RDBStorage:
     if is_sqlite:
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
     timeout = {"timeout": _LOCK_SECONDS} if is_sqlite else {"connect_timeout": _CONNECT_SECONDS}
+    # A connection may have been closed in the hours between two uses.
+    options = {"connect_args": timeout, "pool_pre_ping": not is_sqlite}
+    try:
+        sqlalchemy.create_engine(url, **options).connect().close()
+    except SQLAlchemyError as error:
+        remedy = f"cannot be reached ({_reason(error)}); start or correct it"
+        raise bad_value("storage", str(url), remedy) from error
     for attempt in range(_TRIES):
         try:
             storage = RDBStorage(
                 url.render_as_string(hide_password=False),
-                # A connection may have been closed in the hours between two uses.
-                engine_kwargs={"connect_args": timeout, "pool_pre_ping": not is_sqlite},
+                engine_kwargs=options,
                 heartbeat_interval=heartbeat,
                 grace_period=MISSED_BEATS * heartbeat,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
@@ -141,9 +147,8 @@ def _open_database(url: URL, heartbeat: int) -> RDBStorage:
         except RuntimeError as error:  # tables of another version; Optuna says which, and what to do
             raise bad_value("storage", str(url), str(error)) from error
         except STORAGE_ERRORS as error:
-            if attempt == _TRIES - 1 or isinstance(error, sqlalchemy.exc.OperationalError):
-                reason = f"cannot be reached ({_reason(error)}); start or correct it"
-                raise bad_value("storage", str(url), reason) from error
+            if attempt == _TRIES - 1:
+                raise bad_value("storage", str(url), f"tables cannot be made there ({_reason(error)})") from error
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError("the last attempt returns or raises")
 
