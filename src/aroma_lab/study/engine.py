@@ -335,7 +335,7 @@ class Engine:
         return None
 
     def _report(self, scheduled: Sequence[Scheduled], total: int, done: int = 0, failed: int = 0) -> None:
-        if self._watcher is None:
+        if self._watcher is None or not scheduled:
             return
         running = tuple(taken.process.progress() for taken in self._taken if taken.process is not None)
         done += sum(one.score is not None for one in scheduled)
