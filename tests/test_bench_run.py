@@ -25,8 +25,8 @@ from aroma_lab.bench.shapes import make_model
 from aroma_lab.bench.trajectory import Change, Trajectory
 from aroma_lab.run.recipe import load_recipe
 from aroma_lab.run.run_folder import EventLog
+from aroma_lab.tasks.classification import load_tokenizer
 from aroma_lab.tasks.data import load_splits
-from aroma_lab.tasks.encode import load_tokenizer
 from models import adapted, batch, grow, ranks, trainable
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..methods import encoder_linears
-from ..progress import Phase, silent_phase
-from ..run.allocator import keep_freed_memory
+from ..progress import Progress, no_progress
+from ..run.memory import keep_freed_memory
 from .cases import Case, select_cases
 from .contestant import Contestant
 from .growth_cost import growth_cost
@@ -29,7 +29,7 @@ GROWTH_REPEATS = 5
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
-def measure(settings: BenchSettings, phase: Phase = silent_phase) -> BenchResult:
+def measure(settings: BenchSettings, phase: Progress = no_progress) -> BenchResult:
     """Run the benchmark.
 
     Args:
@@ -72,7 +72,7 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> BenchResult
 
 
 def _prepare(
-    cases: Sequence[Case], base: Any, batch: dict[str, Tensor], settings: BenchSettings, phase: Phase
+    cases: Sequence[Case], base: Any, batch: dict[str, Tensor], settings: BenchSettings, phase: Progress
 ) -> tuple[list[Contestant], list[int]]:
     """Return a contestant of every case, and the bytes that it keeps for backward."""
     contestants, kept = [], []
@@ -85,7 +85,7 @@ def _prepare(
     return contestants, kept
 
 
-def _peaks(contestants: Sequence[Contestant], settings: BenchSettings, phase: Phase) -> list[int | None]:
+def _peaks(contestants: Sequence[Contestant], settings: BenchSettings, phase: Progress) -> list[int | None]:
     if not settings.peak:
         return [None] * len(contestants)
     peaks = []

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..methods import encoder_linears
-from ..progress import Phase, silent_phase
-from ..run.allocator import keep_freed_memory
+from ..progress import Progress, no_progress
+from ..run.memory import keep_freed_memory
 from .cases import select_cases
 from .contestant import Contestant
 from .machine import bench_provenance, require_device
@@ -41,7 +41,7 @@ class OperationTimes:
     milliseconds: dict[str, float]
 
 
-def operation_times(settings: BenchSettings, phase: Phase = silent_phase) -> list[OperationTimes]:
+def operation_times(settings: BenchSettings, phase: Progress = no_progress) -> list[OperationTimes]:
     """Profile forward and backward of every case, in turns.
 
     Args:

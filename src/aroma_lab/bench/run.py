@@ -12,7 +12,7 @@ import torch
 
 from aroma.files import write_json
 
-from ..progress import Phase, silent_phase
+from ..progress import Progress, no_progress
 from ..run.run_folder import require_empty
 from .accounting import UNFROZEN, ArmLedger, Epoch
 from .machine import require_device
@@ -29,7 +29,7 @@ _COLLECT_EVERY = 50
 """Steps between two collections of Python's garbage, which is not to happen in somebody's turn."""
 
 
-def bench_run(settings: RunSettings, out: str | os.PathLike[str], phase: Phase = silent_phase) -> RunResult:
+def bench_run(settings: RunSettings, out: str | os.PathLike[str], phase: Progress = no_progress) -> RunResult:
     """Measure a whole run, and leave result and trajectory in a folder, after every epoch what there is so far.
 
     Args:

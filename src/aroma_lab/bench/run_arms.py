@@ -12,8 +12,7 @@ from transformers import get_scheduler
 
 from aroma.tuner import aroma_layers
 
-from ..methods import AdaLora, Aroma, Hooks, Lora, Method
-from ..methods.growth import Growth
+from ..methods import AdaLora, Aroma, GrowthHooks, Hooks, Lora, Method
 from ..specs import Recipe, TrainSpec
 from .accounting import ADALORA, AROMA, LORA, UNFROZEN
 from .recorder import TrajectoryRecorder
@@ -58,7 +57,7 @@ def replaying_arm(base: Any, method: Aroma, plan: Plan, training: TrainSpec, ste
 def deciding_arm(base: Any, method: Aroma, training: TrainSpec, steps: int) -> tuple[Arm, TrajectoryRecorder]:
     """Return AROMA with its controller, and what records the ranks that it decides on."""
     arm = _arm(AROMA, method, _build(method, base, steps, training.seed), training, steps)
-    assert isinstance(arm.hooks, Growth), "Aroma makes them"
+    assert isinstance(arm.hooks, GrowthHooks), "Aroma makes them"
     recorder = TrajectoryRecorder([module.name for module in arm.hooks.controller.modules])
     arm.hooks.controller.subscribe(recorder)
     return arm, recorder

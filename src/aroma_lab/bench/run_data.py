@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..specs import Recipe
+from ..tasks.classification import encode
 from ..tasks.data import Splits
-from ..tasks.encode import encode
 from .settings import BenchSettings
 from .shapes import make_batch
 

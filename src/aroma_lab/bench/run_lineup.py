@@ -14,8 +14,8 @@ from aroma.tuner import aroma_layers
 from ..methods import Aroma
 from ..run.recipe_run import check_schedule, planned_steps
 from ..specs import Recipe, TrainSpec
+from ..tasks.classification import check_positions, load_tokenizer
 from ..tasks.data import load_splits
-from ..tasks.encode import check_positions, load_tokenizer
 from ..tasks.model import adapter_config, load_classifier
 from .recorder import TrajectoryRecorder, read_trajectory
 from .replay import fit_modules

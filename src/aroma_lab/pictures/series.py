@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..report.records import Run
-from ..tasks.score import score
+from ..tasks.metrics import score
 from .runs import history_of
 
 Points = Sequence[tuple[float, float]]

@@ -11,7 +11,7 @@ from typing import Any
 from aroma.errors import CheckpointError, bad_value
 
 from ..pictures.places import places_of
-from ..specs import AdapterSpec
+from ..specs import adapter_keys
 from .formats import plain
 from .notes import common_notes
 from .protocol import protocol
@@ -91,8 +91,8 @@ def loops_of(run: Run) -> list[Loop]:
 
 def predicted_step(options: Mapping[str, Any]) -> float | None:
     """Return the inner step near which a linearly growing norm meets criterion (5); None without a tolerance."""
-    tolerance = options.get("inner_tolerance", AdapterSpec.inner_tolerance)
-    interval = options.get("inner_check_interval", AdapterSpec.inner_check_interval)
+    tolerance = options.get("inner_tolerance", adapter_keys()["inner_tolerance"].default)
+    interval = options.get("inner_check_interval", adapter_keys()["inner_check_interval"].default)
     # The norm grows from c(t − ΔT) to ct, by the share ΔT / (t − ΔT), which is less than ε once t > ΔT (1 + 1/ε).
     return round(interval * (1 + 1 / tolerance), 6) if tolerance else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aroma.errors import bad_value
 
-from ..specs import AdapterSpec
+from ..specs import adapter_keys
 from .formats import decimals, spread_text
 from .main_table import score_cells, task_column
 from .notes import common_notes
@@ -56,7 +56,9 @@ def reset_table(records: Records) -> Table:
 
 
 def _reset_of(records: Records, method: str) -> str:
-    return "/".join(dict.fromkeys(str(run.options.get("reset", AdapterSpec.reset)) for run in records.of(method)))
+    return "/".join(
+        dict.fromkeys(str(run.options.get("reset", adapter_keys()["reset"].default)) for run in records.of(method))
+    )
 
 
 def _rank_cell(records: Records, method: str, task: str, key: str) -> Cell:
