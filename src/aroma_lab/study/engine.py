@@ -24,7 +24,7 @@ from aroma.errors import ConfigError, bad_value
 from aroma.files import read_json
 
 from ..run.files import RUNS, TrialFiles
-from ..run.trial import Trial
+from ..run.trial import Trial, differing
 from .grid import Grid
 from .process import WORKER_MODULE, FolderLock, Running, TrialProcess
 from .status import (
@@ -137,7 +137,7 @@ class Engine:
             ours = settings.get(one.name)
             if ours is None or ours[KEY] == key:
                 continue
-            keys = ", ".join(_differing_keys(ours[SETTINGS], one.attributes[SETTINGS]))
+            keys = ", ".join(differing(ours[SETTINGS], one.attributes[SETTINGS]))
             if one.runs and (shared or FolderLock.is_held(self._grid.folder, one.name)):
                 raise ConfigError(f"study={self.study.study_name!r}: {one.name} runs now with another {keys}; wait")
             if one.score is not None and shared:
@@ -382,15 +382,3 @@ class _Eta:
             self._first = done
         new = done - self._first
         return (time.monotonic() - self._began) * (total - done) / new if new > 0 else None
-
-
-def _differing_keys(one: Mapping[str, object], other: Mapping[str, object], prefix: str = "") -> list[str]:
-    """Return the dotted keys in which two nested mappings differ."""
-    differing: list[str] = []
-    for key in {**one, **other}:
-        left, right = one.get(key), other.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            differing += _differing_keys(left, right, f"{prefix}{key}.")
-        elif left != right or (key in one) != (key in other):
-            differing.append(f"{prefix}{key}")
-    return differing

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal, get_type_hints
 
 from aroma.errors import AromaError, ConfigError, bad_value
 
 from ..run.trial import Trial
-from ..settings import apply_overrides, flatten, read_mapping, typed, unknown_key
+from ..settings import apply_overrides, flatten, read_mapping, typed, typed_fields, unknown_key
 from ..specs import TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
@@ -220,27 +219,33 @@ def make_grid(values: Mapping[str, Any]) -> Grid:
     Raises:
         ConfigError: An unknown or missing key, or a value that cannot work.
     """
-    hints = get_type_hints(Grid)
-    for key, value in values.items():
-        if key not in hints:
-            raise unknown_key(str(key), value, hints, "a grid")
-    nested = ("tasks", "methods", "training", "seeds", "overrides", "select")
-    plain = {key: typed(key, values[key], hints[key]) for key in values if key not in nested}
+    given = typed_fields({**get_type_hints(Grid), **_NESTED}, values)
     for key in ("output", "model"):
-        if not plain.get(key):
-            raise bad_value(key, plain.get(key), "give it; a grid has no default for it")
+        if not given.get(key):
+            raise bad_value(key, given.get(key), "give it; a grid has no default for it")
     for key in ("processes", "heartbeat"):
-        require_at_least(1, key, plain.get(key, 1))
-    tasks, methods = _tasks(values.get("tasks")), _methods(values.get("methods"))
-    return Grid(
-        tasks=tasks,
-        methods=methods,
-        training=_training(values.get("training")),
-        seeds=_seeds(values.get("seeds", [0])),
-        overrides=_overrides("overrides", values.get("overrides"), tasks, methods),
-        select=_selection(values.get("select"), tasks, methods),
-        **plain,
-    )
+        require_at_least(1, key, given.get(key, 1))
+    tasks, methods = _tasks(given.get("tasks")), _methods(given.get("methods"))
+    made = {
+        "tasks": tasks,
+        "methods": methods,
+        "training": _training(given.get("training")),
+        "seeds": _seeds(given.get("seeds", [0])),
+        "overrides": _overrides("overrides", given.get("overrides"), tasks, methods),
+        "select": _selection(given.get("select"), tasks, methods),
+    }
+    return Grid(**{**given, **made})
+
+
+_NESTED: dict[str, Any] = {
+    "tasks": dict[str, dict | None] | None,  # type: ignore[type-arg]
+    "methods": dict[str, dict | None] | None,  # type: ignore[type-arg]
+    "training": dict[str, Any] | None,
+    "seeds": list[int],
+    "overrides": list[dict] | None,  # type: ignore[type-arg]
+    "select": dict[str, Any] | None,
+}
+"""Types of the sections before their keys are checked."""
 
 
 def check_setting(key: str, value: Any, where: str = "", known: Iterable[str] = ()) -> Any:
@@ -284,41 +289,13 @@ def _check_option(key: str, value: Any) -> Any:
     return value
 
 
-def _mapping(key: str, value: Any) -> dict[str, Any]:
-    """Return a mapping with texts as keys; an empty one for null."""
-    if not isinstance(value, dict | NoneType):
-        raise bad_value(key, value, "give a mapping of keys")
-    for name in value or {}:
-        if not isinstance(name, str):
-            raise ConfigError(f"{key}: the key {name!r} is not a text; quote it")
-    return value or {}
-
-
-def _fields(section: str, values: dict[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a section, each of the type that its field has."""
-    for key, value in values.items():
-        if key not in hints:
-            raise unknown_key(f"{section}.{key}", value, [f"{section}.{name}" for name in hints], "a grid")
-    return {key: typed(f"{section}.{key}", value, hints[key]) for key, value in values.items()}
-
-
-def _named(key: str, values: Any, example: str) -> dict[str, dict[str, Any]]:
-    """Return mappings by label; labels name folders."""
-    named = {name: _mapping(f"{key}.{name}", keys) for name, keys in _mapping(key, values).items()}
-    if not named:
-        raise bad_value(key, values, f"give at least one, such as {example}")
-    for name in named:
-        require_folder_name(key, name)
-    return named
-
-
 def require_folder_name(key: str, name: str) -> None:
     """Raise unless a name can be a folder's.
 
     Raises:
         ConfigError: It cannot.
     """
-    if not re.fullmatch(r"\w[\w.+-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
         raise bad_value(key, name, "it names folders; use letters, digits, '-', '+', '_' and '.' only")
 
 
@@ -332,51 +309,55 @@ def require_at_least(minimum: int, key: str, number: int) -> None:
         raise bad_value(key, number, f"give {minimum} or more")
 
 
-def _tasks(values: Any) -> dict[str, TaskSpec]:
-    named = _named("tasks", values, "mrpc: {}")
-    for name in _FOLDERS & named.keys():
-        raise bad_value("tasks", name, "it would share a folder with trials of a selection or a search; rename it")
+def _labelled(key: str, given: Mapping[str, Any] | None, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the labels, which name folders, and the keys of tasks or methods."""
+    if not given:
+        raise bad_value(key, given, f"give at least one, such as {example}")
+    for name, keys in given.items():
+        require_folder_name(key, name)
+        yield name, keys or {}
+
+
+def _tasks(given: Mapping[str, Any] | None) -> dict[str, TaskSpec]:
     hints = _without(get_type_hints(TaskSpec), "name")
-    return {name: TaskSpec(name=name, **_fields(f"tasks.{name}", keys, hints)) for name, keys in named.items()}
+    tasks = {}
+    for name, keys in _labelled("tasks", given, "mrpc: {}"):
+        if name in _FOLDERS:
+            raise bad_value("tasks", name, "it would share a folder with trials of a selection or search; rename it")
+        tasks[name] = TaskSpec(name=name, **typed_fields(hints, keys, f"tasks.{name}"))
+    return tasks
 
 
-def _methods(values: Any) -> dict[str, MethodSpec]:
+def _methods(given: Mapping[str, Any] | None) -> dict[str, MethodSpec]:
     methods = {}
-    for label, keys in _named("methods", values, "lora-r8: {kind: lora, r: 8}").items():
+    for label, keys in _labelled("methods", given, "lora-r8: {kind: lora, r: 8}"):
         kind = typed(f"methods.{label}.kind", keys.get("kind"), str)
         options = {key: _check_option(f"methods.{label}.{key}", value) for key, value in keys.items() if key != "kind"}
         methods[label] = MethodSpec(kind, options)
     return methods
 
 
-def _training(values: Any) -> TrainSpec:
-    given = _mapping("training", values)
-    if "seed" in given:
+def _training(given: Mapping[str, Any] | None) -> TrainSpec:
+    if given and "seed" in given:
         raise bad_value("training.seed", given["seed"], "a grid has `seeds`; leave it out")
     # One thread per trial unless the grid says otherwise: with PyTorch's default, trials compete for the cores.
-    training = TrainSpec(**{"threads": 1, **_fields("training", given, get_type_hints(TrainSpec))})
+    training = TrainSpec(**{"threads": 1, **typed_fields(TrainSpec, given or {}, "training")})
     check_training(training)
     return training
 
 
-def _seeds(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list):
-        raise bad_value("seeds", values, "give a list of whole numbers, such as [0, 1, 2]")
-    seeds = tuple(typed("seeds", values, list[int]))
+def _seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise bad_value("seeds", values, "give at least one, 0 or more, each once, such as [0, 1, 2]")
-    return seeds
+        raise bad_value("seeds", seeds, "give at least one, 0 or more, each once, such as [0, 1, 2]")
+    return tuple(seeds)
 
 
 def _overrides(
-    key: str, entries: Any, tasks: Mapping[str, TaskSpec], methods: Mapping[str, MethodSpec]
+    key: str, given: Sequence[Any] | None, tasks: Mapping[str, TaskSpec], methods: Mapping[str, MethodSpec]
 ) -> tuple[Override, ...]:
-    if not isinstance(entries or [], list):
-        raise bad_value(key, entries, "give a list, such as [{task: rte, training.max_steps: 500}]")
     made = []
-    for index, entry in enumerate(entries or []):
-        where = f"{key}[{index}]"
-        keys = dict(_mapping(where, entry))
+    for index, entry in enumerate(given or ()):
+        where, keys = f"{key}[{index}]", dict(entry)
         filters = {
             "tasks": _take_filter(f"{where}.task", keys, "task", tasks),
             "methods": _take_filter(f"{where}.method", keys, "method", methods),
@@ -389,45 +370,41 @@ def _take_filter(where: str, keys: dict[str, Any], name: str, known: Mapping[str
     """Take the filter `name` out of an override: a label, or a list of them. A mapping is a section of settings."""
     if isinstance(keys.get(name), dict):
         return None
-    given = keys.pop(name, None)
-    if given is None:
-        return None
-    value = typed(where, given, str | list[str])
-    labels = (value,) if isinstance(value, str) else tuple(value)
-    for label in labels:
+    given = typed(where, keys.pop(name, None), str | list[str] | None)
+    labels = (given,) if isinstance(given, str) else given
+    for label in labels or ():
         if label not in known:
             raise bad_value(where, label, f"the grid has no such {name}; it has {', '.join(known)}")
-    return labels
+    return None if labels is None else tuple(labels)
 
 
-def _selection(values: Any, tasks: Mapping[str, TaskSpec], methods: Mapping[str, MethodSpec]) -> Selection | None:
+def _selection(
+    values: Mapping[str, Any] | None, tasks: Mapping[str, TaskSpec], methods: Mapping[str, MethodSpec]
+) -> Selection | None:
     if values is None:
         return None
-    given = _mapping("select", values)
-    names = ("over", "seed", "training", "overrides")
-    for key, value in given.items():
-        if key not in names:
-            raise unknown_key(f"select.{key}", value, [f"select.{name}" for name in names], "a grid")
-    seed = typed("select.seed", given.get("seed", 0), int)
-    require_at_least(0, "select.seed", seed)
+    mapping = dict[str, Any] | None
+    types = {"over": mapping, "seed": int, "training": mapping, "overrides": list[dict] | None}  # type: ignore[type-arg]
+    given = typed_fields(types, values, "select")
+    require_at_least(0, "select.seed", given.get("seed", 0))
     return Selection(
         over=_over(given.get("over")),
-        seed=seed,
-        training=_check_settings({"training": _mapping("select.training", given.get("training"))}, "select."),
+        seed=given.get("seed", 0),
+        training=_check_settings({"training": given.get("training")}, "select."),
         overrides=_overrides("select.overrides", given.get("overrides"), tasks, methods),
     )
 
 
-def _over(values: Any) -> dict[str, list[Any]]:
+def _over(given: Mapping[str, Any] | None) -> dict[str, list[Any]]:
     over = {}
-    for key, candidates in flatten(_mapping("select.over", values), SECTIONS).items():
+    for key, candidates in flatten(given or {}, SECTIONS).items():
         if not isinstance(candidates, list) or not candidates:
             raise bad_value(f"select.over.{key}", candidates, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
         over[key] = [check_setting(key, value, "select.over.") for value in candidates]
         if any(value in over[key][:index] for index, value in enumerate(over[key])):
             raise bad_value(f"select.over.{key}", candidates, "it has a value twice; give each once")
     if not over:
-        raise bad_value("select.over", values, "name what to try, such as {training.learning_rate: [5.0e-4, 1.0e-3]}")
+        raise bad_value("select.over", given, "name what to try, such as {training.learning_rate: [5.0e-4, 1.0e-3]}")
     return over
 
 

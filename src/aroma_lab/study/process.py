@@ -124,7 +124,6 @@ class TrialProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=trial_environment(trial.training.threads),
                 pass_fds=(lock.descriptor,),
                 # Ctrl-C goes to a terminal's whole process group; trials are stopped by their parent.
                 start_new_session=True,
@@ -173,14 +172,6 @@ class TrialProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def trial_environment(threads: int | None) -> dict[str, str]:
-    """Return the environment of a trial's process; libraries read their numbers of threads from it when loaded."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    if threads is not None:
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    return environment
 
 
 def failure_message(folder: Path) -> str:
