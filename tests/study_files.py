@@ -102,7 +102,7 @@ def real_grid(folder: Path, output: str, **changes: Any) -> Path:
         "model": str(folder / "bert"),
         "tasks": {"words": files},
         "methods": {"lora": {"kind": "lora", "r": 4}, "aroma": {"kind": "aroma", **aroma}},
-        "training": {"max_steps": 120, "warmup_steps": 5, "batch_size": 8, "save_steps": 10, "early_stop": False},
+        "training": {"max_steps": 60, "warmup_steps": 5, "batch_size": 8, "save_steps": 10, "early_stop": False},
         **changes,
     }
     return write_yaml(folder / f"{output}.yaml", grid)
@@ -133,7 +133,7 @@ def comparable(folder: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, values: dict[str, Any]) -> Path:
     """Write a grid or search file."""
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 

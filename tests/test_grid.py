@@ -14,10 +14,10 @@ from rich.console import Console
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.cli.lab_progress import StudyProgress, duration
+from aroma_lab.cli.lab_progress import StudyProgress
 from aroma_lab.run.trial import save_trial
 from aroma_lab.study.engine import Progress
-from aroma_lab.study.grid import check_methods, check_tasks, expand, load_grid, make_grid
+from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
 from aroma_lab.study.process import Running
 from aroma_lab.study.run import list_grid, run_grid
 from aroma_lab.study.selection import Outcome, candidates, choose, chosen_settings
@@ -452,18 +452,6 @@ def test_a_decided_trial_needs_its_data_no_more(no_trial, tmp_path, select):
         run_grid(grid, retry_failed=True)
 
 
-def test_every_task_is_loaded_once_and_reported_files_only_if_a_trial_reports(monkeypatch):
-    loaded = []
-    monkeypatch.setattr("aroma_lab.run.work.work_of", loaded.append)
-    grid = make_grid({**MINIMAL, "select": {"over": {RATE: [1e-3, 2e-3]}}})
-    tried = [one.trial for one in candidates(grid)]
-    check_tasks([*tried, *expand(grid)])
-    check_tasks(tried)
-    assert [(trial.task.name, trial.purpose) for trial in loaded] == [
-        (task, purpose) for purpose in ("report", "select") for task in ("mrpc", "rte")
-    ]
-
-
 # Choosing -----------------------------------------------------------------------------------------------------------
 
 
@@ -604,11 +592,6 @@ def test_a_list_loads_no_heavy_library(grid_file):
     )
     command = [sys.executable, "-c", code, "lab", "run", grid_file, "--list"]
     assert subprocess.check_output(command, text=True).splitlines()[-1] == "set()"
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (7800, "2 h 10 min")])
-def test_durations_in_words(seconds, words):
-    assert duration(seconds) == words
 
 
 def test_on_a_terminal_every_running_trial_has_a_bar():

@@ -55,7 +55,8 @@ def add_parser(commands: Any) -> None:
             "some time. If it is killed, others take up its trials."
         ),
         epilog=examples(
-            "aroma lab worker examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma"
+            "aroma lab worker examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma",
+            "aroma lab worker examples/lab/search-messages.yaml --workers 4 --idle 600",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,7 +80,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the grid, or list its trials; return 1 if there are trials without a result."""
-    require_extra("train", "search")
+    require_extra("lab")
     from rich.console import Console
 
     from ..study.grid import load_grid
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_worker(arguments: argparse.Namespace) -> None:
     """Run trials of a grid or a search that another command started."""
-    require_extra("train", "search")
+    require_extra("lab")
     from ..study.grid import make_grid, read_grid_file
     from ..study.search import make_search, serve
     from .lab_progress import StudyProgress

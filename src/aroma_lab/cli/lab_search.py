@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Search, and print what was found; return 1 if a trial failed."""
-    require_extra("train", "search")
+    require_extra("lab")
     from ..study.search import load_search
 
     search = load_search(
