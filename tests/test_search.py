@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.engine import Engine
-from aroma_lab.study.search import SearchOutcome, load_search, make_search, run_search
+from aroma_lab.study.search import SearchOutcome, load_search, make_search, run_search, serve
 from aroma_lab.study.space import extremes, grid_points, read_space
 from aroma_lab.study.status import ERROR, KEY, NAME, scheduled_in
 from aroma_lab.study.storage import open_storage, without_password
@@ -389,6 +389,11 @@ def test_another_search_file_for_one_study_is_refused(changes, key, tmp_path, lo
         searched(tmp_path / "two", trials=1, storage=storage, **changes)
     assert f"0000 was run with another {key}; use the same file on all machines" in str(raised.value)
     assert not (tmp_path / "two" / "runs").exists()
+    worker = make_search(search_values(tmp_path / "two", trials=2, storage=storage, **changes))
+    with Engine(make_search(search_values(tmp_path / "one", trials=2, storage=storage)).grid) as engine:
+        engine._enqueue({one[KEY]: one for one in make_search(search_values(tmp_path, trials=2)).scheduled()})
+    with pytest.raises(ConfigError, match=f"its trials have another {key}; use the same file"):
+        serve(worker, 1, module=FAKE)
     two = searched(tmp_path / "two", trials=1, storage=storage, processes=3, heartbeat=2)
     assert scores(one) == scores(two), "where a machine writes and how many processes it has is its own affair"
     assert sum(runs_in(log).values()) == 1

@@ -33,6 +33,7 @@ from .status import (
     LOSS,
     MACHINE,
     NAME,
+    NUMBER,
     SETTINGS,
     Attributes,
     Scheduled,
@@ -77,7 +78,13 @@ class Watcher(Protocol):
 
 
 def trial_of_grid(study: optuna.Study, attempt: FrozenTrial) -> Trial:
-    """Return the trial of a grid, which the study holds complete."""
+    """Return the trial of a grid, which the study holds complete.
+
+    Raises:
+        ConfigError: It is a search's.
+    """
+    if NUMBER in attempt.user_attrs:
+        raise bad_value("study", study.study_name, "it is a search's; give the search file")
     return Trial.from_dict(attempt.user_attrs[SETTINGS])
 
 
@@ -92,7 +99,7 @@ class _Taken:
 
 
 class Engine:
-    """Runs trials of a study on this machine.
+    """Runs trials of a study on this machine; a context manager, which closes the storage.
 
     Args:
         grid: Gives the output folder, the study, its storage, and the number of trials at a time.
@@ -120,6 +127,15 @@ class Engine:
         self._last_beat, self._last_contact = -math.inf, time.monotonic()
         self._ended = 0
         self._eta = _Eta()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(self.storage, RDBStorage):
+            self.storage.engine.dispose()
+        if isinstance(error, STORAGE_ERRORS):
+            raise storage_lost(self._grid.storage, error) from error
 
     def status(self) -> Status:
         """Return what is known of the trials."""
@@ -192,11 +208,6 @@ class Engine:
         finally:
             self._hand_back()
         return self._ended
-
-    def close(self) -> None:
-        """Close the connections to the database."""
-        if isinstance(self.storage, RDBStorage):
-            self.storage.engine.dispose()
 
     def _retire_others(self, wanted: Sequence[Attributes]) -> None:
         """Fail what was enqueued with other settings, and has not run, so that no worker takes it."""

@@ -87,8 +87,7 @@ def run_grid(
         check_tasks(trial for trial, state in _states(part, Status.read(grid)) if state not in over)
     first = [one.trial for one in tried] or expand(part)
     require_no_conflicts(first, Status.read(grid).folder(""))
-    engine = Engine(grid, watcher=watcher, module=module)
-    try:
+    with Engine(grid, watcher=watcher, module=module) as engine:
         engine.require_no_conflicts([of_grid(trial) for trial in first])
         write_text(
             grid.folder / GRID_FILE, _HEADER + yaml.safe_dump(grid.as_dict(), sort_keys=False, allow_unicode=True)
@@ -99,8 +98,6 @@ def run_grid(
             run.select(grid, tried)
         run.run(expand(part, run.chosen))
         return run.outcome
-    finally:
-        engine.close()
 
 
 def list_grid(

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from aroma.errors import bad_value
 from aroma.files import read_json, write_json
 
-from ..run.trial import Trial
+from ..run.trial import Trial, differing
 from ..settings import typed, unknown_key
 from .engine import Engine, Watcher, trial_of_grid
 from .grid import (
@@ -32,7 +32,7 @@ from .grid import (
 )
 from .process import WORKER_MODULE
 from .space import Space, extremes, flat_space, grid_points, read_space, suggest
-from .status import MACHINE, NUMBER, Attributes, Scheduled, attributes_of
+from .status import MACHINE, NUMBER, SETTINGS, Attributes, Scheduled, attributes_of
 from .storage import JOURNAL_FILE, without_password
 
 SEARCH_FILE = "search.json"
@@ -94,8 +94,15 @@ class Search:
         """Return the trial of an attempt, with the values that the sampler gives it.
 
         The values are the same on every machine, except that TPE looks at the results so far.
+
+        Raises:
+            ConfigError: The attempt is of another search.
         """
-        number = attempt.user_attrs[NUMBER]
+        number = attempt.user_attrs.get(NUMBER, 0)
+        ours, theirs = self.searched(), attempt.user_attrs[SETTINGS]
+        if keys := differing(ours, theirs):
+            remedy = "use the same file on all machines, or give another study"
+            raise bad_value("study", study.study_name, f"its trials have another {', '.join(keys)}; {remedy}")
         study.sampler = self._sampler(number)
         return self.trial(number, suggest(optuna.Trial(study, attempt._trial_id), self.space))
 
@@ -214,12 +221,9 @@ def run_search(search: Search, watcher: Watcher | None = None, *, module: str = 
     # Before the study is made. A search whose trials are all decided needs its data no more.
     if module == WORKER_MODULE and len(written.get("tried", [])) < search.trials:
         check_tasks(search.extreme_trials())
-    engine = Engine(search.grid, search.sampled_trial, watcher, module)
-    try:
+    with Engine(search.grid, search.sampled_trial, watcher, module) as engine:
         engine.require_no_conflicts(search.scheduled())
         trials = engine.run(search.scheduled())
-    finally:
-        engine.close()
     best = max((one for one in trials if one.score is not None), key=lambda one: one.score or 0.0, default=None)
     write_json(file, _record_of(search, trials, best))
     return SearchOutcome(tuple(trials), best, file)
@@ -244,16 +248,10 @@ def serve(
         ConfigError: A storage that cannot be reached or went away, a study that searches something else, or a folder
             that holds another trial.
     """
-    if isinstance(settings, Grid):
-        engine = Engine(settings, trial_of_grid, watcher, module)
-    else:
-        engine = Engine(settings.grid, settings.sampled_trial, watcher, module)
-    try:
-        if isinstance(settings, Search):
-            engine.require_no_conflicts(settings.scheduled())
+    grid = settings if isinstance(settings, Grid) else settings.grid
+    make_trial = trial_of_grid if isinstance(settings, Grid) else settings.sampled_trial
+    with Engine(grid, make_trial, watcher, module) as engine:
         return engine.serve(idle_seconds)
-    finally:
-        engine.close()
 
 
 def _own_record(file: Path, search: Search) -> dict[str, Any]:
