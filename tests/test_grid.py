@@ -342,7 +342,9 @@ def test_two_commands_on_one_output_share_its_trials(out, tmp_path):
     values = grid_values(out, methods={"a": {"kind": "x", "pause": 0.02}, "b": {"kind": "x", "pause": 0.02}})
     file, log = write_yaml(tmp_path / "grid.yaml", values), tmp_path / "log.txt"
     machines = [start_machine(file, log) for _ in range(2)]
-    assert [output_of(machine) for machine in machines] == ["4 0 0\n"] * 2
+    for machine in machines:
+        finished, skipped, failed = map(int, output_of(machine).split())
+        assert (finished + skipped, failed) == (4, 0)
     assert list(runs_in(log).values()) == [1] * 4
 
 
