@@ -9,10 +9,10 @@ from torch import nn
 
 from aroma.errors import bad_value
 from aroma.measures import PairSnapshot, grown_norms, inner_values, pair_norms, weight_norms
+from aroma.pictures import positions_of
 from aroma.target import TargetModule
 from aroma.tuner import AromaConfig, aroma_layers
 
-from ..pictures.rank_picture import places_of
 from .trajectory import Change, Trajectory
 
 
@@ -130,8 +130,8 @@ def fit_modules(trajectory: Trajectory, model: nn.Module) -> dict[str, str]:
     candidates = [name for name, module in model.named_modules() if _has_weight_matrix(module)]
     if set(trajectory.modules) <= set(candidates):
         return {name: name for name in trajectory.modules}
-    by_place = dict(zip(places_of(candidates), candidates, strict=True))
-    places = dict(zip(trajectory.modules, places_of(trajectory.modules), strict=True))
+    by_place = dict(zip(positions_of(candidates), candidates, strict=True))
+    places = dict(zip(trajectory.modules, positions_of(trajectory.modules), strict=True))
     missing = [name for name, place in places.items() if place not in by_place]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -33,7 +33,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kind", metavar="KIND", choices=tuple(_KINDS), help=", ".join(_KINDS))
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="output folder of a grid, or a run's folder")
+    parser.add_argument(
+        "folders", metavar="FOLDER", nargs="+", help="a grid's output folder or its runs.parquet, or a run's folder"
+    )
     parser.add_argument("--out", metavar="FILE", help="new .png, .svg or .pdf file (KIND.png, or KIND-TASK.png)")
     parser.add_argument("--task", metavar="TASK", help="show this task (needed where there are several)")
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="show these, in this order (all)")
@@ -53,8 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..pictures.draw import Choice, draw_figure
-    from ..pictures.style import require_picture_name, save_picture
+    from aroma.pictures import require_picture_name, save_picture
+
+    from ..report.figures import Choice, draw_figure
 
     require_picture_name("--out", out)
     choice = Choice(

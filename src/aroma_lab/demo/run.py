@@ -15,10 +15,10 @@ from transformers import AutoModel, set_seed
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import write_json, write_text
+from aroma.pictures import rank_picture
 from aroma.tuner import aroma_layers
 
 from ..methods import Aroma
-from ..pictures.rank_picture import rank_picture
 from ..progress import Phase, silent_phase
 from ..run.run_folder import EventLog, require_empty
 from ..specs import AdapterSpec, TrainSpec, check_training

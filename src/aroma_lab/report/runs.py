@@ -1,0 +1,459 @@
+"""Runs as pandas frames: from the folders that `aroma lab run` leaves, or from the table that `aroma lab collect` makes.
+
+A frame has one row for each run. Its plain columns are what tables group by and compute with; the columns `trial` and
+`result` hold the whole records. Both sources go through the same checks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from aroma.errors import CheckpointError, bad_value
+from aroma.files import read_json, replacing
+
+from ..run.files import RUNS, TrialFiles
+
+TABLE = "runs.parquet"
+"""Name of the table of runs, in the output folder of a grid."""
+
+Run = Any
+"""A row of a frame, as `itertuples` gives it; attributes are the columns, see `_row`."""
+
+_OF_RUN = "restore the file, or remove the run's folder and run it again"
+_OF_GRID = "restore the file, or remove it and run the grid again, which writes it anew"
+_OF_TABLE = "restore the file, or make it again from the run folders with `aroma lab collect`"
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "a mapping": (Mapping,),
+    "a list": (list,),
+    "a text": (str,),
+    "a number": (int, float),
+    "a whole number": (int,),
+    "anything": (object,),
+}
+# Types are checked of what tables compute with or group by.
+_TRIAL = {
+    **dict.fromkeys(("name", "model", "method", "kind", "purpose"), "a text"),
+    **dict.fromkeys(("task", "options", "training"), "a mapping"),
+}
+_RESULT = {
+    **dict.fromkeys(("metric",), "a text"),
+    "score": "a number",
+    **dict.fromkeys(("examples", "parameters", "versions"), "a mapping"),
+    **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
+    "epoch_seconds": "a list",
+    **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
+}
+_PARAMETERS = dict.fromkeys(("initial", "average", "head"), "a number")
+_GRID = (("methods", "a mapping", "a text"), ("tasks", "a mapping", "a text"), ("seeds", "a list", "a whole number"))
+
+_NESTED = ("trial", "result", "curve", "evaluations", "ended")
+"""Columns of the table of runs that are JSON."""
+_NOT_KEPT = ("singular_values", "overlaps")
+"""Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All runs of a grid.
+
+    Args:
+        source: Folder or file they were read from.
+        rows: What frames have of each run, by name, finished or not; see `_row`.
+        selection: Content of `selection.json`; empty if there is none.
+        grid: Content of `grid.yaml`; empty if there is none.
+    """
+
+    source: Path
+    rows: Sequence[Mapping[str, Any]]
+    selection: Mapping[str, Any]
+    grid: Mapping[str, Any]
+
+    @cached_property
+    def reported(self) -> pd.DataFrame:
+        """Finished runs that are reported, by name."""
+        return _frame(row for row in self.rows if row["state"] == "finished" and not row["selects"])
+
+    @cached_property
+    def selecting(self) -> pd.DataFrame:
+        """Finished runs that chose settings on held-out training examples, by name."""
+        return _frame(row for row in self.rows if row["state"] == "finished" and row["selects"])
+
+    @cached_property
+    def failed(self) -> pd.DataFrame:
+        """Runs of both purposes that ended with an error, by name."""
+        return _frame(row for row in self.rows if row["state"] == "failed")
+
+    @cached_property
+    def unfinished(self) -> pd.DataFrame:
+        """Runs that have begun, and have neither finished nor failed, by name."""
+        return _frame(row for row in self.rows if row["state"] == "unfinished")
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Labels of the methods, in the grid's order, then those that only runs name."""
+        return self._ordered("method", self.grid.get("methods"))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the same order."""
+        return self._ordered("task", self.grid.get("tasks"))
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Seeds that every cell of a table should have: the grid's, and those of all reported runs."""
+        return sorted({*(self.grid.get("seeds") or ()), *(row["seed"] for row in self.rows if not row["selects"])})
+
+    @cached_property
+    def finished_methods(self) -> list[str]:
+        """Labels of the methods that have a reported run, in order."""
+        present = set(self.reported.method)
+        return [method for method in self.methods if method in present]
+
+    @property
+    def not_begun(self) -> list[str]:
+        """Cells of the grid without a run, as `mrpc/lora-r8, seed 0`."""
+        begun = {(row["task"], row["method"], row["seed"]) for row in self.rows if not row["selects"]}
+        cells = ((task, method, seed) for task in self.tasks for method in self.methods for seed in self.seeds)
+        return [f"{task}/{method}, seed {seed}" for task, method, seed in cells if (task, method, seed) not in begun]
+
+    def of(self, method: str | None = None, task: str | None = None) -> pd.DataFrame:
+        """Return the reported runs of a method and a task, by seed; None: of any."""
+        frame = self.reported
+        if method is not None:
+            frame = frame[frame.method == method]
+        if task is not None:
+            frame = frame[frame.task == task]
+        return frame.sort_values("seed", kind="stable")
+
+    def methods_of_kind(self, kind: str) -> list[str]:
+        """Return the labels of finished methods of a kind, in order."""
+        present = set(self.reported.method[self.reported.kind == kind])
+        return [method for method in self.methods if method in present]
+
+    def _ordered(self, column: str, planned: Iterable[str] | None) -> list[str]:
+        frames = (self.reported, self.selecting, self.failed, self.unfinished)
+        return list(dict.fromkeys([*(planned or ()), *(name for frame in frames for name in frame[column])]))
+
+
+def read_runs(source: str | os.PathLike[str]) -> Runs:
+    """Read the runs of a grid. Adapters and checkpoints are not needed.
+
+    Args:
+        source: Output folder of a grid, with run folders under `runs/` or else a table of runs `runs.parquet`; or the
+            file of such a table; or the folder of one run.
+
+    Raises:
+        ConfigError: There are no runs.
+        CheckpointError: A file is damaged or edited, or two runs have the same task, method and seed.
+    """
+    path = Path(source)
+    folder = path.parent if path.is_file() else path
+    if TrialFiles(path).trial.is_file():
+        return Runs(path, [_read_folder(path, path)], {}, {})
+    files = TrialFiles(Path())
+    names = (files.trial.name, files.result.name, files.failure.name)
+    places = sorted({found.parent for name in names for found in (folder / RUNS).glob(f"**/{name}")})
+    if places and not path.is_file():
+        rows = [_read_folder(place, folder) for place in places]
+    elif path.is_file() or (folder / TABLE).is_file():
+        rows = _read_table(path if path.is_file() else folder / TABLE)
+    else:
+        remedy = f"no runs there, and no {TABLE}; give the output folder of `aroma lab run`"
+        raise bad_value("folder", str(source), remedy)
+    rows.sort(key=lambda row: str(row["name"]))
+    runs = Runs(path, rows, _read_selection(folder / "selection.json"), _read_grid(folder / "grid.yaml"))
+    _require_distinct(runs.reported)
+    return runs
+
+
+def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
+    """Write all runs into one table, from which every table and figure but the cosines comes out the same.
+
+    Settings, versions, metrics, ranks, curves, evaluations and inner checks are kept; events, losses and adapters are
+    not.
+
+    Args:
+        runs: The runs.
+        path: Parquet file to write.
+    """
+    kept = []
+    for run in _frame(runs.rows).itertuples(index=False):
+        row = dict(run._asdict())
+        if run.state == "finished":
+            row["result"] = {key: value for key, value in run.result.items() if key not in _NOT_KEPT}
+            row |= {"curve": curve_of(run), "evaluations": evaluations_of(run), "ended": ended_loops(run)}
+        row |= {column: _to_json(row[column]) for column in _NESTED}
+        kept.append(row)
+    with replacing(path) as temporary:
+        frame = pd.DataFrame(kept).drop(columns="where")
+        frame.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
+
+
+def curve_of(run: Run) -> Mapping[str, Any]:
+    """Return trainable parameters and ranks by optimizer step, as `curve.json` has them.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    curve = run.curve if run.curve is not None else _read(_files(run).curve)
+    _require(_files(run).curve, curve, dict.fromkeys(("parameters", "total_rank", "ranks"), "anything"))
+    return dict(curve)
+
+
+def evaluations_of(run: Run) -> Sequence[Mapping[str, Any]]:
+    """Return the evaluations of a run, each with its step, split and metrics.
+
+    Raises:
+        CheckpointError: `history.json` is missing or damaged.
+    """
+    if run.evaluations is not None:
+        return list(run.evaluations)
+    history = _read(_files(run).history)
+    _require(_files(run).history, history, {"evaluations": "a list"})
+    return list(history["evaluations"])
+
+
+def ended_loops(run: Run) -> Sequence[tuple[int, str]]:
+    """Return outer step and module of every inner loop that ended with an outer check.
+
+    Raises:
+        CheckpointError: `events.jsonl` is damaged.
+    """
+    if run.ended is not None:
+        return [(outer, module) for outer, module in run.ended]
+    path = _files(run).events
+    if not path.exists():
+        return []
+    try:
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(event["outer_step"], event["module"]) for event in events if event["kind"] in ("merged", "frozen")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: truncated or edited ({error}); restore the file that was written") from error
+
+
+def require_reported_sets(run: Run) -> Mapping[str, Mapping[str, float]]:
+    """Return a run's metrics by reported set.
+
+    Raises:
+        CheckpointError: The result has none.
+    """
+    where = f"{run.where}/result.json" if run.curve is None else f"{run.where}, result"
+    _require(where, run.result, {"reported": "a mapping"})
+    _require(f"{where}, reported", run.result["reported"], dict.fromkeys(run.result["reported"], "a mapping"))
+    return dict(run.result["reported"])
+
+
+def _files(run: Run) -> TrialFiles:
+    return TrialFiles(Path(run.where))
+
+
+def _read_folder(place: Path, root: Path) -> dict[str, Any]:
+    """Read a run folder; one with a result is a finished run, whatever failed there before."""
+    files = TrialFiles(place)
+    trial = _read(files.trial)
+    result = _read(files.result) if files.result.exists() else None
+    message = None
+    if result is None and files.failure.exists():
+        failure = _read(files.failure)
+        _require(files.failure, failure, dict.fromkeys(("error", "message"), "anything"))
+        message = " ".join(f"{failure['error']}: {failure['message']}".split())
+    row = _row(trial, result, lambda name: str(place / f"{name}.json"), _OF_RUN)
+    relative = place.relative_to(root).as_posix()
+    return {**row, "folder": relative, "where": str(place), **_state(result, message)}
+
+
+def _state(result: object, message: str | None) -> dict[str, Any]:
+    state = "finished" if result is not None else "failed" if message is not None else "unfinished"
+    return {"state": state, "message": message}
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    try:
+        frame = pd.read_parquet(path)
+        records = frame[["folder", "message", *_NESTED]].to_dict("records")
+        nested = [{key: _from_json(record[key]) for key in _NESTED} for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: truncated, edited, or no table of runs ({said:.120}); {_OF_TABLE}") from error
+    rows = []
+    for record, parts in zip(records, nested, strict=True):
+        where = f"{path}, {record['folder']}"
+        row = _row(parts["trial"], parts["result"], lambda name, where=where: f"{where}, {name}", _OF_TABLE)
+        message = record["message"] if isinstance(record["message"], str) else None
+        kept = {key: parts[key] for key in ("curve", "evaluations", "ended")}
+        if parts["result"] is not None:
+            _require(where, kept, {"curve": "a mapping", "evaluations": "a list", "ended": "a list"}, _OF_TABLE)
+        place = {"folder": record["folder"], "where": where}
+        rows.append({**row, **kept, **place, **_state(parts["result"], message)})
+    return rows
+
+
+def _row(trial: Any, result: Any, where: Callable[[str], str], remedy: str) -> dict[str, Any]:
+    """Return what frames have of a run; `where` says where a record was read, for errors."""
+    _require(where("trial"), trial, _TRIAL, remedy)
+    _require(f"{where('trial')}, task", trial["task"], {"name": "a text"}, remedy)
+    _require(f"{where('trial')}, training", trial["training"], {"seed": "a whole number"}, remedy)
+    row: dict[str, Any] = {
+        "name": trial["name"],
+        "task": trial["task"]["name"],
+        "method": trial["method"],
+        "seed": trial["training"]["seed"],
+        "kind": trial["kind"],
+        "model": trial["model"],
+        # Such a run chose a setting on held-out training examples; its score is not reported.
+        "selects": trial["purpose"] == "select",
+        "learning_rate": trial["training"].get("learning_rate"),
+        **dict.fromkeys(_OF_RESULT),
+        **dict.fromkeys(("curve", "evaluations", "ended")),
+        "trial": trial,
+        "result": result,
+    }
+    if result is None:
+        return row
+    _require(where("result"), result, _RESULT, remedy)
+    _require(f"{where('result')}, parameters", result["parameters"], _PARAMETERS, remedy)
+    splits = dict.fromkeys(["train", *result["examples"]], "a whole number")
+    _require(f"{where('result')}, examples", result["examples"], splits, remedy)
+    return row | {
+        **{key: result.get(key) for key in _COPIED},
+        "initial_parameters": float(result["parameters"]["initial"]),
+        "average_parameters": float(result["parameters"]["average"]),
+        "head_parameters": float(result["parameters"]["head"]),
+        "training_seconds": math.fsum(result["epoch_seconds"]),
+        "epoch_seconds": _epoch_seconds(trial["training"], result),
+    }
+
+
+_COPIED = (
+    *("metric", "score", "steps", "planned_steps", "stopped_early", "average_rank", "effective_rank"),
+    *("git_revision", "platform", "device", "cpu_count", "threads"),
+)
+_OF_RESULT = (
+    *_COPIED,
+    *("initial_parameters", "average_parameters", "head_parameters", "training_seconds", "epoch_seconds"),
+)
+_COLUMNS = (
+    *("name", "folder", "where", "state", "message", "task", "method", "seed", "kind", "model", "selects"),
+    *("learning_rate", *_OF_RESULT, *_NESTED),
+)
+"""Columns of a frame. `folder` is the run's folder within the grid's, `where` says where it was read, for errors."""
+
+
+def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> float | None:
+    """Return the mean training time of a whole epoch, in seconds; None if no step was timed.
+
+    The last epoch of a run with a given number of steps is seldom whole, so this is the time of all steps, scaled to
+    the steps of an epoch.
+    """
+    times, steps = result["epoch_seconds"], result["steps"]
+    if not times or not steps:
+        return None
+    batches = math.ceil(result["examples"]["train"] / training.get("batch_size", 1))
+    return float(sum(times) / steps * math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
+
+
+def _read(path: Path, remedy: str = _OF_RUN) -> Any:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        # What read_json advises is for checkpoints, and there is no other one of a record.
+        raise CheckpointError(f"{path}: missing, truncated or edited ({error.__cause__}); {remedy}") from error
+
+
+def _edited(where: Path | str, what: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{where}: edited, or of another version: {what}; {remedy}")
+
+
+def _require(where: Path | str, content: Any, types: Mapping[str, str], remedy: str = _OF_RUN) -> None:
+    """Raise unless `content`, read at `where`, is a mapping that has these keys, with values of these types.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if not isinstance(content, Mapping):
+        raise _edited(where, "a mapping missing", remedy)
+    missing = [key for key in types if key not in content]
+    if missing:
+        raise _edited(where, f"{', '.join(missing)} missing", remedy)
+    for key, words in types.items():
+        _require_type(f"{where}, {key}", content[key], words, remedy)
+
+
+def _require_type(where: str, value: object, words: str, remedy: str) -> None:
+    # A truth value is a whole number to Python.
+    if not isinstance(value, _TYPES[words]) or (isinstance(value, bool) and words != "anything"):
+        raise _edited(where, f"{value!r:.60} is not {words}", remedy)
+
+
+def _read_grid(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: edited, no YAML ({' '.join(str(error).split())}); {_OF_GRID}") from error
+    _require(path, content, {}, _OF_GRID)
+    for key, words, words_of_each in _GRID:
+        if content.get(key) is not None:
+            _require_type(f"{path}, {key}", content[key], words, _OF_GRID)
+            for each in content[key]:
+                _require_type(f"{path}, {key}", each, words_of_each, _OF_GRID)
+    return dict(content)
+
+
+def _read_selection(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    content = _read(path, _OF_GRID)
+    _require(path, content, {}, _OF_GRID)
+    for task, of_task in content.items():
+        _require(f"{path}, {task}", of_task, {}, _OF_GRID)
+        for method, entry in of_task.items():
+            _require_choice(f"{path}, {task}/{method}", entry)
+    return dict(content)
+
+
+def _require_choice(where: str, entry: Any) -> None:
+    """Raise unless what was chosen is a mapping or None, and all that was tried has values for the same keys."""
+    _require(where, entry, {}, _OF_GRID)
+    chosen = {} if entry.get("chosen") is None else entry["chosen"]
+    _require(f"{where}, chosen", chosen, {}, _OF_GRID)
+    tried = entry.get("tried", [])
+    _require_type(f"{where}, tried", tried, "a list", _OF_GRID)
+    for pair in tried:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise _edited(f"{where}, tried", f"{pair!r:.60} is not a pair of values and score", _OF_GRID)
+        _require(f"{where}, tried", pair[0], dict.fromkeys(chosen, "anything"), _OF_GRID)
+
+
+def _require_distinct(reported: pd.DataFrame) -> None:
+    twice = reported[reported.duplicated(["task", "method", "seed"], keep=False)]
+    if len(twice):
+        first, second = list(twice.sort_values(["task", "method", "seed"], kind="stable").itertuples())[:2]
+        raise CheckpointError(
+            f"{second.where} and {first.where}: both hold {first.task}, {first.method}, seed {first.seed}; "
+            "move one of them away"
+        )
+
+
+def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=list(_COLUMNS))
+
+
+def _to_json(value: object) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _from_json(text: object) -> Any:
+    return json.loads(text) if isinstance(text, str) else None
