@@ -9,6 +9,7 @@ from ..errors import ConfigError
 _MODULES = {
     "train": ("datasets", "sklearn", "scipy"),
     "plot": ("matplotlib",),
+    "lab": ("pandas", "pyarrow", "scipy", "tabulate", "jinja2", "matplotlib", "seaborn"),
     "search": ("optuna", "sqlalchemy"),
     "trl": ("trl",),
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
-from aroma.errors import bad_value
+
+from .lab_table import new_file
 
 _KINDS = {
     "curves": "Figure 1: trainable parameters, total rank, rank of two modules, and score, by step",
@@ -48,8 +48,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw and write the picture."""
-    require_extra("plot")
-    out = _new_file(arguments)
+    require_extra("lab")
+    name = f"{arguments.kind}-{arguments.task}" if arguments.task else arguments.kind
+    out = new_file(arguments.out or f"{name}.png")
     from aroma.cli.quiet import quiet
 
     quiet()
@@ -69,16 +70,3 @@ def run(arguments: argparse.Namespace) -> None:
     )
     save_picture(draw_figure(arguments.kind, choice), out)
     Console(markup=False).print(f"picture: {out}", soft_wrap=True)
-
-
-def _new_file(arguments: argparse.Namespace) -> Path:
-    """Return the file to write.
-
-    Raises:
-        ConfigError: It is there already.
-    """
-    name = f"{arguments.kind}-{arguments.task}" if arguments.task else arguments.kind
-    path = Path(arguments.out or f"{name}.png")
-    if path.exists():
-        raise bad_value("--out", str(path), "it exists; give another name, or move it away")
-    return path

@@ -92,17 +92,17 @@ def draw_cosines(panels: Sequence[CosinePanel], first: Run, second: Run) -> Figu
     height = max(1.4, max(rows for rows, _ in shapes) * cell)
     width = max(5.6, _LEFT + sum(widths) + _GAP * len(panels) + _BAR)
     figure = new_figure(width, _TOP + height + _BOTTOM)
-    bar_left = _LEFT + sum(widths) + _GAP * (len(panels) - 0.5)
-    bar = figure.add_axes(
-        (bar_left / width, _BOTTOM / (_TOP + height + _BOTTOM), 0.18 / width, height / (_TOP + height + _BOTTOM))
-    )
+
+    def add_axes(left: float, bottom: float, wide: float, high: float) -> Axes:
+        """Add axes whose place is in inches."""
+        whole = figure.get_figheight()
+        return figure.add_axes((left / width, bottom / whole, wide / width, high / whole))
+
+    bar = add_axes(_LEFT + sum(widths) + _GAP * (len(panels) - 0.5), _BOTTOM, 0.18, height)
     left = _LEFT
     for panel, panel_width in zip(panels, widths, strict=True):
         rows, columns = panel.cosines.shape
-        bottom = _BOTTOM + height - rows * cell
-        box = (left, bottom, columns * cell, rows * cell)
-        whole = (width, _TOP + height + _BOTTOM) * 2
-        axes = figure.add_axes(tuple(inches / of for inches, of in zip(box, whole, strict=True)))
+        axes = add_axes(left, _BOTTOM + height - rows * cell, columns * cell, rows * cell)
         _draw_panel(axes, bar, panel)
         left += panel_width + _GAP
     bar.set_title("cosine", fontsize=8.5, color=INK)

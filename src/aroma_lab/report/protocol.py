@@ -194,8 +194,8 @@ def _choices(runs: Runs) -> list[str]:
             listed = [f"{method} {show(value)}" for method, value in picked.items() if value is not None]
             if listed:
                 notes.append(f"Chosen {key} on {task}: {', '.join(listed)}.")
-    nothing = [(task, method) for task, those in runs.selection.items() for method in those]
-    nothing = [f"{task}/{method}" for task, method in nothing if not _chosen(runs, task, method)]
+    asked = [(task, method) for task, those in runs.selection.items() for method in those]
+    nothing = [f"{task}/{method}" for task, method in asked if not _chosen(runs, task, method)]
     if nothing:
         notes.append(f"Nothing could be chosen, no candidate has a score: {', '.join(nothing)}.")
     edge = [f"{task}/{method}" for task in runs.tasks for method in methods if _is_at_edge(runs, task, method)]

@@ -1,4 +1,4 @@
-"""Runs as pandas frames: from the folders that `aroma lab run` leaves, or from the table that `aroma lab collect` makes.
+"""Runs as pandas frames, from the folders that `aroma lab run` leaves or the table that `aroma lab collect` makes.
 
 A frame has one row for each run. Its plain columns are what tables group by and compute with; the columns `trial` and
 `result` hold the whole records. Both sources go through the same checks.
@@ -289,7 +289,7 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
     rows = []
     for record, parts in zip(records, nested, strict=True):
         where = f"{path}, {record['folder']}"
-        row = _row(parts["trial"], parts["result"], lambda name, where=where: f"{where}, {name}", _OF_TABLE)
+        row = _row(parts["trial"], parts["result"], _named(where), _OF_TABLE)
         message = record["message"] if isinstance(record["message"], str) else None
         kept = {key: parts[key] for key in ("curve", "evaluations", "ended")}
         if parts["result"] is not None:
@@ -361,6 +361,10 @@ def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> fl
         return None
     batches = math.ceil(result["examples"]["train"] / training.get("batch_size", 1))
     return float(sum(times) / steps * math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
+
+
+def _named(where: str) -> Callable[[str], str]:
+    return lambda name: f"{where}, {name}"
 
 
 def _read(path: Path, remedy: str = _OF_RUN) -> Any:

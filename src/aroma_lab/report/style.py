@@ -41,15 +41,15 @@ class Looks:
 
     @classmethod
     def of(cls, methods: Sequence[str]) -> Looks:
-        """Return the looks of the methods of a grid, in its order. A method looks the same whatever others are shown."""
+        """Return the looks of a grid's methods, in its order: a method looks the same whatever others are shown."""
         return cls(*({m: parts[i % len(parts)] for i, m in enumerate(methods)} for parts in _PARTS))
 
     def handle(self, method: str, label: str, line: bool = True) -> Any:
         """Return an entry of a legend."""
         from matplotlib.lines import Line2D
 
-        dashes = (0, self.dashes[method]) if self.dashes[method] else "solid"
-        style = {"color": self.palette[method], "marker": self.markers[method]}
+        dashes: Any = (0, self.dashes[method]) if self.dashes[method] else "solid"
+        style: dict[str, Any] = {"color": self.palette[method], "marker": self.markers[method]}
         return Line2D([], [], linestyle=dashes if line else "none", markersize=5 if line else 8, label=label, **style)
 
 

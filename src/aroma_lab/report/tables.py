@@ -58,8 +58,8 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
     Args:
         runs: The runs.
         kind: One of `KINDS`.
-        baseline: Label of the method that others are compared with; None: `lora-r8` if it has run, else none. The kinds
-            `reset` and `inner` take none.
+        baseline: Label of the method that others are compared with; None: `lora-r8` if it has run, else none. The
+            kinds `reset` and `inner` take none.
         metric: For `sets`, the metric that is shown; None: the one that is the score.
 
     Raises:
@@ -127,7 +127,7 @@ class _Columns:
         """Add a column of means and deviations, as `statistics.spread` returns them."""
         heads = [f"{prefix}_{key}" if key else prefix for key in keys]
         cells = found[["mean", "std", "count"]].itertuples(index=False, name=None)
-        texts = [mean_and_deviation(*cell, words, self._planned) for cell in cells]
+        texts = [mean_and_deviation(mean, std, count, words, self._planned) for mean, std, count in cells]
         self.add(title, texts, **dict(zip(heads, (found["mean"], found["std"], found["count"]), strict=False)))
         if mark_best:
             self._mark_best(title, found)
@@ -170,7 +170,8 @@ def main_table(runs: Runs, baseline: str | None) -> Table:
         average = pd.DataFrame({"mean": means, "std": np.nan, "count": counts})
         columns.spread("average", "average", average, points, keys=("",), mark_best=True)
     _add_parameters(columns, runs)
-    notes, sentence = [], ""
+    notes: list[str] = []
+    sentence = ""
     if baseline is not None:
         notes, sentence = _add_difference(columns, runs, runs.reported, "score", baseline)
     _add_failed(columns, runs)
@@ -202,8 +203,8 @@ def paired_table(runs: Runs, baseline: str | None) -> Table:
     columns.add("better–tied–worse", texts, **{str(verdict): verdicts[verdict] for verdict in verdicts})
     seeds = f"{counted(len(runs.seeds), 'seed')}: {', '.join(map(str, runs.seeds))}."
     caption = (
-        f"{_difference_sentence(runs, baseline, over_tasks=False)} Better, tied, worse: tasks whose interval lies above "
-        f"zero, holds it, or lies below. {seeds} {protocol(runs)}"
+        f"{_difference_sentence(runs, baseline, over_tasks=False)} Better, tied, worse: tasks whose interval lies "
+        f"above zero, holds it, or lies below. {seeds} {protocol(runs)}"
     )
     return columns.table("paired", caption, [*notes, *common_notes(runs)])
 
@@ -237,7 +238,8 @@ def sets_table(runs: Runs, baseline: str | None, metric: str | None = None) -> T
     average = spread(complete.dropna(), "value", runs.methods)
     columns.spread("average", "average", average, points, mark_best=True)
     _add_parameters(columns, runs)
-    notes, sentence = [], ""
+    notes: list[str] = []
+    sentence = ""
     if baseline is not None:
         frame = averages.rename("value").reset_index()
         notes, sentence = _add_difference(columns, runs, frame, "value", baseline, "Difference of the average")
@@ -296,8 +298,8 @@ def time_table(runs: Runs, baseline: str | None) -> Table:
             columns.numbers(f"paper ÷ {paper_key}", f"paper_over_{other}", paper, lambda ratio: f"{ratio:g}")
     caption = (
         "Seconds of training an epoch, without evaluation: the time of all steps that were taken, scaled to the steps "
-        f"of an epoch. {seeds_sentence(runs)} ÷: quotient of the averages over the tasks that both methods have; paper "
-        "÷: the same quotient of AROMA in the paper's Table 5 (RoBERTa-base, six GLUE tasks, a V100). "
+        f"of an epoch. {seeds_sentence(runs)} ÷: quotient of the averages over the tasks that both methods have; "
+        "paper ÷: the same quotient of AROMA in the paper's Table 5 (RoBERTa-base, six GLUE tasks, a V100). "
         f"{protocol(runs)}"
     )
     return columns.table("time", caption, [*_side_by_side(runs), *stopped_early(runs), *common_notes(runs)])
@@ -338,8 +340,8 @@ def inner_table(runs: Runs) -> Table:
     caption = (
         "Inner step t at which the inner criterion (5) is first met, over the inner loops of all matrices and seeds. "
         "Predicted: ΔT_in (1 + 1/ε_in), where a norm that grows linearly meets it, however much is left to learn. "
-        "Fired: loops in which it was met; never: loops that ended, at T_in, without. The quartiles are of the loops in "
-        f"which it fired. {protocol(runs)}"
+        "Fired: loops in which it was met; never: loops that ended, at T_in, without. The quartiles are of the loops "
+        f"in which it fired. {protocol(runs)}"
     )
     return columns.table("inner", caption, common_notes(runs))
 
