@@ -14,6 +14,7 @@ EMPTY = "–"
 """Text of a cell without value."""
 SUFFIXES: Mapping[str, str] = {".txt": "text", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
 """The format that a file's name asks for."""
+_BLANK = "\0"
 _WIDTH = 100
 """Characters of a line of caption or notes in plain text."""
 
@@ -58,13 +59,13 @@ class Table:
 
 def text(table: Table) -> str:
     """Return plain text: the caption, the aligned table with a `*` at the best, the notes."""
-    # A blank keeps numbers aligned in columns that have a star.
+    # In columns that have a star the other numbers get blanks, as marks that tabulate does not strip.
     starred = {column for _, column in table.best}
     cells = table.emphasized(lambda words: f"{words} *", str)
     for column in starred:
         plain_rows = [row for row in range(len(cells)) if (row, column) not in table.best]
-        cells.iloc[plain_rows, column] += "\N{NO-BREAK SPACE}" * 2
-    body = _tabulate(cells, "simple", table.sides("left", "right")).replace("\N{NO-BREAK SPACE}", " ")
+        cells.iloc[plain_rows, column] += _BLANK * 2
+    body = _tabulate(cells, "simple", table.sides("left", "right")).replace(_BLANK, " ")
     lines = [line.rstrip() for line in body.splitlines()]
     notes = [textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_long_words=False) for note in table.notes]
     return _join(textwrap.fill(table.caption_with("*"), _WIDTH), "\n".join(lines), "\n".join(notes))

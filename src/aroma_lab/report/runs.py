@@ -192,7 +192,12 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
         row = dict(run._asdict())
         if run.state == "finished":
             row["result"] = {key: value for key, value in run.result.items() if key not in _NOT_KEPT}
-            row |= {"curve": curve_of(run), "evaluations": evaluations_of(run), "ended": ended_loops(run)}
+            # Figures need these two, tables do not, so that runs without them can be collected as well.
+            has_curve = run.curve is not None or _files(run).curve.exists()
+            has_history = run.evaluations is not None or _files(run).history.exists()
+            row["curve"] = curve_of(run) if has_curve else None
+            row["evaluations"] = evaluations_of(run) if has_history else None
+            row["ended"] = ended_loops(run)
         row |= {column: _to_json(row[column]) for column in _NESTED}
         kept.append(row)
     with replacing(path) as temporary:
@@ -292,8 +297,9 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         row = _row(parts["trial"], parts["result"], _named(where), _OF_TABLE)
         message = record["message"] if isinstance(record["message"], str) else None
         kept = {key: parts[key] for key in ("curve", "evaluations", "ended")}
-        if parts["result"] is not None:
-            _require(where, kept, {"curve": "a mapping", "evaluations": "a list", "ended": "a list"}, _OF_TABLE)
+        types = {"curve": "a mapping", "evaluations": "a list", "ended": "a list"}
+        given = {key: value for key, value in kept.items() if value is not None}
+        _require(where, given, {key: types[key] for key in given}, _OF_TABLE)
         place = {"folder": record["folder"], "where": where}
         rows.append({**row, **kept, **place, **_state(parts["result"], message)})
     return rows
