@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification
 from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
-from aroma_lab.pictures.rank_picture import places_of, rank_picture
 from aroma_lab.run.provenance import git_revision
 from aroma_lab.run.recipe_run import check_schedule, planned_steps
 from aroma_lab.run.run_folder import EventLog
@@ -335,59 +334,7 @@ def test_export_merged_predicts_the_same(files, run, tmp_path):
     torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
 
 
-# The picture ---------------------------------------------------------------------------------------------------------
-
-
-def test_module_names_are_placed_by_layer_and_kind():
-    names = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.11.output.dense", "bert.pooler.dense"]
-    assert [(place.layer, place.kind) for place in places_of(names)] == [
-        (0, "attention.self.query"),
-        (11, "output.dense"),
-        (None, "bert.pooler.dense"),
-    ]
-
-
-def test_stacks_with_the_same_layers_are_told_apart():
-    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
-    assert [place.kind for place in places_of(names)] == [
-        "encoder.layer.0.SelfAttention.q",
-        "decoder.layer.0.SelfAttention.q",
-    ]
-    assert [place.kind for place in places_of(["h.0", "h.1"])] == ["h", "h"]
-
-
-class _Drawn:
-    def __init__(self, name, rank, effective_rank):
-        self.name, self.rank, self.effective_rank = name, rank, effective_rank
-
-
-def test_circles_have_areas_in_proportion_and_rank_0_is_a_cross():
-    from matplotlib.patches import Circle
-
-    from aroma_lab.pictures.rank_picture import draw_ranks
-
-    matrices = [_Drawn("h.0.q", 8, 4.0), _Drawn("h.1.q", 2, 2.0), _Drawn("h.2.q", 0, 0.0)]
-    axes = draw_ranks(matrices, "title").axes[0]
-    circles = [patch for patch in axes.patches if isinstance(patch, Circle)]
-    areas = [circle.radius**2 for circle in circles]
-    assert areas[1] / areas[0] == pytest.approx(4 / 8)
-    assert areas[2] / areas[0] == pytest.approx(2 / 8)
-    assert len(circles) == 4  # none for rank 0
-    crosses = [line for line in axes.lines if line.get_marker() == "x"]
-    assert [tuple(line.get_xydata()[0]) for line in crosses] == [(2.0, 0.0)]
-    assert [text.get_text() for text in axes.texts] == ["8", "2"]
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_a_picture_is_written_by_its_suffix(tmp_path, suffix):
-    path = tmp_path / f"ranks{suffix}"
-    rank_picture([_Drawn("a", 0, 0.0)], path)
-    assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml", b"%PDF-")
-
-
-def test_a_picture_of_nothing_or_of_an_unknown_kind_is_refused(run, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="there is nothing to draw"):
-        rank_picture([], tmp_path / "ranks.png")
+def test_a_picture_of_an_unknown_kind_is_refused(run, capsys):
     assert main(["inspect", str(run / "adapter"), "--plot", "ranks.docx"]) == 2
     assert "plot='ranks.docx': unknown kind of picture; its name must end in .png, .svg, .pdf" in (
         capsys.readouterr().err

@@ -95,9 +95,7 @@ def test_tables_have_the_numbers_on_record(kind, is_collected, collected):
     folder = OF_SETS if kind == "sets" else FROZEN
     found = formats.to_csv(table(collected[folder] if is_collected else folder, kind))
     expected = pd.read_csv(GOLDEN / "tables" / f"{kind}.csv")
-    pd.testing.assert_frame_equal(
-        pd.read_csv(io.StringIO(found)), expected, rtol=1e-12, atol=1e-14, check_dtype=False
-    )
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(found)), expected, rtol=1e-12, atol=1e-14, check_dtype=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +159,9 @@ def test_a_single_seed_has_no_interval_and_the_table_says_so():
     row = raw(FROZEN)["aroma-no-reset"]
     assert row["difference_low"] == row["difference_high"] == ""
     assert row["difference"] != ""
-    assert table(FROZEN).notes[0].startswith("No interval for aroma-no-reset: a single seed shared with lora-r8 on rte")
+    assert (
+        table(FROZEN).notes[0].startswith("No interval for aroma-no-reset: a single seed shared with lora-r8 on rte")
+    )
 
 
 def test_a_method_is_better_where_its_whole_interval_is_above_zero():
@@ -188,7 +188,9 @@ def test_without_the_default_baseline_there_is_no_comparison(grid):
     for task in ("mrpc", "rte"):
         shutil.rmtree(grid / "runs" / task / "lora-r8")
     assert "difference" not in raw(grid)["aroma"]
-    with pytest.raises(ConfigError, match=r"--baseline='lora-r8': no run of it has finished; give one of head-only, a"):
+    with pytest.raises(
+        ConfigError, match=r"--baseline='lora-r8': no run of it has finished; give one of head-only, a"
+    ):
         table(grid, baseline="lora-r8")
     with pytest.raises(ConfigError, match=r"^--baseline=None: a table of differences compares two methods"):
         table(grid, "paired")
@@ -318,7 +320,9 @@ def test_choices_that_were_not_kept_to_are_noted(grid):
     assert f"The choice looked at reported examples: select/mrpc/lora-r8/{place.name}." in notes
     assert "none of them saw" not in table(grid).caption
     assert "Nothing could be chosen, no candidate has a score: rte/aroma." in notes
-    assert any(note.startswith("Without a choice on held-out examples, with the given values: rte/a") for note in notes)
+    assert any(
+        note.startswith("Without a choice on held-out examples, with the given values: rte/a") for note in notes
+    )
     assert any(note.startswith("Chosen at the edge of what was tried") for note in notes)
 
 
@@ -546,7 +550,15 @@ def test_text_is_aligned_and_marks_the_best(hostile):
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0"), (514, "514"), (999.6, "1K"), (9216, "9.22K"), (999_600, "1M"), (22_713_216, "22.7M"), (8.03e9, "8.03B")],
+    [
+        (0, "0"),
+        (514, "514"),
+        (999.6, "1K"),
+        (9216, "9.22K"),
+        (999_600, "1M"),
+        (22_713_216, "22.7M"),
+        (8.03e9, "8.03B"),
+    ],
 )
 def test_amounts_have_three_digits(count, words):
     assert formats.amount(count) == words
@@ -639,7 +651,9 @@ def test_a_damaged_table_of_runs_is_named(collected, tmp_path):
         read_runs(tmp_path)
     frame["result"] = frame.result.str.replace('"score":', '"scores":')
     frame.to_parquet(path)
-    with pytest.raises(CheckpointError, match=r"runs\.parquet, runs/.*, result: .* score missing; .*aroma lab collect"):
+    with pytest.raises(
+        CheckpointError, match=r"runs\.parquet, runs/.*, result: .* score missing; .*aroma lab collect"
+    ):
         read_runs(tmp_path)
 
 
@@ -666,7 +680,7 @@ def command(module, *arguments):
 
 
 def test_the_commands_choices_are_all_there_are():
-    assert lab_table.KINDS == tuple(KINDS)
+    assert tuple(KINDS) == lab_table.KINDS
     assert set(lab_table.FORMAT_NAMES) == set(FORMATS) == set(SUFFIXES.values())
 
 

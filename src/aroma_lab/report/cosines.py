@@ -98,13 +98,14 @@ def draw_cosines(panels: Sequence[CosinePanel], first: Run, second: Run) -> Figu
         whole = figure.get_figheight()
         return figure.add_axes((left / width, bottom / whole, wide / width, high / whole))
 
-    bar = add_axes(_LEFT + sum(widths) + _GAP * (len(panels) - 0.5), _BOTTOM, 0.18, height)
     left = _LEFT
     for panel, panel_width in zip(panels, widths, strict=True):
         rows, columns = panel.cosines.shape
         axes = add_axes(left, _BOTTOM + height - rows * cell, columns * cell, rows * cell)
-        _draw_panel(axes, bar, panel)
+        _draw_panel(axes, panel)
         left += panel_width + _GAP
+    bar = add_axes(left - _GAP / 2, _BOTTOM, 0.18, height)
+    figure.colorbar(axes.collections[0], cax=bar, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.set_title("cosine", fontsize=8.5, color=INK)
     bar.tick_params(length=0, labelsize=8.5, labelcolor=INK)
     labels = [f"{run.method}, seed {run.seed}" for run in (first, second)]
@@ -113,7 +114,7 @@ def draw_cosines(panels: Sequence[CosinePanel], first: Run, second: Run) -> Figu
     return figure
 
 
-def _draw_panel(axes: Axes, bar: Axes, panel: CosinePanel) -> None:
+def _draw_panel(axes: Axes, panel: CosinePanel) -> None:
     import seaborn as sns
     from matplotlib.patches import Rectangle
 
@@ -130,8 +131,7 @@ def _draw_panel(axes: Axes, bar: Axes, panel: CosinePanel) -> None:
         annot=max(rows, columns) <= _MOST_NUMBERS,
         fmt=".2f",
         annot_kws={"fontsize": 7.5},
-        cbar_ax=bar,
-        cbar_kws={"ticks": [-1, -0.5, 0, 0.5, 1]},
+        cbar=False,
         ax=axes,
         **names,
     )
