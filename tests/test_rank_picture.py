@@ -51,7 +51,7 @@ def test_a_picture_is_written_by_its_suffix_and_the_same_one_has_the_same_bytes(
 def test_a_picture_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError, match="there is nothing to draw"):
         rank_picture([], tmp_path / "ranks.png")
-    with pytest.raises(ConfigError, match="unknown kind of picture; its name must end in .png, .svg, .pdf"):
+    with pytest.raises(ConfigError, match=r"unknown kind of picture; its name must end in \.png, \.svg, \.pdf"):
         rank_picture([MatrixRank("a", 1, 1.0)], tmp_path / "ranks.docx")
 
     class Broken:

@@ -188,9 +188,7 @@ def test_without_the_default_baseline_there_is_no_comparison(grid):
     for task in ("mrpc", "rte"):
         shutil.rmtree(grid / "runs" / task / "lora-r8")
     assert "difference" not in raw(grid)["aroma"]
-    with pytest.raises(
-        ConfigError, match=r"--baseline='lora-r8': no run of it has finished; give one of head-only, a"
-    ):
+    with pytest.raises(ConfigError, match=r"--baseline='lora-r8': no run of it has finished; give one of head"):
         table(grid, baseline="lora-r8")
     with pytest.raises(ConfigError, match=r"^--baseline=None: a table of differences compares two methods"):
         table(grid, "paired")
@@ -320,9 +318,7 @@ def test_choices_that_were_not_kept_to_are_noted(grid):
     assert f"The choice looked at reported examples: select/mrpc/lora-r8/{place.name}." in notes
     assert "none of them saw" not in table(grid).caption
     assert "Nothing could be chosen, no candidate has a score: rte/aroma." in notes
-    assert any(
-        note.startswith("Without a choice on held-out examples, with the given values: rte/a") for note in notes
-    )
+    assert any(note.startswith("Without a choice on held-out examples, with the given values: rte") for note in notes)
     assert any(note.startswith("Chosen at the edge of what was tried") for note in notes)
 
 
@@ -651,9 +647,7 @@ def test_a_damaged_table_of_runs_is_named(collected, tmp_path):
         read_runs(tmp_path)
     frame["result"] = frame.result.str.replace('"score":', '"scores":')
     frame.to_parquet(path)
-    with pytest.raises(
-        CheckpointError, match=r"runs\.parquet, runs/.*, result: .* score missing; .*aroma lab collect"
-    ):
+    with pytest.raises(CheckpointError, match=r"runs\.parquet, runs/.*, result: .* score missing; .*lab collect"):
         read_runs(tmp_path)
 
 

@@ -27,8 +27,8 @@ _PAPERS = "layer.10.attention.output.dense"
 _CELL, _LARGEST, _LEAST = 0.55, 4.6, 2.6
 """Inches of a cell's side, and the most and the least of a panel's width."""
 _LEFT, _GAP, _TOP, _BOTTOM, _BAR = 0.8, 0.85, 1.35, 0.9, 0.85
-_MOST_NUMBERS = 12
-"""Up to so many components a side, every cell shows its value."""
+_LEAST_CELL = 0.38
+"""Inches of a cell's side that has room for its value."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def draw_cosines(panels: Sequence[CosinePanel], first: Run, second: Run) -> Figu
     for panel, panel_width in zip(panels, widths, strict=True):
         rows, columns = panel.cosines.shape
         axes = add_axes(left, _BOTTOM + height - rows * cell, columns * cell, rows * cell)
-        _draw_panel(axes, panel)
+        _draw_panel(axes, panel, with_numbers=cell >= _LEAST_CELL)
         left += panel_width + _GAP
     bar = add_axes(left - _GAP / 2, _BOTTOM, 0.18, height)
     figure.colorbar(axes.collections[0], cax=bar, ticks=[-1, -0.5, 0, 0.5, 1])
@@ -114,7 +114,7 @@ def draw_cosines(panels: Sequence[CosinePanel], first: Run, second: Run) -> Figu
     return figure
 
 
-def _draw_panel(axes: Axes, panel: CosinePanel) -> None:
+def _draw_panel(axes: Axes, panel: CosinePanel, with_numbers: bool) -> None:
     import seaborn as sns
     from matplotlib.patches import Rectangle
 
@@ -128,7 +128,7 @@ def _draw_panel(axes: Axes, panel: CosinePanel) -> None:
         vmin=-1,
         vmax=1,
         cmap="PuOr",
-        annot=max(rows, columns) <= _MOST_NUMBERS,
+        annot=with_numbers,
         fmt=".2f",
         annot_kws={"fontsize": 7.5},
         cbar=False,

@@ -14,7 +14,7 @@ from aroma.errors import ConfigError, DataError, bad_value
 from aroma.pictures import FAINT, MatrixRank, RankPanel, draw_ranks, new_figure, write_title
 
 from .formats import counted
-from .runs import Run, curve_of, evaluations_of, read_runs
+from .runs import Run, curve_of, evaluations_of, read_runs, rows_of
 from .style import (
     Looks,
     count_in_whole_numbers,
@@ -120,7 +120,7 @@ def curves_figure(shown: Shown) -> Figure:
         ConfigError: Not two modules; or one is not adapted by any method, or not told apart by the name given.
         CheckpointError: A `curve.json` or `history.json` is missing or damaged.
     """
-    curves = {run.where: curve_of(run) for run in shown.frame.itertuples()}
+    curves = {run.where: curve_of(run) for run in rows_of(shown.frame)}
     chosen = _two_modules(shown.choice.modules, curves.values())
     figure = new_figure(12, 7.05)
     panels = figure.subplots(
@@ -293,7 +293,7 @@ def _only(field: str, wanted: Iterable[str] | None, known: Sequence[str]) -> lis
 
 
 def _one_seed(shown: Shown, method: str, seed: int | None) -> Run:
-    runs = list(shown.of(method).itertuples())
+    runs = rows_of(shown.of(method))
     for run in runs:
         if seed in (None, run.seed):
             return run
@@ -304,7 +304,7 @@ def _one_seed(shown: Shown, method: str, seed: int | None) -> Run:
 def _pair(shown: Shown) -> tuple[Run, Run]:
     """Return the two runs to compare: two methods at their lowest common seed, or the only two runs there are."""
     if shown.choice.methods is None and shown.choice.seed is None and len(shown.frame) == 2:
-        first, second = shown.frame.sort_values("given", kind="stable").itertuples()
+        first, second = rows_of(shown.frame.sort_values("given", kind="stable"))
         return first, second
     if len(shown.methods) != 2:
         labels = ", ".join(shown.methods)
@@ -400,7 +400,7 @@ def _score_frame(shown: Shown) -> pd.DataFrame:
     """
     rows = []
     for method in shown.methods:
-        runs = [(run.seed, np.array(_score_points(run), dtype=float).T) for run in shown.of(method).itertuples()]
+        runs = [(run.seed, np.array(_score_points(run), dtype=float).T) for run in rows_of(shown.of(method))]
         steps = np.unique(np.concatenate([of_run[0] for _, of_run in runs]))
         steps = steps[steps >= max(of_run[0][0] for _, of_run in runs)]
         for seed, of_run in runs:
@@ -421,7 +421,9 @@ def _score_points(run: Run) -> list[tuple[float, float]]:
 
 
 def _draw_points(axes: Axes, shown: Shown, frame: pd.DataFrame, cost: str) -> None:
-    by_method = frame.groupby("method")[[cost, "points"]].agg(["mean", "min", "max"]).reindex(shown.methods).dropna()
+    by_method = (
+        frame.groupby("method")[[cost, "points"]].agg(["mean", "min", "max"]).reindex(list(shown.methods)).dropna()
+    )
     means = by_method.xs("mean", axis="columns", level=1)
     # Rounded, so that equal scores stay equal whatever the order of their seeds.
     front = pareto_front(list(zip(means[cost], means.points.round(9), strict=True)))

@@ -41,10 +41,10 @@ class Table:
 
     def emphasized(self, emphasize: Callable[[str], str], escape: Callable[[str], str]) -> pd.DataFrame:
         """Return what is shown with all texts escaped, and the best ones emphasized."""
-        cells = self.shown.map(escape)
+        cells = self.shown.map(escape).to_numpy(dtype=object)
         for row, column in self.best:
-            cells.iloc[row, column] = emphasize(cells.iloc[row, column])
-        return cells.set_axis([escape(str(title)) for title in cells.columns], axis="columns")
+            cells[row, column] = emphasize(cells[row, column])
+        return pd.DataFrame(cells, columns=[escape(str(title)) for title in self.shown.columns])
 
     def caption_with(self, emphasis: str) -> str:
         """Return the caption, and what the emphasis means."""

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from .formats import amount, counted, listing, plain, show, span
-from .runs import Run, Runs
+from .runs import Run, Runs, rows_of
 
 _MOST_NAMES = 4
 """Runs that a note names; of more it gives the number."""
@@ -138,7 +138,7 @@ def _selecting(frame: pd.DataFrame) -> str:
     if frame.empty:
         return " (the runs that chose are not in the folder)"
     seeds = sorted(set(frame.seed.tolist()))
-    unseen = "" if any(_saw_reported(run) for run in frame.itertuples()) else "; none of them saw a reported example"
+    unseen = "" if any(_saw_reported(run) for run in rows_of(frame)) else "; none of them saw a reported example"
     noun = "seed" if len(seeds) == 1 else "seeds"
     return f" in runs of {span(frame.planned_steps.tolist())} steps, {noun} {', '.join(map(plain, seeds))}{unseen}"
 
@@ -174,7 +174,7 @@ def _trains(runs: Runs, method: str) -> bool:
 
 def _missing(runs: Runs) -> list[str]:
     """Return the runs that failed, with what they said, and those that have not finished or begun."""
-    notes = [f"Failed: {run.name}: {run.message} ({run.folder}/failure.json)" for run in runs.failed.itertuples()]
+    notes = [f"Failed: {run.name}: {run.message} ({run.folder}/failure.json)" for run in rows_of(runs.failed)]
     if len(runs.unfinished):
         notes.append(f"Not finished: {', '.join(runs.unfinished.name)}.")
     names = runs.not_begun
@@ -201,14 +201,14 @@ def _choices(runs: Runs) -> list[str]:
     edge = [f"{task}/{method}" for task in runs.tasks for method in methods if _is_at_edge(runs, task, method)]
     if edge:
         notes.append(f"Chosen at the edge of what was tried, so a value beyond it might do better: {', '.join(edge)}.")
-    reported = list(runs.reported.itertuples())
+    reported = rows_of(runs.reported)
     unlike = [run for run in reported if _differs(_chosen(runs, run.task, run.method), run.trial)]
     if unlike:
         notes.append(f"Not with the chosen values: {_who(unlike)}.")
     without = [run for run in reported if keys and run.steps > 0 and not _chosen(runs, run.task, run.method)]
     if without:
         notes.append(f"Without a choice on held-out examples, with the given values: {_who(without)}.")
-    ahead = [run for run in runs.selecting.itertuples() if _saw_reported(run)]
+    ahead = [run for run in rows_of(runs.selecting) if _saw_reported(run)]
     if ahead:
         notes.append(f"The choice looked at reported examples: {_who(ahead)}.")
     return notes
@@ -241,7 +241,7 @@ def _different_settings(runs: Runs) -> list[str]:
     notes = []
     for task in runs.tasks:
         frame = runs.of(task=task)
-        settings = pd.DataFrame([_settings(run) for run in frame.itertuples()], dtype=object)
+        settings = pd.DataFrame([_settings(run) for run in rows_of(frame)], dtype=object)
         for key in settings.columns:
             if key not in free:
                 notes += _difference(f"{key} on {task}", frame, settings[key], _by_method)
@@ -268,7 +268,7 @@ def _different_machines(frame: pd.DataFrame) -> list[str]:
         notes += _difference(package, frame, versions[package], _who)
     for key in _MACHINE:
         notes += _difference(key, frame, frame[key], _who)
-    edited = [run for run in frame.itertuples() if str(run.git_revision).endswith("+changes")]
+    edited = [run for run in rows_of(frame) if str(run.git_revision).endswith("+changes")]
     if edited:
         notes.append(f"Made with a source that was edited after its revision: {_who(edited)}.")
     return notes
@@ -279,7 +279,7 @@ def _difference(
 ) -> list[str]:
     """Return a note that lists the runs by value, the commonest first; nothing if all runs have the same."""
     groups: dict[str, list[Run]] = {}
-    for run, value in zip(frame.itertuples(), values, strict=True):
+    for run, value in zip(rows_of(frame), values, strict=True):
         groups.setdefault(show(value), []).append(run)
     if len(groups) < 2:
         return []

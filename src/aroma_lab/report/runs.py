@@ -188,7 +188,7 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
         path: Parquet file to write.
     """
     kept = []
-    for run in _frame(runs.rows).itertuples(index=False):
+    for run in rows_of(_frame(runs.rows)):
         row = dict(run._asdict())
         if run.state == "finished":
             row["result"] = {key: value for key, value in run.result.items() if key not in _NOT_KEPT}
@@ -203,6 +203,11 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     with replacing(path) as temporary:
         frame = pd.DataFrame(kept).drop(columns="where")
         frame.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
+
+
+def rows_of(frame: pd.DataFrame) -> list[Run]:
+    """Return the rows of a frame, whose attributes are its columns."""
+    return list(frame.itertuples(index=False))
 
 
 def curve_of(run: Run) -> Mapping[str, Any]:
@@ -450,7 +455,7 @@ def _require_choice(where: str, entry: Any) -> None:
 def _require_distinct(reported: pd.DataFrame) -> None:
     twice = reported[reported.duplicated(["task", "method", "seed"], keep=False)]
     if len(twice):
-        first, second = list(twice.sort_values(["task", "method", "seed"], kind="stable").itertuples())[:2]
+        first, second = rows_of(twice.sort_values(["task", "method", "seed"], kind="stable"))[:2]
         raise CheckpointError(
             f"{second.where} and {first.where}: both hold {first.task}, {first.method}, seed {first.seed}; "
             "move one of them away"

@@ -28,7 +28,7 @@ from .formats import (
     span,
 )
 from .protocol import common_notes, parameters_sentence, protocol, seeds_sentence, stopped_early
-from .runs import Run, Runs, ended_loops, require_reported_sets
+from .runs import Run, Runs, ended_loops, require_reported_sets, rows_of
 from .statistics import CONFIDENCE, FEW_SEEDS, RESAMPLES, mean_of_means, paired_differences, spread
 
 DEFAULT_BASELINE = "lora-r8"
@@ -149,7 +149,7 @@ class _Columns:
         """Add a column of differences, as `statistics.paired_differences` returns them."""
         heads = ("difference", "difference_low", "difference_high", "difference_pairs")
         values = (found["difference"], found["low"], found["high"], found["pairs"].astype("Int64"))
-        texts = [_difference_text(row, planned) for row in found.itertuples()]
+        texts = [_difference_text(row, planned) for row in rows_of(found)]
         by_head = {prefix + head: column for head, column in zip(heads, values, strict=True)}
         self.add(f"{title} [{CONFIDENCE:.0%}]", texts, **by_head)
 
@@ -227,7 +227,7 @@ def sets_table(runs: Runs, baseline: str | None, metric: str | None = None) -> T
     for task, of_task in labels.items():
         for label in of_task:
             scored = sets[(sets.task == task) & (sets.label == label)]
-            title = label if len(runs.tasks) == 1 else f"{task}: {label}"
+            title = _set_title(runs, str(task), label)
             columns.spread(title, f"{task}_{label}", spread(scored, "value", runs.methods), points, mark_best=True)
     averages = sets.groupby(["method", "task", "seed"], sort=False)["value"].agg(
         lambda values: values.mean(skipna=False)
@@ -259,7 +259,7 @@ def reset_table(runs: Runs) -> Table:
     if not methods:
         raise bad_value("--kind", "reset", f"no run of kind aroma has finished in {runs.source}; run some first")
     columns = _Columns(methods, len(runs.seeds))
-    resets = {method: dict.fromkeys(_reset_of(run) for run in runs.of(method).itertuples()) for method in methods}
+    resets = {method: dict.fromkeys(_reset_of(run) for run in rows_of(runs.of(method))) for method in methods}
     columns.words("reset", ["/".join(resets[method]) for method in methods])
     for task in runs.tasks:
         _add_scores(columns, runs, task)
@@ -317,7 +317,7 @@ def inner_table(runs: Runs) -> Table:
         for task in runs.tasks:
             checked = [
                 run
-                for run in runs.of(method, task).itertuples()
+                for run in rows_of(runs.of(method, task))
                 if run.kind == "aroma" and predicted_step(run.trial["options"])
             ]
             if checked:
@@ -414,8 +414,8 @@ def _add_difference(
 
 def _add_failed(columns: _Columns, runs: Runs) -> None:
     """Add, for CSV alone, the names of each method's failed runs."""
-    names = runs.failed.groupby("method")["name"].agg(" ".join) if len(runs.failed) else {}
-    columns.raw("failed", [names.get(method, "") for method in columns.methods])
+    names = [" ".join(runs.failed.name[runs.failed.method == method]) for method in columns.methods]
+    columns.raw("failed", names)
 
 
 def _difference_text(row: Any, planned: int) -> str:
@@ -452,7 +452,7 @@ def _without_interval(single: Mapping[str, Sequence[str]], baseline: str) -> lis
 
 def _set_scores(runs: Runs, metric: str | None) -> pd.DataFrame:
     """Return a row for each run and reported set of its task, with the metric as `value`; NaN if a run lacks it."""
-    reported = [(run, require_reported_sets(run)) for task in runs.tasks for run in runs.of(task=task).itertuples()]
+    reported = [(run, require_reported_sets(run)) for task in runs.tasks for run in rows_of(runs.of(task=task))]
     labels: dict[str, dict[str, None]] = {}
     for run, sets in reported:
         labels.setdefault(run.task, {}).update(dict.fromkeys(sets))
@@ -471,6 +471,10 @@ def _set_scores(runs: Runs, metric: str | None) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"value": float, _UNPARSEABLE: float})
 
 
+def _set_title(runs: Runs, task: str, label: str) -> str:
+    return label if len(runs.tasks) == 1 else f"{task}: {label}"
+
+
 def _sets_sentence(runs: Runs, metric: str | None) -> str:
     metrics = dict.fromkeys([metric] if metric is not None else runs.reported.metric)
     asks = all(trial["task"].get("kind") == "commonsense" for trial in runs.reported.trial)
@@ -485,11 +489,8 @@ def _unreadable(runs: Runs, sets: pd.DataFrame) -> list[str]:
     written = sets.dropna(subset=[_UNPARSEABLE])
     for method in runs.methods:
         shares = written[written.method == method].groupby(["task", "label"], sort=False)[_UNPARSEABLE].mean()
-        named = [
-            f"{points(share)} % of {label if len(runs.tasks) == 1 else f'{task}: {label}'}"
-            for (task, label), share in shares.items()
-            if share > 0
-        ]
+        titles = [_set_title(runs, task, label) for task, label in shares.index]
+        named = [f"{points(share)} % of {title}" for title, share in zip(titles, shares, strict=True) if share > 0]
         if len(shares):
             notes.append(f"{method}: {listing(named) or 'none'}")
     return [f"Written answers that could not be read, and count as wrong: {'; '.join(notes)}."] if notes else []
