@@ -23,7 +23,7 @@ HEAVY = (
     "numpy",
 )
 COMMANDS = ("demo", "train", "eval", "generate", "chat", "inspect", "export", "bench", "estimate", "lab")
-LAB_COMMANDS = ("run", "search", "table", "figure")
+LAB_COMMANDS = ("run", "search", "table", "figure", "collect")
 
 
 def test_help_imports_nothing_heavy():

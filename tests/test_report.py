@@ -702,17 +702,3 @@ def test_collecting_writes_a_table_beside_the_runs_and_overwrites_nothing(grid, 
     for module, name in ((lab_collect, "collect"), (lab_table, "table")):
         with pytest.raises(ConfigError, match="it exists; give another name, or move it away"):
             command(module, name, grid, "--out", grid / TABLE)
-
-
-@pytest.mark.parametrize(("module", "name"), [(lab_table, "table"), (lab_collect, "collect")])
-def test_the_examples_of_the_help_parse(module, name, capsys):
-    with pytest.raises(SystemExit):
-        command(module, name, "--help")
-    lines = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
-    parser = argparse.ArgumentParser()
-    module.add_parser(parser.add_subparsers())
-    assert lines
-    for line in lines:
-        program, lab, *arguments = line.split()
-        assert (program, lab) == ("aroma", "lab")
-        assert parser.parse_args(arguments).run is module.run
