@@ -210,7 +210,7 @@ def pareto_figure(shown: Shown) -> Figure:
     corner = (0.825, box["top"])
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, fontsize=9, frameon=False, borderaxespad=0)
     parts = [*_seeds_text(shown, "whiskers from lowest to highest"), "filled: on the Pareto front"]
-    if shown.frame.stopped_early.astype(bool).any():
+    if shown.frame.stopped_early.any():
         parts.append("after an early stop nothing trains: the planned steps that are left count as 0 parameters")
     write_title(figure, "Score against cost", " · ".join(parts))
     return figure
@@ -458,15 +458,7 @@ def _seeds_text(shown: Shown, spread: str = "lowest to highest shaded") -> list[
 
 
 def _stop_text(shown: Shown) -> list[str]:
-    """Return how runs that stopped by themselves show, if there are any."""
-    early = shown.frame[shown.frame.stopped_early.astype(bool)]
-    if early.empty:
-        return []
-    longest = shown.frame.groupby("method").steps.max()
-    if not (early.steps < early.method.map(longest)).any():
-        return ["a line that ends early: its training stopped by itself"]
-    itself, their = ("itself", "its") if len(early) == 1 else ("themselves", "their")
-    return [
-        f"{len(early)} of {len(shown.frame)} runs stopped by {itself}: {their} last value is held until the longest "
-        "run of the method ends"
-    ]
+    """Return how runs that stopped early show, if there are any."""
+    early, whole = int(shown.frame.stopped_early.sum()), len(shown.frame)
+    held = "the last value is held until the longest run of the method ends"
+    return [f"{early} of {counted(whole, 'run')} stopped early: {held}"] if early else []

@@ -86,7 +86,6 @@ def latex(table: Table) -> str:
     """
     cells = table.emphasized(lambda words: rf"\textbf{{{words}}}", _escape_latex)
     sides = table.sides("l", "r")
-    cells.columns = pd.Index([_stacked(str(t), side) for t, side in zip(table.shown.columns, sides, strict=True)])
     body = cells.to_latex(index=False, escape=False, column_format="".join(sides)).strip()
     lines = [
         r"\begin{table}",
@@ -209,13 +208,3 @@ def _escape_markdown(words: str) -> str:
 def _escape_latex(words: str) -> str:
     # Two hyphens, as of an option, would become a dash.
     return re.sub("-(?=-)", "-{}", words.translate(_LATEX))
-
-
-def _stacked(head: str, side: str) -> str:
-    """Return a head for LaTeX in two lines as equal as can be: most heads are wider than what is below them."""
-    words = head.split()
-    halves = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
-    if not halves:
-        return _escape_latex(head)
-    first, second = min(halves, key=lambda pair: max(map(len, pair)))
-    return rf"\shortstack[{side}]{{{_escape_latex(first)}\\{_escape_latex(second)}}}"

@@ -41,21 +41,28 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "a whole number": (int,),
     "anything": (object,),
 }
-# Types are checked of what tables compute with or group by.
+# What a record must have, and of which type where tables compute with it or group by it; see `_check`.
 _TRIAL = {
     **dict.fromkeys(("name", "model", "method", "kind", "purpose"), "a text"),
-    **dict.fromkeys(("task", "options", "training"), "a mapping"),
+    "task": {"name": "a text"},
+    "training": {"seed": "a whole number"},
+    "options": {},
 }
 _RESULT = {
-    **dict.fromkeys(("metric",), "a text"),
+    "metric": "a text",
     "score": "a number",
-    **dict.fromkeys(("examples", "parameters", "versions"), "a mapping"),
+    "examples": {"train": "a whole number", ...: "a whole number"},
+    "parameters": dict.fromkeys(("initial", "average", "head"), "a number"),
+    "versions": {},
     **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
-    "epoch_seconds": "a list",
+    "epoch_seconds": ["a number"],
     **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
 }
-_PARAMETERS = dict.fromkeys(("initial", "average", "head"), "a number")
-_GRID = (("methods", "a mapping", "a text"), ("tasks", "a mapping", "a text"), ("seeds", "a list", "a whole number"))
+_FAILURE = dict.fromkeys(("error", "message"), "anything")
+_CURVE = dict.fromkeys(("parameters", "total_rank", "ranks"), "anything")
+_HISTORY = {"evaluations": "a list"}
+_GRID = {"methods?": {...: "anything"}, "tasks?": {...: "anything"}, "seeds?": ["a whole number"]}
+_SELECTION = {...: {...: {"chosen?": {}, "tried?": ["a list"]}}}
 
 _NESTED = ("trial", "result", "curve", "evaluations", "ended")
 """Columns of the table of runs that are JSON."""
@@ -217,7 +224,7 @@ def curve_of(run: Run) -> Mapping[str, Any]:
         CheckpointError: The file is missing or damaged.
     """
     curve = run.curve if run.curve is not None else _read(_files(run).curve)
-    _require(_files(run).curve, curve, dict.fromkeys(("parameters", "total_rank", "ranks"), "anything"))
+    _check(_files(run).curve, curve, _CURVE)
     return dict(curve)
 
 
@@ -230,7 +237,7 @@ def evaluations_of(run: Run) -> Sequence[Mapping[str, Any]]:
     if run.evaluations is not None:
         return list(run.evaluations)
     history = _read(_files(run).history)
-    _require(_files(run).history, history, {"evaluations": "a list"})
+    _check(_files(run).history, history, _HISTORY)
     return list(history["evaluations"])
 
 
@@ -258,9 +265,7 @@ def require_reported_sets(run: Run) -> Mapping[str, Mapping[str, float]]:
     Raises:
         CheckpointError: The result has none.
     """
-    where = f"{run.where}/result.json" if run.curve is None else f"{run.where}, result"
-    _require(where, run.result, {"reported": "a mapping"})
-    _require(f"{where}, reported", run.result["reported"], dict.fromkeys(run.result["reported"], "a mapping"))
+    _check(f"{run.where}/result.json", run.result, {"reported": {...: {}}})
     return dict(run.result["reported"])
 
 
@@ -276,16 +281,10 @@ def _read_folder(place: Path, root: Path) -> dict[str, Any]:
     message = None
     if result is None and files.failure.exists():
         failure = _read(files.failure)
-        _require(files.failure, failure, dict.fromkeys(("error", "message"), "anything"))
+        _check(files.failure, failure, _FAILURE)
         message = " ".join(f"{failure['error']}: {failure['message']}".split())
-    row = _row(trial, result, lambda name: str(place / f"{name}.json"), _OF_RUN)
-    relative = place.relative_to(root).as_posix()
-    return {**row, "folder": relative, "where": str(place), **_state(result, message)}
-
-
-def _state(result: object, message: str | None) -> dict[str, Any]:
-    state = "finished" if result is not None else "failed" if message is not None else "unfinished"
-    return {"state": state, "message": message}
+    row = _row(trial, result, message, lambda name: str(place / f"{name}.json"), _OF_RUN)
+    return {**row, "folder": place.relative_to(root).as_posix(), "where": str(place)}
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
@@ -299,23 +298,19 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
     rows = []
     for record, parts in zip(records, nested, strict=True):
         where = f"{path}, {record['folder']}"
-        row = _row(parts["trial"], parts["result"], _named(where), _OF_TABLE)
         message = record["message"] if isinstance(record["message"], str) else None
-        kept = {key: parts[key] for key in ("curve", "evaluations", "ended")}
-        types = {"curve": "a mapping", "evaluations": "a list", "ended": "a list"}
-        given = {key: value for key, value in kept.items() if value is not None}
-        _require(where, given, {key: types[key] for key in given}, _OF_TABLE)
-        place = {"folder": record["folder"], "where": where}
-        rows.append({**row, **kept, **place, **_state(parts["result"], message)})
+        row = _row(parts["trial"], parts["result"], message, _named(where), _OF_TABLE)
+        _check(where, parts, {"curve?": _CURVE, "evaluations?": "a list", "ended?": "a list"}, _OF_TABLE)
+        rows.append({**row, **parts, "folder": record["folder"], "where": where})
     return rows
 
 
-def _row(trial: Any, result: Any, where: Callable[[str], str], remedy: str) -> dict[str, Any]:
+def _row(trial: Any, result: Any, message: str | None, where: Callable[[str], str], remedy: str) -> dict[str, Any]:
     """Return what frames have of a run; `where` says where a record was read, for errors."""
-    _require(where("trial"), trial, _TRIAL, remedy)
-    _require(f"{where('trial')}, task", trial["task"], {"name": "a text"}, remedy)
-    _require(f"{where('trial')}, training", trial["training"], {"seed": "a whole number"}, remedy)
+    _check(where("trial"), trial, _TRIAL, remedy)
     row: dict[str, Any] = {
+        "state": "finished" if result is not None else "failed" if message is not None else "unfinished",
+        "message": message,
         "name": trial["name"],
         "task": trial["task"]["name"],
         "method": trial["method"],
@@ -332,15 +327,10 @@ def _row(trial: Any, result: Any, where: Callable[[str], str], remedy: str) -> d
     }
     if result is None:
         return row
-    _require(where("result"), result, _RESULT, remedy)
-    _require(f"{where('result')}, parameters", result["parameters"], _PARAMETERS, remedy)
-    splits = dict.fromkeys(["train", *result["examples"]], "a whole number")
-    _require(f"{where('result')}, examples", result["examples"], splits, remedy)
+    _check(where("result"), result, _RESULT, remedy)
     return row | {
         **{key: result.get(key) for key in _COPIED},
-        "initial_parameters": float(result["parameters"]["initial"]),
-        "average_parameters": float(result["parameters"]["average"]),
-        "head_parameters": float(result["parameters"]["head"]),
+        **{f"{key}_parameters": float(result["parameters"][key]) for key in ("initial", "average", "head")},
         "training_seconds": math.fsum(result["epoch_seconds"]),
         "epoch_seconds": _epoch_seconds(trial["training"], result),
     }
@@ -386,29 +376,38 @@ def _read(path: Path, remedy: str = _OF_RUN) -> Any:
         raise CheckpointError(f"{path}: missing, truncated or edited ({error.__cause__}); {remedy}") from error
 
 
-def _edited(where: Path | str, what: str, remedy: str) -> CheckpointError:
+def _edited(where: object, what: str, remedy: str) -> CheckpointError:
     return CheckpointError(f"{where}: edited, or of another version: {what}; {remedy}")
 
 
-def _require(where: Path | str, content: Any, types: Mapping[str, str], remedy: str = _OF_RUN) -> None:
-    """Raise unless `content`, read at `where`, is a mapping that has these keys, with values of these types.
+def _check(where: object, value: Any, spec: Any, remedy: str = _OF_RUN) -> None:
+    """Raise unless `value`, read at `where`, is what `spec` says.
+
+    A spec is the name of a type; or a list with the spec of each item; or a mapping with the spec of each key. Keys that
+    end in `?` may be missing or null, and `...` stands for all keys, which must be texts.
 
     Raises:
         CheckpointError: It is not.
     """
-    if not isinstance(content, Mapping):
-        raise _edited(where, "a mapping missing", remedy)
-    missing = [key for key in types if key not in content]
-    if missing:
-        raise _edited(where, f"{', '.join(missing)} missing", remedy)
-    for key, words in types.items():
-        _require_type(f"{where}, {key}", content[key], words, remedy)
-
-
-def _require_type(where: str, value: object, words: str, remedy: str) -> None:
-    # A truth value is a whole number to Python.
-    if not isinstance(value, _TYPES[words]) or (isinstance(value, bool) and words != "anything"):
-        raise _edited(where, f"{value!r:.60} is not {words}", remedy)
+    if isinstance(spec, Mapping):
+        if not isinstance(value, Mapping):
+            raise _edited(where, f"{value!r:.60} is not a mapping", remedy)
+        missing = [key for key in spec if key is not ... and not key.endswith("?") and key not in value]
+        if missing:
+            raise _edited(where, f"{', '.join(missing)} missing", remedy)
+        for key, of_key in spec.items():
+            for name in value if key is ... else [key.removesuffix("?")]:
+                if not isinstance(name, str):
+                    raise _edited(where, f"{name!r:.60} is not a text", remedy)
+                if name in value and (key in (..., name) or value[name] is not None):
+                    _check(f"{where}, {name}", value[name], of_key, remedy)
+    elif isinstance(spec, list):
+        _check(where, value, "a list", remedy)
+        for item in value:
+            _check(where, item, spec[0], remedy)
+    elif not isinstance(value, _TYPES[spec]) or (isinstance(value, bool) and spec != "anything"):
+        # A truth value is a whole number to Python.
+        raise _edited(where, f"{value!r:.60} is not {spec}", remedy)
 
 
 def _read_grid(path: Path) -> Mapping[str, Any]:
@@ -418,12 +417,7 @@ def _read_grid(path: Path) -> Mapping[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: edited, no YAML ({' '.join(str(error).split())}); {_OF_GRID}") from error
-    _require(path, content, {}, _OF_GRID)
-    for key, words, words_of_each in _GRID:
-        if content.get(key) is not None:
-            _require_type(f"{path}, {key}", content[key], words, _OF_GRID)
-            for each in content[key]:
-                _require_type(f"{path}, {key}", each, words_of_each, _OF_GRID)
+    _check(path, content, _GRID, _OF_GRID)
     return dict(content)
 
 
@@ -431,25 +425,16 @@ def _read_selection(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         return {}
     content = _read(path, _OF_GRID)
-    _require(path, content, {}, _OF_GRID)
+    _check(path, content, _SELECTION, _OF_GRID)
     for task, of_task in content.items():
-        _require(f"{path}, {task}", of_task, {}, _OF_GRID)
         for method, entry in of_task.items():
-            _require_choice(f"{path}, {task}/{method}", entry)
+            where = f"{path}, {task}, {method}, tried"
+            for pair in entry.get("tried") or []:
+                if len(pair) != 2:
+                    raise _edited(where, f"{pair!r:.60} is not a pair of values and score", _OF_GRID)
+                # All that was tried has a value for each setting that was chosen.
+                _check(where, pair[0], dict.fromkeys(entry.get("chosen") or {}, "anything"), _OF_GRID)
     return dict(content)
-
-
-def _require_choice(where: str, entry: Any) -> None:
-    """Raise unless what was chosen is a mapping or None, and all that was tried has values for the same keys."""
-    _require(where, entry, {}, _OF_GRID)
-    chosen = {} if entry.get("chosen") is None else entry["chosen"]
-    _require(f"{where}, chosen", chosen, {}, _OF_GRID)
-    tried = entry.get("tried", [])
-    _require_type(f"{where}, tried", tried, "a list", _OF_GRID)
-    for pair in tried:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise _edited(f"{where}, tried", f"{pair!r:.60} is not a pair of values and score", _OF_GRID)
-        _require(f"{where}, tried", pair[0], dict.fromkeys(chosen, "anything"), _OF_GRID)
 
 
 def _require_distinct(reported: pd.DataFrame) -> None:
