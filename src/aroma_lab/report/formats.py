@@ -1,4 +1,4 @@
-"""Numbers as a table prints them, and tables as plain text, Markdown, LaTeX or CSV."""
+"""Tables as they are put together and written: columns, numbers as text, and text, Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from .statistics import CONFIDENCE
 
 EMPTY = "–"
 """Text of a cell without value."""
@@ -55,6 +59,82 @@ class Table:
         """Return the alignment of the columns: words, which are their own raw values, to the left."""
         words = {title for title in self.values if pd.api.types.is_string_dtype(self.values[title])}
         return [left if title in words else right for title in self.shown.columns]
+
+
+class Columns:
+    """Columns of a table as they are added, each with its raw values and with what is shown of them.
+
+    Args:
+        methods: The method of each row.
+        planned: Seeds that every cell should have.
+    """
+
+    def __init__(self, methods: Sequence[str], planned: int) -> None:
+        self.methods, self._planned = methods, planned
+        self._values: dict[str, Any] = {}
+        self._shown: dict[str, list[str]] = {}
+        self._best: set[tuple[int, int]] = set()
+        self.words("method", list(methods))
+
+    def add(self, title: str, texts: Sequence[str], **values: Any) -> None:
+        """Add a column: what is shown, and the raw values by their heads in CSV."""
+        self._values |= {key: list(column) for key, column in values.items()}
+        self._shown[title] = list(texts)
+
+    def words(self, title: str, texts: Sequence[str]) -> None:
+        """Add a column of words."""
+        self.add(title, texts, **{title: texts})
+
+    def raw(self, key: str, values: Any) -> None:
+        """Add a column that only CSV has."""
+        self._values[key] = list(values)
+
+    def numbers(self, title: str, key: str, values: Sequence[float], words: Callable[[float], str]) -> None:
+        """Add a column of numbers, some of which may be NaN."""
+        self.add(title, [optional(value, words) for value in values], **{key: values})
+
+    def spread(
+        self,
+        title: str,
+        prefix: str,
+        found: pd.DataFrame,
+        words: Callable[[float], str],
+        keys: Sequence[str] = ("mean", "std", "seeds"),
+        mark_best: bool = False,
+    ) -> None:
+        """Add a column of means and deviations, as `statistics.spread` returns them."""
+        heads = [f"{prefix}_{key}" if key else prefix for key in keys]
+        cells = found[["mean", "std", "count"]].itertuples(index=False, name=None)
+        texts = [mean_and_deviation(mean, std, count, words, self._planned) for mean, std, count in cells]
+        self.add(title, texts, **dict(zip(heads, (found["mean"], found["std"], found["count"]), strict=False)))
+        if mark_best:
+            self._mark_best(title, found)
+
+    def _mark_best(self, title: str, found: pd.DataFrame) -> None:
+        """Mark the largest mean, ties as printed included.
+
+        Only methods with the most seeds compete: a mean over the seeds that survived is not comparable with one over
+        all.
+        """
+        means = found["mean"].where(found["count"] == found["count"].max()).to_numpy()
+        if np.isfinite(means).sum() < 2:
+            return
+        printed = [words.split()[0] for words in self._shown[title]]
+        winner, column = printed[int(np.nanargmax(means))], list(self._shown).index(title)
+        self._best |= {(row, column) for row, mean in enumerate(means) if np.isfinite(mean) and printed[row] == winner}
+
+    def difference(self, title: str, prefix: str, found: pd.DataFrame, planned: int) -> None:
+        """Add a column of differences, as `statistics.paired_differences` returns them."""
+        heads = ("difference", "difference_low", "difference_high", "difference_pairs")
+        values = (found["difference"], found["low"], found["high"], found["pairs"].astype("Int64"))
+        texts = [difference_text(row, planned) for row in found.itertuples()]
+        by_head = {prefix + head: column for head, column in zip(heads, values, strict=True)}
+        self.add(f"{title} [{CONFIDENCE:.0%}]", texts, **by_head)
+
+    def table(self, name: str, caption: str, notes: Sequence[str]) -> Table:
+        """Return the table."""
+        values, shown = pd.DataFrame(self._values), pd.DataFrame(self._shown, dtype=object)
+        return Table(name, caption, values, shown, frozenset(self._best), list(dict.fromkeys(notes)))
 
 
 def text(table: Table) -> str:
@@ -149,6 +229,15 @@ def mean_and_deviation(mean: float, std: float, count: int, words: Callable[[flo
     """Return mean ± deviation, and how many of the planned seeds there are if some are missing."""
     shown = optional(mean, words) + ("" if math.isnan(std) else f" ± {words(std)}")
     return shown if count == planned else f"{shown} ({count} of {planned})"
+
+
+def difference_text(row: Any, planned: int) -> str:
+    """Return a difference with its interval, and how many of the planned pairs there are if some are missing."""
+    if np.isnan(row.difference):
+        return EMPTY
+    interval = f"{signed_points(row.low)}, {signed_points(row.high)}" if np.isfinite(row.low) else "no interval"
+    pairs = "" if row.pairs == planned else f" ({row.pairs:.0f} of {counted(planned, 'pair')})"
+    return f"{signed_points(row.difference)} [{interval}]{pairs}"
 
 
 def span(values: Sequence[float], words: Callable[[float], str] = plain) -> str:

@@ -16,53 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from aroma.errors import CheckpointError, bad_value
-from aroma.files import read_json, replacing
+from aroma.files import replacing
 
 from ..run.files import RUNS, TrialFiles
+from .records import (
+    CURVE,
+    FAILURE,
+    HISTORY,
+    OF_RUN,
+    OF_TABLE,
+    RESULT,
+    TRIAL,
+    check,
+    read_grid,
+    read_record,
+    read_selection,
+)
 
 TABLE = "runs.parquet"
 """Name of the table of runs, in the output folder of a grid."""
 
 Run = Any
 """A row of a frame, as `itertuples` gives it; attributes are the columns, see `_row`."""
-
-_OF_RUN = "restore the file, or remove the run's folder and run it again"
-_OF_GRID = "restore the file, or remove it and run the grid again, which writes it anew"
-_OF_TABLE = "restore the file, or make it again from the run folders with `aroma lab collect`"
-
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "a mapping": (Mapping,),
-    "a list": (list,),
-    "a text": (str,),
-    "a number": (int, float),
-    "a whole number": (int,),
-    "anything": (object,),
-}
-# What a record must have, and of which type where tables compute with it or group by it; see `_check`.
-_TRIAL = {
-    **dict.fromkeys(("name", "model", "method", "kind", "purpose"), "a text"),
-    "task": {"name": "a text"},
-    "training": {"seed": "a whole number"},
-    "options": {},
-}
-_RESULT = {
-    "metric": "a text",
-    "score": "a number",
-    "examples": {"train": "a whole number", ...: "a whole number"},
-    "parameters": dict.fromkeys(("initial", "average", "head"), "a number"),
-    "versions": {},
-    **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
-    "epoch_seconds": ["a number"],
-    **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
-}
-_FAILURE = dict.fromkeys(("error", "message"), "anything")
-_CURVE = dict.fromkeys(("parameters", "total_rank", "ranks"), "anything")
-_HISTORY = {"evaluations": "a list"}
-_GRID = {"methods?": {...: "anything"}, "tasks?": {...: "anything"}, "seeds?": ["a whole number"]}
-_SELECTION = {...: {...: {"chosen?": {}, "tried?": ["a list"]}}}
 
 _NESTED = ("trial", "result", "curve", "evaluations", "ended")
 """Columns of the table of runs that are JSON."""
@@ -179,7 +156,7 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
         remedy = f"no runs there, and no {TABLE}; give the output folder of `aroma lab run`"
         raise bad_value("folder", str(source), remedy)
     rows.sort(key=lambda row: str(row["name"]))
-    runs = Runs(path, rows, _read_selection(folder / "selection.json"), _read_grid(folder / "grid.yaml"))
+    runs = Runs(path, rows, read_selection(folder / "selection.json"), read_grid(folder / "grid.yaml"))
     _require_distinct(runs.reported)
     return runs
 
@@ -223,8 +200,8 @@ def curve_of(run: Run) -> Mapping[str, Any]:
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    curve = run.curve if run.curve is not None else _read(_files(run).curve)
-    _check(_files(run).curve, curve, _CURVE)
+    curve = run.curve if run.curve is not None else read_record(_files(run).curve)
+    check(_files(run).curve, curve, CURVE)
     return dict(curve)
 
 
@@ -236,8 +213,8 @@ def evaluations_of(run: Run) -> Sequence[Mapping[str, Any]]:
     """
     if run.evaluations is not None:
         return list(run.evaluations)
-    history = _read(_files(run).history)
-    _check(_files(run).history, history, _HISTORY)
+    history = read_record(_files(run).history)
+    check(_files(run).history, history, HISTORY)
     return list(history["evaluations"])
 
 
@@ -265,7 +242,7 @@ def require_reported_sets(run: Run) -> Mapping[str, Mapping[str, float]]:
     Raises:
         CheckpointError: The result has none.
     """
-    _check(f"{run.where}/result.json", run.result, {"reported": {...: {}}})
+    check(f"{run.where}/result.json", run.result, {"reported": {...: {}}})
     return dict(run.result["reported"])
 
 
@@ -276,14 +253,14 @@ def _files(run: Run) -> TrialFiles:
 def _read_folder(place: Path, root: Path) -> dict[str, Any]:
     """Read a run folder; one with a result is a finished run, whatever failed there before."""
     files = TrialFiles(place)
-    trial = _read(files.trial)
-    result = _read(files.result) if files.result.exists() else None
+    trial = read_record(files.trial)
+    result = read_record(files.result) if files.result.exists() else None
     message = None
     if result is None and files.failure.exists():
-        failure = _read(files.failure)
-        _check(files.failure, failure, _FAILURE)
+        failure = read_record(files.failure)
+        check(files.failure, failure, FAILURE)
         message = " ".join(f"{failure['error']}: {failure['message']}".split())
-    row = _row(trial, result, message, lambda name: str(place / f"{name}.json"), _OF_RUN)
+    row = _row(trial, result, message, lambda name: str(place / f"{name}.json"), OF_RUN)
     return {**row, "folder": place.relative_to(root).as_posix(), "where": str(place)}
 
 
@@ -294,20 +271,20 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         nested = [{key: _from_json(record[key]) for key in _NESTED} for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: truncated, edited, or no table of runs ({said:.120}); {_OF_TABLE}") from error
+        raise CheckpointError(f"{path}: truncated, edited, or no table of runs ({said:.120}); {OF_TABLE}") from error
     rows = []
     for record, parts in zip(records, nested, strict=True):
         where = f"{path}, {record['folder']}"
         message = record["message"] if isinstance(record["message"], str) else None
-        row = _row(parts["trial"], parts["result"], message, _named(where), _OF_TABLE)
-        _check(where, parts, {"curve?": _CURVE, "evaluations?": "a list", "ended?": "a list"}, _OF_TABLE)
+        row = _row(parts["trial"], parts["result"], message, _named(where), OF_TABLE)
+        check(where, parts, {"curve?": CURVE, "evaluations?": "a list", "ended?": "a list"}, OF_TABLE)
         rows.append({**row, **parts, "folder": record["folder"], "where": where})
     return rows
 
 
 def _row(trial: Any, result: Any, message: str | None, where: Callable[[str], str], remedy: str) -> dict[str, Any]:
     """Return what frames have of a run; `where` says where a record was read, for errors."""
-    _check(where("trial"), trial, _TRIAL, remedy)
+    check(where("trial"), trial, TRIAL, remedy)
     row: dict[str, Any] = {
         "state": "finished" if result is not None else "failed" if message is not None else "unfinished",
         "message": message,
@@ -327,7 +304,7 @@ def _row(trial: Any, result: Any, message: str | None, where: Callable[[str], st
     }
     if result is None:
         return row
-    _check(where("result"), result, _RESULT, remedy)
+    check(where("result"), result, RESULT, remedy)
     return row | {
         **{key: result.get(key) for key in _COPIED},
         **{f"{key}_parameters": float(result["parameters"][key]) for key in ("initial", "average", "head")},
@@ -366,75 +343,6 @@ def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> fl
 
 def _named(where: str) -> Callable[[str], str]:
     return lambda name: f"{where}, {name}"
-
-
-def _read(path: Path, remedy: str = _OF_RUN) -> Any:
-    try:
-        return read_json(path)
-    except CheckpointError as error:
-        # What read_json advises is for checkpoints, and there is no other one of a record.
-        raise CheckpointError(f"{path}: missing, truncated or edited ({error.__cause__}); {remedy}") from error
-
-
-def _edited(where: object, what: str, remedy: str) -> CheckpointError:
-    return CheckpointError(f"{where}: edited, or of another version: {what}; {remedy}")
-
-
-def _check(where: object, value: Any, spec: Any, remedy: str = _OF_RUN) -> None:
-    """Raise unless `value`, read at `where`, is what `spec` says.
-
-    A spec is the name of a type; or a list with the spec of each item; or a mapping with the spec of each key. Keys that
-    end in `?` may be missing or null, and `...` stands for all keys, which must be texts.
-
-    Raises:
-        CheckpointError: It is not.
-    """
-    if isinstance(spec, Mapping):
-        if not isinstance(value, Mapping):
-            raise _edited(where, f"{value!r:.60} is not a mapping", remedy)
-        missing = [key for key in spec if key is not ... and not key.endswith("?") and key not in value]
-        if missing:
-            raise _edited(where, f"{', '.join(missing)} missing", remedy)
-        for key, of_key in spec.items():
-            for name in value if key is ... else [key.removesuffix("?")]:
-                if not isinstance(name, str):
-                    raise _edited(where, f"{name!r:.60} is not a text", remedy)
-                if name in value and (key in (..., name) or value[name] is not None):
-                    _check(f"{where}, {name}", value[name], of_key, remedy)
-    elif isinstance(spec, list):
-        _check(where, value, "a list", remedy)
-        for item in value:
-            _check(where, item, spec[0], remedy)
-    elif not isinstance(value, _TYPES[spec]) or (isinstance(value, bool) and spec != "anything"):
-        # A truth value is a whole number to Python.
-        raise _edited(where, f"{value!r:.60} is not {spec}", remedy)
-
-
-def _read_grid(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: edited, no YAML ({' '.join(str(error).split())}); {_OF_GRID}") from error
-    _check(path, content, _GRID, _OF_GRID)
-    return dict(content)
-
-
-def _read_selection(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
-    content = _read(path, _OF_GRID)
-    _check(path, content, _SELECTION, _OF_GRID)
-    for task, of_task in content.items():
-        for method, entry in of_task.items():
-            where = f"{path}, {task}, {method}, tried"
-            for pair in entry.get("tried") or []:
-                if len(pair) != 2:
-                    raise _edited(where, f"{pair!r:.60} is not a pair of values and score", _OF_GRID)
-                # All that was tried has a value for each setting that was chosen.
-                _check(where, pair[0], dict.fromkeys(entry.get("chosen") or {}, "anything"), _OF_GRID)
-    return dict(content)
 
 
 def _require_distinct(reported: pd.DataFrame) -> None:

@@ -15,16 +15,14 @@ from ..bench.accounting import ADALORA, LORA, PAPER_RATIOS
 from ..specs import AdapterSpec
 from .formats import (
     EMPTY,
+    Columns,
     Table,
     amount,
     counted,
     decimals,
     listing,
-    mean_and_deviation,
-    optional,
     plain,
     points,
-    signed_points,
     span,
 )
 from .protocol import common_notes, parameters_sentence, protocol, seeds_sentence, stopped_early
@@ -83,85 +81,9 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
     return KINDS[kind](runs) if kind in _WITHOUT_BASELINE else KINDS[kind](runs, baseline)
 
 
-class _Columns:
-    """Columns of a table as they are added, each with its raw values and with what is shown of them.
-
-    Args:
-        methods: The method of each row.
-        planned: Seeds that every cell should have.
-    """
-
-    def __init__(self, methods: Sequence[str], planned: int) -> None:
-        self.methods, self._planned = methods, planned
-        self._values: dict[str, Any] = {}
-        self._shown: dict[str, list[str]] = {}
-        self._best: set[tuple[int, int]] = set()
-        self.words("method", list(methods))
-
-    def add(self, title: str, texts: Sequence[str], **values: Any) -> None:
-        """Add a column: what is shown, and the raw values by their heads in CSV."""
-        self._values |= {key: list(column) for key, column in values.items()}
-        self._shown[title] = list(texts)
-
-    def words(self, title: str, texts: Sequence[str]) -> None:
-        """Add a column of words."""
-        self.add(title, texts, **{title: texts})
-
-    def raw(self, key: str, values: Any) -> None:
-        """Add a column that only CSV has."""
-        self._values[key] = list(values)
-
-    def numbers(self, title: str, key: str, values: Sequence[float], words: Callable[[float], str]) -> None:
-        """Add a column of numbers, some of which may be NaN."""
-        self.add(title, [optional(value, words) for value in values], **{key: values})
-
-    def spread(
-        self,
-        title: str,
-        prefix: str,
-        found: pd.DataFrame,
-        words: Callable[[float], str],
-        keys: Sequence[str] = ("mean", "std", "seeds"),
-        mark_best: bool = False,
-    ) -> None:
-        """Add a column of means and deviations, as `statistics.spread` returns them."""
-        heads = [f"{prefix}_{key}" if key else prefix for key in keys]
-        cells = found[["mean", "std", "count"]].itertuples(index=False, name=None)
-        texts = [mean_and_deviation(mean, std, count, words, self._planned) for mean, std, count in cells]
-        self.add(title, texts, **dict(zip(heads, (found["mean"], found["std"], found["count"]), strict=False)))
-        if mark_best:
-            self._mark_best(title, found)
-
-    def _mark_best(self, title: str, found: pd.DataFrame) -> None:
-        """Mark the largest mean, ties as printed included.
-
-        Only methods with the most seeds compete: a mean over the seeds that survived is not comparable with one over
-        all.
-        """
-        means = found["mean"].where(found["count"] == found["count"].max()).to_numpy()
-        if np.isfinite(means).sum() < 2:
-            return
-        printed = [words.split()[0] for words in self._shown[title]]
-        winner, column = printed[int(np.nanargmax(means))], list(self._shown).index(title)
-        self._best |= {(row, column) for row, mean in enumerate(means) if np.isfinite(mean) and printed[row] == winner}
-
-    def difference(self, title: str, prefix: str, found: pd.DataFrame, planned: int) -> None:
-        """Add a column of differences, as `statistics.paired_differences` returns them."""
-        heads = ("difference", "difference_low", "difference_high", "difference_pairs")
-        values = (found["difference"], found["low"], found["high"], found["pairs"].astype("Int64"))
-        texts = [_difference_text(row, planned) for row in rows_of(found)]
-        by_head = {prefix + head: column for head, column in zip(heads, values, strict=True)}
-        self.add(f"{title} [{CONFIDENCE:.0%}]", texts, **by_head)
-
-    def table(self, name: str, caption: str, notes: Sequence[str]) -> Table:
-        """Return the table."""
-        values, shown = pd.DataFrame(self._values), pd.DataFrame(self._shown, dtype=object)
-        return Table(name, caption, values, shown, frozenset(self._best), list(dict.fromkeys(notes)))
-
-
 def main_table(runs: Runs, baseline: str | None) -> Table:
     """Return the paper's Table 2: scores, trainable parameters, and the paired difference to a baseline."""
-    columns = _Columns(runs.methods, len(runs.seeds))
+    columns = Columns(runs.methods, len(runs.seeds))
     by_task = [_add_scores(columns, runs, task) for task in runs.tasks]
     if len(runs.tasks) > 1:
         counts = pd.concat([found["count"] for found in by_task], axis="columns").min(axis="columns")
@@ -189,7 +111,7 @@ def paired_table(runs: Runs, baseline: str | None) -> Table:
     others = [method for method in runs.methods if method != baseline]
     if baseline is None or not others:
         raise bad_value("--baseline", baseline, "a table of differences compares two methods; name one that has run")
-    columns = _Columns(others, len(runs.seeds))
+    columns = Columns(others, len(runs.seeds))
     notes: list[str] = []
     verdicts = pd.DataFrame(0, index=others, columns=["better", "tied", "worse"])
     for task in runs.tasks:
@@ -222,7 +144,7 @@ def sets_table(runs: Runs, baseline: str | None, metric: str | None = None) -> T
         CheckpointError: A result without its reported sets.
     """
     sets = _set_scores(runs, metric)
-    columns = _Columns(runs.methods, len(runs.seeds))
+    columns = Columns(runs.methods, len(runs.seeds))
     labels = sets.groupby("task", sort=False)["label"].unique().reindex(runs.tasks).dropna()
     for task, of_task in labels.items():
         for label in of_task:
@@ -258,7 +180,7 @@ def reset_table(runs: Runs) -> Table:
     methods = runs.methods_of_kind("aroma")
     if not methods:
         raise bad_value("--kind", "reset", f"no run of kind aroma has finished in {runs.source}; run some first")
-    columns = _Columns(methods, len(runs.seeds))
+    columns = Columns(methods, len(runs.seeds))
     resets = {method: dict.fromkeys(_reset_of(run) for run in rows_of(runs.of(method))) for method in methods}
     columns.words("reset", ["/".join(resets[method]) for method in methods])
     for task in runs.tasks:
@@ -276,7 +198,7 @@ def reset_table(runs: Runs) -> Table:
 
 def time_table(runs: Runs, baseline: str | None) -> Table:
     """Return the paper's Table 5: seconds of an epoch, and their ratios to those of a baseline and of AdaLoRA."""
-    columns = _Columns(runs.methods, len(runs.seeds))
+    columns = Columns(runs.methods, len(runs.seeds))
     by_task = {}
     for task in runs.tasks:
         found = spread(runs.of(task=task), "epoch_seconds", runs.methods)
@@ -331,7 +253,7 @@ def inner_table(runs: Runs) -> Table:
         remedy = f"no run with inner checks has finished in {runs.source}; run AROMA first"
         raise bad_value("--kind", "inner", remedy)
     frame = pd.DataFrame(rows)
-    columns = _Columns(frame.method.tolist(), len(runs.seeds))
+    columns = Columns(frame.method.tolist(), len(runs.seeds))
     columns.words("task", frame.task.tolist())
     columns.words("matrices", frame.matrices.tolist())
     for key in frame.columns[3:]:
@@ -387,7 +309,7 @@ def predicted_step(options: Mapping[str, Any]) -> float | None:
     return round(interval * (1 + 1 / tolerance), 6) if tolerance else None
 
 
-def _add_scores(columns: _Columns, runs: Runs, task: str) -> pd.DataFrame:
+def _add_scores(columns: Columns, runs: Runs, task: str) -> pd.DataFrame:
     frame = runs.of(task=task)
     found = spread(frame, "score", columns.methods)
     metrics = "/".join(dict.fromkeys(frame.metric))
@@ -395,7 +317,7 @@ def _add_scores(columns: _Columns, runs: Runs, task: str) -> pd.DataFrame:
     return found
 
 
-def _add_parameters(columns: _Columns, runs: Runs) -> None:
+def _add_parameters(columns: Columns, runs: Runs) -> None:
     """Add the number of seeds, and the trainable parameters: the mean over tasks of the mean over seeds."""
     counts = [[len(runs.of(method, task)) for task in runs.tasks] for method in columns.methods]
     columns.add("seeds", [span(numbers) for numbers in counts], planned_seeds=[len(runs.seeds)] * len(counts))
@@ -404,7 +326,7 @@ def _add_parameters(columns: _Columns, runs: Runs) -> None:
 
 
 def _add_difference(
-    columns: _Columns, runs: Runs, frame: pd.DataFrame, value: str, baseline: str, what: str = "Difference"
+    columns: Columns, runs: Runs, frame: pd.DataFrame, value: str, baseline: str, what: str = "Difference"
 ) -> tuple[list[str], str]:
     """Add the mean difference over all tasks, and return its notes and its sentence."""
     found, single = paired_differences(frame, value, baseline, columns.methods)
@@ -412,18 +334,10 @@ def _add_difference(
     return _without_interval(single, baseline), _difference_sentence(runs, baseline, over_tasks=True, what=what)
 
 
-def _add_failed(columns: _Columns, runs: Runs) -> None:
+def _add_failed(columns: Columns, runs: Runs) -> None:
     """Add, for CSV alone, the names of each method's failed runs."""
     names = [" ".join(runs.failed.name[runs.failed.method == method]) for method in columns.methods]
     columns.raw("failed", names)
-
-
-def _difference_text(row: Any, planned: int) -> str:
-    if np.isnan(row.difference):
-        return EMPTY
-    interval = f"{signed_points(row.low)}, {signed_points(row.high)}" if np.isfinite(row.low) else "no interval"
-    pairs = "" if row.pairs == planned else f" ({row.pairs:.0f} of {counted(planned, 'pair')})"
-    return f"{signed_points(row.difference)} [{interval}]{pairs}"
 
 
 def _difference_sentence(runs: Runs, baseline: str, over_tasks: bool, what: str = "Difference") -> str:
