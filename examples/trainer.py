@@ -10,10 +10,11 @@ from transformers import (
     set_seed,
 )
 
-from aroma_lab.demo.bbc import TOPICS, load_articles, model_folder, split_articles
+from aroma_lab.demo.articles import TOPICS, load_articles, split_articles
+from aroma_lab.tasks.model import packaged_encoder
 
 set_seed(0)
-name = str(model_folder())  # or a hub name: "sentence-transformers/all-MiniLM-L6-v2"
+name = str(packaged_encoder())  # or a hub name: "sentence-transformers/all-MiniLM-L6-v2"
 tokenizer = AutoTokenizer.from_pretrained(name)
 base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(TOPICS))
 train, test = (

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from aroma.errors import ConfigError
 from aroma_lab.methods import Bottleneck, Houlsby, Pfeiffer
-from aroma_lab.methods.adapted_sublayer import AdaptedSublayer
+from aroma_lab.methods.bottleneck import AdaptedSublayer
 from models import base
 
 WIDTH, LAYERS = 32, 2
@@ -43,14 +43,6 @@ def test_the_model_is_nearly_unchanged_at_the_start_and_exactly_so_without_the_a
     assert all(map(torch.equal, hidden(model), plain))
 
 
-def test_houlsbys_stand_after_both_sublayers_and_pfeiffers_after_the_second():
-    places = {"houlsby": ["attention.output", "output"], "pfeiffer": ["output"]}
-    for kind, expected in places.items():
-        model = Bottleneck(kind=kind).build(base("bert"), 10)
-        names = [f"bert.encoder.layer.{layer}.{place}" for layer in range(LAYERS) for place in expected]
-        assert list(sublayers(model)) == names
-
-
 def test_each_computes_what_its_paper_draws():
     torch.manual_seed(1)
     x, skip = torch.randn(3, 5, 48), torch.randn(3, 5, WIDTH)
@@ -80,16 +72,6 @@ def test_dropout_acts_before_the_adapter():
     assert 0.3 < float((seen[0] == 0).float().mean()) < 0.7
 
 
-@pytest.mark.parametrize("method", [Houlsby(size=3), Pfeiffer(size=5)], ids=lambda method: method.kind)
-def test_only_adapters_and_head_train_and_are_as_many_as_the_formula_says(method):
-    model = method.build(base("bert"), 10)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {name for name in trained if ".adapter." not in name} == {"classifier.weight", "classifier.bias"}
-    adapters = LAYERS * (2 if method.kind == "houlsby" else 1)
-    assert len(trained) == 4 * adapters + 2
-    assert method.active_parameters(model) == adapters * (2 * WIDTH * method.size + method.size + WIDTH)
-
-
 def test_the_default_sizes_are_those_of_table_2_on_roberta_base():
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2)
     counts = {}
@@ -101,28 +83,25 @@ def test_the_default_sizes_are_those_of_table_2_on_roberta_base():
     assert [f"{count / 1e6:.2f}M" for count in counts.values()] == ["0.31M", "0.30M"]
 
 
-@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])
-def test_training_writes_nothing_but_adapters_and_head_and_is_the_same_twice(kind):
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        method = Bottleneck(kind=kind)
-        model = method.build(base("roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), 10).train()
-        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        optimizer = torch.optim.AdamW(method.parameters(model), lr=1e-2, weight_decay=0.1)
-        losses = []
-        for _ in range(5):
-            loss = model(**batch()).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-        changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-        assert changed == {name for name in before if ".adapter." in name or name.startswith("classifier.")}
-        assert losses[-1] < losses[0]
-        runs.append((losses, {name: parameter.detach() for name, parameter in model.named_parameters()}))
-    assert runs[0][0] == runs[1][0]
-    assert all(torch.equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+@pytest.mark.parametrize("method", [Houlsby(size=3), Pfeiffer(size=5)], ids=lambda method: method.kind)
+def test_training_writes_nothing_but_adapters_and_head(method):
+    model = method.build(base("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), 10).train()
+    positions = ["attention.output", "output"] if method.kind == "houlsby" else ["output"]
+    assert list(sublayers(model)) == [f"bert.encoder.layer.{i}.{place}" for i in range(LAYERS) for place in positions]
+    size = len(positions) * LAYERS * (2 * WIDTH * method.size + method.size + WIDTH)
+    assert method.active_parameters(model) == size
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(method.parameters(model), lr=1e-2, weight_decay=0.1)
+    losses = []
+    for _ in range(5):
+        loss = model(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if ".adapter." in name or name.startswith("classifier.")}
+    assert losses[-1] < losses[0]
 
 
 def test_an_adapter_takes_the_dtype_of_its_encoder():

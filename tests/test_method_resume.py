@@ -12,8 +12,7 @@ from safetensors.torch import load, save
 
 from aroma import aroma_layers
 from aroma.errors import CheckpointError
-from aroma_lab.bench.settings import BenchSettings
-from aroma_lab.bench.shapes import make_batch, make_model
+from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import (
     METHODS,
     AdaLora,
@@ -26,8 +25,8 @@ from aroma_lab.methods import (
     Houlsby,
     Lora,
     Pfeiffer,
-    ReLora,
-    Relora,
+    ReLoraComponents,
+    ReLoraMerge,
 )
 
 SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)
@@ -42,8 +41,8 @@ CASES = {
     "pfeiffer": Pfeiffer(),
     "lora": Lora(r=2),
     "adalora": AdaLora(init_r=4, target_r=2, initial_steps=3, final_steps=4, interval=2),
-    "relora": Relora(max_components=5, options={"rewarmup_steps": 2, "reset": "zero"}),
-    "relora_merge": ReLora(r=2, restart_every=5, rewarmup_steps=4),
+    "relora": ReLoraComponents(max_components=5, options={"rewarmup_steps": 2, "reset": "zero"}),
+    "relora_merge": ReLoraMerge(r=2, restart_every=5, rewarmup_steps=4),
     "aroma": Aroma(options=GROWTH | {"outer_tolerance": 0.22, "inner_criterion": "update_change"}),
 }
 STAGES = [2, 7, 13]

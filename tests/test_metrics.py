@@ -4,59 +4,46 @@ import numpy as np
 import pytest
 
 from aroma.errors import DataError, NonFiniteError
-from aroma_lab.tasks.data import Examples
-from aroma_lab.tasks.encode import encode, load_tokenizer
-from aroma_lab.tasks.evaluate import predict_logits
-from aroma_lab.tasks.metrics import (
-    binary_f1,
-    classification_metrics,
-    loss_of,
-    metrics_of,
-    regression_metrics,
-    trainer_metrics,
-)
+from aroma_lab.tasks.classification import classifier_objective, encode, load_tokenizer, predict_logits
+from aroma_lab.tasks.metrics import loss_of, metrics_of
 from aroma_lab.tasks.model import load_classifier
-from tiny_classifier import save_tiny_bert
+from tiny_classifier import examples, save_tiny_bert
 
 
-def test_accuracy_and_macro_f1_by_hand():
+def classified(predicted, labels, classes=3):
+    return metrics_of("classification", np.eye(classes)[predicted], np.array(labels))
+
+
+def regressed(predicted, labels):
+    return metrics_of("regression", np.array(predicted)[:, None], np.array(labels))
+
+
+def test_accuracy_macro_f1_and_mcc_by_hand():
     # class 0: 2 hits, 1 miss, no false alarm: F1 = 4/5. class 1: 1 hit, 1 false alarm: 2/3. class 2: 1.
-    metrics = classification_metrics(np.array([0, 1, 1, 0, 2]), np.array([0, 1, 0, 0, 2]))
+    metrics = classified([0, 1, 1, 0, 2], [0, 1, 0, 0, 2])
     assert metrics["accuracy"] == pytest.approx(4 / 5)
     assert metrics["macro_f1"] == pytest.approx((4 / 5 + 2 / 3 + 1) / 3)
-
-
-def test_mcc_by_hand():
     # 2 true positives, 1 false negative, 1 true negative, 1 false positive: (2·1 − 1·1) / √(3·3·2·2)
-    metrics = classification_metrics(np.array([1, 1, 0, 0, 1]), np.array([1, 1, 1, 0, 0]))
-    assert metrics["mcc"] == pytest.approx(1 / 6)
-
-
-def test_macro_f1_weighs_a_rare_class_like_a_common_one():
-    labels = np.array([0] * 9 + [1])
-    metrics = classification_metrics(np.zeros(10, dtype=int), labels)
+    binary = classified([1, 1, 0, 0, 1], [1, 1, 1, 0, 0], classes=2)
+    assert binary["mcc"] == pytest.approx(1 / 6)
+    # Gorodkin: (c·s − Σ t_k p_k) / √((s² − Σ p_k²)(s² − Σ t_k²)), c = 3 hits of s = 5, t = (2, 2, 1), p = (2, 1, 2)
+    three = classified([0, 0, 1, 2, 2], [0, 1, 1, 0, 2])
+    assert three["mcc"] == pytest.approx((3 * 5 - 8) / ((25 - 9) * (25 - 9)) ** 0.5)
+    # a rare class counts as much as a common one
+    metrics = classified([0] * 10, [0] * 9 + [1])
     assert metrics == {"accuracy": pytest.approx(0.9), "macro_f1": pytest.approx((18 / 19 + 0) / 2), "mcc": 0.0}
 
 
-def test_f1_of_the_second_class_by_hand():
+def test_f1_is_that_of_the_second_of_two_classes():
     # class 1: 2 hits, 1 false alarm, 2 misses: precision 2/3, recall 1/2
     predicted, labels = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 1, 0])
-    assert binary_f1(predicted, labels) == pytest.approx(2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2))
-    assert binary_f1(1 - predicted, 1 - labels) == pytest.approx(2 / (2 + 3))  # the other class: 1 hit, 2 + 1 errors
-    assert binary_f1(np.array([0, 0]), np.array([0, 0])) == 0.0
-
-
-def test_f1_is_there_for_two_classes_only():
-    two = metrics_of("classification", np.eye(2)[[1, 1, 0]], np.array([1, 0, 0]))
-    assert two["f1"] == pytest.approx(2 / 3)
+    two = classified(predicted, labels, classes=2)
     assert set(two) == {"accuracy", "macro_f1", "mcc", "f1"}
-    assert "f1" not in metrics_of("classification", np.eye(3)[[1, 1, 0]], np.array([1, 0, 0]))
-
-
-def test_mcc_of_three_classes_by_hand():
-    # Gorodkin: (c·s − Σ t_k p_k) / √((s² − Σ p_k²)(s² − Σ t_k²)), c = 3 hits of s = 5, t = (2, 2, 1), p = (2, 1, 2)
-    metrics = classification_metrics(np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 0, 2]))
-    assert metrics["mcc"] == pytest.approx((3 * 5 - 8) / ((25 - 9) * (25 - 9)) ** 0.5)
+    assert two["f1"] == pytest.approx(2 * (2 / 3) * (1 / 2) / (2 / 3 + 1 / 2))
+    # the other class: 1 hit, 2 + 1 errors
+    assert classified(1 - predicted, 1 - labels, classes=2)["f1"] == pytest.approx(2 / (2 + 3))
+    assert classified([0, 0], [0, 0], classes=2)["f1"] == 0.0
+    assert "f1" not in classified(predicted, labels)
 
 
 @pytest.mark.parametrize("damage", [np.nan, np.inf])
@@ -70,52 +57,43 @@ def test_a_diverged_model_is_not_scored(damage):
 
 def test_correlations_and_error_by_hand():
     # deviations (−1, 0, 1) and (−4/3, −1/3, 5/3): 3 / √(2 · 42/9)
-    metrics = regression_metrics(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 4.0]))
-    assert metrics["pearson"] == pytest.approx(3 / (2 * 42 / 9) ** 0.5)
-    assert metrics["spearman"] == pytest.approx(1.0)
-    assert metrics["mse"] == pytest.approx(1 / 3)
-
-
-def test_spearman_is_of_ranks():
-    metrics = regression_metrics(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 100.0]))
-    assert metrics["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert metrics["pearson"] != pytest.approx(metrics["spearman"], abs=0.02)
+    metrics = regressed([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])
+    expected = {"pearson": 3 / (2 * 42 / 9) ** 0.5, "spearman": 1.0, "mse": 1 / 3}
+    assert metrics == {name: pytest.approx(value) for name, value in expected.items()}
+    ranked = regressed([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 100.0])
+    assert ranked["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
 @pytest.mark.parametrize(("predicted", "labels"), [([2.0, 2.0], [1.0, 3.0]), ([1.0, 3.0], [2.0, 2.0]), ([1.0], [1.0])])
 def test_a_correlation_with_a_constant_is_zero_and_no_warning(predicted, labels, recwarn):
-    metrics = regression_metrics(np.array(predicted), np.array(labels))
+    metrics = regressed(predicted, labels)
     assert (metrics["pearson"], metrics["spearman"]) == (0.0, 0.0)
     assert not recwarn.list
 
 
-def test_logits_of_either_task():
-    assert metrics_of("classification", np.array([[0.1, 0.9], [3.0, -1.0]]), np.array([1, 1]))["accuracy"] == 0.5
-    assert metrics_of("regression", np.array([[1.0], [2.0]]), np.array([1.0, 4.0]))["mse"] == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("metrics", [classification_metrics, regression_metrics])
-def test_no_examples_are_refused(metrics):
-    with pytest.raises(DataError, match=r"examples=0: .*give at least one"):
-        metrics(np.array([]), np.array([]))
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_no_examples_are_refused(task):
+    for measure in (metrics_of, loss_of):
+        with pytest.raises(DataError, match=r"examples=0: .*give at least one"):
+            measure(task, np.zeros((0, 1)), np.array([]))
 
 
 def test_a_trainer_computes_once_over_all_examples_the_last_short_batch_included(tmp_path):
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     base = str(save_tiny_bert(tmp_path / "model"))
     tokenizer = load_tokenizer(base, 8)
-    data = encode(Examples(["w1 w2"] * 7 + ["w9"] * 3, None, [0, 1] * 5), tokenizer, 8)
-    calls = []
+    data = encode(examples(["w1 w2"] * 7 + ["w9"] * 3, [0, 1] * 5), tokenizer, 8)
+    calls, objective = [], classifier_objective("classification", tokenizer)
 
     def counted(prediction):
         calls.append(len(prediction.label_ids))
-        return trainer_metrics("classification")(prediction)
+        return objective.metrics(prediction)
 
     trainer = Trainer(
         model=load_classifier(base, ("a", "b"), 0),
         args=TrainingArguments(str(tmp_path / "out"), per_device_eval_batch_size=4, report_to="none"),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=objective.collator,
         compute_metrics=counted,
     )
     logits = trainer.predict(data).predictions
@@ -129,7 +107,7 @@ def test_every_example_is_predicted_exactly_once_in_its_place_whatever_the_batch
     base = str(save_tiny_bert(tmp_path / "model"))
     tokenizer = load_tokenizer(base, 8)
     texts = [f"w{number}" if number % 2 else f"w{number} w1 w2" for number in range(10)]
-    data = encode(Examples(texts, None, [0, 1] * 5), tokenizer, 8)
+    data = encode(examples(texts, [0, 1] * 5), tokenizer, 8)
     model = load_classifier(base, ("a", "b"), 0)
     seen, sizes = [], []
     model.register_forward_pre_hook(
@@ -151,5 +129,3 @@ def test_losses_are_those_of_the_task_alone():
     logits = np.array([[np.log(3), 0.0], [np.log(3), 0.0]])
     assert loss_of("classification", logits, np.array([0, 1])) == pytest.approx((np.log(4 / 3) + np.log(4)) / 2)
     assert loss_of("regression", np.array([[1.0], [4.0]]), np.array([2.0, 1.0])) == pytest.approx(5.0)
-    with pytest.raises(DataError, match="examples=0"):
-        loss_of("regression", np.zeros((0, 1)), np.zeros(0))

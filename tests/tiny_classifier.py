@@ -1,13 +1,17 @@
-"""A tiny random BERT with a vocabulary of its own, and sentences it can learn, as files."""
+"""A tiny random BERT with a vocabulary of its own, and sentences it can learn, as files and as examples."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from aroma_lab.tasks.data import Layout, make_examples
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -15,9 +19,7 @@ WORDS = [f"w{number}" for number in range(40)]
 def save_tiny_bert(folder: Path) -> Path:
     """Write a two-layer BERT and its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(str(vocabulary), model_max_length=32).save_pretrained(folder)
+    save_tokenizer(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS) + 5,
@@ -30,6 +32,13 @@ def save_tiny_bert(folder: Path) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path, **options: Any) -> None:
+    """Write a tokenizer of `WORDS`; `options` are those of `BertTokenizerFast`."""
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(vocabulary), model_max_length=32, **options).save_pretrained(folder)
 
 
 def sentences(count: int, seed: int) -> list[dict[str, object]]:
@@ -47,3 +56,15 @@ def write_json_lines(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write an object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def examples(
+    texts: list[str],
+    labels: Sequence[float],
+    pairs: list[str] | None = None,
+    names: tuple[str, ...] | None = ("a", "b"),
+) -> Any:
+    """Return examples of a classification with class indices, or of a regression (`names=None`)."""
+    values = list(labels) if names is None else [names[int(label)] for label in labels]
+    columns: dict[str, list[Any]] = {"text": texts, "label": values} | ({} if pairs is None else {"pair": pairs})
+    return make_examples("examples", Layout("text", None if pairs is None else "pair", "label"), columns, names)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from aroma_lab.run.progress_file import ProgressFile
+from aroma_lab.run.recorder import ProgressFile
+from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
-from aroma_lab.run.trial_run import run_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.spec import TaskSpec
 from tiny_classifier import WORDS, save_tiny_bert, write_json_lines
@@ -94,15 +94,17 @@ def trial_of(material: Path, method: str = "lora", purpose: Any = "report", **tr
     )
 
 
-def die_at(trial: Trial, folder: Path, step: int | None) -> None:
-    """Run a trial in this process, which kills itself after optimizer step `step`."""
+def die_at(trial: Trial, folder: Path, step: int) -> None:
+    """Run a trial in this process, which kills itself after optimizer step `step`; −1: before the evaluation."""
     torch.set_num_threads(1)
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if step is not None:
+    if step == -1:
+        ProgressFile.on_train_end = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    else:
         ProgressFile.on_step_end = die  # type: ignore[method-assign]
     run_trial(trial, folder)
 

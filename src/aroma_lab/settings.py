@@ -1,19 +1,131 @@
-"""Settings on disk: YAML mappings, overrides by dotted key, values of the type that a field wants."""
+"""Settings on disk: YAML files and KEY=VALUE overrides become dataclasses, checked by jsonargparse key by key."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from aroma.errors import ConfigError, bad_value
+
+T = TypeVar("T")
+
+
+# Files and overrides -------------------------------------------------------------------------------------------------
+
+
+def load(kind: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = (), what: str = "recipe") -> T:
+    """Read a dataclass, whose fields may be dataclasses, from a YAML file.
+
+    Args:
+        kind: The dataclass.
+        path: A YAML mapping; what it leaves out has the dataclass's default.
+        overrides: Texts like `"training.batch_size=16"`, stronger than the file; values are read as YAML.
+        what: What the file is called in errors.
+
+    Raises:
+        ConfigError: No such file, no YAML, an unknown key (the nearest known one is named), or a value of a wrong type
+            or out of range.
+    """
+    values = read_mapping(what, path)
+    apply_overrides(values, overrides)
+    return make(kind, values, f"a {what}")
+
+
+def make(
+    kind: type[T],
+    values: Mapping[str, Any],
+    whole: str,
+    remedy: str = "",
+    also: Callable[[], Iterable[str]] = lambda: (),
+) -> T:
+    """Return the dataclass with `values`, which are nested, or given by dotted key (`"training.batch_size"`).
+
+    Args:
+        kind: The dataclass.
+        values: What differs from its defaults.
+        whole: What an unknown key does not belong to, as `"a recipe"`.
+        remedy: A further sentence about unknown keys.
+        also: See `typed_fields`.
+
+    Raises:
+        ConfigError: An unknown key, or a value of a wrong type or out of range.
+    """
+    return kind(**typed_fields(kind, values, whole=whole, remedy=remedy, also=also))
+
+
+def typed_fields(
+    kind: type[Any] | Mapping[str, Any],
+    values: Mapping[str, Any],
+    where: str = "",
+    whole: str = "a grid",
+    remedy: str = "",
+    also: Callable[[], Iterable[str]] = lambda: (),
+) -> dict[str, Any]:
+    """Return the values of a dataclass's fields, each of its type; fields that are dataclasses are made.
+
+    Args:
+        kind: The dataclass, or types by name.
+        values: What is given, nested or by dotted key.
+        where: Stands before every key in errors, as `"training"` or `"tasks.mrpc"`.
+        whole: What an unknown key does not belong to, as `"a grid"`.
+        remedy: A further sentence about unknown keys.
+        also: Gives further keys that could have been meant; called only for one that resembles none of these.
+
+    Returns:
+        Keyword arguments of the dataclass, with only the fields that `values` has.
+
+    Raises:
+        ConfigError: An unknown key, or a value of a wrong type.
+    """
+    prefix = f"{where}." if where else ""
+    types = _types(kind)
+    flat = flatten(values, _sections(kind))
+    for key, value in flat.items():
+        if key not in types:
+            raise _no_such_key(key, value, types, prefix, whole, remedy, also)
+    return _nested(kind, _parsed(types, flat, lambda key: f"{prefix}{key}"))
+
+
+def typed(key: str, value: Any, kind: Any) -> Any:
+    """Return one `value` as `kind`, by the rules of `typed_fields` ("1e-4" is a float, 1.5 is no int).
+
+    Args:
+        key: The key, for errors.
+        value: What was given.
+        kind: A type hint.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    return _parsed({"value": kind}, {"value": value}, lambda _: key)["value"]
+
+
+def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yield dotted key, default and meaning of every field of a dataclass, in the order of the file.
+
+    The meaning is the text below the field.
+    """
+    from docstring_parser import parse_from_object
+
+    docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(kind).params}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if is_dataclass(hints[field.name]):
+            for key, default, meaning in describe(hints[field.name]):
+                yield f"{field.name}.{key}", default, meaning
+        else:
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            yield field.name, default, docs.get(field.name, "")
 
 
 def read_mapping(field: str, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -97,6 +209,14 @@ def _put(values: dict[str, Any], key: str, value: Any, whole: str) -> None:
     _put(values[name], rest, value, whole)
 
 
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values that are nested, or given by dotted key, all nested."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        _put(nested, str(key), nest(value) if isinstance(value, dict) else value, str(key))
+    return nested
+
+
 def flatten(values: Mapping[str, Any], sections: Iterable[str], prefix: str = "") -> dict[str, Any]:
     """Return `values` by dotted key; only the mappings called `sections` (dotted) are taken apart.
 
@@ -124,31 +244,93 @@ def unknown_key(key: str, value: Any, known: Iterable[str], whole: str, remedy: 
     """
     names = list(known)
     # A key of the right name in the wrong section is nearer than one that is merely spelled alike.
-    by_name = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    nearest = (by_name or difflib.get_close_matches(key, names, n=1, cutoff=0.0))[0]
+    nearest = (_of_name(key, names) or difflib.get_close_matches(key, names, n=1, cutoff=0.0))[0]
     sentences = [f"{key}={value!r}: {whole} has no such key; the nearest is {nearest!r}", remedy]
     return ConfigError(". ".join(filter(None, sentences)))
 
 
-def typed(key: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`, with jsonargparse's rules ("1e-4" is a float, 1.5 is no int).
+def _no_such_key(
+    key: str,
+    value: Any,
+    types: Mapping[str, Any],
+    prefix: str,
+    whole: str,
+    remedy: str,
+    also: Callable[[], Iterable[str]],
+) -> ConfigError:
+    example = next((known for known in types if known.startswith(f"{key}.")), None)
+    if example is not None:
+        return ConfigError(f"{prefix}{key}={value!r}: it is a section; give it keys, as {prefix}{example}")
+    while isinstance(value, dict) and value:  # of a section that does not exist, a key tells more
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    resembles = _of_name(key, types) or difflib.get_close_matches(key, types, n=1, cutoff=0.8)
+    known = [*types] if resembles else [*types, *also()]
+    return unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
 
-    Args:
-        key: The key, for errors.
-        value: What was given.
-        kind: A type hint.
 
-    Raises:
-        ConfigError: It is none.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
+def _of_name(key: str, known: Iterable[str]) -> list[str]:
+    """Return the keys whose last part is that of `key`."""
+    return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+
+
+# Types ---------------------------------------------------------------------------------------------------------------
+
+
+def _parsed(types: Mapping[str, Any], flat: Mapping[str, Any], shown: Callable[[str], str]) -> dict[str, Any]:
+    """Return values by dotted key, each of its type; errors name a key as `shown` says."""
+    for key, value in flat.items():
+        if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
+            raise bad_value(shown(key), value, f"give {type_name(types[key])}; it cannot be null")
     try:
-        made = parser.parse_object({"value": value}).value
+        parsed = _parser(tuple(types.items())).parse_object(dict(flat))
     except ArgumentError as error:
-        raise bad_value(key, value, f"give {type_name(kind)}") from error
-    if made is None and NoneType not in get_args(kind):
-        raise bad_value(key, value, f"give {type_name(kind)}; it cannot be null")
+        key = next(key for key in re.findall(r'[kK]ey "([^"]+)"', str(error)) if key in types)
+        raise bad_value(shown(key), flat[key], f"give {type_name(types[key])}") from error
+    return {key: parsed[key] for key in flat}
+
+
+@cache
+def _parser(types: tuple[tuple[str, Any], ...]) -> ArgumentParser:
+    """Return the parser of all keys of a class."""
+    parser = ArgumentParser(exit_on_error=False)
+    for key, kind in types:
+        parser.add_argument(f"--{key}", type=kind)
+    return parser
+
+
+def _types(kind: type[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the type of every key, dotted."""
+    if not isinstance(kind, type):
+        return dict(kind)
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        inner = _types(hint) if is_dataclass(hint) else {}  # type: ignore[arg-type]
+        types |= {f"{name}.{key}": one for key, one in inner.items()} or {name: hint}
+    return types
+
+
+def _sections(kind: type[Any] | Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of all fields that are dataclasses."""
+    found = []
+    for name, hint in get_type_hints(kind).items() if isinstance(kind, type) else ():
+        if is_dataclass(hint):
+            found += [name, *(f"{name}.{inner}" for inner in _sections(hint))]  # type: ignore[arg-type]
+    return found
+
+
+def _nested(kind: type[Any] | Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by dotted key as keyword arguments of `kind`, its sections made."""
+    if not isinstance(kind, type):
+        return dict(flat)
+    made: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            inner = {key[len(name) + 1 :]: value for key, value in flat.items() if key.startswith(f"{name}.")}
+            if inner:
+                made[name] = hint(**_nested(hint, inner))  # type: ignore[operator,arg-type]
+        elif name in flat:
+            made[name] = flat[name]
     return made
 
 

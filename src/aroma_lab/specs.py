@@ -1,13 +1,14 @@
-"""What a recipe says: one dataclass a section, one documented field a key."""
+"""What a recipe says: one dataclass a section, one documented field a key; the adapter's keys are AromaConfig's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, get_type_hints
 
 from aroma.errors import bad_value
-
-from .language.spec import LanguageSpec
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DataSpec:
     """Validation examples: a file or split; null: the split `validation` of a hub data set that has one, else
     `validation_fraction` of the training examples."""
     test: str | None = None
-    """Test examples, looked at once after training: a file or split; null: none."""
+    """Test examples, evaluated once, after training: a file or split; null: none."""
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None
@@ -57,44 +58,6 @@ class DataSpec:
     """Seed of that split; apart from `training.seed`, so that seeds share their data."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """Fields of `aroma.AromaConfig`, which explains and checks them; same names, same defaults."""
-
-    target_modules: str | list[str] = "all-linear"
-    """Modules that grow: a list of names, a regular expression, or `all-linear`."""
-    exclude_modules: str | list[str] | None = None
-    """Modules that do not, whatever `target_modules` says."""
-    r: int = 1
-    """Rank of one component."""
-    lora_alpha: float = 4
-    """Every component is scaled by lora_alpha / r."""
-    lora_dropout: float = 0.0
-    """Dropout probability on the input of the component in training."""
-    inner_tolerance: float | None = 0.1
-    """ε_in of the inner check, a relative change; null: no inner checks."""
-    inner_check_interval: int = 10
-    """Optimizer steps between inner checks, ΔT_in."""
-    max_inner_steps: int | None = None
-    """Most optimizer steps of one inner loop, T_in; null: a twelfth of the run, at least 50."""
-    outer_tolerance: float | None = 5e-3
-    """ε_out of the outer check, a ratio of norms; null: every component is kept."""
-    min_components: int = 0
-    """Components that a module keeps whatever the outer check says."""
-    max_components: int | None = None
-    """A module with so many components is frozen; null: no limit."""
-    inner_criterion: Literal["norm_change", "update_change"] = "norm_change"
-    """`norm_change`: relative change of the component's norm (the paper's); `update_change`: norm of its change."""
-    reset: Literal["prune", "zero", "none"] = "prune"
-    """What a merge does to the optimizer state of the pair: `prune` (the paper's), `zero` (a true reset), `none`."""
-    prune_ratio: float = 0.999
-    """Share of moment entries that `prune` zeroes."""
-    rewarmup_steps: int = 50
-    """Optimizer steps in which the learning rate climbs back at the start of every later inner loop."""
-    component_seed: int | None = None
-    """Seed of new components; null: `training.seed`."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +103,8 @@ class TrainSpec:
     seed: int = 0
     """Seed of the head, the order of examples, dropout, and the components."""
     loop: Literal["trainer", "sft"] = "trainer"
-    """Whose training loop: transformers' `trainer`, or TRL's `sft` (SFTTrainer; of `causal_lm` alone)."""
+    """Accepted from older recipes: a language model always trains with TRL's SFTTrainer, anything else with
+    transformers' Trainer."""
     gradient_checkpointing: bool = False
     """Compute the layers' activations anew in backward instead of keeping them: less memory, a third more time."""
     threads: int | None = None
@@ -152,12 +116,88 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
+class LanguageSpec:
+    """Instruction data, chats or plain text, and the one way in which they become tokens."""
+
+    format: Literal["auto", "instruction", "messages", "text"] = "auto"
+    """`instruction` (columns of instruction, input and output), `messages` (a list of turns with role and content),
+    `text` (plain text); `auto`: the first of them whose columns the file has."""
+    instruction: str = "instruction"
+    """Column of the instruction."""
+    input: str = "input"
+    """Column of what the instruction is about; a file may lack it, and a row may leave it empty."""
+    output: str = "output"
+    """Column of the response."""
+    messages: str = "messages"
+    """Column of the turns."""
+    text: str = "text"
+    """Column of the plain text."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How turns become text: the tokenizer's own `chat` template, or AROMA's `plain` one; `auto`: chat where the
+    tokenizer has a template."""
+    system: str | None = None
+    """System turn put before every conversation that has none; null: none."""
+    learn: Literal["response", "all"] = "response"
+    """What the loss is taken of: every response with its end, or prompts too; plain text is learned whole."""
+    packing: bool = False
+    """Several examples a row of `max_length` tokens, each attending to itself only."""
+
+
+@dataclass(frozen=True)
+class AdapterKey:
+    """One key of the section `adapter`.
+
+    Args:
+        type: Its type.
+        default: Its default.
+        meaning: What it is.
+    """
+
+    type: Any
+    default: Any
+    meaning: str
+
+
+_INHERITED = ("lora_dropout", "exclude_modules")
+"""Fields of LoraConfig that are keys; of AromaConfig's own fields all are."""
+
+
+@cache
+def adapter_keys() -> dict[str, AdapterKey]:
+    """Return the keys of the section `adapter`: the fields of `AromaConfig` that a user may set. Loads PyTorch."""
+    from aroma.tuner.config import AromaConfig
+
+    hints = get_type_hints(AromaConfig)
+    chosen = {*AromaConfig.__annotations__, *_INHERITED}
+    ordered = sorted(
+        (f for f in fields(AromaConfig) if f.name in chosen), key=lambda f: not f.name.endswith("modules")
+    )
+    return {
+        one.name: AdapterKey(
+            hints[one.name],
+            one.default if one.default is not MISSING else None,
+            re.sub(r"\bNone\b", "null", str(one.metadata.get("help", ""))),
+        )
+        for one in ordered
+    }
+
+
+def adapter_options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return every key of a section `adapter` with its value; components are drawn by `seed` unless it has its own."""
+    values = {name: key.default for name, key in adapter_keys().items()} | dict(given)
+    if values["component_seed"] is None:
+        values["component_seed"] = seed
+    return values
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run, whole: model, data, adapter, training, and the folder it leaves."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
     data: DataSpec = field(default_factory=DataSpec)
-    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Fields of `aroma.AromaConfig`, which explains and checks them; what is left out has its default."""
     training: TrainSpec = field(default_factory=TrainSpec)
     language: LanguageSpec = field(default_factory=LanguageSpec)
     output: str = "runs/aroma"
@@ -177,13 +217,6 @@ class Recipe:
                 "model.dtype",
                 "float16",
                 "without a scaler small gradients vanish in it; take bfloat16 or float32",
-            )
-        if self.training.loop == "sft" and self.model.quantization is not None:
-            raise bad_value(
-                "model.quantization",
-                self.model.quantization,
-                "TRL rounds the pairs on a quantised base to bfloat16, and small updates are lost; take "
-                "training.loop=trainer",
             )
 
 

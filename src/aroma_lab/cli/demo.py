@@ -1,19 +1,12 @@
-"""`aroma demo`: the whole way, offline, on a real model and real articles."""
+"""`aroma demo`: train, evaluate and reload, offline, with a real model and real articles."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
-
-from .phases import shown_phase
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..demo.report import DemoResult
 
 
 def add_parser(commands: Any) -> None:
@@ -36,39 +29,36 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run the demo, and sum it up."""
+    """Run the demo, and print a summary."""
     require_extra("train", "plot")
     from aroma.cli.quiet import quiet
 
     quiet()
     from rich.console import Console
-
-    from ..demo.run import demo_training, run_demo
-
-    training = demo_training(seed=arguments.seed, threads=arguments.threads, steps=arguments.steps)
-    result = run_demo(arguments.out, training, phase=shown_phase, progress=True)
-    _print_summary(result, arguments.out, Console())
-
-
-def _print_summary(result: DemoResult, out: str, console: Console) -> None:
     from rich.table import Table
 
-    from ..demo.bbc import DATA_ORIGIN, MODEL_ORIGIN
-    from ..demo.report import agreement_line, rank_line, result_rows
+    from ..demo.articles import SOURCE
+    from ..demo.run import demo_training, run_demo
+    from ..progress import progress_bar
+    from ..tasks.model import ENCODER_SOURCE
 
+    training = demo_training(seed=arguments.seed, threads=arguments.threads, steps=arguments.steps)
+    result = run_demo(arguments.out, training, progress=progress_bar, training_bar=True)
+
+    console = Console()
     table = Table("method", title=f"all {result.held_out_articles} held-out articles", title_justify="left")
     table.add_column("accuracy", justify="right")
     table.add_column("trainable", justify="right")
-    for row in result_rows(result):
+    for row in result.table():
         table.add_row(*row)
     console.print(table)
-    lines = [
-        f"LoRA r=8 on the same matrices would train {result.parameters.lora:,} adapter parameters.",
-        f"Ranks: {rank_line(result)}.",
-        f"Reloaded in plain PEFT, without AROMA: {agreement_line(result.agreement)}.",
-        f"Left in {out}: adapter/, ranks.png, report.md, result.json, events.jsonl ({result.wall_seconds:.0f} s).",
-        f"Model: {MODEL_ORIGIN}.",
-        f"Data: {DATA_ORIGIN}.",
-    ]
-    for line in lines:
+    files = "adapter/, ranks.png, report.md, result.json, events.jsonl"
+    for line in (
+        result.lora_line(),
+        f"Ranks: {result.rank_line()}.",
+        f"Reloaded in plain PEFT, without AROMA: {result.agreement_line()}.",
+        f"Left in {arguments.out}: {files} ({result.wall_seconds:.0f} s).",
+        f"Model: {ENCODER_SOURCE}.",
+        f"Data: {SOURCE}.",
+    ):
         console.print(line, highlight=False)

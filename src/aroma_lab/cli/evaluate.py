@@ -9,7 +9,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 from aroma.errors import bad_value
 
-from .phases import shown_phase
+from ..progress import progress_bar
 
 _CLASSIFIER_OPTIONS = ("text", "text_pair", "label")
 _LANGUAGE_OPTIONS = ("method", "max_length", "max_new_tokens", "limit", "predictions")
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
-    from ..language.task import LANGUAGE_KIND, task_kind
+    from ..language.inference import LANGUAGE_KIND, task_kind
 
     if task_kind(arguments.adapter) == LANGUAGE_KIND:
         from .eval_language import run_language
@@ -101,7 +101,7 @@ def _run_classifier(arguments: argparse.Namespace) -> None:
         text_pair=arguments.text_pair,
         label=arguments.label,
         batch_size=32 if arguments.batch_size is None else arguments.batch_size,
-        phase=shown_phase,
+        progress=progress_bar,
     )
     table = Table("metric", "value", title=f"all {result.examples} examples of {data}")
     for name, value in result.metrics.items():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 
 if TYPE_CHECKING:
-    from ..run.recipe_run import RunResult
+    from ..specs import Recipe
 
 _EXAMPLES = examples(
     "aroma train examples/recipes/mrpc.yaml",
@@ -50,12 +51,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
-    require_extra("train")
+    require_extra("lab")
     from ..run.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if recipe.training.loop == "sft":
-        require_extra("trl")
 
     from aroma.cli.quiet import quiet
 
@@ -63,32 +62,34 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..run.processes import Processes
-    from ..run.recipe_run import run_recipe
+    from ..run.recipe import run_recipe
 
     processes = Processes.join()
     console = Console(markup=False, soft_wrap=True)
     result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
     if processes.is_first:
-        _print_result(result)
+        _print_result(recipe, result)
     processes.leave()
 
 
-def _print_result(result: RunResult) -> None:
+def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("split", *next(iter(result.metrics.values())))
-    for split, metrics in result.metrics.items():
+    from ..run.files import TrialFiles
+
+    table = Table("split", *result["held_out"])
+    for split, metrics in {"validation": result["held_out"], **result["reported"]}.items():
         table.add_row(split, *(f"{value:.4f}" for value in metrics.values()))
-    ranks = [module.rank for module in result.modules]
-    frozen = sum(module.state == "frozen" for module in result.modules)
+    ranks = result["ranks"].values()
+    frozen = sum(state == "frozen" for state in result["states"].values())
     console = Console(markup=False)
     console.print(table)
     console.print(
-        f"{result.steps} steps in {result.wall_seconds:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "
-        f"{sum(ranks)} · {frozen} of {len(ranks)} matrices finished"
+        f"{result['steps']} steps in {result['wall_seconds']:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "
+        f"{result['total_rank']} · {frozen} of {len(ranks)} matrices finished"
     )
-    console.print(f"adapter: {result.folder.adapter}", soft_wrap=True)
+    console.print(f"adapter: {TrialFiles(Path(recipe.output)).adapter}", soft_wrap=True)
 
 
 def _describe_keys() -> str:

@@ -1,8 +1,8 @@
-"""A program of its own: base model + adapter in plain PEFT, in a process that cannot import aroma.
+"""A program of its own: base model and adapter in plain PEFT, in a process that cannot import aroma.
 
-Run by path, never imported: `python -P plain_reload.py JOB.json OUT.safetensors`. The job holds `base_model`,
-`adapter`, `num_labels`, `texts`, `max_length`, `batch_size` and `threads`; the output is one tensor, `logits`, of
-shape (texts, num_labels).
+It is run by path, never imported: `python -P plain_reload.py JOB.json OUT.safetensors`. The job has the keys
+`base_model`, `adapter`, `num_labels`, `texts`, `max_length`, `batch_size` and `threads`; the output is one tensor,
+`logits`, of shape (texts, num_labels).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 class _NoAroma(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname.partition(".")[0] == "aroma":
-            raise ModuleNotFoundError(f"{fullname} is made impossible to import here")
+            raise ModuleNotFoundError(f"{fullname} must not be imported here")
 
 
 def main(job_file: str, out_file: str) -> None:
-    """Predict what the job asks for, and write the logits."""
+    """Predict the texts of the job, and write the logits."""
     sys.meta_path.insert(0, _NoAroma())
     try:
         import aroma  # noqa: F401

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROGRAM = Path(__file__).with_name("plain_reload.py")
 TOLERANCE = 1e-4
-"""Largest difference of two logits that counts as equal: float32 sums in another order differ by less."""
+"""Largest difference of two logits that count as equal: float32 sums in another order differ by less."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ class Agreement:
         """Whether all predictions are the same and no logit differs by more than `TOLERANCE`."""
         return self.different_predictions == 0 and self.largest_difference <= TOLERANCE
 
+    @classmethod
+    def between(cls, one: NDArray[Any], other: NDArray[Any]) -> Agreement:
+        """Compare two sets of logits, each of shape (examples, labels)."""
+        return cls(
+            examples=len(one),
+            largest_difference=float(abs(one - other).max()),
+            different_predictions=int((one.argmax(axis=-1) != other.argmax(axis=-1)).sum()),
+        )
+
 
 def reloaded_logits(
     base_model: str, adapter: str, texts: list[str], num_labels: int, max_length: int, batch_size: int, threads: int
@@ -47,7 +56,7 @@ def reloaded_logits(
     """Return the logits, shape (texts, num_labels), of base model and adapter in plain PEFT, in a fresh process.
 
     Raises:
-        CheckpointError: The process failed; its last line of error is given.
+        CheckpointError: The process failed; the error has its last line.
     """
     job = {
         "base_model": base_model,
@@ -68,12 +77,3 @@ def reloaded_logits(
             reason = (done.stderr.strip() or "no error text").splitlines()[-1]
             raise CheckpointError(f"adapter={adapter!r}: plain PEFT cannot load it ({reason})")
         return read_tensors(out_file)["logits"].numpy()
-
-
-def compare_logits(one: NDArray[Any], other: NDArray[Any]) -> Agreement:
-    """Compare two sets of logits, each of shape (examples, labels)."""
-    return Agreement(
-        examples=len(one),
-        largest_difference=float(abs(one - other).max()),
-        different_predictions=int((one.argmax(axis=-1) != other.argmax(axis=-1)).sum()),
-    )

@@ -5,50 +5,52 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, set_seed
+from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import write_json, write_text
 from aroma.pictures import rank_picture
 from aroma.tuner import aroma_layers
 
-from ..methods import Aroma
-from ..progress import Phase, silent_phase
-from ..run.run_folder import EventLog, require_empty
-from ..specs import AdapterSpec, TrainSpec, check_training
-from ..tasks.data import Examples
-from ..tasks.encode import encode, load_tokenizer
-from ..tasks.evaluate import predict_logits
-from ..tasks.metrics import classification_metrics
-from ..tasks.model import adapter_config, count_trainable, grow, load_classifier
-from ..tasks.task import Task, save_trained
-from ..training.objective import classifier_objective
+from ..methods import Method, make_method
+from ..progress import Progress, no_progress
+from ..run.folder import require_empty
+from ..run.recorder import EventLog
+from ..specs import TrainSpec, check_training
+from ..tasks.classification import classifier_objective, encode, load_tokenizer, predict_logits
+from ..tasks.metrics import metrics_of
+from ..tasks.model import count_trainable, load_classifier, packaged_encoder
+from ..tasks.task import Task, save_task
 from ..training.trainer import Fit, make_trainer
-from .baseline import LinearHead, features_of, fit_head
-from .bbc import TOPICS, as_examples, load_articles, model_folder, split_articles
-from .reload import Agreement, compare_logits, reloaded_logits
-from .report import DemoResult, HeadOnly, Parameters, demo_record, demo_report
+from .articles import TOPICS, as_examples, load_articles, split_articles
+from .reload import Agreement, reloaded_logits
+from .report import DemoResult, demo_report
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from numpy.typing import NDArray
 
 MAX_LENGTH = 64
 """Tokens of an article that are read: headline and first sentences."""
 LORA_RANK = 8
-"""Rank of the LoRA whose parameters are counted beside."""
+"""Rank of the LoRA whose parameters are counted for comparison."""
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+"""Inverse L2 strengths that are tried for the head-only baseline."""
 
-ADAPTER = AdapterSpec(
-    inner_check_interval=5,
-    max_inner_steps=60,
-    outer_tolerance=0.01,
-    rewarmup_steps=5,
-)
+ADAPTER = {
+    "target_modules": "all-linear",
+    "inner_check_interval": 5,
+    "max_inner_steps": 60,
+    "outer_tolerance": 0.01,
+    "rewarmup_steps": 5,
+}
 TRAINING = TrainSpec(
     max_steps=240,
     batch_size=16,
@@ -61,7 +63,7 @@ TRAINING = TrainSpec(
 
 
 def demo_training(seed: int = 0, threads: int | None = None, steps: int | None = None) -> TrainSpec:
-    """Return the demo's loop with the given differences.
+    """Return the demo's loop with the given changes.
 
     Raises:
         ConfigError: A number out of range.
@@ -84,27 +86,27 @@ class Material:
 
     base: str
     tokenizer: Any
-    train: Examples
-    held_out: Examples
+    train: Dataset
+    held_out: Dataset
 
 
 def run_demo(
     out: str | os.PathLike[str],
     training: TrainSpec = TRAINING,
-    phase: Phase = silent_phase,
-    progress: bool = False,
+    progress: Progress = no_progress,
+    training_bar: bool = False,
 ) -> DemoResult:
     """Run the demo, and leave adapter, picture, report and result in a folder.
 
     Args:
         out: The folder; must be new or empty.
         training: The loop.
-        phase: Announces phases.
-        progress: Whether the training shows a progress bar.
+        progress: Shows how far the work before and after the training is.
+        training_bar: Whether the training shows a progress bar.
 
     Raises:
         ConfigError: `out` is not empty.
-        DataError: A package of the demo is missing, or not the one it was made for.
+        DataError: A package of the demo is missing or has changed.
         CheckpointError: The saved adapter does not predict the same in plain PEFT.
     """
     began = time.monotonic()
@@ -114,29 +116,35 @@ def run_demo(
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    head, head_only = train_head_only(material, training, phase)
-    fit, parameters = train_adapters(material, head, training, folder, progress)
-    model = fit.trainer.model.cpu()  # where the fresh process will predict, too
-    logits = predict(model, material, training, phase)
-    task = Task("classification", TOPICS, "text", None, "label", MAX_LENGTH)
-    save_trained(model, material.tokenizer, task, folder / "adapter")
-    agreement = check_reload(logits, folder / "adapter", material, training, phase)
+    head, head_only = train_heads(material, training, progress)
+    method = make_method("aroma", {**ADAPTER, "component_seed": training.seed})
+    fit, parameters = train_adapters(material, method, head, training, folder, training_bar)
+    model = fit.trainer.model.cpu()  # as in the fresh process
+    encoded = encode(material.held_out, material.tokenizer, MAX_LENGTH)
+    with progress("evaluate", len(encoded)) as advance:
+        logits = predict_logits(model, encoded, material.tokenizer, training.batch_size, advance)
+    method.save(model, folder / "adapter")
+    material.tokenizer.save_pretrained(folder / "adapter")
+    save_task(Task("classification", TOPICS, "text", None, "label", MAX_LENGTH), folder / "adapter")
     result = DemoResult(
-        metrics=classification_metrics(logits.argmax(axis=-1), np.array(material.held_out.labels)),
+        metrics=metrics_of("classification", logits, np.array(material.held_out["labels"])),
         head_only=head_only,
         train_articles=len(material.train),
         held_out_articles=len(material.held_out),
         modules=fit.controller.summary(),
         parameters=parameters,
-        agreement=agreement,
-        adapter=ADAPTER,
+        agreement=check_reload(logits, folder / "adapter", material, training, progress),
+        adapter=method.resolved_options(),
         training=training,
         max_length=MAX_LENGTH,
         steps=fit.trainer.state.global_step,
         outer_steps=fit.controller.outer_number - 1,
         wall_seconds=time.monotonic() - began,
     )
-    leave_result(result, folder)
+    rank_picture(result.modules, folder / "ranks.png", title="Ranks grown on BBC News")
+    record = result.as_record()
+    write_text(folder / "report.md", demo_report(result, record))
+    write_json(folder / "result.json", record)  # last
     return result
 
 
@@ -144,84 +152,149 @@ def load_material() -> Material:
     """Return model and data of the demo.
 
     Raises:
-        DataError: A package is missing, or not the one that the demo was made for.
+        DataError: A package of the demo is missing or has changed.
     """
-    base = str(model_folder())
+    base = str(packaged_encoder())
     train, held_out = split_articles(load_articles())
     return Material(base, load_tokenizer(base, MAX_LENGTH), as_examples(train), as_examples(held_out))
 
 
-def train_head_only(material: Material, training: TrainSpec, phase: Phase) -> tuple[LinearHead, HeadOnly]:
-    """Train linear heads on the frozen model; return the one on its own pooling, and the held-out accuracies."""
+# Without adapters ----------------------------------------------------------------------------------------------------
+
+
+def train_heads(material: Material, training: TrainSpec, progress: Progress) -> tuple[Any, dict[str, float]]:
+    """Train linear heads on the frozen model.
+
+    Returns:
+        The head on the model's own pooling, and the held-out accuracies of both; see `DemoResult.head_only`.
+    """
     encoder = AutoModel.from_pretrained(material.base, dtype=torch.float32)
-    with phase("head only", len(material.train) + len(material.held_out)) as advance:
+    with progress("head only", len(material.train) + len(material.held_out)) as advance:
         train, held_out = (
-            features_of(encoder, material.tokenizer, examples, MAX_LENGTH, training.batch_size, advance)
+            features_of(encoder, material.tokenizer, examples, training.batch_size, advance)
             for examples in (material.train, material.held_out)
         )
-    pooled, mean = fit_head(train.pooled, material.train.labels), fit_head(train.mean, material.train.labels)
-    labels = material.held_out.labels
-    return pooled, HeadOnly(pooled.accuracy(held_out.pooled, labels), mean.accuracy(held_out.mean, labels))
+    heads = {name: fit_head(features, material.train["labels"]) for name, features in train.items()}
+    labels = list(material.held_out["labels"])
+    return heads["pooled"], {name: float(head.score(held_out[name], labels)) for name, head in heads.items()}
+
+
+@torch.no_grad()
+def features_of(
+    encoder: Any, tokenizer: Any, examples: Dataset, batch_size: int, on_batch: Callable[[int], None]
+) -> dict[str, NDArray[Any]]:
+    """Return the frozen features of examples, each (examples, hidden): `pooled`, and `mean` over tokens.
+
+    Args:
+        encoder: An encoder with a pooler, as `AutoModel` loads it.
+        tokenizer: Its tokenizer.
+        examples: The examples.
+        batch_size: Examples of one forward pass.
+        on_batch: Called after each batch with its number of examples.
+    """
+    from torch.utils.data import DataLoader
+
+    encoder.eval()
+    data: Any = encode(examples, tokenizer, MAX_LENGTH).remove_columns("labels")
+    pooled, mean = [], []
+    for batch in DataLoader(data, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)):
+        output = encoder(**batch)
+        mask = batch["attention_mask"].unsqueeze(-1)
+        pooled.append(output.pooler_output)
+        mean.append((output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1))
+        on_batch(len(mask))
+    return {"pooled": torch.cat(pooled).numpy(), "mean": torch.cat(mean).numpy()}
+
+
+def fit_head(features: NDArray[Any], labels: Sequence[int]) -> Any:
+    """Return scikit-learn's logistic regression, trained to convergence; its L2 strength is chosen on a fifth.
+
+    Args:
+        features: (examples, hidden).
+        labels: Classes 0, 1, …, all of which occur.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+
+    search = GridSearchCV(
+        LogisticRegression(max_iter=2000),
+        {"C": STRENGTHS},
+        cv=StratifiedShuffleSplit(n_splits=1, test_size=0.2, random_state=0),
+    )
+    return search.fit(features, list(labels)).best_estimator_
+
+
+@torch.no_grad()
+def copy_head(head: Any, layer: torch.nn.Linear) -> None:
+    """Give `layer` the weights of a logistic regression of three classes or more."""
+    layer.weight.copy_(torch.from_numpy(head.coef_))
+    layer.bias.copy_(torch.from_numpy(head.intercept_))
+
+
+# With adapters -------------------------------------------------------------------------------------------------------
 
 
 def train_adapters(
-    material: Material, head: LinearHead, training: TrainSpec, folder: Path, progress: bool
-) -> tuple[Fit, Parameters]:
-    """Train growing adapters, and `head` on with them; the events go to `folder`."""
+    material: Material, method: Method, head: Any, training: TrainSpec, folder: Path, bar: bool
+) -> tuple[Fit, dict[str, int]]:
+    """Train growing adapters, and `head` with them; the events go to `folder`.
+
+    Returns:
+        The training, and the numbers of trainable parameters; see `DemoResult.parameters`.
+    """
     set_seed(training.seed)
     classifier = load_classifier(material.base, TOPICS, material.tokenizer.pad_token_id)
-    head.copy_to(classifier.classifier)
-    model = grow(classifier, adapter_config(ADAPTER, training))
+    copy_head(head, classifier.classifier)
+    model = method.build(classifier, training.max_steps or 0)
     parameters = count_parameters(model)
     with tempfile.TemporaryDirectory() as scratch:
         fit = make_trainer(
-            Aroma(),
+            method,
             model,
             classifier_objective("classification", material.tokenizer),
             training,
             scratch,
             train=encode(material.train, material.tokenizer, MAX_LENGTH),
             on_event=EventLog(folder / "events.jsonl", upto=0),
-            progress=progress,
+            progress=bar,
         )
         fit.train()
     return fit, parameters
 
 
-def count_parameters(model: Any) -> Parameters:
-    """Count what trains at any one time, and what would in a LoRA of rank 8 on the same matrices."""
-    trainable = count_trainable(model)
+def count_parameters(model: Any) -> dict[str, int]:
+    """Return the numbers of parameters that train at any one time, and those of a LoRA on the same matrices."""
     sizes = [layer.in_features + layer.out_features for layer in aroma_layers(model).values()]
-    return Parameters(trainable["adapter"], trainable["head"], LORA_RANK * sum(sizes))
-
-
-def predict(model: Any, material: Material, training: TrainSpec, phase: Phase) -> NDArray[Any]:
-    """Return the logits, (articles, topics), of all held-out articles."""
-    data = encode(material.held_out, material.tokenizer, MAX_LENGTH)
-    with phase("evaluate", len(data)) as advance:
-        return predict_logits(model, data, material.tokenizer, training.batch_size, advance)
+    return {**count_trainable(model), "lora": LORA_RANK * sum(sizes)}
 
 
 def check_reload(
-    logits: NDArray[Any], adapter: Path, material: Material, training: TrainSpec, phase: Phase
+    logits: NDArray[Any], adapter: Path, material: Material, training: TrainSpec, progress: Progress
 ) -> Agreement:
-    """Predict all held-out articles anew, in plain PEFT in a process without AROMA, and compare.
+    """Predict all held-out articles again, in plain PEFT in a process without AROMA, and compare.
+
+    Args:
+        logits: Predictions of the trained model, (articles, topics).
+        adapter: Folder of the saved adapter.
+        material: Model and data.
+        training: The loop, for its batch size.
+        progress: Shows that it runs.
 
     Raises:
-        CheckpointError: They are not equal.
+        CheckpointError: The predictions differ.
     """
-    with phase("reload in plain PEFT", 1) as advance:
+    with progress("reload in plain PEFT", 1) as advance:
         reloaded = reloaded_logits(
             material.base,
             str(adapter),
-            material.held_out.texts,
+            list(material.held_out["text"]),
             num_labels=len(TOPICS),
             max_length=MAX_LENGTH,
             batch_size=training.batch_size,
             threads=torch.get_num_threads(),
         )
         advance(1)
-    agreement = compare_logits(logits, reloaded)
+    agreement = Agreement.between(logits, reloaded)
     if not agreement.equal:
         raise bad_value(
             "max |Δlogit|",
@@ -231,11 +304,3 @@ def check_reload(
             CheckpointError,
         )
     return agreement
-
-
-def leave_result(result: DemoResult, folder: Path) -> None:
-    """Write picture, report, and, last, the result."""
-    rank_picture(result.modules, folder / "ranks.png", title="Ranks grown on BBC News")
-    record = demo_record(result)
-    write_text(folder / "report.md", demo_report(result, record))
-    write_json(folder / "result.json", record)

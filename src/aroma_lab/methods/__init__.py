@@ -1,20 +1,16 @@
-"""The methods of comparison: a method is a small object, and adding one is one file."""
+"""The methods of comparison; see `base.Method`."""
 
 from __future__ import annotations
 
 from .adalora import AdaLora
-from .aroma import Aroma
-from .base import Method, encoder_linears
-from .bitfit import BitFit
+from .aroma import Aroma, GrowthHooks
+from .base import Hooks, HooksCallback, Method
 from .bottleneck import Bottleneck, Houlsby, Pfeiffer
-from .frozen import Frozen
-from .full import Full
-from .head_only import HeadOnly
-from .hooks import Hooks, HooksCallback
-from .lora import Lora
+from .head import encoder_linears, find_targets
+from .lora import Lora, PeftAdapter
+from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
 from .registry import METHODS, make_method
-from .relora import ReLora
-from .relora_components import Relora
+from .relora import ReLoraComponents, ReLoraMerge
 
 __all__ = [
     "METHODS",
@@ -24,15 +20,19 @@ __all__ = [
     "Bottleneck",
     "Frozen",
     "Full",
+    "GrowthHooks",
     "HeadOnly",
     "Hooks",
     "HooksCallback",
     "Houlsby",
     "Lora",
     "Method",
+    "PeftAdapter",
     "Pfeiffer",
-    "ReLora",
-    "Relora",
+    "Pretrained",
+    "ReLoraComponents",
+    "ReLoraMerge",
     "encoder_linears",
+    "find_targets",
     "make_method",
 ]

@@ -1,4 +1,4 @@
-"""AdaLoRA, as PEFT has it, with what PEFT leaves to the user's loop: the allocator, called after every step."""
+"""AdaLoRA as PEFT has it, and the call of its allocator after every step, which PEFT leaves to the user's loop."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor
 
-from aroma.errors import bad_value
+from aroma.errors import CheckpointError, bad_value
 
-from .allocation import Allocation, kept_triplets
-from .base import with_dropout
-from .hooks import Hooks
-from .lora import check_dropout
-from .modules import find_targets
-from .peft_adapter import ADAPTER, PeftAdapter, layers_of, wrap
+from .base import Hooks, check_dropout, with_dropout
+from .head import find_targets
+from .lora import ADAPTER, PeftAdapter, layers_of, wrap
+
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What PEFT's `RankAllocator` keeps of every parameter: its last sensitivity, and two averages over the steps."""
+_PATTERN = "rank_pattern"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class AdaLora(PeftAdapter):
         final_steps: Optimizer steps after it has shrunk, in place of `final_share`; None: the share decides.
         interval: Optimizer steps between two allocations (deltaT).
         orthogonality: Weight of the orthogonality term.
-        target_modules: Modules to adapt; see `modules.find_targets`.
+        target_modules: Modules to adapt; see `head.find_targets`.
     """
 
     init_r: int = 12
@@ -110,7 +112,7 @@ class AdaLora(PeftAdapter):
             )
         return initial, final
 
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
+    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Allocation:
         """Return the call of the allocator; see `Method.hooks`."""
         return Allocation(model, planned_steps)
 
@@ -139,14 +141,81 @@ class AdaLora(PeftAdapter):
         config = model.peft_config[ADAPTER]
         allocated = config.rank_pattern
         super().save(model, folder)
-        config.rank_pattern = allocated  # PEFT leaves a shortened one, by other names, in the living configuration
+        config.rank_pattern = allocated  # PEFT has replaced it by a shortened one, with other names
+
+
+class Allocation(Hooks):
+    """Calls PEFT's allocator after every optimizer step, while the gradients that it reads are there.
+
+    Args:
+        model: A PeftModel with an AdaLoRA adapter.
+        planned_steps: Optimizer steps of the run.
+
+    Raises:
+        ConfigError: The adapter was made for a run of another length, so its budget would shrink at other steps.
+    """
+
+    def __init__(self, model: Any, planned_steps: int) -> None:
+        self._model = model
+        self._config = model.peft_config[ADAPTER]
+        # The allocator's names are those below the tuner.
+        self._parameters = {
+            name: parameter for name, parameter in model.base_model.model.named_parameters() if ".lora_" in name
+        }
+        if self._config.total_step != planned_steps:
+            raise bad_value(
+                "planned_steps",
+                planned_steps,
+                f"AdaLoRA's budget was planned for total_step={self._config.total_step}; build the model for the "
+                "steps that the run will take",
+            )
+
+    def after_step(self, step: int) -> None:
+        """Score every triplet by the gradients, and mask those beyond the budget."""
+        self._model.base_model.update_and_allocate(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return sensitivities, averages and masks; see `Hooks.state_dict`."""
+        state = {
+            f"{kind}.{name}": values.detach().clone()
+            for kind in _AVERAGES
+            for name, values in getattr(self._model.base_model.rankallocator, kind).items()
+        }
+        for module, kept in kept_triplets(self._model).items():
+            state[f"{_PATTERN}.{_values_of(module)}"] = torch.tensor(kept, dtype=torch.bool)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict()`; see `Hooks.load_state_dict`."""
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_AVERAGES, _PATTERN)}
+        for key, values in state.items():
+            kind, _, name = key.partition(".")
+            if kind not in parts or name not in self._parameters:
+                raise CheckpointError(f"hooks: {key!r} belongs to another adapter; use a checkpoint of this very run")
+            parts[kind][name] = values
+        for kind in _AVERAGES:
+            averages = {name: values.to(self._parameters[name], copy=True) for name, values in parts[kind].items()}
+            setattr(self._model.base_model.rankallocator, kind, averages)
+        # None, not empty, before the first allocation: as PEFT has it.
+        self._config.rank_pattern = {name: kept.tolist() for name, kept in parts[_PATTERN].items()} or None
+
+
+def kept_triplets(model: Any) -> dict[str, list[bool]]:
+    """Return which triplets the last allocation left, by module name; empty before the first."""
+    pattern = model.peft_config[ADAPTER].rank_pattern or {}
+    # PEFT shortens the names when it saves.
+    return {name.removesuffix(f".{ADAPTER}").removesuffix(".lora_E"): kept for name, kept in pattern.items()}
+
+
+def _values_of(module: str) -> str:
+    return f"{module}.lora_E.{ADAPTER}"
 
 
 def _triplets_of(layer: Any) -> tuple[Tensor, Tensor]:
     values = layer.lora_E[ADAPTER].detach().flatten()
-    # Not those that are masked: between two allocations the optimizer moves them, too, and then they do add.
+    # By value, not by mask: between two allocations the optimizer also moves masked triplets, and then they count.
     used = values != 0
-    # The same arithmetic as in the layer's forward, whose rank has a little something added.
+    # The same arithmetic as in the layer's forward, epsilon included.
     scale = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER].detach() + 1e-5)
     B = layer.lora_B[ADAPTER].detach()[:, used] * values[used] * scale
     return B, layer.lora_A[ADAPTER].detach()[used]

@@ -1,42 +1,47 @@
-"""AROMA itself."""
+"""AROMA itself, with every field of `AromaConfig` as an option."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Any, Self
 
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback
 
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
+from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
+from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
+from aroma.tuner.state import pack, unpack
 
-from ..specs import AdapterSpec
-from .base import with_dropout
-from .growth import Growth
-from .modules import find_targets
-from .peft_adapter import ADAPTER, PeftAdapter, wrap
+from ..specs import adapter_keys
+from .base import Hooks, with_dropout
+from .head import find_targets
+from .lora import ADAPTER, PeftAdapter, wrap
 
 _OWN_NAMES = {"lora_dropout": "dropout"}
-"""Fields of AromaConfig that a method calls otherwise."""
+"""Fields of AromaConfig that have another name in the methods."""
 
 
 @dataclass(frozen=True)
 class Aroma(PeftAdapter):
     """AROMA with its controller.
 
-    In an experiment's file the fields of `AromaConfig` stand beside the others, as `max_inner_steps` or `reset`.
+    In an experiment's file the fields of `AromaConfig` are options like the others, as `max_inner_steps` or `reset`.
 
     Args:
         r: Rank of one component.
         dropout: Dropout on the input of the component in training.
-        options: Further fields of `AromaConfig`; they are stronger than the other arguments.
-        target_modules: Modules that grow; see `modules.find_targets`.
+        options: Further fields of `AromaConfig`; they override the other arguments.
+        target_modules: Modules that grow; see `head.find_targets`.
     """
 
     r: int = 1
@@ -45,13 +50,12 @@ class Aroma(PeftAdapter):
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        # Refused now, not when the model is built.
-        self._config([])
+        self._config([])  # an impossible value is refused now, not when the model is built
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option; see `Method.option_types`."""
-        return get_type_hints(AdapterSpec) | super().option_types()
+        return {name: key.type for name, key in adapter_keys().items()} | super().option_types()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -68,7 +72,7 @@ class Aroma(PeftAdapter):
         config = self._config([])
         # PEFT turns lists of modules into sets.
         modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
-        return {name: getattr(config, name) for name in get_type_hints(AdapterSpec)} | modules
+        return {name: getattr(config, name) for name in adapter_keys()} | modules
 
     @property
     def name(self) -> str:
@@ -82,14 +86,14 @@ class Aroma(PeftAdapter):
         """
         return wrap(model, self._config(find_targets(self.target_modules, model)))
 
-    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Growth:
-        """Return the controller and the re-warm-up; see `Method.hooks`."""
-        return Growth(AromaController(model, optimizer, total_steps=planned_steps), optimizer)
+    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> GrowthHooks:
+        """Return the attached controller; see `Method.hooks`."""
+        return GrowthHooks(model, optimizer, planned_steps)
 
     def callbacks(
         self, model: Any, on_event: Callable[[Event], None] | None = None, early_stop: bool = True
     ) -> list[TrainerCallback]:
-        """Return AROMA's callback, which keeps its state in the Trainer's checkpoints; see `Method.callbacks`."""
+        """Return AROMA's own callback; see `Method.callbacks`."""
         return [AromaCallback(early_stop=early_stop, on_event=on_event)]
 
     def ranks(self, model: Any) -> dict[str, int]:
@@ -109,5 +113,41 @@ class Aroma(PeftAdapter):
         return AromaConfig(**{"target_modules": targets, **self._options()})
 
     def _options(self) -> dict[str, Any]:
-        """Return all fields of `AromaConfig` that are not left to their defaults, but for the targets found."""
+        """Return the fields of `AromaConfig` that are set, but for the targets found."""
         return {"r": self.r, "lora_dropout": self.dropout, **self.options}
+
+
+class GrowthHooks(Hooks):
+    """AROMA in a plain loop. `aroma.attach` does all of it within `optimizer.step()`, so only the state is left.
+
+    Args:
+        model: A PeftModel with a growing adapter.
+        optimizer: The optimizer of its parameters.
+        planned_steps: Optimizer steps of the run.
+    """
+
+    _CONTROLLER = "controller"
+
+    def __init__(self, model: Any, optimizer: Any, planned_steps: int) -> None:
+        self._model = model
+        self._attachment = attach(model, optimizer, total_steps=planned_steps)
+
+    @property
+    def controller(self) -> AromaController:
+        """The controller that is attached to the optimizer."""
+        return self._attachment.controller
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the adapter as its file has it, and the packed state of the controller; see `Hooks.state_dict`."""
+        adapter = get_peft_model_state_dict(self._model, save_embedding_layers=False)
+        state = {name: tensor.detach().clone() for name, tensor in adapter.items()}
+        packed = json.dumps(pack(self.controller.state_dict())).encode()
+        return {**state, self._CONTROLLER: torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict()`; see `Hooks.load_state_dict`."""
+        if self._CONTROLLER not in state:
+            raise CheckpointError("hooks: the saved state has no controller of AROMA; use a checkpoint of this run")
+        adapter = {name: tensor for name, tensor in state.items() if name != self._CONTROLLER}
+        set_peft_model_state_dict(self._model, adapter)
+        self.controller.load_state_dict(unpack(json.loads(bytes(state[self._CONTROLLER].tolist()))))

@@ -1,4 +1,4 @@
-"""What every method of comparison is: build, parameters, hooks, and what can be asked of the model it made.
+"""What a method of comparison is: how it builds a model, what it trains, and what it does around an optimizer step.
 
 .. code-block:: python
 
@@ -12,8 +12,8 @@
         hooks.after_step(step)  # before zero_grad: AdaLoRA's allocator reads the gradients
         optimizer.zero_grad()
 
-In the Hugging Face Trainer `method.callbacks(model)` takes the place of the hooks. Adding a method is one file, and
-one line in `registry`.
+In the Hugging Face Trainer `method.callbacks(model)` replaces the hooks. To add a method, write one class and give it
+a name in `registry`.
 """
 
 from __future__ import annotations
@@ -25,39 +25,55 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aroma.errors import CheckpointError, bad_value
 from aroma.events import Event
 from aroma.files import write_tensors
 
-from .hooks import Hooks, HooksCallback
-from .modules import count_active, encoder_linears, find_targets, train_head_only
-
-__all__ = [
-    "TRAINED_FILE",
-    "Hooks",
-    "Method",
-    "encoder_linears",
-    "find_targets",
-    "train_head_only",
-    "trained_tensors",
-    "with_dropout",
-]
+from .head import head_of
 
 TRAINED_FILE = "trained.safetensors"
-"""Where a method that is no PEFT adapter saves what it trained, by the parameters' names in the built model."""
+"""File of the trained parameters of a method that is no PEFT adapter, by their names in the built model."""
+
+
+class Hooks:
+    """What a method does around an optimizer step; most methods do nothing.
+
+    The state holds what the method remembers from step to step, and what it changed in the model besides the trained
+    parameters. Trained parameters, optimizer, schedule and this state together make a resumed run exact.
+    """
+
+    def before_step(self, step: int) -> None:
+        """Called before optimizer step `step`, counted from 1, when the gradients are there."""
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer step `step`, before the gradients are cleared."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the tensors that an exact resume needs besides the trained parameters."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict()`; call it after the trained parameters are restored.
+
+        The model may be freshly built, or of a later moment of the same run.
+
+        Raises:
+            CheckpointError: The state belongs to another method or model.
+        """
+        require_keys(state, set())
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """How a pretrained transformers model is fine-tuned.
 
-    A method holds no state of a run: what there is to know of a model is asked with the model.
+    A method holds no state of a run: questions about a model take the model as an argument.
 
     Attributes:
-        writes_backbone: Whether training writes the weights of the backbone, so that they cannot be shared between
-            models.
-        trains: Whether anything trains; if not, a run is the evaluation of what `build` makes.
+        writes_backbone: Whether training writes the weights of the backbone, so that models cannot share them.
+        trains: Whether anything trains; if not, a run only evaluates what `build` returns.
     """
 
     writes_backbone: ClassVar[bool] = False
@@ -67,7 +83,7 @@ class Method(ABC):
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
-        """Return the type of every option, by the name that it has in an experiment's file."""
+        """Return the type of every option, by its name in an experiment's file."""
         hints = get_type_hints(cls)
         return {
             field.name: hints[field.name] for field in fields(cls) if field.init and field.metadata.get("option", True)
@@ -75,11 +91,11 @@ class Method(ABC):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Return the method with `options`, of which `option_types` tells; see `registry.make_method`."""
+        """Return the method with `options`, whose names and types are those of `option_types`."""
         return cls(**options)
 
     def resolved_options(self) -> dict[str, Any]:
-        """Return the value of every option, those that were left to their defaults too."""
+        """Return the value of every option, defaults included."""
         return {name: getattr(self, name) for name in self.option_types()}
 
     # A run -----------------------------------------------------------------------------------------------------------
@@ -101,68 +117,167 @@ class Method(ABC):
             The model to train. Its head trains, unless nothing does.
 
         Raises:
-            ConfigError: A model that the method cannot adapt, or a run that it cannot plan for.
+            ConfigError: The method cannot adapt the model, or cannot plan for a run of this length.
         """
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """Return what the optimizer trains."""
+        """Return the parameters that the optimizer trains."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
-        """Return what is done around each optimizer step of a model that `build` made."""
+        """Return what is done around each optimizer step of a model from `build`."""
         return Hooks()
 
     def callbacks(
         self, model: Any, on_event: Callable[[Event], None] | None = None, early_stop: bool = True
     ) -> list[TrainerCallback]:
-        """Return what drives the method inside the Hugging Face Trainer.
+        """Return the callbacks that drive the method inside the Hugging Face Trainer.
 
         Args:
-            model: A model that `build` made.
+            model: A model from `build`.
             on_event: Called with every event of a growing adapter; other methods have none.
             early_stop: Whether training ends when every module of a growing adapter has finished.
 
         Returns:
-            One callback: a `HooksCallback`, which has the attribute `hooks` and must be given their state on resume,
-            or AROMA's own, which keeps its state in the Trainer's checkpoints.
+            One callback: a `HooksCallback`, which must be given the state of its hooks on resume, or AROMA's own,
+            which keeps its state in the Trainer's checkpoints.
         """
         return [HooksCallback(self.hooks)]
 
-    # What a model has come to ----------------------------------------------------------------------------------------
+    # What can be asked of a model ------------------------------------------------------------------------------------
 
     def ranks(self, model: Any) -> dict[str, int]:
-        """Return the current rank of the update of every adapted module, by its name in the base model.
+        """Return the current rank of every adapted module's update, by the module's name in the base model.
 
         Empty for a method whose updates have no rank.
         """
         return {}
 
     def active_parameters(self, model: Any) -> int:
-        """Return the number of parameters that train right now; the head's do not count."""
-        return count_active(model)
+        """Return the number of parameters outside the head that train right now."""
+        head = head_of(model)
+        return sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not head.holds(name)
+        )
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the whole update of every adapted module, ΔW = B A, by its name in the base model.
+        """Return the whole update ΔW = B A of every adapted module, by the module's name in the base model.
 
-        B is (m, R) with the scale folded in, A (R, n), detached; R may be 0. Empty where no update has factors.
+        B has shape (m, R), with the scale folded in, and A (R, n); both are detached, and R may be 0. Empty for a
+        method whose updates have no factors.
         """
         return {}
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write what was trained: a PEFT adapter where the method is one, else `TRAINED_FILE`.
-
-        Args:
-            model: A model that `build` made.
-            folder: A new folder.
-        """
+        """Write what was trained into a new folder: a PEFT adapter if the method is one, else `TRAINED_FILE`."""
         write_tensors(folder / TRAINED_FILE, trained_tensors(model))
 
 
+class HooksCallback(TrainerCallback):
+    """Calls a method's hooks inside the Trainer, around every optimizer step, while the gradients are there.
+
+    To resume, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`.
+
+    Args:
+        make_hooks: Called with model, optimizer and planned optimizer steps when training begins.
+
+    Attributes:
+        hooks: The hooks of the current or last training; None before the first.
+    """
+
+    def __init__(self, make_hooks: Callable[[Any, Any, int], Hooks]) -> None:
+        self._make_hooks = make_hooks
+        self._saved: dict[str, Tensor] | None = None
+        self.hooks: Hooks | None = None
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Keep the state of the hooks until the training that resumes from it begins."""
+        self._saved = state
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any,
+        optimizer: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Make the hooks; on resume, give them their state.
+
+        Raises:
+            CheckpointError: Training resumes without the state of its hooks, or with that of another method.
+        """
+        self.hooks = self._make_hooks(model, optimizer, state.max_steps)
+        if state.global_step > 0 and self._saved is None:
+            raise CheckpointError(
+                f"hooks: the training goes on from step {state.global_step}, and nobody restored what the method "
+                "remembers; call load_state_dict of this callback with the checkpoint's state before training"
+            )
+        if self._saved is not None:
+            self.hooks.load_state_dict(self._saved)
+            self._saved = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
+    ) -> None:
+        """Call `before_step`."""
+        if _is_over(state):
+            optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
+            return
+        self._running().before_step(state.global_step + 1)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any,
+        lr_scheduler: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Call `after_step`, and let the Trainer log the learning rate that was used."""
+        if _is_over(state):
+            return
+        used = [group["lr"] for group in optimizer.param_groups]
+        self._running().after_step(state.global_step + 1)
+        if hasattr(lr_scheduler, "_last_lr"):
+            lr_scheduler._last_lr = used
+
+    def _running(self) -> Hooks:
+        assert self.hooks is not None, "the Trainer calls on_train_begin first"
+        return self.hooks
+
+
+def _is_over(state: TrainerState) -> bool:
+    """Whether all planned steps are taken; on resuming such a run, the Trainer takes one more before it stops."""
+    return state.global_step >= state.max_steps
+
+
+def require_keys(state: dict[str, Tensor], expected: set[str]) -> None:
+    """Check that a state has exactly the `expected` keys.
+
+    Raises:
+        CheckpointError: Naming the first key that is missing or unexpected.
+    """
+    for key in sorted(expected ^ set(state)):
+        what = "is missing from" if key in expected else "is unexpected in"
+        raise CheckpointError(f"hooks: {key!r} {what} the saved state; use a checkpoint of this very run")
+
+
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that train, by name."""
+    """Return the parameters that train, detached, by name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def check_dropout(dropout: float) -> None:
+    """Raise ConfigError unless `dropout` is a probability in [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise bad_value("dropout", dropout, "give a probability in [0, 1)")
+
+
 def with_dropout(name: str, dropout: float) -> str:
-    """Return `name`, and what is dropped if anything is."""
+    """Return a method's name, with its dropout if it has any."""
     return f"{name}, dropout {dropout:g}" if dropout else name

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor, nn
 
 from aroma.errors import bad_value
 
-from .adapted_sublayer import AdaptedSublayer, Place, can_be_adapted
 from .base import Method
-from .modules import train_head_only
+from .head import train_head_only
 
-_PLACES: dict[str, tuple[str, ...]] = {
+Place = Literal["houlsby", "pfeiffer"]
+
+_INITIAL_STD = 1e-2
+"""Standard deviation of the initial weights, truncated at ±2σ, as in 1902.00751: the adapter adds next to nothing."""
+
+_SUBLAYERS: dict[str, tuple[str, ...]] = {
     "houlsby": (r"\.\d+\.attention\.output", r"\.\d+\.output"),
     "pfeiffer": (r"\.\d+\.output",),
 }
-"""How the names of the sublayers end that get an adapter, in BERT, RoBERTa and their kin."""
+"""Endings of the names of the sublayers that get an adapter, in BERT, RoBERTa and their kin."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Bottleneck(Method):
     size: int = 8
 
     def __post_init__(self) -> None:
-        if self.kind not in _PLACES:
-            raise bad_value("kind", self.kind, f"choose one of {', '.join(_PLACES)}")
+        if self.kind not in _SUBLAYERS:
+            raise bad_value("kind", self.kind, f"choose one of {', '.join(_SUBLAYERS)}")
         if self.size < 1:
             raise bad_value("size", self.size, "the bottleneck has at least one neuron; try 8 or 16")
 
@@ -53,11 +59,11 @@ class Bottleneck(Method):
         Raises:
             ConfigError: An encoder of another build.
         """
-        places = [re.compile(f"{place}$") for place in _PLACES[self.kind]]
+        endings = [re.compile(f"{ending}$") for ending in _SUBLAYERS[self.kind]]
         sublayers = {
-            name: module for name, module in model.named_modules() if any(place.search(name) for place in places)
+            name: module for name, module in model.named_modules() if any(ending.search(name) for ending in endings)
         }
-        if not sublayers or not all(map(can_be_adapted, sublayers.values())):
+        if not sublayers or not all(map(_can_be_adapted, sublayers.values())):
             raise bad_value(
                 "model",
                 type(model).__name__,
@@ -92,3 +98,71 @@ class Pfeiffer(Bottleneck):
 
     kind: Place = field(default="pfeiffer", init=False)
     size: int = 16
+
+
+class BottleneckAdapter(nn.Module):
+    """up(f(down(x))), which is nearly 0 at the start.
+
+    Args:
+        width: Width d of the encoder.
+        size: Neurons of the bottleneck.
+        activation: f, between the two layers.
+    """
+
+    def __init__(self, width: int, size: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, size)
+        self.activation = activation
+        self.up = nn.Linear(size, width)
+        for layer in (self.down, self.up):
+            nn.init.trunc_normal_(layer.weight, std=_INITIAL_STD, a=-2 * _INITIAL_STD, b=2 * _INITIAL_STD)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, width) to (…, width)."""
+        added: Tensor = self.up(self.activation(self.down(x)))
+        return added
+
+
+class AdaptedSublayer(nn.Module):
+    """Takes the place of `…layer.N.attention.output` or `…layer.N.output`, which it keeps as `sublayer`.
+
+    .. code-block:: text
+
+        h = dropout(dense(x))                                     the sublayer's projection back to width d
+        y = LayerNorm(h + skip)                                   without an adapter
+        y = LayerNorm(h + adapter(h) + skip)                      Houlsby: after the projection, before the skip
+        y = LayerNorm(h + adapter(LayerNorm(h + skip)) + skip)    Pfeiffer: reads what the layer would have returned
+
+    Pfeiffer's is the best of that paper's search, and what AdapterHub calls `pfeiffer`: the pretrained LayerNorm
+    stands before the adapter and after it, and the adapter's residual is taken before the first. Activations are
+    theirs, too: GELU in Houlsby's, ReLU in Pfeiffer's.
+
+    Args:
+        sublayer: Module with `dense`, `dropout` and `LayerNorm`; see `_can_be_adapted`.
+        size: Neurons of the bottleneck.
+        place: `"houlsby"` or `"pfeiffer"`.
+    """
+
+    def __init__(self, sublayer: Any, size: int, place: Place) -> None:
+        super().__init__()
+        self.sublayer = sublayer
+        self.place = place
+        activation = nn.GELU() if place == "houlsby" else nn.ReLU()
+        weight = sublayer.dense.weight
+        self.adapter = BottleneckAdapter(weight.shape[0], size, activation).to(weight)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Map the sublayer's hidden states (…, n) and its input, the skip, (…, d) to (…, d)."""
+        h = self.sublayer.dropout(self.sublayer.dense(hidden_states))
+        skipped = h + input_tensor
+        added = self.adapter(h if self.place == "houlsby" else self.sublayer.LayerNorm(skipped))
+        result: Tensor = self.sublayer.LayerNorm(skipped + added)
+        return result
+
+
+def _can_be_adapted(sublayer: nn.Module) -> bool:
+    """Whether a module is built as BERT's `BertSelfOutput` and `BertOutput` are."""
+    parts = dict(sublayer.named_children())
+    kinds = {"dense": nn.Linear, "dropout": nn.Dropout, "LayerNorm": nn.LayerNorm}
+    return parts.keys() == kinds.keys() and all(isinstance(parts[name], kind) for name, kind in kinds.items())

@@ -1,21 +1,29 @@
-"""The head of a transformers classifier: what did not come with the pretrained backbone, and has to train whole."""
+"""Which parts of a transformers model a method touches: its head, and the linear modules outside it.
+
+The head is what did not come with the pretrained backbone, and has to train whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from aroma.errors import bad_value
 from aroma.tuner.layout import PEFT_PREFIX
 
 _ATTRIBUTE = "_aroma_head"
 _COPY = ".modules_to_save.default"
-"""Within the name of a parameter, what PEFT puts behind a module that it trains whole."""
+"""What PEFT inserts into the name of a parameter whose module it trains whole."""
 _WITHOUT_FORWARD = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
+
+
+# The head ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Head:
 
     Args:
         modules: The largest modules that belong to it whole.
-        parameters: Parameters of it in modules that belong to the backbone otherwise.
+        parameters: Its parameters in modules that otherwise belong to the backbone.
         new: Parameters that the checkpoint lacks, so that they start at random.
     """
 
@@ -33,12 +41,12 @@ class Head:
     new: tuple[str, ...] = ()
 
     def holds(self, name: str) -> bool:
-        """Whether a parameter or module, of the model as it is or wrapped by PEFT, belongs to the head."""
+        """Whether a parameter or module belongs to the head; `name` may have PEFT's prefix."""
         name = base_name(name)
         return name in self.parameters or any(f"{name}.".startswith(f"{module}.") for module in self.modules)
 
     def modules_to_save(self) -> list[str]:
-        """Return what PEFT must be told to train whole: all but the names that it takes for SEQ_CLS anyway."""
+        """Return what PEFT must be told to train whole: all modules but those it takes for SEQ_CLS anyway."""
         return [name for name in self.modules if name not in SEQ_CLS_HEAD_NAMES]
 
 
@@ -48,26 +56,26 @@ def base_name(name: str) -> str:
 
 
 def head_of(model: Any) -> Head:
-    """Return the head of a model, wrapped by PEFT or not: if it was not loaded, what is outside its backbone."""
+    """Return the head of a model, wrapped by PEFT or not; of an unmarked model, what is outside its backbone."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: Head | None = getattr(base, _ATTRIBUTE, None)
     return _find_head(base, ()) if found is None else found
 
 
 def remember_head(model: Any, missing: Collection[str]) -> None:
-    """Let `head_of` know what of `model` the checkpoint did not have.
+    """Mark the head of a model that was just loaded.
 
     Args:
         model: A model as `from_pretrained` returns it.
         missing: The `missing_keys` that it reports.
     """
-    # What transformers freezes itself is computed, as a table of sines, and nothing to be learned.
+    # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
     new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
     setattr(model, _ATTRIBUTE, _find_head(model, new))
 
 
 def require_new_trains(head: Head, trained: Iterable[str]) -> None:
-    """Refuse a model of which something would stay at its random start.
+    """Refuse a model of which a part would stay at its random start.
 
     Args:
         head: Head of the model.
@@ -83,8 +91,15 @@ def require_new_trains(head: Head, trained: Iterable[str]) -> None:
                 "parameter",
                 name,
                 "the checkpoint lacks it, and the method would leave it at its random start; take a checkpoint that "
-                "has it, or another method, as 'full'",
+                "has it, or another method, such as 'full'",
             )
+
+
+def train_head_only(model: nn.Module) -> None:
+    """Freeze everything but the head."""
+    head = head_of(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(head.holds(name))
 
 
 def _find_head(model: Any, new: Collection[str]) -> Head:
@@ -96,7 +111,7 @@ def _find_head(model: Any, new: Collection[str]) -> Head:
 
 
 def _is_outside(model: Any, name: str) -> bool:
-    """Whether a parameter is no part of the backbone; the output embeddings of a language model are part of it."""
+    """Whether a parameter is outside the backbone; the output embeddings of a language model are inside."""
     top, prefix = name.split(".")[0], getattr(model, "base_model_prefix", "")
     if top in SEQ_CLS_HEAD_NAMES:
         return True
@@ -106,10 +121,67 @@ def _is_outside(model: Any, name: str) -> bool:
 
 
 def _whole_modules(module: nn.Module, name: str, names: list[str], chosen: Collection[str]) -> Iterator[str]:
-    """Yield the names of the largest modules whose parameters are all among `chosen`, and that can be called."""
+    """Yield the names of the largest callable modules whose parameters are all among `chosen`."""
     within = [other for other in names if other.startswith(f"{name}.")] if name else names
     if name and within and not isinstance(module, _WITHOUT_FORWARD) and all(other in chosen for other in within):
         yield name
     elif any(other in chosen for other in within):
         for child_name, child in module.named_children():
             yield from _whole_modules(child, f"{name}.{child_name}" if name else child_name, names, chosen)
+
+
+# Targets of adapters -------------------------------------------------------------------------------------------------
+
+
+def encoder_linears(model: nn.Module) -> list[str]:
+    """Return the full names of the linear modules in numbered layers: PEFT's "all-linear" without head and pooler.
+
+    In RoBERTa these are query, key, value, attention output, intermediate and output of every layer.
+    """
+    return [name for name in _linears(model) if re.search(r"\.\d+\.", name)]
+
+
+def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[str]:
+    """Return the full names of the linear modules to adapt; the head is never among them.
+
+    Args:
+        chosen: Names or their endings, a regular expression of whole names, "all-linear", or None for
+            `encoder_linears`.
+        model: The model, without adapters.
+
+    Raises:
+        ConfigError: A name that no linear module has, or a pattern that matches none.
+    """
+    if chosen is None:
+        return encoder_linears(model)
+    names = _linears(model)
+    if chosen == "all-linear":
+        # As in PEFT: the output embeddings of a language model are not among them.
+        outputs = getattr(model, "get_output_embeddings", lambda: None)()
+        return [name for name in names if outputs is None or model.get_submodule(name) is not outputs]
+    if isinstance(chosen, str):
+        return [name for name in names if re.fullmatch(chosen, name)] or _refuse(chosen, names)
+    for ending in chosen:
+        if not any(_ends(name, ending) for name in names):
+            _refuse(ending, names)
+    return [name for name in names if any(_ends(name, ending) for ending in chosen)] or _refuse(chosen, names)
+
+
+def _linears(model: nn.Module) -> list[str]:
+    """Return the names of the linear modules outside the head."""
+    head = head_of(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name for name in linears if not head.holds(name)]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _refuse(chosen: Sequence[str] | str, names: list[str]) -> list[str]:
+    example = f", such as {names[0]!r} or its last parts" if names else ""
+    raise bad_value(
+        "target_modules",
+        chosen,
+        f"no linear module outside the head is called so; give names as model.named_modules() lists them{example}",
+    )

@@ -1,29 +1,48 @@
-"""LoRA, as PEFT has it, on all linear modules of the layers."""
+"""LoRA as PEFT has it, and what all methods that are PEFT adapters share."""
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor
+from torch import Tensor, nn
 
 from aroma.errors import bad_value
 
-from .base import with_dropout
-from .modules import find_targets
-from .peft_adapter import ADAPTER, PeftAdapter, layers_of, wrap
+from .base import Method, check_dropout, with_dropout
+from .head import base_name, find_targets, head_of, require_new_trains
+
+ADAPTER = "default"
+"""The name that PEFT gives the adapter of `get_peft_model`."""
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PeftAdapter(Method):
+    """A method whose built model is a `PeftModel` with one adapter."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the adapter as PEFT does, head included; see `Method.save`."""
+        with staged(folder) as staging:
+            model.save_pretrained(staging)
 
 
 @dataclass(frozen=True)
 class Lora(PeftAdapter):
-    """LoRA of one rank for all modules.
+    """LoRA with the same rank in all modules.
 
     Args:
         r: Rank.
         alpha: lora_alpha; None for r, so that the scale is 1.
         dropout: Dropout on the adapter's input.
-        target_modules: Modules to adapt; see `modules.find_targets`.
+        target_modules: Modules to adapt; see `head.find_targets`.
     """
 
     r: int = 8
@@ -63,12 +82,57 @@ class Lora(PeftAdapter):
 
 
 def pair_of(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return copies of B (m, r), the scale folded in, and A (r, n) of a layer of PEFT's LoRA."""
+    """Return copies of B (m, r), with the scale folded in, and A (r, n) of a layer of PEFT's LoRA."""
     scaled = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
     return scaled, layer.lora_A[ADAPTER].weight.detach().clone()
 
 
-def check_dropout(dropout: float) -> None:
-    """Raise ConfigError for what is no dropout."""
-    if not 0 <= dropout < 1:
-        raise bad_value("dropout", dropout, "give a probability in [0, 1)")
+def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
+    """Return the adapted layers of a `PeftModel`, in order, by their modules' names in the base model."""
+    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def wrap(model: Any, config: Any) -> Any:
+    """Wrap `model` with PEFT, so that its head trains whole beside the adapter and is saved with it.
+
+    Args:
+        model: A transformers classifier or causal language model.
+        config: PEFT's configuration of the adapter. The head's modules are added to its `modules_to_save`, and a
+            missing task type is filled in.
+
+    Raises:
+        ConfigError: A parameter that the checkpoint lacks would not train, or one of the backbone would.
+    """
+    from peft import get_peft_model
+
+    config.task_type = config.task_type or _task_type_of(model)
+    head, given = head_of(model), config.modules_to_save or []
+    config.modules_to_save = [*given, *head.modules_to_save()] or None
+    wrapped = get_peft_model(model, config)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    require_new_trains(head, trained)
+    for name in trained:
+        # PEFT takes every module whose name ends so.
+        if ".modules_to_save." in name and not given and not head.holds(name):
+            raise bad_value(
+                "parameter",
+                base_name(name),
+                f"PEFT would train it with the head, whose modules are {', '.join(head.modules)}, because their names "
+                "are alike; take a method that is no PEFT adapter, such as 'bitfit'",
+            )
+    return wrapped
+
+
+def _task_type_of(model: Any) -> str:
+    """Return PEFT's task type of a model; it decides the wrapper, and whether a head trains."""
+    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else "SEQ_CLS"
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files replace those of `folder`, on failure they vanish."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
+        yield Path(staging)
+        for file in Path(staging).iterdir():
+            os.replace(file, folder / file.name)

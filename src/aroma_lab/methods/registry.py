@@ -1,4 +1,4 @@
-"""Every method by the name that it has in an experiment's file, and its options, checked one by one."""
+"""Every method by its name in an experiment's file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from ..settings import typed, unknown_key
 from .adalora import AdaLora
 from .aroma import Aroma
 from .base import Method
-from .bitfit import BitFit
 from .bottleneck import Houlsby, Pfeiffer
-from .full import Full
-from .head_only import HeadOnly
 from .lora import Lora
-from .pretrained import Pretrained
-from .relora import ReLora
-from .relora_components import Relora
+from .plain import BitFit, Full, HeadOnly, Pretrained
+from .relora import ReLoraComponents, ReLoraMerge
 
 METHODS: dict[str, type[Method]] = {
     "pretrained": Pretrained,
@@ -30,8 +26,8 @@ METHODS: dict[str, type[Method]] = {
     "pfeiffer": Pfeiffer,
     "lora": Lora,
     "adalora": AdaLora,
-    "relora": Relora,
-    "relora_merge": ReLora,
+    "relora": ReLoraComponents,
+    "relora_merge": ReLoraMerge,
     "aroma": Aroma,
 }
 """The methods by kind."""
@@ -42,11 +38,10 @@ def make_method(kind: str, options: Mapping[str, Any]) -> Method:
 
     Args:
         kind: One of `METHODS`.
-        options: Its options by name; what is left out has its default.
+        options: Its options by name; the others have their defaults.
 
     Raises:
-        ConfigError: An unknown kind or option, of which the nearest known one is named, or a value of a wrong type or
-            out of range.
+        ConfigError: An unknown kind or option, with the nearest known one, or a value of a wrong type or out of range.
     """
     if kind not in METHODS:
         nearest = difflib.get_close_matches(kind, METHODS, n=1, cutoff=0.0)[0]

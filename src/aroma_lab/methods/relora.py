@@ -1,4 +1,4 @@
-"""ReLoRA for fine-tuning: LoRA whose product is merged into the backbone again and again."""
+"""ReLoRA, twice: as the AROMA paper compares it (`ReLoraComponents`), and merged into the backbone (`ReLoraMerge`)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,76 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
 
+from aroma.algorithm.paper import rewarmup_factor
 from aroma.errors import bad_value
 from aroma.files import write_tensors
+from aroma.integrations.rewarmup import Rewarmup
+from aroma.reset import component_generator, reset_state
 from aroma.tuner.layout import PEFT_PREFIX
 
-from .lora import Lora
-from .peft_adapter import ADAPTER, PeftAdapter, staged
-from .restarts import Restarts, whole_ranks, whole_updates
+from .aroma import Aroma
+from .base import Hooks, require_keys, with_dropout
+from .lora import ADAPTER, Lora, PeftAdapter, layers_of, pair_of, staged
+
+# As the paper compares it ----------------------------------------------------------------------------------------
+
+_OPTIONS_OF_CHECKS = (
+    "inner_tolerance",
+    "inner_check_interval",
+    "inner_criterion",
+    "outer_tolerance",
+    "min_components",
+)
+"""Options of AROMA that mean nothing without its checks."""
 
 
 @dataclass(frozen=True)
-class ReLora(PeftAdapter):
+class ReLoraComponents(Aroma):
+    """ReLoRA 1×8 (section 4.1): AROMA without (5) and (6), so that every module has the same number of components.
+
+    Each component trains for the same number of optimizer steps and is always kept. The backbone is not written.
+
+    Args:
+        max_components: Components of every module, one after the other.
+        max_inner_steps: Optimizer steps of one component; None: the planned steps divided by `max_components`.
+    """
+
+    max_components: int = 8
+    max_inner_steps: int | None = None
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """Return the type of every option: AROMA's without those of its checks; see `Method.option_types`."""
+        return {name: kind for name, kind in super().option_types().items() if name not in _OPTIONS_OF_CHECKS}
+
+    @property
+    def name(self) -> str:
+        """Name for tables and pictures."""
+        return with_dropout(f"ReLoRA {self.r}×{self.max_components}", self.dropout)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            **super()._options(),
+            "inner_tolerance": None,
+            "outer_tolerance": None,
+            "max_components": self.max_components,
+            "max_inner_steps": self.max_inner_steps,
+        }
+
+
+# Merged into the backbone ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReLoraMerge(PeftAdapter):
     """LoRA that restarts every `restart_every` steps (arXiv 2307.05695), on a pretrained model, not from scratch.
 
-    At a restart the product is added to the backbone's weight, the pair starts anew, a share of its optimizer moments
-    is zeroed (at random, as in AROMA), and the learning rate climbs from 0 again. Rank and components of a module are
-    those of all its products, the merged ones included.
+    At a restart the product is added to the backbone's weight, the pair starts anew, a random share of its optimizer
+    moments is zeroed, as in AROMA, and the learning rate climbs from 0 again. The rank and the components of a module
+    include the products that are already merged.
 
     Args:
         r: Rank of the pair.
@@ -34,9 +86,8 @@ class ReLora(PeftAdapter):
         dropout: Dropout on the adapter's input.
         prune_ratio: Share of the moments that a restart zeroes.
         rewarmup_steps: Optimizer steps of the climb after a restart.
-        seed: Seed of the fresh pairs and of the zeroed entries; None: `torch.initial_seed()`, so that the run's seed
-            decides it.
-        target_modules: Modules to adapt; see `modules.find_targets`.
+        seed: Seed of the fresh pairs and of the zeroed entries; None: `torch.initial_seed()`, that is, the run's seed.
+        target_modules: Modules to adapt; see `head.find_targets`.
     """
 
     writes_backbone: ClassVar[bool] = True
@@ -75,11 +126,12 @@ class ReLora(PeftAdapter):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the sum of the ranks of all products of every module; see `Method.ranks`."""
-        return whole_ranks(model)
+        layers = layers_of(model, LoraLinear)
+        return {name: layer.r[ADAPTER] + _merged(layer)[1].shape[0] for name, layer in layers.items()}
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return all products of every module, the pair in training last; see `Method.components`."""
-        return whole_updates(model)
+        return {name: _joined(_merged(layer), pair_of(layer)) for name, layer in layers_of(model, LoraLinear).items()}
 
     def save(self, model: Any, folder: Path) -> None:
         """Write all products as one plain LoRA adapter, which an unmerged base model needs; see `Method.save`."""
@@ -87,10 +139,10 @@ class ReLora(PeftAdapter):
 
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         config = copy.deepcopy(model.peft_config[ADAPTER])
-        for name, (B, A) in whole_updates(model).items():
+        for name, (B, A) in self.components(model).items():
             tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
             tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
-            # The scale is folded into B, and every module has restarted as often.
+            # B includes the scale, and all modules have restarted equally often.
             config.r = config.lora_alpha = A.shape[0]
         config.inference_mode = True
         with staged(folder) as staging:
@@ -99,3 +151,108 @@ class ReLora(PeftAdapter):
 
     def _lora(self) -> Lora:
         return Lora(r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules)
+
+
+class Restarts(Hooks):
+    """Merges and restarts the pairs of a model, and lets the learning rate climb afterwards.
+
+    Args:
+        model: A model from `ReLoraMerge.build`.
+        optimizer: The optimizer of its pairs.
+        restart_every: Optimizer steps between two restarts.
+        prune_ratio: Share of the moments that a restart zeroes.
+        rewarmup_steps: Optimizer steps of the climb after a restart.
+        seed: Seed of the fresh pairs and of the zeroed entries.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, restart_every: int, prune_ratio: float, rewarmup_steps: int, seed: int
+    ) -> None:
+        self._layers: dict[str, Any] = layers_of(model, LoraLinear)
+        self._optimizer = optimizer
+        self._restart_every = restart_every
+        self._prune_ratio = prune_ratio
+        self._rewarmup_steps = rewarmup_steps
+        self._seed = seed
+        self._rewarmup = Rewarmup()
+        self._restarts = 0
+        self._last_restart = 0
+
+    def before_step(self, step: int) -> None:
+        """Scale the learning rate for this step."""
+        taken = step - 1 - self._last_restart
+        self._rewarmup.begin(self._optimizer, rewarmup_factor(self._restarts + 1, taken, self._rewarmup_steps))
+
+    def after_step(self, step: int) -> None:
+        """Restore the learning rate; restart if it is time."""
+        self._rewarmup.end(self._optimizer, None)
+        if step % self._restart_every == 0:
+            self.restart()
+            self._last_restart = step
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Merge every product into its weight, and start the pair anew; the model computes the same function."""
+        self._restarts += 1
+        for index, layer in enumerate(self._layers.values()):
+            # One generator a layer, so that the fresh pairs depend on the seed alone.
+            generator = component_generator(self._seed, self._restarts, index, "relora")
+            _merge(layer)
+            _start_anew(layer, generator)
+            for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+                reset_state(self._optimizer, parameter, "prune", self._prune_ratio, generator)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return counters, seed, and the weight and merged products of every layer; see `Hooks.state_dict`.
+
+        The weight is stored as it is: adding the products again would round alike on the same machine only.
+        """
+        state = {"restarts": torch.tensor([self._restarts, self._last_restart, self._seed])}
+        for name, layer in self._layers.items():
+            tensors = (layer.get_base_layer().weight, *_merged(layer))
+            state |= {key: tensor.detach().clone() for key, tensor in zip(_keys(name), tensors, strict=True)}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict()`, and with it the merged backbone; see `Hooks.load_state_dict`."""
+        require_keys(state, {"restarts", *(key for name in self._layers for key in _keys(name))})
+        self._restarts, self._last_restart, self._seed = state["restarts"].tolist()
+        for name, layer in self._layers.items():
+            weight, B, A = (state[key] for key in _keys(name))
+            layer.get_base_layer().weight.copy_(weight)
+            a = layer.lora_A[ADAPTER].weight
+            layer.merged_products = (B.to(a, copy=True), A.to(a, copy=True))
+
+
+def _keys(name: str) -> list[str]:
+    return [f"{part}.{name}" for part in ("weight", "B", "A")]
+
+
+def _merged(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return the products that the base weight includes, as B (m, R) and A (R, n)."""
+    products: tuple[Tensor, Tensor] | None = getattr(layer, "merged_products", None)
+    if products is None:
+        a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+        products = (b[:, :0], a[:0])
+    return products
+
+
+def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum of two products B A as one."""
+    return torch.cat([one[0], other[0]], dim=1), torch.cat([one[1], other[1]], dim=0)
+
+
+def _merge(layer: Any) -> None:
+    """Add the product to the base weight: in float32, so that a weight of lower precision is rounded once."""
+    layer.merged_products = _joined(_merged(layer), pair_of(layer))
+    weight = layer.get_base_layer().weight
+    weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
+
+
+def _start_anew(layer: Any, generator: torch.Generator) -> None:
+    """Zero B, and draw A as PEFT does at the start: uniform in ±1/√n."""
+    a = layer.lora_A[ADAPTER].weight
+    bound = a.shape[1] ** -0.5
+    a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+    layer.lora_B[ADAPTER].weight.zero_()

@@ -11,7 +11,6 @@ import pandas as pd
 from aroma.errors import bad_value
 from aroma.pictures import positions_of
 
-from ..specs import AdapterSpec
 from .formats import (
     EMPTY,
     Columns,
@@ -304,8 +303,7 @@ def inner_loops(run: Run) -> list[dict[str, Any]]:
 
 def predicted_step(options: Mapping[str, Any]) -> float | None:
     """Return the inner step near which a linearly growing norm meets criterion (5); None without a tolerance."""
-    tolerance = options.get("inner_tolerance", AdapterSpec.inner_tolerance)
-    interval = options.get("inner_check_interval", AdapterSpec.inner_check_interval)
+    tolerance, interval = _option(options, "inner_tolerance"), _option(options, "inner_check_interval")
     # The norm grows from c(t − ΔT) to ct, by the share ΔT / (t − ΔT), which is less than ε once t > ΔT (1 + 1/ε).
     return round(interval * (1 + 1 / tolerance), 6) if tolerance else None
 
@@ -421,7 +419,14 @@ def _examples(runs: Runs) -> list[str]:
 
 
 def _reset_of(run: Run) -> str:
-    return str(run.trial["options"].get("reset", AdapterSpec.reset))
+    return str(_option(run.trial["options"], "reset"))
+
+
+def _option(options: Mapping[str, Any], name: str) -> Any:
+    """Return an option of AROMA, its default if it was not given."""
+    from aroma.tuner.config import AromaConfig  # here alone, since it loads PyTorch
+
+    return options.get(name, getattr(AromaConfig, name))
 
 
 def _timed_against(runs: Runs, baseline: str | None) -> dict[str, str | None]:

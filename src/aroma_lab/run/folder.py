@@ -1,4 +1,4 @@
-"""The folder of one trial: what is where, whose it is, and where a killed run goes on."""
+"""The folder of one run: whose it is, that nothing in it is overwritten, and where a killed run goes on."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from typing import Any
 
 from aroma.checkpoint import verify_adapter
 from aroma.errors import CheckpointError, ConfigError, bad_value
-from aroma.files import write_json
+from aroma.files import is_new_or_empty, write_json
 
 from ..methods.base import TRAINED_FILE
-from ..training.exact_resume import HOOKS_FILE
+from ..training.trainer import HOOKS_FILE
 from .files import TrialFiles
 from .trial import Trial, differing_keys, load_trial, save_trial
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_OF_THE_TRAINER = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class TrialFolder(TrialFiles):
@@ -54,14 +53,15 @@ class TrialFolder(TrialFiles):
     def checkpoint(self) -> str | None:
         """Return the latest checkpoint that the run can go on from; None if it has to begin anew.
 
-        One that was cut off by a kill is passed over, and so is one after which the training was over: the Trainer
-        would take one more step before it stops.
+        One that a kill cut off is passed over, and so is one after which the training was over: the Trainer would
+        take one more step before it stops.
         """
         return next((str(path) for path in self._checkpoints() if _is_resumable(path)), None)
 
-    def clean(self) -> None:
+    def clean(self, keep_checkpoints: bool = False) -> None:
         """Drop what only an unfinished trial needs."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if not keep_checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.progress.unlink(missing_ok=True)
         self.failure.unlink(missing_ok=True)
 
@@ -81,7 +81,8 @@ class TrialFolder(TrialFiles):
             return []
         if not self.root.is_dir():
             return [self.root.name]
-        own = {self.progress.name, self.failure.name}
+        # Without a trial there is nothing of it but what is written before, or beside it.
+        own = {self.recipe.name, self.progress.name, self.failure.name}
         found = [path.name for path in self.root.iterdir() if path.name not in own and path.suffix != ".log"]
         # What is written atomically has such a name for a moment, and keeps it if the process is killed then.
         return sorted(name for name in found if not (name.startswith(".") and name.endswith(".tmp")))
@@ -95,21 +96,32 @@ class TrialFolder(TrialFiles):
             yield from (path for _, path in sorted(found, reverse=True))
 
 
+def require_empty(field: str, folder: Path, remedy: str) -> None:
+    """Raise unless `folder` is absent or an empty folder.
+
+    Raises:
+        ConfigError: It is a file, or holds something.
+    """
+    if not is_new_or_empty(folder):
+        raise bad_value(field, str(folder), f"it is not an empty folder, and nothing is overwritten; {remedy}")
+
+
 def step_of(checkpoint: str | None) -> int:
     """Return the optimizer steps taken at a checkpoint; 0 for None."""
     return 0 if checkpoint is None else int(_trainer_state(Path(checkpoint))["global_step"])
 
 
 def _is_resumable(checkpoint: Path) -> bool:
+    trained = (checkpoint / TRAINED_FILE).exists()
     try:
         state = _trainer_state(checkpoint)  # the Trainer's last file: where it is whole, all were
-        if not (checkpoint / TRAINED_FILE).exists():
+        if not trained:
             verify_adapter(checkpoint)
     except (CheckpointError, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return False
     # Gone where the Trainer was killed while it removed an old checkpoint.
-    files = [*_OF_THE_TRAINER, *([HOOKS_FILE] if (checkpoint / TRAINED_FILE).exists() else [])]
-    if not all((checkpoint / name).exists() for name in files):
+    files = ["optimizer.pt", "scheduler.pt", *([HOOKS_FILE] if trained else [])]
+    if not all((checkpoint / name).exists() for name in files) or not any(checkpoint.glob("rng_state*.pth")):
         return False
     return not state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from aroma.errors import bad_value
 from aroma.sharding import processes_of_node, refuse_together, world_size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Processes:
     def together(self) -> AbstractContextManager[None]:
         """Return a context in which what one process refuses is raised in all."""
         return refuse_together(self.state.device)
+
+    def of_first(self, compute: Callable[[], T]) -> T:
+        """Return what the first process computes, in every process; it is pickled between them."""
+        if self.number == 1:
+            return compute()
+        from accelerate.utils import broadcast_object_list
+
+        values = [compute() if self.is_first else None]
+        broadcast_object_list(values)
+        return cast(T, values[0])
 
     def wait(self) -> None:
         """Wait until all have come here."""

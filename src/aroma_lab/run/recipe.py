@@ -1,21 +1,27 @@
-"""Recipes on disk: YAML deltas on documented defaults, checked key by key."""
+"""Recipes: YAML deltas on documented defaults; a recipe becomes a trial of AROMA, and is run as one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
-from typing import Any, get_type_hints
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import yaml
 
-from aroma.errors import ConfigError
+from aroma.errors import ConfigError, bad_value
 from aroma.files import write_text
 
-from ..settings import flatten, read_mapping, split_override, typed, unknown_key
-from ..specs import AdapterSpec, DataSpec, ModelSpec, Recipe, TrainSpec
+from ..settings import apply_overrides, describe, make, nest, read_mapping, typed_fields
+from ..specs import DataSpec, Recipe, adapter_keys, adapter_options
+from ..tasks.spec import TaskSpec
+from .files import TrialFiles
+from .trial import Trial, differing
 
-__all__ = ["AdapterSpec", "DataSpec", "ModelSpec", "Recipe", "TrainSpec"]
+_ADAPTER = "adapter"
+_ALL_KEYS = "`aroma train --help` lists all keys"
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
@@ -29,72 +35,140 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         ConfigError: No such file, no YAML, an unknown key (the nearest known one is named), or a value of a wrong type
             or out of range.
     """
-    values = flatten(read_mapping("recipe", path), _SECTIONS)
-    for override in overrides:
-        key, value = split_override(override)
-        values[key] = value
+    values = read_mapping("recipe", path)
+    apply_overrides(values, overrides)
     return make_recipe(values)
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with `values`, given by dotted key (`"training.batch_size"`), over the defaults.
+    """Return the recipe with `values`, nested or by dotted key (`"training.batch_size"`), over the defaults.
 
     Raises:
         ConfigError: An unknown key, or a value of a wrong type or out of range.
     """
-    types = recipe_keys()
-    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
-    top: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in types:
-            raise _unknown_key(key, value, list(types))
-        section, _, name = key.rpartition(".")
-        (sections[section] if section else top)[name] = typed(key, value, types[key])
-    made = {name: kind(**sections[name]) for name, kind in _SECTIONS.items()}
-    return Recipe(**made, **top)
+    given = nest(values)
+    adapter = given.pop(_ADAPTER, None)
+    if not isinstance(adapter, dict | None):
+        raise ConfigError(f"{_ADAPTER}={adapter!r}: it is a section; give it keys, as {_ADAPTER}.r")
+    recipe = make(Recipe, given, "a recipe", _ALL_KEYS, lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()])
+    if not adapter:
+        return recipe
+    types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
+    return replace(recipe, adapter=typed_fields(types, adapter, _ADAPTER, "a recipe", _ALL_KEYS))
 
 
-def recipe_keys() -> dict[str, Any]:
-    """Return every key of a recipe, dotted, with its type."""
-    keys: dict[str, Any] = {}
-    for name, kind in get_type_hints(Recipe).items():
-        if is_dataclass(kind):
-            keys |= {f"{name}.{field}": hint for field, hint in get_type_hints(kind).items()}
-        else:
-            keys[name] = kind
-    return keys
+def recipe_keys() -> list[str]:
+    """Return every key of a recipe, dotted."""
+    return [key for key, _, _ in recipe_help()]
 
 
 def recipe_help() -> Iterator[tuple[str, Any, str]]:
     """Yield key, default and meaning of every field of a recipe, in the order of the file."""
-    from docstring_parser import parse_from_object
+    for key, default, meaning in describe(Recipe):
+        if key != _ADAPTER:
+            yield key, default, meaning
+            continue
+        for name, entry in adapter_keys().items():
+            yield f"{_ADAPTER}.{name}", entry.default, entry.meaning
 
-    for section, kind in [*_SECTIONS.items(), ("", Recipe)]:
-        docs = {entry.arg_name: entry.description for entry in parse_from_object(kind).params}
-        for field in fields(kind):
-            if field.name in docs:
-                yield f"{section}.{field.name}".lstrip("."), field.default, docs[field.name] or ""
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as its file has it, defaults included."""
+    values = asdict(recipe)
+    values[_ADAPTER] = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
+    return values
 
 
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe, defaults included, atomically."""
-    write_text(path, yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """Return the dotted keys in which two recipes differ. Where they write to does not count: folders are moved."""
-    left, right = (flatten(asdict(recipe), _SECTIONS) for recipe in (one, other))
-    return [key for key in left if left[key] != right[key] and key != "output"]
+    return [key for key in differing(resolved(one), resolved(other)) if key != "output"]
 
 
-_SECTIONS: dict[str, Any] = {name: kind for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)}
+def trial_of(recipe: Recipe) -> Trial:
+    """Return the one trial that a recipe is."""
+    model, name = recipe.model, _task_name(recipe.data)
+    assert model.name is not None, "Recipe checks it"
+    return Trial(
+        name=f"{name}/aroma/seed-{recipe.training.seed}",
+        model=model.name,
+        task=TaskSpec(name=name),
+        method="aroma",
+        kind="aroma",
+        options=adapter_options(recipe.adapter, recipe.training.seed),
+        training=recipe.training,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        gguf_file=model.gguf_file,
+        data=recipe.data,
+        language=recipe.language,
+    )
 
 
-def _unknown_key(key: str, value: Any, known: list[str]) -> ConfigError:
-    if key in _SECTIONS:
-        return ConfigError(f"{key}={value!r}: it is a section; give it keys, as {_first_key(key, known)}")
-    return unknown_key(key, value, known, "a recipe", "`aroma train --help` lists all keys")
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
+) -> dict[str, Any]:
+    """Train what a recipe says, and leave adapter, result and all that it came from in `recipe.output`.
+
+    Under torchrun every process calls this; see `run_trial`.
+
+    Args:
+        recipe: The run.
+        resume: Go on from the last whole checkpoint in the folder.
+        progress: Whether a progress bar is shown.
+        on_note: Called, before the training, with what became of examples that did not fit.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        ConfigError: A recipe that cannot work, a folder that is not empty, or a resume of another recipe.
+        DataError, CheckpointError, NonFiniteError: See `run_trial`.
+    """
+    from .processes import Processes
+    from .run import run_trial
+
+    files = TrialFiles(Path(recipe.output))
+    with Processes.join().together():
+        check_output(recipe, resume)
+
+    def start(job: Any) -> None:
+        if not files.recipe.exists():
+            save_recipe(recipe, files.recipe)
+        for note in job.notes:
+            on_note(note)
+
+    return run_trial(trial_of(recipe), files.root, progress=progress, keep_checkpoints=True, on_start=start)
 
 
-def _first_key(section: str, known: list[str]) -> str:
-    return next(key for key in known if key.startswith(f"{section}."))
+def check_output(recipe: Recipe, resume: bool) -> None:
+    """Refuse a folder that the run may not write to; nothing is written.
+
+    Raises:
+        ConfigError: The folder is not empty and `resume` is false; or it holds another run, a finished one, or none.
+    """
+    from .folder import require_empty
+
+    files = TrialFiles(Path(recipe.output))
+    if not (resume and files.recipe.exists()):
+        remedy = "it holds no run to resume; give another output"
+        require_empty("output", files.root, remedy if resume else "give another output, or --resume this run")
+        return
+    found = differing_keys(recipe, load_recipe(files.recipe))
+    if found:
+        raise ConfigError(
+            f"output={recipe.output!r}: the run there has another recipe, which differs in {', '.join(found)}. "
+            f"Resume with the recipe stored there ({files.recipe}), or give another output"
+        )
+    if files.result.exists():
+        raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
+
+
+def _task_name(data: DataSpec) -> str:
+    """Return a name for tables: of the data set's configuration, of the data set, or of the training file."""
+    path = data.name or Path((data.train or "").partition("+")[0]).stem
+    return re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"

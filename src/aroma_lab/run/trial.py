@@ -1,4 +1,4 @@
-"""What a trial is: one method, one task, one seed, nothing left open."""
+"""A trial: one run, fully resolved. A cell of a grid is one, and a recipe becomes one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from ..specs import TrainSpec, check_training
+from ..specs import DataSpec, LanguageSpec, TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
 PURPOSES = ("report", "select")
@@ -24,15 +24,19 @@ class Trial:
     Args:
         name: Its folder's name below the runs, as `"mrpc/lora-r8/seed-0"`.
         model: Hub name or folder of the pretrained model, or `"minilm"`: the packaged encoder.
-        task: The data, the metric, and what is held out.
+        task: The data, the metric, and what is held out. Where `data` is given, only the name counts.
         method: Label of the method in tables, as `"lora-r8"`.
         kind: Kind of the method; one of `METHODS`.
         options: Fields of the method.
         training: The loop; its seed is the trial's.
         purpose: `"report"`: evaluated on the held-out and on the reported examples. `"select"`: on the held-out ones
-            alone; the reported ones are not even looked at.
+            alone; the reported ones are never read.
         dtype: Type of the pretrained weights; see `ModelSpec`.
         quantization: Quantization of the pretrained weights; see `ModelSpec`.
+        gguf_file: GGUF file of the pretrained model; see `ModelSpec`.
+        data: The data as a recipe names them, in place of the task's: validation examples are the held-out ones, test
+            examples are reported, and they alone are not evaluated during training. None: the task's.
+        language: How the examples of a language model become tokens; of `data` with the task `causal_lm`.
     """
 
     name: str
@@ -45,6 +49,9 @@ class Trial:
     purpose: Literal["report", "select"] = "report"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["nf4", "int8"] | None = None
+    gguf_file: str | None = None
+    data: DataSpec | None = None
+    language: LanguageSpec = field(default_factory=LanguageSpec)
 
     def __post_init__(self) -> None:
         path = PurePosixPath(self.name)
@@ -68,7 +75,12 @@ class Trial:
             TypeError: A key is unknown or missing.
             ConfigError: A value that cannot work.
         """
-        sections = {"task": TaskSpec(**values["task"]), "training": TrainSpec(**values["training"])}
+        sections: dict[str, Any] = {
+            "task": TaskSpec(**values["task"]),
+            "training": TrainSpec(**values["training"]),
+            "data": None if values.get("data") is None else DataSpec(**values["data"]),
+            "language": LanguageSpec(**values.get("language", {})),
+        }
         return cls(**{**values, **sections})
 
 
@@ -93,7 +105,12 @@ def load_trial(path: str | os.PathLike[str]) -> Trial:
 
 def differing_keys(one: Trial, other: Trial) -> list[str]:
     """Return the dotted keys in which two trials differ, in the order of the file."""
-    left, right = _flatten(one.as_dict()), _flatten(other.as_dict())
+    return differing(one.as_dict(), other.as_dict())
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys in which two nested mappings differ, in their order."""
+    left, right = _flatten(one), _flatten(other)
     return [key for key in {**left, **right} if key not in left or key not in right or left[key] != right[key]]
 
 

@@ -1,19 +1,29 @@
-"""What a trial trains and is scored by."""
+"""What a trial trains on and is scored by: its examples, read, checked and encoded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..specs import ModelSpec
-from ..tasks.classify import ClassifierJob
+from ..specs import DataSpec, ModelSpec
+from ..tasks.classification import ClassifierJob
+from ..tasks.data import load_splits, names_of
 from ..tasks.load import load_task
+from ..tasks.metrics import CHOICE_METRIC
 from ..tasks.spec import HELD_OUT
 from ..tasks.task import Task
-from ..training.job import Job
+from ..training.job import Job, Objective
 from .trial import Trial
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PACKAGED_MODEL = "minilm"
 """Name of the encoder that comes with pip."""
+VALIDATION = "validation"
+"""The held-out split of a recipe's data."""
 
 
 @dataclass(frozen=True)
@@ -21,37 +31,75 @@ class Work:
     """A trial's task, ready to be trained on.
 
     Args:
-        job: Its examples; `held_out` is among its splits, and the others are reported.
+        job: Its examples, of the held-out split and of those that are reported.
         metric: Name of the metric that is the score.
+        held_out: Name of the held-out split.
+        choice: Metric of the held-out split that a checkpoint is chosen by.
+        traced: Splits that are evaluated during training, where any are.
     """
 
     job: Job
     metric: str
+    held_out: str
+    choice: str
+    traced: tuple[str, ...]
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The splits that are reported: all but the held-out one."""
+        return tuple(split for split in self.job.evaluated if split != self.held_out)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The job's objective; a checkpoint is chosen on the held-out split."""
+        return replace(self.job.objective, choice=f"{self.held_out}_{self.choice}")
+
+    def eval_sets(self) -> dict[str, Dataset]:
+        """Return the encoded examples that are evaluated during training, by split."""
+        sets = self.job.eval_sets
+        return {split: sets[split] for split in self.traced}
 
 
 def work_of(trial: Trial) -> Work:
-    """Read, check and encode what a trial trains on; of one that selects, not what is reported.
+    """Read, check and encode what a trial trains on; of one that selects, nothing that is reported.
 
     Raises:
         ConfigError: An unknown task or metric, or a tokenizer that cannot be loaded.
         DataError: Examples that cannot be used.
     """
-    model = ModelSpec(_model_name(trial.model), dtype=trial.dtype, quantization=trial.quantization)
+    model = ModelSpec(_model_name(trial.model), trial.gguf_file, trial.dtype, trial.quantization)
+    if trial.data is not None:
+        return _work_of_data(trial, trial.data, model)
     reported = trial.purpose == "report"
     if trial.task.kind == "commonsense":
-        from ..language.questions_job import QuestionsJob
+        from ..language.job import QuestionsJob
 
         questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
-        return Work(questions, questions.metric)
+        return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
     data = load_task(trial.task, reported=reported)
     task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
     parts = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
-    return Work(ClassifierJob.make(model, task, parts, choice=f"{HELD_OUT}_{data.metric}"), data.metric)
+    job = ClassifierJob.make(model, task, parts)
+    return Work(job, data.metric, HELD_OUT, data.metric, job.evaluated)
+
+
+def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
+    if trial.purpose == "select":
+        data = replace(data, test=None)
+    if data.task == "causal_lm":
+        from ..language.job import LanguageJob, read_parts
+
+        job: Job = LanguageJob.make(model, trial.language, data.max_length, read_parts(data, trial.language))
+        return Work(job, "loss", VALIDATION, "loss", (VALIDATION,))
+    parts = load_splits(data)
+    job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts)
+    metric = CHOICE_METRIC[data.task]
+    return Work(job, metric, VALIDATION, metric, (VALIDATION,))
 
 
 def _model_name(name: str) -> str:
-    if name != PACKAGED_MODEL:
+    if name != PACKAGED_MODEL or Path(name).is_dir():
         return name
-    from ..demo.bbc import model_folder
+    from ..tasks.model import packaged_encoder
 
-    return str(model_folder())
+    return str(packaged_encoder())

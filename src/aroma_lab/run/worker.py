@@ -1,5 +1,7 @@
 """`python -m aroma_lab.run.worker TRIAL.json FOLDER`: one trial in a process of its own.
 
+Several processes that torchrun starts train replicas, and the first one writes.
+
 Exit codes: 0 for a finished trial, 1 for one that failed, which leaves `failure.json`.
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from aroma.files import read_json
 
-from .allocator import keep_freed_memory
+from .memory import keep_freed_memory
 
 _POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 """What the libraries read when they are loaded to size their pools of threads."""
@@ -25,9 +27,10 @@ def main(arguments: list[str]) -> int:
         _pin_threads(read_json(trial_file)["training"].get("threads"))
         _run(trial_file, Path(folder))
     except Exception as error:
-        from .folder import TrialFolder
+        if os.environ.get("RANK", "0") == "0":
+            from .folder import TrialFolder
 
-        TrialFolder(Path(folder)).record_failure(error)
+            TrialFolder(Path(folder)).record_failure(error)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -43,10 +46,12 @@ def _run(trial_file: str, folder: Path) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
+    from .processes import Processes
+    from .run import run_trial
     from .trial import load_trial
-    from .trial_run import run_trial
 
     run_trial(load_trial(trial_file), folder)
+    Processes.join().leave()
 
 
 if __name__ == "__main__":

@@ -5,27 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .data import Layout
+
 HUB = "nyu-mll/glue"
-"""Where the hub has them, each as a configuration named like the task."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which columns mean what.
-
-    Args:
-        text: Column of the text.
-        text_pair: Column of the second text; None: single texts.
-        label: Column of the label or number.
-    """
-
-    text: str
-    text_pair: str | None
-    label: str
-
-    def columns(self) -> list[str]:
-        """Return the columns to read."""
-        return [name for name in (self.text, self.text_pair, self.label) if name is not None]
+"""Data set of the hub that has them all, each as a configuration named like the task."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +18,12 @@ class GlueTask:
     Args:
         folder: Its folder in the original download.
         metric: Its metric in Table 2.
-        layouts: The hub's columns, then those of the original files where they differ.
+        layouts: The hub's columns, then those of the original files if they differ.
         label_names: Names of the classes, in the order in which the hub numbers them; None for a regression.
         reported: The splits whose labels are public, by label.
         between: The smallest and the largest number of a regression.
-        originals: Names of original files by split, where they are called otherwise.
-        damaged_lines: Whether the original training file holds broken lines, which the hub leaves out too.
+        originals: Names of original files by split, if they differ from the split's.
+        damaged_lines: Whether the original training file has broken lines, which the hub leaves out too.
     """
 
     folder: str
@@ -99,10 +82,10 @@ GLUE: dict[str, GlueTask] = {
 
 
 def glue_task(name: str) -> GlueTask | None:
-    """Return the GLUE task of a name, however it is spelt (`sst2`, `SST-2`), or None."""
+    """Return the GLUE task of a name in any spelling (`sst2`, `SST-2`), or None."""
     return GLUE.get(glue_key(name))
 
 
 def glue_key(name: str) -> str:
-    """Return a name as the keys of `GLUE` are spelt."""
+    """Return a name in the spelling of the keys of `GLUE`."""
     return name.lower().replace("-", "").replace("_", "")

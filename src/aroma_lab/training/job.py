@@ -1,24 +1,64 @@
-"""What is to be trained, apart from how: a task whose examples are read, checked and encoded."""
+"""What is to be trained, apart from how: encoded examples, and what a Trainer makes of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .objective import Objective
-
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class TrainerKind:
+    """Whose training loop, as TRL's in place of transformers'.
+
+    Args:
+        trainer_class: A Trainer with `training.trainer.ExactResume` mixed in; None for transformers' own.
+        arguments_class: Makes its arguments from those of `TrainingArguments`; None for `TrainingArguments`.
+    """
+
+    trainer_class: type[Any] | None = None
+    arguments_class: Callable[..., TrainingArguments] | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What differs between kinds of tasks inside the one training loop.
+
+    Args:
+        collator: Makes batches of encoded examples.
+        processor: The tokenizer, which goes into the checkpoints.
+        metrics: The Trainer's `compute_metrics`; None where the loss is all that is measured during training.
+        choice: Metric that a checkpoint is chosen by, where one is, as the Trainer calls it without `eval_`.
+        higher_is_better: Whether higher values of it are better.
+        counts_items: Whether the loss of a step is the mean over all items of its micro-batches, as it is over the
+            tokens of a language model; False: the mean of the micro-batches' means.
+        evaluate: Evaluates a set in place of the Trainer: called with the model, the encoded examples and the batch
+            size, it returns metrics by name, `loss` among them. None: the Trainer evaluates.
+        trainer: Whose training loop.
+    """
+
+    collator: Any
+    processor: Any
+    metrics: Callable[[Any], dict[str, float]] | None
+    choice: str
+    higher_is_better: bool = True
+    counts_items: bool = False
+    evaluate: Callable[[Any, Dataset, int], dict[str, float]] | None = None
+    trainer: TrainerKind = field(default_factory=TrainerKind)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of a whole set.
+    """What a model predicts of a whole set comes to.
 
     Args:
         metrics: Metrics by name, each over all examples of the set.
-        loss: Mean loss, of an example or, of a language model, of a learned token.
+        loss: Mean loss of an example or, of a language model, of a learned token.
     """
 
     metrics: dict[str, float]
@@ -26,7 +66,7 @@ class Prediction:
 
 
 class Job(Protocol):
-    """A task ready for the one training loop; a method and a training section are all that lacks."""
+    """A task ready for the one training loop; only a method and a training section are missing."""
 
     @property
     def objective(self) -> Objective:
@@ -37,8 +77,8 @@ class Job(Protocol):
         """The encoded training examples."""
 
     @property
-    def watched(self) -> dict[str, Dataset]:
-        """What may be evaluated on the way, by split."""
+    def eval_sets(self) -> dict[str, Dataset]:
+        """What may be evaluated during training, by split."""
 
     @property
     def evaluated(self) -> tuple[str, ...]:

@@ -1,31 +1,49 @@
-"""The one training loop: from a training section and a method to a Hugging Face Trainer."""
+"""The one training loop: transformers' Trainer for every method, resumed to the bit."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 
 from aroma.controller import AromaController
+from aroma.errors import CheckpointError
 from aroma.events import Event
+from aroma.files import read_tensors, write_tensors
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
 
 from ..methods import Method
+from ..methods.base import TRAINED_FILE, HooksCallback, trained_tensors
 from ..methods.head import head_of, require_new_trains
-from ..methods.hooks import HooksCallback
 from ..specs import TrainSpec
-from .exact_resume import MethodTrainer
-from .objective import Objective
+from .job import Objective
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+HOOKS_FILE = "hooks.safetensors"
+"""File of a checkpoint with the state of the method's hooks."""
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -93,13 +111,13 @@ def make_trainer(
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
     bar = RichProgress(growth) if progress else None
-    kind, arguments_class = trainer_class(training)
-    trainer = kind(
+    trainer = (objective.trainer.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         counts_items=objective.counts_items,
+        evaluate=objective.evaluate,
         describe=describe,
         model=model,
-        args=training_arguments(training, objective, folder, arguments_class),
+        args=training_arguments(training, objective, folder),
         data_collator=objective.collator,
         train_dataset=train,
         eval_dataset=validation,
@@ -136,32 +154,17 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
     return torch.optim.AdamW([dict(group) for group in groups if group["params"]], weight_decay=training.weight_decay)
 
 
-def trainer_class(training: TrainSpec) -> tuple[type[Any], Callable[..., TrainingArguments]]:
-    """Return the Trainer that a training section asks for, and what makes its arguments."""
-    if training.loop == "trainer":
-        return MethodTrainer, TrainingArguments
-    from ..language.sft import SftMethodTrainer, sft_arguments
-
-    return SftMethodTrainer, sft_arguments
-
-
-def training_arguments(
-    training: TrainSpec,
-    objective: Objective,
-    folder: str | os.PathLike[str],
-    kind: Callable[..., TrainingArguments] = TrainingArguments,
-) -> TrainingArguments:
+def training_arguments(training: TrainSpec, objective: Objective, folder: str | os.PathLike[str]) -> TrainingArguments:
     """Return the Trainer's arguments for a training section; every count is in optimizer steps.
 
     Args:
         training: The loop.
-        objective: Says what a checkpoint is chosen by.
+        objective: Says what a checkpoint is chosen by, and whose arguments they are.
         folder: Where checkpoints go.
-        kind: Class of the arguments.
     """
     saves = {"save_strategy": "no"} if training.save_steps is None else {"save_steps": training.save_steps}
     order = {"train_sampling_strategy": "group_by_length"} if training.group_by_length else {}
-    return kind(
+    return (objective.trainer.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         max_steps=-1 if training.max_steps is None else training.max_steps,
@@ -207,3 +210,169 @@ def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
 
 def _scheduler_options(training: TrainSpec) -> dict[str, float]:
     return {"min_lr_rate": training.min_lr_ratio} if training.scheduler == "cosine_with_min_lr" else {}
+
+
+# Exact resume --------------------------------------------------------------------------------------------------------
+
+
+class ExactResume:
+    """Lets a Trainer that it is mixed into train any method, and resume it to the bit.
+
+    Its checkpoints hold the trained parameters whole, and the state of the method's hooks. PEFT's own files would not
+    do: of AdaLoRA they lack the triplets that are masked for now, of ReLoRA what was merged into the backbone.
+
+    Args:
+        hooks: Calls the method's hooks; None for a model whose own files are exact, as AROMA's are.
+        counts_items: Whether the model divides its loss by the number of items in the whole step, as language models
+            do.
+        evaluate: Evaluates a set in place of the Trainer; see `Objective`.
+        describe: Called with the model and the folder of every checkpoint; None for nothing.
+        **options: Of the Trainer.
+    """
+
+    # Of the Trainer that it is mixed into.
+    add_callback: Any
+    args: Any
+    data_collator: Any
+    model: Any
+    state: Any
+
+    def __init__(
+        self,
+        *,
+        hooks: HooksCallback | None,
+        counts_items: bool = False,
+        evaluate: Callable[[Any, Dataset, int], dict[str, float]] | None = None,
+        describe: Callable[[Any, Path], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._hooks = hooks
+        self._evaluate_set = evaluate
+        self._describe = describe
+        self.add_callback(LossWindow(self))
+        if not counts_items:
+            # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
+            # mean over their micro-batch, and would be summed up.
+            self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        if isinstance(sampler, LengthGroupedSampler):
+            return EpochLengthSampler(sampler, self.args.seed)
+        return sampler
+
+    def evaluation_loop(self, dataloader: Any, *options: Any, metric_key_prefix: str = "eval", **further: Any) -> Any:
+        """Evaluate a set, by `evaluate` where it is given."""
+        if self._evaluate_set is None:
+            return super().evaluation_loop(  # type: ignore[misc]
+                dataloader, *options, metric_key_prefix=metric_key_prefix, **further
+            )
+        data = dataloader.dataset
+        metrics = self._evaluate_set(self.model, data, self.args.per_device_eval_batch_size)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(data))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._describe is not None:
+            self._describe(self.model, Path(output_dir or self.args.output_dir))
+        if self._hooks is None:
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        assert self._hooks.hooks is not None, "the Trainer calls on_train_begin first"
+        folder = Path(output_dir or self.args.output_dir)
+        write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
+        write_tensors(folder / HOOKS_FILE, self._hooks.hooks.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._hooks is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        load_trained(self.model, Path(resume_from_checkpoint) / TRAINED_FILE)
+        self._hooks.load_state_dict(read_tensors(Path(resume_from_checkpoint) / HOOKS_FILE))
+
+    def _load_best_model(self) -> None:
+        if self._hooks is None:
+            super()._load_best_model()  # type: ignore[misc]
+            return
+        assert self._hooks.hooks is not None, "it has trained"
+        best = Path(self.state.best_model_checkpoint)
+        load_trained(self.model, best / TRAINED_FILE)
+        self._hooks.hooks.load_state_dict(read_tensors(best / HOOKS_FILE))
+
+
+class MethodTrainer(ExactResume, Trainer):
+    """The Hugging Face Trainer; see `ExactResume`."""
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, file: Path) -> None:
+    """Write trained parameters back into the model that they are of.
+
+    Raises:
+        CheckpointError: The file is damaged, or of another model.
+    """
+    saved, parameters = read_tensors(file), trained_tensors(model)
+    for name in sorted(saved.keys() ^ parameters.keys()):
+        raise CheckpointError(f"{file}: {name} is in one of file and model only; it is a checkpoint of another run")
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{file}: {name} has the shape {tuple(saved[name].shape)}, and {tuple(parameter.shape)} in the model; "
+                "it is a checkpoint of another run"
+            )
+        parameter.copy_(saved[name])
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """transformers' groups of similar lengths, in an order that depends on seed and epoch alone.
+
+    Drawn from the global random numbers, as transformers does it, an epoch's order could not be found again by a run
+    that resumes in its midst; and every method, which draws its own dropout, would see other batches.
+
+    Args:
+        sampler: The sampler as the Trainer makes it.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        # Hashed: with a sum, the second epoch of one seed would be the first of the next.
+        digest = hashlib.sha256(f"{self._seed} {self._epoch}".encode()).digest()
+        self.generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        return super().__iter__()
+
+
+class LossWindow(TrainerCallback, ExportableState):
+    """Keeps it in the checkpoints: a resumed Trainer would log the mean over fewer steps than the uninterrupted one.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """On resume, go on with the sum of the checkpoint."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step > 0 and saved is not None:
+            window = saved["attributes"]
+            self._trainer._tr_loss = torch.tensor(window["loss"], device=args.device)
+            self._trainer._globalstep_last_logged = window["logged"]
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer stores in a checkpoint; it asks before the training begins, too."""
+        loss = float(getattr(self._trainer, "_tr_loss", 0.0))
+        logged = getattr(self._trainer, "_globalstep_last_logged", 0)
+        return {"args": {}, "attributes": {"loss": loss, "logged": logged}}

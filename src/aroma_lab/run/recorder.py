@@ -1,0 +1,335 @@
+"""What is recorded of a run while the Trainer works: ranks and parameters by step, cost, progress, events, history."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from aroma.errors import CheckpointError, NonFiniteError
+from aroma.events import Event
+from aroma.files import write_json, write_text
+
+from ..methods import Method
+from .memory import peak_bytes, peak_gpu_bytes
+
+Changes = list[list[int]]
+"""Pairs of optimizer step and value; a value holds from its step on, until the next pair's."""
+
+_LEAST_SECONDS = 2.0
+"""Seconds between two writes of the progress."""
+_COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What the Trainer adds to the metrics of an evaluation."""
+
+
+class Curve:
+    """A run's trainable parameters and ranks as step functions. Step 0 is the start.
+
+    Attributes:
+        parameters: Parameters that train, the head's left out.
+        total_rank: Sum of the ranks; empty for a method without.
+        ranks: Rank by module.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: Changes = []
+        self.total_rank: Changes = []
+        self.ranks: dict[str, Changes] = {}
+
+    def note(self, step: int, parameters: int, ranks: dict[str, int]) -> None:
+        """Record how things are after optimizer step `step`."""
+        _note(self.parameters, step, parameters)
+        for name, rank in ranks.items():
+            _note(self.ranks.setdefault(name, []), step, rank)
+        if ranks:
+            _note(self.total_rank, step, sum(ranks.values()))
+
+    def average_parameters(self, planned_steps: int) -> float:
+        """Return the parameters that trained in an optimizer step, averaged over the planned ones.
+
+        After an early stop the last value counts for the steps that were not taken.
+        """
+        ends = [step for step, _ in self.parameters[1:]] + [planned_steps]
+        areas = [
+            value * (min(end, planned_steps) - min(step, planned_steps))
+            for (step, value), end in zip(self.parameters, ends, strict=True)
+        ]
+        return sum(areas) / planned_steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the curve, JSON-able."""
+        return {"parameters": self.parameters, "total_rank": self.total_rank, "ranks": self.ranks}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curve for a checkpoint, where the Trainer sorts keys: the modules keep their order in a list."""
+        return {**self.as_dict(), "ranks": [[name, changes] for name, changes in self.ranks.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.parameters, self.total_rank = list(state["parameters"]), list(state["total_rank"])
+        self.ranks = {name: list(changes) for name, changes in state["ranks"]}
+
+
+class Usage:
+    """Counts from its making on; what earlier attempts of the same run had used up to its checkpoint is added.
+
+    Attributes:
+        epochs: Training time of each epoch begun, in seconds; the last need not be whole. Evaluations, checkpoints and
+            the records of a trial do not count.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: list[float] = []
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+        self._earlier: dict[str, float] = {
+            "wall_seconds": 0.0,
+            "cpu_seconds": 0.0,
+            "peak_memory_mib": 0.0,
+            "peak_gpu_memory_mib": 0.0,
+        }
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """Count training time from now on."""
+        self._since = _now()
+
+    def end_step(self, epoch: float) -> None:
+        """Add what has passed since `begin` to an epoch.
+
+        Args:
+            epoch: Epochs trained, fractions included, as the Trainer counts them.
+        """
+        now = _now()
+        index = math.ceil(epoch) - 1
+        self.epochs += [0.0] * (index + 1 - len(self.epochs))
+        self.epochs[index] += now - self._since
+        self._since = now
+
+    def total(self) -> dict[str, float]:
+        """Return what the run has cost so far.
+
+        `wall_seconds`, `cpu_seconds` (all threads), `peak_memory_mib` (resident), and `peak_gpu_memory_mib` (allocated
+        by PyTorch, 0 without a GPU).
+        """
+        return {
+            "wall_seconds": self._earlier["wall_seconds"] + time.monotonic() - self._wall,
+            "cpu_seconds": self._earlier["cpu_seconds"] + time.process_time() - self._cpu,
+            "peak_memory_mib": max(self._earlier["peak_memory_mib"], peak_bytes() / 2**20),
+            "peak_gpu_memory_mib": max(self._earlier["peak_gpu_memory_mib"], peak_gpu_bytes() / 2**20),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later attempt has to add, JSON-able."""
+        return {"epochs": self.epochs, "total": self.total()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add what an earlier attempt had used when it wrote the checkpoint."""
+        self.epochs, self._earlier = list(state["epochs"]), dict(state["total"])
+
+
+def _now() -> float:
+    """Return the time, in seconds, when all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Recorder(TrainerCallback, ExportableState):
+    """Records the curve and the training time of a run; both go on where a resumed run goes on.
+
+    It has to be called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
+
+    Args:
+        method: Made the model.
+        usage: Counts the training time.
+
+    Attributes:
+        curve: What was recorded.
+        usage: What the run has cost.
+    """
+
+    def __init__(self, method: Method, usage: Usage) -> None:
+        self.curve = Curve()
+        self._method = method
+        self.usage = usage
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        """Record the start, or go on from a checkpoint.
+
+        Raises:
+            CheckpointError: The checkpoint has no record of what came before it.
+        """
+        if state.global_step > 0:
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is None:
+                raise CheckpointError("trainer_state.json: the checkpoint is no trial's; begin the trial anew")
+            self.curve.load_state_dict(saved["attributes"]["curve"])
+            self.usage.load_state_dict(saved["attributes"]["usage"])
+        else:
+            self._note(0, model)
+        self.usage.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        """Record the step."""
+        self.usage.end_step(state.epoch)
+        self._note(state.global_step, model)
+        self.usage.begin()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the evaluation out of the training time."""
+        self.usage.begin()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the checkpoint out of the training time."""
+        self.usage.begin()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stop at a loss or gradient that is not finite: its model would still predict, and be scored.
+
+        Raises:
+            NonFiniteError: It is not.
+        """
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise NonFiniteError(
+                    f"{name}={(logs or {})[name]} at optimizer step {state.global_step}: training has diverged; lower "
+                    "the learning rate, or look at the data"
+                )
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer stores in a checkpoint."""
+        attributes = {"curve": self.curve.state_dict(), "usage": self.usage.state_dict()}
+        return {"args": {}, "attributes": attributes}
+
+    def _note(self, step: int, model: Any) -> None:
+        self.curve.note(step, self._method.active_parameters(model), self._method.ranks(model))
+
+
+class ProgressFile(TrainerCallback):
+    """Writes step, planned steps, and when this attempt began and at which step, every few seconds.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._started = time.time()
+        self._first_step = 0
+        self._written = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write where the attempt begins."""
+        self._started, self._first_step = time.time(), state.global_step
+        self._write(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write, unless it was done a moment ago."""
+        if time.monotonic() - self._written >= _LEAST_SECONDS or state.global_step >= state.max_steps:
+            self._write(state)
+
+    def _write(self, state: TrainerState) -> None:
+        self._written = time.monotonic()
+        record = {
+            "step": state.global_step,
+            "planned": state.max_steps,
+            "started": self._started,
+            "first_step": self._first_step,
+        }
+        write_json(self._path, record)
+
+
+class EventLog:
+    """Writes events as they happen, a JSON object a line; a killed run keeps what it wrote.
+
+    Args:
+        path: The file; made if missing.
+        upto: Optimizer step that the run resumes from; what an earlier attempt wrote beyond it is dropped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], upto: int) -> None:
+        self._path = Path(path)
+        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= upto]
+        write_text(self._path, "".join(kept))
+
+    def __call__(self, event: Event) -> None:
+        """Append one event."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event.as_dict()) + "\n")
+
+
+def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str, Any]:
+    """Return the content of `history.json`.
+
+    Args:
+        log: The Trainer's `log_history`.
+        splits: Names of the sets that are evaluated on the way.
+    """
+    history: dict[str, list[Any]] = {"loss": [], "learning_rate": [], "evaluations": []}
+    for entry in log:
+        for name in ("loss", "learning_rate"):
+            if name in entry:
+                history[name].append([entry["step"], entry[name]])
+        # The longest name first: of the splits "test" and "test_b", the second's metrics begin with the first's name.
+        for split in sorted(splits, key=len, reverse=True):
+            metrics = _metrics_of(entry, f"eval_{split}_")
+            if metrics:
+                history["evaluations"].append({"step": entry["step"], "split": split, **metrics})
+                break
+    return history
+
+
+def inner_checks_of(events: Iterable[dict[str, Any]]) -> list[list[Any]]:
+    """Return outer step, inner step t and module of where (5) first held, once for each module and outer step.
+
+    Args:
+        events: AROMA's events, as `events.jsonl` has them.
+    """
+    found: dict[tuple[int, str], list[Any]] = {}
+    for event in events:
+        if event["kind"] == "checked" and event["converged"]:
+            place = (event["outer_step"], event["module"])
+            found.setdefault(place, [event["outer_step"], event["inner_step"], event["module"]])
+    return list(found.values())
+
+
+def _note(changes: Changes, step: int, value: int) -> None:
+    if not changes or changes[-1][1] != value:
+        changes.append([step, value])
+
+
+def _whole_lines(path: Path) -> Iterable[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _metrics_of(entry: dict[str, Any], prefix: str) -> dict[str, float]:
+    named = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+    # Sorted, because they are in the checkpoint that a resumed run goes on from.
+    return {name: named[name] for name in sorted(named) if name not in _COST}

@@ -1,0 +1,259 @@
+"""One run from a trial to its result: prepare, train, evaluate, leave everything; exact across kills."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, set_seed
+
+from aroma.errors import bad_value
+from aroma.files import read_json, write_json, write_text
+from aroma.tuner import AromaConfig
+
+from ..methods import Method
+from ..methods.registry import METHODS, make_method
+from ..specs import TrainSpec
+from ..training.job import Job, TrainerKind
+from ..training.trainer import Fit, make_trainer, training_arguments
+from .folder import TrialFolder, step_of
+from .processes import Processes, require_as_many
+from .provenance import provenance
+from .recorder import EventLog, ProgressFile, Recorder, Usage, history_of
+from .result import Finished, result_of
+from .trial import Trial
+from .work import Work, work_of
+
+
+def run_trial(
+    trial: Trial,
+    folder: Path,
+    *,
+    progress: bool = False,
+    keep_checkpoints: bool = False,
+    on_start: Callable[[Job], None] = lambda job: None,
+) -> dict[str, Any]:
+    """Train, evaluate on whole sets, and leave all that is known of the run in `folder`.
+
+    A method that trains nothing is only evaluated. A finished trial is not run again: its result is returned. One
+    that was interrupted goes on from its last checkpoint, and ends as if it had not been.
+
+    Under torchrun every process calls this; they train replicas, and the first one writes.
+
+    Args:
+        trial: What to run.
+        folder: Its folder; new, empty, or left by this very trial.
+        progress: Whether a progress bar is shown.
+        keep_checkpoints: Whether the checkpoints stay when the trial is finished.
+        on_start: Called by the first process when nothing was refused, before anything but the folder is made.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        ConfigError: A value that cannot work, or a folder that holds something else.
+        DataError: Examples that cannot be used.
+        CheckpointError: A checkpoint to go on from is damaged.
+        NonFiniteError: NaN or infinity in training.
+    """
+    usage = Usage()
+    processes = Processes.join()
+    home = TrialFolder(Path(folder))
+    with processes.together():
+        home.check(trial)
+        finished = home.result.exists()
+        run = None if finished else _prepare(trial, home, processes, usage)
+    if run is not None:
+        if processes.is_first:
+            home.root.mkdir(parents=True, exist_ok=True)
+            on_start(run.work.job)
+            home.open(trial)
+        processes.wait()
+        result = _train_and_evaluate(run, progress)
+        if processes.is_first:
+            write_json(home.result, result)
+    if processes.is_first:
+        home.clean(keep_checkpoints)
+    processes.wait()
+    return result if run is not None else dict(read_json(home.result))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A trial that nothing has refused; nothing is written yet.
+
+    Args:
+        trial: The trial.
+        home: Its folder.
+        processes: Those that train it.
+        method: Its method.
+        work: Its examples and what they are scored by.
+        model: What is trained.
+        steps: Planned optimizer steps.
+        checkpoint: Where it goes on from; None: it begins.
+        recorder: Records ranks, parameters and cost.
+        provenance: Versions, revision and machine when it began: sources may be edited while it runs.
+    """
+
+    trial: Trial
+    home: TrialFolder
+    processes: Processes
+    method: Method
+    work: Work
+    model: Any
+    steps: int
+    checkpoint: str | None
+    recorder: Recorder
+    provenance: dict[str, Any]
+
+
+def _prepare(trial: Trial, home: TrialFolder, processes: Processes, usage: Usage) -> _Run:
+    """Do what can go wrong before anything is written, the cheapest first."""
+    training = trial.training
+    checkpoint = home.checkpoint()
+    require_as_many(checkpoint)
+    method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
+    if not method.trains and trial.quantization is not None:
+        raise bad_value(
+            "quantization",
+            trial.quantization,
+            f"transformers' Trainer takes no quantised model without an adapter, and {method.name} has none; leave "
+            "the method out, or evaluate the model with `aroma eval`",
+        )
+    work = work_of(trial)
+    steps = planned_steps(training, len(work.job.train), processes.number)
+    if method.trains:
+        check_warmup(training, steps)
+    if training.threads is not None:
+        torch.set_num_threads(training.threads)
+    found = provenance()
+    set_seed(training.seed)
+    model = method.build(work.job.load_model(), steps)
+    check_growth(model, steps)
+    return _Run(trial, home, processes, method, work, model, steps, checkpoint, Recorder(method, usage), found)
+
+
+def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return a method's options; seeds that were left open are the trial's.
+
+    What a method draws from a generator of its own, as AROMA its components, would otherwise be the same in every
+    trial.
+    """
+    if kind not in METHODS:
+        return dict(options)
+    seeds = dict.fromkeys(METHODS[kind].option_types().keys() & {"seed", "component_seed"}, seed)
+    return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
+
+
+def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:
+    """Return the optimizer steps of a run over `examples` training examples, as the Trainer counts them."""
+    if training.max_steps is not None:
+        return training.max_steps
+    batches = math.ceil(examples / (training.batch_size * processes))
+    return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation_steps))
+
+
+def check_warmup(training: TrainSpec, steps: int) -> None:
+    """Refuse a run of `steps` optimizer steps that ends before its warm-up.
+
+    Raises:
+        ConfigError: The warm-up is longer.
+    """
+    if training.warmup_steps >= steps:
+        raise bad_value(
+            "training.warmup_steps",
+            training.warmup_steps,
+            f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer",
+        )
+
+
+def check_growth(model: Any, steps: int) -> None:
+    """Refuse a run of `steps` optimizer steps that ends before the first inner check of a growing adapter.
+
+    Raises:
+        ConfigError: Naming the field of `AromaConfig` that does not fit.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if isinstance(config, AromaConfig):
+            config.resolve_inner_steps(steps)
+
+
+def _train_and_evaluate(run: _Run, progress: bool) -> dict[str, Any]:
+    job = run.work.job
+    fit = _train(run, progress) if run.method.trains else _untrained(run)
+    if run.processes.is_first:
+        # What was trained is kept first: an evaluation may fail.
+        _leave(run, fit)
+    predictions = {split: job.predict(fit.trainer, split) for split in job.evaluated}
+    finished = Finished(
+        trial=run.trial,
+        method=run.method,
+        work=run.work,
+        fit=fit,
+        planned_steps=run.steps,
+        recorder=run.recorder,
+        processes=run.processes.number,
+        provenance=run.provenance,
+    )
+    return run.processes.of_first(lambda: result_of(finished, predictions, run.home.events))
+
+
+def _train(run: _Run, progress: bool) -> Fit:
+    job, first = run.work.job, run.processes.is_first
+    fit = make_trainer(
+        run.method,
+        run.model,
+        run.work.objective,
+        run.trial.training,
+        run.home.checkpoints,
+        train=job.train,
+        validation=run.work.eval_sets() if run.trial.training.eval_steps is not None else None,
+        callbacks=[run.recorder, *([ProgressFile(run.home.progress)] if first else [])],
+        on_event=EventLog(run.home.events, upto=step_of(run.checkpoint)) if first else None,
+        progress=progress and first,
+        describe=job.describe,
+    )
+    fit.train(run.checkpoint)
+    return fit
+
+
+def _untrained(run: _Run) -> Fit:
+    """Return what evaluates a model that nothing trains, in the precision of those that are trained beside it."""
+    objective, model = replace(run.work.objective, trainer=TrainerKind()), run.model
+    loop = replace(run.trial.training, eval_steps=None, save_steps=None, checkpoint="last")
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(loop, objective, run.home.checkpoints),
+        data_collator=objective.collator,
+        processing_class=objective.processor,
+        compute_metrics=objective.metrics,
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
+    )
+    trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    run.recorder.curve.note(0, run.method.active_parameters(model), run.method.ranks(model))
+    if run.processes.is_first:
+        EventLog(run.home.events, upto=0)
+    return Fit(trainer)
+
+
+def _leave(run: _Run, fit: Fit) -> None:
+    """Write all but the result."""
+    home, model = run.home, fit.trainer.model
+    _write_compactly(home.curve, {"planned_steps": run.steps, **run.recorder.curve.as_dict()})
+    _write_compactly(home.history, history_of(fit.trainer.state.log_history, run.work.traced))
+    if run.trial.purpose == "report" and run.method.trains:
+        shutil.rmtree(home.adapter, ignore_errors=True)  # of an attempt that was killed right here
+        home.adapter.mkdir()
+        run.method.save(model, home.adapter)
+        run.work.job.describe(model, home.adapter)
+
+
+def _write_compactly(path: Path, value: Any) -> None:
+    """Write JSON on one line: a curve has thousands of pairs of numbers."""
+    write_text(path, json.dumps(value, allow_nan=False) + "\n")

@@ -1,0 +1,207 @@
+"""Sequence classification and regression: encoding, prediction, and the job for the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DataCollatorWithPadding
+
+from aroma.errors import bad_value
+
+from ..specs import ModelSpec
+from ..training.job import Objective, Prediction
+from .metrics import CHOICE_METRIC, loss_of, metrics_of
+from .model import load_classifier
+from .task import Task, save_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+
+# Encoding ------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str, max_length: int) -> Any:
+    """Return the tokenizer of a model, with a padding token.
+
+    Args:
+        name: Hub name or local folder.
+        max_length: Tokens of the longest example, special tokens included.
+
+    Raises:
+        ConfigError: There is no such tokenizer, or the model takes fewer tokens than `max_length`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value("model.name", name, f"its tokenizer cannot be loaded ({reason}); check the name") from error
+    if max_length > tokenizer.model_max_length:
+        raise bad_value("data.max_length", max_length, f"{name} takes at most {tokenizer.model_max_length} tokens")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+    return tokenizer
+
+
+def check_positions(name: str, max_length: int) -> None:
+    """Refuse examples longer than a model's positions, which its tokenizer does not always know.
+
+    Args:
+        name: Hub name or local folder of the model.
+        max_length: Tokens of the longest example, special tokens included.
+
+    Raises:
+        ConfigError: The model has fewer positions.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions < 0:  # XLNet has −1: no limit
+        return
+    if "roberta" in config.model_type or config.model_type == "camembert":
+        positions -= config.pad_token_id + 1  # their positions begin behind the padding's
+    if max_length > positions:
+        raise bad_value("data.max_length", max_length, f"{name} takes at most {positions} tokens")
+
+
+def encode(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Tokenize examples, cut to `max_length` tokens and not padded; training, evaluation and prediction share it.
+
+    Returns:
+        A data set with the model's inputs and `labels`.
+    """
+
+    def tokenize(batch: dict[str, Any]) -> Any:
+        return tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=max_length)
+
+    texts = [name for name in examples.column_names if name != "labels"]
+    return examples.map(tokenize, batched=True, remove_columns=texts, keep_in_memory=True, load_from_cache_file=False)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: Any, data: Dataset, tokenizer: Any, batch_size: int, on_batch: Callable[[int], None]
+) -> NDArray[Any]:
+    """Return a model's logits, shape (examples, outputs), in the order of `data`, in batches padded to their longest.
+
+    Args:
+        model: A sequence classifier; it runs on its own device.
+        data: Tokenized examples.
+        tokenizer: Pads the batches.
+        batch_size: Examples of one forward pass.
+        on_batch: Called after each batch with its number of examples.
+    """
+    from torch.utils.data import DataLoader
+
+    model.eval()
+    batches = DataLoader(
+        data.remove_columns("labels"), batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
+    logits = []
+    for batch in batches:
+        logits.append(model(**batch.to(model.device)).logits.float().cpu())
+        on_batch(len(logits[-1]))
+    return torch.cat(logits).numpy()
+
+
+# The job -------------------------------------------------------------------------------------------------------------
+
+
+def classifier_objective(kind: str, tokenizer: Any) -> Objective:
+    """Return the objective of a sequence classification or regression.
+
+    Args:
+        kind: `"classification"` or `"regression"`.
+        tokenizer: Pads the batches.
+    """
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        return metrics_of(kind, prediction.predictions, prediction.label_ids)
+
+    return Objective(DataCollatorWithPadding(tokenizer), tokenizer, metrics, CHOICE_METRIC[kind])
+
+
+@dataclass(frozen=True)
+class ClassifierJob:
+    """A classification or regression for the training loop; it implements `Job`.
+
+    Args:
+        model: The pretrained model.
+        task: What the outputs mean.
+        parts: Examples by split, `train` among them.
+        tokenizer: The model's.
+    """
+
+    model: ModelSpec
+    task: Task
+    parts: Mapping[str, Dataset]
+    tokenizer: Any
+
+    @classmethod
+    def make(cls, model: ModelSpec, task: Task, parts: Mapping[str, Dataset]) -> ClassifierJob:
+        """Return the job, with the model's tokenizer.
+
+        Raises:
+            ConfigError: There is no such tokenizer, or the model takes fewer tokens than the task's `max_length`.
+        """
+        assert model.name is not None, "Recipe and Trial check it"
+        tokenizer = load_tokenizer(model.name, task.max_length)
+        check_positions(model.name, task.max_length)
+        return cls(model, task, parts, tokenizer)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """Batches, loss and metrics for the Trainer."""
+        return classifier_objective(self.task.kind, self.tokenizer)
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The encoded training examples."""
+        return self._encode("train")
+
+    @cached_property
+    def eval_sets(self) -> dict[str, Dataset]:
+        """All other splits, encoded."""
+        return {split: self._encode(split) for split in self.evaluated}
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """All splits but that of training."""
+        return tuple(split for split in self.parts if split != "train")
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of examples by split."""
+        return {split: len(part) for split, part in self.parts.items()}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: a classifier's texts are cut if they are too long, as usual."""
+        return ()
+
+    def load_model(self) -> Any:
+        """Return the pretrained model with a fresh head."""
+        return load_classifier(self.model, self.task.label_names, self.tokenizer.pad_token_id)
+
+    def predict(self, trainer: Any, split: str) -> Prediction:
+        """Return the metrics of a whole split, computed in one call, and its loss."""
+        prediction = trainer.predict(self.eval_sets[split])
+        metrics = metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
+        return Prediction(metrics, loss_of(self.task.kind, prediction.predictions, prediction.label_ids))
+
+    def describe(self, model: Any, adapter: Path) -> None:
+        """Write tokenizer and task into the folder of an adapter."""
+        self.tokenizer.save_pretrained(adapter)
+        save_task(self.task, adapter)
+
+    def _encode(self, split: str) -> Dataset:
+        return encode(self.parts[split], self.tokenizer, self.task.max_length)
