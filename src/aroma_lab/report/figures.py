@@ -216,7 +216,7 @@ def pareto_figure(shown: Shown) -> Figure:
     return figure
 
 
-FIGURES: Mapping[str, Callable[[Shown], Any]] = {
+FIGURES: Mapping[str, Callable[[Shown], Figure]] = {
     "curves": curves_figure,
     "ranks": ranks_figure,
     "cosines": cosines_figure,
