@@ -23,7 +23,7 @@ HEAVY = (
     "numpy",
 )
 COMMANDS = ("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
-LAB_COMMANDS = ("run", "worker", "search", "table", "figure")
+LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
 
 def test_help_imports_nothing_heavy():

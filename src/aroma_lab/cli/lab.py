@@ -7,9 +7,9 @@ from typing import Any
 
 from aroma.cli.texts import examples
 
-from . import lab_figure, lab_run, lab_search, lab_table
+from . import lab_collect, lab_figure, lab_run, lab_search, lab_table
 
-_COMMANDS = (lab_run, lab_search, lab_table, lab_figure)
+_COMMANDS = (lab_run, lab_search, lab_table, lab_figure, lab_collect)
 
 
 def add_parser(commands: Any) -> None:
