@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import yaml
+from aroma_lab.run.run_folder import EventLog
 
 from aroma import aroma_layers
 from aroma.cli import main
@@ -24,7 +25,6 @@ from aroma_lab.bench.settings import BenchSettings
 from aroma_lab.bench.shapes import make_model
 from aroma_lab.bench.trajectory import Change, Trajectory
 from aroma_lab.run.recipe import load_recipe
-from aroma_lab.run.run_folder import EventLog
 from aroma_lab.tasks.classification import load_tokenizer
 from aroma_lab.tasks.data import load_splits
 from models import adapted, batch, grow, ranks, trainable

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from aroma_lab.run.recipe_run import check_schedule, planned_steps
+from aroma_lab.run.run_folder import EventLog
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -18,8 +20,6 @@ from aroma.tuner import AromaConfig
 from aroma_lab.methods.lora import wrap
 from aroma_lab.pictures.rank_picture import places_of, rank_picture
 from aroma_lab.run.provenance import git_revision
-from aroma_lab.run.recipe_run import check_schedule, planned_steps
-from aroma_lab.run.run_folder import EventLog
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.evaluate import evaluate_adapter
 from aroma_lab.tasks.model import count_trainable, load_classifier

@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError, NonFiniteError
 from aroma_lab.language import evaluate
-from aroma_lab.language.answers import extract
-from aroma_lab.language.asked import ask, prompt_of
-from aroma_lab.language.commonsense import SETS, Question, load_questions
-from aroma_lab.language.encode import encode_conversations
-from aroma_lab.language.evaluate import evaluate_questions
-from aroma_lab.language.examples import Turn, load_conversations
-from aroma_lab.language.generate import Generation, open_adapter
-from aroma_lab.language.likelihood import Ranking, rank
-from aroma_lab.language.prompt import PromptBuilder
-from aroma_lab.language.results import write_predictions
-from aroma_lab.language.spec import LanguageSpec
-from aroma_lab.language.task import LanguageTask, save_language_task
-from aroma_lab.specs import ModelSpec
+from aroma_lab.language.data import SETS, Question, encode, load_examples, load_questions
+from aroma_lab.language.evaluate import LikelihoodScorer, evaluate_questions, read_answer, write_predictions
+from aroma_lab.language.generate import Generation
+from aroma_lab.language.inference import LanguageTask, LoadedModel, load_for_inference
+from aroma_lab.language.template import Template, Turn
+from aroma_lab.specs import LanguageSpec, ModelSpec
 from aroma_lab.tasks.task import Task, save_task
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
@@ -51,7 +43,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(folders):
     model, tokenizer = load_lm(folders["llama"])
-    return model, PromptBuilder(tokenizer, LANGUAGE), tokenizer
+    return LoadedModel(model, Template(tokenizer, LANGUAGE))
 
 
 def asked_questions(path, count=5, seed=1):
@@ -83,14 +75,11 @@ def test_each_of_the_eight_sets_has_its_labels(tmp_path, name, listed):
     for question, row in zip(loaded, rows, strict=True):
         assert question.candidates == SETS[name]
         assert question.turns == (Turn("user", row["instruction"]),)
+        assert question.lead == LEAD
         assert question.response_of(question.answer) == row["output"]
     # A set without folders is known by its file's name.
     alone = write_json_lines(tmp_path / f"{name}.jsonl", rows)
     assert load_questions("data", str(alone), LANGUAGE) == loaded
-
-
-def test_there_are_eight_sets():
-    assert len(SETS) == 8
 
 
 def test_the_instructions_own_list_of_labels_comes_first(tmp_path):
@@ -99,13 +88,6 @@ def test_the_instructions_own_list_of_labels_comes_first(tmp_path):
     path.write_text(json.dumps([row_of(five, right=4), row_of(five[:3], right=2)]))
     loaded = load_questions("data", str(path), LANGUAGE)
     assert [question.candidates for question in loaded] == [tuple(five), tuple(five[:3])]
-
-
-def test_a_json_list_and_json_lines_are_the_same(tmp_path):
-    rows = questions(7, seed=3)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    lines = write_json_lines(tmp_path / "rows.jsonl", rows)
-    assert load_questions("data", str(tmp_path / "rows.json"), LANGUAGE) == load_questions("d", str(lines), LANGUAGE)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +110,6 @@ def test_a_bad_row_is_named(tmp_path, change, message):
         load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)), LANGUAGE)
 
 
-def test_a_missing_column_is_named(tmp_path):
-    rows = [{"instruction": "a", "output": "b"}]
-    with pytest.raises(DataError, match="no column 'answer'; its columns are 'instruction', 'output'"):
-        load_questions("data", str(write_json_lines(tmp_path / "rows.jsonl", rows)), LANGUAGE)
-
-
 @pytest.mark.shared
 @pytest.mark.parametrize(
     ("name", "train", "test"), [("ARC-Easy", 2251, 2376), ("ARC-Challenge", 1119, 1172), ("openbookqa", 4957, 500)]
@@ -148,52 +124,31 @@ def test_the_shared_sets_are_read_whole(name, train, test):
     assert counts == {"train": train, "test": test}
 
 
-# Tokens: what is asked is what was trained on ------------------------------------------------------------------------
+# Likelihood ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # the first with a chat template, the second with the plain one
 @pytest.mark.parametrize("max_length", [None, 30])
-def test_prompts_are_those_of_training(folders, tmp_path, kind, max_length):
-    tokenizer = AutoTokenizer.from_pretrained(folders[kind])
-    builder = PromptBuilder(tokenizer, LanguageSpec(system="Please answer ."))
-    path = write_json_lines(tmp_path / "rows.jsonl", questions(6, seed=5))
-    trained, report = encode_conversations(
-        load_conversations("data", str(path), LANGUAGE), builder, max_length or 128, "data"
-    )
+def test_what_is_scored_is_what_was_trained_on(folders, tmp_path, kind, max_length, monkeypatch):
+    model, tokenizer = load_lm(folders[kind])
+    template = Template(tokenizer, LanguageSpec(system="Please answer ."))
+    path = str(write_json_lines(tmp_path / "rows.jsonl", questions(6, seed=5)))
+    trained, report = encode(load_examples("data", path, LANGUAGE), template, max_length or 128, "data")
     assert report.cut_prompts == (0 if max_length is None else 6)
-    for question, row in zip(load_questions("data", str(path), LANGUAGE), trained, strict=True):
-        item = ask(builder, question, max_length)
-        right = item.labels[question.candidates.index(question.answer)]
-        answer = [*item.lead, *right]
-        whole = [*item.prompt, *answer]
-        assert row["input_ids"][: len(whole)] == whole
-        assert [label for label in row["labels"] if label != -100][: len(answer)] == answer
-        assert item.cut == (max_length is not None)
-        assert prompt_of(builder, question, max_length) == (item.prompt, item.cut)
-
-
-def test_the_lead_is_given_and_the_label_scored(llama, tmp_path):
-    _, builder, tokenizer = llama
-    item = ask(builder, asked_questions(tmp_path)[0])
-    assert item.lead == tokenizer("the correct answer is", add_special_tokens=False)["input_ids"]
-    assert [tokenizer.decode(label) for label in item.labels] == ["answer1", "answer2"]
-
-
-def test_candidates_that_tokens_cannot_tell_apart_are_refused(llama):
-    _, builder, _ = llama
-    turns = (Turn("user", "Please choose"),)
-    for candidates in (("qqq", "zzz"), ("apple", "apple bird")):  # both unknown; one begins the other
-        with pytest.raises(DataError, match=r"beginning of another.*use generation"):
-            ask(builder, Question(turns, candidates, candidates[0], LEAD))
-
-
-def test_a_limit_that_leaves_no_prompt_is_refused(llama, tmp_path):
-    _, builder, _ = llama
-    with pytest.raises(DataError, match="max_length=7: a response alone has 6 tokens"):
-        prompt_of(builder, asked_questions(tmp_path)[0], max_length=7)
-
-
-# Likelihood ----------------------------------------------------------------------------------------------------------
+    scored = []
+    log_probs = LikelihoodScorer.log_probs
+    monkeypatch.setattr(
+        LikelihoodScorer,
+        "log_probs",
+        lambda *given: [scored.extend(zip(*given[1:3], strict=True)), log_probs(*given)][1],
+    )
+    asked = load_questions("data", path, LANGUAGE)
+    found = evaluate_questions(LoadedModel(model, template), asked, max_length=max_length)
+    assert found.cut_prompts == report.cut_prompts
+    for question, row, (context, labels) in zip(asked, trained, scored, strict=True):
+        label = labels[question.candidates.index(question.answer)]
+        assert row["input_ids"] == [*context, *label, *row["input_ids"][-1:]]
+        assert tokenizer.decode(label) == question.answer
 
 
 def mixed_questions():
@@ -202,22 +157,18 @@ def mixed_questions():
     asked = []
     for number in range(7):
         candidates = tuple(" ".join(words[(number + place) % 12 :][: 1 + (number + place) % 3]) for place in range(5))
-        asked.append(
-            Question(
-                (Turn("user", " ".join(["Please choose a word", *words[: 1 + 3 * (number % 4)], "?"])),),
-                candidates[: 2 + number % 4],
-                candidates[1],
-                LEAD if number % 3 else "",
-            )
-        )
+        lead = LEAD if number % 3 else ""
+        instruction = " ".join(["Please choose a word", *words[: 1 + 3 * (number % 4)], "?"])
+        asked.append(Question(instruction, "", lead + candidates[1], candidates[1], candidates[: 2 + number % 4]))
     return asked
 
 
-def plain_log_prob(model, builder, question, label):
+def plain_log_prob(loaded, question, label):
     """One candidate by one forward pass over all its tokens: no batch, no padding, no cache."""
-    prompt = builder.prompt(question.turns)
-    lead = builder.continuation(question.lead)
-    response = builder.continuation(question.response_of(label))
+    model, template = loaded
+    prompt = template.prompt(question.turns)
+    lead = template.continuation(question.lead)
+    response = template.continuation(question.response_of(label))
     assert response[: len(lead)] == lead
     ids = [*prompt, *response]
     with torch.no_grad():
@@ -229,23 +180,25 @@ def plain_log_prob(model, builder, question, label):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_likelihoods_equal_those_of_plain_forward_passes(folders, kind, attention):
     model, tokenizer = load_lm(folders[kind], attention)
-    builder = PromptBuilder(tokenizer, LANGUAGE)
-    asked = mixed_questions()
-    assert {len(label) for question in asked for label in ask(builder, question).labels} == {1, 2, 3}
-    expected = [[plain_log_prob(model, builder, q, label) for label in q.candidates] for q in asked]
+    loaded, asked = LoadedModel(model, Template(tokenizer, LANGUAGE)), mixed_questions()
+    expected = [{label: plain_log_prob(loaded, q, label) for label in q.candidates} for q in asked]
     for batch_size in (1, 3, 7):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            rankings = rank(model, builder, asked, batch_size=batch_size)
-        for ranking, sums in zip(rankings, expected, strict=True):
-            assert ranking.log_probs == pytest.approx(sums, abs=1e-5)
-            assert ranking.best == sums.index(max(sums))
+        predictions = evaluate_questions(loaded, asked, batch_size=batch_size).predictions
+        assert {count for prediction in predictions for count in prediction.tokens.values()} == {1, 2, 3}
+        for prediction, sums in zip(predictions, expected, strict=True):
+            assert prediction.log_probs == pytest.approx(sums, abs=1e-5)
+            assert prediction.chosen == max(sums, key=sums.get)
+            for chosen, lengths in (
+                (prediction.chosen_normalised, prediction.tokens),
+                (prediction.chosen_per_character, {label: len(label) for label in sums}),
+            ):
+                assert chosen == max(sums, key=lambda label: sums[label] / lengths[label])
 
 
 def test_an_adapter_takes_part(folders):
     model, tokenizer = load_lm(folders["llama"])
-    builder = PromptBuilder(tokenizer, LANGUAGE)
-    before = rank(model, builder, mixed_questions())
+    template = Template(tokenizer, LANGUAGE)
+    before = evaluate_questions(LoadedModel(model, template), mixed_questions())
     adapted = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.5, target_modules=["q_proj", "down_proj"])
     )
@@ -253,42 +206,35 @@ def test_an_adapter_takes_part(folders):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    after = rank(adapted.train(), builder, mixed_questions(), batch_size=2)
+    loaded = LoadedModel(adapted.train(), template)
+    after = evaluate_questions(loaded, mixed_questions(), batch_size=2)
     assert adapted.training
     adapted.eval()
-    for question, one, other in zip(mixed_questions(), before, after, strict=True):
-        expected = [plain_log_prob(adapted, builder, question, label) for label in question.candidates]
+    for question, one, other in zip(mixed_questions(), before.predictions, after.predictions, strict=True):
+        expected = {label: plain_log_prob(loaded, question, label) for label in question.candidates}
         assert other.log_probs == pytest.approx(expected, abs=1e-5)
         assert one.log_probs != pytest.approx(expected, abs=1e-2)
 
 
-def test_each_prompt_is_computed_once(llama):
-    model, builder, _ = llama
-    asked = mixed_questions()
-    computed = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, out: computed.append(given[0]))
-    done = []
-    rank(model, builder, asked, batch_size=1, advance=done.append)
-    hook.remove()
-    items = [ask(builder, question) for question in asked]
-    contexts = sum(len(item.prompt) + len(item.lead) for item in items)
-    labels = sum(len(item.labels) * (max(map(len, item.labels)) - 1) for item in items)
-    assert sum(ids.numel() for ids in computed) == contexts + labels
-    assert done == [1] * len(asked)
-
-
-def test_the_normalisations_differ_as_they_say():
-    ranking = Ranking(log_probs=(-2.0, -3.0, -4.0), tokens=(1, 3, 2), characters=(4, 8, 16), cut=False)
-    assert (ranking.best, ranking.best_normalised, ranking.best_per_character) == (0, 1, 2)
-    assert Ranking((-1.0, -1.0), (1, 1), (1, 1), cut=False).best == 0
-
-
-def test_a_model_without_numbers_is_not_scored(folders, tmp_path):
+def test_what_cannot_be_scored_is_refused(folders, llama, tmp_path):
+    for candidates in (("qqq", "zzz"), ("apple", "apple bird")):  # both unknown; one begins the other
+        question = Question("Please choose", "", LEAD + candidates[0], candidates[0], candidates)
+        with pytest.raises(DataError, match=r"beginning of another.*use generation"):
+            evaluate_questions(llama, [question])
+    asked = asked_questions(tmp_path)
+    with pytest.raises(DataError, match="max_length=7: a response alone has 6 tokens"):
+        evaluate_questions(llama, asked, max_length=7)
+    with pytest.raises(ConfigError, match="method='guess': give likelihood or generation"):
+        evaluate_questions(llama, asked, "guess")
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        evaluate_questions(llama, asked, batch_size=0)
+    with pytest.raises(DataError, match="nothing to ask"):
+        evaluate_questions(llama, [])
     model, tokenizer = load_lm(folders["llama"])
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
-    with pytest.raises(NonFiniteError, match="logits are no numbers"):
-        rank(model, PromptBuilder(tokenizer, LANGUAGE), asked_questions(tmp_path))
+    with pytest.raises(NonFiniteError, match="logits are not numbers"):
+        evaluate_questions(LoadedModel(model, Template(tokenizer, LANGUAGE)), asked)
 
 
 # Answers out of texts ------------------------------------------------------------------------------------------------
@@ -323,18 +269,18 @@ FOUR = ("answer1", "answer2", "answer3", "answer4")
     ],
 )
 def test_only_an_answer_in_the_form_asked_for_counts(text, answer):
-    assert extract(text, FOUR, LEAD) == answer
+    assert read_answer(text, FOUR, LEAD) == answer
 
 
 def test_other_labels_and_leads():
-    assert extract("The correct answer is False", ("true", "false"), LEAD) == "false"
-    assert extract("true", ("true", "false"), LEAD) == "true"
-    assert extract("falsehood", ("true", "false"), LEAD) is None
-    assert extract("It is untrue", ("true", "false"), "It is ") is None
-    assert extract("It is true", ("true", "false"), "It is ") == "true"
-    assert extract("true", ("true", "false"), "") == "true"
-    assert extract("true or false", ("true", "false"), "") is None
-    assert extract("answer10", ("answer1", "answer10"), LEAD) == "answer10"
+    assert read_answer("The correct answer is False", ("true", "false"), LEAD) == "false"
+    assert read_answer("true", ("true", "false"), LEAD) == "true"
+    assert read_answer("falsehood", ("true", "false"), LEAD) is None
+    assert read_answer("It is untrue", ("true", "false"), "It is ") is None
+    assert read_answer("It is true", ("true", "false"), "It is ") == "true"
+    assert read_answer("true", ("true", "false"), "") == "true"
+    assert read_answer("true or false", ("true", "false"), "") is None
+    assert read_answer("answer10", ("answer1", "answer10"), LEAD) == "answer10"
 
 
 # Whole sets ----------------------------------------------------------------------------------------------------------
@@ -354,8 +300,7 @@ def trained(folders):
 
 def learn(model, tokenizer, path, steps):
     """Train a model on a file of questions."""
-    builder = PromptBuilder(tokenizer, LANGUAGE)
-    rows, _ = encode_conversations(load_conversations("data", str(path), LANGUAGE), builder, 128, "data")
+    rows, _ = encode(load_examples("data", str(path), LANGUAGE), Template(tokenizer, LANGUAGE), 128, "data")
     ids = [torch.tensor(row) for row in rows["input_ids"]]
     labels = [torch.tensor(row) for row in rows["labels"]]
     batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -368,11 +313,10 @@ def learn(model, tokenizer, path, steps):
 
 
 def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
-    model, tokenizer = load_lm(trained)
-    builder = PromptBuilder(tokenizer, LANGUAGE)
+    loaded = load_for_inference(trained)
     asked = asked_questions(tmp_path, count=30, seed=12)
-    ranked = evaluate_questions(model, builder, tokenizer, asked, "likelihood", batch_size=7)
-    written = evaluate_questions(model, builder, tokenizer, asked, "generation", batch_size=7, max_new_tokens=12)
+    ranked = evaluate_questions(loaded, asked, "likelihood", batch_size=7)
+    written = evaluate_questions(loaded, asked, "generation", batch_size=7, max_new_tokens=12)
     assert written.unparseable == written.unfinished == 0
     # The greedy text says the lead, and then what is most likely after it.
     assert [prediction.chosen for prediction in written.predictions] == [p.chosen for p in ranked.predictions]
@@ -387,41 +331,37 @@ def test_answers_behind_words_of_the_template_are_read(folders, tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace(heading, heading + thoughts, 1)
     learn(model, tokenizer, write_json_lines(tmp_path / "train.jsonl", questions(5, seed=1)), 40)
     asked = asked_questions(tmp_path)
-    found = evaluate_questions(model, PromptBuilder(tokenizer, LANGUAGE), tokenizer, asked, "generation")
+    found = evaluate_questions(LoadedModel(model, Template(tokenizer, LANGUAGE)), asked, "generation")
     assert (found.unparseable, found.unfinished) == (0, 0)
     assert all(prediction.text.startswith(LEAD) for prediction in found.predictions)
 
 
 @pytest.mark.parametrize("max_length", [None, 128, 70])
 def test_generation_asks_what_likelihood_asks_in_the_room_that_is_left(llama, max_length, monkeypatch):
-    model, builder, tokenizer = llama
-    words = ["apple"] * 100
-    short, long = (Question((Turn("user", " ".join(text)),), FOUR[:2], FOUR[0], LEAD) for text in (words[:9], words))
-    assert len(builder.prompt(long.turns)) + 32 > 128 > len(builder.prompt(long.turns)) + 6
-    assert evaluate_questions(model, builder, tokenizer, [short, long], max_length=max_length).examples == 2
+    prompt = llama.template.prompt
+    short, long = (Question(" ".join(["apple"] * n), "", LEAD + FOUR[0], FOUR[0], FOUR[:2]) for n in (9, 100))
+    assert len(prompt(long.turns)) + 32 > 128 > len(prompt(long.turns)) + 6
+    assert evaluate_questions(llama, [short, long], max_length=max_length).examples == 2
     given, write = [], evaluate.generate_batch
     monkeypatch.setattr(
-        evaluate, "generate_batch", lambda *parts, **options: [given.extend(parts[3]), write(*parts, **options)][1]
+        evaluate, "generate_batch", lambda *parts, **options: [given.extend(parts[1]), write(*parts, **options)][1]
     )
-    found = evaluate_questions(
-        model, builder, tokenizer, [short, long], "generation", max_length=max_length, max_new_tokens=32
-    )
+    found = evaluate_questions(llama, [short, long], "generation", max_length=max_length, max_new_tokens=32)
     assert found.cut_prompts == 1
-    assert given[0] == builder.prompt(short.turns)
-    assert given[1] == builder.shorten(builder.prompt(long.turns), 64 if max_length == 70 else 96)
+    assert given[0] == prompt(short.turns)
+    assert given[1] == llama.template.shorten(prompt(long.turns), 64 if max_length == 70 else 96)
     with pytest.raises(ConfigError, match="max_new_tokens=127: the model takes 128 tokens in all; give fewer"):
-        evaluate_questions(model, builder, tokenizer, [short], "generation", max_new_tokens=127)
+        evaluate_questions(llama, [short], "generation", max_new_tokens=127)
 
 
 def test_every_question_counts_once_and_in_its_order(llama, tmp_path):
-    model, builder, tokenizer = llama
     asked = asked_questions(tmp_path, count=11, seed=4)
     done = []
-    found = evaluate_questions(model, builder, tokenizer, asked, batch_size=4, advance=done.append)
+    found = evaluate_questions(llama, asked, batch_size=4, advance=done.append)
     assert found.examples == sum(done) == 11
     right = 0
     for question, prediction in zip(asked, found.predictions, strict=True):
-        sums = {label: plain_log_prob(model, builder, question, label) for label in question.candidates}
+        sums = {label: plain_log_prob(llama, question, label) for label in question.candidates}
         assert prediction.answer == question.answer
         assert prediction.log_probs == pytest.approx(sums, abs=1e-5)
         assert prediction.chosen == max(sums, key=sums.get)
@@ -431,38 +371,27 @@ def test_every_question_counts_once_and_in_its_order(llama, tmp_path):
 
 
 def test_answers_that_cannot_be_read_are_counted_and_wrong(llama, tmp_path, monkeypatch):
-    model, builder, tokenizer = llama
     asked = asked_questions(tmp_path, count=4, seed=4)
     wrong = {"answer1": "answer2", "answer2": "answer1"}[asked[1].answer]
     texts = [LEAD + asked[0].answer, LEAD + wrong, "who knows", f"no, {LEAD}{asked[3].answer}"]
     finished = [True, True, False, True]
     given = []
 
-    def write(model, builder, tokenizer, prompts, **options):
+    def write(loaded, prompts, **options):
         given.extend(prompts)
         return [Generation(text, [], end) for text, end in zip(texts, finished, strict=True)]
 
     monkeypatch.setattr(evaluate, "generate_batch", write)
-    found = evaluate_questions(model, builder, tokenizer, asked, "generation")
-    assert given == [builder.prompt(question.turns) for question in asked]
+    found = evaluate_questions(llama, asked, "generation")
+    assert given == [llama.template.prompt(question.turns) for question in asked]
     assert found.metrics == {"generated": 0.25}
     assert (found.unparseable, found.unfinished, found.loss) == (2, 1, None)
     assert [prediction.chosen for prediction in found.predictions] == [asked[0].answer, wrong, None, None]
 
 
-def test_bad_requests(llama, tmp_path):
-    asked = asked_questions(tmp_path)
-    with pytest.raises(ConfigError, match="method='guess': give likelihood or generation"):
-        evaluate_questions(*llama, asked, "guess")
-    with pytest.raises(ConfigError, match="batch_size=0"):
-        evaluate_questions(*llama, asked, batch_size=0)
-    with pytest.raises(DataError, match="nothing to ask"):
-        evaluate_questions(*llama, [])
-
-
 def test_predictions_are_written_whole_and_never_over_a_file(llama, tmp_path):
     asked = asked_questions(tmp_path)
-    found = {"one": evaluate_questions(*llama, asked), "two": evaluate_questions(*llama, asked[:2])}
+    found = {"one": evaluate_questions(llama, asked), "two": evaluate_questions(llama, asked[:2])}
     path = tmp_path / "predictions.jsonl"
     write_predictions(path, found)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -491,7 +420,7 @@ def adapter(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     adapted.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_language_task(LanguageTask(LANGUAGE, 40, ModelSpec(str(trained))), folder)
+    LanguageTask(LANGUAGE, 40, ModelSpec(str(trained))).save(folder)
     return folder
 
 
@@ -511,10 +440,10 @@ def test_the_command_evaluates_sets_and_their_average(adapter, sets, tmp_path, c
         ("one", str(one), 13),
         (str(two), str(two), 7),
     ]
-    opened = open_adapter(adapter)
+    loaded = load_for_inference(adapter)
     for name, path in (("one", one), (str(two), two)):
         asked = load_questions("data", str(path), LANGUAGE)
-        found = evaluate_questions(opened.model, opened.builder, opened.tokenizer, asked, max_length=40)
+        found = evaluate_questions(loaded, asked, max_length=40)
         assert told["sets"][name]["metrics"] == found.metrics
         assert told["sets"][name]["cut_prompts"] == found.cut_prompts
     first, second = (part["metrics"]["accuracy"] for part in told["sets"].values())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pyarrow as pa
@@ -12,13 +13,10 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from aroma.errors import ConfigError, DataError
-from aroma_lab.language.collate import LanguageCollator, make_collator
-from aroma_lab.language.encode import NOT_LEARNED, encode_conversations
-from aroma_lab.language.examples import Conversation, Turn, load_conversations
-from aroma_lab.language.loss import TokenLoss, token_loss
-from aroma_lab.language.packing import pack, pack_lengths, require_packing_works
-from aroma_lab.language.prompt import PromptBuilder
-from aroma_lab.language.spec import LanguageSpec
+from aroma_lab.language.data import NOT_LEARNED, Example, encode, load_examples
+from aroma_lab.language.sft import make_collator, pack, require_packing_works, token_loss
+from aroma_lab.language.template import Template, Turn
+from aroma_lab.specs import LanguageSpec
 from tiny_lm import WORDS, questions, save_tiny_lm, tiny_tokenizer, with_bos, write_json_lines
 
 SPEC = LanguageSpec()
@@ -31,7 +29,7 @@ MESSAGES = [{"role": "user", "content": "choose a word"}, {"role": "assistant", 
 
 
 def load(path, spec=SPEC):
-    return load_conversations("data.train", str(path), spec)
+    return load_examples("data.train", str(path), spec)
 
 
 def lines(folder, *rows, name="train.jsonl"):
@@ -41,17 +39,18 @@ def lines(folder, *rows, name="train.jsonl"):
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def test_instructions(tmp_path):
+def test_three_ways_of_examples(tmp_path):
     rows = [
         {"instruction": "choose", "input": "apple", "output": "bird"},
-        {"instruction": "choose", "input": "", "output": "bird"},
-        {"instruction": "choose", "output": "bird"},
         {"instruction": "choose", "input": None, "output": 7},
     ]
-    asked = [conversation.turns[0].text for conversation in load(lines(tmp_path, *rows))]
+    loaded = load(lines(tmp_path, *rows))
 
-    assert asked == ["choose\n\napple", "choose", "choose", "choose"]
-    assert load(lines(tmp_path, *rows))[3].turns[1] == Turn("assistant", "7")
+    assert [example.turns[0].text for example in loaded] == ["choose\n\napple", "choose"]
+    assert loaded[1].turns[1] == Turn("assistant", "7")
+    assert [example.source for example in loaded] == [f"{tmp_path}/train.jsonl, row {row}" for row in (1, 2)]
+    assert load(lines(tmp_path, {"messages": MESSAGES})) == [Example((ASK, ANSWER))]
+    assert load(lines(tmp_path, {"text": "a bird"})) == [Example((), "a bird")]
 
 
 def test_every_file_format_gives_the_same(tmp_path):
@@ -66,18 +65,11 @@ def test_every_file_format_gives_the_same(tmp_path):
         assert load(tmp_path / name) == wanted, name
 
 
-def test_messages_and_text(tmp_path):
-    assert load(lines(tmp_path, {"messages": MESSAGES})) == [Conversation((ASK, ANSWER))]
-    assert load(lines(tmp_path, {"text": "a bird"})) == [Conversation((), "a bird")]
-    pq.write_table(pa.Table.from_pylist([{"messages": MESSAGES}]), tmp_path / "train.parquet")
-    assert load(tmp_path / "train.parquet") == [Conversation((ASK, ANSWER))]
-
-
 def test_the_format_can_be_chosen_and_columns_be_named(tmp_path):
     row = {"instruction": "choose", "output": "bird", "text": "a fish", "q": "to", "r": "is"}
 
     assert load(lines(tmp_path, row))[0].text is None
-    assert load(lines(tmp_path, row), LanguageSpec(format="text")) == [Conversation((), "a fish")]
+    assert load(lines(tmp_path, row), LanguageSpec(format="text")) == [Example((), "a fish")]
     named = load(lines(tmp_path, row), LanguageSpec(instruction="q", output="r"))
     assert [turn.text for turn in named[0].turns] == ["to", "is"]
 
@@ -88,75 +80,54 @@ def test_the_format_can_be_chosen_and_columns_be_named(tmp_path):
         ({"question": "x"}, "instruction and output or messages or text.*'question'"),
         ({"instruction": "", "input": " ", "output": "bird"}, "'instruction', row 2.*fill it in"),
         ({"instruction": ["x"], "output": "bird"}, "'instruction', row 2.*a list, not a text"),
-        ({"instruction": "x", "output": {"a": 1}}, "'output', row 2.*a dict, not a text"),
         ({"messages": "choose"}, "'messages', row 2.*a list of messages"),
         ({"messages": [{"from": "human", "value": "x"}]}, "row 2.*a role and a content"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "row 2.*'tool'.*one of system, user, assistant"),
         ({"messages": MESSAGES[:1]}, "row 2.*must be the assistant's"),
-        ({"messages": MESSAGES[1:]}, "row 2.*the user speaks first"),
         ({"messages": [*MESSAGES, MESSAGES[1]]}, "row 2.*twice in a row"),
         ({"messages": []}, "row 2.*the user speaks first"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}, MESSAGES[1]]}, "row 2.*a list, not a text"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, words):
-    good = {"instruction": "choose", "output": "bird"}
-    if "messages" in row:
-        good = {"messages": MESSAGES}
-    if "question" in row:
-        good = row
+    good = {"messages": MESSAGES} if "messages" in row else {"instruction": "choose", "output": "bird"}
 
     with pytest.raises(DataError, match=f"data.train.*{words}"):
-        load(lines(tmp_path, good, row))
+        load(lines(tmp_path, row if "question" in row else good, row))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("train.jsonl", "", "no rows"),
-        ("train.jsonl", '{"text": "a"}\n{"text": ', "line 2"),
-        ("train.jsonl", '{"text": "a"}\n\n[1]\n', "line 3: a list, not an object"),
-        ("train.json", "[]", "no rows"),
-        ("train.json", '{"text": "a"}', "a dict, not a list"),
-        ("train.json", '[{"text": "a"}, 3]', "row 2: a int, not an object"),
-        ("train.json", "[", "not JSON"),
-        ("train.yaml", "text: a", "unknown format"),
+        ("train.jsonl", b"", "no rows"),
+        ("train.jsonl", b'{"text": "a"}\n{"text": ', "line 2"),
+        ("train.jsonl", b'{"text": "a"}\n\n[1]\n', "line 3: a list, not an object"),
+        ("train.json", b"[]", "no rows"),
+        ("train.json", b'{"text": "a"}', "a dict, not a list"),
+        ("train.json", b"[", "not JSON"),
+        ("train.json", b'[{"text": "\xff"}]', r"not UTF-8 text \(byte 11\)"),
+        ("train.yaml", b"text: a", "unknown format"),
+        ("absent.jsonl", None, "no such file"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, text, words):
-    (tmp_path / name).write_text(text)
+    if text is not None:
+        (tmp_path / name).write_bytes(text)
 
     with pytest.raises(DataError, match=words):
         load(tmp_path / name)
 
 
-def test_files_that_are_not_there_or_no_text(tmp_path):
-    (tmp_path / "train.json").write_bytes(b'[{"text": "\xff"}]')
-
-    with pytest.raises(DataError, match="no such file"):
-        load(tmp_path / "other.jsonl")
-    with pytest.raises(DataError, match=r"not UTF-8 text \(byte 11\)"):
-        load(tmp_path / "train.json")
-
-
-def test_a_row_says_where_it_is_from(tmp_path):
-    rows = [{"instruction": f"choose {number}", "output": "bird"} for number in range(3)]
-    one, other = (load(lines(tmp_path, *rows, name=name)) for name in ("a.jsonl", "b.jsonl"))
-
-    assert one == other
-    assert [conversation.source for conversation in other] == [f"{tmp_path}/b.jsonl, row {row}" for row in (1, 2, 3)]
-
-
 # Encoding ------------------------------------------------------------------------------------------------------------
 
 
-def builder_of(template="chat", bos=False, **options):
+def template_of(name="chat", bos=False, **options):
     tokenizer = tiny_tokenizer()
-    return PromptBuilder(with_bos(tokenizer) if bos else tokenizer, LanguageSpec(template=template, **options))
+    return Template(with_bos(tokenizer) if bos else tokenizer, LanguageSpec(template=name, **options))
 
 
-def encode(conversations, max_length=100, builder=None):
-    data, report = encode_conversations(conversations, builder or builder_of(), max_length, "data.train")
+def rows_of(examples, max_length=100, template=None):
+    data, report = encode(examples, template or template_of(), max_length, "data.train")
     return list(data), report
 
 
@@ -164,180 +135,124 @@ def words_of(ids):
     return tiny_tokenizer().decode([token for token in ids if token != NOT_LEARNED])
 
 
-def test_labels_are_the_response():
-    (row,), report = encode([Conversation((ASK, ANSWER))])
-    builder = builder_of()
-    prompt, response = builder.prompt([ASK]), builder.response("bird")
+def chat_by_hand(turns, name, learn):
+    """Tokens and labels of a chat, one turn after the other, from the letter of the two templates."""
+    tokenizer, ids, learned = tiny_tokenizer(), [], []
+    headings = {"system": "Context", "user": "Request", "assistant": "Reply"}
+    for turn in turns:
+        before = f"<|turn|>{turn.role}\n" if name == "chat" else f"{headings[turn.role]}:\n"
+        end, after = ("<|end|>", "\n") if name == "chat" else ("</s>" if turn.role == "assistant" else "", "\n\n")
+        answers = turn.role == "assistant"
+        for text, counts in ((before, False), (turn.text + end, answers), (after, False)):
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += tokens
+            learned += [counts or learn == "all"] * len(tokens)
+    behind = len(tokenizer("\n" if name == "chat" else "\n\n", add_special_tokens=False)["input_ids"])
+    labels = [token if counts else NOT_LEARNED for token, counts in zip(ids, learned, strict=True)]
+    return ids[:-behind], [NOT_LEARNED, *labels[1:-behind]]
 
-    assert row["input_ids"] == prompt + response
-    assert row["labels"] == [NOT_LEARNED] * len(prompt) + response
-    assert row["length"] == len(row["input_ids"])
-    assert (report.examples, report.kept, report.rows, report.tokens) == (1, 1, 1, row["length"])
-    assert report.learned_tokens == len(response)
-    assert "none cut, none left out" in str(report)
+
+@pytest.mark.parametrize("learn", ["response", "all"])
+@pytest.mark.parametrize("name", ["chat", "plain"])
+def test_every_response_is_learned_and_nothing_else(name, learn):
+    draw = random.Random(3)
+    template = template_of(name, learn=learn)
+    for _ in range(30):
+        turns = [Turn("system", "choose")] if draw.random() < 0.3 else []
+        for _ in range(draw.randrange(1, 4)):
+            turns += [Turn(role, " ".join(draw.choices(WORDS[:40], k=draw.randrange(1, 6)))) for role in ROLES]
+        whole, labels = chat_by_hand(turns, name, learn)
+        (row,), report = rows_of([Example(tuple(turns))], 500, template)
+        assert (row["input_ids"], row["labels"]) == (whole, labels)
+        assert report.learned_tokens == sum(label != NOT_LEARNED for label in labels)
+        # Cut, it is the end of the whole, and the first token that is left predicts nothing.
+        last = len(template.response(turns[-1].text))
+        (row,), report = rows_of([Example(tuple(turns))], draw.randrange(last + 1, len(whole) + 1), template)
+        kept = len(row["input_ids"])
+        assert last < kept <= len(whole)
+        assert row["input_ids"] == whole[-kept:]
+        assert row["labels"][1:] == labels[-kept:][1:]
+        assert report.cut_tokens == len(whole) - kept
 
 
-def test_the_first_token_is_learned_from_nothing_and_so_not_at_all():
-    (row,), report = encode([Conversation((ASK, ANSWER))], builder=builder_of(learn="all"))
-
-    assert row["labels"] == [NOT_LEARNED, *row["input_ids"][1:]]
-    assert report.learned_tokens == row["length"] - 1
+ROLES = ("user", "assistant")
 
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("over", [1, 5])
-def test_long_prompts_lose_their_left(bos, over):
-    builder = builder_of("plain", bos)
-    whole = builder.prompt([ASK]) + builder.response("bird")
-    (row,), report = encode([Conversation((ASK, ANSWER))], len(whole) - over, builder)
+def test_long_prompts_lose_their_left_and_keep_their_first_token(bos, over):
+    template = template_of("plain", bos)
+    whole = template.prompt([ASK]) + template.response("bird")
+    (row,), report = rows_of([Example((ASK, ANSWER))], len(whole) - over, template)
 
     assert row["input_ids"] == whole[:bos] + whole[bos + over :]
-    assert row["labels"][-2:] == builder.response("bird")
+    assert row["labels"][-2:] == template.response("bird")
     assert (report.cut_prompts, report.cut_tokens, report.kept) == (1, over, 1)
     assert "1 prompts cut from the left" in str(report)
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_a_response_is_never_cut(bos):
-    long = Conversation((ASK, Turn("assistant", "bird fish bird fish")))  # 5 tokens with the end
-    builder = builder_of("plain", bos)
-    (row,), report = encode([long], 6, builder)
+def test_what_cannot_be_learned_is_left_out_and_counted():
+    long = Example((ASK, Turn("assistant", "bird fish bird fish")))  # 5 tokens with the end
+    empty = [Example((ASK, Turn("assistant", text))) for text in ("", " \n")]
+    within = Example((ASK, Turn("assistant", ""), ASK, ANSWER))
+    (row,), report = rows_of([long, *empty, Example((ASK, ANSWER)), within, Example((), " ")], 5)
 
-    assert words_of(row["labels"]) == "bird fish bird fish </s>"
-    assert (row["length"], report.cut_prompts) == (6, 1)
-    (row,), report = encode([long, Conversation((ASK, ANSWER))], 5, builder)
-    assert words_of(row["labels"]) == "bird </s>"
-    assert (report.examples, report.kept, report.dropped_long_responses) == (2, 1, 1)
-    assert "1 left out for a response over the limit" in str(report)
-
-
-def test_empty_responses_are_left_out_and_counted():
-    empty = [Conversation((ASK, Turn("assistant", text))) for text in ("", " \n")]
-    within = Conversation((ASK, Turn("assistant", ""), ASK, ANSWER))
-    rows, report = encode([*empty, Conversation((ASK, ANSWER)), within, Conversation((), " ")])
-
-    assert len(rows) == 1
-    assert (report.dropped_empty, report.kept) == (4, 1)
-    assert "4 left out for an empty response" in str(report)
-
-
-@pytest.mark.parametrize(("answer", "length"), [("", 50), ("bird fish bird fish", 5)])
-def test_nothing_left_is_an_error(answer, length):
+    assert words_of(row["labels"]) == "bird <|end|>"
+    assert (report.examples, report.kept, report.dropped_long_responses, report.dropped_empty) == (6, 1, 1, 4)
+    assert "1 left out for a response over the limit, 4 left out for an empty response" in str(report)
     with pytest.raises(DataError, match=r"data.train.*1 left out.*no example is left"):
-        encode([Conversation((ASK, Turn("assistant", answer)))], length)
-
-
-def test_a_limit_under_which_nothing_fits():
+        rows_of([long], 5)
     with pytest.raises(ConfigError, match=r"data\.max_length=2"):
-        encode([Conversation((ASK, ANSWER))], 2)
-
-
-def test_a_chat_learns_every_response():
-    chat = Conversation((ASK, ANSWER, Turn("user", "a question"), Turn("assistant", "fish")))
-    (row,), _ = encode([chat])
-
-    assert words_of(row["labels"]) == "bird <|end|> fish <|end|>"
+        rows_of([long], 2)
 
 
 def test_a_long_chat_loses_earlier_responses_as_a_whole():
-    chat = Conversation((ASK, Turn("assistant", "bird fish"), Turn("user", "a question"), Turn("assistant", "fish")))
-    builder = builder_of()
-    first, reply, second, last = (segment.ids for segment in builder.segments(chat))
+    chat = Example((ASK, Turn("assistant", "bird fish"), Turn("user", "a question"), Turn("assistant", "fish")))
+    first, reply, second, last = (segment.ids for segment in template_of().segments(chat.turns))
 
-    (row,), report = encode([chat], len(reply + second + last) + 1)  # the cut falls into the first prompt
-    assert row["input_ids"] == first[-1:] + reply + second + last
-    assert report.cut_responses == 0
     for within in (1, len(reply)):  # into the first response, and just behind it
-        (row,), report = encode([chat], len(reply + second + last) - within)
+        (row,), report = rows_of([chat], len(reply + second + last) - within)
         assert row["input_ids"] == second + last
         assert words_of(row["labels"]) == "fish <|end|>"
         assert (report.cut_responses, report.cut_tokens) == (1, len(first + reply))
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("words", [3, 4, 9, 10, 11])
+@pytest.mark.parametrize("words", [3, 4, 10, 11])
 def test_long_texts_are_split_and_every_token_is_predicted_once(bos, words):
-    text = " ".join(WORDS[:words])
-    builder = builder_of(bos=bos)
-    rows, report = encode([Conversation((), text)], 5, builder)
-    wanted = builder.segments(Conversation((), text))[-1].ids
+    template = template_of(bos=bos)
+    rows, report = rows_of([Example((), " ".join(WORDS[:words]))], 5, template)
+    wanted = template.plain_text(" ".join(WORDS[:words]))
 
-    learned = [token for row in rows for token in row["labels"] if token != NOT_LEARNED]
-    assert learned == (wanted if bos else wanted[1:])
-    assert max(row["length"] for row in rows) <= 5
+    assert [token for row in rows for token in row["labels"] if token != NOT_LEARNED] == wanted[1 - bos :]
+    assert max(len(row["input_ids"]) for row in rows) <= 5
     assert report.split_texts == (len(wanted) + bos > 5)
     for row in rows:  # what is learned is predicted from the token that stood before it
-        for place, label in enumerate(row["labels"]):
-            assert label in (NOT_LEARNED, row["input_ids"][place])
+        assert all(label in (NOT_LEARNED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
 
 
-def test_the_row_of_an_untrainable_conversation_is_named():
-    bad = Conversation((ASK,))
-
-    with pytest.raises(DataError, match=r"data.train \(row 2\)"):
-        encode([Conversation((ASK, ANSWER)), bad])
-
-
-def test_the_row_is_the_files_whatever_was_held_out_or_joined(tmp_path):
+def test_the_row_of_an_example_that_cannot_be_trained_is_named(tmp_path):
     loaded = [
         *load(lines(tmp_path, *[{"messages": MESSAGES}] * 2, name="a.jsonl")),
         *load(lines(tmp_path, *[{"messages": MESSAGES}] * 5, name="b.jsonl")),
     ]
-    bad = replace(loaded[5], turns=(ASK,))
-
     with pytest.raises(DataError, match=r"data.train \(.*/b\.jsonl, row 4\)="):
-        encode([loaded[0], loaded[3], bad])
+        rows_of([loaded[0], loaded[3], replace(loaded[5], turns=(ASK,))])
 
 
 @pytest.mark.parametrize("learn", ["response", "all"])
 def test_earlier_responses_that_the_template_rewrites_are_counted(learn):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = FORGETFUL
-    builder = PromptBuilder(tokenizer, LanguageSpec(learn=learn))
-    chat = Conversation((ASK, ANSWER, Turn("user", "a question"), Turn("assistant", "fish")))
-    (row, single), report = encode([chat, Conversation((ASK, ANSWER))], builder=builder)
+    template = Template(tokenizer, LanguageSpec(learn=learn))
+    chat = Example((ASK, ANSWER, Turn("user", "a question"), Turn("assistant", "fish")))
+    (row, single), report = rows_of([chat, Example((ASK, ANSWER))], template=template)
 
     assert (report.rewritten_responses, report.kept, report.rows) == (1, 2, 2)
     assert "1 earlier responses not learned, for the chat template rewrites them" in str(report)
-    assert row["input_ids"] == builder.prompt(chat.turns[:3]) + builder.response("fish")
-    assert row["labels"][-2:] == builder.response("fish")
+    assert row["input_ids"] == template.prompt(chat.turns[:3]) + template.response("fish")
     if learn == "response":
         assert words_of(row["labels"] + single["labels"]) == "fish <|end|> bird <|end|>"
-
-
-# Batches -------------------------------------------------------------------------------------------------------------
-
-
-def test_batches_are_padded_on_the_right_and_masked():
-    rows = [
-        {"input_ids": [5, 6, 7], "labels": [NOT_LEARNED, 6, 7], "length": 3},
-        {"input_ids": [8], "labels": [NOT_LEARNED], "length": 1},
-    ]
-    batch = LanguageCollator(pad_token_id=9)(rows)
-
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6, 7], [8, 9, 9]],
-        "labels": [[NOT_LEARNED, 6, 7], [NOT_LEARNED] * 3],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-    }
-
-
-def test_packed_batches_have_positions_and_no_mask():
-    rows = [
-        {"input_ids": [5, 6, 7], "labels": [1, 1, 1], "position_ids": [0, 1, 0], "length": 3},
-        {"input_ids": [8], "labels": [1], "position_ids": [0], "length": 1},
-    ]
-    batch = LanguageCollator(pad_token_id=9)(rows)
-
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
-    assert batch["position_ids"].tolist() == [[0, 1, 0], [0, 0, 0]]
-
-
-def test_a_tokenizer_without_padding_pads_with_its_end_of_text():
-    assert make_collator(tiny_tokenizer()).pad_token_id == 0
-    assert make_collator(tiny_tokenizer(pad_token=None)).pad_token_id == 3
-    with pytest.raises(ConfigError, match="neither a pad nor an eos"):
-        make_collator(tiny_tokenizer(pad_token=None, eos_token=None))
 
 
 # The loss ------------------------------------------------------------------------------------------------------------
@@ -357,7 +272,7 @@ def examples():
     """Return encoded examples of clearly different lengths."""
     texts = ["bird", "the correct answer is answer1", "fish king lamp house door iron grass", "a", "bird " * 20]
     turns = [(Turn("user", f"choose {text}"), Turn("assistant", text)) for text in texts]
-    return encode_conversations([Conversation(pair) for pair in turns], builder_of(), 60, "data")[0]
+    return encode([Example(pair) for pair in turns], template_of(), 60, "data")[0]
 
 
 def loss_by_hand(model, data):
@@ -370,51 +285,35 @@ def loss_by_hand(model, data):
             if label != NOT_LEARNED:
                 total -= float(scores[place - 1, label])
                 count += 1
-    return total / count, count
+    return total / count
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_the_loss_is_the_mean_over_all_tokens_whatever_the_batches(folder, batch_size):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    data, seen = examples(), []
-    wanted, count = loss_by_hand(model, data)
+    model, data = AutoModelForCausalLM.from_pretrained(folder).eval(), examples()
+    wanted = loss_by_hand(model, data)
+    model.train()  # GPT-2 has dropout in training
 
-    found = token_loss(model, data, make_collator(tiny_tokenizer()), batch_size, seen.append)
-
-    assert found.tokens == count
-    assert found.loss == pytest.approx(wanted, rel=1e-6)
-    assert found.perplexity == pytest.approx(math.exp(wanted), rel=1e-5)
-    assert sum(seen) == len(data)
-    of_examples = sum(loss_by_hand(model, [row])[0] for row in data) / len(data)
-    assert abs(of_examples - wanted) > 1e-3  # the mean of means is another number
-
-
-def test_the_loss_leaves_the_model_in_its_mode(folders):
-    model = AutoModelForCausalLM.from_pretrained(folders["gpt2"]).train()
-
-    one, other = (token_loss(model, examples(), make_collator(tiny_tokenizer()), 2) for _ in range(2))
-
-    assert one == other  # GPT-2 has dropout in training
+    for packing, rows in ((False, data), (True, pack(data, 60))):
+        found = token_loss(model, rows, make_collator(tiny_tokenizer(), packing), batch_size)
+        assert found["loss"] == pytest.approx(wanted, rel=1e-6)
+        assert found["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-5)
     assert model.training
-
-
-def test_a_perplexity_beyond_all_floats():
-    assert TokenLoss(1e4, 1).perplexity == math.inf
+    model.eval()
+    of_examples = sum(loss_by_hand(model, [row]) for row in data) / len(data)
+    assert abs(of_examples - wanted) > 1e-3  # the mean of means is another number
 
 
 def test_a_loss_of_nothing(folders):
     data = examples().map(lambda row: {"labels": [NOT_LEARNED] * len(row["labels"])})
 
     with pytest.raises(DataError, match="none of their tokens is learned"):
-        token_loss(AutoModelForCausalLM.from_pretrained(folders["llama"]), data, make_collator(tiny_tokenizer()), 2)
+        token_loss(
+            AutoModelForCausalLM.from_pretrained(folders["llama"]), data, make_collator(tiny_tokenizer(), False), 2
+        )
 
 
 # Packing -------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_filled_by_best_fit():
-    assert pack_lengths([3, 5, 2, 4], 7) == [[1, 2], [3, 0]]
-    assert pack_lengths([7, 1, 7], 7) == [[0], [2], [1]]
 
 
 def test_every_example_is_packed_once_and_whole():
@@ -424,12 +323,12 @@ def test_every_example_is_packed_once_and_whole():
     assert len(packed) < len(data)
     found = []
     for row in packed:
-        assert row["length"] == len(row["input_ids"]) == len(row["labels"]) == len(row["position_ids"]) <= 60
-        starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
-        for start, end in zip(starts, [*starts[1:], row["length"]], strict=True):
-            assert row["position_ids"][start:end] == list(range(end - start))
+        assert sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) <= 60
+        start = 0
+        for length in row["seq_lengths"]:
             assert row["labels"][start] == NOT_LEARNED  # else the neighbour's last token would predict it
-            found.append((row["input_ids"][start:end], row["labels"][start:end]))
+            found.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
+            start += length
     assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in data)
 
 
@@ -437,27 +336,24 @@ def test_every_example_is_packed_once_and_whole():
 def test_packed_loss_and_gradients_are_the_unpacked_ones(folder, attention):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
     model.config.use_cache = False  # as the Trainer has it
-    collator, data = make_collator(tiny_tokenizer()), examples()
-    packed = pack(data, 60)
-    assert len({row["length"] for row in packed}) > 1  # so that there is padding
+    data, tokenizer = examples(), tiny_tokenizer()
 
-    one, other = (_loss_and_gradients(model, collator(list(rows))) for rows in (data, packed))
+    one = loss_and_gradients(model, make_collator(tokenizer, False)(list(data)))
+    batch = make_collator(tokenizer, True)(list(pack(data, 60)))
+    other = loss_and_gradients(model, batch)
 
     assert other[0] == pytest.approx(one[0], rel=1e-6)
     for name, gradient in one[1].items():
         torch.testing.assert_close(other[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    mixed = _loss_and_gradients(model, {k: v for k, v in collator(list(packed)).items() if k != "position_ids"})
+    mixed = loss_and_gradients(model, {name: batch[name] for name in ("input_ids", "labels")})
     assert abs(mixed[0] - one[0]) > 1e-3  # without positions the examples do see each other
 
 
-def test_the_loss_of_packed_rows(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    collator, data = make_collator(tiny_tokenizer()), examples()
-
-    one, other = token_loss(model, data, collator, 3), token_loss(model, pack(data, 60), collator, 2)
-
-    assert other.tokens == one.tokens
-    assert other.loss == pytest.approx(one.loss, rel=1e-6)
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return float(loss.detach()), {name: value.grad.clone() for name, value in model.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -490,10 +386,3 @@ def test_a_model_that_mixes_packed_examples_is_refused(folders, kind):
 
     with pytest.raises(ConfigError, match=rf"language.packing=True: {kind.__name__} lets examples .* see each other"):
         require_packing_works(model)
-
-
-def _loss_and_gradients(model, batch):
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return float(loss.detach()), {name: value.grad.clone() for name, value in model.named_parameters()}

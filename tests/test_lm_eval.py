@@ -1,4 +1,4 @@
-"""Our likelihood against lm-evaluation-harness, through the task files of examples/lm-eval."""
+"""The task files of examples/lm-eval ask with the prompts of training, and `lm_eval` finds what `aroma eval` finds."""
 
 import random
 from pathlib import Path
@@ -9,41 +9,48 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aroma_lab.language.commonsense import load_questions
+from aroma_lab.language.data import SETS, encode, load_examples, load_questions
 from aroma_lab.language.evaluate import evaluate_questions
-from aroma_lab.language.examples import instruction_turns
-from aroma_lab.language.prompt import PromptBuilder
-from aroma_lab.language.spec import LanguageSpec
-from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
+from aroma_lab.language.inference import LoadedModel
+from aroma_lab.language.template import QUESTION_FILE, Template
+from aroma_lab.specs import LanguageSpec
+from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, with_bos, write_json_lines
 
 TASKS = Path(__file__).resolve().parents[1] / "examples" / "lm-eval"
 KINDS = ("plain", "chat")
+NAMES = {name: f"aroma_{name.lower().replace('-', '_')}" for name in SETS}
 
 
-def task_file(kind):
-    return yaml.safe_load((TASKS / f"openbookqa_{kind}.yaml").read_text())
+def test_there_is_a_task_for_each_of_the_eight_sets():
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in TASKS.iterdir()}
+    group, generated = found.pop("aroma_commonsense"), found.pop("aroma_openbookqa_generated")
+    assert group["task"] == list(NAMES.values()) == [found[name]["task"] for name in NAMES.values()]
+    assert found.keys() == set(NAMES.values())
+    assert generated["include"] == "aroma_openbookqa.yaml"
+    for name, task in NAMES.items():
+        assert (TASKS / found[task]["include"]).resolve() == QUESTION_FILE
+        assert found[task]["dataset_kwargs"]["data_files"]["test"] == f"{name}/test.jsonl"
 
 
-def test_every_task_file_is_looked_at():
-    assert sorted(path.name for path in TASKS.iterdir()) == sorted(f"openbookqa_{kind}.yaml" for kind in KINDS)
-
-
+@pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("given", ["", "bird cloud"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_task_files_ask_with_our_prompts(kind, given):
-    tokenizer = tiny_tokenizer(chat_template=True)
-    builder = PromptBuilder(tokenizer, LanguageSpec(template=kind))
+def test_the_task_files_ask_with_the_prompts_of_training(tmp_path, kind, given, bos):
+    template = Template(with_bos(tiny_tokenizer()) if bos else tiny_tokenizer(), LanguageSpec(template=kind))
     row = {**questions(1, seed=1)[0], "input": given}
+    path = str(write_json_lines(tmp_path / "rows.jsonl", [row]))
+    trained, _ = encode(load_examples("data", path, LanguageSpec()), template, 128, "data")
+    task = yaml.safe_load(QUESTION_FILE.read_text())
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    text = environment.from_string(task_file(kind)["doc_to_text"]).render(**row)
-    if kind == "chat":
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-    turns = instruction_turns(row["instruction"], row["input"])
-    assert tokenizer(text, add_special_tokens=False)["input_ids"] == builder.prompt(turns)
-    choices = environment.from_string(task_file(kind)["doc_to_choice"]).render(**row)
-    assert choices == "['answer1', 'answer2']"
+    written = {name: environment.from_string(task[name]).render(**row) for name in ("doc_to_text", "gen_prefix")}
+    messages = [
+        {"role": "user", "content": written["doc_to_text"]},
+        {"role": "assistant", "content": written["gen_prefix"]},
+    ]
+    text = template.tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    ids = template.tokenizer(f"{text} {row['answer']}", add_special_tokens=False)["input_ids"]
+    assert trained[0]["input_ids"] == [*ids, template.stop_ids[0]]
+    assert environment.from_string(task["doc_to_choice"]).render(**row) == "['answer1', 'answer2']"
 
 
 def labelled(count, seed):
@@ -66,44 +73,69 @@ def labelled(count, seed):
     return rows
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_accuracies_and_likelihoods_equal_those_of_lm_eval(tmp_path, monkeypatch, architecture, kind):
+def lm_eval_of(tmp_path, monkeypatch, path, task, loaded):
+    """Result and samples of `lm_eval` on a task file, with another file of questions."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    folder = save_tiny_lm(tmp_path / "model", architecture, chat_template=True)
-    path = write_json_lines(tmp_path / "test.jsonl", labelled(60, seed=2))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    language = LanguageSpec(template=kind)
-    asked = load_questions("data", str(path), language)
-    ours = evaluate_questions(model, PromptBuilder(tokenizer, language), tokenizer, asked, batch_size=7)
-
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "openbookqa").mkdir()
+    (tmp_path / "openbookqa" / "test.jsonl").write_text(path.read_text())
+    monkeypatch.chdir(tmp_path)
     known = TaskManager(include_path=str(TASKS), include_defaults=False)
-    assert known.all_tasks == ["aroma_openbookqa_chat", "aroma_openbookqa_plain"]
-    task = {**task_file(kind), "dataset_kwargs": {"data_files": {"test": str(path)}}}
-    theirs = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+    assert known.all_tasks == sorted(["aroma_commonsense", "aroma_openbookqa_generated", *NAMES.values()])
+    found = simple_evaluate(
+        model=HFLM(pretrained=loaded.model, tokenizer=loaded.template.tokenizer, batch_size=4, add_bos_token=False),
         tasks=[task],
         task_manager=known,
-        apply_chat_template=kind == "chat",
+        apply_chat_template=True,
         bootstrap_iters=0,
         log_samples=True,
     )
-    result = theirs["results"][task["task"]]
+    return found["results"][task], sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_accuracies_and_likelihoods_equal_those_of_lm_eval(tmp_path, monkeypatch, architecture, kind):
+    folder = save_tiny_lm(tmp_path / "model", architecture, chat_template=True)
+    path = write_json_lines(tmp_path / "test.jsonl", labelled(60, seed=2))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    loaded = LoadedModel(model, Template(AutoTokenizer.from_pretrained(folder), LanguageSpec(template=kind)))
+    asked = load_questions("data", str(path), LanguageSpec())
+    ours = evaluate_questions(loaded, asked, batch_size=7)
+    result, samples = lm_eval_of(tmp_path, monkeypatch, path, "aroma_openbookqa", loaded)
     assert result["acc,none"] == pytest.approx(ours.metrics["accuracy"], abs=1e-12)
     assert result["acc_norm,none"] == pytest.approx(ours.metrics["accuracy_per_character"], abs=1e-12)
-    # Not the same by chance: the normalisation decides some of them otherwise.
+    # Not the same by chance: the normalisation decides some of them differently.
     assert any(prediction.chosen != prediction.chosen_per_character for prediction in ours.predictions)
-
-    samples = sorted(theirs["samples"][task["task"]], key=lambda sample: sample["doc_id"])
     assert len(samples) == ours.examples == 60
     for sample, prediction in zip(samples, ours.predictions, strict=True):
         assert sample["doc"]["answer"] == prediction.answer
         sums = [float(response[0]) for response in sample["filtered_resps"]]
         assert sums == pytest.approx(list(prediction.log_probs.values()), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_written_answers_equal_those_of_lm_eval(tmp_path, monkeypatch):
+    folder = save_tiny_lm(tmp_path / "model", chat_template=False)
+    path = write_json_lines(tmp_path / "test.jsonl", questions(40, seed=3))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = LoadedModel(model, Template(AutoTokenizer.from_pretrained(folder), LanguageSpec()))
+    rows, _ = encode(load_examples("data", str(path), LanguageSpec()), loaded.template, 128, "data")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batch, targets = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[name]], True, padding)
+        for name, padding in (("input_ids", 0), ("labels", -100))
+    )
+    for _ in range(25):
+        model(input_ids=batch, labels=targets).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    ours = evaluate_questions(loaded, load_questions("data", str(path), LanguageSpec()), "generation")
+    result, _ = lm_eval_of(tmp_path, monkeypatch, path, "aroma_openbookqa_generated", loaded)
+    assert 0.4 < ours.metrics["generated"] < 1
+    assert result["exact_match,label"] == pytest.approx(ours.metrics["generated"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from aroma_lab.training.exact_resume import EpochLengthSampler
 from safetensors.torch import load_file, save_file
 
 import trial_runs
@@ -20,7 +21,6 @@ from aroma.files import read_json
 from aroma_lab.run.folder import TrialFolder
 from aroma_lab.run.run import run_trial
 from aroma_lab.tasks.classification import ClassifierJob
-from aroma_lab.training.exact_resume import EpochLengthSampler
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
 COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds"}

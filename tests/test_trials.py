@@ -18,18 +18,19 @@ from typing import Any
 
 import pytest
 import torch
+from aroma_lab.run.curve import Curve
+from aroma_lab.run.history import history_of, inner_checks_of
+from aroma_lab.run.usage import Usage
+from aroma_lab.training.objective import Objective
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma_lab.methods.registry import make_method
 from aroma_lab.run import usage, worker
-from aroma_lab.run.curve import Curve
 from aroma_lab.run.folder import TrialFolder
-from aroma_lab.run.history import history_of, inner_checks_of
-from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
 from aroma_lab.run.run import run_trial, seeded_options
-from aroma_lab.run.usage import Usage
+from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks import classification
 from aroma_lab.tasks.classification import encode as real_encode
@@ -37,7 +38,6 @@ from aroma_lab.tasks.classification import load_tokenizer
 from aroma_lab.tasks.load import load_task
 from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.spec import TaskSpec
-from aroma_lab.training.objective import Objective
 from aroma_lab.training.trainer import make_optimizer, training_arguments
 from trial_runs import METHODS, STEPS, read, save_material, trial_of
 

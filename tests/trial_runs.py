@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from aroma_lab.run.recorder import ProgressFile
-from aroma_lab.run.trial import Trial
 from aroma_lab.run.run import run_trial
+from aroma_lab.run.trial import Trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.spec import TaskSpec
 from tiny_classifier import WORDS, save_tiny_bert, write_json_lines

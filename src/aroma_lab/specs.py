@@ -10,8 +10,6 @@ from typing import Any, Literal, get_type_hints
 
 from aroma.errors import bad_value
 
-from .language.spec import LanguageSpec
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -105,7 +103,8 @@ class TrainSpec:
     seed: int = 0
     """Seed of the head, the order of examples, dropout, and the components."""
     loop: Literal["trainer", "sft"] = "trainer"
-    """Whose training loop: transformers' `trainer`, or TRL's `sft` (SFTTrainer; of `causal_lm` alone)."""
+    """Accepted from older recipes: a language model always trains with TRL's SFTTrainer, anything else with
+    transformers' Trainer."""
     gradient_checkpointing: bool = False
     """Compute the layers' activations anew in backward instead of keeping them: less memory, a third more time."""
     threads: int | None = None
@@ -114,6 +113,34 @@ class TrainSpec:
     """Mixed precision in bfloat16; adapters and head stay in float32."""
     group_by_length: bool = False
     """Batches of examples of similar lengths, which have less padding; in training and evaluation."""
+
+
+@dataclass(frozen=True)
+class LanguageSpec:
+    """Instruction data, chats or plain text, and the one way in which they become tokens."""
+
+    format: Literal["auto", "instruction", "messages", "text"] = "auto"
+    """`instruction` (columns of instruction, input and output), `messages` (a list of turns with role and content),
+    `text` (plain text); `auto`: the first of them whose columns the file has."""
+    instruction: str = "instruction"
+    """Column of the instruction."""
+    input: str = "input"
+    """Column of what the instruction is about; a file may lack it, and a row may leave it empty."""
+    output: str = "output"
+    """Column of the response."""
+    messages: str = "messages"
+    """Column of the turns."""
+    text: str = "text"
+    """Column of the plain text."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How turns become text: the tokenizer's own `chat` template, or AROMA's `plain` one; `auto`: chat where the
+    tokenizer has a template."""
+    system: str | None = None
+    """System turn put before every conversation that has none; null: none."""
+    learn: Literal["response", "all"] = "response"
+    """What the loss is taken of: every response with its end, or prompts too; plain text is learned whole."""
+    packing: bool = False
+    """Several examples a row of `max_length` tokens, each attending to itself only."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +217,6 @@ class Recipe:
                 "model.dtype",
                 "float16",
                 "without a scaler small gradients vanish in it; take bfloat16 or float32",
-            )
-        if self.training.loop == "sft" and self.model.quantization is not None:
-            raise bad_value(
-                "model.quantization",
-                self.model.quantization,
-                "TRL rounds the pairs on a quantised base to bfloat16, and small updates are lost; take "
-                "training.loop=trainer",
             )
 
 

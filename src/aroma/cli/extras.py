@@ -10,7 +10,7 @@ _MODULES = {
     "train": ("datasets", "sklearn", "scipy"),
     "plot": ("matplotlib",),
     "search": ("optuna", "sqlalchemy"),
-    "trl": ("trl",),
+    "language": ("datasets", "sklearn", "trl", "lm_eval"),
 }
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aroma.cli.extras import require_extra
 from aroma.errors import bad_value
 
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..language.results import QuestionEvaluation
+    from ..language.evaluate import QuestionEvaluation
 
 # Normalised: the label with the largest mean log-probability.
 _HEADINGS = {
@@ -29,12 +30,13 @@ def run_language(arguments: argparse.Namespace) -> None:
 
     from aroma.files import write_json
 
-    from ..language.evaluate import evaluate_files
-    from ..language.results import average, refuse_existing, write_predictions
+    require_extra("language")
+    from ..language.evaluate import average, evaluate_files, write_predictions
+    from ..language.generate import refuse_existing
 
     files = named_files(arguments.data)
     if arguments.predictions is not None:
-        refuse_existing(arguments.predictions)
+        refuse_existing("predictions", arguments.predictions)
     found = evaluate_files(
         arguments.adapter,
         files,
@@ -44,9 +46,9 @@ def run_language(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
         limit=arguments.limit,
-        phase=progress_bar,
+        progress=progress_bar,
     )
-    # Before anything is printed: what took long is kept first.
+    # Written before anything is printed, so that a failing terminal loses nothing.
     if arguments.predictions is not None:
         write_predictions(arguments.predictions, found)
     if arguments.json is not None:
@@ -106,7 +108,7 @@ def _summary(
     files: Mapping[str, str], found: Mapping[str, QuestionEvaluation], limit: int | None, means: dict[str, float]
 ) -> dict[str, Any]:
     return {
-        "method": next(iter(found.values())).method,
+        "method": next(iter(found.values())).scoring,
         "limit": limit,
         "sets": {
             name: {

@@ -55,8 +55,6 @@ def run(arguments: argparse.Namespace) -> None:
     from ..run.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if recipe.training.loop == "sft":
-        require_extra("trl")
 
     from aroma.cli.quiet import quiet
 

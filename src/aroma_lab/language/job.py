@@ -1,100 +1,85 @@
-"""A language model that learns from a recipe's examples, as a job for the training loop."""
+"""Language models as jobs for the training loop: a recipe's examples, and a grid's commonsense task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aroma.cli.extras import require_extra
 from aroma.errors import DataError, bad_value
 
-from ..specs import DataSpec, ModelSpec, Recipe
+from ..specs import DataSpec, LanguageSpec, ModelSpec
+from ..tasks.metrics import METRICS
 from ..tasks.sources import hub_splits
-from ..training.job import Objective, Prediction
-from .collate import make_collator
-from .encode import EncodeReport, encode_conversations
-from .examples import Conversation, load_conversations, load_hub_conversations
-from .fingerprint import fingerprint_of
-from .loss import token_loss
+from ..tasks.spec import HELD_OUT, TaskSpec
+from ..training.job import Objective, Prediction, TrainerKind
+from .data import (
+    EncodeReport,
+    Example,
+    Question,
+    encode,
+    load_examples,
+    load_hub_examples,
+    load_joined,
+    load_questions,
+)
+from .inference import LanguageTask, LoadedModel, fingerprint_of
 from .model import load_causal_lm, load_lm_tokenizer
-from .packing import pack, require_packing_works
-from .prompt import PromptBuilder
-from .spec import LanguageSpec
-from .task import LanguageTask, save_language_task
+from .template import Template
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .evaluate import QuestionEvaluation, Scoring
+
 
 @dataclass(frozen=True)
 class LanguageJob:
-    """See `Job`, whose methods it has.
+    """A recipe of a language model; see `Job`, whose methods it has.
 
     Args:
         model: The pretrained model.
-        language: How examples become tokens.
         max_length: Most tokens of an example, and of a packed row.
-        batch_size: Rows of one forward pass in evaluation.
-        parts: Conversations by split, `train` among them.
-        tokenizer: The model's.
-        builder: Makes prompts and responses.
+        parts: Examples by split, `train` among them.
+        template: Makes the tokens.
     """
 
     model: ModelSpec
-    language: LanguageSpec
     max_length: int
-    batch_size: int
-    parts: Mapping[str, Sequence[Conversation]]
-    tokenizer: Any
-    builder: PromptBuilder
+    parts: Mapping[str, Sequence[Example]]
+    template: Template
 
     @classmethod
     def make(
-        cls,
-        model: ModelSpec,
-        language: LanguageSpec,
-        max_length: int,
-        batch_size: int,
-        parts: Mapping[str, Sequence[Conversation]],
+        cls, model: ModelSpec, language: LanguageSpec, max_length: int, parts: Mapping[str, Sequence[Example]]
     ) -> LanguageJob:
         """Return the job, with the model's tokenizer.
 
         Raises:
-            ConfigError: There is no such tokenizer, or it lacks what the examples need.
+            ConfigError: There is no such tokenizer, it lacks what the examples need, or TRL is not installed.
         """
-        tokenizer = load_lm_tokenizer(model, max_length)
-        return cls(model, language, max_length, batch_size, parts, tokenizer, PromptBuilder(tokenizer, language))
-
-    @classmethod
-    def of_recipe(cls, recipe: Recipe) -> LanguageJob:
-        """Read the examples of a recipe.
-
-        Raises:
-            ConfigError: See `make`.
-            DataError: Data that cannot be used as described.
-        """
-        parts = read_parts(recipe.data, recipe.language)
-        return cls.make(recipe.model, recipe.language, recipe.data.max_length, recipe.training.batch_size, parts)
+        require_extra("language")
+        return cls(model, max_length, parts, Template(load_lm_tokenizer(model, max_length), language))
 
     @cached_property
     def objective(self) -> Objective:
         """What the Trainer makes of the encoded examples: the mean loss of the learned tokens of a step."""
-        collator = make_collator(self.tokenizer)
+        from .sft import MethodSFTTrainer, make_collator, sft_arguments, token_loss
 
-        def evaluate(model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
-            found = token_loss(model, data, collator, batch_size)
-            return {"loss": found.loss, "perplexity": found.perplexity}
-
+        collator = make_collator(self.template.tokenizer, self.template.spec.packing)
         return Objective(
             collator,
-            self.tokenizer,
+            self.template.tokenizer,
             None,
             "loss",
             higher_is_better=False,
             counts_items=True,
-            evaluate=evaluate,
+            evaluate=lambda model, data, batch_size: token_loss(model, data, collator, batch_size),
+            trainer=TrainerKind(MethodSFTTrainer, sft_arguments),
         )
 
     @cached_property
@@ -129,35 +114,42 @@ class LanguageJob:
             ConfigError: It cannot be loaded, or it cannot keep packed examples apart.
         """
         model = load_causal_lm(self.model)
-        if self.language.packing:
+        if self.template.spec.packing:
+            from .sft import require_packing_works
+
             require_packing_works(model)
         return model
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return loss and perplexity of the learned tokens of a split."""
-        found = token_loss(trainer.model, self.eval_sets[split], self.objective.collator, self.batch_size)
-        return Prediction({"loss": found.loss, "perplexity": found.perplexity}, found.loss)
+        from .sft import token_loss
+
+        rows, batch_size = self.eval_sets[split], trainer.args.per_device_eval_batch_size
+        measured = token_loss(trainer.model, rows, self.objective.collator, batch_size)
+        return Prediction(measured, measured["loss"])
 
     def describe(self, model: Any, adapter: Path) -> None:
-        """Write tokenizer and task into the folder of an adapter."""
-        self.tokenizer.save_pretrained(adapter)
-        task = LanguageTask(self.language, self.max_length, self.model, fingerprint_of(model))
-        save_language_task(task, adapter)
+        """Write task and tokenizer, with the chat template of the training, into the folder of an adapter."""
+        self.template.tokenizer.save_pretrained(adapter)
+        LanguageTask(self.template.spec, self.max_length, self.model, fingerprint_of(model)).save(adapter)
 
     @cached_property
     def _encoded(self) -> dict[str, tuple[Dataset, EncodeReport]]:
         return {
-            split: encode_conversations(part, self.builder, self.max_length, f"data.{split}")
-            for split, part in self.parts.items()
+            split: encode(part, self.template, self.max_length, f"data.{split}") for split, part in self.parts.items()
         }
 
     def _rows(self, split: str) -> Dataset:
         rows, _ = self._encoded[split]
-        return pack(rows, self.max_length) if self.language.packing else rows
+        if not self.template.spec.packing:
+            return rows
+        from .sft import pack
+
+        return pack(rows, self.max_length)
 
 
-def read_parts(data: DataSpec, language: LanguageSpec) -> dict[str, list[Conversation]]:
-    """Return the conversations of a recipe by split; without validation examples some of training's are held out.
+def read_parts(data: DataSpec, language: LanguageSpec) -> dict[str, list[Example]]:
+    """Return the examples of a recipe by split; without validation examples some of training's are held out.
 
     Raises:
         DataError: Data that cannot be used as described, or too few for a validation split.
@@ -167,31 +159,18 @@ def read_parts(data: DataSpec, language: LanguageSpec) -> dict[str, list[Convers
         sources["train"] = data.train or "train"
         if data.validation is None and "validation" in hub_splits(data.name, data.config):
             sources["validation"] = "validation"
-    parts = {
-        split: _read(f"data.{split}", source, data, language)
-        for split, source in sources.items()
-        if source is not None
-    }
-    if "validation" not in parts:
-        train, held_out = hold_out(
-            parts["train"], data.validation_fraction, data.split_seed, "data.validation_fraction"
-        )
-        parts = {"train": train, "validation": held_out, **{k: part for k, part in parts.items() if k == "test"}}
-    return parts
 
+    def read(split: str, source: str) -> list[Example]:
+        if data.name is not None:
+            return load_hub_examples(f"data.{split}", source, data.name, data.config, language)
+        return load_joined(load_examples, f"data.{split}", source, language)
 
-def _read(field: str, source: str, data: DataSpec, language: LanguageSpec) -> list[Conversation]:
-    if data.name is not None:
-        return load_hub_conversations(field, source, data.name, data.config, language)
-    return load_joined(load_conversations, field, source, language)
-
-
-def load_joined(
-    load: Callable[[str, str, LanguageSpec], list[Any]], field: str, path: str, language: LanguageSpec
-) -> list[Any]:
-    """Return what `load` reads from a file, or from several that `+` joins, one behind the other."""
-    paths = [path] if Path(path).exists() else path.split("+")
-    return [example for one in paths for example in load(field, one, language)]
+    parts = {split: read(split, source) for split, source in sources.items() if source is not None}
+    if "validation" in parts:
+        return parts
+    train, held_out = hold_out(parts["train"], data.validation_fraction, data.split_seed, "data.validation_fraction")
+    tested = {split: part for split, part in parts.items() if split == "test"}
+    return {"train": train, "validation": held_out, **tested}
 
 
 def hold_out(examples: Sequence[Any], fraction: float, seed: int, field: str) -> tuple[list[Any], list[Any]]:
@@ -209,3 +188,136 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int, field: str) ->
             field, fraction, f"{len(examples)} training examples cannot be split so ({error}); give more", DataError
         ) from error
     return [examples[i] for i in sorted(kept)], [examples[i] for i in sorted(held_out)]
+
+
+# A commonsense task --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuestionsJob:
+    """A grid's task of kind `commonsense`: answers are learned, and scored on whole sets of questions; see `Job`.
+
+    Args:
+        learning: What is trained on, and the held-out examples.
+        questions: Questions by split: the held-out ones, then each set that is reported.
+        metric: Name of the metric that is the score.
+        batch_size: Sequences of one forward pass in evaluation.
+    """
+
+    learning: LanguageJob
+    questions: Mapping[str, Sequence[Question]]
+    metric: str
+    batch_size: int
+
+    @classmethod
+    def of_task(cls, spec: TaskSpec, model: ModelSpec, batch_size: int, *, reported: bool = True) -> QuestionsJob:
+        """Read the examples of a task of kind `commonsense`.
+
+        Args:
+            spec: The task.
+            model: The pretrained model.
+            batch_size: Sequences of one forward pass in evaluation.
+            reported: Whether the reported sets are read; False: none of their files is opened.
+
+        Raises:
+            ConfigError: An unknown metric, a tokenizer that cannot be loaded, or a package that is missing.
+            DataError: Examples that cannot be used, or reported questions that are trained on.
+        """
+        require_extra("language")
+        metric = spec.metric or METRICS["commonsense"][0]
+        if metric not in METRICS["commonsense"]:
+            raise spec.bad("metric", metric, f"no metric of commonsense; give {', '.join(METRICS['commonsense'])}")
+        language = LanguageSpec(template=spec.template)
+        files = _in_source(spec, spec.train or "train.jsonl")
+        examples = load_joined(load_examples, spec.field("train"), files, language)
+        trained = load_joined(load_questions, spec.field("train"), files, language)
+        train, held_out = hold_out(
+            list(zip(examples, trained, strict=True)), spec.held_out, spec.split_seed, spec.field("held_out")
+        )
+        train, held_out = _draw(spec, "train_examples", train), _draw(spec, "held_out_examples", held_out)
+        questions: dict[str, Sequence[Question]] = {HELD_OUT: [question for _, question in held_out]}
+        for label, file in (spec.reported or {}).items() if reported else ():
+            key = f"reported.{label}"
+            questions[label] = load_joined(load_questions, spec.field(key), _in_source(spec, file), language)
+            if set(questions[label]) <= set(trained):
+                remedy = "every question of it is a training example too; report questions that are not trained on"
+                raise spec.bad(key, file, remedy, DataError)
+        parts = {"train": [example for example, _ in train], HELD_OUT: [example for example, _ in held_out]}
+        return cls(LanguageJob.make(model, language, spec.max_length, parts), questions, metric, batch_size)
+
+    @property
+    def objective(self) -> Objective:
+        """What the Trainer makes of the encoded examples."""
+        return self.learning.objective
+
+    @property
+    def train(self) -> Dataset:
+        """The training rows."""
+        return self.learning.train
+
+    @property
+    def eval_sets(self) -> dict[str, Dataset]:
+        """The held-out rows: during training their loss is measured, and answers are ranked at the end."""
+        return self.learning.eval_sets
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The held-out questions, and every set that is reported."""
+        return tuple(self.questions)
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of examples by split."""
+        return {**self.learning.examples, **{split: len(part) for split, part in self.questions.items()}}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was cut or left out of the training rows."""
+        return self.learning.notes
+
+    def load_model(self) -> Any:
+        """Return the pretrained model."""
+        return self.learning.load_model()
+
+    def predict(self, trainer: Any, split: str) -> Prediction:
+        """Return the share of questions of a split that are answered rightly, and the loss of the right answers.
+
+        Answers are generated only where they are the score: that takes many times as long as ranking them.
+        """
+        ranked = self._evaluate(trainer, split, "likelihood")
+        assert ranked.loss is not None, "likelihood has one"
+        if self.metric != "generated":
+            return Prediction(ranked.metrics, ranked.loss)
+        written = self._evaluate(trainer, split, "generation")
+        unparseable = written.unparseable / written.examples
+        return Prediction({**ranked.metrics, **written.metrics, "unparseable": unparseable}, ranked.loss)
+
+    def describe(self, model: Any, adapter: Path) -> None:
+        """Write task and tokenizer into the folder of an adapter."""
+        self.learning.describe(model, adapter)
+
+    def _evaluate(self, trainer: Any, split: str, scoring: Scoring) -> QuestionEvaluation:
+        from .evaluate import evaluate_questions
+
+        return evaluate_questions(
+            LoadedModel(trainer.model, self.learning.template),
+            self.questions[split],
+            scoring,
+            batch_size=self.batch_size,
+            max_length=self.learning.max_length,
+        )
+
+
+def _in_source(spec: TaskSpec, files: str) -> str:
+    """Return the paths of files in the task's folder; `+` joins several."""
+    return "+".join(str(Path(spec.source or "") / file) for file in files.split("+"))
+
+
+def _draw(spec: TaskSpec, key: str, examples: list[Any]) -> list[Any]:
+    """Return as many of the examples as the task's `key` says, in their order."""
+    wanted = getattr(spec, key)
+    if wanted is None:
+        return examples
+    if wanted > len(examples):
+        raise spec.bad(key, wanted, f"there are {len(examples)}; give at most so many, or null", DataError)
+    return [examples[i] for i in sorted(random.Random(spec.split_seed).sample(range(len(examples)), wanted))]

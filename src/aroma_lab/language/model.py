@@ -18,7 +18,7 @@ def load_causal_lm(spec: ModelSpec) -> Any:
     """Return the pretrained model, in evaluation mode.
 
     Raises:
-        ConfigError: There is no such model, or it is no whole causal language model.
+        ConfigError: There is no such model, or it is not a whole causal language model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,7 @@ def load_causal_lm(spec: ModelSpec) -> Any:
             f"its checkpoint lacks {', '.join(sorted(loading['missing_keys'])[:3])}, so it is no trained causal "
             "language model; give one that is",
         )
-    # Of the models that transformers calls no decoders some are, as GPT-NeoX.
+    # transformers does not call every decoder one: GPT-NeoX is an example.
     if getattr(model.config, "is_decoder", None) is False and _looks_ahead(model):
         raise bad_value(
             "model.name", spec.name, "an encoder: each token sees the later ones; give a decoder-only model"
@@ -66,7 +66,7 @@ def load_lm_tokenizer(spec: ModelSpec, max_length: int | None) -> Any:
         remedy = "its tokenizer has no eos token, so no response could end; set eos_token in its tokenizer_config.json"
         raise bad_value("model.name", spec.name, remedy)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
-        # Padding is masked in every batch, so that any token that the model knows serves.
+        # Padding is masked in every batch, so any token that the model knows will do.
         tokenizer.pad_token = tokenizer.eos_token
     positions = positions_of(config)
     if max_length is not None and positions is not None and max_length > positions:
@@ -91,14 +91,14 @@ def model_source(spec: ModelSpec) -> str:
 
 
 def positions_of(config: Any) -> int | None:
-    """Return the most tokens that a model of this configuration takes; None: as many as you like, or not known."""
+    """Return the most tokens that a model of this configuration takes; None: no limit, or not known."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None
 
 
 @torch.no_grad()
 def _looks_ahead(model: Any) -> bool:
-    """Whether what the model says of the first token depends on the second."""
+    """Return whether the logits of the first token depend on the second."""
     rows = [torch.tensor([[1, second]], device=model.device) for second in (2, 3)]
     one, other = (model(row).logits[0, 0].float() for row in rows)
     return not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
@@ -121,7 +121,7 @@ def base_model_of(adapter: str, name: str | None) -> str | None:
         name: The base model that the user named, or None.
     """
     from ..tasks.task import TASK_FILE
-    from .task import LANGUAGE_KIND, load_language_task, task_kind
+    from .inference import LANGUAGE_KIND, load_language_task, task_kind
 
     if name is not None:
         return model_source(ModelSpec(name))

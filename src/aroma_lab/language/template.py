@@ -1,182 +1,349 @@
-"""How turns are written as text, and what stands around a response there."""
+"""How turns become text and tokens: one chat template for training, evaluation and generation."""
 
 from __future__ import annotations
 
+import copy
+import datetime
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from aroma.errors import DataError, bad_value
 
-from .examples import Turn
+from ..specs import LanguageSpec
+
+Role = Literal["system", "user", "assistant"]
+
+QUESTION_FILE = Path(__file__).with_name("commonsense.yaml")
+"""lm-evaluation-harness task of the commonsense sets; its `doc_to_text` writes the prompts of training, too."""
 
 PLAIN_TEMPLATE = (
     "{% set headings = {'system': 'Context', 'user': 'Request', 'assistant': 'Reply'} %}"
-    "{% for message in messages %}{{ headings[message['role']] }}:\n{{ message['content'] }}\n\n{% endfor %}"
+    "{% for message in messages %}{{ headings[message['role']] }}:\n"
+    "{{ message['content'] ~ (eos_token if message['role'] == 'assistant' else '') }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Reply:\n{% endif %}"
 )
 """For tokenizers without a chat template: each turn under its heading, a blank line after it."""
 
-Render = Callable[[Sequence[Turn], bool, str], str]
-"""Writes turns as text: the turns, whether a response is to follow, what they are called in errors."""
-
 _QUESTION, _ANSWER, _SYSTEM = "aromaprobequestion", "aromaprobeanswer", "aromaprobesystem"
 
-_DAY = {
-    "%Y-%m-%d": "2024-07-26",
-    "%F": "2024-07-26",
-    "%T": "00:00:00",
-    "%Y": "2024",
-    "%y": "24",
-    "%B": "July",
-    "%b": "Jul",
-    "%m": "07",
-    "%-m": "7",
-    "%d": "26",
-    "%-d": "26",
-    "%e": "26",
-    "%j": "208",
-    "%A": "Friday",
-    "%a": "Fri",
-    "%H": "00",
-    "%I": "12",
-    "%M": "00",
-    "%S": "00",
-    "%p": "AM",
-}
-"""What a template that asks for the time is told: midnight of the day that Llama 3's templates fall back on."""
+_DAY = datetime.datetime(2024, 7, 26)
+"""The time that every template is given: midnight of the day that Llama 3's templates fall back on."""
+
+_TIME_CODES = tuple("%Y-%m-%d %F %T %Y %y %B %b %-m %m %-d %d %e %j %A %a %H %I %M %S %p".split())  # noqa: SIM905
+
+
+_CLOCK = "{% macro strftime_now(format) %}"
 
 
 @dataclass(frozen=True)
-class Lead:
-    """What a template lets every response begin with, and what is not said with it, as the empty thoughts of Qwen 3.
+class Turn:
+    """What one side says."""
 
-    Args:
-        text: As a tokenizer decodes it; white space does not matter.
-    """
-
+    role: Role
     text: str
 
-    def removed_from(self, written: str) -> str:
-        """Return what was written without the lead, if it begins with it, and without white space in front."""
-        pattern = r"\s*".join(map(re.escape, self.text.split()))
-        return re.sub(rf"\A\s*{pattern}", "", written, count=1).lstrip()
 
-    def may_go_on(self, written: str) -> bool:
-        """Whether all that was written so far is white space, or the beginning of the lead."""
-        return "".join(self.text.split()).startswith("".join(written.split()))
+def instruction_turns(instruction: str, input: str = "") -> tuple[Turn, ...]:
+    """Return the turn that asks for a response, as `doc_to_text` of `QUESTION_FILE` writes it."""
+    return (Turn("user", _instruction_template().render(instruction=instruction, input=input)),)
+
+
+@cache
+def _instruction_template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    # The options of lm-evaluation-harness.
+    environment = Environment(keep_trailing_newline=True, undefined=StrictUndefined)
+    return environment.from_string(yaml.safe_load(QUESTION_FILE.read_text(encoding="utf-8"))["doc_to_text"])
+
+
+def order_fault(turns: Sequence[Turn], last: Role) -> str | None:
+    """Return what is wrong with the order of turns, or None: an optional system turn, then user and assistant in turn.
+
+    Args:
+        turns: The turns.
+        last: Whose turn must be the last.
+    """
+    if any(turn.role == "system" for turn in turns[1:]):
+        return "a system turn can only be the first"
+    spoken = [turn.role for turn in turns if turn.role != "system"]
+    if not spoken or spoken[0] != "user":
+        return "the user speaks first, after a system turn if there is one"
+    if any(one == other for one, other in pairwise(spoken)):
+        return "user and assistant take turns, and here one of them speaks twice in a row"
+    if spoken[-1] != last:
+        return f"the last turn must be the {last}'s"
+    return None
 
 
 @dataclass(frozen=True)
-class ResponseForm:
-    """What a template writes around a response.
+class Segment:
+    """A stretch of an example.
 
     Args:
-        header: What it lacks at the end of a prompt: the response's heading, where it ignores that one is to follow.
-        lead: What comes before the text and is predicted with it, as the space of Llama 2.
-        end: What ends the response, up to a token at which generation stops; "": the template writes no such token.
-        stop_token: That token; None where there is none.
-        trailer: What follows until the next turn.
+        ids: Its tokens.
+        response: Whether it is a response with its end (or plain text), and not a prompt.
     """
 
-    header: str
-    lead: str
-    end: str
-    stop_token: str | None
-    trailer: str
-
-    def around(self, text: str) -> str:
-        """Return a response as the template writes it behind its prompt."""
-        return self.lead + text + self.end + self.trailer
+    ids: list[int]
+    response: bool
 
 
-def choose_template(tokenizer: Any, asked: Literal["auto", "chat", "plain"]) -> Literal["chat", "plain"]:
-    """Return which template writes the turns.
+class Template:
+    """Turns conversations into tokens, by the tokenizer's chat template or by the plain one.
+
+    Prompts and responses are tokenized separately, so that a training example is, token for token, the prompt of
+    evaluation followed by a response. White space around a response is not part of it: most chat templates strip it.
+
+    Args:
+        tokenizer: The model's; it must have an end-of-text token.
+        spec: Which template, the system turn, and what is learned.
+
+    Attributes:
+        spec: As given.
+        name: `"chat"` or `"plain"`.
+        tokenizer: A copy of the tokenizer whose chat template is the one used here. It writes the same date every
+            day, and a prompt always ends with the heading of the response.
+        stop_ids: Tokens at which generation stops: the template's end of a turn, and the end of the text.
+        lead: Text that the template puts before every response, such as Qwen 3's empty thoughts. It is learned and
+            generated, and is not part of the response.
 
     Raises:
-        ConfigError: `asked` is chat, and the tokenizer has no template.
+        ConfigError: No end-of-text token, no chat template where one is asked for, or one that does not write a
+            response after its prompt.
     """
-    if asked == "auto":
-        return "plain" if tokenizer.chat_template is None else "chat"
-    if asked == "chat" and tokenizer.chat_template is None:
-        raise bad_value("language.template", asked, "the tokenizer has no chat template; give plain or auto")
-    return asked
 
+    def __init__(self, tokenizer: Any, spec: LanguageSpec) -> None:
+        if tokenizer.eos_token_id is None:
+            raise bad_value(
+                "model.name", tokenizer.name_or_path, "its tokenizer has no eos token, so no response could end"
+            )
+        self.spec = spec
+        self.name = _choose(tokenizer, spec.template)
+        self.tokenizer = copy.deepcopy(tokenizer)
+        first = tokenizer("a")["input_ids"][:1]
+        self.bos_ids: list[int] = first if first == [tokenizer.bos_token_id] else []
+        if self.name == "plain":
+            # A chat template writes the beginning-of-text token itself where it wants one.
+            self.tokenizer.chat_template = ("{{ bos_token }}" if self.bos_ids else "") + PLAIN_TEMPLATE
+        else:
+            self.tokenizer.chat_template = _without_clock(tokenizer.get_chat_template().removesuffix("\n"))
+        self._before, self._after, self._trailer, stop = self._response_form()
+        self.stop_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([self.tokenizer.convert_tokens_to_ids(stop), tokenizer.eos_token_id])
+        )
+        self.lead = self._decode(self._encode(self._before))
+        if spec.system is not None and not self._writes_system:
+            remedy = (
+                "the tokenizer's chat template leaves out system turns; give null, or put it into the instructions"
+            )
+            raise bad_value("language.system", spec.system, remedy)
+        # In some tokenizers, as SmolLM2's, it is the token that begins every turn, and does not stand for a text.
+        self._bos_is_kept = self.prompt([Turn("user", "a")]).count(tokenizer.bos_token_id) == 1
 
-def make_render(tokenizer: Any, template: Literal["chat", "plain"]) -> Render:
-    """Return the function that writes turns as text by a template; it raises DataError where the template refuses.
+    def prompt(self, turns: Sequence[Turn], field: str = "prompt") -> list[int]:
+        """Return the tokens up to where the response begins.
 
-    A template that writes the date writes the same one every day: a prompt is what was trained on, whenever it is
-    made.
-    """
-    from jinja2 import TemplateError
+        Args:
+            turns: The conversation so far; the last turn is the user's.
+            field: What it is called in errors.
 
-    source = PLAIN_TEMPLATE if template == "plain" else _without_clock(tokenizer.get_chat_template())
+        Raises:
+            DataError: Turns in a wrong order, turns that the chat template refuses, or a system turn that it leaves
+                out.
+        """
+        _require_order(turns, "user", field)
+        return [token for segment in self._segments(turns, field) for token in segment.ids]
 
-    def render(turns: Sequence[Turn], to_follow: bool, field: str) -> str:
+    def segments(self, turns: Sequence[Turn], field: str = "conversation") -> list[Segment]:
+        """Return an example as prompts and responses in turn.
+
+        Some templates rewrite earlier responses, for example without their thoughts, once more turns follow. No
+        prompt of generation then leads up to them as they stand: everything before the last response becomes one
+        prompt, and the last response alone is learned.
+
+        Args:
+            turns: The conversation; the last turn is the assistant's.
+            field: What it is called in errors.
+
+        Raises:
+            DataError: As in `prompt`, or the template does not write the last response as it is learned.
+        """
+        _require_order(turns, "assistant", field)
+        return self._segments(turns, field)
+
+    def response(self, text: str) -> list[int]:
+        """Return the tokens of a response and of its end."""
+        return self._encode(self._before + text.strip() + self._after)
+
+    def continuation(self, text: str) -> list[int]:
+        """Return the tokens of a response without its end."""
+        return self._encode(self._before + text.strip())
+
+    def plain_text(self, text: str) -> list[int]:
+        """Return the tokens of a plain text and of its end, without a beginning-of-text token."""
+        return [*self._encode(text), self.tokenizer.eos_token_id]
+
+    def read(self, ids: Sequence[int]) -> str:
+        """Return the text of a generated response: without its end, the template's lead, and white space around it."""
+        return self.without_lead(self._decode(ids)).strip()
+
+    def without_lead(self, written: str) -> str:
+        """Return a generated text without the lead, if it begins with it, and without white space in front."""
+        pattern = r"\s*".join(map(re.escape, self.lead.split()))
+        return re.sub(rf"\A\s*{pattern}", "", written, count=1).lstrip()
+
+    def may_be_lead(self, written: str) -> bool:
+        """Return whether all that was generated so far is white space, or the beginning of the lead."""
+        return "".join(self.lead.split()).startswith("".join(written.split()))
+
+    def kept_at_front(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens at the front of a prompt are never cut: 1 for a beginning-of-text token, else 0."""
+        return int(self._bos_is_kept and bool(prompt) and prompt[0] == self.tokenizer.bos_token_id)
+
+    def shorten(self, prompt: Sequence[int], most: int) -> list[int]:
+        """Return a prompt of at most `most` tokens: the left is cut, but never a beginning-of-text token."""
+        if len(prompt) <= most:
+            return list(prompt)
+        kept = self.kept_at_front(prompt)
+        return [*prompt[:kept], *prompt[len(prompt) - (most - kept) :]]
+
+    def _segments(self, turns: Sequence[Turn], field: str) -> list[Segment]:
+        turns = [Turn(turn.role, turn.text.strip()) if turn.role == "assistant" else turn for turn in turns]
+        if self.spec.system is not None and turns[0].role != "system":
+            turns.insert(0, Turn("system", self.spec.system))
+        stretches = self._in_turn(turns, field) or self._last_response_only(turns, field)
+        if turns[0].role == "system" and turns[0].text.strip() and not self._writes_system:
+            remedy = "the tokenizer's chat template leaves out system turns; put it into the user's turn, or set "
+            raise bad_value(field, turns[0].text[-80:], f"{remedy}language.template to plain", DataError)
+        return [Segment(self._encode(text), response) for text, response in stretches]
+
+    def _in_turn(self, turns: Sequence[Turn], field: str) -> list[tuple[str, bool]]:
+        """Return the text of each prompt and response; nothing where the template rewrites earlier turns."""
+        written = ""
+        stretches: list[tuple[str, bool]] = []
+        for number, turn in enumerate(turns, start=1):
+            if turn.role == "user":
+                opened = self._render(turns[:number], True, field)
+                if not opened.startswith(written):
+                    return []
+                stretches.append((opened[len(written) :], False))
+                written = opened
+            elif turn.role == "assistant":
+                written += self._before + turn.text + self._after
+                if self._render(turns[:number], False, field) != written + self._trailer:
+                    return []
+                stretches.append((self._before + turn.text + self._after, True))
+        return stretches
+
+    def _last_response_only(self, turns: Sequence[Turn], field: str) -> list[tuple[str, bool]]:
+        """Return one prompt and, where the last turn is the assistant's, one response."""
+        answered = turns[-1].role == "assistant"
+        opened = self._render(turns[:-1] if answered else turns, True, field)
+        if not answered:
+            return [(opened, False)]
+        response = self._before + turns[-1].text + self._after
+        if self._render(turns, False, field) != opened + response + self._trailer:
+            remedy = "the chat template does not write this response as it would be learned; change the row, or set "
+            raise bad_value(field, turns[-1].text[-80:], f"{remedy}language.template to plain", DataError)
+        return [(opened, False), (response, True)]
+
+    def _render(self, turns: Sequence[Turn], to_follow: bool, field: str) -> str:
+        """Return turns as text, with the heading of a response if one is to follow."""
+        from jinja2 import TemplateError
+
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            text: str = tokenizer.apply_chat_template(
-                messages, chat_template=source, tokenize=False, add_generation_prompt=to_follow
-            )
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_follow)
         except TemplateError as error:
-            roles = [turn.role for turn in turns]
             remedy = f"the tokenizer's chat template refuses these turns ({error}); leave them out, or set "
+            roles = [turn.role for turn in turns]
             raise bad_value(field, roles, f"{remedy}language.template to plain", DataError) from error
         return text
 
-    return render
+    def _response_form(self) -> tuple[str, str, str, str]:
+        """Find out, by a made-up answer, what the template writes around a response.
+
+        A template that ignores `add_generation_prompt`, or that does not end a response by a token of its own, is
+        completed.
+
+        Returns:
+            What comes before a response and is predicted with it; what ends it, up to the token at which generation
+            stops; what follows until the next turn; and that token.
+        """
+        question = [Turn("user", _QUESTION)]
+        opened = self._render(question, True, "language.template")
+        closed = self._render([*question, Turn("assistant", _ANSWER)], False, "language.template")
+        if not closed.startswith(opened) or closed[len(opened) :].count(_ANSWER) != 1:
+            raise bad_value(
+                "language.template",
+                "chat",
+                "under the tokenizer's chat template a prompt is not the beginning of prompt and response; give plain",
+            )
+        before, _, after = closed[len(opened) :].partition(_ANSWER)
+        heading = before.rstrip(" ")
+        if heading and opened == self._render(question, False, "language.template"):
+            literal = json.dumps(heading, ensure_ascii=False)
+            self.tokenizer.chat_template += f"{{% if add_generation_prompt %}}{{{{ {literal} }}}}{{% endif %}}"
+            before = before[len(heading) :]
+        stop = _first_stop(self.tokenizer, after)
+        if stop is None:
+            self.tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+            stop = self.tokenizer.eos_token
+            after += stop
+        end = after[: after.index(stop) + len(stop)]
+        return before, end, after[len(end) :], stop
+
+    @cached_property
+    def _writes_system(self) -> bool:
+        """Whether the template writes system turns; DataError if it refuses them."""
+        return _SYSTEM in self._render([Turn("system", _SYSTEM), Turn("user", _QUESTION)], True, "language.system")
+
+    def _encode(self, text: str) -> list[int]:
+        # Not verbose: what is too long is cut afterwards.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
 
-def response_form(tokenizer: Any, render: Render) -> ResponseForm:
-    """Find out by a made-up answer what a template writes around a response.
-
-    Raises:
-        ConfigError: The template does not write prompt, answer, and end one after another.
-    """
-    question = [Turn("user", _QUESTION)]
-    opened = render(question, True, "language.template")
-    closed = render([*question, Turn("assistant", _ANSWER)], False, "language.template")
-    if not closed.startswith(opened) or closed[len(opened) :].count(_ANSWER) != 1:
-        raise bad_value(
-            "language.template",
-            "chat",
-            "under the tokenizer's chat template a prompt is not the beginning of prompt and response; give plain",
-        )
-    lead, _, after = closed[len(opened) :].partition(_ANSWER)
-    header = ""
-    if opened == render(question, False, "language.template"):
-        header = lead.rstrip(" ")
-        lead = lead[len(header) :]
-    stop = _first_stop(tokenizer, after)
-    end = "" if stop is None else after[: after.index(stop) + len(stop)]
-    return ResponseForm(header, lead, end, stop, after[len(end) :])
+def _choose(tokenizer: Any, wanted: Literal["auto", "chat", "plain"]) -> Literal["chat", "plain"]:
+    if wanted == "auto":
+        return "plain" if tokenizer.chat_template is None else "chat"
+    if wanted == "chat" and tokenizer.chat_template is None:
+        raise bad_value("language.template", wanted, "the tokenizer has no chat template; give plain or auto")
+    return wanted
 
 
-def writes_system(render: Render, field: str) -> bool:
-    """Whether a template writes system turns, and does not leave them out.
-
-    Raises:
-        DataError: It refuses them.
-    """
-    return _SYSTEM in render([Turn("system", _SYSTEM), Turn("user", _QUESTION)], True, field)
+def _require_order(turns: Sequence[Turn], last: Role, field: str) -> None:
+    fault = order_fault(turns, last)
+    if fault is not None:
+        raise bad_value(field, [turn.role for turn in turns], fault, DataError)
 
 
 def _without_clock(source: str) -> str:
     """Return a template that takes the time from `_DAY` where it would ask for today's.
 
-    Transformers hands templates a function `strftime_now`, and nothing that can be called in its place; a macro of
-    that name goes before it. The line end behind the macro is part of its tag and is not written.
+    Transformers gives templates the function `strftime_now`; a macro of that name takes precedence.
     """
-    if "strftime_now" not in source:
+    if "strftime_now" not in source or source.startswith(_CLOCK):
         return source
-    told = "".join(f" | replace({code!r}, {text!r})" for code, text in _DAY.items())
-    return f"{{% macro strftime_now(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n{source}"
+    filled = "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _TIME_CODES)
+    return f"{_CLOCK}{{{{ format{filled} }}}}{{% endmacro %}}\n{source}"
 
 
 def _first_stop(tokenizer: Any, text: str) -> str | None:
-    """Return the first token of its own (the end of the text, of a turn) that a text has, of two the longer."""
+    """Return the first added token (end of a turn or of the text) in a text; of two at one place the longer."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
     found = [token for token in added if token.strip() and token in text]
     return min(found, key=lambda token: (text.index(token), -len(token)), default=None)

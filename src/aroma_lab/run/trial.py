@@ -11,8 +11,7 @@ from typing import Any, Literal
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
-from ..language.spec import LanguageSpec
-from ..specs import DataSpec, TrainSpec, check_training
+from ..specs import DataSpec, LanguageSpec, TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
 PURPOSES = ("report", "select")

@@ -14,7 +14,7 @@ from ..tasks.load import load_task
 from ..tasks.metrics import CHOICE_METRIC
 from ..tasks.spec import HELD_OUT
 from ..tasks.task import Task
-from ..training.job import Job, Objective, TrainerKind
+from ..training.job import Job, Objective
 from .trial import Trial
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class Work:
         held_out: Name of the held-out split.
         choice: Metric of the held-out split that a checkpoint is chosen by.
         traced: Splits that are evaluated during training, where any are.
-        trainer: The Trainer that trains on it; None for the job's own.
     """
 
     job: Job
@@ -44,7 +43,6 @@ class Work:
     held_out: str
     choice: str
     traced: tuple[str, ...]
-    trainer: TrainerKind | None = None
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -54,8 +52,7 @@ class Work:
     @cached_property
     def objective(self) -> Objective:
         """The job's objective; a checkpoint is chosen on the held-out split."""
-        objective = replace(self.job.objective, choice=f"{self.held_out}_{self.choice}")
-        return objective if self.trainer is None else replace(objective, trainer=self.trainer)
+        return replace(self.job.objective, choice=f"{self.held_out}_{self.choice}")
 
     def eval_sets(self) -> dict[str, Dataset]:
         """Return the encoded examples that are evaluated during training, by split."""
@@ -75,10 +72,10 @@ def work_of(trial: Trial) -> Work:
         return _work_of_data(trial, trial.data, model)
     reported = trial.purpose == "report"
     if trial.task.kind == "commonsense":
-        from ..language.questions_job import QuestionsJob
+        from ..language.job import QuestionsJob
 
         questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
-        return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,), _trainer_of(trial))
+        return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
     data = load_task(trial.task, reported=reported)
     task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
     parts = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
@@ -92,21 +89,12 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
     if data.task == "causal_lm":
         from ..language.job import LanguageJob, read_parts
 
-        conversations = read_parts(data, trial.language)
-        job: Job = LanguageJob.make(model, trial.language, data.max_length, trial.training.batch_size, conversations)
-        return Work(job, "loss", VALIDATION, "loss", (VALIDATION,), _trainer_of(trial))
+        job: Job = LanguageJob.make(model, trial.language, data.max_length, read_parts(data, trial.language))
+        return Work(job, "loss", VALIDATION, "loss", (VALIDATION,))
     parts = load_splits(data)
     job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts)
     metric = CHOICE_METRIC[data.task]
     return Work(job, metric, VALIDATION, metric, (VALIDATION,))
-
-
-def _trainer_of(trial: Trial) -> TrainerKind | None:
-    if trial.training.loop == "trainer":
-        return None
-    from ..language.sft import SftMethodTrainer, sft_arguments
-
-    return TrainerKind(SftMethodTrainer, sft_arguments)
 
 
 def _model_name(name: str) -> str:
