@@ -442,10 +442,9 @@ def test_hidden_labels_in_a_file_are_refused(tmp_path):
 def test_unknown_label_words_are_named_with_those_that_are_known(tmp_path):
     folder = write_json_folder(tmp_path, "rte", as_words=True)
     write_json_lines(folder / "validation.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "neutral"}])
-    with pytest.raises(DataError) as caught:
+    message = r"^tasks\.rte\.reported\.validation \(column 'label'\)='neutral': rte knows only .* \(or 0, 1\)"
+    with pytest.raises(DataError, match=message):
         load_task(TaskSpec("rte", source=str(folder)))
-    assert str(caught.value).startswith("tasks.rte.reported.validation (column 'label')='neutral': rte knows only ent")
-    assert "entailment, not_entailment (or 0, 1)" in str(caught.value)
 
 
 def test_a_glue_task_is_of_its_kind(tmp_path):

@@ -145,6 +145,10 @@ class GrowthHooks(Hooks):
         """The controller that is attached to the optimizer."""
         return self._attachment.controller
 
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on, so that the caller can step the controller."""
+        self._attachment.detach()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapter as its file has it, and the packed state of the controller; see `Hooks.state_dict`."""
         adapter = get_peft_model_state_dict(self._model, save_embedding_layers=False)

@@ -1,9 +1,13 @@
-"""The model that is measured: a shape with random weights, and a batch of random tokens. Nothing is downloaded."""
+"""What is measured: a model of a given shape with random weights, and a batch of random tokens.
+
+Nothing is downloaded for a named shape.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +16,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from aroma.errors import bad_value
 
-from .settings import BenchSettings
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda")
+LABELS = 2
 
-SHAPES: dict[str, tuple[type[Any], dict[str, int]]] = {
+Shapes = Mapping[str, tuple[type[Any], dict[str, Any]]]
+"""Named shapes: the class of the configuration, and its arguments."""
+
+SHAPES: Shapes = {
     "roberta-base": (
         RobertaConfig,
         {
@@ -51,12 +60,56 @@ SHAPES: dict[str, tuple[type[Any], dict[str, int]]] = {
         },
     ),
 }
-"""Named shapes: class of the configuration, and its arguments."""
-
-LABELS = 2
 
 
-def named_config(model: str, shapes: Mapping[str, tuple[type[Any], dict[str, Any]]]) -> Any:
+@dataclass(frozen=True)
+class BenchSettings:
+    """Settings of one benchmark. Together with the machine they decide its numbers.
+
+    Args:
+        model: A named shape, a local folder or a hub name; only its configuration is used.
+        batch_size: Sequences in a batch.
+        length: Tokens in a sequence; there is no padding.
+        rounds: How often each case is timed.
+        warmup_rounds: Rounds before those, which do not count.
+        dtype: Dtype of the backbone's weights, `"float32"` or `"bfloat16"`.
+        device: `"cpu"` or `"cuda"`.
+        threads: CPU threads; None for PyTorch's default.
+        seed: Seed of weights, input and finished components.
+        only: Keys of the cases to measure; None for all. The floor is always measured.
+        compiled: Whether each case is measured a second time with `torch.compile`.
+        peak: Whether peak memory is measured. On a CPU each case then runs in a process of its own.
+        keep_memory: Whether the process keeps the memory that it frees; see `keep_freed_memory`.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+
+    model: str = "roberta-base"
+    batch_size: int = 8
+    length: int = 128
+    rounds: int = 9
+    warmup_rounds: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+    only: tuple[str, ...] | None = None
+    compiled: bool = False
+    peak: bool = True
+    keep_memory: bool = True
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("batch_size", 1), ("length", 1), ("rounds", 1), ("warmup_rounds", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise bad_value(name, value, f"give {minimum} or more")
+        for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
+            if getattr(self, name) not in choices:
+                raise bad_value(name, getattr(self, name), f"choose one of {', '.join(choices)}")
+
+
+def named_config(model: str, shapes: Shapes) -> Any:
     """Return the configuration of a named shape, a local folder or a hub name.
 
     Raises:
@@ -75,10 +128,20 @@ def named_config(model: str, shapes: Mapping[str, tuple[type[Any], dict[str, Any
         ) from error
 
 
-def load_config(model: str) -> Any:
-    """Return the configuration of a named shape, a local folder or a hub name, with all its dropouts at 0.
+def longest_sequence(config: Any) -> int | None:
+    """Return the number of tokens that a model takes; None where its configuration sets no limit."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return None
+    if "roberta" in config.model_type or config.model_type == "camembert":
+        limit -= config.pad_token_id + 1  # their positions start after the padding token's
+    return limit
 
-    The backbone's own dropout costs every method the same, and would hide what they differ in.
+
+def load_config(model: str) -> Any:
+    """Return the configuration of a named shape, a local folder or a hub name, with all its dropouts set to 0.
+
+    The backbone's own dropout costs every method the same, and would hide how the methods differ.
 
     Raises:
         ConfigError: There is no such configuration.
@@ -94,13 +157,15 @@ def load_config(model: str) -> Any:
 
 
 def make_model(settings: BenchSettings) -> Any:
-    """Return a sequence classifier of the shape, with random weights of the seed, in training mode.
+    """Return a sequence classifier of the shape with random weights from the seed, in training mode.
 
     Raises:
         ConfigError: No such shape, one without a classifier or sdpa attention, or fewer positions than `length`.
     """
     config = load_config(settings.model)
-    _check_length(config, settings.length)
+    limit = longest_sequence(config)
+    if limit is not None and settings.length > limit:
+        raise bad_value("length", settings.length, f"the model takes at most {limit} tokens")
     torch.manual_seed(settings.seed)
     dtype = getattr(torch, settings.dtype)
     try:
@@ -112,7 +177,7 @@ def make_model(settings: BenchSettings) -> Any:
 
 
 def make_batch(model: Any, settings: BenchSettings) -> dict[str, Tensor]:
-    """Return random tokens, (batch_size, length), none of them padding, and random labels, (batch_size,)."""
+    """Return random tokens (batch_size, length) without padding, and random labels (batch_size,)."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch_size, settings.length)
     tokens = torch.randint(model.config.vocab_size - 1, size, generator=generator)
@@ -122,19 +187,9 @@ def make_batch(model: Any, settings: BenchSettings) -> dict[str, Tensor]:
 
 
 def copy_model(model: Any, own_backbone: bool) -> Any:
-    """Return a copy of `model` with a head of its own; the backbone's tensors are shared unless `own_backbone`."""
+    """Return a copy of `model` with its own head; the backbone's tensors are shared unless `own_backbone`."""
     if own_backbone:
         return copy.deepcopy(model)
     backbone = model.base_model
     shared = {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())}
     return copy.deepcopy(model, shared)
-
-
-def _check_length(config: Any, length: int) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if "roberta" in config.model_type or config.model_type == "camembert":
-        positions -= config.pad_token_id + 1  # their positions begin behind the padding's
-    if length > positions:
-        raise bad_value("length", length, f"the model takes at most {positions} tokens")
