@@ -2,24 +2,20 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from aroma_lab.run.recipe_run import check_schedule, planned_steps
-from aroma_lab.run.run_folder import EventLog
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from aroma.cli import main
-from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
 from aroma_lab.methods.lora import wrap
-from aroma_lab.pictures.rank_picture import places_of, rank_picture
 from aroma_lab.run.provenance import git_revision
+from aroma_lab.run.recorder import EventLog
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.evaluate import evaluate_adapter
 from aroma_lab.tasks.model import count_trainable, load_classifier
@@ -60,17 +56,12 @@ def read(path):
 
 
 def test_a_run_leaves_all_it_came_from(run):
-    assert {path.name for path in run.iterdir()} == {
-        "adapter",
-        "checkpoints",
-        "events.jsonl",
-        "history.json",
-        "recipe.yaml",
-        "result.json",
-    }
+    files = {"curve.json", "events.jsonl", "history.json", "recipe.yaml", "result.json", "trial.json"}
+    assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", *files}
     result = read(run / "result.json")
-    assert set(result["metrics"]) == {"validation", "test"}
-    assert set(result["metrics"]["test"]) == {"accuracy", "macro_f1", "mcc", "f1"}
+    assert set(result["reported"]) == {"test"}
+    assert set(result["held_out"]) == set(result["reported"]["test"]) == {"accuracy", "macro_f1", "mcc", "f1"}
+    assert result["reported"]["test"]["accuracy"] * 37 > 30  # it learned: chance is 18.5
     assert result["examples"] == {"train": 96, "validation": 24, "test": 37}
     assert set(result["versions"]) == {"python", "aroma-peft", "torch", "transformers", "peft", "accelerate"}
     assert result["versions"]["torch"] == torch.__version__
@@ -80,14 +71,6 @@ def test_a_run_leaves_all_it_came_from(run):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["data"]["validation_fraction"] == 0.2
     assert recipe["training"]["weight_decay"] == 0.0  # resolved: defaults are written out
-
-
-def test_the_metrics_are_of_whole_sets(run):
-    # 37 and 24 examples: an accuracy of the last batch alone would be a multiple of 1/5 or 1/8.
-    metrics = read(run / "result.json")["metrics"]
-    hits = metrics["test"]["accuracy"] * 37
-    assert hits == pytest.approx(round(hits))
-    assert hits > 30  # it learned: chance is 18.5
 
 
 def test_ranks_events_and_adapter_agree(run):
@@ -102,14 +85,15 @@ def test_ranks_events_and_adapter_agree(run):
         if rank:
             assert tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
     assert result["total_rank"] == sum(result["ranks"].values()) > 0
-    assert [entry["total_rank"] for entry in read(run / "history.json") if "total_rank" in entry]
+    assert read(run / "curve.json")["total_rank"][-1][1] == result["total_rank"]
 
 
 def test_the_number_of_trainable_parameters_is_of_the_pairs_and_the_head(files, run):
     model = wrap(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
     pairs = 2 * (4 * (16 + 16) + (16 + 32) + (32 + 16)) + (16 + 16)  # two layers and the pooler
     assert count_trainable(model) == {"adapter": pairs, "head": 16 * 2 + 2}
-    assert read(run / "result.json")["trainable_parameters"] == {"adapter": pairs, "head": 34}
+    assert read(run / "result.json")["parameters"]["head"] == 34
+    assert read(run / "result.json")["parameters"]["initial"] == pairs
 
 
 def test_head_and_adapters_have_their_own_learning_rates(files):
@@ -127,9 +111,9 @@ def test_a_regression_runs(files, tmp_path):
     out = tmp_path / "run"
     overrides = ["data.task=regression", "data.label=score", "training.max_steps=20", f"output={out}"]
     assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
-    assert set(read(out / "result.json")["metrics"]["test"]) == {"pearson", "spearman", "mse"}
+    assert set(read(out / "result.json")["reported"]["test"]) == {"pearson", "spearman", "mse"}
     evaluation = evaluate_adapter(out / "adapter", str(files / "test.jsonl"))
-    assert evaluation.metrics == pytest.approx(read(out / "result.json")["metrics"]["test"], abs=1e-5)
+    assert evaluation.metrics == pytest.approx(read(out / "result.json")["reported"]["test"], abs=1e-5)
 
 
 def test_mixed_precision_runs_on_a_cpu_and_leaves_float32(files, tmp_path):
@@ -137,18 +121,6 @@ def test_mixed_precision_runs_on_a_cpu_and_leaves_float32(files, tmp_path):
     assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-
-
-def test_a_run_has_to_outlast_its_warm_up_and_its_first_check():
-    config = AromaConfig(task_type="SEQ_CLS", inner_check_interval=5, max_inner_steps=10)
-    spec = TrainSpec(epochs=2.5, batch_size=8, gradient_accumulation_steps=3, warmup_steps=12)
-    steps = planned_steps(spec, 100)
-    assert steps == 13  # 13 batches, 5 optimizer steps an epoch
-    check_schedule(spec, config, steps)
-    with pytest.raises(ConfigError, match=r"training\.warmup_steps=12: the run of 12 optimizer steps"):
-        check_schedule(spec, config, 12)
-    with pytest.raises(ConfigError, match="inner_check_interval=5: it is longer than the run of 4"):
-        check_schedule(replace(spec, warmup_steps=0), config, 4)
 
 
 def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
@@ -162,10 +134,11 @@ def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
     more = ["training.keep_checkpoints=null", "data.validation_fraction=0.3", f"output={out}"]
     assert main(["train", str(files / "recipe.yaml"), *overrides, *more]) == 0
     result, history = read(out / "result.json"), read(out / "history.json")
-    accuracies = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
+    assert {entry["split"] for entry in history["evaluations"]} == {"validation"}  # of the test set nothing is known
+    accuracies = {entry["step"]: entry["accuracy"] for entry in history["evaluations"]}
     assert sorted(accuracies) == [10, 20, 30, 40]
     best = max(accuracies, key=lambda step: accuracies[step])
-    assert result["metrics"]["validation"]["accuracy"] == accuracies[best] == max(accuracies.values())
+    assert result["held_out"]["accuracy"] == accuracies[best] == max(accuracies.values())
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
     chosen = load_file(out / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert saved.keys() == chosen.keys()
@@ -212,7 +185,10 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
     one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, run))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert read(out / "result.json")["metrics"] == read(run / "result.json")["metrics"]
+    for name in ("held_out", "reported", "singular_values", "inner_checks"):
+        assert read(out / "result.json")[name] == read(run / "result.json")[name], name
+    for name in ("history.json", "curve.json"):
+        assert (out / name).read_text() == (run / name).read_text(), name
 
 
 def test_a_resume_of_another_recipe_is_refused_by_key(files, run, tmp_path, capsys):
@@ -260,7 +236,7 @@ def test_eval_finds_what_the_run_reported(files, run, tmp_path, capsys):
     arguments = ["eval", str(run / "adapter"), "--data", str(files / "test.jsonl"), "--json", str(out)]
     assert main([*arguments, "--batch-size", "5"]) == 0
     assert "all 37 examples" in capsys.readouterr().out
-    assert read(out)["metrics"] == read(run / "result.json")["metrics"]["test"]
+    assert read(out)["metrics"] == read(run / "result.json")["reported"]["test"]
 
 
 def test_eval_takes_other_columns_and_another_base(files, run, tmp_path, capsys):
@@ -271,7 +247,7 @@ def test_eval_takes_other_columns_and_another_base(files, run, tmp_path, capsys)
     assert "it has no column 'text', 'label'; its columns are 'words', 'kind'" in capsys.readouterr().err
     out = tmp_path / "metrics.json"
     assert main([*arguments, "--text", "words", "--label", "kind", "--json", str(out)]) == 0
-    assert read(out)["metrics"] == read(run / "result.json")["metrics"]["test"]
+    assert read(out)["metrics"] == read(run / "result.json")["reported"]["test"]
 
 
 @pytest.mark.parametrize(
@@ -334,62 +310,3 @@ def test_export_merged_predicts_the_same(files, run, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
     model = PeftModel.from_pretrained(base, run / "adapter").eval()
     torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
-
-
-# The picture ---------------------------------------------------------------------------------------------------------
-
-
-def test_module_names_are_placed_by_layer_and_kind():
-    names = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.11.output.dense", "bert.pooler.dense"]
-    assert [(place.layer, place.kind) for place in places_of(names)] == [
-        (0, "attention.self.query"),
-        (11, "output.dense"),
-        (None, "bert.pooler.dense"),
-    ]
-
-
-def test_stacks_with_the_same_layers_are_told_apart():
-    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
-    assert [place.kind for place in places_of(names)] == [
-        "encoder.layer.0.SelfAttention.q",
-        "decoder.layer.0.SelfAttention.q",
-    ]
-    assert [place.kind for place in places_of(["h.0", "h.1"])] == ["h", "h"]
-
-
-class _Drawn:
-    def __init__(self, name, rank, effective_rank):
-        self.name, self.rank, self.effective_rank = name, rank, effective_rank
-
-
-def test_circles_have_areas_in_proportion_and_rank_0_is_a_cross():
-    from matplotlib.patches import Circle
-
-    from aroma_lab.pictures.rank_picture import draw_ranks
-
-    matrices = [_Drawn("h.0.q", 8, 4.0), _Drawn("h.1.q", 2, 2.0), _Drawn("h.2.q", 0, 0.0)]
-    axes = draw_ranks(matrices, "title").axes[0]
-    circles = [patch for patch in axes.patches if isinstance(patch, Circle)]
-    areas = [circle.radius**2 for circle in circles]
-    assert areas[1] / areas[0] == pytest.approx(4 / 8)
-    assert areas[2] / areas[0] == pytest.approx(2 / 8)
-    assert len(circles) == 4  # none for rank 0
-    crosses = [line for line in axes.lines if line.get_marker() == "x"]
-    assert [tuple(line.get_xydata()[0]) for line in crosses] == [(2.0, 0.0)]
-    assert [text.get_text() for text in axes.texts] == ["8", "2"]
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
-def test_a_picture_is_written_by_its_suffix(tmp_path, suffix):
-    path = tmp_path / f"ranks{suffix}"
-    rank_picture([_Drawn("a", 0, 0.0)], path)
-    assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml", b"%PDF-")
-
-
-def test_a_picture_of_nothing_or_of_an_unknown_kind_is_refused(run, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="there is nothing to draw"):
-        rank_picture([], tmp_path / "ranks.png")
-    assert main(["inspect", str(run / "adapter"), "--plot", "ranks.docx"]) == 2
-    assert "plot='ranks.docx': unknown kind of picture; its name must end in .png, .svg, .pdf" in (
-        capsys.readouterr().err
-    )

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from aroma.errors import NonFiniteError
 from aroma.spectra import component_cosines, effective_rank, singular_values, span_overlaps
-from aroma_lab.run.spectra_record import spectra_of
+from aroma_lab.run.result import spectra_of
 
 FACTORS = st.fixed_dictionaries(
     {

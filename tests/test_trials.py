@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,26 +17,23 @@ from typing import Any
 
 import pytest
 import torch
-from aroma_lab.run.curve import Curve
-from aroma_lab.run.history import history_of, inner_checks_of
-from aroma_lab.run.usage import Usage
-from aroma_lab.training.objective import Objective
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from aroma.tuner import AromaConfig
 from aroma_lab.methods.registry import make_method
-from aroma_lab.run import usage, worker
-from aroma_lab.run.folder import TrialFolder
-from aroma_lab.run.run import run_trial, seeded_options
+from aroma_lab.run import worker
+from aroma_lab.run.recorder import Curve, history_of, inner_checks_of
+from aroma_lab.run.run import check_growth, check_warmup, planned_steps, run_trial, seeded_options
 from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
 from aroma_lab.specs import TrainSpec
-from aroma_lab.tasks import classification
 from aroma_lab.tasks.classification import encode as real_encode
 from aroma_lab.tasks.classification import load_tokenizer
 from aroma_lab.tasks.load import load_task
 from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.training.job import Objective
 from aroma_lab.training.trainer import make_optimizer, training_arguments
 from trial_runs import METHODS, STEPS, read, save_material, trial_of
 
@@ -144,21 +140,14 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert 50 < result["peak_memory_mib"] < 100_000
     assert result["peak_gpu_memory_mib"] == 0 or torch.cuda.is_available()
     assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
+    assert (result["processes"], result["total_rank"]) == (1, sum(result["ranks"].values()))
     modules = set(result["ranks"])
     assert len(modules) == 12
-    for name in ("effective_ranks", "singular_values", "overlaps"):
+    for name in ("effective_ranks", "singular_values", "overlaps", "states"):
         assert set(result[name]) == modules
     assert result["average_rank"] == pytest.approx(sum(result["ranks"].values()) / 12)
     assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
     assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
-
-
-def test_metrics_are_of_whole_sets(finished: Path) -> None:
-    # 37 and 24 examples in batches of 8: an accuracy of the last batch alone would be a multiple of 1/5.
-    result = read(finished / "result.json")
-    for values, count in ((result["reported"]["test"], 37), (result["held_out"], 24)):
-        hits = values["accuracy"] * count
-        assert hits == pytest.approx(round(hits))
 
 
 def test_curve_events_and_result_agree(finished: Path) -> None:
@@ -200,9 +189,9 @@ def test_a_saved_adapter_predicts_in_plain_peft_what_was_reported(material: Path
         model = PeftModel.from_pretrained(base, tmp_path / method / "adapter").eval()
         test = load_task(trial.task).reported["test"]
         with torch.no_grad():
-            batch = tokenizer(test.texts, return_tensors="pt", padding=True, truncation=True, max_length=16)
+            batch = tokenizer(test["text"], return_tensors="pt", padding=True, truncation=True, max_length=16)
             predicted = model(**batch).logits.argmax(dim=-1)
-        accuracy = float((predicted == torch.tensor(test.labels)).double().mean())
+        accuracy = float((predicted == torch.tensor(test["labels"])).double().mean())
         assert accuracy == pytest.approx(result["reported"]["test"]["accuracy"]), method
 
 
@@ -280,33 +269,6 @@ def test_every_example_is_evaluated_exactly_once(
     assert len(seen.training) == 96
 
 
-def test_one_function_encodes_all(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[int] = []
-
-    def upside_down(examples: Any, tokenizer: Any, max_length: int) -> Any:
-        encoded.append(len(examples))
-        return real_encode(replace(examples, texts=["w7"] * len(examples)), tokenizer, max_length)
-
-    monkeypatch.setattr(classification, "encode", upside_down)
-    seen = _Seen(monkeypatch)
-    run_trial(trial_of(material, max_steps=4, eval_steps=2), tmp_path / "run")
-    assert encoded == [96, 24, 37]
-    assert seen.training.keys() == seen.evaluation.keys()  # nothing is encoded elsewhere
-    assert len(seen.training) == 1
-
-
-def test_batches_of_similar_lengths_have_less_padding(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    padding = {}
-    for grouped in (False, True):
-        with monkeypatch.context() as patch:
-            seen = _Seen(patch)
-            run_trial(trial_of(material, max_steps=12, group_by_length=grouped), tmp_path / str(grouped))
-            padding[grouped] = seen.padding
-    assert padding[True] < 0.6 * padding[False]
-
-
 def test_every_method_sees_the_same_batches(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders = []
     for method in ("lora", "full", "adalora"):
@@ -369,14 +331,6 @@ def test_the_average_counts_what_trains_in_each_planned_step() -> None:
     assert curve.total_rank == [[0, 1], [2, 2], [4, 3]]
 
 
-def test_a_method_without_ranks_has_none(material: Path, tmp_path: Path) -> None:
-    result = run_trial(trial_of(material, "bitfit", max_steps=5), tmp_path / "run")
-    assert (result["average_rank"], result["effective_rank"], result["ranks"]) == (None, None, {})
-    assert (result["singular_values"], result["overlaps"], result["inner_checks"]) == ({}, {}, [])
-    curve = read(tmp_path / "run" / "curve.json")
-    assert (curve["ranks"], curve["total_rank"], len(curve["parameters"])) == ({}, [], 1)
-
-
 def test_adalora_loses_rank_on_the_way(material: Path, tmp_path: Path) -> None:
     result = run_trial(trial_of(material, "adalora"), tmp_path / "run")
     curve = read(tmp_path / "run" / "curve.json")
@@ -397,53 +351,6 @@ def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Pa
     on = replace(trial, training=replace(trial.training, early_stop=False))
     result = run_trial(on, tmp_path / "goes-on")
     assert (result["steps"], result["stopped_early"], result["parameters"]["final"]) == (STEPS, False, 0)
-
-
-class _Clock:
-    """Time that passes only where it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_evaluations_and_checkpoints_are_no_training_time(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = _Clock()
-    stopped = SimpleNamespace(perf_counter=clock, monotonic=time.monotonic, process_time=time.process_time)
-    monkeypatch.setattr(usage, "time", stopped)
-    for name, seconds in (("training_step", 1.0), ("evaluation_loop", 1000.0), ("_save_checkpoint", 1e6)):
-        monkeypatch.setattr(Trainer, name, _lasting(seconds, clock, getattr(Trainer, name)))
-    trial = trial_of(material, eval_steps=4, save_steps=3)
-    result = run_trial(trial, tmp_path / "run")
-    assert result["epoch_seconds"] == [12.0, 6.0]
-
-
-def _lasting(seconds: float, clock: _Clock, method: Any) -> Any:
-    def lasting(self: Any, *arguments: Any, **options: Any) -> Any:
-        clock.now += seconds
-        return method(self, *arguments, **options)
-
-    return lasting
-
-
-def test_usage_adds_what_earlier_attempts_used() -> None:
-    first = Usage()
-    first.begin()
-    first.end_step(0.5)
-    first.end_step(1.0)
-    first.end_step(1.25)
-    assert len(first.epochs) == 2
-    state = json.loads(json.dumps(first.state_dict()))
-    state["total"]["cpu_seconds"] += 100
-    second = Usage()
-    second.load_state_dict(state)
-    assert second.epochs == first.epochs
-    assert 100 <= second.total()["cpu_seconds"] < 110
-    assert second.total()["peak_memory_mib"] >= first.total()["peak_memory_mib"] > 0
 
 
 def test_inner_checks_are_the_first_converged_ones() -> None:
@@ -520,6 +427,19 @@ def test_open_seeds_of_a_method_are_the_trials() -> None:
     assert seeded_options("relora_merge", {}, 5) == {"seed": 5}
 
 
+def test_a_run_has_to_outlast_its_warm_up_and_its_first_check() -> None:
+    spec = TrainSpec(epochs=2.5, batch_size=8, gradient_accumulation_steps=3, warmup_steps=12)
+    steps = planned_steps(spec, 100)
+    assert steps == 13  # 13 batches, 5 optimizer steps an epoch
+    check_warmup(spec, steps)
+    with pytest.raises(ConfigError, match=r"training\.warmup_steps=12: the run of 12 optimizer steps"):
+        check_warmup(spec, 12)
+    model = SimpleNamespace(peft_config={"default": AromaConfig(inner_check_interval=5, max_inner_steps=10)})
+    check_growth(model, steps)
+    with pytest.raises(ConfigError, match="inner_check_interval=5: it is longer than the run of 4"):
+        check_growth(model, 4)
+
+
 # The worker ----------------------------------------------------------------------------------------------------------
 
 
@@ -559,37 +479,6 @@ def test_a_failing_worker_says_why(material: Path, tmp_path: Path, capsys: pytes
     save_trial(trial_of(material, max_steps=4), tmp_path / "trial.json")
     assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 0
     assert not (tmp_path / "run" / "failure.json").exists()
-
-
-@pytest.mark.usefixtures("quiet_worker")
-def test_a_failure_leaves_the_work_of_others_alone(material: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("precious")
-    save_trial(trial_of(material), tmp_path / "trial.json")
-    assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 1
-    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
-    assert "it holds thesis.txt" in read(tmp_path / "run" / "failure.json")["message"]
-
-
-@pytest.mark.usefixtures("quiet_worker")
-def test_a_worker_without_a_trial_says_so(tmp_path: Path) -> None:
-    assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 1
-    assert "the file is missing" in read(tmp_path / "run" / "failure.json")["message"]
-
-
-def test_progress_is_there_while_it_runs(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    predict = classification.ClassifierJob.predict
-
-    def looked_at(*arguments: Any) -> Any:
-        seen.append(read(tmp_path / "run" / "progress.json"))
-        return predict(*arguments)
-
-    monkeypatch.setattr(classification.ClassifierJob, "predict", looked_at)
-    run_trial(trial_of(material, max_steps=5), tmp_path / "run")
-    assert (seen[0]["step"], seen[0]["planned"], seen[0]["first_step"]) == (5, 5, 0)
-    assert seen[0]["started"] > 1.6e9
-    assert not TrialFolder(tmp_path / "run").progress.exists()
 
 
 def test_full_fine_tuning_learns_and_loads_again(material: Path, tmp_path: Path) -> None:

@@ -94,15 +94,17 @@ def trial_of(material: Path, method: str = "lora", purpose: Any = "report", **tr
     )
 
 
-def die_at(trial: Trial, folder: Path, step: int | None) -> None:
-    """Run a trial in this process, which kills itself after optimizer step `step`."""
+def die_at(trial: Trial, folder: Path, step: int) -> None:
+    """Run a trial in this process, which kills itself after optimizer step `step`; −1: before the evaluation."""
     torch.set_num_threads(1)
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if step is not None:
+    if step == -1:
+        ProgressFile.on_train_end = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    else:
         ProgressFile.on_step_end = die  # type: ignore[method-assign]
     run_trial(trial, folder)
 

@@ -93,25 +93,21 @@ def typed_fields(
     for key, value in flat.items():
         if key not in types:
             raise _no_such_key(key, value, types, prefix, whole, remedy, also)
-        if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
-            raise bad_value(f"{prefix}{key}", value, f"give {type_name(types[key])}; it cannot be null")
-    parser = _parser(tuple(types.items()))
-    try:
-        parsed = parser.parse_object(flat)
-    except ArgumentError as error:
-        key = _key_of(error, types)
-        raise bad_value(f"{prefix}{key}", flat[key], f"give {type_name(types[key])}") from error
-    return _nested(kind, {key: parsed[key] for key in flat})
+    return _nested(kind, _parsed(types, flat, lambda key: f"{prefix}{key}"))
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
     """Return one `value` as `kind`, by the rules of `typed_fields` ("1e-4" is a float, 1.5 is no int).
 
+    Args:
+        key: The key, for errors.
+        value: What was given.
+        kind: A type hint.
+
     Raises:
         ConfigError: It is none.
     """
-    section, _, name = key.rpartition(".")
-    return typed_fields({name: kind}, {name: value}, section)[name]
+    return _parsed({"value": kind}, {"value": value}, lambda _: key)["value"]
 
 
 def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
@@ -281,6 +277,19 @@ def _of_name(key: str, known: Iterable[str]) -> list[str]:
 # Types ---------------------------------------------------------------------------------------------------------------
 
 
+def _parsed(types: Mapping[str, Any], flat: Mapping[str, Any], shown: Callable[[str], str]) -> dict[str, Any]:
+    """Return values by dotted key, each of its type; errors name a key as `shown` says."""
+    for key, value in flat.items():
+        if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
+            raise bad_value(shown(key), value, f"give {type_name(types[key])}; it cannot be null")
+    try:
+        parsed = _parser(tuple(types.items())).parse_object(dict(flat))
+    except ArgumentError as error:
+        key = next(key for key in re.findall(r'[kK]ey "([^"]+)"', str(error)) if key in types)
+        raise bad_value(shown(key), flat[key], f"give {type_name(types[key])}") from error
+    return {key: parsed[key] for key in flat}
+
+
 @cache
 def _parser(types: tuple[tuple[str, Any], ...]) -> ArgumentParser:
     """Return the parser of all keys of a class."""
@@ -323,11 +332,6 @@ def _nested(kind: type[Any] | Mapping[str, Any], flat: Mapping[str, Any]) -> dic
         elif name in flat:
             made[name] = flat[name]
     return made
-
-
-def _key_of(error: ArgumentError, types: Mapping[str, Any]) -> str:
-    """Return the key that jsonargparse's message is about."""
-    return next(key for key in re.findall(r'[kK]ey "([^"]+)"', str(error)) if key in types)
 
 
 _TYPE_NAMES: dict[Any, str] = {

@@ -2,6 +2,7 @@
 
 from .fsdp2 import (
     Factors,
+    communicating_device,
     gathered,
     is_sharded,
     layout,
@@ -15,6 +16,7 @@ from .fsdp2 import (
 )
 from .processes import (
     agree,
+    base_optimizer,
     is_distributed,
     of_first_rank,
     processes_of_node,
@@ -43,6 +45,8 @@ __all__ = [
     "Range",
     "StepHooks",
     "agree",
+    "base_optimizer",
+    "communicating_device",
     "gathered",
     "is_distributed",
     "is_flattened",

@@ -56,6 +56,11 @@ def own_rows(tensor: Tensor) -> slice:
     return slice(start, min(start + most, length))
 
 
+def communicating_device(parameter: Tensor) -> torch.device:
+    """Return a device that the process group can reduce tensors of: not the CPU that shards may be offloaded to."""
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+
 @torch.no_grad()
 def write(target: Tensor, values: Tensor) -> None:
     """Put `values`, the same whole tensor on all ranks, into `target`, in place; no collective."""

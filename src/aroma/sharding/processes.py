@@ -77,6 +77,13 @@ def unwrapped_optimizer(optimizer: Any) -> Any:
     return optimizer if is_zero(optimizer) else getattr(optimizer, "optimizer", optimizer)
 
 
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer that takes the steps, within accelerate's wrapper and DeepSpeed's."""
+    inner = unwrapped_optimizer(optimizer)
+    base: torch.optim.Optimizer = inner.optimizer if is_zero(inner) else inner
+    return base
+
+
 def _is_engine(model: nn.Module) -> bool:
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 

@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
-    require_extra("train")
+    require_extra("lab")
     from ..run.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

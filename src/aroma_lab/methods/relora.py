@@ -11,12 +11,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from aroma.algorithm.paper import rewarmup_factor
 from aroma.errors import bad_value
 from aroma.files import write_tensors
 from aroma.integrations.rewarmup import Rewarmup
 from aroma.reset import component_generator, reset_state
 from aroma.tuner.layout import PEFT_PREFIX
-from aroma.warmup import rewarmup_factor
 
 from .aroma import Aroma
 from .base import Hooks, require_keys, with_dropout
