@@ -231,6 +231,7 @@ def test_what_was_cut_is_told(files: Path, capsys: pytest.CaptureFixture[str], f
             ConfigError,
             "language=.*it needs data.task=causal_lm, and the task is classification",
         ),
+        ({"data.task": "classification", "training.loop": "sft"}, ConfigError, "training.loop='sft'"),
         ({"data.task": "classification", "model.gguf_file": "a.gguf"}, ConfigError, "model.gguf_file='a.gguf'"),
         ({"data.max_length": 500}, ConfigError, "data.max_length=500"),
         ({"data.train": "nowhere.jsonl"}, DataError, "data.train='nowhere.jsonl'"),

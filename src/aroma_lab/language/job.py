@@ -90,7 +90,7 @@ class LanguageJob:
     @cached_property
     def eval_sets(self) -> dict[str, Dataset]:
         """The rows of all other splits."""
-        return {split: self._rows(split) for split in self.evaluated}
+        return {split: self._rows(split) for split in self.parts if split != "train"}
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -194,17 +194,17 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int, field: str) ->
 
 
 @dataclass(frozen=True)
-class QuestionsJob:
-    """A grid's task of kind `commonsense`: answers are learned, and scored on whole sets of questions; see `Job`.
+class QuestionsJob(LanguageJob):
+    """A grid's task of kind `commonsense`: answers are learned, and scored on whole sets of questions.
+
+    During training the loss of the held-out examples is measured; answers are ranked at the end.
 
     Args:
-        learning: What is trained on, and the held-out examples.
         questions: Questions by split: the held-out ones, then each set that is reported.
         metric: Name of the metric that is the score.
         batch_size: Sequences of one forward pass in evaluation.
     """
 
-    learning: LanguageJob
     questions: Mapping[str, Sequence[Question]]
     metric: str
     batch_size: int
@@ -243,22 +243,8 @@ class QuestionsJob:
                 remedy = "every question of it is a training example too; report questions that are not trained on"
                 raise spec.bad(key, file, remedy, DataError)
         parts = {"train": [example for example, _ in train], HELD_OUT: [example for example, _ in held_out]}
-        return cls(LanguageJob.make(model, language, spec.max_length, parts), questions, metric, batch_size)
-
-    @property
-    def objective(self) -> Objective:
-        """What the Trainer makes of the encoded examples."""
-        return self.learning.objective
-
-    @property
-    def train(self) -> Dataset:
-        """The training rows."""
-        return self.learning.train
-
-    @property
-    def eval_sets(self) -> dict[str, Dataset]:
-        """The held-out rows: during training their loss is measured, and answers are ranked at the end."""
-        return self.learning.eval_sets
+        template = Template(load_lm_tokenizer(model, spec.max_length), language)
+        return cls(model, spec.max_length, parts, template, questions, metric, batch_size)
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -268,16 +254,7 @@ class QuestionsJob:
     @property
     def examples(self) -> dict[str, int]:
         """Numbers of examples by split."""
-        return {**self.learning.examples, **{split: len(part) for split, part in self.questions.items()}}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was cut or left out of the training rows."""
-        return self.learning.notes
-
-    def load_model(self) -> Any:
-        """Return the pretrained model."""
-        return self.learning.load_model()
+        return {**super().examples, **{split: len(part) for split, part in self.questions.items()}}
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return the share of questions of a split that are answered rightly, and the loss of the right answers.
@@ -292,19 +269,15 @@ class QuestionsJob:
         unparseable = written.unparseable / written.examples
         return Prediction({**ranked.metrics, **written.metrics, "unparseable": unparseable}, ranked.loss)
 
-    def describe(self, model: Any, adapter: Path) -> None:
-        """Write task and tokenizer into the folder of an adapter."""
-        self.learning.describe(model, adapter)
-
     def _evaluate(self, trainer: Any, split: str, scoring: Scoring) -> QuestionEvaluation:
         from .evaluate import evaluate_questions
 
         return evaluate_questions(
-            LoadedModel(trainer.model, self.learning.template),
+            LoadedModel(trainer.model, self.template),
             self.questions[split],
             scoring,
             batch_size=self.batch_size,
-            max_length=self.learning.max_length,
+            max_length=self.max_length,
         )
 
 
