@@ -20,8 +20,9 @@ from aroma_lab.demo import run as demo
 from aroma_lab.demo.reload import Agreement, reloaded_logits
 from aroma_lab.demo.report import DemoResult, demo_report
 from aroma_lab.methods import Aroma
+from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks import model as models
-from aroma_lab.tasks.classification import encode, load_tokenizer, predict_logits
+from aroma_lab.tasks.classification import ClassifierJob, encode, load_tokenizer, predict_logits
 from aroma_lab.tasks.model import load_classifier
 from tiny_classifier import examples, save_tiny_bert
 
@@ -171,11 +172,12 @@ def test_a_damaged_adapter_does_not_reload(saved):
 
 def test_the_demo_stops_when_the_reloaded_adapter_predicts_otherwise(saved, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "reloaded_logits", lambda *_, **__: saved[2] + 0.01)
-    material = demo.Material("base", None, examples([], []), examples(saved[1], [0] * 7))
+    parts = {"held_out": examples(saved[1], [0] * 7)}
+    job = ClassifierJob(ModelSpec("base"), demo.TASK, parts, tokenizer=None)
     with pytest.raises(
         CheckpointError, match=r"max \|Δlogit\|=0\.0\d+: plain PEFT predicts 0 of 7 articles otherwise"
     ):
-        demo.check_reload(saved[2], tmp_path, material, demo.TRAINING, demo.no_progress)
+        demo.check_reload(saved[2], tmp_path, job, demo.TRAINING, demo.no_progress)
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The methods of comparison: what trains, what is done around the optimizer's step, and what can be asked then."""
 
-import dataclasses
 import json
 
 import pytest
@@ -13,8 +12,7 @@ from aroma import AromaConfig, aroma_layers
 from aroma.errors import ConfigError
 from aroma.files import read_tensors
 from aroma.integrations.callback import AromaCallback
-from aroma_lab.bench.settings import BenchSettings
-from aroma_lab.bench.shapes import make_batch, make_model
+from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import (
     METHODS,
     AdaLora,
@@ -40,26 +38,34 @@ SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)
 MODULES = 12
 """Linear modules in the layers of the tiny shape: six a layer."""
 
-CASES = [
-    Frozen(),
-    HeadOnly(),
-    BitFit(),
-    Houlsby(),
-    Pfeiffer(),
-    Lora(r=2),
-    Lora(r=2, dropout=0.1),
-    AdaLora(),
-    ReLoraMerge(),
-    ReLoraComponents(),
-    Full(),
-    Aroma(),
-]
+GROWS = {"max_inner_steps": 3, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 0}
+"""AROMA with a new component every three steps."""
+WIDTH, FFN, LAYERS = 16, 32, 2
+PAIR = LAYERS * (4 * 2 * WIDTH + 2 * (WIDTH + FFN))
+"""Parameters of one component in every module."""
+
+CASES = {
+    "frozen (floor)": (Frozen(), 0),
+    "head only": (HeadOnly(), 0),
+    # query, key, value, attention output, FFN output and two LayerNorms; the FFN; the embeddings' LayerNorm
+    "BitFit": (BitFit(), LAYERS * (7 * WIDTH + FFN) + WIDTH),
+    "Houlsby size=3": (Houlsby(size=3), 2 * LAYERS * (2 * WIDTH * 3 + 3 + WIDTH)),
+    "Pfeiffer size=3": (Pfeiffer(size=3), LAYERS * (2 * WIDTH * 3 + 3 + WIDTH)),
+    "LoRA r=2": (Lora(r=2), 2 * PAIR),
+    "LoRA r=2, dropout 0.1": (Lora(r=2, dropout=0.1), 2 * PAIR),
+    "AdaLoRA r=4→2": (AdaLora(init_r=4, target_r=2), 4 * (PAIR + MODULES)),
+    "ReLoRA r=2": (ReLoraMerge(r=2), 2 * PAIR),
+    "ReLoRA 2×8": (ReLoraComponents(r=2), 2 * PAIR),
+    "full fine-tuning": (Full(), None),
+    "AROMA r=2": (Aroma(r=2), 2 * PAIR),
+}
+"""Methods by name, with the number of parameters that train outside the head; None: all of them."""
 FACTORS = [
     Lora(r=2, alpha=5),
     AdaLora(init_r=4, target_r=2, alpha=3),
     ReLoraMerge(r=2, alpha=3, restart_every=4),
     ReLoraComponents(max_components=3, max_inner_steps=9),
-    Aroma(options={"max_inner_steps": 3, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 0}),
+    Aroma(options=GROWS),
 ]
 """Those whose updates are products of factors, at scales other than 1."""
 
@@ -93,40 +99,22 @@ def logits(model):
 # What trains ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_targets_are_the_linear_modules_of_the_layers():
-    names = encoder_linears(make_model(SETTINGS))
-    assert len(names) == MODULES
-    assert all(name.startswith("roberta.encoder.layer.") for name in names)
-
-
-@pytest.mark.parametrize("method", CASES, ids=lambda method: method.name)
-def test_the_head_trains_and_the_backbone_only_where_it_must(method):
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_trains_what_it_should_and_learns(name):
+    method, count = CASES[name]
     model = built(method)
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    head = [name for name in names if "classifier" in name]
-    adapter = [name for name in names if "lora_" in name or ".adapter." in name]
-    backbone = [name for name in names if name not in head and name not in adapter]
-    assert bool(head) == (not isinstance(method, Frozen))
-    assert bool(backbone) == isinstance(method, Full | BitFit)
-    expected = {
-        Lora: 2 * MODULES,
-        ReLoraMerge: 2 * MODULES,
-        ReLoraComponents: 2 * MODULES,
-        AdaLora: 3 * MODULES,
-        Aroma: 2 * MODULES,
-    }
-    expected |= {Houlsby: 4 * 4, Pfeiffer: 2 * 4}
-    assert len(adapter) == expected.get(type(method), 0)
-    assert len(method.parameters(model)) == len(names)
-
-
-@pytest.mark.parametrize("method", CASES[1:], ids=lambda method: method.name)
-def test_every_method_learns(method):
-    model = built(method)
-    batch = make_batch(model, SETTINGS)
-    before = float(model(**batch).loss.detach())
-    train(method, model, 12)
-    assert float(model(**batch).loss.detach()) < before
+    assert method.name == name
+    backbone = sum(p.numel() for name, p in make_model(SETTINGS).named_parameters() if "classifier" not in name)
+    assert method.active_parameters(model) == (backbone if count is None else count)
+    assert method.ranks(model).keys() == method.components(model).keys()
+    assert bool(method.ranks(model)) == isinstance(method, PeftAdapter)
+    (callback,) = method.callbacks(model)
+    assert isinstance(callback, AromaCallback if isinstance(method, Aroma) else HooksCallback)
+    if not isinstance(method, Frozen):
+        batch = make_batch(model, SETTINGS)
+        before = float(model(**batch).loss.detach())
+        train(method, model, 12)
+        assert float(model(**batch).loss.detach()) < before
 
 
 def test_the_floor_runs_backward_through_everything_and_trains_nothing():
@@ -140,53 +128,46 @@ def test_the_floor_runs_backward_through_everything_and_trains_nothing():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_names_say_what_differs():
-    assert [method.name for method in CASES] == [
-        "frozen (floor)",
-        "head only",
-        "BitFit",
-        "Houlsby size=8",
-        "Pfeiffer size=16",
-        "LoRA r=2",
-        "LoRA r=2, dropout 0.1",
-        "AdaLoRA r=12→8",
-        "ReLoRA r=8",
-        "ReLoRA 1×8",
-        "full fine-tuning",
-        "AROMA",
-    ]
-
-
 # AdaLoRA -------------------------------------------------------------------------------------------------------------
 
 
-def test_adaloras_allocator_runs_and_reaches_its_target():
+def test_adaloras_allocator_reaches_its_target_and_masked_triplets_do_not_count():
     method = AdaLora(init_r=4, target_r=2)
     model = built(method, planned_steps=6)
+    assert set(method.ranks(model).values()) == {4}
     train(method, model, 3, planned_steps=6)
-    early = sum(map(sum, model.peft_config["default"].rank_pattern.values()))
+    assert 2 * MODULES < sum(method.ranks(model).values()) < 4 * MODULES
     train(method, model, 6, planned_steps=6)
-    late = sum(map(sum, model.peft_config["default"].rank_pattern.values()))
-    assert 2 * MODULES < early < 4 * MODULES
-    assert late == 2 * MODULES
-    singular = [parameter for name, parameter in model.named_parameters() if "lora_E" in name]
-    assert sum(int((values != 0).sum()) for values in singular) == late
+    ranks = method.ranks(model)
+    assert list(ranks) == encoder_linears(make_model(SETTINGS))
+    assert sum(ranks.values()) == 2 * MODULES
+    assert len(set(ranks.values())) > 1
+    sizes = {
+        name: sum(module.weight.shape) + 1 for name, module in make_model(SETTINGS).named_modules() if name in ranks
+    }
+    assert method.active_parameters(model) == sum(rank * sizes[name] for name, rank in ranks.items())
+    assert {name: len(A) for name, (_, A) in method.components(model).items()} == ranks
 
 
-def test_adaloras_loss_holds_the_orthogonality_term():
-    losses, models = [], []
-    for weight in (0.0, 0.5):
-        models.append(built(AdaLora(orthogonality=weight)))
-        losses.append(float(models[-1](**make_batch(models[-1], SETTINGS)).loss.detach()))
-    factors = [
-        (parameter.detach(), "lora_A" in name)
-        for name, parameter in models[1].named_parameters()
-        if "lora_A" in name or "lora_B" in name
-    ]
-    grams = [matrix @ matrix.T if rows else matrix.T @ matrix for matrix, rows in factors]
-    term = sum(float((gram - torch.eye(len(gram))).norm()) for gram in grams) / len(grams)
-    assert term > 1
-    assert losses[1] - losses[0] == pytest.approx(0.5 * term, rel=1e-4)
+def test_between_two_allocations_a_masked_triplet_may_add_something_and_is_a_component():
+    method = AdaLora(init_r=4, target_r=2, interval=6)
+    model = built(method, planned_steps=12)
+    train(method, model, 7, planned_steps=12)
+    values = [layer.lora_E["default"] for layer in model.modules() if isinstance(layer, SVDLinear)]
+    components = method.components(model)
+    assert [len(A) for _, A in components.values()] == [int((value != 0).sum()) for value in values]
+    assert sum(len(A) for _, A in components.values()) > sum(method.ranks(model).values())
+
+
+def test_adaloras_phases_fit_the_run_that_it_was_planned_for():
+    with pytest.raises(ConfigError, match="final_steps=6: with 4 initial steps it leaves none of the 10 planned ones"):
+        built(AdaLora(initial_share=0.4, final_steps=6), planned_steps=10)
+    method = AdaLora(initial_share=0.4, final_steps=5)
+    model = built(method, planned_steps=10)
+    config = model.peft_config["default"]
+    assert (config.tinit, config.tfinal, config.total_step) == (4, 5, 10)
+    with pytest.raises(ConfigError, match="planned_steps=50: AdaLoRA's budget was planned for total_step=10"):
+        method.hooks(model, None, 50)
 
 
 # ReLoRA --------------------------------------------------------------------------------------------------------------
@@ -225,29 +206,29 @@ def test_restarts_come_when_due_and_reset_the_optimizer():
 # AROMA ---------------------------------------------------------------------------------------------------------------
 
 
-def test_aroma_grows_under_its_hooks():
-    options = {"max_inner_steps": 3, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 0}
-    method = Aroma(options=options)
+def test_aroma_grows_under_its_hooks_and_frozen_modules_do_not_count():
+    method = Aroma(options={**GROWS, "max_components": 2})
+    model = built(method)
+    assert set(method.ranks(model).values()) == {0}
+    train(method, model, 4)
+    assert set(method.ranks(model).values()) == {2}  # one finished, one in training
+    assert method.active_parameters(model) == PAIR
     model = built(method)
     _, hooks = train(method, model, 7)
     assert hooks.controller.global_step == 7
     assert all(layer.finished("default").rank == 2 for layer in aroma_layers(model).values())
-    assert len(aroma_layers(model)) == MODULES
+    assert method.active_parameters(model) == 0
 
 
-def test_components_are_drawn_from_the_seed_of_the_run():
+@pytest.mark.parametrize("component_seed", [None, 3])
+def test_components_are_drawn_from_the_seed_of_the_run_unless_they_have_their_own(component_seed):
     starts = []
-    for seed in (0, 1, 0):
+    for seed in (0, 1):
+        model = make_model(SETTINGS)
         torch.manual_seed(seed)
-        model = Aroma().build(make_model(dataclasses.replace(SETTINGS, seed=seed)), 100)
-        starts.append(next(iter(aroma_layers(model).values())).pair("default")[1].detach())
-    assert torch.equal(starts[0], starts[2])
-    assert not torch.equal(starts[0], starts[1])
-    torch.manual_seed(1)
-    model = Aroma(options={"component_seed": 3}).build(make_model(SETTINGS), 100)
-    torch.manual_seed(2)
-    other = Aroma(options={"component_seed": 3}).build(make_model(SETTINGS), 100)
-    assert all(torch.equal(pairs(model)[name], pairs(other)[name]) for name in pairs(model))
+        layers = aroma_layers(Aroma(options={"component_seed": component_seed}).build(model, 100))
+        starts.append(torch.cat([layer.pair("default")[1].detach().flatten() for layer in layers.values()]))
+    assert torch.equal(*starts) == (component_seed is not None)
 
 
 def test_relora_1x8_trains_eight_components_of_equal_length_whatever_they_come_to():
@@ -260,65 +241,6 @@ def test_relora_1x8_trains_eight_components_of_equal_length_whatever_they_come_t
     assert len(merged) == 8 * MODULES
     assert not any(event.kind == "checked" for event in events)
     assert set(method.ranks(model).values()) == {8}
-    assert method.active_parameters(model) == 0
-
-
-# What can be asked ---------------------------------------------------------------------------------------------------
-
-WIDTH, FFN, LAYERS = 16, 32, 2
-PAIR = LAYERS * (4 * 2 * WIDTH + 2 * (WIDTH + FFN))
-"""Parameters of one component in every module."""
-
-
-def test_active_parameters_are_what_the_closed_forms_say():
-    backbone = sum(p.numel() for name, p in make_model(SETTINGS).named_parameters() if "classifier" not in name)
-    expected = {
-        Frozen(): 0,
-        HeadOnly(): 0,
-        # query, key, value, attention output, FFN output and two LayerNorms; the FFN; the embeddings' LayerNorm
-        BitFit(): LAYERS * (7 * WIDTH + FFN) + WIDTH,
-        Houlsby(size=3): 2 * LAYERS * (2 * WIDTH * 3 + 3 + WIDTH),
-        Pfeiffer(size=3): LAYERS * (2 * WIDTH * 3 + 3 + WIDTH),
-        Full(): backbone,
-        Lora(r=2): 2 * PAIR,
-        AdaLora(init_r=4, target_r=2): 4 * (PAIR + MODULES),
-        ReLoraMerge(r=2): 2 * PAIR,
-    }
-    for method, count in expected.items():
-        model = built(method)
-        assert method.active_parameters(model) == count, method.name
-        assert method.ranks(model).keys() == method.components(model).keys()
-        assert bool(method.ranks(model)) == isinstance(method, PeftAdapter)
-    for method in (Aroma(r=2), ReLoraComponents(r=2)):
-        assert method.active_parameters(built(method)) == 2 * PAIR
-
-
-def test_masked_triplets_do_not_count():
-    method = AdaLora(init_r=4, target_r=2)
-    model = built(method, planned_steps=6)
-    assert set(method.ranks(model).values()) == {4}
-    train(method, model, 6, planned_steps=6)
-    ranks = method.ranks(model)
-    assert list(ranks) == encoder_linears(make_model(SETTINGS))
-    assert sum(ranks.values()) == 2 * MODULES
-    assert len(set(ranks.values())) > 1
-    sizes = {
-        name: sum(module.weight.shape) + 1 for name, module in make_model(SETTINGS).named_modules() if name in ranks
-    }
-    assert method.active_parameters(model) == sum(rank * sizes[name] for name, rank in ranks.items())
-    assert {name: len(A) for name, (_, A) in method.components(model).items()} == ranks
-
-
-def test_frozen_modules_do_not_count_any_more():
-    options = {"max_inner_steps": 2, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 0}
-    method = Aroma(options={**options, "max_components": 2})
-    model = built(method)
-    assert set(method.ranks(model).values()) == {0}
-    train(method, model, 3)
-    assert set(method.ranks(model).values()) == {2}  # one finished, one in training
-    assert method.active_parameters(model) == PAIR
-    model = built(method)
-    train(method, model, 4)
     assert method.active_parameters(model) == 0
 
 
@@ -340,16 +262,6 @@ def test_components_are_the_whole_update(method):
             assert B.shape[1] == A.shape[0]
             assert B.abs().max() > 0
             torch.testing.assert_close(before[name] + B @ A, module.weight, atol=1e-6, rtol=1e-5)
-
-
-def test_between_two_allocations_a_masked_triplet_may_add_something_and_is_a_component():
-    method = AdaLora(init_r=4, target_r=2, interval=6)
-    model = built(method, planned_steps=12)
-    train(method, model, 7, planned_steps=12)
-    values = [layer.lora_E["default"] for layer in model.modules() if isinstance(layer, SVDLinear)]
-    components = method.components(model)
-    assert [len(A) for _, A in components.values()] == [int((value != 0).sum()) for value in values]
-    assert sum(len(A) for _, A in components.values()) > sum(method.ranks(model).values())
 
 
 # Targets -------------------------------------------------------------------------------------------------------------
@@ -377,17 +289,6 @@ def test_targets_are_found_by_name_ending_and_pattern_and_the_head_never():
 def test_targets_that_are_not_there_are_refused(chosen, shown):
     with pytest.raises(ConfigError, match=rf"target_modules={shown}: no linear module outside the head is called so"):
         find_targets(chosen, make_model(SETTINGS))
-
-
-@pytest.mark.parametrize(
-    "method", [Lora(), AdaLora(), ReLoraMerge(), ReLoraComponents(), Aroma()], ids=lambda method: type(method).__name__
-)
-def test_adapters_go_where_they_are_sent(method):
-    method = dataclasses.replace(method, target_modules=["key", "intermediate.dense"])
-    model = built(method)
-    expected = [name for name in encoder_linears(make_model(SETTINGS)) if name.endswith(("key", "intermediate.dense"))]
-    assert list(method.ranks(model)) == expected
-    assert any("classifier" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 # Saving --------------------------------------------------------------------------------------------------------------
@@ -473,7 +374,7 @@ def trainer_for(method, model, steps, folder, **arguments):
         AdaLora(init_r=4, target_r=2, final_share=0.25),
         ReLoraMerge(r=2, restart_every=5, rewarmup_steps=3),
         ReLoraComponents(max_components=3),
-        Aroma(options={"max_inner_steps": 4, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 2}),
+        Aroma(options={**GROWS, "rewarmup_steps": 2}),
     ],
     ids=lambda method: method.name,
 )
@@ -496,27 +397,15 @@ def test_the_learning_rate_that_was_used_is_logged(tmp_path):
     assert rates == pytest.approx([1e-2, 1e-2, 1e-2, 0.0, 5e-3, 1e-2])
 
 
-def test_every_method_has_one_callback():
-    for method in CASES:
-        (callback,) = method.callbacks(built(method), early_stop=False)
-        assert isinstance(callback, AromaCallback if isinstance(method, Aroma) else HooksCallback)
-
-
 # By name -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_can_be_made_and_built():
+def test_every_kind_can_be_made():
     assert list(METHODS) == [
         *("pretrained", "full", "head_only", "bitfit", "houlsby", "pfeiffer"),
         *("lora", "adalora", "relora", "relora_merge", "aroma"),
     ]
-    for kind, made in METHODS.items():
-        method = make_method(kind, {})
-        assert type(method) is made
-        model = built(method)
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        assert any("classifier" in name for name in trained) == made.trains
-        assert bool(trained) == made.trains
+    assert all(type(make_method(kind, {})) is made for kind, made in METHODS.items())
 
 
 @pytest.mark.parametrize(
@@ -616,23 +505,3 @@ def test_options_of_aroma_reach_its_configuration():
 def test_options_that_cannot_work_are_refused_by_name(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         make_method(kind, options)
-
-
-# Refusals ------------------------------------------------------------------------------------------------------------
-
-
-def test_adaloras_phases_must_fit_the_planned_steps():
-    with pytest.raises(ConfigError, match="final_steps=6: with 4 initial steps it leaves none of the 10 planned ones"):
-        built(AdaLora(initial_share=0.4, final_steps=6), planned_steps=10)
-    model = built(AdaLora(initial_share=0.4, final_steps=5), planned_steps=10)
-    config = model.peft_config["default"]
-    assert (config.tinit, config.tfinal, config.total_step) == (4, 5, 10)
-    config = built(AdaLora(initial_steps=3, final_share=0.5), planned_steps=10).peft_config["default"]
-    assert (config.tinit, config.tfinal) == (3, 5)
-
-
-def test_adaloras_budget_is_planned_for_the_run_it_is_in():
-    method = AdaLora()
-    model = built(method, planned_steps=100)
-    with pytest.raises(ConfigError, match="planned_steps=50: AdaLoRA's budget was planned for total_step=100"):
-        method.hooks(model, None, 50)

@@ -107,13 +107,6 @@ def test_it_is_scored_in_the_precision_of_those_beside_it(files: Path, tmp_path:
     assert result["reported"]["easy"] == {name: value for name, value in expected.items() if name != "loss"}
 
 
-def test_a_finished_one_is_not_run_again(files: Path, tmp_path: Path) -> None:
-    result = run_trial(trial_of(files), tmp_path / "run")
-    path = tmp_path / "run" / "result.json"
-    path.write_text(json.dumps({**result, "score": 2.0}))
-    assert run_trial(trial_of(files), tmp_path / "run")["score"] == 2.0
-
-
 def test_a_selection_sees_held_out_questions_alone(files: Path, tmp_path: Path) -> None:
     task = replace(trial_of(files).task, reported={"easy": "absent.jsonl"})
     result = run_trial(trial_of(files, purpose="select", task=task), tmp_path / "run")
@@ -158,8 +151,3 @@ def test_a_quantised_model_is_refused_before_anything_is_written(files: Path, tm
     with pytest.raises(ConfigError, match="quantization='nf4': transformers' Trainer takes no quantised model"):
         run_trial(trial_of(files, quantization="nf4"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_it_has_no_options(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"options\.r=2: the method 'pretrained' has no options"):
-        run_trial(trial_of(files, options={"r": 2}), tmp_path / "run")

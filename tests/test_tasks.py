@@ -125,19 +125,6 @@ def load(*arguments, **options):
 # The eight of GLUE ---------------------------------------------------------------------------------------------------
 
 
-def test_the_eight_have_the_metrics_of_table_2():
-    assert {name: task.metric for name, task in GLUE.items()} == {
-        "cola": "mcc",
-        "sst2": "accuracy",
-        "mrpc": "accuracy",
-        "stsb": "pearson",
-        "qqp": "accuracy",
-        "mnli": "accuracy",
-        "qnli": "accuracy",
-        "rte": "accuracy",
-    }
-
-
 @pytest.mark.parametrize("name", GLUE)
 def test_original_files_json_lines_and_the_hub_say_the_same(tmp_path, hub, name):
     folders = [
@@ -152,7 +139,8 @@ def test_original_files_json_lines_and_the_hub_say_the_same(tmp_path, hub, name)
         assert load(name, source=str(folder), held_out=0.2) == contents(from_hub)
 
     task = GLUE[name]
-    assert (from_hub.metric, from_hub.label_names) == (task.metric, task.label_names)
+    assert from_hub.metric == {"cola": "mcc", "stsb": "pearson"}.get(name, "accuracy")  # as in Table 2
+    assert from_hub.label_names == task.label_names
     assert from_hub.kind == ("regression" if name == "stsb" else "classification")
     assert (len(from_hub.train), len(from_hub.held_out)) == (24, 6)
     assert list(from_hub.reported) == list(task.reported)
@@ -432,20 +420,12 @@ def test_hidden_labels_of_the_hub_are_refused(hub, name):
         load_task(TaskSpec(name, reported={"test": "test"}))
 
 
-def test_hidden_labels_in_a_file_are_refused(tmp_path):
-    folder = write_json_folder(tmp_path, "rte", as_words=False)
-    write_json_lines(folder / "test.jsonl", [{"sentence1": "a", "sentence2": "b", "label": -1}])
-    with pytest.raises(DataError, match=r"row 1\)=None: a label is missing"):
-        load_task(TaskSpec("rte", source=str(folder), reported={"test": "test"}))
-
-
 def test_unknown_label_words_are_named_with_those_that_are_known(tmp_path):
     folder = write_json_folder(tmp_path, "rte", as_words=True)
     write_json_lines(folder / "validation.jsonl", [{"sentence1": "a", "sentence2": "b", "label": "neutral"}])
-    with pytest.raises(DataError) as caught:
+    message = r"^tasks\.rte\.reported\.validation \(column 'label'\)='neutral': rte knows only .* \(or 0, 1\)"
+    with pytest.raises(DataError, match=message):
         load_task(TaskSpec("rte", source=str(folder)))
-    assert str(caught.value).startswith("tasks.rte.reported.validation (column 'label')='neutral': rte knows only ent")
-    assert "entailment, not_entailment (or 0, 1)" in str(caught.value)
 
 
 def test_a_glue_task_is_of_its_kind(tmp_path):

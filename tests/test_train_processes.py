@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from safetensors.torch import load_file
 from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma_lab.run.processes import require_as_many
-from aroma_lab.run.recipe_run import planned_steps
+from aroma_lab.run.run import planned_steps, run_trial
+from aroma_lab.run.trial import save_trial
 from aroma_lab.specs import TrainSpec
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
+from trial_runs import save_material, trial_of
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +50,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `aroma` in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "aroma"]
+def launch(*arguments: str, module: str = "aroma") -> subprocess.CompletedProcess[str]:
+    """Run a module in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
@@ -80,9 +83,9 @@ def test_two_processes_train_what_one_trains(files: Path, many: tuple[Path, str]
     assert decisions(folder) == decisions(one)
     assert {event["kind"] for event in decisions(folder)} >= {"merged"}
     assert ours["ranks"] == theirs["ranks"]
-    assert ours["metrics"].keys() == theirs["metrics"].keys() == {"validation", "test"}
-    for split, metrics in theirs["metrics"].items():
-        assert ours["metrics"][split] == pytest.approx(metrics, abs=1e-6)
+    assert ours["held_out"] == pytest.approx(theirs["held_out"], abs=1e-6)
+    assert ours["reported"]["test"] == pytest.approx(theirs["reported"]["test"], abs=1e-6)
+    assert read(folder / "curve.json") == read(one / "curve.json")
     weights, expected = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, one))
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
@@ -111,10 +114,30 @@ def test_it_resumes_as_if_it_had_not_been_interrupted(many: tuple[Path, str], tm
         assert done.returncode == 0, done.stderr[-4000:]
         for name in ("adapter/adapter_model.safetensors", "events.jsonl"):
             assert (whole / name).read_bytes() == (kept / name).read_bytes(), name
-        assert read(whole / "result.json")["metrics"] == read(kept / "result.json")["metrics"]
+        assert (whole / "curve.json").read_bytes() == (kept / "curve.json").read_bytes()
+        ours, theirs = read(whole / "result.json"), read(kept / "result.json")
+        assert (ours["held_out"], ours["reported"]) == (theirs["held_out"], theirs["reported"])
     finally:
         shutil.rmtree(whole)
         shutil.copytree(kept, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "adalora", "relora_merge"])
+def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one(
+    files: Path, tmp_path: Path, method: str
+) -> None:
+    trial = trial_of(save_material(tmp_path / "material"), method, max_steps=12, batch_size=4)
+    trial = replace(trial, model=str(files / "model"), training=replace(trial.training, group_by_length=False))
+    save_trial(trial, tmp_path / "trial.json")
+    done = launch(str(tmp_path / "trial.json"), str(tmp_path / "many"), module="aroma_lab.run.worker")
+    assert done.returncode == 0, done.stderr[-4000:]
+    ours = read(tmp_path / "many" / "result.json")
+    theirs = run_trial(replace(trial, training=replace(trial.training, batch_size=8)), tmp_path / "one")
+    assert (ours["processes"], theirs["processes"]) == (2, 1)
+    assert (ours["ranks"], ours["parameters"]) == (theirs["ranks"], theirs["parameters"])
+    assert ours["reported"]["test"] == pytest.approx(theirs["reported"]["test"], abs=1e-6)
+    assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-3)
 
 
 def test_what_is_refused_is_one_error_in_every_process_and_nothing_is_touched(files: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aroma.errors import bad_value
 from aroma.tuner import AromaLinear, aroma_layers
 
-from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLora
+from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLoraMerge
 from .models import BenchSettings, copy_model
 
 FLOOR = "floor"
@@ -175,7 +175,7 @@ def all_cases() -> list[Case]:
         Case("head", HeadOnly()),
         *adapters,
         Case("adalora", AdaLora()),
-        Case("relora", ReLora()),
+        Case("relora", ReLoraMerge()),
         Case("full", Full()),
         *grown,
         *frozen,

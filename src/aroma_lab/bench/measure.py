@@ -26,8 +26,8 @@ from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
 from ..methods import Aroma, Lora, encoder_linears
-from ..progress import Phase, silent_phase
-from ..run.allocator import keep_freed_memory
+from ..progress import Progress, no_progress
+from ..run.memory import keep_freed_memory
 from ..run.provenance import provenance
 from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
 from .memory import kept_bytes, optimizer_bytes, peak_of
@@ -45,12 +45,12 @@ Result = dict[str, Any]
 """What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, controller."""
 
 
-def measure(settings: BenchSettings, phase: Phase = silent_phase) -> Result:
+def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
     """Run the benchmark.
 
     Args:
         settings: What is measured.
-        phase: Shows progress.
+        progress: Shows how far the work is.
 
     Raises:
         ConfigError: An unknown model, case or device, or a process that failed.
@@ -60,18 +60,18 @@ def measure(settings: BenchSettings, phase: Phase = silent_phase) -> Result:
     base = make_model(settings)
     batch = make_batch(base, settings)
     contenders = make_contenders(base, batch, settings)
-    with phase("counting bytes", len(contenders)) as advance:
+    with progress("counting bytes", len(contenders)) as advance:
         kept = []
         for contender in contenders:
             kept.append(kept_bytes(contender.forward, contender.model))
             advance(1)
-    with phase("taking turns", len(contenders) * (settings.rounds + settings.warmup_rounds)) as advance:
+    with progress("taking turns", len(contenders) * (settings.rounds + settings.warmup_rounds)) as advance:
         times = take_turns(contenders, settings.rounds, settings.warmup_rounds, advance)
-    with phase("controller", CONTROLLER_REPEATS) as advance:
+    with progress("controller", CONTROLLER_REPEATS) as advance:
         controller = controller_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
     peaks: list[int | None] = [None] * len(contenders)
     if settings.peak:
-        with phase("peak memory", len(contenders)) as advance:
+        with progress("peak memory", len(contenders)) as advance:
             for index, contender in enumerate(contenders):
                 peaks[index] = peak_of(contender, settings)
                 advance(1)
@@ -261,6 +261,7 @@ def controller_cost(
         same and an outer step over an ordinary step.
     """
     contender = Contender(growing_case(_CHECK_INTERVAL), base, batch, seed)
+    contender.hooks.detach()  # to time the controller apart from the optimizer
     contender.forward_backward()  # the first pass claims memory
     steps: list[float] = []
     controlled: list[float] = []
@@ -268,7 +269,7 @@ def controller_cost(
     for _ in range(repeats):
         for _ in range(_CHECK_INTERVAL):
             steps.append(_seconds(contender.forward_backward) + _seconds(contender.optimizer_step))
-            controlled.append(_seconds(contender.method_step))
+            controlled.append(_seconds(contender.hooks.controller.step))
         outer.append(_seconds(contender.hooks.controller.outer_step))
         on_repeat(1)
     step_ms, outer_ms = _median_ms(steps), _median_ms(outer)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..methods import encoder_linears
-from ..progress import Phase, silent_phase
+from ..progress import Progress, no_progress
 from .cases import Contender, make_contenders
 from .measure import bench_provenance, prepare
 from .models import BenchSettings, make_batch, make_model
@@ -27,12 +27,12 @@ _BITWISE = ("aten::bitwise_and", "aten::bitwise_and_")
 Shape = tuple[int, ...]
 
 
-def profile(settings: BenchSettings, phase: Phase = silent_phase) -> dict[str, Any]:
+def profile(settings: BenchSettings, progress: Progress = no_progress) -> dict[str, Any]:
     """Profile forward and backward of every case, in turns.
 
     Args:
         settings: What is measured; `rounds` steps of each case.
-        phase: Shows progress.
+        progress: Shows how far the work is.
 
     Returns:
         `settings`, `provenance`, and `milliseconds`: for every case a dictionary by kind, `BETWEEN` among them, whose
@@ -47,7 +47,7 @@ def profile(settings: BenchSettings, phase: Phase = silent_phase) -> dict[str, A
     weights = {tuple(base.get_submodule(name).weight.shape) for name in encoder_linears(base)}
     tokens = settings.batch_size * settings.length
     rounds: dict[str, list[dict[str, float]]] = {contender.case.key: [] for contender in contenders}
-    with phase("profiling", len(contenders) * (settings.warmup_rounds + settings.rounds)) as advance:
+    with progress("profiling", len(contenders) * (settings.warmup_rounds + settings.rounds)) as advance:
         for number in range(settings.warmup_rounds + settings.rounds):
             for contender in contenders:
                 found = _profile_once(contender, tokens, weights)

@@ -11,7 +11,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 from aroma.errors import bad_value
 
-from .phases import shown_phase
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from ..bench.models import BenchSettings
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..bench.measure import measure
 
     compiled = arguments.device == "cuda" if arguments.compile is None else arguments.compile
-    result = measure(_settings(arguments, compiled=compiled, peak=arguments.peak), phase=shown_phase)
+    result = measure(_settings(arguments, compiled=compiled, peak=arguments.peak), progress=progress_bar)
     write_json(out, result)
     report.write_picture(result, picture)
     comparison = [report.comparison_table(result)] if result["comparisons"] else []
@@ -133,7 +133,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
     from ..bench.profile import profile
     from ..bench.report import profile_table
 
-    found = profile(_settings(arguments, peak=False), phase=shown_phase)
+    found = profile(_settings(arguments, peak=False), progress=progress_bar)
     write_json(out, found)
     print_lines([profile_table(found), f"Left: {out}."])
 

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo, and print a summary."""
-    require_extra("train", "plot")
+    require_extra("demo")
     from aroma.cli.quiet import quiet
 
     quiet()

@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
-    require_extra("train")
+    require_extra("lab")
     from aroma.cli.quiet import quiet
 
     quiet()

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,12 @@ from ..methods import Method, make_method
 from ..progress import Progress, no_progress
 from ..run.folder import require_empty
 from ..run.recorder import EventLog
-from ..specs import TrainSpec, check_training
-from ..tasks.classification import classifier_objective, encode, load_tokenizer, predict_logits
+from ..specs import ModelSpec, TrainSpec, check_training
+from ..tasks.classification import ClassifierJob, predict_logits
 from ..tasks.metrics import metrics_of
-from ..tasks.model import count_trainable, load_classifier, packaged_encoder
-from ..tasks.task import Task, save_task
+from ..tasks.model import count_trainable, packaged_encoder
+from ..tasks.spec import HELD_OUT
+from ..tasks.task import Task
 from ..training.trainer import Fit, make_trainer
 from .articles import TOPICS, as_examples, load_articles, split_articles
 from .reload import Agreement, reloaded_logits
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-MAX_LENGTH = 64
-"""Tokens of an article that are read: headline and first sentences."""
+TASK = Task("classification", TOPICS, "text", None, "label", max_length=64)
+"""64 tokens of an article are read: headline and first sentences."""
 LORA_RANK = 8
 """Rank of the LoRA whose parameters are counted for comparison."""
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
@@ -73,23 +74,6 @@ def demo_training(seed: int = 0, threads: int | None = None, steps: int | None =
     return chosen
 
 
-@dataclass(frozen=True)
-class Material:
-    """Model and data, checked.
-
-    Args:
-        base: Folder of the pretrained model.
-        tokenizer: Its tokenizer.
-        train: Articles to train on.
-        held_out: Articles to report on, and for nothing else.
-    """
-
-    base: str
-    tokenizer: Any
-    train: Dataset
-    held_out: Dataset
-
-
 def run_demo(
     out: str | os.PathLike[str],
     training: TrainSpec = TRAINING,
@@ -112,31 +96,29 @@ def run_demo(
     began = time.monotonic()
     folder = Path(out)
     require_empty("--out", folder, "give another folder with --out")
-    material = load_material()
+    job = demo_job()
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    head, head_only = train_heads(material, training, progress)
+    head, head_only = train_heads(job, training, progress)
     method = make_method("aroma", {**ADAPTER, "component_seed": training.seed})
-    fit, parameters = train_adapters(material, method, head, training, folder, training_bar)
-    model = fit.trainer.model.cpu()  # as in the fresh process
-    encoded = encode(material.held_out, material.tokenizer, MAX_LENGTH)
-    with progress("evaluate", len(encoded)) as advance:
-        logits = predict_logits(model, encoded, material.tokenizer, training.batch_size, advance)
+    fit, parameters = train_adapters(job, method, head, training, folder, training_bar)
+    model, held_out = fit.trainer.model.cpu(), job.eval_sets[HELD_OUT]  # on the CPU, as in the fresh process
+    with progress("evaluate", len(held_out)) as advance:
+        logits = predict_logits(model, held_out, job.tokenizer, training.batch_size, advance)
     method.save(model, folder / "adapter")
-    material.tokenizer.save_pretrained(folder / "adapter")
-    save_task(Task("classification", TOPICS, "text", None, "label", MAX_LENGTH), folder / "adapter")
+    job.describe(model, folder / "adapter")
     result = DemoResult(
-        metrics=metrics_of("classification", logits, np.array(material.held_out["labels"])),
+        metrics=metrics_of("classification", logits, np.array(held_out["labels"])),
         head_only=head_only,
-        train_articles=len(material.train),
-        held_out_articles=len(material.held_out),
+        train_articles=job.examples["train"],
+        held_out_articles=job.examples[HELD_OUT],
         modules=fit.controller.summary(),
         parameters=parameters,
-        agreement=check_reload(logits, folder / "adapter", material, training, progress),
+        agreement=check_reload(logits, folder / "adapter", job, training, progress),
         adapter=method.resolved_options(),
         training=training,
-        max_length=MAX_LENGTH,
+        max_length=TASK.max_length,
         steps=fit.trainer.state.global_step,
         outer_steps=fit.controller.outer_number - 1,
         wall_seconds=time.monotonic() - began,
@@ -148,54 +130,54 @@ def run_demo(
     return result
 
 
-def load_material() -> Material:
-    """Return model and data of the demo.
+def demo_job() -> ClassifierJob:
+    """Return model and data of the demo, checked; the held-out articles are reported on, and used for nothing else.
 
     Raises:
         DataError: A package of the demo is missing or has changed.
     """
-    base = str(packaged_encoder())
     train, held_out = split_articles(load_articles())
-    return Material(base, load_tokenizer(base, MAX_LENGTH), as_examples(train), as_examples(held_out))
+    parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}
+    return ClassifierJob.make(ModelSpec(str(packaged_encoder())), TASK, parts)
 
 
 # Without adapters ----------------------------------------------------------------------------------------------------
 
 
-def train_heads(material: Material, training: TrainSpec, progress: Progress) -> tuple[Any, dict[str, float]]:
+def train_heads(job: ClassifierJob, training: TrainSpec, progress: Progress) -> tuple[Any, dict[str, float]]:
     """Train linear heads on the frozen model.
 
     Returns:
         The head on the model's own pooling, and the held-out accuracies of both; see `DemoResult.head_only`.
     """
-    encoder = AutoModel.from_pretrained(material.base, dtype=torch.float32)
-    with progress("head only", len(material.train) + len(material.held_out)) as advance:
+    encoder = AutoModel.from_pretrained(job.model.name, dtype=torch.float32)
+    with progress("head only", sum(job.examples.values())) as advance:
         train, held_out = (
-            features_of(encoder, material.tokenizer, examples, training.batch_size, advance)
-            for examples in (material.train, material.held_out)
+            features_of(encoder, job.tokenizer, encoded, training.batch_size, advance)
+            for encoded in (job.train, job.eval_sets[HELD_OUT])
         )
-    heads = {name: fit_head(features, material.train["labels"]) for name, features in train.items()}
-    labels = list(material.held_out["labels"])
+    heads = {name: fit_head(features, job.parts["train"]["labels"]) for name, features in train.items()}
+    labels = list(job.parts[HELD_OUT]["labels"])
     return heads["pooled"], {name: float(head.score(held_out[name], labels)) for name, head in heads.items()}
 
 
 @torch.no_grad()
 def features_of(
-    encoder: Any, tokenizer: Any, examples: Dataset, batch_size: int, on_batch: Callable[[int], None]
+    encoder: Any, tokenizer: Any, encoded: Dataset, batch_size: int, on_batch: Callable[[int], None]
 ) -> dict[str, NDArray[Any]]:
     """Return the frozen features of examples, each (examples, hidden): `pooled`, and `mean` over tokens.
 
     Args:
         encoder: An encoder with a pooler, as `AutoModel` loads it.
         tokenizer: Its tokenizer.
-        examples: The examples.
+        encoded: Tokenized examples.
         batch_size: Examples of one forward pass.
         on_batch: Called after each batch with its number of examples.
     """
     from torch.utils.data import DataLoader
 
     encoder.eval()
-    data: Any = encode(examples, tokenizer, MAX_LENGTH).remove_columns("labels")
+    data: Any = encoded.remove_columns("labels")
     pooled, mean = [], []
     for batch in DataLoader(data, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)):
         output = encoder(**batch)
@@ -235,7 +217,7 @@ def copy_head(head: Any, layer: torch.nn.Linear) -> None:
 
 
 def train_adapters(
-    material: Material, method: Method, head: Any, training: TrainSpec, folder: Path, bar: bool
+    job: ClassifierJob, method: Method, head: Any, training: TrainSpec, folder: Path, bar: bool
 ) -> tuple[Fit, dict[str, int]]:
     """Train growing adapters, and `head` with them; the events go to `folder`.
 
@@ -243,21 +225,13 @@ def train_adapters(
         The training, and the numbers of trainable parameters; see `DemoResult.parameters`.
     """
     set_seed(training.seed)
-    classifier = load_classifier(material.base, TOPICS, material.tokenizer.pad_token_id)
+    classifier = job.load_model()
     copy_head(head, classifier.classifier)
     model = method.build(classifier, training.max_steps or 0)
     parameters = count_parameters(model)
     with tempfile.TemporaryDirectory() as scratch:
-        fit = make_trainer(
-            method,
-            model,
-            classifier_objective("classification", material.tokenizer),
-            training,
-            scratch,
-            train=encode(material.train, material.tokenizer, MAX_LENGTH),
-            on_event=EventLog(folder / "events.jsonl", upto=0),
-            progress=bar,
-        )
+        log = EventLog(folder / "events.jsonl", upto=0)
+        fit = make_trainer(method, model, job.objective, training, scratch, job.train, on_event=log, progress=bar)
         fit.train()
     return fit, parameters
 
@@ -269,14 +243,14 @@ def count_parameters(model: Any) -> dict[str, int]:
 
 
 def check_reload(
-    logits: NDArray[Any], adapter: Path, material: Material, training: TrainSpec, progress: Progress
+    logits: NDArray[Any], adapter: Path, job: ClassifierJob, training: TrainSpec, progress: Progress
 ) -> Agreement:
     """Predict all held-out articles again, in plain PEFT in a process without AROMA, and compare.
 
     Args:
         logits: Predictions of the trained model, (articles, topics).
         adapter: Folder of the saved adapter.
-        material: Model and data.
+        job: Model and data.
         training: The loop, for its batch size.
         progress: Shows that it runs.
 
@@ -285,11 +259,11 @@ def check_reload(
     """
     with progress("reload in plain PEFT", 1) as advance:
         reloaded = reloaded_logits(
-            material.base,
+            str(job.model.name),
             str(adapter),
-            list(material.held_out["text"]),
-            num_labels=len(TOPICS),
-            max_length=MAX_LENGTH,
+            list(job.parts[HELD_OUT]["text"]),
+            num_labels=logits.shape[1],
+            max_length=job.task.max_length,
             batch_size=training.batch_size,
             threads=torch.get_num_threads(),
         )

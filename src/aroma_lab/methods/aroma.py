@@ -100,6 +100,14 @@ class Aroma(PeftAdapter):
         """Return the rank of every module, the component in training included; see `Method.ranks`."""
         return {name: layer.rank(ADAPTER) for name, layer in aroma_layers(model).items()}
 
+    def active_parameters(self, model: Any) -> int:
+        """Return the parameters of the pairs that are not frozen; see `Method.active_parameters`.
+
+        DistributedDataParallel needs a gradient of frozen ones, too.
+        """
+        layers = [layer for layer in aroma_layers(model).values() if not layer.is_frozen(ADAPTER)]
+        return sum(parameter.numel() for layer in layers for parameter in layer.pair(ADAPTER))
+
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
         updates = {name: layer.components(ADAPTER) for name, layer in aroma_layers(model).items()}
@@ -136,6 +144,10 @@ class GrowthHooks(Hooks):
     def controller(self) -> AromaController:
         """The controller that is attached to the optimizer."""
         return self._attachment.controller
+
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on, so that the caller can step the controller."""
+        self._attachment.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapter as its file has it, and the packed state of the controller; see `Hooks.state_dict`."""

@@ -253,7 +253,7 @@ class HooksCallback(TrainerCallback):
 
 def _is_over(state: TrainerState) -> bool:
     """Whether all planned steps are taken; on resuming such a run, the Trainer takes one more before it stops."""
-    return state.global_step >= state.max_steps
+    return bool(state.global_step >= state.max_steps)
 
 
 def require_keys(state: dict[str, Tensor], expected: set[str]) -> None:
