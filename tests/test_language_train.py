@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.grid.expand import expand
-from aroma_lab.grid.reader import make_grid
 from aroma_lab.language.data import load_examples
 from aroma_lab.language.inference import fingerprint_of, load_for_inference
 from aroma_lab.language.template import Template, Turn
@@ -28,6 +26,7 @@ from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.work import work_of
 from aroma_lab.specs import LanguageSpec
+from aroma_lab.study.grid import expand, make_grid
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
 STEPS = 30
