@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from aroma import AromaController, aroma_layers, attach, save_adapter
 from aroma.integrations.callback import _require_finite_parameters
-from aroma.sharding.fsdp2 import local
+from aroma.sharding import own_entries as local
 from distributed_runs import (
     CALM,
     TIMEOUT,

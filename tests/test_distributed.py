@@ -23,7 +23,7 @@ from torch import nn
 import distributed_runs
 from aroma import AromaController, aroma_layers, last_complete_checkpoint
 from aroma.errors import ConfigError
-from aroma.sharding.processes import agree, is_distributed, refuse_sharding, world_size
+from aroma.sharding import agree, is_distributed, refuse_sharding, world_size
 from aroma.tuner.graph import GraphKeeper
 from distributed_runs import LOOPS, REFUSALS, UNLIKE_MODULES, Loop, ManyRun, adamw, end_of, run_loop
 from trainer_runs import adapted, assert_same, read_events

@@ -25,9 +25,7 @@ from aroma import verify_adapter
 from aroma.errors import ConfigError, ResetError
 from aroma.integrations.rewarmup import was_skipped
 from aroma.reset import check_resettable, forget_moments, reset_state
-from aroma.sharding.fsdp2 import summed
-from aroma.sharding.processes import refuse_sharding, unwrapped_optimizer
-from aroma.sharding.zero import Partition, StepHooks
+from aroma.sharding import Partition, StepHooks, refuse_sharding, summed, unwrapped_optimizer
 from distributed_runs import CALM, assert_refused, batch_of, stacked
 from test_distributed import assert_close, launch, load
 from trainer_runs import assert_same, tiny_bert
@@ -194,7 +192,7 @@ def test_other_optimizers_of_deepspeed_are_refused() -> None:
             refuse_sharding(torch.nn.Linear(2, 2), type(name, (known,), {option: value})())
     coded = torch.nn.Linear(2, 2)
     coded.weight.ds_tensor = SimpleNamespace(ds_quant_scale=1.0)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"^model='weight': ZeRO-3 shares it out in codes"):
+    with pytest.raises(ConfigError, match=r"^model='weight': ZeRO-3 shards it in quantised form"):
         refuse_sharding(coded, type("DeepSpeedZeroOptimizer_Stage3", (known,), {})())
 
 

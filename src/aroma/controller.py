@@ -19,7 +19,6 @@ from .errors import CheckpointError, NonFiniteError, bad_value
 from .events import Event, ModuleSummary
 from .files import tensors_digest
 from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
-from .refusals import refuse_changed_processes, refuse_missing_pairs, refuse_other_modules
 from .sharding import (
     agree,
     gathered,
@@ -27,6 +26,8 @@ from .sharding import (
     is_sharded,
     is_zero,
     of_first_rank,
+    refuse_changed_processes,
+    refuse_missing_pairs,
     refuse_sharding,
     refuse_together,
     require_equal_replicas,
@@ -109,7 +110,7 @@ class AromaController:
             for module in self.modules:
                 module.require_data()
             self.max_inner_steps = self.config.resolve_inner_steps(total_steps)
-            refuse_missing_pairs(self.optimizer, self._active())
+            refuse_missing_pairs(self.optimizer, [(module.name, module.pair) for module in self._active()])
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
         self._measure_weights()
@@ -292,7 +293,7 @@ class AromaController:
 
     def _restore(self, state: dict[str, Any], tensors: dict[str, Any], pairs: Sequence[Pair]) -> None:
         self.config.check_resumable(state["config"])
-        refuse_other_modules([module.name for module in self.modules], [entry["name"] for entry in state["modules"]])
+        _refuse_other_modules([module.name for module in self.modules], [entry["name"] for entry in state["modules"]])
         if self._digest(pairs) != state["adapter_digest"]:
             raise CheckpointError(
                 "adapter_model.safetensors: its components are not those that aroma_state.json was written with, so "
@@ -303,7 +304,7 @@ class AromaController:
         self._earlier_outer_steps = state["earlier_outer_steps"]
         for module, entry, pair in zip(self.modules, state["modules"], pairs, strict=True):
             module.restore(entry, tensors, self._draw_number, pair)
-        refuse_missing_pairs(self.optimizer, self._active())
+        refuse_missing_pairs(self.optimizer, [(module.name, module.pair) for module in self._active()])
         self._snapshot = PairSnapshot.restore(
             state["snapshot_norms"], tensors, [module.pair for module in self._active()]
         )
@@ -541,6 +542,23 @@ def _drop_gradients_of_frozen(modules: list[TargetModule], *_: Any) -> None:
         if module.is_frozen:
             for parameter in module.pair:
                 parameter.grad = None
+
+
+def _refuse_other_modules(names: Sequence[str], saved: Sequence[str]) -> None:
+    """Refuse a checkpoint that grows other modules, or the same ones in another order.
+
+    Raises:
+        ConfigError: Naming the first that differs.
+    """
+    if [*names] == [*saved]:
+        return
+    differing = sorted(set(names) ^ set(saved)) or names
+    raise bad_value(
+        "target_modules",
+        differing[0],
+        f"the checkpoint grows {len(saved)} modules and this model {len(names)}, and they differ in "
+        f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
+    )
 
 
 def _find_config(model: nn.Module, adapter_name: str) -> AromaConfig:

@@ -1,46 +1,63 @@
-"""Several processes, and parameters that they share: replicas (DDP), FSDP2 and DeepSpeed's ZeRO."""
+"""Several processes, behind one protocol: replicas (DDP), FSDP2 and DeepSpeed's ZeRO."""
 
-from .fsdp2 import (
-    Factors,
-    gathered,
-    is_sharded,
-    layout,
-    local,
-    own_rows,
-    reshard,
-    sharding_modules,
-    shared_out,
-    summed,
-    write,
-)
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .fsdp2 import sharding_modules
 from .processes import (
     agree,
     is_distributed,
+    is_zero,
     of_first_rank,
     processes_of_node,
-    refuse_sharding,
+    refuse_changed_processes,
     refuse_together,
     require_equal_replicas,
     unwrapped,
     unwrapped_optimizer,
     world_size,
 )
-from .zero import (
-    Partition,
-    Range,
-    StepHooks,
-    is_flattened,
-    is_partitioned,
-    is_zero,
+from .protocol import (
+    FSDP2,
+    ZERO,
+    Handle,
+    Sharding,
+    gathered,
+    is_sharded,
     own_entries,
-    own_range,
-    partition_of,
+    refuse_missing_pairs,
+    refuse_sharding,
+    shard_like,
+    sharded_matrix,
+    sharding_facts,
+    sharding_of,
+    sharding_of_model,
+    summed,
+    write,
 )
+from .replicas import Entries, Factors, OptimizerState
+from .zero import Partition, StepHooks, is_flattened, is_partitioned
+
+# Names that the controller and the layer still use; each goes with its last caller.
+local = FSDP2.own_entries
+partition_of = ZERO.matrix
+
+
+def reshard(modules: Iterable[Any]) -> None:
+    """Let every rank hold its own shards again."""
+    for module in modules:
+        module.reshard()
+
 
 __all__ = [
+    "Entries",
     "Factors",
+    "Handle",
+    "OptimizerState",
     "Partition",
-    "Range",
+    "Sharding",
     "StepHooks",
     "agree",
     "gathered",
@@ -49,20 +66,23 @@ __all__ = [
     "is_partitioned",
     "is_sharded",
     "is_zero",
-    "layout",
     "local",
     "of_first_rank",
     "own_entries",
-    "own_range",
-    "own_rows",
     "partition_of",
     "processes_of_node",
+    "refuse_changed_processes",
+    "refuse_missing_pairs",
     "refuse_sharding",
     "refuse_together",
     "require_equal_replicas",
     "reshard",
+    "shard_like",
+    "sharded_matrix",
+    "sharding_facts",
     "sharding_modules",
-    "shared_out",
+    "sharding_of",
+    "sharding_of_model",
     "summed",
     "unwrapped",
     "unwrapped_optimizer",
