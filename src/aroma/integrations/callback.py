@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, optimization
-from transformers.trainer_callback import ExportableState
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    optimization,
+    trainer_callback,
+)
 from transformers.trainer_utils import SaveStrategy
 
+from .. import compat
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
@@ -22,12 +29,14 @@ from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .rewarmup import Rewarmup, was_skipped
 
+compat.require_names(compat.TRAINER_NAMES)
+
 # GreedyLR is younger than the oldest transformers that will do.
 _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
 """Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
 
 
-class AromaCallback(TrainerCallback, ExportableState):
+class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     """Drives an AROMA adapter inside `Trainer`: checks and merges after each optimizer step, before its save.
 
     .. code-block:: python

@@ -21,6 +21,7 @@ from .processes import (
 )
 from .protocol import (
     FSDP2,
+    REPLICAS,
     ZERO,
     Handle,
     Sharding,
@@ -52,6 +53,9 @@ def reshard(modules: Iterable[Any]) -> None:
 
 
 __all__ = [
+    "FSDP2",
+    "REPLICAS",
+    "ZERO",
     "Entries",
     "Factors",
     "Handle",

@@ -1,11 +1,11 @@
 """The PEFT tuner of AROMA."""
 
-from ..compat import TUNER_NAMES, require_names
+from .. import compat
 from .config import AromaConfig
 from .layer import AromaLinear
 from .model import AromaModel, aroma_layers, register
 
-require_names(TUNER_NAMES)
+compat.require_names(compat.TUNER_NAMES)
 register()
 
 __all__ = ["AromaConfig", "AromaLinear", "AromaModel", "aroma_layers"]
