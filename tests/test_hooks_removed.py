@@ -209,4 +209,4 @@ def test_both_kinds_of_optimizer_are_hooked_alike() -> None:
         handle.remove()
         optimizer.step()
         assert said == ["before", "after"]
-        assert sharding.stepping_optimizer(optimizer) is plain
+        assert sharding.base_optimizer(optimizer) is plain

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler as torch_schedules
 from transformers import TrainerCallback, get_scheduler
 
-import aroma.controller
+import aroma.matrices
 from aroma import AromaCallback, Event, attach
 from trainer_runs import METHOD, adapted, assert_same, examples, steps_of, trainer_for
 
@@ -40,7 +40,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def uneven(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Let the modules converge at checks of their own, so that the inner loops have LENGTHS; return the config."""
-    really = aroma.controller.inner_values
+    really = aroma.matrices.inner_values
     loop, check = -1, 0
 
     def scripted(pairs: Any, earlier: Any, criterion: str) -> Any:
@@ -51,7 +51,7 @@ def uneven(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         converged = [check >= 1 + index % last for index in range(len(values))]
         return [0.0 if done else 1.0 for done in converged], snapshot
 
-    monkeypatch.setattr(aroma.controller, "inner_values", scripted)
+    monkeypatch.setattr(aroma.matrices, "inner_values", scripted)
     return {"rewarmup_steps": CLIMB, "outer_tolerance": None}
 
 

@@ -291,7 +291,7 @@ def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pyte
     targets = {
         "os.replace": "aroma.checkpoint.os.replace",
         "os.fsync": "aroma.files.os.fsync",
-        "safetensors": "safetensors.torch.save_file",
+        "safetensors": "aroma.tuner.state.save",
         "verify": "aroma.checkpoint.verify_adapter",
     }
     with monkeypatch.context() as patch:

@@ -1,28 +1,30 @@
-"""What the controller tells the world: an event per decision, a summary per module."""
+"""What a growing adapter tells the world: an event per decision, a summary per matrix."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+EventKind = Literal["checked", "merged", "frozen", "finished"]
+
 
 @dataclass(frozen=True)
 class Event:
-    """One decision of Algorithm 1.
+    """One decision of a growth rule.
 
     Args:
-        kind: `"checked"`: an inner check of one module. `"merged"`: the outer check kept its component. `"frozen"`:
-            it is outer-converged. `"finished"`: every module is.
+        kind: `"checked"`: an inner check of one matrix. `"merged"`: the outer check kept its component. `"frozen"`:
+            it is outer-converged. `"finished"`: every matrix is.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.
         inner_step: Optimizer steps t taken in that inner loop.
-        module: Name of the module; None for `"finished"`.
+        module: Name of the matrix's module; None for `"finished"`.
         value: Left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`; None where undefined.
-        rank: Rank of the module's finished components after the event; their sum for `"finished"`.
-        converged: Whether the module bears the inner label after the event.
+        rank: Rank of the matrix's finished components after the event; their sum for `"finished"`.
+        converged: Whether the matrix bears the inner label after the event.
     """
 
-    kind: Literal["checked", "merged", "frozen", "finished"]
+    kind: EventKind
     step: int
     outer_step: int
     inner_step: int
@@ -38,10 +40,10 @@ class Event:
 
 @dataclass(frozen=True)
 class ModuleSummary:
-    """What became of one module.
+    """What became of one matrix.
 
     Args:
-        name: Its name in the base model.
+        name: Name of its module in the base model.
         rank: Rank of its update, the component in training included once it has moved.
         effective_rank: Effective rank of its update (Appendix C).
         state: `"training"`, `"converged"` (bears the inner label) or `"frozen"`.

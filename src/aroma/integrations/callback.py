@@ -24,20 +24,20 @@ from .. import compat
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
-from ..sharding import StepHooks, is_zero, local, own_entries, unwrapped_optimizer
+from ..sharding import base_optimizer, is_zero, local, own_entries, unwrapped_optimizer
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
 
-# GreedyLR is younger than the oldest transformers that will do.
+# GreedyLR is younger than the oldest transformers that works.
 _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
 """Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
 
 
 class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
-    """Drives an AROMA adapter inside `Trainer`: checks and merges after each optimizer step, before its save.
+    """Lets an AROMA adapter grow inside `Trainer`: checks and merges come after each optimizer step, before its save.
 
     .. code-block:: python
 
@@ -47,7 +47,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     Args:
         early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
             `False`, what else is trainable (a classification head) trains on to the end.
-        on_event (`Callable`, *optional*): Called with every `aroma.Event`. It cannot be written into a checkpoint, so
+        on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
 
     Attributes:
@@ -60,21 +60,22 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self.controller: AromaController | None = None
         self._rewarmup = Rewarmup()
         self._fused_step_was_skipped = False
-        self._engine_steps: StepHooks | None = None
+        self._steps_within_backward = False
+        self._hooks: list[Any] = []
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Refuse a model without exactly one growing adapter, and launches that cannot work, before any work."""
+        """Refuse a model without a growing adapter, and options that cannot work, before any work."""
         trainable_adapter(model)
         if getattr(args, "enable_jit_checkpoint", False):
             raise bad_value(
                 "enable_jit_checkpoint",
                 True,
-                "it saves before the step is checked, so that no run could go on exactly; set it to false and a "
-                "save_steps that loses little: a run that was killed goes on from aroma.last_complete_checkpoint",
+                "it saves before the step is checked, so no run could be resumed exactly; set it to false, and set "
+                "save_steps so that a killed run loses little: it resumes from aroma.last_complete_checkpoint",
             )
         if args.fsdp:
             _refuse_fsdp_options(args.fsdp_config or {}, "FULL_STATE_DICT")
@@ -91,6 +92,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         **kwargs: Any,
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
+        self._remove_hooks()  # of an earlier training that ended with an exception
         self.controller = AromaController(
             model,
             optimizer,
@@ -105,22 +107,34 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
-        inner = unwrapped_optimizer(optimizer)
-        self._engine_steps = self._rewarm_within_the_engine(state, inner) if is_zero(inner) else None
-        if self._engine_steps is None:
-            inner.register_step_post_hook(self._note_skipped_step)
+        self._steps_within_backward = is_zero(unwrapped_optimizer(optimizer))
+        self._hook(state, base_optimizer(optimizer))
 
-    def _rewarm_within_the_engine(self, state: TrainerState, optimizer: Any) -> StepHooks:
-        """Scale the rate where DeepSpeed steps: within the backward, before the Trainer says that a step is due."""
+    def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
+        """Hook the optimizer for what the Trainer has no event for."""
+        if not self._steps_within_backward:
+            self._hooks = [optimizer.register_step_post_hook(self._note_skipped_step)]
+            return
 
+        # DeepSpeed steps within the backward, before the Trainer announces the step.
         def before(optimizer: Any, *_: Any) -> None:
             over = self._is_over(state, state.global_step)
             self._rewarmup.begin(optimizer, 0.0 if over else self._running().lr_factor)
 
-        return StepHooks(optimizer, before, lambda optimizer, *_: self._rewarmup.end(optimizer, None))
+        def after(optimizer: Any, *_: Any) -> None:
+            self._rewarmup.end(optimizer, None)
+
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.controller is not None:
+            self.controller.detach()
 
     def _note_skipped_step(self, optimizer: Any, *_: Any) -> None:
-        # Known only within the step: accelerate takes every step of a fused optimizer for one that was taken.
+        # Only the step itself knows: accelerate counts every step of a fused optimizer as taken.
         self._fused_step_was_skipped = was_skipped(optimizer)
 
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
@@ -134,7 +148,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         return unpack(packed)
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file; rank 0 alone asks.
+        """Return what the Trainer stores in a checkpoint's `trainer_state.json`, its last file. Only rank 0 calls.
 
         Raises:
             NonFiniteError: A component is NaN or infinite; the checkpoint stays incomplete.
@@ -152,7 +166,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
     ) -> None:
         """Scale the learning rate by the re-warm-up."""
-        if self._engine_steps is not None:
+        if self._steps_within_backward:
             return
         if self._is_over(state, state.global_step):
             # Without gradients the step changes nothing.
@@ -168,8 +182,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         lr_scheduler: Any,
         **kwargs: Any,
     ) -> None:
-        """Give the schedule its learning rate back; the one that was used is the one that is logged."""
-        # The Trainer reads the rate of a metric's schedule after this call; there it goes back in on_step_end.
+        """Restore the schedule's learning rate; the Trainer logs the rate that was used."""
+        # The Trainer reads the rate of a metric's schedule after this call, so on_step_end restores that one.
         if not isinstance(lr_scheduler, _METRIC_SCHEDULES):
             self._rewarmup.end(optimizer, lr_scheduler)
 
@@ -197,7 +211,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Let nothing broken into an epoch's checkpoint."""
+        """Refuse to write an epoch's checkpoint of broken weights."""
         self._guard_checkpoint(state, control, model)
 
     def on_log(
@@ -211,7 +225,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Add ranks to the logs; stop at a loss that is not finite."""
         if self.controller is None or logs is None or "loss" not in logs:
             return
-        # The Trainer's logging_nan_inf_filter hides a loss that is not finite; with fp16, a gradient may overflow.
+        # logging_nan_inf_filter of the Trainer hides a loss that is not finite. With fp16 a gradient may overflow.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise NonFiniteError(
@@ -225,10 +239,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """After `load_best_model_at_end`, bring ranks, labels and stop flags back to the best checkpoint's."""
+        """After `load_best_model_at_end`, restore ranks, labels and stop flags of the best checkpoint."""
         best = state.best_model_checkpoint
-        if self._engine_steps is not None:
-            self._engine_steps.remove()
+        self._remove_hooks()
         if self.controller is None or not args.load_best_model_at_end or best is None:
             return
         with self.controller.together():
@@ -240,7 +253,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self.controller.load_state_dict(exported)
 
     def _is_over(self, state: TrainerState, steps_taken: int) -> bool:
-        """Whether the run was over before this step; on resuming such a run the Trainer steps before it stops."""
+        """Whether the run was over before this step. When such a run is resumed, the Trainer steps before it stops."""
         return steps_taken >= state.max_steps or (self.early_stop and self._running().finished)
 
     def _guard_checkpoint(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
@@ -272,11 +285,11 @@ def trainable_adapter(model: nn.Module) -> str:
 
 
 def _refuse_fsdp_options(options: dict[str, Any], state_dict_type: str) -> None:
-    """Refuse what accelerate's FSDP2 could not do with a growing adapter.
+    """Refuse options of accelerate's FSDP2 that cannot work with a growing adapter.
 
     Args:
         options: The Trainer's `fsdp_config`; empty where `accelerate launch` sets everything.
-        state_dict_type: What holds where `options` says nothing of it.
+        state_dict_type: Default for `options`.
     """
     state_dict_type = str(options.get("state_dict_type", state_dict_type))
     if "FULL_STATE_DICT" not in state_dict_type:
@@ -291,16 +304,16 @@ def _refuse_fsdp_options(options: dict[str, Any], state_dict_type: str) -> None:
         raise bad_value(
             name,
             value,
-            "accelerate then sends parameters alone from rank 0 to the others, and finished components are none; set "
-            "it to false",
+            "accelerate then sends only parameters from rank 0 to the others, and finished components are buffers; "
+            "set it to false",
         )
 
 
 def _require_finite_parameters(model: nn.Module, step: int) -> None:
-    """Raise for what trains beside the components, a classification head for one, when it is broken."""
+    """Raise when a trained parameter beside the components, as of a classification head, is not finite."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
-    # On one device: the parts of a split model are on several.
+    # The parts of a split model are on several devices.
     own = [local(own_entries(parameter)).isfinite().all().to(device) for parameter in trained.values()]
     finite = torch.stack(own or [torch.tensor(True)])
     if not finite.all():

@@ -1,8 +1,9 @@
-"""A growing adapter in a training loop of one's own: one call before the loop."""
+"""A growing adapter in a plain training loop: one call before it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,10 @@ from ..tuner.state import read_controller_state
 from .rewarmup import Rewarmup, makes_state_only, was_skipped
 
 
-class Attachment:
+class Attachment(AbstractContextManager["Attachment"]):
     """The controller of a plain training loop, hooked to its optimizer; made by `attach`.
+
+    As a context manager it detaches at the end of the block, also after an exception.
 
     Attributes:
         controller: The `AromaController`.
@@ -40,13 +43,19 @@ class Attachment:
 
     @property
     def finished(self) -> bool:
-        """Whether every module is frozen, so that the loop may stop."""
+        """Whether every matrix is frozen, so that the loop may stop."""
         return self.controller.finished
 
     def detach(self) -> None:
-        """Remove the hooks; the adapter stays as it is."""
+        """Remove all hooks; the adapter stays as it is."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
+        self.controller.detach()
+
+    def __exit__(self, *_: object) -> None:
+        """Detach."""
+        self.detach()
 
     def _before_step(self, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
         self._counts = not makes_state_only(optimizer, keywords)
@@ -71,7 +80,7 @@ def attach(
     on_event: Callable[[Event], None] | None = None,
     adapter_name: str = "default",
 ) -> Attachment:
-    """Let the adapter of `model` grow in a plain loop; all of it happens inside `optimizer.step()`.
+    """Let the adapter of `model` grow in a plain loop. All of it happens inside `optimizer.step()`.
 
     .. code-block:: python
 
@@ -94,10 +103,10 @@ def attach(
     Args:
         model: Model with an AROMA adapter; wrapped, sharded or neither.
         optimizer: Optimizer that holds the adapter's parameters.
-        scheduler: Learning-rate scheduler; its `get_last_lr()` then tells the rate that was used, but with DeepSpeed,
-            which steps it at once.
+        scheduler: Learning-rate scheduler. Its `get_last_lr()` then returns the rate that was used, except with
+            DeepSpeed, which steps it at once.
         total_steps: Planned optimizer steps; needed where `max_inner_steps` is None.
-        resume_from: Folder of a saved adapter whose run is to go on.
+        resume_from: Folder of a saved adapter whose run goes on.
         on_event: Called with every event.
         adapter_name: Name of the adapter.
 

@@ -44,6 +44,8 @@ from .zero import Partition, StepHooks, is_flattened, is_partitioned
 # Names that the controller and the layer still use; each goes with its last caller.
 local = FSDP2.own_entries
 partition_of = ZERO.matrix
+base_optimizer = ZERO.base_optimizer
+communicating_device = FSDP2.device
 
 
 def reshard(modules: Iterable[Any]) -> None:
@@ -64,6 +66,8 @@ __all__ = [
     "Sharding",
     "StepHooks",
     "agree",
+    "base_optimizer",
+    "communicating_device",
     "gathered",
     "is_distributed",
     "is_flattened",

@@ -119,7 +119,7 @@ class Sharding(Protocol):
             after: Called likewise, once the parameters have been updated.
         """
 
-    def stepping_optimizer(self, optimizer: Any) -> Any:
+    def base_optimizer(self, optimizer: Any) -> Any:
         """Return the torch optimizer that applies the updates; it has torch's hooks and the same rates.
 
         One step of `optimizer` may step it several times: hooks of it may change rates and restore them, no more.

@@ -174,7 +174,7 @@ class Replicas:
         inner = unwrapped_optimizer(optimizer)
         return Handles(inner.register_step_pre_hook(before), inner.register_step_post_hook(after))
 
-    def stepping_optimizer(self, optimizer: Any) -> Any:
+    def base_optimizer(self, optimizer: Any) -> Any:
         """Return the torch optimizer that `optimizer` is, or wraps."""
         return unwrapped_optimizer(optimizer)
 

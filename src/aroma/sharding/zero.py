@@ -235,7 +235,7 @@ class Zero(Replicas):
         """Call `before` and `after` around every step of DeepSpeed's optimizer; see `StepHooks`."""
         return StepHooks(unwrapped_optimizer(optimizer), before, after)
 
-    def stepping_optimizer(self, optimizer: Any) -> Any:
+    def base_optimizer(self, optimizer: Any) -> Any:
         """Return the torch optimizer of the flat tensors, which DeepSpeed steps once or several times a step."""
         inner = unwrapped_optimizer(optimizer)
         return inner.optimizer if is_zero(inner) else inner

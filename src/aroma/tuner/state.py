@@ -1,4 +1,9 @@
-"""`aroma_state.json` (and `aroma_state.safetensors`): what a plain LoRA adapter does not say of the run behind it."""
+"""What a plain LoRA adapter does not say of the run behind it, in files and in the Trainer's state.
+
+The state of a run is what `AromaController.state_dict()` returns: a JSON-able dict, and a few tensors. There is one
+encoding of it, JSON and a safetensors blob, and two places that hold it: `aroma_state.json` with
+`aroma_state.safetensors` beside an adapter, and the callback's entry in `trainer_state.json`, with the blob in base64.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
 from ..errors import CheckpointError, bad_value
-from ..files import file_digest, read_json, read_tensors, write_json, write_tensors
+from ..files import file_digest, read_json, read_tensors, write_bytes, write_json
 from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 
@@ -26,6 +31,9 @@ STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
 STATE_FORMAT = 1
 WEIGHT_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+
+
+# Beside an adapter ---------------------------------------------------------------------------------------------------
 
 
 def write_adapter_state(folder: str, config: AromaConfig) -> None:
@@ -39,30 +47,29 @@ def write_adapter_state(folder: str, config: AromaConfig) -> None:
     if plain.trained and not config.ever_controlled:
         warn_uncontrolled(config)
     target = Path(folder)
+    run, blob = _encode(exported) if exported is not None else (None, b"")
     state: dict[str, Any] = {
         "format": STATE_FORMAT,
         "config": config.method(),
         "modules": {name: {"shape": shape, "rank": plain.ranks.get(name, 0)} for name, shape in plain.shapes.items()},
         "components": plain.digest,
         "files": _written_files(target, plain),
-        "controller": None,
+        "controller": run,
     }
     if is_distributed():
         state["processes"] = processes_of_node()
-    tensors: dict[str, Any] = {}
-    if exported is not None:
-        state["controller"], tensors = exported["state"], exported["tensors"]
-    if tensors:
-        write_tensors(target / STATE_TENSORS_FILE, tensors)
-        state["files"][STATE_TENSORS_FILE] = file_digest(target / STATE_TENSORS_FILE)
+    tensors = target / STATE_TENSORS_FILE
+    if blob:
+        write_bytes(tensors, blob)
+        state["files"][tensors.name] = file_digest(tensors)
     else:
-        (target / STATE_TENSORS_FILE).unlink(missing_ok=True)
-    # Last, so that it vouches for whole files.
+        tensors.unlink(missing_ok=True)
+    # Last, because it vouches for the other files.
     write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
 
 
 def warn_uncontrolled(config: AromaConfig) -> None:
-    """Warn that an adapter was trained, and that nobody ever stepped a controller: it did not grow.
+    """Warn that an adapter was trained without a controller, so that it did not grow.
 
     Warns:
         UserWarning: Always.
@@ -73,20 +80,6 @@ def warn_uncontrolled(config: AromaConfig) -> None:
         "call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a loop of your own.",
         stacklevel=3,
     )
-
-
-def _written_files(folder: Path, plain: PlainAdapter) -> dict[str, str]:
-    """Return the digests of the weight files that hold the adapter just collected.
-
-    PEFT writes them before the configuration, transformers (`model.add_adapter`, `model.save_pretrained`) after it:
-    then there is no file yet, or an older one.
-    """
-    files = {name: folder / name for name in WEIGHT_FILES if (folder / name).exists()}
-    return {name: file_digest(file) for name, file in files.items() if _holds(file, plain.digest)}
-
-
-def _holds(file: Path, digest: str) -> bool:
-    return file.suffix != ".safetensors" or components_digest(read_tensors(file)) == digest
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -107,7 +100,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the controller's state saved in `folder`, as `AromaController.state_dict()`; None if it had none.
+    """Return the state of the run saved in `folder`, as `AromaController.state_dict()`; None without one.
 
     Raises:
         CheckpointError: The adapter or its state is missing, damaged, or of different moments.
@@ -116,12 +109,9 @@ def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | No
     if state.get("controller") is None:
         return None
     require_files(folder, state)
-    # An interrupted save may have left tensors of an earlier moment that this state does not name.
+    # An interrupted save may have left tensors of an earlier moment, which this state does not name.
     named = STATE_TENSORS_FILE in state["files"]
-    return {
-        "state": state["controller"],
-        "tensors": read_tensors(Path(folder) / STATE_TENSORS_FILE) if named else {},
-    }
+    return _decode(state["controller"], (Path(folder) / STATE_TENSORS_FILE).read_bytes() if named else b"")
 
 
 def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -138,8 +128,8 @@ def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None
         and components_digest(read_tensors(weights)) != state["components"]
     ):
         raise CheckpointError(
-            f"{weights}: its components are not those that {STATE_FILE} was written with; edited, or a save was "
-            "interrupted; use another checkpoint"
+            f"{weights}: its components are not those that {STATE_FILE} was written with; it was edited, or a save "
+            "was interrupted; use another checkpoint"
         )
     for name, digest in state["files"].items():
         file = Path(folder) / name
@@ -150,15 +140,29 @@ def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None
             raise bad_value(
                 f"{file}: sha256",
                 found,
-                f"{STATE_FILE} expects {digest}; edited, or a save was interrupted; use another checkpoint",
+                f"{STATE_FILE} expects {digest}; it was edited, or a save was interrupted; use another checkpoint",
                 CheckpointError,
             )
 
 
-def _require_random_states(folder: Path, processes: int) -> None:
-    """Raise when a process died before the Trainer had saved its random numbers, while another had.
+def _written_files(folder: Path, plain: PlainAdapter) -> dict[str, str]:
+    """Return the digests of the weight files that hold the adapter just collected.
 
-    The Trainer would resume without a word, and the rank with other random numbers than before.
+    PEFT writes them before the configuration. transformers (`model.add_adapter`, `model.save_pretrained`) writes them
+    after it: then there is no file yet, or an older one.
+    """
+    files = {name: folder / name for name in WEIGHT_FILES if (folder / name).exists()}
+    return {name: file_digest(file) for name, file in files.items() if _holds(file, plain.digest)}
+
+
+def _holds(file: Path, digest: str) -> bool:
+    return file.suffix != ".safetensors" or components_digest(read_tensors(file)) == digest
+
+
+def _require_random_states(folder: Path, processes: int) -> None:
+    """Raise when a process died before the Trainer had saved its random state, while another process had.
+
+    The Trainer would resume in silence, and that rank would draw other random numbers than before.
     """
     files = [folder / f"rng_state_{rank}.pth" for rank in range(processes)]
     if processes > 1 and any(file.exists() for file in files):
@@ -167,13 +171,17 @@ def _require_random_states(folder: Path, processes: int) -> None:
                 raise CheckpointError(f"{file}: missing or truncated, a save was interrupted; use another checkpoint")
 
 
-def pack(exported: dict[str, Any]) -> dict[str, Any]:
-    """Return a controller's state as JSON alone: the few tensors become base64 of a safetensors blob.
+# In the Trainer's state ----------------------------------------------------------------------------------------------
 
-    The Trainer hands a callback its JSON state on resume, but not the folder of the checkpoint.
+
+def pack(exported: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a run as JSON alone; the Trainer gives a resumed callback no path to its checkpoint.
+
+    Args:
+        exported: As `AromaController.state_dict()`.
     """
-    blob = base64.b64encode(save(exported["tensors"])).decode("ascii") if exported["tensors"] else ""
-    packed = {"state": exported["state"], "tensors": blob}
+    run, blob = _encode(exported)
+    packed = {"state": run, "tensors": base64.b64encode(blob).decode("ascii")}
     return {**packed, "checksum": _checksum(packed)}
 
 
@@ -184,8 +192,21 @@ def unpack(packed: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: The packed state was edited.
     """
     _require_checksum(packed, "trainer_state.json: stateful_callbacks.AromaCallback")
-    blob = packed["tensors"]
-    return {"state": packed["state"], "tensors": load(base64.b64decode(blob)) if blob else {}}
+    return _decode(packed["state"], base64.b64decode(packed["tensors"]))
+
+
+# The encoding --------------------------------------------------------------------------------------------------------
+
+
+def _encode(exported: dict[str, Any]) -> tuple[Any, bytes]:
+    """Return the JSON-able part of a run's state, and its tensors as safetensors; no bytes where there are none."""
+    tensors = {name: tensor.contiguous() for name, tensor in exported["tensors"].items()}
+    return exported["state"], save(tensors, metadata={"format": "pt"}) if tensors else b""
+
+
+def _decode(run: Any, blob: bytes) -> dict[str, Any]:
+    """Undo `_encode`."""
+    return {"state": run, "tensors": load(blob) if blob else {}}
 
 
 def _checksum(state: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from aroma.errors import bad_value
+from aroma.matrices import GrowingMatrix
 from aroma.measures import PairSnapshot, grown_norms, inner_values, pair_norms, weight_norms
-from aroma.target import TargetModule
 from aroma.tuner import AromaConfig, aroma_layers
 
 from ..pictures.rank_picture import places_of
@@ -50,7 +50,7 @@ class Replayer:
         self._plan = plan
         self._freezes = freezes
         self._modules = {
-            name: TargetModule(name, index, layer, adapter_name, self._config)
+            name: GrowingMatrix(name, index, layer, adapter_name, self._config)
             for index, (name, layer) in enumerate(aroma_layers(model, adapter_name).items())
         }
         norms = weight_norms(
@@ -96,7 +96,7 @@ class Replayer:
         self._outer_number += 1
         self._snapshot = PairSnapshot()
 
-    def _merge(self, modules: Sequence[TargetModule]) -> None:
+    def _merge(self, modules: Sequence[GrowingMatrix]) -> None:
         norms = grown_norms(
             [module.layer.weight_matrix for module in modules],
             [module.finished for module in modules],
@@ -107,7 +107,7 @@ class Replayer:
             module.weight_norm = norm
             module.merge(module.pair)
 
-    def _active(self) -> list[TargetModule]:
+    def _active(self) -> list[GrowingMatrix]:
         return [module for module in self._modules.values() if not module.is_frozen]
 
 

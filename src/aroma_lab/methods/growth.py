@@ -11,7 +11,7 @@ from torch import Tensor
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError
 from aroma.integrations.rewarmup import Rewarmup
-from aroma.target import TargetModule
+from aroma.matrices import GrowingMatrix
 
 from .hooks import Hooks
 
@@ -68,7 +68,7 @@ class Growth(Hooks):
         packed = json.loads(bytes(state[_STATE].tolist()))
         self.controller.load_state_dict({"state": packed, "tensors": tensors})
 
-    def _load_update(self, module: TargetModule, B: Tensor, A: Tensor) -> None:
+    def _load_update(self, module: GrowingMatrix, B: Tensor, A: Tensor) -> None:
         """Do as PEFT does at the load of an adapter: all of the update is finished, and the pair starts at b = 0."""
         adapter = self.controller.adapter_name
         _, a = module.pair

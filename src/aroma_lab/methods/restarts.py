@@ -8,9 +8,9 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from aroma.algorithm.paper import rewarmup_factor
 from aroma.integrations.rewarmup import Rewarmup
 from aroma.reset import component_generator, reset_state
-from aroma.warmup import rewarmup_factor
 
 from .hooks import Hooks, require_keys
 from .lora import pair_of

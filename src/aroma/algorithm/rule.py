@@ -1,0 +1,132 @@
+"""What a growth rule is, and what it may ask of the matrices that grow.
+
+A rule decides when a component is born, merged or dropped, when a matrix freezes, and when the run is over. It sees
+numbers and names only: no tensors, no optimizer, no processes. The controller calls it after every optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from ..events import Event
+
+
+class Matrix(Protocol):
+    """One growing matrix as a rule sees it.
+
+    Attributes:
+        name: Its name in the base model.
+        converged: Whether it bears the label "inner-converged".
+        inner_value: Left side of (5) at its last inner check; None where undefined.
+        outer_value: Left side of (6) at its last outer check; None before the first.
+    """
+
+    name: str
+    converged: bool
+    inner_value: float | None
+    outer_value: float | None
+
+    @property
+    def rank(self) -> int:
+        """Rank R of its finished components."""
+
+    @property
+    def component_count(self) -> int:
+        """Number of its finished components."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it has stopped growing, for good."""
+
+
+M = TypeVar("M", bound=Matrix)
+
+
+class Matrices(Protocol[M]):
+    """All growing matrices of a run: measured together, changed one by one.
+
+    Measurements are the same on every process that trains.
+    """
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the ranks of all finished components."""
+
+    def active(self) -> list[M]:
+        """Return the matrices that still train, in module order."""
+
+    def all(self) -> Sequence[M]:
+        """Return all matrices, in module order."""
+
+    def inner_values(self, matrices: Sequence[M]) -> tuple[list[float], list[float | None]]:
+        """Return ‖b a‖_F of the components in training, and the left side of (5) since the previous call.
+
+        The value is None where the earlier norm was 0, and at the first call since `forget_check`.
+        """
+
+    def outer_values(self, matrices: Sequence[M]) -> tuple[list[float], list[float | None]]:
+        """Return ‖b a‖_F of the components in training, and the left side of (6); None where W0 + s B A is zero."""
+
+    def forget_check(self) -> None:
+        """Forget the previous inner check: the components are new."""
+
+    def merge(self, matrices: Sequence[M]) -> None:
+        """Merge: the components in training become finished ones."""
+
+    def renew(self, matrix: M, draw: int) -> None:
+        """Reset and Reinit: forget the optimizer's state of the pair, and start a fresh component.
+
+        Args:
+            matrix: The matrix, just merged.
+            draw: Number of the outer step that ends. It seeds what is random, with the place of the matrix.
+        """
+
+    def start_unmoved(self, draw: int) -> None:
+        """Start a fresh component of outer step `draw` wherever the one in training has not moved."""
+
+    def freeze(self, matrix: M) -> None:
+        """Drop the component in training, and train this matrix no more."""
+
+
+class GrowthRule(Protocol):
+    """Decides how all matrices of a run grow.
+
+    Attributes:
+        global_step: Optimizer steps taken so far.
+        inner_step: Optimizer steps taken since the last outer step, t.
+        outer_number: Number p of the current outer step, counted from 1.
+        max_inner_steps: Most optimizer steps of one inner loop, T_in.
+    """
+
+    global_step: int
+    inner_step: int
+    outer_number: int
+    max_inner_steps: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether every matrix is frozen, so that the run may stop."""
+
+    @property
+    def lr_factor(self) -> float:
+        """Factor on the scheduled learning rate for the step about to be taken, in [0, 1]."""
+
+    @property
+    def draw(self) -> int:
+        """Number that seeds what the components in training drew when they began."""
+
+    def step(self) -> list[Event]:
+        """Count one optimizer step, and act on the matrices where that is due; return what happened."""
+
+    def outer_step(self) -> list[Event]:
+        """End the inner loop now; return what happened."""
+
+    def require_finite(self, matrices: Sequence[Any], norms: Sequence[float], check: str) -> None:
+        """Raise NonFiniteError for the first norm that is NaN or infinite, naming its matrix and the check."""
+
+    def state(self) -> dict[str, Any]:
+        """Return where the rule stands, JSON-able."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` returned."""

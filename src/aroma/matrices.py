@@ -1,0 +1,470 @@
+"""The growing matrices of a run: measured together, one host sync each, and changed one by one.
+
+A growth rule acts on these (`aroma.algorithm.Matrices`). They know layers, the optimizer, and sharded parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, bad_value
+from .events import ModuleSummary
+from .files import tensors_digest
+from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
+from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
+from .sharding import (
+    agree,
+    communicating_device,
+    gathered,
+    is_flattened,
+    is_sharded,
+    is_zero,
+    reshard,
+    sharding_modules,
+    unwrapped_optimizer,
+)
+from .spectra import effective_rank, singular_values
+from .tuner import AromaLinear, aroma_layers
+from .tuner.live import LiveAdapter
+
+
+class GrowingMatrix:
+    """One growing layer, with its place among the others and what the rule notes about it.
+
+    Args:
+        name: Its name in the base model.
+        index: Its place in module order; it seeds the random numbers.
+        layer: The layer.
+        adapter_name: The adapter that grows.
+        live: Its live state.
+
+    Attributes:
+        weight_norm: ‖W0 + s B A‖_F over the finished components.
+        converged: Whether it bears the label "inner-converged" in this inner loop.
+        inner_value: Left side of (5) at the last check, None where undefined.
+        outer_value: Left side of (6) at the last outer check, None before the first.
+    """
+
+    def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
+        self.name = name
+        self.index = index
+        self.layer = layer
+        self.weight_norm = 0.0
+        self.converged = False
+        self.inner_value: float | None = None
+        self.outer_value: float | None = None
+        self._adapter_name = adapter_name
+        self._live = live
+
+    @property
+    def pair(self) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """The component in training, b (m, r) and a (r, n), as the optimizer holds it: sharded under FSDP2."""
+        return self.layer.pair(self._adapter_name)
+
+    @property
+    def finished(self) -> Pair:
+        """The finished components, B (m, R) with the scale folded in and A (R, n)."""
+        finished = self.layer.finished(self._adapter_name)
+        return finished.B, finished.A
+
+    def components(self, pair: Pair) -> Pair:
+        """Return the whole update, B (m, R) and A (R, n), the component in training last if it has moved.
+
+        Args:
+            pair: The component in training, b (m, r) and a (r, n), whole.
+        """
+        return self.layer.components(self._adapter_name, pair)
+
+    @property
+    def rank(self) -> int:
+        """Rank R of the finished components."""
+        return self.layer.finished(self._adapter_name).rank
+
+    @property
+    def component_count(self) -> int:
+        """Number of finished components; a loaded rest of a rank below r counts as one."""
+        return -(-self.rank // self._live.config.r)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it has stopped growing, for good."""
+        return self.layer.is_frozen(self._adapter_name)
+
+    def summary(self, pair: Pair) -> ModuleSummary:
+        """Return rank, effective rank, state and last check values.
+
+        Args:
+            pair: The component in training, b (m, r) and a (r, n), whole.
+        """
+        B, A = self.components(pair)
+        return ModuleSummary(
+            name=self.name,
+            rank=A.shape[0],
+            effective_rank=effective_rank(singular_values(B, A)),
+            state="frozen" if self.is_frozen else "converged" if self.converged else "training",
+            inner_value=self.inner_value,
+            outer_value=self.outer_value,
+        )
+
+    def start_component(self, draw: int) -> None:
+        """Reinit: b = 0, and the a that outer step `draw` starts with."""
+        self.layer.start_pair(self._adapter_name, self._fresh(draw))
+
+    def _fresh(self, draw: int) -> Tensor:
+        """Return the a (r, n) that outer step `draw` starts with."""
+        return fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
+
+    # Saved and restored ----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the matrix, JSON-able."""
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "frozen": self.is_frozen,
+            "converged": self.converged,
+            "inner_value": self.inner_value,
+            "outer_value": self.outer_value,
+            "weight_norm": self.weight_norm,
+        }
+
+    def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
+        """Return the component in training by name, if the plain adapter would not give it back bit for bit.
+
+        Args:
+            draw: Number of the outer step that it began in.
+            pair: The component, b (m, r) and a (r, n), whole.
+        """
+        if self.is_frozen:
+            return {}
+        b, a = (tensor.detach() for tensor in pair)
+        scale = self._live.config.scale
+        exact = torch.equal(b * scale / scale, b) if b.any() else torch.equal(a, self._fresh(draw).to(a))
+        return {} if exact else {f"pair.{self.index}.b": b.clone(), f"pair.{self.index}.a": a.clone()}
+
+    def restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor], draw: int, pair: Pair) -> None:
+        """Restore `state()`, and take the component that was in training out of the loaded finished ones.
+
+        Args:
+            state: What `state()` returned.
+            tensors: All tensors of the checkpoint's state.
+            draw: Number of the outer step for random draws.
+            pair: The component in training as it is now, b (m, r) and a (r, n), whole. DeepSpeed loads it as it was.
+
+        Raises:
+            CheckpointError: The loaded adapter has another rank than the state says.
+        """
+        for name in ("converged", "inner_value", "outer_value", "weight_norm"):
+            setattr(self, name, state[name])
+        in_training = self._loaded_pair_rank(state["rank"], state["frozen"])
+        if state["frozen"]:
+            self.layer.freeze(self._adapter_name)
+            return
+        self.layer.unfreeze(self._adapter_name)
+        b, a = self.layer.finished(self._adapter_name).pop(in_training)
+        if f"pair.{self.index}.b" in tensors:
+            b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
+            self.layer.start_pair(self._adapter_name, a, b)
+        elif in_training:
+            self.layer.start_pair(self._adapter_name, a, b / self._live.config.scale)
+        elif not pair[0].any():
+            self.start_component(draw)
+
+    def _loaded_pair_rank(self, rank: int, frozen: bool) -> int:
+        """Return how much of the loaded rank was in training: r, or 0 where b had not moved."""
+        surplus = self.rank - rank
+        if surplus not in (0, self._live.config.r) or (frozen and surplus):
+            raise CheckpointError(
+                f"{self.name}: the adapter has rank {self.rank}, but its aroma_state says {rank} finished and "
+                f"{'no' if frozen else 'one'} component in training; the files are of different moments, use another "
+                "checkpoint"
+            )
+        return surplus
+
+
+class GrowingMatrices:
+    """All growing matrices of one adapter, and the optimizer that trains them; `aroma.algorithm.Matrices`.
+
+    Where parameters are sharded, all ranks call the methods that read components, together.
+
+    Args:
+        model: The model, unwrapped.
+        adapter_name: The adapter that grows.
+        live: Its live state.
+        optimizer: Optimizer that holds the pairs; wrapped by accelerate or not, or DeepSpeed's.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
+        layers = aroma_layers(model, adapter_name)
+        self._all = [
+            GrowingMatrix(name, index, layer, adapter_name, live) for index, (name, layer) in enumerate(layers.items())
+        ]
+        self._adapter_name = adapter_name
+        self._live = live
+        self._optimizer = optimizer
+        self._sharding = sharding_modules(model)
+        self._snapshot = PairSnapshot()
+        self._held: dict[str, Pair] | None = None
+        reshard(self._sharding)
+
+    # What there is ---------------------------------------------------------------------------------------------------
+
+    def all(self) -> list[GrowingMatrix]:
+        """Return all matrices, in module order."""
+        return self._all
+
+    def active(self) -> list[GrowingMatrix]:
+        """Return the matrices that still train, in module order."""
+        return [matrix for matrix in self._all if not matrix.is_frozen]
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the ranks of all finished components; no device is asked."""
+        return sum(matrix.rank for matrix in self._all)
+
+    @property
+    def device(self) -> torch.device:
+        """Where collectives take place; a model that is moved takes it along."""
+        return communicating_device(self._all[0].pair[0])
+
+    @property
+    def are_sharded(self) -> bool:
+        """Whether the ranks must gather pairs; FSDP2 may hold whole ones for a while, after an evaluation."""
+        return bool(self._sharding) or any(is_sharded(tensor) for matrix in self._all for tensor in matrix.pair)
+
+    def pairs(self, matrices: Sequence[GrowingMatrix]) -> list[Pair]:
+        """Return the components in training, b (m, r) and a (r, n), whole; sharded ones by one collective."""
+        if self._held is not None:
+            return [self._held[matrix.name] for matrix in matrices]
+        reshard(self._sharding)
+        tensors = gathered([tensor for matrix in matrices for tensor in matrix.pair])
+        return [*zip(tensors[::2], tensors[1::2], strict=True)]
+
+    def hold_pairs(self) -> None:
+        """Gather all components, for what rank 0 does alone until `release_pairs`."""
+        self.release_pairs()
+        self._held = dict(zip([matrix.name for matrix in self._all], self.pairs(self._all), strict=True))
+
+    def release_pairs(self) -> None:
+        """Drop gathered components: the parameters have changed."""
+        self._held = None
+
+    @property
+    def pairs_are_held(self) -> bool:
+        """Whether `hold_pairs` has gathered the components of this moment."""
+        return self._held is not None
+
+    # Measured together -----------------------------------------------------------------------------------------------
+
+    def measure_weights(self) -> None:
+        """Measure ‖W0 + s B A‖_F of every matrix, from scratch."""
+        norms = weight_norms(
+            [matrix.layer.weight_matrix for matrix in self._all], [matrix.finished for matrix in self._all]
+        )
+        for matrix, norm in zip(self._all, norms, strict=True):
+            matrix.weight_norm = norm
+
+    def norms(self, matrices: Sequence[GrowingMatrix], *, alone: bool = False) -> list[float]:
+        """Return ‖b a‖_F of the components in training.
+
+        Args:
+            matrices: Which ones.
+            alone: Whether only this rank calls, so that the ranks cannot agree.
+        """
+        norms = pair_norms(self.pairs(matrices))
+        return norms if alone else self._agree(matrices, norms, [])[0]
+
+    def inner_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
+        """Return ‖b a‖_F, and the left side of (5) since the previous call; see `aroma.algorithm.Matrices`."""
+        criterion = self._live.config.inner_criterion
+        values, snapshot = inner_values(self.pairs(matrices), self._snapshot, criterion)
+        norms, values = self._agree(matrices, snapshot.norms, values)
+        self._snapshot = PairSnapshot(norms, snapshot.pairs)
+        return norms, values
+
+    def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
+        """Return ‖b a‖_F, and the left side of (6); see `aroma.algorithm.Matrices`."""
+        norms = pair_norms(self.pairs(matrices))
+        weights = [matrix.weight_norm for matrix in matrices]
+        agreed, _ = self._agree([*matrices, *matrices], [*norms, *weights], [])
+        norms, weights = agreed[: len(matrices)], agreed[len(matrices) :]
+        for matrix, weight in zip(matrices, weights, strict=True):
+            matrix.weight_norm = weight
+        scale = self._live.config.scale
+        return norms, [outer_value(scale * norm, weight) for norm, weight in zip(norms, weights, strict=True)]
+
+    def forget_check(self) -> None:
+        """Forget the previous inner check: the components are new."""
+        self._snapshot = PairSnapshot()
+
+    def _agree(
+        self, matrices: Sequence[GrowingMatrix], norms: Sequence[float], values: Sequence[float | None]
+    ) -> tuple[list[float], list[float | None]]:
+        return agree([matrix.name for matrix in matrices], norms, values, self.device)
+
+    # Changed one by one ----------------------------------------------------------------------------------------------
+
+    def merge(self, matrices: Sequence[GrowingMatrix]) -> None:
+        """Merge: the components in training become finished ones, and ‖W0 + s B A‖_F grows with them."""
+        pairs = self.pairs(matrices)
+        scale = self._live.config.scale
+        norms = grown_norms(
+            [matrix.layer.weight_matrix for matrix in matrices],
+            [matrix.finished for matrix in matrices],
+            [(b.detach() * scale, a.detach()) for b, a in pairs],
+            [matrix.weight_norm for matrix in matrices],
+        )
+        for matrix, pair, norm in zip(matrices, pairs, norms, strict=True):
+            matrix.weight_norm = norm
+            matrix.layer.merge_pair(self._adapter_name, pair)
+
+    def renew(self, matrix: GrowingMatrix, draw: int) -> None:
+        """Reset and Reinit; see `aroma.algorithm.Matrices`."""
+        config = self._live.config
+        generator = component_generator(self._live.seed, draw, matrix.index, "reset")
+        b, a = matrix.pair
+        for parameter in (a, b):
+            reset_state(self._optimizer, parameter, config.reset, config.prune_ratio, generator)
+        matrix.start_component(draw + 1)
+
+    def start_unmoved(self, draw: int) -> None:
+        """Start a fresh component of outer step `draw` wherever the one in training has not moved."""
+        for matrix, (b, _) in zip(self._all, self.pairs(self._all), strict=True):
+            if not matrix.is_frozen and not b.any():
+                matrix.start_component(draw)
+
+    def freeze(self, matrix: GrowingMatrix) -> None:
+        """Drop the component in training, and train this matrix no more."""
+        matrix.layer.freeze(self._adapter_name)
+        for parameter in matrix.pair:
+            if is_flattened(parameter):
+                # A flat optimizer goes on stepping it, with a gradient of zero: without moments it stays zero.
+                forget_moments(self._optimizer, parameter)
+
+    def stay_in_graph(self, stays: bool, growths: int | None) -> None:
+        """Settle whether frozen pairs go on requiring a gradient, zero; see `AromaLinear.stay_in_graph`."""
+        for matrix in self._all:
+            matrix.layer.stay_in_graph(self._adapter_name, stays, growths)
+
+    def drop_gradients_of_frozen(self, *_: Any) -> None:
+        """Drop the zero gradients of frozen pairs, so that the optimizer leaves them and its state alone."""
+        for matrix in self._all:
+            if matrix.is_frozen:
+                for parameter in matrix.pair:
+                    parameter.grad = None
+
+    # Refused ---------------------------------------------------------------------------------------------------------
+
+    def require_data(self) -> None:
+        """Raise for a pair that was offloaded, so that it cannot train.
+
+        Raises:
+            ConfigError: Naming the first.
+        """
+        for matrix in self._all:
+            if any(parameter.is_meta for parameter in matrix.pair):
+                raise bad_value(
+                    "model",
+                    "offloaded",
+                    f"the trainable pair of {matrix.name!r} is on the meta device, and what trains cannot be "
+                    "offloaded. Offload the base model (device_map of from_pretrained, dispatch_model, cpu_offload) "
+                    "before get_peft_model",
+                )
+
+    def require_held_by_optimizer(self) -> None:
+        """Raise for a pair that the optimizer does not hold, so that it would never learn.
+
+        Raises:
+            ConfigError: Naming the first.
+        """
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        flat = is_zero(unwrapped_optimizer(self._optimizer))
+        for matrix in self.active():
+            if not all(id(parameter) in held or (flat and is_flattened(parameter)) for parameter in matrix.pair):
+                raise bad_value(
+                    "optimizer",
+                    type(self._optimizer).__name__,
+                    f"it does not hold the trainable pair of {matrix.name!r}, so that module would never learn; make "
+                    "the optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that "
+                    "requires a gradient",
+                )
+
+    def require_resettable(self) -> None:
+        """Raise where `renew` would fail for want of an optimizer state that is understood.
+
+        Raises:
+            ResetError: Naming the state.
+        """
+        for matrix in self.active():
+            for parameter in matrix.pair:
+                check_resettable(self._optimizer, parameter, self._live.config.reset)
+
+    # Saved and restored ----------------------------------------------------------------------------------------------
+
+    def state(self, draw: int, pairs: Sequence[Pair]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what an exact resume needs of the matrices: JSON-able, and tensors by name.
+
+        Args:
+            draw: Number of the outer step that the components in training began in.
+            pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
+        """
+        tensors = self._snapshot.tensors()
+        for matrix, pair in zip(self._all, pairs, strict=True):
+            tensors.update(matrix.pair_tensors(draw, pair))
+        state = {
+            "snapshot_norms": self._snapshot.norms,
+            "adapter_digest": self.digest(pairs),
+            # A list: the Trainer sorts the keys of a dict, and the order of modules seeds their random numbers.
+            "modules": [matrix.state() for matrix in self._all],
+        }
+        return state, tensors
+
+    def refuse_other(self, state: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
+        """Refuse a saved `state()` that is not of these matrices with these components.
+
+        Args:
+            state: What `state()` returned.
+            pairs: The components in training of all matrices, b (m, r) and a (r, n), whole.
+
+        Raises:
+            ConfigError: It grows other modules, or the same in another order.
+            CheckpointError: It was saved with other components.
+        """
+        names, saved = [matrix.name for matrix in self._all], [entry["name"] for entry in state["modules"]]
+        if names != saved:
+            differing = sorted(set(names) ^ set(saved)) or names
+            raise bad_value(
+                "target_modules",
+                differing[0],
+                f"the checkpoint grows {len(saved)} modules and this model {len(names)}, and they differ in "
+                f"{len(differing)}; make the adapter with the target_modules of the checkpoint",
+            )
+        if self.digest(pairs) != state["adapter_digest"]:
+            raise CheckpointError(
+                "adapter_model.safetensors: its components are not those that aroma_state.json was written with, so "
+                "one of the files was edited or comes from another moment; use another checkpoint"
+            )
+
+    def restore(
+        self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], draw: int, pairs: Sequence[Pair]
+    ) -> None:
+        """Restore `state()`, after `refuse_other`; the arguments are its own and those of `state`."""
+        for matrix, entry, pair in zip(self._all, state["modules"], pairs, strict=True):
+            matrix.restore(entry, tensors, draw, pair)
+        self.require_held_by_optimizer()
+        self._snapshot = PairSnapshot.restore(
+            state["snapshot_norms"], tensors, [matrix.pair for matrix in self.active()]
+        )
+
+    def digest(self, pairs: Sequence[Pair]) -> str:
+        """Return a digest of all components, equal before a save and after the load."""
+        tensors = {}
+        for matrix, pair in zip(self._all, pairs, strict=True):
+            B, A = matrix.components(pair)
+            if A.shape[0]:
+                tensors[f"{matrix.name}.B"], tensors[f"{matrix.name}.A"] = B, A
+        return tensors_digest(tensors)

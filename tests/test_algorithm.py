@@ -1,0 +1,172 @@
+"""Algorithm 1 by itself: over matrices that are made of numbers, without tensors, optimizers or processes."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+import aroma.algorithm
+from aroma.algorithm.paper import PaperRule, PaperSettings
+from aroma.errors import NonFiniteError
+
+SETTINGS = PaperSettings(
+    inner_tolerance=0.1,
+    inner_check_interval=2,
+    max_inner_steps=6,
+    outer_tolerance=0.5,
+    min_components=0,
+    max_components=None,
+    rewarmup_steps=3,
+)
+
+
+@dataclass(eq=False)
+class Number:
+    """A matrix: the norm of its component is `size` · t / (t + `halfway`) after t steps, and shrinks with its rank."""
+
+    name: str
+    size: float
+    halfway: float
+    rank: int = 0
+    is_frozen: bool = False
+    converged: bool = False
+    inner_value: float | None = None
+    outer_value: float | None = None
+    steps: int = 0
+
+    @property
+    def component_count(self) -> int:
+        return self.rank
+
+    @property
+    def norm(self) -> float:
+        return self.size / 2**self.rank * self.steps / (self.steps + self.halfway)
+
+
+class Numbers:
+    """Matrices whose weight has norm 1."""
+
+    def __init__(self, *numbers: Number) -> None:
+        self.numbers = list(numbers)
+        self.drawn: list[tuple[str, int]] = []
+        self.earlier: list[float] = []
+
+    def all(self):
+        return self.numbers
+
+    def active(self):
+        return [number for number in self.numbers if not number.is_frozen]
+
+    @property
+    def total_rank(self):
+        return sum(number.rank for number in self.numbers)
+
+    def inner_values(self, numbers):
+        norms = [number.norm for number in numbers]
+        earlier, self.earlier = self.earlier or [0.0] * len(norms), norms
+        return norms, [(now - then) / then if then else None for now, then in zip(norms, earlier, strict=True)]
+
+    def outer_values(self, numbers):
+        norms = [number.norm for number in numbers]
+        return norms, norms
+
+    def forget_check(self):
+        self.earlier = []
+
+    def merge(self, numbers):
+        for number in numbers:
+            number.rank += 1
+
+    def renew(self, number, draw):
+        self.drawn.append((number.name, draw))
+        number.steps = 0
+
+    def start_unmoved(self, draw):
+        self.drawn += [(number.name, draw) for number in self.active() if not number.norm]
+
+    def freeze(self, number):
+        number.is_frozen = True
+
+    def train(self, rule, steps):
+        events = []
+        for _ in range(steps):
+            for number in self.active():
+                number.steps += 1
+            events += rule.step()
+        return events
+
+
+def test_a_run_by_hand():
+    numbers = Numbers(Number("quick", 2.4, 0.1), Number("slow", 1.2, 9.0), Number("useless", 0.1, 0.1))
+    rule = PaperRule(SETTINGS, numbers)
+    events = [(e.step, e.kind, e.module, e.rank) for e in numbers.train(rule, 18) if e.kind != "checked"]
+    assert events == [
+        # Labels of two do not end the loop that the third still needs: it ends at T_in.
+        *[(6, "merged", "quick", 1), (6, "frozen", "slow", 0), (6, "frozen", "useless", 0)],
+        # 1.2 · 4 / 4.1, labelled at the second check.
+        (10, "merged", "quick", 2),
+        # 0.6 · 4 / 4.1
+        (14, "merged", "quick", 3),
+        # 0.3 · 4 / 4.1 < 0.5
+        *[(18, "frozen", "quick", 3), (18, "finished", None, 3)],
+    ]
+    assert numbers.drawn == [("quick", 1), ("quick", 2), ("quick", 3)]
+    assert rule.finished
+
+
+def test_the_rate_climbs_after_every_outer_step_but_the_first():
+    numbers = Numbers(Number("slow", 100.0, 1000.0))
+    rule = PaperRule(SETTINGS, numbers)
+    factors = []
+    for _ in range(12):
+        factors.append(rule.lr_factor)
+        numbers.train(rule, 1)
+    assert factors == pytest.approx([*[1.0] * 6, 0, 1 / 3, 2 / 3, 1, 1, 1])
+
+
+def test_a_continued_adapter_draws_new_directions_and_full_matrices_stay_as_they_are():
+    numbers = Numbers(Number("full", 100.0, 1.0, rank=3), Number("open", 100.0, 1.0, rank=1))
+    rule = PaperRule(replace(SETTINGS, max_components=3), numbers)
+    assert [number.is_frozen for number in numbers.numbers] == [True, False]
+    assert numbers.drawn == [("open", 4)]
+    numbers.train(rule, 6)
+    assert numbers.drawn[1:] == [("open", 4)], "renewed at the end of that very outer step"
+
+
+@pytest.mark.parametrize("at", range(1, 18))
+def test_restored_at_any_step_it_goes_on_as_if_uninterrupted(at):
+    def fresh():
+        return Numbers(Number("quick", 2.4, 0.1), Number("slow", 2.2, 9.0))
+
+    whole, cut = fresh(), fresh()
+    rule, first = PaperRule(SETTINGS, whole), PaperRule(SETTINGS, cut)
+    numbers_events = whole.train(rule, at)
+    assert cut.train(first, at) == numbers_events
+    second = PaperRule(SETTINGS, cut)
+    second.restore(first.state())
+    cut.drawn = list(whole.drawn)
+    assert cut.train(second, 30) == whole.train(rule, 30)
+    assert cut.drawn == whole.drawn
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_named_before_anything_changes(norm):
+    numbers = Numbers(Number("fine", 1.0, 0.1), Number("broken", norm, 0.1))
+    rule = PaperRule(SETTINGS, numbers)
+    with pytest.raises(
+        NonFiniteError, match=r"^broken: .* inner check of optimizer step 2 \(outer step 1, inner step 2"
+    ):
+        numbers.train(rule, 2)
+    assert numbers.total_rank == 0
+    assert not numbers.numbers[0].converged
+
+
+def test_the_algorithm_knows_no_tensors():
+    for file in Path(aroma.algorithm.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "peft", "accelerate"}, file
