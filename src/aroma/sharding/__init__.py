@@ -1,10 +1,5 @@
 """Several processes, behind one protocol: replicas (DDP), FSDP2 and DeepSpeed's ZeRO."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import Any
-
 from .fsdp2 import sharding_modules
 from .processes import (
     agree,
@@ -41,17 +36,9 @@ from .protocol import (
 from .replicas import Entries, Factors, OptimizerState
 from .zero import Partition, StepHooks, is_flattened, is_partitioned
 
-# Names that the controller and the layer still use; each goes with its last caller.
+# Names that the layer still uses; each goes with its last caller.
 local = FSDP2.own_entries
 partition_of = ZERO.matrix
-base_optimizer = ZERO.base_optimizer
-communicating_device = FSDP2.device
-
-
-def reshard(modules: Iterable[Any]) -> None:
-    """Let every rank hold its own shards again."""
-    for module in modules:
-        module.reshard()
 
 
 __all__ = [
@@ -66,8 +53,6 @@ __all__ = [
     "Sharding",
     "StepHooks",
     "agree",
-    "base_optimizer",
-    "communicating_device",
     "gathered",
     "is_distributed",
     "is_flattened",
@@ -84,7 +69,6 @@ __all__ = [
     "refuse_sharding",
     "refuse_together",
     "require_equal_replicas",
-    "reshard",
     "shard_like",
     "sharded_matrix",
     "sharding_facts",

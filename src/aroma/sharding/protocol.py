@@ -36,9 +36,12 @@ class Sharding(Protocol):
     Attributes:
         has_flat_optimizer: Whether the optimizer steps flat tensors of many parameters. It then steps frozen pairs
             too, with gradients of zero, and may hold no state of a pair on this rank.
+        steps_within_backward: Whether accelerate's `backward` takes the optimizer step, so that the Trainer announces
+            it too late.
     """
 
     has_flat_optimizer: bool
+    steps_within_backward: bool
 
     # Parameters ------------------------------------------------------------------------------------------------------
 

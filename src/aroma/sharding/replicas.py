@@ -92,6 +92,7 @@ class Replicas:
     """Every process holds everything, so most of the protocol does nothing; see `Sharding` for its methods."""
 
     has_flat_optimizer = False
+    steps_within_backward = False
 
     # Parameters ------------------------------------------------------------------------------------------------------
 

@@ -98,6 +98,7 @@ class Zero(Replicas):
     """ZeRO-1, -2 and -3; parameters without DeepSpeed's attributes are replicas."""
 
     has_flat_optimizer = True
+    steps_within_backward = True
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
