@@ -25,7 +25,8 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
         A: R×n, on the same device. R = 0 gives an empty result.
     """
     B, A = _double(B), _double(A)
-    return torch.linalg.svdvals(_triangle(B) @ _triangle(A.mT).mT)
+    sigma: Tensor = torch.linalg.svdvals(_triangle(B) @ _triangle(A.mT).mT)
+    return sigma
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def component_cosines(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor, r:
 
 
 def _unit_components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the components' factors, scaled so that each product has norm 1; zero stays zero."""
+    """Return the factors (m, r) and (r, n) of all components, each product scaled to norm 1; zero stays zero."""
     components = []
     for b, a in _components(B, A, r):
         norm = torch.linalg.matrix_norm(_triangle(b) @ _triangle(a.mT).mT)
@@ -117,17 +118,19 @@ def _components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _new_directions(component: Tensor, basis: Tensor, norm: Tensor) -> Tensor:
-    """Return orthonormal rows that extend `basis` by what `component` adds to its span."""
+    """Return orthonormal rows (k, n) that extend `basis` (R, n) by what `component` (r, n) adds to its span."""
     rest = component
     for _ in range(2):  # once more, because the first subtraction leaves rounding along the basis
         rest = rest - rest @ basis.mT @ basis
     _, sizes, directions = torch.linalg.svd(rest, full_matrices=False)
-    return directions[sizes > _NEGLIGIBLE * norm]
+    new: Tensor = directions[sizes > _NEGLIGIBLE * norm]
+    return new
 
 
 def _triangle(matrix: Tensor) -> Tensor:
-    """Return R of the QR factorization."""
-    return torch.linalg.qr(matrix, mode="r").R
+    """Return R (min(m, n), n) of the QR factorization of a matrix (m, n)."""
+    triangle: Tensor = torch.linalg.qr(matrix, mode="r").R
+    return triangle
 
 
 def _double(matrix: Tensor) -> Tensor:

@@ -1,26 +1,46 @@
-"""Commands that need more than the core of the distribution say so before they begin."""
+"""Commands that need more than the library's own dependencies say so before they begin."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution, requires
 
 from ..errors import ConfigError
 
-_MODULES = {
-    "train": ("datasets", "sklearn", "scipy"),
-    "plot": ("matplotlib",),
-    "search": ("optuna", "sqlalchemy"),
-    "trl": ("trl",),
-}
+DISTRIBUTION = "aroma-peft"
 
 
 def require_extra(*extras: str) -> None:
-    """Raise unless what the named extras of `aroma-peft` bring is installed.
+    """Raise unless everything that the named extras of `aroma-peft` bring is installed.
 
     Raises:
-        ConfigError: Naming the missing modules and the extra to install.
+        ConfigError: Naming the missing distributions and the extra to install.
     """
     for extra in extras:
-        missing = [name for name in _MODULES[extra] if find_spec(name) is None]
+        missing = [name for name in distributions_of(extra) if not is_installed(name)]
         if missing:
-            raise ConfigError(f"{', '.join(missing)}: not installed; run: pip install 'aroma-peft[{extra}]'")
+            raise ConfigError(f"{', '.join(missing)}: not installed; run: pip install '{DISTRIBUTION}[{extra}]'")
+
+
+def is_installed(name: str) -> bool:
+    """Whether a distribution is installed."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def distributions_of(extra: str) -> Iterator[str]:
+    """Yield the names of the distributions that an extra brings, those of extras within it included."""
+    from packaging.requirements import Requirement
+
+    for text in requires(DISTRIBUTION) or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name == DISTRIBUTION:
+            for nested in sorted(requirement.extras):
+                yield from distributions_of(nested)
+        else:
+            yield requirement.name
