@@ -198,7 +198,7 @@ def test_one_process_agrees_with_itself() -> None:
 def test_a_frozen_module_of_one_process_asks_for_no_gradient() -> None:
     model = adapted()
     controller = AromaController(model, adamw(model), total_steps=32)
-    controller.modules[0].freeze()
+    controller.matrices.freeze(controller.modules[0])
     assert not any(parameter.requires_grad for parameter in controller.modules[0].pair)
 
 
@@ -207,8 +207,8 @@ def test_zero_gradients_are_at_the_output_and_nowhere_else() -> None:
     model = adapted()
     controller = AromaController(model, adamw(model), total_steps=32)
     for module in controller.modules:
-        module.stay_in_graph(True)
-        module.freeze()
+        module.layer.stay_in_graph("default", True)
+        controller.matrices.freeze(module)
     seen = []
     layer = model.base_model.bert.encoder.layer[1]
     layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))

@@ -287,6 +287,7 @@ class AromaController:
         return {
             "adapter_name": self.adapter_name,
             **self.config.method(),
+            "component_seed": self._live.seed if self._live.chose_seed else None,
             "total_steps": self.total_steps,
             "target_modules": [(matrix.name, matrix.rank, matrix.is_frozen) for matrix in self.modules],
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,

@@ -237,7 +237,7 @@ class GrowingMatrices:
 
     def pairs(self, matrices: Sequence[GrowingMatrix]) -> list[Pair]:
         """Return the components in training, b (m, r) and a (r, n), whole; sharded ones by one collective."""
-        if self._held is not None:
+        if self._held is not None and all(matrix.name in self._held for matrix in matrices):
             return [self._held[matrix.name] for matrix in matrices]
         self.sharding.reshard(self._model)
         tensors = gathered([tensor for matrix in matrices for tensor in matrix.pair])
@@ -246,7 +246,11 @@ class GrowingMatrices:
     def hold_pairs(self) -> None:
         """Gather all components, for what rank 0 does alone until `release_pairs`."""
         self.release_pairs()
-        self._held = dict(zip([matrix.name for matrix in self._all], self.pairs(self._all), strict=True))
+        self._hold(self._all, self.pairs(self._all))
+
+    def _hold(self, matrices: Sequence[GrowingMatrix], pairs: Sequence[Pair]) -> None:
+        """Remember components, b (m, r) and a (r, n), until the parameters change."""
+        self._held = dict(zip([matrix.name for matrix in matrices], pairs, strict=True))
 
     def release_pairs(self) -> None:
         """Drop gathered components: the parameters have changed."""
@@ -255,7 +259,7 @@ class GrowingMatrices:
     @property
     def pairs_are_held(self) -> bool:
         """Whether `hold_pairs` has gathered the components of this moment."""
-        return self._held is not None
+        return self._held is not None and len(self._held) == len(self._all)
 
     # Measured together -----------------------------------------------------------------------------------------------
 
@@ -287,7 +291,9 @@ class GrowingMatrices:
 
     def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F, and the left side of (6); see `aroma.algorithm.Matrices`."""
-        norms = pair_norms(self.pairs(matrices))
+        pairs = self.pairs(matrices)
+        self._hold(matrices, pairs)  # `merge` needs them again
+        norms = pair_norms(pairs)
         weights = [matrix.weight_norm for matrix in matrices]
         agreed, _ = self._agree([*matrices, *matrices], [*norms, *weights], [])
         norms, weights = agreed[: len(matrices)], agreed[len(matrices) :]
@@ -323,6 +329,7 @@ class GrowingMatrices:
 
     def renew(self, matrix: GrowingMatrix, draw: int) -> None:
         """Reset and Reinit; see `aroma.algorithm.Matrices`."""
+        self.release_pairs()
         config = self._live.config
         generator = component_generator(self._live.seed, draw, matrix.index, "reset")
         b, a = matrix.pair
@@ -338,6 +345,7 @@ class GrowingMatrices:
 
     def freeze(self, matrix: GrowingMatrix) -> None:
         """Drop the component in training, and train this matrix no more."""
+        self.release_pairs()
         matrix.layer.freeze(self._adapter_name)
         for parameter in matrix.pair:
             forget_moments(self._optimizer, parameter)
