@@ -203,7 +203,7 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", [refuse.__name__ for refuse in REFUSALS])
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     assert_refused(told, name, *SAYS[name])
 

@@ -41,7 +41,7 @@ LOOPS = [
     "zero 3",
     "zero 3, nothing stays",
     "zero 3, transposed layers",
-    "zero 3, loaded in shares",
+    "zero 3, loaded in shards",
     "zero 3, offloaded",
     "zero 2, offloaded",
     "zero 2, base in 16 bits",
@@ -90,7 +90,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
-def test_what_is_shared_out_trains_as_replicas_do(told: Path, name: str) -> None:
+def test_a_sharded_model_trains_as_replicas_do(told: Path, name: str) -> None:
     first, second = (load(told / f"loop-{name}-{rank}.pt") for rank in (0, 1))
     replicas = load(told / f"ddp-{name}-0.pt")
     for what in ("weights", "controller", "events", "stopped"):
