@@ -1,4 +1,4 @@
-"""`aroma bench`: what is counted, how cases take turns, what is made of it."""
+"""`aroma bench`: what is counted, how cases take turns, what is made of it, and what bounds a step."""
 
 import json
 import subprocess
@@ -9,30 +9,27 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, aroma_layers
 from aroma.cli import main, make_parser
 from aroma.errors import ConfigError
-from aroma_lab.bench.cases import all_cases, select_cases
-from aroma_lab.bench.contestant import Contestant
-from aroma_lab.bench.measure import measure
-from aroma_lab.bench.memory import kept_bytes, optimizer_bytes, trainable_parameters
-from aroma_lab.bench.peak import peak_resident_bytes
-from aroma_lab.bench.picture import draw_bench
-from aroma_lab.bench.result import BenchResult, Footprint, case_results, comparisons
-from aroma_lab.bench.settings import BenchSettings
-from aroma_lab.bench.shapes import SHAPES, copy_model, load_config, make_batch, make_model
-from aroma_lab.bench.table import comparison_table, growth_lines, machine_lines, size_table, time_table
-from aroma_lab.bench.timing import Spread, Times, interleave, stopwatch_for
+from aroma.tuner.fused import Update, linear_with_update
+from aroma_lab.bench.cases import Contender, all_cases, select_cases
+from aroma_lab.bench.measure import Times, case_results, comparisons, measure, take_turns
+from aroma_lab.bench.memory import kept_bytes, optimizer_bytes, peak_resident_bytes
+from aroma_lab.bench.models import SHAPES, BenchSettings, load_config, make_batch, make_model
+from aroma_lab.bench.profile import BETWEEN, KINDS, kind_of, profile
+from aroma_lab.bench.report import case_frame, draw
 
 SETTINGS = BenchSettings(
     model="tiny",
     batch_size=2,
     length=8,
     rounds=2,
-    warmup_rounds=1,
+    warmup_rounds=0,
     peak=False,
-    only=("lora-r8", "lora-r8-dropout", "aroma-8", "aroma-8-dropout"),
+    only=("lora-r1", "lora-r8", "lora-r8-dropout", "aroma-0", "aroma-8", "aroma-8-dropout", "aroma-all"),
 )
 CASES = {case.key: case for case in all_cases()}
 TARGETS = ["linear"]
@@ -58,55 +55,38 @@ class OneLinear(nn.Module):
         return self.linear(x)
 
 
-def kept_of(model):
-    x = torch.ones(TOKENS, N)
+def kept_of(model, requires_grad=False):
+    x = torch.ones(TOKENS, N, requires_grad=requires_grad)
     return kept_bytes(lambda: model(x).sum(), model)
 
 
-def test_a_trained_linear_keeps_its_input():
+def test_a_linear_keeps_its_input_if_it_trains_and_nothing_but_its_weight_if_not():
     assert kept_of(OneLinear()) == X_BYTES
+    assert kept_of(OneLinear().requires_grad_(False), requires_grad=True) == 0
 
 
-def test_a_frozen_linear_keeps_nothing_but_its_own_weight():
-    model = OneLinear().requires_grad_(False)
-    x = torch.ones(TOKENS, N, requires_grad=True)
-    assert kept_bytes(lambda: model(x).sum(), model) == 0
-
-
-@pytest.mark.parametrize("rank", [1, 2])
-def test_lora_keeps_input_and_projection(rank):
-    model = get_peft_model(OneLinear(), LoraConfig(r=rank, target_modules=TARGETS))
-    assert kept_of(model) == X_BYTES + 4 * TOKENS * rank
-
-
-def test_loras_dropout_keeps_a_mask_and_a_masked_input_too():
-    model = get_peft_model(OneLinear(), LoraConfig(r=2, lora_dropout=0.5, target_modules=TARGETS))
-    plain = X_BYTES + 4 * TOKENS * 2
-    # The input itself is not needed then: the masked one is, and a mask is, where the input wants a gradient.
-    assert kept_of(model) == plain
-    x = torch.ones(TOKENS, N, requires_grad=True)
-    assert kept_bytes(lambda: model(x).sum(), model) == plain + TOKENS * N * _mask_bytes()
-
-
-def _mask_bytes():
-    """Bytes of one entry of the mask that this PyTorch keeps: a bool, or a float on CPUs."""
-    x = torch.ones(8, requires_grad=True)
-    return kept_bytes(lambda: torch.dropout(x, 0.5, True).sum(), nn.Identity()) // 8
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_keeps_input_and_projection(dropout):
+    model = get_peft_model(OneLinear(), LoraConfig(r=2, lora_dropout=dropout, target_modules=TARGETS))
+    assert kept_of(model) == X_BYTES + 4 * TOKENS * 2
 
 
 @pytest.mark.parametrize("finished", [0, 3, 9])
-def test_aroma_keeps_input_and_one_number_a_token_however_much_is_finished(finished):
-    model = get_peft_model(OneLinear(), AromaConfig(target_modules=TARGETS, component_seed=0))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_aroma_keeps_input_and_one_number_a_token_however_much_is_finished(finished, dropout):
+    config = AromaConfig(target_modules=TARGETS, component_seed=0, lora_dropout=dropout)
+    model = get_peft_model(OneLinear(), config)
     (layer,) = aroma_layers(model).values()
     if finished:
         layer.finished("default").append(torch.ones(M, finished), torch.ones(finished, N))
     assert kept_of(model) == X_BYTES + 4 * TOKENS
 
 
-def test_a_storage_counts_once_and_whole():
+def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
     x = torch.ones(10, requires_grad=True)
 
     def forward():
+        (x * 2).exp()  # freed with its result
         y = x.exp()  # keeps its result, 40 bytes
         return (y[:2] * y[4:6]).sum()  # keeps two views of it
 
@@ -121,39 +101,13 @@ def test_parameters_and_buffers_do_not_count_seen_through_views_either():
     assert kept_bytes(lambda: (x * model.factor[:3] * model.linear.weight[0, :3]).sum(), model) == 12
 
 
-def test_what_the_graph_has_let_go_of_does_not_count():
-    x = torch.ones(10, requires_grad=True)
-
-    def forward():
-        x.exp()  # its graph goes with its result
-        return (x * 2).sum()
-
-    assert kept_bytes(forward, nn.Identity()) == 0
-
-
-@pytest.mark.parametrize("key", ["floor", "adalora", "aroma-8-dropout", "lora-r8-dropout", "aroma-half"])
-def test_the_count_is_the_same_on_every_run_and_model(key):
-    counts = []
-    for _ in range(2):
-        contestant = contestant_of(key)
-        counts += [kept_bytes(contestant.forward, contestant.model) for _ in range(2)]
-    assert len(set(counts)) == 1
-    assert counts[0] > 0
-
-
-# Other sizes ---------------------------------------------------------------------------------------------------------
-
-
-def test_optimizer_state_and_trainable_parameters():
+def test_optimizer_state():
     model = OneLinear()
-    model.linear.bias.requires_grad_(False)
     optimizer = torch.optim.AdamW([model.linear.weight])
-    assert optimizer_bytes(optimizer) == 0
+    assert optimizer_bytes(None) == optimizer_bytes(optimizer) == 0
     model(torch.ones(1, N)).sum().backward()
     optimizer.step()
-    assert trainable_parameters(model) == M * N
     assert optimizer_bytes(optimizer) == 2 * 4 * M * N + 4  # two moments, and the step count
-    assert optimizer_bytes(None) == 0
 
 
 def test_the_peak_is_that_of_a_process_of_its_own():
@@ -161,18 +115,19 @@ def test_the_peak_is_that_of_a_process_of_its_own():
     assert 2**27 < peak_resident_bytes(SETTINGS, "floor") < ballast.nbytes
 
 
-def test_a_process_that_fails_is_one_error():
-    with pytest.raises(ConfigError, match=r"^absent: the process that measures its peak memory ended with code 1 "):
-        peak_resident_bytes(SETTINGS, "absent")
+@pytest.mark.slow
+def test_a_process_without_enough_memory_is_one_error():
+    too_much = replace(SETTINGS, batch_size=2**40)
+    with pytest.raises(ConfigError, match=r"^floor: the process that measures its peak memory failed .* --no-peak$"):
+        peak_resident_bytes(too_much, "floor")
 
 
 # Cases ---------------------------------------------------------------------------------------------------------------
 
 
-def contestant_of(key, settings=SETTINGS, base=None):
-    base = base or make_model(settings)
-    case = CASES[key]
-    return Contestant(case, copy_model(base, case.method.writes_backbone), make_batch(base, settings), settings.seed)
+def contender_of(key, base=None):
+    base = base or make_model(SETTINGS)
+    return Contender(CASES[key], base, make_batch(base, SETTINGS), SETTINGS.seed)
 
 
 def test_the_cases_are_those_that_were_asked_for():
@@ -184,17 +139,20 @@ def test_the_cases_are_those_that_were_asked_for():
         *("aroma-half", "aroma-lower", "aroma-all"),
     }
     assert len({case.name for case in CASES.values()}) == len(CASES)
+    assert [case.key for case in select_cases(["aroma-8"], compiled=True)] == [
+        *("floor", "aroma-8"),
+        *("floor-compiled", "aroma-8-compiled"),
+    ]
 
 
 @pytest.mark.parametrize("key", [key for key in CASES if key.startswith("aroma")])
 def test_aroma_cases_are_at_their_stage_and_stay_there(key):
-    contestant = contestant_of(key)
-    layers = list(aroma_layers(contestant.model).values())
+    contender = contender_of(key)
+    layers = list(aroma_layers(contender.model).values())
     expected = {"aroma-half": range(0, 12, 2), "aroma-lower": range(6), "aroma-all": range(12)}.get(key, range(0))
     components = 8 if len(expected) else int(key.split("-")[1])
     for _ in range(12):  # past the first inner check
-        contestant.step()
-    assert len(layers) == 12
+        contender.step()
     assert [index for index, layer in enumerate(layers) if layer.is_frozen("default")] == list(expected)
     assert all(layer.finished("default").rank == components for layer in layers)
     assert all(layer.finished("default").B.any() for layer in layers) == bool(components)
@@ -208,22 +166,12 @@ def test_cases_share_a_backbone_that_none_of_them_writes():
     weight = base.roberta.encoder.layer[0].output.dense.weight
     sharing = 0
     for key in CASES:
-        contestant = contestant_of(key, base=base)
-        sharing += any(parameter is weight for parameter in contestant.model.parameters())
+        contender = contender_of(key, base)
+        sharing += any(parameter is weight for parameter in contender.model.parameters())
         for _ in range(2):
-            contestant.step()
+            contender.step()
         assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items()), key
     assert sharing == len(CASES) - 2
-
-
-def test_the_floor_is_always_measured_and_compiled_cases_come_last():
-    assert [case.key for case in select_cases(["aroma-8"], compiled=False)] == ["floor", "aroma-8"]
-    compiled = select_cases(["aroma-8"], compiled=True)[2:]
-    assert [case.key for case in compiled] == ["floor-compiled", "aroma-8-compiled"]
-    assert all(case.compiled and case.name.endswith(", compiled") for case in compiled)
-
-
-# Shapes --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -233,16 +181,11 @@ def test_no_shape_has_dropout(name):
     assert not any(dropouts.values())
 
 
-def test_a_folder_gives_a_shape_too(tmp_path):
+def test_a_folder_gives_a_shape_too_and_no_token_is_padding(tmp_path):
     load_config("tiny").save_pretrained(tmp_path)
-    model = make_model(replace(SETTINGS, model=str(tmp_path)))
-    assert model.config.hidden_size == SHAPES["tiny"][1]["hidden_size"]
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_no_token_is_padding():
-    settings = replace(SETTINGS, batch_size=64, length=64)
+    settings = replace(SETTINGS, model=str(tmp_path), batch_size=64, length=64)
     model = make_model(settings)
+    assert model.config.hidden_size == SHAPES["tiny"][1]["hidden_size"]
     tokens = make_batch(model, settings)["input_ids"]
     assert set(tokens.unique().tolist()) == set(range(64)) - {model.config.pad_token_id}
 
@@ -250,46 +193,31 @@ def test_no_token_is_padding():
 # Turns and times -----------------------------------------------------------------------------------------------------
 
 
-class Recorder:
+class Logger:
     def __init__(self, name, log):
         self.name, self.log = name, log
 
     def forward_backward(self):
         self.log.append(f"{self.name}1")
 
-    def finish_step(self):
+    def update(self):
         self.log.append(f"{self.name}2")
+
+    def clear(self):
+        pass
 
 
 def test_cases_take_turns_and_warm_up_rounds_do_not_count():
     log, turns = [], []
-    clock = iter(range(100))
-
-    def stopwatch(*parts):
-        for part in parts:
-            part()
-        return [float(next(clock)) for _ in parts]
-
-    times = interleave([Recorder("A", log), Recorder("B", log)], 2, 1, stopwatch, turns.append)
-    assert log == ["A1", "A2", "B1", "B2"] * 3
+    times = take_turns([Logger("A", log), Logger("B", log)], 2, 1, turns.append)
+    assert list(dict.fromkeys(log)) == ["A1", "A2", "B1", "B2"]
+    changes = [after for before, after in zip(["", *log], log, strict=False) if before != after]
+    assert changes == ["A1", "A2", "B1", "B2"] * 3
     assert len(turns) == 6
-    assert times == [Times([4.0, 8.0], [5.0, 9.0]), Times([6.0, 10.0], [7.0, 11.0])]
+    assert all(len(found.forward_backward) == len(found.update) == 2 for found in times)
 
 
-def test_the_stopwatch_times_each_part():
-    import time
-
-    short, long = stopwatch_for("cpu")(lambda: None, lambda: time.sleep(0.02))
-    assert 0 <= short < 0.02 <= long < 1
-
-
-def test_spreads():
-    assert Spread.of([3.0, 1.0, 2.0, 5.0, 4.0]) == Spread(3.0, 2.0, 4.0)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
-    assert Spread.of_ratios([2.0, 2.0, 12.0], [1.0, 2.0, 4.0]) == Spread(2.0, 1.5, 2.5)
-
-
-def test_ratios_of_a_fabricated_table():
+def test_ratios_are_taken_round_by_round_and_compiled_cases_have_a_floor_of_their_own():
     cases = select_cases(["lora-r8", "aroma-0"], compiled=True)
     times = {
         "floor": Times([1.0, 2.0, 4.0], [0.0] * 3),
@@ -299,89 +227,207 @@ def test_ratios_of_a_fabricated_table():
         "lora-r8-compiled": Times([1.0] * 3, [0.5] * 3),
         "aroma-0-compiled": Times([0.75] * 3, [0.0] * 3),
     }
-    sizes = [Footprint(100 if "lora" in case.key else 50, 0, 0, None) for case in cases]
-    results = {found.key: found for found in case_results(cases, list(times.values()), sizes)}
-    assert list(results) == list(times)
-    assert results["lora-r8"].forward_backward_ratio == Spread(2.0, 2.0, 2.0)
-    assert results["lora-r8"].step_ratio == Spread(3.0, 3.0, 3.0)
-    assert results["aroma-0"].forward_backward_ratio.median == 1.5
-    assert results["aroma-0-compiled"].forward_backward_ratio.median == 1.5
-    compared = {entry.key: entry for entry in comparisons(cases, list(results.values()))}
+    assert [case.key for case in cases] == list(times)
+    results = {found["key"]: found for found in case_results(cases, [*times.values()], [{}] * len(cases))}
+    assert results["lora-r8"]["forward_backward_ratio"] == {"median": 2.0, "lower": 2.0, "upper": 2.0}
+    assert results["lora-r8"]["step_ratio"]["median"] == 3.0
+    assert results["aroma-0"]["forward_backward_ratio"] == {"median": 1.5, "lower": 1.25, "upper": 1.75}
+    assert results["aroma-0-compiled"]["forward_backward_ratio"]["median"] == 1.5
+    kept = [100 if "lora" in key else 50 for key in times]
+    compared = {entry["key"]: entry for entry in comparisons(cases, [*times.values()], kept)}
     assert list(compared) == ["aroma-0", "aroma-0-compiled"]
-    assert compared["aroma-0"].other == "lora-r8"
-    assert compared["aroma-0"].forward_backward_ratio == Spread(0.75, 0.625, 0.875)
-    assert compared["aroma-0"].step_ratio.median == pytest.approx(0.6667, abs=1e-4)
-    assert compared["aroma-0"].kept_ratio == 0.5
-    assert compared["aroma-0-compiled"].forward_backward_ratio.median == 0.75
+    assert compared["aroma-0"]["other"] == "lora-r8"
+    assert compared["aroma-0"]["forward_backward_ratio"] == {"median": 0.75, "lower": 0.625, "upper": 0.875}
+    assert compared["aroma-0"]["kept_ratio"] == 0.5
+    assert compared["aroma-0-compiled"]["forward_backward_ratio"]["median"] == 0.75
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_result_has_everything_and_survives_json(result):
-    assert [case.key for case in result.cases] == ["floor", *SETTINGS.only]
-    assert all(len(case.times.rest) == len(case.times.forward_backward) == 2 for case in result.cases)
-    assert result.cases[0].forward_backward_ratio == Spread(1.0, 1.0, 1.0)
-    assert [(entry.key, entry.other) for entry in result.comparisons] == [
-        ("aroma-8", "lora-r8"),
+def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result):
+    content = json.loads(json.dumps(result, allow_nan=False))
+    assert [case["key"] for case in content["cases"]] == ["floor", *SETTINGS.only]
+    cases = {case["key"]: case for case in content["cases"]}
+    kept = {key: case["kept_bytes"] for key, case in cases.items()}
+    assert kept["aroma-all"] < kept["floor"] < kept["aroma-0"], "nothing is propagated through frozen modules"
+    assert kept["aroma-0"] == kept["aroma-8"] == kept["aroma-8-dropout"] == kept["lora-r1"]
+    assert kept["lora-r1"] < kept["lora-r8"] < kept["lora-r8-dropout"]
+    trained = {key: case["trainable_parameters"] for key, case in cases.items()}
+    assert trained["floor"] == 0 < trained["aroma-all"] < trained["aroma-8"] == trained["lora-r1"] < trained["lora-r8"]
+    assert cases["aroma-all"]["optimizer_bytes"] < cases["aroma-8"]["optimizer_bytes"]
+    assert cases["floor"]["forward_backward_ratio"] == {"median": 1.0, "lower": 1.0, "upper": 1.0}
+    assert [(entry["key"], entry["other"]) for entry in content["comparisons"]] == [
+        *((key, "lora-r8") for key in ("aroma-0", "aroma-8")),
         ("aroma-8-dropout", "lora-r8-dropout"),
+        ("aroma-all", "lora-r8"),
     ]
-    assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(result.provenance)
-    assert result.model["adapted_modules"] == 12
-    content = json.loads(json.dumps(result.as_dict(), allow_nan=False))
-    assert BenchResult.from_dict(content) == result
+    assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(content["provenance"])
+    assert content["model"]["adapted_modules"] == 12
 
 
 def test_the_controller_was_driven(result):
-    cost = result.growth
-    assert cost.check_interval == 10
-    assert 0 < cost.uncheck_ms < cost.check_ms
-    assert cost.amortised_ms == pytest.approx(0.9 * cost.uncheck_ms + 0.1 * cost.check_ms)
-    assert cost.outer_ms > cost.check_ms
-    assert cost.outer_fraction == cost.outer_ms / cost.step_ms
+    cost = result["controller"]
+    assert cost["check_interval"] == 10
+    assert 0 < cost["uncheck_ms"] < cost["check_ms"] < cost["outer_ms"]
+    assert cost["amortised_ms"] == pytest.approx(0.9 * cost["uncheck_ms"] + 0.1 * cost["check_ms"])
+    assert cost["outer_fraction"] == cost["outer_ms"] / cost["step_ms"]
 
 
-def test_every_case_is_in_tables_and_picture(result):
-    for table in (time_table(result), size_table(result)):
-        assert list(table.columns[0].cells) == [case.key for case in result.cases]
-    assert list(comparison_table(result.comparisons).columns[0].cells) == ["aroma-8", "aroma-8-dropout"]
-    times, kept = draw_bench(result).axes
-    assert [label.get_text() for label in times.get_yticklabels()] == [case.name for case in result.cases]
-    circles = [(line.get_xdata()[0], line.get_ydata()[0]) for line in times.lines if line.get_marker() == "o"]
-    for row, case in enumerate(result.cases):
-        assert (case.forward_backward_ratio.median, row) in circles
-        assert (case.step_ratio.median, row) in circles
-    assert [bar.get_width() for bar in kept.patches] == [case.footprint.kept_bytes / 2**20 for case in result.cases]
+def test_the_picture_shows_the_frame_and_says_which_peaks_are_missing(result):
+    frame = case_frame(result)
+    times, kept = draw(result).axes
+    circles = {(line.get_xdata()[0], line.get_ydata()[0]) for line in times.lines if line.get_marker() == "o"}
+    assert circles == {(x, row) for name in ("× floor", "step × floor") for row, x in enumerate(frame[name])}
+    assert [bar.get_width() for bar in kept.patches] == list(frame["kept MiB"])
+    first, *others = result["cases"]
+    peaks = draw(result | {"cases": [first | {"peak_bytes": 2**20}, *others]}).axes[2]
+    assert peaks.patches[0].get_width() == 1.0
+    assert len(peaks.texts) == len(others)
 
 
-def test_a_peak_that_was_not_measured_is_said_to_be_missing(result):
-    first = result.cases[0]
-    measured = replace(first, footprint=replace(first.footprint, peak_bytes=2**20))
-    peaks = draw_bench(replace(result, cases=[measured, *result.cases[1:]])).axes[2]
-    assert [bar.get_width() for bar in peaks.patches] == [1.0]
-    assert len(peaks.texts) == len(result.cases) - 1
+# What bounds a step --------------------------------------------------------------------------------------------------
 
 
-def test_the_lines_below_name_machine_and_versions(result):
-    text = " ".join([*growth_lines(result), *machine_lines(result)])
-    assert result.provenance["cpu_model"] in text
-    assert f"torch {torch.__version__}" in text
-    assert "One outer step" in text
+PASSES = 4
+"""Over the inputs, and over the outputs, of a matrix with an update: what docs/speed.md says. Forward reads x, and
+reads and writes y; backward reads gy twice, reads and writes gx, and reads x."""
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+class Touched(TorchDispatchMode):
+    """Counts how often matmuls read or write a tensor of so many elements."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.count = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.split(".")[0] in ("mm", "addmm", "addmm_", "mv", "bmm"):
+            tensors = [argument for argument in (*args, result) if isinstance(argument, torch.Tensor)]
+            self.count += sum(tensor.numel() == self.elements for tensor in tensors)
+        return result
 
 
-def test_the_command_leaves_results_and_picture(tmp_path, capsys):
-    out = tmp_path / "tiny.json"
-    options = ["--model", "tiny", "--batch-size", "2", "--length", "8", "--rounds", "1", "--warmup-rounds", "0"]
-    assert main(["bench", *options, "--no-peak", "--only", "aroma-0", "lora-r8", "--out", str(out)]) == 0
-    saved = BenchResult.from_dict(json.loads(out.read_text()))
-    assert [case.key for case in saved.cases] == ["floor", "lora-r8", "aroma-0"]
-    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(("m", "n", "counted"), [(7, 31, "inputs"), (31, 7, "outputs")])
+def test_the_layer_makes_four_passes_over_its_activations(m, n, counted):
+    """Matmuls of the layer touch activations as often as the frozen matrix's own, and `PASSES` times more."""
+    tokens = 3
+    x, weight = torch.randn(tokens, n, requires_grad=True), torch.randn(m, n)
+    a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
+    with Touched(tokens * (n if counted == "inputs" else m)) as activations:
+        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0)
+        linear_with_update(x, weight, None, update).sum().backward()
+    of_the_matrix = 2  # x is read and gx written; y is written and gy read
+    assert activations.count == of_the_matrix + PASSES
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_backward_looks_at_the_weight_only_where_x_wants_a_gradient(wanted):
+    tokens, m, n = 211, 7, 31
+    x, weight = torch.randn(tokens, n, requires_grad=wanted), torch.randn(m, n)
+    a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
+    A, B = torch.randn(9, n), torch.randn(m, 9)
+    y = linear_with_update(x, weight, None, Update(A, B, a, b, 1.0, 0.0))
+    with Touched(m * n) as of_weight, Touched(9 * n) as of_components:
+        y.sum().backward()
+    assert (of_weight.count > 0) == wanted
+    assert of_components.count == 0, "folded, or not needed"
+    torch.testing.assert_close(a.grad, (b.T @ torch.ones(m, 1)) * x.detach().sum(0))
+    torch.testing.assert_close(b.grad, ((x @ a.T).sum() * torch.ones(m, 1)).detach())
+
+
+FAULTS = """
+import resource, sys, torch
+from aroma_lab.run.allocator import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(11):
+    if turn == 1:
+        before = faults()
+    torch.ones(2**20)  # 4 MiB, 1024 pages
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_kept_memory_is_not_mapped_again():
+    import os
+
+    def faults(how):
+        environment = {"PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        if how == "given back":  # set, since glibc adapts the size beyond which it maps to what a process frees
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert faults("given back") > 10 * 1000
+    assert faults("kept") < 1000
+
+
+# The profile ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes", "kind"),
+    [
+        ("aten::addmm", [(48,), (16, 32), (32, 48)], "backbone matmuls"),
+        ("aten::mm", [(16, 32), (32, 9)], "narrow matmuls"),
+        ("aten::addmm_", [(16, 48), (16, 9), (9, 48)], "narrow matmuls"),
+        ("aten::addmm_", [(48, 32), (48, 9), (9, 32)], "folding"),
+        ("aten::copy_", [(48, 32), (48, 32)], "folding"),
+        ("aten::addmm", [(2,), (2, 32), (32, 2)], "backbone matmuls"),  # the head sees sequences, not tokens
+        ("aten::bitwise_and_", [(64,), (64,)], "dropout mask"),
+        ("aten::mul_", [(16, 32), (16, 32)], "dropout mask"),
+        ("aten::copy_", [(16 * 48,), (16 * 48,)], "dropout mask"),
+        ("aten::copy_", [(16, 32), (16, 32)], "other operations"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [(2, 4, 8, 8)], "attention"),
+        ("aten::gelu", [(2, 8, 48)], "other operations"),
+    ],
+)
+def test_kinds_of_operations(operation, shapes, kind):
+    assert kind_of(operation, shapes, tokens=16, weights={(48, 32), (32, 32)}) == kind
+
+
+def test_what_a_case_does_takes_time_and_what_it_does_not_takes_none():
+    only = ("lora-r8", "aroma-0", "aroma-8-dropout")
+    found = profile(replace(SETTINGS, length=9, only=only))["milliseconds"]
+    assert list(found) == ["floor", *only]
+    for milliseconds in found.values():
+        assert list(milliseconds) == [*KINDS, BETWEEN]
+        assert min(milliseconds.values()) >= 0
+        assert milliseconds["backbone matmuls"] > 0
+    assert found["floor"]["narrow matmuls"] == found["floor"]["folding"] == found["floor"]["dropout mask"] == 0
+    assert found["aroma-0"]["narrow matmuls"] > 0 == found["aroma-0"]["dropout mask"]
+    assert found["lora-r8"]["narrow matmuls"] > 0
+    assert found["aroma-8-dropout"]["dropout mask"] > 0
+
+
+# The commands --------------------------------------------------------------------------------------------------------
+
+SMALL = ["--model", "tiny", "--batch-size", "2", "--length", "9", "--rounds", "1", "--warmup-rounds", "0"]
+
+
+def test_the_commands_leave_results_and_a_picture_and_overwrite_nothing(tmp_path, capsys):
+    out, profiled = tmp_path / "tiny.json", tmp_path / "profile.json"
+    options = [*SMALL, "--threads", "1", "--only", "aroma-0", "lora-r8"]
+    assert main(["bench", *options, "--no-peak", "--out", str(out)]) == 0
     printed = capsys.readouterr()
-    assert "AROMA over LoRA r=8" in printed.out
+    for part in ("AROMA over LoRA r=8", "One outer step", f"torch {torch.__version__}"):
+        assert part in printed.out
     assert "taking turns" in printed.err
+    assert [case["key"] for case in json.loads(out.read_text())["cases"]] == ["floor", "lora-r8", "aroma-0"]
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["bench", "profile", *options, "--out", str(profiled)]) == 0
+    assert "narrow matmuls" in capsys.readouterr().out
+    record = json.loads(profiled.read_text())
+    assert set(record["milliseconds"]) == {"floor", "lora-r8", "aroma-0"}
+    assert record["provenance"]["versions"]
+    assert main(["bench", "profile", *options, "--out", str(profiled)]) == 2
+    assert "exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -394,6 +440,11 @@ def test_the_command_leaves_results_and_picture(tmp_path, capsys):
         (["--out", "there.json"], "error: --out='there.json': there.json exists; give another name"),
         (["--out", "pictured.json"], "error: --out='pictured.json': pictured.png exists; give another name"),
         (["--out", "results.csv"], "error: --out='results.csv': the name of the results must end in .json"),
+        pytest.param(
+            ["--device", "cuda"],
+            "error: device='cuda': PyTorch finds no GPU; use cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -410,14 +461,7 @@ def test_an_error_is_one_line_and_nothing_is_written(arguments, message, tmp_pat
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench", "--model", "tiny", "--device", "cuda"]) == 2
-    assert capsys.readouterr().err.startswith("error: device='cuda': PyTorch finds no GPU; use cpu")
-
-
-def test_help_needs_no_torch():
+def test_help_needs_no_torch_and_its_examples_parse():
     program = (
         "import sys\nfrom aroma.cli import main\n"
         "try:\n    main(['bench', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"

@@ -396,10 +396,3 @@ def test_a_hub_data_set_is_read(files: Path) -> None:
     by_file = make_recipe(values_of(files, "x"))
     assert job_of(recipe).examples == {"train": 32, "validation": 8, "test": 23}
     assert job_of(recipe).watched["test"].to_dict() == job_of(by_file).watched["test"].to_dict()
-
-
-def test_whole_runs_of_language_models_are_not_benchmarked(files: Path, finished: Path, capsys: Any) -> None:
-    assert main(["bench", "run", str(finished / "recipe.yaml"), "--out", str(files / "bench")]) == 2
-    assert "data.task='causal_lm': runs of classifiers and regressions are measured" in " ".join(
-        capsys.readouterr().err.split()
-    )

@@ -12,8 +12,7 @@ from safetensors.torch import load, save
 
 from aroma import aroma_layers
 from aroma.errors import CheckpointError
-from aroma_lab.bench.settings import BenchSettings
-from aroma_lab.bench.shapes import make_batch, make_model
+from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import (
     METHODS,
     AdaLora,

@@ -12,8 +12,7 @@ from transformers import Trainer, TrainingArguments
 from aroma import aroma_layers
 from aroma.errors import ConfigError
 from aroma.files import read_tensors
-from aroma_lab.bench.settings import BenchSettings
-from aroma_lab.bench.shapes import make_batch, make_model
+from aroma_lab.bench.models import BenchSettings, make_batch, make_model
 from aroma_lab.methods import (
     METHODS,
     AdaLora,

@@ -1,1 +1,1 @@
-"""`aroma bench`: what a training step costs, in time and memory, method by method."""
+"""`aroma bench`: what a training step costs, method by method."""

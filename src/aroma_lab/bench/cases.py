@@ -1,41 +1,47 @@
-"""What is compared: every method, and AROMA at several stages of its growth."""
+"""The contenders: every method, and AROMA at several stages of its growth."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aroma.errors import bad_value
 from aroma.tuner import AromaLinear, aroma_layers
 
 from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLora
+from .models import BenchSettings, copy_model
 
 FLOOR = "floor"
 """Key of the case that all others are compared with."""
 
+PLANNED_STEPS = 10_000
+"""Length of the run that the methods are told; they are measured at its beginning."""
+
 _COMPONENTS_WHEN_FROZEN = 8
-"""Finished components of every module in the cases where some modules are finished for good."""
+"""Finished components of every module in the cases where some modules are frozen."""
 
 _NEVER_ENDS = {"inner_tolerance": 1e-12, "max_inner_steps": 10**9}
-"""The controller checks as ever and yet ends no inner loop, so that a case stays the case that it is."""
+"""The controller checks as usual but never ends an inner loop, so that a case keeps its stage."""
+
+_LEARNING_RATE = 1e-4
 
 FrozenModules = Literal["none", "half", "lower", "all"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One method, at one stage.
+    """One method at one stage.
 
     Args:
         key: Short name, for `--only`.
         method: The method.
         components: Finished components of every module (AROMA).
-        frozen: Modules that are finished for good (AROMA): `"half"`, every second one; `"lower"`, those in the lower
+        frozen: Modules that are frozen for good (AROMA): `"half"`, every second one; `"lower"`, those in the lower
             half of the model; `"all"`.
         compiled: Whether the model is compiled.
     """
@@ -56,25 +62,98 @@ class Case:
             parts.append({"half": "half frozen", "lower": "lower half frozen", "all": "all frozen"}[self.frozen])
         return ", ".join([*parts, "compiled"] if self.compiled else parts)
 
-    def build(self, model: Any, planned_steps: int, seed: int) -> Any:
+    def build(self, model: Any, seed: int) -> Any:
         """Return `model` adapted and brought to the stage of the case; see `Method.build`."""
         torch.manual_seed(seed)
-        model = self.method.build(model, planned_steps)
+        model = self.method.build(model, PLANNED_STEPS)
         if isinstance(self.method, Aroma):
-            self._bring_to_stage(model)
+            layers = list(aroma_layers(model).values())
+            if self.components:
+                for layer in layers:
+                    _finish_components(layer, self.components)
+            half = len(layers) // 2
+            frozen = {"none": [], "half": layers[::2], "lower": layers[:half], "all": layers}[self.frozen]
+            for layer in frozen:
+                layer.freeze("default")
         return model.train()
 
-    def _bring_to_stage(self, model: nn.Module) -> None:
-        layers = list(aroma_layers(model).values())
-        if self.components:
-            for layer in layers:
-                _finish_components(layer, self.components)
-        for layer in self._frozen_of(layers):
-            layer.freeze("default")
 
-    def _frozen_of(self, layers: list[AromaLinear]) -> list[AromaLinear]:
-        half = len(layers) // 2
-        return {"none": [], "half": layers[::2], "lower": layers[:half], "all": layers}[self.frozen]
+class Contender:
+    """A case that trains on one batch again and again: model, optimizer, hooks.
+
+    Args:
+        case: The case.
+        base: The model that all cases start from. It is copied; the copy shares the backbone's tensors if the method
+            does not write them.
+        batch: The model's input with labels.
+        seed: Seed of the adapter's weights.
+
+    Attributes:
+        case: The case.
+        model: The adapted model.
+        optimizer: AdamW over the trained parameters; None if there are none.
+        hooks: What the method does around an optimizer step; None without an optimizer.
+    """
+
+    def __init__(self, case: Case, base: Any, batch: dict[str, Tensor], seed: int) -> None:
+        self.case = case
+        self.model = case.build(copy_model(base, case.method.writes_backbone), seed)
+        self._call = _compiled(self.model, case.key) if case.compiled else self.model
+        self._batch = batch
+        self._steps = 0
+        self.optimizer: Any = None
+        self.hooks: Any = None
+        parameters = case.method.parameters(self.model)
+        if parameters:
+            self.optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
+            self.hooks = case.method.hooks(self.model, self.optimizer, PLANNED_STEPS)
+
+    def forward(self) -> Tensor:
+        """Return the loss, a scalar."""
+        loss: Tensor = self._call(**self._batch).loss
+        return loss
+
+    def forward_backward(self) -> None:
+        """Clear the gradients, then run forward and backward."""
+        self.clear()
+        self.forward().backward()
+
+    def update(self) -> None:
+        """Run the rest of a step: the optimizer, and what the method does around it."""
+        self.optimizer_step()
+        self.method_step()
+
+    def step(self) -> None:
+        """Run one whole step."""
+        self.forward_backward()
+        self.update()
+
+    def optimizer_step(self) -> None:
+        """Step the optimizer with the learning rate that the method asks for."""
+        self._steps += 1
+        if self.optimizer is not None:
+            self.hooks.before_step(self._steps)
+            self.optimizer.step()
+
+    def method_step(self) -> None:
+        """Do what the method does after an optimizer step."""
+        if self.optimizer is not None:
+            self.hooks.after_step(self._steps)
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+
+def make_contenders(base: Any, batch: dict[str, Tensor], settings: BenchSettings) -> list[Contender]:
+    """Return a contender for every selected case.
+
+    Raises:
+        ConfigError: An unknown case.
+    """
+    cases = select_cases(settings.only, settings.compiled)
+    return [Contender(case, base, batch, settings.seed) for case in cases]
 
 
 def all_cases() -> list[Case]:
@@ -104,7 +183,7 @@ def all_cases() -> list[Case]:
 
 
 def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
-    """Return the cases named in `only`, the floor always among them, and if `compiled` each a second time, compiled.
+    """Return the floor and the cases named in `only` (None: all); if `compiled`, each of them a second time, compiled.
 
     Raises:
         ConfigError: An unknown key.
@@ -121,13 +200,37 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
     return cases
 
 
+def growing_case(check_interval: int) -> Case:
+    """Return AROMA whose inner loops end only when told to, and whose components are all kept.
+
+    Args:
+        check_interval: Optimizer steps between inner checks.
+    """
+    options = {"inner_check_interval": check_interval, "outer_tolerance": None, "rewarmup_steps": 0, **_NEVER_ENDS}
+    return Case("growing", Aroma(options=options), components=_COMPONENTS_WHEN_FROZEN)
+
+
 def _suffix(dropout: float) -> str:
     return "-dropout" if dropout else ""
 
 
 def _finish_components(layer: AromaLinear, count: int) -> None:
-    """Put small random components behind the finished ones."""
+    """Append `count` small random components to the finished ones."""
     b, a = layer.pair("default")
     B = 1e-3 * torch.randn(b.shape[0], count)
     A = torch.randn(count, a.shape[1]) / a.shape[1] ** 0.5
     layer.finished("default").append(B.to(b), A.to(a))
+
+
+def _compiled(model: nn.Module, key: str) -> Callable[..., Any]:
+    """Return `model` compiled, called through code of its own.
+
+    PyTorch caches compiled graphs by code object. With a shared one, each case would search the graphs of all others
+    at every call, and from the eighth case on silently run uncompiled.
+    """
+
+    def call(**batch: Tensor) -> Any:
+        return model(**batch)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{key}")
+    return torch.compile(call)

@@ -1,18 +1,20 @@
-"""`aroma bench`: what a training step costs, method by method."""
+"""`aroma bench`: what a training step costs, method by method; `aroma bench profile`: where its time goes."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
+from aroma.errors import bad_value
 
-from . import bench_profile, bench_run
-from .bench_options import add_model_options, add_round_options, new_files, print_lines, settings_of, timed_phase
+from .phases import shown_phase
 
 if TYPE_CHECKING:
-    from ..bench.result import BenchResult
+    from ..bench.models import BenchSettings
 
 
 def add_parser(commands: Any) -> None:
@@ -21,10 +23,10 @@ def add_parser(commands: Any) -> None:
         "bench",
         help="measure what a training step costs in time and memory, method by method",
         description=(
-            "Measure what a training step costs: every method takes one step after the other, in turns, in one\n"
-            "process. Ratios to the floor (the frozen backbone, forward and backward), bytes kept for backward, peak\n"
-            "memory, optimizer state, trainable parameters, and the cost of AROMA's controller; as a table, JSON and\n"
-            "a picture. Weights and tokens are random: nothing is downloaded for a named shape."
+            "Measure what a training step costs. All methods take turns, one step each, in one process. The report\n"
+            "has ratios to the floor (forward and backward of the frozen backbone), bytes kept for backward, peak\n"
+            "memory, optimizer state, trainable parameters, and the cost of AROMA's controller: as a table, as JSON\n"
+            "and as a picture. Weights and tokens are random: nothing is downloaded for a named shape."
         ),
         epilog=examples(
             "aroma bench",
@@ -34,17 +36,7 @@ def add_parser(commands: Any) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(parser)
-    add_round_options(parser)
-    _add_measuring_options(parser)
-    # PyTorch's own way of waiting: what is measured is what a script of the user's costs.
-    parser.set_defaults(run=run, waits_passively=False)
-    subcommands = parser.add_subparsers(title="further benchmarks", metavar="COMMAND")
-    bench_run.add_parser(subcommands)
-    bench_profile.add_parser(subcommands)
-
-
-def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    _add_options(parser)
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -54,45 +46,131 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
         "--peak",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure peak memory; on a CPU in a process of its own for every case (yes)",
+        help="measure peak memory; on a CPU each case then runs in a process of its own (yes)",
     )
     parser.add_argument(
         "--out", metavar="FILE", default="bench.json", help="new .json file; the picture goes beside it (%(default)s)"
+    )
+    # PyTorch's own way of waiting for threads, since that is what a user's script has.
+    parser.set_defaults(run=run, waits_passively=False)
+    _add_profile_parser(parser.add_subparsers(title="further benchmarks", metavar="COMMAND"))
+
+
+def _add_profile_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="measure where the time of forward and backward goes, by kind of operation",
+        description=(
+            "Measure where the time of forward and backward goes, by kind of operation: matmuls of the backbone,\n"
+            "narrow matmuls of the update, folding, dropout masks, attention, the rest. PyTorch's profiler slows\n"
+            "every step down a little: take ratios from `aroma bench`."
+        ),
+        epilog=examples("aroma bench profile --only aroma-0 aroma-8 lora-r8 --rounds 5"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_options(parser)
+    parser.add_argument("--out", metavar="FILE", default="profile.json", help="new .json file (%(default)s)")
+    parser.set_defaults(run=run_profile)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both commands."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        default="roberta-base",
+        help=(
+            "shape (roberta-base, minilm, tiny), or a folder or hub name, of which only the configuration is read "
+            "(%(default)s)"
+        ),
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (%(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="backbone (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and tokens (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each case is timed (%(default)s)")
+    parser.add_argument("--warmup-rounds", type=int, default=0, help="rounds before those (%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
+    parser.add_argument("--only", metavar="CASE", nargs="+", help="measure these cases and the floor (all)")
+    parser.add_argument(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep freed memory in the process, which leaves page faults and most of the noise out of the times (yes)",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure; print the tables; write the results and the picture."""
-    require_extra("plot")
-    out, picture = new_files(arguments.out, ".png")
+    require_extra("lab")
+    out, picture = new_files(arguments.out, "--out", ".png")
     from aroma.cli.quiet import quiet
 
     quiet()
     from aroma.files import write_json
 
+    from ..bench import report
     from ..bench.measure import measure
-    from ..bench.picture import bench_picture
 
-    settings = settings_of(
-        arguments,
-        compiled=arguments.device == "cuda" if arguments.compile is None else arguments.compile,
-        peak=arguments.peak,
-    )
-    result = measure(settings, phase=timed_phase)
-    write_json(out, result.as_dict())
-    bench_picture(result, picture)
-    _print(result)
-    print_lines([f"Left: {out}, {picture}."])
+    compiled = arguments.device == "cuda" if arguments.compile is None else arguments.compile
+    result = measure(_settings(arguments, compiled=compiled, peak=arguments.peak), phase=shown_phase)
+    write_json(out, result)
+    report.write_picture(result, picture)
+    comparison = [report.comparison_table(result)] if result["comparisons"] else []
+    print_lines([report.case_table(result), *comparison, *report.notes(result), f"Left: {out}, {picture}."])
 
 
-def _print(result: BenchResult) -> None:
+def run_profile(arguments: argparse.Namespace) -> None:
+    """Profile; print the table; write the results."""
+    require_extra("lab")
+    (out,) = new_files(arguments.out, "--out")
+    from aroma.cli.quiet import quiet
+
+    quiet()
+    from aroma.files import write_json
+
+    from ..bench.profile import profile
+    from ..bench.report import profile_table
+
+    found = profile(_settings(arguments, peak=False), phase=shown_phase)
+    write_json(out, found)
+    print_lines([profile_table(found), f"Left: {out}."])
+
+
+def _settings(arguments: argparse.Namespace, **more: Any) -> BenchSettings:
+    from ..bench.models import BenchSettings
+
+    names = ("model", "batch_size", "length", "rounds", "warmup_rounds", "dtype", "device", "threads", "seed")
+    given = {name: getattr(arguments, name) for name in (*names, "keep_memory")}
+    return BenchSettings(**given, only=tuple(arguments.only) if arguments.only else None, **more)
+
+
+def new_files(out: str, option: str, *suffixes: str) -> list[Path]:
+    """Return the files to write: `out`, and files of the same name with other suffixes.
+
+    Args:
+        out: Name of the results.
+        option: The option that it was given by.
+        suffixes: Of the files beside it, such as `.png`.
+
+    Raises:
+        ConfigError: One of them exists, or the name does not end in .json.
+    """
+    results = Path(out)
+    if results.suffix != ".json":
+        raise bad_value(option, out, "the name of the results must end in .json")
+    files = [results, *map(results.with_suffix, suffixes)]
+    for file in files:
+        if file.exists():
+            raise bad_value(option, out, f"{file} exists; give another name, or move it away")
+    return files
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines as they are, without wrapping."""
     from rich.console import Console
 
-    from ..bench.table import comparison_table, growth_lines, machine_lines, roofline_lines, size_table, time_table
-
-    console = Console()
-    console.print(time_table(result))
-    console.print(size_table(result))
-    if result.comparisons:
-        console.print(comparison_table(result.comparisons))
-    print_lines([*growth_lines(result), *roofline_lines(result), *machine_lines(result)])
+    console = Console(markup=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, highlight=False)

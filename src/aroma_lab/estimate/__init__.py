@@ -1,1 +1,1 @@
-"""What a fine-tuning takes, on paper: memory, communication and time of models that fit nowhere here."""
+"""`aroma estimate`: the memory of a fine-tuning, and on how many of which devices it fits."""

@@ -1,95 +1,156 @@
-"""Accelerators, by what their makers publish."""
+"""Kinds of devices, on how many of each a training fits, and the whole estimate."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 from aroma.errors import bad_value
+
+from .memory import Needs, Strategy, step_bytes
+from .model import EstimateSettings, build, length_of, load_config, require_whole
+from .tensors import take_inventory
 
 GIB = 2**30
 
 RESERVED_SHARE, RESERVED_BYTES = 0.05, GIB
-"""What of a device's memory is left free: for fragments, and for the driver's context and its libraries."""
+"""What is left free of a device's memory: for fragments, the driver's context and its libraries."""
 
-NODE = 8
-"""Devices that one machine holds; more are linked by a network."""
-
-NETWORK_GB = 25.0
-"""Gigabytes a second and device, one way, between machines: 200 Gbit/s, an assumption."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """One kind of accelerator.
-
-    Args:
-        name: Its name.
-        memory_gib: Memory.
-        half_tflops: Dense bfloat16 or float16 matmuls with float32 sums, 10¹² operations a second.
-        float_tflops: The same in float32, outside of tensor cores.
-        link_gb: To the others of its machine, gigabytes a second, one way.
-    """
-
-    name: str
-    memory_gib: float
-    half_tflops: float
-    float_tflops: float
-    link_gb: float
-
-    @property
-    def usable_bytes(self) -> int:
-        """Bytes that a training may take."""
-        return max(0, math.floor(self.memory_gib * GIB * (1 - RESERVED_SHARE)) - RESERVED_BYTES)
-
-    def tflops(self, weight_dtype: str) -> float:
-        """Return the published speed of matmuls in a dtype."""
-        return self.float_tflops if weight_dtype == "float32" else self.half_tflops
-
-    def bandwidth(self, devices: int) -> float:
-        """Return bytes a second, one way, between so many devices."""
-        return 1e9 * (self.link_gb if devices <= NODE else min(self.link_gb, NETWORK_GB))
-
+MOST = 1024
+"""The most devices that are tried."""
 
 DEVICES = {
-    device.name: device
-    for device in (
-        Device("T4", 15, 65, 8.1, 16),
-        Device("L4", 22.5, 121, 30.3, 32),
-        Device("A10G", 22.5, 70, 35, 32),
-        Device("RTX-4090", 24, 165, 82.6, 32),
-        Device("A100-40GB", 40, 312, 19.5, 300),
-        Device("L40S", 45, 362, 91.6, 32),
-        Device("A100-80GB", 80, 312, 19.5, 300),
-        Device("H100", 80, 989, 67, 450),
-        Device("H200", 140, 989, 67, 450),
-        Device("B200", 179, 2250, 75, 900),
-    )
+    "T4": 15,
+    "L4": 22.5,
+    "A10G": 22.5,
+    "RTX-4090": 24,
+    "A100-40GB": 40,
+    "L40S": 45,
+    "A100-80GB": 80,
+    "H100": 80,
+    "H200": 140,
+    "B200": 179,
 }
-"""By name, the smallest first."""
+"""GiB of kinds of devices, as their makers publish them; the smallest first."""
+
+_STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
-def find_device(name: str) -> Device:
-    """Return a device by its name, whatever the case.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
-    for known, device in DEVICES.items():
-        if known.lower() == name.lower():
-            return device
-    raise bad_value("device", name, f"choose among {', '.join(DEVICES)}, or give --device-memory")
+def usable_bytes(memory_gib: float) -> int:
+    """Return the bytes that a training may take of a device."""
+    return max(0, math.floor(memory_gib * GIB * (1 - RESERVED_SHARE)) - RESERVED_BYTES)
 
 
-def device_of_memory(memory_gib: float) -> Device:
-    """Return a device of which only the memory is known; it has no speed.
+def kinds_of(names: Sequence[str] = (), memory_gib: float | None = None) -> dict[str, float]:
+    """Return GiB by kind of device: those of `names`, in upper or lower case, and one of `memory_gib`; all if none.
 
     Raises:
-        ConfigError: It leaves nothing to train with.
+        ConfigError: An unknown name, or a memory that leaves nothing to train with.
     """
-    device = Device(f"{memory_gib:g} GiB", memory_gib, math.nan, math.nan, math.nan)
-    if not math.isfinite(memory_gib) or device.usable_bytes <= 0:
-        raise bad_value(
-            "device_memory", memory_gib, "give GiB; 1 GiB and a twentieth are left free, so give more than 1.06"
-        )
-    return device
+    known = {name.lower(): name for name in DEVICES}
+    for name in names:
+        if name.lower() not in known:
+            raise bad_value("device", name, f"choose among {', '.join(DEVICES)}, or give --device-memory")
+    kinds: dict[str, float] = {known[name.lower()]: DEVICES[known[name.lower()]] for name in names}
+    if memory_gib is not None:
+        if not math.isfinite(memory_gib) or usable_bytes(memory_gib) <= 0:
+            remedy = "give GiB; 1 GiB and a twentieth are left free, so give more than 1.06"
+            raise bad_value("device_memory", memory_gib, remedy)
+        kinds[f"{memory_gib:g} GiB"] = memory_gib
+    return kinds or {**DEVICES}
+
+
+def fit(needs: Needs, usable: int) -> dict[str, Any]:
+    """Return on how many devices a training fits.
+
+    Args:
+        needs: What the training needs.
+        usable: Bytes of a device that it may take.
+
+    Returns:
+        `usable_bytes`; `on_one`, whether one device is enough, and DDP takes any number; `fsdp2` and `zero3`, the
+        smallest numbers of devices that are enough, None if 1024 are not; `fsdp2_bytes`, bytes on each of them.
+    """
+    fewest = {strategy: _fewest(needs, strategy, usable) for strategy in ("fsdp2", "zero3")}
+    return {
+        "usable_bytes": usable,
+        "on_one": needs.on("one")["total"] <= usable,
+        **fewest,
+        "fsdp2_bytes": needs.on("fsdp2", fewest["fsdp2"] or MOST)["total"],
+    }
+
+
+def _fewest(needs: Needs, strategy: Strategy, usable: int) -> int | None:
+    if needs.on("one")["total"] <= usable:
+        return 1
+    if needs.on(strategy, MOST)["total"] > usable:
+        return None
+    low, high = 1, MOST  # from two devices on, more devices never hold more each
+    while high - low > 1:
+        middle = (low + high) // 2
+        if needs.on(strategy, middle)["total"] <= usable:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def needs_of(settings: Sequence[EstimateSettings]) -> list[Needs]:
+    """Return what trainings of one model need that differ in their components alone; lengths are filled in.
+
+    Raises:
+        ConfigError: A model that cannot be trained so.
+    """
+    if not settings:
+        raise bad_value("components", [], "give at least one number")
+    config = load_config(settings[0].model)
+    length = length_of(settings[0], config)
+    inventory = take_inventory(build(settings[0], config), settings[0].dtype)
+    settings = [replace(one, sequence_length=length) for one in settings]
+    return [Needs.of(one, inventory, step_bytes(one, config)) for one in settings]
+
+
+def estimate(
+    settings: Sequence[EstimateSettings], devices: int = 1, kinds: Mapping[str, float] = DEVICES
+) -> dict[str, Any]:
+    """Return the estimates of one model, JSON-able.
+
+    Args:
+        settings: One for every number of components; otherwise alike.
+        devices: Number of devices for the bytes of each strategy.
+        kinds: GiB of kinds of devices, by name.
+
+    Returns:
+        `devices`, `assumptions`, and a list `estimates`, each with `settings`, `parameters`, `bytes` by strategy (see
+        `Needs.on`), and `fits` (see `fit`).
+
+    Raises:
+        ConfigError: A model or a number that cannot work.
+    """
+    require_whole("devices", devices, 1)
+    return {
+        "devices": devices,
+        "assumptions": {"reserved_share": RESERVED_SHARE, "reserved_bytes": RESERVED_BYTES},
+        "estimates": [_estimate(needs, devices, kinds) for needs in needs_of(settings)],
+    }
+
+
+def _estimate(needs: Needs, devices: int, kinds: Mapping[str, float]) -> dict[str, Any]:
+    settings, inventory = needs.settings, needs.inventory
+    sides = sum(m + n for m, n in inventory.modules)
+    return {
+        "settings": asdict(settings),
+        "parameters": {
+            "base": inventory.parameters,
+            "modules": len(inventory.modules),
+            "in_training": settings.r * sides,
+            "finished": settings.rank * sides,
+        },
+        "bytes": {
+            "one": needs.on("one"),
+            **{strategy: needs.on(strategy, devices) for strategy in _STRATEGIES if devices > 1},
+        },
+        "fits": [{"device": name, **fit(needs, usable_bytes(memory))} for name, memory in kinds.items()],
+    }

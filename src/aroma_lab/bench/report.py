@@ -1,0 +1,178 @@
+"""The result as tables for a terminal, and as a picture; both drawn from one pandas frame."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from aroma.files import replacing
+
+from .measure import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+
+# Colours of Okabe and Ito.
+_AROMA, _LORA, _OTHER = "#D55E00", "#0072B2", "#767676"
+
+
+def case_frame(result: Result) -> pd.DataFrame:
+    """Return one row per case. Times in milliseconds, sizes in MiB, ratios to forward and backward of the floor."""
+    return pd.DataFrame(
+        {
+            "case": case["key"],
+            "name": case["name"],
+            "fwd+bwd ms": 1000 * case["forward_backward"]["median"],
+            "× floor": case["forward_backward_ratio"]["median"],
+            "lower": case["forward_backward_ratio"]["lower"],
+            "upper": case["forward_backward_ratio"]["upper"],
+            "step ms": 1000 * case["step"]["median"],
+            "step × floor": case["step_ratio"]["median"],
+            "kept MiB": case["kept_bytes"] / MIB,
+            "peak MiB": float("nan") if case["peak_bytes"] is None else case["peak_bytes"] / MIB,
+            "optimizer MiB": case["optimizer_bytes"] / MIB,
+            "trainable": case["trainable_parameters"],
+        }
+        for case in result["cases"]
+    )
+
+
+def case_table(result: Result) -> str:
+    """Return the table of times, ratios and sizes as text."""
+    frame = case_frame(result).drop(columns="name")
+    formats = {
+        **dict.fromkeys(("× floor", "lower", "upper", "step × floor"), "{:.3f}"),
+        **dict.fromkeys(("fwd+bwd ms", "step ms", "kept MiB"), "{:.1f}"),
+        "peak MiB": "{:.0f}",
+        "optimizer MiB": "{:.2f}",
+        "trainable": "{:,}",
+    }
+    return f"{headline(result)}\n{_text(frame, formats)}"
+
+
+def comparison_table(result: Result) -> str:
+    """Return the table of AROMA over LoRA r=8 as text: ratios, below 1 where AROMA takes less."""
+    frame = pd.DataFrame(
+        {
+            "case": one["key"],
+            "over": one["other"],
+            "fwd+bwd": one["forward_backward_ratio"]["median"],
+            "lower": one["forward_backward_ratio"]["lower"],
+            "upper": one["forward_backward_ratio"]["upper"],
+            "step": one["step_ratio"]["median"],
+            "kept": one["kept_ratio"],
+        }
+        for one in result["comparisons"]
+    )
+    return f"AROMA over LoRA r=8\n{_text(frame, dict.fromkeys(frame.columns[2:], '{:.3f}'))}"
+
+
+def notes(result: Result) -> list[str]:
+    """Return in sentences what the controller costs, and with what it was measured."""
+    cost, found = result["controller"], result["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    processor = found["device"] if result["settings"]["device"] == "cuda" else found["cpu_model"]
+    return [
+        f"Controller: {cost['amortised_ms']:.2f} ms per step on average, {cost['amortised_fraction']:.2%} of an "
+        f"ordinary step ({cost['step_ms']:.1f} ms). A check every {cost['check_interval']} steps takes "
+        f"{cost['check_ms']:.2f} ms.",
+        f"One outer step (check, merge, reset, norms of the weights): {cost['outer_ms']:.1f} ms, "
+        f"{cost['outer_fraction']:.2f} of an ordinary step.",
+        f"{processor}; {found['threads']} of {found['cpu_count']} threads, OMP_WAIT_POLICY "
+        f"{found['wait_policy'] or 'not set'}.",
+        f"{versions}; revision {found['git_revision'] or 'unknown'}.",
+        "The backbone's own dropouts are 0; a dropout in a case's name is the adapter's.",
+    ]
+
+
+def profile_table(found: dict[str, Any]) -> str:
+    """Return the table of milliseconds as text, one row per kind of operation; see `profile.profile`."""
+    frame = pd.DataFrame(found["milliseconds"])
+    frame.loc["sum"] = frame.sum()
+    frame.insert(0, "kind of operation", frame.index)
+    return f"forward and backward, ms\n{_text(frame, dict.fromkeys(frame.columns[1:], '{:.0f}'))}"
+
+
+def headline(result: Result) -> str:
+    """Return in one line what was measured."""
+    settings = result["settings"]
+    rounds = f"{settings['rounds']} {'round' if settings['rounds'] == 1 else 'rounds'}"
+    size = f"{settings['batch_size']}×{settings['length']}"
+    return f"{settings['model']}, batch {size}, {settings['dtype']}, {rounds} in turns"
+
+
+def _text(frame: pd.DataFrame, formats: dict[str, str]) -> str:
+    columns = {
+        name: [formats[name].format(value) if pd.notna(value) else "–" for value in frame[name]]
+        if name in formats
+        else frame[name]
+        for name in frame
+    }
+    return pd.DataFrame(columns).to_string(index=False)
+
+
+# The picture ---------------------------------------------------------------------------------------------------------
+
+
+def write_picture(result: Result, path: str | os.PathLike[str]) -> None:
+    """Draw the result and write it to `path`, a .png, .svg or .pdf file."""
+    buffer = io.BytesIO()
+    draw(result).savefig(buffer, format=os.fspath(path).rpartition(".")[2], dpi=100)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def draw(result: Result) -> Figure:
+    """Return a figure that belongs to no window: one row per case, with time, bytes kept, and peak memory.
+
+    A filled circle is forward and backward, with a line from quartile to quartile; a hollow one is the whole step.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    frame = case_frame(result)
+    sizes = {"kept MiB": "kept for backward, MiB", "peak MiB": "peak memory, MiB"}
+    columns = [name for name in sizes if frame[name].notna().any()]
+    figure = Figure(figsize=(11, 1.6 + 0.27 * len(frame)), layout="constrained")
+    FigureCanvasAgg(figure)
+    times, *amounts = figure.subplots(1, 1 + len(columns), sharey=True, width_ratios=[2] + [1] * len(columns))
+    colours = [_colour(key) for key in frame["case"]]
+    _draw_times(times, frame, colours)
+    for axes, column in zip(amounts, columns, strict=True):
+        axes.barh(frame.index, frame[column], height=0.55, color=colours)
+        for row in frame.index[frame[column].isna()]:
+            axes.text(0, row, "  not measured", va="center", fontsize=7.5, color=_OTHER)
+        axes.set_xlabel(sizes[column])
+    for axes in (times, *amounts):
+        axes.set_frame_on(False)
+        axes.set_axisbelow(True)
+        axes.grid(color="#E4E4E4", linewidth=0.8)
+        axes.tick_params(length=0, labelsize=8.5)
+        axes.xaxis.label.set_size(9)
+    times.set_yticks(frame.index, frame["name"])
+    times.invert_yaxis()
+    figure.suptitle(f"Cost of one training step\n{headline(result)}", x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def _draw_times(axes: Axes, frame: pd.DataFrame, colours: Sequence[str]) -> None:
+    axes.axvline(1, color=_OTHER, linewidth=1.0, linestyle=(0, (4, 3)))
+    for row, colour in enumerate(colours):
+        case = frame.loc[row]
+        axes.plot(case["step × floor"], row, "o", markersize=7, markerfacecolor="white", markeredgecolor=colour)
+        axes.plot([case["lower"], case["upper"]], [row, row], color=colour, linewidth=1.6)
+        axes.plot(case["× floor"], row, "o", markersize=5, color=colour)
+    axes.set_xlabel("× floor:  ● forward + backward, quartiles   ○ whole step")
+
+
+def _colour(key: str) -> str:
+    if key.startswith("aroma"):
+        return _AROMA
+    return _LORA if key.startswith("lora") else _OTHER

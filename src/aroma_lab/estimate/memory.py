@@ -1,0 +1,386 @@
+"""Bytes: what a step keeps and needs at its peak, what happens between steps, and what lies on each device."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from aroma.criteria import cross_term, inner_product, product_norm_squared
+from aroma.tuner import AromaLinear, fused, layer
+
+from .model import ADAPTER, ATTENTION, EstimateSettings, adapted_layers, build, layers_of, length_of, task_of
+from .tensors import Inventory, TensorSize, finished_bytes
+
+Strategy = Literal["one", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+_SHORT, _SHORTER = 3, 2
+"""Blocks of the models that are run in place of deeper ones whose blocks are all alike."""
+
+_ZERO3_LIVE = 10**9
+"""Elements that ZeRO-3 gathers at most before it frees some, DeepSpeed's default."""
+
+
+# One step on tensors without data ------------------------------------------------------------------------------------
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of storages made while it is entered.
+
+    Args:
+        existing: Tensors that exist before and after, and do not count.
+
+    Attributes:
+        live: Bytes of the storages that are alive now.
+        peak: The most that were alive at any time.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
+        self._existing = [tensor.untyped_storage() for tensor in existing]
+        self._known = {storage._cdata for storage in self._existing}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: Any) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What forward and backward of one batch take on one device.
+
+    Args:
+        kept: Bytes that wait for backward when forward has ended.
+        peak: The most bytes at any time, beyond weights, adapter and gradients of the trained parameters.
+    """
+
+    kept: int
+    peak: int
+
+
+def step_bytes(settings: EstimateSettings, config: Any) -> StepBytes:
+    """Return what a step takes.
+
+    If the blocks of a model are alike, two short models are run, and each further block takes what the third took:
+    from two blocks on, both numbers are linear in the number of blocks.
+
+    Raises:
+        ConfigError: See `build`.
+    """
+    layers = layers_of(config)
+    if layers is None or layers <= _SHORT:
+        return run_step(build(settings, config), settings, config)
+    short, shorter = (run_step(build(settings, config, count), settings, config) for count in (_SHORT, _SHORTER))
+    more = layers - _SHORT
+    return StepBytes(
+        kept=short.kept + more * (short.kept - shorter.kept), peak=short.peak + more * (short.peak - shorter.peak)
+    )
+
+
+def run_step(model: Any, settings: EstimateSettings, config: Any) -> StepBytes:
+    """Run forward and backward of a model on the meta device, after giving it its finished components."""
+    if settings.rank:
+        for one in adapted_layers(model):
+            if isinstance(one, AromaLinear):
+                with torch.device("meta"):
+                    B, A = torch.zeros(one.out_features, settings.rank), torch.zeros(settings.rank, one.in_features)
+                    one.finished(ADAPTER).append(B, A)
+    if settings.gradient_checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    batch = _batch(settings, config)
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    inputs = [value for value in batch.values() if isinstance(value, Tensor)]
+    meter = Meter([*model.parameters(), *model.buffers(), *gradients, *inputs])
+    with as_on_a_device(), meter:
+        loss = model(**batch).loss
+        kept = meter.live
+        # Not loss.backward(), which does more than the engine does.
+        torch.autograd.backward(loss)
+    return StepBytes(kept, meter.peak)
+
+
+def _batch(settings: EstimateSettings, config: Any) -> dict[str, Any]:
+    size = (settings.batch_size, length_of(settings, config))
+    tokens = torch.zeros(size, dtype=torch.long, device="meta")
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if task_of(settings, config) == "causal-lm":
+        return {**batch, "labels": tokens, "use_cache": False}
+    return {**batch, "labels": tokens[:, 0].clone()}
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend as a fused kernel does, which keeps query, key, value, result and one number a row.
+
+    Args:
+        module: The attention layer.
+        query: (batch, heads, length, size); key and value may have fewer heads.
+        key: As `query`.
+        value: As `query`.
+        attention_mask: Ignored: there is no padding.
+        scaling: Scale of the products.
+        is_causal: Whether a token sees only those before it.
+
+    Returns:
+        The result, (batch, length, heads, size), and no attention weights.
+    """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    result = fused_attention(query, key, value, 0.0, causal, attn_mask=None, scale=scaling)[0]
+    return result.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Drop as a GPU does, which keeps a mask of one byte per number."""
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """Make tensors without data take the same path as real ones.
+
+    AROMA's layer uses plain operations for tensors without data, as it does under tracing, and PyTorch has no autocast
+    for them. Here the memory of the layer's own fused operation is wanted.
+    """
+    changes: list[tuple[Any, str, Any]] = [
+        (layer, "is_traced", lambda x: False),
+        (layer, "autocast_dtype", lambda x: None),
+        (fused, "autocast_dtype", lambda x: None),
+        (fused, "_without_autocast", lambda device: nullcontext()),
+        (F, "dropout", _dropout),
+    ]
+    before = [(where, name, getattr(where, name)) for where, name, _ in changes]
+    try:
+        for where, name, value in changes:
+            setattr(where, name, value)
+        yield
+    finally:
+        for where, name, value in before:
+            setattr(where, name, value)
+
+
+# Between two steps ---------------------------------------------------------------------------------------------------
+
+
+def inner_check_bytes(inventory: Inventory, settings: EstimateSettings) -> int:
+    """Return the bytes that an inner check needs: the pairs of one shape, stacked and in float64."""
+    peak = 0
+    for (m, n), count in Counter(inventory.modules).items():
+        with torch.device("meta"):
+            pairs = [(torch.zeros(m, settings.r), torch.zeros(settings.r, n)) for _ in range(count)]
+        with Meter() as meter:
+            product_norm_squared(*map(torch.stack, zip(*pairs, strict=True))).sqrt()
+        peak = max(peak, meter.peak)
+    return peak
+
+
+def outer_step_bytes(inventory: Inventory, settings: EstimateSettings) -> int:
+    """Return the bytes that an outer step needs for one module at a time: its norm, or its new storage."""
+    return max((_outer_step_of_module(m, n, settings) for m, n in {*inventory.modules}), default=0)
+
+
+def _outer_step_of_module(m: int, n: int, settings: EstimateSettings) -> int:
+    R, r = settings.rank, settings.r
+    with torch.device("meta"):
+        weight = torch.zeros(m, n, dtype=getattr(torch, settings.weight_dtype))
+        b, a, B, A = torch.zeros(m, r), torch.zeros(r, n), torch.zeros(m, R), torch.zeros(R, n)
+    with Meter([weight, b, a, B, A]) as meter:
+        cross_term(weight, b, a)
+        inner_product(B, A, b, a)
+    dequantised = 2 * m * n if settings.is_quantised else 0
+    # While a new storage is filled, the old one exists too. The new one is among the finished components.
+    peak: int = max(meter.peak + dequantised, 4 * (m + n) * R)
+    return peak
+
+
+# The optimizer's state -----------------------------------------------------------------------------------------------
+
+
+def state_bytes(optimizer: str, trained: Iterable[TensorSize]) -> int:
+    """Return the bytes of the state of `optimizer`, a name of the settings, over the tensors that it trains."""
+    tensors = [size for size in trained if size.bytes]
+    total = sum(_STATES[optimizer](size) for size in tensors)
+    if optimizer == "adamw8bit" and any(_is_in_8_bits(size) for size in tensors):
+        total += 2 * 256 * 4  # two code tables that all tensors share
+    return total
+
+
+# PyTorch counts the steps of every parameter in a float32: 4 bytes.
+
+
+def _adamw(size: TensorSize) -> int:
+    return 2 * size.bytes + 4
+
+
+def _adafactor(size: TensorSize) -> int:
+    if len(size.shape) < 2:
+        return size.bytes + 4
+    *outer, rows, columns = size.shape
+    return math.prod(outer) * (rows + columns) * size.itemsize + 4
+
+
+def _adamw_8bit(size: TensorSize) -> int:
+    elements = math.prod(size.shape)
+    if not _is_in_8_bits(size):
+        return 2 * 4 * elements
+    return 2 * (elements + 4 * -(-elements // 256))  # 256 numbers share a scale
+
+
+def _is_in_8_bits(size: TensorSize) -> bool:
+    return math.prod(size.shape) >= 4096  # bitsandbytes keeps smaller tensors in float32
+
+
+_STATES: dict[str, Callable[[TensorSize], int]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw_8bit,
+    "adafactor": _adafactor,
+    "sgd": lambda size: 0,
+    "sgd-momentum": lambda size: size.bytes,
+}
+
+
+# On each device ------------------------------------------------------------------------------------------------------
+
+
+PARTS = {
+    "weights": "base weights",  # in their dtype, or packed
+    "constants": "scales of quantised weights",  # and code tables
+    "buffers": "buffers of the base model",
+    "pairs": "adapter in training",
+    "finished": "finished components",  # including padding
+    "head": "trained head",  # and whatever else trains
+    "gradients": "gradients",
+    "optimizer": "optimizer state",  # with ZeRO also its own copy of what trains
+    "buckets": "buckets for reduction",  # copies of the gradients (DDP, ZeRO)
+    "gathered": "gathered parameters",  # sharded ones that are whole at one time (FSDP2, ZeRO-3)
+    "kept": "kept for backward",
+    "step_extra": "peak of a step, beyond that",
+    "between_extra": "checks and growth, beyond a step",  # or the optimizer
+}
+"""Parts of a device's memory, by their names in JSON, with their labels in tables. Their sum is the peak."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a training needs, from which the bytes on any number of devices follow.
+
+    Args:
+        settings: What is estimated.
+        inventory: The model's tensors.
+        step: One step on one device.
+        finished: Bytes of the finished components.
+        between: Bytes of the larger of an inner check and an outer step; 0 for LoRA.
+    """
+
+    settings: EstimateSettings
+    inventory: Inventory
+    step: StepBytes
+    finished: int
+    between: int
+
+    @classmethod
+    def of(cls, settings: EstimateSettings, inventory: Inventory, step: StepBytes) -> Needs:
+        """Return the needs, given the tensors and the step."""
+        grows = settings.adapter == "aroma"
+        checks = (inner_check_bytes, outer_step_bytes) if grows else ()
+        between = max((check(inventory, settings) for check in checks), default=0)
+        return cls(settings, inventory, step, finished_bytes(inventory, settings), between)
+
+    def on(self, strategy: Strategy, devices: int = 1) -> dict[str, int]:
+        """Return the bytes of `PARTS` on the device that holds most of `devices`, and their sum as `total`.
+
+        With one device all strategies are alike.
+        """
+        if devices == 1:
+            strategy = "one"
+        inventory = self.inventory
+        is_zero = strategy.startswith("zero")
+
+        def whole(size: TensorSize) -> TensorSize:
+            return size
+
+        def part(size: TensorSize) -> TensorSize:
+            return size.flat_shard(devices) if is_zero else size.shard(devices)
+
+        of_weights = part if strategy in ("fsdp2", "zero3") else whole
+        of_gradients = part if strategy in ("fsdp2", "zero2", "zero3") else whole
+        of_state = part if strategy == "fsdp2" or is_zero else whole
+        gradients = _bytes(map(of_gradients, inventory.trained))
+        stepped = [of_state(size) for size in inventory.trained]
+        # Intermediates of an optimizer are as large as what it trains.
+        between = max(self.between, gradients)
+        found = {
+            "weights": _bytes(map(of_weights, inventory.weights)),
+            "constants": inventory.constants,
+            "buffers": inventory.buffers,
+            "pairs": _bytes(map(of_weights, inventory.pairs)),
+            "finished": self.finished,
+            "head": _bytes(map(of_weights, inventory.head)),
+            "gradients": gradients,
+            "optimizer": state_bytes(self.settings.optimizer, stepped) + (_bytes(stepped) if is_zero else 0),
+            "buckets": _bytes(inventory.trained) if strategy == "ddp" or is_zero else 0,
+            "gathered": self._gathered(strategy),
+            "kept": self.step.kept,
+            "step_extra": self.step.peak - self.step.kept,
+            "between_extra": max(0, between - self.step.peak),
+        }
+        return {**found, "total": sum(found.values())}
+
+    def _gathered(self, strategy: Strategy) -> int:
+        inventory = self.inventory
+        if strategy == "fsdp2":  # what lies outside the blocks for the whole step, and of the blocks one and the next
+            return inventory.root + 2 * inventory.block
+        if strategy == "zero3":
+            sizes = (*inventory.weights, *inventory.trained)
+            elements = sum(math.prod(size.shape) for size in sizes)
+            live = math.ceil(_bytes(sizes) * min(1, _ZERO3_LIVE / elements))
+            return max(live, *(size.bytes for size in sizes))  # one parameter is always whole
+        return 0
+
+
+def _bytes(sizes: Iterable[TensorSize]) -> int:
+    return sum(size.bytes for size in sizes)
