@@ -1,14 +1,14 @@
-"""Grow a LoRA of a causal language model on a text, in a plain loop, on as many devices as there are.
+"""Grow a LoRA adapter of a causal language model on a text, in a plain loop, on any number of devices.
 
     python examples/fsdp2.py --model MODEL --text FILE                                          # one GPU
     python examples/fsdp2.py --model MODEL --text FILE --four-bit                               # one small GPU
     torchrun --standalone --nproc-per-node 8 examples/fsdp2.py --model MODEL --text FILE --ddp  # the model on each GPU
-    torchrun --standalone --nproc-per-node 8 examples/fsdp2.py --model MODEL --text FILE        # the model shared out
+    torchrun --standalone --nproc-per-node 8 examples/fsdp2.py --model MODEL --text FILE        # the model sharded
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         examples/fsdp2.py --model MODEL --text FILE                                             # over two machines
 
-Without a model it trains a tiny random one on its own source, also on CPUs. All processes write to and read from one
-file system. `--resume` goes on from what `--out` holds.
+Without a model it trains a tiny random one on its own source, also on CPUs. All processes share one file system.
+`--resume` resumes from what `--out` holds.
 """
 
 import argparse
@@ -29,24 +29,22 @@ from aroma import AromaConfig, attach, save_adapter
 
 
 def options_of_launch() -> argparse.Namespace:
-    """Return what the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name of a causal language model")
-    parser.add_argument("--text", default=__file__, help="file to learn")
-    parser.add_argument("--out", default="out/fsdp2", type=Path, help="folder for the adapter and what a resume needs")
-    parser.add_argument(
-        "--steps", default=60, type=int, help="optimizer steps to take, those before a resume included"
-    )
+    parser.add_argument("--text", default=__file__, help="text file to train on")
+    parser.add_argument("--out", default="out/fsdp2", type=Path, help="folder for adapter and optimizer")
+    parser.add_argument("--steps", default=60, type=int, help="optimizer steps, including those before a resume")
     parser.add_argument("--total-steps", type=int, help="optimizer steps planned in all (default: --steps)")
-    parser.add_argument("--batch", default=4, type=int, help="sequences a process and step")
-    parser.add_argument("--length", default=64, type=int, help="tokens of a sequence")
+    parser.add_argument("--batch", default=4, type=int, help="sequences per process and step")
+    parser.add_argument("--length", default=64, type=int, help="tokens per sequence")
     parser.add_argument("--learning-rate", default=1e-3, type=float)
-    parser.add_argument("--ddp", action="store_true", help="keep the whole model in every process")
+    parser.add_argument("--ddp", action="store_true", help="keep a copy of the model in every process")
     parser.add_argument("--four-bit", action="store_true", help="keep the base model in 4 bits; one process or --ddp")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
-    shares = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not options.ddp
-    if options.four_bit and (options.model is None or shares):
+    shards = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not options.ddp
+    if options.four_bit and (options.model is None or shards):
         parser.error("--four-bit needs --model, and with several processes --ddp")
     return options
 
@@ -63,7 +61,7 @@ def base_model(options: argparse.Namespace, device: torch.device) -> tuple[torch
     quantised = None
     if options.four_bit:
         quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    # Under FSDP2 the whole model passes through the memory of the host, and the shards alone go to the devices.
+    # Under FSDP2 the host holds the whole model for a while, and only the shards go to the devices.
     whole = int(os.environ.get("WORLD_SIZE", "1")) == 1 or options.ddp
     model = AutoModelForCausalLM.from_pretrained(
         options.model,
@@ -75,13 +73,13 @@ def base_model(options: argparse.Namespace, device: torch.device) -> tuple[torch
 
 
 def batch_of(tokens: torch.Tensor, step: int, options: argparse.Namespace, rank: int, processes: int) -> torch.Tensor:
-    """Return this process's part of the sequences of a step, (batch, length)."""
+    """Return this process's sequences of a step, (batch, length)."""
     first = (step * processes + rank) * options.batch * options.length
     return tokens[(first + torch.arange(options.batch * options.length)) % len(tokens)].view(options.batch, -1)
 
 
 def main() -> None:
-    """Train, and save."""
+    """Train and save."""
     options = options_of_launch()
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
@@ -90,7 +88,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    shares = processes > 1 and not options.ddp
+    shards = processes > 1 and not options.ddp
 
     base, tokens = base_model(options, device)
     total = options.total_steps or options.steps
@@ -101,7 +99,7 @@ def main() -> None:
     if options.resume:
         model.load_adapter(str(options.out), "default", is_trainable=True)
     wrapped = model
-    if shares:
+    if shards:
         blocks = set(base._no_split_modules or ())
         for module in [*base.modules()]:
             if type(module).__name__ in blocks:
@@ -113,7 +111,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate)
     moments = options.out / "optimizer"
     if options.resume:
-        # Before attach: torch reads no state of pairs that are frozen.
+        # Before attach: torch loads no state of frozen pairs.
         state = {"optimizer": get_optimizer_state_dict(wrapped, optimizer)}
         checkpoint.load(state, checkpoint_id=str(moments))
         set_optimizer_state_dict(wrapped, optimizer, state["optimizer"])
@@ -132,7 +130,7 @@ def main() -> None:
         if growth.finished:
             break
 
-    if shares or rank == 0:
+    if shards or rank == 0:
         save_adapter(model, options.out)
     state = {"optimizer": get_optimizer_state_dict(wrapped, optimizer)}
     checkpoint.save(state, checkpoint_id=str(moments))

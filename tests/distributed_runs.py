@@ -1,9 +1,9 @@
 """Runs in several processes, for torchrun: plain loops, refusals, and a Trainer.
 
-    torchrun --standalone --nproc-per-node 2 tests/distributed_runs.py loops OUT
+    torchrun --standalone --nproc-per-node 2 tests/distributed_runs.py all OUT
     torchrun --standalone --nproc-per-node 2 tests/distributed_runs.py train OUT '{"steps": 24}' [--resume]
 
-Every rank writes what it came to into files of its own in OUT.
+Every rank writes its results into files of its own in OUT.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -29,25 +29,14 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 import aroma.sharding.processes
+import trainer_runs
 from aroma import AromaCallback, AromaController, aroma_layers, attach, last_complete_checkpoint
 from aroma.errors import AromaError
 from aroma.files import tensors_digest
 from aroma.integrations.callback import _require_finite_parameters
+from aroma.sharding import own_entries
 from models import set_ranks
-from trainer_runs import (
-    DieAtStep,
-    Run,
-    adapted,
-    append_event,
-    die,
-    die_at,
-    examples,
-    growth,
-    keep_events,
-    live,
-    tiny_bert,
-    trainer_for,
-)
+from trainer_runs import DieAtStep, Run, adapted, die, die_at, examples, growth, live, tiny_bert, trainer_for
 
 TIMEOUT = timedelta(seconds=60)
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -124,7 +113,7 @@ def replicated(model: Any, loop: Loop) -> Any:
 
 
 def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[str, Any]:
-    """Train, and return what the rank came to; see the keys. `wrap` makes the model one of several processes."""
+    """Train, and return the rank's results; see the keys. `wrap` makes the model one of several processes."""
     base = base_of(loop)
     torch.manual_seed(100 + rank() * loop.unlike)
     model: Any = adapted(base, **{**UNLIKE_MODULES, **loop.method})
@@ -159,12 +148,16 @@ def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[
         "collectives": [at_start, counted.number - at_start],
         "checks": len(checks) + start.controller.outer_number - 1,
         "buffers that DDP sends": hidden,
-        "frozen pairs that moved": [
-            name
-            for name, layer in aroma_layers(model).items()
-            if layer.is_frozen("default") and any(bool(p.any()) for p in layer.whole_pair("default"))
-        ],
+        "frozen pairs that moved": frozen_pairs_that_moved(model),
     }
+
+
+def frozen_pairs_that_moved(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, layer in aroma_layers(model).items()
+        if layer.is_frozen("default") and any(bool(p.any()) for p in layer.whole_pair("default"))
+    ]
 
 
 def base_of(loop: Loop) -> Any:
@@ -258,78 +251,74 @@ def step_on(model: Any, optimizer: Any, steps: int) -> None:
         take_step(model, optimizer, Loop(), step)
 
 
+def grow(model: Any, optimizer: Any = None, total_steps: int = 32, **options: Any) -> Any:
+    return attach(model, optimizer or adamw(model), total_steps=total_steps, **options)
+
+
 def other_weights(_: Path) -> None:
-    model = adapted(tiny_bert(seed=rank()))
-    attach(model, adamw(model), total_steps=32)
+    grow(adapted(tiny_bert(seed=rank())))
 
 
 def other_heads(_: Path) -> None:
     model = adapted(tiny_bert())
     with torch.no_grad():
         model.base_model.classifier.modules_to_save["default"].bias[0] += rank() * 1e-6
-    attach(model, adamw(model), total_steps=32)
+    grow(model)
 
 
 def other_drawn_seeds(_: Path) -> None:
     base = tiny_bert()
     torch.manual_seed(rank())
-    model = adapted(base, component_seed=None)
-    attach(model, adamw(model), total_steps=32)
+    grow(adapted(base, component_seed=None))
 
 
 def other_chosen_seeds(_: Path) -> None:
-    model = DistributedDataParallel(adapted(component_seed=rank()))
-    attach(model, adamw(model), total_steps=32)
+    grow(DistributedDataParallel(adapted(component_seed=rank())))
 
 
-def other_tolerances(_: Path) -> None:
-    model = DistributedDataParallel(adapted(outer_tolerance=0.01 * (1 + rank())))
-    attach(model, adamw(model), total_steps=32)
+def other_tolerances(_: Path, wrap: Callable[[Any], Any] = DistributedDataParallel) -> None:
+    grow(wrap(adapted(outer_tolerance=0.01 * (1 + rank()))))
 
 
 def other_lengths(_: Path) -> None:
-    model = DistributedDataParallel(adapted(max_inner_steps=None))
-    attach(model, adamw(model), total_steps=640 + rank())
+    grow(DistributedDataParallel(adapted(max_inner_steps=None)), total_steps=640 + rank())
 
 
 def other_targets(_: Path) -> None:
-    model = adapted(exclude_modules=["pooler.dense"] if rank() else None)
-    attach(model, adamw(model), total_steps=32)
+    grow(adapted(exclude_modules=["pooler.dense"] if rank() else None))
 
 
 def other_components(_: Path) -> None:
     model = adapted()
     set_ranks(model, [1, 2], seed=rank())
-    wrapped = DistributedDataParallel(model)
-    attach(wrapped, adamw(model), total_steps=32)
+    grow(DistributedDataParallel(model))
 
 
 def not_wrapped(_: Path) -> None:
     model = adapted()
     optimizer = adamw(model)
-    attach(model, optimizer, total_steps=32)
+    grow(model, optimizer)
     step_on(model, optimizer, 2)
 
 
-def broken_component(_: Path) -> None:
+def broken_component(_: Path, wrap: Callable[[Any], Any] = DistributedDataParallel) -> None:
     model = adapted()
-    wrapped = DistributedDataParallel(model)
-    optimizer = adamw(model)
-    attach(wrapped, optimizer, total_steps=32)
+    wrapped = wrap(model)
+    optimizer = adamw(wrapped)
+    controller = grow(wrapped, optimizer).controller
     step_on(wrapped, optimizer, 1)
     if rank() == 1:
-        with torch.no_grad():
-            next(iter(aroma_layers(model).values())).pair("default")[0][0] = torch.nan
+        own_entries(next(iter(aroma_layers(model).values())).pair("default")[0])[0] = torch.nan
     # Not a step: its gradients would carry NaN to the other rank.
-    model.base_model.peft_config["default"].controller.outer_step()
+    controller.outer_step()
 
 
-def broken_head(_: Path) -> None:
+def broken_head(_: Path, wrap: Callable[[Any], Any] = DistributedDataParallel, part: str = "bias") -> None:
     model = adapted()
-    controller = AromaController(DistributedDataParallel(model), adamw(model), total_steps=32)
+    wrapped = wrap(model)
+    controller = AromaController(wrapped, adamw(wrapped), total_steps=32)
     if rank() == 1:
-        with torch.no_grad():
-            model.base_model.classifier.modules_to_save["default"].bias[0] = torch.nan
+        own_entries(getattr(model.base_model.classifier.modules_to_save["default"], part))[0] = torch.nan
     with controller.together():
         _require_finite_parameters(model, 3)
 
@@ -338,59 +327,52 @@ def broken_checkpoint(out: Path) -> None:
     model = adapted()
     wrapped = DistributedDataParallel(model)
     optimizer = adamw(model)
-    first = attach(wrapped, optimizer, total_steps=32)
     folder = out / f"adapter-{rank()}"
-    model.save_pretrained(folder)
-    first.detach()
+    with grow(wrapped, optimizer):
+        model.save_pretrained(folder)
     if rank() == 1:
         (folder / "aroma_state.json").unlink()
-    attach(wrapped, optimizer, total_steps=32, resume_from=str(folder))
+    grow(wrapped, optimizer, resume_from=str(folder))
 
 
 def no_pair_in_one_optimizer(_: Path) -> None:
-    model = adapted()
-    wrapped = DistributedDataParallel(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    attach(wrapped, OPTIMIZERS["adamw"](parameters[rank() :]), total_steps=32)
+    wrapped = DistributedDataParallel(adapted())
+    grow(wrapped, OPTIMIZERS["adamw"]([p for p in wrapped.parameters() if p.requires_grad][rank() :]))
 
 
-def shared_optimizer(_: Path) -> None:
+def zero_redundancy_optimizer(_: Path) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    model = adapted()
-    wrapped = DistributedDataParallel(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    attach(wrapped, ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=0.01), total_steps=32)
+    wrapped = DistributedDataParallel(adapted())
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
+    grow(wrapped, ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=0.01))
 
 
 def joined(_: Path) -> None:
     wrapped = DistributedDataParallel(adapted())
     optimizer = adamw(wrapped)
-    attach(wrapped, optimizer, total_steps=32)
+    grow(wrapped, optimizer)
     with wrapped.join():
         step_on(wrapped, optimizer, 1)
 
 
-REFUSALS = {
-    refuse.__name__: refuse
-    for refuse in (
-        other_weights,
-        other_heads,
-        other_drawn_seeds,
-        other_chosen_seeds,
-        other_tolerances,
-        other_lengths,
-        other_targets,
-        other_components,
-        not_wrapped,
-        broken_component,
-        broken_head,
-        broken_checkpoint,
-        no_pair_in_one_optimizer,
-        shared_optimizer,
-        joined,  # last: DDP goes on waiting for the joined ranks
-    )
-}
+REFUSALS = [
+    other_weights,
+    other_heads,
+    other_drawn_seeds,
+    other_chosen_seeds,
+    other_tolerances,
+    other_lengths,
+    other_targets,
+    other_components,
+    not_wrapped,
+    broken_component,
+    broken_head,
+    broken_checkpoint,
+    no_pair_in_one_optimizer,
+    zero_redundancy_optimizer,
+    joined,  # last: DDP goes on waiting for the joined ranks
+]
 
 
 def refusal(refuse: Callable[[Path], None], out: Path) -> list[str]:
@@ -411,19 +393,24 @@ def assert_refused(out: Path, name: str, kind: str, words: str) -> None:
         assert len(message) < 600
 
 
-def loops(out: Path) -> None:
-    """All loops and refusals, in one process group: starting one takes longer than they do."""
+def tell_refusals(out: Path, refusals: Iterable[Callable[[Path], None]], **earlier: list[str]) -> None:
+    """Write what every refusal said."""
+    refused = earlier | {refuse.__name__: refusal(refuse, out) for refuse in refusals}
+    (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
+
+
+def tell_all(out: Path, run_json: str) -> None:
+    """All loops and refusals, and a Trainer, in one process group: starting one takes longer than they do."""
     early_model = adapted()
     early_optimizer = adamw(early_model)
-    early = attach(early_model, early_optimizer, total_steps=32)  # before there is a process group
+    early = grow(early_model, early_optimizer)  # before there is a process group
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    refused = {"made_too_early": refusal(lambda _: step_on(early_model, early_optimizer, 1), out)}
+    made_too_early = refusal(lambda _: step_on(early_model, early_optimizer, 1), out)
     early.detach()
     for number, loop in enumerate(LOOPS.values()):
         torch.save(run_loop(loop), out / f"loop-{number}-{rank()}.pt")
-    for name, refuse in REFUSALS.items():
-        refused[name] = refusal(refuse, out)
-    (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
+    train_and_tell(out / "trainer", run_json)
+    tell_refusals(out, REFUSALS, made_too_early=made_too_early)
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------
@@ -432,7 +419,7 @@ def loops(out: Path) -> None:
 def trained_in_the_trainer(
     weights_of: Callable[[Any], dict[str, Tensor]], out: Path, batch: int, resume: str | None = None, **training: Any
 ) -> dict[str, Any]:
-    """Train a model that is shared out, or a replica, and return what it came to; `weights_of` makes it whole."""
+    """Train a sharded model, or a replica, and return its results; `weights_of` gathers the weights."""
     events: list[dict[str, Any]] = []
     trainer = trainer_for(
         adapted(tiny_bert(**CALM), **UNLIKE_MODULES),
@@ -470,32 +457,23 @@ class UseRandomNumbers(TrainerCallback):
 
 def train(out: Path, run: ManyRun, resume: str | None = None) -> Any:
     """Do `run` in `out`; every rank keeps its own events."""
-    out.mkdir(parents=True, exist_ok=True)
     mine = rank_of_launch()
-    events = out / f"events-{mine}.jsonl"
-    keep_events(events, int(resume.rsplit("-", 1)[1]) if resume else 0)
     kill = run.kill if mine == run.dying_rank else ""
     if kill.startswith("random "):
         die_before_random_state(kill.removeprefix("random "))
         kill = ""
     elif not kill.startswith("step "):
         die_at(kill)
-    several = {"ddp_backend": "gloo", "ddp_timeout": 60} if launched() else {}
-    trainer = trainer_for(
-        adapted(tiny_bert(**CALM) if run.calm else None, half=run.half, **run.method),
+    several = {"ddp_backend": "gloo", "ddp_timeout": 60} if "RANK" in os.environ else {}
+    return trainer_runs.train(
         out,
-        AromaCallback(early_stop=run.early_stop, on_event=partial(append_event, events)),
-        DieAtStep(kill),
-        *([UseRandomNumbers()] if run.unlike else []),
-        **{"max_steps": run.steps, **several, **run.training},
+        run,
+        resume,
+        (DieAtStep(kill), *([UseRandomNumbers()] if run.unlike else [])),
+        tiny_bert(**CALM) if run.calm else None,
+        f"events-{mine}.jsonl",
+        **several,
     )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "RANK" in os.environ
 
 
 def rank_of_launch() -> int:
@@ -537,12 +515,14 @@ def train_and_tell(out: Path, run_json: str, *flags: str) -> None:
     torch.save(end_of(trainer), out / f"end-{rank_of_launch()}.pt")
 
 
-def main(what: str, out: str, *rest: str) -> None:
+def main(parts: Mapping[str, Callable[..., None]], what: str, out: str, *rest: str) -> None:
+    """Do the part `what` of a script."""
     torch.set_num_threads(1)
-    {"loops": loops, "train": train_and_tell}[what](Path(out), *rest)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    parts[what](Path(out), *rest)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main({"all": tell_all, "train": train_and_tell}, *sys.argv[1:])

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 tests/sharded_runs.py loops OUT
 
-Every rank writes what it came to into files of its own in OUT.
+Every rank writes its results into files of its own in OUT.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import distributed_runs
 from aroma import AromaController, aroma_layers, attach, save_adapter
-from aroma.integrations.callback import _require_finite_parameters
-from aroma.sharding.fsdp2 import local
+from aroma.sharding import own_entries
 from distributed_runs import (
     CALM,
     TIMEOUT,
@@ -45,13 +45,15 @@ from distributed_runs import (
     Loop,
     adamw,
     batch_of,
+    grow,
+    main,
     rank,
-    refusal,
     run_loop,
     size,
     stacked,
     step_on,
     take_step,
+    tell_refusals,
     trained_in_the_trainer,
     whole,
 )
@@ -145,7 +147,7 @@ class Training:
             load_optimizer(self.model, self.optimizer, resume_from / "sharded")
 
     def go_on(self, start: int, stop: int) -> dict[str, Any]:
-        """Take steps, and return what it came to."""
+        """Take steps, and return the results."""
         self.model.train()
         for step in range(start, stop):
             take_step(self.model, self.optimizer, EXACT, step)
@@ -219,7 +221,7 @@ def load_shards(out: Path) -> None:
     training = Training(out / "adapter")
     before = whole(training.model.state_dict())
     for parameter in training.model.parameters():
-        local(parameter).add_(1.0)
+        own_entries(parameter).add_(1.0)
     state = {"model": get_model_state_dict(training.model)}
     checkpoint.load(state, checkpoint_id=str(out / "adapter" / "sharded"))
     set_model_state_dict(training.model, state["model"])
@@ -250,72 +252,59 @@ def by_tensor_parallelism(_: Path) -> None:
         distribute_tensor(layer.get_base_layer().weight.detach(), init_device_mesh("cpu", (size(),)), [Shard(0)]),
         requires_grad=False,
     )
-    attach(model, adamw(model), total_steps=32)
+    grow(model)
 
 
 def hybrid(_: Path) -> None:
     model: Any = adapted()
     fully_shard(model, mesh=init_device_mesh("cpu", (size(), 1), mesh_dim_names=("replicate", "shard")))
-    attach(model, adamw(model), total_steps=32)
+    grow(model)
 
 
 def by_columns(_: Path) -> None:
     model: Any = adapted()
     fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.shape == (32, 32) else None)
-    attach(model, adamw(model), total_steps=32)
+    grow(model)
 
 
 def over_some(_: Path) -> None:
     model: Any = adapted()
     fully_shard(model, mesh=init_device_mesh("cpu", (size(), 1), mesh_dim_names=("a", "b"))["b"])
-    attach(model, adamw(model), total_steps=32)
+    grow(model)
 
 
 def without_root(_: Path) -> None:
     model = adapted()
     for block in model.base_model.model.bert.encoder.layer:
         fully_shard(block)
-    attach(model, adamw(model), total_steps=32)
+    grow(model)
 
 
 def optimizer_too_early(_: Path) -> None:
     model = adapted()
     optimizer = adamw(model)
-    attach(as_one(model), optimizer, total_steps=32)
+    grow(as_one(model), optimizer)
 
 
 def fsdp1(_: Path) -> None:
-    model = FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
-    attach(model, adamw(model), total_steps=32)
+    grow(FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu")))
 
 
-def other_tolerances(_: Path) -> None:
-    model = as_one(adapted(outer_tolerance=0.01 * (1 + rank())))
-    attach(model, adamw(model), total_steps=32)
+def other_tolerances(out: Path) -> None:
+    distributed_runs.other_tolerances(out, as_one)
 
 
 def sharded_on_one(_: Path) -> None:
     model = as_one(adapted())
-    if rank() == 1:
-        model = adapted()
-    attach(model, adamw(model), total_steps=32)
+    grow(model if rank() == 0 else adapted())
 
 
-def broken_component(_: Path) -> None:
-    model = as_one(adapted())
-    attach(model, adamw(model), total_steps=32)
-    if rank() == 1:
-        local(next(iter(aroma_layers(model).values())).pair("default")[0])[0] = torch.nan
-    model.base_model.peft_config["default"].controller.outer_step()
+def broken_component(out: Path) -> None:
+    distributed_runs.broken_component(out, as_one)
 
 
-def broken_head(_: Path) -> None:
-    model = as_one(adapted())
-    controller = AromaController(model, adamw(model), total_steps=32)
-    if rank() == 1:
-        local(model.base_model.classifier.modules_to_save["default"].weight)[0] = torch.nan
-    with controller.together():
-        _require_finite_parameters(model, 3)
+def broken_head(out: Path) -> None:
+    distributed_runs.broken_head(out, as_one, "weight")
 
 
 def unannounced_save(_: Path) -> None:
@@ -332,29 +321,21 @@ def merged(_: Path) -> None:
     as_one(adapted()).merge_adapter()
 
 
-REFUSALS = {
-    refuse.__name__: refuse
-    for refuse in (
-        by_tensor_parallelism,
-        hybrid,
-        by_columns,
-        over_some,
-        without_root,
-        optimizer_too_early,
-        fsdp1,
-        other_tolerances,
-        sharded_on_one,
-        broken_component,
-        broken_head,
-        unannounced_save,
-        merged,
-    )
-}
-
-
-def refusals(out: Path) -> None:
-    refused = {name: refusal(refuse, out) for name, refuse in REFUSALS.items()}
-    (out / f"refused-{rank()}.json").write_text(json.dumps(refused))
+REFUSALS = [
+    by_tensor_parallelism,
+    hybrid,
+    by_columns,
+    over_some,
+    without_root,
+    optimizer_too_early,
+    fsdp1,
+    other_tolerances,
+    sharded_on_one,
+    broken_component,
+    broken_head,
+    unannounced_save,
+    merged,
+]
 
 
 # What stays where it is ----------------------------------------------------------------------------------------------
@@ -439,16 +420,10 @@ def tell_all(out: Path) -> None:
     run_loops(out, LOOPS)
     checkpoints(out)
     traffic(out)
-    refusals(out)
-
-
-def main(what: str, out: str, *rest: str) -> None:
-    torch.set_num_threads(1)
-    if what != "train":  # the Trainer makes its own
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    {"loops": all_loops, "all": tell_all, "resume": resume, "train": train}[what](Path(out), *rest)
-    dist.destroy_process_group()
+    tell_refusals(out, REFUSALS)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] != "train":  # the Trainer makes its own
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    main({"loops": all_loops, "all": tell_all, "resume": resume, "train": train}, *sys.argv[1:])

@@ -22,8 +22,8 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "generate", "chat", "inspect", "export", "bench", "estimate", "lab")
-LAB_COMMANDS = ("run", "search", "table", "figure")
+COMMANDS = ("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
+LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
 
 def test_help_imports_nothing_heavy():

@@ -310,3 +310,10 @@ def test_export_merged_predicts_the_same(files, run, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
     model = PeftModel.from_pretrained(base, run / "adapter").eval()
     torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(run, capsys):
+    assert main(["inspect", str(run / "adapter"), "--plot", "ranks.docx"]) == 2
+    assert "plot='ranks.docx': unknown kind of picture; its name must end in .png, .svg, .pdf" in (
+        capsys.readouterr().err
+    )

@@ -324,18 +324,6 @@ def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
     assert {prediction.chosen for prediction in ranked.predictions} == {"answer1", "answer2"}
 
 
-def test_answers_behind_words_of_the_template_are_read(folders, tmp_path):
-    model, tokenizer = load_lm(folders["llama"])
-    heading = "<|turn|>{{ message['role'] }}\n"
-    thoughts = "{% if message['role'] == 'assistant' %}{{ 'Context :\n\n' }}{% endif %}"
-    tokenizer.chat_template = tokenizer.chat_template.replace(heading, heading + thoughts, 1)
-    learn(model, tokenizer, write_json_lines(tmp_path / "train.jsonl", questions(5, seed=1)), 40)
-    asked = asked_questions(tmp_path)
-    found = evaluate_questions(LoadedModel(model, Template(tokenizer, LANGUAGE)), asked, "generation")
-    assert (found.unparseable, found.unfinished) == (0, 0)
-    assert all(prediction.text.startswith(LEAD) for prediction in found.predictions)
-
-
 @pytest.mark.parametrize("max_length", [None, 128, 70])
 def test_generation_asks_what_likelihood_asks_in_the_room_that_is_left(llama, max_length, monkeypatch):
     prompt = llama.template.prompt

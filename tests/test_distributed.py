@@ -23,7 +23,7 @@ from torch import nn
 import distributed_runs
 from aroma import AromaController, aroma_layers, last_complete_checkpoint
 from aroma.errors import ConfigError
-from aroma.sharding.processes import agree, is_distributed, refuse_sharding, world_size
+from aroma.sharding import agree, is_distributed, refuse_sharding, world_size
 from aroma.tuner.graph import GraphKeeper
 from distributed_runs import LOOPS, REFUSALS, UNLIKE_MODULES, Loop, ManyRun, adamw, end_of, run_loop
 from trainer_runs import adapted, assert_same, read_events
@@ -70,14 +70,25 @@ def assert_close(some: dict[str, Any], other: dict[str, Any]) -> None:
             assert difference <= CLOSE[tensor.dtype] * float(tensor.abs().max()), f"{name}: {difference}"
 
 
+CALM = ManyRun(steps=24, calm=True, method=UNLIKE_MODULES, training={"save_steps": 8})
+ACCUMULATED = replace(
+    CALM,
+    training={
+        **CALM.training,
+        "ddp_find_unused_parameters": False,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    },
+)
+
 # Plain loops ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two ranks told of every loop and refusal."""
+    """The folder with what two ranks told of every loop and refusal, and of a Trainer."""
     out = tmp_path_factory.mktemp("ranks")
-    launch(2, "loops", str(out))
+    launch(2, "all", str(out), ACCUMULATED.json())
     return out
 
 
@@ -175,12 +186,12 @@ SAYS = {
     "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.bias: not finite"),
     "broken_checkpoint": ("CheckpointError", "aroma_state.json: the file is missing"),
     "no_pair_in_one_optimizer": ("ConfigError", "optimizer='AdamW': it does not hold"),
-    "shared_optimizer": ("ConfigError", "optimizer='ZeroRedundancyOptimizer': "),
+    "zero_redundancy_optimizer": ("ConfigError", "optimizer='ZeroRedundancyOptimizer': "),
     "joined": ("ConfigError", "join=True: "),
 }
 
 
-@pytest.mark.parametrize("name", ["made_too_early", *REFUSALS])
+@pytest.mark.parametrize("name", ["made_too_early", *(refuse.__name__ for refuse in REFUSALS)])
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     distributed_runs.assert_refused(told, name, *SAYS[name])
 
@@ -198,7 +209,7 @@ def test_one_process_agrees_with_itself() -> None:
 def test_a_frozen_module_of_one_process_asks_for_no_gradient() -> None:
     model = adapted()
     controller = AromaController(model, adamw(model), total_steps=32)
-    controller.modules[0].freeze()
+    controller.matrices.freeze(controller.modules[0])
     assert not any(parameter.requires_grad for parameter in controller.modules[0].pair)
 
 
@@ -207,8 +218,8 @@ def test_zero_gradients_are_at_the_output_and_nowhere_else() -> None:
     model = adapted()
     controller = AromaController(model, adamw(model), total_steps=32)
     for module in controller.modules:
-        module.stay_in_graph(True)
-        module.freeze()
+        module.layer.stay_in_graph("default", True)
+        controller.matrices.freeze(module)
     seen = []
     layer = model.base_model.bert.encoder.layer[1]
     layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
@@ -254,8 +265,6 @@ def test_what_is_sharded_is_refused_in_one_process_too() -> None:
 
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
-CALM = ManyRun(steps=24, calm=True, method=UNLIKE_MODULES, training={"save_steps": 8})
-
 
 def alone(out: Path, run: ManyRun, processes: int) -> dict[str, Any]:
     """The same run in this process: the same global batches."""
@@ -269,27 +278,25 @@ def decisions(path: Path) -> list[dict[str, Any]]:
     return [{**event, "value": None} for event in read_events(path)]
 
 
-def assert_does_what_one_does(tmp_path: Path, run: ManyRun, processes: int) -> None:
-    launch_training(processes, tmp_path / "many", run)
-    one = alone(tmp_path / "one", run, processes)
-    ends = [load(tmp_path / "many" / f"end-{rank}.pt") for rank in range(processes)]
+def assert_does_what_one_does(many: Path, one: Path, run: ManyRun, processes: int) -> None:
+    """The `processes` that did `run` in `many` end as one that does it in `one`."""
+    expected = alone(one, run, processes)
+    ends = [load(many / f"end-{rank}.pt") for rank in range(processes)]
     for rank, end in enumerate(ends):
         assert end["wrapped"] == "DistributedDataParallel"
         assert end["digest"] == ends[0]["digest"]
         assert_same(end, ends[0])
-        assert decisions(tmp_path / "many" / f"events-{rank}.jsonl") == decisions(tmp_path / "one" / "events-0.jsonl")
-    assert ends[0]["stopped"] == one["stopped"]
-    frozen = {event["step"] for event in decisions(tmp_path / "one" / "events-0.jsonl") if event["kind"] == "frozen"}
+        assert decisions(many / f"events-{rank}.jsonl") == decisions(one / "events-0.jsonl")
+    assert ends[0]["stopped"] == expected["stopped"]
+    frozen = {event["step"] for event in decisions(one / "events-0.jsonl") if event["kind"] == "frozen"}
     assert len(frozen) > 1
-    assert max(frozen) == one["stopped"] < run.steps
-    assert_close(ends[0]["weights"], one["weights"])
+    assert max(frozen) == expected["stopped"] < run.steps
+    assert_close(ends[0]["weights"], expected["weights"])
 
 
-def test_two_processes_in_the_trainer_do_what_one_does(tmp_path: Path) -> None:
-    training = {"ddp_find_unused_parameters": False, "gradient_accumulation_steps": 2}
-    run = replace(CALM, training={**CALM.training, **training, "per_device_train_batch_size": 2})
-    assert_does_what_one_does(tmp_path, run, 2)
-    written = sorted(path.name for path in (tmp_path / "many" / "checkpoint-8").iterdir() if "rng" in path.name)
+def test_two_processes_in_the_trainer_do_what_one_does(told: Path, tmp_path: Path) -> None:
+    assert_does_what_one_does(told / "trainer", tmp_path, ACCUMULATED, 2)
+    written = sorted(path.name for path in (told / "trainer" / "checkpoint-8").iterdir() if "rng" in path.name)
     assert written == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
@@ -297,7 +304,9 @@ def test_two_processes_in_the_trainer_do_what_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("looked_for", [False, True])
 def test_four_processes_in_the_trainer_do_what_one_does(tmp_path: Path, looked_for: bool) -> None:
     training = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": looked_for}
-    assert_does_what_one_does(tmp_path, replace(CALM, training=training), 4)
+    run = replace(CALM, training=training)
+    launch_training(4, tmp_path / "many", run)
+    assert_does_what_one_does(tmp_path / "many", tmp_path / "one", run, 4)
 
 
 @pytest.mark.slow

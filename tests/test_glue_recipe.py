@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from aroma_lab.grid.expand import check_methods, expand
-from aroma_lab.grid.reader import load_grid
 from aroma_lab.run.trial import Trial
+from aroma_lab.study.grid import check_methods, expand, load_grid
 
 GRID = Path(__file__).parents[1] / "examples" / "lab" / "glue-roberta-base.yaml"
 TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")

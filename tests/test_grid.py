@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,19 +14,18 @@ from rich.console import Console
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.cli.lab_progress import GridProgress, duration
-from aroma_lab.grid.expand import check_methods, check_tasks, expand
-from aroma_lab.grid.lock import exclusive
-from aroma_lab.grid.reader import load_grid, make_grid
-from aroma_lab.grid.run import run_grid
-from aroma_lab.grid.select import Outcome, candidates, choose, chosen_settings
-from aroma_lab.grid.spec import Part
-from aroma_lab.grid.status import Ended, GridStatus, Pace, Running
-from aroma_lab.grid.survey import due, survey
-from aroma_lab.grid.worker import worker_environment
+from aroma_lab.cli.lab_progress import StudyProgress
 from aroma_lab.run.trial import save_trial
+from aroma_lab.study.engine import Progress
+from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
+from aroma_lab.study.process import Running
+from aroma_lab.study.run import list_grid, run_grid
+from aroma_lab.study.selection import Outcome, candidates, choose, chosen_settings
+from fake_trial import score_of
+from study_files import FAKE, RATE, TESTS, environment, grid_values, output_of, runs_in, start_machine, write_yaml
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
 EXAMPLES = [
     path
     for path in sorted((TESTS.parent / "examples" / "lab").glob("*.yaml"))
@@ -43,27 +43,19 @@ MINIMAL = {
 
 
 @pytest.fixture
-def counting_workers(monkeypatch, tmp_path):
-    """Workers that only count steps; a grid in the returned folder."""
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
-    for user in ("run", "survey"):
-        monkeypatch.setattr(f"aroma_lab.grid.{user}.check_methods", lambda trials: None)
+def out(monkeypatch, tmp_path) -> Path:
+    """The output folder of a grid whose trials are stand-ins."""
+    for key, value in environment(tmp_path / "log.txt").items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("aroma_lab.study.run.check_methods", lambda trials: None)
     return tmp_path / "out"
 
 
-def counting_grid(output, **changes):
-    values = {
-        **MINIMAL,
-        "output": str(output),
-        "processes": 2,
-        "tasks": {"mrpc": None},
-        "methods": {"a": {"kind": "x"}, "b": {"kind": "x"}},
-    }
-    return make_grid({**values, **changes})
+def fake_grid(output, **changes):
+    return make_grid(grid_values(output, **changes))
 
 
-def run(grid, **options):
-    return run_grid(grid, module="grid_worker", **options)
+run = partial(run_grid, module=FAKE)
 
 
 def steps(output, name):
@@ -87,41 +79,36 @@ def test_the_examples_are_grids_and_say_how_they_are_run():
         assert f"aroma lab run examples/lab/{path.name}" in path.read_text()
 
 
-def test_the_resolved_grid_is_read_back_as_it_was(tmp_path):
-    select = {"over": {"training.learning_rate": [1e-3, 2e-3]}, "seed": 9, "training": {"max_steps": 3}}
+def test_the_resolved_grid_is_read_back_as_it_was_and_has_no_password(tmp_path):
+    select = {"over": {RATE: [1e-3, 2e-3]}, "seed": 9, "training": {"max_steps": 3}}
     overrides = [{"task": "rte", "method": ["head"], "options.x": [1, "a"], "task.max_length": 99}]
-    grid = make_grid({**MINIMAL, "select": select, "overrides": overrides, "processes": 3})
-    path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid.as_dict(), sort_keys=False))
-    assert load_grid(path) == grid
+    values = {**MINIMAL, "select": select, "overrides": overrides, "processes": 3}
+    grid = make_grid(values)
+    assert load_grid(write_yaml(tmp_path / "grid.yaml", grid.as_dict())) == grid
     assert grid.overrides[0].methods == ("head",)
+    assert make_grid({**values, "storage": "postgresql://me:s3cret@host/db"}).as_dict() == grid.as_dict()
 
 
-def test_overrides_are_stronger_and_read_as_yaml(tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({**MINIMAL, "methods": {"lora-0.5": {"kind": "lora"}, "lora": {"kind": "lora"}}}))
-    grid = load_grid(
-        path,
-        [
-            "seeds=[3]",
-            "training.learning_rate=1e-4",
-            "methods.lora-0.5.r=4",
-            "methods.lora.alpha=1e1",
-            "tasks.mrpc.max_length=64",
-            "select.over.training.learning_rate=[1e-3]",
-        ],
-    )
-    assert grid.seeds == (3,)
-    assert grid.training.learning_rate == 1e-4
-    assert grid.training.max_steps == 10
+def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
+    methods = {"lora-0.5": {"kind": "lora"}, "lora": {"kind": "lora"}}
+    path = write_yaml(tmp_path / "grid.yaml", {**MINIMAL, "methods": methods})
+    overrides = [
+        "seeds=[3]",
+        f"{RATE}=1e-4",
+        "methods.lora-0.5.r=4",
+        "methods.lora.alpha=1e1",
+        "tasks.mrpc.max_length=64",
+        f"select.over.{RATE}=[1e-3]",
+        "processes=2",
+    ]
+    grid = load_grid(path, overrides, processes=3, storage=None)
+    assert (grid.seeds, grid.training.learning_rate, grid.training.max_steps) == ((3,), 1e-4, 10)
     assert grid.methods["lora-0.5"].options == {"r": 4}
     assert grid.methods["lora"].options == {"alpha": 10.0}
     assert grid.tasks["mrpc"].max_length == 64
-    assert grid.select.over == {"training.learning_rate": [1e-3]}
-
-
-def test_a_worker_has_one_thread_unless_the_grid_says_otherwise():
-    assert make_grid(MINIMAL).training.threads == 1
+    assert grid.select.over == {RATE: [1e-3]}
+    assert grid.processes == 3
+    assert grid.training.threads == 1, "unless the grid says otherwise"
     assert make_grid({**MINIMAL, "training": {"threads": None}}).training.threads is None
 
 
@@ -132,96 +119,64 @@ def test_a_worker_has_one_thread_unless_the_grid_says_otherwise():
         ({"output": None}, "output=None: give a text"),
         ({"model": ""}, "model='': give it"),
         ({"processes": 0}, "processes=0: give 1 or more"),
-        ({"tasks": {}}, "tasks={}: give at least one, as mrpc: {}"),
+        ({"tasks": {}}, "tasks={}: give at least one"),
         ({"tasks": {"mr/pc": {}}}, "tasks='mr/pc': it names folders"),
         ({"tasks": {"select": {}}}, "tasks='select': it would share a folder"),
-        ({"tasks": {1: {}}}, "tasks: the key 1 is no text; quote it"),
-        ({"tasks": {"mrpc": {"name": "rte"}}}, "tasks.mrpc.name='rte': a grid has no such key"),
         (
             {"tasks": {"mrpc": {"maxlength": 3}}},
-            "tasks.mrpc.maxlength=3: a grid has no such key; the nearest is 'tasks",
+            "tasks.mrpc.maxlength=3: a grid has no such key; the nearest is 'task",
         ),
         ({"tasks": {"mrpc": {"reported": "test"}}}, "tasks.mrpc.reported='test': give a mapping of texts or null"),
         ({"methods": {"lora": {"r": 8}}}, "methods.lora.kind=None: give a text"),
-        ({"methods": {"lora": 8}}, "methods.lora=8: give a mapping of keys"),
+        ({"methods": {"lora": 8}}, "methods={'lora': 8}: give a mapping of values"),
         ({"methods": {"lora": {"kind": "lora", "r": float("nan")}}}, "methods.lora.r=nan: give a finite number"),
         ({"training": {"batch_size": 0}}, "training.batch_size=0: give 1 or more"),
-        (
-            {"training": {"batchsize": 8}},
-            "training.batchsize=8: a grid has no such key; the nearest is 'training.batch",
-        ),
+        ({"training": {"batchsize": 8}}, "training.batchsize=8: a grid has no such key; the nearest is 'training.bat"),
         ({"training": {"seed": 8}}, "training.seed=8: a grid has `seeds`"),
-        ({"seeds": []}, "seeds=[]: give at least one"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: give at least one, 0 or more, each once"),
-        ({"seeds": 3}, "seeds=3: give a list of whole numbers, as [0, 1, 2]"),
         ({"seeds": ["a"]}, "seeds=['a']: give a list of whole numbers"),
         ({"overrides": {"task": "rte"}}, "overrides={'task': 'rte'}: give a list"),
         ({"overrides": [{"task": "rt"}]}, "overrides[0].task='rt': the grid has no such task; it has mrpc, rte"),
         ({"overrides": [{"methods": "head"}]}, "overrides[0].methods='head': a grid has no such key; the nearest is "),
-        ({"overrides": [{"training.max_step": 3}]}, "overrides[0].training.max_step=3: a grid has no such key"),
         ({"overrides": [{"training.max_steps": "x"}]}, "overrides[0].training.max_steps='x': give a whole number"),
         ({"overrides": [{"training.seed": 3}]}, "overrides[0].training.seed=3: seeds are given by `seeds`"),
-        ({"select": {}}, "select.over=None: name what is tried"),
-        (
-            {"select": {"over": {"training.learning_rate": 1e-3}}},
-            "select.over.training.learning_rate=0.001: give a list",
-        ),
-        (
-            {"select": {"over": {"training.learning_rate": [1, "x"]}}},
-            "select.over.training.learning_rate='x': give a n",
-        ),
-        ({"select": {"over": {"options.r": [1, 1]}}}, "select.over.options.r=[1, 1]: a value is there twice"),
+        ({"select": {}}, "select.over=None: name what to try"),
+        ({"select": {"over": {RATE: 1e-3}}}, f"select.over.{RATE}=0.001: give a list"),
+        ({"select": {"over": {RATE: [1, "x"]}}}, f"select.over.{RATE}='x': give a n"),
+        ({"select": {"over": {"options.r": [1, 1]}}}, "select.over.options.r=[1, 1]: it has a value twice"),
         ({"select": {"ower": {}}}, "select.ower={}: a grid has no such key; the nearest is 'select.over'"),
-        ({"select": {"over": {"options.r": [1]}, "seed": -1}}, "select.seed=-1: give 0 or more"),
     ],
     ids=lambda value: json.dumps(value, default=str)[:40] if isinstance(value, dict) else "",
 )
-def test_what_cannot_work_is_refused_by_key_value_and_remedy(changes, message):
+def test_a_value_that_cannot_work_is_refused_by_key_value_and_remedy(changes, message):
     with pytest.raises(ConfigError) as caught:
         make_grid({**MINIMAL, **changes})
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "overrides", "message"),
     [
-        (
-            "methods: {a: {kind: x}}\nmethods: {b: {kind: x}}",
-            "the key 'methods' is given twice, the second time in line 2",
-        ),
-        ("methods: [a: b", "not YAML"),
-        ("- a", "it holds a list; a grid is a mapping of keys"),
+        ("methods: {a: {kind: x}}\nmethods: {}", [], "the key 'methods' is given twice, the second time in line 2"),
+        ("methods: [a: b", [], "not YAML"),
+        ("- a", [], "it holds a list; a grid is a mapping of keys"),
+        ("seeds: [0, 1]", ["seeds.first=3"], r"^seeds\.first=3: 'seeds' holds \[0, 1\], which has no keys"),
     ],
 )
-def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
+def test_a_file_that_is_no_grid_is_refused(tmp_path, text, overrides, message):
     path = tmp_path / "grid.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load_grid(path)
+        load_grid(path, overrides)
 
 
-def test_an_override_through_a_value_is_refused(tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(MINIMAL))
-    with pytest.raises(ConfigError, match=r"^seeds\.first=3: 'seeds' holds \[0, 1\], which has no keys"):
-        load_grid(path, ["seeds.first=3"])
-
-
-def test_a_wrong_option_or_kind_is_refused_under_its_label():
-    with pytest.raises(ConfigError, match=r"^methods\.lora-r8: .*rr"):
-        check_methods(expand(make_grid({**MINIMAL, "methods": {"lora-r8": {"kind": "lora", "rr": 8}}})))
-    with pytest.raises(ConfigError, match=r"^methods\.mine: .*lorra"):
-        check_methods(expand(make_grid({**MINIMAL, "methods": {"mine": {"kind": "lorra"}}})))
-
-
-def test_what_is_listed_is_refused_as_if_it_were_run(tmp_path):
-    for method, message in (({"kind": "lorra"}, "lorra"), ({"kind": "lora", "r": 0}, "r=0")):
-        grid = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "methods": {"mine": method}})
-        with pytest.raises(ConfigError, match=rf"^methods\.mine: .*{message}"):
-            survey(grid)
-    tried = {"select": {"over": {"options.rr": [1, 2]}}, "methods": {"mine": {"kind": "lora"}}}
-    with pytest.raises(ConfigError, match=r"^methods\.mine: .*rr"):
-        survey(make_grid({**MINIMAL, "output": str(tmp_path / "out"), **tried}))
+@pytest.mark.parametrize("select", [None, {"over": {"options.dropout": [0.0, 0.1]}}], ids=["", "select"])
+@pytest.mark.parametrize(("method", "named"), [({"kind": "lora", "rr": 8}, "rr"), ({"kind": "lorra"}, "lorra")])
+def test_a_wrong_option_or_kind_is_refused_under_its_label_before_anything_is_written(tmp_path, method, named, select):
+    grid = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "methods": {"mine": method}, "select": select})
+    with pytest.raises(ConfigError, match=rf"^methods\.mine: .*{named}"):
+        run_grid(grid)
+    assert not (tmp_path / "out").exists()
 
 
 # From a grid to trials ----------------------------------------------------------------------------------------------
@@ -234,71 +189,48 @@ def test_trials_come_seed_by_seed_and_are_resolved():
     ]
     first = trials[0]
     assert (first.model, first.task.name, first.method, first.kind) == ("minilm", "mrpc", "lora-r8", "lora")
-    assert first.options == {"r": 8}
-    assert first.purpose == "report"
+    assert (first.options, first.purpose) == ({"r": 8}, "report")
     assert [trial.training.seed for trial in trials] == [0] * 4 + [1] * 4
-    assert {trial.training.max_steps for trial in trials} == {10}
     assert [trial.task.max_length for trial in trials[1:4]] == [256, 128, 128]
 
 
-def test_later_overrides_win_where_they_hold():
+def test_later_overrides_win_where_they_apply():
     overrides = [
         {"training.max_steps": 20, "task.max_length": 64},
         {"task": "rte", "training.max_steps": 30, "options.r": 2},
         {"task": ["rte"], "method": "lora-r8", "training.max_steps": 40, "model": "other"},
     ]
     made = {trial.name: trial for trial in expand(make_grid({**MINIMAL, "overrides": overrides, "seeds": [0]}))}
-    steps_of = {name: trial.training.max_steps for name, trial in made.items()}
-    assert steps_of == {
+    assert {name: trial.training.max_steps for name, trial in made.items()} == {
         "mrpc/lora-r8/seed-0": 20,
         "mrpc/head/seed-0": 20,
         "rte/lora-r8/seed-0": 40,
         "rte/head/seed-0": 30,
     }
-    assert made["rte/lora-r8/seed-0"].options == {"r": 2}
-    assert made["mrpc/lora-r8/seed-0"].options == {"r": 8}
+    assert [trial.options.get("r") for trial in made.values()] == [8, None, 2, 2]
     assert [trial.model for trial in made.values()] == ["minilm", "minilm", "other", "minilm"]
     assert {trial.task.max_length for trial in made.values()} == {64}
 
 
-SELECT = {
-    "over": {"training.learning_rate": [1e-4, 1e-3], "options.r": [1, 2]},
-    "seed": 100,
-    "training": {"max_steps": 4},
-}
-
-
-def test_a_selection_tries_the_product_on_held_out_examples():
-    grid = make_grid({**MINIMAL, "select": SELECT, "overrides": [{"training.max_steps": 7, "options.r": 5}]})
+def test_a_selection_tries_the_product_and_what_is_tried_wins_over_its_overrides_and_these_over_the_grids():
+    select = {
+        "over": {RATE: [1e-4, 1e-3], "options.r": [1, 2]},
+        "seed": 100,
+        "training": {"max_steps": 4},
+        "overrides": [{"method": "lora-r8", "options.dropout": 0.5, RATE: 9.0}],
+    }
+    grid = make_grid({**MINIMAL, "select": select, "overrides": [{"training.max_steps": 7, "options.r": 5}]})
+    assert make_grid(grid.as_dict()) == grid
     tried = candidates(grid)
     assert len(tried) == 2 * 2 * 4
     assert [one.trial.name for one in tried[:4]] == [
         f"select/mrpc/lora-r8/learning_rate={rate},r={r}" for rate in (0.0001, 0.001) for r in (1, 2)
     ]
-    assert {one.trial.purpose for one in tried} == {"select"}
-    assert {one.trial.training.seed for one in tried} == {100}
-    assert {one.trial.training.max_steps for one in tried} == {4}
-    assert [(one.trial.training.learning_rate, one.trial.options["r"]) for one in tried[:4]] == [
-        (1e-4, 1),
-        (1e-4, 2),
-        (1e-3, 1),
-        (1e-3, 2),
-    ]
-
-
-def test_the_trials_of_a_selection_can_differ_by_method_and_what_is_tried_is_strongest():
-    overrides = [{"method": "lora-r8", "options.dropout": 0.5, "training.learning_rate": 9.0}]
-    select = {"over": {"training.learning_rate": [1e-3]}, "training": {"max_steps": 3}, "overrides": overrides}
-    grid = make_grid({**MINIMAL, "select": select})
-    assert make_grid(grid.as_dict()) == grid
-    by_method = {one.method: one.trial for one in candidates(grid) if one.task == "mrpc"}
-    assert by_method["lora-r8"].options == {"r": 8, "dropout": 0.5}
-    assert by_method["head"].options == {}
-    assert {trial.training.learning_rate for trial in by_method.values()} == {1e-3}
-    assert {trial.training.max_steps for trial in by_method.values()} == {3}
-    assert expand(grid)[0].options == {"r": 8}, "reported trials have none of it"
-    with pytest.raises(ConfigError, match=r"select.overrides\[0\].method='x': the grid has no such method"):
-        make_grid({**MINIMAL, "select": {**select, "overrides": [{"method": "x"}]}})
+    for one in tried:
+        assert (one.trial.purpose, one.trial.training.seed, one.trial.training.max_steps) == ("select", 100, 4)
+        assert (one.trial.training.learning_rate, one.trial.options["r"]) == tuple(one.values.values())
+        assert one.trial.options.get("dropout") == (0.5 if one.method == "lora-r8" else None)
+    assert expand(grid)[0].options == {"r": 5}, "reported trials have none of it"
 
 
 def test_values_that_no_folder_can_be_called_have_names_of_their_own():
@@ -309,214 +241,151 @@ def test_values_that_no_folder_can_be_called_have_names_of_their_own():
 
 
 def test_the_best_score_is_chosen_of_equal_ones_the_lower_loss_and_never_a_failed_one():
-    grid = make_grid({**MINIMAL, "tasks": {"mrpc": None}, "select": {"over": {"training.learning_rate": [1, 2, 3]}}})
+    grid = make_grid({**MINIMAL, "tasks": {"mrpc": None}, "select": {"over": {RATE: [1, 2, 3]}}})
     tried = candidates(grid)
-    prefix = "select/mrpc/lora-r8/learning_rate="
-    even = Outcome.of({"score": 0.5, "held_out_loss": 0.7})
-    selection = choose(tried, {f"{prefix}1.0": even, f"{prefix}3.0": even})
-    lower = Outcome.of({"score": 0.5, "held_out_loss": 0.6})
-    worse = Outcome.of({"score": 0.4, "held_out_loss": 0.1})
-    other = choose(tried, {f"{prefix}1.0": even, f"{prefix}2.0": worse, f"{prefix}3.0": lower})
-    assert other["mrpc"]["lora-r8"]["chosen"] == {"training.learning_rate": 3.0}
+    one, two, three = (f"select/mrpc/lora-r8/learning_rate={n}.0" for n in (1, 2, 3))
+    even, worse, lower = Outcome(0.5, -0.7), Outcome(0.4, -0.1), Outcome(0.5, -0.6)
+    assert choose(tried, {one: even, two: worse, three: lower})["mrpc"]["lora-r8"]["chosen"] == {RATE: 3.0}
+    selection = choose(tried, {one: even, three: even})
     assert selection["mrpc"]["lora-r8"] == {
-        "chosen": {"training.learning_rate": 1.0},
-        "tried": [
-            [{"training.learning_rate": 1.0}, 0.5],
-            [{"training.learning_rate": 2.0}, None],
-            [{"training.learning_rate": 3.0}, 0.5],
-        ],
+        "chosen": {RATE: 1.0},
+        "tried": [[{RATE: 1.0}, 0.5], [{RATE: 2.0}, None], [{RATE: 3.0}, 0.5]],
     }
     assert selection["mrpc"]["head"]["chosen"] is None
-    chosen = chosen_settings(selection)
-    assert chosen == {"mrpc": {"lora-r8": {"training.learning_rate": 1.0}}}
-    trials = expand(grid, chosen)
+    trials = expand(grid, chosen_settings(selection))
     assert [trial.name for trial in trials] == ["mrpc/lora-r8/seed-0", "mrpc/lora-r8/seed-1"]
-    assert {trial.training.learning_rate for trial in trials} == {1.0}
-    assert {trial.training.max_steps for trial in trials} == {10}
-
-
-# The time left ------------------------------------------------------------------------------------------------------
-
-
-def test_the_time_left_by_hand():
-    a, b = expand(make_grid({**MINIMAL, "tasks": {"mrpc": None}, "seeds": [0]}))  # 10 steps each
-    pace = Pace()
-    assert pace.seconds_left([], [a], processes=1) is None  # nothing is known
-    assert pace.seconds_left([Running(a, 4, 10, 3.0)], [a, b], processes=1) == pytest.approx(3 * (6 + 10 + 10))
-    pace.add(a, planned=10, seconds=20)  # 2 s a step, from a finished trial: stronger than a running one's 3 s
-    assert pace.seconds_left([Running(a, 4, 10, 3.0)], [a], processes=1) == pytest.approx(2 * (6 + 10))
-    assert pace.seconds_left([Running(b, 4, 10, 5.0)], [a], processes=2) == pytest.approx(30)  # b alone takes 5 × 6
-    assert pace.seconds_left([], [], processes=2) == 0
-
-
-def test_runs_by_epochs_take_their_number_of_steps_from_others_of_the_task():
-    values = {**MINIMAL, "training": {"epochs": 2}, "seeds": [0]}
-    a, _, other, _ = expand(make_grid(values))
-    pace = Pace()
-    pace.add(a, planned=50, seconds=100)
-    assert pace.seconds_left([], [a, a], processes=1) == pytest.approx(200)
-    assert pace.seconds_left([], [a, other], processes=1) is None
-    assert pace.seconds_left([Running(other, 0, 30, None)], [], processes=1) == pytest.approx(60)
+    assert {(trial.training.learning_rate, trial.training.max_steps) for trial in trials} == {(1.0, 10)}
 
 
 # Running ------------------------------------------------------------------------------------------------------------
 
 
-def test_all_trials_are_run_once(counting_workers):
-    grid = counting_grid(counting_workers)
+def test_all_trials_are_run_once_and_a_removed_folder_is_run_again(out):
+    grid = fake_grid(out, training={"max_steps": 10})
     names = [trial.name for trial in expand(grid)]
     outcome = run(grid)
     assert sorted(outcome.finished) == sorted(names)
     assert (outcome.failed, outcome.skipped) == ([], [])
-    assert load_grid(counting_workers / "grid.yaml") == grid
+    assert load_grid(out / "grid.yaml") == grid
+    shutil.rmtree(out / "runs" / names[2])
     again = run(grid)
-    assert (again.finished, again.failed, again.skipped) == ([], [], names)
-    assert all(steps(counting_workers, name) == [f"step {n}" for n in range(1, 11)] + ["finished"] for name in names)
-
-
-def test_a_worker_is_pinned_to_its_threads(counting_workers):
-    run(counting_grid(counting_workers, training={"max_steps": 1, "threads": 3}, seeds=[0]))
-    environment = json.loads((counting_workers / "runs/mrpc/a/seed-0/environment.json").read_text())
-    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "3"
-
-
-def test_without_a_number_of_threads_the_environment_is_left_alone(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert worker_environment(None)["OMP_NUM_THREADS"] == "7"
-    assert worker_environment(1)["OMP_NUM_THREADS"] == "1"
+    assert (again.finished, again.failed) == ([names[2]], [])
+    (out / "study.journal").unlink()
+    assert run(grid).skipped == names, "the results are enough"
+    assert all(steps(out, name) == [f"step {n}" for n in range(1, 11)] + ["finished"] for name in names)
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("how", "message", "tries"),
     [
-        ("raise", "DataError: no such file"),
-        ("exit", "WorkerEnded: the worker ended with code 3 and left no result"),
-        ("kill", "WorkerKilled: the worker was ended by SIGKILL; the kernel does so where memory runs out"),
+        ("raise", "DataError: no such file", 1),
+        ("exit", "WorkerEnded: the process ended with code 3 and left no result", 1),
+        ("kill", "WorkerKilled: the process was ended by SIGKILL; the kernel does so when memory runs out", 3),
     ],
 )
-def test_a_failing_trial_is_reported_and_stops_no_other(counting_workers, how, message, tmp_path):
+def test_a_failing_trial_is_reported_and_stops_no_other(out, how, message, tries, tmp_path):
     mended = tmp_path / "mended"
     methods = {"bad": {"kind": "x", "fail": how, "until": str(mended)}, "good": {"kind": "x"}}
-    grid = counting_grid(counting_workers, methods=methods, seeds=[0])
+    grid = fake_grid(out, methods=methods, seeds=[0])
     for _ in range(2):  # the second time it is not run again, and reported again
         outcome = run(grid)
-        assert [(failure.name, failure.message) for failure in outcome.failed] == [("mrpc/bad/seed-0", message)]
+        assert [failure.name for failure in outcome.failed] == ["mrpc/bad/seed-0"]
+        assert outcome.failed[0].message.endswith(message)
         assert outcome.finished + outcome.skipped == ["mrpc/good/seed-0"]
     failure = json.loads(outcome.failed[0].path.read_text())
     assert how == "raise" or failure["traceback"] == ["about to end"]
-    assert steps(counting_workers, "mrpc/bad/seed-0") == [f"step {n}" for n in range(1, 6)]
+    assert runs_in(tmp_path / "log.txt")["mrpc/bad/seed-0"] == tries
 
     mended.touch()
     outcome = run(grid, retry_failed=True)
     assert (outcome.finished, outcome.failed) == (["mrpc/bad/seed-0"], [])
-    assert not (counting_workers / "runs/mrpc/bad/seed-0/failure.json").exists()
+    assert not (out / "runs/mrpc/bad/seed-0/failure.json").exists()
 
 
-def test_a_finished_trial_of_another_grid_is_refused_by_its_key(counting_workers):
-    run(counting_grid(counting_workers, seeds=[0]))
-    before = steps(counting_workers, "mrpc/a/seed-0")
+def test_a_trial_whose_process_is_killed_is_taken_up_again_from_its_checkpoint(out):
+    methods = {"bad": {"kind": "x", "fail": "kill once", "until": "absent"}}
+    outcome = run(fake_grid(out, methods=methods, seeds=[0], training={"max_steps": 14}))
+    assert outcome.finished == ["mrpc/bad/seed-0"]
+    assert steps(out, "mrpc/bad/seed-0") == [f"step {n}" for n in [*range(1, 8), *range(6, 15)]] + ["finished"]
+
+
+def test_a_finished_trial_of_another_grid_is_refused_by_its_key(out):
+    run(fake_grid(out, seeds=[0]))
+    before = steps(out, "mrpc/a/seed-0")
     with pytest.raises(ConfigError) as caught:
-        run(counting_grid(counting_workers, seeds=[0, 1], training={"max_steps": 20, "weight_decay": 0.1}))
+        run(fake_grid(out, seeds=[0, 1], training={"max_steps": 20, "weight_decay": 0.1}))
     for part in ("mrpc/a/seed-0 (", "training.max_steps", "training.weight_decay", "mrpc/b/seed-0"):
         assert part in str(caught.value)
-    assert steps(counting_workers, "mrpc/a/seed-0") == before
-    assert not (counting_workers / "runs/mrpc/a/seed-1").exists()  # nothing was run
+    assert steps(out, "mrpc/a/seed-0") == before
+    assert not (out / "runs/mrpc/a/seed-1").exists()  # nothing was run
 
 
-def test_a_trial_that_failed_is_run_anew_when_the_grid_changes(counting_workers):
+def test_a_trial_that_failed_is_run_anew_when_the_grid_changes(out):
     methods = {"bad": {"kind": "x", "fail": "exit", "until": "absent"}}
-    assert len(run(counting_grid(counting_workers, methods=methods, seeds=[0])).failed) == 1
-    outcome = run(counting_grid(counting_workers, methods={"bad": {"kind": "x"}}, seeds=[0]))
+    assert len(run(fake_grid(out, methods=methods, seeds=[0])).failed) == 1
+    outcome = run(fake_grid(out, methods={"bad": {"kind": "x"}}, seeds=[0]))
     assert outcome.finished == ["mrpc/bad/seed-0"]
-    assert steps(counting_workers, "mrpc/bad/seed-0")[0] == "step 1"  # not from the checkpoint of another trial
-    assert trial_json(counting_workers, "mrpc/bad/seed-0")["options"] == {}
+    assert steps(out, "mrpc/bad/seed-0")[0] == "step 1"  # not from the checkpoint of another trial
+    assert trial_json(out, "mrpc/bad/seed-0")["options"] == {}
 
 
-def test_a_grid_file_of_the_users_is_not_overwritten(counting_workers):
-    counting_workers.mkdir()
-    (counting_workers / "grid.yaml").write_text("# mine\n")
-    with pytest.raises(ConfigError, match=r"grid\.yaml there is a file of your own"):
-        run(counting_grid(counting_workers))
-    assert [path.name for path in counting_workers.iterdir()] == ["grid.yaml"]
+def test_files_of_the_users_are_not_overwritten(out):
+    mine = out / "grid.yaml"
+    out.mkdir()
+    mine.write_text("# mine\n")
+    with pytest.raises(ConfigError, match=r"grid\.yaml there is your own"):
+        run(fake_grid(out))
+    assert [path.name for path in out.iterdir()] == ["grid.yaml"]
 
 
-def test_two_runners_on_one_grid_are_refused(counting_workers):
-    with exclusive(counting_workers), pytest.raises(ConfigError, match="this grid is being run already"):
-        run(counting_grid(counting_workers))
-    assert len(run(counting_grid(counting_workers, seeds=[0])).finished) == 2  # given back
+def test_two_commands_on_one_output_share_its_trials(out, tmp_path):
+    values = grid_values(out, methods={"a": {"kind": "x", "pause": 0.02}, "b": {"kind": "x", "pause": 0.02}})
+    file, log = write_yaml(tmp_path / "grid.yaml", values), tmp_path / "log.txt"
+    machines = [start_machine(file, log) for _ in range(2)]
+    for machine in machines:
+        finished, skipped, failed = map(int, output_of(machine).split())
+        assert (finished + skipped, failed) == (4, 0)
+    assert list(runs_in(log).values()) == [1] * 4
 
 
-# Tasks that cannot be loaded
+# Several machines ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_worker(monkeypatch):
-    """Real workers, of which none may be started."""
-    monkeypatch.setattr("aroma_lab.grid.pool.Worker", lambda *args, **kwargs: pytest.fail("a worker was started"))
+def machines(tmp_path, count, **changes):
+    """Write one file a machine: each has an output folder of its own, and all share a database."""
+    shared = {"storage": f"sqlite:///{tmp_path / 'shared.db'}", "study": "shared", "heartbeat": 1, **changes}
+    return [write_yaml(tmp_path / f"{n}.yaml", grid_values(tmp_path / f"out-{n}", **shared)) for n in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("task", "error", "message"),
-    [
-        ({"source": "/nope"}, DataError, "tasks.messages.source='/nope': no such folder"),
-        ({"metric": "foo"}, ConfigError, "tasks.messages.metric='foo': no metric"),
-        ({"label": "nope"}, DataError, "tasks.messages.train="),
-        ({"reported": {"test": "nope.jsonl"}}, DataError, "tasks.messages.reported.test='nope.jsonl'"),
-        ({"max_length": 9999}, ConfigError, "tasks.messages: data.max_length=9999"),
-        ({"kind": "commonsense", "metric": "foo"}, ConfigError, "tasks.messages.metric='foo': no metric of commons"),
-        ({"kind": "commonsense", "train": "nope.json"}, DataError, "tasks.messages.train="),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("select", [None, {"over": {"training.learning_rate": [1e-3, 2e-3]}}], ids=["", "select"])
-def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_run(
-    no_worker, tmp_path, task, error, message, select
-):
-    grid = messages_grid(tmp_path / "out", {**MESSAGES, **task}, select=select)
-    with pytest.raises(error) as caught:
-        run_grid(grid)
-    assert str(caught.value).startswith(message)
-    assert not (tmp_path / "out").exists()
+def test_a_worker_on_another_machine_helps_and_both_know_what_was_chosen(out, tmp_path):
+    log = tmp_path / "log.txt"
+    methods = {label: {"kind": "x", "pause": 0.1} for label in "ab"}
+    files = machines(tmp_path, 2, methods=methods, select={"over": {RATE: [1e-3, 1e-2]}}, processes=1)
+    worker = start_machine(files[1], log, role="work")
+    runner = start_machine(files[0], log)
+    assert output_of(runner) == "8 0 0\n"
+    assert 1 <= int(output_of(worker)) <= 7
+    assert list(runs_in(log).values()) == [1] * 8
+    selection = json.loads((tmp_path / "out-0" / "selection.json").read_text())
+    assert [one["chosen"] for one in selection["mrpc"].values()] == [{RATE: 1e-3}] * 2
+    third = load_grid(files[0], [f"output={tmp_path / 'out-2'}"])
+    assert {state for _, state in list_grid(third)} == {"finished"}
+    assert (len(run(third).skipped), sum(runs_in(log).values())) == (8, 8)
 
 
-@pytest.mark.parametrize("select", [None, {"over": {"task.label": ["topic"]}}], ids=["", "select"])
-def test_what_is_over_needs_its_data_no_more(no_worker, tmp_path, select):
-    task = {**MESSAGES, "source": "/nope", "label": None}
-    grid = messages_grid(tmp_path / "out", task, select=select)
-    tried = [candidate.trial for candidate in candidates(grid)]
-    pretend_finished(tmp_path / "out", tried)
-    chosen = {"messages": {"head": {"task.label": "topic"}}} if select else None
-    trials = expand(grid, chosen)
-    pretend_finished(tmp_path / "out", trials[:1])
-    with pytest.raises(DataError, match="source='/nope'"):
-        run_grid(grid)
-    pretend_finished(tmp_path / "out", trials[1:])
-    assert run_grid(grid).skipped == [trial.name for trial in [*tried, *trials]]
+def test_another_grid_in_a_shared_study_is_refused_and_failures_of_other_machines_are_known(out, tmp_path):
+    methods = {"bad": {"kind": "x", "fail": "raise", "until": "absent"}, "good": {"kind": "x"}}
+    one, two = (load_grid(file) for file in machines(tmp_path, 2, methods=methods, seeds=[0]))
+    assert len(run(one).failed) == 1
+    (failure,) = run(two).failed
+    assert (failure.name, failure.path) == ("mrpc/bad/seed-0", None)
+    assert failure.message.startswith("DataError: no such file (on ")
+    with pytest.raises(ConfigError, match=r"mrpc/good/seed-0 was run with another training\.max_steps; use the same"):
+        run(load_grid(tmp_path / "1.yaml", ["training.max_steps=11"]))
+    assert not (tmp_path / "out-1" / "runs").exists()
 
 
-def test_a_trial_that_failed_needs_its_data_only_to_be_run_again(no_worker, tmp_path):
-    grid = messages_grid(tmp_path / "out", {**MESSAGES, "source": "/nope"}, seeds=[0])
-    (trial,) = expand(grid)
-    pretend_finished(tmp_path / "out", [trial], "failure.json", {"error": "DataError", "message": "no such file"})
-    assert [failure.message for failure in run_grid(grid).failed] == ["DataError: no such file"]
-    with pytest.raises(DataError, match="source='/nope'"):
-        run_grid(grid, retry_failed=True)
-
-
-def test_every_task_is_loaded_once_and_with_what_is_reported_if_any_trial_reports_it(monkeypatch, tmp_path):
-    loaded = []
-    monkeypatch.setattr("aroma_lab.run.work.work_of", loaded.append)
-    select = {"over": {"training.learning_rate": [1e-3, 2e-3]}}
-    grid = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "select": select})
-    tried = candidates(grid)
-    check_tasks(due(grid, tried))
-    assert [(trial.task.name, trial.purpose) for trial in loaded] == [("mrpc", "report"), ("rte", "report")]
-    loaded.clear()
-    check_tasks([candidate.trial for candidate in tried])
-    assert [(trial.task.name, trial.purpose) for trial in loaded] == [("mrpc", "select"), ("rte", "select")]
-    changed = make_grid({**MINIMAL, "output": str(tmp_path / "out"), "select": {"over": {"task.label": ["a", "b"]}}})
-    labels = [trial.task.label for trial in due(changed, candidates(changed))]
-    assert set(labels) == {"a", "b"}, "what is tried stands for what is chosen"
+# Tasks that cannot be loaded ----------------------------------------------------------------------------------------
 
 
 MESSAGES = {
@@ -526,22 +395,40 @@ MESSAGES = {
     "label": "topic",
     "max_length": 32,
 }
+HEAD = {"head": {"kind": "head_only"}}
 
 
-def messages_grid(output, task, **changes):
-    values = {
-        **MINIMAL,
-        "output": str(output),
-        "tasks": {"messages": task},
-        "methods": {"head": {"kind": "head_only"}},
-    }
-    return make_grid({**values, **changes})
+@pytest.fixture
+def no_trial(monkeypatch):
+    monkeypatch.setattr("aroma_lab.study.engine.TrialProcess", lambda *args: pytest.fail("a trial was started"))
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        ({"source": "/nope"}, DataError, "tasks.messages.source='/nope': no such folder"),
+        ({"metric": "foo"}, ConfigError, "tasks.messages.metric='foo': no metric"),
+        ({"reported": {"test": "nope.jsonl"}}, DataError, "tasks.messages.reported.test='nope.jsonl'"),
+        ({"max_length": 9999}, ConfigError, "tasks.messages: data.max_length=9999"),
+        ({"kind": "commonsense", "train": "nope.json"}, DataError, "tasks.messages.train="),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("select", [None, {"over": {RATE: [1e-3, 2e-3]}}], ids=["", "select"])
+def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_run(
+    no_trial, tmp_path, task, error, message, select
+):
+    grid = fake_grid(tmp_path / "out", tasks={"messages": {**MESSAGES, **task}}, methods=HEAD, select=select)
+    with pytest.raises(error) as caught:
+        run_grid(grid)
+    assert str(caught.value).startswith(message)
+    assert not (tmp_path / "out").exists()
 
 
 RESULT = {"score": 0.5, "held_out_loss": 0.5, "planned_steps": 10, "wall_seconds": 1.0}
 
 
-def pretend_finished(output, trials, name="result.json", content=RESULT):
+def pretend(output, trials, name="result.json", content=RESULT):
     for trial in trials:
         folder = output / "runs" / trial.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -549,59 +436,70 @@ def pretend_finished(output, trials, name="result.json", content=RESULT):
         (folder / name).write_text(json.dumps(content))
 
 
-# Choosing
+@pytest.mark.parametrize("select", [None, {"over": {"task.label": ["topic"]}}], ids=["", "select"])
+def test_a_decided_trial_needs_its_data_no_more(no_trial, tmp_path, select):
+    out, task = tmp_path / "out", {**MESSAGES, "source": "/nope", "label": None}
+    grid = fake_grid(out, tasks={"messages": task}, methods=HEAD, select=select)
+    tried = [candidate.trial for candidate in candidates(grid)]
+    pretend(out, tried)
+    trials = expand(grid, {"messages": {"head": {"task.label": "topic"}}} if select else None)
+    pretend(out, trials[:1])
+    with pytest.raises(DataError, match="source='/nope'"):
+        run_grid(grid)
+    pretend(out, trials[1:], "failure.json", {"error": "DataError", "message": "no such file"})
+    outcome = run_grid(grid)
+    assert outcome.skipped == [trial.name for trial in [*tried, *trials[:1]]]
+    assert [failure.message for failure in outcome.failed] == ["DataError: no such file"]
+    with pytest.raises(DataError, match="source='/nope'"):
+        run_grid(grid, retry_failed=True)
 
 
-def test_what_a_selection_chose_is_run_and_written(counting_workers):
-    select = {"over": {"training.learning_rate": [5e-4, 1e-3, 2e-3]}, "seed": 7, "training": {"max_steps": 2}}
-    grid = counting_grid(counting_workers, select=select)
+# Choosing -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_chosen_settings_are_run_and_written(out):
+    select = {"over": {RATE: [5e-4, 1e-3, 2e-3]}, "seed": 7, "training": {"max_steps": 2}}
+    grid = fake_grid(out, select=select)
+    assert {state for _, state in list_grid(grid)} == {"new"}
+    assert not out.exists(), "a list writes nothing"
     outcome = run(grid)
     assert len(outcome.finished) == 6 + 4
     assert all(name.startswith("select/") for name in outcome.finished[:6])
-    selection = json.loads((counting_workers / "selection.json").read_text())
-    chosen = {"training.learning_rate": 1e-3}  # where the counting worker scores best
-    assert selection["mrpc"]["a"]["chosen"] == selection["mrpc"]["b"]["chosen"] == chosen
-    assert [score for _, score in selection["mrpc"]["a"]["tried"]] == pytest.approx([2 / 3, 1, 1 / 2])
-    assert trial_json(counting_workers, "mrpc/a/seed-1")["training"]["learning_rate"] == 1e-3
-    assert trial_json(counting_workers, "mrpc/a/seed-1")["purpose"] == "report"
-    assert trial_json(counting_workers, "select/mrpc/a/learning_rate=0.0005")["purpose"] == "select"
+    selection = json.loads((out / "selection.json").read_text())
+    assert selection["mrpc"]["a"]["chosen"] == selection["mrpc"]["b"]["chosen"] == {RATE: 1e-3}
+    assert [score for _, score in selection["mrpc"]["a"]["tried"]] == [score_of(rate) for rate in (5e-4, 1e-3, 2e-3)]
+    assert trial_json(out, "mrpc/a/seed-1")["training"]["learning_rate"] == 1e-3
+    assert [trial_json(out, name)["purpose"] for name in (outcome.finished[0], "mrpc/a/seed-1")] == [
+        "select",
+        "report",
+    ]
     assert len(run(grid).skipped) == 10
+    assert [state for _, state in list_grid(grid)] == ["finished"] * 10
+    changed = fake_grid(out, select=select, training={"max_steps": 11, "warmup_steps": 1})
+    assert [state for _, state in list_grid(changed)] == ["finished"] * 6 + ["conflict"] * 4
 
 
-def test_a_part_is_run_alone_and_the_rest_later_as_if_in_one(counting_workers):
-    select = {"over": {"training.learning_rate": [5e-4, 1e-3]}, "seed": 7, "training": {"max_steps": 2}}
-    grid = counting_grid(counting_workers, select=select)
-    first = run(grid, part=Part(methods=("b",)))
+def test_a_part_is_run_alone_and_the_rest_later_as_if_in_one(out):
+    grid = fake_grid(out, select={"over": {RATE: [5e-4, 1e-3]}, "seed": 7, "training": {"max_steps": 2}})
+    first = run(grid, methods=["b"])
     assert len(first.finished) == 4
     assert all("/b/" in name for name in first.finished)
-    assert list(json.loads((counting_workers / "selection.json").read_text())["mrpc"]) == ["b"]
-    assert list(yaml.safe_load((counting_workers / "grid.yaml").read_text())["methods"]) == ["a", "b"]
-    assert [state for _, state in survey(grid, Part(tasks=("mrpc",), methods=("b",)))] == ["finished"] * 4
+    assert list(json.loads((out / "selection.json").read_text())["mrpc"]) == ["b"]
+    assert list(yaml.safe_load((out / "grid.yaml").read_text())["methods"]) == ["a", "b"]
+    assert [state for _, state in list_grid(grid, tasks=["mrpc"], methods=["b"])] == ["finished"] * 4
     second = run(grid)
     assert len(second.skipped) == 4
     assert all("/a/" in name for name in second.finished)
-    assert list(json.loads((counting_workers / "selection.json").read_text())["mrpc"]) == ["a", "b"]
-    third = run(grid, part=Part(methods=("a",)))
-    assert not third.finished
-    assert list(json.loads((counting_workers / "selection.json").read_text())["mrpc"]) == ["a", "b"]
+    assert not run(grid, methods=["a"]).finished
+    assert list(json.loads((out / "selection.json").read_text())["mrpc"]) == ["a", "b"]
+    for refused in (partial(run, grid), partial(list_grid, grid)):
+        with pytest.raises(ConfigError, match=r"--methods='c'.*a, b"):
+            refused(methods=["c"])
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [(Part(tasks=("cola",)), "--tasks='cola'.*mrpc"), (Part(methods=("c",)), "--methods='c'.*a, b")],
-)
-def test_a_part_that_the_grid_has_not_is_refused(counting_workers, part, message):
-    grid = counting_grid(counting_workers)
-    for refused in (partial(run, grid, part=part), partial(survey, grid, part)):
-        with pytest.raises(ConfigError, match=message):
-            refused()
-    assert not counting_workers.exists()
-
-
-def test_a_method_without_a_chosen_setting_is_reported(counting_workers):
+def test_a_method_without_a_chosen_setting_is_reported(out):
     methods = {"bad": {"kind": "x", "fail": "raise", "until": "absent"}, "good": {"kind": "x"}}
-    select = {"over": {"training.learning_rate": [5e-4, 1e-3]}}
-    outcome = run(counting_grid(counting_workers, methods=methods, select=select, seeds=[0, 1]))
+    outcome = run(fake_grid(out, methods=methods, select={"over": {RATE: [5e-4, 1e-3]}}))
     assert sorted(failure.name for failure in outcome.failed) == [
         "mrpc/bad/seed-0",
         "mrpc/bad/seed-1",
@@ -614,119 +512,98 @@ def test_a_method_without_a_chosen_setting_is_reported(counting_workers):
     assert {"mrpc/good/seed-0", "mrpc/good/seed-1"} < set(outcome.finished)
 
 
-class Notes:
-    def __init__(self):
-        self.statuses, self.ends = [], []
-
-    def on_status(self, status):
-        self.statuses.append(status)
-
-    def on_end(self, ended):
-        self.ends.append(ended)
-
-
-def test_a_watcher_sees_every_trial_and_never_more_than_the_processes(counting_workers):
-    notes = Notes()
-    methods = {"a": {"kind": "x", "pause": 0.05}, "b": {"kind": "x", "fail": "exit", "until": "absent"}}
-    run(counting_grid(counting_workers, methods=methods), watcher=notes)
-    assert sorted(ended.name for ended in notes.ends) == [f"mrpc/{m}/seed-{seed}" for m in "ab" for seed in (0, 1)]
-    assert {ended.score is None for ended in notes.ends if ended.failure} == {True}
-    assert {status.total for status in notes.statuses} == {4}
-    assert max(len(status.running) for status in notes.statuses) == 2
-    assert any(one.step > 0 and one.planned == 10 for status in notes.statuses for one in status.running)
-    assert any(status.seconds_left is not None for status in notes.statuses)
-    done = [status.done + status.failed for status in notes.statuses]
-    assert done == sorted(done)
-
-
 # The command --------------------------------------------------------------------------------------------------------
 
 
+class Notes:
+    def __init__(self):
+        self.progress, self.ends = [], {}
+
+    def on_progress(self, progress):
+        self.progress.append(progress)
+
+    def on_end(self, name, failure, score, seconds):
+        self.ends[name] = (failure, score)
+
+
+def test_a_watcher_sees_every_trial_and_never_more_than_the_processes(out):
+    notes = Notes()
+    methods = {"a": {"kind": "x", "pause": 0.1}, "b": {"kind": "x", "fail": "exit", "until": "absent"}}
+    run(fake_grid(out, methods=methods), watcher=notes)
+    assert sorted(notes.ends) == [f"mrpc/{m}/seed-{seed}" for m in "ab" for seed in (0, 1)]
+    assert all((failure is None) != (score is None) for failure, score in notes.ends.values())
+    assert {progress.total for progress in notes.progress} == {4}
+    assert max(len(progress.running) for progress in notes.progress) == 2
+    assert any(one.step > 0 and one.planned == 10 for progress in notes.progress for one in progress.running)
+    assert any(progress.seconds_left is not None for progress in notes.progress)
+    decided = [progress.done + progress.failed for progress in notes.progress]
+    assert decided == sorted(decided)
+    assert decided[-1] == 4
+
+
 @pytest.fixture
-def grid_file(counting_workers, monkeypatch, tmp_path):
-    monkeypatch.setattr("aroma_lab.grid.run.run_grid", partial(run_grid, module="grid_worker"))
+def grid_file(out, monkeypatch, tmp_path):
+    monkeypatch.setattr("aroma_lab.study.run.run_grid", run)
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "grid.yaml"
     methods = {"bad": {"kind": "x", "fail": "raise", "until": "absent"}, "good": {"kind": "x"}}
-    path.write_text(yaml.safe_dump({**MINIMAL, "tasks": {"mrpc": None}, "methods": methods, "seeds": [0]}))
-    return str(path)
+    return str(write_yaml(tmp_path / "grid.yaml", grid_values(Path("out"), methods=methods, seeds=[0])))
 
 
 def test_the_command_reports_failures_and_its_code_is_1(grid_file, capsys):
     assert main(["lab", "run", grid_file]) == 1
     output = capsys.readouterr()
-    assert output.out.splitlines() == [
-        "Trials finished: 1 now, 0 earlier; failed: 1. Left in out: runs/, grid.yaml.",
-        "failed: mrpc/bad/seed-0: DataError: no such file",
-        "        out/runs/mrpc/bad/seed-0/failure.json",
-        "Once the cause is mended: the same command with --retry-failed.",
-    ]
-    assert "1 of 2 · mrpc/bad/seed-0 · failed: DataError: no such file · " in output.err
-    assert "2 of 2 · mrpc/good/seed-0 · score 0.6667 · " in output.err
-
-    assert main(["lab", "run", grid_file, "methods.bad.fail=null", "--retry-failed", "--processes", "2"]) == 0
+    assert "Trials finished: 1 now, 0 earlier; failed: 1." in output.out
+    assert "failed: mrpc/bad/seed-0: DataError: no such file" in output.out
+    assert "out/runs/mrpc/bad/seed-0/failure.json" in output.out
+    assert "--retry-failed" in output.out
+    assert "of 2 · mrpc/bad/seed-0 · failed: DataError: no such file · " in output.err
+    assert "of 2 · mrpc/good/seed-0 · score " in output.err
+    assert main(["lab", "run", grid_file, "methods.bad.fail=null", "--retry-failed", "--workers", "2"]) == 0
     assert "Trials finished: 1 now, 1 earlier; failed: 0." in capsys.readouterr().out
 
 
 def test_the_command_lists_trials_and_runs_nothing(grid_file, capsys):
-    assert main(["lab", "run", grid_file, "--list"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "new         mrpc/bad/seed-0",
-        "new         mrpc/good/seed-0",
-        "2 trials: 2 new",
-    ]
+    def listed(*options):
+        assert main(["lab", "run", grid_file, "--list", *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert listed()[-1] == "2 trials: 2 new"
     assert not Path("out").exists()
     main(["lab", "run", grid_file])
     capsys.readouterr()
-    main(["lab", "run", grid_file, "seeds=[0, 1]", "--list"])
-    assert capsys.readouterr().out.splitlines() == [
-        "failed      mrpc/bad/seed-0",
-        "finished    mrpc/good/seed-0",
-        "new         mrpc/bad/seed-1",
-        "new         mrpc/good/seed-1",
-        "4 trials: 1 failed, 1 finished, 2 new",
+    assert [line.split() for line in listed("seeds=[0, 1]")[:-1]] == [
+        ["failed", "mrpc/bad/seed-0"],
+        ["finished", "mrpc/good/seed-0"],
+        ["new", "mrpc/bad/seed-1"],
+        ["new", "mrpc/good/seed-1"],
     ]
-
-
-def test_the_survey_knows_what_the_selection_chose(counting_workers):
-    select = {"over": {"training.learning_rate": [5e-4, 1e-3]}, "training": {"max_steps": 2}}
-    grid = counting_grid(counting_workers, select=select, seeds=[0])
-    assert {state for _, state in survey(grid)} == {"new"}
-    run(grid)
-    assert [state for _, state in survey(grid)] == ["finished"] * 6
-    changed = counting_grid(counting_workers, select=select, seeds=[0], training={"max_steps": 11, "warmup_steps": 1})
-    assert [state for _, state in survey(changed)] == ["finished"] * 4 + ["conflict"] * 2
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3540, "59 min"), (3590, "1 h 0 min"), (7800, "2 h 10 min")],
-)
-def test_durations_in_words(seconds, words):
-    assert duration(seconds) == words
-
-
-def test_on_a_terminal_every_running_trial_has_a_bar():
-    first, second = expand(make_grid({**MINIMAL, "tasks": {"mrpc": None}, "seeds": [0]}))
-    running = (Running(first, 4, 10, 1.0), Running(second, 0, None, None))
-    paper = io.StringIO()
-    console = Console(file=paper, force_terminal=True, width=150, highlight=False, markup=False)
-    with GridProgress(console) as progress:
-        progress.on_status(GridStatus(total=9, done=3, failed=1, running=running, seconds_left=7800))
-        progress._bars.refresh()
-        shown = paper.getvalue()
-        progress.on_end(Ended("mrpc/lora-r8/seed-0", None, 0.5, 12.0))
-    for text in (
-        "3 of 9 done, 1 failed · about 2 h 10 min left",
-        "mrpc/lora-r8/seed-0",
-        "step 4 of 10",
-        "mrpc/head/seed-0",
-        "starting",
-    ):
-        assert text in shown
-    assert "5 of 9 · mrpc/lora-r8/seed-0 · score 0.5000 · 12 s · about 2 h 10 min left" in paper.getvalue()
 
 
 def test_an_error_of_the_command_is_one_line_and_code_2(grid_file, capsys):
     assert main(["lab", "run", grid_file, "sedes=[1]"]) == 2
     assert capsys.readouterr().err == "error: sedes=[1]: a grid has no such key; the nearest is 'seeds'\n"
+
+
+def test_a_list_loads_no_heavy_library(grid_file):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from aroma.cli import main; main(sys.argv[1:]); "
+        "print({'torch', 'transformers', 'pandas'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code, "lab", "run", grid_file, "--list"]
+    assert subprocess.check_output(command, text=True).splitlines()[-1] == "set()"
+
+
+def test_on_a_terminal_every_running_trial_has_a_bar():
+    running = (Running("mrpc/lora/seed-0", 4, 10), Running("mrpc/head/seed-0", 0, None))
+    paper = io.StringIO()
+    console = Console(file=paper, force_terminal=True, width=150, highlight=False, markup=False)
+    with StudyProgress(console) as progress:
+        progress.on_progress(Progress(total=9, done=3, failed=1, running=running, seconds_left=7800))
+        progress._bars.refresh()
+        progress.on_end("mrpc/lora/seed-0", None, 0.5, 12.0)
+    for text in ("3 of 9 done, 1 failed · about 2 h 10 min left", "step 4 of 10", "mrpc/head/seed-0", "starting"):
+        assert text in paper.getvalue()
+    assert "5 of 9 · mrpc/lora/seed-0 · score 0.5000 · 12 s · about 2 h 10 min left" in paper.getvalue()

@@ -23,7 +23,6 @@ from aroma_lab.language import gguf_source
 from aroma_lab.language.gguf_source import resolve_gguf
 from aroma_lab.language.inference import LanguageTask, load_language_task, task_kind
 from aroma_lab.language.model import load_causal_lm, load_lm_tokenizer, model_source, positions_of
-from aroma_lab.run.recipe import make_recipe
 from aroma_lab.specs import LanguageSpec, ModelSpec
 from aroma_lab.tasks.task import TASK_FILE, Task, save_task
 from tiny_classifier import save_tiny_bert
@@ -95,24 +94,6 @@ def test_a_decoder_that_transformers_calls_none_is_taken(tmp_path):
     assert config.is_decoder is False
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     assert load_causal_lm(ModelSpec(str(tmp_path / "neox"))).config.model_type == "gpt_neox"
-
-
-def test_the_keys_of_a_recipe_reach_the_model():
-    recipe = make_recipe(
-        {
-            "model.name": "somewhere",
-            "model.gguf_file": "x.gguf",
-            "model.dtype": "bfloat16",
-            "model.quantization": "nf4",
-            "data.task": "causal_lm",
-            "data.train": "train.jsonl",
-        }
-    )
-    assert recipe.model == ModelSpec("somewhere", "x.gguf", "bfloat16", "nf4")
-    with pytest.raises(ConfigError, match=r"model.dtype='float64': give one of float32, bfloat16, float16"):
-        make_recipe({"model.name": "x", "model.dtype": "float64", "data.train": "train.jsonl"})
-    with pytest.raises(ConfigError, match=r"model.quantization='int4': give one of nf4, int8 or null"):
-        make_recipe({"model.name": "x", "model.quantization": "int4", "data.train": "train.jsonl"})
 
 
 # Tokenizers ----------------------------------------------------------------------------------------------------------
@@ -331,11 +312,3 @@ def test_an_adapter_of_others_has_default_prompts(llama, tmp_path):
     model.save_pretrained(tmp_path)
     assert task_kind(tmp_path) == "causal_lm"
     assert load_language_task(tmp_path) == LanguageTask(LanguageSpec(), None, ModelSpec(str(llama)))
-
-
-def test_what_a_folder_is_for(llama, tmp_path):
-    assert task_kind(llama) == "causal_lm"
-    assert task_kind("smollm2") == "causal_lm"
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match=r"adapter='.*': it has no aroma_task.json"):
-            task_kind(folder)

@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
-from aroma_lab.grid.expand import expand
-from aroma_lab.grid.reader import make_grid
 from aroma_lab.language.data import load_examples
 from aroma_lab.language.inference import fingerprint_of, load_for_inference
 from aroma_lab.language.template import Template, Turn
@@ -28,6 +26,7 @@ from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.work import work_of
 from aroma_lab.specs import LanguageSpec
+from aroma_lab.study.grid import expand, make_grid
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
 STEPS = 30
@@ -322,18 +321,6 @@ def test_questions_that_are_trained_on_are_not_reported(files: Path, tmp_path: P
     with pytest.raises(DataError, match=r"reported\.all='train.jsonl': every question of it is a training example"):
         run_trial(expand(grid)[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ({"kind": None, "template": "plain"}, "only tasks of kind commonsense"),
-        ({"held_out_examples": 0}, "held_out_examples=0"),
-    ],
-)
-def test_a_task_that_cannot_work_is_refused(files: Path, tmp_path: Path, task: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora"}}, task=task)
 
 
 # After training ------------------------------------------------------------------------------------------------------

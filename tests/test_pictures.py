@@ -7,19 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.collections import PolyCollection
 from matplotlib.patches import Circle, Rectangle
 
 from aroma.errors import AromaError, CheckpointError, ConfigError, DataError
 from aroma.files import write_json
+from aroma.pictures import SUFFIXES
 from aroma_lab.cli import lab_figure
-from aroma_lab.pictures.circles import Grown, RankPanel, draw_rank_panels
-from aroma_lab.pictures.draw import KINDS, Choice, draw_figure
-from aroma_lab.pictures.modules import matching_module, paper_modules, short_name
-from aroma_lab.pictures.pareto import pareto_front
-from aroma_lab.pictures.rank_picture import rank_picture
-from aroma_lab.pictures.series import band_of_points, band_of_steps
-from aroma_lab.pictures.style import SUFFIXES, save_picture, size_text, style_of
+from aroma_lab.report.figures import Choice, draw_figure, held_values, pareto_front
+from aroma_lab.report.runs import TABLE, collect_runs, read_runs
+from aroma_lab.report.style import matching_module, paper_modules
 from made_up_runs import MODULES, edit, write_adapter, write_grid, write_run, write_untrained_run
 
 FIRST, DEEP = "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.3.attention.self.value"
@@ -102,8 +98,7 @@ def test_curves_have_a_line_for_each_method_and_a_band_where_seeds_differ(grid):
         "",
     ]
     assert [len(axes.lines) for axes in figure.axes[:5]] == [3, 2, 2, 2, 3]  # BitFit has no ranks
-    bands = [[item for item in axes.collections if isinstance(item, PolyCollection)] for axes in figure.axes[:5]]
-    assert [len(panel) for panel in bands] == [1, 1, 1, 1, 2]
+    assert len([band for band in figure.axes[4].collections if band.get_paths()]) == 2  # BitFit has a single seed
     legend = [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
     assert legend == ["lora (2 seeds)", "aroma (3 seeds)", "bitfit (1 seed)"]
 
@@ -120,17 +115,8 @@ def test_a_line_is_the_mean_over_seeds_up_to_the_last_ones_end(grid):
     ("steps", "words"),
     [
         ({"a": [100, 100]}, None),
-        ({"a": [60]}, "a line that ends early: its training stopped by itself"),
-        ({"a": [60], "b": [100]}, "a line that ends early: its training stopped by itself"),
-        ({"a": [60, 60], "b": [100]}, "a line that ends early: its training stopped by itself"),
-        (
-            {"a": [60, 100]},
-            "1 of 2 runs stopped by itself: its last value is held until the longest run of the method ends",
-        ),
-        (
-            {"a": [60, 70], "b": [100]},
-            "2 of 3 runs stopped by themselves: their last value is held until the longest run of the method ends",
-        ),
+        ({"a": [60], "b": [100]}, "1 of 2 runs"),
+        ({"a": [60, 70], "b": [100]}, "2 of 3 runs"),
     ],
     ids=str,
 )
@@ -141,7 +127,8 @@ def test_the_subtitle_says_how_runs_that_stopped_show(tmp_path, steps, words):
     figure = draw("curves", tmp_path)
     ends = [max(line.get_xdata()) for line in figure.axes[0].lines]
     assert ends == [max(of_method) for of_method in steps.values()]
-    assert subtitle(figure).split(" · ")[1:] == ([words] if words else [])
+    held = "stopped early: the last value is held until the longest run of the method ends"
+    assert subtitle(figure).split(" · ")[1:] == ([f"{words} {held}"] if words else [])
 
 
 def test_ranks_and_steps_are_counted_in_whole_numbers(tmp_path):
@@ -162,7 +149,15 @@ def test_scores_are_of_reported_examples_and_end_with_the_result(grid):
     assert scores.tolist() == pytest.approx([60, 80])
 
 
-def test_scores_of_two_reported_splits_are_averaged(tmp_path):
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [([[0, 4]], [4, 4, 4]), ([[0, 4], [6, 0]], [4, 0, 0]), ([[0, 4], [6, 0], [50, 9]], [4, 0, 9])],
+)
+def test_a_value_holds_from_its_step_on(points, expected):
+    assert held_values(points, [0, 6, 60]).tolist() == expected
+
+
+def test_scores_of_two_reported_splits_are_averaged_where_both_were_measured(tmp_path):
     evaluations = [evaluation(10, 0.4, "matched"), evaluation(10, 0.8, "mismatched"), evaluation(20, 0.9, "matched")]
     reported = {"matched": {"accuracy": 0.5}, "mismatched": {"accuracy": 0.7}}
     write_run(tmp_path, "mnli", "lora", 0, evaluations=evaluations, reported=reported, score=0.6)
@@ -171,56 +166,59 @@ def test_scores_of_two_reported_splits_are_averaged(tmp_path):
     assert scores.tolist() == pytest.approx([60, 60])
 
 
-def test_methods_without_any_ranks_still_have_a_figure(tmp_path):
-    write_run(tmp_path, "mrpc", "bitfit", 0, kind="bitfit", **NOTHING)
-    figure = draw("curves", tmp_path)
-    assert [len(axes.lines) for axes in figure.axes[:5]] == [1, 0, 0, 0, 1]
+def test_scores_between_measurements_are_on_straight_lines_and_hold_after_the_end(tmp_path):
+    for seed, of_run in enumerate(([(2, 0.0), (10, 0.8)], [(5, 0.1), (8, 0.4)])):
+        write_run(
+            tmp_path,
+            "mrpc",
+            "lora",
+            seed,
+            evaluations=[evaluation(*point) for point in of_run],
+            steps=of_run[-1][0],
+            score=of_run[-1][1],
+        )
+    steps, scores = draw("curves", tmp_path).axes[4].lines[0].get_data()
+    assert steps.tolist() == [5, 8, 10], "from where both were measured"
+    assert scores.tolist() == pytest.approx([(30 + 10) / 2, (60 + 40) / 2, (80 + 40) / 2])
+
+
+@pytest.mark.parametrize("kind", ["pareto", "curves"])
+def test_figures_take_methods_that_train_nothing_or_have_no_ranks(kind, tmp_path):
+    write_grid(tmp_path, ["pretrained", "bitfit"])
+    write_run(tmp_path, "t", "bitfit", 0, kind="bitfit", **NOTHING)
+    write_untrained_run(tmp_path, "t", 0)
+    figure = draw(kind, tmp_path, task="t")
+    if kind == "curves":
+        assert [len(axes.lines) for axes in figure.axes[:5]] == [2, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize("kind", ["curves", "ranks", "pareto"])
+def test_a_table_of_runs_gives_the_same_figure_as_the_run_folders(kind, grid, tmp_path):
+    collect_runs(read_runs(grid), tmp_path / TABLE)
+    shutil.copy(grid / "grid.yaml", tmp_path)
+    figures = [draw(kind, folder, task="mrpc") for folder in (grid, tmp_path)]
+    data = [
+        [line.get_xydata().tolist() for axes in one.axes for line in axes.lines]
+        + [(patch.center, patch.radius) for axes in one.axes for patch in axes.patches if isinstance(patch, Circle)]
+        for one in figures
+    ]
+    assert data[0] == data[1] != []
 
 
 def test_named_modules_are_shown(grid):
     figure = draw("curves", grid, task="mrpc", modules=("2.output.dense", "layer.1.attention.self.query"))
+    names = ["layer.2.output.dense", "layer.1.attention.self.query"]
     assert panel_titles(figure)[2:4] == [
-        "(c) rank of layer.2.output.dense",
-        "(d) rank of layer.1.attention.self.query",
+        f"({letter}) rank of {name}" for letter, name in zip("cd", names, strict=True)
     ]
-
-
-def test_two_modules_go_into_two_panels(grid):
     with pytest.raises(ConfigError, match=r"--modules='1\.output\.dense': Figure 1 shows two"):
         draw("curves", grid, task="mrpc", modules=("1.output.dense",))
-
-
-def test_no_two_of_many_methods_look_alike():
-    looks = [style_of(index) for index in range(60)]
-    for part in ("colour", "line"):
-        assert len({(getattr(look, part), look.marker) for look in looks}) == (60 if part == "colour" else 55)
-    assert len({look.marker for look in looks[:11]}) == 11
 
 
 def test_a_method_looks_the_same_whatever_is_shown_with_it(grid):
     every = draw("curves", grid, task="mrpc").axes[0].lines
     alone = draw("curves", grid, task="mrpc", methods=("bitfit",)).axes[0].lines
     assert alone[0].get_color() == every[2].get_color() != every[0].get_color()
-
-
-@pytest.mark.parametrize(
-    ("curves", "end", "expected"),
-    [
-        ([[[0, 4]]], 10, [(0, 4, 4, 4), (10, 4, 4, 4)]),
-        ([[[0, 4], [6, 0]], [[0, 2]]], 10, [(0, 3, 2, 4), (6, 1, 0, 2), (10, 1, 0, 2)]),
-        ([[[0, 4], [6, 0], [50, 9]]], 10, [(0, 4, 4, 4), (6, 0, 0, 0), (10, 0, 0, 0)]),
-    ],
-)
-def test_a_band_of_step_functions_by_hand(curves, end, expected):
-    band = band_of_steps(curves, end)
-    assert list(zip(*map(np.ndarray.tolist, (band.steps, band.mean, band.low, band.high)), strict=True)) == expected
-
-
-def test_a_band_of_points_is_read_on_straight_lines_and_holds_after_the_end():
-    band = band_of_points([[(0, 0), (10, 10)], [(5, 1), (8, 4)]])
-    assert band.steps.tolist() == [5, 8, 10]
-    assert band.low.tolist() == [1, 4, 4]
-    assert band.high.tolist() == [5, 8, 10]
 
 
 # Figures 3 and 5 -----------------------------------------------------------------------------------------------------
@@ -236,19 +234,7 @@ def test_ranks_have_a_panel_for_each_method_with_ranks(grid):
     assert not legend.axison
     texts = [text.get_text() for text in figure.texts]
     assert texts[0::2] == ["lora on mrpc, seed 0", "aroma on mrpc, seed 0"]
-    assert texts[3] == "20 matrices · ranks 0 to 2, in all 38 · effective 28.5 (75% of the rank)"
-
-
-def test_circles_of_all_panels_are_on_one_scale():
-    panels = [RankPanel("a", [Grown("h.0.q", 8, 8.0)]), RankPanel("b", [Grown("h.0.q", 2, 1.0)])]
-    figure = draw_rank_panels(panels)
-    radii = [[patch.radius for patch in axes.patches] for axes in figure.axes[:2]]
-    assert radii[1][0] ** 2 / radii[0][0] ** 2 == pytest.approx(2 / 8)
-    assert radii[1][1] ** 2 / radii[0][0] ** 2 == pytest.approx(1 / 8)
-
-
-def test_a_panel_of_nothing_but_rank_0_has_no_share():
-    assert RankPanel("a", [Grown("h.0.q", 0, 0.0)]).caption() == "1 matrix · ranks 0 to 0, in all 0 · effective 0.0"
+    assert texts[3] == "20 matrices · ranks 0 to 2, total 38 · effective 28.5 (75% of the rank)"
 
 
 def test_another_seed_can_be_shown(grid):
@@ -284,14 +270,16 @@ def pair(tmp_path):
     return output, one, other
 
 
+def cells(axes):
+    return np.asarray(axes.collections[0].get_array())
+
+
 def test_cosines_have_a_cell_for_each_pair_of_components(pair):
     figure = draw("cosines", pair[0])
     axes = figure.axes[0]
-    np.testing.assert_allclose(axes.images[0].get_array(), [[1, 0], [0, -1], [0, 0]])
-    assert [text.get_text() for text in axes.texts] == ["1.00", "0.00", "0.00", "−1.00", "0.00", "0.00"]
-    rectangles = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    assert len([patch for patch in rectangles if patch.get_hatch()]) == 1  # the negative one
-    assert len([patch for patch in rectangles if not patch.get_hatch()]) == 2  # the diagonal
+    np.testing.assert_allclose(cells(axes), [[1, 0], [0, -1], [0, 0]])
+    assert [text.get_text() for text in axes.texts] == ["1.00", "0.00", "0.00", "-1.00", "0.00", "0.00"]
+    assert len([patch for patch in axes.patches if isinstance(patch, Rectangle)]) == 2, "the diagonal is framed"
     assert axes.get_title(loc="left") == "layer.0.attention.output.dense\nmean |cosine| on the diagonal 1.00"
     assert subtitle(figure) == "rows: with, seed 0 · columns: without, seed 0"
 
@@ -300,11 +288,6 @@ def test_folders_given_decide_what_stands_in_the_rows(pair):
     _, one, other = pair
     assert subtitle(draw("cosines", other, one)) == "rows: without, seed 0 · columns: with, seed 0"
     assert subtitle(draw("cosines", one, other)) == "rows: with, seed 0 · columns: without, seed 0"
-
-
-def test_cosines_of_named_modules(pair):
-    figure = draw("cosines", pair[0], methods=("without", "with"), modules=("self.value", "0.attention.output.dense"))
-    assert [axes.images[0].get_array().shape for axes in figure.axes[:2]] == [(1, 1), (2, 3)]
 
 
 def test_a_module_of_rank_0_in_one_run_has_nothing_to_compare(pair):
@@ -316,28 +299,14 @@ def test_a_module_of_rank_0_in_one_run_has_nothing_to_compare(pair):
         draw("cosines", output, modules=("0.attention.output.dense",))
 
 
-def test_components_of_rank_two_are_one_cell(tmp_path):
-    for label in ("a", "b"):
-        folder = write_run(tmp_path, "mrpc", label, 0, kind="aroma", options={"r": 2})
-        write_adapter(folder, {FIRST: two_components(*((i, i, 1) for i in range(4)))})
-    np.testing.assert_allclose(draw("cosines", tmp_path).axes[0].images[0].get_array(), np.eye(2), atol=1e-12)
-
-
 def test_many_components_have_no_numbers(tmp_path):
     torch.manual_seed(0)
     for label in ("a", "b"):
         write_adapter(write_run(tmp_path, "mrpc", label, 0), {FIRST: (torch.randn(9, 20), torch.randn(20, 8))})
     axes = draw("cosines", tmp_path).axes[0]
-    assert axes.images[0].get_array().shape == (20, 20)
+    assert cells(axes).shape == (20, 20)
     assert not axes.texts
     assert len(axes.get_xticks()) <= 16
-
-
-def test_cosines_compare_the_lowest_common_seed(pair):
-    output = pair[0]
-    write_run(output, "mrpc", "with", -1, kind="aroma")  # a lower seed that only one of them has
-    figure = draw("cosines", output, methods=("with", "without"))
-    assert subtitle(figure) == "rows: with, seed 0 · columns: without, seed 0"
 
 
 def test_what_cosines_cannot_compare(pair, grid):
@@ -376,14 +345,6 @@ def test_pareto_front_by_hand(points, front):
     assert pareto_front(points) == front
 
 
-def test_pareto_front_against_all_pairs():
-    points = [tuple(point) for point in np.random.default_rng(0).integers(0, 8, size=(40, 2)).tolist()]
-    front = pareto_front(points)
-    for index, (cost, score) in enumerate(points):
-        beaten = any((c < cost and s >= score) or (c <= cost and s > score) for c, s in points)
-        assert (index in front) is not beaten
-
-
 def test_pareto_has_a_mark_for_each_method_filled_on_the_front(grid):
     figure = draw("pareto", grid)
     assert panel_titles(figure) == ["mrpc", "mrpc", "rte", "rte"]
@@ -397,13 +358,6 @@ def test_pareto_has_a_mark_for_each_method_filled_on_the_front(grid):
     assert marks["lora"] == [(pytest.approx(1000), pytest.approx(80), False), (2, pytest.approx(80), False)]
     assert marks["aroma"] == [(pytest.approx(100), pytest.approx(80), True), (0.5, pytest.approx(80), True)]
     assert not marks["bitfit"][0][2]
-
-
-def test_whiskers_reach_from_the_lowest_to_the_highest(grid):
-    container = draw("pareto", grid, task="mrpc", methods=("aroma",)).axes[0].containers[0]
-    across, along = (bars.get_segments()[0] for bars in container.lines[2])
-    assert across[:, 0].tolist() == pytest.approx([100, 100])
-    assert along[:, 1].tolist() == pytest.approx([70, 90])
 
 
 def test_a_figure_of_costs_says_over_what_they_are_and_of_which_seeds(tmp_path, grid):
@@ -432,25 +386,13 @@ def test_costs_far_apart_are_on_a_logarithmic_axis_with_a_place_for_zero(tmp_pat
 # Which runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_runs_of_selection_are_left_out(tmp_path):
-    write_run(tmp_path, "mrpc", "lora", 0, purpose="select")
-    with pytest.raises(DataError, match="no run in it that reports has finished"):
-        draw("pareto", tmp_path)
-    with pytest.raises(DataError, match="no run in it that reports has finished"):
-        draw("pareto", tmp_path / "runs" / "mrpc" / "lora" / "seed-0")
-
-
-def test_a_run_begun_is_not_a_run_finished(tmp_path):
-    folder = write_run(tmp_path, "mrpc", "lora", 0)
-    (folder / "result.json").unlink()
-    with pytest.raises(DataError, match="no run in it that reports has finished"):
-        draw("pareto", folder)
-
-
-def test_one_run_given_twice_is_one_run(grid):
-    again = grid / "runs" / "mrpc" / "lora" / "seed-0"
-    figure = draw("curves", grid, again, task="mrpc")
-    assert figure.axes[5].get_legend().get_texts()[0].get_text() == "lora (2 seeds)"
+def test_runs_that_are_not_reported_or_not_finished_are_left_out(tmp_path):
+    folder = write_run(tmp_path, "mrpc", "lora", 0, purpose="select")
+    unfinished = write_run(tmp_path / "other", "mrpc", "lora", 0)
+    (unfinished / "result.json").unlink()
+    for place in (tmp_path, folder, unfinished):
+        with pytest.raises(DataError, match="no finished run in it that is reported"):
+            draw("pareto", place)
 
 
 def test_two_runs_of_one_method_and_seed_are_refused(grid, tmp_path):
@@ -483,20 +425,13 @@ def test_a_choice_that_cannot_be_drawn_is_refused(grid, kind, choice, message):
     assert message in str(error.value)
 
 
-def test_a_lost_record_is_named(own_grid):
-    lost = own_grid / "runs" / "mrpc" / "lora" / "seed-0" / "curve.json"
-    lost.unlink()
-    with pytest.raises(CheckpointError, match=str(lost)):
-        draw("curves", own_grid, task="mrpc")
-
-
 @pytest.mark.parametrize(("file", "key"), [("curve.json", "ranks"), ("history.json", "evaluations")])
 def test_a_damaged_record_is_named(own_grid, file, key):
     path = own_grid / "runs" / "mrpc" / "lora" / "seed-0" / file
     edit(path, lambda content: content.pop(key))
     with pytest.raises(CheckpointError, match=f"{file}: edited, or of another version: {key} missing; restore the"):
         draw("curves", own_grid, task="mrpc")
-    path.write_text("{")
+    path.unlink()
     with pytest.raises(CheckpointError, match=f"{file}: missing, truncated or edited .*; restore the file"):
         draw("curves", own_grid, task="mrpc")
 
@@ -518,22 +453,9 @@ def test_the_papers_modules_are_taken_at_the_same_depth():
     assert paper_modules(["h.0.c_attn"]) == ["h.0.c_attn"]
 
 
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("bert.encoder.layer.10.output.dense", "layer.10.output.dense"),
-        ("0.query", "0.query"),
-        ("model.layers.3", "layers.3"),
-        ("pooler.dense", "pooler.dense"),
-    ],
-)
-def test_short_names(name, short):
-    assert short_name(name) == short
-
-
 def test_a_module_is_found_by_its_end():
     assert matching_module("layer.2.output.dense", MODULES) == "bert.encoder.layer.2.output.dense"
-    with pytest.raises(ConfigError, match=r"--modules='query': 4 modules end so, as bert"):
+    with pytest.raises(ConfigError, match=r"--modules='query': 4 modules end so, such as bert"):
         matching_module("query", MODULES)
     with pytest.raises(ConfigError, match=r"no module here ends so; the nearest is layer\.2\.output\.dense"):
         matching_module("layer.2.output.dens", MODULES)
@@ -573,23 +495,6 @@ def test_the_command_names_its_picture_and_overwrites_nothing(grid, tmp_path, mo
         command("pareto", grid, "--out", "a.docx")
 
 
-def test_the_command_knows_every_kind():
-    assert set(lab_figure._KINDS) == set(KINDS)
-
-
-def test_a_picture_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ConfigError, match="there is nothing to draw"):
-        rank_picture([], tmp_path / "ranks.png")
-
-    class Broken:
-        def savefig(self, *_, **__):
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        save_picture(Broken(), tmp_path / "ranks.png")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_grid_edited_by_hand_is_named(own_grid):
     (own_grid / "grid.yaml").write_text("methods: [")
     with pytest.raises(CheckpointError, match=r"grid\.yaml"):
@@ -598,10 +503,3 @@ def test_a_grid_edited_by_hand_is_named(own_grid):
     figure = draw("curves", own_grid, task="mrpc")
     legend = [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
     assert legend == ["bitfit (1 seed)", "lora (2 seeds)", "aroma (3 seeds)"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.6, "0.6"), (1, "1"), (20, "20"), (1500, "1.5k"), (2.3e7, "23M")]
-)
-def test_sizes_read_as_sizes(value, text):
-    assert size_text(value) == text

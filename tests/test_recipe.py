@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
 from aroma.tuner.config import METHOD_FIELDS
-from aroma_lab.grid.expand import expand
-from aroma_lab.grid.reader import load_grid
 from aroma_lab.methods import make_method
 from aroma_lab.run.recipe import (
     differing_keys,
@@ -27,6 +25,7 @@ from aroma_lab.run.recipe import (
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.specs import DataSpec, LanguageSpec, ModelSpec, TrainSpec, adapter_keys
+from aroma_lab.study.grid import expand, load_grid
 from trial_runs import GROWING, read, save_material
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))

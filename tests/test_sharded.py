@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import sharded_runs
 from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.errors import ConfigError
-from aroma.sharding.fsdp2 import gathered, sharding_modules, summed
+from aroma.sharding import gathered, sharding_modules, summed
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
 from sharded_runs import LOOPS, MORE_LOOPS, REFUSALS, SAVED_AT, STEPS, Training
 from test_distributed import assert_close, launch, load
@@ -203,7 +203,7 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", [refuse.__name__ for refuse in REFUSALS])
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     assert_refused(told, name, *SAYS[name])
 

@@ -189,9 +189,9 @@ def test_a_saved_adapter_predicts_in_plain_peft_what_was_reported(material: Path
         model = PeftModel.from_pretrained(base, tmp_path / method / "adapter").eval()
         test = load_task(trial.task).reported["test"]
         with torch.no_grad():
-            batch = tokenizer(test["text"], return_tensors="pt", padding=True, truncation=True, max_length=16)
+            batch = tokenizer(list(test["text"]), return_tensors="pt", padding=True, truncation=True, max_length=16)
             predicted = model(**batch).logits.argmax(dim=-1)
-        accuracy = float((predicted == torch.tensor(test["labels"])).double().mean())
+        accuracy = float((predicted == torch.tensor(list(test["labels"]))).double().mean())
         assert accuracy == pytest.approx(result["reported"]["test"]["accuracy"]), method
 
 

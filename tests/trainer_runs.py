@@ -177,17 +177,35 @@ def append_event(path: Path, event: Event) -> None:
 # Running -------------------------------------------------------------------------------------------------------------
 
 
-def train(out: Path | str, run: Run, resume: str | None = None, callbacks: tuple[Any, ...] = ()) -> Trainer:
-    """Do `run` in the folder `out`, from the checkpoint `resume` if one is given; events go to `out`/events.jsonl."""
-    events = Path(out) / "events.jsonl"
-    Path(out).mkdir(parents=True, exist_ok=True)
-    keep_events(events, int(resume.rsplit("-", 1)[1]) if resume else 0)
+def train(
+    out: Path | str,
+    run: Run,
+    resume: str | None = None,
+    callbacks: tuple[Any, ...] = (),
+    base: nn.Module | None = None,
+    events: str = "events.jsonl",
+    **training: Any,
+) -> Trainer:
+    """Do `run` in the folder `out`, from the checkpoint `resume` if one is given, and keep its events there.
+
+    Args:
+        out: Output folder of the Trainer.
+        run: The run.
+        resume: A checkpoint.
+        callbacks: Further callbacks.
+        base: The model; `tiny_bert()` by default.
+        events: File name of the events.
+        training: TrainingArguments that `run` may override.
+    """
+    file = Path(out) / events
+    file.parent.mkdir(parents=True, exist_ok=True)
+    keep_events(file, int(resume.rsplit("-", 1)[1]) if resume else 0)
     trainer = trainer_for(
-        adapted(half=run.half, **run.method),
+        adapted(base, half=run.half, **run.method),
         out,
-        AromaCallback(early_stop=run.early_stop, on_event=partial(append_event, events)),
+        AromaCallback(early_stop=run.early_stop, on_event=partial(append_event, file)),
         *callbacks,
-        **{"max_steps": run.steps, **run.training},
+        **{"max_steps": run.steps, **training, **run.training},
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

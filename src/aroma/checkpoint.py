@@ -1,4 +1,4 @@
-"""Saved adapters as wholes: written atomically, checked, and found again."""
+"""Whole adapters on disk: written atomically, checked, and found again."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ import torch.distributed as dist
 
 from .errors import CheckpointError
 from .files import read_json, require_adapter_folder
-from .sharding import is_partitioned, sharding_modules
+from .sharding import sharding_of_model
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state, require_files
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write an adapter of `model` into `folder` so that a kill leaves either the old files or the new ones.
+    """Write an adapter of `model` into `folder`; a kill leaves either the old files or the new ones.
 
-    `model.save_pretrained` writes its tensors in place; here all files are written elsewhere, checked, and then moved,
-    `aroma_state.json`, which vouches for the others, last.
+    `model.save_pretrained` overwrites tensors in place. This function writes all files elsewhere, checks them, and
+    then moves them, `aroma_state.json` last because it holds the digests of the others.
 
     Under DistributedDataParallel, ZeRO-1 and ZeRO-2 rank 0 calls this. Under FSDP2 and ZeRO-3 all ranks do: they
-    gather what trains, and go on when rank 0 has written it.
+    gather the trained parameters, and wait until rank 0 has written them.
 
     Args:
         model: A PeftModel with an AROMA adapter.
-        folder: Where to; made if missing. Files of other names in it, and a README.md, are left alone.
+        folder: Where to write; created if missing. Files of other names in it, and a README.md, are left alone.
         adapter_name: Adapter to write.
+
+    Raises:
+        CheckpointError: The written files do not fit together.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    if not sharding_modules(model) and not any(map(is_partitioned, model.parameters())):
+    if not sharding_of_model(model).must_gather(model.parameters()):
         _write_adapter(model, target, adapter_name)
         return
     try:
         _write_adapter(model, target, adapter_name, writes=dist.get_rank() == 0)
-    finally:  # so that nobody waits for a rank that failed
+    finally:  # so that no rank waits for one that failed
         dist.barrier()
 
 
@@ -60,10 +63,10 @@ def _write_adapter(model: Any, target: Path, adapter_name: str, writes: bool = T
 
 
 def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check that the adapter in `folder` is whole, and return its `aroma_state`.
+    """Check that the adapter in `folder` is complete, and return its `aroma_state`.
 
     Raises:
-        CheckpointError: A file is missing, truncated, edited, or of another moment than the others; it is named.
+        CheckpointError: Naming a file that is missing, truncated, edited, or of another save than the others.
     """
     path = require_adapter_folder(folder)
     read_json(path / "adapter_config.json")
@@ -75,10 +78,11 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the latest whole `checkpoint-N` folder in a Trainer's `output_dir`; None if there is none.
+    """Return the latest complete `checkpoint-N` folder in a Trainer's `output_dir`; None if there is none.
 
-    A training killed during a save leaves a folder that `get_last_checkpoint` would return and that cannot be resumed
-    from. The Trainer writes `trainer_state.json` last, so a folder where that is whole is whole.
+    A training that is killed during a save leaves a folder from which no run can resume, but which
+    `get_last_checkpoint` would return. The Trainer writes `trainer_state.json` last, so a folder is complete if that
+    file is.
     """
     root = Path(output_dir)
     if not root.is_dir():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import compat
 from .algorithm import GrowthRule, PaperRule
 from .algorithm.paper import PaperSettings
 from .errors import CheckpointError, bad_value
@@ -18,12 +19,12 @@ from .measures import Pair
 from .sharding import (
     is_distributed,
     is_sharded,
-    is_zero,
     of_first_rank,
+    refuse_changed_processes,
     refuse_sharding,
     refuse_together,
     require_equal_replicas,
-    sharding_modules,
+    sharding_facts,
     unwrapped,
     unwrapped_optimizer,
     world_size,
@@ -88,7 +89,7 @@ class AromaController:
         self.matrices = GrowingMatrices(model, adapter_name, self._live, optimizer)
         self._processes = world_size()
         self._wrapper = wrapper if wrapper is not model else None
-        self._zero = is_zero(unwrapped_optimizer(optimizer))
+        self._sharding = self.matrices.sharding
         with self.together():
             refuse_sharding(wrapper, optimizer)
             self.matrices.require_data()
@@ -269,11 +270,10 @@ class AromaController:
 
     def _settle_graph(self, compiled: bool) -> None:
         """Keep frozen pairs in the graph where DistributedDataParallel or a compiler needs it unchanged."""
-        # FSDP2 and ZeRO-3 reduce the gradients that there are. ZeRO-1 and ZeRO-2 fail without any.
-        stays = compiled or ((is_distributed() or self._zero) and not self.matrices.are_sharded)
+        stays = compiled or self._sharding.needs_all_gradients(self.matrices.parameters)
         self.matrices.stay_in_graph(stays, _COMPILED_GROWTHS if compiled else None)
-        if stays and not self._zero:
-            optimizer = unwrapped_optimizer(self.optimizer)
+        if stays and not self._sharding.has_flat_optimizer:
+            optimizer = self._sharding.base_optimizer(self.optimizer)
             self._hooks.append(optimizer.register_step_pre_hook(self.matrices.drop_gradients_of_frozen))
 
     def _join_ranks(self, model: nn.Module) -> None:
@@ -287,16 +287,17 @@ class AromaController:
         return {
             "adapter_name": self.adapter_name,
             **self.config.method(),
+            "component_seed": self._live.seed if self._live.chose_seed else None,
             "total_steps": self.total_steps,
             "target_modules": [(matrix.name, matrix.rank, matrix.is_frozen) for matrix in self.modules],
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
-            "fully_shard": len(sharding_modules(model)),
+            **sharding_facts(model),
         }
 
     def _tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in model.named_parameters():
-            # DDP marks so what it does not keep equal; a sharded parameter has no replicas.
-            if not hasattr(parameter, "_ddp_ignored") and not is_sharded(parameter):
+            # DDP does not keep equal what it ignores; a sharded parameter has no replicas.
+            if not compat.is_ignored_by_ddp(parameter) and not is_sharded(parameter):
                 yield name, parameter
         for matrix in self.modules:
             B, A = matrix.finished
@@ -307,13 +308,13 @@ class AromaController:
 
     def _check_optimizer_state(self) -> None:
         """Refuse an optimizer whose state cannot be reset now that it has some, not at the end of the inner loop."""
-        # With ZeRO a rank may hold no state of any pair.
-        with self.together() if self._zero else nullcontext():
+        # A rank may hold no part of a flat optimizer's state for any pair.
+        with self.together() if self._sharding.has_flat_optimizer else nullcontext():
             self.matrices.require_resettable()
         self._state_is_known = True
 
     def _refuse_stale(self) -> None:
-        self._refuse_changed_processes()
+        refuse_changed_processes(self._processes, self._wrapper)
         if self._live.controller is not self:
             raise bad_value(
                 "controller",
@@ -325,24 +326,6 @@ class AromaController:
             raise CheckpointError(
                 "load_adapter replaced the components while this controller was attached; attach a new controller, "
                 "or restore the checkpoint's state with load_state_dict"
-            )
-
-    def _refuse_changed_processes(self) -> None:
-        """Refuse to go on when processes have joined since the controller was made, or one may leave by itself."""
-        if world_size() != self._processes:
-            raise bad_value(
-                "world_size",
-                world_size(),
-                f"the controller was made when it was {self._processes}; make it after init_process_group, when the "
-                "model is wrapped in DistributedDataParallel or sharded by fully_shard",
-            )
-        join = getattr(self._wrapper, "_join_config", None)
-        if join is not None and join.enable:
-            raise bad_value(
-                "join",
-                True,
-                "a rank whose data have run out would take no part in the checks of the others; leave the join "
-                "context, and give all ranks equally many batches (DistributedSampler, accelerate and the Trainer do)",
             )
 
     def _require_held(self) -> None:

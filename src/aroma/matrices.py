@@ -16,17 +16,7 @@ from .events import ModuleSummary
 from .files import tensors_digest
 from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
-from .sharding import (
-    agree,
-    communicating_device,
-    gathered,
-    is_flattened,
-    is_sharded,
-    is_zero,
-    reshard,
-    sharding_modules,
-    unwrapped_optimizer,
-)
+from .sharding import agree, gathered, refuse_missing_pairs, sharding_of_model
 from .spectra import effective_rank, singular_values
 from .tuner import AromaLinear, aroma_layers
 from .tuner.live import LiveAdapter
@@ -196,6 +186,9 @@ class GrowingMatrices:
         adapter_name: The adapter that grows.
         live: Its live state.
         optimizer: Optimizer that holds the pairs; wrapped by accelerate or not, or DeepSpeed's.
+
+    Attributes:
+        sharding: How the processes hold the parameters.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
@@ -206,10 +199,11 @@ class GrowingMatrices:
         self._adapter_name = adapter_name
         self._live = live
         self._optimizer = optimizer
-        self._sharding = sharding_modules(model)
+        self._model = model
+        self.sharding = sharding_of_model(model, optimizer)
         self._snapshot = PairSnapshot()
         self._held: dict[str, Pair] | None = None
-        reshard(self._sharding)
+        self.sharding.reshard(model)
 
     # What there is ---------------------------------------------------------------------------------------------------
 
@@ -229,25 +223,34 @@ class GrowingMatrices:
     @property
     def device(self) -> torch.device:
         """Where collectives take place; a model that is moved takes it along."""
-        return communicating_device(self._all[0].pair[0])
+        return self.sharding.device(self._all[0].pair[0])
 
     @property
     def are_sharded(self) -> bool:
         """Whether the ranks must gather pairs; FSDP2 may hold whole ones for a while, after an evaluation."""
-        return bool(self._sharding) or any(is_sharded(tensor) for matrix in self._all for tensor in matrix.pair)
+        return self.sharding.must_gather(self.parameters)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The pairs of all matrices, b (m, r) and a (r, n) one after the other, as the optimizer holds them."""
+        return [parameter for matrix in self._all for parameter in matrix.pair]
 
     def pairs(self, matrices: Sequence[GrowingMatrix]) -> list[Pair]:
         """Return the components in training, b (m, r) and a (r, n), whole; sharded ones by one collective."""
-        if self._held is not None:
+        if self._held is not None and all(matrix.name in self._held for matrix in matrices):
             return [self._held[matrix.name] for matrix in matrices]
-        reshard(self._sharding)
+        self.sharding.reshard(self._model)
         tensors = gathered([tensor for matrix in matrices for tensor in matrix.pair])
         return [*zip(tensors[::2], tensors[1::2], strict=True)]
 
     def hold_pairs(self) -> None:
         """Gather all components, for what rank 0 does alone until `release_pairs`."""
         self.release_pairs()
-        self._held = dict(zip([matrix.name for matrix in self._all], self.pairs(self._all), strict=True))
+        self._hold(self._all, self.pairs(self._all))
+
+    def _hold(self, matrices: Sequence[GrowingMatrix], pairs: Sequence[Pair]) -> None:
+        """Remember components, b (m, r) and a (r, n), until the parameters change."""
+        self._held = dict(zip([matrix.name for matrix in matrices], pairs, strict=True))
 
     def release_pairs(self) -> None:
         """Drop gathered components: the parameters have changed."""
@@ -256,7 +259,7 @@ class GrowingMatrices:
     @property
     def pairs_are_held(self) -> bool:
         """Whether `hold_pairs` has gathered the components of this moment."""
-        return self._held is not None
+        return self._held is not None and len(self._held) == len(self._all)
 
     # Measured together -----------------------------------------------------------------------------------------------
 
@@ -288,7 +291,9 @@ class GrowingMatrices:
 
     def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
         """Return ‖b a‖_F, and the left side of (6); see `aroma.algorithm.Matrices`."""
-        norms = pair_norms(self.pairs(matrices))
+        pairs = self.pairs(matrices)
+        self._hold(matrices, pairs)  # `merge` needs them again
+        norms = pair_norms(pairs)
         weights = [matrix.weight_norm for matrix in matrices]
         agreed, _ = self._agree([*matrices, *matrices], [*norms, *weights], [])
         norms, weights = agreed[: len(matrices)], agreed[len(matrices) :]
@@ -324,6 +329,7 @@ class GrowingMatrices:
 
     def renew(self, matrix: GrowingMatrix, draw: int) -> None:
         """Reset and Reinit; see `aroma.algorithm.Matrices`."""
+        self.release_pairs()
         config = self._live.config
         generator = component_generator(self._live.seed, draw, matrix.index, "reset")
         b, a = matrix.pair
@@ -339,11 +345,10 @@ class GrowingMatrices:
 
     def freeze(self, matrix: GrowingMatrix) -> None:
         """Drop the component in training, and train this matrix no more."""
+        self.release_pairs()
         matrix.layer.freeze(self._adapter_name)
         for parameter in matrix.pair:
-            if is_flattened(parameter):
-                # A flat optimizer goes on stepping it, with a gradient of zero: without moments it stays zero.
-                forget_moments(self._optimizer, parameter)
+            forget_moments(self._optimizer, parameter)
 
     def stay_in_graph(self, stays: bool, growths: int | None) -> None:
         """Settle whether frozen pairs go on requiring a gradient, zero; see `AromaLinear.stay_in_graph`."""
@@ -381,17 +386,7 @@ class GrowingMatrices:
         Raises:
             ConfigError: Naming the first.
         """
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        flat = is_zero(unwrapped_optimizer(self._optimizer))
-        for matrix in self.active():
-            if not all(id(parameter) in held or (flat and is_flattened(parameter)) for parameter in matrix.pair):
-                raise bad_value(
-                    "optimizer",
-                    type(self._optimizer).__name__,
-                    f"it does not hold the trainable pair of {matrix.name!r}, so that module would never learn; make "
-                    "the optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that "
-                    "requires a gradient",
-                )
+        refuse_missing_pairs(self._optimizer, [(matrix.name, matrix.pair) for matrix in self.active()])
 
     def require_resettable(self) -> None:
         """Raise where `renew` would fail for want of an optimizer state that is understood.

@@ -1,23 +1,22 @@
-"""Reinit & Reset (Algorithm 1): the fresh component, and what becomes of the old one's optimizer state.
+"""Reinit & Reset (Algorithm 1): the fresh component, and the optimizer's state of the one that was merged.
 
-Which entries of an optimizer's state are moments is decided by name, not by shape alone: a tensor shaped like its
-parameter may as well be the iterate of a schedule-free method, and zeroing that would wreck a run in silence.
+Names decide which entries of an optimizer's state are moments, not shapes alone: a tensor shaped like its parameter
+may be the iterate of a schedule-free method, and zeroing that would silently wreck a run. How the state is spread over
+processes is not known here: see `aroma.sharding.Sharding.optimizer_state`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ResetError, bad_value
-from .sharding import Range, is_flattened, is_sharded, is_zero, layout, local, own_range, own_rows, unwrapped_optimizer
+from .sharding import Entries, OptimizerState, sharding_of, unwrapped_optimizer
 
 RESET_KINDS = ("prune", "zero", "none")
 
@@ -32,43 +31,38 @@ _MOMENTS = frozenset(
 )
 
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
-"""bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. The qmap is shared by all parameters: never written."""
+"""bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. All parameters share qmap, so it is never written."""
 
 _SCRATCH = frozenset({"RMS", "unorm_vec"})
-"""Recomputed by the optimizer at every step, so there is nothing to reset."""
+"""The optimizer recomputes these at every step, so there is nothing to reset."""
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """One moment tensor, the value in it that stands for zero, and the block scales of a quantized one.
+    """This rank's entries of one moment.
 
-    Of a sharded moment, `values` are what this rank holds: the entries `own` of the first dimension of `shape`; with
-    ZeRO the entries `range` of `shape`, row by row.
+    Attributes:
+        entries: The entries.
+        zero: The value among them that stands for zero: a code where the moment is quantised.
+        absmax: The scales of the blocks, (blocks,), where the moment is quantised.
     """
 
-    values: Tensor
-    zero: float
+    entries: Entries
+    zero: float = 0.0
     absmax: Tensor | None = None
-    own: slice | EllipsisType = ...
-    shape: tuple[int, ...] = ()
-    range: Range | None = None
-
-    def pick(self, chosen: Tensor) -> Tensor:
-        """Return what of a mask of `shape` is about `values`."""
-        return chosen[self.own] if self.range is None else self.range.pick(chosen)
 
 
 def component_generator(seed: int, outer_step: int, module_index: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator of its own for one purpose of one module in one outer step.
+    """Return the CPU generator for one purpose of one module in one outer step.
 
-    It depends on the four arguments alone, so every rank and every resumed run draws the same numbers, whatever else
+    It depends on the four arguments only. So every rank and every resumed run draws the same numbers, whatever else
     has used the global generator.
 
     Args:
         seed: The run's `component_seed`.
         outer_step: Number p ≥ 1 of the outer step.
-        module_index: Place of the module in module order.
-        purpose: Keeps streams apart, e.g. `"fresh"` and `"reset"`.
+        module_index: Index of the module in module order.
+        purpose: Separates streams, e.g. `"fresh"` and `"reset"`.
     """
     text = f"{seed}/{outer_step}/{module_index}/{purpose}".encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
@@ -83,17 +77,17 @@ def fresh_component(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the new a of a module, r×n and Kaiming-uniform (a = √5): uniform in ±1/√n.
+    """Return the new a of a module, (r, n), Kaiming-uniform with a = √5: uniform in ±1/√n.
 
-    Drawn in float32 on the CPU, so that the values do not depend on the device.
+    It is drawn in float32 on the CPU, so its values do not depend on the device.
 
     Args:
         seed: The run's `component_seed`.
         outer_step: Number p ≥ 1 of the outer step that this component starts.
-        module_index: Place of the module in module order.
+        module_index: Index of the module in module order.
         shape: (r, n).
-        dtype: Of the result.
-        device: Of the result.
+        dtype: Dtype of the result.
+        device: Device of the result.
     """
     bound = 1 / math.sqrt(shape[1])
     generator = component_generator(seed, outer_step, module_index, "fresh")
@@ -102,23 +96,23 @@ def fresh_component(
 
 @torch.no_grad()
 def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, generator: torch.Generator) -> None:
-    """Reset the optimizer state of one parameter after its component was merged, in place.
+    """Reset the optimizer's state of one parameter in place, after its component was merged.
 
     `"prune"` (section 3.2 of the paper) zeroes a random share of the entries of the moments, the same entries in each,
     and keeps the step count. `"zero"` zeroes the moments and the step count, as if the parameter were new.
-    `"none"` leaves everything as it is. A parameter without state yet has nothing to reset.
+    `"none"` changes nothing. A parameter without state has nothing to reset yet.
 
     Args:
         optimizer: torch's Adam, AdamW, SGD, RMSprop (not centered), Adagrad or Adafactor, transformers' Adafactor, or
             a bitsandbytes optimizer of 32 or 8 bits; wrapped by accelerate or not. Under DeepSpeed's ZeRO those that
             keep moments shaped as their parameters.
-        param: The parameter, as the optimizer holds it.
+        param: The parameter (any shape), as the optimizer holds it.
         kind: `"prune"`, `"zero"` or `"none"`.
         prune_ratio: Share of entries that `"prune"` zeroes, in [0, 1].
         generator: CPU generator that chooses the entries.
 
     Raises:
-        ResetError: State that is not understood, before anything is modified.
+        ResetError: AROMA cannot reset some of the state; nothing has been changed.
         ConfigError: An unknown `kind`.
     """
     moments = _resettable_moments(optimizer, param, kind)
@@ -132,101 +126,89 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
 
 @torch.no_grad()
 def forget_moments(optimizer: Any, param: Tensor) -> None:
-    """Zero what a flat optimizer keeps of a flattened parameter: its moments, and the gradient.
+    """Zero the moments of a frozen parameter (any shape), and its gradient, where `optimizer` goes on stepping it.
+
+    A flat optimizer does: without moments the parameter stays zero. Any other leaves it alone, and so does this.
 
     Raises:
-        ResetError: State that is not understood, before anything is modified.
+        ResetError: AROMA cannot reset some of the state; nothing has been changed.
     """
+    state = sharding_of(param, optimizer).optimizer_state(optimizer, param)
+    if not state.is_flat:
+        return
     for moment in _resettable_moments(optimizer, param, "prune"):
         _clear(moment)
-    own = own_range(param, unwrapped_optimizer(optimizer))
-    if own is not None and own.flat.grad is not None:  # offloaded, it is that of the last step that had one
-        own.of(own.flat.grad).zero_()
+    if state.gradient is not None:
+        state.gradient.zero_()
 
 
 def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
     """Raise what `reset_state` would raise, and change nothing.
 
-    For several parameters, call this for all of them first, so that a refusal leaves every one untouched.
+    Check all parameters (any shapes) before the first is reset, so that an error leaves every one unchanged.
 
     Raises:
-        ResetError: State that is not understood, or a parameter that `optimizer` does not hold.
+        ResetError: AROMA cannot reset some of the state, or `optimizer` does not hold `param`.
         ConfigError: An unknown `kind`.
     """
     _resettable_moments(optimizer, param, kind)
 
 
+# What can be reset ---------------------------------------------------------------------------------------------------
+
+
 def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
     if kind not in RESET_KINDS:
         raise bad_value("reset", kind, "choose 'prune', 'zero' or 'none'")
-    inner = unwrapped_optimizer(optimizer)
-    if is_zero(inner) and is_flattened(param):
-        return _flat_moments(inner, param, kind)
-    if kind == "none":
-        return []
-    state = optimizer.state.get(param, {})
-    if not state:
-        _require_held(optimizer, param)
-        return []
-    _require_known(optimizer, state)
-    if kind == "zero":
-        _require_own_step(optimizer, state)
-    # In the order of names: the order in which a loaded state lists its keys must not change the random draws.
-    keys = sorted(key for key in state if key in _MOMENTS and state[key] is not None)
-    return [_read_moment(optimizer, param, state, key) for key in keys]
-
-
-def _flat_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
-    """Return the moments that this rank holds of a parameter which ZeRO trains as a range of a flat tensor."""
-    if kind == "zero":
-        raise bad_value(
-            "reset",
-            kind,
-            f"{_name(optimizer)} counts the steps of many parameters at once, so one component's count cannot be "
-            "zeroed; set reset='prune' or 'none', or train under DistributedDataParallel or FSDP2",
-            ResetError,
+    sharding = sharding_of(param, optimizer)
+    state = sharding.optimizer_state(optimizer, param)
+    if state.is_flat and kind == "zero":
+        raise _no_own_step(
+            optimizer, "the steps of many parameters at once", "train under DistributedDataParallel or FSDP2"
         )
-    own = own_range(param, optimizer)
-    if own is None:
-        # Nothing to reset, but the mask is drawn as on every other rank: what is drawn next depends on it.
-        nothing = Range(tuple(param.shape), 0, 0, param.new_zeros(0), 0)
-        return [_Moment(nothing.flat, 0.0, shape=nothing.shape, range=nothing)]
-    state = optimizer.optimizer.state.get(own.flat, {})
-    if not state:
+    # The moments of a flat optimizer are needed whatever `kind` is: once the component is frozen, they are zeroed.
+    if kind == "none" and not state.is_flat:
+        return []
+    if state.is_elsewhere:
+        # Nothing to reset, but the mask is drawn as on every other rank: later draws depend on it.
+        return [_Moment(Entries(param.new_zeros(0), state.shape, lambda whole: whole.reshape(-1)[:0]))]
+    if not state.values:
+        if sharding.not_held(optimizer, [param]):
+            raise _not_held(optimizer, param)
         return []
     _require_known(optimizer, state)
-    keys = sorted(key for key in state if key in _MOMENTS and state[key] is not None)
-    for key in keys:
-        if type(state[key]) is not Tensor or not state[key].is_floating_point() or state[key].shape != own.flat.shape:
-            raise _refusal(optimizer, key, state[key], "which is not laid out as its flat parameters are")
-    # Whatever `kind` is: once the component is frozen, they are zeroed.
-    return [_Moment(own.of(state[key]), 0.0, shape=own.shape, range=own) for key in keys]
+    # A step count per group (apex) also corrects the bias of parameters that go on, so it must not be zeroed. And
+    # zeroed moments under an old count would be corrected wrongly.
+    if kind == "zero" and "step" not in state.values and any("step" in group for group in optimizer.param_groups):
+        raise _no_own_step(optimizer, "steps per parameter group", "use another optimizer")
+    # In the order of names: the order in which a loaded state lists its keys must not change the random draws.
+    keys = sorted(key for key in state.values if key in _MOMENTS and state.values[key] is not None)
+    return [_read_moment(optimizer, state, key) for key in keys]
 
 
-def _require_known(optimizer: Any, state: Mapping[str, Any]) -> None:
-    codebooks = {name for key, names in _CODEBOOKS.items() if key in state for name in names}
+def _require_known(optimizer: Any, state: OptimizerState) -> None:
+    codebooks = {name for key, names in _CODEBOOKS.items() if key in state.values for name in names}
     known = {"step"} | _MOMENTS | _SCRATCH | codebooks
-    for key in sorted(state):
+    for key in sorted(state.values):
         if key not in known:
-            raise _refusal(optimizer, key, state[key], "which AROMA does not know how to reset")
-    step = state.get("step", 0)
+            raise _refusal(optimizer, state, key, "which AROMA does not know how to reset")
+    step = state.values.get("step", 0)
     if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
-        raise _refusal(optimizer, "step", step, "which is not a step count")
+        raise _refusal(optimizer, state, "step", "which is not a step count")
 
 
-def _read_moment(optimizer: Any, param: Tensor, state: Mapping[str, Any], key: str) -> _Moment:
-    values = state[key]
-    sharded = is_sharded(values) and is_sharded(param) and layout(values) == layout(param)
-    if not sharded and type(values) not in (Tensor, torch.nn.Parameter):  # a subclass may be packed
-        raise _refusal(optimizer, key, values, "which is neither a plain tensor nor sharded as its parameter is")
-    shape = tuple(values.shape)
-    if shape not in _moment_shapes(tuple(param.shape)):
-        raise _refusal(optimizer, key, values, f"which does not fit its parameter of shape {tuple(param.shape)}")
+def _read_moment(optimizer: Any, state: OptimizerState, key: str) -> _Moment:
+    values = state.values[key]
+    entries = state.entries(values)
+    if entries is None:
+        raise _refusal(optimizer, state, key, "which is neither a plain tensor nor sharded as its parameter is")
+    if entries.shape not in _moment_shapes(state.shape):
+        raise _refusal(optimizer, state, key, f"which does not fit its parameter of shape {state.shape}")
     if values.is_floating_point():
-        return _Moment(local(values), 0.0, shape=shape, own=own_rows(values) if sharded else ...)
-    if not sharded and values.dtype == torch.uint8 and key in _CODEBOOKS:
-        return _read_quantized(optimizer, state, key)
-    raise _refusal(optimizer, key, values, f"whose dtype {values.dtype} AROMA cannot read")
+        return _Moment(entries)
+    if type(values) in (Tensor, torch.nn.Parameter) and values.dtype == torch.uint8 and key in _CODEBOOKS:
+        return _read_quantised(optimizer, state, key, entries)
+    raise _refusal(optimizer, state, key, f"whose dtype {values.dtype} AROMA cannot read")
 
 
 def _moment_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
@@ -235,29 +217,34 @@ def _moment_shapes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     return {shape, rows, (*rows, 1), columns, (*shape[:-2], 1, *shape[-1:])}
 
 
-def _read_quantized(optimizer: Any, state: Mapping[str, Any], key: str) -> _Moment:
-    qmap, absmax = (state.get(name) for name in _CODEBOOKS[key])
+def _read_quantised(optimizer: Any, state: OptimizerState, key: str, entries: Entries) -> _Moment:
+    qmap, absmax = (state.values.get(name) for name in _CODEBOOKS[key])
     if not isinstance(qmap, Tensor) or not isinstance(absmax, Tensor):
-        raise _refusal(optimizer, key, state[key], "which is quantized without block scales (blockwise=False)")
+        raise _refusal(optimizer, state, key, "which is quantized without block scales (blockwise=False)")
     codes = torch.nonzero(qmap == 0)
     if len(codes) == 0:
-        raise _refusal(optimizer, key, state[key], "whose quantization map has no zero")
-    return _Moment(state[key], int(codes[0]), absmax, shape=tuple(state[key].shape))
+        raise _refusal(optimizer, state, key, "whose quantization map has no zero")
+    return _Moment(entries, int(codes[0]), absmax)
+
+
+# Resets --------------------------------------------------------------------------------------------------------------
 
 
 def _prune(moments: list[_Moment], ratio: float, generator: torch.Generator) -> None:
-    # One draw for all moments of a shape. Drawn apart, a first moment would outlive its second one, and Adam, whose
-    # gradient of a is 0 while b is 0, would move that entry by a million times the learning rate.
-    # Of the whole shape, also where the rank holds a part: all ranks and all numbers of them draw alike.
+    # One draw for all moments of a shape. With separate draws a first moment would outlive its second one, and Adam,
+    # whose gradient of a is 0 while b is 0, would move that entry by a million times the learning rate.
+    # The draw is of the whole shape even where this rank holds a part, so every number of ranks draws alike.
     chosen: dict[tuple[int, ...], Tensor] = {}
     for moment in moments:
-        if moment.shape not in chosen:
-            chosen[moment.shape] = torch.rand(moment.shape, generator=generator) < ratio
-        moment.values.masked_fill_(moment.pick(chosen[moment.shape]).to(moment.values.device), moment.zero)
+        entries = moment.entries
+        if entries.shape not in chosen:
+            chosen[entries.shape] = torch.rand(entries.shape, generator=generator) < ratio
+        mask = entries.pick(chosen[entries.shape]).to(entries.values.device)
+        entries.values.masked_fill_(mask, moment.zero)
 
 
 def _clear(moment: _Moment) -> None:
-    moment.values.fill_(moment.zero)
+    moment.entries.values.fill_(moment.zero)
     if moment.absmax is not None:
         moment.absmax.zero_()
 
@@ -270,37 +257,37 @@ def _clear_step(state: dict[str, Any]) -> None:
         state["step"] = 0
 
 
-def _require_held(optimizer: Any, param: Tensor) -> None:
-    """Raise when `param` has no state because `optimizer` trains something else, e.g. flat shards of it."""
-    if not any(held is param for group in optimizer.param_groups for held in group["params"]):
-        raise bad_value(
-            "param",
-            tuple(param.shape),
-            f"this component is not held by {_name(optimizer)}, so its state cannot be reset; make the optimizer from "
-            "the parameters of the model as it trains, or set reset='none'",
-            ResetError,
-        )
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
-def _require_own_step(optimizer: Any, state: Mapping[str, Any]) -> None:
-    # A step count per group (apex) also corrects the bias of parameters that go on: it must not be zeroed, and zeroed
-    # moments under an old count would be corrected wrongly.
-    if "step" not in state and any("step" in group for group in optimizer.param_groups):
-        raise bad_value(
-            "reset",
-            "zero",
-            f"{_name(optimizer)} counts steps per parameter group, so one component's count cannot be zeroed; set "
-            "reset='prune' or 'none', or use another optimizer",
-            ResetError,
-        )
+def _not_held(optimizer: Any, param: Tensor) -> Exception:
+    """Return the error of a parameter (any shape) that the optimizer lacks because it trains, e.g., flat shards."""
+    return bad_value(
+        "param",
+        tuple(param.shape),
+        f"this component is not held by {_name(optimizer)}, so its state cannot be reset; make the optimizer from "
+        "the parameters of the model as it trains, or set reset='none'",
+        ResetError,
+    )
 
 
-def _refusal(optimizer: Any, key: str, value: object, why: str) -> ResetError:
-    shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-    # A flat one keeps moments of what is frozen, too, which are zeroed whatever `reset` is.
-    without = "" if is_zero(unwrapped_optimizer(optimizer)) else "set reset='none', or "
+def _no_own_step(optimizer: Any, how: str, remedy: str) -> Exception:
+    return bad_value(
+        "reset",
+        "zero",
+        f"{_name(optimizer)} counts {how}, so the count of one component cannot be zeroed; set reset='prune' or "
+        f"'none', or {remedy}",
+        ResetError,
+    )
+
+
+def _refusal(optimizer: Any, state: OptimizerState, key: str, why: str) -> ResetError:
+    value = state.values.get(key)
+    kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+    # Of a flat optimizer the moments of frozen components are zeroed whatever `reset` is.
+    without = "" if state.is_flat else "set reset='none', or "
     return ResetError(
-        f"optimizer={_name(optimizer)}: it keeps state {key!r} of {shape}, {why}; {without}use another optimizer, "
+        f"optimizer={_name(optimizer)}: it keeps state {key!r} of {kind}, {why}; {without}use another optimizer, "
         "e.g. torch.optim.AdamW"
     )
 

@@ -10,57 +10,12 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from aroma.errors import ConfigError, bad_value
-
-T = TypeVar("T")
-
-
-# Files and overrides -------------------------------------------------------------------------------------------------
-
-
-def load(kind: type[T], path: str | os.PathLike[str], overrides: Iterable[str] = (), what: str = "recipe") -> T:
-    """Read a dataclass, whose fields may be dataclasses, from a YAML file.
-
-    Args:
-        kind: The dataclass.
-        path: A YAML mapping; what it leaves out has the dataclass's default.
-        overrides: Texts like `"training.batch_size=16"`, stronger than the file; values are read as YAML.
-        what: What the file is called in errors.
-
-    Raises:
-        ConfigError: No such file, no YAML, an unknown key (the nearest known one is named), or a value of a wrong type
-            or out of range.
-    """
-    values = read_mapping(what, path)
-    apply_overrides(values, overrides)
-    return make(kind, values, f"a {what}")
-
-
-def make(
-    kind: type[T],
-    values: Mapping[str, Any],
-    whole: str,
-    remedy: str = "",
-    also: Callable[[], Iterable[str]] = lambda: (),
-) -> T:
-    """Return the dataclass with `values`, which are nested, or given by dotted key (`"training.batch_size"`).
-
-    Args:
-        kind: The dataclass.
-        values: What differs from its defaults.
-        whole: What an unknown key does not belong to, as `"a recipe"`.
-        remedy: A further sentence about unknown keys.
-        also: See `typed_fields`.
-
-    Raises:
-        ConfigError: An unknown key, or a value of a wrong type or out of range.
-    """
-    return kind(**typed_fields(kind, values, whole=whole, remedy=remedy, also=also))
 
 
 def typed_fields(
@@ -125,7 +80,10 @@ def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
                 yield f"{field.name}.{key}", default, meaning
         else:
             default = field.default_factory() if field.default_factory is not MISSING else field.default
-            yield field.name, default, docs.get(field.name, "")
+            yield field.name, default, " ".join(docs.get(field.name, "").split())
+
+
+# Files and overrides -------------------------------------------------------------------------------------------------
 
 
 def read_mapping(field: str, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(make_table(rows, title=str(arguments.adapter)))
     console.print(serving_hint(max((row.rank for row in rows), default=0)), soft_wrap=True)
     if arguments.plot:
-        from aroma_lab.pictures.rank_picture import rank_picture
+        from ..pictures import rank_picture
 
         rank_picture(rows, arguments.plot)
         console.print(f"picture: {arguments.plot}", soft_wrap=True)

@@ -10,24 +10,33 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, optimization
-from transformers.trainer_callback import ExportableState
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    optimization,
+    trainer_callback,
+)
 from transformers.trainer_utils import SaveStrategy
 
+from .. import compat
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
-from ..sharding import base_optimizer, is_zero, local, own_entries, unwrapped_optimizer
+from ..sharding import own_entries
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .rewarmup import Rewarmup, was_skipped
+
+compat.require_names(compat.TRAINER_NAMES)
 
 # GreedyLR is younger than the oldest transformers that works.
 _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
 """Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
 
 
-class AromaCallback(TrainerCallback, ExportableState):
+class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     """Lets an AROMA adapter grow inside `Trainer`: checks and merges come after each optimizer step, before its save.
 
     .. code-block:: python
@@ -98,8 +107,9 @@ class AromaCallback(TrainerCallback, ExportableState):
             self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
-        self._steps_within_backward = is_zero(unwrapped_optimizer(optimizer))
-        self._hook(state, base_optimizer(optimizer))
+        sharding = self.controller.matrices.sharding
+        self._steps_within_backward = sharding.steps_within_backward
+        self._hook(state, sharding.base_optimizer(optimizer))
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""
@@ -305,7 +315,7 @@ def _require_finite_parameters(model: nn.Module, step: int) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     device = next((parameter.device for parameter in trained.values()), torch.device("cpu"))
     # The parts of a split model are on several devices.
-    own = [local(own_entries(parameter)).isfinite().all().to(device) for parameter in trained.values()]
+    own = [own_entries(parameter).isfinite().all().to(device) for parameter in trained.values()]
     finite = torch.stack(own or [torch.tensor(True)])
     if not finite.all():
         name = next(name for name, whole in zip(trained, finite.tolist(), strict=True) if not whole)

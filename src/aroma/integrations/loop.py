@@ -11,7 +11,6 @@ from torch import nn
 from ..controller import AromaController
 from ..errors import CheckpointError
 from ..events import Event
-from ..sharding import StepHooks, is_zero, unwrapped_optimizer
 from ..tuner.state import read_controller_state
 from .rewarmup import Rewarmup, makes_state_only, was_skipped
 
@@ -30,16 +29,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._rewarmup = Rewarmup()
         self._counts = True
         # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
-        inner = unwrapped_optimizer(optimizer)
         self._scheduler = getattr(scheduler, "scheduler", scheduler)
-        self._hooks: list[Any] = (
-            [StepHooks(inner, self._before_step, self._after_step)]
-            if is_zero(inner)
-            else [
-                inner.register_step_pre_hook(self._before_step),
-                inner.register_step_post_hook(self._after_step),
-            ]
-        )
+        self._hook = controller.matrices.sharding.hook_step(optimizer, self._before_step, self._after_step)
 
     @property
     def finished(self) -> bool:
@@ -48,9 +39,7 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def detach(self) -> None:
         """Remove all hooks; the adapter stays as it is."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hook.remove()
         self.controller.detach()
 
     def __exit__(self, *_: object) -> None:

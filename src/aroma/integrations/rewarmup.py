@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .. import compat
+
 
 def was_skipped(optimizer: Any) -> bool:
     """Whether the step that `optimizer` is in changes nothing, because a GradScaler or DeepSpeed found an overflow.
@@ -57,5 +59,4 @@ class Rewarmup:
         for group, scheduled in zip(optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = scheduled
         self._scheduled = None
-        if scheduler is not None and hasattr(scheduler, "_last_lr"):
-            scheduler._last_lr = used
+        compat.report_rates(scheduler, used)

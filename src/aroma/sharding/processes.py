@@ -1,7 +1,7 @@
-"""What the processes that train one model (DistributedDataParallel, FSDP2) must agree on.
+"""What the processes that train one model agree on, and refuse together.
 
-Functions with a `device` are collectives: every rank calls them, in the same order. A process alone agrees with
-itself, bit for bit. No step calls one, but the first under ZeRO: a check calls one, and a few are called at the start.
+Functions with a `device` are collectives: every rank calls them, in the same order. One process agrees with itself,
+bit for bit. The steps between checks call none of them, except that under ZeRO the first step does.
 """
 
 from __future__ import annotations
@@ -17,33 +17,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import errors
+from .. import compat, errors
 from ..errors import AromaError, ConfigError, bad_value
-from .fsdp2 import refuse_other_shards
-from .zero import is_zero, refuse_other_zero
 
 _DRIFT = 1e-3
-"""Relative difference of a norm between replicas that no rounding explains: DDP keeps them equal bit for bit."""
+"""Relative difference of a norm between replicas that rounding cannot explain: DDP keeps them equal bit for bit."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _BLOCK_ELEMENTS = 2**22
-"""Most elements of a parameter that are summed, as int64, at a time."""
+"""A checksum sums at most this many elements of a parameter, as int64, at a time."""
 
 _MESSAGE_BYTES = 4096
-
-_REMEDY = (
-    "AROMA trains in one process, under DistributedDataParallel, under FSDP2 (torch.distributed.fsdp.fully_shard) and "
-    "under DeepSpeed's ZeRO: launch with one of these"
-)
-
-_SHARDED = {
-    "FlatParameter": "a parameter of FSDP1, which has no shape of its own",
-    "FullyShardedDataParallel": "a module of FSDP1, which flattens the pairs of many modules into one parameter",
-    "PipelineEngine": "an engine of DeepSpeed whose stages are on different ranks",
-    "ZeroRedundancyOptimizer": "an optimizer that keeps a share of its state on every rank",
-}
-"""Classes by name, so that nothing is imported to look for them."""
 
 
 def world_size() -> int:
@@ -61,30 +46,33 @@ def processes_of_node() -> int:
     return min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), world_size())
 
 
+# Wrappers ------------------------------------------------------------------------------------------------------------
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that DistributedDataParallel, DeepSpeed or torch.compile wraps, or `model` itself."""
     while True:
-        if isinstance(model, DistributedDataParallel) or _is_engine(model):
+        if isinstance(model, DistributedDataParallel) or is_engine(model):
             model = model.module  # type: ignore[assignment]
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
+            continue
+        compiled = compat.compiled_module(model)
+        if compiled is None:
             return model
+        model = compiled
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer that accelerate wraps, or `optimizer` itself; the one that DeepSpeed wraps is its own."""
+    """Return the optimizer that accelerate wraps, or `optimizer` itself, which may be one of DeepSpeed."""
     return optimizer if is_zero(optimizer) else getattr(optimizer, "optimizer", optimizer)
 
 
-def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer that takes the steps, within accelerate's wrapper and DeepSpeed's."""
-    inner = unwrapped_optimizer(optimizer)
-    base: torch.optim.Optimizer = inner.optimizer if is_zero(inner) else inner
-    return base
+def is_zero(optimizer: Any) -> bool:
+    """Whether DeepSpeed made `optimizer`."""
+    return any(kind.__name__ in ("ZeROOptimizer", "DeepSpeedOptimizer") for kind in type(optimizer).__mro__)
 
 
-def _is_engine(model: nn.Module) -> bool:
+def is_engine(model: nn.Module) -> bool:
+    """Whether `model` is an engine of DeepSpeed."""
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
@@ -96,14 +84,14 @@ def agree(
 ) -> tuple[list[float], list[float | None]]:
     """Return norms, and values derived from them, that are the same on all ranks: the largest of any rank.
 
-    Replicas are equal, so this is every rank's own number, except where something is wrong: a rank with NaN makes it
-    infinite everywhere, so that all ranks stop together, and replicas that drifted apart are noticed.
+    Replicas are equal, so the largest is every rank's own number unless something is wrong. NaN on one rank becomes
+    infinity on all, so that all stop together, and replicas that drifted apart are noticed.
 
     Args:
         names: What the norms are of.
         norms: Norms of parameters; NaN and infinity become infinity.
-        values: Further numbers; None, where it is one, on all ranks.
-        device: A device that the process group can reduce tensors of.
+        values: Further numbers; None must be None on all ranks.
+        device: A device whose tensors the process group can reduce.
 
     Raises:
         ConfigError: The norms of the ranks differ by more than rounding.
@@ -134,9 +122,16 @@ def of_first_rank(number: int, device: torch.device) -> int:
     return int(sent)
 
 
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def refuse_together(device: torch.device) -> Iterator[None]:
-    """Let every rank raise what one of them raises in the block, which must hold no collective and no such block."""
+    """Raise on every rank what one of them raises in the block, which must hold no collective and no such block.
+
+    Raises:
+        AromaError: Of the kind that the first failing rank raised.
+    """
     error: AromaError | None = None
     try:
         yield
@@ -164,7 +159,30 @@ def _raise_first(error: AromaError | None, device: torch.device) -> None:
     raise getattr(errors, kind, ConfigError)(f"rank {first}: {message}")
 
 
-# Replicas ------------------------------------------------------------------------------------------------------------
+def refuse_changed_processes(processes: int, wrapper: Any) -> None:
+    """Refuse to go on when processes have joined since the start, or when one may leave by itself.
+
+    Args:
+        processes: The number of processes at the start.
+        wrapper: What the model is wrapped in, or None.
+
+    Raises:
+        ConfigError: Naming `world_size` or `join`.
+    """
+    if world_size() != processes:
+        raise bad_value(
+            "world_size",
+            world_size(),
+            f"the controller was made when it was {processes}; make it after init_process_group, when the model is "
+            "wrapped in DistributedDataParallel or sharded by fully_shard",
+        )
+    if compat.is_joined(wrapper):
+        raise bad_value(
+            "join",
+            True,
+            "a rank that has run out of data would take no part in the checks of the others; leave the join context, "
+            "and give all ranks equally many batches (DistributedSampler, accelerate and the Trainer do)",
+        )
 
 
 def require_equal_replicas(
@@ -174,8 +192,8 @@ def require_equal_replicas(
 
     Args:
         facts: What must be equal, by name; the names are the same on all ranks. Values are compared by their `repr`.
-        tensors: Tensors that must be equal bit for bit, by name.
-        device: A device that the process group can reduce tensors of.
+        tensors: Tensors (any shapes) that must be equal bit for bit, by name.
+        device: A device whose tensors the process group can reduce.
 
     Raises:
         ConfigError: Naming the first fact or tensor that differs.
@@ -199,57 +217,30 @@ def require_equal_replicas(
         )
 
 
-def refuse_sharding(model: nn.Module, optimizer: Any) -> None:
-    """Refuse every way of sharing a model or its optimizer out but FSDP2 with rows over all processes, and ZeRO.
-
-    Raises:
-        ConfigError: A parameter, module or optimizer that is sharded otherwise.
-    """
-    inner = unwrapped_optimizer(optimizer)
-    for part in (optimizer, inner, *model.modules(), *model.parameters()):
-        for kind in type(part).__mro__:
-            if kind.__name__ in _SHARDED:
-                raise bad_value(
-                    "optimizer" if part is optimizer or part is inner else "model",
-                    kind.__name__,
-                    f"it is {_SHARDED[kind.__name__]}. {_REMEDY}",
-                )
-    refuse_other_shards(model, world_size())
-    if is_zero(inner):
-        refuse_other_zero(unwrapped(model), inner, world_size())
-    elif _is_engine(model) or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
-        raise bad_value(
-            "optimizer",
-            type(inner).__name__,
-            "the model is an engine of DeepSpeed, and this is no optimizer that it shares out: give engine.optimizer, "
-            "and set zero_optimization.stage to 1, 2 or 3",
-        )
-
-
 def _number_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Return the sum of the bits of `tensor` as integers: exact, whatever the order and the device."""
+    """Return the sum of the bits of `tensor` (any shape) as integers: exact, whatever the order and the device."""
     flat = tensor.detach().reshape(-1)
     bits = (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(_INTEGERS[flat.element_size()])
-    return torch.stack([block.sum(dtype=torch.int64) for block in bits.split(_BLOCK_ELEMENTS)]).sum()
+    return torch.stack([block.sum(dtype=torch.int64) for block in torch.split(bits, _BLOCK_ELEMENTS)]).sum()
 
 
 def _differing(numbers: Sequence[int | Tensor], device: torch.device) -> int | None:
-    """Return the place of the first number that is not the same on all ranks."""
+    """Return the index of the first number (or scalar tensor) that is not the same on all ranks."""
     if not numbers:
         return None
     own = torch.stack([torch.as_tensor(number, dtype=torch.int64).to(device) for number in numbers])
     largest, smallest = _extremes(own, device)
-    places = (largest != smallest).nonzero()
-    return int(places[0]) if len(places) else None
+    indices = (largest != smallest).nonzero()
+    return int(indices[0]) if len(indices) else None
 
 
 def _extremes(numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the largest and the smallest of every number over all ranks, in one collective."""
-    # Of integers the complement: the least of them has no negative.
+    """Return the largest and the smallest of each of `numbers` (k,) over all ranks, in one collective."""
+    # Integers are complemented, because the least of them has no negative.
     mirrored = -numbers if numbers.is_floating_point() else ~numbers
     sent = torch.stack([numbers, mirrored]).to(device)
     dist.all_reduce(sent, dist.ReduceOp.MAX)

@@ -1,16 +1,11 @@
 """The PEFT tuner of AROMA."""
 
-import peft
-
+from .. import compat
 from .config import AromaConfig
 from .layer import AromaLinear
 from .model import AromaModel, aroma_layers, register
 
-if not hasattr(AromaModel.__mro__[1], "_get_adapter_state_dict"):
-    raise ImportError(
-        f"aroma needs peft >= 0.21 for its state-dict hooks, found peft {peft.__version__}: upgrade peft"
-    )
-
+compat.require_names(compat.TUNER_NAMES)
 register()
 
 __all__ = ["AromaConfig", "AromaLinear", "AromaModel", "aroma_layers"]

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
-from ..sharding import gathered, is_partitioned, is_sharded, shared_out
+from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
@@ -165,7 +165,7 @@ class AromaModel(LoraModel):
             config.controller.invalidate()
         parameters = dict(model.named_parameters())
         others = {
-            key: shared_out(value, parameters.get(key, value))
+            key: shard_like(value, parameters.get(key, value))
             for key, value in state_dict.items()
             if ".lora_A." not in key and ".lora_B." not in key
         }

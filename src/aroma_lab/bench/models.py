@@ -71,7 +71,7 @@ class BenchSettings:
         batch_size: Sequences in a batch.
         length: Tokens in a sequence; there is no padding.
         rounds: How often each case is timed.
-        warmup_rounds: Rounds before those, which do not count.
+        warmup_rounds: Rounds before those, which do not count. Each time has a warm-up of its own anyway.
         dtype: Dtype of the backbone's weights, `"float32"` or `"bfloat16"`.
         device: `"cpu"` or `"cuda"`.
         threads: CPU threads; None for PyTorch's default.
@@ -89,7 +89,7 @@ class BenchSettings:
     batch_size: int = 8
     length: int = 128
     rounds: int = 9
-    warmup_rounds: int = 1
+    warmup_rounds: int = 0
     dtype: str = "float32"
     device: str = "cpu"
     threads: int | None = None

@@ -90,7 +90,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and tokens (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="how often each case is timed (%(default)s)")
-    parser.add_argument("--warmup-rounds", type=int, default=1, help="rounds before those (%(default)s)")
+    parser.add_argument("--warmup-rounds", type=int, default=0, help="rounds before those (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
     parser.add_argument("--only", metavar="CASE", nargs="+", help="measure these cases and the floor (all)")
     parser.add_argument(
@@ -103,7 +103,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure; print the tables; write the results and the picture."""
-    require_extra("plot")
+    require_extra("lab")
     out, picture = new_files(arguments.out, "--out", ".png")
     from aroma.cli.quiet import quiet
 
@@ -123,6 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_profile(arguments: argparse.Namespace) -> None:
     """Profile; print the table; write the results."""
+    require_extra("lab")
     (out,) = new_files(arguments.out, "--out")
     from aroma.cli.quiet import quiet
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 
 from .bench import new_files, print_lines
@@ -53,6 +54,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Estimate; print the tables; write the JSON file."""
+    require_extra("lab")
     files = new_files(arguments.json, "--json") if arguments.json else []
     from aroma.cli.quiet import quiet
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from aroma.cli.texts import examples
 
-from . import lab_figure, lab_run, lab_search, lab_table
+from . import lab_collect, lab_figure, lab_run, lab_search, lab_table
 
-_COMMANDS = (lab_run, lab_search, lab_table, lab_figure)
+_COMMANDS = (lab_run, lab_search, lab_table, lab_figure, lab_collect)
 
 
 def add_parser(commands: Any) -> None:
@@ -18,8 +18,9 @@ def add_parser(commands: Any) -> None:
         "lab",
         help="run methods × tasks × seeds, and make the paper's tables and figures of them",
         description=(
-            "Experiments under one protocol: every method in the same loop, evaluated on whole sets, its settings\n"
-            "chosen on held-out training data. `run` fills a folder; `table` and `figure` read it."
+            "Experiments under one protocol: every method in the same training loop, evaluated on whole sets, with\n"
+            "settings chosen on held-out training data. `run` and `search` fill a folder, on one machine or, with\n"
+            "the help of `worker`, on several; `table` and `figure` read it."
         ),
         epilog=examples(
             "aroma lab run examples/lab/minilm-tiny.yaml",

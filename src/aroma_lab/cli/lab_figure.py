@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
-from aroma.errors import bad_value
+
+from .lab_table import new_file
 
 _KINDS = {
     "curves": "Figure 1: trainable parameters, total rank, rank of two modules, and score, by step",
@@ -33,7 +33,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kind", metavar="KIND", choices=tuple(_KINDS), help=", ".join(_KINDS))
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="output folder of a grid, or a run's folder")
+    parser.add_argument(
+        "folders", metavar="FOLDER", nargs="+", help="a grid's output folder or its runs.parquet, or a run's folder"
+    )
     parser.add_argument("--out", metavar="FILE", help="new .png, .svg or .pdf file (KIND.png, or KIND-TASK.png)")
     parser.add_argument("--task", metavar="TASK", help="show this task (needed where there are several)")
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="show these, in this order (all)")
@@ -46,15 +48,17 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw and write the picture."""
-    require_extra("plot")
-    out = _new_file(arguments)
+    require_extra("lab")
+    name = f"{arguments.kind}-{arguments.task}" if arguments.task else arguments.kind
+    out = new_file(arguments.out or f"{name}.png")
     from aroma.cli.quiet import quiet
 
     quiet()
     from rich.console import Console
 
-    from ..pictures.draw import Choice, draw_figure
-    from ..pictures.style import require_picture_name, save_picture
+    from aroma.pictures import require_picture_name, save_picture
+
+    from ..report.figures import Choice, draw_figure
 
     require_picture_name("--out", out)
     choice = Choice(
@@ -66,16 +70,3 @@ def run(arguments: argparse.Namespace) -> None:
     )
     save_picture(draw_figure(arguments.kind, choice), out)
     Console(markup=False).print(f"picture: {out}", soft_wrap=True)
-
-
-def _new_file(arguments: argparse.Namespace) -> Path:
-    """Return the file to write.
-
-    Raises:
-        ConfigError: It is there already.
-    """
-    name = f"{arguments.kind}-{arguments.task}" if arguments.task else arguments.kind
-    path = Path(arguments.out or f"{name}.png")
-    if path.exists():
-        raise bad_value("--out", str(path), "it exists; give another name, or move it away")
-    return path

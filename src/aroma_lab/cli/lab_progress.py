@@ -1,52 +1,51 @@
-"""How a grid goes: bars on a terminal, and one line for each trial that ends, there and in a log file."""
+"""The progress of a study: bars on a terminal, and one line per ended trial, there and in a log file."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-
-from ..grid.status import Ended, GridStatus
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from ..study.engine import Progress
 
 
-class GridProgress:
-    """Shows how a grid goes; a `lab.grid.status.Watcher` and a context manager.
+class StudyProgress:
+    """Shows how a study goes; a `Watcher` and a context manager.
 
     Args:
-        console: Where to.
+        console: The console to print to; standard error by default.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        self._bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._bars = Bars(*columns, console=self._console, disable=not self._console.is_terminal, transient=True)
         self._whole = self._bars.add_task("trials", total=None, note="")
         self._tasks: dict[str, TaskID] = {}
-        self._status: GridStatus | None = None
+        self._progress: Progress | None = None
         self._ended = 0
-        """Trials that ended since the last status."""
+        """Trials that ended since the last `on_progress`."""
 
-    def __enter__(self) -> GridProgress:
+    def __enter__(self) -> StudyProgress:
         self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def on_status(self, status: GridStatus) -> None:
+    def on_progress(self, progress: Progress) -> None:
         """Move the bars."""
-        self._status, self._ended = status, 0
-        self._bars.update(
-            self._whole, total=status.total, completed=status.done + status.failed, note=_whole_note(status)
-        )
-        running = {one.trial.name: one for one in status.running}
+        self._progress, self._ended = progress, 0
+        decided = progress.done + progress.failed
+        self._bars.update(self._whole, total=progress.total, completed=decided, note=_note(progress))
+        running = {one.name: one for one in progress.running}
         for name in [name for name in self._tasks if name not in running]:
             self._bars.remove_task(self._tasks.pop(name))
         for name, one in running.items():
@@ -55,21 +54,15 @@ class GridProgress:
             note = "starting" if one.planned is None else f"step {one.step} of {one.planned}"
             self._bars.update(self._tasks[name], total=one.planned, completed=one.step, note=note)
 
-    def on_end(self, ended: Ended) -> None:
-        """Print what came of a trial."""
+    def on_end(self, name: str, failure: str | None, score: float | None, seconds: float) -> None:
+        """Print the outcome of a trial."""
         self._ended += 1
-        result = f"score {ended.score:.4f}" if ended.score is not None else f"failed: {ended.failure}"
-        self._console.print(f"{self._count()}{ended.name} · {result} · {duration(ended.seconds)}{self._left()}")
-
-    def _count(self) -> str:
-        if self._status is None:
-            return ""
-        return f"{self._status.done + self._status.failed + self._ended} of {self._status.total} · "
-
-    def _left(self) -> str:
-        if self._status is None or self._status.seconds_left is None:
-            return ""
-        return f" · about {duration(self._status.seconds_left)} left"
+        result = f"score {score:.4f}" if score is not None else f"failed: {failure}"
+        count, left = "", ""
+        if self._progress is not None:
+            count = f"{self._progress.done + self._progress.failed + self._ended} of {self._progress.total} · "
+            left = _left(self._progress)
+        self._console.print(f"{count}{name} · {result} · {duration(seconds)}{left}")
 
 
 def duration(seconds: float) -> str:
@@ -80,7 +73,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _whole_note(status: GridStatus) -> str:
-    failed = f", {status.failed} failed" if status.failed else ""
-    left = "" if status.seconds_left is None else f" · about {duration(status.seconds_left)} left"
-    return f"{status.done} of {status.total} done{failed}{left}"
+def _note(progress: Progress) -> str:
+    failed = f", {progress.failed} failed" if progress.failed else ""
+    return f"{progress.done} of {progress.total} done{failed}{_left(progress)}"
+
+
+def _left(progress: Progress) -> str:
+    return "" if progress.seconds_left is None else f" · about {duration(progress.seconds_left)} left"

@@ -1,9 +1,8 @@
-"""`aroma lab run`: all trials of a grid."""
+"""`aroma lab run`: all trials of a grid; `aroma lab worker`: help with the trials of another command."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
@@ -12,72 +11,118 @@ from aroma.cli.texts import examples
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..grid.run import GridOutcome
-    from ..grid.spec import Grid, Part
+    from ..study.grid import Grid
+    from ..study.run import GridOutcome
+
+_IDLE_SECONDS = 60
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the parser of `aroma lab`."""
+    """Add the commands to the parser of `aroma lab`."""
     parser = commands.add_parser(
         "run",
-        help="run methods × tasks × seeds in worker processes",
+        help="run methods × tasks × seeds, on one machine or several",
         description=(
-            "Run every trial of a grid that has no result yet, each in a process of its own: finished ones are\n"
-            "skipped, interrupted ones go on from their last checkpoint, failed ones stop nothing and are listed at\n"
-            "the end. Where the grid has a selection, it comes first: settings are chosen on held-out training\n"
-            "data."
+            "Run every trial of a grid that has no result yet, each in a process of its own. Finished trials are\n"
+            "skipped, interrupted ones resume from their last checkpoint, and failed ones are listed at the end. If\n"
+            "the grid has a selection, it comes first: settings are chosen on held-out training data. With --storage\n"
+            "several machines share the trials: run the same command, or `aroma lab worker`, on each of them."
         ),
         epilog=examples(
             "aroma lab run examples/lab/minilm-tiny.yaml",
             "aroma lab run examples/lab/minilm-tiny.yaml training.max_steps=60 methods.lora-r8.r=4 output=runs/other",
             "aroma lab run examples/lab/minilm-tiny.yaml --list",
             "aroma lab run examples/lab/glue-roberta-base.yaml --tasks mrpc rte --methods aroma",
-            "aroma lab run examples/lab/minilm-tiny.yaml --retry-failed --processes 1",
+            "aroma lab run examples/lab/minilm-tiny.yaml --retry-failed --workers 1",
+            "aroma lab run examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("grid", metavar="GRID.yaml", help="model, tasks, methods, training, seeds")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as seeds=[0,1]")
+    _add_common(parser)
     parser.add_argument("--tasks", metavar="TASK", nargs="+", help="run these tasks only (all)")
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="run these methods only (all)")
-    parser.add_argument("--processes", type=int, metavar="N", help="worker processes (the grid's)")
-    parser.add_argument("--list", action="store_true", help="list the trials and how far they are, and run nothing")
+    parser.add_argument("--list", action="store_true", help="list the trials and their states, and run nothing")
     parser.add_argument("--retry-failed", action="store_true", help="run trials again that failed earlier")
     parser.set_defaults(run=run)
+
+    worker = commands.add_parser(
+        "worker",
+        help="run trials that `aroma lab run` or `aroma lab search` started elsewhere",
+        description=(
+            "Run trials that wait in the study of a grid or a search, which `aroma lab run` or `aroma lab search`\n"
+            "has started, on any machine that reaches the storage. A worker ends when nothing has waited or run for\n"
+            "some time. If it is killed, others take up its trials."
+        ),
+        epilog=examples(
+            "aroma lab worker examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma",
+            "aroma lab worker examples/lab/search-messages.yaml --workers 4 --idle 600",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    worker.add_argument("grid", metavar="GRID.yaml", help="the file that the other command was given")
+    _add_common(worker)
+    worker.add_argument(
+        "--idle", type=float, default=_IDLE_SECONDS, metavar="SECONDS", help="end after so long (%(default)s)"
+    )
+    worker.set_defaults(run=run_worker)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file, such as seeds=[0,1]")
+    parser.add_argument(
+        "--workers", "--processes", type=int, metavar="N", help="trials at a time on this machine (the file's)"
+    )
+    parser.add_argument(
+        "--storage", metavar="URL", help="database of the study, shared by machines (a journal file in output)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the grid, or list its trials; return 1 if there are trials without a result."""
-    require_extra("train")
-    from ..grid.reader import load_grid
-
-    processes = [] if arguments.processes is None else [f"processes={arguments.processes}"]
-    grid = load_grid(arguments.grid, [*arguments.overrides, *processes])
+    require_extra("lab")
     from rich.console import Console
 
-    from ..grid.spec import Part
+    from ..study.grid import load_grid
 
-    part = Part(*(None if names is None else tuple(names) for names in (arguments.tasks, arguments.methods)))
+    grid = load_grid(arguments.grid, arguments.overrides, processes=arguments.workers, storage=arguments.storage)
+    part = {"tasks": arguments.tasks, "methods": arguments.methods}
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    from aroma.cli.quiet import quiet
-
-    quiet()
     if arguments.list:
         _list(grid, part, console)
         return 0
-    from ..grid.run import run_grid
-    from .lab_progress import GridProgress
+    from aroma.cli.quiet import quiet
 
-    with GridProgress(Console(stderr=True, markup=False, highlight=False, soft_wrap=True)) as progress:
-        outcome = run_grid(grid, part=part, retry_failed=arguments.retry_failed, watcher=progress)
+    quiet()
+    from ..study.run import run_grid
+    from .lab_progress import StudyProgress
+
+    with StudyProgress() as progress:
+        outcome = run_grid(grid, **part, retry_failed=arguments.retry_failed, watcher=progress)
     _print(outcome, grid, console)
     return 1 if outcome.failed else 0
 
 
-def _list(grid: Grid, part: Part, console: Console) -> None:
-    from ..grid.survey import survey
+def run_worker(arguments: argparse.Namespace) -> None:
+    """Run trials of a grid or a search that another command started."""
+    require_extra("lab")
+    from ..study.grid import make_grid, read_grid_file
+    from ..study.search import make_search, serve
+    from .lab_progress import StudyProgress
 
-    states = survey(grid, part)
+    values = read_grid_file(
+        arguments.grid, arguments.overrides, processes=arguments.workers, storage=arguments.storage
+    )
+    settings = make_search(values) if "space" in values else make_grid(values)
+    with StudyProgress() as progress:
+        count = serve(settings, arguments.idle, progress)
+    print(f"Trials that ended here: {count}.")
+
+
+def _list(grid: Grid, part: dict[str, Any], console: Console) -> None:
+    from ..study.run import list_grid
+
+    states = list_grid(grid, **part)
     for name, state in states:
         console.print(f"{state:12}{name}")
     counts = {state: sum(other == state for _, other in states) for _, state in states}
@@ -88,9 +133,11 @@ def _print(outcome: GridOutcome, grid: Grid, console: Console) -> None:
     console.print(
         f"Trials finished: {len(outcome.finished)} now, {len(outcome.skipped)} earlier; "
         f"failed: {len(outcome.failed)}. "
-        f"Left in {Path(grid.output)}: runs/, grid.yaml{', selection.json' if grid.select else ''}."
+        f"Results are in {grid.output}: runs/, grid.yaml{', selection.json' if grid.select else ''}."
     )
     for failure in outcome.failed:
-        console.print(f"failed: {failure.name}: {failure.message}\n        {failure.path}")
+        console.print(f"failed: {failure.name}: {failure.message}")
+        if failure.path is not None:
+            console.print(f"        {failure.path}")
     if outcome.failed:
-        console.print("Once the cause is mended: the same command with --retry-failed.")
+        console.print("When the cause is fixed, run the same command with --retry-failed.")

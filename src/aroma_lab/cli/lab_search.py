@@ -11,8 +11,7 @@ from aroma.cli.texts import examples
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..search.run import SearchOutcome
-    from ..search.spec import Search
+    from ..study.search import Search, SearchOutcome
 
 _MOST_ROWS = 20
 
@@ -24,10 +23,9 @@ def add_parser(commands: Any) -> None:
         help="search hyperparameters at random, on a grid, or by TPE; on one machine or several",
         description=(
             "Search the hyperparameters of one method on one task, on examples held out from the training data.\n"
-            "A search file is a grid file with `space`, `sampler` (random, grid, tpe), `trials`, and, if wanted,\n"
-            "`study` and `storage`. Machines that are given the same file and the same database share the trials:\n"
-            "none is run twice, and one whose worker died is tried again. What was interrupted goes on with the\n"
-            "same command."
+            "A search file is a grid file with `space`, `sampler` (random, grid, tpe) and `trials`. Machines that\n"
+            "are given the same file and the same --storage share the trials: none is run twice, and one whose\n"
+            "process or machine died is tried again. The same command resumes an interrupted search."
         ),
         epilog=examples(
             "aroma lab search examples/lab/search-messages.yaml",
@@ -37,34 +35,34 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("search", metavar="SEARCH.yaml", help="a grid file of one task and method, and a space")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as sampler=tpe")
-    parser.add_argument("--storage", metavar="URL", help="database of the study (the file's, else SQLite in output)")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file, such as sampler=tpe")
+    parser.add_argument(
+        "--storage", metavar="URL", help="database of the study, shared by machines (a journal file in output)"
+    )
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all, over all machines (the file's)")
-    parser.add_argument("--workers", type=int, metavar="N", help="trials at a time on this machine (processes)")
+    parser.add_argument("--workers", type=int, metavar="N", help="trials at a time on this machine (the file's)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Search, and print what was found; return 1 if a trial failed."""
-    require_extra("train", "search")
-    from ..search.spec import load_search
+    require_extra("lab")
+    from ..study.search import load_search
 
     search = load_search(
         arguments.search,
         arguments.overrides,
         storage=arguments.storage,
         trials=arguments.trials,
-        workers=arguments.workers,
+        processes=arguments.workers,
     )
     from aroma.cli.quiet import quiet
 
     quiet()
-    from rich.console import Console
+    from ..study.search import run_search
+    from .lab_progress import StudyProgress
 
-    from ..search.run import run_search
-    from .lab_progress import GridProgress
-
-    with GridProgress(Console(stderr=True, markup=False, highlight=False, soft_wrap=True)) as progress:
+    with StudyProgress() as progress:
         outcome = run_search(search, progress)
     _print(search, outcome)
     return 1 if outcome.failed else 0
@@ -77,27 +75,25 @@ def _print(search: Search, outcome: SearchOutcome) -> None:
     if outcome.best is not None:
         console.print(_table(search, outcome))
         best = " ".join(f"{key}={_text(outcome.best.last.params[key])}" for key in search.space)
-        console.print(f"best, with {outcome.best.last.value:.4f} on held-out examples: {best}")
-    for ticket in outcome.failed:
-        console.print(f"failed: trial {ticket.number}: {ticket.error}")
-    finished = len(outcome.tickets) - len(outcome.failed)
-    console.print(f"{finished} trials finished, {len(outcome.failed)} failed. Left: {outcome.file}.")
+        console.print(f"best, with {outcome.best.score:.4f} on held-out examples: {best}")
+    for one in outcome.failed:
+        console.print(f"failed: {one.name}: {one.error}")
+    finished = len(outcome.trials) - len(outcome.failed)
+    console.print(f"{finished} trials finished, {len(outcome.failed)} failed. Results are in {outcome.file}.")
 
 
 def _table(search: Search, outcome: SearchOutcome) -> Table:
     """Return the best trials, best first."""
     from rich.table import Table
 
-    ranked = sorted(
-        (ticket for ticket in outcome.tickets if ticket.complete), key=lambda one: -(one.last.value or 0.0)
-    )
-    title = f"{search.method} on {search.task}: {len(ranked)} trials, scored on held-out training examples"
+    ranked = sorted((one for one in outcome.trials if one.score is not None), key=lambda one: -(one.score or 0.0))
+    title = f"{search.grid.study_name}: {len(ranked)} trials, scored on held-out training examples"
     table = Table(title=title, caption=f"the best {_MOST_ROWS}" if len(ranked) > _MOST_ROWS else None)
     for column in ("trial", *search.space, "score"):
         table.add_column(column, justify="right")
-    for ticket in ranked[:_MOST_ROWS]:
-        values = (_text(ticket.last.params[key]) for key in search.space)
-        table.add_row(str(ticket.number), *values, f"{ticket.last.value:.4f}")
+    for one in ranked[:_MOST_ROWS]:
+        values = (_text(one.last.params[key]) for key in search.space)
+        table.add_row(one.name.rpartition("/")[2].lstrip("0") or "0", *values, f"{one.score:.4f}")
     return table
 
 

@@ -11,9 +11,9 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 from aroma.errors import bad_value
 
-# As in lab/report; written out here so that help imports nothing.
+# As in report/; written out here so that help imports nothing.
 KINDS = ("main", "paired", "sets", "reset", "time", "inner")
-FORMATS = ("text", "markdown", "latex", "csv")
+FORMAT_NAMES = ("text", "markdown", "latex", "csv")
 
 
 def add_parser(commands: Any) -> None:
@@ -39,9 +39,9 @@ def add_parser(commands: Any) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="the grid's output folder")
+    parser.add_argument("folder", metavar="FOLDER", help="the grid's output folder, or its table of runs")
     parser.add_argument("--kind", choices=KINDS, default="main", help="what the table is of (%(default)s)")
-    parser.add_argument("--format", choices=FORMATS, help="how it is written (by the suffix of --out, else text)")
+    parser.add_argument("--format", choices=FORMAT_NAMES, help="how it is written (by the suffix of --out, else text)")
     parser.add_argument(
         "--baseline",
         metavar="LABEL",
@@ -54,17 +54,17 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table, or write it; what CSV cannot hold goes to standard error."""
-    require_extra("train")
-    out = _new_file(arguments.out)
+    require_extra("lab")
+    out = new_file(arguments.out) if arguments.out else None
     from aroma.files import write_text
 
-    from ..report.kinds import make_table
-    from ..report.records import load_records
-    from ..report.render import SUFFIXES, render
+    from ..report.formats import FORMATS, SUFFIXES
+    from ..report.runs import read_runs
+    from ..report.tables import make_table
 
     form = arguments.format or (SUFFIXES.get(out.suffix.lower(), "text") if out else "text")
-    table = make_table(load_records(arguments.folder), arguments.kind, arguments.baseline, arguments.metric)
-    rendered = render(table, form)
+    table = make_table(read_runs(arguments.folder), arguments.kind, arguments.baseline, arguments.metric)
+    rendered = FORMATS[form](table)
     if out is not None:
         write_text(out, rendered)
         print(f"Left: {out}.")
@@ -74,14 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stderr.write("".join(f"{line}\n" for line in (table.caption, *table.notes)))
 
 
-def _new_file(name: str | None) -> Path | None:
-    """Return the file to write; None for none.
+def new_file(name: str) -> Path:
+    """Return the file to write.
 
     Raises:
         ConfigError: It exists already.
     """
-    if name is None:
-        return None
-    if Path(name).exists():
+    path = Path(name)
+    if path.exists():
         raise bad_value("--out", name, "it exists; give another name, or move it away")
-    return Path(name)
+    return path

@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..run.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.data.task == "causal_lm":
+        require_extra("language")
 
     from aroma.cli.quiet import quiet
 

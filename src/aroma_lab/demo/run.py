@@ -16,10 +16,10 @@ from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import write_json, write_text
+from aroma.pictures import rank_picture
 from aroma.tuner import aroma_layers
 
 from ..methods import Method, make_method
-from ..pictures.rank_picture import rank_picture
 from ..progress import Progress, no_progress
 from ..run.folder import require_empty
 from ..run.recorder import EventLog

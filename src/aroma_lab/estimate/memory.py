@@ -47,8 +47,9 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         self._existing = [tensor.untyped_storage() for tensor in existing]
         self._known = {storage._cdata for storage in self._existing}
 
@@ -232,7 +233,8 @@ def _outer_step_of_module(m: int, n: int, settings: EstimateSettings) -> int:
         inner_product(B, A, b, a)
     dequantised = 2 * m * n if settings.is_quantised else 0
     # While a new storage is filled, the old one exists too. The new one is among the finished components.
-    return max(meter.peak + dequantised, 4 * (m + n) * R)
+    peak: int = max(meter.peak + dequantised, 4 * (m + n) * R)
+    return peak
 
 
 # The optimizer's state -----------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (…, n) to (…, m)."""
-        y: Tensor = _Dequantising.apply(x, self.weight, self.bias)
+        y: Tensor = _Dequantising.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y
 
 

@@ -1,1 +1,1 @@
-"""Tables from run folders: every number traceable, nothing that failed left out."""
+"""Runs as pandas frames, and the tables and figures made of them: every number traceable, no failure left out."""

@@ -1,123 +1,131 @@
-"""What the folder of a grid holds: finished runs, failed ones, and what is still to come."""
+"""Records of runs and grids, read from files that a hand may have edited, and checked against what they must have."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aroma.errors import CheckpointError, bad_value
+import yaml
 
-from ..run.files import RUNS, TrialFiles
-from .attempts import Attempt, Failure, Run, read_attempt
-from .grid_files import read_grid, read_selection
+from aroma.errors import CheckpointError
+from aroma.files import read_json
 
-_FILES = TrialFiles(Path())
-_ANY_OF = (_FILES.trial.name, _FILES.result.name, _FILES.failure.name)
-"""Any of these makes a folder a run's."""
+OF_RUN = "restore the file, or remove the run's folder and run it again"
+_OF_GRID = "restore the file, or remove it and run the grid again, which writes it anew"
+OF_TABLE = "restore the file, or make it again from the run folders with `aroma lab collect`"
 
-
-@dataclass(frozen=True)
-class Records:
-    """All that a grid's folder tells.
-
-    Args:
-        folder: The folder.
-        runs: Finished runs that are reported, by name.
-        selecting: Finished runs that chose settings on held-out training data.
-        failures: Trials that ended with an error, of both purposes.
-        unfinished: Trials that have begun and neither finished nor failed.
-        selection: Content of `selection.json`; empty where there is none.
-        grid: Content of `grid.yaml`; empty where there is none.
-    """
-
-    folder: Path
-    runs: Sequence[Run]
-    selecting: Sequence[Run]
-    failures: Sequence[Failure]
-    unfinished: Sequence[Attempt]
-    selection: Mapping[str, Any]
-    grid: Mapping[str, Any]
-
-    @cached_property
-    def methods(self) -> list[str]:
-        """Labels of the methods, in the grid's order; then those that only folders know."""
-        return _ordered(self.grid.get("methods") or (), (attempt.method for attempt in self._attempts))
-
-    @cached_property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, likewise."""
-        return _ordered(self.grid.get("tasks") or (), (attempt.task for attempt in self._attempts))
-
-    @cached_property
-    def seeds(self) -> list[int]:
-        """Seeds that every cell of a table is to have: the grid's, and any that a reported trial has."""
-        return sorted({*(self.grid.get("seeds") or ())} | {one.seed for one in self._attempts if not one.is_selection})
-
-    @property
-    def not_begun(self) -> list[str]:
-        """Trials of the grid without a folder, as `mrpc/lora-r8, seed 0`."""
-        begun = {(one.task, one.method, one.seed) for one in self._attempts if not one.is_selection}
-        cells = ((task, method, seed) for task in self.tasks for method in self.methods for seed in self.seeds)
-        return [f"{task}/{method}, seed {seed}" for task, method, seed in cells if (task, method, seed) not in begun]
-
-    def of(self, method: str | None = None, task: str | None = None) -> list[Run]:
-        """Return the finished runs of a method and a task, None for any, by seed."""
-        found = (run for run in self.runs if method in (None, run.method) and task in (None, run.task))
-        return sorted(found, key=lambda run: run.seed)
-
-    def methods_of_kind(self, *kinds: str) -> list[str]:
-        """Return the labels of finished methods of these kinds, in order."""
-        found = {run.method for run in self.runs if run.kind in kinds}
-        return [method for method in self.methods if method in found]
-
-    @property
-    def _attempts(self) -> list[Attempt]:
-        return [*self.runs, *self.selecting, *self.failures, *self.unfinished]
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "a mapping": (Mapping,),
+    "a list": (list,),
+    "a text": (str,),
+    "a number": (int, float),
+    "a whole number": (int,),
+    "anything": (object,),
+}
+# What a record must have, and of which type where tables compute with it or group by it; see `check`.
+TRIAL = {
+    **dict.fromkeys(("name", "model", "method", "kind", "purpose"), "a text"),
+    "task": {"name": "a text"},
+    "training": {"seed": "a whole number"},
+    "options": {},
+}
+RESULT = {
+    "metric": "a text",
+    "score": "a number",
+    "examples": {"train": "a whole number", ...: "a whole number"},
+    "parameters": dict.fromkeys(("initial", "average", "head"), "a number"),
+    "versions": {},
+    **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
+    "epoch_seconds": ["a number"],
+    **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
+}
+FAILURE = dict.fromkeys(("error", "message"), "anything")
+CURVE = dict.fromkeys(("parameters", "total_rank", "ranks"), "anything")
+HISTORY = {"evaluations": "a list"}
+_GRID = {"methods?": {...: "anything"}, "tasks?": {...: "anything"}, "seeds?": ["a whole number"]}
+_SELECTION = {...: {...: {"chosen?": {}, "tried?": ["a list"]}}}
 
 
-def load_records(folder: str | os.PathLike[str]) -> Records:
-    """Read what `aroma lab run` left; adapters and checkpoints are not needed.
-
-    Args:
-        folder: The grid's output: run folders under `runs/`, and `selection.json` and `grid.yaml` where they exist.
+def read_record(path: Path, remedy: str = OF_RUN) -> Any:
+    """Return the JSON value in a record.
 
     Raises:
-        ConfigError: There is no run in the folder.
-        CheckpointError: A file is damaged or edited, or two run folders hold the same task, method and seed.
+        CheckpointError: The file is missing, truncated or not JSON.
     """
-    root = Path(folder)
-    places = sorted({found.parent for name in _ANY_OF for found in (root / RUNS).glob(f"**/{name}")})
-    if not places:
-        raise bad_value("folder", str(folder), "no runs there; give the output folder of `aroma lab run`")
-    attempts = sorted((read_attempt(place) for place in places), key=lambda attempt: attempt.name)
-    finished = [attempt for attempt in attempts if isinstance(attempt, Run)]
-    runs = [run for run in finished if not run.is_selection]
-    _require_single(runs)
-    return Records(
-        folder=root,
-        runs=runs,
-        selecting=[run for run in finished if run.is_selection],
-        failures=[attempt for attempt in attempts if isinstance(attempt, Failure)],
-        unfinished=[attempt for attempt in attempts if not isinstance(attempt, Run | Failure)],
-        selection=read_selection(root / "selection.json"),
-        grid=read_grid(root / "grid.yaml"),
-    )
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        # What read_json advises is for checkpoints, and there is no other one of a record.
+        raise CheckpointError(f"{path}: missing, truncated or edited ({error.__cause__}); {remedy}") from error
 
 
-def _require_single(runs: Sequence[Run]) -> None:
-    seen: dict[tuple[str, str, int], Run] = {}
-    for run in runs:
-        other = seen.setdefault((run.task, run.method, run.seed), run)
-        if other is not run:
-            raise CheckpointError(
-                f"{run.folder} and {other.folder}: both hold {run.task}, {run.method}, seed {run.seed}; "
-                "move one of them away"
-            )
+def _edited(where: object, what: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{where}: edited, or of another version: {what}; {remedy}")
 
 
-def _ordered(planned: Iterable[str], found: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*planned, *found]))
+def check(where: object, value: Any, spec: Any, remedy: str = OF_RUN) -> None:
+    """Raise unless `value`, read at `where`, is what `spec` says.
+
+    A spec is the name of a type; or a list with the spec of each item; or a mapping with the spec of each key. Keys
+    that end in `?` may be missing or null, and `...` stands for all keys, which must be texts.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    if isinstance(spec, Mapping):
+        if not isinstance(value, Mapping):
+            raise _edited(where, f"{value!r:.60} is not a mapping", remedy)
+        missing = [key for key in spec if key is not ... and not key.endswith("?") and key not in value]
+        if missing:
+            raise _edited(where, f"{', '.join(missing)} missing", remedy)
+        for key, of_key in spec.items():
+            for name in value if key is ... else [key.removesuffix("?")]:
+                if not isinstance(name, str):
+                    raise _edited(where, f"{name!r:.60} is not a text", remedy)
+                if name in value and (key in (..., name) or value[name] is not None):
+                    check(f"{where}, {name}", value[name], of_key, remedy)
+    elif isinstance(spec, list):
+        check(where, value, "a list", remedy)
+        for item in value:
+            check(where, item, spec[0], remedy)
+    elif not isinstance(value, _TYPES[spec]) or (isinstance(value, bool) and spec != "anything"):
+        # A truth value is a whole number to Python.
+        raise _edited(where, f"{value!r:.60} is not {spec}", remedy)
+
+
+def read_grid(path: Path) -> Mapping[str, Any]:
+    """Return the content of a `grid.yaml`; empty if the file is not there.
+
+    Raises:
+        CheckpointError: It is no YAML, or its methods, tasks or seeds are not what a grid has.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: edited, no YAML ({' '.join(str(error).split())}); {_OF_GRID}") from error
+    check(path, content, _GRID, _OF_GRID)
+    return dict(content)
+
+
+def read_selection(path: Path) -> Mapping[str, Any]:
+    """Return the content of a `selection.json`, what was tried and chosen; empty if the file is not there.
+
+    Raises:
+        CheckpointError: It is truncated, or not what a grid leaves.
+    """
+    if not path.exists():
+        return {}
+    content = read_record(path, _OF_GRID)
+    check(path, content, _SELECTION, _OF_GRID)
+    for task, of_task in content.items():
+        for method, entry in of_task.items():
+            where = f"{path}, {task}, {method}, tried"
+            for pair in entry.get("tried") or []:
+                if len(pair) != 2:
+                    raise _edited(where, f"{pair!r:.60} is not a pair of values and score", _OF_GRID)
+                # All that was tried has a value for each setting that was chosen.
+                check(where, pair[0], dict.fromkeys(entry.get("chosen") or {}, "anything"), _OF_GRID)
+    return dict(content)

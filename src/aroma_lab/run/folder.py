@@ -1,4 +1,4 @@
-"""The folder of one run: whose it is, that nothing in it is overwritten, and where a killed run goes on."""
+"""The folder of one run: checked before anything is overwritten, and searched for a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class TrialFolder(TrialFiles):
     """The folder of a trial that runs."""
 
     def check(self, trial: Trial) -> None:
-        """Refuse to work in a folder that is not this trial's; nothing is written.
+        """Refuse a folder of another trial; nothing is written.
 
         Raises:
-            ConfigError: It holds another trial, or something that no trial left.
+            ConfigError: It holds another trial, or files of something else.
         """
         if self.trial.exists():
             differing = differing_keys(trial, load_trial(self.trial))
@@ -59,7 +59,7 @@ class TrialFolder(TrialFiles):
         return next((str(path) for path in self._checkpoints() if _is_resumable(path)), None)
 
     def clean(self, keep_checkpoints: bool = False) -> None:
-        """Drop what only an unfinished trial needs."""
+        """Remove what only an unfinished trial needs."""
         if not keep_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.progress.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ class TrialFolder(TrialFiles):
             return []
         if not self.root.is_dir():
             return [self.root.name]
-        # Without a trial there is nothing of it but what is written before, or beside it.
+        # The files that may be there before trial.json is.
         own = {self.recipe.name, self.progress.name, self.failure.name}
         found = [path.name for path in self.root.iterdir() if path.name not in own and path.suffix != ".log"]
         # What is written atomically has such a name for a moment, and keeps it if the process is killed then.

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes, as this one sees them.
+    """The processes of a launch, as this one sees them.
 
     Args:
         state: accelerate's.
@@ -28,7 +28,7 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """Join those of the launch; each has one device."""
+        """Join the launch; each process has one device."""
         from accelerate import PartialState
 
         return cls(PartialState(cpu=not torch.accelerator.is_available()))
@@ -44,7 +44,7 @@ class Processes:
         return bool(self.state.is_main_process)
 
     def together(self) -> AbstractContextManager[None]:
-        """Return a context in which what one process refuses is raised in all."""
+        """Return a context in which an error of one process is raised in all."""
         return refuse_together(self.state.device)
 
     def of_first(self, compute: Callable[[], T]) -> T:
@@ -58,11 +58,11 @@ class Processes:
         return cast(T, values[0])
 
     def wait(self) -> None:
-        """Wait until all have come here."""
+        """Wait until all processes are here."""
         self.state.wait_for_everyone()
 
     def leave(self) -> None:
-        """Part, when all is done."""
+        """Leave the process group, at the end."""
         self.state.destroy_process_group()
 
 

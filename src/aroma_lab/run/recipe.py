@@ -14,14 +14,13 @@ import yaml
 from aroma.errors import ConfigError, bad_value
 from aroma.files import write_text
 
-from ..settings import apply_overrides, describe, make, nest, read_mapping, typed_fields
+from ..settings import apply_overrides, describe, nest, read_mapping, typed_fields
 from ..specs import DataSpec, Recipe, adapter_keys, adapter_options
 from ..tasks.spec import TaskSpec
 from .files import TrialFiles
 from .trial import Trial, differing
 
 _ADAPTER = "adapter"
-_ALL_KEYS = "`aroma train --help` lists all keys"
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
@@ -50,11 +49,15 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     adapter = given.pop(_ADAPTER, None)
     if not isinstance(adapter, dict | None):
         raise ConfigError(f"{_ADAPTER}={adapter!r}: it is a section; give it keys, as {_ADAPTER}.r")
-    recipe = make(Recipe, given, "a recipe", _ALL_KEYS, lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()])
+    whole, remedy = "a recipe", "`aroma train --help` lists all keys"
+    fields = typed_fields(
+        Recipe, given, "", whole, remedy, also=lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()]
+    )
+    recipe = Recipe(**fields)
     if not adapter:
         return recipe
     types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
-    return replace(recipe, adapter=typed_fields(types, adapter, _ADAPTER, "a recipe", _ALL_KEYS))
+    return replace(recipe, adapter=typed_fields(types, adapter, _ADAPTER, whole, remedy))
 
 
 def recipe_keys() -> list[str]:

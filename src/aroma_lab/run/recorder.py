@@ -45,7 +45,7 @@ class Curve:
         self.ranks: dict[str, Changes] = {}
 
     def note(self, step: int, parameters: int, ranks: dict[str, int]) -> None:
-        """Record how things are after optimizer step `step`."""
+        """Record the state after optimizer step `step`."""
         _note(self.parameters, step, parameters)
         for name, rank in ranks.items():
             _note(self.ranks.setdefault(name, []), step, rank)
@@ -79,22 +79,17 @@ class Curve:
 
 
 class Usage:
-    """Counts from its making on; what earlier attempts of the same run had used up to its checkpoint is added.
+    """Cost of a run since this object was made, plus the cost of earlier attempts up to their last checkpoint.
 
     Attributes:
         epochs: Training time of each epoch begun, in seconds; the last need not be whole. Evaluations, checkpoints and
-            the records of a trial do not count.
+            recording do not count.
     """
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
         self._wall, self._cpu = time.monotonic(), time.process_time()
-        self._earlier: dict[str, float] = {
-            "wall_seconds": 0.0,
-            "cpu_seconds": 0.0,
-            "peak_memory_mib": 0.0,
-            "peak_gpu_memory_mib": 0.0,
-        }
+        self._earlier = dict.fromkeys(("wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib"), 0.0)
         self._since = 0.0
 
     def begin(self) -> None:
@@ -127,28 +122,28 @@ class Usage:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later attempt has to add, JSON-able."""
+        """Return the cost so far, for a later attempt to add, JSON-able."""
         return {"epochs": self.epochs, "total": self.total()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add what an earlier attempt had used when it wrote the checkpoint."""
+        """Add the cost of an earlier attempt, as its checkpoint has it."""
         self.epochs, self._earlier = list(state["epochs"]), dict(state["total"])
 
 
 def _now() -> float:
-    """Return the time, in seconds, when all that was asked of a GPU is done."""
+    """Return the time in seconds, after the GPU has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Recorder(TrainerCallback, ExportableState):
-    """Records the curve and the training time of a run; both go on where a resumed run goes on.
+    """Records the curve and the training time of a run, across resumes.
 
-    It has to be called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
+    It is called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
 
     Args:
-        method: Made the model.
+        method: The method that made the model.
         usage: Counts the training time.
 
     Attributes:
@@ -190,11 +185,11 @@ class Recorder(TrainerCallback, ExportableState):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the evaluation out of the training time."""
+        """Exclude the evaluation from the training time."""
         self.usage.begin()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave the checkpoint out of the training time."""
+        """Exclude the checkpoint from the training time."""
         self.usage.begin()
 
     def on_log(
@@ -205,10 +200,10 @@ class Recorder(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Stop at a loss or gradient that is not finite: its model would still predict, and be scored.
+        """Stop at a loss or gradient that is not finite: the model would still predict, and be scored.
 
         Raises:
-            NonFiniteError: It is not.
+            NonFiniteError: The loss or the gradient norm is NaN or infinite.
         """
         for name in ("loss", "grad_norm"):
             if not math.isfinite((logs or {}).get(name, 0.0)):
@@ -227,7 +222,7 @@ class Recorder(TrainerCallback, ExportableState):
 
 
 class ProgressFile(TrainerCallback):
-    """Writes step, planned steps, and when this attempt began and at which step, every few seconds.
+    """Writes `progress.json` every few seconds: step, planned steps, and when and at which step this attempt began.
 
     Args:
         path: The file.
@@ -242,14 +237,14 @@ class ProgressFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write where the attempt begins."""
+        """Write the step at which the attempt begins."""
         self._started, self._first_step = time.time(), state.global_step
         self._write(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write, unless it was done a moment ago."""
+        """Write, at most every few seconds."""
         if time.monotonic() - self._written >= _LEAST_SECONDS or state.global_step >= state.max_steps:
             self._write(state)
 
@@ -269,7 +264,7 @@ class EventLog:
 
     Args:
         path: The file; made if missing.
-        upto: Optimizer step that the run resumes from; what an earlier attempt wrote beyond it is dropped.
+        upto: Optimizer step that the run resumes from; later events of an earlier attempt are dropped.
     """
 
     def __init__(self, path: str | os.PathLike[str], upto: int) -> None:

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: the content of `result.json`."""
+"""The content of `result.json`: settings, metrics, parameters, ranks, spectra, cost and provenance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run from a trial to its result: prepare, train, evaluate, leave everything; exact across kills."""
+"""The one runner: prepare a trial, train, evaluate, write everything; a killed run resumes to the bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..methods import Method
 from ..methods.registry import METHODS, make_method
 from ..specs import TrainSpec
 from ..training.job import Job, TrainerKind
-from ..training.trainer import Fit, make_trainer, training_arguments
+from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
 from .folder import TrialFolder, step_of
 from .processes import Processes, require_as_many
 from .provenance import provenance
@@ -86,7 +86,7 @@ def run_trial(
 
 @dataclass(frozen=True)
 class _Run:
-    """A trial that nothing has refused; nothing is written yet.
+    """A trial that has passed all checks; nothing is written yet.
 
     Args:
         trial: The trial.
@@ -114,7 +114,7 @@ class _Run:
 
 
 def _prepare(trial: Trial, home: TrialFolder, processes: Processes, usage: Usage) -> _Run:
-    """Do what can go wrong before anything is written, the cheapest first."""
+    """Do everything that can fail before anything is written, the cheapest first."""
     training = trial.training
     checkpoint = home.checkpoint()
     require_as_many(checkpoint)
@@ -233,7 +233,7 @@ def _untrained(run: _Run) -> Fit:
         data_collator=objective.collator,
         processing_class=objective.processor,
         compute_metrics=objective.metrics,
-        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0] if isinstance(outputs, tuple) else outputs,
+        preprocess_logits_for_metrics=logits_alone,
     )
     trainer.accelerator.prepare_model(model, evaluation_mode=True)
     run.recorder.curve.note(0, run.method.active_parameters(model), run.method.ranks(model))

@@ -1,4 +1,4 @@
-"""What a trial trains on and is scored by: its examples, read, checked and encoded."""
+"""The examples of a trial, read, checked and encoded, and the metric that scores it."""
 
 from __future__ import annotations
 

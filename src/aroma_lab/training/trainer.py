@@ -48,12 +48,12 @@ HOOKS_FILE = "hooks.safetensors"
 
 @dataclass(frozen=True)
 class Fit:
-    """A Trainer, and what drives the method in it.
+    """A Trainer and its callbacks.
 
     Args:
         trainer: Trains and evaluates.
-        growth: Holds AROMA's controller; None for a method that has none.
-        bar: Shows the progress; None for none.
+        growth: The callback with AROMA's controller; None for other methods.
+        bar: The progress bar, if one is shown.
     """
 
     trainer: Trainer
@@ -68,7 +68,7 @@ class Fit:
         return self.growth.controller
 
     def train(self, checkpoint: str | None = None) -> None:
-        """Train, from a checkpoint on if one is given; the terminal is given back whatever happens."""
+        """Train, from a checkpoint if one is given; the progress bar is always closed."""
         try:
             self.trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -90,12 +90,12 @@ def make_trainer(
     progress: bool = True,
     describe: Callable[[Any, Path], None] | None = None,
 ) -> Fit:
-    """Return a Trainer of `model`: for every method the same, but for its callbacks and what it trains.
+    """Return a Trainer of `model`; only callbacks and trained parameters differ between methods.
 
     Args:
-        method: Made the model.
-        model: What to train.
-        objective: What becomes of the examples.
+        method: The method that made the model.
+        model: The model to train.
+        objective: Batches, loss and metrics of the task.
         training: The loop.
         folder: Where checkpoints go.
         train: Tokenized training examples.
@@ -103,7 +103,7 @@ def make_trainer(
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
         progress: Whether a progress bar is shown.
-        describe: Called with the model and the folder of every checkpoint, to say there what its outputs mean.
+        describe: Called with the model and the folder of every checkpoint; writes tokenizer and task there.
 
     Raises:
         ConfigError: The method cannot train the model.
@@ -123,7 +123,7 @@ def make_trainer(
         eval_dataset=validation,
         processing_class=objective.processor,
         compute_metrics=objective.metrics,
-        preprocess_logits_for_metrics=_logits_alone,
+        preprocess_logits_for_metrics=logits_alone,
         callbacks=[*own, *callbacks, *([bar] if bar else [])],
         optimizers=(make_optimizer(model, training, method), None),
     )
@@ -203,9 +203,10 @@ _MOST_EPOCHS = 10**6
 """accelerate orders an epoch by the sum of data seed and epoch: seeds side by side would share all orders but one."""
 
 
-def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Drop what some models return beside their logits, as T5 its encoder states."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return the logits of outputs that hold more, as T5's encoder states."""
+    logits: torch.Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits
 
 
 def _scheduler_options(training: TrainSpec) -> dict[str, float]:
@@ -216,7 +217,7 @@ def _scheduler_options(training: TrainSpec) -> dict[str, float]:
 
 
 class ExactResume:
-    """Lets a Trainer that it is mixed into train any method, and resume it to the bit.
+    """Mixed into a Trainer, lets it train any method, and resume it to the bit.
 
     Its checkpoints hold the trained parameters whole, and the state of the method's hooks. PEFT's own files would not
     do: of AdaLoRA they lack the triplets that are masked for now, of ReLoRA what was merged into the backbone.
@@ -348,11 +349,12 @@ class EpochLengthSampler(LengthGroupedSampler):
         # Hashed: with a sum, the second epoch of one seed would be the first of the next.
         digest = hashlib.sha256(f"{self._seed} {self._epoch}".encode()).digest()
         self.generator.manual_seed(int.from_bytes(digest[:7], "big"))
-        return super().__iter__()
+        order: Iterator[int] = super().__iter__()
+        return order
 
 
 class LossWindow(TrainerCallback, ExportableState):
-    """Keeps it in the checkpoints: a resumed Trainer would log the mean over fewer steps than the uninterrupted one.
+    """Keeps the loss summed up since the last log in checkpoints; a resumed Trainer would log the mean of fewer steps.
 
     Args:
         trainer: The Trainer.

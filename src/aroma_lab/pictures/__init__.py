@@ -1,1 +1,0 @@
-"""The laboratory's figures, drawn from the records that runs leave."""

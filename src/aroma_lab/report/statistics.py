@@ -1,0 +1,83 @@
+"""Means, deviations, and paired differences with their bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap
+
+RESAMPLES = 10_000
+"""Resamples of a bootstrap."""
+CONFIDENCE = 0.95
+"""Confidence level of an interval."""
+FEW_SEEDS = 10
+"""With fewer seeds than this an interval is too narrow, and tables say so."""
+_BOOTSTRAP_SEED = 0
+
+
+def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFrame:
+    """Return mean, sample standard deviation (n − 1) and number of a column's values, a row for each method.
+
+    Mean and deviation are NaN where there are no values, the deviation also for a single one.
+    """
+    numbers = pd.to_numeric(frame[value]).groupby(frame["method"]).agg(["mean", "std", "count"])
+    found = numbers.reindex(list(methods))
+    return found.assign(count=found["count"].fillna(0).astype(int))
+
+
+def mean_of_means(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.Series[float]:
+    """Return by method the mean over the tasks of the mean over the seeds, of the tasks that a method has."""
+    by_task = frame.groupby(["method", "task"])[value].mean()
+    return by_task.groupby("method").mean().reindex(list(methods))
+
+
+def paired_differences(
+    frame: pd.DataFrame, value: str, baseline: str, methods: Sequence[str]
+) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+    """Return how much more each method scores than the baseline, in runs of the same task and seed.
+
+    The interval is the percentile bootstrap's. The seeds of each task are drawn with replacement, task by task, and a
+    pair stays a pair. Tasks are taken as given: the interval says nothing about tasks that were not run.
+
+    Args:
+        frame: Runs with their `task`, `method` and `seed`.
+        value: Column that is compared.
+        baseline: Method that the others are compared with.
+        methods: Rows of the answer.
+
+    Returns:
+        By method `difference` (mean over tasks of the mean over seeds; NaN without a pair), `low` and `high` (NaN
+        where a task has a single pair, which tells nothing of the spread) and `pairs`; and by method the tasks with a
+        single pair.
+    """
+    runs = frame.dropna(subset=[value]).sort_values("seed", kind="stable")
+    pairs = runs.merge(
+        runs[runs.method == baseline][["task", "seed", value]], on=["task", "seed"], suffixes=("", "_b")
+    )
+    pairs = pairs.assign(difference=pairs[value] - pairs[f"{value}_b"])
+    rows, single = {}, {}
+    for method, of_method in pairs.groupby("method", sort=False):
+        samples = of_method.groupby("task", sort=False)["difference"].apply(np.asarray)
+        low, high = _interval(list(samples)) if samples.map(len).min() > 1 else (np.nan, np.nan)
+        rows[method] = (samples.map(np.mean).mean(), low, high, samples.map(len).sum())
+        single[str(method)] = [str(task) for task, sample in samples.items() if len(sample) == 1]
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=["difference", "low", "high", "pairs"])
+    return found.reindex(list(methods)), single
+
+
+def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:
+    def mean_of_sample_means(*drawn: Any, axis: int) -> Any:
+        return np.mean([np.mean(sample, axis=axis) for sample in drawn], axis=0)
+
+    found = bootstrap(
+        samples,
+        mean_of_sample_means,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(_BOOTSTRAP_SEED),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

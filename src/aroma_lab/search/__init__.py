@@ -1,1 +1,0 @@
-"""Search: many trials of one method on one task, shared by processes and machines through an Optuna study."""

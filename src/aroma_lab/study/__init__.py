@@ -1,0 +1,1 @@
+"""Grids and searches as Optuna studies. Importing this is light."""

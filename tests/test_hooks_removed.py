@@ -1,0 +1,212 @@
+"""What AROMA hooks into an optimizer is gone when it is told to go, and what others hooked in stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from aroma import AromaCallback, attach
+from aroma.errors import NonFiniteError
+from aroma.sharding import REPLICAS, ZERO, StepHooks
+from trainer_runs import adapted, examples, trainer_for
+
+# Optimizers of torch -------------------------------------------------------------------------------------------------
+
+
+def hooks_of(*parts: Any) -> list[tuple[str, int]]:
+    """Number of hooks of every kind that optimizers and modules carry."""
+    owners = [owner for part in parts for owner in (part.modules() if isinstance(part, nn.Module) else [part])]
+    return [
+        (f"{type(owner).__name__}.{name}", len(value))
+        for owner in owners
+        for name, value in vars(owner).items()
+        if "hooks" in name and isinstance(value, dict)
+    ]
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def step(model: nn.Module, optimizer: Any) -> None:
+    rows = examples()[:4]
+    model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+def test_detaching_removes_every_hook(wrap: Callable[[Any], Any]) -> None:
+    """Compiled, the controller also drops the gradients of frozen pairs before a step."""
+    model = adapted()
+    optimizer = adamw(model)
+    own = optimizer.register_step_post_hook(lambda *_: None)
+    before = hooks_of(model, optimizer)
+    growth = attach(wrap(model), optimizer, total_steps=32)
+    assert hooks_of(model, optimizer) != before
+    growth.detach()
+    growth.detach()
+    assert hooks_of(model, optimizer) == before
+    own.remove()
+
+
+def test_a_detached_adapter_trains_on_and_does_not_grow() -> None:
+    model = adapted(max_inner_steps=2)
+    optimizer = adamw(model)
+    growth = attach(model, optimizer, total_steps=32)
+    step(model, optimizer)
+    growth.detach()
+    for _ in range(4):
+        step(model, optimizer)
+    assert growth.controller.global_step == 1
+    assert growth.controller.total_rank == 0
+
+
+class Stop(TrainerCallback):
+    """Breaks a training off after a step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise RuntimeError("somebody else's error")
+
+
+def test_the_trainer_leaves_no_hook_behind(tmp_path: Any) -> None:
+    model = adapted()
+    optimizer = adamw(model)
+    before = hooks_of(model, optimizer)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    trainer = trainer_for(model, tmp_path, AromaCallback(), more={"optimizers": (optimizer, schedule)}, max_steps=3)
+    trainer.train()
+    assert hooks_of(model, optimizer) == before
+
+
+def test_a_training_after_one_that_broke_off_has_the_hooks_of_one(tmp_path: Any) -> None:
+    model, callback = adapted(), AromaCallback()
+    optimizer = adamw(model)
+    before = hooks_of(model, optimizer)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    trainer = trainer_for(model, tmp_path, callback, Stop(), more={"optimizers": (optimizer, schedule)}, max_steps=3)
+    with pytest.raises(RuntimeError, match="somebody else's error"):
+        trainer.train()
+    trainer.remove_callback(Stop)
+    trainer.train()
+    assert hooks_of(model, optimizer) == before
+
+
+# Optimizers of DeepSpeed, which have no hooks ------------------------------------------------------------------------
+
+
+class Engine:
+    """What matters here of an optimizer of DeepSpeed: a method `step`, and no hooks."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def step(self, closure: Any = None) -> str:
+        self.said.append("step")
+        return "stepped"
+
+
+def say(optimizer: Engine, *words: str) -> list[Callable[..., None]]:
+    return [lambda *_, word=word: optimizer.said.append(word) for word in words]
+
+
+def test_steps_are_hooked_until_the_hooks_are_removed() -> None:
+    optimizer = Engine()
+    hooks = StepHooks(optimizer, *say(optimizer, "before", "after"))
+    assert optimizer.step() == "stepped"
+    assert optimizer.said == ["before", "step", "after"]
+    hooks.remove()
+    hooks.remove()
+    assert vars(optimizer).keys() == {"said"}, "the method of the class is back"
+
+
+def test_hooks_get_what_torch_gives_its_own() -> None:
+    given: list[tuple[Any, ...]] = []
+    optimizer = Engine()
+    StepHooks(optimizer, lambda *found: given.append(found), lambda *found: given.append(found))
+    optimizer.step(closure=None)
+    assert given == [(optimizer, (), {"closure": None})] * 2
+
+
+def test_a_step_that_was_replaced_before_comes_back() -> None:
+    optimizer: Any = SimpleNamespace(step=lambda: "own")
+    own = optimizer.step
+    hooks = StepHooks(optimizer, lambda *_: None, lambda *_: None)
+    hooks.remove()
+    assert optimizer.step is own
+
+
+def test_a_wrapper_that_was_added_later_stays() -> None:
+    optimizer: Any = Engine()
+    hooks = StepHooks(optimizer, *say(optimizer, "before", "after"))
+    inner = optimizer.step
+
+    def later(*args: Any) -> Any:
+        optimizer.said.append("later")
+        return inner(*args)
+
+    optimizer.step = later
+    hooks.remove()
+    assert optimizer.step is later
+    assert optimizer.step() == "stepped"
+    assert optimizer.said == ["later", "step"]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+def test_several_hooks_are_removed_in_any_order(order: tuple[int, ...]) -> None:
+    optimizer = Engine()
+    hooks = [StepHooks(optimizer, *say(optimizer, f"before {i}", f"after {i}")) for i in range(3)]
+    left = {0, 1, 2}
+    for index in order:
+        hooks[index].remove()
+        left.remove(index)
+        optimizer.said.clear()
+        optimizer.step()
+        outer_first = sorted(left, reverse=True)
+        assert optimizer.said == [*(f"before {i}" for i in outer_first), "step", *(f"after {i}" for i in sorted(left))]
+    assert vars(optimizer).keys() == {"said"}
+
+
+@pytest.mark.parametrize("where", ["before", "step", "after"])
+def test_an_error_leaves_the_step_as_it_was(where: str) -> None:
+    optimizer: Any = type("Engine", (Engine,), {})()
+
+    def fail(*_: Any) -> None:
+        raise NonFiniteError("NaN")
+
+    if where == "step":
+        type(optimizer).step = fail
+    StepHooks(
+        optimizer,
+        fail if where == "before" else lambda *_: None,
+        fail if where == "after" else lambda *_: None,
+    )
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    assert "step" not in vars(optimizer)
+
+
+# The protocol --------------------------------------------------------------------------------------------------------
+
+
+def test_both_kinds_of_optimizer_are_hooked_alike() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    plain = torch.optim.SGD([parameter], lr=0.5)
+    deep = type("ZeROOptimizer", (Engine,), {"optimizer": plain})()
+    for sharding, optimizer in ((REPLICAS, plain), (ZERO, deep)):
+        said: list[str] = []
+        handle = sharding.hook_step(
+            optimizer, lambda *_, said=said: said.append("before"), lambda *_, said=said: said.append("after")
+        )
+        optimizer.step()
+        handle.remove()
+        optimizer.step()
+        assert said == ["before", "after"]
+        assert sharding.base_optimizer(optimizer) is plain
