@@ -7,9 +7,9 @@ from typing import Any
 
 from aroma.cli.texts import examples
 
-from . import lab_collect, lab_figure, lab_run, lab_search, lab_table
+from . import lab_report, lab_run, lab_search
 
-_COMMANDS = (lab_run, lab_search, lab_table, lab_figure, lab_collect)
+_COMMANDS = (lab_run, lab_search, lab_report)
 
 
 def add_parser(commands: Any) -> None:

@@ -5,63 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from aroma.errors import ConfigError, DataError, bad_value
-from aroma.pictures import FAINT, MatrixRank, RankPanel, draw_ranks, new_figure, write_title
+from aroma.errors import CheckpointError, ConfigError, DataError, bad_value
+from aroma.pictures import FAINT, INK, MatrixRank, draw_ranks, new_figure
 
+from ..run.files import TrialFiles
 from .formats import counted
-from .runs import Run, curve_of, evaluations_of, read_runs, rows_of
-from .style import (
-    Looks,
-    count_in_whole_numbers,
-    fit_axis,
-    matching_module,
-    metric_label,
-    paper_modules,
-    short_name,
-    style_axes,
-)
+from .runs import Run, read_runs, rows_of
+from .style import fit_axis, looks, matching_module, metric_label, paper_modules, short_name, style_axes, write_title
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Points = Sequence[tuple[float, float]]
-"""(step, value) pairs, steps ascending."""
-
-_LINE = ["method", "seed", "step", "value"]
-"""Columns of a frame that lines are drawn from."""
-_MARKS = 7
-"""Markers on a curve, to tell it from others in a print without colours."""
-_COSTS = (
-    ("average_parameters", "trainable parameters, average over the planned steps"),
-    ("minutes", "training time, minutes"),
-)
+_COSTS = {
+    "average_parameters": "trainable parameters, average over the planned steps",
+    "minutes": "training time, minutes",
+}
 _OF_MODULES = ("curves", "cosines")
 _OF_ONE_SEED = ("ranks", "cosines")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a figure shows.
-
-    Args:
-        folders: Whatever `read_runs` takes: output folders of grids, tables of runs, folders of runs.
-        task: Name of the task; None if there is only one, or all are shown.
-        methods: Labels of the methods, in the order shown; None for all.
-        modules: Names of modules, or ends of them; None for the paper's.
-        seed: Seed of the runs if one run of a method is shown; None for the lowest.
-    """
-
-    folders: tuple[str | os.PathLike[str], ...]
-    task: str | None = None
-    methods: tuple[str, ...] | None = None
-    modules: tuple[str, ...] | None = None
-    seed: int | None = None
+_COSINES_OF = "layer.10.attention.output.dense"
+"""The module that Figure 4 shows."""
+_MOST_NUMBERS = 12
+"""Components up to which a cell of cosines has room for its value."""
 
 
 @dataclass(frozen=True)
@@ -72,42 +45,61 @@ class Shown:
         frame: Finished runs that are reported, by seed, with `given`, the position of the first folder that has them.
         methods: Labels of the methods shown, in order.
         tasks: Names of the tasks shown, in the grid's order.
-        looks: How the methods are drawn.
-        choice: What was asked for.
+        looks: How the methods are drawn, see `style.looks`.
+        modules: Names of modules, or ends of them; None for the paper's.
+        seed: Seed of the runs if one run of a method is shown; None for the lowest.
+        is_pair: Whether the folders hold two runs, and nothing was chosen among them.
     """
 
     frame: pd.DataFrame
     methods: Sequence[str]
     tasks: Sequence[str]
-    looks: Looks
-    choice: Choice
+    looks: Mapping[str, Mapping[str, Any]]
+    modules: Sequence[str] | None
+    seed: int | None
+    is_pair: bool
 
-    def of(self, method: str, task: str | None = None) -> pd.DataFrame:
+    def of(self, method: str) -> pd.DataFrame:
         """Return the runs of a method, by seed."""
-        frame = self.frame[self.frame.method == method]
-        return frame if task is None else frame[frame.task == task]
+        return self.frame[self.frame.method == method]
 
 
-def draw_figure(kind: str, choice: Choice) -> Figure:
+def draw_figure(
+    kind: str,
+    folders: Sequence[str | os.PathLike[str]],
+    task: str | None = None,
+    methods: Sequence[str] | None = None,
+    modules: Sequence[str] | None = None,
+    seed: int | None = None,
+) -> Figure:
     """Return a figure of finished runs.
 
     Args:
         kind: One of `FIGURES`.
-        choice: What it shows.
+        folders: Whatever `read_runs` takes: output folders of grids, tables of runs, folders of runs.
+        task: Name of the task; None if there is only one, or all are shown.
+        methods: Labels of the methods, in the order shown; None for all.
+        modules: Names of modules, or ends of them; None for the paper's.
+        seed: Seed of the runs if one run of a method is shown; None for the lowest.
 
     Raises:
         ConfigError: A choice names what is not there, or leaves open what has to be chosen.
         DataError: There are no finished runs, or too few.
         CheckpointError: A record or an adapter is missing or damaged.
     """
-    if choice.modules is not None and kind not in _OF_MODULES:
-        raise bad_value("--modules", " ".join(choice.modules), f"only for {' and '.join(_OF_MODULES)}")
-    if choice.seed is not None and kind not in _OF_ONE_SEED:
-        raise bad_value("--seed", choice.seed, f"only for {' and '.join(_OF_ONE_SEED)}; others show all seeds")
-    shown = _find(choice)
-    if kind != "pareto" and len(shown.tasks) > 1:
-        raise bad_value("--task", None, f"this figure shows one task; choose one of {', '.join(shown.tasks)}")
-    return FIGURES[kind](shown)
+    if modules is not None and kind not in _OF_MODULES:
+        raise bad_value("--modules", " ".join(modules), f"only for {' and '.join(_OF_MODULES)}")
+    if seed is not None and kind not in _OF_ONE_SEED:
+        raise bad_value("--seed", seed, f"only for {' and '.join(_OF_ONE_SEED)}; others show all seeds")
+    frame, labels, tasks = _read(folders)
+    tasks = _only("--task", None if task is None else [task], tasks)
+    if kind != "pareto" and len(tasks) > 1:
+        raise bad_value("--task", None, f"this figure shows one task; choose one of {', '.join(tasks)}")
+    frame = frame[frame.task.isin(tasks)]
+    chosen = _only("--methods", methods, [label for label in labels if (frame.method == label).any()])
+    frame = frame[frame.method.isin(chosen)]
+    is_pair = methods is None and seed is None and len(frame) == 2
+    return FIGURES[kind](Shown(frame, chosen, tasks, looks(labels), modules, seed, is_pair))
 
 
 def curves_figure(shown: Shown) -> Figure:
@@ -118,30 +110,37 @@ def curves_figure(shown: Shown) -> Figure:
 
     Raises:
         ConfigError: Not two modules; or one is not adapted by any method, or not told apart by the name given.
-        CheckpointError: A `curve.json` or `history.json` is missing or damaged.
+        CheckpointError: A run has no `curve.json` or no `history.json`.
     """
-    curves = {run.where: curve_of(run) for run in rows_of(shown.frame)}
-    chosen = _two_modules(shown.choice.modules, curves.values())
-    figure = new_figure(12, 7.05)
-    panels = figure.subplots(
-        2, 3, gridspec_kw={"left": 0.055, "right": 0.985, "top": 0.845, "bottom": 0.075, "hspace": 0.36}
-    )
-    panels = list(panels.flat)
-    parameters = {place: curve["parameters"] for place, curve in curves.items()}
-    _draw_steps(panels[0], shown, "(a) trainable parameters", parameters)
-    # A growing method ends at 0.
-    fit_axis(panels[0], "y", [0, *(points[0][1] for points in parameters.values())])
-    _draw_steps(panels[1], shown, "(b) total rank", {place: curve["total_rank"] for place, curve in curves.items()})
-    for panel, letter, name in zip(panels[2:4], "cd", chosen, strict=False):
-        ranks = {place: curve["ranks"].get(name, []) for place, curve in curves.items()}
-        _draw_steps(panel, shown, f"({letter}) rank of {short_name(name)}", ranks)
-    for panel, letter in list(zip(panels[2:4], "cd", strict=True))[len(chosen) :]:
-        _draw_steps(panel, shown, f"({letter}) rank of a module", {})
-    _draw_lines(panels[4], shown, f"(e) {metric_label(shown.frame.metric.iloc[0])}", _score_frame(shown))
-    panels[5].set_axis_off()
-    handles = [shown.looks.handle(m, f"{m} ({counted(len(shown.of(m)), 'seed')})") for m in shown.methods]
-    panels[5].legend(handles=handles, loc="upper left", fontsize=9, frameon=False, handlelength=4, borderaxespad=0)
-    write_title(figure, f"Training on {shown.tasks[0]}", " · ".join([*_seeds_text(shown), *_stop_text(shown)]))
+    for run in rows_of(shown.frame):
+        for file, value in (("curve", run.curve), ("history", run.evaluations)):
+            if value is None:
+                raise CheckpointError(f"{run.where}/{file}.json: missing; restore it, or run the trial again")
+    names = list(dict.fromkeys(name for curve in shown.frame.curve for name in curve["ranks"]))
+    if shown.modules is not None and len(shown.modules) != 2:
+        raise bad_value("--modules", " ".join(shown.modules), "Figure 1 shows two modules; give two")
+    modules = paper_modules(names) if shown.modules is None else [matching_module(one, names) for one in shown.modules]
+    series: dict[str, Callable[[Run], Any]] = {
+        "trainable parameters": lambda run: run.curve["parameters"],
+        "total rank": lambda run: run.curve["total_rank"],
+        **{f"rank of {short_name(name)}": partial(_module_ranks, name) for name in modules},
+        metric_label(shown.frame.metric.iloc[0]): _scores,
+    }
+    figure = new_figure(12, 7)
+    *panels, corner = figure.subplots(2, 3).flat
+    for axes, letter, (title, of_run) in zip(panels, "abcde", series.items(), strict=False):
+        _draw_lines(axes, shown, f"({letter}) {title}", of_run)
+    fit_axis(panels[0], "y", [0, *(curve["parameters"][0][1] for curve in shown.frame.curve)])
+    handles, labels = panels[0].get_legend_handles_labels()
+    counts = [f"{label} ({counted(len(shown.of(label)), 'seed')})" for label in labels]
+    corner.legend(handles, counts, loc="upper left", fontsize=9, frameon=False, handlelength=4)
+    for axes in (*panels[len(series) :], corner):
+        axes.set_axis_off()
+    remarks = [_seeds_text(shown, "lowest to highest shaded")]
+    if early := int(shown.frame.stopped_early.sum()):
+        held = "the last value is held until the longest run of the method ends"
+        remarks.append(f"{early} of {counted(len(shown.frame), 'run')} stopped early: {held}")
+    write_title(figure, f"Training on {shown.tasks[0]}", " · ".join(remarks))
     return figure
 
 
@@ -151,16 +150,15 @@ def ranks_figure(shown: Shown) -> Figure:
     Raises:
         ConfigError: No method has ranks, or one has no run of the seed.
     """
-    chosen = [_one_seed(shown, method, shown.choice.seed) for method in shown.methods]
-    panels = []
-    for run in chosen:
-        effective = run.result["effective_ranks"] if run.result["ranks"] else {}
-        matrices = [MatrixRank(name, rank, effective[name]) for name, rank in run.result["ranks"].items()]
+    panels = {}
+    for run in [_one_seed(shown, method, shown.seed) for method in shown.methods]:
+        ranks = run.result["ranks"]
+        matrices = [MatrixRank(name, rank, run.result["effective_ranks"][name]) for name, rank in ranks.items()]
         if matrices:
-            panels.append(RankPanel(f"{run.method} on {run.task}, seed {run.seed}", matrices))
+            panels[f"{run.method} on {run.task}, seed {run.seed}"] = matrices
     if not panels:
-        methods = ", ".join(run.method for run in chosen)
-        raise bad_value("--methods", methods, "none of them has ranks; choose methods with low-rank updates")
+        labels = ", ".join(shown.methods)
+        raise bad_value("--methods", labels, "none of them has ranks; choose methods with low-rank updates")
     return draw_ranks(panels)
 
 
@@ -168,14 +166,31 @@ def cosines_figure(shown: Shown) -> Figure:
     """Return Figure 4: cosines between the components of two methods at their lowest common seed, or of two runs.
 
     Raises:
-        ConfigError: Not two runs.
+        ConfigError: Not two runs; an adapter is no plain LoRA adapter, a run trains nothing, or a module did not grow
+            in both.
         CheckpointError: An adapter is missing or damaged.
-        DataError: The runs have no seed, or no module, in common.
+        DataError: The runs have no seed in common, or no module of the same shape that grew in both.
     """
-    from .cosines import cosine_panels, draw_cosines  # here alone, since it needs torch
+    import seaborn as sns
+    from matplotlib.patches import Rectangle
 
     first, second = _pair(shown)
-    return draw_cosines(cosine_panels(first, second, shown.choice.modules), first, second)
+    panels = _cosines(first, second, shown.modules)
+    figure = new_figure(6 * len(panels), 6)
+    for axes, (name, cosines) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        rows, columns = (range(1, 1 + count) for count in cosines.shape)
+        values = pd.DataFrame(cosines.numpy().round(2) + 0.0, rows, columns)  # adding 0 makes −0.00 0.00
+        annotated = max(values.shape) <= _MOST_NUMBERS
+        sns.heatmap(values, vmin=-1, vmax=1, cmap="PuOr", square=True, annot=annotated, fmt=".2f", ax=axes)
+        for place in range(min(values.shape)):
+            axes.add_patch(Rectangle((place, place), 1, 1, fill=False, edgecolor=INK, linewidth=1.6, clip_on=False))
+        diagonal = float(cosines.diagonal().abs().mean())
+        axes.set_title(f"{short_name(name)}\nmean |cosine| on the diagonal {diagonal:.2f}", fontsize=9, loc="left")
+        axes.set(xlabel="component", ylabel="component")
+    labels = [f"{run.method}, seed {run.seed}" for run in (first, second)]
+    remarks = f"rows: {labels[0]} · columns: {labels[1]} · framed: components of the same position"
+    write_title(figure, f"Cosines of components on {first.task}", remarks)
+    return figure
 
 
 def pareto_figure(shown: Shown) -> Figure:
@@ -183,36 +198,25 @@ def pareto_figure(shown: Shown) -> Figure:
 
     A mark is the mean over a method's seeds, and its whiskers reach from the lowest to the highest of both. It is
     filled if the method is on the Pareto front, which a line joins. Parameters are averaged over the planned steps,
-    including those that a run which stopped early did not take: the axis and the subtitle say so.
+    including those that a run which stopped early did not take: the axis and the remarks say so.
     """
-    height = 0.85 + 3.2 * len(shown.tasks)
-    figure = new_figure(12, height)
-    box = {
-        "left": 0.065,
-        "right": 0.81,
-        "top": 1 - 1.15 / height,
-        "bottom": 0.6 / height,
-        "wspace": 0.18,
-        "hspace": 0.4,
-    }
-    panels = figure.subplots(len(shown.tasks), 2, squeeze=False, gridspec_kw=box)
+    figure = new_figure(12, 1 + 3.2 * len(shown.tasks))
     frame = shown.frame.assign(minutes=shown.frame.training_seconds / 60, points=100 * shown.frame.score)
-    for row, task in zip(panels, shown.tasks, strict=True):
+    drawn: dict[str, Any] = {}
+    for row, task in zip(figure.subplots(len(shown.tasks), 2, squeeze=False), shown.tasks, strict=True):
         of_task = frame[frame.task == task]
-        for axes, (cost, label) in zip(row, _COSTS, strict=True):
-            style_axes(axes, task, label, metric_label(of_task.metric.iloc[0]) if cost == _COSTS[0][0] else "")
-            _draw_points(axes, shown, of_task, cost)
+        for axes, (cost, label) in zip(row, _COSTS.items(), strict=True):
+            style_axes(axes, task, label, metric_label(of_task.metric.iloc[0]))
+            drawn |= _draw_points(axes, shown, of_task, cost)
             fit_axis(axes, "x", of_task[cost])
-    from matplotlib.lines import Line2D
-
-    handles = [shown.looks.handle(method, method, line=False) for method in shown.methods]
-    handles.append(Line2D([], [], color=FAINT, linewidth=1.2, label="Pareto front"))
-    corner = (0.825, box["top"])
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, fontsize=9, frameon=False, borderaxespad=0)
-    parts = [*_seeds_text(shown, "whiskers from lowest to highest"), "filled: on the Pareto front"]
+    figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
+    remarks = [
+        _seeds_text(shown, "whiskers from lowest to highest"),
+        "filled: on the Pareto front",
+    ]
     if shown.frame.stopped_early.any():
-        parts.append("after an early stop nothing trains: the planned steps that are left count as 0 parameters")
-    write_title(figure, "Score against cost", " · ".join(parts))
+        remarks.append("after an early stop nothing trains: the planned steps that are left count as 0 parameters")
+    write_title(figure, "Score against cost", " · ".join(remarks))
     return figure
 
 
@@ -234,53 +238,32 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     Args:
         points: (cost, score) pairs.
     """
-    front = [
-        index
-        for index, (cost, score) in enumerate(points)
-        if not any(
-            other_cost <= cost and other_score >= score and (other_cost, other_score) != (cost, score)
-            for other_cost, other_score in points
-        )
-    ]
+
+    def beaten(cost: float, score: float) -> bool:
+        return any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points)
+
+    front = [index for index, point in enumerate(points) if not beaten(*point)]
     return sorted(front, key=lambda index: points[index])
 
 
-def held_values(points: Points, steps: Sequence[float]) -> Any:
-    """Return the values of a step function at `steps`: a value holds from its step on, also beyond the run's end."""
-    changes, values = np.array(points, dtype=float).T
-    return values[np.searchsorted(changes, steps, side="right") - 1]
-
-
-def _find(choice: Choice) -> Shown:
-    """Return the chosen runs of the folders given.
-
-    Raises:
-        DataError: There is no finished run in one of them, or two are of the same task, method and seed.
-        ConfigError: A folder has no runs at all, or a task or a method is not there.
-    """
-    frames, labels, names = [], [], []
-    for given, folder in enumerate(choice.folders):
+def _read(folders: Sequence[str | os.PathLike[str]]) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Return the finished runs of the folders, and the labels of all methods and tasks."""
+    frames, labels, tasks = [], [], []
+    for given, folder in enumerate(folders):
         runs = read_runs(folder)
         if runs.reported.empty:
             remedy = "no finished run in it that is reported; wait for one, or give another folder"
             raise bad_value("FOLDER", str(folder), remedy, DataError)
-        frames.append(
-            runs.reported.assign(given=given, place=[os.path.realpath(path) for path in runs.reported["where"]])
-        )
+        places = [os.path.realpath(path) for path in runs.reported["where"]]
+        frames.append(runs.reported.assign(given=given, place=places))
         labels += runs.methods
-        names += [task for task in runs.tasks if (runs.reported.task == task).any()]
-    frame = pd.concat(frames).drop_duplicates("place").sort_values("seed", kind="stable", ignore_index=True)
-    methods, tasks = list(dict.fromkeys(labels)), list(dict.fromkeys(names))
-    if choice.task is not None:
-        tasks = _only("--task", [choice.task], tasks)
-    frame = frame[frame.task.isin(tasks)]
+        tasks += [task for task in runs.tasks if (runs.reported.task == task).any()]
+    frame = pd.concat(frames).drop_duplicates("place").sort_values(["seed"], kind="stable", ignore_index=True)
     twice = frame[frame.duplicated(["task", "method", "seed"], keep=False)]
     if len(twice):
-        other, one = list(twice.sort_values(["task", "method", "seed"], kind="stable")["where"])[:2]
+        other, one = twice.sort_values(["task", "method", "seed"], kind="stable")["where"].iloc[:2]
         raise bad_value("FOLDER", one, f"of the same task, method and seed as {other}; give one of them", DataError)
-    present = [method for method in methods if (frame.method == method).any()]
-    wanted = _only("--methods", choice.methods, present)
-    return Shown(frame[frame.method.isin(wanted)], wanted, tasks, Looks.of(methods), choice)
+    return frame, list(dict.fromkeys(labels)), list(dict.fromkeys(tasks))
 
 
 def _only(field: str, wanted: Iterable[str] | None, known: Sequence[str]) -> list[str]:
@@ -301,164 +284,148 @@ def _one_seed(shown: Shown, method: str, seed: int | None) -> Run:
     raise bad_value("--seed", seed, f"{method} has no finished run of it; there are {known}")
 
 
-def _pair(shown: Shown) -> tuple[Run, Run]:
+def _pair(shown: Shown) -> list[Run]:
     """Return the two runs to compare: two methods at their lowest common seed, or the only two runs there are."""
-    if shown.choice.methods is None and shown.choice.seed is None and len(shown.frame) == 2:
-        first, second = rows_of(shown.frame.sort_values("given", kind="stable"))
-        return first, second
+    if shown.is_pair:
+        return rows_of(shown.frame.sort_values("given", kind="stable"))
     if len(shown.methods) != 2:
         labels = ", ".join(shown.methods)
-        raise ConfigError(
-            f"--methods: cosines compare two runs; choose two of {labels}, or give the folders of two runs"
-        )
+        remedy = f"cosines compare two runs; choose two of {labels}, or give the folders of two runs"
+        raise ConfigError(f"--methods: {remedy}")
     one, other = shown.methods
-    seed = shown.choice.seed
-    if seed is None:
-        common = set(shown.of(one).seed) & set(shown.of(other).seed)
-        if not common:
-            raise DataError(
-                f"--methods: {one} and {other} have no finished runs of the same seed; give the folders of two runs"
-            )
-        seed = min(common)
-    return _one_seed(shown, one, seed), _one_seed(shown, other, seed)
+    common = set(shown.of(one).seed) & set(shown.of(other).seed)
+    if shown.seed is None and not common:
+        remedy = f"{one} and {other} have no finished runs of the same seed; give the folders of two runs"
+        raise DataError(f"--methods: {remedy}")
+    seed = min(common) if shown.seed is None else shown.seed
+    return [_one_seed(shown, method, seed) for method in shown.methods]
 
 
-def _two_modules(modules: Sequence[str] | None, curves: Iterable[Mapping[str, Any]]) -> list[str]:
-    names = list(dict.fromkeys(name for curve in curves for name in curve["ranks"]))
+def _cosines(first: Run, second: Run, modules: Sequence[str] | None) -> dict[str, torch.Tensor]:
+    """Return by module a matrix with a row for each component of the first run, a column for each of the second."""
+    from aroma.spectra import component_cosines
+
+    ours, others = _updates(first), _updates(second)
+
+    def grew_in_both(name: str) -> bool:
+        one, other = ours[name], others[name]
+        is_alike = (one.B.shape[0], one.A.shape[1]) == (other.B.shape[0], other.A.shape[1])
+        return is_alike and bool(one.B.any()) and bool(other.B.any())
+
+    shared = [name for name in ours if name in others and grew_in_both(name)]
+    if not shared:
+        remedy = f"its adapter has no grown module in common with that of {first.where}; give runs of one model"
+        raise bad_value("FOLDER", second.where, remedy, DataError)
     if modules is None:
-        return paper_modules(names) if names else []
-    if len(modules) != 2:
-        raise bad_value("--modules", " ".join(modules), "Figure 1 shows two modules; give two")
-    return [matching_module(module, names) for module in modules]
-
-
-def _draw_steps(axes: Axes, shown: Shown, title: str, points: Mapping[str, Points]) -> None:
-    """Draw step functions, given by run; a method of which a run has no values is left out."""
-    rows = []
-    marks: dict[str, list[int]] = {}
-    for index, method in enumerate(shown.methods):
-        runs = shown.of(method)
-        changes = [points.get(place, []) for place in runs["where"]]
-        if all(changes):
-            end = int(runs.steps.max())
-            # Each method has its markers at other steps, so that curves which lie on each other stay told apart.
-            marks[method] = [
-                round(end * (mark + (index + 0.5) / len(shown.methods)) / _MARKS) for mark in range(_MARKS)
-            ]
-            found = {step for of_run in changes for step, _ in of_run if step <= end} | {end, *marks[method]}
-            # A value holds until the step before the next one.
-            steps = sorted(found | {step - 1 for step in found if step > 0})
-            for seed, of_run in zip(runs.seed, changes, strict=True):
-                rows += [
-                    (method, seed, step, value) for step, value in zip(steps, held_values(of_run, steps), strict=True)
-                ]
-    _draw_lines(axes, shown, title, pd.DataFrame(rows, columns=_LINE))
-    for line, of_method in zip(axes.lines, marks.values(), strict=False):
-        line.set_markevery(np.searchsorted(line.get_xdata(), of_method).tolist())
-    count_in_whole_numbers(axes.yaxis)
-    if rows:
-        axes.set_ylim(bottom=-0.04 * axes.get_ylim()[1])
+        papers = [name for name in shared if name.endswith(_COSINES_OF)]
+        chosen = papers[:1] or [max(shared, key=lambda name: min(len(ours[name].A), len(others[name].A)))]
     else:
-        axes.text(0.5, 0.5, "no method has ranks", ha="center", transform=axes.transAxes, fontsize=9, color=FAINT)
+        chosen = [matching_module(one, shared) for one in modules]
+    # Components have rank r in methods that train one after the other, and 1 in those that train all at once.
+    ranks = [run.trial["options"].get("r", 1) if run.kind in ("aroma", "relora") else 1 for run in (first, second)]
+    return {
+        name: component_cosines(ours[name].B, ours[name].A, others[name].B, others[name].A, *ranks) for name in chosen
+    }
 
 
-def _draw_lines(axes: Axes, shown: Shown, title: str, frame: pd.DataFrame) -> None:
-    """Draw a line for each method, the mean over its seeds, and a band from the lowest to the highest."""
+def _updates(run: Run) -> Mapping[str, Any]:
+    from aroma.export import read_adapter
+
+    if not run.steps:
+        raise bad_value("--methods", run.method, "it trains nothing, so it has no components; choose others")
+    adapter = TrialFiles(Path(run.where)).adapter
+    if not adapter.is_dir():  # records are often kept, and passed on, without what was trained
+        remedy = "the adapter of this run is not kept there, and cosines are of adapters; run the trial again"
+        raise bad_value("FOLDER", run.where, remedy, CheckpointError)
+    return read_adapter(adapter).updates
+
+
+def _draw_lines(axes: Axes, shown: Shown, title: str, of_run: Callable[[Run], Any]) -> None:
+    """Draw a line for each method, the mean over its seeds, and a band from the lowest to the highest.
+
+    Args:
+        axes: Where to draw.
+        shown: The runs.
+        title: Title of the panel.
+        of_run: Gives the (step, value) pairs of a run: scores lie on straight lines between their steps, other values
+            hold from their step on. A method of which a run has none is left out.
+    """
     import seaborn as sns
+    from matplotlib.ticker import MaxNLocator
 
     style_axes(axes, title, "optimizer step")
-    count_in_whole_numbers(axes.xaxis)
-    if frame.empty:
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    is_score = of_run is _scores
+    frames = []
+    for method in shown.methods:
+        runs = rows_of(shown.of(method))
+        values = pd.DataFrame({run.seed: pd.Series(dict(of_run(run)), dtype=float) for run in runs}).sort_index()
+        if not values.notna().any().all():
+            continue
+        if is_score:
+            values = values.interpolate("index", limit_area="inside")
+        else:
+            end = max(run.steps for run in runs)
+            values = values.reindex(values.index.union([end])).loc[:end]
+        # The last value holds for a run that has ended; a line begins where all seeds have a value.
+        values = values.ffill().dropna().rename_axis("step").reset_index()
+        frames.append(values.melt("step", var_name="seed").assign(method=method))
+    if not frames:
+        axes.text(0.5, 0.5, "no method has ranks", ha="center", transform=axes.transAxes, fontsize=9, color=FAINT)
         return
-    drawn = [method for method in shown.methods if (frame.method == method).any()]
     sns.lineplot(
-        frame,
+        pd.concat(frames),
         x="step",
         y="value",
         hue="method",
         style="method",
-        hue_order=drawn,
-        style_order=drawn,
-        palette=dict(shown.looks.palette),
-        dashes=dict(shown.looks.dashes),
-        markers=dict(shown.looks.markers),
+        palette=dict(shown.looks["palette"]),
+        dashes=dict(shown.looks["dashes"]),
         errorbar=("pi", 100),
-        err_kws={"linewidth": 0, "alpha": 0.15},
-        linewidth=1.6,
-        markersize=4.5,
-        markeredgewidth=0,
-        legend=False,
+        err_kws={"linewidth": 0, "alpha": 0.15, **({} if is_score else {"step": "post"})},
+        drawstyle="default" if is_score else "steps-post",
         ax=axes,
-    )
+    ).legend().remove()  # its entries stay, for the legend in the corner
     axes.set(xlabel="optimizer step", ylabel="")
+    if not is_score:
+        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        axes.set_ylim(bottom=-0.04 * axes.get_ylim()[1])
 
 
-def _score_frame(shown: Shown) -> pd.DataFrame:
-    """Return scores on the reported examples ×100, by method, seed and step, from where all seeds were measured.
-
-    Between its measurements a run's score is read on a straight line; the last one holds for a run that has ended.
-    """
-    rows = []
-    for method in shown.methods:
-        runs = [(run.seed, np.array(_score_points(run), dtype=float).T) for run in rows_of(shown.of(method))]
-        steps = np.unique(np.concatenate([of_run[0] for _, of_run in runs]))
-        steps = steps[steps >= max(of_run[0][0] for _, of_run in runs)]
-        for seed, of_run in runs:
-            rows += [(method, seed, step, value) for step, value in zip(steps, np.interp(steps, *of_run), strict=True)]
-    return pd.DataFrame(rows, columns=_LINE)
+def _module_ranks(name: str, run: Run) -> Any:
+    return run.curve["ranks"].get(name, ())
 
 
-def _score_points(run: Run) -> list[tuple[float, float]]:
+def _scores(run: Run) -> dict[float, float]:
     """Return a run's score by step, the mean over its reported splits ×100; the last one is the result's."""
-    splits = run.result["reported"]
-    evaluations = pd.DataFrame(list(evaluations_of(run)), columns=["step", "split", run.metric])
-    by_step = evaluations[evaluations.split.isin(list(splits))].pivot_table(
-        index="step", columns="split", values=run.metric
-    )
-    scores = by_step.mean(axis="columns")[by_step.notna().sum(axis="columns") == len(splits)]
-    points = {**(100 * scores).to_dict(), run.steps: 100 * run.score}
-    return sorted((float(step), float(value)) for step, value in points.items())
+    splits = list(run.result["reported"])
+    evaluations = pd.DataFrame(list(run.evaluations), columns=["step", "split", run.metric])
+    by_step = evaluations.pivot_table(index="step", columns="split", values=run.metric).reindex(columns=splits)
+    return {**(100 * by_step.mean(axis="columns", skipna=False).dropna()).to_dict(), run.steps: 100 * run.score}
 
 
-def _draw_points(axes: Axes, shown: Shown, frame: pd.DataFrame, cost: str) -> None:
-    by_method = (
-        frame.groupby("method")[[cost, "points"]].agg(["mean", "min", "max"]).reindex(list(shown.methods)).dropna()
-    )
-    means = by_method.xs("mean", axis="columns", level=1)
+def _draw_points(axes: Axes, shown: Shown, frame: pd.DataFrame, cost: str) -> dict[str, Any]:
+    """Draw a mark for each method, and return the marks by method."""
+    by_method = {method: runs for method in shown.methods if len(runs := frame[frame.method == method])}
     # Rounded, so that equal scores stay equal whatever the order of their seeds.
-    front = pareto_front(list(zip(means[cost], means.points.round(9), strict=True)))
-    if len(front) > 1:
-        line = means.iloc[front]
-        axes.step(line[cost], line.points, where="post", color=FAINT, linewidth=1.2, zorder=1)
-    for place, (method, row) in enumerate(by_method.iterrows()):
-        colour, filled = shown.looks.palette[str(method)], place in front
-        axes.errorbar(
-            row[cost]["mean"],
-            row.points["mean"],
-            xerr=_whiskers(row[cost]),
-            yerr=_whiskers(row.points),
-            marker=shown.looks.markers[str(method)],
-            markersize=8,
-            color=colour,
-            markerfacecolor=colour if filled else "white",
-            elinewidth=0.9,
-            linestyle="none",
-            zorder=3 if filled else 2,
-        )
+    means = [(float(runs[cost].mean()), round(float(runs.points.mean()), 9)) for runs in by_method.values()]
+    front = pareto_front(means)
+    axes.step(*np.transpose([means[place] for place in front]), where="post", color=FAINT, linewidth=1.2, zorder=1)
+    marks = {}
+    for place, (method, runs) in enumerate(by_method.items()):
+        x, y = means[place]
+        xerr, yerr = _whiskers(runs[cost], x), _whiskers(runs.points, y)
+        look = {"color": shown.looks["palette"][method], "marker": shown.looks["markers"][method], "markersize": 8}
+        fill = look["color"] if place in front else "white"
+        marks[method] = axes.errorbar(x, y, yerr, xerr, **look, mfc=fill, elinewidth=0.9, linestyle="none")
+    return marks
 
 
-def _whiskers(row: pd.Series[float]) -> list[list[float]]:
+def _whiskers(values: pd.Series[float], mean: float) -> Any:
     # The mean of equal values can lie beside them by a rounding, and a whisker of negative length is refused.
-    return [[max(0.0, row["mean"] - row["min"])], [max(0.0, row["max"] - row["mean"])]]
+    return np.clip([[mean - values.min()], [values.max() - mean]], 0, None)
 
 
-def _seeds_text(shown: Shown, spread: str = "lowest to highest shaded") -> list[str]:
+def _seeds_text(shown: Shown, spread: str) -> str:
     several = shown.frame.groupby(["task", "method"]).size().max() > 1
-    return [f"mean over seeds, {spread}" if several else "one seed each"]
-
-
-def _stop_text(shown: Shown) -> list[str]:
-    """Return how runs that stopped early show, if there are any."""
-    early, whole = int(shown.frame.stopped_early.sum()), len(shown.frame)
-    held = "the last value is held until the longest run of the method ends"
-    return [f"{early} of {counted(whole, 'run')} stopped early: {held}"] if early else []
+    return f"mean over seeds, {spread}" if several else "one seed each"

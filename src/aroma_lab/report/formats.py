@@ -6,7 +6,6 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,37 +17,101 @@ EMPTY = "–"
 """Text of a cell without value."""
 SUFFIXES: Mapping[str, str] = {".txt": "text", ".md": "markdown", ".tex": "latex", ".csv": "csv"}
 """The format that a file's name asks for."""
-_BLANK = "\0"
-_WIDTH = 100
-"""Characters of a line of caption or notes in plain text."""
 
 
-@dataclass(frozen=True)
 class Table:
-    """A table before it has a format.
+    """A table as columns are added, each with its raw values for CSV and with the texts that a person reads.
 
     Args:
-        name: Short name, for the label of a LaTeX table.
-        caption: What the numbers are and how they came about.
-        values: The raw numbers, as CSV has them.
-        shown: What a person reads: the same rows, as texts.
+        methods: The method of each row.
+        planned: Seeds that every cell should have.
+
+    Attributes:
+        name: Its kind, for the label of a LaTeX table.
         best: Cells of `shown` that are emphasized, as (row, column) positions.
+        caption: What the numbers are and how they came about.
         notes: What else a reader has to know, an item for each matter.
     """
 
-    name: str
-    caption: str
-    values: pd.DataFrame
-    shown: pd.DataFrame
-    best: frozenset[tuple[int, int]] = frozenset()
-    notes: Sequence[str] = field(default_factory=tuple)
+    def __init__(self, methods: Sequence[str], planned: int) -> None:
+        self.methods, self._planned = methods, planned
+        self._values: dict[str, Any] = {}
+        self._shown: dict[str, Sequence[str]] = {}
+        self.best: set[tuple[int, int]] = set()
+        self.name = self.caption = ""
+        self.notes: Sequence[str] = ()
+        self.add("method", methods, method=methods)
 
-    def emphasized(self, emphasize: Callable[[str], str], escape: Callable[[str], str]) -> pd.DataFrame:
+    @property
+    def values(self) -> pd.DataFrame:
+        """The raw values, as CSV has them."""
+        return pd.DataFrame(self._values)
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The same rows as texts."""
+        return pd.DataFrame(self._shown, dtype=object)
+
+    def add(self, title: str, texts: Sequence[str], **values: Any) -> None:
+        """Add a column: what is shown, and the raw values by their heads in CSV."""
+        self._values |= {key: list(column) for key, column in values.items()}
+        self._shown[title] = list(texts)
+
+    def raw(self, key: str, values: Any) -> None:
+        """Add a column that only CSV has."""
+        self._values[key] = list(values)
+
+    def numbers(self, title: str, key: str, values: Sequence[float], words: Callable[[float], str]) -> None:
+        """Add a column of numbers, some of which may be NaN."""
+        self.add(title, [EMPTY if math.isnan(value) else words(value) for value in values], **{key: values})
+
+    def spread(
+        self,
+        title: str,
+        heads: Sequence[str],
+        found: pd.DataFrame,
+        words: Callable[[float], str],
+        mark_best: bool = False,
+    ) -> None:
+        """Add a column of means and deviations, as `statistics.spread` returns them.
+
+        With `mark_best` the largest mean is marked, ties as printed included. Only methods with the most seeds
+        compete: a mean over the seeds that survived is not comparable with one over all.
+        """
+        texts = []
+        for mean, std, count in found[["mean", "std", "count"]].itertuples(index=False, name=None):
+            shown = EMPTY if math.isnan(mean) else words(mean)
+            shown += "" if math.isnan(std) else f" ± {words(std)}"
+            texts.append(shown if count == self._planned else f"{shown} ({count} of {self._planned})")
+        values = dict(zip(heads, (found["mean"], found["std"], found["count"]), strict=False))
+        self.add(title, texts, **values)
+        means = found["mean"].where(found["count"] == found["count"].max()).to_numpy()
+        if mark_best and np.isfinite(means).sum() > 1:
+            winner = words(np.nanmax(means))
+            column = len(self._shown) - 1
+            self.best |= {(row, column) for row, mean in enumerate(means) if words(mean) == winner}
+
+    def difference(self, title: str, prefix: str, found: pd.DataFrame, planned: int) -> None:
+        """Add a column of differences, as `statistics.paired_differences` returns them, of so many planned pairs."""
+        texts = []
+        row: Any
+        for row in found.itertuples():
+            has_interval = not math.isnan(row.low)
+            interval = f"{signed_points(row.low)}, {signed_points(row.high)}" if has_interval else "no interval"
+            pairs = "" if row.pairs == planned else f" ({row.pairs:.0f} of {counted(planned, 'pair')})"
+            shown = f"{signed_points(row.difference)} [{interval}]{pairs}"
+            texts.append(EMPTY if math.isnan(row.difference) else shown)
+        values = {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
+        values["difference_pairs"] = found.pairs.astype("Int64")
+        self.add(f"{title} [{CONFIDENCE:.0%}]", texts, **{prefix + head: column for head, column in values.items()})
+
+    def cells(self, emphasize: Callable[[str], str], escape: Callable[[str], str] = str) -> pd.DataFrame:
         """Return what is shown with all texts escaped, and the best ones emphasized."""
-        cells = self.shown.map(escape).to_numpy(dtype=object)
+        cells = {escape(title): list(map(escape, texts)) for title, texts in self._shown.items()}
+        columns = list(cells.values())
         for row, column in self.best:
-            cells[row, column] = emphasize(cells[row, column])
-        return pd.DataFrame(cells, columns=[escape(str(title)) for title in self.shown.columns])
+            columns[column][row] = emphasize(columns[column][row])
+        return pd.DataFrame(cells)
 
     def caption_with(self, emphasis: str) -> str:
         """Return the caption, and what the emphasis means."""
@@ -57,106 +120,23 @@ class Table:
 
     def sides(self, left: str, right: str) -> list[str]:
         """Return the alignment of the columns: words, which are their own raw values, to the left."""
-        words = {title for title in self.values if pd.api.types.is_string_dtype(self.values[title])}
-        return [left if title in words else right for title in self.shown.columns]
-
-
-class Columns:
-    """Columns of a table as they are added, each with its raw values and with what is shown of them.
-
-    Args:
-        methods: The method of each row.
-        planned: Seeds that every cell should have.
-    """
-
-    def __init__(self, methods: Sequence[str], planned: int) -> None:
-        self.methods, self._planned = methods, planned
-        self._values: dict[str, Any] = {}
-        self._shown: dict[str, list[str]] = {}
-        self._best: set[tuple[int, int]] = set()
-        self.words("method", list(methods))
-
-    def add(self, title: str, texts: Sequence[str], **values: Any) -> None:
-        """Add a column: what is shown, and the raw values by their heads in CSV."""
-        self._values |= {key: list(column) for key, column in values.items()}
-        self._shown[title] = list(texts)
-
-    def words(self, title: str, texts: Sequence[str]) -> None:
-        """Add a column of words."""
-        self.add(title, texts, **{title: texts})
-
-    def raw(self, key: str, values: Any) -> None:
-        """Add a column that only CSV has."""
-        self._values[key] = list(values)
-
-    def numbers(self, title: str, key: str, values: Sequence[float], words: Callable[[float], str]) -> None:
-        """Add a column of numbers, some of which may be NaN."""
-        self.add(title, [optional(value, words) for value in values], **{key: values})
-
-    def spread(
-        self,
-        title: str,
-        prefix: str,
-        found: pd.DataFrame,
-        words: Callable[[float], str],
-        keys: Sequence[str] = ("mean", "std", "seeds"),
-        mark_best: bool = False,
-    ) -> None:
-        """Add a column of means and deviations, as `statistics.spread` returns them."""
-        heads = [f"{prefix}_{key}" if key else prefix for key in keys]
-        cells = found[["mean", "std", "count"]].itertuples(index=False, name=None)
-        texts = [mean_and_deviation(mean, std, count, words, self._planned) for mean, std, count in cells]
-        self.add(title, texts, **dict(zip(heads, (found["mean"], found["std"], found["count"]), strict=False)))
-        if mark_best:
-            self._mark_best(title, found)
-
-    def _mark_best(self, title: str, found: pd.DataFrame) -> None:
-        """Mark the largest mean, ties as printed included.
-
-        Only methods with the most seeds compete: a mean over the seeds that survived is not comparable with one over
-        all.
-        """
-        means = found["mean"].where(found["count"] == found["count"].max()).to_numpy()
-        if np.isfinite(means).sum() < 2:
-            return
-        printed = [words.split()[0] for words in self._shown[title]]
-        winner, column = printed[int(np.nanargmax(means))], list(self._shown).index(title)
-        self._best |= {(row, column) for row, mean in enumerate(means) if np.isfinite(mean) and printed[row] == winner}
-
-    def difference(self, title: str, prefix: str, found: pd.DataFrame, planned: int) -> None:
-        """Add a column of differences, as `statistics.paired_differences` returns them."""
-        heads = ("difference", "difference_low", "difference_high", "difference_pairs")
-        values = (found["difference"], found["low"], found["high"], found["pairs"].astype("Int64"))
-        texts = [difference_text(row, planned) for row in found.itertuples()]
-        by_head = {prefix + head: column for head, column in zip(heads, values, strict=True)}
-        self.add(f"{title} [{CONFIDENCE:.0%}]", texts, **by_head)
-
-    def table(self, name: str, caption: str, notes: Sequence[str]) -> Table:
-        """Return the table."""
-        values, shown = pd.DataFrame(self._values), pd.DataFrame(self._shown, dtype=object)
-        return Table(name, caption, values, shown, frozenset(self._best), list(dict.fromkeys(notes)))
+        return [left if self._values.get(title) == texts else right for title, texts in self._shown.items()]
 
 
 def text(table: Table) -> str:
-    """Return plain text: the caption, the aligned table with a `*` at the best, the notes."""
-    # In columns that have a star the other numbers get blanks, as marks that tabulate does not strip.
-    starred = {column for _, column in table.best}
-    cells = table.emphasized(lambda words: f"{words} *", str)
-    for column in starred:
-        plain_rows = [row for row in range(len(cells)) if (row, column) not in table.best]
-        cells.iloc[plain_rows, column] += _BLANK * 2
-    body = _tabulate(cells, "simple", table.sides("left", "right")).replace(_BLANK, " ")
-    lines = [line.rstrip() for line in body.splitlines()]
-    notes = [textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_long_words=False) for note in table.notes]
-    return _join(textwrap.fill(table.caption_with("*"), _WIDTH), "\n".join(lines), "\n".join(notes))
+    """Return plain text: the caption, the aligned table with a `*` before the best, the notes."""
+    body = _tabulate(table.cells(lambda words: f"*{words}"), "simple", table.sides("left", "right"))
+    paragraphs = [textwrap.fill(table.caption_with("*"), 100, break_long_words=False)]
+    notes = [textwrap.fill(note, 100, subsequent_indent="  ", break_long_words=False) for note in table.notes]
+    return "\n\n".join(filter(None, [*paragraphs, body, "\n".join(notes)])) + "\n"
 
 
 def markdown(table: Table) -> str:
-    """Return Markdown: the table with the best in bold, below it the caption and the notes."""
-    cells = table.emphasized(lambda words: f"**{words}**", _escape_markdown)
+    """Return a Markdown table with the best in bold, the caption and the notes below it."""
+    cells = table.cells(lambda words: f"**{words}**", _escape_markdown)
+    caption, *notes = map(_escape_markdown, (table.caption_with("Bold"), *table.notes))
     body = _tabulate(cells, "pipe", table.sides("left", "right"))
-    notes = "\n".join(f"- {_escape_markdown(note)}" for note in table.notes)
-    return _join(body, _escape_markdown(table.caption_with("Bold")), notes)
+    return "\n\n".join(filter(None, [body, caption, "\n".join(f"- {note}" for note in notes)])) + "\n"
 
 
 def latex(table: Table) -> str:
@@ -164,9 +144,8 @@ def latex(table: Table) -> str:
 
     It needs the packages booktabs and graphicx.
     """
-    cells = table.emphasized(lambda words: rf"\textbf{{{words}}}", _escape_latex)
-    sides = table.sides("l", "r")
-    body = cells.to_latex(index=False, escape=False, column_format="".join(sides)).strip()
+    cells = table.cells(lambda words: rf"\textbf{{{words}}}", _escape_latex)
+    body = cells.to_latex(index=False, escape=False, column_format="".join(table.sides("l", "r"))).strip()
     lines = [
         r"\begin{table}",
         r"\centering\small",
@@ -213,42 +192,19 @@ def plain(value: float) -> str:
 
 def amount(count: float) -> str:
     """Return a number of parameters with three digits: 0, 514, 9.22K, 171K, 1.34M."""
-    for size, unit in ((1, ""), (1e3, "K"), (1e6, "M"), (1e9, "B")):
-        words = f"{count / size:.3g}"
-        if "e" not in words and float(words) < 1000:
-            return words + unit
-    return f"{count:.3g}"
-
-
-def optional(value: float, words: Callable[[float], str]) -> str:
-    """Return a number as text, or the text of an empty cell for NaN."""
-    return EMPTY if math.isnan(value) else words(value)
-
-
-def mean_and_deviation(mean: float, std: float, count: int, words: Callable[[float], str], planned: int) -> str:
-    """Return mean ± deviation, and how many of the planned seeds there are if some are missing."""
-    shown = optional(mean, words) + ("" if math.isnan(std) else f" ± {words(std)}")
-    return shown if count == planned else f"{shown} ({count} of {planned})"
-
-
-def difference_text(row: Any, planned: int) -> str:
-    """Return a difference with its interval, and how many of the planned pairs there are if some are missing."""
-    if np.isnan(row.difference):
-        return EMPTY
-    interval = f"{signed_points(row.low)}, {signed_points(row.high)}" if np.isfinite(row.low) else "no interval"
-    pairs = "" if row.pairs == planned else f" ({row.pairs:.0f} of {counted(planned, 'pair')})"
-    return f"{signed_points(row.difference)} [{interval}]{pairs}"
+    rounded = float(f"{count:.3g}")
+    thousands = min(max(0, math.floor(math.log10(rounded or 1) / 3)), 3)
+    return f"{rounded / 1000**thousands:.4g}{['', 'K', 'M', 'B'][thousands]}"
 
 
 def span(values: Sequence[float], words: Callable[[float], str] = plain) -> str:
     """Return the one text of all `values`, or those of the smallest and the largest: `3`, `500–600`."""
-    low, high = words(min(values)), words(max(values))
-    return low if low == high else f"{low}–{high}"
+    return "–".join(dict.fromkeys((words(min(values)), words(max(values)))))
 
 
 def listing(items: Sequence[str]) -> str:
     """Return `a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1]))) if items else ""
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
 def counted(number: int, noun: str) -> str:
@@ -269,29 +225,21 @@ def _tabulate(cells: pd.DataFrame, form: str, sides: Sequence[str]) -> str:
     return str(cells.to_markdown(index=False, tablefmt=form, colalign=sides, disable_numparse=True))
 
 
-def _join(*parts: str) -> str:
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-_MARKDOWN = {ord(character): f"\\{character}" for character in "\\|*_<>`"}
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
         **{character: f"\\{character}" for character in "&%$#_{}"},
         **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
-        **{"<": r"\textless{}", ">": r"\textgreater{}"},
+        **{"<": r"\textless{}", ">": r"\textgreater{}", "−": "$-$", "Δ": r"$\Delta$", "ε": r"$\varepsilon$"},
         # Behind \\ a bracket would be read as its argument, and a star as part of it.
         **{"[": "{[}", "]": "{]}", "*": "{*}"},
-        **{"±": r"$\pm$", "×": r"$\times$", "÷": r"$\div$", "−": "$-$", "Δ": r"$\Delta$", "ε": r"$\varepsilon$"},
-        **{"≤": r"$\leq$", "≥": r"$\geq$", "→": r"$\to$", "·": r"$\cdot$", "‖": r"$\Vert$"},
-        **{"–": r"\textendash{}", "…": r"\dots{}"},
     }
 )
-"""What pandas's own escaping leaves out are the signs beyond ASCII."""
+"""Beyond what pandas escapes: the letters that LaTeX's UTF-8 lacks, and what to_latex's rows give a meaning."""
 
 
 def _escape_markdown(words: str) -> str:
-    return words.translate(_MARKDOWN)
+    return re.sub(r"([\\|*_<>`])", r"\\\1", words)
 
 
 def _escape_latex(words: str) -> str:

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
-from .formats import amount, counted, listing, plain, show, span
-from .runs import Run, Runs, rows_of
+from .formats import amount, counted, listing, show, span
+from .runs import Runs, rows_of
+from .statistics import CONFIDENCE, FEW_SEEDS, RESAMPLES
 
 _MOST_NAMES = 4
 """Runs that a note names; of more it gives the number."""
 _MOST_CELLS = 12
 """Runs not begun that a note names."""
-_MACHINE = ("git_revision", "platform", "device", "cpu_count", "threads")
+_MACHINE = ["git_revision", "platform", "device", "cpu_count", "threads"]
 _FREE_SETTINGS = ("seed", "save_steps", "keep_checkpoints", "logging_steps", "eval_steps")
 """Settings of the loop that leave a run's numbers alone, or are meant to differ."""
-_NOT_REPORTED = ("train", "held_out")
+_CHECKPOINTS = {"last": "those of the last step", "best": "those of the best evaluation on held-out training examples"}
 
 
 def protocol(runs: Runs) -> str:
     """Return the protocol: model, data, length of training, which weights, how settings were chosen."""
-    if runs.reported.empty:
+    frame = runs.reported
+    if frame.empty:
         return "No run has finished."
+    loops = [trial["training"] for trial in frame.trial]
+    batch = span([loop.get("batch_size", 1) * loop.get("gradient_accumulation_steps", 1) for loop in loops])
+    some = {loop.get("bf16", False) for loop in loops}
+    precision = "" if some == {False} else f",{' some' * (len(some) > 1)} in bf16 mixed precision"
+    rules = dict.fromkeys(loop.get("checkpoint", "last") for loop in loops)
     sentences = [
-        f"Model: {listing(_distinct(runs.reported.model))}.",
-        *(_task_sentence(task, runs.of(task=task)) for task in runs.tasks if len(runs.of(task=task))),
-        _training_sentence(runs.reported),
-        _checkpoint_sentence(runs.reported),
+        f"Model: {listing(list(frame.model.unique()))}.",
+        *(_task_sentence(task, of_task) for task in runs.tasks if len(of_task := runs.of(task=task))),
+        f"{span(frame.planned_steps.tolist())} steps of {batch} examples{precision}.",
+        f"Weights: {listing([_CHECKPOINTS.get(rule, rule) for rule in rules])}.",
         _selection_sentence(runs),
     ]
     return " ".join(sentences)
@@ -36,35 +43,38 @@ def protocol(runs: Runs) -> str:
 
 def seeds_sentence(runs: Runs) -> str:
     """Return what mean and deviation are taken over."""
-    seeds = runs.seeds
-    if len(seeds) == 1:
-        return f"One seed ({seeds[0]}), so the deviation is unknown."
-    return f"Mean ± sample standard deviation over {counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})."
+    if len(runs.seeds) == 1:
+        return f"One seed ({runs.seeds[0]}), so the deviation is unknown."
+    seeds = f"{counted(len(runs.seeds), 'seed')} ({', '.join(map(str, runs.seeds))})"
+    return f"Mean ± sample standard deviation over {seeds}."
 
 
 def parameters_sentence(runs: Runs) -> str:
-    """Return what the trainable parameters are; empty if no run has finished."""
+    """Return what the trainable parameters are."""
     # A method that trains nothing has no head to train either.
     heads = runs.reported.head_parameters[runs.reported.steps > 0]
-    over = "over the planned steps."
-    if runs.reported.empty:
-        return ""
-    if any(heads):
-        return (
-            f"Trainable parameters leave out the head's {span(heads.tolist(), amount)}, which every method trains; "
-            f"their average is {over}"
-        )
-    return f"Trainable parameters on average: {over}"
+    sentence = "Trainable parameters on average: over the planned steps"
+    return f"{sentence}, without the head's {span(heads.tolist(), amount)}." if any(heads) else f"{sentence}."
 
 
-def common_notes(runs: Runs) -> list[str]:
-    """Return the notes that every table has, an item for each matter."""
+def difference_sentence(runs: Runs, baseline: str, over_tasks: bool = True) -> str:
+    """Return how differences and their intervals were computed."""
+    over = ", mean over the tasks" if over_tasks else ""
+    text = (
+        f"Difference to {baseline}: of runs of the same task and seed, in points{over}; "
+        f"interval: {CONFIDENCE:.0%} bootstrap, percentiles of {RESAMPLES:,} resamples of the seeds of each task."
+    )
+    if 1 < len(runs.seeds) < FEW_SEEDS:
+        text += f" With {len(runs.seeds)} seeds such an interval is narrower than it should be."
+    return text
+
+
+def interval_notes(differences: pd.DataFrame, baseline: str) -> list[str]:
+    """Return which methods have no interval, and why."""
+    single = differences.single.dropna()
     return [
-        *_untrained(runs),
-        *_missing(runs),
-        *_choices(runs),
-        *_different_settings(runs),
-        *_different_machines(runs.reported),
+        f"No interval for {', '.join(methods)}: a single seed shared with {baseline} on {tasks}."
+        for tasks, methods in single[single != ""].groupby(single).groups.items()
     ]
 
 
@@ -76,233 +86,146 @@ def stopped_early(runs: Runs) -> list[str]:
         early = of_method[of_method.stopped_early.astype(bool)]
         if len(early):
             share = f"{early.steps.sum() / early.planned_steps.sum():.0%} of the planned steps"
-            number = f"{plain(len(early))} of {counted(len(of_method), 'run')}"
-            notes.append(f"{method}: {number} stopped early, after {share}.")
+            notes.append(f"{method}: {len(early)} of {counted(len(of_method), 'run')} stopped early, after {share}.")
     return notes
 
 
+def common_notes(runs: Runs) -> list[str]:
+    """Return the notes that every table has: runs that are missing, choices, and what was not alike."""
+    trained = runs.reported.groupby("method").steps.max() > 0
+    idle = [method for method in runs.methods if not trained.get(method, True)]
+    begun = {(row["task"], row["method"], row["seed"]) for row in runs.rows if not row["selects"]}
+    cells = [(task, method, seed) for task in runs.tasks for method in runs.methods for seed in runs.seeds]
+    missing = [f"{task}/{method}, seed {seed}" for task, method, seed in cells if (task, method, seed) not in begun]
+    edited = runs.reported.name[runs.reported.git_revision.astype(str).str.endswith("+changes")]
+    return [
+        *_note("{}: nothing trains; the pretrained model as it is.", listing(idle)),
+        *(
+            f"Failed: {run.name}: {run.message} ({run.folder}/failure.json)"
+            for run in rows_of(runs.in_state("failed"))
+        ),
+        *_note("Not finished: {}.", ", ".join(runs.in_state("unfinished").name)),
+        *_note("Not begun: {}.", "; ".join(missing) if len(missing) <= _MOST_CELLS else counted(len(missing), "run")),
+        *_choices(runs, idle),
+        *_different_settings(runs),
+        *_different_machines(runs.reported),
+        *_note("Made with a source that was edited after its revision: {}.", _who(edited)),
+    ]
+
+
+def _note(sentence: str, names: str) -> list[str]:
+    return [sentence.format(names)] if names else []
+
+
 def _task_sentence(task: str, frame: pd.DataFrame) -> str:
-    examples: list[Mapping[str, int]] = [result["examples"] for result in frame.result]
-
-    def number(part: str) -> str:
-        return span([counts[part] for counts in examples if part in counts])
-
-    splits = [part for part in _distinct(key for counts in examples for key in counts) if part not in _NOT_REPORTED]
-    reported = listing([f"{number(split)} of {split}" for split in splits])
-    is_held_out = any("held_out" in counts for counts in examples)
-    held_out = f", {number('held_out')} held out of training" if is_held_out else ""
-    metric = "/".join(_distinct(frame.metric))
-    return f"{task}: {metric} on all {reported}; trained on {number('train')} examples{held_out}."
-
-
-def _training_sentence(frame: pd.DataFrame) -> str:
-    loops = [trial["training"] for trial in frame.trial]
-    batch = span([loop.get("batch_size", 1) * loop.get("gradient_accumulation_steps", 1) for loop in loops])
-    precision = tuple(sorted({bool(loop.get("bf16")) for loop in loops}))
-    wording = {(True,): " in bf16 mixed precision", (False,): "", (False, True): ", some in bf16 mixed precision"}
-    return f"{span(frame.planned_steps.tolist())} steps of {batch} examples{wording[precision]}."
-
-
-def _checkpoint_sentence(frame: pd.DataFrame) -> str:
-    rules = _distinct(trial["training"].get("checkpoint", "last") for trial in frame.trial)
-    meaning = {"last": "those of the last step", "best": "those of the best evaluation on held-out training examples"}
-    return f"Weights: {listing([meaning.get(rule, rule) for rule in rules])}."
+    examples = pd.DataFrame(list(frame.result.map(lambda result: result["examples"])))
+    number = {part: span(examples[part].dropna().tolist()) for part in examples}
+    trained, held_out = number.pop("train"), number.pop("held_out", None)
+    reported = listing([f"{count} of {split}" for split, count in number.items()])
+    held = f", {held_out} held out of training" if held_out else ""
+    return f"{task}: {'/'.join(frame.metric.unique())} on all {reported}; trained on {trained} examples{held}."
 
 
 def _selection_sentence(runs: Runs) -> str:
     """Return how the learning rate, or whatever was chosen, was chosen."""
-    keys = _chosen_keys(runs)
+    keys = dict.fromkeys(key for entry in _entries(runs).values() for key in entry["chosen"])
     if not keys:
         return "These runs chose nothing: learning rates and all other settings are as given."
-    return (
-        f"Chosen for each task and method: {listing(keys)}, among {_candidates(runs, keys)}, by the score on "
-        f"held-out training examples (the lower loss decides between equal scores){_selecting(runs.selecting)}."
+    tried = [values for entry in _entries(runs).values() for values in entry["tried"]]
+    among = {key: dict.fromkeys(values.get(key) for values in tried) for key in keys}
+    text = "; ".join(
+        f"{key} among {listing([show(one) for one in sorted(among[key], key=_number_first)])}" for key in keys
     )
+    frame, how = runs.selecting, ""
+    if len(frame):
+        seeds = ", ".join(map(str, sorted(set(frame.seed))))
+        how = f", in runs of {span(frame.planned_steps.tolist())} steps with seed {seeds}"
+        if not any(frame.result.map(lambda result: result.get("reported"))):
+            how += "; none of them saw a reported example"
+    return f"Chosen for each task and method by the score on held-out training examples{how}: {text}."
 
 
-def _candidates(runs: Runs, keys: Sequence[str]) -> str:
-    """Return the values that were tried if they are the same everywhere; their number if not."""
-    entries = [_choice(runs, task, method) for task in runs.tasks for method in runs.methods]
-    tried = [[values for values, _ in entry["tried"]] for entry in entries if entry.get("tried")]
-    if not tried:
-        return "values that selection.json does not list"
-    if any(_as_set(values) != _as_set(tried[0]) for values in tried):
-        return f"{span([len(values) for values in tried])} candidates (selection.json lists them)"
-    if len(keys) == 1 and all(keys[0] in values for values in tried[0]):
-        return listing([show(value) for value in sorted((values[keys[0]] for values in tried[0]), key=_numbers_first)])
-    return f"{len(tried[0])} candidates (selection.json lists them)"
+def _entries(runs: Runs) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return by task and method which settings were `chosen`, by dotted key, and all that were `tried`."""
+    return {
+        (task, method): {
+            "chosen": entry.get("chosen") or {},
+            "tried": [values for values, _ in entry.get("tried") or ()],
+        }
+        for task in runs.tasks
+        for method in runs.methods
+        if (entry := runs.selection.get(task, {}).get(method)) is not None
+    }
 
 
-def _selecting(frame: pd.DataFrame) -> str:
-    """Return the length and the seeds of the runs that chose, and whether they looked at reported examples."""
-    if frame.empty:
-        return " (the runs that chose are not in the folder)"
-    seeds = sorted(set(frame.seed.tolist()))
-    unseen = "" if any(_saw_reported(run) for run in rows_of(frame)) else "; none of them saw a reported example"
-    noun = "seed" if len(seeds) == 1 else "seeds"
-    return f" in runs of {span(frame.planned_steps.tolist())} steps, {noun} {', '.join(map(plain, seeds))}{unseen}"
-
-
-def _saw_reported(run: Run) -> bool:
-    return bool(run.result.get("reported"))
-
-
-def _choice(runs: Runs, task: str, method: str) -> Mapping[str, Any]:
-    entry = runs.selection.get(task, {}).get(method, {})
-    return entry if isinstance(entry, Mapping) else {}
-
-
-def _chosen(runs: Runs, task: str, method: str) -> Mapping[str, Any]:
-    """Return the settings that were chosen, by dotted key; empty if none were."""
-    return _choice(runs, task, method).get("chosen") or {}
-
-
-def _chosen_keys(runs: Runs) -> list[str]:
-    return _distinct(key for task in runs.tasks for method in runs.methods for key in _chosen(runs, task, method))
-
-
-def _untrained(runs: Runs) -> list[str]:
-    methods = [method for method in runs.methods if not _trains(runs, method)]
-    return [f"{listing(methods)}: nothing trains; the pretrained model as it is."] if methods else []
-
-
-def _trains(runs: Runs, method: str) -> bool:
-    """Whether a method trains anything, as far as finished runs tell."""
-    steps = runs.of(method).steps
-    return steps.empty or bool((steps > 0).any())
-
-
-def _missing(runs: Runs) -> list[str]:
-    """Return the runs that failed, with what they said, and those that have not finished or begun."""
-    notes = [f"Failed: {run.name}: {run.message} ({run.folder}/failure.json)" for run in rows_of(runs.failed)]
-    if len(runs.unfinished):
-        notes.append(f"Not finished: {', '.join(runs.unfinished.name)}.")
-    names = runs.not_begun
-    if names:
-        notes.append(f"Not begun: {'; '.join(names) if len(names) <= _MOST_CELLS else counted(len(names), 'run')}.")
-    return notes
-
-
-def _choices(runs: Runs) -> list[str]:
+def _choices(runs: Runs, idle: Iterable[str]) -> list[str]:
     """Return what was chosen for every method, task by task; and where a run did not use it, or looked ahead."""
-    notes = []
-    keys = _chosen_keys(runs)
-    methods = [method for method in runs.methods if _trains(runs, method)]
-    for key in keys:
-        for task in runs.tasks:
-            picked = {method: _chosen(runs, task, method).get(key) for method in methods}
-            listed = [f"{method} {show(value)}" for method, value in picked.items() if value is not None]
-            if listed:
-                notes.append(f"Chosen {key} on {task}: {', '.join(listed)}.")
-    asked = [(task, method) for task, those in runs.selection.items() for method in those]
-    nothing = [f"{task}/{method}" for task, method in asked if not _chosen(runs, task, method)]
-    if nothing:
-        notes.append(f"Nothing could be chosen, no candidate has a score: {', '.join(nothing)}.")
-    edge = [f"{task}/{method}" for task in runs.tasks for method in methods if _is_at_edge(runs, task, method)]
-    if edge:
-        notes.append(f"Chosen at the edge of what was tried, so a value beyond it might do better: {', '.join(edge)}.")
-    reported = rows_of(runs.reported)
-    unlike = [run for run in reported if _differs(_chosen(runs, run.task, run.method), run.trial)]
-    if unlike:
-        notes.append(f"Not with the chosen values: {_who(unlike)}.")
-    without = [run for run in reported if keys and run.steps > 0 and not _chosen(runs, run.task, run.method)]
-    if without:
-        notes.append(f"Without a choice on held-out examples, with the given values: {_who(without)}.")
-    ahead = [run for run in rows_of(runs.selecting) if _saw_reported(run)]
-    if ahead:
-        notes.append(f"The choice looked at reported examples: {_who(ahead)}.")
-    return notes
-
-
-def _is_at_edge(runs: Runs, task: str, method: str) -> bool:
-    """Whether a chosen number is the least or the greatest of three or more that were tried."""
-    tried = [values for values, _ in _choice(runs, task, method).get("tried", [])]
-    for key, value in _chosen(runs, task, method).items():
-        numbers = {values[key] for values in tried if isinstance(values[key], int | float)}
-        if len(numbers) > 2 and value in (min(numbers), max(numbers)):
-            return True
-    return False
-
-
-def _differs(chosen: Mapping[str, Any], trial: Mapping[str, Any]) -> bool:
-    """Whether a trial was made with other values than the chosen ones, which are by dotted key."""
-    for key, value in chosen.items():
-        found: Any = trial
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        if found != value:
-            return True
-    return False
+    entries = {key: entry for key, entry in _entries(runs).items() if key[1] not in idle}
+    chosen: dict[str, list[str]] = {}
+    edge = []
+    for (task, method), entry in entries.items():
+        for key, value in entry["chosen"].items():
+            chosen.setdefault(f"Chosen {key} on {task}", []).append(f"{method} {show(value)}")
+            numbers = {one[key] for one in entry["tried"] if isinstance(one.get(key), int | float)}
+            if len(numbers) > 2 and value in (min(numbers), max(numbers)):
+                edge.append(f"{task}/{method}")
+    without, unlike = [], []
+    for run in rows_of(runs.reported):
+        picked = entries.get((run.task, run.method), {}).get("chosen")
+        if not picked and chosen and run.method not in idle:
+            without.append(run.name)
+        settings = pd.json_normalize(run.trial).iloc[0]
+        if any(settings.get(key) != value for key, value in (picked or {}).items()):
+            unlike.append(run.name)
+    ahead = runs.selecting.name[[bool(result.get("reported")) for result in runs.selecting.result]]
+    return [
+        *(f"{what}: {', '.join(values)}." for what, values in chosen.items()),
+        *_note("Chosen at the edge of what was tried, so a value beyond it might do better: {}.", ", ".join(edge)),
+        *_note("Not with the chosen values: {}.", _who(unlike)),
+        *_note("Without a choice on held-out examples, with the given values: {}.", _who(without)),
+        *_note("The choice looked at reported examples: {}.", _who(ahead)),
+    ]
 
 
 def _different_settings(runs: Runs) -> list[str]:
     """Return in which settings the runs of one task differ beyond seed, method and what was chosen."""
-    free = {f"training.{name}" for name in _FREE_SETTINGS} | set(_chosen_keys(runs))
+    chosen = [key for entry in _entries(runs).values() for key in entry["chosen"]]
     notes = []
     for task in runs.tasks:
-        frame = runs.of(task=task)
-        settings = pd.DataFrame([_settings(run) for run in rows_of(frame)], dtype=object)
-        for key in settings.columns:
-            if key not in free:
-                notes += _difference(f"{key} on {task}", frame, settings[key], _by_method)
+        frame = runs.of(task=task).reset_index(drop=True)
+        settings = pd.json_normalize(list(frame.trial)).filter(regex=r"^(model$|task\.|training\.)").astype(object)
+        settings[["metric", "planned steps"]] = frame[["metric", "planned_steps"]]
+        examples = pd.DataFrame(list(frame.result.map(lambda result: result["examples"]))).add_prefix("examples of ")
+        free = [*(f"training.{name}" for name in _FREE_SETTINGS), *chosen]
+        notes += _different(settings.join(examples).drop(columns=free, errors="ignore"), frame.method, f" on {task}")
     return notes
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Return by dotted key what all runs of a task should have in common."""
-    return {
-        "model": run.model,
-        **{f"task.{key}": value for key, value in run.trial["task"].items()},
-        **{f"training.{key}": value for key, value in run.trial["training"].items()},
-        "metric": run.metric,
-        "planned steps": run.planned_steps,
-        **{f"examples of {split}": count for split, count in run.result["examples"].items()},
-    }
 
 
 def _different_machines(frame: pd.DataFrame) -> list[str]:
-    """Return which versions, revisions, machines and threads made the runs if they differ; and edited sources."""
+    """Return which versions, revisions, machines and threads made the runs if they differ."""
+    versions = pd.DataFrame([result["versions"] for result in frame.result], dtype=object)
+    machine = frame[_MACHINE].reset_index(drop=True)
+    return _different(versions.join(machine) if len(versions) else machine, frame.name.reset_index(drop=True))
+
+
+def _different(values: pd.DataFrame, names: pd.Series[Any], where: str = "") -> list[str]:
+    """Return a note for each column that is not the same for all runs, with their names by value."""
     notes = []
-    versions = pd.DataFrame(list(frame.result.map(lambda result: result["versions"])), dtype=object)
-    for package in versions.columns:
-        notes += _difference(package, frame, versions[package], _who)
-    for key in _MACHINE:
-        notes += _difference(key, frame, frame[key], _who)
-    edited = [run for run in rows_of(frame) if str(run.git_revision).endswith("+changes")]
-    if edited:
-        notes.append(f"Made with a source that was edited after its revision: {_who(edited)}.")
+    for key in values:
+        groups = names.groupby(values[key].map(show), sort=False).agg(list)
+        if len(groups) > 1:
+            commonest = sorted(groups.items(), key=lambda group: -len(group[1]))
+            listed = "; ".join(f"{value} ({_who(those)})" for value, those in commonest)
+            notes.append(f"Different {key}{where}: {listed}.")
     return notes
 
 
-def _difference(
-    what: str, frame: pd.DataFrame, values: Iterable[object], who: Callable[[Sequence[Run]], str]
-) -> list[str]:
-    """Return a note that lists the runs by value, the commonest first; nothing if all runs have the same."""
-    groups: dict[str, list[Run]] = {}
-    for run, value in zip(rows_of(frame), values, strict=True):
-        groups.setdefault(show(value), []).append(run)
-    if len(groups) < 2:
-        return []
-    commonest = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return [f"Different {what}: " + "; ".join(f"{value} ({who(runs)})" for value, runs in commonest) + "."]
+def _who(names: Iterable[str]) -> str:
+    """Return the names, or how many runs there are if they are many; empty if there are none."""
+    runs = list(names)
+    distinct = list(dict.fromkeys(runs))
+    return ", ".join(distinct) if len(distinct) <= _MOST_NAMES else counted(len(runs), "run")
 
 
-def _by_method(runs: Sequence[Run]) -> str:
-    return listing(_distinct(run.method for run in runs))
-
-
-def _who(runs: Sequence[Run]) -> str:
-    return ", ".join(run.name for run in runs) if len(runs) <= _MOST_NAMES else counted(len(runs), "run")
-
-
-def _as_set(values: Sequence[Mapping[str, Any]]) -> set[str]:
-    return {repr(sorted(value.items())) for value in values}
-
-
-def _numbers_first(value: object) -> tuple[bool, float, str]:
-    is_number = isinstance(value, float | int)
-    return not is_number, float(value) if isinstance(value, float | int) else 0.0, str(value)
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
+def _number_first(value: object) -> tuple[bool, float, str]:
+    return (False, value, "") if isinstance(value, float | int) else (True, 0.0, str(value))

@@ -1,7 +1,7 @@
 """Runs as pandas frames, from the folders that `aroma lab run` leaves or the table that `aroma lab collect` makes.
 
 A frame has one row for each run. Its plain columns are what tables group by and compute with; the columns `trial` and
-`result` hold the whole records. Both sources go through the same checks.
+`result` hold the whole records. Files that a hand may have edited are checked as they are read.
 """
 
 from __future__ import annotations
@@ -9,42 +9,87 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import replacing
 
 from ..run.files import RUNS, TrialFiles
-from .records import (
-    CURVE,
-    FAILURE,
-    HISTORY,
-    OF_RUN,
-    OF_TABLE,
-    RESULT,
-    TRIAL,
-    check,
-    read_grid,
-    read_record,
-    read_selection,
-)
 
 TABLE = "runs.parquet"
 """Name of the table of runs, in the output folder of a grid."""
 
 Run = Any
-"""A row of a frame, as `itertuples` gives it; attributes are the columns, see `_row`."""
+"""A row of a frame, as `itertuples` gives it; its attributes are `_COLUMNS`."""
 
-_NESTED = ("trial", "result", "curve", "evaluations", "ended")
-"""Columns of the table of runs that are JSON."""
+_OF_RUN = "restore the file, or remove the run's folder and run it again"
+_OF_GRID = "restore the file, or remove it and run the grid again, which writes it anew"
+_OF_TABLE = "restore the file, or make it again from the run folders with `aroma lab collect`"
+
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "a mapping": Mapping,
+    "a list": list,
+    "a text": str,
+    "a number": (int, float),
+    "a whole number": int,
+    "anything": object,
+}
+_SCHEMAS: Mapping[str, Any] = {
+    "trial": {
+        **dict.fromkeys(("name", "model", "method", "kind", "purpose"), "a text"),
+        "task": {"name": "a text"},
+        "training": {"seed": "a whole number"},
+        "options": "a mapping",
+    },
+    "result": {
+        "metric": "a text",
+        "score": "a number",
+        "examples": {"train": "a whole number", ...: "a whole number"},
+        "parameters": dict.fromkeys(("initial", "average", "head"), "a number"),
+        "versions": "a mapping",
+        **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
+        "epoch_seconds": ["a number"],
+        **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
+    },
+    "failure": dict.fromkeys(("error", "message"), "anything"),
+    "curve": dict.fromkeys(("parameters", "total_rank", "ranks"), "anything"),
+    "history": {"evaluations": "a list"},
+    "grid": {"methods?": {...: "anything"}, "tasks?": {...: "anything"}, "seeds?": ["a whole number"]},
+    "selection": {...: {...: {"chosen?": "a mapping", "tried?": [("a mapping", "anything")]}}},
+}
+"""What a file must have, by its name, and of which type where tables compute with it or group by it; see `check`."""
+
+_NESTED = {
+    "trial": _SCHEMAS["trial"],
+    "result?": _SCHEMAS["result"],
+    "curve?": _SCHEMAS["curve"],
+    "evaluations?": "a list",
+    "ended?": [("a whole number", "a text")],
+}
+"""Columns of the table of runs that are JSON, and what they must have."""
+_PARTS = tuple(key.removesuffix("?") for key in _NESTED)
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
+_COPIED = (
+    *("metric", "score", "steps", "planned_steps", "stopped_early", "average_rank", "effective_rank"),
+    *("git_revision", "platform", "device", "cpu_count", "threads"),
+)
+_PARAMETERS = ("initial", "average", "head")
+_COLUMNS = (
+    *("name", "folder", "where", "state", "message", "task", "method", "seed", "kind", "model", "selects"),
+    *_COPIED,
+    *(f"{key}_parameters" for key in _PARAMETERS),
+    *("training_seconds", "epoch_seconds", *_PARTS),
+)
+"""Columns of a frame. `folder` is the run's folder within the grid's, `where` says where it was read, for errors;
+`ended` has outer step and module of every inner loop that ended with an outer check."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +98,7 @@ class Runs:
 
     Args:
         source: Folder or file they were read from.
-        rows: What frames have of each run, by name, finished or not; see `_row`.
+        rows: What frames have of each run, by name, finished or not.
         selection: Content of `selection.json`; empty if there is none.
         grid: Content of `grid.yaml`; empty if there is none.
     """
@@ -73,43 +118,24 @@ class Runs:
         """Finished runs that chose settings on held-out training examples, by name."""
         return _frame(row for row in self.rows if row["state"] == "finished" and row["selects"])
 
-    @cached_property
-    def failed(self) -> pd.DataFrame:
-        """Runs of both purposes that ended with an error, by name."""
-        return _frame(row for row in self.rows if row["state"] == "failed")
-
-    @cached_property
-    def unfinished(self) -> pd.DataFrame:
-        """Runs that have begun, and have neither finished nor failed, by name."""
-        return _frame(row for row in self.rows if row["state"] == "unfinished")
+    def in_state(self, state: str) -> pd.DataFrame:
+        """Return the runs of both purposes that are `finished`, `failed` or `unfinished`, by name."""
+        return _frame(row for row in self.rows if row["state"] == state)
 
     @cached_property
     def methods(self) -> list[str]:
         """Labels of the methods, in the grid's order, then those that only runs name."""
-        return self._ordered("method", self.grid.get("methods"))
+        return list(dict.fromkeys([*(self.grid.get("methods") or ()), *(row["method"] for row in self.rows)]))
 
     @cached_property
     def tasks(self) -> list[str]:
         """Names of the tasks, in the same order."""
-        return self._ordered("task", self.grid.get("tasks"))
+        return list(dict.fromkeys([*(self.grid.get("tasks") or ()), *(row["task"] for row in self.rows)]))
 
     @cached_property
     def seeds(self) -> list[int]:
         """Seeds that every cell of a table should have: the grid's, and those of all reported runs."""
         return sorted({*(self.grid.get("seeds") or ()), *(row["seed"] for row in self.rows if not row["selects"])})
-
-    @cached_property
-    def finished_methods(self) -> list[str]:
-        """Labels of the methods that have a reported run, in order."""
-        present = set(self.reported.method)
-        return [method for method in self.methods if method in present]
-
-    @property
-    def not_begun(self) -> list[str]:
-        """Cells of the grid without a run, as `mrpc/lora-r8, seed 0`."""
-        begun = {(row["task"], row["method"], row["seed"]) for row in self.rows if not row["selects"]}
-        cells = ((task, method, seed) for task in self.tasks for method in self.methods for seed in self.seeds)
-        return [f"{task}/{method}, seed {seed}" for task, method, seed in cells if (task, method, seed) not in begun]
 
     def of(self, method: str | None = None, task: str | None = None) -> pd.DataFrame:
         """Return the reported runs of a method and a task, by seed; None: of any."""
@@ -120,14 +146,10 @@ class Runs:
             frame = frame[frame.task == task]
         return frame.sort_values("seed", kind="stable")
 
-    def methods_of_kind(self, kind: str) -> list[str]:
-        """Return the labels of finished methods of a kind, in order."""
-        present = set(self.reported.method[self.reported.kind == kind])
+    def finished_methods(self, kind: str | None = None) -> list[str]:
+        """Return the labels of the methods, of a kind if given, that have a reported run, in order."""
+        present = set(self.reported.method[(self.reported.kind == kind) | (kind is None)])
         return [method for method in self.methods if method in present]
-
-    def _ordered(self, column: str, planned: Iterable[str] | None) -> list[str]:
-        frames = (self.reported, self.selecting, self.failed, self.unfinished)
-        return list(dict.fromkeys([*(planned or ()), *(name for frame in frames for name in frame[column])]))
 
 
 def read_runs(source: str | os.PathLike[str]) -> Runs:
@@ -145,47 +167,40 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
     folder = path.parent if path.is_file() else path
     if TrialFiles(path).trial.is_file():
         return Runs(path, [_read_folder(path, path)], {}, {})
-    files = TrialFiles(Path())
-    names = (files.trial.name, files.result.name, files.failure.name)
-    places = sorted({found.parent for name in names for found in (folder / RUNS).glob(f"**/{name}")})
-    if places and not path.is_file():
-        rows = [_read_folder(place, folder) for place in places]
+    found = {
+        file.parent for name in ("trial", "result", "failure") for file in (folder / RUNS).glob(f"**/{name}.json")
+    }
+    if found and not path.is_file():
+        rows = [_read_folder(place, folder) for place in found]
     elif path.is_file() or (folder / TABLE).is_file():
         rows = _read_table(path if path.is_file() else folder / TABLE)
     else:
         remedy = f"no runs there, and no {TABLE}; give the output folder of `aroma lab run`"
         raise bad_value("folder", str(source), remedy)
     rows.sort(key=lambda row: str(row["name"]))
-    runs = Runs(path, rows, read_selection(folder / "selection.json"), read_grid(folder / "grid.yaml"))
-    _require_distinct(runs.reported)
+    selection, grid = (
+        _read(file, _OF_GRID) if file.exists() else {} for file in (folder / "selection.json", folder / "grid.yaml")
+    )
+    runs = Runs(path, rows, selection, grid)
+    keys = ["task", "method", "seed"]
+    twice = runs.reported[runs.reported.duplicated(keys, keep=False)].sort_values(keys, kind="stable")
+    if len(twice):
+        first, second = rows_of(twice)[:2]
+        same = f"both hold {first.task}, {first.method}, seed {first.seed}"
+        raise CheckpointError(f"{second.where} and {first.where}: {same}; move one of them away")
     return runs
 
 
 def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
-    """Write all runs into one table, from which every table and figure but the cosines comes out the same.
+    """Write all runs into one Parquet file, from which every table and figure but the cosines comes out the same.
 
     Settings, versions, metrics, ranks, curves, evaluations and inner checks are kept; events, losses and adapters are
     not.
-
-    Args:
-        runs: The runs.
-        path: Parquet file to write.
     """
-    kept = []
-    for run in rows_of(_frame(runs.rows)):
-        row = dict(run._asdict())
-        if run.state == "finished":
-            row["result"] = {key: value for key, value in run.result.items() if key not in _NOT_KEPT}
-            # Figures need these two, tables do not, so that runs without them can be collected as well.
-            has_curve = run.curve is not None or _files(run).curve.exists()
-            has_history = run.evaluations is not None or _files(run).history.exists()
-            row["curve"] = curve_of(run) if has_curve else None
-            row["evaluations"] = evaluations_of(run) if has_history else None
-            row["ended"] = ended_loops(run)
-        row |= {column: _to_json(row[column]) for column in _NESTED}
-        kept.append(row)
+    frame = _frame(runs.rows).drop(columns="where")
+    for part in _PARTS:
+        frame[part] = [_to_json(value) for value in frame[part]]
     with replacing(path) as temporary:
-        frame = pd.DataFrame(kept).drop(columns="where")
         frame.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
 
 
@@ -194,138 +209,117 @@ def rows_of(frame: pd.DataFrame) -> list[Run]:
     return list(frame.itertuples(index=False))
 
 
-def curve_of(run: Run) -> Mapping[str, Any]:
-    """Return trainable parameters and ranks by optimizer step, as `curve.json` has them.
+def check(where: object, value: Any, schema: Any, remedy: str = _OF_RUN) -> None:
+    """Raise unless `value`, read at `where`, is what `schema` says.
+
+    A schema is the name of a type; or a list with the schema of each item; or a tuple with those of the items of a
+    list of that length; or a mapping with the schema of each key. Keys that end in `?` may be missing or null, and
+    `...` stands for all keys, which must be texts.
 
     Raises:
-        CheckpointError: The file is missing or damaged.
+        CheckpointError: It is not.
     """
-    curve = run.curve if run.curve is not None else read_record(_files(run).curve)
-    check(_files(run).curve, curve, CURVE)
-    return dict(curve)
+
+    def edited(what: str) -> CheckpointError:
+        return CheckpointError(f"{where}: edited, or of another version: {what}; {remedy}")
+
+    kind = "a mapping" if isinstance(schema, dict) else "a list" if isinstance(schema, list | tuple) else schema
+    types: Any = _TYPES[kind]
+    # A truth value is a whole number to Python.
+    if not isinstance(value, types) or (isinstance(value, bool) and kind != "anything"):
+        raise edited(f"{value!r:.60} is not {kind}")
+    if isinstance(schema, tuple) and len(schema) != len(value):
+        raise edited(f"{value!r:.60} has not {len(schema)} items")
+    if isinstance(schema, list | tuple):
+        for item, of_item in zip(value, schema * len(value) if isinstance(schema, list) else schema, strict=True):
+            check(where, item, of_item, remedy)
+    if isinstance(schema, dict):
+        missing = [key for key in schema if key is not ... and not key.endswith("?") and key not in value]
+        if missing:
+            raise edited(f"{', '.join(missing)} missing")
+        if ... in schema and not all(isinstance(name, str) for name in value):
+            raise edited(f"{list(value)!r:.60} are not all texts")
+        for name, item in value.items():
+            of_key = schema.get(name, schema.get(f"{name}?" if item is not None else None, schema.get(...)))
+            if of_key is not None:
+                check(f"{where}, {name}", item, of_key, remedy)
 
 
-def evaluations_of(run: Run) -> Sequence[Mapping[str, Any]]:
-    """Return the evaluations of a run, each with its step, split and metrics.
-
-    Raises:
-        CheckpointError: `history.json` is missing or damaged.
-    """
-    if run.evaluations is not None:
-        return list(run.evaluations)
-    history = read_record(_files(run).history)
-    check(_files(run).history, history, HISTORY)
-    return list(history["evaluations"])
-
-
-def ended_loops(run: Run) -> Sequence[tuple[int, str]]:
-    """Return outer step and module of every inner loop that ended with an outer check.
-
-    Raises:
-        CheckpointError: `events.jsonl` is damaged.
-    """
-    if run.ended is not None:
-        return [(outer, module) for outer, module in run.ended]
-    path = _files(run).events
-    if not path.exists():
-        return []
+def _read(path: Path, remedy: str = _OF_RUN) -> Any:
+    """Return the content of a JSON or YAML file, which has the schema of its name."""
     try:
-        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        content = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(content) if path.suffix == ".yaml" else json.loads(content)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: missing, truncated or edited ({said}); {remedy}") from error
+    check(path, value, _SCHEMAS[path.stem], remedy)
+    return value
+
+
+def _read_folder(folder: Path, root: Path) -> dict[str, Any]:
+    """Read a run folder; one with a result is a finished run, whatever failed there before."""
+    files = TrialFiles(folder)
+    parts, message = {"trial": _read(files.trial)}, None
+    if files.result.exists():
+        result = _read(files.result)
+        parts["result"] = {key: value for key, value in result.items() if key not in _NOT_KEPT}
+        # Figures need these two, tables do not.
+        parts["curve"] = _read(files.curve) if files.curve.exists() else None
+        parts["evaluations"] = _read(files.history)["evaluations"] if files.history.exists() else None
+        parts["ended"] = _read_ended(files.events)
+    elif files.failure.exists():
+        failure = _read(files.failure)
+        message = " ".join(f"{failure['error']}: {failure['message']}".split())
+    return _row(parts, message, folder.relative_to(root).as_posix(), str(folder))
+
+
+def _read_ended(path: Path) -> list[tuple[int, str]]:
+    try:
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         return [(event["outer_step"], event["module"]) for event in events if event["kind"] in ("merged", "frozen")]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: truncated or edited ({error}); restore the file that was written") from error
-
-
-def require_reported_sets(run: Run) -> Mapping[str, Mapping[str, float]]:
-    """Return a run's metrics by reported set.
-
-    Raises:
-        CheckpointError: The result has none.
-    """
-    check(f"{run.where}/result.json", run.result, {"reported": {...: {}}})
-    return dict(run.result["reported"])
-
-
-def _files(run: Run) -> TrialFiles:
-    return TrialFiles(Path(run.where))
-
-
-def _read_folder(place: Path, root: Path) -> dict[str, Any]:
-    """Read a run folder; one with a result is a finished run, whatever failed there before."""
-    files = TrialFiles(place)
-    trial = read_record(files.trial)
-    result = read_record(files.result) if files.result.exists() else None
-    message = None
-    if result is None and files.failure.exists():
-        failure = read_record(files.failure)
-        check(files.failure, failure, FAILURE)
-        message = " ".join(f"{failure['error']}: {failure['message']}".split())
-    row = _row(trial, result, message, lambda name: str(place / f"{name}.json"), OF_RUN)
-    return {**row, "folder": place.relative_to(root).as_posix(), "where": str(place)}
+        raise CheckpointError(f"{path}: truncated or edited ({error}); {_OF_RUN}") from error
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
+    rows = []
     try:
-        frame = pd.read_parquet(path)
-        records = frame[["folder", "message", *_NESTED]].to_dict("records")
-        nested = [{key: _from_json(record[key]) for key in _NESTED} for record in records]
+        for record in pd.read_parquet(path)[["folder", "message", *_PARTS]].to_dict("records"):
+            parts = {key: json.loads(record[key]) if isinstance(record[key], str) else None for key in _PARTS}
+            message = record["message"] if isinstance(record["message"], str) else None
+            check(where := f"{path}, {record['folder']}", parts, _NESTED, _OF_TABLE)
+            rows.append(_row(parts, message, record["folder"], where))
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: truncated, edited, or no table of runs ({said:.120}); {OF_TABLE}") from error
-    rows = []
-    for record, parts in zip(records, nested, strict=True):
-        where = f"{path}, {record['folder']}"
-        message = record["message"] if isinstance(record["message"], str) else None
-        row = _row(parts["trial"], parts["result"], message, _named(where), OF_TABLE)
-        check(where, parts, {"curve?": CURVE, "evaluations?": "a list", "ended?": "a list"}, OF_TABLE)
-        rows.append({**row, **parts, "folder": record["folder"], "where": where})
+        raise CheckpointError(f"{path}: truncated, edited, or no table of runs ({said:.120}); {_OF_TABLE}") from error
     return rows
 
 
-def _row(trial: Any, result: Any, message: str | None, where: Callable[[str], str], remedy: str) -> dict[str, Any]:
-    """Return what frames have of a run; `where` says where a record was read, for errors."""
-    check(where("trial"), trial, TRIAL, remedy)
-    row: dict[str, Any] = {
+def _row(parts: Mapping[str, Any], message: str | None, folder: str, where: str) -> dict[str, Any]:
+    """Return what frames have of a run."""
+    trial, result = parts["trial"], parts.get("result")
+    row = {
+        **dict.fromkeys(_COLUMNS),
+        **parts,
+        "folder": folder,
+        "where": where,
         "state": "finished" if result is not None else "failed" if message is not None else "unfinished",
         "message": message,
-        "name": trial["name"],
+        **{key: trial[key] for key in ("name", "method", "kind", "model")},
         "task": trial["task"]["name"],
-        "method": trial["method"],
         "seed": trial["training"]["seed"],
-        "kind": trial["kind"],
-        "model": trial["model"],
         # Such a run chose a setting on held-out training examples; its score is not reported.
         "selects": trial["purpose"] == "select",
-        "learning_rate": trial["training"].get("learning_rate"),
-        **dict.fromkeys(_OF_RESULT),
-        **dict.fromkeys(("curve", "evaluations", "ended")),
-        "trial": trial,
-        "result": result,
     }
-    if result is None:
-        return row
-    check(where("result"), result, RESULT, remedy)
-    return row | {
-        **{key: result.get(key) for key in _COPIED},
-        **{f"{key}_parameters": float(result["parameters"][key]) for key in ("initial", "average", "head")},
-        "training_seconds": math.fsum(result["epoch_seconds"]),
-        "epoch_seconds": _epoch_seconds(trial["training"], result),
-    }
-
-
-_COPIED = (
-    *("metric", "score", "steps", "planned_steps", "stopped_early", "average_rank", "effective_rank"),
-    *("git_revision", "platform", "device", "cpu_count", "threads"),
-)
-_OF_RESULT = (
-    *_COPIED,
-    *("initial_parameters", "average_parameters", "head_parameters", "training_seconds", "epoch_seconds"),
-)
-_COLUMNS = (
-    *("name", "folder", "where", "state", "message", "task", "method", "seed", "kind", "model", "selects"),
-    *("learning_rate", *_OF_RESULT, *_NESTED),
-)
-"""Columns of a frame. `folder` is the run's folder within the grid's, `where` says where it was read, for errors."""
+    if result is not None:
+        row |= {key: result.get(key) for key in _COPIED}
+        row |= {f"{key}_parameters": float(result["parameters"][key]) for key in _PARAMETERS}
+        row["training_seconds"] = math.fsum(result["epoch_seconds"])
+        row["epoch_seconds"] = _epoch_seconds(trial["training"], result)
+    return row
 
 
 def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> float | None:
@@ -341,27 +335,9 @@ def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> fl
     return float(sum(times) / steps * math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
 
 
-def _named(where: str) -> Callable[[str], str]:
-    return lambda name: f"{where}, {name}"
-
-
-def _require_distinct(reported: pd.DataFrame) -> None:
-    twice = reported[reported.duplicated(["task", "method", "seed"], keep=False)]
-    if len(twice):
-        first, second = rows_of(twice.sort_values(["task", "method", "seed"], kind="stable"))[:2]
-        raise CheckpointError(
-            f"{second.where} and {first.where}: both hold {first.task}, {first.method}, seed {first.seed}; "
-            "move one of them away"
-        )
-
-
 def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(_COLUMNS))
 
 
 def _to_json(value: object) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _from_json(text: object) -> Any:
-    return json.loads(text) if isinstance(text, str) else None

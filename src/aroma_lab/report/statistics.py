@@ -15,7 +15,6 @@ CONFIDENCE = 0.95
 """Confidence level of an interval."""
 FEW_SEEDS = 10
 """With fewer seeds than this an interval is too narrow, and tables say so."""
-_BOOTSTRAP_SEED = 0
 
 
 def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFrame:
@@ -28,15 +27,7 @@ def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFr
     return found.assign(count=found["count"].fillna(0).astype(int))
 
 
-def mean_of_means(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.Series[float]:
-    """Return by method the mean over the tasks of the mean over the seeds, of the tasks that a method has."""
-    by_task = frame.groupby(["method", "task"])[value].mean()
-    return by_task.groupby("method").mean().reindex(list(methods))
-
-
-def paired_differences(
-    frame: pd.DataFrame, value: str, baseline: str, methods: Sequence[str]
-) -> tuple[pd.DataFrame, dict[str, list[str]]]:
+def paired_differences(frame: pd.DataFrame, value: str, baseline: str, methods: Sequence[str]) -> pd.DataFrame:
     """Return how much more each method scores than the baseline, in runs of the same task and seed.
 
     The interval is the percentile bootstrap's. The seeds of each task are drawn with replacement, task by task, and a
@@ -50,22 +41,21 @@ def paired_differences(
 
     Returns:
         By method `difference` (mean over tasks of the mean over seeds; NaN without a pair), `low` and `high` (NaN
-        where a task has a single pair, which tells nothing of the spread) and `pairs`; and by method the tasks with a
-        single pair.
+        where a task has a single pair, which tells nothing of the spread), `pairs`, and as `single` the tasks that
+        have one pair.
     """
     runs = frame.dropna(subset=[value]).sort_values("seed", kind="stable")
-    pairs = runs.merge(
-        runs[runs.method == baseline][["task", "seed", value]], on=["task", "seed"], suffixes=("", "_b")
-    )
-    pairs = pairs.assign(difference=pairs[value] - pairs[f"{value}_b"])
-    rows, single = {}, {}
+    base = runs[runs.method == baseline].set_index(["task", "seed"])[value].rename("base")
+    pairs = runs.join(base, on=["task", "seed"], how="inner")
+    pairs = pairs.assign(difference=pairs[value] - pairs.base)
+    rows = {}
     for method, of_method in pairs.groupby("method", sort=False):
         samples = of_method.groupby("task", sort=False)["difference"].apply(np.asarray)
-        low, high = _interval(list(samples)) if samples.map(len).min() > 1 else (np.nan, np.nan)
-        rows[method] = (samples.map(np.mean).mean(), low, high, samples.map(len).sum())
-        single[str(method)] = [str(task) for task, sample in samples.items() if len(sample) == 1]
-    found = pd.DataFrame.from_dict(rows, orient="index", columns=["difference", "low", "high", "pairs"])
-    return found.reindex(list(methods)), single
+        single = ", ".join(str(task) for task, sample in samples.items() if len(sample) == 1)
+        low, high = (np.nan, np.nan) if single else _interval(list(samples))
+        rows[method] = (samples.map(np.mean).mean(), low, high, len(of_method), single)
+    columns = ["difference", "low", "high", "pairs", "single"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).reindex(list(methods))
 
 
 def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:
@@ -78,6 +68,6 @@ def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
-        rng=np.random.default_rng(_BOOTSTRAP_SEED),
+        rng=np.random.default_rng(0),
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from aroma.errors import bad_value
@@ -14,10 +13,10 @@ from aroma.pictures import FAINT, GRID, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without the yellow, which is too pale on white. The three lists have lengths without a common
-# divisor, so that the first 385 methods all look different, and two that share a colour differ in line and marker.
+# Okabe and Ito's colours without the yellow, which is too pale on white. The lists have lengths without a common
+# divisor, so that the first 35 methods all look different on curves, and 77 as points.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = ("", (5, 2), (5, 1.5, 1, 1.5), (1, 1.2), (8, 1.5, 1, 1.5, 1, 1.5))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
@@ -31,29 +30,13 @@ _METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Looks:
-    """How methods are drawn, in every figure of a grid: by label, as seaborn takes it."""
+def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return `palette`, `dashes` and `markers` as seaborn takes them, by method.
 
-    palette: Mapping[str, str]
-    dashes: Mapping[str, Any]
-    markers: Mapping[str, str]
-
-    @classmethod
-    def of(cls, methods: Sequence[str]) -> Looks:
-        """Return the looks of a grid's methods, in its order: a method looks the same whatever others are shown."""
-        return cls(*({m: parts[i % len(parts)] for i, m in enumerate(methods)} for parts in _PARTS))
-
-    def handle(self, method: str, label: str, line: bool = True) -> Any:
-        """Return an entry of a legend."""
-        from matplotlib.lines import Line2D
-
-        dashes: Any = (0, self.dashes[method]) if self.dashes[method] else "solid"
-        style: dict[str, Any] = {"color": self.palette[method], "marker": self.markers[method]}
-        return Line2D([], [], linestyle=dashes if line else "none", markersize=5 if line else 8, label=label, **style)
-
-
-_PARTS: tuple[Sequence[Any], ...] = (_COLOURS, _DASHES, _MARKERS)
+    A method of a grid looks the same whatever others are shown with it.
+    """
+    parts = {"palette": _COLOURS, "dashes": _DASHES, "markers": _MARKERS}
+    return {name: {m: part[i % len(part)] for i, m in enumerate(methods)} for name, part in parts.items()}
 
 
 def metric_label(metric: str) -> str:
@@ -61,57 +44,39 @@ def metric_label(metric: str) -> str:
     return _METRICS.get(metric, f"{metric} × 100")
 
 
+def write_title(figure: Figure, title: str, remarks: str) -> None:
+    """Write a title above a figure, and remarks below it."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.supxlabel(remarks, x=0.01, ha="left", fontsize=9, color=FAINT)
+
+
 def style_axes(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
     """Give a panel of curves or points its plain look, and its names."""
     axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(xlabel, color=INK, fontsize=9)
-    axes.set_ylabel(ylabel, color=INK, fontsize=9)
+    axes.set(xlabel=xlabel, ylabel=ylabel, axisbelow=True)
     axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=INK)
+    axes.tick_params(length=0, labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-
-
-def count_in_whole_numbers(axis: Axis) -> None:
-    """Give an axis of counts, such as ranks and steps, ticks at whole numbers; by default they can be at 2.5."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def fit_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
-    """Fit an axis of sizes to `values`: from 0, or logarithmic if the positive ones span more than a factor of 30.
+    """Fit an axis of sizes to `values`: from 0, and logarithmic if the positive ones span more than a factor of 30.
 
-    A logarithmic axis still has room for zeros if there are any, below the smallest positive value. Ticks read as 1k
-    and 1M.
+    Ticks read as 0.5, 20, 1k and 3.5M; matplotlib's own engineering format would have 500m for 0.5.
     """
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    values = list(values)
-    positive = [value for value in values if value > 0]
-    set_scale = axes.set_xscale if which == "x" else axes.set_yscale
-    set_limits = axes.set_xlim if which == "x" else axes.set_ylim
-    smallest, largest = min(positive, default=1.0), max(positive, default=1.0)
-    if largest <= 30 * smallest:
-        set_limits(-0.04 * largest, 1.08 * largest)
-    elif len(positive) < len(values):
-        linear_below = 10 ** math.floor(math.log10(smallest))
-        set_scale("symlog", linthresh=linear_below, linscale=0.5)
-        set_limits(-0.3 * linear_below, 2 * largest)
-    else:
-        set_scale("log")
-        set_limits(smallest / 2, 2 * largest)
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(FuncFormatter(size_text))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def size_text(value: float, position: int | None = None) -> str:
-    """Return a size as an axis shows it: 0.5, 20, 1k, 3.5M; matplotlib's own would have 500m for 0.5."""
     from matplotlib.ticker import EngFormatter
 
-    return EngFormatter(sep="").format_eng(value) if abs(value) >= 1 else f"{value:g}"
+    positive = [value for value in values if value > 0] or [1.0]
+    smallest, largest = min(positive), max(positive)
+    low, high = -0.04 * largest, 1.08 * largest
+    if largest > 30 * smallest:
+        linear_below = 10 ** math.floor(math.log10(smallest))
+        getattr(axes, f"set_{which}scale")("symlog", linthresh=linear_below, linscale=0.5)
+        low, high = -0.3 * linear_below, 2 * largest
+    axes.set(**{f"{which}lim": (low, high)})
+    engineering = EngFormatter(sep="")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(lambda value, _: engineering(value) if abs(value) >= 1 else f"{value:g}")
 
 
 def matching_module(wanted: str, names: Sequence[str]) -> str:
@@ -139,7 +104,7 @@ def paper_modules(names: Sequence[str]) -> list[str]:
     deep = int(0.75 * (1 + max(layers, default=0)))
     ends = (r"\.0\.attention\.output\.dense$", rf"\.{deep}\.attention\.self\.value$")
     found = [name for end in ends for name in [name for name in names if re.search(end, name)][:1]]
-    return found if len(found) == 2 else list(dict.fromkeys([names[0], names[-1]]))
+    return found if len(found) == 2 else list(dict.fromkeys([*names[:1], *names[-1:]]))
 
 
 def short_name(name: str) -> str:

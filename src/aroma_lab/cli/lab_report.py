@@ -1,0 +1,165 @@
+"""`aroma lab table`, `figure` and `collect`: what a grid's runs say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from aroma.cli.extras import require_extra
+from aroma.cli.texts import examples
+from aroma.errors import bad_value
+
+# As in report/; written out here so that help imports nothing.
+TABLES = {
+    "main": "scores, trainable parameters, paired difference to a baseline (the paper's Table 2)",
+    "paired": "the difference to the baseline on each task: better, tied or worse",
+    "sets": "each reported set and their average, with the difference of the average (Table 3)",
+    "reset": "AROMA's scores, ranks and effective ranks by what a merge resets (Table 4)",
+    "time": "seconds of an epoch, and their ratios (Table 5)",
+    "inner": "after how many steps the inner criterion fires, by kind of matrix",
+}
+FORMAT_NAMES = ("text", "markdown", "latex", "csv")
+FIGURES = {
+    "curves": "Figure 1: trainable parameters, total rank, rank of two modules, and score, by step",
+    "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for one seed of each method",
+    "cosines": "Figure 4: cosines between the components of two runs",
+    "pareto": "score against average trainable parameters and training time, with the Pareto front",
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the three commands to the parser of `aroma lab`."""
+    table = _add(
+        commands,
+        "table",
+        "print a table of a grid's runs",
+        "Print a table of the runs that `aroma lab run` left: mean ± standard deviation over seeds, with the\n"
+        f"protocol in its caption and every failed run below it.\n\nkinds:\n{_listed(TABLES)}",
+        "aroma lab table results/lab/minilm",
+        "aroma lab table results/lab/minilm --kind time --baseline lora-r1",
+        "aroma lab table results/lab/smollm2-commonsense --kind sets --metric accuracy_normalised",
+        "aroma lab table results/lab/minilm --format latex --out table.tex",
+    )
+    table.add_argument("folder", metavar="FOLDER", help="the grid's output folder, or its table of runs")
+    table.add_argument("--kind", choices=tuple(TABLES), default="main", help="what the table is of (%(default)s)")
+    table.add_argument("--format", choices=FORMAT_NAMES, help="how it is written (by the suffix of --out, else text)")
+    table.add_argument(
+        "--baseline",
+        metavar="LABEL",
+        help="method to compare with, of all kinds but reset and inner (lora-r8 if it was run)",
+    )
+    table.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
+    table.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")
+    table.set_defaults(run=run_table)
+
+    figure = _add(
+        commands,
+        "figure",
+        "draw a figure of finished runs",
+        f"Draw a figure of finished runs.\n\nkinds:\n{_listed(FIGURES)}",
+        "aroma lab figure curves results/lab/minilm --task mrpc --methods lora-r8 aroma --out figure1.svg",
+        "aroma lab figure cosines results/lab/minilm --task mrpc --methods aroma-no-reset aroma --out figure4.pdf",
+        "aroma lab figure pareto results/lab/minilm",
+    )
+    figure.add_argument("kind", metavar="KIND", choices=tuple(FIGURES), help=", ".join(FIGURES))
+    figure.add_argument(
+        "folders", metavar="FOLDER", nargs="+", help="a grid's output folder or its runs.parquet, or a run's folder"
+    )
+    figure.add_argument("--out", metavar="FILE", help="new .png, .svg or .pdf file (KIND.png, or KIND-TASK.png)")
+    figure.add_argument("--task", metavar="TASK", help="show this task (needed where there are several)")
+    figure.add_argument("--methods", metavar="METHOD", nargs="+", help="show these, in this order (all)")
+    figure.add_argument(
+        "--modules", metavar="MODULE", nargs="+", help="names of modules, or ends of them (those of the paper)"
+    )
+    figure.add_argument("--seed", type=int, help="seed shown by ranks and cosines (the lowest)")
+    figure.set_defaults(run=run_figure)
+
+    collect = _add(
+        commands,
+        "collect",
+        "write all runs of a grid into one small table, which tables and figures are made of as well",
+        "Write all runs of a grid into one table, runs.parquet: settings, versions, metrics, ranks, curves,\n"
+        "evaluations and inner checks of each run, failures included. `aroma lab table` and `aroma lab figure`\n"
+        "take it in place of the run folders and give the same numbers. Adapters, events and losses are left\n"
+        "out, so cosines still need the run folders.",
+        "aroma lab collect results/lab/minilm",
+        "aroma lab collect results/lab/minilm --out minilm.parquet",
+    )
+    collect.add_argument("folder", metavar="FOLDER", help="the grid's output folder")
+    collect.add_argument("--out", metavar="FILE", help="new file to write it to (FOLDER/runs.parquet)")
+    collect.set_defaults(run=run_collect)
+
+
+def run_table(arguments: argparse.Namespace) -> None:
+    """Print the table, or write it; what CSV cannot hold goes to standard error."""
+    require_extra("lab")
+    out = _new_file(arguments.out) if arguments.out else None
+    from aroma.files import write_text
+
+    from ..report.formats import FORMATS, SUFFIXES
+    from ..report.runs import read_runs
+    from ..report.tables import make_table
+
+    form = arguments.format or (SUFFIXES.get(out.suffix.lower(), "text") if out else "text")
+    table = make_table(read_runs(arguments.folder), arguments.kind, arguments.baseline, arguments.metric)
+    rendered = FORMATS[form](table)
+    if out is not None:
+        write_text(out, rendered)
+        print(f"Left: {out}.")
+    else:
+        sys.stdout.write(rendered)
+    if form == "csv":
+        print(table.caption, *table.notes, sep="\n", file=sys.stderr)
+
+
+def run_figure(arguments: argparse.Namespace) -> None:
+    """Draw and write the picture."""
+    require_extra("lab")
+    name = f"{arguments.kind}-{arguments.task}" if arguments.task else arguments.kind
+    out = _new_file(arguments.out or f"{name}.png")
+    from aroma.cli.quiet import quiet
+
+    quiet()
+    from aroma.pictures import require_picture_name, save_picture
+
+    from ..report.figures import draw_figure
+
+    require_picture_name("--out", out)
+    choice = {key: getattr(arguments, key) for key in ("task", "methods", "modules", "seed")}
+    save_picture(draw_figure(arguments.kind, arguments.folders, **choice), out)
+    print(f"picture: {out}")
+
+
+def run_collect(arguments: argparse.Namespace) -> None:
+    """Write the table of runs."""
+    require_extra("lab")
+    out = _new_file(arguments.out or str(Path(arguments.folder) / "runs.parquet"))
+    from ..report.runs import collect_runs, read_runs
+
+    runs = read_runs(arguments.folder)
+    collect_runs(runs, out)
+    print(f"{len(runs.rows)} runs, {out.stat().st_size / 1e3:.0f} kB: {out}")
+
+
+def _add(commands: Any, name: str, words: str, description: str, *lines: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=words,
+        description=description,
+        epilog=examples(*lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _listed(kinds: dict[str, str]) -> str:
+    return "\n".join(f"  {kind:8} {meaning}" for kind, meaning in kinds.items())
+
+
+def _new_file(name: str) -> Path:
+    path = Path(name)
+    if path.exists():
+        raise bad_value("--out", name, "it exists; give another name, or move it away")
+    return path
