@@ -81,7 +81,7 @@ def line(axes):
 def test_curves_have_a_line_for_each_method_and_a_band_where_seeds_differ(grid):
     figure = draw("curves", grid, task="mrpc")
     modules = ("layer.0.attention.output.dense", "layer.3.attention.self.value")
-    expected = ["trainable parameters", "total rank", *(f"rank of {name}" for name in modules), "accuracy, %"]
+    expected = ["trainable parameters", "total rank", *(f"rank of {name}" for name in modules), "accuracy × 100"]
     assert titles(figure)[:5] == [f"({letter}) {title}" for letter, title in zip("abcde", expected, strict=True)]
     assert [len(drawn(axes)) for axes in figure.axes[:5]] == [3, 2, 2, 2, 3]  # BitFit has no ranks
     assert len([band for band in figure.axes[4].collections if band.get_paths()]) == 2  # BitFit has a single seed
@@ -227,12 +227,13 @@ def test_what_cosines_cannot_compare(pair, grid):
     write_run(output, "mrpc", "pretrained", 0, **UNTRAINED)
     alone = write_run(output.parent / "other", "mrpc", "stray", 5)
     write_adapter(alone, {"elsewhere": components((0, 0, 1))})
+    write_run(alone.parents[3], "mrpc", "stray", 6)
     for folders, methods, message in (
         ([grid], None, "cosines compare two runs; choose two of lora, aroma, bitfit"),
         ([grid], ("lora", "aroma"), "mrpc/lora/seed-0': the adapter of this run is not kept"),
         ([output], ("with", "pretrained"), "--methods='pretrained': it trains nothing"),
         ([one, alone], None, "no grown module in common"),
-        ([output, alone], ("with", "stray"), "no finished runs of the same seed"),
+        ([output, alone.parents[3]], ("with", "stray"), "no finished runs of the same seed"),
     ):
         with pytest.raises(AromaError) as error:
             draw("cosines", *folders, task="mrpc", methods=methods)

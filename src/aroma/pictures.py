@@ -123,7 +123,7 @@ def draw_ranks(panels: Mapping[str, Sequence[Matrix]]) -> Figure:
                 continue
             axes.scatter(x, y, s=scale * matrix.rank, **_RANK)
             axes.scatter(x, y, s=scale * matrix.effective_rank, **_EFFECTIVE)
-            axes.annotate(str(matrix.rank), (x + 0.46, y + 0.42), ha="right", va="bottom", fontsize=7, color=INK)
+            axes.annotate(str(matrix.rank), (x, y), (14, -17), textcoords="offset points", fontsize=7, color=INK)
     meanings = {"rank": (120, _RANK), "effective rank": (60, _EFFECTIVE), "rank 0": (40, _CROSS)}
     handles = [axes.scatter([], [], s=size, label=label, **look) for label, (size, look) in meanings.items()]
     figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9, frameon=False)

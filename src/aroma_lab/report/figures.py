@@ -18,7 +18,7 @@ from aroma.pictures import FAINT, INK, MatrixRank, draw_ranks, new_figure
 from ..run.files import TrialFiles
 from .formats import counted
 from .runs import Run, read_runs, rows_of
-from .style import fit_axis, looks, matching_module, metric_label, paper_modules, short_name, style_axes, write_title
+from .style import fit_axis, looks, matching_module, paper_modules, short_name, style_axes, write_title
 
 if TYPE_CHECKING:
     import torch
@@ -39,17 +39,7 @@ _MOST_NUMBERS = 12
 
 @dataclass(frozen=True)
 class Shown:
-    """The runs that a figure shows.
-
-    Args:
-        frame: Finished runs that are reported, by seed, with `given`, the position of the first folder that has them.
-        methods: Labels of the methods shown, in order.
-        tasks: Names of the tasks shown, in the grid's order.
-        looks: How the methods are drawn, see `style.looks`.
-        modules: Names of modules, or ends of them; None for the paper's.
-        seed: Seed of the runs if one run of a method is shown; None for the lowest.
-        is_pair: Whether the folders hold two runs, and nothing was chosen among them.
-    """
+    """The runs that a figure shows, by seed, and what else was chosen, see `draw_figure`; `looks` is from `style`."""
 
     frame: pd.DataFrame
     methods: Sequence[str]
@@ -57,7 +47,6 @@ class Shown:
     looks: Mapping[str, Mapping[str, Any]]
     modules: Sequence[str] | None
     seed: int | None
-    is_pair: bool
 
     def of(self, method: str) -> pd.DataFrame:
         """Return the runs of a method, by seed."""
@@ -98,8 +87,7 @@ def draw_figure(
     frame = frame[frame.task.isin(tasks)]
     chosen = _only("--methods", methods, [label for label in labels if (frame.method == label).any()])
     frame = frame[frame.method.isin(chosen)]
-    is_pair = methods is None and seed is None and len(frame) == 2
-    return FIGURES[kind](Shown(frame, chosen, tasks, looks(labels), modules, seed, is_pair))
+    return FIGURES[kind](Shown(frame, chosen, tasks, looks(labels), modules, seed))
 
 
 def curves_figure(shown: Shown) -> Figure:
@@ -107,10 +95,6 @@ def curves_figure(shown: Shown) -> Figure:
 
     A line is the mean over the seeds; if there are several, a band reaches from the lowest to the highest. A method
     without ranks has no line in the panels of ranks.
-
-    Raises:
-        ConfigError: Not two modules; or one is not adapted by any method, or not told apart by the name given.
-        CheckpointError: A run has no `curve.json` or no `history.json`.
     """
     for run in rows_of(shown.frame):
         for file, value in (("curve", run.curve), ("history", run.evaluations)):
@@ -124,7 +108,7 @@ def curves_figure(shown: Shown) -> Figure:
         "trainable parameters": lambda run: run.curve["parameters"],
         "total rank": lambda run: run.curve["total_rank"],
         **{f"rank of {short_name(name)}": partial(_module_ranks, name) for name in modules},
-        metric_label(shown.frame.metric.iloc[0]): _scores,
+        f"{shown.frame.metric.iloc[0]} × 100": _scores,
     }
     figure = new_figure(12, 7)
     *panels, corner = figure.subplots(2, 3).flat
@@ -145,11 +129,7 @@ def curves_figure(shown: Shown) -> Figure:
 
 
 def ranks_figure(shown: Shown) -> Figure:
-    """Return Figures 3 and 5: rank and effective rank of every matrix, for one seed of each method.
-
-    Raises:
-        ConfigError: No method has ranks, or one has no run of the seed.
-    """
+    """Return Figures 3 and 5: rank and effective rank of every matrix, for one seed of each method."""
     panels = {}
     for run in [_one_seed(shown, method, shown.seed) for method in shown.methods]:
         ranks = run.result["ranks"]
@@ -163,14 +143,7 @@ def ranks_figure(shown: Shown) -> Figure:
 
 
 def cosines_figure(shown: Shown) -> Figure:
-    """Return Figure 4: cosines between the components of two methods at their lowest common seed, or of two runs.
-
-    Raises:
-        ConfigError: Not two runs; an adapter is no plain LoRA adapter, a run trains nothing, or a module did not grow
-            in both.
-        CheckpointError: An adapter is missing or damaged.
-        DataError: The runs have no seed in common, or no module of the same shape that grew in both.
-    """
+    """Return Figure 4: cosines between the components of two methods at their lowest common seed, or of two runs."""
     import seaborn as sns
     from matplotlib.patches import Rectangle
 
@@ -206,7 +179,7 @@ def pareto_figure(shown: Shown) -> Figure:
     for row, task in zip(figure.subplots(len(shown.tasks), 2, squeeze=False), shown.tasks, strict=True):
         of_task = frame[frame.task == task]
         for axes, (cost, label) in zip(row, _COSTS.items(), strict=True):
-            style_axes(axes, task, label, metric_label(of_task.metric.iloc[0]))
+            style_axes(axes, task, label, f"{of_task.metric.iloc[0]} × 100")
             drawn |= _draw_points(axes, shown, of_task, cost)
             fit_axis(axes, "x", of_task[cost])
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
@@ -286,8 +259,9 @@ def _one_seed(shown: Shown, method: str, seed: int | None) -> Run:
 
 def _pair(shown: Shown) -> list[Run]:
     """Return the two runs to compare: two methods at their lowest common seed, or the only two runs there are."""
-    if shown.is_pair:
-        return rows_of(shown.frame.sort_values("given", kind="stable"))
+    if len(shown.frame) == 2 and shown.seed is None:
+        order = shown.frame.method.map(shown.methods.index)
+        return rows_of(shown.frame.assign(order=order).sort_values(["order", "given"]))
     if len(shown.methods) != 2:
         labels = ", ".join(shown.methods)
         remedy = f"cosines compare two runs; choose two of {labels}, or give the folders of two runs"
@@ -316,11 +290,9 @@ def _cosines(first: Run, second: Run, modules: Sequence[str] | None) -> dict[str
     if not shared:
         remedy = f"its adapter has no grown module in common with that of {first.where}; give runs of one model"
         raise bad_value("FOLDER", second.where, remedy, DataError)
-    if modules is None:
-        papers = [name for name in shared if name.endswith(_COSINES_OF)]
-        chosen = papers[:1] or [max(shared, key=lambda name: min(len(ours[name].A), len(others[name].A)))]
-    else:
-        chosen = [matching_module(one, shared) for one in modules]
+    papers = [name for name in shared if name.endswith(_COSINES_OF)]
+    grown_most = max(shared, key=lambda name: min(len(ours[name].A), len(others[name].A)))
+    chosen = [matching_module(one, shared) for one in modules or ()] or papers[:1] or [grown_most]
     # Components have rank r in methods that train one after the other, and 1 in those that train all at once.
     ranks = [run.trial["options"].get("r", 1) if run.kind in ("aroma", "relora") else 1 for run in (first, second)]
     return {
@@ -343,12 +315,8 @@ def _updates(run: Run) -> Mapping[str, Any]:
 def _draw_lines(axes: Axes, shown: Shown, title: str, of_run: Callable[[Run], Any]) -> None:
     """Draw a line for each method, the mean over its seeds, and a band from the lowest to the highest.
 
-    Args:
-        axes: Where to draw.
-        shown: The runs.
-        title: Title of the panel.
-        of_run: Gives the (step, value) pairs of a run: scores lie on straight lines between their steps, other values
-            hold from their step on. A method of which a run has none is left out.
+    `of_run` gives the (step, value) pairs of a run. Scores lie on straight lines between their steps, other values
+    hold from their step on. A method of which a run has none is left out.
     """
     import seaborn as sns
     from matplotlib.ticker import MaxNLocator

@@ -94,14 +94,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs of a grid.
-
-    Args:
-        source: Folder or file they were read from.
-        rows: What frames have of each run, by name, finished or not.
-        selection: Content of `selection.json`; empty if there is none.
-        grid: Content of `grid.yaml`; empty if there is none.
-    """
+    """All runs of a grid, finished or not, by name; and its `selection.json` and `grid.yaml`, empty if missing."""
 
     source: Path
     rows: Sequence[Mapping[str, Any]]
@@ -199,7 +192,7 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     """
     frame = _frame(runs.rows).drop(columns="where")
     for part in _PARTS:
-        frame[part] = [_to_json(value) for value in frame[part]]
+        frame[part] = [None if one is None else json.dumps(one, ensure_ascii=False) for one in frame[part]]
     with replacing(path) as temporary:
         frame.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
 
@@ -337,7 +330,3 @@ def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> fl
 
 def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(_COLUMNS))
-
-
-def _to_json(value: object) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))

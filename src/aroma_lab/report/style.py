@@ -20,14 +20,6 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = ("", (5, 2), (5, 1.5, 1, 1.5), (1, 1.2), (8, 1.5, 1, 1.5, 1, 1.5))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-_METRICS = {
-    "accuracy": "accuracy, %",
-    "f1": "F1, %",
-    "macro_f1": "macro F1, %",
-    "mcc": "Matthews correlation × 100",
-    "pearson": "Pearson correlation × 100",
-    "spearman": "Spearman correlation × 100",
-}
 
 
 def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -37,11 +29,6 @@ def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """
     parts = {"palette": _COLOURS, "dashes": _DASHES, "markers": _MARKERS}
     return {name: {m: part[i % len(part)] for i, m in enumerate(methods)} for name, part in parts.items()}
-
-
-def metric_label(metric: str) -> str:
-    """Return how an axis names a metric whose values are drawn ×100."""
-    return _METRICS.get(metric, f"{metric} × 100")
 
 
 def write_title(figure: Figure, title: str, remarks: str) -> None:

@@ -93,11 +93,7 @@ def main_table(runs: Runs, baseline: str | None) -> Table:
 
 
 def paired_table(runs: Runs, baseline: str | None) -> Table:
-    """Return the difference to the baseline on each task, and how often a method is better, tied or worse.
-
-    Raises:
-        ConfigError: No baseline, or no other method.
-    """
+    """Return the difference to the baseline on each task, and how often a method is better, tied or worse."""
     others = [method for method in runs.methods if method != baseline]
     if baseline is None or not others:
         raise bad_value("--baseline", baseline, "a table of differences compares two methods; name one that has run")
@@ -121,17 +117,7 @@ def paired_table(runs: Runs, baseline: str | None) -> Table:
 
 
 def sets_table(runs: Runs, baseline: str | None, metric: str | None = None) -> Table:
-    """Return the paper's Table 3: each reported set, their average, and the paired difference of the average.
-
-    Args:
-        runs: The runs.
-        baseline: Method that the others are compared with; None: no comparison.
-        metric: What is shown of every set, as `accuracy_normalised`; None: the metric that is the score.
-
-    Raises:
-        ConfigError: No run has the metric, or none has finished.
-        CheckpointError: A result without its reported sets.
-    """
+    """Return the paper's Table 3: each reported set, their average, and the paired difference of the average."""
     sets = _set_scores(runs, metric)
     table = Table(runs.methods, len(runs.seeds))
     for (task, label, title), scored in sets.groupby(["task", "label", "title"], sort=False):
@@ -150,11 +136,7 @@ def sets_table(runs: Runs, baseline: str | None, metric: str | None = None) -> T
 
 
 def reset_table(runs: Runs) -> Table:
-    """Return the paper's Table 4: AROMA's scores, ranks and effective ranks by what a merge resets.
-
-    Raises:
-        ConfigError: No run of AROMA has finished.
-    """
+    """Return the paper's Table 4: AROMA's scores, ranks and effective ranks by what a merge resets."""
     methods = runs.finished_methods("aroma")
     if not methods:
         raise bad_value("--kind", "reset", f"no run of kind aroma has finished in {runs.source}; run some first")
@@ -209,12 +191,7 @@ def time_table(runs: Runs, baseline: str | None) -> Table:
 
 
 def inner_table(runs: Runs) -> Table:
-    """Return after how many steps the inner criterion (5) fires, by method, task and kind of matrix.
-
-    Raises:
-        ConfigError: No finished run has inner checks.
-        CheckpointError: An `events.jsonl` is damaged.
-    """
+    """Return after how many steps the inner criterion (5) fires, by method, task and kind of matrix."""
     rows = []
     aroma = runs.finished_methods("aroma")
     for method, task in ((method, task) for method in aroma for task in runs.tasks):
@@ -259,11 +236,8 @@ KINDS: Mapping[str, Callable[..., Table]] = {
 def inner_loops(run: Run) -> pd.DataFrame:
     """Return the inner loops of a run: those in which the criterion fired, and those that ended without.
 
-    A loop that the end of the run cut off before the criterion fired tells nothing and is left out.
-
-    Returns:
-        For each loop `kind` of the matrix, `outer_step` p from 1, and the inner step t at which the
-        criterion was first met as `fired`, NaN if it never was.
+    A row has the `kind` of the matrix, `outer_step` p from 1, and as `fired` the inner step t at which the criterion
+    was first met, NaN if it never was. A loop that the end of the run cut off before that is left out.
     """
     fired = [(outer, module, inner) for outer, inner, module in run.result["inner_checks"]]
     ended = [(outer, module, np.nan) for outer, module in run.ended]
