@@ -97,13 +97,11 @@ def common_notes(runs: Runs) -> list[str]:
     begun = {(row["task"], row["method"], row["seed"]) for row in runs.rows if not row["selects"]}
     cells = [(task, method, seed) for task in runs.tasks for method in runs.methods for seed in runs.seeds]
     missing = [f"{task}/{method}, seed {seed}" for task, method, seed in cells if (task, method, seed) not in begun]
+    failed = rows_of(runs.in_state("failed"))
     edited = runs.reported.name[runs.reported.git_revision.astype(str).str.endswith("+changes")]
     return [
         *_note("{}: nothing trains; the pretrained model as it is.", listing(idle)),
-        *(
-            f"Failed: {run.name}: {run.message} ({run.folder}/failure.json)"
-            for run in rows_of(runs.in_state("failed"))
-        ),
+        *(f"Failed: {run.name}: {run.message} ({run.folder}/failure.json)" for run in failed),
         *_note("Not finished: {}.", ", ".join(runs.in_state("unfinished").name)),
         *_note("Not begun: {}.", "; ".join(missing) if len(missing) <= _MOST_CELLS else counted(len(missing), "run")),
         *_choices(runs, idle),
@@ -132,10 +130,8 @@ def _selection_sentence(runs: Runs) -> str:
     if not keys:
         return "These runs chose nothing: learning rates and all other settings are as given."
     tried = [values for entry in _entries(runs).values() for values in entry["tried"]]
-    among = {key: dict.fromkeys(values.get(key) for values in tried) for key in keys}
-    text = "; ".join(
-        f"{key} among {listing([show(one) for one in sorted(among[key], key=_number_first)])}" for key in keys
-    )
+    among = {key: sorted((values.get(key) for values in tried), key=_number_first) for key in keys}
+    text = "; ".join(f"{key} among {listing(list(dict.fromkeys(map(show, among[key]))))}" for key in keys)
     frame, how = runs.selecting, ""
     if len(frame):
         seeds = ", ".join(map(str, sorted(set(frame.seed))))

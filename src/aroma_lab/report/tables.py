@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -193,8 +194,7 @@ def time_table(runs: Runs, baseline: str | None) -> Table:
 def inner_table(runs: Runs) -> Table:
     """Return after how many steps the inner criterion (5) fires, by method, task and kind of matrix."""
     rows = []
-    aroma = runs.finished_methods("aroma")
-    for method, task in ((method, task) for method in aroma for task in runs.tasks):
+    for method, task in itertools.product(runs.finished_methods("aroma"), runs.tasks):
         checked = [run for run in rows_of(runs.of(method, task)) if predicted_step(run.trial)]
         if checked:
             predicted = {predicted_step(run.trial) for run in checked}
@@ -286,9 +286,8 @@ def _set_scores(runs: Runs, metric: str | None) -> pd.DataFrame:
     rows = []
     for run in [run for task in runs.tasks for run in rows_of(runs.of(task=task))]:
         check(f"{run.where}/result.json", run.result, {"reported": {...: "a mapping"}})
-        rows += [
-            (run.task, label, run.method, run.seed, run.metric, one) for label, one in run.result["reported"].items()
-        ]
+        of_run = run.result["reported"].items()
+        rows += [(run.task, label, run.method, run.seed, run.metric, metrics) for label, metrics in of_run]
     if not rows:
         raise bad_value("--kind", "sets", f"no run with a reported set has finished in {runs.source}")
     sets = pd.DataFrame(rows, columns=["task", "label", "method", "seed", "metric", "metrics"])
@@ -326,11 +325,11 @@ def _unreadable(runs: Runs, sets: pd.DataFrame) -> list[str]:
 
 def _examples(runs: Runs) -> list[str]:
     """Return what became of examples that did not fit, as the runs of a task note it."""
-    found = {task: runs.of(task=task).result.map(lambda result: result.get("notes", ())) for task in runs.tasks}
-    notes = {
-        task: dict.fromkeys(str(note) for of_run in of_task for note in of_run) for task, of_task in found.items()
-    }
-    return [f"{task}: {'; '.join(of_task)}." for task, of_task in notes.items() if of_task]
+    lines = []
+    for task in runs.tasks:
+        notes = dict.fromkeys(str(note) for result in runs.of(task=task).result for note in result.get("notes", ()))
+        lines += [f"{task}: {'; '.join(notes)}."] if notes else []
+    return lines
 
 
 def _option(trial: Mapping[str, Any], name: str) -> Any:
@@ -342,14 +341,13 @@ def _option(trial: Mapping[str, Any], name: str) -> Any:
 
 def _timed_against(runs: Runs, baseline: str | None) -> dict[str, str | None]:
     """Return the methods whose time others' are divided by, with the paper's name for them, None if it has none."""
-    found: dict[str, str | None] = {}
-    if baseline is not None:
-        found[baseline] = "lora" if baseline in runs.finished_methods("lora") else None
-    # The AdaLoRA that ends with the baseline's rank, else the first one.
-    adalora = runs.finished_methods("adalora")
-    wanted = {trial["options"].get("r") for trial in runs.of(baseline).trial}
-    fitting = [one for one in adalora if runs.of(one).trial.iloc[0]["options"].get("target_r") in wanted]
-    return found | dict.fromkeys((fitting or adalora)[:1], "adalora")
+    adalora = runs.finished_methods("adalora")[:1]
+    if baseline is None:
+        return dict.fromkeys(adalora, "adalora")
+    return {
+        baseline: "lora" if baseline in runs.finished_methods("lora") else None,
+        **dict.fromkeys(adalora, "adalora"),
+    }
 
 
 def _loop_numbers(loops: pd.DataFrame) -> dict[str, float]:
