@@ -44,16 +44,14 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..export import rank_table
+    from ..pictures import rank_picture
 
     rows = rank_table(arguments.adapter)
-    console = Console(markup=False)
-    console.print(make_table(rows, title=str(arguments.adapter)))
-    console.print(serving_hint(max((row.rank for row in rows), default=0)), soft_wrap=True)
+    Console(markup=False).print(make_table(rows, title=str(arguments.adapter)))
+    print(serving_hint(max((row.rank for row in rows), default=0)))
     if arguments.plot:
-        from ..pictures import rank_picture
-
         rank_picture(rows, arguments.plot)
-        console.print(f"picture: {arguments.plot}", soft_wrap=True)
+        print(f"picture: {arguments.plot}")
 
 
 def make_table(rows: list[RankRow], title: str) -> Table:
