@@ -30,6 +30,7 @@ from aroma import (
 )
 from aroma.checkpoint import verify_adapter
 from aroma.errors import CheckpointError, ConfigError
+from aroma.tuner import live_adapter
 from aroma.tuner.state import read_controller_state
 from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
 from trainer_runs import assert_same
@@ -92,7 +93,7 @@ def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def save_silently(model: Any, folder: Path) -> None:
     """Save components that no controller has made."""
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(folder)
 
 

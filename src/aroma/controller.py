@@ -37,7 +37,7 @@ from .sharding import (
     world_size,
 )
 from .target import TargetModule
-from .tuner import AromaConfig, aroma_layers
+from .tuner import aroma_layers, live_adapter
 from .tuner.graph import is_compiled
 from .warmup import rewarmup_factor
 
@@ -90,12 +90,13 @@ class AromaController:
                 type(model).__name__,
                 f"it has no AROMA adapter {adapter_name!r}; make one with get_peft_model(model, AromaConfig(...))",
             )
-        self.config = _find_config(model, adapter_name)
+        self.live = live_adapter(model, adapter_name)
+        self.config = self.live.config
         self.adapter_name = adapter_name
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.modules = [
-            TargetModule(name, index, layer, adapter_name, self.config)
+            TargetModule(name, index, layer, adapter_name, self.live)
             for index, (name, layer) in enumerate(layers.items())
         ]
         self._processes = world_size()
@@ -123,7 +124,7 @@ class AromaController:
         self._listeners: list[Callable[[Event], None]] = []
         self._stale = False
         self._state_is_known = False
-        self.config.attach_controller(self)
+        self.live.attach_controller(self)
 
     # What a loop asks ------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,7 @@ class AromaController:
         """
         self._refuse_stale()
         self._held = None
-        self.config.ever_controlled = True
+        self.live.ever_controlled = True
         self.global_step += 1
         if self.finished:
             return []
@@ -262,7 +263,7 @@ class AromaController:
         for module, pair in zip(self.modules, pairs, strict=True):
             tensors.update(module.pair_tensors(self._draw_number, pair))
         state = {
-            "config": self.config.method(),
+            "config": self.live.method(),
             "global_step": self.global_step,
             "inner_step": self.inner_step,
             "outer_number": self.outer_number,
@@ -291,7 +292,7 @@ class AromaController:
             self._restore(exported["state"], exported["tensors"], pairs)
 
     def _restore(self, state: dict[str, Any], tensors: dict[str, Any], pairs: Sequence[Pair]) -> None:
-        self.config.check_resumable(state["config"])
+        self.live.check_resumable(state["config"])
         refuse_other_modules([module.name for module in self.modules], [entry["name"] for entry in state["modules"]])
         if self._digest(pairs) != state["adapter_digest"]:
             raise CheckpointError(
@@ -401,14 +402,13 @@ class AromaController:
             return
         # torch's seed, which was taken where none was chosen, may differ between the ranks.
         require_equal_replicas(self._facts(), self._tensors(model), self._device)
-        assert self.config.component_seed is not None, "AromaModel settles the seed when the adapter is made"
-        self.config.component_seed = of_first_rank(self.config.component_seed, self._device)
+        self.live.seed = of_first_rank(self.live.seed, self._device)
 
     def _facts(self) -> dict[str, object]:
         return {
             "adapter_name": self.adapter_name,
-            **self.config.method(),
-            "component_seed": self.config._chosen_seed,
+            **self.live.method(),
+            "component_seed": self.config.component_seed,
             "total_steps": self.total_steps,
             "target_modules": [(module.name, module.rank, module.is_frozen) for module in self.modules],
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
@@ -438,7 +438,7 @@ class AromaController:
 
     def _refuse_stale(self) -> None:
         refuse_changed_processes(self._processes, self._wrapper)
-        if self.config.controller is not self:
+        if self.live.controller is not self:
             raise bad_value(
                 "controller",
                 self.adapter_name,
@@ -541,12 +541,3 @@ def _drop_gradients_of_frozen(modules: list[TargetModule], *_: Any) -> None:
         if module.is_frozen:
             for parameter in module.pair:
                 parameter.grad = None
-
-
-def _find_config(model: nn.Module, adapter_name: str) -> AromaConfig:
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        if configs is not None and isinstance(configs.get(adapter_name), AromaConfig):
-            config: AromaConfig = configs[adapter_name]
-            return config
-    raise bad_value("adapter_name", adapter_name, "the model has growing layers of that name but no AromaConfig")

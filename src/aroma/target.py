@@ -13,7 +13,7 @@ from .measures import Pair
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
 from .sharding import is_flattened
 from .spectra import effective_rank, singular_values
-from .tuner import AromaConfig, AromaLinear
+from .tuner import AromaLinear, LiveAdapter
 
 
 class TargetModule:
@@ -24,7 +24,7 @@ class TargetModule:
         index: Its place in module order; decides its random numbers.
         layer: The layer.
         adapter_name: The adapter that grows.
-        config: The adapter's configuration.
+        live: The adapter's live state.
 
     Attributes:
         weight_norm: ‖W0 + s B A‖_F over the finished components.
@@ -33,7 +33,7 @@ class TargetModule:
         outer_value: Left side of (6) at the last outer check, None before the first.
     """
 
-    def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, config: AromaConfig) -> None:
+    def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
         self.name = name
         self.index = index
         self.layer = layer
@@ -42,7 +42,8 @@ class TargetModule:
         self.inner_value: float | None = None
         self.outer_value: float | None = None
         self._adapter_name = adapter_name
-        self._config = config
+        self._live = live
+        self._config = live.config
 
     # What there is ---------------------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class TargetModule:
 
     def reset(self, optimizer: Any, outer_number: int) -> None:
         """Reset the optimizer's state of (b, a) at the end of outer step `outer_number`."""
-        generator = component_generator(self._seed, outer_number, self.index, "reset")
+        generator = component_generator(self._live.seed, outer_number, self.index, "reset")
         b, a = self.pair
         for parameter in (a, b):
             reset_state(optimizer, parameter, self._config.reset, self._config.prune_ratio, generator)
@@ -218,10 +219,5 @@ class TargetModule:
             )
         return surplus
 
-    @property
-    def _seed(self) -> int:
-        assert self._config.component_seed is not None, "AromaModel settles the seed when the adapter is made"
-        return self._config.component_seed
-
     def _fresh(self, outer_number: int) -> Tensor:
-        return fresh_component(self._seed, outer_number, self.index, (self._config.r, self.layer.in_features))
+        return fresh_component(self._live.seed, outer_number, self.index, (self._config.r, self.layer.in_features))

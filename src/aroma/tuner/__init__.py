@@ -4,6 +4,7 @@ import peft
 
 from .config import AromaConfig
 from .layer import AromaLinear
+from .live import LiveAdapter, live_adapter
 from .model import AromaModel, aroma_layers, register
 
 if not hasattr(AromaModel.__mro__[1], "_get_adapter_state_dict"):
@@ -13,4 +14,4 @@ if not hasattr(AromaModel.__mro__[1], "_get_adapter_state_dict"):
 
 register()
 
-__all__ = ["AromaConfig", "AromaLinear", "AromaModel", "aroma_layers"]
+__all__ = ["AromaConfig", "AromaLinear", "AromaModel", "LiveAdapter", "aroma_layers", "live_adapter"]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..errors import ConfigError, bad_value
+from ..errors import bad_value
 from ..files import write_json
+from .live import take_collected
 from .state import write_adapter_state
-
-if TYPE_CHECKING:
-    from .layout import PlainAdapter
 
 PEFT_TYPE = "AROMA"
 
@@ -145,13 +142,6 @@ class AromaConfig(LoraConfig):
         self._check_unsupported()
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        # Not dataclass fields: they belong to the live adapter, not to its configuration.
-        self._plain: PlainAdapter | None = None
-        self._exported: dict[str, Any] | None = None
-        self._controller: weakref.ref[Any] | None = None
-        self.ever_controlled = False
-        self.dtype_is_settled = False
-        self._chosen_seed = self.component_seed
 
     def _check_component(self) -> None:
         _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
@@ -217,19 +207,6 @@ class AromaConfig(LoraConfig):
         """Scale s = lora_alpha / r of every component."""
         return self.lora_alpha / self.r
 
-    @property
-    def controller(self) -> Any | None:
-        """The controller that drives this adapter, if one is attached and alive."""
-        return self._controller() if self._controller is not None else None
-
-    def attach_controller(self, controller: Any) -> None:
-        """Remember `controller`, so that saving writes its state; a weak reference, since it outlives no run."""
-        self._controller = weakref.ref(controller)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled adapter is not driven by the controller of the original."""
-        return {**self.__dict__, "_controller": None}
-
     def resolve_inner_steps(self, total_steps: int | None) -> int:
         """Return T_in, in optimizer steps, for a run of `total_steps` planned optimizer steps.
 
@@ -264,35 +241,23 @@ class AromaConfig(LoraConfig):
         """Return the fields that decide a run, JSON-able."""
         return {name: getattr(self, name) for name in METHOD_FIELDS}
 
-    def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raise when `saved`, the `method()` of a checkpoint, differs from this configuration.
-
-        Raises:
-            ConfigError: Naming every differing field with both values.
-        """
-        now = self.method()
-        if self._chosen_seed is None:
-            now["component_seed"] = saved.get("component_seed")
-        differing = [name for name in now if now[name] != saved.get(name)]
-        if differing:
-            values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
-            raise ConfigError(
-                f"cannot resume with another configuration: {values}. Resume with the checkpoint's values, or start "
-                "a new run."
-            )
-        self.component_seed = now["component_seed"]
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration; for a live adapter, that of its plain LoRA form and `aroma_state` beside it."""
-        if self._plain is None:
+        """Write the configuration.
+
+        While PEFT saves a model, that is the plain LoRA configuration of the tensors it has just collected, with
+        `aroma_state.json` beside it. Called at any other moment it writes this configuration itself.
+        """
+        collected = take_collected(self)
+        if collected is None:
             super().save_pretrained(save_directory, **kwargs)
             return
-        plain = self._plain.lora_config(self).to_dict()
+        live, snapshot = collected
+        plain = snapshot.plain.lora_config(self).to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
-        write_adapter_state(save_directory, self)
+        write_adapter_state(save_directory, live, snapshot.plain, snapshot.exported)
 
 
 def _is_number(value: object) -> bool:

@@ -35,12 +35,14 @@ class PlainAdapter:
         shapes: (m, n) of every growing module, also of those with rank 0.
         trained: Whether any component in training has moved away from its start.
         digest: `components_digest` of the tensors.
+        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
     """
 
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
     trained: bool
     digest: str
+    fan_in_fan_out: bool
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
@@ -53,7 +55,7 @@ class PlainAdapter:
             target_modules=sorted(self.ranks),
             rank_pattern=dict(patterns),
             alpha_pattern=dict(patterns),
-            fan_in_fan_out=config.fan_in_fan_out,
+            fan_in_fan_out=self.fan_in_fan_out,
             modules_to_save=config.modules_to_save,
             task_type=config.task_type,
             base_model_name_or_path=config.base_model_name_or_path,
@@ -95,7 +97,8 @@ def plain_tensors(
         tensors[f"{key}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(layer.out_features, 1)
     shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
     saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
-    return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved))
+    transposed = any(layer.fan_in_fan_out for layer in layers.values())
+    return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved), transposed)
 
 
 def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:

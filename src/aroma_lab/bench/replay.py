@@ -10,7 +10,7 @@ from torch import nn
 from aroma.errors import bad_value
 from aroma.measures import PairSnapshot, grown_norms, inner_values, pair_norms, weight_norms
 from aroma.target import TargetModule
-from aroma.tuner import AromaConfig, aroma_layers
+from aroma.tuner import aroma_layers, live_adapter
 
 from ..pictures.rank_picture import places_of
 from .trajectory import Change, Trajectory
@@ -43,14 +43,15 @@ class Replayer:
     def __init__(
         self, model: Any, optimizer: Any, plan: Plan, *, freezes: bool = True, adapter_name: str = "default"
     ) -> None:
-        self._config: AromaConfig = model.peft_config[adapter_name]
+        live = live_adapter(model, adapter_name)
         # Saving or merging a replayed model is nobody's mistake.
-        self._config.ever_controlled = True
+        live.ever_controlled = True
+        self._config = live.config
         self._optimizer = optimizer
         self._plan = plan
         self._freezes = freezes
         self._modules = {
-            name: TargetModule(name, index, layer, adapter_name, self._config)
+            name: TargetModule(name, index, layer, adapter_name, live)
             for index, (name, layer) in enumerate(aroma_layers(model, adapter_name).items())
         }
         norms = weight_norms(
