@@ -173,9 +173,7 @@ class _AddUpdate(torch.autograd.Function):
         return gx, ga, gb, gy if needs_result else None, None, None
 
 
-def _save(
-    ctx: Any, call: _Call, x: Tensor, h: Tensor, a: Tensor, b: Tensor, update: Update, *weight: Tensor
-) -> None:
+def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, a: Tensor, b: Tensor, update: Update, *weight: Tensor) -> None:
     """Keep what backward needs: x (…, n) and the pair's columns of h (T, R + r) only if the pair trains."""
     ctx.call = call
     trains = any(ctx.needs_input_grad[1:3])

@@ -94,8 +94,8 @@ def _with_zero_gradients(parameters: list[nn.Parameter], output: Any) -> Any:
         raise bad_value(
             "model",
             type(output).__name__,
-            "its output has no floating-point tensor, so finished modules cannot take part in DistributedDataParallel; "
-            "let the model return tensors in tuples, lists or dicts",
+            "its output has no floating-point tensor, so finished modules cannot take part in "
+            "DistributedDataParallel; let the model return tensors in tuples, lists or dicts",
         )
     return changed
 

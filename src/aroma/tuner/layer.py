@@ -246,8 +246,8 @@ class AromaLinear(LoraLinear):
         self.refuse_merge_if_quantised()
         if is_sharded(base.weight):
             raise ConfigError(
-                "base layer: its weight is sharded by FSDP2 or ZeRO-3, and no rank can merge into it; save the adapter "
-                "and merge in one process (aroma export --merged)"
+                "base layer: its weight is sharded by FSDP2 or ZeRO-3, and no rank can merge into it; save the "
+                "adapter and merge in one process (aroma export --merged)"
             )
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.lora_A:

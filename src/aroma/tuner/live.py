@@ -124,16 +124,20 @@ class LiveAdapter:
         return snapshot if snapshot and snapshot.config is config and snapshot.is_current() else None
 
     def _watch(self, layers: list[AromaLinear], adapter_name: str) -> Callable[[], bool]:
+        """Return a function that tells whether adapter and controller are still as they are now."""
         # Weak references: the layers hold this object.
         references = [weakref.ref(layer) for layer in layers]
+        then, driver, controller = _moment(layers, adapter_name), self._controller, self.controller
+        step = controller.global_step if controller is not None else None
 
-        def moment() -> tuple[object, ...]:
-            alive = [layer for layer in (reference() for reference in references) if layer is not None]
+        def is_current() -> bool:
+            now = [layer for layer in (reference() for reference in references) if layer is not None]
             controller = self.controller
-            return _moment(alive, adapter_name), controller and controller.global_step
+            # A controller that has been collected as garbage takes no step.
+            moved = self._controller is not driver or (controller is not None and controller.global_step != step)
+            return not moved and _moment(now, adapter_name) == then
 
-        then = moment()
-        return lambda: moment() == then
+        return is_current
 
 
 def _moment(layers: list[AromaLinear], adapter_name: str) -> tuple[object, ...]:
@@ -151,8 +155,8 @@ def _moment(layers: list[AromaLinear], adapter_name: str) -> tuple[object, ...]:
 _waiting: weakref.WeakValueDictionary[int, LiveAdapter] = weakref.WeakValueDictionary()
 """Adapters whose tensors were collected, by the id of the configuration that PEFT will write next.
 
-PEFT collects tensors through the tuner's class and then calls `save_pretrained` of the configuration; it passes nothing
-from the one to the other.
+PEFT collects tensors through the tuner's class, then calls `save_pretrained` of the configuration, and passes nothing
+from the first to the second.
 """
 
 

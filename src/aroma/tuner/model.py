@@ -224,8 +224,8 @@ def _make_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Add, in place, what a state dict that DeepSpeed has collected lacks.
 
-    DeepSpeed collects trainable parameters, without frozen pairs b (m, r) and a (r, n), and buffers with the padding of
-    finished components, B (m, K) and A (K, n).
+    It has parameters that train, without frozen pairs b (m, r) and a (r, n), and buffers with their padding: finished
+    components B (m, K) and A (K, n).
     """
     for key, layer in layers.items():
         finished = layer.finished(adapter_name)
@@ -256,8 +256,8 @@ def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLine
         raise bad_value(
             "target_modules",
             strangers[0],
-            f"the saved adapter has components for {len(strangers)} module(s) that do not grow in this model; make the "
-            "adapter with the target_modules of the saved one",
+            f"the saved adapter has components for {len(strangers)} module(s) that do not grow in this model; make "
+            "the adapter with the target_modules of the saved one",
         )
 
 

@@ -29,9 +29,7 @@ STATE_FORMAT = 1
 WEIGHT_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
-def write_adapter_state(
-    folder: str, live: LiveAdapter, plain: PlainAdapter, exported: dict[str, Any] | None
-) -> None:
+def write_adapter_state(folder: str, live: LiveAdapter, plain: PlainAdapter, exported: dict[str, Any] | None) -> None:
     """Write the state of the adapter that was just saved into `folder` beside it.
 
     Args:
