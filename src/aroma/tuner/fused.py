@@ -16,6 +16,7 @@ A frozen pair has r = 0 rows. T is the number of tokens throughout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -61,8 +62,8 @@ def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, update: U
         (…, m).
     """
     dtype = autocast_dtype(x) or x.dtype
-    y: Tensor = _LinearWithUpdate.apply(x, update.a, update.b, weight, bias, update, dtype)
-    return y
+    node: Callable[..., Tensor] = _LinearWithUpdate.apply
+    return node(x, update.a, update.b, weight, bias, update, dtype)
 
 
 def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
@@ -80,8 +81,8 @@ def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
         `result`, (…, m).
     """
     dtype = autocast_dtype(x) or update.a.dtype
-    y: Tensor = _AddUpdate.apply(x, update.a, update.b, result, update, dtype)
-    return y
+    node: Callable[..., Tensor] = _AddUpdate.apply
+    return node(x, update.a, update.b, result, update, dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -131,7 +132,8 @@ class _LinearWithUpdate(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 W, factors, pair_is_folded = call.folded(weight, call.factors(A, B, a, b))
                 gh = factors.project_back(g)
-                gx = call.like_input(factors.input_gradient_with(W, g, gh, pair_is_folded))
+                gx = factors.input_gradient_with(W, g, gh, pair_is_folded)
+                gx = _cast(gx, call.input_dtype).view(call.shape)
             else:  # as in the lowest modules: only the pair matters
                 factors = call.factors(A[:0], B[:, :0], a, b)
                 gh = factors.project_back(g)
@@ -168,7 +170,7 @@ class _AddUpdate(torch.autograd.Function):
             factors = call.factors(A, B, a, b) if needs_x else call.factors(A[:0], B[:, :0], a, b)
             gh = factors.project_back(g)
             if needs_x:
-                gx = call.like_input(factors.input_gradient(gh))
+                gx = _cast(factors.input_gradient(gh), call.input_dtype).view(call.shape)
             ga, gb = _pair_gradients(ctx, factors, x, h, g, gh)
         return gx, ga, gb, gy if needs_result else None, None, None
 
@@ -217,6 +219,7 @@ class _Call(NamedTuple):
 
     Args:
         shape: Shape of x, (…, n).
+        tokens: T.
         input_dtype: Dtype of x.
         pair_dtype: Dtype of the pair.
         dtype: Dtype that is computed in.
@@ -226,6 +229,7 @@ class _Call(NamedTuple):
     """
 
     shape: torch.Size
+    tokens: int
     input_dtype: torch.dtype
     pair_dtype: torch.dtype
     dtype: torch.dtype
@@ -238,27 +242,22 @@ class _Call(NamedTuple):
         """Return the facts of a call with `x` (…, n); draws the dropout mask."""
         offsets = draw_offsets(x.numel()) if update.p and update.a.shape[0] else []
         scale = update.scale / (1 - update.p) if offsets else update.scale
-        return cls(x.shape, x.dtype, update.a.dtype, dtype, scale, update.p, offsets)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens, T."""
-        return self.shape.numel() // max(self.shape[-1], 1)
+        tokens = x.shape.numel() // max(x.shape[-1], 1)
+        return cls(x.shape, tokens, x.dtype, update.a.dtype, dtype, scale, update.p, offsets)
 
     def flat(self, x: Tensor) -> Tensor:
         """Return `x` (…, k) as (T, k) in the dtype that is computed in."""
         return _cast(x.reshape(-1, x.shape[-1]), self.dtype)
 
-    def like_input(self, gx: Tensor) -> Tensor:
-        """Return a gradient of the inputs (T, n) in their shape (…, n) and dtype."""
-        return _cast(gx, self.input_dtype).view(self.shape)
-
     def factors(self, A: Tensor, B: Tensor, a: Tensor, b: Tensor) -> _Factors:
         """Return A (R, n), B (m, R), a (r, n) and b (m, r) in the dtype that is computed in, the latter scaled."""
-        a, b = _cast(a, self.dtype), _cast(b, self.dtype)
-        b = b if self.pair_scale == 1 else b * self.pair_scale
-        mask = keep_mask(self.offsets, self.p, self.tokens, self.shape[-1], like=a) if self.offsets else None
-        return _Factors(_cast(A, self.dtype), _cast(B, self.dtype), a, b, mask)
+        dtype, mask = self.dtype, None
+        A, B, a, b = _cast(A, dtype), _cast(B, dtype), _cast(a, dtype), _cast(b, dtype)
+        if self.pair_scale != 1 and b.shape[1]:
+            b = b * self.pair_scale
+        if self.offsets:
+            mask = keep_mask(self.offsets, self.p, self.tokens, self.shape[-1], like=a)
+        return _Factors(A, B, a, b, mask)
 
     def folded(self, weight: Tensor, factors: _Factors) -> tuple[Tensor, _Factors, bool]:
         """Fold factors into a copy of the weight (m, n) where that is cheaper; a pair under dropout stays outside.
@@ -309,7 +308,8 @@ class _Factors(NamedTuple):
 
     def up(self) -> Tensor:
         """Return [B, s b]ᵀ, (R + r, m), contiguous."""
-        return _join(self.B.t().contiguous(), self.b.t().contiguous())
+        B = self.B.t().contiguous()
+        return _join(B, self.b.t().contiguous()) if self.b.shape[1] else B
 
     def add(self, y: Tensor, h: Tensor) -> None:
         """Add up h to y (T, m), for h (T, R + r)."""

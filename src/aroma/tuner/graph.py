@@ -82,12 +82,12 @@ def _frozen_in_graph(layer: AromaLinear) -> list[nn.Parameter]:
 
 def _with_zero_gradients(parameters: list[nn.Parameter], output: Any) -> Any:
     """Return `output` with zero gradients for `parameters` (any shape) behind each tensor: the loss may use any."""
+    node: Callable[..., Tensor] = _ZeroGradients.apply
     found = []
 
     def change(tensor: Tensor) -> Tensor:
         found.append(True)
-        changed: Tensor = _ZeroGradients.apply(tensor, *parameters)
-        return changed
+        return node(tensor, *parameters)
 
     changed = _map_tensors(change, output)
     if not found:
