@@ -33,6 +33,7 @@ from aroma import AromaCallback, AromaController, aroma_layers, attach, last_com
 from aroma.errors import AromaError
 from aroma.files import tensors_digest
 from aroma.integrations.callback import _require_finite_parameters
+from aroma.tuner import live_adapter
 from models import set_ranks
 from trainer_runs import (
     DieAtStep,
@@ -321,7 +322,7 @@ def broken_component(_: Path) -> None:
         with torch.no_grad():
             next(iter(aroma_layers(model).values())).pair("default")[0][0] = torch.nan
     # Not a step: its gradients would carry NaN to the other rank.
-    model.base_model.peft_config["default"].controller.outer_step()
+    live_adapter(model).controller.outer_step()
 
 
 def broken_head(_: Path) -> None:

@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from aroma import AromaController, aroma_layers, attach, save_adapter
 from aroma.integrations.callback import _require_finite_parameters
 from aroma.sharding.fsdp2 import local
+from aroma.tuner import live_adapter
 from distributed_runs import (
     CALM,
     TIMEOUT,
@@ -306,7 +307,7 @@ def broken_component(_: Path) -> None:
     attach(model, adamw(model), total_steps=32)
     if rank() == 1:
         local(next(iter(aroma_layers(model).values())).pair("default")[0])[0] = torch.nan
-    model.base_model.peft_config["default"].controller.outer_step()
+    live_adapter(model).controller.outer_step()
 
 
 def broken_head(_: Path) -> None:
