@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aroma import AromaConfig, aroma_layers
 from aroma.tuner import dropout
-from aroma.tuner.dropout import draw_places, keep_mask
+from aroma.tuner.dropout import draw_offsets, keep_mask
 
 RATES = [0.003, 0.05, 0.1, 0.5, 0.9, 0.999]
 LIKE = torch.empty(0)
@@ -20,7 +20,7 @@ LIKE = torch.empty(0)
 def masks(p: float, calls: int, tokens: int, features: int, seed: int = 0) -> Tensor:
     """Return masks of successive calls, (calls, tokens, features)."""
     torch.manual_seed(seed)
-    return torch.stack([keep_mask(draw_places(tokens * features), p, tokens, features, LIKE) for _ in range(calls)])
+    return torch.stack([keep_mask(draw_offsets(tokens * features), p, tokens, features, LIKE) for _ in range(calls)])
 
 
 def correlation(one: Tensor, other: Tensor, p: float) -> float:
@@ -75,7 +75,7 @@ def test_correlated_masks_would_be_seen() -> None:
 def test_one_seed_one_mask() -> None:
     assert torch.equal(masks(0.1, 3, 5, 7), masks(0.1, 3, 5, 7))
     assert not torch.equal(masks(0.1, 3, 50, 70), masks(0.1, 3, 50, 70, seed=1))
-    places = draw_places(99)
+    places = draw_offsets(99)
     assert torch.equal(keep_mask(places, 0.2, 9, 11, LIKE), keep_mask(places, 0.2, 9, 11, LIKE))
 
 
@@ -88,12 +88,12 @@ def test_a_large_mask_is_made_of_pieces_at_places_of_their_own() -> None:
 
 
 def test_there_are_places_for_every_piece() -> None:
-    assert [len(draw_places(count)) for count in (0, 1, dropout._PIECE, dropout._PIECE + 1)] == [0, 3, 3, 6]
-    assert all(0 <= place < dropout._PIECE for place in draw_places(100 * dropout._PIECE))
+    assert [len(draw_offsets(count)) for count in (0, 1, dropout._PIECE, dropout._PIECE + 1)] == [0, 3, 3, 6]
+    assert all(0 <= place < dropout._PIECE for place in draw_offsets(100 * dropout._PIECE))
 
 
 def test_dtypes_and_default_settings_do_not_change_a_mask() -> None:
-    places = draw_places(99)
+    places = draw_offsets(99)
     expected = keep_mask(places, 0.25, 9, 11, LIKE)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         mask = keep_mask(places, 0.25, 9, 11, torch.empty(0, dtype=dtype))
@@ -120,7 +120,7 @@ def test_a_mask_first_drawn_in_inference_mode_serves_training() -> None:
 
 
 def test_no_tokens_no_mask() -> None:
-    assert keep_mask(draw_places(0), 0.1, 0, 8, LIKE).shape == (0, 8)
+    assert keep_mask(draw_offsets(0), 0.1, 0, 8, LIKE).shape == (0, 8)
 
 
 # In the layer --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Who watches a call: where the layer must be written out in PyTorch's operations, or its modules be called."""
+"""Who looks at a call of the layer: then it is written out in PyTorch's operations, or its modules are called."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _BITSANDBYTES_LINEAR = ("Linear8bitLt", "Linear4bit", "LinearFP4", "LinearNF4")
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether somebody follows the operations on `x`, who could not look into an autograd function of ours.
+    """Whether `x` (any shape) is being traced, so that a custom `autograd.Function` would be opaque.
 
-    A compiler, a function transform, forward-mode differentiation, a dispatch mode (selective checkpointing keeps the
-    results of operations, which may then not be written to), or `x` itself: a tensor subclass, one without data, a
-    nested one, or one that no layer takes.
+    The tracer may be a compiler, a function transform, forward-mode differentiation, or a dispatch mode (selective
+    checkpointing keeps results of operations, which may then not be written to). `x` itself counts if it is a tensor
+    subclass, has no data, is nested, or is a scalar, which no layer takes.
     """
     return (
         torch.compiler.is_compiling()
@@ -31,7 +31,7 @@ def is_traced(x: Tensor) -> bool:
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Whether somebody watches or replaces the calls of one of the modules."""
+    """Whether one of the modules has hooks or a replaced `forward`."""
     for module in modules:
         own = module.__dict__
         if (
@@ -46,14 +46,14 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 def are_plain_linear(one: nn.Module, other: nn.Module) -> bool:
-    """Whether calling the modules is a matmul with their weights, and nothing else."""
+    """Whether calling both modules does a matmul with their weights and nothing else."""
     return type(one) is type(other) is nn.Linear and not is_hooked(one, other)
 
 
-def returns_its_own(base: nn.Module) -> bool:
-    """Whether a base layer maps every token alone, and to a result that nobody keeps.
+def returns_fresh_result(base: nn.Module) -> bool:
+    """Whether a base layer maps every token by itself, and returns a tensor that nobody else holds.
 
-    A class derived from nn.Linear may do anything with its input and its output.
+    A subclass of nn.Linear may do anything with its input and its output.
     """
     kind = type(base)
     known = kind is nn.Linear or (
