@@ -18,7 +18,7 @@ from types import CodeType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, jit, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
@@ -311,6 +311,12 @@ def has_global_hooks() -> bool:
     """Whether calls of all modules are hooked."""
     any_global_hook: Callable[[], bool] = nn_module._has_any_global_hook
     return any_global_hook()
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit traces a module."""
+    tracing: bool = jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
 def is_transformed() -> bool:

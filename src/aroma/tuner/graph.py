@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..errors import bad_value
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX
-
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-"""Attribute in which DistributedDataParallel looks for the names of what it ignores."""
 
 
 class GraphKeeper:
@@ -51,7 +49,7 @@ class GraphKeeper:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` was applied to the model, to a part of it, or to what it wraps."""
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+    return any(map(compat.is_compiled, model.modules()))
 
 
 def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
@@ -71,8 +69,7 @@ def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
         for name, _ in finished.named_buffers()
     }
     # DDP may wrap the model, the tuner or the PeftModel; the latter two look attributes up in the model.
-    prefixed = {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)}
-    setattr(model, _IGNORED, sorted({*getattr(model, _IGNORED, ()), *prefixed}))
+    compat.hide_from_ddp(model, {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)})
 
 
 def _frozen_in_graph(layer: AromaLinear) -> list[nn.Parameter]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
-from ..sharding import Partition, gathered, is_partitioned, is_sharded, local, partition_of, write
+from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Update, add_update, autocast_dtype, linear_with_update
 from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
@@ -152,9 +153,9 @@ class AromaLinear(LoraLinear):
         """Freeze for good: the pair is dropped, and only the finished components remain."""
         self.frozen_adapters.add(adapter_name)
         b, a = self.pair(adapter_name)
-        r, like = self.r[adapter_name], local(a)
-        write(b, like.new_zeros(self.out_features, r))
-        write(a, like.new_zeros(r, self.in_features))
+        r = self.r[adapter_name]
+        write(b, torch.zeros(self.out_features, r, dtype=b.dtype, device=b.device))
+        write(a, torch.zeros(r, self.in_features, dtype=a.dtype, device=a.device))
         for parameter in (b, a):
             parameter.grad = None
             parameter.requires_grad_(self.stays_in_graph)
@@ -170,8 +171,9 @@ class AromaLinear(LoraLinear):
         """
         self.stays_in_graph = stays
         if growths is not None:
-            rows = growths * self.r[adapter_name]
-            self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=local(self.pair(adapter_name)[1]))
+            rows, a = growths * self.r[adapter_name], self.pair(adapter_name)[1]
+            like = torch.empty(0, dtype=a.dtype, device=a.device)
+            self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=like)
         if self.is_frozen(adapter_name):
             for parameter in self.pair(adapter_name):
                 parameter.requires_grad_(stays)
@@ -193,9 +195,9 @@ class AromaLinear(LoraLinear):
             ConfigError: The weight has no data, and nothing can load it.
         """
         base = self.get_base_layer()
-        if is_partitioned(base.weight):
-            partition = partition_of(base.weight)
-            return partition.T if self.fan_in_fan_out else partition
+        if is_sharded(base.weight):
+            part: Tensor | Partition = sharded_matrix(base.weight)
+            return part.T if self.fan_in_fan_out else part
         weight: Tensor
         with align_module_device(base):
             if base.weight.is_meta:
@@ -384,7 +386,7 @@ class AromaLinear(LoraLinear):
     def _execution_device(self) -> torch.device | None:
         """Where an offloaded base layer computes; None if it is not offloaded."""
         base = self.get_base_layer()
-        return torch.device(base._hf_hook.execution_device) if has_offloaded_params(base) else None
+        return compat.execution_device(base) if has_offloaded_params(base) else None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)

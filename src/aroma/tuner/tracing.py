@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+
+from .. import compat
 
 _BITSANDBYTES_LINEAR = ("Linear8bitLt", "Linear4bit", "LinearFP4", "LinearNF4")
 
@@ -19,30 +19,18 @@ def is_traced(x: Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or compat.is_jit_tracing()
         or type(x) not in (Tensor, nn.Parameter)
         or x.is_meta
         or x.is_nested
         or not x.dim()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or compat.is_transformed()
     )
 
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether one of the modules has hooks or a replaced `forward`."""
-    for module in modules:
-        own = module.__dict__
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-        ):
-            return True
-    return bool(_has_any_global_hook())
+    return any(map(compat.has_hooks, modules)) or compat.has_global_hooks()
 
 
 def are_plain_linear(one: nn.Module, other: nn.Module) -> bool:
