@@ -212,8 +212,8 @@ def export_merged(
         raise bad_value(
             "base_model",
             base_name,
-            "its weights are quantised on disk, and adding to them would round the update away; give the 16- or "
-            "32-bit model that it was made from (--base-model)",
+            "its weights are quantised on disk, and adding to them would round the update away; give the model "
+            "in 16 or 32 bits that it was made from (--base-model)",
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     with _filled_at_once(target) as staging:
