@@ -113,6 +113,7 @@ def _unit_components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]
 
 
 def _components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
+    """Split B (m, R) and A (R, n) into components of rank r."""
     # Torch splits nothing into one empty piece, not into none.
     return list(zip(B.split(r, dim=1), A.split(r), strict=True)) if B.shape[1] else []
 
@@ -134,5 +135,6 @@ def _triangle(matrix: Tensor) -> Tensor:
 
 
 def _double(matrix: Tensor) -> Tensor:
+    """Return a matrix (m, n) in float64."""
     # MPS knows neither float64 nor these factorizations.
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()

@@ -219,6 +219,7 @@ class Zero(Replicas):
         held = own
 
         def entries(value: Tensor) -> Entries | None:
+            """Return this rank's entries in a flat tensor; None if its shape is another."""
             if type(value) is not Tensor or not value.is_floating_point() or value.shape != held.flat.shape:
                 return None
             return Entries(held.of(value), held.shape, held.pick)

@@ -83,6 +83,7 @@ def _with_zero_gradients(parameters: list[nn.Parameter], output: Any) -> Any:
     found = []
 
     def change(tensor: Tensor) -> Tensor:
+        """Return a tensor (any shape) behind the zero gradients."""
         found.append(True)
         return node(tensor, *parameters)
 
@@ -114,7 +115,7 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def _map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Apply `change` to the floating-point tensors in tuples, lists, dicts and `ModelOutput`s that a model returns."""
+    """Apply `change` to the floating-point tensors (any shapes) in what a model returns, however nested."""
     if isinstance(output, Tensor):
         return change(output) if output.is_floating_point() else output
     if isinstance(output, tuple | list):

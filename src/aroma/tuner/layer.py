@@ -392,6 +392,7 @@ class AromaLinear(LoraLinear):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AromaLinear:
+        """Apply `fn` to all tensors (any shapes), as `Module.to` does, but round no components."""
         if recurse:
             for name, child in self.named_children():
                 child._apply(fn if name == "base_layer" else partial(_without_rounding, fn))

@@ -248,7 +248,7 @@ def _base_name(key: str) -> str:
 
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
-    """Raise if a saved component belongs to no growing layer: PEFT would drop it silently."""
+    """Raise if a saved component, (R, n) or (m, R), belongs to no growing layer: PEFT would drop it silently."""
     known = {_base_name(key) for key in layers}
     saved = {_base_name(key).split(".lora_")[0] for key in state_dict if ".lora_A." in key or ".lora_B." in key}
     strangers = sorted(saved - known)
