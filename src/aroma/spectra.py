@@ -84,10 +84,10 @@ def component_cosines(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor, r:
     a component shares out between its factors matters. It is 0 where a component is zero.
 
     Args:
-        B: m×R, any floating dtype.
-        A: R×n, on the same device.
-        other_B: m×R', of the other update of the same module.
-        other_A: R'×n.
+        B: (m, R), any floating dtype.
+        A: (R, n), on the same device.
+        other_B: (m, R'), of the other update of the same module.
+        other_A: (R', n).
         r: Rank of one component of the first update.
         other_r: Rank of one component of the other.
 

@@ -51,7 +51,7 @@ class Range:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Return the entries, (stop - start,), in a tensor laid out as `self.flat`; they share its memory."""
+        """Return the entries, shaped (stop - start,), in a tensor laid out as `self.flat`; they share its memory."""
         return flat.detach()[self.offset : self.offset + self.stop - self.start]
 
     def pick(self, whole: Tensor) -> Tensor:
