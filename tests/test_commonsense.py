@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError, NonFiniteError
 from aroma_lab.language import evaluate
-from aroma_lab.language.data import SETS, Question, encode, load_examples, load_questions
-from aroma_lab.language.evaluate import LikelihoodScorer, evaluate_questions, read_answer, write_predictions
+from aroma_lab.language.data import CUT_PROMPTS, Question, encode, load_examples, load_questions
+from aroma_lab.language.evaluate import evaluate_questions, over_limit, read_answer, tokens_of
 from aroma_lab.language.generate import Generation
-from aroma_lab.language.inference import LanguageTask, LoadedModel, load_for_inference
+from aroma_lab.language.model import LanguageTask, LoadedModel, load_for_inference
 from aroma_lab.language.template import Template, Turn
 from aroma_lab.specs import LanguageSpec, ModelSpec
-from aroma_lab.tasks.task import Task, save_task
 from tiny_lm import questions, save_tiny_lm, write_json_lines
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "commonsense"
@@ -53,41 +52,27 @@ def asked_questions(path, count=5, seed=1):
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def row_of(labels, right=0, listed=True):
+def row_of(labels, right=0):
     options = " ".join(f"{label.capitalize()}: some text" for label in labels)
-    ending = f"\n\nAnswer format: {'/'.join(labels)}" if listed else ""
     return {
-        "instruction": f"Which one fits?\n\n{options}{ending}",
+        "instruction": f"Which one fits?\n\n{options}\n\nAnswer format: {'/'.join(labels)}",
         "input": "",
         "output": LEAD + labels[right],
         "answer": labels[right],
     }
 
 
-@pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("name", SETS)
-def test_each_of_the_eight_sets_has_its_labels(tmp_path, name, listed):
-    rows = [row_of(SETS[name], right, listed) for right in range(len(SETS[name]))]
-    (tmp_path / name).mkdir()
-    path = write_json_lines(tmp_path / name / "test.jsonl", rows)
-    loaded = load_questions("data", str(path), LANGUAGE)
-    assert [question.answer for question in loaded] == list(SETS[name])
-    for question, row in zip(loaded, rows, strict=True):
-        assert question.candidates == SETS[name]
-        assert question.turns == (Turn("user", row["instruction"]),)
-        assert question.lead == LEAD
-        assert question.response_of(question.answer) == row["output"]
-    # A set without folders is known by its file's name.
-    alone = write_json_lines(tmp_path / f"{name}.jsonl", rows)
-    assert load_questions("data", str(alone), LANGUAGE) == loaded
-
-
-def test_the_instructions_own_list_of_labels_comes_first(tmp_path):
-    five = [f"answer{number}" for number in range(1, 6)]
-    path = tmp_path / "ARC-Easy.json"
-    path.write_text(json.dumps([row_of(five, right=4), row_of(five[:3], right=2)]))
-    loaded = load_questions("data", str(path), LANGUAGE)
-    assert [question.candidates for question in loaded] == [tuple(five), tuple(five[:3])]
+def test_a_question_is_read_with_the_labels_that_it_lists(tmp_path):
+    labels = [("true", "false"), tuple(f"ending{number}" for number in range(1, 5)), ("answer1", "answer2", "answer3")]
+    rows = [row_of(some, right=1) for some in labels]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for path in (tmp_path / "rows.json", write_json_lines(tmp_path / "rows.jsonl", rows)):
+        loaded = load_questions("data", str(path), LANGUAGE)
+        assert [question.candidates for question in loaded] == labels
+        for question, row in zip(loaded, rows, strict=True):
+            assert question.turns == (Turn("user", row["instruction"]),)
+            assert (question.lead, question.answer) == (LEAD, row["answer"])
+            assert question.response_of(question.answer) == row["output"]
 
 
 @pytest.mark.parametrize(
@@ -129,23 +114,18 @@ def test_the_shared_sets_are_read_whole(name, train, test):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # the first with a chat template, the second with the plain one
 @pytest.mark.parametrize("max_length", [None, 30])
-def test_what_is_scored_is_what_was_trained_on(folders, tmp_path, kind, max_length, monkeypatch):
+def test_what_is_scored_is_what_was_trained_on(folders, tmp_path, kind, max_length):
     model, tokenizer = load_lm(folders[kind])
     template = Template(tokenizer, LanguageSpec(system="Please answer ."))
     path = str(write_json_lines(tmp_path / "rows.jsonl", questions(6, seed=5)))
     trained, report = encode(load_examples("data", path, LANGUAGE), template, max_length or 128, "data")
-    assert report.cut_prompts == (0 if max_length is None else 6)
-    scored = []
-    log_probs = LikelihoodScorer.log_probs
-    monkeypatch.setattr(
-        LikelihoodScorer,
-        "log_probs",
-        lambda *given: [scored.extend(zip(*given[1:3], strict=True)), log_probs(*given)][1],
-    )
+    assert report.counts[CUT_PROMPTS] == (0 if max_length is None else 6)
     asked = load_questions("data", path, LANGUAGE)
     found = evaluate_questions(LoadedModel(model, template), asked, max_length=max_length)
-    assert found.cut_prompts == report.cut_prompts
-    for question, row, (context, labels) in zip(asked, trained, scored, strict=True):
+    assert found.cut_prompts == report.counts[CUT_PROMPTS]
+    for question, row in zip(asked, trained, strict=True):
+        context, labels = tokens_of(template, question)
+        context = template.shorten(context, len(context) - over_limit(template, question, max_length))
         label = labels[question.candidates.index(question.answer)]
         assert row["input_ids"] == [*context, *label, *row["input_ids"][-1:]]
         assert tokenizer.decode(label) == question.answer
@@ -176,14 +156,17 @@ def plain_log_prob(loaded, question, label):
     return sum(log_probs[place - 1, ids[place]].item() for place in range(len(prompt) + len(lead), len(ids)))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("gpt2", "eager")])
 def test_likelihoods_equal_those_of_plain_forward_passes(folders, kind, attention):
     model, tokenizer = load_lm(folders[kind], attention)
     loaded, asked = LoadedModel(model, Template(tokenizer, LANGUAGE)), mixed_questions()
     expected = [{label: plain_log_prob(loaded, q, label) for label in q.candidates} for q in asked]
     for batch_size in (1, 3, 7):
-        predictions = evaluate_questions(loaded, asked, batch_size=batch_size).predictions
+        found = evaluate_questions(loaded, asked, batch_size=batch_size)
+        predictions = found.predictions
+        assert [prediction.answer for prediction in predictions] == [question.answer for question in asked]
+        assert found.metrics["accuracy"] == sum(one.chosen == one.answer for one in predictions) / len(asked)
+        assert found.loss == pytest.approx(-sum(one.log_probs[one.answer] for one in predictions) / len(asked))
         assert {count for prediction in predictions for count in prediction.tokens.values()} == {1, 2, 3}
         for prediction, sums in zip(predictions, expected, strict=True):
             assert prediction.log_probs == pytest.approx(sums, abs=1e-5)
@@ -224,8 +207,6 @@ def test_what_cannot_be_scored_is_refused(folders, llama, tmp_path):
     asked = asked_questions(tmp_path)
     with pytest.raises(DataError, match="max_length=7: a response alone has 6 tokens"):
         evaluate_questions(llama, asked, max_length=7)
-    with pytest.raises(ConfigError, match="method='guess': give likelihood or generation"):
-        evaluate_questions(llama, asked, "guess")
     with pytest.raises(ConfigError, match="batch_size=0"):
         evaluate_questions(llama, asked, batch_size=0)
     with pytest.raises(DataError, match="nothing to ask"):
@@ -272,15 +253,19 @@ def test_only_an_answer_in_the_form_asked_for_counts(text, answer):
     assert read_answer(text, FOUR, LEAD) == answer
 
 
-def test_other_labels_and_leads():
-    assert read_answer("The correct answer is False", ("true", "false"), LEAD) == "false"
-    assert read_answer("true", ("true", "false"), LEAD) == "true"
-    assert read_answer("falsehood", ("true", "false"), LEAD) is None
-    assert read_answer("It is untrue", ("true", "false"), "It is ") is None
-    assert read_answer("It is true", ("true", "false"), "It is ") == "true"
-    assert read_answer("true", ("true", "false"), "") == "true"
-    assert read_answer("true or false", ("true", "false"), "") is None
-    assert read_answer("answer10", ("answer1", "answer10"), LEAD) == "answer10"
+@pytest.mark.parametrize(
+    ("text", "candidates", "lead", "answer"),
+    [
+        ("The correct answer is False", ("true", "false"), LEAD, "false"),
+        ("falsehood", ("true", "false"), LEAD, None),
+        ("It is untrue", ("true", "false"), "It is ", None),
+        ("true", ("true", "false"), "", "true"),
+        ("true or false", ("true", "false"), "", None),
+        ("answer10", ("answer1", "answer10"), LEAD, "answer10"),
+    ],
+)
+def test_other_labels_and_leads(text, candidates, lead, answer):
+    assert read_answer(text, candidates, lead) == answer
 
 
 # Whole sets ----------------------------------------------------------------------------------------------------------
@@ -342,22 +327,6 @@ def test_generation_asks_what_likelihood_asks_in_the_room_that_is_left(llama, ma
         evaluate_questions(llama, [short], "generation", max_new_tokens=127)
 
 
-def test_every_question_counts_once_and_in_its_order(llama, tmp_path):
-    asked = asked_questions(tmp_path, count=11, seed=4)
-    done = []
-    found = evaluate_questions(llama, asked, batch_size=4, advance=done.append)
-    assert found.examples == sum(done) == 11
-    right = 0
-    for question, prediction in zip(asked, found.predictions, strict=True):
-        sums = {label: plain_log_prob(llama, question, label) for label in question.candidates}
-        assert prediction.answer == question.answer
-        assert prediction.log_probs == pytest.approx(sums, abs=1e-5)
-        assert prediction.chosen == max(sums, key=sums.get)
-        right += prediction.chosen == question.answer
-    assert found.metrics["accuracy"] == right / 11
-    assert found.loss == pytest.approx(-sum(p.log_probs[p.answer] for p in found.predictions) / 11)
-
-
 def test_answers_that_cannot_be_read_are_counted_and_wrong(llama, tmp_path, monkeypatch):
     asked = asked_questions(tmp_path, count=4, seed=4)
     wrong = {"answer1": "answer2", "answer2": "answer1"}[asked[1].answer]
@@ -375,22 +344,6 @@ def test_answers_that_cannot_be_read_are_counted_and_wrong(llama, tmp_path, monk
     assert found.metrics == {"generated": 0.25}
     assert (found.unparseable, found.unfinished, found.loss) == (2, 1, None)
     assert [prediction.chosen for prediction in found.predictions] == [asked[0].answer, wrong, None, None]
-
-
-def test_predictions_are_written_whole_and_never_over_a_file(llama, tmp_path):
-    asked = asked_questions(tmp_path)
-    found = {"one": evaluate_questions(llama, asked), "two": evaluate_questions(llama, asked[:2])}
-    path = tmp_path / "predictions.jsonl"
-    write_predictions(path, found)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["set"], row["example"]) for row in rows] == [
-        *(("one", n) for n in range(1, 6)),
-        ("two", 1),
-        ("two", 2),
-    ]
-    assert rows[0]["log_probs"] == found["one"].predictions[0].log_probs
-    with pytest.raises(DataError, match="nothing is overwritten"):
-        write_predictions(path, found)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -479,13 +432,3 @@ def test_bad_arguments_of_the_command(adapter, sets, tmp_path, capsys, arguments
     names = {"a": sets[0], "b": sets[1], "nowhere": tmp_path / "nowhere"}
     assert main(["eval", str(adapter), *(text.format(**names) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_classifier_has_no_options_of_language_models(tmp_path, capsys):
-    save_task(Task("classification", ("no", "yes"), "text", None, "label", 16), tmp_path)
-    for arguments, message in (
-        (["--method", "generation"], "--method='generation': only language models have it"),
-        (["--data", "y.csv"], "give one file; only a language model answers several"),
-    ):
-        assert main(["eval", str(tmp_path), "--data", "x.csv", *arguments]) == 2
-        assert message in capsys.readouterr().err

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.language.data import load_examples
-from aroma_lab.language.inference import fingerprint_of, load_for_inference
+from aroma_lab.language.model import fingerprint_of, load_for_inference
 from aroma_lab.language.template import Template, Turn
 from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial

@@ -9,15 +9,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aroma_lab.language.data import SETS, encode, load_examples, load_questions
+from aroma_lab.language.data import encode, load_examples, load_questions
 from aroma_lab.language.evaluate import evaluate_questions
-from aroma_lab.language.inference import LoadedModel
+from aroma_lab.language.model import LoadedModel
 from aroma_lab.language.template import QUESTION_FILE, Template
 from aroma_lab.specs import LanguageSpec
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, with_bos, write_json_lines
 
 TASKS = Path(__file__).resolve().parents[1] / "examples" / "lm-eval"
 KINDS = ("plain", "chat")
+SETS = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
 NAMES = {name: f"aroma_{name.lower().replace('-', '_')}" for name in SETS}
 
 

@@ -15,6 +15,7 @@ from tiny_classifier import write_json_lines
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "FORGETFUL",
     "SPECIAL",
     "WORDS",
     "questions",
@@ -46,6 +47,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 """Turns that begin and end with tokens of their own; the end is another token than the end of the text."""
+
+FORGETFUL = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}"
+    "{% endif %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+"""Takes the words out of earlier responses, as templates do with thoughts."""
 
 
 def tiny_tokenizer(chat_template: bool = True, **options: Any) -> PreTrainedTokenizerFast:

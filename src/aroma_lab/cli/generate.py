@@ -13,7 +13,7 @@ from aroma.errors import bad_value
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..language.inference import LoadedModel
+    from ..language.model import LoadedModel
 
 
 def add_parser(commands: Any) -> None:
@@ -55,17 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
-    from ..language.generate import require_sampling
-
-    top_p = 1.0 if arguments.top_p is None else arguments.top_p
-    require_sampling(arguments.max_new_tokens, arguments.temperature, top_p)
     if arguments.out is None:
-        _answer_one(arguments, top_p)
+        _answer_one(arguments)
     else:
         _answer_file(arguments)
 
 
-def _answer_one(arguments: argparse.Namespace, top_p: float) -> None:
+def _answer_one(arguments: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
         raise bad_value("PROMPT", prompt, "it is empty; write something")
@@ -75,42 +71,33 @@ def _answer_one(arguments: argparse.Namespace, top_p: float) -> None:
     stream(
         _load(arguments),
         [Turn("user", prompt.strip())],
-        lambda piece: print(piece, end="", flush=True),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
-        top_p=top_p,
+        top_p=1.0 if arguments.top_p is None else arguments.top_p,
         seed=arguments.seed,
     )
-    print()
 
 
 def _answer_file(arguments: argparse.Namespace) -> None:
     from ..language.generate import generate_batch, load_prompts, refuse_existing, write_answers
-    from ..language.inference import load_language_task
+    from ..language.model import load_language_task
 
     refuse_existing("out", arguments.out)
     rows = load_prompts(arguments.prompt, load_language_task(arguments.adapter).language)
     loaded = _load(arguments)
-    prompts = [
-        loaded.template.prompt(turns, f"prompts (row {number})") for number, (_, turns) in enumerate(rows, start=1)
-    ]
+    prompts = [loaded.template.prompt(turns, f"prompts (row {n})") for n, (_, turns) in enumerate(rows, start=1)]
+    tokens, batch_size = arguments.max_new_tokens, arguments.batch_size or 8
     with progress_bar("generate", len(prompts)) as advance:
-        answers = generate_batch(
-            loaded,
-            prompts,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size or 8,
-            advance=advance,
-        )
+        answers = generate_batch(loaded, prompts, max_new_tokens=tokens, batch_size=batch_size, advance=advance)
     write_answers(arguments.out, [row for row, _ in rows], answers)
     cut = sum(not answer.finished for answer in answers)
-    ended = f", {cut} of them cut after {arguments.max_new_tokens} tokens" if cut else ""
+    ended = f", {cut} of them cut after {tokens} tokens" if cut else ""
     print(f"{len(answers)} answers{ended}: {arguments.out}")
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:
     """Load what the arguments name, with their system turn."""
-    from ..language.inference import load_for_inference
+    from ..language.model import load_for_inference
     from ..language.template import Template
 
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
@@ -121,13 +108,18 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for an option that would have no effect."""
-    if arguments.batch_size is not None and arguments.out is None:
-        raise bad_value("--batch-size", arguments.batch_size, "it needs --out; leave it out")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
-    if arguments.out is not None and arguments.temperature != 0:
-        raise bad_value("--temperature", arguments.temperature, "files are answered greedily; leave it out")
-    for option, value in (("--top-p", arguments.top_p), ("--seed", arguments.seed)):
-        if value is not None and arguments.temperature == 0:
-            raise bad_value(option, value, "it needs a --temperature above 0; leave it out")
+    """Raise ConfigError for a value out of range, and for an option that would have no effect."""
+    drawn, to_file = arguments.temperature != 0, arguments.out is not None
+    checks = [
+        ("--max-new-tokens", arguments.max_new_tokens >= 1, "give 1 or more"),
+        ("--temperature", 0 <= arguments.temperature < float("inf"), "give 0 (greedy) or more"),
+        ("--temperature", not (to_file and drawn), "files are answered greedily; leave it out"),
+        ("--batch-size", arguments.batch_size is None or to_file, "it needs --out; leave it out"),
+        ("--batch-size", arguments.batch_size is None or arguments.batch_size >= 1, "give 1 or more"),
+        ("--top-p", arguments.top_p is None or drawn, "it needs a --temperature above 0; leave it out"),
+        ("--top-p", arguments.top_p is None or 0 < arguments.top_p <= 1, "give a probability above 0, at most 1"),
+        ("--seed", arguments.seed is None or drawn, "it needs a --temperature above 0; leave it out"),
+    ]
+    for option, fine, remedy in checks:
+        if not fine:
+            raise bad_value(option, getattr(arguments, option[2:].replace("-", "_")), remedy)

@@ -27,8 +27,7 @@ from .data import (
     load_joined,
     load_questions,
 )
-from .inference import LanguageTask, LoadedModel, fingerprint_of
-from .model import load_causal_lm, load_lm_tokenizer
+from .model import LanguageTask, LoadedModel, fingerprint_of, load_causal_lm, load_lm_tokenizer
 from .template import Template
 
 if TYPE_CHECKING:
