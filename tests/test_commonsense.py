@@ -53,13 +53,8 @@ def asked_questions(path, count=5, seed=1):
 
 
 def row_of(labels, right=0):
-    options = " ".join(f"{label.capitalize()}: some text" for label in labels)
-    return {
-        "instruction": f"Which one fits?\n\n{options}\n\nAnswer format: {'/'.join(labels)}",
-        "input": "",
-        "output": LEAD + labels[right],
-        "answer": labels[right],
-    }
+    instruction = f"Which one fits?\n\nAnswer format: {'/'.join(labels)}"
+    return {"instruction": instruction, "input": "", "output": LEAD + labels[right], "answer": labels[right]}
 
 
 def test_a_question_is_read_with_the_labels_that_it_lists(tmp_path):
@@ -80,11 +75,8 @@ def test_a_question_is_read_with_the_labels_that_it_lists(tmp_path):
     [
         ({"answer": "answer7"}, r"'answer', row 2\)='answer7': it is none of the candidates answer1, answer2"),
         ({"answer": ""}, r"'answer', row 2\)='': give a text that is not empty"),
-        ({"answer": True}, r"'answer', row 2\)=True: give a text"),
         ({"output": "answer1 or answer2 or so"}, r"'output', row 2\)=.*does not end with the answer"),
-        ({"output": None}, r"'output', row 2\)=None: give a text"),
         ({"instruction": "Which?"}, r"'instruction', row 2\)='Which\?': end it with a line such as"),
-        ({"instruction": "Which?\nAnswer format: answer1"}, r"lists two labels or more"),
         ({"instruction": "Which?\nAnswer format: answer1/answer1"}, r"each once"),
         ({"instruction": 5}, r"'instruction', row 2\)=5: give a text"),
     ],
@@ -178,27 +170,6 @@ def test_likelihoods_equal_those_of_plain_forward_passes(folders, kind, attentio
                 assert chosen == max(sums, key=lambda label: sums[label] / lengths[label])
 
 
-def test_an_adapter_takes_part(folders):
-    model, tokenizer = load_lm(folders["llama"])
-    template = Template(tokenizer, LANGUAGE)
-    before = evaluate_questions(LoadedModel(model, template), mixed_questions())
-    adapted = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.5, target_modules=["q_proj", "down_proj"])
-    )
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    loaded = LoadedModel(adapted.train(), template)
-    after = evaluate_questions(loaded, mixed_questions(), batch_size=2)
-    assert adapted.training
-    adapted.eval()
-    for question, one, other in zip(mixed_questions(), before.predictions, after.predictions, strict=True):
-        expected = {label: plain_log_prob(loaded, question, label) for label in question.candidates}
-        assert other.log_probs == pytest.approx(expected, abs=1e-5)
-        assert one.log_probs != pytest.approx(expected, abs=1e-2)
-
-
 def test_what_cannot_be_scored_is_refused(folders, llama, tmp_path):
     for candidates in (("qqq", "zzz"), ("apple", "apple bird")):  # both unknown; one begins the other
         question = Question("Please choose", "", LEAD + candidates[0], candidates[0], candidates)
@@ -221,50 +192,35 @@ def test_what_cannot_be_scored_is_refused(folders, llama, tmp_path):
 # Answers out of texts ------------------------------------------------------------------------------------------------
 
 FOUR = ("answer1", "answer2", "answer3", "answer4")
+BOTH = ("true", "false")
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "answer", "candidates", "lead"),
     [
-        ("the correct answer is answer2", "answer2"),
-        ("  The correct answer is: answer3.\nBecause answer1 is wrong.", "answer3"),
-        ('The correct answer is "answer4"', "answer4"),
-        ("The correct answer is answer2: quit eating lunch out", "answer2"),
-        ("the correct answer is answer2, the correct answer is answer2", "answer2"),
-        ("answer1", "answer1"),
-        ("Answer4.", "answer4"),
+        ("the correct answer is answer2", "answer2", FOUR, LEAD),
+        ("  The correct answer is: answer3.\nBecause answer1 is wrong.", "answer3", FOUR, LEAD),
+        ('The correct answer is "answer4"', "answer4", FOUR, LEAD),
+        ("The correct answer is answer2: quit eating lunch out", "answer2", FOUR, LEAD),
+        ("Answer4.", "answer4", FOUR, LEAD),
+        ("The correct answer is False", "false", BOTH, LEAD),
+        ("true", "true", BOTH, ""),
+        ("answer10", "answer10", ("answer1", "answer10"), LEAD),
         # The first label anywhere does not count.
-        ("answer1 is wrong, so the correct answer is answer2", None),
-        ("I think that answer3 is right", None),
-        ("Of answer1 and answer2 the correct answer is answer2", None),
-        ("answer1/answer2/answer3/answer4", None),
-        ("answer2 answer3", None),
+        ("answer1 is wrong, so the correct answer is answer2", None, FOUR, LEAD),
+        ("I think that answer3 is right", None, FOUR, LEAD),
+        ("answer2 answer3", None, FOUR, LEAD),
+        ("true or false", None, BOTH, ""),
         # Neither does a choice of several, nor a longer word.
-        ("the correct answer is answer1 or answer2", None),
-        ("the correct answer is answer1/answer2/answer3/answer4", None),
-        ("the correct answer is answer10", None),
-        ("the correct answer is answer5", None),
-        ("the correct answer is", None),
-        ("", None),
-        ("the answer is answer1", None),
+        ("the correct answer is answer1 or answer2", None, FOUR, LEAD),
+        ("the correct answer is answer1/answer2/answer3/answer4", None, FOUR, LEAD),
+        ("the correct answer is answer10", None, FOUR, LEAD),
+        ("It is untrue", None, BOTH, "It is "),
+        ("the correct answer is", None, FOUR, LEAD),
+        ("", None, FOUR, LEAD),
     ],
 )
-def test_only_an_answer_in_the_form_asked_for_counts(text, answer):
-    assert read_answer(text, FOUR, LEAD) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "candidates", "lead", "answer"),
-    [
-        ("The correct answer is False", ("true", "false"), LEAD, "false"),
-        ("falsehood", ("true", "false"), LEAD, None),
-        ("It is untrue", ("true", "false"), "It is ", None),
-        ("true", ("true", "false"), "", "true"),
-        ("true or false", ("true", "false"), "", None),
-        ("answer10", ("answer1", "answer10"), LEAD, "answer10"),
-    ],
-)
-def test_other_labels_and_leads(text, candidates, lead, answer):
+def test_only_an_answer_in_the_form_asked_for_counts(text, answer, candidates, lead):
     assert read_answer(text, candidates, lead) == answer
 
 
@@ -309,41 +265,25 @@ def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
     assert {prediction.chosen for prediction in ranked.predictions} == {"answer1", "answer2"}
 
 
-@pytest.mark.parametrize("max_length", [None, 128, 70])
-def test_generation_asks_what_likelihood_asks_in_the_room_that_is_left(llama, max_length, monkeypatch):
-    prompt = llama.template.prompt
-    short, long = (Question(" ".join(["apple"] * n), "", LEAD + FOUR[0], FOUR[0], FOUR[:2]) for n in (9, 100))
-    assert len(prompt(long.turns)) + 32 > 128 > len(prompt(long.turns)) + 6
-    assert evaluate_questions(llama, [short, long], max_length=max_length).examples == 2
-    given, write = [], evaluate.generate_batch
-    monkeypatch.setattr(
-        evaluate, "generate_batch", lambda *parts, **options: [given.extend(parts[1]), write(*parts, **options)][1]
-    )
-    found = evaluate_questions(llama, [short, long], "generation", max_length=max_length, max_new_tokens=32)
-    assert found.cut_prompts == 1
-    assert given[0] == prompt(short.turns)
-    assert given[1] == llama.template.shorten(prompt(long.turns), 64 if max_length == 70 else 96)
-    with pytest.raises(ConfigError, match="max_new_tokens=127: the model takes 128 tokens in all; give fewer"):
-        evaluate_questions(llama, [short], "generation", max_new_tokens=127)
-
-
-def test_answers_that_cannot_be_read_are_counted_and_wrong(llama, tmp_path, monkeypatch):
-    asked = asked_questions(tmp_path, count=4, seed=4)
-    wrong = {"answer1": "answer2", "answer2": "answer1"}[asked[1].answer]
-    texts = [LEAD + asked[0].answer, LEAD + wrong, "who knows", f"no, {LEAD}{asked[3].answer}"]
-    finished = [True, True, False, True]
+@pytest.mark.parametrize(("max_length", "room"), [(None, 96), (128, 96), (70, 64)])
+def test_generation_asks_what_likelihood_asks_in_the_room_that_is_left(llama, max_length, room, monkeypatch):
+    asked = [Question("apple " * words, "", LEAD + FOUR[0], FOUR[0], FOUR[:2]) for words in (8, 9, 10, 100)]
+    texts = [LEAD + "answer1", LEAD + "answer2", "who knows", f"no, {LEAD}answer1"]
     given = []
 
     def write(loaded, prompts, **options):
         given.extend(prompts)
-        return [Generation(text, [], end) for text, end in zip(texts, finished, strict=True)]
+        return [Generation(text, [], text != "who knows") for text in texts]
 
     monkeypatch.setattr(evaluate, "generate_batch", write)
-    found = evaluate_questions(llama, asked, "generation")
-    assert given == [llama.template.prompt(question.turns) for question in asked]
-    assert found.metrics == {"generated": 0.25}
-    assert (found.unparseable, found.unfinished, found.loss) == (2, 1, None)
-    assert [prediction.chosen for prediction in found.predictions] == [asked[0].answer, wrong, None, None]
+    found = evaluate_questions(llama, asked, "generation", max_length=max_length, max_new_tokens=32)
+    wanted = [llama.template.prompt(question.turns) for question in asked]
+    assert given == [*wanted[:3], llama.template.shorten(wanted[3], room)]
+    assert found.metrics == {"generated": 0.25}  # what cannot be read is wrong
+    assert (found.cut_prompts, found.unparseable, found.unfinished, found.loss) == (1, 2, 1, None)
+    assert [prediction.chosen for prediction in found.predictions] == ["answer1", "answer2", None, None]
+    with pytest.raises(ConfigError, match="max_new_tokens=127: the model takes 128 tokens in all; give fewer"):
+        evaluate_questions(llama, asked, "generation", max_new_tokens=127)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -377,10 +317,7 @@ def test_the_command_evaluates_sets_and_their_average(adapter, sets, tmp_path, c
     arguments = ["eval", str(adapter), "--data", f"one={one}", "--data", str(two), "--batch-size", "4"]
     assert main([*arguments, "--json", str(out), "--predictions", str(predictions)]) == 0
     told = json.loads(out.read_text())
-    assert [(name, part["data"], part["examples"]) for name, part in told["sets"].items()] == [
-        ("one", str(one), 13),
-        (str(two), str(two), 7),
-    ]
+    assert [part["examples"] for part in told["sets"].values()] == [13, 7]
     loaded = load_for_inference(adapter)
     for name, path in (("one", one), (str(two), two)):
         asked = load_questions("data", str(path), LANGUAGE)

@@ -5,10 +5,11 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from aroma import AromaConfig
@@ -100,35 +101,22 @@ def test_a_batch_says_what_each_prompt_says_alone(kind, opened):
         found = answers(opened[kind], prompts, never, batch_size=batch_size)
         assert [answer.ids for answer in found] == alone
         assert not any(answer.finished for answer in found)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_response_ends_before_the_token_that_ends_it(kind, opened):
-    prompts = prompts_of(opened[kind])
-    alone = [likeliest(opened[kind].model, prompt, 12) for prompt in prompts]
-    # Ends some of the responses, not all of them, and not at once.
+    # Another stop ends some of the responses, not all of them, and not at once.
     stop = next(
         token for token in alone[3][4:] if token not in alone[3][:4] and not all(token in ids for ids in alone)
     )
-    found = answers(opened[kind], prompts, stopping_at(opened[kind].template, 3, stop), batch_size=5)
+    found = answers(opened[kind], prompts, stopping_at(opened[kind].template, stop), batch_size=5)
     for answer, ids in zip(found, alone, strict=True):
-        stops = [place for place, token in enumerate(ids) if token in (3, stop)]
-        assert answer.ids == ids[: stops[0] if stops else 12]
-        assert answer.finished == bool(stops)
-        assert answer.text == opened[kind].template.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        assert answer.ids == list(takewhile(lambda token: token != stop, ids))
+        assert answer.finished == (stop in ids)
+        assert answer.text == never.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
     assert {answer.finished for answer in found} == {True, False}
 
 
 def test_the_models_own_settings_do_not_count(opened):
     model, prompts = opened["llama"].model, prompts_of(opened["llama"])
     plain = answers(opened["llama"], prompts)
-    own = GenerationConfig(
-        do_sample=True,
-        temperature=5.0,
-        repetition_penalty=9.0,
-        no_repeat_ngram_size=1,
-        suppress_tokens=plain[0].ids[:1],
-    )
+    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, suppress_tokens=plain[0].ids[:1])
     before, model.generation_config = model.generation_config, own
     try:
         inputs = torch.tensor([prompts[0]])
@@ -212,10 +200,12 @@ def test_a_response_begins_after_what_the_template_leads_it_with(bases, streamed
 # Adapters ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_opened_in_plain_peft(bases, tmp_path):
-    trained = make_adapter(bases["llama"], tmp_path / "adapter")
+def test_an_adapter_is_opened_in_plain_peft_and_asked_as_in_training(bases, tmp_path):
+    language = LanguageSpec(template="plain", system="lamp")
+    trained = make_adapter(bases["llama"], tmp_path / "adapter", language)
     found = load_for_inference(tmp_path / "adapter")
     prompt = prompts_of(found)[1]
+    assert prompt == Template(tiny_tokenizer(), language).prompt([Turn("user", TEXTS[1])])
     with torch.no_grad():
         logits = [model(torch.tensor([prompt])).logits for model in (found.model, trained)]
         with found.model.disable_adapter():
@@ -224,16 +214,6 @@ def test_an_adapter_is_opened_in_plain_peft(bases, tmp_path):
     assert (logits[0] - without).abs().max() > 0.1
     assert type(found.model.base_model.model.model.layers[0].mlp.up_proj).__module__.startswith("peft.")
     assert not found.model.training
-    assert answers(found, [prompt])[0].ids == likeliest(trained, prompt, 12, found.template.stop_ids)
-
-
-def test_prompts_are_those_of_the_training(bases, tmp_path):
-    make_adapter(bases["llama"], tmp_path / "adapter", LanguageSpec(template="plain", system="lamp"))
-    template = load_for_inference(tmp_path / "adapter").template
-    assert template.name == "plain"
-    assert prompts_of(load_for_inference(tmp_path / "adapter"))[0] == Template(
-        tiny_tokenizer(), LanguageSpec(template="plain", system="lamp")
-    ).prompt([Turn("user", "apple")])
 
 
 def test_another_base_model_is_refused(adapter, bases, tmp_path):
@@ -242,19 +222,15 @@ def test_another_base_model_is_refused(adapter, bases, tmp_path):
     assert f"base_model={str(bases['gpt2'])!r}: not the model of the adapter {adapter}" in str(refused.value)
     assert f"trained on {bases['llama']}: PEFT cannot put the one into the other" in str(refused.value)
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    settings = {**model.config.to_dict(), "layer_types": None}
     tiny_tokenizer().save_pretrained(tmp_path)
     for change, reason in (
         ({"intermediate_size": 64}, "PEFT cannot put .*size mismatch"),
         ({"num_hidden_layers": 1}, r"it has no place for .*layers\.1\."),
     ):
-        type(model)(type(model.config)(**{**model.config.to_dict(), "layer_types": None, **change})).save_pretrained(
-            tmp_path
-        )
+        type(model)(type(model.config)(**{**settings, **change})).save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match=reason):
             load_for_inference(adapter, str(tmp_path))
-
-
-def test_another_vocabulary_is_refused(adapter, bases, tmp_path):
     shutil.copytree(bases["llama"], tmp_path / "other")
     vocabulary = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     words = vocabulary["model"]["vocab"]
@@ -279,23 +255,22 @@ def test_an_adapter_of_another_method_is_opened_or_refused_whole(bases, tmp_path
 
 
 def test_what_is_no_language_models_adapter_is_refused(bases, adapter, tmp_path):
+    def edited(name, **changes):
+        shutil.copytree(adapter, tmp_path / name, ignore=shutil.ignore_patterns("aroma_task.json"))
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return tmp_path / name
+
     with pytest.raises(CheckpointError, match=r"adapter='.*absent': no such folder"):
         load_for_inference(tmp_path / "absent")
-    shutil.copytree(adapter, tmp_path / "classifier")
-    config = json.loads((tmp_path / "classifier" / "adapter_config.json").read_text())
-    (tmp_path / "classifier" / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
     with pytest.raises(ConfigError, match=r"its task_type is SEQ_CLS, not CAUSAL_LM"):
-        load_for_inference(tmp_path / "classifier")
+        load_for_inference(edited("classifier", task_type="SEQ_CLS"))
     with pytest.raises(ConfigError, match=r"base_model='x': .* is a whole model and no adapter; leave it out"):
         load_for_inference(bases["llama"], "x")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), LoraConfig(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "nameless")
-    config = json.loads((tmp_path / "nameless" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = None
-    (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(config))
+    nameless = edited("nameless", base_model_name_or_path=None)
     with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):
-        load_for_inference(tmp_path / "nameless")
-    assert isinstance(load_for_inference(tmp_path / "nameless", str(bases["llama"])).model, PeftModel)
+        load_for_inference(nameless)
+    assert isinstance(load_for_inference(nameless, str(bases["llama"])).model, PeftModel)
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -313,24 +288,18 @@ def first_answer(found, text, **options):
 
 
 def test_generate_prints_the_answer(adapter, opened, capsys, monkeypatch):
-    answer = first_answer(load_for_inference(adapter), "bird cloud door")
+    loaded = load_for_inference(adapter)
+    answer = first_answer(loaded, "bird cloud door")
     capsys.readouterr()
     assert answer != first_answer(opened["llama"], "bird cloud door")
-    options = ("--max-new-tokens", 12)
-    assert run(capsys, "generate", adapter, "bird cloud door", *options) == (0, f"{answer}\n", "")
-    assert run(capsys, "generate", adapter, *options, "bird cloud door")[1] == f"{answer}\n"
+    arguments = ("generate", adapter, "--max-new-tokens", 12)
+    assert run(capsys, *arguments, "bird cloud door") == (0, f"{answer}\n", "")
     monkeypatch.setattr(sys, "stdin", io.StringIO("bird cloud door\n"))
-    assert run(capsys, "generate", adapter, "-", *options)[1] == f"{answer}\n"
-
-
-def test_a_system_turn_can_be_given(adapter, capsys):
-    found = load_for_inference(adapter)
-    template = Template(found.template.tokenizer, replace(found.template.spec, system="lamp king"))
-    answer = first_answer(found._replace(template=template), "apple")
-    assert answer != first_answer(found, "apple")
-    assert (
-        run(capsys, "generate", adapter, "apple", "--system", "lamp king", "--max-new-tokens", 12)[1] == f"{answer}\n"
-    )
+    assert run(capsys, *arguments, "-")[1] == f"{answer}\n"
+    template = Template(loaded.template.tokenizer, replace(loaded.template.spec, system="lamp king"))
+    told = first_answer(loaded._replace(template=template), "bird cloud door")
+    assert told != answer
+    assert run(capsys, *arguments, "bird cloud door", "--system", "lamp king")[1] == f"{told}\n"
 
 
 def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, capsys, tmp_path):
@@ -368,10 +337,8 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, capsys, tmp_path):
     [
         ({"text": "apple"}, "prompts (row 2)=['text']: give a text as prompt or instruction, or a list as messages"),
         ({"prompt": 3}, "prompts (row 2)=['prompt']: give a text"),
-        ({"prompt": ""}, "prompts (row 2)=['prompt']: give a text"),
         ({"prompt": "apple", "response": "bird"}, "prompts (row 2)='bird': it has a response, which the answer would"),
         ({"messages": "apple"}, "prompts (row 2)='apple': give a list of messages"),
-        ({"messages": [{"role": "user"}]}, "prompts (row 2)={'role': 'user'}: a message has a role and a content"),
         ({"messages": []}, "prompts (row 2)=[]: the user speaks first"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
