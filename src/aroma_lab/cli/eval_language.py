@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,8 @@ def run_language(arguments: argparse.Namespace) -> None:
     from aroma.files import write_json
 
     require_extra("language")
-    from ..language.evaluate import average, evaluate_files, write_predictions
-    from ..language.generate import refuse_existing
+    from ..language.data import refuse_existing, write_records
+    from ..language.evaluate import evaluate_files
 
     files = named_files(arguments.data)
     if arguments.predictions is not None:
@@ -53,10 +54,17 @@ def run_language(arguments: argparse.Namespace) -> None:
         limit=arguments.limit,
         progress=progress_bar,
     )
-    means = average(found)
+    metrics = next(iter(found.values())).metrics
+    # Every set has equal weight, as in Table 3.
+    means = {name: sum(one.metrics[name] for one in found.values()) / len(found) for name in metrics}
     # Written before anything is printed, so that a failing terminal loses nothing.
     if arguments.predictions is not None:
-        write_predictions(arguments.predictions, found)
+        rows = [
+            {"set": name, "example": number, **asdict(prediction)}
+            for name, evaluation in found.items()
+            for number, prediction in enumerate(evaluation.predictions, start=1)
+        ]
+        write_records("predictions", arguments.predictions, rows)
     if arguments.json is not None:
         names = ("examples", "metrics", "loss", *_COUNTS)
         sets = {

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.texts import examples
-from aroma.errors import bad_value
+from aroma.errors import DataError, bad_value
 
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
     from ..language.model import LoadedModel
+    from ..language.template import Turn
+    from ..specs import LanguageSpec
 
 
 def add_parser(commands: Any) -> None:
@@ -79,20 +82,43 @@ def _answer_one(arguments: argparse.Namespace) -> None:
 
 
 def _answer_file(arguments: argparse.Namespace) -> None:
-    from ..language.generate import generate_batch, load_prompts, refuse_existing, write_answers
+    from ..language.data import read_records, refuse_existing, write_records
+    from ..language.generate import generate_batch
     from ..language.model import load_language_task
 
     refuse_existing("out", arguments.out)
-    rows = load_prompts(arguments.prompt, load_language_task(arguments.adapter).language)
+    rows = read_records("prompts", arguments.prompt)
+    spec = load_language_task(arguments.adapter).language
+    places = [f"prompts (row {number})" for number in range(1, len(rows) + 1)]
+    asked = [_prompt_of(place, row, spec) for place, row in zip(places, rows, strict=True)]
     loaded = _load(arguments)
-    prompts = [loaded.template.prompt(turns, f"prompts (row {n})") for n, (_, turns) in enumerate(rows, start=1)]
+    prompts = [loaded.template.prompt(turns, place) for turns, place in zip(asked, places, strict=True)]
     tokens, batch_size = arguments.max_new_tokens, arguments.batch_size or 8
     with progress_bar("generate", len(prompts)) as advance:
         answers = generate_batch(loaded, prompts, max_new_tokens=tokens, batch_size=batch_size, advance=advance)
-    write_answers(arguments.out, [row for row, _ in rows], answers)
+    told = [{"response": answer.text, "finished": answer.finished} for answer in answers]
+    write_records("out", arguments.out, [{**row, **more} for row, more in zip(rows, told, strict=True)])
     cut = sum(not answer.finished for answer in answers)
     ended = f", {cut} of them cut after {tokens} tokens" if cut else ""
     print(f"{len(answers)} answers{ended}: {arguments.out}")
+
+
+def _prompt_of(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[Turn, ...]:
+    """Return what a row asks: its `prompt`, its messages, or its instruction and perhaps an input."""
+    from ..language.data import turns_of_messages
+    from ..language.template import Turn, instruction_turns
+
+    for key in ("response", "finished"):
+        if key in row:
+            raise bad_value(where, row[key], f"it has a {key}, which the answer would overwrite", DataError)
+    if spec.messages in row and "prompt" not in row:
+        return turns_of_messages(where, row[spec.messages])
+    prompt = row["prompt"] if "prompt" in row else row.get(spec.instruction)
+    given = "" if "prompt" in row else row.get(spec.input) or ""
+    if not isinstance(prompt, str) or not isinstance(given, str) or not (prompt + given).strip():
+        remedy = f"give a text as prompt or {spec.instruction}, or a list as {spec.messages}"
+        raise bad_value(where, list(row), remedy, DataError)
+    return (Turn("user", prompt),) if "prompt" in row else instruction_turns(prompt, given)
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from aroma.errors import DataError, bad_value
+from aroma.files import write_text
 
 from ..specs import LanguageSpec
 from ..tasks.sources import Columns, read_file, read_hub
@@ -125,6 +127,18 @@ def read_records(key: str, path: str) -> list[dict[str, Any]]:
     if not rows:
         raise bad_value(key, path, "it has no rows; give at least one example", DataError)
     return list(rows.values())
+
+
+def write_records(key: str, path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write objects a line each into a new file; DataError if it exists."""
+    refuse_existing(key, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def refuse_existing(key: str, path: str | os.PathLike[str]) -> None:
+    """Raise DataError if a file is to be written that exists."""
+    if Path(path).exists():
+        raise bad_value(key, str(path), "it exists, and nothing is overwritten; give another", DataError)
 
 
 def turns_of_messages(where: str, messages: Any) -> tuple[Turn, ...]:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_eval.models.huggingface import HFLM
@@ -16,7 +16,7 @@ from aroma.errors import DataError, NonFiniteError, bad_value
 
 from ..progress import Progress, no_progress
 from .data import Question, load_questions
-from .generate import generate_batch, write_json_lines
+from .generate import generate_batch
 from .model import LoadedModel, load_for_inference, load_language_task, positions_of
 from .template import Template
 
@@ -357,29 +357,6 @@ def read_answer(text: str, candidates: Sequence[str], lead: str) -> str | None:
             return by_case[answer[1].lower()] if named <= {answer[1].lower()} else None
     alone = re.fullmatch(rf"[\"'*(]*({one_of})[\"'*).!]*", said, re.IGNORECASE)
     return None if alone is None else by_case[alone[1].lower()]
-
-
-# Results -------------------------------------------------------------------------------------------------------------
-
-
-def average(evaluations: Mapping[str, QuestionEvaluation]) -> dict[str, float]:
-    """Return each metric's mean over sets, every set of equal weight (Table 3)."""
-    found = list(evaluations.values())
-    return {name: sum(one.metrics[name] for one in found) / len(found) for name in found[0].metrics}
-
-
-def write_predictions(path: str | os.PathLike[str], evaluations: Mapping[str, QuestionEvaluation]) -> None:
-    """Write every prediction of every set as a JSON line with its `set`, and its number from 1 as `example`.
-
-    Raises:
-        DataError: The file exists.
-    """
-    rows = [
-        {"set": name, "example": number, **asdict(prediction)}
-        for name, evaluation in evaluations.items()
-        for number, prediction in enumerate(evaluation.predictions, start=1)
-    ]
-    write_json_lines("predictions", path, rows)
 
 
 def _share(outcomes: Iterable[bool]) -> float:

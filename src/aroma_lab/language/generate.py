@@ -1,27 +1,21 @@
-"""Text from language models: one streamed response, many greedy ones in batches, and files of prompts."""
+"""Text from language models: one streamed response, and many greedy ones in batches."""
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, TextStreamer
 
 from aroma.errors import DataError, bad_value
-from aroma.files import write_text
 
-from ..specs import LanguageSpec
-from .data import read_records, turns_of_messages
 from .model import LoadedModel, positions_of
-from .template import Template, Turn, instruction_turns
+from .template import Template, Turn
 
 
 @dataclass(frozen=True)
@@ -175,61 +169,3 @@ def _require_room(model: Any, row: Sequence[int], wanted: int, field: str) -> in
         remedy = f"it has {len(row)} tokens, the model takes {positions} in all, and {wanted} are to follow; give less"
         raise bad_value(field, "…", remedy, DataError)
     return room
-
-
-# Files of prompts ----------------------------------------------------------------------------------------------------
-
-
-def load_prompts(path: str, spec: LanguageSpec) -> list[tuple[dict[str, Any], tuple[Turn, ...]]]:
-    """Return each row of a JSONL file (or of a JSON list) with the turns that it asks to continue.
-
-    A row has a `prompt`, or what training data has: messages (the last one the user's), or an instruction and perhaps
-    an input.
-
-    Args:
-        path: The file.
-        spec: Names of the columns.
-
-    Raises:
-        DataError: No such file, a damaged row (with its number), or one that has none of these.
-    """
-    rows = read_records("prompts", path)
-    return [(row, _prompt_of(f"prompts (row {number})", row, spec)) for number, row in enumerate(rows, start=1)]
-
-
-def write_answers(
-    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], answers: Sequence[Generation]
-) -> None:
-    """Write each row with its `response`, and whether it was `finished` or cut at the limit, as a JSON line.
-
-    Raises:
-        DataError: The file exists.
-    """
-    told = [{"response": answer.text, "finished": answer.finished} for answer in answers]
-    write_json_lines("out", path, [{**row, **more} for row, more in zip(rows, told, strict=True)])
-
-
-def write_json_lines(field: str, path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write objects a line each into a new file; DataError if it exists."""
-    refuse_existing(field, path)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def refuse_existing(field: str, path: str | os.PathLike[str]) -> None:
-    """Raise DataError if a file is to be written that exists."""
-    if Path(path).exists():
-        raise bad_value(field, str(path), "it exists, and nothing is overwritten; give another", DataError)
-
-
-def _prompt_of(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[Turn, ...]:
-    for key in ("response", "finished"):
-        if key in row:
-            raise bad_value(where, row[key], f"it has a {key}, which the answer would overwrite", DataError)
-    if spec.messages in row and "prompt" not in row:
-        return turns_of_messages(where, row[spec.messages])
-    prompt = row["prompt"] if "prompt" in row else row.get(spec.instruction)
-    given = "" if "prompt" in row else row.get(spec.input) or ""
-    if not isinstance(prompt, str) or not isinstance(given, str) or not (prompt + given).strip():
-        remedy = f"give a text as prompt or {spec.instruction}, or a list as {spec.messages}"
-        raise bad_value(where, list(row), remedy, DataError)
-    return (Turn("user", prompt),) if "prompt" in row else instruction_turns(prompt, given)

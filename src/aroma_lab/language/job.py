@@ -274,9 +274,8 @@ class QuestionsJob(LanguageJob):
     def _evaluate(self, trainer: Any, split: str, scoring: Scoring) -> QuestionEvaluation:
         from .evaluate import evaluate_questions
 
-        loaded = LoadedModel(trainer.model, self.template)
-        options = {"batch_size": self.batch_size, "max_length": self.max_length}
-        return evaluate_questions(loaded, self.questions[split], scoring, **options)
+        loaded, questions = LoadedModel(trainer.model, self.template), self.questions[split]
+        return evaluate_questions(loaded, questions, scoring, batch_size=self.batch_size, max_length=self.max_length)
 
 
 def _draw(spec: TaskSpec, key: str, examples: list[Any]) -> list[Any]:
