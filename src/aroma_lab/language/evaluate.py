@@ -27,41 +27,33 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model 
 
 @dataclass(frozen=True)
 class RankedAnswer:
-    """The candidates of a question by their likelihood.
-
-    Args:
-        answer: The right label.
-        chosen: The most likely label; of equals, the first.
-        chosen_normalised: The most likely label by mean over its tokens.
-        chosen_per_character: The most likely label by mean over its characters, as lm-evaluation-harness' acc_norm.
-        log_probs: Natural logarithm of the probability of each label, given the prompt and what every response begins
-            with: a sum over its tokens.
-        tokens: Number of tokens by label.
-    """
+    """The candidates of a question by their likelihood; of equals, the first is chosen."""
 
     answer: str
+    """The right label."""
     chosen: str
+    """The most likely label."""
     chosen_normalised: str
+    """The most likely label by mean over its tokens."""
     chosen_per_character: str
+    """The most likely label by mean over its characters, as lm-evaluation-harness' acc_norm."""
     log_probs: dict[str, float]
+    """ln p of each label, a sum over its tokens, given the prompt and what every response begins with."""
     tokens: dict[str, int]
+    """Number of tokens by label."""
 
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """What a model writes.
-
-    Args:
-        answer: The right label.
-        chosen: The label that the text gives; None where it gives none in the form asked for.
-        text: What was generated.
-        finished: Whether it ended by itself, not at the limit.
-    """
+    """What a model writes."""
 
     answer: str
+    """The right label."""
     chosen: str | None
+    """The label that the text gives; None where it gives none in the form asked for."""
     text: str
     finished: bool
+    """Whether it ended by itself, not at the limit."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +99,12 @@ def evaluate_files(
     """Ask a language model all questions of files; every file is read before the model is.
 
     Args:
-        folder: An adapter; a causal language model's folder; or `smollm2`, the packaged model.
+        folder: What to load, and `base_model`: see `load_for_inference`.
         files: Paths by the name of the set.
         scoring: As in `evaluate_questions`, as are `batch_size` and `max_new_tokens`.
-        base_model: Folder or hub name of the base model; the adapter's own by default.
-        batch_size: Sequences of one forward pass.
         max_length: Most tokens of prompt and response; as in training by default, else all that the model takes.
-        max_new_tokens: Most tokens of a generated answer.
         limit: Ask the first so many of each file; None: all.
         progress: Announces the work on each set.
-
-    Returns:
-        The result by the name of the set.
 
     Raises:
         CheckpointError: The adapter is missing or damaged.
