@@ -260,8 +260,7 @@ def load_questions(key: str, path: str, spec: LanguageSpec) -> list[Question]:
         DataError: No such file, a damaged row, a missing column or value, no candidates, or an answer that is not
             among them or not the end of the output; with the number of the row.
     """
-    rows = enumerate(read_records(key, path), start=1)
-    return [_question(key, number, row, spec) for number, row in rows]
+    return [_question(key, number, row, spec) for number, row in enumerate(read_records(key, path), start=1)]
 
 
 def _question(key: str, number: int, row: Mapping[str, Any], spec: LanguageSpec) -> Question:

@@ -35,6 +35,7 @@ def load_causal_lm(spec: ModelSpec) -> Any:
         ConfigError: There is no such model, or it is not a whole causal language model.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     source, options = model_source(spec), loading_options(spec)
     try:
@@ -45,8 +46,8 @@ def load_causal_lm(spec: ModelSpec) -> Any:
     if missing:
         remedy = f"its checkpoint lacks {', '.join(missing[:3])}, so it is no trained causal language model; give one"
         raise bad_value("model.name", spec.name, remedy)
-    # transformers does not call every decoder one: GPT-NeoX is an example.
-    if getattr(model.config, "is_decoder", None) is False and _looks_ahead(model):
+    encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if encoder and not getattr(model.config, "is_decoder", False):
         remedy = "an encoder: each token sees the later ones; give a decoder-only model"
         raise bad_value("model.name", spec.name, remedy)
     return model
@@ -106,14 +107,6 @@ def positions_of(config: Any) -> int | None:
     return positions if positions is not None and positions > 0 else None
 
 
-@torch.no_grad()
-def _looks_ahead(model: Any) -> bool:
-    """Return whether the logits of the first token depend on the second."""
-    rows = [torch.tensor([[1, second]], device=model.device) for second in (2, 3)]
-    one, other = (model(row).logits[0, 0].float() for row in rows)
-    return not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
-
-
 def _cannot_load(spec: ModelSpec, error: Exception, what: str = "") -> AromaError:
     reason = " ".join(str(error).split())
     remedy = f"{what}cannot be loaded as a causal language model ({reason}); check it"
@@ -125,21 +118,18 @@ def _cannot_load(spec: ModelSpec, error: Exception, what: str = "") -> AromaErro
 
 @dataclass(frozen=True)
 class LanguageTask:
-    """How an adapter's prompts were made, and which model it belongs to.
-
-    Args:
-        language: Template, system turn and columns.
-        max_length: Most tokens of an example in training; None: not known.
-        model: The pretrained model, loaded as in training.
-        fingerprint: Of its weights, see `fingerprint_of`; None: not known.
-        kind: Tells this task from a classifier's.
-    """
+    """How an adapter's prompts were made, and which model it belongs to."""
 
     language: LanguageSpec
+    """Template, system turn and columns."""
     max_length: int | None
+    """Most tokens of an example in training; None: not known."""
     model: ModelSpec
+    """The pretrained model, loaded as in training."""
     fingerprint: str | None = None
+    """Of the model's weights, see `fingerprint_of`; None: not known."""
     kind: Literal["causal_lm"] = LANGUAGE_KIND
+    """Tells this task from a classifier's."""
 
     def save(self, adapter: str | os.PathLike[str]) -> None:
         """Write the task into the folder of an adapter."""
@@ -154,12 +144,10 @@ def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
     Raises:
         CheckpointError: The folder is no adapter, or the task is another kind's, or was edited.
     """
-    path, whole = Path(folder) / TASK_FILE, ModelSpec(str(folder))
+    path, whole = Path(folder) / TASK_FILE, _is_whole_model(folder)
     if not path.exists():
-        model = whole
-        if not _is_whole_model(folder):
-            model = ModelSpec(read_json(Path(folder) / _CONFIG_FILE).get("base_model_name_or_path"))
-        return LanguageTask(LanguageSpec(), None, model)
+        name = str(folder) if whole else read_json(Path(folder) / _CONFIG_FILE).get("base_model_name_or_path")
+        return LanguageTask(LanguageSpec(), None, ModelSpec(name))
     content = read_json(path)
     try:
         if content["kind"] != LANGUAGE_KIND:
@@ -168,7 +156,7 @@ def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
         task = LanguageTask(**{**content, **sections})
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error
-    return replace(task, model=whole, fingerprint=None) if _is_whole_model(folder) else task
+    return replace(task, model=ModelSpec(str(folder)), fingerprint=None) if whole else task
 
 
 def task_kind(folder: str | os.PathLike[str]) -> str:

@@ -254,8 +254,8 @@ class Template:
         A template that does not end a response by a token of its own is completed.
 
         Returns:
-            What comes before a response and is predicted with it; what ends it, up to the token at which generation
-            stops; what follows until the next turn; and that token.
+            What comes before a response, what ends it, what follows until the next turn, and the token at which
+            generation stops.
         """
         question = [Turn("user", _QUESTION)]
         opened = self._render(question, True, "language.template")
