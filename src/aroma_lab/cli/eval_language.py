@@ -37,23 +37,12 @@ def run_language(arguments: argparse.Namespace) -> None:
 
     require_extra("language")
     from ..language.data import refuse_existing, write_records
-    from ..language.evaluate import evaluate_files
 
     files = named_files(arguments.data)
     if arguments.predictions is not None:
         refuse_existing("predictions", arguments.predictions)
     method: Scoring = arguments.method or "likelihood"
-    found = evaluate_files(
-        arguments.adapter,
-        files,
-        method,
-        base_model=arguments.base_model,
-        batch_size=8 if arguments.batch_size is None else arguments.batch_size,
-        max_length=arguments.max_length,
-        max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
-        limit=arguments.limit,
-        progress=progress_bar,
-    )
+    found = _evaluate(arguments, files, method)
     metrics = next(iter(found.values())).metrics
     # Every set has equal weight, as in Table 3.
     means = {name: sum(one.metrics[name] for one in found.values()) / len(found) for name in metrics}
@@ -80,6 +69,38 @@ def run_language(arguments: argparse.Namespace) -> None:
                 console.print(f"{name}: {count} of {evaluation.examples} {what}", highlight=False)
     if arguments.limit is not None:
         console.print(f"the first {arguments.limit} questions of each file only: no result of a whole set")
+
+
+def _evaluate(arguments: argparse.Namespace, files: dict[str, str], method: Scoring) -> dict[str, QuestionEvaluation]:
+    """Ask all questions of all files, which are read before the model is."""
+    from ..language.data import load_questions
+    from ..language.evaluate import evaluate_questions
+    from ..language.model import load_for_inference, load_language_task, positions_of
+
+    if arguments.limit is not None and arguments.limit < 1:
+        raise bad_value("limit", arguments.limit, "give 1 or more")
+    task = load_language_task(arguments.adapter)
+    sets = {name: load_questions("data", path, task.language)[: arguments.limit] for name, path in files.items()}
+    loaded = load_for_inference(arguments.adapter, arguments.base_model)
+    positions = positions_of(loaded.model.config)
+    max_length = arguments.max_length
+    if max_length is None:
+        max_length = task.max_length or positions
+    elif positions is not None and max_length > positions:
+        raise bad_value("max_length", max_length, f"the model takes at most {positions} tokens")
+    found = {}
+    for name, questions in sets.items():
+        with progress_bar(name, len(questions)) as advance:
+            found[name] = evaluate_questions(
+                loaded,
+                questions,
+                method,
+                batch_size=8 if arguments.batch_size is None else arguments.batch_size,
+                max_length=max_length,
+                max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
+                advance=advance,
+            )
+    return found
 
 
 def named_files(data: list[str]) -> dict[str, str]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lm_eval.models.huggingface import HFLM
 
 from aroma.errors import DataError, NonFiniteError, bad_value
 
-from ..progress import Progress, no_progress
-from .data import Question, load_questions
+from .data import Question
 from .generate import generate_batch
-from .model import LoadedModel, load_for_inference, load_language_task, positions_of
+from .model import LoadedModel, positions_of
 from .template import Template
 
 Scoring = Literal["likelihood", "generation"]
@@ -82,55 +80,6 @@ class QuestionEvaluation:
     def examples(self) -> int:
         """Number of questions."""
         return len(self.predictions)
-
-
-def evaluate_files(
-    folder: str | os.PathLike[str],
-    files: Mapping[str, str],
-    scoring: Scoring = "likelihood",
-    *,
-    base_model: str | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    max_new_tokens: int = 32,
-    limit: int | None = None,
-    progress: Progress = no_progress,
-) -> dict[str, QuestionEvaluation]:
-    """Ask a language model all questions of files; every file is read before the model is.
-
-    Args:
-        folder: What to load, and `base_model`: see `load_for_inference`.
-        files: Paths by the name of the set.
-        scoring: As in `evaluate_questions`, as are `batch_size` and `max_new_tokens`.
-        max_length: Most tokens of prompt and response; as in training by default, else all that the model takes.
-        limit: Ask the first so many of each file; None: all.
-        progress: Announces the work on each set.
-
-    Raises:
-        CheckpointError: The adapter is missing or damaged.
-        ConfigError: The base model cannot be loaded or does not fit, or a limit out of range.
-        DataError: A file cannot be used.
-    """
-    if limit is not None and limit < 1:
-        raise bad_value("limit", limit, "give 1 or more")
-    task = load_language_task(folder)
-    sets = {name: load_questions("data", path, task.language)[:limit] for name, path in files.items()}
-    loaded = load_for_inference(folder, base_model)
-    positions = positions_of(loaded.model.config)
-    if max_length is None:
-        max_length = task.max_length or positions
-    elif positions is not None and max_length > positions:
-        raise bad_value("max_length", max_length, f"the model takes at most {positions} tokens")
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "max_new_tokens": max_new_tokens,
-    }
-    found = {}
-    for name, questions in sets.items():
-        with progress(name, len(questions)) as advance:
-            found[name] = evaluate_questions(loaded, questions, scoring, **options, advance=advance)
-    return found
 
 
 def evaluate_questions(
