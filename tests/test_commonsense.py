@@ -18,7 +18,7 @@ from aroma_lab.language.generate import Generation
 from aroma_lab.language.model import LanguageTask, LoadedModel, load_for_inference
 from aroma_lab.language.template import Template, Turn
 from aroma_lab.specs import LanguageSpec, ModelSpec
-from tiny_lm import questions, save_tiny_lm, write_json_lines
+from tiny_lm import learn, questions, save_tiny_lm, write_json_lines
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "commonsense"
 LANGUAGE = LanguageSpec()
@@ -232,25 +232,12 @@ def trained(folders):
     """A tiny model that has learned the form of an answer, and some of the answers."""
     model, tokenizer = load_lm(folders["llama"])
     root = folders["llama"].parent
-    learn(model, tokenizer, write_json_lines(root / "train.jsonl", questions(64, seed=11)), 60)
+    path = str(write_json_lines(root / "train.jsonl", questions(64, seed=11)))
+    learn(model, encode(load_examples("data", path, LANGUAGE), Template(tokenizer, LANGUAGE), 128, "data")[0], 60)
     folder = root / "trained"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def learn(model, tokenizer, path, steps):
-    """Train a model on a file of questions."""
-    rows, _ = encode(load_examples("data", str(path), LANGUAGE), Template(tokenizer, LANGUAGE), 128, "data")
-    ids = [torch.tensor(row) for row in rows["input_ids"]]
-    labels = [torch.tensor(row) for row in rows["labels"]]
-    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        model(input_ids=batch, labels=targets).loss.backward()  # right padding, which no token looks at
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):

@@ -18,6 +18,7 @@ __all__ = [
     "FORGETFUL",
     "SPECIAL",
     "WORDS",
+    "learn",
     "questions",
     "save_tiny_lm",
     "tiny_tokenizer",
@@ -122,6 +123,19 @@ def save_tiny_lm(folder: Path, kind: Literal["llama", "gpt2"] = "llama", chat_te
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **ends))
     model.save_pretrained(folder)
     return folder
+
+
+def learn(model: Any, rows: Any, steps: int) -> None:
+    """Train a model on encoded rows, all of them in every step."""
+    batch, targets = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[name]], True, padding)
+        for name, padding in (("input_ids", 0), ("labels", -100))
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        model(input_ids=batch, labels=targets).loss.backward()  # right padding, which no token looks at
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def questions(count: int, seed: int) -> list[dict[str, object]]:
