@@ -3,25 +3,25 @@
 import io
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from aroma import AromaConfig
 from aroma.checkpoint import save_adapter
-from aroma.cli import main, make_parser
+from aroma.cli import main
 from aroma.errors import CheckpointError, ConfigError, DataError
 from aroma_lab.language.generate import generate_batch, stream
-from aroma_lab.language.inference import LanguageTask, LoadedModel, load_for_inference
+from aroma_lab.language.model import LanguageTask, LoadedModel, load_for_inference
 from aroma_lab.language.template import Template, Turn
 from aroma_lab.specs import LanguageSpec, ModelSpec
 from models import METHOD, set_ranks
-from tiny_lm import save_tiny_lm, tiny_tokenizer, write_json_lines
+from tiny_lm import CHAT_TEMPLATE, save_tiny_lm, tiny_tokenizer, write_json_lines
 
 TEXTS = ["apple", "bird cloud door eagle fish", "grass house " * 9, "king a lamp", "iron"]
 KINDS = ["llama", "gpt2"]
@@ -101,35 +101,22 @@ def test_a_batch_says_what_each_prompt_says_alone(kind, opened):
         found = answers(opened[kind], prompts, never, batch_size=batch_size)
         assert [answer.ids for answer in found] == alone
         assert not any(answer.finished for answer in found)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_response_ends_before_the_token_that_ends_it(kind, opened):
-    prompts = prompts_of(opened[kind])
-    alone = [likeliest(opened[kind].model, prompt, 12) for prompt in prompts]
-    # Ends some of the responses, not all of them, and not at once.
+    # Another stop ends some of the responses, not all of them, and not at once.
     stop = next(
         token for token in alone[3][4:] if token not in alone[3][:4] and not all(token in ids for ids in alone)
     )
-    found = answers(opened[kind], prompts, stopping_at(opened[kind].template, 3, stop), batch_size=5)
+    found = answers(opened[kind], prompts, stopping_at(opened[kind].template, stop), batch_size=5)
     for answer, ids in zip(found, alone, strict=True):
-        stops = [place for place, token in enumerate(ids) if token in (3, stop)]
-        assert answer.ids == ids[: stops[0] if stops else 12]
-        assert answer.finished == bool(stops)
-        assert answer.text == opened[kind].template.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        assert answer.ids == list(takewhile(lambda token: token != stop, ids))
+        assert answer.finished == (stop in ids)
+        assert answer.text == never.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
     assert {answer.finished for answer in found} == {True, False}
 
 
 def test_the_models_own_settings_do_not_count(opened):
     model, prompts = opened["llama"].model, prompts_of(opened["llama"])
     plain = answers(opened["llama"], prompts)
-    own = GenerationConfig(
-        do_sample=True,
-        temperature=5.0,
-        repetition_penalty=9.0,
-        no_repeat_ngram_size=1,
-        suppress_tokens=plain[0].ids[:1],
-    )
+    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, suppress_tokens=plain[0].ids[:1])
     before, model.generation_config = model.generation_config, own
     try:
         inputs = torch.tensor([prompts[0]])
@@ -154,11 +141,8 @@ def test_a_model_in_training_answers_without_dropout_and_goes_on_training(bases)
     [
         ({"max_new_tokens": 0}, [[7]], ConfigError, r"max_new_tokens=0: give 1 or more"),
         ({"batch_size": 0}, [[7]], ConfigError, r"batch_size=0: give 1 or more"),
-        ({}, [[7], []], DataError, r"prompt 2='': it has no tokens"),
-        ({"max_new_tokens": 30}, [[7], [7] * 99], DataError, r"prompt 2 has 99 tokens .* takes 128 in all; give less"),
-        ({}, [[7] * 128], DataError, r"prompt 1='…': it has 128 tokens, and the model takes 128 in all"),
+        ({"max_new_tokens": 30}, [[7], [7] * 99], DataError, r"prompt 2=.* has 99 tokens, the model takes 128 in all"),
     ],
-    ids=["tokens", "batch", "empty", "no room", "too long"],
 )
 def test_what_cannot_be_answered_is_refused(options, prompts, kind, message, opened):
     with pytest.raises(kind, match=message):
@@ -168,91 +152,60 @@ def test_what_cannot_be_answered_is_refused(options, prompts, kind, message, ope
 # Streams -------------------------------------------------------------------------------------------------------------
 
 
-def streamed(opened, text="bird cloud door", **options):
-    options = {"max_new_tokens": 12, **options}
-    pieces = []
-    stream(opened, [Turn("user", text)], pieces.append, **options)
-    return pieces
+@pytest.fixture
+def streamed(capsys):
+    def streamed(opened, text="bird cloud door", **options):
+        stream(opened, [Turn("user", text)], **{"max_new_tokens": 12, **options})
+        return capsys.readouterr().out
+
+    return streamed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_the_greedy_answer_in_pieces(kind, opened):
+def test_a_stream_is_the_greedy_answer(kind, opened, streamed):
     for text, answer in zip(TEXTS, answers(opened[kind], prompts_of(opened[kind])), strict=True):
-        pieces = streamed(opened[kind], text)
-        assert "".join(pieces).strip() == answer.text
-        assert 2 * len(pieces) > len("".join(pieces).split())
+        assert streamed(opened[kind], text).strip() == answer.text
+    text = "apple " * 110  # it gets the room that there is
+    (prompt,) = prompts_of(opened[kind], [text])
+    (found,) = answers(opened[kind], [prompt], max_new_tokens=128 - len(prompt))
+    assert streamed(opened[kind], text, max_new_tokens=500).strip() == found.text
+    with pytest.raises(DataError, match=r"prompt=.*the model takes 128 in all"):
+        streamed(opened[kind], "apple " * 128)
 
 
-def test_a_seed_draws_the_same_answer_again_and_leaves_other_random_numbers_alone(opened):
+def test_a_seed_draws_the_same_answer_again_and_leaves_other_random_numbers_alone(opened, streamed):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     drawn = [streamed(opened["llama"], temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(3), expected)
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len({tuple(streamed(opened["llama"], temperature=3.0)) for _ in range(8)}) > 1
+    assert len({streamed(opened["llama"], temperature=3.0) for _ in range(8)}) > 1
 
 
-def test_an_answer_gets_the_room_that_there_is(opened):
-    text = "apple " * 110
-    room = 128 - len(prompts_of(opened["llama"], [text])[0])
-    assert 0 < room < 20
-    found = answers(opened["llama"], prompts_of(opened["llama"], [text]), max_new_tokens=room)[0]
-    assert "".join(streamed(opened["llama"], text, max_new_tokens=500)).strip() == found.text
-
-
-# Words that the template puts before every response ------------------------------------------------------------------
-
-THOUGHTS = (  # as Qwen 3: before the last response alone
-    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
-    "{{ 'Context :\n\nReply :\n\n' }}{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def thoughtful(bases):
-    """A model that has learned to answer everything with the same words, after those of its template."""
+def test_a_response_begins_after_what_the_template_leads_it_with(bases, streamed):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = THOUGHTS
-    template = Template(tokenizer, LanguageSpec())
-    model = AutoModelForCausalLM.from_pretrained(bases["llama"]).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    response = template.response("bird , a fish .")
-    for step in range(60):
-        prompt = template.prompt([Turn("user", TEXTS[step % len(TEXTS)])])
-        labels = torch.tensor([[-100] * len(prompt) + response])
-        model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return LoadedModel(model.eval(), template)
-
-
-def test_they_are_written_and_not_handed_on(thoughtful):
-    found = answers(thoughtful, prompts_of(thoughtful), max_new_tokens=20)
-    assert {answer.text for answer in found} == {"bird , a fish ."}
-    assert all(answer.finished for answer in found)
-    assert [*found[0].ids, thoughtful.template.stop_ids[0]] == thoughtful.template.response("bird , a fish .")
-    pieces = streamed(thoughtful, "apple", max_new_tokens=20)
-    assert "".join(pieces) == found[0].text
-    assert len(pieces) > 1
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 6, 9])
-def test_a_stream_that_is_cut_among_them_says_what_a_batch_says(thoughtful, count):
-    (found,) = answers(thoughtful, prompts_of(thoughtful, ["apple"]), max_new_tokens=count)
-    pieces = streamed(thoughtful, "apple", max_new_tokens=count)
-    assert "".join(pieces).split() == found.text.split()
-    assert all(pieces)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(  # as Qwen 3, which begins a response with empty thoughts
+        "{{ message['content'] }}", "{{ 'Context :\n' if message['role'] == 'assistant' }}{{ message['content'] }}"
+    )
+    loaded = LoadedModel(load_for_inference(bases["llama"]).model, Template(tokenizer, LanguageSpec()))
+    prompt, lead = prompts_of(loaded)[1], loaded.template.lead
+    assert tokenizer.decode(lead).split() == ["Context", ":"]
+    (found,) = answers(loaded, [prompt])
+    expected = likeliest(loaded.model, prompt + lead, 12, loaded.template.stop_ids)
+    assert found.ids == [token for token in expected if token not in loaded.template.stop_ids]
+    assert streamed(loaded, TEXTS[1]).strip() == found.text
 
 
 # Adapters ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_opened_in_plain_peft(bases, tmp_path):
-    trained = make_adapter(bases["llama"], tmp_path / "adapter")
+def test_an_adapter_is_opened_in_plain_peft_and_asked_as_in_training(bases, tmp_path):
+    language = LanguageSpec(template="plain", system="lamp")
+    trained = make_adapter(bases["llama"], tmp_path / "adapter", language)
     found = load_for_inference(tmp_path / "adapter")
     prompt = prompts_of(found)[1]
+    assert prompt == Template(tiny_tokenizer(), language).prompt([Turn("user", TEXTS[1])])
     with torch.no_grad():
         logits = [model(torch.tensor([prompt])).logits for model in (found.model, trained)]
         with found.model.disable_adapter():
@@ -261,33 +214,23 @@ def test_an_adapter_is_opened_in_plain_peft(bases, tmp_path):
     assert (logits[0] - without).abs().max() > 0.1
     assert type(found.model.base_model.model.model.layers[0].mlp.up_proj).__module__.startswith("peft.")
     assert not found.model.training
-    assert answers(found, [prompt])[0].ids == likeliest(trained, prompt, 12, found.template.stop_ids)
-
-
-def test_prompts_are_those_of_the_training(bases, tmp_path):
-    make_adapter(bases["llama"], tmp_path / "adapter", LanguageSpec(template="plain", system="lamp"))
-    template = load_for_inference(tmp_path / "adapter").template
-    assert template.name == "plain"
-    assert prompts_of(load_for_inference(tmp_path / "adapter"))[0] == Template(
-        tiny_tokenizer(), LanguageSpec(template="plain", system="lamp")
-    ).prompt([Turn("user", "apple")])
 
 
 def test_another_base_model_is_refused(adapter, bases, tmp_path):
     with pytest.raises(ConfigError) as refused:
         load_for_inference(adapter, str(bases["gpt2"]))
     assert f"base_model={str(bases['gpt2'])!r}: not the model of the adapter {adapter}" in str(refused.value)
-    assert f"trained on {bases['llama']}: it has no model.layers.0." in str(refused.value)
-
+    assert f"trained on {bases['llama']}: PEFT cannot put the one into the other" in str(refused.value)
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
-    wider = type(model)(type(model.config)(**{**model.config.to_dict(), "intermediate_size": 64}))
-    wider.save_pretrained(tmp_path / "wider")
-    tiny_tokenizer().save_pretrained(tmp_path / "wider")
-    with pytest.raises(ConfigError, match=r"up_proj is \(64, 32\) there, and \(48, 32\) in the adapter; give that"):
-        load_for_inference(adapter, str(tmp_path / "wider"))
-
-
-def test_another_vocabulary_is_refused(adapter, bases, tmp_path):
+    settings = {**model.config.to_dict(), "layer_types": None}
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for change, reason in (
+        ({"intermediate_size": 64}, "PEFT cannot put .*size mismatch"),
+        ({"num_hidden_layers": 1}, r"it has no place for .*layers\.1\."),
+    ):
+        type(model)(type(model.config)(**{**settings, **change})).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=reason):
+            load_for_inference(adapter, str(tmp_path))
     shutil.copytree(bases["llama"], tmp_path / "other")
     vocabulary = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     words = vocabulary["model"]["vocab"]
@@ -312,23 +255,22 @@ def test_an_adapter_of_another_method_is_opened_or_refused_whole(bases, tmp_path
 
 
 def test_what_is_no_language_models_adapter_is_refused(bases, adapter, tmp_path):
+    def edited(name, **changes):
+        shutil.copytree(adapter, tmp_path / name, ignore=shutil.ignore_patterns("aroma_task.json"))
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return tmp_path / name
+
     with pytest.raises(CheckpointError, match=r"adapter='.*absent': no such folder"):
         load_for_inference(tmp_path / "absent")
-    shutil.copytree(adapter, tmp_path / "classifier")
-    config = json.loads((tmp_path / "classifier" / "adapter_config.json").read_text())
-    (tmp_path / "classifier" / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
     with pytest.raises(ConfigError, match=r"its task_type is SEQ_CLS, not CAUSAL_LM"):
-        load_for_inference(tmp_path / "classifier")
+        load_for_inference(edited("classifier", task_type="SEQ_CLS"))
     with pytest.raises(ConfigError, match=r"base_model='x': .* is a whole model and no adapter; leave it out"):
         load_for_inference(bases["llama"], "x")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), LoraConfig(task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "nameless")
-    config = json.loads((tmp_path / "nameless" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = None
-    (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(config))
+    nameless = edited("nameless", base_model_name_or_path=None)
     with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):
-        load_for_inference(tmp_path / "nameless")
-    assert isinstance(load_for_inference(tmp_path / "nameless", str(bases["llama"])).model, PeftModel)
+        load_for_inference(nameless)
+    assert isinstance(load_for_inference(nameless, str(bases["llama"])).model, PeftModel)
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -346,24 +288,18 @@ def first_answer(found, text, **options):
 
 
 def test_generate_prints_the_answer(adapter, opened, capsys, monkeypatch):
-    answer = first_answer(load_for_inference(adapter), "bird cloud door")
+    loaded = load_for_inference(adapter)
+    answer = first_answer(loaded, "bird cloud door")
     capsys.readouterr()
     assert answer != first_answer(opened["llama"], "bird cloud door")
-    options = ("--max-new-tokens", 12)
-    assert run(capsys, "generate", adapter, "bird cloud door", *options) == (0, f"{answer}\n", "")
-    assert run(capsys, "generate", adapter, *options, "bird cloud door")[1] == f"{answer}\n"
+    arguments = ("generate", adapter, "--max-new-tokens", 12)
+    assert run(capsys, *arguments, "bird cloud door") == (0, f"{answer}\n", "")
     monkeypatch.setattr(sys, "stdin", io.StringIO("bird cloud door\n"))
-    assert run(capsys, "generate", adapter, "-", *options)[1] == f"{answer}\n"
-
-
-def test_a_system_turn_can_be_given(adapter, capsys):
-    found = load_for_inference(adapter)
-    template = Template(found.template.tokenizer, replace(found.template.spec, system="lamp king"))
-    answer = first_answer(found._replace(template=template), "apple")
-    assert answer != first_answer(found, "apple")
-    assert (
-        run(capsys, "generate", adapter, "apple", "--system", "lamp king", "--max-new-tokens", 12)[1] == f"{answer}\n"
-    )
+    assert run(capsys, *arguments, "-")[1] == f"{answer}\n"
+    template = Template(loaded.template.tokenizer, replace(loaded.template.spec, system="lamp king"))
+    told = first_answer(loaded._replace(template=template), "bird cloud door")
+    assert told != answer
+    assert run(capsys, *arguments, "bird cloud door", "--system", "lamp king")[1] == f"{told}\n"
 
 
 def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, capsys, tmp_path):
@@ -393,28 +329,17 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, capsys, tmp_path):
     ]
     cut = sum(not answer.finished for answer in expected)
     assert said.splitlines()[-1] == f"4 answers, {cut} of them cut after 12 tokens: {out}"
-    before = out.read_bytes()
     assert run(capsys, *arguments)[2].startswith(f"error: out='{out}': it exists, and nothing is overwritten")
-    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "apple"}, "prompts (row 2)=['text']: it has no prompt, messages or instruction"),
-        ({"prompt": 3}, "prompts (row 2)=3: a int, not a text"),
+        ({"text": "apple"}, "prompts (row 2)=['text']: give a text as prompt or instruction, or a list as messages"),
+        ({"prompt": 3}, "prompts (row 2)=['prompt']: give a text"),
         ({"prompt": "apple", "response": "bird"}, "prompts (row 2)='bird': it has a response, which the answer would"),
         ({"messages": "apple"}, "prompts (row 2)='apple': give a list of messages"),
-        (
-            {"messages": [{"role": "robot", "content": "x"}]},
-            "prompts (row 2)='robot': a message's role is one of",
-        ),
-        ({"messages": [{"role": "user"}]}, "prompts (row 2)={'role': 'user'}: a message has a role and a content"),
         ({"messages": []}, "prompts (row 2)=[]: the user speaks first"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-            "prompts (row 2)=['user', 'assistant']: the last turn must be the user's",
-        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )
@@ -433,9 +358,12 @@ def test_a_row_that_asks_nothing_is_refused(row, message, bases, capsys, tmp_pat
         (["generate", "absent", "apple"], "adapter='absent': no such folder"),
         (["generate", "absent", "  "], "PROMPT='  ': it is empty; write something"),
         (["generate", "absent", "a", "--seed", "1"], "--seed=1: it needs a --temperature above 0"),
-        (["generate", "absent", "a", "--max-new-tokens", "0"], "max_new_tokens=0: give 1 or more"),
-        (["generate", "absent", "a", "--temperature", "-1"], "temperature=-1.0: give 0 (greedy) or more"),
-        (["generate", "absent", "a", "--temperature", "1", "--top-p", "1.5"], "top_p=1.5: give a probability above 0"),
+        (["generate", "absent", "a", "--max-new-tokens", "0"], "--max-new-tokens=0: give 1 or more"),
+        (["generate", "absent", "a", "--temperature", "-1"], "--temperature=-1.0: give 0 (greedy) or more"),
+        (
+            ["generate", "absent", "a", "--temperature", "1", "--top-p", "1.5"],
+            "--top-p=1.5: give a probability above 0",
+        ),
         (["generate", "absent", "a", "--batch-size", "2"], "--batch-size=2: it needs --out"),
         (["generate", "a", "b", "--out", "c", "--temperature", "1"], "--temperature=1.0: files are answered greedily"),
         (["generate", "a", "b", "--out", "c", "--batch-size", "0"], "--batch-size=0: give 1 or more"),
@@ -448,21 +376,3 @@ def test_wrong_arguments_are_one_line_and_code_2(arguments, message, capsys, tmp
     assert code == 2
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
-
-
-def test_the_help_is_light_and_its_examples_parse(capsys):
-    program = (
-        "import sys\nfrom aroma.cli import main\n"
-        "try:\n    main(['generate', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "print([name for name in ('torch', 'transformers', 'peft', 'rich', 'jsonargparse') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-    with pytest.raises(SystemExit):
-        main(["generate", "--help"])
-    lines = capsys.readouterr().out.partition("\nexamples:\n")[2].splitlines()
-    assert len(lines) >= 2
-    for line in lines:
-        program, *arguments = line.split()
-        assert program == "aroma"
-        assert make_parser().parse_args(arguments).run

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.language.data import load_examples
-from aroma_lab.language.inference import fingerprint_of, load_for_inference
+from aroma_lab.language.model import fingerprint_of, load_for_inference
 from aroma_lab.language.template import Template, Turn
 from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial
@@ -117,15 +117,12 @@ def test_it_learns_and_plain_peft_loads_it(files: Path, finished: Path) -> None:
 def test_its_adapter_merges_into_the_model_that_the_recipe_names(files: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "adapter", tmp_path / "adapter")
     # As after a conversion on another machine: the folder that PEFT recorded is not there.
-    config = read(tmp_path / "adapter" / "adapter_config.json")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        json.dumps({**config, "base_model_name_or_path": "/not/here"})
-    )
+    config = {**read(tmp_path / "adapter" / "adapter_config.json"), "base_model_name_or_path": "/not/here"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--merged"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert mean_loss(merged, files) == pytest.approx(
-        read(finished / "result.json")["reported"]["test"]["loss"], rel=1e-4
-    )
+    measured = read(finished / "result.json")["reported"]["test"]["loss"]
+    assert mean_loss(merged, files) == pytest.approx(measured, rel=1e-4)
 
 
 def mean_loss(model: Any, files: Path) -> float:
@@ -161,37 +158,45 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(files: Path, finished: Path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+UNEVEN = [{"text": "bird " * (3 if number % 3 else 20)} for number in range(43)]
+"""Rows of 3 words and of 20: the mean over tokens is not the mean of the means."""
+
+
 def test_micro_batches_are_weighed_by_their_tokens(files: Path) -> None:
-    # Rows of one response of 3 tokens and one of 20: the mean over tokens is not the mean of the means.
-    rows = [{"text": "bird " * (3 if number % 2 else 20)} for number in range(40)]
-    write_json_lines(files / "uneven.jsonl", rows)
-    changes: dict[str, Any] = {"data.train": str(files / "uneven.jsonl"), "data.test": None, "training.max_steps": 6}
+    train = str(write_json_lines(files / "uneven.jsonl", UNEVEN))
+    changes: dict[str, Any] = {"data.train": train, "data.test": None, "training.max_steps": 4}
     changes |= {"training.warmup_steps": 1, "adapter.max_inner_steps": 4}
     whole = run(files, "whole", **changes)
     parts = run(files, "parts", **changes, **{"training.batch_size": 2, "training.gradient_accumulation_steps": 4})
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
+def test_the_loss_during_training_is_that_of_the_end(files: Path) -> None:
+    source = str(write_json_lines(files / "validation.jsonl", UNEVEN))
+    changes: dict[str, Any] = {"data.train": source, "data.validation": source, "data.test": None}
+    changes |= {"training.eval_steps": 10, "training.max_steps": 20, "training.checkpoint": "best"}
+    out = run(files, "traced", **changes)
+    seen = [entry["loss"] for entry in read(out / "history.json")["evaluations"]]
+    assert len(seen) == 2
+    assert read(out / "result.json")["held_out"]["loss"] == pytest.approx(min(seen), rel=1e-6)
+
+
 def test_packed_rows_learn_the_same(files: Path) -> None:
-    # One step over all examples: packed or not, it is the mean loss of the same tokens.
+    # Steps over all examples: packed or not, it is the mean loss of the same tokens.
     changes: dict[str, Any] = {"training.max_steps": 3, "training.warmup_steps": 1, "adapter.max_inner_steps": 2}
-    plain = run(files, "plain", **changes, **{"training.batch_size": 64})
-    packed = run(files, "packed", **changes, **{"training.batch_size": 64, "language.packing": True})
+    changes["training.batch_size"] = 64
+    plain = run(files, "plain", **changes)
+    packed = run(files, "packed", **changes, **{"language.packing": True})
     assert losses(packed) == pytest.approx(losses(plain), rel=1e-4)
+    one, other = (read(out / "result.json")["reported"]["test"]["loss"] for out in (packed, plain))
+    assert one == pytest.approx(other, rel=1e-4)
     recipe = make_recipe(values_of(files, "x", **{"language.packing": True, "data.max_length": 128}))
     assert len(work_of(trial_of(recipe)).job.train) == 64 / 2  # two of some 46 tokens fit into 128
-    assert (read(packed / "result.json")["reported"]["test"]["loss"]) == pytest.approx(
-        read(plain / "result.json")["reported"]["test"]["loss"], rel=1e-4
-    )
 
 
-def test_activation_checkpoints_change_nothing(files: Path, finished: Path) -> None:
-    kept = run(files, "checkpointed", **{"training.gradient_checkpointing": True})
+def test_activation_checkpoints_and_the_old_name_of_the_loop_change_nothing(files: Path, finished: Path) -> None:
+    kept = run(files, "checkpointed", **{"training.gradient_checkpointing": True, "training.loop": "sft"})
     assert losses(kept) == losses(finished)
-
-
-def test_the_old_name_of_the_loop_changes_nothing(files: Path, finished: Path) -> None:
-    assert losses(run(files, "sft", **{"training.loop": "sft"})) == losses(finished)
 
 
 def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path: Path, files: Path) -> None:
@@ -202,18 +207,14 @@ def test_adapters_on_a_quantized_base_stay_in_float32(tmp_path: Path, files: Pat
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     changes = {"model.name": str(tmp_path / "model"), "model.quantization": "nf4", "model.dtype": "bfloat16"}
     out = run(files, "quantized", **changes, **{"training.max_steps": 10, "adapter.max_inner_steps": 4})
-    assert {tensor.dtype for tensor in adapter(out).values()} == {torch.float32}
-    rounded = [torch.equal(tensor, tensor.bfloat16().float()) for tensor in adapter(out).values()]
-    assert not any(rounded)
+    for tensor in adapter(out).values():
+        assert tensor.dtype is torch.float32
+        assert not torch.equal(tensor, tensor.bfloat16().float())
 
 
 def test_what_was_cut_is_told(files: Path, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
-    changes = {"data.max_length": "20", "training.max_steps": "4", "training.warmup_steps": "1"}
-    overrides = [f"{key}={value}" for key, value in changes.items()]
-    assert (
-        main(["train", str(files / "recipe.yaml"), f"output={files / 'cut'}", "adapter.max_inner_steps=2", *overrides])
-        == 0
-    )
+    changes = ["data.max_length=20", "training.max_steps=4", "training.warmup_steps=1", "adapter.max_inner_steps=2"]
+    assert main(["train", str(files / "recipe.yaml"), f"output={files / 'cut'}", *changes]) == 0
     assert "64 prompts cut from the left" in " ".join(capsys.readouterr().out.split())
     assert any("64 prompts cut" in note for note in read(files / "cut" / "result.json")["notes"])
 
@@ -289,7 +290,6 @@ GROWING = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1}
 
 def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path) -> None:
     methods = {
-        "lora": {"kind": "lora", "r": 2},
         "adalora": {"kind": "adalora", "init_r": 3, "target_r": 2},
         "relora_merge": {"kind": "relora_merge", "r": 2, "restart_every": 4, "rewarmup_steps": 1},
         "aroma": {"kind": "aroma", **GROWING, "target_modules": ["q_proj", "v_proj"]},
@@ -353,40 +353,12 @@ def test_another_base_model_of_the_same_shape_is_told(files: Path, finished: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load_for_inference(finished / "adapter", str(tmp_path / "moved"))
-        load_for_inference(finished / "adapter")
-
-
-def test_the_fingerprint_is_of_the_weights_whatever_holds_them(files: Path, finished: Path) -> None:
+        loaded = load_for_inference(finished / "adapter")
+    # The fingerprint is of the weights, whatever holds them.
     one = fingerprint_of(AutoModelForCausalLM.from_pretrained(files / "model"))
     half = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.bfloat16)
-    assert one == fingerprint_of(half) == fingerprint_of(load_for_inference(finished / "adapter").model)
+    assert one == fingerprint_of(half) == fingerprint_of(loaded.model)
     assert fingerprint_of(half.half()) is None
-
-
-def test_the_fingerprint_of_a_large_weight_reaches_from_its_first_entry_to_its_last() -> None:
-    """float32 cannot count its entries."""
-    weight = torch.zeros(2**25 + 1, 1, dtype=torch.bfloat16)
-    model = torch.nn.Embedding.from_pretrained(weight)
-    of_zeros = fingerprint_of(model)
-    for place in (0, -1):
-        weight[place] = 1
-        assert fingerprint_of(model) != of_zeros
-        weight[place] = 0
-
-
-def test_the_loss_during_training_is_that_of_the_end(files: Path) -> None:
-    uneven = [{"text": "bird " * (3 if number % 3 else 20)} for number in range(43)]
-    write_json_lines(files / "validation.jsonl", uneven)
-    changes: dict[str, Any] = {"data.train": str(files / "validation.jsonl"), "data.test": None}
-    changes |= {
-        "data.validation": str(files / "validation.jsonl"),
-        "training.eval_steps": 10,
-        "training.max_steps": 20,
-    }
-    out = run(files, "traced", **changes, **{"training.checkpoint": "best"})
-    seen = [entry["loss"] for entry in read(out / "history.json")["evaluations"]]
-    assert len(seen) == 2
-    assert read(out / "result.json")["held_out"]["loss"] == pytest.approx(min(seen), rel=1e-6)
 
 
 def test_a_hub_data_set_is_read(files: Path) -> None:

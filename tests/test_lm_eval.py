@@ -9,15 +9,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aroma_lab.language.data import SETS, encode, load_examples, load_questions
+from aroma_lab.language.data import encode, load_examples, load_questions
 from aroma_lab.language.evaluate import evaluate_questions
-from aroma_lab.language.inference import LoadedModel
+from aroma_lab.language.model import LoadedModel
 from aroma_lab.language.template import QUESTION_FILE, Template
 from aroma_lab.specs import LanguageSpec
-from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, with_bos, write_json_lines
+from tiny_lm import learn, questions, save_tiny_lm, tiny_tokenizer, with_bos, write_json_lines
 
 TASKS = Path(__file__).resolve().parents[1] / "examples" / "lm-eval"
 KINDS = ("plain", "chat")
+SETS = ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"]
 NAMES = {name: f"aroma_{name.lower().replace('-', '_')}" for name in SETS}
 
 
@@ -125,15 +126,7 @@ def test_written_answers_equal_those_of_lm_eval(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     loaded = LoadedModel(model, Template(AutoTokenizer.from_pretrained(folder), LanguageSpec()))
     rows, _ = encode(load_examples("data", str(path), LanguageSpec()), loaded.template, 128, "data")
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    batch, targets = (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[name]], True, padding)
-        for name, padding in (("input_ids", 0), ("labels", -100))
-    )
-    for _ in range(25):
-        model(input_ids=batch, labels=targets).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, rows, 25)
     model.eval()
     ours = evaluate_questions(loaded, load_questions("data", str(path), LanguageSpec()), "generation")
     result, _ = lm_eval_of(tmp_path, monkeypatch, path, "aroma_openbookqa_generated", loaded)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceCla
 from aroma.errors import ConfigError
 from aroma_lab.language.data import load_questions
 from aroma_lab.language.evaluate import evaluate_questions
-from aroma_lab.language.inference import LoadedModel
+from aroma_lab.language.model import LoadedModel
 from aroma_lab.language.template import Template
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial

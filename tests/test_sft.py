@@ -102,43 +102,24 @@ def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same(one, other)
 
 
-def test_it_stops_early(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, AromaCallback(), method={"max_components": 2}, max_steps=40)
-    trainer.train()
-    assert growth(trainer).controller.finished
-    assert trainer.state.global_step < 12
-    verify_adapter(tmp_path / f"checkpoint-{trainer.state.global_step}")
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+def test_it_stops_early_and_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     # There is no head: nothing at all is left to train in the step that the Trainer takes before it stops.
     runs = []
     for resume in (False, True):
         trainer = trainer_for(tmp_path, AromaCallback(), method={"max_components": 2}, max_steps=40)
         trainer.train(resume_from_checkpoint=resume)
+        assert growth(trainer).controller.finished
+        assert trainer.state.global_step < 12
         runs.append(trainer)
+    verify_adapter(tmp_path / f"checkpoint-{trainer.state.global_step}")
     assert_same(dict(runs[1].model.state_dict()), dict(runs[0].model.state_dict()))
     assert_same(*[growth(trainer).controller.state_dict() for trainer in runs])
 
 
-def test_gradient_checkpointing_sees_the_same_run(tmp_path: Path) -> None:
-    losses = []
-    for checkpointing in (False, True):
-        trainer = trainer_for(
-            tmp_path, AromaCallback(), gradient_checkpointing=checkpointing, save_strategy="no", max_steps=10
-        )
-        trainer.train()
-        losses.append([entry["loss"] for entry in steps_of(trainer.state.log_history)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_without_the_callback_the_first_save_says_so(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, save_steps=2, max_steps=2)
-    with pytest.warns(UserWarning, match=r"trained without its controller.*AromaCallback\(\)"):
-        trainer.train()
-
-
-def test_with_the_callback_nothing_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    trainer = trainer_for(tmp_path, AromaCallback(), save_steps=2, max_steps=2)
-    trainer.train()
-    assert not [warning for warning in recwarn if "controller" in str(warning.message)]
+@pytest.mark.parametrize("callbacks", [[], [AromaCallback()]])
+def test_without_the_callback_the_first_save_says_so(
+    tmp_path: Path, callbacks: list[Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    trainer_for(tmp_path, *callbacks, save_steps=2, max_steps=2).train()
+    said = ["trained without its controller" in str(warning.message) for warning in recwarn]
+    assert any(said) == (not callbacks)

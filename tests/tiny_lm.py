@@ -15,8 +15,10 @@ from tiny_classifier import write_json_lines
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "FORGETFUL",
     "SPECIAL",
     "WORDS",
+    "learn",
     "questions",
     "save_tiny_lm",
     "tiny_tokenizer",
@@ -46,6 +48,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 """Turns that begin and end with tokens of their own; the end is another token than the end of the text."""
+
+FORGETFUL = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}"
+    "{% endif %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+"""Takes the words out of earlier responses, as templates do with thoughts."""
 
 
 def tiny_tokenizer(chat_template: bool = True, **options: Any) -> PreTrainedTokenizerFast:
@@ -115,6 +123,19 @@ def save_tiny_lm(folder: Path, kind: Literal["llama", "gpt2"] = "llama", chat_te
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **ends))
     model.save_pretrained(folder)
     return folder
+
+
+def learn(model: Any, rows: Any, steps: int) -> None:
+    """Train a model on encoded rows, all of them in every step."""
+    batch, targets = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[name]], True, padding)
+        for name, padding in (("input_ids", 0), ("labels", -100))
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        model(input_ids=batch, labels=targets).loss.backward()  # right padding, which no token looks at
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def questions(count: int, seed: int) -> list[dict[str, object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,18 @@ from aroma.errors import bad_value
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..language.evaluate import QuestionEvaluation
+    from ..language.evaluate import QuestionEvaluation, Scoring
 
-# Normalised: the label with the largest mean log-probability.
 _HEADINGS = {
     "accuracy": "accuracy",
     "accuracy_normalised": "per token",
     "accuracy_per_character": "per character",
     "generated": "accuracy",
+}
+_COUNTS = {
+    "unparseable": "answers not in the form asked for, counted as wrong",
+    "unfinished": "answers that ended at the limit of tokens",
+    "cut_prompts": "questions cut from the left to fit",
 }
 
 
@@ -31,35 +36,71 @@ def run_language(arguments: argparse.Namespace) -> None:
     from aroma.files import write_json
 
     require_extra("language")
-    from ..language.evaluate import average, evaluate_files, write_predictions
-    from ..language.generate import refuse_existing
+    from ..language.data import refuse_existing, write_records
 
     files = named_files(arguments.data)
     if arguments.predictions is not None:
         refuse_existing("predictions", arguments.predictions)
-    found = evaluate_files(
-        arguments.adapter,
-        files,
-        arguments.method or "likelihood",
-        base_model=arguments.base_model,
-        batch_size=8 if arguments.batch_size is None else arguments.batch_size,
-        max_length=arguments.max_length,
-        max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
-        limit=arguments.limit,
-        progress=progress_bar,
-    )
+    method: Scoring = arguments.method or "likelihood"
+    found = _evaluate(arguments, files, method)
+    metrics = next(iter(found.values())).metrics
+    # Every set has equal weight, as in Table 3.
+    means = {name: sum(one.metrics[name] for one in found.values()) / len(found) for name in metrics}
     # Written before anything is printed, so that a failing terminal loses nothing.
     if arguments.predictions is not None:
-        write_predictions(arguments.predictions, found)
+        rows = [
+            {"set": name, "example": number, **asdict(prediction)}
+            for name, evaluation in found.items()
+            for number, prediction in enumerate(evaluation.predictions, start=1)
+        ]
+        write_records("predictions", arguments.predictions, rows)
     if arguments.json is not None:
-        write_json(arguments.json, _summary(files, found, arguments.limit, average(found)))
+        names = ("examples", "metrics", "loss", *_COUNTS)
+        sets = {
+            name: {"data": files[name], **{field: getattr(one, field) for field in names}}
+            for name, one in found.items()
+        }
+        write_json(arguments.json, {"method": method, "limit": arguments.limit, "sets": sets, "average": means})
     console = Console()
-    console.print(_table(found, average(found)))
+    console.print(_table(method, found, means))
     for name, evaluation in found.items():
-        for note in evaluation.notes:
-            console.print(f"{name}: {note}", highlight=False)
+        for field, what in _COUNTS.items():
+            if count := getattr(evaluation, field):
+                console.print(f"{name}: {count} of {evaluation.examples} {what}", highlight=False)
     if arguments.limit is not None:
         console.print(f"the first {arguments.limit} questions of each file only: no result of a whole set")
+
+
+def _evaluate(arguments: argparse.Namespace, files: dict[str, str], method: Scoring) -> dict[str, QuestionEvaluation]:
+    """Ask all questions of all files, which are read before the model is."""
+    from ..language.data import load_questions
+    from ..language.evaluate import evaluate_questions
+    from ..language.model import load_for_inference, load_language_task, positions_of
+
+    if arguments.limit is not None and arguments.limit < 1:
+        raise bad_value("limit", arguments.limit, "give 1 or more")
+    task = load_language_task(arguments.adapter)
+    sets = {name: load_questions("data", path, task.language)[: arguments.limit] for name, path in files.items()}
+    loaded = load_for_inference(arguments.adapter, arguments.base_model)
+    positions = positions_of(loaded.model.config)
+    max_length = arguments.max_length
+    if max_length is None:
+        max_length = task.max_length or positions
+    elif positions is not None and max_length > positions:
+        raise bad_value("max_length", max_length, f"the model takes at most {positions} tokens")
+    found = {}
+    for name, questions in sets.items():
+        with progress_bar(name, len(questions)) as advance:
+            found[name] = evaluate_questions(
+                loaded,
+                questions,
+                method,
+                batch_size=8 if arguments.batch_size is None else arguments.batch_size,
+                max_length=max_length,
+                max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
+                advance=advance,
+            )
+    return found
 
 
 def named_files(data: list[str]) -> dict[str, str]:
@@ -81,46 +122,17 @@ def named_files(data: list[str]) -> dict[str, str]:
     return files
 
 
-def _table(found: Mapping[str, QuestionEvaluation], means: Mapping[str, float]) -> Any:
+def _table(method: str, found: Mapping[str, QuestionEvaluation], means: Mapping[str, float]) -> Any:
     from rich.table import Table
 
-    generated = "generated" in means
-    table = Table(title="by generation" if generated else "by likelihood")
+    table = Table(title=f"by {method}")
     table.add_column("set", overflow="fold")
-    counts = ("unreadable", "unfinished") if generated else ()
-    for heading in ("questions", *(_HEADINGS[name] for name in means), *counts):
+    for heading in ("questions", *(_HEADINGS[name] for name in means)):
         table.add_column(heading, justify="right")
     for name, evaluation in found.items():
-        numbers = [f"{evaluation.metrics[metric]:.4f}" for metric in means]
-        told = [str(evaluation.unparseable), str(evaluation.unfinished)] if generated else []
-        table.add_row(name, str(evaluation.examples), *numbers, *told)
+        table.add_row(name, str(evaluation.examples), *(f"{evaluation.metrics[metric]:.4f}" for metric in means))
     if len(found) > 1:
         table.add_section()
-        table.add_row(
-            "average of sets",
-            str(sum(evaluation.examples for evaluation in found.values())),
-            *(f"{value:.4f}" for value in means.values()),
-        )
+        questions = sum(evaluation.examples for evaluation in found.values())
+        table.add_row("average of sets", str(questions), *(f"{value:.4f}" for value in means.values()))
     return table
-
-
-def _summary(
-    files: Mapping[str, str], found: Mapping[str, QuestionEvaluation], limit: int | None, means: dict[str, float]
-) -> dict[str, Any]:
-    return {
-        "method": next(iter(found.values())).scoring,
-        "limit": limit,
-        "sets": {
-            name: {
-                "data": files[name],
-                "examples": evaluation.examples,
-                "metrics": evaluation.metrics,
-                "loss": evaluation.loss,
-                "unparseable": evaluation.unparseable,
-                "unfinished": evaluation.unfinished,
-                "cut_prompts": evaluation.cut_prompts,
-            }
-            for name, evaluation in found.items()
-        },
-        "average": means,
-    }

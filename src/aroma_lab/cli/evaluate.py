@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
-    from ..language.inference import LANGUAGE_KIND, task_kind
+    from ..language.model import LANGUAGE_KIND, task_kind
 
     if task_kind(arguments.adapter) == LANGUAGE_KIND:
         from .eval_language import run_language

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.texts import examples
-from aroma.errors import bad_value
+from aroma.errors import DataError, bad_value
 
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..language.inference import LoadedModel
+    from ..language.model import LoadedModel
+    from ..language.template import Turn
+    from ..specs import LanguageSpec
 
 
 def add_parser(commands: Any) -> None:
@@ -55,17 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
-    from ..language.generate import require_sampling
-
-    top_p = 1.0 if arguments.top_p is None else arguments.top_p
-    require_sampling(arguments.max_new_tokens, arguments.temperature, top_p)
     if arguments.out is None:
-        _answer_one(arguments, top_p)
+        _answer_one(arguments)
     else:
         _answer_file(arguments)
 
 
-def _answer_one(arguments: argparse.Namespace, top_p: float) -> None:
+def _answer_one(arguments: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
         raise bad_value("PROMPT", prompt, "it is empty; write something")
@@ -75,42 +74,56 @@ def _answer_one(arguments: argparse.Namespace, top_p: float) -> None:
     stream(
         _load(arguments),
         [Turn("user", prompt.strip())],
-        lambda piece: print(piece, end="", flush=True),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
-        top_p=top_p,
+        top_p=1.0 if arguments.top_p is None else arguments.top_p,
         seed=arguments.seed,
     )
-    print()
 
 
 def _answer_file(arguments: argparse.Namespace) -> None:
-    from ..language.generate import generate_batch, load_prompts, refuse_existing, write_answers
-    from ..language.inference import load_language_task
+    from ..language.data import read_records, refuse_existing, write_records
+    from ..language.generate import generate_batch
+    from ..language.model import load_language_task
 
     refuse_existing("out", arguments.out)
-    rows = load_prompts(arguments.prompt, load_language_task(arguments.adapter).language)
+    rows = read_records("prompts", arguments.prompt)
+    spec = load_language_task(arguments.adapter).language
+    places = [f"prompts (row {number})" for number in range(1, len(rows) + 1)]
+    asked = [_prompt_of(place, row, spec) for place, row in zip(places, rows, strict=True)]
     loaded = _load(arguments)
-    prompts = [
-        loaded.template.prompt(turns, f"prompts (row {number})") for number, (_, turns) in enumerate(rows, start=1)
-    ]
+    prompts = [loaded.template.prompt(turns, place) for turns, place in zip(asked, places, strict=True)]
+    tokens, batch_size = arguments.max_new_tokens, arguments.batch_size or 8
     with progress_bar("generate", len(prompts)) as advance:
-        answers = generate_batch(
-            loaded,
-            prompts,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size or 8,
-            advance=advance,
-        )
-    write_answers(arguments.out, [row for row, _ in rows], answers)
+        answers = generate_batch(loaded, prompts, max_new_tokens=tokens, batch_size=batch_size, advance=advance)
+    told = [{"response": answer.text, "finished": answer.finished} for answer in answers]
+    write_records("out", arguments.out, [{**row, **more} for row, more in zip(rows, told, strict=True)])
     cut = sum(not answer.finished for answer in answers)
-    ended = f", {cut} of them cut after {arguments.max_new_tokens} tokens" if cut else ""
+    ended = f", {cut} of them cut after {tokens} tokens" if cut else ""
     print(f"{len(answers)} answers{ended}: {arguments.out}")
+
+
+def _prompt_of(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[Turn, ...]:
+    """Return what a row asks: its `prompt`, its messages, or its instruction and perhaps an input."""
+    from ..language.data import turns_of_messages
+    from ..language.template import Turn, instruction_turns
+
+    for key in ("response", "finished"):
+        if key in row:
+            raise bad_value(where, row[key], f"it has a {key}, which the answer would overwrite", DataError)
+    if spec.messages in row and "prompt" not in row:
+        return turns_of_messages(where, row[spec.messages])
+    prompt = row["prompt"] if "prompt" in row else row.get(spec.instruction)
+    given = "" if "prompt" in row else row.get(spec.input) or ""
+    if not isinstance(prompt, str) or not isinstance(given, str) or not (prompt + given).strip():
+        remedy = f"give a text as prompt or {spec.instruction}, or a list as {spec.messages}"
+        raise bad_value(where, list(row), remedy, DataError)
+    return (Turn("user", prompt),) if "prompt" in row else instruction_turns(prompt, given)
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:
     """Load what the arguments name, with their system turn."""
-    from ..language.inference import load_for_inference
+    from ..language.model import load_for_inference
     from ..language.template import Template
 
     loaded = load_for_inference(arguments.adapter, arguments.base_model)
@@ -121,13 +134,18 @@ def _load(arguments: argparse.Namespace) -> LoadedModel:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for an option that would have no effect."""
-    if arguments.batch_size is not None and arguments.out is None:
-        raise bad_value("--batch-size", arguments.batch_size, "it needs --out; leave it out")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
-    if arguments.out is not None and arguments.temperature != 0:
-        raise bad_value("--temperature", arguments.temperature, "files are answered greedily; leave it out")
-    for option, value in (("--top-p", arguments.top_p), ("--seed", arguments.seed)):
-        if value is not None and arguments.temperature == 0:
-            raise bad_value(option, value, "it needs a --temperature above 0; leave it out")
+    """Raise ConfigError for a value out of range, and for an option that would have no effect."""
+    drawn, to_file = arguments.temperature != 0, arguments.out is not None
+    checks = [
+        ("--max-new-tokens", arguments.max_new_tokens >= 1, "give 1 or more"),
+        ("--temperature", 0 <= arguments.temperature < float("inf"), "give 0 (greedy) or more"),
+        ("--temperature", not (to_file and drawn), "files are answered greedily; leave it out"),
+        ("--batch-size", arguments.batch_size is None or to_file, "it needs --out; leave it out"),
+        ("--batch-size", arguments.batch_size is None or arguments.batch_size >= 1, "give 1 or more"),
+        ("--top-p", arguments.top_p is None or drawn, "it needs a --temperature above 0; leave it out"),
+        ("--top-p", arguments.top_p is None or 0 < arguments.top_p <= 1, "give a probability above 0, at most 1"),
+        ("--seed", arguments.seed is None or drawn, "it needs a --temperature above 0; leave it out"),
+    ]
+    for option, fine, remedy in checks:
+        if not fine:
+            raise bad_value(option, getattr(arguments, option[2:].replace("-", "_")), remedy)

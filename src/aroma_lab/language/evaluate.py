@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-import yaml
-from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
 from aroma.errors import DataError, NonFiniteError, bad_value
-from aroma.files import write_text
 
-from ..progress import Progress, no_progress
-from .data import Question, load_questions
-from .generate import generate_batch, refuse_existing
-from .inference import LoadedModel, load_for_inference, load_language_task
-from .model import positions_of
-from .template import QUESTION_FILE, Template
+from .data import Question
+from .generate import generate_batch
+from .model import LoadedModel, positions_of
+from .template import Template
 
 Scoring = Literal["likelihood", "generation"]
 
@@ -32,41 +25,33 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model 
 
 @dataclass(frozen=True)
 class RankedAnswer:
-    """The candidates of a question by their likelihood.
-
-    Args:
-        answer: The right label.
-        chosen: The most likely label; of equals, the first.
-        chosen_normalised: The most likely label by mean over its tokens.
-        chosen_per_character: The most likely label by mean over its characters, as lm-evaluation-harness' acc_norm.
-        log_probs: Natural logarithm of the probability of each label, given the prompt and what every response begins
-            with: a sum over its tokens.
-        tokens: Number of tokens by label.
-    """
+    """The candidates of a question by their likelihood; of equals, the first is chosen."""
 
     answer: str
+    """The right label."""
     chosen: str
+    """The most likely label."""
     chosen_normalised: str
+    """The most likely label by mean over its tokens."""
     chosen_per_character: str
+    """The most likely label by mean over its characters, as lm-evaluation-harness' acc_norm."""
     log_probs: dict[str, float]
+    """ln p of each label, a sum over its tokens, given the prompt and what every response begins with."""
     tokens: dict[str, int]
+    """Number of tokens by label."""
 
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """What a model writes.
-
-    Args:
-        answer: The right label.
-        chosen: The label that the text gives; None where it gives none in the form asked for.
-        text: What was generated.
-        finished: Whether it ended by itself, not at the limit.
-    """
+    """What a model writes."""
 
     answer: str
+    """The right label."""
     chosen: str | None
+    """The label that the text gives; None where it gives none in the form asked for."""
     text: str
     finished: bool
+    """Whether it ended by itself, not at the limit."""
 
 
 @dataclass(frozen=True)
@@ -74,97 +59,27 @@ class QuestionEvaluation:
     """The result on one set.
 
     Args:
-        scoring: How the answers were found.
         metrics: Shares of right answers over all questions: `accuracy`, `accuracy_normalised` and
             `accuracy_per_character` by likelihood; `generated` by generation, where an answer that cannot be read is
             a wrong one.
-        unparseable: Generated answers that cannot be read.
-        unfinished: Generated answers that ended at the limit of tokens.
+        predictions: One a question, in their order.
         cut_prompts: Questions that lost tokens on the left to fit.
         loss: Mean negative log-likelihood of the right label, in nats a question; None by generation.
-        predictions: One a question, in their order.
+        unparseable: Generated answers that cannot be read.
+        unfinished: Generated answers that ended at the limit of tokens.
     """
 
-    scoring: Scoring
     metrics: dict[str, float]
-    unparseable: int
-    unfinished: int
-    cut_prompts: int
-    loss: float | None
     predictions: tuple[RankedAnswer | WrittenAnswer, ...]
+    cut_prompts: int
+    loss: float | None = None
+    unparseable: int = 0
+    unfinished: int = 0
 
     @property
     def examples(self) -> int:
         """Number of questions."""
         return len(self.predictions)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of the metrics should know: answers that cannot be read, and questions that were cut."""
-        counts = {
-            "answers not in the form asked for, counted as wrong": self.unparseable,
-            "answers that ended at the limit of tokens": self.unfinished,
-            "questions cut from the left to fit": self.cut_prompts,
-        }
-        return tuple(f"{count} of {self.examples} {what}" for what, count in counts.items() if count)
-
-
-def evaluate_files(
-    folder: str | os.PathLike[str],
-    files: Mapping[str, str],
-    scoring: Scoring = "likelihood",
-    *,
-    base_model: str | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    max_new_tokens: int = 32,
-    limit: int | None = None,
-    progress: Progress = no_progress,
-) -> dict[str, QuestionEvaluation]:
-    """Ask a language model all questions of files; every file is read before the model is.
-
-    Args:
-        folder: An adapter; a causal language model's folder; or `smollm2`, the packaged model.
-        files: Paths by the name of the set.
-        scoring: As in `evaluate_questions`.
-        base_model: Folder or hub name of the base model; the adapter's own by default.
-        batch_size: Sequences of one forward pass.
-        max_length: Most tokens of prompt and response; as in training by default, else all that the model takes.
-        max_new_tokens: Most tokens of a generated answer.
-        limit: Ask the first so many of each file; None: all.
-        progress: Announces the work on each set.
-
-    Returns:
-        The result by the name of the set.
-
-    Raises:
-        CheckpointError: The adapter is missing or damaged.
-        ConfigError: The base model cannot be loaded or does not fit, or a limit out of range.
-        DataError: A file cannot be used.
-    """
-    if limit is not None and limit < 1:
-        raise bad_value("limit", limit, "give 1 or more")
-    task = load_language_task(folder)
-    sets = {name: load_questions("data", path, task.language)[:limit] for name, path in files.items()}
-    loaded = load_for_inference(folder, base_model)
-    positions = positions_of(loaded.model.config)
-    if max_length is not None and positions is not None and max_length > positions:
-        raise bad_value("max_length", max_length, f"the model takes at most {positions} tokens")
-    if max_length is None:
-        max_length = task.max_length or positions
-    found = {}
-    for name, questions in sets.items():
-        with progress(name, len(questions)) as advance:
-            found[name] = evaluate_questions(
-                loaded,
-                questions,
-                scoring,
-                batch_size=batch_size,
-                max_length=max_length,
-                max_new_tokens=max_new_tokens,
-                advance=advance,
-            )
-    return found
 
 
 def evaluate_questions(
@@ -190,12 +105,10 @@ def evaluate_questions(
         advance: Called with numbers of questions just done.
 
     Raises:
-        ConfigError: An unknown scoring, a batch size below 1, or answers that leave no room for prompts.
+        ConfigError: A batch size below 1, or answers that leave no room for prompts.
         DataError: No questions, or one that cannot be asked.
         NonFiniteError: A log-probability that is not a number.
     """
-    if scoring not in ("likelihood", "generation"):
-        raise bad_value("method", scoring, "give likelihood or generation")
     if batch_size < 1:
         raise bad_value("batch_size", batch_size, "give 1 or more")
     if not questions:
@@ -215,137 +128,87 @@ def _by_likelihood(
     max_length: int | None,
     advance: Callable[[int], None],
 ) -> QuestionEvaluation:
-    template, training = loaded.template, loaded.model.training
+    contexts, labels, cut = [], [], 0
+    for question in questions:
+        context, tokens = tokens_of(loaded.template, question)
+        over = over_limit(loaded.template, question, max_length)
+        contexts.append(loaded.template.shorten(context, len(context) - over))
+        labels.append(tokens)
+        cut += over > 0
+    training = loaded.model.training
     try:
-        scorer = LikelihoodScorer(loaded, questions, batch_size)
-        contexts, labels = zip(*(scorer.tokens_of(number) for number in range(len(questions))), strict=True)
-        cut = [0 if max_length is None else over_limit(template, question, max_length) for question in questions]
-        shortened = [template.shorten(ids, len(ids) - over) for ids, over in zip(contexts, cut, strict=True)]
-        log_probs = scorer.log_probs(shortened, labels, advance)
+        log_probs = _log_probs(loaded, contexts, labels, batch_size, advance)
     finally:
         loaded.model.train(training)
     ranked = tuple(map(_ranked, questions, log_probs, labels))
-    return QuestionEvaluation(
-        "likelihood",
-        {
-            "accuracy": _share(prediction.chosen == prediction.answer for prediction in ranked),
-            "accuracy_normalised": _share(prediction.chosen_normalised == prediction.answer for prediction in ranked),
-            "accuracy_per_character": _share(
-                prediction.chosen_per_character == prediction.answer for prediction in ranked
-            ),
-        },
-        unparseable=0,
-        unfinished=0,
-        cut_prompts=sum(map(bool, cut)),
-        loss=-sum(prediction.log_probs[prediction.answer] for prediction in ranked) / len(ranked),
-        predictions=ranked,
-    )
+    metrics = {
+        "accuracy": _share(one.chosen == one.answer for one in ranked),
+        "accuracy_normalised": _share(one.chosen_normalised == one.answer for one in ranked),
+        "accuracy_per_character": _share(one.chosen_per_character == one.answer for one in ranked),
+    }
+    loss = -sum(one.log_probs[one.answer] for one in ranked) / len(ranked)
+    return QuestionEvaluation(metrics, ranked, cut, loss)
 
 
-class LikelihoodScorer(HFLM):
-    """lm-evaluation-harness' language model, asked by the task of `QUESTION_FILE`.
+def tokens_of(template: Template, question: Question) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens of a question up to the label, and of each label: a row of training without its end.
 
-    Args:
-        loaded: The model, which is put into evaluation mode.
-        questions: The questions.
-        batch_size: Sequences of one forward pass.
+    Raises:
+        DataError: The tokenizer writes one candidate as another, or as the beginning of another.
     """
-
-    def __init__(self, loaded: LoadedModel, questions: Sequence[Question], batch_size: int) -> None:
-        super().__init__(
-            pretrained=loaded.model,
-            backend="causal",
-            tokenizer=loaded.template.tokenizer,
-            batch_size=batch_size,
-            max_length=positions_of(loaded.model.config) or 2**31,
-            softmax_dtype="float32",
-            add_bos_token=False,  # the template writes it
-        )
-        self._questions, self._template = questions, loaded.template
-        columns = Dataset.from_list([asdict(question) for question in questions])
-        config = yaml.safe_load(QUESTION_FILE.read_text(encoding="utf-8"))
-        self._task = ConfigurableTask(
-            config={
-                **config,
-                "task": "commonsense",
-                "metadata": None,
-                "custom_dataset": lambda: {"test": columns},
-                "doc_to_choice": "candidates",  # read and checked, also where the instruction does not list them
-            }
-        )
-
-    def tokens_of(self, number: int) -> tuple[list[int], list[list[int]]]:
-        """Return the tokens of a question up to the label, and of each label.
-
-        Raises:
-            DataError: The tokenizer writes one candidate as another, or as the beginning of another.
-        """
-        question = self._questions[number]
-        lead = question.lead.rstrip()
-        if lead:
-            columns = asdict(question)
-            text = self._task.fewshot_context(
-                columns,
-                0,
-                system_instruction=self._template.spec.system,
-                apply_chat_template=True,
-                chat_template=self.apply_chat_template,
-                gen_prefix=self._task.doc_to_prefix(columns),
+    given = template.continuation(question.lead)
+    labels = [template.continuation(question.response_of(label))[len(given) :] for label in question.candidates]
+    for one, label in enumerate(labels):
+        if any(label == other[: len(label)] for number, other in enumerate(labels) if number != one):
+            remedy = (
+                "the tokenizer writes one of them as the beginning of another, so that their likelihoods cannot be "
+                "compared; use generation"
             )
-            pairs = [
-                self._encode_pair(text, question.response_of(label)[len(lead) :]) for label in question.candidates
-            ]
-            context, labels = pairs[0][0], [label for _, label in pairs]
-        else:  # lm-evaluation-harness would score the line end before the label, too
-            given = self._template.continuation("")
-            context = [*self._template.prompt(question.turns), *given]
-            labels = [self._template.continuation(label)[len(given) :] for label in question.candidates]
-        for one in range(len(labels)):
-            for other in range(len(labels)):
-                if one != other and labels[one] == labels[other][: len(labels[one])]:
-                    remedy = (
-                        "the tokenizer writes one of them as the beginning of another, so that their likelihoods "
-                        "cannot be compared; use generation"
-                    )
-                    raise bad_value("candidates", list(question.candidates), remedy, DataError)
-        return context, labels
-
-    def log_probs(
-        self, contexts: Sequence[list[int]], labels: Sequence[list[list[int]]], advance: Callable[[int], None]
-    ) -> list[tuple[float, ...]]:
-        """Return the log-probability of every label of every question.
-
-        Args:
-            contexts: Tokens up to the label, by question.
-            labels: Tokens of each label, by question.
-            advance: Called with numbers of questions just done.
-
-        Raises:
-            NonFiniteError: One of them is not a number.
-        """
-        # The longest first, so that what does not fit in memory fails at once.
-        order = sorted(range(len(contexts)), key=lambda number: -len(contexts[number]))
-        found: dict[int, tuple[float, ...]] = {}
-        step = 8 * self.batch_size
-        for start in range(0, len(order), step):
-            chosen = order[start : start + step]
-            requests = [(("", ""), contexts[number], label) for number in chosen for label in labels[number]]
-            scores = iter(self._loglikelihood_tokens(requests, disable_tqdm=True))
-            for number in chosen:
-                found[number] = tuple(next(scores)[0] for _ in labels[number])
-                if any(value != value for value in found[number]):
-                    remedy = "the model's logits are not numbers; try another dtype"
-                    raise bad_value("log_probs", float("nan"), remedy, NonFiniteError)
-            advance(len(chosen))
-        return [found[number] for number in range(len(contexts))]
+            raise bad_value("candidates", list(question.candidates), remedy, DataError)
+    return [*template.prompt(question.turns), *given], labels
 
 
-def over_limit(template: Template, question: Question, max_length: int) -> int:
+def _log_probs(
+    loaded: LoadedModel,
+    contexts: Sequence[list[int]],
+    labels: Sequence[list[list[int]]],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> list[tuple[float, ...]]:
+    """Return the log-probability of every label of every question, from lm-evaluation-harness."""
+    scorer = HFLM(
+        pretrained=loaded.model,
+        backend="causal",
+        tokenizer=loaded.template.tokenizer,
+        batch_size=batch_size,
+        max_length=positions_of(loaded.model.config) or 2**31,
+        softmax_dtype="float32",
+    )
+    # The longest first, so that what does not fit in memory fails at once.
+    order = sorted(range(len(contexts)), key=lambda number: -len(contexts[number]))
+    found: dict[int, tuple[float, ...]] = {}
+    step = 8 * batch_size
+    for start in range(0, len(order), step):
+        chosen = order[start : start + step]
+        requests = [(("", ""), contexts[number], label) for number in chosen for label in labels[number]]
+        scores = iter(scorer._loglikelihood_tokens(requests, disable_tqdm=True))
+        for number in chosen:
+            found[number] = tuple(next(scores)[0] for _ in labels[number])
+            if any(map(math.isnan, found[number])):
+                remedy = "the model's logits are not numbers; try another dtype"
+                raise bad_value("log_probs", math.nan, remedy, NonFiniteError)
+        advance(len(chosen))
+    return [found[number] for number in range(len(contexts))]
+
+
+def over_limit(template: Template, question: Question, max_length: int | None) -> int:
     """Return how many tokens a prompt has too many for itself and the longest response to fit, as in training.
 
     Raises:
         DataError: The responses alone are longer than `max_length`.
     """
+    if max_length is None:
+        return 0
     longest = max(len(template.response(question.response_of(label))) for label in question.candidates)
     if max_length - longest < 2:  # one token and a beginning-of-text token
         raise bad_value("max_length", max_length, f"a response alone has {longest} tokens; give more", DataError)
@@ -379,34 +242,30 @@ def _by_generation(
     max_new_tokens: int,
     advance: Callable[[int], None],
 ) -> QuestionEvaluation:
-    positions = positions_of(loaded.model.config)
-    if positions is not None and positions - max_new_tokens < 2:  # one token and a beginning-of-text token
+    template, positions = loaded.template, positions_of(loaded.model.config)
+    wanted = len(template.lead) + max_new_tokens
+    if positions is not None and positions - wanted < 2:  # one token and a beginning-of-text token
         raise bad_value("max_new_tokens", max_new_tokens, f"the model takes {positions} tokens in all; give fewer")
     prompts, cut = [], 0
     for question in questions:
-        prompt = loaded.template.prompt(question.turns)
-        over = 0 if max_length is None else over_limit(loaded.template, question, max_length)
+        prompt, over = template.prompt(question.turns), over_limit(template, question, max_length)
         if positions is not None:
-            over = max(over, len(prompt) + max_new_tokens - positions)
-        prompts.append(loaded.template.shorten(prompt, len(prompt) - over))
+            over = max(over, len(prompt) + wanted - positions)
+        prompts.append(template.shorten(prompt, len(prompt) - over))
         cut += over > 0
-    generations = generate_batch(
-        loaded, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance
-    )
+    said = generate_batch(loaded, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance)
     written = tuple(
         WrittenAnswer(
-            question.answer, read_answer(said.text, question.candidates, question.lead), said.text, said.finished
+            question.answer, read_answer(one.text, question.candidates, question.lead), one.text, one.finished
         )
-        for question, said in zip(questions, generations, strict=True)
+        for question, one in zip(questions, said, strict=True)
     )
     return QuestionEvaluation(
-        "generation",
-        {"generated": _share(prediction.chosen == prediction.answer for prediction in written)},
-        unparseable=sum(prediction.chosen is None for prediction in written),
-        unfinished=sum(not prediction.finished for prediction in written),
-        cut_prompts=cut,
-        loss=None,
-        predictions=written,
+        {"generated": _share(one.chosen == one.answer for one in written)},
+        written,
+        cut,
+        unparseable=sum(one.chosen is None for one in written),
+        unfinished=sum(not one.finished for one in written),
     )
 
 
@@ -433,30 +292,6 @@ def read_answer(text: str, candidates: Sequence[str], lead: str) -> str | None:
             return by_case[answer[1].lower()] if named <= {answer[1].lower()} else None
     alone = re.fullmatch(rf"[\"'*(]*({one_of})[\"'*).!]*", said, re.IGNORECASE)
     return None if alone is None else by_case[alone[1].lower()]
-
-
-# Results -------------------------------------------------------------------------------------------------------------
-
-
-def average(evaluations: Mapping[str, QuestionEvaluation]) -> dict[str, float]:
-    """Return each metric's mean over sets, every set of equal weight (Table 3)."""
-    found = list(evaluations.values())
-    return {name: sum(one.metrics[name] for one in found) / len(found) for name in found[0].metrics}
-
-
-def write_predictions(path: str | os.PathLike[str], evaluations: Mapping[str, QuestionEvaluation]) -> None:
-    """Write every prediction of every set as a JSON line with its `set`, and its number from 1 as `example`.
-
-    Raises:
-        DataError: The file exists.
-    """
-    refuse_existing("predictions", path)
-    lines = [
-        json.dumps({"set": name, "example": number, **asdict(prediction)}, ensure_ascii=False) + "\n"
-        for name, evaluation in evaluations.items()
-        for number, prediction in enumerate(evaluation.predictions, start=1)
-    ]
-    write_text(path, "".join(lines))
 
 
 def _share(outcomes: Iterable[bool]) -> float:

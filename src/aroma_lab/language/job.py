@@ -27,9 +27,8 @@ from .data import (
     load_joined,
     load_questions,
 )
-from .inference import LanguageTask, LoadedModel, fingerprint_of
-from .model import load_causal_lm, load_lm_tokenizer
-from .template import Template
+from .model import LanguageTask, LoadedModel, fingerprint_of, load_causal_lm, load_lm_tokenizer
+from .template import Template, Turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LanguageJob:
-    """A recipe of a language model; see `Job`, whose methods it has.
+    """A recipe of a language model; it implements `Job`.
 
     Args:
         model: The pretrained model.
@@ -122,10 +121,10 @@ class LanguageJob:
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return loss and perplexity of the learned tokens of a split."""
-        from .sft import token_loss
-
-        rows, batch_size = self.eval_sets[split], trainer.args.per_device_eval_batch_size
-        measured = token_loss(trainer.model, rows, self.objective.collator, batch_size)
+        assert self.objective.evaluate is not None
+        measured = self.objective.evaluate(
+            trainer.model, self.eval_sets[split], trainer.args.per_device_eval_batch_size
+        )
         return Prediction(measured, measured["loss"])
 
     def describe(self, model: Any, adapter: Path) -> None:
@@ -159,21 +158,22 @@ def read_parts(data: DataSpec, language: LanguageSpec) -> dict[str, list[Example
         sources["train"] = data.train or "train"
         if data.validation is None and "validation" in hub_splits(data.name, data.config):
             sources["validation"] = "validation"
+    parts = {}
+    for split, source in sources.items():
+        key = f"data.{split}"
+        if source is not None and data.name is not None:
+            parts[split] = load_hub_examples(key, source, data.name, data.config, language)
+        elif source is not None:
+            parts[split] = load_joined(load_examples, key, source, language)
+    if "validation" not in parts:
+        train, held_out = hold_out(
+            parts["train"], data.validation_fraction, data.split_seed, "data.validation_fraction"
+        )
+        parts = {"train": train, "validation": held_out, **{split: parts[split] for split in parts if split == "test"}}
+    return parts
 
-    def read(split: str, source: str) -> list[Example]:
-        if data.name is not None:
-            return load_hub_examples(f"data.{split}", source, data.name, data.config, language)
-        return load_joined(load_examples, f"data.{split}", source, language)
 
-    parts = {split: read(split, source) for split, source in sources.items() if source is not None}
-    if "validation" in parts:
-        return parts
-    train, held_out = hold_out(parts["train"], data.validation_fraction, data.split_seed, "data.validation_fraction")
-    tested = {split: part for split, part in parts.items() if split == "test"}
-    return {"train": train, "validation": held_out, **tested}
-
-
-def hold_out(examples: Sequence[Any], fraction: float, seed: int, field: str) -> tuple[list[Any], list[Any]]:
+def hold_out(examples: Sequence[Any], fraction: float, seed: int, key: str) -> tuple[list[Any], list[Any]]:
     """Split examples in two: the same two for the same seed, each in the order of its source.
 
     Raises:
@@ -184,9 +184,8 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int, field: str) ->
     try:
         kept, held_out = train_test_split(range(len(examples)), test_size=fraction, random_state=seed)
     except ValueError as error:
-        raise bad_value(
-            field, fraction, f"{len(examples)} training examples cannot be split so ({error}); give more", DataError
-        ) from error
+        remedy = f"{len(examples)} training examples cannot be split so ({error}); give more"
+        raise bad_value(key, fraction, remedy, DataError) from error
     return [examples[i] for i in sorted(kept)], [examples[i] for i in sorted(held_out)]
 
 
@@ -228,21 +227,24 @@ class QuestionsJob(LanguageJob):
         if metric not in METRICS["commonsense"]:
             raise spec.bad("metric", metric, f"no metric of commonsense; give {', '.join(METRICS['commonsense'])}")
         language = LanguageSpec(template=spec.template)
-        files = _in_source(spec, spec.train or "train.jsonl")
-        examples = load_joined(load_examples, spec.field("train"), files, language)
-        trained = load_joined(load_questions, spec.field("train"), files, language)
-        train, held_out = hold_out(
-            list(zip(examples, trained, strict=True)), spec.held_out, spec.split_seed, spec.field("held_out")
-        )
+
+        def read(key: str, files: str) -> list[Question]:
+            paths = "+".join(str(Path(spec.source or "") / file) for file in files.split("+"))
+            return load_joined(load_questions, spec.field(key), paths, language)
+
+        trained = read("train", spec.train or "train.jsonl")
+        train, held_out = hold_out(trained, spec.held_out, spec.split_seed, spec.field("held_out"))
         train, held_out = _draw(spec, "train_examples", train), _draw(spec, "held_out_examples", held_out)
-        questions: dict[str, Sequence[Question]] = {HELD_OUT: [question for _, question in held_out]}
+        questions = {HELD_OUT: held_out}
         for label, file in (spec.reported or {}).items() if reported else ():
-            key = f"reported.{label}"
-            questions[label] = load_joined(load_questions, spec.field(key), _in_source(spec, file), language)
+            questions[label] = read(f"reported.{label}", file)
             if set(questions[label]) <= set(trained):
                 remedy = "every question of it is a training example too; report questions that are not trained on"
-                raise spec.bad(key, file, remedy, DataError)
-        parts = {"train": [example for example, _ in train], HELD_OUT: [example for example, _ in held_out]}
+                raise spec.bad(f"reported.{label}", file, remedy, DataError)
+        parts = {
+            split: [Example((*one.turns, Turn("assistant", one.output))) for one in some]
+            for split, some in (("train", train), (HELD_OUT, held_out))
+        }
         template = Template(load_lm_tokenizer(model, spec.max_length), language)
         return cls(model, spec.max_length, parts, template, questions, metric, batch_size)
 
@@ -272,18 +274,8 @@ class QuestionsJob(LanguageJob):
     def _evaluate(self, trainer: Any, split: str, scoring: Scoring) -> QuestionEvaluation:
         from .evaluate import evaluate_questions
 
-        return evaluate_questions(
-            LoadedModel(trainer.model, self.template),
-            self.questions[split],
-            scoring,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-        )
-
-
-def _in_source(spec: TaskSpec, files: str) -> str:
-    """Return the paths of files in the task's folder; `+` joins several."""
-    return "+".join(str(Path(spec.source or "") / file) for file in files.split("+"))
+        loaded, questions = LoadedModel(trainer.model, self.template), self.questions[split]
+        return evaluate_questions(loaded, questions, scoring, batch_size=self.batch_size, max_length=self.max_length)
 
 
 def _draw(spec: TaskSpec, key: str, examples: list[Any]) -> list[Any]:

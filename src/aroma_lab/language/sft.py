@@ -21,9 +21,6 @@ from .data import NOT_LEARNED
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_LEAKAGE = 0.1
-"""A packed example may differ from itself alone by rounding, but by no such share of what a neighbour would do."""
-
 
 class MethodSFTTrainer(ExactResume, SFTTrainer):
     """TRL's SFTTrainer, resumed as exactly as the Trainer; see `ExactResume`.
@@ -101,21 +98,12 @@ def sft_arguments(**options: Any) -> SFTConfig:
 
 
 def make_collator(tokenizer: Any, packing: bool) -> DataCollatorForLanguageModeling:
-    """Return TRL's collator: it pads on the right, or makes one sequence of a batch of packed rows.
-
-    Args:
-        tokenizer: With a pad token.
-        packing: Whether the rows are packed; examples are then kept apart by `position_ids`.
-    """
+    """Return TRL's collator: it pads on the right, or makes one sequence of packed rows, told apart by positions."""
     return DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=packing)
 
 
 def pack(data: Dataset, max_length: int) -> Dataset:
-    """Put examples together into rows of at most `max_length` tokens, by TRL's best fit over the whole set.
-
-    Args:
-        data: Rows of `data.encode`, none over the limit.
-        max_length: Most tokens of a row.
+    """Put rows of `data.encode` together into rows of at most `max_length` tokens, by TRL's best fit over all.
 
     Returns:
         Rows with `input_ids`, `labels` and `seq_lengths`, the lengths of their examples.
@@ -125,39 +113,31 @@ def pack(data: Dataset, max_length: int) -> Dataset:
 
 @torch.no_grad()
 def require_packing_works(model: Any) -> None:
-    """Try two short sequences, in one row and alone; the model is left as it was.
-
-    Args:
-        model: A causal language model.
+    """Try two short sequences, in one row and alone; the model is left in its mode.
 
     Raises:
         ConfigError: The logits of an example depend on its neighbours in the row.
     """
+
+    def logits(tokens: Tensor, positions: Tensor) -> Tensor:
+        inputs = {"input_ids": tokens[None].to(model.device), "position_ids": positions[None].to(model.device)}
+        found: Tensor = model(**inputs, use_cache=False).logits[0].float()
+        return found
+
     words = model.get_input_embeddings().num_embeddings
-    first, second = ((7 * torch.arange(5) + 1) % words, (5 * torch.arange(7) + 2) % words)
+    places = torch.arange(5), torch.arange(7)
+    first, second = (7 * places[0] + 1) % words, (5 * places[1] + 2) % words
     row = torch.cat([first, second])
-    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])
     training = model.training
     model.eval()
     try:
-        alone = torch.cat([_logits(model, first), _logits(model, second)])
-        together, mixed = _logits(model, row, positions), _logits(model, row)
+        alone = torch.cat([logits(first, places[0]), logits(second, places[1])])
+        together, mixed = logits(row, torch.cat(places)), logits(row, torch.arange(len(row)))
     finally:
         model.train(training)
     leaked, whole = ((other - alone).abs().mean().item() for other in (together, mixed))
-    if not leaked <= _LEAKAGE * whole:
-        raise bad_value(
-            "language.packing",
-            True,
-            f"{type(model).__name__} lets examples of one row see each other (their logits change by {leaked:.3g}); "
-            "set language.packing to false",
-        )
-
-
-def _logits(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return the logits of one row, shape (tokens, words)."""
-    inputs = {"input_ids": tokens[None].to(model.device)}
-    if positions is not None:
-        inputs["position_ids"] = positions[None].to(model.device)
-    logits: Tensor = model(**inputs, use_cache=False).logits[0].float()
-    return logits
+    # Rounding may change an example in a row, but by no such share of what a neighbour would do.
+    if not leaked <= 0.1 * whole:
+        remedy = f"lets examples of one row see each other (their logits change by {leaked:.3g}); "
+        name = type(model).__name__
+        raise bad_value("language.packing", True, f"{name} {remedy}set language.packing to false")

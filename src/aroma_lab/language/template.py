@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ..specs import LanguageSpec
 Role = Literal["system", "user", "assistant"]
 
 QUESTION_FILE = Path(__file__).with_name("commonsense.yaml")
-"""lm-evaluation-harness task of the commonsense sets; its `doc_to_text` writes the prompts of training, too."""
+"""lm-evaluation-harness task of the commonsense sets; its `doc_to_text` also writes the prompts of training."""
 
 PLAIN_TEMPLATE = (
     "{% set headings = {'system': 'Context', 'user': 'Request', 'assistant': 'Reply'} %}"
@@ -34,13 +33,10 @@ PLAIN_TEMPLATE = (
 
 _QUESTION, _ANSWER, _SYSTEM = "aromaprobequestion", "aromaprobeanswer", "aromaprobesystem"
 
-_DAY = datetime.datetime(2024, 7, 26)
-"""The time that every template is given: midnight of the day that Llama 3's templates fall back on."""
+_DAY = datetime.date(2024, 7, 26)
+"""The day that every template writes: the one that Llama 3's templates fall back on."""
 
-_TIME_CODES = tuple("%Y-%m-%d %F %T %Y %y %B %b %-m %m %-d %d %e %j %A %a %H %I %M %S %p".split())  # noqa: SIM905
-
-
-_CLOCK = "{% macro strftime_now(format) %}"
+_USE_PLAIN = "set language.template to plain"
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,14 @@ class Turn:
 
     role: Role
     text: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The tokens of a prompt, or of a response with its end."""
+
+    ids: list[int]
+    response: bool
 
 
 def instruction_turns(instruction: str, input: str = "") -> tuple[Turn, ...]:
@@ -65,36 +69,29 @@ def _instruction_template() -> Any:
     return environment.from_string(yaml.safe_load(QUESTION_FILE.read_text(encoding="utf-8"))["doc_to_text"])
 
 
-def order_fault(turns: Sequence[Turn], last: Role) -> str | None:
-    """Return what is wrong with the order of turns, or None: an optional system turn, then user and assistant in turn.
+def require_order(turns: Sequence[Turn], last: Role, field: str) -> None:
+    """Raise unless turns are an optional system turn, then user and assistant in turn.
 
     Args:
         turns: The turns.
         last: Whose turn must be the last.
+        field: What the conversation is called in errors.
+
+    Raises:
+        DataError: Another order.
     """
-    if any(turn.role == "system" for turn in turns[1:]):
-        return "a system turn can only be the first"
     spoken = [turn.role for turn in turns if turn.role != "system"]
-    if not spoken or spoken[0] != "user":
-        return "the user speaks first, after a system turn if there is one"
-    if any(one == other for one, other in pairwise(spoken)):
-        return "user and assistant take turns, and here one of them speaks twice in a row"
-    if spoken[-1] != last:
-        return f"the last turn must be the {last}'s"
-    return None
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of an example.
-
-    Args:
-        ids: Its tokens.
-        response: Whether it is a response with its end (or plain text), and not a prompt.
-    """
-
-    ids: list[int]
-    response: bool
+    fault = None
+    if any(turn.role == "system" for turn in turns[1:]):
+        fault = "a system turn can only be the first"
+    elif not spoken or spoken[0] != "user":
+        fault = "the user speaks first, after a system turn if there is one"
+    elif any(one == other for one, other in pairwise(spoken)):
+        fault = "user and assistant take turns, and here one of them speaks twice in a row"
+    elif spoken[-1] != last:
+        fault = f"the last turn must be the {last}'s"
+    if fault:
+        raise bad_value(field, [turn.role for turn in turns], f"{fault}; mend the row", DataError)
 
 
 class Template:
@@ -110,11 +107,10 @@ class Template:
     Attributes:
         spec: As given.
         name: `"chat"` or `"plain"`.
-        tokenizer: A copy of the tokenizer whose chat template is the one used here. It writes the same date every
-            day, and a prompt always ends with the heading of the response.
+        tokenizer: A copy of the tokenizer whose chat template is the one used here. It writes the same date every day.
         stop_ids: Tokens at which generation stops: the template's end of a turn, and the end of the text.
-        lead: Text that the template puts before every response, such as Qwen 3's empty thoughts. It is learned and
-            generated, and is not part of the response.
+        lead: Tokens that the template puts before every response, such as Qwen 3's empty thoughts. They are learned
+            as part of the response; generation begins after them.
 
     Raises:
         ConfigError: No end-of-text token, no chat template where one is asked for, or one that does not write a
@@ -126,8 +122,10 @@ class Template:
             raise bad_value(
                 "model.name", tokenizer.name_or_path, "its tokenizer has no eos token, so no response could end"
             )
+        if spec.template == "chat" and tokenizer.chat_template is None:
+            raise bad_value("language.template", "chat", "the tokenizer has no chat template; give plain or auto")
         self.spec = spec
-        self.name = _choose(tokenizer, spec.template)
+        self.name = "plain" if spec.template == "plain" or tokenizer.chat_template is None else "chat"
         self.tokenizer = copy.deepcopy(tokenizer)
         first = tokenizer("a")["input_ids"][:1]
         self.bos_ids: list[int] = first if first == [tokenizer.bos_token_id] else []
@@ -137,15 +135,11 @@ class Template:
         else:
             self.tokenizer.chat_template = _without_clock(tokenizer.get_chat_template().removesuffix("\n"))
         self._before, self._after, self._trailer, stop = self._response_form()
-        self.stop_ids: tuple[int, ...] = tuple(
-            dict.fromkeys([self.tokenizer.convert_tokens_to_ids(stop), tokenizer.eos_token_id])
-        )
-        self.lead = self._decode(self._encode(self._before))
+        stops = [self.tokenizer.convert_tokens_to_ids(stop), tokenizer.eos_token_id]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
+        self.lead = self._encode(self._before.rstrip(" "))  # a tokenizer may write a space as part of the next word
         if spec.system is not None and not self._writes_system:
-            remedy = (
-                "the tokenizer's chat template leaves out system turns; give null, or put it into the instructions"
-            )
-            raise bad_value("language.system", spec.system, remedy)
+            raise self._no_system("language.system", spec.system)
         # In some tokenizers, as SmolLM2's, it is the token that begins every turn, and does not stand for a text.
         self._bos_is_kept = self.prompt([Turn("user", "a")]).count(tokenizer.bos_token_id) == 1
 
@@ -160,7 +154,7 @@ class Template:
             DataError: Turns in a wrong order, turns that the chat template refuses, or a system turn that it leaves
                 out.
         """
-        _require_order(turns, "user", field)
+        require_order(turns, "user", field)
         return [token for segment in self._segments(turns, field) for token in segment.ids]
 
     def segments(self, turns: Sequence[Turn], field: str = "conversation") -> list[Segment]:
@@ -177,7 +171,7 @@ class Template:
         Raises:
             DataError: As in `prompt`, or the template does not write the last response as it is learned.
         """
-        _require_order(turns, "assistant", field)
+        require_order(turns, "assistant", field)
         return self._segments(turns, field)
 
     def response(self, text: str) -> list[int]:
@@ -191,19 +185,6 @@ class Template:
     def plain_text(self, text: str) -> list[int]:
         """Return the tokens of a plain text and of its end, without a beginning-of-text token."""
         return [*self._encode(text), self.tokenizer.eos_token_id]
-
-    def read(self, ids: Sequence[int]) -> str:
-        """Return the text of a generated response: without its end, the template's lead, and white space around it."""
-        return self.without_lead(self._decode(ids)).strip()
-
-    def without_lead(self, written: str) -> str:
-        """Return a generated text without the lead, if it begins with it, and without white space in front."""
-        pattern = r"\s*".join(map(re.escape, self.lead.split()))
-        return re.sub(rf"\A\s*{pattern}", "", written, count=1).lstrip()
-
-    def may_be_lead(self, written: str) -> bool:
-        """Return whether all that was generated so far is white space, or the beginning of the lead."""
-        return "".join(self.lead.split()).startswith("".join(written.split()))
 
     def kept_at_front(self, prompt: Sequence[int]) -> int:
         """Return how many tokens at the front of a prompt are never cut: 1 for a beginning-of-text token, else 0."""
@@ -222,8 +203,7 @@ class Template:
             turns.insert(0, Turn("system", self.spec.system))
         stretches = self._in_turn(turns, field) or self._last_response_only(turns, field)
         if turns[0].role == "system" and turns[0].text.strip() and not self._writes_system:
-            remedy = "the tokenizer's chat template leaves out system turns; put it into the user's turn, or set "
-            raise bad_value(field, turns[0].text[-80:], f"{remedy}language.template to plain", DataError)
+            raise self._no_system(field, turns[0].text[-80:])
         return [Segment(self._encode(text), response) for text, response in stretches]
 
     def _in_turn(self, turns: Sequence[Turn], field: str) -> list[tuple[str, bool]]:
@@ -252,8 +232,8 @@ class Template:
             return [(opened, False)]
         response = self._before + turns[-1].text + self._after
         if self._render(turns, False, field) != opened + response + self._trailer:
-            remedy = "the chat template does not write this response as it would be learned; change the row, or set "
-            raise bad_value(field, turns[-1].text[-80:], f"{remedy}language.template to plain", DataError)
+            remedy = "the chat template does not write this response as it would be learned; change the row, or"
+            raise bad_value(field, turns[-1].text[-80:], f"{remedy} {_USE_PLAIN}", DataError)
         return [(opened, False), (response, True)]
 
     def _render(self, turns: Sequence[Turn], to_follow: bool, field: str) -> str:
@@ -264,36 +244,26 @@ class Template:
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_follow)
         except TemplateError as error:
-            remedy = f"the tokenizer's chat template refuses these turns ({error}); leave them out, or set "
-            roles = [turn.role for turn in turns]
-            raise bad_value(field, roles, f"{remedy}language.template to plain", DataError) from error
+            remedy = f"the tokenizer's chat template refuses these turns ({error}); leave them out, or {_USE_PLAIN}"
+            raise bad_value(field, [turn.role for turn in turns], remedy, DataError) from error
         return text
 
     def _response_form(self) -> tuple[str, str, str, str]:
         """Find out, by a made-up answer, what the template writes around a response.
 
-        A template that ignores `add_generation_prompt`, or that does not end a response by a token of its own, is
-        completed.
+        A template that does not end a response by a token of its own is completed.
 
         Returns:
-            What comes before a response and is predicted with it; what ends it, up to the token at which generation
-            stops; what follows until the next turn; and that token.
+            What comes before a response, what ends it, what follows until the next turn, and the token at which
+            generation stops.
         """
         question = [Turn("user", _QUESTION)]
         opened = self._render(question, True, "language.template")
         closed = self._render([*question, Turn("assistant", _ANSWER)], False, "language.template")
         if not closed.startswith(opened) or closed[len(opened) :].count(_ANSWER) != 1:
-            raise bad_value(
-                "language.template",
-                "chat",
-                "under the tokenizer's chat template a prompt is not the beginning of prompt and response; give plain",
-            )
+            remedy = "under the tokenizer's chat template a prompt is not the beginning of prompt and response; "
+            raise bad_value("language.template", "chat", f"{remedy}give plain")
         before, _, after = closed[len(opened) :].partition(_ANSWER)
-        heading = before.rstrip(" ")
-        if heading and opened == self._render(question, False, "language.template"):
-            literal = json.dumps(heading, ensure_ascii=False)
-            self.tokenizer.chat_template += f"{{% if add_generation_prompt %}}{{{{ {literal} }}}}{{% endif %}}"
-            before = before[len(heading) :]
         stop = _first_stop(self.tokenizer, after)
         if stop is None:
             self.tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
@@ -307,39 +277,19 @@ class Template:
         """Whether the template writes system turns; DataError if it refuses them."""
         return _SYSTEM in self._render([Turn("system", _SYSTEM), Turn("user", _QUESTION)], True, "language.system")
 
+    def _no_system(self, field: str, text: str) -> Exception:
+        remedy = f"the tokenizer's chat template leaves out system turns; put it into the user's turn, or {_USE_PLAIN}"
+        return bad_value(field, text, remedy, DataError)
+
     def _encode(self, text: str) -> list[int]:
         # Not verbose: what is too long is cut afterwards.
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-
-def _choose(tokenizer: Any, wanted: Literal["auto", "chat", "plain"]) -> Literal["chat", "plain"]:
-    if wanted == "auto":
-        return "plain" if tokenizer.chat_template is None else "chat"
-    if wanted == "chat" and tokenizer.chat_template is None:
-        raise bad_value("language.template", wanted, "the tokenizer has no chat template; give plain or auto")
-    return wanted
-
-
-def _require_order(turns: Sequence[Turn], last: Role, field: str) -> None:
-    fault = order_fault(turns, last)
-    if fault is not None:
-        raise bad_value(field, [turn.role for turn in turns], fault, DataError)
-
 
 def _without_clock(source: str) -> str:
-    """Return a template that takes the time from `_DAY` where it would ask for today's.
-
-    Transformers gives templates the function `strftime_now`; a macro of that name takes precedence.
-    """
-    if "strftime_now" not in source or source.startswith(_CLOCK):
-        return source
-    filled = "".join(f" | replace({code!r}, {_DAY.strftime(code)!r})" for code in _TIME_CODES)
-    return f"{_CLOCK}{{{{ format{filled} }}}}{{% endmacro %}}\n{source}"
+    """Return a template that writes `_DAY` where it would ask transformers' `strftime_now` for today's date."""
+    return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(_DAY.strftime(call[2])), source)
 
 
 def _first_stop(tokenizer: Any, text: str) -> str | None:
