@@ -156,7 +156,7 @@ def test_a_server_that_restarts_is_waited_for_and_one_that_stays_away_is_an_erro
     finally:
         server.start()
     assert printed.startswith("error: storage='postgresql://aroma:***@127.0.0.1")
-    assert "lost (" in printed
+    assert "cannot be reached (" in printed
     assert "nothing finished is lost" in printed
 
 
