@@ -163,13 +163,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
 
 def main(role: str, file: str) -> None:
     from aroma.errors import AromaError
-    from aroma_lab.study.grid import make_grid, read_grid_file
+    from aroma_lab.study.grid import Grid, make_grid, read_grid_file
     from aroma_lab.study.run import run_grid, serve
-    from aroma_lab.study.search import Search, make_search, run_search
+    from aroma_lab.study.search import Search, run_search
 
     values = read_grid_file(file)
     try:
-        settings = make_search(values) if "space" in values else make_grid(values)
+        settings = make_grid(values, Search if "space" in values else Grid)
         if role == "work":
             print(serve(settings, 4, module=FAKE))
         elif isinstance(settings, Search):

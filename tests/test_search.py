@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -14,9 +15,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.engine import Engine
-from aroma_lab.study.grid import KEY, NAME
+from aroma_lab.study.grid import KEY, NAME, make_grid, read_grid_file
 from aroma_lab.study.run import serve
-from aroma_lab.study.search import SearchOutcome, load_search, make_search, run_search
+from aroma_lab.study.search import Search, SearchOutcome, run_search
 from aroma_lab.study.status import ERROR, scheduled_in
 from aroma_lab.study.storage import open_storage, without_password
 from fake_trial import score_of
@@ -46,6 +47,9 @@ def log(tmp_path, monkeypatch) -> Path:
     for key, value in environment(path).items():
         monkeypatch.setenv(key, value)
     return path
+
+
+make_search = partial(make_grid, kind=Search)
 
 
 def searched(output: Path, **changes) -> SearchOutcome:
@@ -140,11 +144,11 @@ def test_arguments_win_over_overrides_and_these_over_the_file_and_nest_the_space
     file = write_yaml(tmp_path / "search.yaml", search_values(tmp_path / "out"))
     nested = [f"space.{RATE}.low=1e-4", f"space.{DECAY}={{choices: [0.0, 0.1]}}"]
     overrides = ["trials=7", "training.max_steps=9", *nested]
-    search = load_search(file, overrides, storage="sqlite:///x.db", trials=8, processes=3)
+    search = make_search(read_grid_file(file, overrides, storage="sqlite:///x.db", trials=8, processes=3))
     assert (search.trials, search.storage, search.processes, search.training.max_steps) == (8, "sqlite:///x.db", 3, 9)
     assert list(search.space) == [RATE, DECAY]
     assert search.space[RATE]["low"] == 1e-4
-    same = load_search(file, [overrides[1]], space=search.space)
+    same = make_search(read_grid_file(file, [overrides[1]], space=search.space))
     assert same.searched() == search.searched(), "however it is written, it is the same search"
     assert (same.study_name, same.sampler, same.storage) == ("mine-lora-r8", "random", None)
 

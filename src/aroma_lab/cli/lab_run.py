@@ -109,15 +109,15 @@ def run(arguments: argparse.Namespace) -> int:
 def run_worker(arguments: argparse.Namespace) -> None:
     """Run trials of a grid or a search that another command started."""
     require_extra("lab")
-    from ..study.grid import make_grid, read_grid_file
+    from ..study.grid import Grid, make_grid, read_grid_file
     from ..study.run import serve
-    from ..study.search import make_search
+    from ..study.search import Search
     from .lab_progress import StudyProgress
 
     values = read_grid_file(
         arguments.grid, arguments.overrides, processes=arguments.workers, storage=arguments.storage
     )
-    settings = make_search(values) if "space" in values else make_grid(values)
+    settings = make_grid(values, Search if "space" in values else Grid)
     with StudyProgress() as progress:
         count = serve(settings, arguments.idle, progress)
     print(f"Trials that ended here: {count}.")

@@ -45,16 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
     require_extra("lab")
     from aroma.cli.quiet import quiet
 
-    from ..study.search import load_search, run_search
+    from ..study.grid import make_grid, read_grid_file
+    from ..study.search import Search, run_search
     from .lab_progress import StudyProgress
 
     given = {"storage": arguments.storage, "trials": arguments.trials, "processes": arguments.workers}
-    search = load_search(arguments.search, arguments.overrides, **given)
+    search = make_grid(read_grid_file(arguments.search, arguments.overrides, **given), Search)
     quiet()
     with StudyProgress() as progress:
         outcome = run_search(search, progress)
     _print(search, outcome)
-    return 1 if outcome.failed else 0
+    return 0 if all(one.error is None for one in outcome.trials) else 1
 
 
 def _print(search: Search, outcome: SearchOutcome) -> None:
@@ -71,9 +72,10 @@ def _print(search: Search, outcome: SearchOutcome) -> None:
         console.print(table)
         best = " ".join(f"{key}={_text(outcome.best.attempt.params[key])}" for key in search.space)
         console.print(f"best, with {outcome.best.score:.4f} on held-out examples: {best}")
-    for one in outcome.failed:
+    failed = [one for one in outcome.trials if one.error is not None]
+    for one in failed:
         console.print(f"failed: {one.name}: {one.error}")
-    console.print(f"{len(finished)} trials finished, {len(outcome.failed)} failed. Results are in {outcome.file}.")
+    console.print(f"{len(finished)} trials finished, {len(failed)} failed. Results are in {outcome.file}.")
 
 
 def _text(value: object) -> str:

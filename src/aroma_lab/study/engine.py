@@ -13,12 +13,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from aroma.files import read_json
@@ -28,7 +27,7 @@ from ..run.trial import Trial
 from .grid import KEY, NAME, Grid
 from .process import WORKER_MODULE, Running, TrialProcess, take_lock
 from .status import ERROR, LOSS, MACHINE, Scheduled, Status, require_no_conflicts, scheduled_in, state_by_files
-from .storage import MISSED_BEATS, STORAGE_ERRORS, open_storage, retry, storage_error
+from .storage import MAX_RETRIES, MISSED_BEATS, STORAGE_ERRORS, open_storage, storage_error
 
 _POLL_SECONDS = 0.2
 _JOURNAL_BEAT_SECONDS = 1.0
@@ -43,23 +42,14 @@ class Ended(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a study is, over all machines.
-
-    Args:
-        total: Number of trials.
-        done: Number of finished trials.
-        failed: Number of failed trials.
-        running: The trials that run on this machine.
-        ended: The trials that have ended on this machine since the last call.
-    """
+class Progress(NamedTuple):
+    """How far a study is: numbers of trials over all machines, and what this one has run since the last call."""
 
     total: int
     done: int
     failed: int
-    running: tuple[Running, ...]
-    ended: tuple[Ended, ...]
+    running: list[Running]
+    ended: list[Ended]
 
 
 Watch = Callable[[Progress], None]
@@ -113,8 +103,7 @@ class Engine:
             The trials as the study has them, in the order given.
 
         Raises:
-            ConfigError: The database was away for longer than others wait for a sign of life, or a folder holds
-                another trial.
+            ConfigError: A folder holds another trial.
         """
         by_key = {attributes[KEY]: attributes for attributes in wanted}
         self._retire_others(wanted)
@@ -130,11 +119,7 @@ class Engine:
         return scheduled
 
     def serve(self, idle_seconds: float) -> int:
-        """Run whatever waits in the study, until nothing has waited or run for so long; return how many trials ended.
-
-        Raises:
-            ConfigError: See `run`.
-        """
+        """Run whatever waits in the study, until nothing has waited or run for so long; return how many have ended."""
         last_busy, count = time.monotonic(), 0
         try:
             while time.monotonic() - last_busy <= idle_seconds:
@@ -185,7 +170,7 @@ class Engine:
         for attributes in missing:
             self.study.enqueue_trial({}, user_attrs=dict(attributes))
         for attempt in lost:
-            retry(self.study, attempt)
+            RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)(self.study, attempt)
         return self._scheduled(wanted) if missing or lost else scheduled
 
     def _take(self, scheduled: Sequence[Scheduled]) -> bool:
@@ -283,9 +268,9 @@ class Engine:
 
     def _report(self, scheduled: Sequence[Scheduled], total: int) -> int:
         """Tell the watcher how it goes; return how many trials have ended here since the last call."""
-        ended, self._ended = tuple(self._ended), []
+        ended, self._ended = self._ended, []
         if self._watch is not None and scheduled:
-            running = tuple(process.progress() for process in self._running)
+            running = [process.progress() for process in self._running]
             done = sum(one.score is not None for one in scheduled)
             failed = sum(one.error is not None for one in scheduled)
             self._watch(Progress(total, done, failed, running, ended))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from aroma.errors import AromaError, ConfigError, bad_value
 
@@ -131,19 +131,15 @@ class Grid:
         return self.study or self.folder.resolve().name or "grid"
 
     def part(self, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> Grid:
-        """Return the grid with some of its tasks and methods; None for all.
-
-        Raises:
-            ConfigError: One that is not in the grid.
-        """
+        """Return the grid with some of its tasks and methods; None for all."""
         for key, wanted, known in (("tasks", tasks, self.tasks), ("methods", methods, self.methods)):
             for name in wanted or ():
                 if name not in known:
                     raise bad_value(f"--{key}", name, f"it is not in the grid, which has {', '.join(known)}")
         return replace(
             self,
-            tasks={name: task for name, task in self.tasks.items() if tasks is None or name in tasks},
-            methods={name: method for name, method in self.methods.items() if methods is None or name in methods},
+            tasks={name: self.tasks[name] for name in self.tasks if tasks is None or name in tasks},
+            methods={name: self.methods[name] for name in self.methods if methods is None or name in methods},
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -158,14 +154,13 @@ class Grid:
         return content
 
     def trial_of(self, study: optuna.Study, attempt: optuna.trial.FrozenTrial) -> Trial:
-        """Return the trial that this machine has taken from the study, which holds it complete.
-
-        Raises:
-            ConfigError: It is a search's.
-        """
+        """Return the trial that this machine has taken from the study, which holds it complete."""
         if NUMBER in attempt.user_attrs:
             raise bad_value("study", study.study_name, "it is a search's; give the search file")
         return Trial.from_dict(attempt.user_attrs[SETTINGS])
+
+
+G = TypeVar("G", bound=Grid)
 
 
 def require_folder_name(key: str, name: str) -> None:
@@ -185,33 +180,24 @@ def attributes_of(name: str, settings: Mapping[str, Any], **more: Any) -> dict[s
 
 
 def load_grid(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> Grid:
-    """Read a grid file and apply overrides.
-
-    Args:
-        path: A YAML file with the keys of `Grid`.
-        overrides: Texts such as `"training.max_steps=60"` or `"methods.lora-r8.r=4"`; they win over the file.
-        arguments: Values by top-level key, such as `processes`; they win over both, unless they are None.
-
-    Raises:
-        ConfigError: No such file, no YAML, an unknown key (the nearest is named), or a value that cannot work.
-    """
+    """Read a grid file; see `read_grid_file` and `make_grid`."""
     return make_grid(read_grid_file(path, overrides, **arguments))
 
 
 def read_grid_file(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> dict[str, Any]:
-    """Return the nested values of a grid or search file; see `load_grid`."""
+    """Return the nested values of a grid or search file, with overrides.
+
+    Args:
+        path: A YAML file with the keys of `Grid` or `Search`.
+        overrides: Texts such as `"training.max_steps=60"` or `"methods.lora-r8.r=4"`; they win over the file.
+        arguments: Values by top-level key, such as `processes`; they win over both, unless they are None.
+
+    Raises:
+        ConfigError: No such file, or no YAML.
+    """
     values = read_mapping("grid", path)
     apply_overrides(values, overrides)
     return {**values, **{key: value for key, value in arguments.items() if value is not None}}
-
-
-def make_grid(values: Mapping[str, Any]) -> Grid:
-    """Return the grid with these nested values.
-
-    Raises:
-        ConfigError: An unknown or missing key, or a value that cannot work.
-    """
-    return Grid(**grid_fields(Grid, values))
 
 
 _MAPPING, _MAPPINGS = dict[str, Any] | None, dict[str, dict | None] | None  # type: ignore[type-arg]
@@ -222,10 +208,15 @@ _NESTED = {
 """Types of the sections before their keys are checked."""
 
 
-def grid_fields(kind: type[Grid], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a grid, or of a search, from the nested values of its file."""
-    whole = f"a {kind.__name__.lower()}"
-    given = typed_fields({**get_type_hints(kind), **_NESTED}, values, whole=whole)
+def make_grid(values: Mapping[str, Any], kind: type[G] = Grid) -> G:  # type: ignore[assignment]
+    """Return the grid, or the search, with these nested values.
+
+    Raises:
+        ConfigError: An unknown key (the nearest is named), a missing one, or a value that cannot work.
+    """
+    given = typed_fields({**get_type_hints(kind), **_NESTED}, values, whole=f"a {kind.__name__.lower()}")
+    if "space" in given:  # overrides such as `space.training.learning_rate.low=1` nest it
+        given["space"] = flatten(given["space"], SECTIONS)
     task_types = {name: hint for name, hint in get_type_hints(TaskSpec).items() if name != "name"}
     tasks = {
         name: TaskSpec(name=name, **typed_fields(task_types, keys or {}, f"tasks.{name}"))
@@ -238,10 +229,7 @@ def grid_fields(kind: type[Grid], values: Mapping[str, Any]) -> dict[str, Any]:
             _require_plain(f"methods.{label}.{key}", value)
     training = section_of(check_settings({"training": given.get("training")}), "training")
     select = given.get("select")
-    return {
-        "output": None,
-        "model": None,
-        **given,
+    made = {
         "tasks": tasks,
         "methods": methods,
         # One thread per trial unless the grid says otherwise: with PyTorch's default, trials compete for the cores.
@@ -250,18 +238,11 @@ def grid_fields(kind: type[Grid], values: Mapping[str, Any]) -> dict[str, Any]:
         "overrides": _overrides("overrides", given.get("overrides"), tasks, methods),
         "select": None if select is None else _selection(select, tasks, methods),
     }
+    return kind(**{"output": "", "model": "", **given, **made})
 
 
 def check_settings(values: Mapping[str, Any], where: str = "") -> Settings:
-    """Return settings by dotted key, each as the type of its field.
-
-    Args:
-        values: Nested or dotted, such as `training.learning_rate`, `options.r`, `task.max_length` or `model`.
-        where: Prefix of the keys in errors, such as `"select."`.
-
-    Raises:
-        ConfigError: An unknown key, a seed, or a value of a wrong type.
-    """
+    """Return settings, nested or by dotted key, by dotted key, each of its field's type; errors begin with `where`."""
     return {key: _setting(key, value, where) for key, value in flatten(values, SECTIONS).items()}
 
 
@@ -341,15 +322,8 @@ def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterabl
 def expand(grid: Grid, chosen: Chosen | None = None) -> list[Trial]:
     """Return the reported trials: all methods and tasks with the first seed, then with the second, and so on.
 
-    So a grid that is stopped half-way has a whole table of fewer seeds.
-
-    Args:
-        grid: The grid.
-        chosen: The settings that the selection chose. Pairs of task and method that it lacks have no trials. None for
-            a grid without a selection.
-
-    Raises:
-        ConfigError: A value that cannot work.
+    So a grid that is stopped half-way has a whole table of fewer seeds. With a selection, pairs of task and method
+    that are not in `chosen` have no trials.
     """
     return [
         make_trial(grid, task, method, seed, f"{task}/{method}/seed-{seed}", chosen[task][method] if chosen else {})
@@ -378,20 +352,7 @@ def make_trial(
     settings: Settings,
     purpose: Literal["report", "select"] = "report",
 ) -> Trial:
-    """Return one trial of a grid.
-
-    Args:
-        grid: The grid.
-        task: Name of one of its tasks.
-        method: Label of one of its methods.
-        seed: Seed of the trial.
-        name: Name of its folder.
-        settings: Checked settings by dotted key; they win over the grid's overrides.
-        purpose: `"select"` for a trial that is scored on held-out examples only.
-
-    Raises:
-        ConfigError: A value that cannot work.
-    """
+    """Return one trial of a grid, whose `settings` win over the grid's overrides."""
     resolved = {**overridden(grid.overrides, task, method), **settings, "training.seed": seed}
     options = {**grid.methods[method], **section_of(resolved, "options")}
     return Trial(
@@ -429,9 +390,7 @@ def check_tasks(trials: Iterable[Trial]) -> None:
     The tokenizer is loaded, the model is not. Reported files are opened only for tasks of trials that report them.
 
     Raises:
-        ConfigError: An unknown task or metric, values that contradict each other, or a tokenizer that cannot be
-            loaded, under the task's name.
-        DataError: Examples that cannot be used, likewise.
+        AromaError: Of the kind that `work_of` raised, under the task's name.
     """
     from ..run.work import work_of
 

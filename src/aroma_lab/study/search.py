@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optuna
@@ -22,20 +21,16 @@ from aroma.errors import bad_value
 from aroma.files import read_json, write_json
 
 from ..run.trial import Trial, differing
-from ..settings import flatten
 from .engine import Engine, Watch
 from .grid import (
     NUMBER,
-    SECTIONS,
     SETTINGS,
     Grid,
     attributes_of,
     check_methods,
     check_settings,
     check_tasks,
-    grid_fields,
     make_trial,
-    read_grid_file,
     require_folder_name,
 )
 from .process import WORKER_MODULE
@@ -117,17 +112,15 @@ class Search(Grid):
     def scheduled(self) -> list[dict[str, Any]]:
         """Return the attributes with which the trials are enqueued."""
         searched, count = self.searched(), self.trials or len(self.points)
-        return [attributes_of(self.run_name(number), searched, **{NUMBER: number}) for number in range(count)]
+        return [attributes_of(self._name(number), searched, **{NUMBER: number}) for number in range(count)]
 
-    def run_name(self, number: int) -> str:
-        """Return the name of trial `number`, counted from 0, which is its folder below the runs."""
+    def _name(self, number: int) -> str:
         return f"search/{self.study_name}/{number:04d}"
 
-    def trial(self, number: int, values: Mapping[str, Any]) -> Trial:
-        """Return trial `number` with these values of the space: scored on held-out examples only."""
+    def _trial(self, number: int, values: Mapping[str, Any]) -> Trial:
         task, method = next(iter(self.tasks)), next(iter(self.methods))
         settings = check_settings(values, "space.")
-        return make_trial(self, task, method, self.seeds[0], self.run_name(number), settings, "select")
+        return make_trial(self, task, method, self.seeds[0], self._name(number), settings, "select")
 
     def extreme_trials(self) -> list[Trial]:
         """Return trials that together contain every choice and both ends of every range."""
@@ -136,15 +129,12 @@ class Search(Grid):
             for key, one in self.distributions.items()
         }
         first = {key: several[0] for key, several in ends.items()}
-        return [self.trial(0, {**first, key: end}) for key, several in ends.items() for end in several]
+        return [self._trial(0, {**first, key: end}) for key, several in ends.items() for end in several]
 
     def trial_of(self, study: optuna.Study, attempt: optuna.trial.FrozenTrial) -> Trial:
         """Return the trial that this machine has taken, with the values that the sampler gives it.
 
         The values are the same on every machine, except that TPE looks at the results so far.
-
-        Raises:
-            ConfigError: The attempt is of another search.
         """
         if keys := differing(self.searched(), attempt.user_attrs[SETTINGS]):
             remedy = "use the same file on all machines, or give another study"
@@ -157,52 +147,18 @@ class Search(Grid):
         if self.sampler == "grid":
             study.sampler = PartialFixedSampler(self.points[number], study.sampler)
         trial = optuna.Trial(study, attempt._trial_id)  # keeps values that the attempt has
-        return self.trial(number, {key: _suggest(trial, key, one) for key, one in self.distributions.items()})
+        return self._trial(number, {key: _suggest(trial, key, one) for key, one in self.distributions.items()})
 
 
-def load_search(path: str | os.PathLike[str], overrides: Iterable[str] = (), **arguments: Any) -> Search:
-    """Read a search file.
+class SearchOutcome(NamedTuple):
+    """The outcome of a search, over all machines."""
 
-    Args:
-        path: A YAML file with the keys of `Search`.
-        overrides: Texts such as `"training.max_steps=60"`; they win over the file.
-        arguments: Values by top-level key, such as `storage` or `trials`; they win over both, unless they are None.
-
-    Raises:
-        ConfigError: No such file, no YAML, an unknown key, or a value that cannot work.
-    """
-    return make_search(read_grid_file(path, overrides, **arguments))
-
-
-def make_search(values: Mapping[str, Any]) -> Search:
-    """Return the search with these nested values; see `load_search`.
-
-    Raises:
-        ConfigError: An unknown or missing key, or a value that cannot work.
-    """
-    fields = grid_fields(Search, values)
-    # Overrides such as `space.training.learning_rate.low=1` nest the space.
-    return Search(**{**fields, "space": flatten(fields.get("space", {}), SECTIONS)})
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """The outcome of a search, over all machines.
-
-    Args:
-        trials: All trials, decided.
-        best: The one with the highest held-out score, of equal ones the first; None if all failed.
-        file: Where it is written.
-    """
-
-    trials: tuple[Scheduled, ...]
+    trials: list[Scheduled]
+    """All trials, decided."""
     best: Scheduled | None
+    """The one with the highest held-out score, of equal ones the first; None if all failed."""
     file: Path
-
-    @property
-    def failed(self) -> list[Scheduled]:
-        """Trials that failed."""
-        return [one for one in self.trials if one.error is not None]
+    """Where it is written."""
 
 
 def run_search(search: Search, watch: Watch | None = None, *, module: str = WORKER_MODULE) -> SearchOutcome:
@@ -231,7 +187,7 @@ def run_search(search: Search, watch: Watch | None = None, *, module: str = WORK
         trials = engine.run(wanted)
     best = max((one for one in trials if one.score is not None), key=lambda one: one.score or 0.0, default=None)
     write_json(file, _record_of(search, trials, best))
-    return SearchOutcome(tuple(trials), best, file)
+    return SearchOutcome(trials, best, file)
 
 
 def _own_record(file: Path, search: Search) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import optuna
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -60,11 +60,6 @@ def has_file(url: str | None, output: Path) -> bool:
     if url is None:
         return (output / JOURNAL_FILE).exists()
     return not url.startswith("sqlite") or Path(str(make_url(url).database)).exists()
-
-
-def retry(study: optuna.Study, attempt: optuna.trial.FrozenTrial) -> None:
-    """Enqueue a trial again whose process or machine died, unless it has been retried `MAX_RETRIES` times."""
-    RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)(study, attempt)
 
 
 def without_password(url: str) -> str:
@@ -134,7 +129,6 @@ def _open_database(url: URL, heartbeat: int) -> RDBStorage:
                 engine_kwargs=options,
                 heartbeat_interval=heartbeat,
                 grace_period=MISSED_BEATS * heartbeat,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
             )
             break
         except STORAGE_ERRORS:
