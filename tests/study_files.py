@@ -47,32 +47,6 @@ def search_values(output: Path, **changes: Any) -> dict[str, Any]:
     return grid_values(output, **{"tasks": {"mine": missing}, "methods": lora, "seeds": [0], **search, **changes})
 
 
-def trainable(folder: Path, rates: list[float]) -> dict[str, Any]:
-    """Return changes with which `search_values` is a grid that really trains a tiny BERT.
-
-    Whoever opened what is to be reported would fail: it is no JSON.
-    """
-    from tiny_classifier import save_tiny_bert, sentences, write_json_lines
-
-    (folder / "test.jsonl").write_text("not to be read\n")
-    task = {
-        "train": str(write_json_lines(folder / "train.jsonl", sentences(80, seed=0))),
-        "reported": {"test": str(folder / "test.jsonl")},
-        "held_out": 0.25,
-        "max_length": 16,
-    }
-    return {
-        "model": str(save_tiny_bert(folder / "bert")),
-        "tasks": {"mine": task},
-        "methods": {"lora": {"kind": "lora", "r": 2}},
-        "training": {"max_steps": 12, "batch_size": 8, "warmup_steps": 1},
-        "space": {RATE: {"choices": rates}},
-        "sampler": "grid",
-        "trials": None,
-        "heartbeat": 20,
-    }
-
-
 def real_grid(folder: Path, output: str, **changes: Any) -> Path:
     """Write the grid `output`.yaml, which really trains a tiny BERT with two methods."""
     from tiny_classifier import save_tiny_bert, sentences, write_json_lines

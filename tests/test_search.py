@@ -28,10 +28,10 @@ from study_files import (
     RATES,
     environment,
     output_of,
+    real_grid,
     runs_in,
     search_values,
     start_machine,
-    trainable,
     write_yaml,
 )
 
@@ -366,9 +366,11 @@ def test_another_search_file_for_one_study_is_refused(tmp_path, log):
 def test_the_command_trains_for_real_and_never_opens_what_is_reported(tmp_path, capsys):
     from aroma.cli import main
 
-    file = write_yaml(
-        tmp_path / "search.yaml", search_values(tmp_path / "out", **trainable(tmp_path, rates=[1e-6, 5e-2]))
-    )
+    lora = {"lora": {"kind": "lora", "r": 2}}
+    training = {"max_steps": 12, "batch_size": 8, "warmup_steps": 1}
+    space = {RATE: {"choices": [1e-6, 5e-2]}}
+    file = real_grid(tmp_path, "out", methods=lora, training=training, space=space, sampler="grid")
+    (tmp_path / "test.jsonl").write_text("not to be read\n")
     assert main(["lab", "search", str(file), "--workers", "2"]) == 0
     record = json.loads((tmp_path / "out" / "search.json").read_text())
     printed = capsys.readouterr().out
@@ -376,5 +378,5 @@ def test_the_command_trains_for_real_and_never_opens_what_is_reported(tmp_path, 
     for entry in record["tried"]:
         result = json.loads((tmp_path / "out" / entry["run"] / "result.json").read_text())
         assert (result["score"], result["reported"]) == (entry["score"], {})
-        assert result["examples"] == {"train": 60, "held_out": 20}
+        assert result["examples"] == {"train": 180, "held_out": 20}
     assert record["best"]["values"] == {RATE: 5e-2}

@@ -120,10 +120,7 @@ class TrialProcess:
         return Running(self.trial.name, int(content.get("step", 0)), content.get("planned"))
 
     def failure(self) -> str | None:
-        """Return why a trial that has ended failed, as in `failure.json`; None for a finished trial.
-
-        The failure of a process that could not write one is written here.
-        """
+        """Return why a trial that has ended failed; None for a finished one. `failure.json` is there afterwards."""
         if self._files.result.exists():
             tidy(self._files.root)
             return None
@@ -133,8 +130,7 @@ class TrialProcess:
 
     def ask_to_stop(self) -> None:
         """Ask the process to end."""
-        if not self.has_ended():
-            self._process.terminate()
+        self._process.terminate()  # nothing happens if it has ended
 
     def stop(self) -> None:
         """End the process, and wait for it."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -22,34 +22,20 @@ GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
 _HEADER = "# The whole grid, defaults included. Written by `aroma lab run`, anew each time.\n"
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A trial that has no result.
-
-    Args:
-        name: Its name.
-        message: Why it failed.
-        path: File that tells more; None if it is on another machine.
-    """
+class Failure(NamedTuple):
+    """A trial that failed now or earlier, or has no chosen setting; no file tells more if it is elsewhere."""
 
     name: str
     message: str
     path: Path | None
 
 
-@dataclass(frozen=True)
-class GridOutcome:
-    """The outcome of running a grid.
+class GridOutcome(NamedTuple):
+    """Names of the trials that finished now, those that failed, and names of those that had finished earlier."""
 
-    Args:
-        finished: Names of the trials finished now.
-        failed: Trials without a result: failed now or earlier, or without a chosen setting.
-        skipped: Names of the trials finished earlier.
-    """
-
-    finished: list[str] = field(default_factory=list)
-    failed: list[Failure] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    finished: list[str]
+    failed: list[Failure]
+    skipped: list[str]
 
 
 def run_grid(
@@ -90,7 +76,7 @@ def run_grid(
         engine.status().require_same_settings(attributes_of(trial.name, trial.as_dict()) for trial in first)
         resolved = yaml.safe_dump(grid.as_dict(), sort_keys=False, allow_unicode=True)
         write_text(grid.folder / GRID_FILE, _HEADER + resolved)
-        outcome = GridOutcome()
+        outcome = GridOutcome([], [], [])
         _run_stage(engine, first, retry_failed, outcome)
         if tried:
             chosen = _select(grid, tried, engine.status(), outcome)
@@ -101,28 +87,14 @@ def run_grid(
 def list_grid(
     grid: Grid, *, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None
 ) -> list[tuple[str, State]]:
-    """Return the name and the state of every trial, in the order of their run; nothing is run or written.
-
-    Args:
-        grid: The grid.
-        tasks: These tasks only; None for all.
-        methods: These methods only; None for all.
-
-    Raises:
-        ConfigError: A value that cannot work, or a storage that cannot be reached.
-    """
+    """Return the name and the state of every trial, in the order of their run; nothing is run or written."""
     return [(trial.name, state) for trial, state in _states(grid.part(tasks, methods), Status.read(grid))]
 
 
 def serve(grid: Grid, idle_seconds: float, watch: Watch | None = None, *, module: str = WORKER_MODULE) -> int:
     """Run trials that another command enqueued, until nothing has waited or run for some time.
 
-    Args:
-        grid: The search, or the grid, of which only the output folder, the study, its storage and `processes` count:
-            the study holds the trials.
-        idle_seconds: That time.
-        watch: Is told how it goes.
-        module: What runs a trial; see `TrialProcess`. Tests pass a stand-in.
+    The study of a grid holds its trials, so that only output, study, storage and processes of `grid` count.
 
     Returns:
         The number of trials that ended here.

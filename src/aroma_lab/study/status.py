@@ -123,11 +123,7 @@ def state_by_files(trial: Trial, folder: Path) -> State:
 
 
 def require_no_conflicts(trials: Iterable[Trial], output: Path) -> None:
-    """Raise if the folder of a trial holds another one's result or checkpoints.
-
-    Raises:
-        ConfigError: Naming every such folder, and the keys in which the trials differ.
-    """
+    """Raise `ConfigError` if the folders of trials hold results or checkpoints of others, naming what differs."""
     conflicts = [
         f"{folder} ({', '.join(differing_keys(load_trial(TrialFiles(folder).trial), trial))})"
         for trial, folder in ((trial, output / RUNS / trial.name) for trial in trials)
@@ -157,11 +153,7 @@ class Status:
 
     @classmethod
     def read(cls, grid: Grid) -> Status:
-        """Return what is known without writing anything.
-
-        Raises:
-            ConfigError: A storage that cannot be reached.
-        """
+        """Return what is known without writing anything."""
         if not has_file(grid.storage, grid.folder):
             return cls(grid, {})
         storage = open_storage(grid.storage, grid.folder, grid.heartbeat)
@@ -183,11 +175,7 @@ class Status:
         return self.scheduled.get(attributes_of(trial.name, trial.as_dict())[KEY])
 
     def state(self, trial: Trial) -> State:
-        """Return the state of a trial.
-
-        Raises:
-            CheckpointError: Its `trial.json` is damaged.
-        """
+        """Return the state of a trial."""
         found, by_files = self.of(trial), state_by_files(trial, self.files(trial).root)
         if by_files in ("finished", "conflict") or found is None:
             return by_files
@@ -207,11 +195,9 @@ class Status:
     def failure(self, trial: Trial) -> tuple[str, Path | None]:
         """Return why a trial failed, and the file that tells more if it is on this machine."""
         file, found = self.files(trial).failure, self.of(trial)
-        if found is None or found.error is None:
-            return failure_message(file.parent), file
-        if not file.exists():
+        if found is not None and not file.exists():
             return f"{found.error} (on {found.attributes.get(MACHINE)})", None
-        return found.error if ERROR in found.attributes else f"{found.error}; {failure_message(file.parent)}", file
+        return failure_message(file.parent), file
 
     def outcome(self, trial: Trial) -> tuple[float, float] | None:
         """Return the score of a trial, and its negative loss; None if it has none."""
@@ -224,14 +210,7 @@ class Status:
         return None
 
     def require_same_settings(self, wanted: Iterable[Mapping[str, Any]]) -> None:
-        """Refuse trials that run now, or were finished on any machine, with other settings.
-
-        Args:
-            wanted: Attributes of the trials.
-
-        Raises:
-            ConfigError: Naming the first, and the keys in which it differs.
-        """
+        """Raise `ConfigError` for trials that run now, or were finished on any machine, with other settings."""
         settings = {attributes[NAME]: attributes for attributes in wanted}
         for key, one in self.scheduled.items():
             ours = settings.get(one.name)
