@@ -144,7 +144,7 @@ def run_loop(loop: Loop, wrap: Callable[[Any, Loop], Any] = replicated) -> dict[
         "values": [event.value for event in events if event.value is not None],
         "stopped": stopped,
         "finished": start.finished,
-        "seed": start.controller.config.component_seed,
+        "seed": start.controller.live.seed,
         "collectives": [at_start, counted.number - at_start],
         "checks": len(checks) + start.controller.outer_number - 1,
         "buffers that DDP sends": hidden,

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from aroma import AromaCallback, Event, aroma_layers, verify_adapter
 from aroma.errors import ConfigError, NonFiniteError
+from aroma.tuner import live_adapter
 from trainer_runs import Run, adapted, assert_same, growth, read_events, steps_of, tiny_bert, train, trainer_for
 
 INPUT = torch.arange(1, 33).reshape(4, 8)
@@ -197,7 +198,7 @@ class Remember(TrainerCallback):
 
 
 def growth_of(model: Any) -> Any:
-    return model.peft_config["default"].controller
+    return live_adapter(model).controller
 
 
 @pytest.mark.parametrize("criterion", ["norm_change", "update_change"])

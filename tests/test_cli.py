@@ -103,7 +103,7 @@ def test_an_error_is_one_line_and_code_2(arguments, message, capsys, tmp_path, m
     [
         (["train", "r.yaml"], "lab"),
         (["eval", "a", "--data", "x.csv"], "lab"),
-        (["demo"], "lab"),
+        (["demo"], "demo"),
         (["lab", "run", "g.yaml"], "lab"),
         (["lab", "table", "f"], "lab"),
         (["inspect", "a", "--plot", "x.png"], "plot"),

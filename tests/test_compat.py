@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -238,3 +239,21 @@ def test_every_name_has_one_check() -> None:
     assert len({(name.where, name.name) for name in NAMES}) == len(NAMES)
     assert all(name.how == "at use" for name in DEEPSPEED_NAMES)
     assert {name.package for name in NAMES} == {"torch", "peft", "accelerate", "transformers", "deepspeed"}
+
+
+def test_every_function_that_takes_a_tensor_says_its_shape() -> None:
+    silent, seen = [], 0
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg]
+            kinds = [ast.unparse(one.annotation) for one in given if one is not None and one.annotation is not None]
+            if any(re.search(r"\b(Tensor|Pair|Factors)\b", kind) for kind in kinds):
+                seen += 1
+                if not re.search(
+                    r"\([^()]*[mnrRTk×…]\b[^()]*\)|any shape|shape|scalar", ast.get_docstring(node) or ""
+                ):
+                    silent.append(f"{file.relative_to(SOURCE)}:{node.lineno} {node.name}")
+    assert seen > 80
+    assert not silent

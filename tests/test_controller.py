@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, AromaController, Event, aroma_layers
+from aroma.algorithm.paper import PaperRule, PaperSettings
 from aroma.errors import ConfigError, NonFiniteError, ResetError
 from aroma.reset import fresh_component
 from models import trainable
@@ -381,6 +382,40 @@ def test_the_summary() -> None:
     assert (second.inner_value, second.outer_value) == (None, pytest.approx(0.1))
     assert 1 < third.effective_rank < 2
     assert bench.controller.total_rank == 2, "the finished components alone"
+
+
+# Another rule --------------------------------------------------------------------------------------------------------
+
+
+class EveryOther(PaperRule[Any]):
+    """A rule of its own: every second step every matrix keeps its component; with two it is frozen."""
+
+    def step(self) -> list[Event]:
+        self.global_step += 1
+        self.inner_step += 1
+        return self.outer_step() if self.global_step % 2 == 0 else []
+
+
+def test_the_controller_runs_another_rule_and_restores_it() -> None:
+    settings = PaperSettings(None, 1, 99, None, 0, 2, 0)
+    bench = Bench(inner_tolerance=None)
+    made = [
+        AromaController(bench.model, bench.optimizer, plan_rule=lambda *_: partial(EveryOther, settings))
+        for _ in range(2)
+    ]
+    for step in range(1, 4):
+        bench.put(*[100.0 * step] * 3)
+        made[1].step()
+    assert bench.ranks() == [1, 1, 1]
+    state = made[1].state_dict()
+    with pytest.raises(ConfigError, match="another controller"):
+        made[0].step()
+    third = AromaController(bench.model, bench.optimizer, plan_rule=lambda *_: partial(EveryOther, settings))
+    third.load_state_dict(state)
+    events = third.step()
+    assert [(event.kind, event.module) for event in events][:2] == [("merged", "first"), ("frozen", "first")]
+    assert third.finished
+    assert bench.ranks() == [2, 2, 2]
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from aroma import aroma_layers
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import SERVING_RANKS, export_merged, export_uniform, load_with_adapter, rank_table, read_adapter
+from aroma.tuner import live_adapter
 from models import ARCHITECTURES, adapted, base, batch, deltas, grow, logits, saved_base, set_ranks
 
 
@@ -27,7 +28,7 @@ def saved(folder: Path, name: str, ranks: list[int], pair: bool = False, **chang
         for key, parameter in model.named_parameters():
             if "modules_to_save" in key:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(folder)
     return model
 
@@ -151,7 +152,7 @@ def rounded(tmp_path: Path) -> tuple[Path, Any, str]:
     model = adapted("llama", base_of(tmp_path / "base", torch.bfloat16), target_modules=[module])
     layer = aroma_layers(model)[module]
     layer.finished("default").append(1e-3 * torch.randn(32, 2), 1e-3 * torch.randn(2, 32))
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path, model, module
 
@@ -245,7 +246,7 @@ def test_the_saved_head_decides_the_number_of_labels(
     classifier = ARCHITECTURES[name].model_class.from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
     model = adapted(name, classifier, modules_to_save=extra or None, target_modules=["query", "value"])
     set_ranks(model, [1])
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(tmp_path / "adapter")
     loaded = load_with_adapter(tmp_path / "adapter")
     assert loaded.get_base_model().num_labels == 5
@@ -283,7 +284,7 @@ def test_effective_ranks_by_hand(tmp_path: Path) -> None:
     eye = torch.eye(32)
     first.finished("default").append(eye[:, :4], eye[:4])  # four equal singular values
     second.finished("default").append(torch.ones(32, 3), torch.ones(3, 32))  # three components, one direction
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(tmp_path)
     assert [(row.rank, round(row.effective_rank, 4)) for row in rank_table(tmp_path)] == [(4, 4.0), (3, 1.0)]
 

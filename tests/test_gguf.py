@@ -18,7 +18,8 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from aroma.cli import main
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform
-from aroma.gguf_lora import export_gguf, rotary_rows
+from aroma.gguf import export_gguf, rotary_rows
+from aroma.tuner import live_adapter
 from models import adapted, base, deltas, saved_base, set_ranks
 
 NAMES = {
@@ -36,7 +37,7 @@ def grown(folder: Path, ranks: list[int], **changes: Any) -> Any:
     """A tiny Llama with components of the ranks by turns, saved in `folder`."""
     model = adapted("llama", **changes)
     set_ranks(model, ranks, pair=True)
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(folder)
     return model
 
@@ -116,7 +117,7 @@ def test_every_update_is_there_and_in_the_order_of_its_rows(tmp_path: Path, sour
 def test_matrices_keep_their_ranks_and_those_of_rank_0_are_left_out(tmp_path: Path) -> None:
     model = adapted("llama")
     ranks = set_ranks(model, [0, 1, 5])
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(tmp_path / "adapter")
     found = export_gguf(tmp_path / "adapter", tmp_path / "out.gguf", saved_base("llama"))
     assert sorted(found.values()) == sorted(rank for rank in ranks.values() if rank)
@@ -227,7 +228,7 @@ def test_bad_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
     with pytest.raises(ConfigError, match=r"^base_model=None: "):
         export_gguf(tmp_path / "adapter", tmp_path / "out.gguf")
-    monkeypatch.setattr("aroma.gguf_lora.find_spec", lambda name: None)
+    monkeypatch.setattr("aroma.gguf.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^gguf: not installed; run: pip install 'aroma-peft\[gguf\]'$"):
         export_gguf(tmp_path / "adapter", tmp_path / "out.gguf")
 

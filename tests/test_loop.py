@@ -30,7 +30,8 @@ def optimizer_of(model: Any, rate: float = 0.01) -> torch.optim.Optimizer:
 def plain_run(model: Any, steps: int = STEPS) -> tuple[list[Event], list[float]]:
     events: list[Event] = []
     optimizer = optimizer_of(model)
-    attach(model, optimizer, total_steps=steps, on_event=events.append)
+    # Held by the model: a controller is gone with its optimizer, and a later save has no state of the run then.
+    model.growth = attach(model, optimizer, total_steps=steps, on_event=events.append)
     return events, train(model, batch("llama"), optimizer, steps)
 
 

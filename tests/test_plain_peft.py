@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aroma import attach, save_adapter
+from aroma.tuner import live_adapter
 from models import ARCHITECTURES, adapted, base, batch, grow, logits, ranks, saved_base, set_ranks, train, trainable
 
 LOADER = '''
@@ -67,7 +68,7 @@ class Case:
         self.inputs = batch(architecture, seed=11)
         self.expected = logits(model, self.inputs)
         self.ranks = ranks(model)
-        model.peft_config["default"].ever_controlled = True  # components set by hand are meant
+        live_adapter(model).ever_controlled = True  # components set by hand are meant
         model.save_pretrained(folder / "adapter")
         save_file(self.inputs, folder / "inputs.safetensors")
 

@@ -133,7 +133,7 @@ def test_the_seed_of_the_components_comes_from_the_checkpoint(tmp_path: Path) ->
         trainer = trainer_for(model, tmp_path, AromaCallback(), save_steps=7, max_steps=20)
         trainer.train(resume_from_checkpoint=resume)
         trainers.append(trainer)
-    assert growth(trainers[1]).controller.config.component_seed == 11
+    assert growth(trainers[1]).controller.live.seed == 11
     assert_same(*map(live, trainers))
 
 

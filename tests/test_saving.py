@@ -30,6 +30,7 @@ from aroma import (
 )
 from aroma.checkpoint import verify_adapter
 from aroma.errors import CheckpointError, ConfigError
+from aroma.tuner import live_adapter
 from aroma.tuner.state import read_controller_state
 from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
 from trainer_runs import assert_same
@@ -92,7 +93,7 @@ def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def save_silently(model: Any, folder: Path) -> None:
     """Save components that no controller has made."""
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     model.save_pretrained(folder)
 
 
@@ -127,11 +128,11 @@ def test_a_saved_adapter_can_be_opened_to_grow_on(tmp_path: Path, low_cpu_mem_us
 
 def test_a_copied_or_pickled_model_has_no_controller(tmp_path: Path) -> None:
     model, growth, folder = trained(tmp_path)
-    pickled = pickle.loads(pickle.dumps(model.peft_config["default"]))
-    assert pickled.method() == model.peft_config["default"].method()
+    pickled = pickle.loads(pickle.dumps(live_adapter(model)))
+    assert pickled.method() == live_adapter(model).method()
     twin = copy.deepcopy(model)
-    assert model.peft_config["default"].controller is growth.controller
-    assert twin.peft_config["default"].controller is pickled.controller is None
+    assert live_adapter(model).controller is growth.controller
+    assert live_adapter(twin).controller is pickled.controller is None
     assert torch.equal(logits(twin, batch("bert")), logits(model, batch("bert")))
     train(model, batch("bert"), growth.controller.optimizer, 3)  # the copy stays as it is
     twin.save_pretrained(tmp_path / "twin")

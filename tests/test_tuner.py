@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, AromaController, aroma_layers, attach
 from aroma.errors import ConfigError, NonFiniteError
-from aroma.tuner import AromaLinear
-from aroma.tuner.dropout import draw_places, keep_mask
+from aroma.tuner import AromaLinear, live_adapter
+from aroma.tuner.dropout import draw_offsets, keep_mask
 from models import (
     ARCHITECTURES,
     METHOD,
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_components() -> None:
 
 def test_without_a_seed_the_global_one_decides() -> None:
     torch.manual_seed(123)
-    assert adapted("bert", component_seed=None).peft_config["default"].component_seed == 123
+    assert live_adapter(adapted("bert", component_seed=None)).seed == 123
 
 
 # What is wrapped -----------------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def test_dropout_acts_on_the_pair_alone_and_in_training_alone() -> None:
     torch.manual_seed(4)
     out = layer(x)
     torch.manual_seed(4)
-    dropped = x * keep_mask(draw_places(x.numel()), 0.5, *x.shape, like=x) / 0.5
+    dropped = x * keep_mask(draw_offsets(x.numel()), 0.5, *x.shape, like=x) / 0.5
     expected = merged + layer.scaling["default"] * dropped @ a.T @ b.T
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(out, layer(x)), "another mask each time"

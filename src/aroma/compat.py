@@ -18,7 +18,7 @@ from types import CodeType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, jit, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
@@ -60,7 +60,6 @@ TUNER_NAMES = (
     # How adapters are made.
     PrivateName("peft", _TUNER, "_check_new_adapter_config", "refuse a second adapter that trains"),
     PrivateName("peft", _TUNER, "_create_new_module", "make an AromaLinear of a target"),
-    PrivateName("peft", _TUNER, "_post_injection_hook", "give every module its first component"),
     PrivateName("peft", _TUNER, "_cast_adapter_dtype", "cast pairs once only, since the optimizer holds them"),
     PrivateName("peft", _TUNER, "_check_merge_allowed", "refuse to merge into quantised weights before any is merged"),
     # How adapters are saved and loaded.
@@ -311,6 +310,12 @@ def has_global_hooks() -> bool:
     """Whether calls of all modules are hooked."""
     any_global_hook: Callable[[], bool] = nn_module._has_any_global_hook
     return any_global_hook()
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit traces a module."""
+    tracing: bool = jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
 def is_transformed() -> bool:

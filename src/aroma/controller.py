@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ from .sharding import (
     unwrapped_optimizer,
     world_size,
 )
-from .tuner import aroma_layers
+from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
-from .tuner.live import LiveAdapter, live_adapter
+from .tuner.live import live_adapter
+
+RulePlan = Callable[[GrowingMatrices], GrowthRule]
+"""Makes a growth rule of the matrices of a run."""
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -52,6 +56,8 @@ class AromaController:
         adapter_name: Name of the adapter.
         compiled: Whether `torch.compile` wraps the model though `model` does not show it. As for a compiled `model`,
             neither growing nor freezing then changes the graph.
+        plan_rule: Checks the configuration against the planned steps, and returns what makes the growth rule of the
+            matrices; `paper_rule`, Algorithm 1, by default.
 
     Attributes:
         rule: The growth rule; `PaperRule` is Algorithm 1.
@@ -73,6 +79,7 @@ class AromaController:
         total_steps: int | None = None,
         adapter_name: str = "default",
         compiled: bool = False,
+        plan_rule: Callable[[AromaConfig, int | None], RulePlan] | None = None,
     ) -> None:
         wrapper, model = model, unwrapped(model)
         if not aroma_layers(model, adapter_name):
@@ -93,13 +100,13 @@ class AromaController:
         with self.together():
             refuse_sharding(wrapper, optimizer)
             self.matrices.require_data()
-            settings = _paper_settings(self._live, total_steps)
+            plan = (plan_rule or paper_rule)(self.config, total_steps)
             self.matrices.require_held_by_optimizer()
         self._hooks: list[Any] = []
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
         self.matrices.measure_weights()
-        self.rule = PaperRule(settings, self.matrices)
+        self.rule = plan(self.matrices)
         self._listeners: list[Callable[[Event], None]] = []
         self._stale = False
         self._state_is_known = False
@@ -342,9 +349,13 @@ class AromaController:
         return events
 
 
-def _paper_settings(live: LiveAdapter, total_steps: int | None) -> PaperSettings:
-    config = live.config
-    return PaperSettings(
+def paper_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
+    """Return what makes Algorithm 1 of a configuration.
+
+    Raises:
+        ConfigError: The loops do not fit a run of `total_steps`.
+    """
+    settings = PaperSettings(
         inner_tolerance=config.inner_tolerance,
         inner_check_interval=config.inner_check_interval,
         max_inner_steps=config.resolve_inner_steps(total_steps),
@@ -353,3 +364,4 @@ def _paper_settings(live: LiveAdapter, total_steps: int | None) -> PaperSettings
         max_components=config.max_components,
         rewarmup_steps=config.rewarmup_steps,
     )
+    return partial(PaperRule, settings)

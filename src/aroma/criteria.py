@@ -108,11 +108,13 @@ def cross_term(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors (any shapes) in the dtype that is accumulated in."""
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _gram_product(b: Tensor, a: Tensor) -> Tensor:
+    """Return ⟨bᵀb, a aᵀ⟩ of b (…, m, r) and a (…, r, n)."""
     # For r > 1 terms of both signs meet: where columns cancel, rounding could leave a tiny negative sum.
     return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1)).clamp(min=0)
 
@@ -127,6 +129,7 @@ def _orthonormal_rows(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Return slices that cut the rows of a weight (m, n) into blocks."""
     m, n = weight.shape
     rows = max(1, min(-(-m // _MIN_BLOCKS), _BLOCK_ELEMENTS // max(n, 1)))
     return (slice(start, start + rows) for start in range(0, m, rows))

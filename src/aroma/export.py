@@ -1,6 +1,6 @@
-"""Saved adapters for other uses: a uniform rank for serving engines, the merged model, and a table of ranks.
+"""Saved adapters for other uses: one rank for serving engines, the merged model, and a table of ranks.
 
-Reads any plain LoRA folder of PEFT, AROMA's included.
+Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, read_state, require_files
 
 SERVING_RANKS = (8, 16, 32, 64, 128, 256)
-"""Ranks that vLLM, TGI and SGLang all serve without padding."""
+"""Ranks that vLLM, TGI and SGLang all serve."""
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 _MODEL_CLASSES = {
@@ -54,12 +54,12 @@ class Update:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A plain LoRA adapter, read.
+    """A plain LoRA adapter in memory.
 
     Args:
         config: Content of `adapter_config.json`.
-        updates: The update of every adapted module by its name in the base model, in the file's order of layers.
-        others: Further tensors by their name in the file: trained heads (`modules_to_save`).
+        updates: The update of every adapted module by its name in the base model, in the order of layers.
+        others: Further tensors by their name in the file, such as trained heads (`modules_to_save`); any shape.
     """
 
     config: dict[str, Any]
@@ -89,7 +89,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
 
     Raises:
         CheckpointError: The folder or a file is missing or damaged.
-        ConfigError: The adapter is no plain LoRA adapter.
+        ConfigError: The adapter is not a plain LoRA adapter.
     """
     path = require_adapter_folder(folder)
     if (path / STATE_FILE).exists():
@@ -101,9 +101,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
         )
     tensors = read_tensors(path / "adapter_model.safetensors")
     updates: dict[str, Update] = {}
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        stem = key.removesuffix(".lora_A.weight")
-        A, B = tensors.pop(key), tensors.pop(f"{stem}.lora_B.weight", None)
+    stems = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    for stem in stems:
+        A, B = tensors.pop(f"{stem}.lora_A.weight"), tensors.pop(f"{stem}.lora_B.weight", None)
         if B is None or B.shape[1] != A.shape[0]:
             raise CheckpointError(
                 f"{path}: {stem} has an A of rank {A.shape[0]} and no fitting B; the file is damaged"
@@ -116,7 +116,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
 
 
 def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
-    """Return rank and effective rank of every matrix an adapter targets; those that ended at rank 0 included.
+    """Return rank and effective rank of every matrix that an adapter targets, including those of rank 0.
 
     Raises:
         CheckpointError: The folder or a file is missing or damaged.
@@ -125,24 +125,25 @@ def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
     rows = []
     for name, shape in _grown_shapes(folder, adapter).items():
         update = adapter.updates.get(name)
-        moved = update is not None and bool(update.B.any())
-        rank = update.A.shape[0] if update is not None and moved else 0
-        effective = effective_rank(singular_values(update.B, update.A)) if update is not None and moved else 0.0
-        rows.append(RankRow(name, rank, effective, shape))
+        if update is None or not update.B.any():
+            rows.append(RankRow(name, 0, 0.0, shape))
+        else:
+            sigma = singular_values(update.B, update.A)
+            rows.append(RankRow(name, update.A.shape[0], effective_rank(sigma), shape))
     return rows
 
 
 def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
-    """Write an adapter of one rank for all modules, as every serving engine reads it, and return that rank.
+    """Write an adapter of one rank for all modules, which every serving engine reads, and return that rank.
 
     Updates are zero-padded, the scale is 1 (`lora_alpha == r`), there are no patterns, and every module that could
-    grow is present, also those that ended at rank 0. It is a format to serve, not to resume from: a padded row gets
-    no gradient.
+    grow is present, including those of rank 0. The format is for serving, not for resuming: a padded row gets no
+    gradient.
 
     Args:
         folder: A plain LoRA adapter.
         out: Folder to write; must be new or empty.
-        rank: Rank to pad to; the next of 8, 16, 32, 64, 128, 256 by default.
+        rank: Rank to pad to; by default the smallest of 8, 16, 32, 64, 128, 256 that is large enough.
 
     Raises:
         ConfigError: `rank` is too small, or the adapter's rank is above 256; `out` is not empty.
@@ -185,17 +186,17 @@ def export_merged(
 ) -> None:
     """Write the full model with the adapter merged in, added in float32.
 
-    The adapter is added to the weights that the base model has on disk, whatever they were quantised to for training.
+    The adapter is added to the weights that the base model has on disk, even if it was trained over quantised ones.
 
     Args:
         folder: A plain LoRA adapter.
         out: Folder to write; must be new or empty.
         base_model: Folder or hub name of the base model; the adapter's own by default.
-        dtype: Type the merged weights are stored in. Below float32 each weight is rounded once, after the merge; a
-            small update can vanish in that rounding.
+        dtype: Type of the stored weights: float32, bfloat16 or float16. Below float32 each weight is rounded once,
+            after the merge; a small update can vanish in that rounding.
 
     Raises:
-        ConfigError: No base model or model class is known, the base model is quantised on disk, or `out` is not
+        ConfigError: The base model or its class is not known, the base model is quantised on disk, or `out` is not
             empty.
         CheckpointError: The adapter is missing or damaged.
     """
@@ -211,8 +212,8 @@ def export_merged(
         raise bad_value(
             "base_model",
             base_name,
-            "its weights are quantised on disk, and adding to them would round the update away; give the model in 16 "
-            "or 32 bits that it was made from (--base-model)",
+            "its weights are quantised on disk, and adding to them would round the update away; give the model "
+            "in 16 or 32 bits that it was made from (--base-model)",
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     with _filled_at_once(target) as staging:
@@ -222,14 +223,14 @@ def export_merged(
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:
-    """Load base model and adapter in plain PEFT, in float32 and evaluation mode.
+    """Load a base model and an adapter in plain PEFT, in float32 and evaluation mode.
 
     Args:
         folder: A plain LoRA adapter.
         base_model: Folder or hub name of the base model; the adapter's own by default.
 
     Raises:
-        ConfigError: The model class cannot be told from the adapter, or the base model cannot be loaded.
+        ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
     """
     import transformers
     from peft import PeftModel
@@ -245,7 +246,7 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
             f"it does not tell the model class; set it in adapter_config.json to one of {sorted(_MODEL_CLASSES)}",
         )
     labels = _head_size(adapter)
-    # The head comes with the adapter, whatever the base model has in its place.
+    # The adapter brings its head, so that of the base model may have another size.
     options: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
@@ -260,24 +261,25 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
 
 
 def _head_size(adapter: AdapterWeights) -> int | None:
-    """Number of labels of a saved classification head: the rows of its last weight or bias."""
+    """Return the number of labels of a saved classification head, the rows of its last weight or bias."""
     if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     head = [name for name in sorted(adapter.others) if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
     if head:
         return adapter.others[head[-1]].shape[0]
-    # By another name, as classification_head or logits_proj: of its tensors those with a row a label have the fewest.
+    # Heads of other names (classification_head, logits_proj): tensors with a row per label have the fewest rows.
     return min((tensor.shape[0] for tensor in adapter.others.values() if tensor.ndim), default=None)
 
 
 def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """Return what PEFT multiplies the update of a module by."""
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(patterns.keys(), name), config["lora_alpha"])
     return float(alpha / rank**0.5) if config.get("use_rslora") else float(alpha / rank)
 
 
 def _grown_shapes(folder: str | os.PathLike[str], adapter: AdapterWeights) -> dict[str, tuple[int, int]]:
-    """Return (m, n) of every module that could grow: from aroma_state where there is one, else those adapted."""
+    """Return (m, n) of every module that could grow; without an `aroma_state.json`, of every adapted module."""
     if not (Path(folder) / STATE_FILE).exists():
         return {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
     modules = read_state(folder)["modules"]
@@ -285,20 +287,19 @@ def _grown_shapes(folder: str | os.PathLike[str], adapter: AdapterWeights) -> di
 
 
 def _uniform_rank(largest: int, wanted: int | None) -> int:
-    if wanted is not None:
-        if wanted < largest:
-            raise bad_value("rank", wanted, f"a module has rank {largest}; give at least that")
-        return wanted
-    for rank in SERVING_RANKS:
-        if largest <= rank:
-            return rank
-    raise bad_value(
-        "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
-    )
+    """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one."""
+    rank = wanted if wanted is not None else next((rank for rank in SERVING_RANKS if largest <= rank), None)
+    if rank is None:
+        raise bad_value(
+            "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
+        )
+    if rank < largest:
+        raise bad_value("rank", wanted, f"a module has rank {largest}; give at least that")
+    return rank
 
 
 def _new_folder(out: str | os.PathLike[str]) -> Path:
-    """Return `out` as a path if it does not exist, or is empty; it is made when something is written."""
+    """Return `out` as a path if it does not exist or is empty."""
     target = Path(out)
     if not is_new_or_empty(target):
         raise bad_value("out", str(out), "it exists and is not an empty folder; nothing is overwritten, give another")
@@ -307,7 +308,7 @@ def _new_folder(out: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _filled_at_once(target: Path) -> Iterator[Path]:
-    """Yield a folder beside `target` that becomes `target` in one step, or vanishes."""
+    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         staging = Path(scratch) / target.name
@@ -317,7 +318,7 @@ def _filled_at_once(target: Path) -> Iterator[Path]:
 
 
 def _copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy what matches `patterns` from the first of `sources` that has any."""
+    """Copy the files that match `patterns` from the first of `sources` that has any."""
     for source in sources:
         files = {file for pattern in patterns for file in source.glob(pattern)} if source.is_dir() else set()
         if files:

@@ -90,7 +90,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
-    """Write `tensors` to `path` as safetensors, atomically."""
+    """Write `tensors` (any shapes) to `path` as safetensors, atomically."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:

@@ -447,7 +447,7 @@ class GrowingMatrices:
     def restore(
         self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], draw: int, pairs: Sequence[Pair]
     ) -> None:
-        """Restore `state()`, after `refuse_other`; the arguments are its own and those of `state`."""
+        """Restore `state()`, after `refuse_other`; `pairs`, b (m, r) and a (r, n), are the components in training."""
         for matrix, entry, pair in zip(self._all, state["modules"], pairs, strict=True):
             matrix.restore(entry, tensors, draw, pair)
         self.require_held_by_optimizer()
@@ -456,7 +456,7 @@ class GrowingMatrices:
         )
 
     def digest(self, pairs: Sequence[Pair]) -> str:
-        """Return a digest of all components, equal before a save and after the load."""
+        """Return a digest of all components, `pairs` b (m, r), a (r, n) included: the same before a save and after."""
         tensors = {}
         for matrix, pair in zip(self._all, pairs, strict=True):
             B, A = matrix.components(pair)

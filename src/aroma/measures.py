@@ -43,7 +43,7 @@ class PairSnapshot:
 
     @classmethod
     def restore(cls, norms: list[float], tensors: Mapping[str, Tensor], like: Sequence[Pair]) -> PairSnapshot:
-        """Rebuild a snapshot from a checkpoint, on the devices of the pairs `like`."""
+        """Rebuild a snapshot from a checkpoint, on the devices of the pairs `like`, b (m, r) and a (r, n)."""
         if "snapshot.0.b" not in tensors:
             return cls(norms)
         pairs = [
@@ -54,7 +54,7 @@ class PairSnapshot:
 
 
 def pair_norms(pairs: Sequence[Pair]) -> list[float]:
-    """Return ‖b a‖_F of every pair."""
+    """Return ‖b a‖_F of every pair b (m, r), a (r, n)."""
     return _batched(lambda b, a: product_norm_squared(b, a).sqrt(), [*pairs])
 
 
@@ -64,7 +64,7 @@ def inner_values(
     """Return the left side of (5) for every pair, and the snapshot for the next check.
 
     Args:
-        pairs: Components of the active modules.
+        pairs: Components of the active modules, b (m, r) and a (r, n).
         earlier: Snapshot of the previous check.
         criterion: `"norm_change"`, (‖b a‖ − ‖b' a'‖) / ‖b' a'‖, or `"update_change"`, ‖b a − b' a'‖ / ‖b' a'‖.
 
@@ -131,10 +131,12 @@ def grown_norms(
 
 
 def _norm_and_change(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> Tensor:
+    """Return ‖b a‖_F and ‖b a − b0 a0‖_F, (k, 2), of stacked pairs (k, m, r) and (k, r, n)."""
     return torch.stack([product_norm_squared(b, a), difference_norm_squared(b, a, b0, a0)], dim=-1).sqrt()
 
 
 def _copies(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return copies of pairs b (m, r), a (r, n)."""
     return [(b.detach().clone(), a.detach().clone()) for b, a in pairs]
 
 
@@ -162,7 +164,7 @@ def _batched(measure: Callable[..., Tensor], items: Sequence[tuple[Tensor, ...]]
 
 
 def _to_host(values: Sequence[Tensor]) -> list[float]:
-    """Bring values to the host in one go: the one sync of a measurement."""
+    """Bring values (any shapes) to the host in one go: the one sync of a measurement."""
     if not values:
         return []
     device = values[0].device

@@ -158,6 +158,7 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
 
 
 def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:
+    """Return the moments of `param` (any shape) that `kind` resets, or raise what `reset_state` raises."""
     if kind not in RESET_KINDS:
         raise bad_value("reset", kind, "choose 'prune', 'zero' or 'none'")
     sharding = sharding_of(param, optimizer)

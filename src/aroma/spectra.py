@@ -84,10 +84,10 @@ def component_cosines(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor, r:
     a component shares out between its factors matters. It is 0 where a component is zero.
 
     Args:
-        B: m×R, any floating dtype.
-        A: R×n, on the same device.
-        other_B: m×R', of the other update of the same module.
-        other_A: R'×n.
+        B: (m, R), any floating dtype.
+        A: (R, n), on the same device.
+        other_B: (m, R'), of the other update of the same module.
+        other_A: (R', n).
         r: Rank of one component of the first update.
         other_r: Rank of one component of the other.
 
@@ -113,6 +113,7 @@ def _unit_components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]
 
 
 def _components(B: Tensor, A: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
+    """Split B (m, R) and A (R, n) into components of rank r."""
     # Torch splits nothing into one empty piece, not into none.
     return list(zip(B.split(r, dim=1), A.split(r), strict=True)) if B.shape[1] else []
 
@@ -134,5 +135,6 @@ def _triangle(matrix: Tensor) -> Tensor:
 
 
 def _double(matrix: Tensor) -> Tensor:
+    """Return a matrix (m, n) in float64."""
     # MPS knows neither float64 nor these factorizations.
     return (matrix.cpu() if matrix.device.type == "mps" else matrix).double()

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aroma import AromaConfig, aroma_layers
 from aroma.export import export_uniform
-from aroma.gguf_lora import export_gguf
+from aroma.gguf import export_gguf
+from aroma.tuner import live_adapter
 from aroma_lab.language.gguf_source import packaged_gguf, resolve_gguf
 from models import METHOD
 
@@ -100,7 +101,7 @@ def adapter(smollm2: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
         A = 0.1 * torch.randn(rank, layer.in_features, generator=generator)
         if rank:
             layer.finished("default").append(B, A)
-    model.peft_config["default"].ever_controlled = True
+    live_adapter(model).ever_controlled = True
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     model.save_pretrained(folder)
     return folder
@@ -143,7 +144,7 @@ def answers(smollm2: Base, adapter: Path, tmp_path_factory: pytest.TempPathFacto
     export_gguf(adapter, files["adapter"], base)
     export_gguf(folder / "uniform", files["uniform"], base)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aroma.gguf_lora.rotary_rows", lambda rows, heads: rows)
+        patch.setattr("aroma.gguf.rotary_rows", lambda rows, heads: rows)
         export_gguf(adapter, files["unordered"], base)
     model = smollm2.load()
     vocabulary = model.config.vocab_size

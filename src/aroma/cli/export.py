@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> str:
     """Export, and say what was written."""
     if arguments.gguf:
-        from ..gguf_lora import export_gguf
+        from ..gguf import export_gguf
 
         ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments))
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"

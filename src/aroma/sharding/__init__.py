@@ -4,7 +4,6 @@ from .fsdp2 import sharding_modules
 from .processes import (
     agree,
     is_distributed,
-    is_zero,
     of_first_rank,
     processes_of_node,
     refuse_changed_processes,
@@ -15,10 +14,8 @@ from .processes import (
     world_size,
 )
 from .protocol import (
-    FSDP2,
     REPLICAS,
     ZERO,
-    Handle,
     Sharding,
     gathered,
     is_sharded,
@@ -34,20 +31,13 @@ from .protocol import (
     write,
 )
 from .replicas import Entries, Factors, OptimizerState
-from .zero import Partition, StepHooks, is_flattened, is_partitioned
-
-# Names that the layer still uses; each goes with its last caller.
-local = FSDP2.own_entries
-partition_of = ZERO.matrix
-
+from .zero import Partition, StepHooks, is_partitioned
 
 __all__ = [
-    "FSDP2",
     "REPLICAS",
     "ZERO",
     "Entries",
     "Factors",
-    "Handle",
     "OptimizerState",
     "Partition",
     "Sharding",
@@ -55,14 +45,10 @@ __all__ = [
     "agree",
     "gathered",
     "is_distributed",
-    "is_flattened",
     "is_partitioned",
     "is_sharded",
-    "is_zero",
-    "local",
     "of_first_rank",
     "own_entries",
-    "partition_of",
     "processes_of_node",
     "refuse_changed_processes",
     "refuse_missing_pairs",

@@ -260,5 +260,5 @@ def summed(measure: Measure, weights: Sequence[Callable[[], Any]], factors: Sequ
 
 
 def _measured(measure: Measure, W: Any, B: Tensor, A: Tensor) -> tuple[Tensor, Reduction | None]:
-    # A function of its own, so that W is freed when it returns.
+    """Return the measure of what this rank holds of W (m, n), with B (m, R) and A (R, n); W is freed on return."""
     return sharding_of(W).measure(measure, W, B, A)

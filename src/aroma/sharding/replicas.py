@@ -97,7 +97,7 @@ class Replicas:
     # Parameters ------------------------------------------------------------------------------------------------------
 
     def is_sharded(self, tensor: Tensor) -> bool:
-        """Whether this process holds a part of `tensor` only: never here."""
+        """Whether this process holds a part of `tensor` (any shape) only: never here."""
         return False
 
     def own_entries(self, tensor: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Replicas:
         """Do nothing: there are no shards."""
 
     def needs_all_gradients(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether every backward must reach all `parameters`: DistributedDataParallel waits for each of them."""
+        """Whether every backward must reach all `parameters` (any shapes): DistributedDataParallel waits for each."""
         return is_distributed()
 
     def refuse(self, model: nn.Module, optimizer: Any) -> None:

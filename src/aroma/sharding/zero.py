@@ -51,7 +51,7 @@ class Range:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Return the entries, (stop - start,), in a tensor laid out as `self.flat`; they share its memory."""
+        """Return the entries, shaped (stop - start,), in a tensor laid out as `self.flat`; they share its memory."""
         return flat.detach()[self.offset : self.offset + self.stop - self.start]
 
     def pick(self, whole: Tensor) -> Tensor:
@@ -219,6 +219,7 @@ class Zero(Replicas):
         held = own
 
         def entries(value: Tensor) -> Entries | None:
+            """Return this rank's entries in a flat tensor; None if its shape is another."""
             if type(value) is not Tensor or not value.is_floating_point() or value.shape != held.flat.shape:
                 return None
             return Entries(held.of(value), held.shape, held.pick)

@@ -1,23 +1,20 @@
-"""The adapter facts of AROMA: what one component is, and when a module has enough of them."""
+"""AromaConfig: what one component is, and when a module has enough of them. Data only; see `live` for the rest."""
 
 from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..errors import ConfigError, bad_value
+from ..errors import bad_value
 from ..files import write_json
+from .live import take_collected
 from .state import write_adapter_state
-
-if TYPE_CHECKING:
-    from .layout import PlainAdapter
 
 PEFT_TYPE = "AROMA"
 
@@ -37,7 +34,7 @@ METHOD_FIELDS = (
     "rewarmup_steps",
     "component_seed",
 )
-"""Fields that decide a run; a resumed run must agree with its checkpoint in all of them."""
+"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
 _PLAIN_LORA_ONLY: dict[str, tuple[Any, str]] = {
     "bias": ("none", "AROMA trains no biases; leave it at 'none'"),
@@ -55,7 +52,7 @@ _PLAIN_LORA_ONLY: dict[str, tuple[Any, str]] = {
 """LoraConfig fields that AROMA does not support: their only allowed value, and why."""
 
 _INITIALISERS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_qalora", "megatron_config")
-"""Further LoraConfig fields that ask for another method, and would be ignored in silence."""
+"""Further LoraConfig fields that ask for another method and would be ignored silently."""
 
 
 @dataclass
@@ -64,9 +61,9 @@ class AromaConfig(LoraConfig):
 
     Every target module trains one pair (b, a) of rank `r` at a time. With the defaults and 1,200 planned steps, the
     first inner loop lasts at most 1200 / 12 = 100 optimizer steps and is checked at steps 10, 20, …, 100. A module
-    whose ‖b a‖_F grew by less than 10 % since the previous check is labelled; when all are labelled, or at step 100,
-    each module either keeps its component (‖s b a‖_F ≥ 0.005 ‖W0 + s B A‖_F) and starts the next one, or drops it
-    and stays frozen.
+    whose ‖b a‖_F grew by less than 10 % since the previous check is labelled converged. When all are labelled, or at
+    step 100, each module either keeps its component (if ‖s b a‖_F ≥ 0.005 ‖W0 + s B A‖_F) and starts the next one, or
+    drops it and stays frozen.
 
     ReLoRA is the special case without checks: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
     max_components=8)`` trains eight components of equal length.
@@ -74,8 +71,8 @@ class AromaConfig(LoraConfig):
     Args:
         r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks.
         lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
-        lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training; finished
-            components count as merged and see no dropout.
+        lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training. Finished
+            components count as merged and have no dropout.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`.
         inner_tolerance (`float` or `None`, *optional*, defaults to 0.1): ε_in of equation (5). `None`: no inner
             checks, every inner loop lasts `max_inner_steps`.
@@ -84,23 +81,22 @@ class AromaConfig(LoraConfig):
             least 50; for ReLoRA, the planned steps divided by `max_components`.
         outer_tolerance (`float` or `None`, *optional*, defaults to 0.005): ε_out of equation (6). `None`: every
             component is kept.
-        min_components (`int`, *optional*, defaults to 0): So many components are kept whatever equation (6) says.
-            The released code of the paper behaves as 1.
-        max_components (`int`, *optional*): A module with so many components is frozen.
+        min_components (`int`, *optional*, defaults to 0): A module keeps this many components whatever equation (6)
+            says. The paper's released code behaves like 1.
+        max_components (`int`, *optional*): A module with this many components is frozen.
         inner_criterion (`str`, *optional*, defaults to `"norm_change"`): `"norm_change"` is equation (5), the relative
             change of the norm; `"update_change"` is the relative norm of the change.
         reset (`str`, *optional*, defaults to `"prune"`): What happens to the optimizer state of (b, a) after a merge:
             `"prune"` zeroes a random `prune_ratio` of the moments, the same entries in each, and keeps the step count
-            (section 3.2), `"zero"`
-            zeroes moments and step count, `"none"` keeps everything (the ablation of Table 4).
+            (section 3.2); `"zero"` zeroes moments and step count; `"none"` keeps everything (ablation of Table 4).
         prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
         rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
             back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
-        component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` at
-            the time the adapter is made, so that `set_seed` decides it.
+        component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
+            the adapter is made, so that `set_seed` decides it.
 
     Raises:
-        ConfigError: A value that cannot work, with its field and the remedy.
+        ConfigError: A value cannot work; the error names the field and the remedy.
     """
 
     r: int = field(default=1, metadata={"help": "Rank of one component."})
@@ -114,15 +110,17 @@ class AromaConfig(LoraConfig):
     inner_check_interval: int = field(default=10, metadata={"help": "Optimizer steps between inner checks."})
     max_inner_steps: int | None = field(
         default=None,
-        metadata={"help": "Most optimizer steps of one inner loop; None: a twelfth of the run, at least 50."},
+        metadata={"help": "Maximum optimizer steps of an inner loop; None: a twelfth of the run, at least 50."},
     )
     outer_tolerance: float | None = field(
         default=5e-3, metadata={"help": "Tolerance of the outer check, equation (6); None: keep every component."}
     )
     min_components: int = field(
-        default=0, metadata={"help": "Components a module keeps whatever the outer check says."}
+        default=0, metadata={"help": "Components that a module keeps whatever the outer check says."}
     )
-    max_components: int | None = field(default=None, metadata={"help": "A module with so many components is frozen."})
+    max_components: int | None = field(
+        default=None, metadata={"help": "A module with this many components is frozen."}
+    )
     inner_criterion: Literal["norm_change", "update_change"] = field(
         default="norm_change",
         metadata={"help": "'norm_change': change of the norm, equation (5); 'update_change': norm of the change."},
@@ -145,17 +143,10 @@ class AromaConfig(LoraConfig):
         self._check_unsupported()
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        # Not dataclass fields: they belong to the live adapter, not to its configuration.
-        self._plain: PlainAdapter | None = None
-        self._exported: dict[str, Any] | None = None
-        self._controller: weakref.ref[Any] | None = None
-        self.ever_controlled = False
-        self.dtype_is_settled = False
-        self._chosen_seed = self.component_seed
 
     def _check_component(self) -> None:
         _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
-        _require_positive("lora_alpha", self.lora_alpha, "the scale lora_alpha / r is a positive number; try 4")
+        _require_positive("lora_alpha", self.lora_alpha, "the scale lora_alpha / r must be a positive number; try 4")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise bad_value("lora_dropout", self.lora_dropout, "give a probability in [0, 1)")
         if self.component_seed is not None:
@@ -165,7 +156,7 @@ class AromaConfig(LoraConfig):
         for name in ("inner_tolerance", "outer_tolerance"):
             value = getattr(self, name)
             if value is not None:
-                _require_positive(name, value, "a tolerance is a positive number; None switches the check off")
+                _require_positive(name, value, "a tolerance must be a positive number; None switches the check off")
         _require_int(
             "inner_check_interval", self.inner_check_interval, 1, "checks are at least one step apart; try 10"
         )
@@ -183,7 +174,7 @@ class AromaConfig(LoraConfig):
             raise bad_value("inner_criterion", self.inner_criterion, "choose 'norm_change' or 'update_change'")
 
     def _check_inner_steps(self, inner_steps: int) -> None:
-        """Raise when an inner loop of `inner_steps` would end before its first check."""
+        """Raise if an inner loop of `inner_steps` would end before its first check."""
         if self.inner_tolerance is not None and inner_steps < self.inner_check_interval:
             raise bad_value(
                 "max_inner_steps",
@@ -217,24 +208,11 @@ class AromaConfig(LoraConfig):
         """Scale s = lora_alpha / r of every component."""
         return self.lora_alpha / self.r
 
-    @property
-    def controller(self) -> Any | None:
-        """The controller that drives this adapter, if one is attached and alive."""
-        return self._controller() if self._controller is not None else None
-
-    def attach_controller(self, controller: Any) -> None:
-        """Remember `controller`, so that saving writes its state; a weak reference, since it outlives no run."""
-        self._controller = weakref.ref(controller)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copied or pickled adapter is not driven by the controller of the original."""
-        return {**self.__dict__, "_controller": None}
-
     def resolve_inner_steps(self, total_steps: int | None) -> int:
         """Return T_in, in optimizer steps, for a run of `total_steps` planned optimizer steps.
 
         Raises:
-            ConfigError: No T_in can be derived, or a check would never fall within the run or its inner loops.
+            ConfigError: T_in cannot be derived, or the run or its inner loops would end before the first check.
         """
         if total_steps is not None and self.inner_tolerance is not None and self.inner_check_interval > total_steps:
             raise bad_value(
@@ -246,7 +224,7 @@ class AromaConfig(LoraConfig):
             return self.max_inner_steps
         if total_steps is None:
             raise bad_value(
-                "max_inner_steps", None, "give it, or give the controller total_steps so that it can be derived"
+                "max_inner_steps", None, "set it, or give the controller total_steps, from which it is derived"
             )
         if self.inner_tolerance is None and self.outer_tolerance is None and self.max_components is not None:
             return max(1, total_steps // self.max_components)
@@ -261,38 +239,26 @@ class AromaConfig(LoraConfig):
         return inner_steps
 
     def method(self) -> dict[str, Any]:
-        """Return the fields that decide a run, JSON-able."""
+        """Return the fields that decide a run; JSON-able."""
         return {name: getattr(self, name) for name in METHOD_FIELDS}
 
-    def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raise when `saved`, the `method()` of a checkpoint, differs from this configuration.
-
-        Raises:
-            ConfigError: Naming every differing field with both values.
-        """
-        now = self.method()
-        if self._chosen_seed is None:
-            now["component_seed"] = saved.get("component_seed")
-        differing = [name for name in now if now[name] != saved.get(name)]
-        if differing:
-            values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
-            raise ConfigError(
-                f"cannot resume with another configuration: {values}. Resume with the checkpoint's values, or start "
-                "a new run."
-            )
-        self.component_seed = now["component_seed"]
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration; for a live adapter, that of its plain LoRA form and `aroma_state` beside it."""
-        if self._plain is None:
+        """Write the configuration.
+
+        While PEFT saves a model, that is the plain LoRA configuration of the tensors it has just collected, with
+        `aroma_state.json` beside it. Called at any other moment it writes this configuration itself.
+        """
+        collected = take_collected(self)
+        if collected is None:
             super().save_pretrained(save_directory, **kwargs)
             return
-        plain = self._plain.lora_config(self).to_dict()
+        live, snapshot = collected
+        plain = snapshot.plain.lora_config(self).to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
-        write_adapter_state(save_directory, self)
+        write_adapter_state(save_directory, live, snapshot.plain, snapshot.exported)
 
 
 def _is_number(value: object) -> bool:
@@ -300,7 +266,7 @@ def _is_number(value: object) -> bool:
 
 
 def _require_positive(name: str, value: Any, remedy: str) -> None:
-    # Finite, too: infinity is no JSON, so the first save would fail.
+    # Finite, too: infinity is not JSON, so the first save would fail.
     if not _is_number(value) or not 0 < value < math.inf:
         raise bad_value(name, value, remedy)
 

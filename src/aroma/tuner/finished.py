@@ -8,19 +8,23 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = 8
-"""Finished components are stored in chunks of so many rows, so that a compiled graph survives many growths."""
+"""Finished components are stored in chunks of this many rows, so that a compiled graph survives many growths."""
 
 
 class FinishedComponents(nn.Module):
     """The components of one module that no longer train: ΔW = B A, with the scale s already folded into B.
 
-    The storage grows in chunks, of 8 components unless `reserve` says otherwise, zero-padded, and is written in place;
-    it is never an inference tensor, with which nobody could train later. The state dict holds exactly the `rank`
-    components there are, so its shapes tell the rank.
+    The storage is zero-padded, written in place, and grows in chunks (of 8 components unless `reserve` changes that).
+    It is never an inference tensor, which could not be trained with later. The state dict holds the `rank` components
+    without padding, so its shapes tell the rank.
 
     Args:
         in_features (`int`): n.
         out_features (`int`): m.
+
+    Attributes:
+        rank: R, the number of components.
+        chunk: Components by which the storage grows.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -28,21 +32,25 @@ class FinishedComponents(nn.Module):
         self.rank = 0
         self.chunk = CHUNK
         self._least = 0
-        # Named as their part in the state dict: torch's distributed checkpoints load what is named alike in both.
-        self._buffers["A"] = torch.empty(0, in_features)
-        self._buffers["B"] = torch.empty(out_features, 0)
+        # Named as in the state dict: torch's distributed checkpoints match the names of buffers and entries.
+        self._store(torch.empty(0, in_features), torch.empty(out_features, 0))
 
     @property
     def storage_A(self) -> Tensor:
         """A with its padding, (capacity, n)."""
-        return self._buffers["A"]  # type: ignore[return-value]
+        A = self._buffers["A"]
+        assert A is not None
+        return A
 
     @property
     def storage_B(self) -> Tensor:
         """B with its padding, (m, capacity)."""
-        return self._buffers["B"]  # type: ignore[return-value]
+        B = self._buffers["B"]
+        assert B is not None
+        return B
 
     def _store(self, A: Tensor, B: Tensor) -> None:
+        """Replace the storage by A (capacity, n) and B (m, capacity)."""
         self._buffers["A"], self._buffers["B"] = A, B
 
     @property
@@ -62,9 +70,9 @@ class FinishedComponents(nn.Module):
 
     @property
     def padded(self) -> tuple[Tensor, Tensor]:
-        """B (m, K) and A (K, n) as a layer multiplies with them, zero-padded to a multiple of 8 components.
+        """B (m, K) and A (K, n) as the layer multiplies with them, zero-padded to a multiple of 8 components.
 
-        A compiler gets the whole storage, whose shape says nothing of the rank: a growth makes no new graph.
+        A compiler gets the whole storage: its shape does not depend on the rank, so growing makes no new graph.
         """
         if torch.compiler.is_compiling():
             return self.storage_B, self.storage_A
@@ -74,14 +82,19 @@ class FinishedComponents(nn.Module):
         return self.storage_B[:, :count], self.storage_A[:count]
 
     def reserve(self, chunk: int, like: Tensor) -> None:
-        """Store components in chunks of `chunk`, a multiple of 8, from now on, the first at once, typed as `like`."""
+        """Store components in chunks of `chunk`, a multiple of 8, from now on, and make the first one at once.
+
+        Args:
+            chunk: Components of a chunk.
+            like: Tensor of any shape, whose dtype and device the storage gets.
+        """
         self.chunk, self._least = chunk, chunk
         self._reserve(self.rank, like)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def append(self, B: Tensor, A: Tensor) -> None:
-        """Add components `B` (m, k), scale folded in, and `A` (k, n) behind the ones there are."""
+        """Append components `B` (m, k), scale folded in, and `A` (k, n)."""
         new_rank = self.rank + A.shape[0]
         self._reserve(new_rank, like=A)
         self.storage_A[self.rank : new_rank] = A
@@ -94,7 +107,7 @@ class FinishedComponents(nn.Module):
         """Remove the last `count` components and return copies of them: (m, count) and (count, n)."""
         kept = self.rank - count
         B, A = self.B, self.A
-        # Rebuilt, not shortened: the padded shape must be that of a run which never held the popped components.
+        # Rebuilt, not shortened: the padded shape must be that of a run that never held the popped components.
         self._clear(like_A=A, like_B=B)
         self._reserve(kept, like=A)
         self.append(B[:, :kept], A[:kept])
@@ -103,6 +116,7 @@ class FinishedComponents(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _reserve(self, rank: int, like: Tensor) -> None:
+        """Make room for `rank` components, with the dtype and device of `like` (any shape)."""
         capacity = max(self._least, -(-rank // self.chunk) * self.chunk)
         if capacity <= self.capacity:
             return
@@ -114,12 +128,13 @@ class FinishedComponents(nn.Module):
 
     @torch.inference_mode(False)
     def _clear(self, like_A: Tensor, like_B: Tensor) -> None:
+        """Drop everything; the new storage has the dtypes, devices and sizes of `like_A` (k, n), `like_B` (m, k)."""
         self.rank = 0
         self._store(like_A.new_empty(0, like_A.shape[1]), like_B.new_empty(like_B.shape[0], 0))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "A"] = self.A
-        # A collective over a view of the padded storage would send other numbers than it shows.
+        # Contiguous: a collective over a view of the padded storage would send the wrong numbers.
         destination[prefix + "B"] = self.B.contiguous()
 
     def _load_from_state_dict(

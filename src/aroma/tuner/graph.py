@@ -1,4 +1,4 @@
-"""What a growing adapter does to the graph of a training step at the model's output, and what DDP may see of it."""
+"""The autograd graph at the model's output, and what DistributedDataParallel sees of a growing adapter."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..errors import bad_value
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX
 
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-"""Where DistributedDataParallel looks for names that it is to leave alone."""
-
 
 class GraphKeeper:
-    """Forward hook of a model: gives its output what a finished adapter no longer gives it.
+    """Forward hook of a model that gives its output the gradients a finished adapter no longer needs.
 
-    In one process, when every module is frozen and there is no head to train, no parameter is left in the graph. A
-    loop may well take another step then: with early stopping switched off, or a Trainer that resumes a run that was
-    over. The loss then gets a gradient, which is zero, so that `backward` has something to do.
+    One process: once every module is frozen and no head trains, no parameter is left in the graph. A loop may still
+    take another step, with early stopping switched off or in a Trainer that resumes a finished run. The loss then gets
+    a zero gradient, so that `backward` has something to do.
 
-    In several processes DistributedDataParallel waits in every backward for the gradient of each parameter that it
-    found when the model was wrapped. Frozen pairs get theirs, zero, at the output: no layer computes anything for
-    them, and autograd still stops where every module below has finished.
+    Several processes: DistributedDataParallel waits in every backward for the gradient of each parameter that it found
+    when the model was wrapped. Frozen pairs get theirs, zero, at the output. No layer computes anything for them, and
+    autograd still stops where every module below has finished.
 
     Attributes:
         layers: The growing layers of the model.
@@ -35,11 +33,11 @@ class GraphKeeper:
         self.layers: list[AromaLinear] = []
 
     def __call__(self, model: nn.Module, _: Any, output: Any) -> Any:
-        """Return `output` with another graph, or None to leave it as it is."""
+        """Return `output`, tensors of any shape, with another graph, or None to leave it unchanged."""
         if not model.training or not torch.is_grad_enabled():
             return None
         if torch.compiler.is_compiling() and any(layer.stays_in_graph for layer in self.layers):
-            # The layers evaluate frozen pairs themselves; to ask for these is to compile again at every freezing.
+            # The layers evaluate frozen pairs themselves; to ask which are frozen would compile again at each freeze.
             return None
         waiting = [pair for layer in self.layers if layer.stays_in_graph for pair in _frozen_in_graph(layer)]
         if waiting:
@@ -51,14 +49,14 @@ class GraphKeeper:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` was applied to the model, to a part of it, or to what it wraps."""
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+    return any(map(compat.is_compiled, model.modules()))
 
 
 def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
-    """Let DistributedDataParallel leave the finished components of `model` alone.
+    """Make DistributedDataParallel ignore the finished components of `model`.
 
-    It would send all buffers from rank 0 to the others in every forward: of ours, all components there are, which
-    every rank has anyway. And in place, so that nobody could call the model twice before a backward.
+    It would broadcast all buffers from rank 0 in every forward, though every rank has the same components. It would
+    also write them in place, so that a model could not be called twice before a backward.
 
     Args:
         model: The model that the layers are in.
@@ -70,9 +68,8 @@ def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
         for adapter, finished in layer.lora_finished.items()
         for name, _ in finished.named_buffers()
     }
-    # As the model is wrapped: by itself, as the tuner, or as a PeftModel, which both look attributes up in the model.
-    prefixed = {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)}
-    setattr(model, _IGNORED, sorted({*getattr(model, _IGNORED, ()), *prefixed}))
+    # DDP may wrap the model, the tuner or the PeftModel; the latter two look attributes up in the model.
+    compat.hide_from_ddp(model, {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)})
 
 
 def _frozen_in_graph(layer: AromaLinear) -> list[nn.Parameter]:
@@ -81,21 +78,22 @@ def _frozen_in_graph(layer: AromaLinear) -> list[nn.Parameter]:
 
 
 def _with_zero_gradients(parameters: list[nn.Parameter], output: Any) -> Any:
-    """Return `output` with zero gradients for `parameters` behind each of its tensors: the loss may come from any."""
+    """Return `output` with zero gradients for `parameters` (any shape) behind each tensor: the loss may use any."""
+    node: Callable[..., Tensor] = _ZeroGradients.apply
     found = []
 
     def change(tensor: Tensor) -> Tensor:
+        """Return a tensor (any shape) behind the zero gradients."""
         found.append(True)
-        changed: Tensor = _ZeroGradients.apply(tensor, *parameters)
-        return changed
+        return node(tensor, *parameters)
 
     changed = _map_tensors(change, output)
     if not found:
         raise bad_value(
             "model",
             type(output).__name__,
-            "AROMA finds no floating-point tensor in what the model returns, so finished modules could not take part "
-            "in DistributedDataParallel; let it return tensors in tuples, lists or dicts",
+            "its output has no floating-point tensor, so finished modules cannot take part in "
+            "DistributedDataParallel; let the model return tensors in tuples, lists or dicts",
         )
     return changed
 
@@ -105,17 +103,19 @@ class _ZeroGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *parameters: Tensor) -> Tensor:
+        """Return `tensor`, of any shape."""
         ctx.parameters = parameters
-        # Not a view, which nobody could write to in place.
+        # Not a view, which could not be written to in place.
         return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Return `gradient`, shaped as the tensor, and zeros shaped as the parameters."""
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
 
 
 def _map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Change the floating-point tensors of what a model returns: tensors, in tuples, lists, dicts, `ModelOutput`s."""
+    """Apply `change` to the floating-point tensors (any shapes) in what a model returns, however nested."""
     if isinstance(output, Tensor):
         return change(output) if output.is_floating_point() else output
     if isinstance(output, tuple | list):

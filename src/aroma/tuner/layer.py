@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
-from ..sharding import Partition, gathered, is_partitioned, is_sharded, local, partition_of, write
+from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Update, add_update, autocast_dtype, linear_with_update
-from .watched import are_plain_linear, is_hooked, is_traced, returns_its_own
+from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
+
+if TYPE_CHECKING:
+    from .live import LiveAdapter
 
 
 class AromaLinear(LoraLinear):
@@ -32,30 +36,39 @@ class AromaLinear(LoraLinear):
 
     (section 3.1). W0 is never written. A frozen module has b = a = 0 and costs its finished components only.
 
-    `scaling` is the scale that PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change for a while; it
-    scales the whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
+    `scaling` is what PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change temporarily; it scales the
+    whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
 
-    `stays_in_graph` is set where the graph must not change: DistributedDataParallel waits in every backward for a
-    gradient of each parameter that it found at the start, and a compiled graph is made again when a parameter stops
-    requiring one. A frozen pair goes on requiring a gradient then, which is zero. The layer skips it all the same, and
-    the model's output gives it the gradient (`GraphKeeper`); in a compiled graph it is evaluated as any other.
+    `stays_in_graph` is set where the graph must not change. DistributedDataParallel waits in every backward for a
+    gradient of each parameter that it found at the start, and a graph is compiled again when a parameter stops
+    requiring a gradient. So a frozen pair then still requires one, which is zero. The layer skips the pair all the
+    same, and `GraphKeeper` adds the gradient at the model's output; a compiled graph evaluates the pair as any other.
 
-    Casting the model to 16 bits (`model.to`, `half`, `bfloat16`) leaves components of 32 bits as they are: small
+    Casting the model to 16 bits (`model.to`, `half`, `bfloat16`) leaves 32-bit components as they are, because small
     updates would be rounded away.
+
+    Attributes:
+        live: The live state of every adapter, by name; shared with the other layers of the adapter.
+        frozen_adapters: Adapters that are outer-converged in this module.
+        own_scaling: s of every adapter.
+        stays_in_graph: See above.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling")
+    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
-        self.frozen_adapters: set[str] = set()  # outer-converged here
+        self.live: dict[str, LiveAdapter] = {}
+        self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
+        # The parent takes it from the configuration, which a model with both kinds of layer shares.
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
-        """Create the pair and the (empty) finished components of an adapter."""
+        """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter."""
         if "lora_finished" not in self._modules:
             self.lora_finished = nn.ModuleDict()
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
@@ -71,7 +84,8 @@ class AromaLinear(LoraLinear):
 
     def finished(self, adapter_name: str) -> FinishedComponents:
         """Return the finished components of an adapter."""
-        finished: FinishedComponents = self.lora_finished[adapter_name]  # type: ignore[assignment]
+        finished = self.lora_finished[adapter_name]
+        assert isinstance(finished, FinishedComponents)
         return finished
 
     def is_frozen(self, adapter_name: str) -> bool:
@@ -85,7 +99,7 @@ class AromaLinear(LoraLinear):
 
     @torch.no_grad()
     def whole_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return b (m, r) and a (r, n), detached; of a sharded pair a copy, gathered by all ranks together."""
+        """Return b (m, r) and a (r, n), detached. A sharded pair is copied whole; all ranks call this together."""
         b, a = gathered(self.pair(adapter_name))
         return b.detach(), a.detach()
 
@@ -95,7 +109,7 @@ class AromaLinear(LoraLinear):
 
         Args:
             adapter_name: Name of the adapter.
-            pair: Its whole pair where that is known; otherwise all ranks gather a sharded one together.
+            pair: Its whole pair b (m, r) and a (r, n) if known; otherwise all ranks gather a sharded one together.
         """
         finished = self.finished(adapter_name)
         B = self._scaled(finished.B, adapter_name)
@@ -108,7 +122,7 @@ class AromaLinear(LoraLinear):
         return B, torch.cat([finished.A.to(a), a], dim=0)
 
     def _scaled(self, B: Tensor, adapter_name: str) -> Tensor:
-        """Scale left factors of finished components by what PEFT scales the adapter by for a while, mostly 1."""
+        """Scale left factors B (m, R) by what PEFT scales the adapter by temporarily, mostly 1."""
         scale, own = self.scaling[adapter_name], self.own_scaling[adapter_name]
         return B if scale == own else B * (scale / own)
 
@@ -116,14 +130,19 @@ class AromaLinear(LoraLinear):
 
     @torch.no_grad()
     def merge_pair(self, adapter_name: str, pair: tuple[Tensor, Tensor] | None = None) -> None:
-        """Merge: the pair, given whole or gathered by all ranks together, becomes a finished component."""
+        """Merge: the pair becomes a finished component.
+
+        Args:
+            adapter_name: Name of the adapter.
+            pair: Its whole pair b (m, r) and a (r, n) if known; otherwise all ranks gather a sharded one together.
+        """
         b, a = self.whole_pair(adapter_name) if pair is None else pair
-        # Its own scale: one that PEFT has set for a while goes on scaling the component from outside.
+        # Its own scale: a temporary one of PEFT's scales finished components from outside.
         self.finished(adapter_name).append(b * self.own_scaling[adapter_name], a)
 
     @torch.no_grad()
     def start_pair(self, adapter_name: str, a: Tensor, b: Tensor | None = None) -> None:
-        """Reinit: put `a` (r, n) and `b` (m, r), zero by default, into the pair; a stale gradient is dropped."""
+        """Reinit: write `a` (r, n) and `b` (m, r), zero by default, into the pair and drop its gradient."""
         pair_b, pair_a = self.pair(adapter_name)
         write(pair_a, a)
         write(pair_b, a.new_zeros(self.out_features, a.shape[0]) if b is None else b)
@@ -134,26 +153,27 @@ class AromaLinear(LoraLinear):
         """Freeze for good: the pair is dropped, and only the finished components remain."""
         self.frozen_adapters.add(adapter_name)
         b, a = self.pair(adapter_name)
-        r, like = self.r[adapter_name], local(a)
-        write(b, like.new_zeros(self.out_features, r))
-        write(a, like.new_zeros(r, self.in_features))
+        r = self.r[adapter_name]
+        write(b, torch.zeros(self.out_features, r, dtype=b.dtype, device=b.device))
+        write(a, torch.zeros(r, self.in_features, dtype=a.dtype, device=a.device))
         for parameter in (b, a):
             parameter.grad = None
             parameter.requires_grad_(self.stays_in_graph)
 
     def stay_in_graph(self, adapter_name: str, stays: bool, growths: int | None = None) -> None:
-        """Settle whether a frozen pair goes on requiring a gradient, for one frozen already as well.
+        """Decide whether a frozen pair still requires a gradient; applies to a pair that is frozen already.
 
         Args:
             adapter_name: The adapter that grows.
             stays: Whether it does.
-            growths: Components of rank r that the storage of finished ones takes, from now on, before it is made anew
-                and a compiled graph with it; never fewer than 8 of rank 1. None: nothing is stored in advance.
+            growths: How many components of rank r the storage of finished ones holds before it is replaced, and a
+                graph compiled again; at least 8 rows. None: no storage is reserved.
         """
         self.stays_in_graph = stays
         if growths is not None:
-            rows = growths * self.r[adapter_name]
-            self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=local(self.pair(adapter_name)[1]))
+            rows, a = growths * self.r[adapter_name], self.pair(adapter_name)[1]
+            like = torch.empty(0, dtype=a.dtype, device=a.device)
+            self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=like)
         if self.is_frozen(adapter_name):
             for parameter in self.pair(adapter_name):
                 parameter.requires_grad_(stays)
@@ -167,17 +187,18 @@ class AromaLinear(LoraLinear):
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
     def weight_matrix(self) -> Tensor | Partition:
-        """Return W0 as (m, n); a view, or where the base layer is quantised or offloaded one copy of it.
+        """Return W0 as (m, n): a view, or a copy if the base layer is quantised or offloaded.
 
-        Under ZeRO-3 what this rank has of it.
+        Under ZeRO-3 this rank's part of it.
 
         Raises:
-            ConfigError: The weight has no data, and nothing is known to load it.
+            ConfigError: The weight has no data, and nothing can load it.
         """
         base = self.get_base_layer()
-        if is_partitioned(base.weight):
-            partition = partition_of(base.weight)
-            return partition.T if self.fan_in_fan_out else partition
+        if is_sharded(base.weight):
+            part: Tensor | Partition = sharded_matrix(base.weight)
+            return part.T if self.fan_in_fan_out else part
+        weight: Tensor
         with align_module_device(base):
             if base.weight.is_meta:
                 raise bad_value(
@@ -191,19 +212,19 @@ class AromaLinear(LoraLinear):
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the base layer's weight is one of bitsandbytes."""
+        """Whether bitsandbytes has quantised the base layer's weight."""
         weight = self.get_base_layer().weight
         return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ΔW = B A + s b a in the layout of the base weight, computed in float32 at least."""
+        """Return ΔW = B A + s b a, computed in float32 or better; (m, n), or (n, m) for Conv1D."""
         B, A = self.components(adapter)
         precise = torch.promote_types(B.dtype, torch.float32)
         delta = B.to(precise) @ A.to(precise)
         return delta.T if self.fan_in_fan_out else delta
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters active and trainable, as PEFT does, but for pairs that are frozen for good."""
+        """Make adapters active and trainable, as PEFT does, except for frozen pairs."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         if self.stays_in_graph:
             return
@@ -213,7 +234,11 @@ class AromaLinear(LoraLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge into the base weight, adding in float32 so that a weight of lower precision is rounded once.
+        """Merge into the base weight, in float32 or better: a weight of lower precision is rounded once.
+
+        Args:
+            safe_merge: Whether to check that the merged weight is finite.
+            adapter_names: Adapters to merge; the active ones by default.
 
         Raises:
             ConfigError: The base layer is quantised or sharded and cannot be merged in place.
@@ -223,8 +248,8 @@ class AromaLinear(LoraLinear):
         self.refuse_merge_if_quantised()
         if is_sharded(base.weight):
             raise ConfigError(
-                "base layer: FSDP2 or ZeRO-3 shares its weight out, and no rank can merge into it; save the adapter "
-                "and merge in one process (aroma export --merged)"
+                "base layer: its weight is sharded by FSDP2 or ZeRO-3, and no rank can merge into it; save the "
+                "adapter and merge in one process (aroma export --merged)"
             )
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.lora_A:
@@ -232,14 +257,14 @@ class AromaLinear(LoraLinear):
             merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
             if safe_merge and not merged.isfinite().all():
                 raise NonFiniteError(
-                    f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight; nothing was merged into "
-                    "this layer, use an earlier checkpoint"
+                    f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight. Nothing was merged into "
+                    "this layer; use an earlier checkpoint"
                 )
             base.weight.data = merged
             self.merged_adapters.append(adapter_name)
 
     def refuse_merge_if_quantised(self) -> None:
-        """Raise where `merge` cannot merge in place.
+        """Raise if `merge` cannot merge in place.
 
         Raises:
             ConfigError: The base layer is quantised.
@@ -251,15 +276,23 @@ class AromaLinear(LoraLinear):
             )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map `x` (…, n) to (…, m); see the class for the equation."""
+        """Map `x` (…, n) to (…, m); see the class for the equation.
+
+        Raises:
+            ConfigError: `adapter_names` asks for a batch of several adapters.
+        """
         self._check_forward_args(x, *args, **kwargs)
         if kwargs.pop("adapter_names", None) is not None:
-            raise ConfigError("adapter_names: mixed batches need the saved adapter; load it with PeftModel instead")
+            raise ConfigError(
+                "adapter_names: a growing adapter does not take batches of several adapters; save it and load it with "
+                "PeftModel.from_pretrained"
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = [] if self.disable_adapters or self.merged else [*filter(self._adds, self.active_adapters)]
         if not adapters:
-            return self.base_layer(x, *args, **kwargs)
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            return result
         if is_traced(x) or not all(map(self._pair_is_plain, adapters)):
             return self._composed(x, adapters, *args, **kwargs)
         updates = [self._update(adapter_name) for adapter_name in adapters]
@@ -274,56 +307,65 @@ class AromaLinear(LoraLinear):
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def _adds(self, adapter_name: str) -> bool:
-        """Whether an adapter adds anything to the base layer's result."""
+        """Whether an adapter changes the base layer's result."""
         if adapter_name not in self.lora_A:
             return False
         return self._evaluates_pair(adapter_name) or self.finished(adapter_name).padded[1].shape[0] > 0
 
     def _evaluates_pair(self, adapter_name: str) -> bool:
-        """Whether the pair takes part: a frozen one does in a compiled graph, which freezing then leaves as it is."""
+        """Whether the pair is evaluated; a frozen one only in a compiled graph, which then need not change."""
         return (self.stays_in_graph and torch.compiler.is_compiling()) or not self.is_frozen(adapter_name)
 
     def _pair_is_plain(self, adapter_name: str) -> bool:
-        """Whether nobody would miss a call of the modules that hold the pair."""
+        """Whether the modules that hold the pair are plain Linear layers without hooks, or are skipped."""
         return self.is_frozen(adapter_name) or are_plain_linear(self.lora_A[adapter_name], self.lora_B[adapter_name])
 
     def _update(self, adapter_name: str) -> Update:
-        b, a = self.pair(adapter_name) if self._evaluates_pair(adapter_name) else (None, None)
+        B, A = self.finished(adapter_name).padded
+        b, a = self.pair(adapter_name) if self._evaluates_pair(adapter_name) else (B[:, :0], A[:0])
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        B, A = self.finished(adapter_name).padded
         return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
-        """Whether the base layer is a plain frozen matmul that nobody listens to, in one dtype with all the rest."""
+        """Whether the base layer is a plain frozen matmul without hooks, all in one dtype; x is (…, n)."""
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or is_hooked(base):
             return False
         for parameter in (base.weight, base.bias):
             if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):
                 return False
-        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == update.A.dtype == update.dtype
+        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == update.A.dtype == update.a.dtype
 
     def _writable_result(self, flat: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's result, (tokens, m), as a tensor that belongs to nobody else."""
+        """Return the base layer's result, (T, m), as a tensor that nobody else holds.
+
+        Args:
+            flat: The inputs as (T, n).
+            x: The inputs, (…, n).
+            args: Further arguments of the base layer.
+            kwargs: Further arguments of the base layer.
+        """
         base = self.base_layer
-        if args or kwargs or not returns_its_own(base):
+        result: Tensor
+        if args or kwargs or not returns_fresh_result(base):
             result = base(x, *args, **kwargs)
             return result.reshape(-1, result.shape[-1]).clone()
-        # Flat: of a batch of sequences nn.Linear returns a view, and writing to views is slow.
+        # Flat: for a batch of sequences nn.Linear returns a view, and writing to views is slow.
         result = base(flat)
         return result.clone() if result._is_view() else result
 
     def _composed(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The same in operations of PyTorch alone, which a compiler or a function transform can take apart."""
-        result = self.base_layer(x, *args, **kwargs)
+        """Map `x` (…, n) to (…, m) in operations of PyTorch alone, which compilers and transforms look into."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter_name in adapters:
             update = self._update(adapter_name)
-            inputs = self._cast_input_dtype(x, update.dtype)
+            dtype = update.a.dtype
+            inputs = self._cast_input_dtype(x, dtype)
             if update.A.shape[0]:
-                A, B = update.A.to(update.dtype), update.B.to(update.dtype)
+                A, B = update.A.to(dtype), update.B.to(dtype)
                 result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
-            if update.a is not None:
+            if update.a.shape[0]:
                 h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
                 result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
         return result
@@ -331,9 +373,9 @@ class AromaLinear(LoraLinear):
     # Devices and precisions ------------------------------------------------------------------------------------------
 
     def onload_pair(self, adapter_name: str) -> None:
-        """Put a new pair, without data, where an offloaded base layer computes.
+        """Put a new pair on the device where an offloaded base layer computes.
 
-        PEFT has sent it after the weight, which is on the meta device.
+        PEFT has put it beside the weight, on the meta device.
         """
         device = self._execution_device
         if device is not None and self.pair(adapter_name)[0].is_meta:
@@ -342,14 +384,15 @@ class AromaLinear(LoraLinear):
 
     @property
     def _execution_device(self) -> torch.device | None:
-        """Where an offloaded base layer computes; None where it is not offloaded."""
+        """Where an offloaded base layer computes; None if it is not offloaded."""
         base = self.get_base_layer()
-        return torch.device(base._hf_hook.execution_device) if has_offloaded_params(base) else None
+        return compat.execution_device(base) if has_offloaded_params(base) else None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device=device or self._execution_device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AromaLinear:
+        """Apply `fn` to all tensors (any shapes), as `Module.to` does, but round no components."""
         if recurse:
             for name, child in self.named_children():
                 child._apply(fn if name == "base_layer" else partial(_without_rounding, fn))
@@ -362,7 +405,7 @@ class AromaLinear(LoraLinear):
 
 
 def _without_rounding(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply what `Module.to` and its like apply to every tensor, but for a cast from 32 bits or more to fewer."""
+    """Apply `fn` of `Module.to` and the like to `tensor` (any shape), but keep its dtype if it would lose bits."""
     result = fn(tensor)
     if tensor.is_floating_point() and tensor.itemsize >= 4 > result.itemsize:
         return tensor.to(result.device)

@@ -1,8 +1,8 @@
-"""The plain LoRA form of a growing adapter: what is on disk at any moment, and how it is read back.
+"""The plain LoRA form of a growing adapter: how it is written at any moment, and how it is read back.
 
-Ranks differ from module to module, so the plain form names every module with a rank above 0 as a target and gives
-each its rank. The scale is folded into B, so that alpha equals the rank everywhere and every engine that reads only
-`r` and `lora_alpha` scales by 1.
+Ranks differ between modules, so the plain form names every module with a rank above 0 as a target and gives its rank.
+The scale is folded into B, so alpha equals the rank everywhere, and an engine that reads only `r` and `lora_alpha`
+scales by 1.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class PlainAdapter:
-    """What the plain LoRA configuration needs to know of the tensors that were just collected.
+    """What the files beside an adapter's collected tensors need to know of them.
 
     Args:
         ranks: Rank of every module that has tensors, by module name.
-        shapes: (m, n) of every growing module, also of those with rank 0.
-        trained: Whether any component in training has moved away from its start.
+        shapes: (m, n) of every growing module, also with rank 0.
+        trained: Whether any component in training has moved from its start.
         digest: `components_digest` of the tensors.
+        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
     """
 
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
     trained: bool
     digest: str
+    fan_in_fan_out: bool
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
@@ -53,7 +55,7 @@ class PlainAdapter:
             target_modules=sorted(self.ranks),
             rank_pattern=dict(patterns),
             alpha_pattern=dict(patterns),
-            fan_in_fan_out=config.fan_in_fan_out,
+            fan_in_fan_out=self.fan_in_fan_out,
             modules_to_save=config.modules_to_save,
             task_type=config.task_type,
             base_model_name_or_path=config.base_model_name_or_path,
@@ -70,12 +72,12 @@ def plain_tensors(
     Args:
         layers: Growing layers by their name in the state dict.
         adapter_name: Adapter to collect.
-        state_dict: State dict of the whole model, nothing that trains sharded in it; the pair and the finished
-            components are taken from it.
+        state_dict: State dict of the whole model, from which pairs and finished components are taken; nothing that
+            trains may be sharded in it.
 
     Returns:
         Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R) of every module
-        with R > 0 (of one module with a zero component, should all have rank 0), and what is known of them.
+        with R > 0, and what is known of them. If all have rank 0, one module gets a zero component.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -95,7 +97,8 @@ def plain_tensors(
         tensors[f"{key}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(layer.out_features, 1)
     shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
     saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
-    return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved))
+    transposed = any(layer.fan_in_fan_out for layer in layers.values())
+    return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved), transposed)
 
 
 def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:
@@ -107,7 +110,7 @@ def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: M
 
 
 def components_digest(saved: Mapping[str, Tensor]) -> str:
-    """Return a digest of the components among the tensors of an adapter file; its trained heads do not count."""
+    """Return a digest of the components, A (R, n) and B (m, R), in an adapter file; trained heads do not count."""
     names = [name for name in saved if ".lora_A." in name or ".lora_B." in name]
     return tensors_digest({_module_name(name): saved[name] for name in names})
 
@@ -117,13 +120,14 @@ def finished_tensors(
 ) -> dict[str, Tensor]:
     """Turn the plain tensors of a saved adapter into the state-dict entries of a growing one.
 
-    Everything saved becomes finished components, and the pair starts anew at b = 0; a resumed controller takes the
-    component that was in training back out (`FinishedComponents.pop`). A module without tensors has rank 0.
+    Everything saved becomes finished components, and the pair starts anew at b = 0. A resumed controller takes the
+    component that was in training out again (`FinishedComponents.pop`). A module without tensors has rank 0.
 
     Args:
         layers: Growing layers by their name in the state dict.
         adapter_name: Adapter to load.
-        plain: Saved tensors by their name in the file, with or without the `base_model.model.` prefix.
+        plain: Saved tensors A (R, n) and B (m, R) by their name in the file, with or without the `base_model.model.`
+            prefix.
     """
     entries: dict[str, Tensor] = {}
     for key, layer in layers.items():
@@ -144,6 +148,7 @@ def finished_tensors(
 def _whole_update(
     key: str, layer: AromaLinear, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
+    """Return B (m, R) and A (R, n) of one layer, the pair last if it has moved."""
     a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
     b = state_dict[f"{key}.lora_B.{adapter_name}.weight"]
     A = state_dict[f"{key}.lora_finished.{adapter_name}.A"].to(a)
@@ -158,6 +163,7 @@ def _module_name(key: str) -> str:
 
 
 def _saved(plain: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return a saved tensor of any shape by its name, with or without PEFT's prefix."""
     for candidate in (name, PEFT_PREFIX + name, _module_name(name)):
         if candidate in plain:
             return plain[candidate]

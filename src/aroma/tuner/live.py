@@ -1,67 +1,191 @@
-"""Interim: replaced by the tuner's own live state."""
+"""What is true of an adapter while its model lives: its seed, its controller, and the save that is under way.
+
+A configuration is data; everything else that an adapter needs is here. All growing layers of an adapter share one
+`LiveAdapter`, so it is found also where PEFT drops the tuner (`inject_adapter_in_model`, `model.add_adapter`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ..errors import bad_value
-from .config import AromaConfig
+from ..errors import ConfigError, bad_value
+from ..files import tensors_digest
+from ..sharding import own_entries
+from .layer import AromaLinear
+
+if TYPE_CHECKING:
+    from .config import AromaConfig
+    from .layout import PlainAdapter
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An adapter at the moment its tensors were collected: what the files beside the tensors need to know.
+
+    Args:
+        config: The configuration that PEFT writes next.
+        plain: What is known of the collected tensors.
+        exported: The controller's `state_dict()`; None without a controller.
+        is_current: Tells whether the adapter is still as it was.
+    """
+
+    config: AromaConfig
+    plain: PlainAdapter
+    exported: dict[str, Any] | None
+    is_current: Callable[[], bool]
 
 
 class LiveAdapter:
-    """The live state of one adapter."""
+    """The live state of one adapter.
+
+    A copied or unpickled model starts without a controller: that of the original does not drive it.
+
+    Args:
+        config: Configuration of the adapter; never written to.
+
+    Attributes:
+        config: As given.
+        chose_seed: Whether the configuration has a `component_seed`.
+        seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
+        ever_controlled: Whether a controller has ever taken a step.
+        dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
+    """
 
     def __init__(self, config: AromaConfig) -> None:
         self.config = config
+        self.chose_seed = config.component_seed is not None
+        self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
+        self.ever_controlled = False
+        self.dtype_is_settled = False
+        self._controller: weakref.ref[Any] | None = None
+        self._snapshot: Snapshot | None = None
 
-    @property
-    def seed(self) -> int:
-        """Seed of the components' generator."""
-        assert self.config.component_seed is not None
-        return self.config.component_seed
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_controller": None, "_snapshot": None}
 
-    @seed.setter
-    def seed(self, value: int) -> None:
-        self.config.component_seed = value
-
-    @property
-    def chose_seed(self) -> bool:
-        """Whether the user gave a seed."""
-        return self.config._chosen_seed is not None
+    # The controller --------------------------------------------------------------------------------------------------
 
     @property
     def controller(self) -> Any | None:
-        """The controller that drives the adapter."""
-        return self.config.controller
+        """The controller that drives this adapter; None if none was attached or it is gone."""
+        return self._controller() if self._controller is not None else None
 
     def attach_controller(self, controller: Any) -> None:
-        """Remember a controller."""
-        self.config.attach_controller(controller)
+        """Remember `controller`, by a weak reference, so that saving the adapter writes its state."""
+        self._controller = weakref.ref(controller)
 
-    @property
-    def ever_controlled(self) -> bool:
-        """Whether a controller was ever stepped."""
-        return self.config.ever_controlled
-
-    @ever_controlled.setter
-    def ever_controlled(self, value: bool) -> None:
-        self.config.ever_controlled = value
+    # What decides a run ----------------------------------------------------------------------------------------------
 
     def method(self) -> dict[str, Any]:
-        """Return the fields that decide a run."""
-        return self.config.method()
+        """Return the fields that decide a run, with the seed in use; JSON-able."""
+        return {**self.config.method(), "component_seed": self.seed}
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Refuse another configuration."""
-        self.config.check_resumable(saved)
+        """Raise if `saved`, the `method()` of a checkpoint, differs; take over its seed if none was chosen.
+
+        Raises:
+            ConfigError: Naming every differing field with both values.
+        """
+        now = self.method()
+        if not self.chose_seed:
+            now["component_seed"] = saved.get("component_seed")
+        differing = [name for name in now if now[name] != saved.get(name)]
+        if differing:
+            values = ", ".join(f"{name}={now[name]!r} (checkpoint: {saved.get(name)!r})" for name in differing)
+            raise ConfigError(
+                f"cannot resume with another configuration: {values}. Resume with the checkpoint's values, or start "
+                "a new run."
+            )
+        self.seed = now["component_seed"]
+
+    # A save ----------------------------------------------------------------------------------------------------------
+
+    def collected(
+        self,
+        config: AromaConfig,
+        plain: PlainAdapter,
+        exported: dict[str, Any] | None,
+        layers: Iterable[AromaLinear],
+        adapter_name: str,
+    ) -> None:
+        """Remember what was collected from `layers` until PEFT writes `config`; an earlier snapshot is forgotten."""
+        self._snapshot = Snapshot(config, plain, exported, self._watch([*layers], adapter_name))
+        _waiting[id(config)] = self
+
+    def take_snapshot(self, config: AromaConfig) -> Snapshot | None:
+        """Return the snapshot that was taken for `config` if the adapter is still as it was; it is forgotten."""
+        snapshot, self._snapshot = self._snapshot, None
+        return snapshot if snapshot and snapshot.config is config and snapshot.is_current() else None
+
+    def _watch(self, layers: list[AromaLinear], adapter_name: str) -> Callable[[], bool]:
+        """Return a function that tells whether adapter and controller are still as they are now."""
+        # Weak references: the layers hold this object.
+        references = [weakref.ref(layer) for layer in layers]
+        then, driver, controller = _moment(layers, adapter_name), self._controller, self.controller
+        step = controller.global_step if controller is not None else None
+
+        def is_current() -> bool:
+            now = [layer for layer in (reference() for reference in references) if layer is not None]
+            controller = self.controller
+            # A controller that has been collected as garbage takes no step.
+            moved = self._controller is not driver or (controller is not None and controller.global_step != step)
+            return not moved and _moment(now, adapter_name) == then
+
+        return is_current
 
 
-def live_adapter(model: nn.Module, adapter_name: str) -> LiveAdapter:
-    """Return the live adapter of a model."""
+def _moment(layers: list[AromaLinear], adapter_name: str) -> tuple[object, ...]:
+    """Return what tells a state of an adapter from all others, by what this process holds of it: no collective."""
+    layers = [layer for layer in layers if adapter_name in layer.lora_A]
+    own = {
+        f"{index}.{side}": own_entries(parameter).clone()
+        for index, layer in enumerate(layers)
+        for side, parameter in zip("ba", layer.pair(adapter_name), strict=True)
+    }
+    finished = [(layer.finished(adapter_name).rank, layer.is_frozen(adapter_name)) for layer in layers]
+    return tensors_digest(own), finished
+
+
+_waiting: weakref.WeakValueDictionary[int, LiveAdapter] = weakref.WeakValueDictionary()
+"""Adapters whose tensors were collected, by the id of the configuration that PEFT will write next.
+
+PEFT collects tensors through the tuner's class, then calls `save_pretrained` of the configuration, and passes nothing
+from the first to the second.
+"""
+
+
+def take_collected(config: AromaConfig) -> tuple[LiveAdapter, Snapshot] | None:
+    """Return the adapter whose tensors were collected for `config`, and its snapshot; only once for each collection.
+
+    None if nothing was collected, or the adapter has changed since: then `config` is written as the data it is.
+    """
+    live = _waiting.pop(id(config), None)
+    snapshot = live.take_snapshot(config) if live is not None else None
+    return (live, snapshot) if live is not None and snapshot is not None else None
+
+
+def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter:
+    """Return the live state of an adapter of `model`.
+
+    Args:
+        model: A PeftModel, an AromaModel, or a model with injected layers, wrapped or not.
+        adapter_name: Name of the adapter.
+
+    Raises:
+        ConfigError: The model has no growing adapter of that name.
+    """
     for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        if configs is not None and isinstance(configs.get(adapter_name), AromaConfig):
-            return LiveAdapter(configs[adapter_name])
-    raise bad_value("adapter_name", adapter_name, "the model has growing layers of that name but no AromaConfig")
+        if isinstance(module, AromaLinear) and adapter_name in module.live:
+            return module.live[adapter_name]
+    raise bad_value(
+        "adapter_name",
+        adapter_name,
+        f"{type(model).__name__} has no AROMA adapter of that name; make one with "
+        "get_peft_model(model, AromaConfig(...))",
+    )

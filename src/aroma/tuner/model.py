@@ -19,6 +19,7 @@ from .config import PEFT_TYPE, AromaConfig
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
+from .live import LiveAdapter, live_adapter
 from .state import warn_uncontrolled
 
 _QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
@@ -66,6 +67,24 @@ class AromaModel(LoraModel):
                 f"no module of {type(model).__name__} is left to grow; give names as model.named_modules() lists them "
                 "or their endings, or 'all-linear', and look at exclude_modules and modules_to_save",
             ) from error
+        self._bring_to_life(model, adapter_name)
+
+    def _bring_to_life(self, model: nn.Module, adapter_name: str) -> None:
+        """Give the new layers of an adapter their live state and their first pair, b = 0 (m, r) and a (r, n)."""
+        live = LiveAdapter(self.peft_config[adapter_name])
+        for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
+            layer.live[adapter_name] = live
+            layer.onload_pair(adapter_name)
+            _, a = layer.pair(adapter_name)
+            if not a.is_meta:
+                layer.start_pair(adapter_name, fresh_component(live.seed, 1, index, (a.shape[0], a.shape[1])))
+        if not hasattr(self, "_graph_keeper"):
+            self._graph_keeper = GraphKeeper()
+            # PEFT calls one or the other, depending on the task.
+            for module in (self, model):
+                module.register_forward_hook(self._graph_keeper)
+        self._graph_keeper.layers = [*aroma_layers(model).values()]
+        hide_from_ddp(model, _layers_by_key(model, None))
 
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -76,57 +95,37 @@ class AromaModel(LoraModel):
                 "torch.nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it would not "
                 "learn; name it in exclude_modules",
             )
-        is_conv1d = isinstance(target, Conv1D)
-        if not (isinstance(target, nn.Linear) or is_conv1d or type(target).__name__ in _QUANTISED_LINEAR):
+        if not (isinstance(target, nn.Linear | Conv1D) or type(target).__name__ in _QUANTISED_LINEAR):
             raise bad_value(
                 "target_modules",
                 kwargs.get("target_name", ""),
                 f"it is a {type(target).__name__}; AROMA grows torch.nn.Linear, transformers Conv1D and bitsandbytes "
                 "4/8-bit linear layers. Leave it out of target_modules or name it in exclude_modules",
             )
-        # The layer reads the flag from the config, which one model with both kinds of layer shares.
-        lora_config.fan_in_fan_out = is_conv1d
+        is_conv1d = isinstance(target, Conv1D)
         return AromaLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        super()._post_injection_hook(model, config, adapter_name)
-        layers = aroma_layers(model, adapter_name)
-        config.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-        if len(self.peft_config) == 1:
-            self._graph_keeper = GraphKeeper()
-            # PEFT calls the one or the other, depending on the task.
-            for module in (self, model):
-                module.register_forward_hook(self._graph_keeper)
-        self._graph_keeper.layers = [*aroma_layers(model).values()]
-        hide_from_ddp(model, _layers_by_key(model, None))
-        if config.component_seed is None:
-            config.component_seed = torch.initial_seed() % 2**31
-        for index, layer in enumerate(layers.values()):
-            layer.onload_pair(adapter_name)
-            _, a = layer.pair(adapter_name)
-            if not a.is_meta:
-                layer.start_pair(adapter_name, _first_component(config, index, a))
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Once, when the adapter is made: PEFT casts again at every load_adapter, and that replaces the parameters
-        # which the optimizer holds.
-        config = self.peft_config[adapter_name]
-        if not config.dtype_is_settled:
+        # Once, when the adapter is made. PEFT casts again at every load_adapter, which would replace the parameters
+        # that the optimizer holds.
+        live = live_adapter(self, adapter_name)
+        if not live.dtype_is_settled:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             for layer in aroma_layers(self, adapter_name).values():
-                # PEFT casts parameters alone: the (empty) storage still has the dtype of the base layer.
+                # PEFT casts parameters only; the storage, still empty, has the dtype of the base layer.
                 layer.finished(adapter_name).to(layer.pair(adapter_name)[1].dtype)
-            config.dtype_is_settled = True
+            live.dtype_is_settled = True
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         # Before any of the other layers is merged.
         for layer in aroma_layers(self).values():
             layer.refuse_merge_if_quantised()
-        for adapter_name, config in self.peft_config.items():
+        for adapter_name in self.peft_config:
+            live = live_adapter(self, adapter_name)
             pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
-            if not config.ever_controlled and any(bool(b.any()) for b, _ in pairs):
-                warn_uncontrolled(config)
+            if not live.ever_controlled and any(bool(b.any()) for b, _ in pairs):
+                warn_uncontrolled(live.config)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -137,32 +136,38 @@ class AromaModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        """Return the plain LoRA tensors: A (R, n) and B (m, R) of every module with R > 0; all ranks call this."""
         layers = _layers_by_key(model, adapter_name)
         _make_whole(model, state_dict)
         _complete(layers, adapter_name, state_dict)
-        tensors, config._plain = plain_tensors(layers, adapter_name, state_dict)
-        controller = config.controller
-        # Now, when all ranks are here and the pairs are whole: rank 0 writes it alone.
-        config._exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
+        tensors, plain = plain_tensors(layers, adapter_name, state_dict)
+        live = live_adapter(model, adapter_name)
+        controller = live.controller
+        # Now, while all ranks are here and the pairs are whole: rank 0 alone writes the configuration.
+        exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
+        live.collected(config, plain, exported, layers.values(), adapter_name)
         return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AromaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        """Return the state-dict entries of a growing adapter for the plain LoRA tensors A (R, n) and B (m, R)."""
         layers = _layers_by_key(model, adapter_name)
+        live = live_adapter(model, adapter_name)
         entries = finished_tensors(layers, adapter_name, state_dict)
         for index, (key, layer) in enumerate(layers.items()):
             b, a = layer.pair(adapter_name)
             if a.is_meta:  # low_cpu_mem_usage: the pair starts now
-                entries[f"{key}.lora_A.{adapter_name}.weight"] = _first_component(config, index, a)
+                first = fresh_component(live.seed, 1, index, (a.shape[0], a.shape[1]))
+                entries[f"{key}.lora_A.{adapter_name}.weight"] = first
                 entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros(b.shape)
         _refuse_strangers(state_dict, layers)
-        # What the pair was doing is over: the loaded components stand, until a controller says otherwise.
+        # Loaded components are finished, until a controller takes one back into the pair.
         for layer in layers.values():
             layer.unfreeze(adapter_name)
-        if config.controller is not None:
-            config.controller.invalidate()
+        if live.controller is not None:
+            live.controller.invalidate()
         parameters = dict(model.named_parameters())
         others = {
             key: shard_like(value, parameters.get(key, value))
@@ -203,39 +208,37 @@ def _layers_by_key(model: nn.Module, adapter_name: str | None) -> dict[str, Arom
 
 
 def _make_whole(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Gather, in place, what trains and is sharded: pairs, and the heads, which PEFT reads after us."""
+    """Gather, in place, sharded parameters that train: pairs, and heads, which PEFT reads after us; any shape."""
     sharded: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in state_dict and (parameter.requires_grad or ".lora_" in name):
             held = state_dict[name]
             if is_sharded(held):
                 sharded[name] = held
-            # What ZeRO-3 has there now: nothing, or a whole one for a while. Not what DeepSpeed has collected.
+            # Only if it is the parameter itself, which ZeRO-3 may hold whole temporarily; DeepSpeed collects copies.
             elif is_partitioned(parameter) and held.data_ptr() == parameter.data_ptr():
                 sharded[name] = parameter
     state_dict.update(zip(sharded, gathered([*sharded.values()]), strict=True))
 
 
 def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Add, in place, what a state dict lacks that DeepSpeed has collected: parameters that train, and buffers."""
+    """Add, in place, what a state dict that DeepSpeed has collected lacks.
+
+    It has parameters that train, without frozen pairs b (m, r) and a (r, n), and buffers with their padding: finished
+    components B (m, K) and A (K, n).
+    """
     for key, layer in layers.items():
         finished = layer.finished(adapter_name)
         A, B = (f"{key}.lora_finished.{adapter_name}.{name}" for name in "AB")
         state_dict.setdefault(A, finished.A)
         state_dict.setdefault(B, finished.B)
-        # It collects buffers with their padding. A state dict of another moment may as well have more components.
+        # Only zeros are padding: a state dict of another moment may have more components.
         if len(state_dict[A]) > finished.rank and not state_dict[A][finished.rank :].any():
             state_dict[A], state_dict[B] = state_dict[A][: finished.rank], state_dict[B][:, : finished.rank]
         if layer.is_frozen(adapter_name):
             b, a = (f"{key}.lora_{name}.{adapter_name}.weight" for name in "BA")
             state_dict.setdefault(b, torch.zeros(layer.out_features, layer.r[adapter_name]))
             state_dict.setdefault(a, torch.zeros(layer.r[adapter_name], layer.in_features))
-
-
-def _first_component(config: AromaConfig, index: int, a: Tensor) -> Tensor:
-    """Return the a that the module at `index` starts with, shaped as `a`."""
-    assert config.component_seed is not None, "settled when the adapter was injected"
-    return fresh_component(config.component_seed, 1, index, (a.shape[0], a.shape[1]))
 
 
 def _base_name(key: str) -> str:
@@ -245,7 +248,7 @@ def _base_name(key: str) -> str:
 
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
-    """Raise when a saved component belongs to no growing layer: it would be dropped in silence."""
+    """Raise if a saved component, (R, n) or (m, R), belongs to no growing layer: PEFT would drop it silently."""
     known = {_base_name(key) for key in layers}
     saved = {_base_name(key).split(".lora_")[0] for key in state_dict if ".lora_A." in key or ".lora_B." in key}
     strangers = sorted(saved - known)
@@ -253,13 +256,13 @@ def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLine
         raise bad_value(
             "target_modules",
             strangers[0],
-            f"the saved adapter has components for {len(strangers)} module(s) that this model does not grow; make the "
-            "adapter with the target_modules of the saved one",
+            f"the saved adapter has components for {len(strangers)} module(s) that do not grow in this model; make "
+            "the adapter with the target_modules of the saved one",
         )
 
 
 def register() -> None:
-    """Make PEFT know the tuner. Its mappings are keyed by string, so no enum is touched."""
+    """Enter the tuner in PEFT's mappings; their keys are strings, so no enum is changed."""
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AromaConfig
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AromaModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "lora_"

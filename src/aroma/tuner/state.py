@@ -26,6 +26,7 @@ from .layout import PlainAdapter, components_digest
 
 if TYPE_CHECKING:
     from .config import AromaConfig
+    from .live import LiveAdapter
 
 STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
@@ -36,21 +37,25 @@ WEIGHT_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 # Beside an adapter ---------------------------------------------------------------------------------------------------
 
 
-def write_adapter_state(folder: str, config: AromaConfig) -> None:
+def write_adapter_state(folder: str, live: LiveAdapter, plain: PlainAdapter, exported: dict[str, Any] | None) -> None:
     """Write the state of the adapter that was just saved into `folder` beside it.
+
+    Args:
+        folder: Where the adapter was saved.
+        live: Its live state.
+        plain: What is known of its tensors.
+        exported: Its controller's `state_dict()`; None without a controller.
 
     Warns:
         UserWarning: The adapter has been trained, and no controller was ever attached: it did not grow.
     """
-    plain, exported = config._plain, config._exported
-    assert plain is not None, "called by AromaConfig.save_pretrained, right after the tensors were collected"
-    if plain.trained and not config.ever_controlled:
-        warn_uncontrolled(config)
+    if plain.trained and not live.ever_controlled:
+        warn_uncontrolled(live.config)
     target = Path(folder)
     run, blob = _encode(exported) if exported is not None else (None, b"")
     state: dict[str, Any] = {
         "format": STATE_FORMAT,
-        "config": config.method(),
+        "config": live.method(),
         "modules": {name: {"shape": shape, "rank": plain.ranks.get(name, 0)} for name, shape in plain.shapes.items()},
         "components": plain.digest,
         "files": _written_files(target, plain),

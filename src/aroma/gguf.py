@@ -1,7 +1,7 @@
-"""A LoRA adapter as one GGUF file, as llama.cpp and the programs built on it read it beside the base model's GGUF.
+"""A LoRA adapter as one GGUF file, which llama.cpp and programs built on it load beside the base model's GGUF.
 
-Models of the Llama architecture alone: what is written was compared with PEFT in the engine itself
-(`tests/engine`), and a mapping that nobody compared could be wrong without any error.
+Only models of the Llama architecture: for these the result was compared with PEFT in the engine itself
+(`tests/engine`). An untested mapping could be wrong without any error.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ def export_gguf(
 ) -> dict[str, int]:
     """Write an adapter as a GGUF file, in float32, and return the rank of every matrix by its name there.
 
-    Every matrix keeps its own rank: llama.cpp scales an update by alpha over the rank of that very matrix, so one
-    alpha (the largest rank) does for all once each B has taken up what its own scale differs by.
+    Every matrix keeps its own rank. llama.cpp scales an update by alpha over the rank of that matrix; alpha is the
+    largest rank, and each B is multiplied by its rank / alpha, so that the scale is 1 everywhere.
 
     Args:
         folder: A plain LoRA adapter.
         out: File to write, named `*.gguf`; must not exist.
-        base_model: Folder or hub name of the base model, of which the configuration is read; the adapter's own by
-            default.
+        base_model: Folder or hub name of the base model, whose configuration is read; the adapter's own by default.
 
     Raises:
-        ConfigError: The base model is none that this was tested with, or not the adapter's; the adapter has more than
-            updates of attention and MLP matrices; `out` exists.
+        ConfigError: The base model is not a Llama, or not the one that the adapter was trained on; the adapter has
+            more than updates of attention and MLP matrices; `out` exists.
         CheckpointError: The adapter is missing or damaged.
     """
     target = _new_file(out)
@@ -59,19 +58,22 @@ def export_gguf(
 def rotary_rows(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Put the rows of a query or key matrix in the order of Llama GGUFs.
 
-    Rotary embeddings turn pairs of rows within a head: transformers pairs row j with row j + d/2, GGUF's order puts
-    the two of a pair side by side, so that they are rows 2j and 2j + 1.
+    Rotary embeddings rotate pairs of rows within a head. transformers pairs row j with row j + d/2; GGUF puts the two
+    side by side, as rows 2j and 2j + 1.
 
     Args:
-        rows: (heads · d, any), by transformers' order.
-        heads: Heads of the matrix; for keys those of keys and values.
+        rows: (heads · d, any), in transformers' order.
+        heads: Heads of the matrix; for keys the number of key-value heads.
+
+    Returns:
+        (heads · d, any), in GGUF's order.
     """
     halves = rows.reshape(heads, 2, -1, rows.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 
 
 def _pair(module: str, update: Update, alpha: int, config: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return A, (R, n), and B, (m, R), of a module as they stand in the file: ΔW = alpha/R · B A."""
+    """Return A (R, n) and B (m, R) of a module as they are written: ΔW = alpha/R · B A."""
     B = update.B.numpy() * np.float32(update.A.shape[0] / alpha)
     if module.endswith(".q_proj"):
         B = rotary_rows(B, config.num_attention_heads)
@@ -81,7 +83,7 @@ def _pair(module: str, update: Update, alpha: int, config: Any) -> tuple[NDArray
 
 
 def _shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Return (m, n) of the weight of every kind of matrix that can be exported."""
+    """Return (m, n) of the weight for every kind of matrix that can be exported."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -97,10 +99,10 @@ def _shapes(config: Any) -> dict[str, tuple[int, int]]:
 
 
 def _gguf_names(adapter: AdapterWeights, config: Any) -> dict[str, str]:
-    """Return the tensor's name in the base model's GGUF by module name.
+    """Return the name of the tensor in the base model's GGUF by module name.
 
     Raises:
-        ConfigError: A module is no attention or MLP matrix, or has no place or another shape in the base model.
+        ConfigError: A module is not an attention or MLP matrix, or the base model lacks it or has another shape there.
     """
     from gguf import MODEL_ARCH, get_tensor_name_map
 
@@ -131,7 +133,7 @@ def _llama_config(adapter: AdapterWeights, base_model: str | None) -> Any:
     """Return the base model's configuration.
 
     Raises:
-        ConfigError: It cannot be read, or the architecture is another than Llama's.
+        ConfigError: It cannot be read, or the architecture is not Llama's.
     """
     from transformers import AutoConfig
 
@@ -150,14 +152,14 @@ def _llama_config(adapter: AdapterWeights, base_model: str | None) -> Any:
         raise bad_value(
             "base_model",
             base_name,
-            f"of the architecture {config.model_type}, and a GGUF adapter can be written for llama only; "
+            f"it has the architecture {config.model_type}, and a GGUF adapter can be written for llama only; "
             "export --merged and convert the whole model with llama.cpp's own converter",
         )
     return config
 
 
 def _refuse_others(adapter: AdapterWeights) -> None:
-    """Raise for trained heads and embeddings, which a GGUF adapter has no place for.
+    """Raise for trained heads and embeddings, which a GGUF adapter cannot hold.
 
     Raises:
         ConfigError: Naming the tensors.
@@ -171,6 +173,7 @@ def _refuse_others(adapter: AdapterWeights) -> None:
 
 
 def _new_file(out: str | os.PathLike[str]) -> Path:
+    """Return `out` as a path if it ends in `.gguf` and does not exist."""
     target = Path(out)
     if target.suffix != ".gguf":
         raise bad_value("out", str(out), "a GGUF adapter is one file; give a name that ends in .gguf")
@@ -185,6 +188,7 @@ def _require_gguf() -> None:
 
 
 def _write(path: Path, name: str, alpha: int, tensors: dict[str, NDArray[np.float32]]) -> None:
+    """Write A (R, n) and B (m, R) of every matrix by name."""
     from gguf import GGUFType, GGUFWriter, Keys
 
     writer = GGUFWriter(path, "llama")

@@ -1,0 +1,176 @@
+"""A configuration is data: what lives with a model is kept apart from it, and a save writes the moment it is made."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+
+from aroma import AromaConfig, AromaController, aroma_layers, verify_adapter
+from aroma.errors import ConfigError
+from models import METHOD, adapted, base, batch, grow, train, trainable
+
+
+def live_adapter(model: Any, adapter_name: str = "default") -> Any:
+    from aroma.tuner import live_adapter
+
+    return live_adapter(model, adapter_name)
+
+
+def written(folder: Path) -> Any:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(model), lr=1e-2)
+
+
+# A save writes the moment it is made ---------------------------------------------------------------------------------
+
+
+def saved(model: Any, _: torch.optim.Optimizer, folder: Path) -> None:
+    model.save_pretrained(folder / "adapter")
+
+
+def trained_after_collecting(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    get_peft_model_state_dict(model)
+    train(model, batch("bert"), optimizer, 1)
+
+
+def merged_after_collecting(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    get_peft_model_state_dict(model)
+    next(iter(aroma_layers(model).values())).merge_pair("default")
+
+
+def loaded_after_collecting(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    saved(model, optimizer, folder)
+    get_peft_model_state_dict(model)
+    model.load_adapter(str(folder / "adapter"), "default", is_trainable=True)
+
+
+@pytest.mark.parametrize("before", [saved, trained_after_collecting, merged_after_collecting, loaded_after_collecting])
+def test_the_configuration_saved_alone_is_the_configuration(tmp_path: Path, before: Callable[..., None]) -> None:
+    model = adapted("bert")
+    optimizer = optimizer_of(model)
+    grow(model, batch("bert"), 6, optimizer)
+    before(model, optimizer, tmp_path)
+    config = model.peft_config["default"]
+    config.save_pretrained(tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["adapter_config.json"]
+    assert written(tmp_path / "alone")["peft_type"] == "AROMA"
+    assert AromaConfig.from_pretrained(tmp_path / "alone").method() == config.method()
+    model.save_pretrained(tmp_path / "whole")
+    assert written(tmp_path / "whole")["peft_type"] == "LORA"
+    verify_adapter(tmp_path / "whole")
+
+
+def test_a_step_that_moves_only_the_controller_counts(tmp_path: Path) -> None:
+    model = adapted("bert", outer_tolerance=10.0)
+    optimizer = optimizer_of(model)
+    growth, _ = grow(model, batch("bert"), 8, optimizer)
+    assert growth.finished
+    get_peft_model_state_dict(model)
+    train(model, batch("bert"), optimizer, 1)
+    model.peft_config["default"].save_pretrained(tmp_path)
+    assert written(tmp_path)["peft_type"] == "AROMA"
+
+
+def test_what_was_collected_is_written_once_and_for_its_own_model(tmp_path: Path) -> None:
+    model = adapted("bert")
+    grow(model, batch("bert"), 6)
+    get_peft_model_state_dict(model)
+    copy.deepcopy(model).peft_config["default"].save_pretrained(tmp_path / "copy")
+    copy.deepcopy(model.peft_config["default"]).save_pretrained(tmp_path / "config")
+    config = model.peft_config["default"]
+    config.save_pretrained(tmp_path / "first")  # transformers writes it before the tensors
+    config.save_pretrained(tmp_path / "second")
+    kinds = {folder.name: written(folder)["peft_type"] for folder in tmp_path.iterdir()}
+    assert kinds == {"copy": "AROMA", "config": "AROMA", "first": "LORA", "second": "AROMA"}
+
+
+def test_two_models_of_one_configuration_save_their_own(tmp_path: Path) -> None:
+    config = AromaConfig(**METHOD, task_type="SEQ_CLS")
+    one, other = get_peft_model(base("bert"), config), get_peft_model(base("bert"), config)
+    grow(one, batch("bert"), 6)
+    get_peft_model_state_dict(other)
+    one.save_pretrained(tmp_path / "one")
+    other.save_pretrained(tmp_path / "other")
+    ranks = [
+        [entry["rank"] for entry in verify_adapter(tmp_path / name)["modules"].values()] for name in ("one", "other")
+    ]
+    assert any(ranks[0])
+    assert sum(ranks[1]) == 1, "the zero component that stands in for none"
+
+
+# What a model does to its configuration: nothing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_adapting_growing_and_saving_leave_the_configuration_as_it_was(tmp_path: Path, name: str) -> None:
+    model = adapted(name, component_seed=None)
+    config = model.peft_config["default"]
+    before = {**vars(config)}
+    grow(model, batch(name), 6)
+    model.save_pretrained(tmp_path)
+    assert {**vars(config), "base_model_name_or_path": before["base_model_name_or_path"]} == before
+    assert config.component_seed is None
+    assert not config.fan_in_fan_out
+    assert written(tmp_path)["fan_in_fan_out"] == (name == "gpt2")
+
+
+def test_the_seed_in_use_is_saved_and_a_configuration_may_serve_twice(tmp_path: Path) -> None:
+    config = AromaConfig(**{**METHOD, "component_seed": None}, task_type="SEQ_CLS")
+    for seed in (11, 12):
+        torch.manual_seed(seed)
+        model = get_peft_model(base("bert"), config)
+        assert (live_adapter(model).seed, live_adapter(model).chose_seed) == (seed, False)
+        model.save_pretrained(tmp_path / str(seed))
+        assert verify_adapter(tmp_path / str(seed))["config"]["component_seed"] == seed
+
+
+# Where it is found ---------------------------------------------------------------------------------------------------
+
+
+def test_all_layers_share_it_also_without_the_peft_wrapper() -> None:
+    model = inject_adapter_in_model(AromaConfig(**METHOD), base("bert"))
+    live = live_adapter(model)
+    assert {id(layer.live["default"]) for layer in aroma_layers(model).values()} == {id(live)}
+    controller = AromaController(model, optimizer_of(model), total_steps=20)
+    assert live.controller is controller
+    with pytest.raises(ConfigError, match=r"^adapter_name='other': .*no AROMA adapter of that name.*get_peft_model"):
+        live_adapter(model, "other")
+
+
+def test_copies_and_pickles_are_not_driven_by_the_controller_of_the_original() -> None:
+    model = adapted("bert")
+    growth, _ = grow(model, batch("bert"), 3)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert live_adapter(twin) is not live_adapter(model)
+        assert live_adapter(twin).controller is None
+        assert live_adapter(twin).method() == live_adapter(model).method()
+        assert live_adapter(twin).config is twin.peft_config["default"]
+    assert live_adapter(model).controller is growth.controller
+    growth.detach()
+    del growth
+    assert live_adapter(model).controller is None
+
+
+def test_a_later_adapter_has_its_own_and_takes_it_along() -> None:
+    model = adapted("bert")
+    torch.manual_seed(4)
+    model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", inference_mode=True))
+    assert (live_adapter(model).seed, live_adapter(model, "other").seed) == (METHOD["component_seed"], 4)
+    starts = [layer.pair("other")[1].detach() for layer in aroma_layers(model).values()]
+    torch.manual_seed(4)
+    again = adapted("bert", component_seed=None)
+    assert all(map(torch.equal, starts, (layer.pair("default")[1] for layer in aroma_layers(again).values())))
+    model.delete_adapter("other")
+    with pytest.raises(ConfigError, match="adapter_name='other'"):
+        live_adapter(model, "other")
