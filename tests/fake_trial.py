@@ -24,8 +24,8 @@ def score_of(learning_rate: float) -> float:
     return 1 / (1 + abs(learning_rate * 1e3 - 1))
 
 
-def main() -> int:
-    trial, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def main(trial_file: str, run_folder: str) -> None:
+    trial, folder = json.loads(Path(trial_file).read_text()), Path(run_folder)
     log(Path(os.environ.get("FAKE_LOG", os.devnull)), trial["name"])
     write(folder / "environment.json", {**os.environ, "pid": os.getpid()})
     options, planned = trial["options"], trial["training"]["max_steps"]
@@ -45,7 +45,6 @@ def main() -> int:
     score = score_of(trial["training"]["learning_rate"])
     result = {"score": score, "held_out_loss": 1 - score, "planned_steps": planned, "wall_seconds": 2.0 * planned}
     write(folder / "result.json", {"name": trial["name"], **result})
-    return 0
 
 
 def fail(how: str | None, folder: Path) -> None:
@@ -72,4 +71,4 @@ def write(path: Path, value: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])

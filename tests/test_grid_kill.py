@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from aroma_lab.study.grid import load_grid
 from aroma_lab.study.run import run_grid
@@ -42,11 +41,13 @@ def grid_file(monkeypatch, tmp_path) -> Path:
     """A grid of four trials of a second each, whose trials are stand-ins."""
     for key, value in environment(tmp_path / "log.txt").items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("aroma_lab.study.run.check_methods", lambda trials: None)
-    methods = {label: {"kind": "x", "pause": 0.05} for label in "ab"}
-    return write_yaml(
-        tmp_path / "grid.yaml", grid_values(tmp_path / "out", methods=methods, training={"max_steps": STEPS})
-    )
+    return write_grid(tmp_path, pause=0.05)
+
+
+def write_grid(folder: Path, pause: float) -> Path:
+    methods = {label: {"kind": "x", "pause": pause} for label in "ab"}
+    values = grid_values(folder / "out", methods=methods, training={"max_steps": STEPS})
+    return write_yaml(folder / "grid.yaml", values)
 
 
 def start(grid_file: Path) -> subprocess.Popen[str]:
@@ -54,10 +55,17 @@ def start(grid_file: Path) -> subprocess.Popen[str]:
 
 
 def finish(grid_file: Path) -> tuple[int, int]:
+    """Run what is left, and require that every step was taken, again only since the last checkpoint."""
     outcome = run_grid(load_grid(grid_file), module=FAKE)
     assert outcome.failed == []
-    for folder in folders(grid_file):
-        assert_whole(folder)
+    for taken in map(lines, folders(grid_file)):
+        assert taken.count("finished") == 1
+        numbers = [int(line.split()[1]) for line in taken[:-1]]
+        assert sorted(set(numbers)) == list(range(1, STEPS + 1))
+        assert numbers[-1] == STEPS
+        for before, after in itertools.pairwise(numbers):
+            resumed = after <= before + 1 and after % SAVED_EVERY == 1 and before - after < SAVED_EVERY
+            assert after == before + 1 or resumed
     return len(outcome.finished), len(outcome.skipped)
 
 
@@ -80,19 +88,6 @@ def is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def assert_whole(folder: Path) -> None:
-    """Every step was taken; at most the steps since the last checkpoint of an interruption were taken again."""
-    taken = lines(folder)
-    assert taken.count("finished") == 1
-    numbers = [int(line.split()[1]) for line in taken[:-1]]
-    assert sorted(set(numbers)) == list(range(1, STEPS + 1))
-    for before, after in itertools.pairwise(numbers):
-        assert after == before + 1 or (
-            after <= before + 1 and after % SAVED_EVERY == 1 and before - after < SAVED_EVERY
-        )
-    assert numbers[-1] == STEPS
 
 
 def test_the_trial_of_a_killed_process_is_taken_up_again_from_its_checkpoint(grid_file):
@@ -121,10 +116,7 @@ def test_a_killed_runner_takes_its_trials_along_even_stopped_ones(grid_file, sto
 
 
 def test_the_next_runner_waits_for_a_runner_that_is_held_up_and_runs_the_rest(grid_file):
-    values = yaml.safe_load(grid_file.read_text())
-    for method in values["methods"].values():
-        method["pause"] = 0.3  # the other command starts meanwhile
-    write_yaml(grid_file, values)
+    write_grid(grid_file.parent, pause=0.2)  # the other command starts meanwhile
     runner = start(grid_file)
     wait_until(lambda: len(trial_processes(grid_file)) == 2)
     runner.send_signal(signal.SIGSTOP)
@@ -135,9 +127,8 @@ def test_the_next_runner_waits_for_a_runner_that_is_held_up_and_runs_the_rest(gr
     for command in (runner, following):
         now, earlier, failed = map(int, output_of(command).split())
         assert (now + earlier, failed) == (4, 0)
-    assert all(
-        lines(folder) == [f"step {n}" for n in range(1, STEPS + 1)] + ["finished"] for folder in folders(grid_file)
-    )
+    whole = [f"step {n}" for n in range(1, STEPS + 1)] + ["finished"]
+    assert all(lines(folder) == whole for folder in folders(grid_file))
 
 
 def test_an_interrupt_stops_the_trials_first(grid_file):
@@ -171,8 +162,7 @@ def test_kills_at_any_moment_lose_nothing_finished(grid_file):
                 assert finished.setdefault(result, result.stat().st_mtime) == result.stat().st_mtime
     assert finished
     assert sum(finish(grid_file)) == 4
-    for result, written in finished.items():
-        assert result.stat().st_mtime == written
+    assert all(result.stat().st_mtime == written for result, written in finished.items())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     from ..study.grid import Grid
     from ..study.run import GridOutcome
-
-_IDLE_SECONDS = 60
 
 
 def add_parser(commands: Any) -> None:
@@ -39,7 +38,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("grid", metavar="GRID.yaml", help="model, tasks, methods, training, seeds")
-    _add_common(parser)
+    add_study_options(parser)
     parser.add_argument("--tasks", metavar="TASK", nargs="+", help="run these tasks only (all)")
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="run these methods only (all)")
     parser.add_argument("--list", action="store_true", help="list the trials and their states, and run nothing")
@@ -61,14 +60,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     worker.add_argument("grid", metavar="GRID.yaml", help="the file that the other command was given")
-    _add_common(worker)
-    worker.add_argument(
-        "--idle", type=float, default=_IDLE_SECONDS, metavar="SECONDS", help="end after so long (%(default)s)"
-    )
+    add_study_options(worker)
+    worker.add_argument("--idle", type=float, default=60, metavar="SECONDS", help="end after so long (%(default)s)")
     worker.set_defaults(run=run_worker)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all commands of a study take: overrides, workers, storage."""
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file, such as seeds=[0,1]")
     parser.add_argument(
         "--workers", "--processes", type=int, metavar="N", help="trials at a time on this machine (the file's)"
@@ -86,19 +84,24 @@ def run(arguments: argparse.Namespace) -> int:
     from ..study.grid import load_grid
 
     grid = load_grid(arguments.grid, arguments.overrides, processes=arguments.workers, storage=arguments.storage)
-    part = {"tasks": arguments.tasks, "methods": arguments.methods}
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    from ..study.run import list_grid, run_grid
+
     if arguments.list:
-        _list(grid, part, console)
+        states = list_grid(grid, tasks=arguments.tasks, methods=arguments.methods)
+        for name, state in states:
+            console.print(f"{state:12}{name}")
+        counts = Counter(state for _, state in states)
+        console.print(f"{len(states)} trials: {', '.join(f'{count} {state}' for state, count in counts.items())}")
         return 0
     from aroma.cli.quiet import quiet
 
     quiet()
-    from ..study.run import run_grid
     from .lab_progress import StudyProgress
 
+    retry = arguments.retry_failed
     with StudyProgress() as progress:
-        outcome = run_grid(grid, **part, retry_failed=arguments.retry_failed, watcher=progress)
+        outcome = run_grid(grid, tasks=arguments.tasks, methods=arguments.methods, retry_failed=retry, watch=progress)
     _print(outcome, grid, console)
     return 1 if outcome.failed else 0
 
@@ -106,33 +109,24 @@ def run(arguments: argparse.Namespace) -> int:
 def run_worker(arguments: argparse.Namespace) -> None:
     """Run trials of a grid or a search that another command started."""
     require_extra("lab")
-    from ..study.grid import make_grid, read_grid_file
-    from ..study.search import make_search, serve
+    from ..study.grid import Grid, make_grid, read_grid_file
+    from ..study.run import serve
+    from ..study.search import Search
     from .lab_progress import StudyProgress
 
     values = read_grid_file(
         arguments.grid, arguments.overrides, processes=arguments.workers, storage=arguments.storage
     )
-    settings = make_search(values) if "space" in values else make_grid(values)
+    settings = make_grid(values, Search if "space" in values else Grid)
     with StudyProgress() as progress:
         count = serve(settings, arguments.idle, progress)
     print(f"Trials that ended here: {count}.")
 
 
-def _list(grid: Grid, part: dict[str, Any], console: Console) -> None:
-    from ..study.run import list_grid
-
-    states = list_grid(grid, **part)
-    for name, state in states:
-        console.print(f"{state:12}{name}")
-    counts = {state: sum(other == state for _, other in states) for _, state in states}
-    console.print(f"{len(states)} trials: {', '.join(f'{count} {state}' for state, count in counts.items())}")
-
-
 def _print(outcome: GridOutcome, grid: Grid, console: Console) -> None:
+    counts = f"{len(outcome.finished)} now, {len(outcome.skipped)} earlier; failed: {len(outcome.failed)}"
     console.print(
-        f"Trials finished: {len(outcome.finished)} now, {len(outcome.skipped)} earlier; "
-        f"failed: {len(outcome.failed)}. "
+        f"Trials finished: {counts}. "
         f"Results are in {grid.output}: runs/, grid.yaml{', selection.json' if grid.select else ''}."
     )
     for failure in outcome.failed:

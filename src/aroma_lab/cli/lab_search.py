@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from .lab_run import add_study_options
 
+if TYPE_CHECKING:
     from ..study.search import Search, SearchOutcome
 
 _MOST_ROWS = 20
@@ -35,66 +35,47 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("search", metavar="SEARCH.yaml", help="a grid file of one task and method, and a space")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file, such as sampler=tpe")
-    parser.add_argument(
-        "--storage", metavar="URL", help="database of the study, shared by machines (a journal file in output)"
-    )
+    add_study_options(parser)
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all, over all machines (the file's)")
-    parser.add_argument("--workers", type=int, metavar="N", help="trials at a time on this machine (the file's)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Search, and print what was found; return 1 if a trial failed."""
     require_extra("lab")
-    from ..study.search import load_search
-
-    search = load_search(
-        arguments.search,
-        arguments.overrides,
-        storage=arguments.storage,
-        trials=arguments.trials,
-        processes=arguments.workers,
-    )
     from aroma.cli.quiet import quiet
 
-    quiet()
-    from ..study.search import run_search
+    from ..study.grid import make_grid, read_grid_file
+    from ..study.search import Search, run_search
     from .lab_progress import StudyProgress
 
+    given = {"storage": arguments.storage, "trials": arguments.trials, "processes": arguments.workers}
+    search = make_grid(read_grid_file(arguments.search, arguments.overrides, **given), Search)
+    quiet()
     with StudyProgress() as progress:
         outcome = run_search(search, progress)
     _print(search, outcome)
-    return 1 if outcome.failed else 0
+    return 0 if all(one.error is None for one in outcome.trials) else 1
 
 
 def _print(search: Search, outcome: SearchOutcome) -> None:
     from rich.console import Console
-
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    if outcome.best is not None:
-        console.print(_table(search, outcome))
-        best = " ".join(f"{key}={_text(outcome.best.last.params[key])}" for key in search.space)
-        console.print(f"best, with {outcome.best.score:.4f} on held-out examples: {best}")
-    for one in outcome.failed:
-        console.print(f"failed: {one.name}: {one.error}")
-    finished = len(outcome.trials) - len(outcome.failed)
-    console.print(f"{finished} trials finished, {len(outcome.failed)} failed. Results are in {outcome.file}.")
-
-
-def _table(search: Search, outcome: SearchOutcome) -> Table:
-    """Return the best trials, best first."""
     from rich.table import Table
 
-    ranked = sorted((one for one in outcome.trials if one.score is not None), key=lambda one: -(one.score or 0.0))
-    title = f"{search.grid.study_name}: {len(ranked)} trials, scored on held-out training examples"
-    table = Table(title=title, caption=f"the best {_MOST_ROWS}" if len(ranked) > _MOST_ROWS else None)
-    for column in ("trial", *search.space, "score"):
-        table.add_column(column, justify="right")
-    for one in ranked[:_MOST_ROWS]:
-        values = (_text(one.last.params[key]) for key in search.space)
-        table.add_row(one.name.rpartition("/")[2].lstrip("0") or "0", *values, f"{one.score:.4f}")
-    return table
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    finished = sorted((one for one in outcome.trials if one.score is not None), key=lambda one: -(one.score or 0.0))
+    table = Table("trial", *search.space, "score", title=f"{search.study_name}: the best on held-out examples")
+    for one in finished[:_MOST_ROWS]:
+        values = [_text(one.attempt.params[key]) for key in search.space]
+        table.add_row(one.name.rpartition("/")[2], *values, f"{one.score:.4f}")
+    if outcome.best is not None:
+        console.print(table)
+        best = " ".join(f"{key}={_text(outcome.best.attempt.params[key])}" for key in search.space)
+        console.print(f"best, with {outcome.best.score:.4f} on held-out examples: {best}")
+    failed = [one for one in outcome.trials if one.error is not None]
+    for one in failed:
+        console.print(f"failed: {one.name}: {one.error}")
+    console.print(f"{len(finished)} trials finished, {len(failed)} failed. Results are in {outcome.file}.")
 
 
 def _text(value: object) -> str:

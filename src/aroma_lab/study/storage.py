@@ -12,12 +12,12 @@ from typing import Any, cast
 import optuna
 import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from aroma.errors import bad_value
+from aroma.errors import AromaError, bad_value
 
 JOURNAL_FILE = "study.journal"
 """Name, in the output folder, of the journal of a study that has no database."""
@@ -28,8 +28,7 @@ MISSED_BEATS = 3
 STORAGE_ERRORS = (SQLAlchemyError, StorageInternalError)
 """What a database that fails or cannot be reached raises, through Optuna or directly."""
 
-_CONNECT_SECONDS = 10
-_LOCK_SECONDS = 60
+_CONNECT_SECONDS, _LOCK_SECONDS = 10, 60
 _TRIES = 5
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress display shows trials
@@ -48,20 +47,19 @@ def open_storage(url: str | None, output: Path, heartbeat: int) -> BaseStorage:
         ConfigError: No such kind of database, its driver is missing, it cannot be reached, or its tables are of
             another version of Optuna; or the journal is damaged. No password is shown.
     """
-    return _open_journal(output) if url is None else _open_database(_parse(url), heartbeat)
+    if url is None:
+        return _open_journal(output)
+    try:
+        return _open_database(make_url(url), heartbeat)
+    except (ImportError, RuntimeError, *STORAGE_ERRORS) as error:
+        raise storage_error(url, error) from error
 
 
 def has_file(url: str | None, output: Path) -> bool:
-    """Whether a storage that is a file exists; True for a server."""
+    """Whether a storage that is a file exists; True for a server, and for what is no URL."""
     if url is None:
         return (output / JOURNAL_FILE).exists()
-    parsed = _parse(url)
-    return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).exists()
-
-
-def retry(study: optuna.Study, attempt: optuna.trial.FrozenTrial) -> None:
-    """Enqueue a trial again whose process or machine died, unless it has been retried `MAX_RETRIES` times."""
-    RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES)(study, attempt)
+    return not url.startswith("sqlite") or Path(str(make_url(url).database)).exists()
 
 
 def without_password(url: str) -> str:
@@ -72,9 +70,19 @@ def without_password(url: str) -> str:
         return url
 
 
-def storage_lost(url: str | None, error: Exception) -> Exception:
-    """Return (not raise) the error for a database that went away while trials ran."""
-    remedy = f"lost ({_reason(error)}); start it and run the command again, nothing finished is lost"
+def storage_error(url: str | None, error: Exception) -> AromaError:
+    """Return (not raise) what is wrong with a storage, in the database's own words, without its password."""
+    if isinstance(error, ArgumentError):
+        remedy = "not a database URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
+    elif isinstance(error, ImportError):
+        missing = error.name or error
+        remedy = f"its driver is missing ({missing}); for PostgreSQL run: pip install 'aroma-peft[postgresql]'"
+    elif isinstance(error, RuntimeError):  # tables of another version; Optuna says which, and what to do
+        remedy = str(error)
+    else:
+        cause = getattr(error, "orig", None) or error.__cause__ or error
+        reason = " ".join(str(getattr(cause, "orig", None) or cause).split()).rstrip(".")
+        remedy = f"cannot be reached ({reason}); start or correct it and run again, nothing finished is lost"
     return bad_value("storage", without_password(url or JOURNAL_FILE), remedy)
 
 
@@ -105,20 +113,6 @@ def _open_journal(output: Path) -> JournalStorage:
         raise bad_value("output", str(output), f"{path.name} there is not a study's journal; move it away") from error
 
 
-def _parse(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-        parsed.get_dialect().import_dbapi()
-    except (ArgumentError, NoSuchModuleError) as error:
-        remedy = "not a database URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
-        raise bad_value("storage", without_password(url), remedy) from error
-    except ImportError as error:
-        module = error.name or error
-        remedy = f"its driver is missing ({module}); for PostgreSQL run: pip install 'aroma-peft[postgresql]'"
-        raise bad_value("storage", without_password(url), remedy) from error
-    return parsed
-
-
 def _open_database(url: URL, heartbeat: int) -> RDBStorage:
     """Return the storage. Machines that make the tables at the same moment wait for each other."""
     is_sqlite = url.get_backend_name() == "sqlite"
@@ -127,30 +121,23 @@ def _open_database(url: URL, heartbeat: int) -> RDBStorage:
     timeout = {"timeout": _LOCK_SECONDS} if is_sqlite else {"connect_timeout": _CONNECT_SECONDS}
     # A connection may have been closed in the hours between two uses.
     options = {"connect_args": timeout, "pool_pre_ping": not is_sqlite}
-    try:
-        sqlalchemy.create_engine(url, **options).connect().close()
-    except SQLAlchemyError as error:
-        remedy = f"cannot be reached ({_reason(error)}); start or correct it"
-        raise bad_value("storage", str(url), remedy) from error
-    for attempt in range(_TRIES):
+    sqlalchemy.create_engine(url, **options).connect().close()
+    for attempt in range(1, _TRIES + 1):
         try:
             storage = RDBStorage(
                 url.render_as_string(hide_password=False),
                 engine_kwargs=options,
                 heartbeat_interval=heartbeat,
                 grace_period=MISSED_BEATS * heartbeat,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
             )
-            if is_sqlite:
-                _serialise(storage.engine)
-            return storage
-        except RuntimeError as error:  # tables of another version; Optuna says which, and what to do
-            raise bad_value("storage", str(url), str(error)) from error
-        except STORAGE_ERRORS as error:
-            if attempt == _TRIES - 1:
-                raise bad_value("storage", str(url), f"tables cannot be made there ({_reason(error)})") from error
-            time.sleep(0.2 * (attempt + 1))
-    raise AssertionError("the last attempt returns or raises")
+            break
+        except STORAGE_ERRORS:
+            if attempt == _TRIES:
+                raise
+            time.sleep(0.2 * attempt)
+    if is_sqlite:
+        _serialise(storage.engine)
+    return storage
 
 
 def _serialise(engine: Engine) -> None:
@@ -169,10 +156,3 @@ def _serialise(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     engine.dispose()  # connections made before do not have the listeners
-
-
-def _reason(error: Exception) -> str:
-    """Return the database's own words, on one line."""
-    cause = getattr(error, "orig", None) or error.__cause__ or error
-    cause = getattr(cause, "orig", None) or cause
-    return " ".join(str(cause).split()).rstrip(".")
