@@ -18,7 +18,7 @@ from aroma_lab.study.search import SearchOutcome, load_search, make_search, run_
 from aroma_lab.study.space import extremes, grid_points, read_space
 from aroma_lab.study.status import ERROR, KEY, NAME, scheduled_in
 from aroma_lab.study.storage import open_storage, without_password
-from aroma_lab.tasks.load import load_task
+from aroma_lab.tasks.data import load_task
 from aroma_lab.tasks.spec import TaskSpec
 from fake_trial import score_of
 from study_files import (

@@ -30,7 +30,7 @@ from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.classification import encode as real_encode
 from aroma_lab.tasks.classification import load_tokenizer
-from aroma_lab.tasks.load import load_task
+from aroma_lab.tasks.data import load_task
 from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.spec import TaskSpec
 from aroma_lab.training.job import Objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .data import Layout
+from .spec import Layout
 
 HUB = "nyu-mll/glue"
 """Data set of the hub that has them all, each as a configuration named like the task."""
@@ -13,27 +13,24 @@ HUB = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task of GLUE.
-
-    Args:
-        folder: Its folder in the original download.
-        metric: Its metric in Table 2.
-        layouts: The hub's columns, then those of the original files if they differ.
-        label_names: Names of the classes, in the order in which the hub numbers them; None for a regression.
-        reported: The splits whose labels are public, by label.
-        between: The smallest and the largest number of a regression.
-        originals: Names of original files by split, if they differ from the split's.
-        damaged_lines: Whether the original training file has broken lines, which the hub leaves out too.
-    """
+    """One task of GLUE."""
 
     folder: str
+    """Its folder in the original download."""
     metric: str
+    """Its metric in Table 2."""
     layouts: tuple[Layout, ...]
+    """The hub's columns, then those of the original files if they differ."""
     label_names: tuple[str, ...] | None
+    """Names of the classes, in the order in which the hub numbers them; None for a regression."""
     reported: Mapping[str, str] = field(default_factory=lambda: {"validation": "validation"})
+    """The splits whose labels are public, by label."""
     between: tuple[float, float] | None = None
+    """The smallest and the largest number of a regression."""
     originals: Mapping[str, str] = field(default_factory=dict)
+    """Names of original files by split, if they differ from the split's."""
     damaged_lines: bool = False
+    """Whether the original training file has broken lines, which the hub leaves out too."""
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
