@@ -492,6 +492,7 @@ def test_options_of_aroma_reach_its_configuration():
         ("aroma", {"max_inner_steps": 3}, "max_inner_steps=3: it is smaller than inner_check_interval=10"),
         ("lora", {"r": "many"}, r"options\.r='many': give a whole number"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
+        ("houlsby", {"size": 0}, "size=0: the bottleneck has at least one neuron"),
         ("lora", {"dropout": 1}, r"dropout=1\.0: give a probability in \[0, 1\)"),
         ("adalora", {"final_share": 1.0}, r"final_share=1\.0: give a share of the planned steps"),
         ("adalora", {"initial_steps": -1}, "initial_steps=-1: give 0 optimizer steps or more"),

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma.tuner import AromaConfig
-from aroma_lab.methods.registry import make_method
+from aroma_lab.methods import make_method
 from aroma_lab.run import worker
 from aroma_lab.run.recorder import Curve, history_of, inner_checks_of
 from aroma_lab.run.run import check_growth, check_warmup, planned_steps, run_trial, seeded_options

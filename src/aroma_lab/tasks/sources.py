@@ -86,7 +86,7 @@ def _read_table(field: str, file: Path, choices: Choices, skip_damaged: bool) ->
                 whole = len(line) == len(names)
                 if not whole and not skip_damaged:
                     raise _damaged(field, file, last, "its number of fields is not that of the first line")
-                row = [line[position] or None for position in positions] if whole else [None]
+                row: list[str | None] = [line[position] or None for position in positions] if whole else [None]
                 if skip_damaged and None in row:
                     skipped += 1
                 else:
