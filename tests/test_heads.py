@@ -23,97 +23,42 @@ from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import save_tokenizer, sentences, write_json_lines
 
 VOCABULARY, STEPS, LABELS = 45, 5, ("a", "b", "c")
-BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 34,
-    "initializer_range": 0.2,
+BART_PART = {"layers": 2, "attention_heads": 2, "ffn_dim": 32}
+SIZES = {
+    "BertModel": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    "DistilBertModel": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "T5ForConditionalGeneration": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+    "XLNetModel": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
+    "GPT2LMHeadModel": {"n_positions": 34, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "BartModel": {
+        **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in BART_PART.items()},
+        **{"d_model": 16, "init_std": 0.2, "bos_token_id": 2, "forced_eos_token_id": 3},
+    },
 }
-BACKBONES = {
-    "distilbert": lambda: transformers.DistilBertModel(
-        transformers.DistilBertConfig(
-            vocab_size=VOCABULARY,
-            dim=16,
-            n_layers=2,
-            n_heads=2,
-            hidden_dim=32,
-            max_position_embeddings=34,
-            initializer_range=0.2,
-        )
-    ),
-    "bart": lambda: transformers.BartModel(
-        transformers.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            max_position_embeddings=34,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
-            decoder_start_token_id=3,
-            forced_eos_token_id=3,
-            init_std=0.2,
-        )
-    ),
-    "t5": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            eos_token_id=3,
-            decoder_start_token_id=0,
-        )
-    ),
-    "deberta": lambda: transformers.DebertaV2Model(
-        transformers.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"])
-    ),
-    "xlnet": lambda: transformers.XLNetModel(
-        transformers.XLNetConfig(
-            vocab_size=VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=32, initializer_range=0.2
-        )
-    ),
-    "bert without pooler": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
-    "bert": lambda: transformers.BertModel(transformers.BertConfig(**BERT)),
-    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**BERT)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=34, n_embd=16, n_layer=2, n_head=2)
-    ),
-    "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=34,
-        )
-    ),
+SIZES["BertForMaskedLM"] = SIZES["DebertaV2Model"] = SIZES["BertModel"]
+BUILDS = {
+    "distilbert": ("DistilBertModel", {"pre_classifier", "classifier"}),
+    "bart": ("BartModel", {"classification_head"}),
+    "t5": ("T5ForConditionalGeneration", {"classification_head"}),
+    "deberta": ("DebertaV2Model", {"pooler", "classifier"}),
+    "xlnet": ("XLNetModel", {"sequence_summary", "logits_proj"}),
+    "bert without pooler": ("BertForMaskedLM", {"bert.pooler", "classifier"}),
+    "bert": ("BertModel", {"classifier"}),
+    "gpt2": ("GPT2LMHeadModel", {"score"}),
 }
-HEADS = {
-    "distilbert": {"pre_classifier", "classifier"},
-    "bart": {"classification_head"},
-    "t5": {"classification_head"},
-    "deberta": {"pooler", "classifier"},
-    "xlnet": {"sequence_summary", "logits_proj"},
-    "bert without pooler": {"bert.pooler", "classifier"},
-    "bert": {"classifier"},
-    "roberta": {"classifier"},
-    "gpt2": {"score"},
-    "llama": {"score"},
-}
-"""The modules of every head."""
+"""The pretrained models, and the modules of their heads."""
+HEADS = {name: head for name, (_, head) in BUILDS.items()}
+
+
+def pretrained(build):
+    kind = getattr(transformers, BUILDS[build][0])
+    ends = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 3} if build in ("bart", "t5") else {}
+    own = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]} if build == "deberta" else {}
+    common = {"vocab_size": VOCABULARY, "initializer_range": 0.2}
+    common |= {} if build in ("xlnet", "t5", "gpt2") else {"max_position_embeddings": 34}
+    return kind(kind.config_class(**common, **SIZES[kind.__name__], **ends, **own))
+
+
 OTHERS = list(HEADS)[:6]
 """Builds whose head PEFT does not find for itself."""
 SAME = list(HEADS)[6:]
@@ -127,9 +72,9 @@ GROWS = {"max_inner_steps": 2, "inner_tolerance": None, "outer_tolerance": None,
 def folders(tmp_path_factory):
     """The pretrained models, without heads."""
     root = tmp_path_factory.mktemp("backbones")
-    for index, (name, make) in enumerate(BACKBONES.items()):
+    for index, name in enumerate(BUILDS):
         torch.manual_seed(index)
-        make().save_pretrained(root / name)
+        pretrained(name).save_pretrained(root / name)
     return root
 
 
@@ -191,7 +136,7 @@ def takes(build, kind):
     """Whether the backbone has what the method needs: biases, or the sublayers of BERT."""
     if (build, kind) == ("t5", "bitfit"):
         return False
-    return kind not in ("houlsby", "pfeiffer") or build in ("deberta", "bert without pooler", "bert", "roberta")
+    return kind not in ("houlsby", "pfeiffer") or build in ("deberta", "bert without pooler", "bert")
 
 
 # What the head is ----------------------------------------------------------------------------------------------------
@@ -217,7 +162,7 @@ def test_a_head_that_was_pretrained_is_a_head_all_the_same(folders, build, tmp_p
 
 
 def test_a_language_models_own_head_is_none(folders):
-    model = transformers.LlamaForCausalLM.from_pretrained(folders / "llama")
+    model = transformers.GPT2LMHeadModel.from_pretrained(folders / "gpt2")
     assert head_of(model) == Head()
     assert "lm_head" not in find_targets("all-linear", model)  # as in PEFT
 
@@ -320,7 +265,7 @@ def test_where_peft_finds_the_head_the_files_are_those_of_peft_alone(folders, bu
 @pytest.mark.parametrize("build", ["bart"])
 def test_aroma_train_and_eval_agree(folders, build, tmp_path):
     model = tmp_path / "model"
-    BACKBONES[build]().save_pretrained(model)
+    pretrained(build).save_pretrained(model)
     save_tokenizer(model, model_input_names=["input_ids", "attention_mask"])
     recipe = {
         "model": {"name": str(model)},

@@ -145,9 +145,3 @@ def test_a_head_that_would_stay_random_is_refused(words: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=message):
         run_trial(classify(words, "model"), tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
-
-
-def test_a_quantised_model_is_refused_before_anything_is_written(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="quantization='nf4': transformers' Trainer takes no quantised model"):
-        run_trial(trial_of(files, quantization="nf4"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
