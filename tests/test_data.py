@@ -41,28 +41,21 @@ def contents(splits):
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def test_four_formats_have_the_same_content(tmp_path):
-    texts = ['a "quoted" word', "two\nlines", "comma, here", "ünïcödé"]
-    labels = ["x", "y", "x", "y"]
-    quoted = "\n".join(f'"{t}",{y}' for t, y in zip([t.replace('"', '""') for t in texts], labels, strict=True))
-    csv = write(tmp_path, "d.csv", f"\ufefftext,label\n{quoted}\n")  # the byte order mark is no part of the first name
-    json_lines = write_json_lines(
-        tmp_path / "d.jsonl", [{"text": t, "label": y} for t, y in zip(texts, labels, strict=True)]
-    )
+def test_four_formats_have_the_same_content_and_values_are_kept_as_they_are_written(tmp_path):
+    texts = ['a "quoted" word', "two\nlines", "comma, here", "ünïcödé", '"Open', "NA", "007"]
+    labels = ["x", "y", "null", "y", "nan", "01", "None"]
+    rows = list(zip(texts, labels, strict=True))
+    quoted = "".join('"{}",{}\n'.format(text.replace('"', '""'), label) for text, label in rows)
+    csv = write(tmp_path, "d.csv", f"\ufefftext,label\n{quoted}")  # the byte order mark is no part of the first name
+    lines = write_json_lines(tmp_path / "d.jsonl", [{"text": text, "label": label} for text, label in rows])
     parquet = tmp_path / "d.parquet"
-    pq.write_table(pa.table({"text": texts, "label": labels, "more": [1, 2, 3, 4]}), parquet)
+    pq.write_table(pa.table({"text": texts, "label": labels, "more": range(7)}), parquet)
     flat = [text.replace("\n", " ") for text in texts]
-    tsv = write(tmp_path, "d.tsv", "label\ttext\n" + "".join(f"{y}\t{t}\n" for t, y in zip(flat, labels, strict=True)))
-    for path in (csv, str(json_lines), str(parquet)):
+    pairs = zip(flat, labels, strict=True)
+    tsv = write(tmp_path, "d.tsv", "label\ttext\n" + "".join(f"{label}\t{text}\n" for text, label in pairs))
+    for path in (csv, str(lines), str(parquet)):
         assert read(path, "text", "label") == {"text": texts, "label": labels}
     assert read(tsv, "text", "label") == {"text": flat, "label": labels}
-
-
-def test_values_are_kept_as_they_are_written(tmp_path):
-    unbalanced = write(tmp_path, "d.tsv", 'text\tlabel\n"Open\tx\nnext\ty\n')
-    assert read(unbalanced, "text")["text"] == ['"Open', "next"]
-    words = write(tmp_path, "d.csv", "text,label\nNA,null\nNone,nan\n007,01\n")
-    assert read(words, "text", "label") == {"text": ["NA", "None", "007"], "label": ["null", "nan", "01"]}
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,6 @@ def test_a_task_that_cannot_be_is_refused_at_once(changes):
         ),
         ({"reported": {"x": "tset"}}, r"reported\.x='tset': .*looked for tset, tset\.csv, tset\.tsv"),
         ({"reported": {"x": "train"}}, r"reported\.x='train': tasks\.own\.train is the same"),
-        ({"reported": {"x": "train.jsonl"}}, r"reported\.x='train\.jsonl': tasks\.own\.train is the same"),
         ({"reported": {"a": "test", "b": "test.jsonl"}}, r"tasks\.own\.reported\.a is the same"),
         ({"text": "body"}, r"tasks\.own\.train=.*: it has no column 'body'; its columns are 'text', 'label'"),
         ({"text": "label"}, r"tasks\.own\.label='label': the label and a text cannot be the same column"),

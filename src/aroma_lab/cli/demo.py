@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from aroma.cli.extras import require_extra
@@ -24,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", default="aroma-demo", help="new or empty folder (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and components (%(default)s)")
-    parser.add_argument("--steps", type=int, help="optimizer steps, for a shorter or longer run")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps (%(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -38,11 +39,11 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     from ..demo.articles import SOURCE
-    from ..demo.run import demo_training, result_lines, result_table, run_demo
+    from ..demo.run import TRAINING, result_lines, result_table, run_demo
     from ..progress import progress_bar
     from ..tasks.model import ENCODER_SOURCE
 
-    training = demo_training(seed=arguments.seed, threads=arguments.threads, steps=arguments.steps)
+    training = replace(TRAINING, seed=arguments.seed, threads=arguments.threads, max_steps=arguments.steps)
     record = run_demo(arguments.out, training, progress=progress_bar, training_bar=True)
 
     console, lines = Console(), result_lines(record)

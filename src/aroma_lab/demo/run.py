@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,17 +65,6 @@ TRAINING = TrainSpec(
 )
 
 
-def demo_training(seed: int = 0, threads: int | None = None, steps: int | None = None) -> TrainSpec:
-    """Return the demo's loop with the given changes.
-
-    Raises:
-        ConfigError: A number out of range.
-    """
-    chosen = replace(TRAINING, seed=seed, threads=threads, max_steps=TRAINING.max_steps if steps is None else steps)
-    check_training(chosen)
-    return chosen
-
-
 def run_demo(
     out: str | os.PathLike[str],
     training: TrainSpec = TRAINING,
@@ -94,11 +83,12 @@ def run_demo(
         The content of `result.json`.
 
     Raises:
-        ConfigError: `out` is not empty.
+        ConfigError: `out` is not empty, or a number of the loop is out of range.
         DataError: A package of the demo is missing or has changed.
         CheckpointError: The saved adapter does not predict the same in plain PEFT.
     """
     began = time.monotonic()
+    check_training(training)
     folder = Path(out)
     require_empty("--out", folder, "give another folder with --out")
     train, held_out = split_articles(load_articles())
