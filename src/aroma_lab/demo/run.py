@@ -221,33 +221,6 @@ def count_parameters(model: Any) -> dict[str, int]:
 # Reloaded in plain PEFT ----------------------------------------------------------------------------------------------
 
 
-def reloaded_logits(job: dict[str, Any]) -> NDArray[Any]:
-    """Return the logits, shape (texts, num_labels), of base model and adapter in plain PEFT, in a fresh process.
-
-    Args:
-        job: What `plain_reload.py` reads.
-
-    Raises:
-        CheckpointError: The process failed; the error has its last line.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        job_file, out_file = Path(folder) / "job.json", Path(folder) / "logits.safetensors"
-        job_file.write_text(json.dumps(job), encoding="utf-8")
-        # -P keeps this folder, with its general module names, off the program's path.
-        command = [
-            sys.executable,
-            "-P",
-            str(Path(__file__).with_name("plain_reload.py")),
-            str(job_file),
-            str(out_file),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip() or "no error text").splitlines()[-1]
-            raise CheckpointError(f"adapter={job['adapter']!r}: plain PEFT cannot load it ({reason})")
-        return read_tensors(out_file)["logits"].numpy()
-
-
 def check_reload(
     logits: NDArray[Any], adapter: Path, job: ClassifierJob, training: TrainSpec, progress: Progress
 ) -> dict[str, Any]:
@@ -260,24 +233,29 @@ def check_reload(
         training: The loop, for its batch size.
         progress: Shows that it runs.
 
-    Returns:
-        Number of examples, the largest difference of a logit, and the number of different predictions.
-
     Raises:
-        CheckpointError: The predictions differ.
+        CheckpointError: The process failed, or the predictions differ.
     """
-    with progress("reload in plain PEFT", 1) as advance:
-        reloaded = reloaded_logits(
-            {
-                "base_model": job.model.name,
-                "adapter": str(adapter),
-                "texts": list(job.parts[HELD_OUT]["text"]),
-                "num_labels": logits.shape[1],
-                "max_length": job.task.max_length,
-                "batch_size": training.batch_size,
-                "threads": torch.get_num_threads(),
-            }
-        )
+    content = {
+        "base_model": job.model.name,
+        "adapter": str(adapter),
+        "texts": list(job.parts[HELD_OUT]["text"]),
+        "num_labels": logits.shape[1],
+        "max_length": job.task.max_length,
+        "batch_size": training.batch_size,
+        "threads": torch.get_num_threads(),
+    }
+    with tempfile.TemporaryDirectory() as folder, progress("reload in plain PEFT", 1) as advance:
+        job_file, out_file = Path(folder) / "job.json", Path(folder) / "logits.safetensors"
+        job_file.write_text(json.dumps(content), encoding="utf-8")
+        program = Path(__file__).with_name("plain_reload.py")
+        # -P keeps this folder, with its general module names, off the program's path.
+        command = [sys.executable, "-P", str(program), str(job_file), str(out_file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or "no error text").splitlines()[-1]
+            raise CheckpointError(f"adapter={str(adapter)!r}: plain PEFT cannot load it ({reason})")
+        reloaded = read_tensors(out_file)["logits"].numpy()
         advance(1)
     difference = float(abs(logits - reloaded).max())
     different = int((logits.argmax(axis=-1) != reloaded.argmax(axis=-1)).sum())
