@@ -11,8 +11,9 @@ from transformers import BertConfig, RobertaConfig
 from aroma.errors import ConfigError, DataError
 from aroma_lab.specs import DataSpec
 from aroma_lab.tasks.classification import check_positions, encode, load_tokenizer
-from aroma_lab.tasks.data import Layout, load_splits, make_examples, names_of, split_examples
+from aroma_lab.tasks.data import load_splits, make_examples, names_of, split_examples
 from aroma_lab.tasks.sources import read_file
+from aroma_lab.tasks.spec import Layout
 from tiny_classifier import examples, save_tiny_bert, sentences, write_json_lines
 
 ROWS = "text,label\n" + "".join(f"t{i},{'yes' if i % 3 else 'no'}\n" for i in range(30))
@@ -40,28 +41,21 @@ def contents(splits):
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def test_four_formats_have_the_same_content(tmp_path):
-    texts = ['a "quoted" word', "two\nlines", "comma, here", "ünïcödé"]
-    labels = ["x", "y", "x", "y"]
-    quoted = "\n".join(f'"{t}",{y}' for t, y in zip([t.replace('"', '""') for t in texts], labels, strict=True))
-    csv = write(tmp_path, "d.csv", f"\ufefftext,label\n{quoted}\n")  # the byte order mark is no part of the first name
-    json_lines = write_json_lines(
-        tmp_path / "d.jsonl", [{"text": t, "label": y} for t, y in zip(texts, labels, strict=True)]
-    )
+def test_four_formats_have_the_same_content_and_values_are_kept_as_they_are_written(tmp_path):
+    texts = ['a "quoted" word', "two\nlines", "comma, here", "ünïcödé", '"Open', "NA", "007"]
+    labels = ["x", "y", "null", "y", "nan", "01", "None"]
+    rows = list(zip(texts, labels, strict=True))
+    quoted = "".join('"{}",{}\n'.format(text.replace('"', '""'), label) for text, label in rows)
+    csv = write(tmp_path, "d.csv", f"\ufefftext,label\n{quoted}")  # the byte order mark is no part of the first name
+    lines = write_json_lines(tmp_path / "d.jsonl", [{"text": text, "label": label} for text, label in rows])
     parquet = tmp_path / "d.parquet"
-    pq.write_table(pa.table({"text": texts, "label": labels, "more": [1, 2, 3, 4]}), parquet)
+    pq.write_table(pa.table({"text": texts, "label": labels, "more": range(7)}), parquet)
     flat = [text.replace("\n", " ") for text in texts]
-    tsv = write(tmp_path, "d.tsv", "label\ttext\n" + "".join(f"{y}\t{t}\n" for t, y in zip(flat, labels, strict=True)))
-    for path in (csv, str(json_lines), str(parquet)):
+    pairs = zip(flat, labels, strict=True)
+    tsv = write(tmp_path, "d.tsv", "label\ttext\n" + "".join(f"{label}\t{text}\n" for text, label in pairs))
+    for path in (csv, str(lines), str(parquet)):
         assert read(path, "text", "label") == {"text": texts, "label": labels}
     assert read(tsv, "text", "label") == {"text": flat, "label": labels}
-
-
-def test_values_are_kept_as_they_are_written(tmp_path):
-    unbalanced = write(tmp_path, "d.tsv", 'text\tlabel\n"Open\tx\nnext\ty\n')
-    assert read(unbalanced, "text")["text"] == ['"Open', "next"]
-    words = write(tmp_path, "d.csv", "text,label\nNA,null\nNone,nan\n007,01\n")
-    assert read(words, "text", "label") == {"text": ["NA", "None", "007"], "label": ["null", "nan", "01"]}
 
 
 @pytest.mark.parametrize(
@@ -88,30 +82,19 @@ def test_a_damaged_file_is_refused(tmp_path, name, content, message):
     assert str(caught.value).startswith(f"data.train={path!r}: ")
 
 
-def test_missing_and_empty_files_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"data\.train='absent\.csv': no such file"):
-        read("absent.csv", "text")
-    path = tmp_path / "d.parquet"
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
-    with pytest.raises(DataError, match="it has no rows"):
-        read(str(path), "text")
-
-
 def test_columns_without_a_header_are_named_by_position(tmp_path):
     rows = 'gj04\t1\t\tOur "friends\ngj04\t0\t*\tThey, it.\n'
     for name in ("d.tsv", "d.txt"):
         expected = {"#4": ['Our "friends', "They, it."], "#2": ["1", "0"]}
         assert read(write(tmp_path, name, rows), "#4", "#2") == expected
     assert read(write(tmp_path, "d.csv", 'a,"x, y"\nb,z\n'), "#2") == {"#2": ["x, y", "z"]}
-    tsv, lines = write(tmp_path, "e.tsv", "a\tx\nb\ty\n"), write(tmp_path, "d.jsonl", '{"text": "a"}\n')
-    for path, names, lacking in (
-        (tsv, ("#1", "#3"), r"it has no column '#3'; its columns are 'a', 'x'"),
-        (tsv, ("#1", "label"), r"it has no column '#1', 'label'"),
-        (tsv, ("#0",), r"it has no column '#0'"),
-        (lines, ("#1",), r"it has no column '#1'; its columns are 'text'"),
+    for name, content, names, lacking in (
+        ("e.tsv", "a\tx\nb\ty\n", ("#1", "#3"), r"it has no column '#3'; its columns are 'a', 'x'"),
+        ("e.tsv", "a\tx\nb\ty\n", ("#1", "label"), r"it has no column '#1', 'label'"),
+        ("d.jsonl", '{"text": "a"}\n', ("#1",), r"it has no column '#1'; its columns are 'text'"),
     ):
         with pytest.raises(DataError, match=lacking):
-            read(path, *names)
+            read(write(tmp_path, name, content), *names)
 
 
 def test_the_first_set_of_columns_that_fits_is_read(tmp_path):
@@ -147,27 +130,6 @@ def test_labels_are_numbered_in_sorted_order_and_whole_numbers_by_value(tmp_path
     assert splits["test"]["labels"] == [10, 2]
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_labels_that_training_lacks_are_named(tmp_path, train_csv, split):
-    other = write(tmp_path, "other.csv", "text,label\na,yes\nb,perhaps\nc,maybe\n")
-    message = rf"^data\.{split} \(column 'label'\)='maybe, perhaps': labels that the training.*they have no, yes"
-    with pytest.raises(DataError, match=message):
-        load_splits(DataSpec(train=train_csv, **{split: other}))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("a,yes\nb,yes\n", r"data\.train \(column 'label'\)='yes': all training examples have the same label"),
-        (",x\nb,y\n", r"data\.train \(column 'text', row 1\)=None: a text is missing"),
-        ("a,x\nb,\nc,y\nd,\n", r"data\.train \(column 'label', 2 rows \(2, 4\)\)=None: a label is missing"),
-    ],
-)
-def test_missing_values_are_refused_by_row(tmp_path, content, message):
-    with pytest.raises(DataError, match=message):
-        load_splits(DataSpec(train=write(tmp_path, "d.csv", f"text,label\n{content}"), validation_fraction=0.5))
-
-
 def test_a_regression_reads_numbers(tmp_path):
     path = write(tmp_path, "d.csv", "text,score\n" + "".join(f"t{i},{i / 10}\n" for i in range(20)))
     splits = load_splits(DataSpec(task="regression", train=path, label="score", validation_fraction=0.25))
@@ -176,19 +138,11 @@ def test_a_regression_reads_numbers(tmp_path):
     assert sorted([*splits["train"]["labels"], *splits["validation"]["labels"]]) == [i / 10 for i in range(20)]
 
 
-@pytest.mark.parametrize("value", ["good", "nan", "inf", ""])
-def test_a_regression_refuses_values_that_are_no_finite_numbers(tmp_path, value):
-    path = write(tmp_path, "d.csv", f"text,score\na,1.5\nb,{value}\n")
-    with pytest.raises(DataError) as caught:
-        load_splits(DataSpec(task="regression", train=path, label="score"))
-    assert str(caught.value).startswith(f"data.train (column 'score', row 2)={value or None!r}: a regression needs")
-
-
 # Splitting -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fraction", [0.1, 1 / 3, 0.7])
-@pytest.mark.parametrize("seed", [0, 1, 2023])
+@pytest.mark.parametrize("fraction", [0.1, 0.7])
+@pytest.mark.parametrize("seed", [0, 2023])
 @pytest.mark.parametrize("names", [("a", "b", "c"), None])
 def test_the_split_is_whole_stratified_and_that_of_earlier_results(names, seed, fraction):
     generator = np.random.default_rng(5)
@@ -217,18 +171,6 @@ def test_validation_is_drawn_unless_it_is_given(tmp_path, train_csv):
     assert {split: len(part) for split, part in given.items()} == {"train": 30, "validation": 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (ROWS + "t,rare\n", "'rare' has one training example"),
-        ("text,label\na,x\nb,y\nc,x\nd,y\n", "4 training examples cannot be split so"),
-    ],
-)
-def test_too_few_examples_cannot_be_split(tmp_path, content, message):
-    with pytest.raises(DataError, match=rf"data\.validation_fraction=0\.1: {message}"):
-        load_splits(DataSpec(train=write(tmp_path, "d.csv", content)))
-
-
 # Hub -----------------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +190,7 @@ def test_a_hub_data_set_has_its_splits(hub_folder):
     assert len(load_splits(DataSpec(name=hub_folder, train="train[:50%]"))["train"]) == 10
 
 
-def test_class_labels_become_names_and_hidden_ones_are_missing(tmp_path):
+def test_class_labels_of_the_hub_become_names(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     for split, labels in (("train", [1, 0] * 5), ("test", [1, -1])):
         rows = {"text": ["a"] * len(labels), "label": labels}
@@ -259,13 +201,49 @@ def test_class_labels_become_names_and_hidden_ones_are_missing(tmp_path):
         load_splits(DataSpec(**spec, test="test"))
 
 
-def test_a_missing_data_set_split_or_column_is_refused(hub_folder):
-    with pytest.raises(DataError, match=r"data\.name='no/such-data': cannot be loaded"):
-        load_splits(DataSpec(name="no/such-data"))
-    with pytest.raises(DataError, match=r"data\.test='tset': .* no such split; it has train, validation, test"):
-        load_splits(DataSpec(name=hub_folder, test="tset"))
-    with pytest.raises(DataError, match=r"data\.train='train': it has no column 'body'; its columns are 'text'"):
-        load_splits(DataSpec(name=hub_folder, text="body"))
+# What a recipe cannot use --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,yes\nb,yes\n", r"data\.train \(column 'label'\)='yes': all training examples have the same label"),
+        (",x\nb,y\n", r"data\.train \(column 'text', row 1\)=None: a text is missing"),
+        ("a,x\nb,\nc,y\nd,\n", r"data\.train \(column 'label', row 2, 4\)=None: a label is missing"),
+        (ROWS[11:] + "t,rare\n", "data.validation_fraction=0.1: 'rare' has one training example"),
+        ("a,x\nb,y\nc,x\nd,y\n", "data.validation_fraction=0.1: 4 training examples cannot be split so"),
+    ],
+)
+def test_training_examples_that_cannot_be_used_are_refused(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        load_splits(DataSpec(train=write(tmp_path, "d.csv", f"text,label\n{content}")))
+
+
+@pytest.mark.parametrize("value", ["good", "nan", "inf", ""])
+def test_a_regression_refuses_values_that_are_no_finite_numbers(tmp_path, value):
+    path = write(tmp_path, "d.csv", f"text,score\na,1.5\nb,{value}\n")
+    with pytest.raises(DataError) as caught:
+        load_splits(DataSpec(task="regression", train=path, label="score"))
+    assert str(caught.value).startswith(f"data.train (column 'score', row 2)={value or None!r}: a regression needs")
+
+
+def test_missing_files_sets_splits_and_unseen_labels_are_named(tmp_path, train_csv, hub_folder):
+    other = write(tmp_path, "other.csv", "text,label\na,yes\nb,perhaps\nc,maybe\n")
+    for changes, message in (
+        (
+            {"train": train_csv, "test": other},
+            r"^data\.test \(column 'label'\)='maybe, perhaps': labels that.*no, yes",
+        ),
+        ({"train": "absent.csv"}, r"data\.train='absent\.csv': no such file"),
+        ({"name": "no/such-data"}, r"data\.name='no/such-data': cannot be loaded"),
+        ({"name": hub_folder, "test": "tset"}, r"data\.test='tset': .* no such split; it has train, validation, test"),
+        (
+            {"name": hub_folder, "text": "body"},
+            r"data\.train='train': it has no column 'body'; its columns are 'text'",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_splits(DataSpec(**changes))
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------

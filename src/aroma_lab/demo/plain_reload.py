@@ -9,33 +9,19 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.abc import MetaPathFinder
-from typing import Any
-
-
-class _NoAroma(MetaPathFinder):
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        if fullname.partition(".")[0] == "aroma":
-            raise ModuleNotFoundError(f"{fullname} must not be imported here")
 
 
 def main(job_file: str, out_file: str) -> None:
     """Predict the texts of the job, and write the logits."""
-    sys.meta_path.insert(0, _NoAroma())
-    try:
-        import aroma  # noqa: F401
-    except ModuleNotFoundError:
-        pass
-    else:
-        raise SystemExit("aroma could be imported, so this proves nothing")
+    sys.modules["aroma"] = None  # type: ignore[assignment]  # any import of it fails from here on
+    with open(job_file, encoding="utf-8") as stream:
+        job = json.load(stream)
 
     import torch
     from peft import PeftModel
     from safetensors.torch import save_file
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with open(job_file, encoding="utf-8") as stream:
-        job = json.load(stream)
     torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["adapter"])
     base = AutoModelForSequenceClassification.from_pretrained(job["base_model"], num_labels=job["num_labels"])

@@ -1,7 +1,14 @@
-"""The methods of comparison; see `base.Method`."""
+"""The methods of comparison, by their names in an experiment's file; see `base.Method`."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from aroma.errors import bad_value
+
+from ..settings import typed, unknown_key
 from .adalora import AdaLora
 from .aroma import Aroma, GrowthHooks
 from .base import Hooks, HooksCallback, Method
@@ -9,30 +16,47 @@ from .bottleneck import Bottleneck, Houlsby, Pfeiffer
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
-from .registry import METHODS, make_method
 from .relora import ReLoraComponents, ReLoraMerge
 
-__all__ = [
-    "METHODS",
-    "AdaLora",
-    "Aroma",
-    "BitFit",
-    "Bottleneck",
-    "Frozen",
-    "Full",
-    "GrowthHooks",
-    "HeadOnly",
-    "Hooks",
-    "HooksCallback",
-    "Houlsby",
-    "Lora",
-    "Method",
-    "PeftAdapter",
-    "Pfeiffer",
-    "Pretrained",
-    "ReLoraComponents",
-    "ReLoraMerge",
-    "encoder_linears",
-    "find_targets",
-    "make_method",
-]
+METHODS: dict[str, type[Method]] = {
+    "pretrained": Pretrained,
+    "full": Full,
+    "head_only": HeadOnly,
+    "bitfit": BitFit,
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
+    "lora": Lora,
+    "adalora": AdaLora,
+    "relora": ReLoraComponents,
+    "relora_merge": ReLoraMerge,
+    "aroma": Aroma,
+}
+"""The methods by kind."""
+
+__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Bottleneck", "Frozen", "Full", "GrowthHooks", "HeadOnly", "Hooks"]
+__all__ += ["HooksCallback", "Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents"]
+__all__ += ["ReLoraMerge", "encoder_linears", "find_targets", "make_method"]
+
+
+def make_method(kind: str, options: Mapping[str, Any]) -> Method:
+    """Return a method.
+
+    Args:
+        kind: One of `METHODS`.
+        options: Its options by name; the others have their defaults.
+
+    Raises:
+        ConfigError: An unknown kind or option, with the nearest known one, or a value of a wrong type or out of range.
+    """
+    if kind not in METHODS:
+        nearest = difflib.get_close_matches(kind, METHODS, n=1, cutoff=0.0)[0]
+        remedy = f"there is no such kind of method; the nearest is {nearest!r}, and all are {', '.join(METHODS)}"
+        raise bad_value("kind", kind, remedy)
+    types = METHODS[kind].option_types()
+    for name, value in options.items():
+        if not types:
+            raise bad_value(f"options.{name}", value, f"the method {kind!r} has no options; leave it out")
+        if name not in types:
+            raise unknown_key(f"options.{name}", value, [f"options.{one}" for one in types], f"the method {kind!r}")
+    chosen = {name: typed(f"options.{name}", value, types[name]) for name, value in options.items()}
+    return METHODS[kind].from_options(chosen)

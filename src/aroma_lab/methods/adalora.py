@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import AdaLoraConfig
 from peft.tuners.adalora import SVDLinear
 from torch import Tensor
 
 from aroma.errors import CheckpointError, bad_value
 
-from .base import Hooks, check_dropout, with_dropout
-from .head import find_targets
-from .lora import ADAPTER, PeftAdapter, layers_of, wrap
+from .base import Hooks, with_dropout
+from .lora import ADAPTER, PeftAdapter, layers_of
 
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """What PEFT's `RankAllocator` keeps of every parameter: its last sensitivity, and two averages over the steps."""
@@ -56,61 +56,48 @@ class AdaLora(PeftAdapter):
 
     def __post_init__(self) -> None:
         # At equal ranks there would be nothing to allocate, and PEFT's allocator fails with an error of torch's.
-        if not 0 < self.target_r < self.init_r:
-            raise bad_value("target_r", self.target_r, f"give 1 or more, and less than init_r={self.init_r}")
-        if self.interval < 1:
-            raise bad_value("interval", self.interval, "allocations are at least one optimizer step apart")
-        if self.orthogonality < 0:
-            raise bad_value("orthogonality", self.orthogonality, "give 0 or more")
-        check_dropout(self.dropout)
-        self._check_phases()
+        less = f"give 1 or more, and less than init_r={self.init_r}"
+        self._require(0 < self.target_r < self.init_r, "target_r", less)
+        self._require(self.interval >= 1, "interval", "allocations are at least one optimizer step apart")
+        self._require(self.orthogonality >= 0, "orthogonality", "give 0 or more")
+        self._require_dropout(self.dropout)
+        for name in ("initial", "final"):
+            steps, share = getattr(self, f"{name}_steps"), getattr(self, f"{name}_share")
+            self._require(steps is None or steps >= 0, f"{name}_steps", "give 0 optimizer steps or more, or None")
+            self._require(0 <= share < 1, f"{name}_share", "give a share of the planned steps, in [0, 1)")
 
     @property
     def name(self) -> str:
         """Name for tables and pictures."""
         return with_dropout(f"AdaLoRA r={self.init_r}→{self.target_r}", self.dropout)
 
-    def build(self, model: Any, planned_steps: int) -> Any:
-        """Wrap `model` with PEFT; see `Method.build`."""
-        from peft import AdaLoraConfig
+    def config(self, targets: list[str], planned_steps: int) -> AdaLoraConfig:
+        """Return PEFT's configuration.
 
-        initial, final = self._phases(planned_steps)
-        config = AdaLoraConfig(
+        Raises:
+            ConfigError: No step is left for the budget to shrink in.
+        """
+        initial = int(self.initial_share * planned_steps) if self.initial_steps is None else self.initial_steps
+        final = int(self.final_share * planned_steps) if self.final_steps is None else self.final_steps
+        if initial + final >= planned_steps:
+            remedy = (
+                f"with {initial} initial steps it leaves none of the {planned_steps} planned ones for the budget to "
+                "shrink in; lower one, or train longer"
+            )
+            raise bad_value("final_steps", final, remedy)
+        alpha: Any = self.init_r if self.alpha is None else self.alpha
+        return AdaLoraConfig(
             init_r=self.init_r,
             target_r=self.target_r,
-            lora_alpha=self.init_r if self.alpha is None else self.alpha,
+            lora_alpha=alpha,
             lora_dropout=self.dropout,
             tinit=initial,
             tfinal=final,
             deltaT=self.interval,
             orth_reg_weight=self.orthogonality,
             total_step=planned_steps,
-            target_modules=find_targets(self.target_modules, model),
+            target_modules=targets,
         )
-        return wrap(model, config)
-
-    def _check_phases(self) -> None:
-        for name in ("initial_steps", "final_steps"):
-            steps = getattr(self, name)
-            if steps is not None and steps < 0:
-                raise bad_value(name, steps, "give 0 optimizer steps or more, or None")
-        for name in ("initial_share", "final_share"):
-            share = getattr(self, name)
-            if not 0 <= share < 1:
-                raise bad_value(name, share, "give a share of the planned steps, in [0, 1)")
-
-    def _phases(self, planned_steps: int) -> tuple[int, int]:
-        """Return the steps before the budget shrinks, and those after it has shrunk."""
-        initial = int(self.initial_share * planned_steps) if self.initial_steps is None else self.initial_steps
-        final = int(self.final_share * planned_steps) if self.final_steps is None else self.final_steps
-        if initial + final >= planned_steps:
-            raise bad_value(
-                "final_steps",
-                final,
-                f"with {initial} initial steps it leaves none of the {planned_steps} planned ones for the budget to "
-                "shrink in; lower one, or train longer",
-            )
-        return initial, final
 
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Allocation:
         """Return the call of the allocator; see `Method.hooks`."""
@@ -119,18 +106,13 @@ class AdaLora(PeftAdapter):
     def ranks(self, model: Any) -> dict[str, int]:
         """Return how many triplets of every module the last allocation left; see `Method.ranks`."""
         kept = kept_triplets(model)
-        return {
-            name: sum(kept[name]) if name in kept else layer.r[ADAPTER]
-            for name, layer in layers_of(model, SVDLinear).items()
-        }
+        layers = layers_of(model, SVDLinear).items()
+        return {name: sum(kept[name]) if name in kept else layer.r[ADAPTER] for name, layer in layers}
 
     def active_parameters(self, model: Any) -> int:
         """Return the parameters of the triplets that the last allocation left; see `Method.active_parameters`."""
-        layers = layers_of(model, SVDLinear)
-        return sum(
-            rank * (layers[name].in_features + layers[name].out_features + 1)
-            for name, rank in self.ranks(model).items()
-        )
+        ranks, layers = self.ranks(model), layers_of(model, SVDLinear).items()
+        return sum(ranks[name] * (layer.in_features + layer.out_features + 1) for name, layer in layers)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the triplets that add anything, singular values and scale folded into B; see `Method.components`."""
@@ -147,10 +129,6 @@ class AdaLora(PeftAdapter):
 class Allocation(Hooks):
     """Calls PEFT's allocator after every optimizer step, while the gradients that it reads are there.
 
-    Args:
-        model: A PeftModel with an AdaLoRA adapter.
-        planned_steps: Optimizer steps of the run.
-
     Raises:
         ConfigError: The adapter was made for a run of another length, so its budget would shrink at other steps.
     """
@@ -159,16 +137,11 @@ class Allocation(Hooks):
         self._model = model
         self._config = model.peft_config[ADAPTER]
         # The allocator's names are those below the tuner.
-        self._parameters = {
-            name: parameter for name, parameter in model.base_model.model.named_parameters() if ".lora_" in name
-        }
-        if self._config.total_step != planned_steps:
-            raise bad_value(
-                "planned_steps",
-                planned_steps,
-                f"AdaLoRA's budget was planned for total_step={self._config.total_step}; build the model for the "
-                "steps that the run will take",
-            )
+        named = model.base_model.model.named_parameters()
+        self._parameters = {name: parameter for name, parameter in named if ".lora_" in name}
+        if (total := self._config.total_step) != planned_steps:
+            remedy = f"AdaLoRA's budget was planned for total_step={total}; build the model for the steps of the run"
+            raise bad_value("planned_steps", planned_steps, remedy)
 
     def after_step(self, step: int) -> None:
         """Score every triplet by the gradients, and mask those beyond the budget."""
@@ -176,13 +149,14 @@ class Allocation(Hooks):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return sensitivities, averages and masks; see `Hooks.state_dict`."""
+        allocator = self._model.base_model.rankallocator
         state = {
             f"{kind}.{name}": values.detach().clone()
             for kind in _AVERAGES
-            for name, values in getattr(self._model.base_model.rankallocator, kind).items()
+            for name, values in getattr(allocator, kind).items()
         }
         for module, kept in kept_triplets(self._model).items():
-            state[f"{_PATTERN}.{_values_of(module)}"] = torch.tensor(kept, dtype=torch.bool)
+            state[f"{_PATTERN}.{module}.lora_E.{ADAPTER}"] = torch.tensor(kept, dtype=torch.bool)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -205,10 +179,6 @@ def kept_triplets(model: Any) -> dict[str, list[bool]]:
     pattern = model.peft_config[ADAPTER].rank_pattern or {}
     # PEFT shortens the names when it saves.
     return {name.removesuffix(f".{ADAPTER}").removesuffix(".lora_E"): kept for name, kept in pattern.items()}
-
-
-def _values_of(module: str) -> str:
-    return f"{module}.lora_E.{ADAPTER}"
 
 
 def _triplets_of(layer: Any) -> tuple[Tensor, Tensor]:

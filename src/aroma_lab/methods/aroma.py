@@ -24,11 +24,7 @@ from aroma.tuner.state import pack, unpack
 
 from ..specs import adapter_keys
 from .base import Hooks, with_dropout
-from .head import find_targets
-from .lora import ADAPTER, PeftAdapter, wrap
-
-_OWN_NAMES = {"lora_dropout": "dropout"}
-"""Fields of AromaConfig that have another name in the methods."""
+from .lora import ADAPTER, PeftAdapter
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,11 @@ class Aroma(PeftAdapter):
     """AROMA with its controller.
 
     In an experiment's file the fields of `AromaConfig` are options like the others, as `max_inner_steps` or `reset`.
+    Components are drawn from `torch.initial_seed()` unless the options give a `component_seed`.
 
     Args:
         r: Rank of one component.
-        dropout: Dropout on the input of the component in training.
+        dropout: Dropout on the input of the component in training; `lora_dropout` in `AromaConfig`.
         options: Further fields of `AromaConfig`; they override the other arguments.
         target_modules: Modules that grow; see `head.find_targets`.
     """
@@ -50,7 +47,7 @@ class Aroma(PeftAdapter):
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        self._config([])  # an impossible value is refused now, not when the model is built
+        self.config([], 0)  # an impossible value is refused now, not when the model is built
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
@@ -60,16 +57,13 @@ class Aroma(PeftAdapter):
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Return the method with `options`; see `Method.from_options`."""
-        own: dict[str, Any] = {}
-        further: dict[str, Any] = {}
-        for name, value in options.items():
-            name = _OWN_NAMES.get(name, name)
-            (own if name in super().option_types() else further)[name] = value
-        return cls(**own, options=further)
+        named = {"dropout" if name == "lora_dropout" else name: value for name, value in options.items()}
+        own = {name: named.pop(name) for name in super().option_types() if name in named}
+        return cls(**own, options=named)
 
     def resolved_options(self) -> dict[str, Any]:
         """Return the value of every field of `AromaConfig`; see `Method.resolved_options`."""
-        config = self._config([])
+        config = self.config([], 0)
         # PEFT turns lists of modules into sets.
         modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
         return {name: getattr(config, name) for name in adapter_keys()} | modules
@@ -79,12 +73,9 @@ class Aroma(PeftAdapter):
         """Name for tables and pictures."""
         return with_dropout("AROMA" if self.r == 1 else f"AROMA r={self.r}", self.dropout)
 
-    def build(self, model: Any, planned_steps: int) -> Any:
-        """Wrap `model` with PEFT; see `Method.build`.
-
-        Components are drawn from `torch.initial_seed()` unless the options give a `component_seed`.
-        """
-        return wrap(model, self._config(find_targets(self.target_modules, model)))
+    def config(self, targets: list[str], planned_steps: int) -> AromaConfig:
+        """Return the configuration."""
+        return AromaConfig(**{"target_modules": targets, **self._config_fields()})
 
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> GrowthHooks:
         """Return the attached controller; see `Method.hooks`."""
@@ -117,22 +108,12 @@ class Aroma(PeftAdapter):
         """Write the adapter in its plain LoRA form, and its state beside it; see `Method.save`."""
         save_adapter(model, folder)
 
-    def _config(self, targets: list[str]) -> AromaConfig:
-        return AromaConfig(**{"target_modules": targets, **self._options()})
-
-    def _options(self) -> dict[str, Any]:
-        """Return the fields of `AromaConfig` that are set, but for the targets found."""
+    def _config_fields(self) -> dict[str, Any]:
         return {"r": self.r, "lora_dropout": self.dropout, **self.options}
 
 
 class GrowthHooks(Hooks):
-    """AROMA in a plain loop. `aroma.attach` does all of it within `optimizer.step()`, so only the state is left.
-
-    Args:
-        model: A PeftModel with a growing adapter.
-        optimizer: The optimizer of its parameters.
-        planned_steps: Optimizer steps of the run.
-    """
+    """AROMA in a plain loop. `aroma.attach` does all of it within `optimizer.step()`, so only the state is left."""
 
     _CONTROLLER = "controller"
 

@@ -13,7 +13,7 @@
         optimizer.zero_grad()
 
 In the Hugging Face Trainer `method.callbacks(model)` replaces the hooks. To add a method, write one class and give it
-a name in `registry`.
+a name in `METHODS`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.events import Event
@@ -70,24 +70,18 @@ class Method(ABC):
     """How a pretrained transformers model is fine-tuned.
 
     A method holds no state of a run: questions about a model take the model as an argument.
-
-    Attributes:
-        writes_backbone: Whether training writes the weights of the backbone, so that models cannot share them.
-        trains: Whether anything trains; if not, a run only evaluates what `build` returns.
     """
 
     writes_backbone: ClassVar[bool] = False
+    """Whether training writes the weights of the backbone, so that models cannot share them."""
     trains: ClassVar[bool] = True
-
-    # From options ----------------------------------------------------------------------------------------------------
+    """Whether anything trains; if not, a run only evaluates what `build` returns."""
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option, by its name in an experiment's file."""
         hints = get_type_hints(cls)
-        return {
-            field.name: hints[field.name] for field in fields(cls) if field.init and field.metadata.get("option", True)
-        }
+        return {field.name: hints[field.name] for field in fields(cls) if field.metadata.get("option", True)}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -97,8 +91,6 @@ class Method(ABC):
     def resolved_options(self) -> dict[str, Any]:
         """Return the value of every option, defaults included."""
         return {name: getattr(self, name) for name in self.option_types()}
-
-    # A run -----------------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -144,8 +136,6 @@ class Method(ABC):
         """
         return [HooksCallback(self.hooks)]
 
-    # What can be asked of a model ------------------------------------------------------------------------------------
-
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the current rank of every adapted module's update, by the module's name in the base model.
 
@@ -156,11 +146,8 @@ class Method(ABC):
     def active_parameters(self, model: Any) -> int:
         """Return the number of parameters outside the head that train right now."""
         head = head_of(model)
-        return sum(
-            parameter.numel()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not head.holds(name)
-        )
+        named = model.named_parameters()
+        return sum(one.numel() for name, one in named if one.requires_grad and not head.holds(name))
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the whole update ΔW = B A of every adapted module, by the module's name in the base model.
@@ -174,17 +161,22 @@ class Method(ABC):
         """Write what was trained into a new folder: a PEFT adapter if the method is one, else `TRAINED_FILE`."""
         write_tensors(folder / TRAINED_FILE, trained_tensors(model))
 
+    def _require(self, valid: bool, option: str, remedy: str) -> None:
+        if not valid:
+            raise bad_value(option, getattr(self, option), remedy)
+
+    def _require_dropout(self, dropout: float) -> None:
+        self._require(0 <= dropout < 1, "dropout", "give a probability in [0, 1)")
+
 
 class HooksCallback(TrainerCallback):
     """Calls a method's hooks inside the Trainer, around every optimizer step, while the gradients are there.
 
-    To resume, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`.
+    To resume, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`. `hooks` are those of the
+    current or last training.
 
     Args:
         make_hooks: Called with model, optimizer and planned optimizer steps when training begins.
-
-    Attributes:
-        hooks: The hooks of the current or last training; None before the first.
     """
 
     def __init__(self, make_hooks: Callable[[Any, Any, int], Hooks]) -> None:
@@ -196,59 +188,39 @@ class HooksCallback(TrainerCallback):
         """Keep the state of the hooks until the training that resumes from it begins."""
         self._saved = state
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any,
-        optimizer: Any,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Make the hooks; on resume, give them their state.
 
         Raises:
             CheckpointError: Training resumes without the state of its hooks, or with that of another method.
         """
-        self.hooks = self._make_hooks(model, optimizer, state.max_steps)
-        if state.global_step > 0 and self._saved is None:
+        self.hooks = self._make_hooks(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        if self._saved is not None:
+            self.hooks.load_state_dict(self._saved)
+            self._saved = None
+        elif state.global_step > 0:
             raise CheckpointError(
                 f"hooks: the training goes on from step {state.global_step}, and nobody restored what the method "
                 "remembers; call load_state_dict of this callback with the checkpoint's state before training"
             )
-        if self._saved is not None:
-            self.hooks.load_state_dict(self._saved)
-            self._saved = None
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Call `before_step`."""
         if _is_over(state):
-            optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
-            return
-        self._running().before_step(state.global_step + 1)
+            kwargs["optimizer"].zero_grad(set_to_none=True)  # without gradients the step changes nothing
+        else:
+            assert self.hooks is not None, "the Trainer calls on_train_begin first"
+            self.hooks.before_step(state.global_step + 1)
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any,
-        lr_scheduler: Any,
-        **kwargs: Any,
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Call `after_step`, and let the Trainer log the learning rate that was used."""
         if _is_over(state):
             return
-        used = [group["lr"] for group in optimizer.param_groups]
-        self._running().after_step(state.global_step + 1)
-        if hasattr(lr_scheduler, "_last_lr"):
-            lr_scheduler._last_lr = used
-
-    def _running(self) -> Hooks:
         assert self.hooks is not None, "the Trainer calls on_train_begin first"
-        return self.hooks
+        used = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        self.hooks.after_step(state.global_step + 1)
+        if hasattr(kwargs["lr_scheduler"], "_last_lr"):
+            kwargs["lr_scheduler"]._last_lr = used
 
 
 def _is_over(state: TrainerState) -> bool:
@@ -257,11 +229,7 @@ def _is_over(state: TrainerState) -> bool:
 
 
 def require_keys(state: dict[str, Tensor], expected: set[str]) -> None:
-    """Check that a state has exactly the `expected` keys.
-
-    Raises:
-        CheckpointError: Naming the first key that is missing or unexpected.
-    """
+    """Raise CheckpointError unless a state has exactly the `expected` keys."""
     for key in sorted(expected ^ set(state)):
         what = "is missing from" if key in expected else "is unexpected in"
         raise CheckpointError(f"hooks: {key!r} {what} the saved state; use a checkpoint of this very run")
@@ -270,12 +238,6 @@ def require_keys(state: dict[str, Tensor], expected: set[str]) -> None:
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that train, detached, by name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise ConfigError unless `dropout` is a probability in [0, 1)."""
-    if not 0 <= dropout < 1:
-        raise bad_value("dropout", dropout, "give a probability in [0, 1)")
 
 
 def with_dropout(name: str, dropout: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,16 +14,8 @@ from aroma.errors import bad_value
 from .base import Method
 from .head import train_head_only
 
-Place = Literal["houlsby", "pfeiffer"]
-
 _INITIAL_STD = 1e-2
 """Standard deviation of the initial weights, truncated at ±2σ, as in 1902.00751: the adapter adds next to nothing."""
-
-_SUBLAYERS: dict[str, tuple[str, ...]] = {
-    "houlsby": (r"\.\d+\.attention\.output", r"\.\d+\.output"),
-    "pfeiffer": (r"\.\d+\.output",),
-}
-"""Endings of the names of the sublayers that get an adapter, in BERT, RoBERTa and their kin."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +27,16 @@ class Bottleneck(Method):
     not counted in that table, and stay frozen here.
 
     Args:
-        kind: `"houlsby"` (arXiv 1902.00751, figure 2): after attention and after the FFN, before the skip connection.
-            `"pfeiffer"` (arXiv 2005.00247): after the FFN only. `AdaptedSublayer` has the equations.
         size: Neurons of the bottleneck.
     """
 
-    kind: Place = "houlsby"
+    kind: ClassVar[str]
+    sublayers: ClassVar[str]
+    """Pattern of the endings of the names of the sublayers that get an adapter."""
     size: int = 8
 
     def __post_init__(self) -> None:
-        if self.kind not in _SUBLAYERS:
-            raise bad_value("kind", self.kind, f"choose one of {', '.join(_SUBLAYERS)}")
-        if self.size < 1:
-            raise bad_value("size", self.size, "the bottleneck has at least one neuron; try 8 or 16")
+        self._require(self.size >= 1, "size", "the bottleneck has at least one neuron; try 8 or 16")
 
     @property
     def name(self) -> str:
@@ -59,17 +49,14 @@ class Bottleneck(Method):
         Raises:
             ConfigError: An encoder of another build.
         """
-        endings = [re.compile(f"{ending}$") for ending in _SUBLAYERS[self.kind]]
-        sublayers = {
-            name: module for name, module in model.named_modules() if any(ending.search(name) for ending in endings)
-        }
+        named = model.named_modules()
+        sublayers = {name: module for name, module in named if re.search(rf"{self.sublayers}$", name)}
         if not sublayers or not all(map(_can_be_adapted, sublayers.values())):
-            raise bad_value(
-                "model",
-                type(model).__name__,
+            remedy = (
                 "bottleneck adapters go into encoders of the build of BERT and RoBERTa (layer.N.attention.output and "
-                "layer.N.output with dense, dropout and LayerNorm); compare another method on it",
+                "layer.N.output with dense, dropout and LayerNorm); compare another method on it"
             )
+            raise bad_value("model", type(model).__name__, remedy)
         train_head_only(model)
         for name, sublayer in sublayers.items():
             model.set_submodule(name, AdaptedSublayer(sublayer, self.size, self.kind))
@@ -78,50 +65,19 @@ class Bottleneck(Method):
 
 @dataclass(frozen=True)
 class Houlsby(Bottleneck):
-    """Houlsby's adapters.
+    """arXiv 1902.00751, figure 2: after attention and after the FFN, before the skip connection."""
 
-    Args:
-        size: Neurons of the bottleneck.
-    """
-
-    kind: Place = field(default="houlsby", init=False)
-    size: int = 8
+    kind: ClassVar[str] = "houlsby"
+    sublayers: ClassVar[str] = r"\.\d+\.(attention\.)?output"
 
 
 @dataclass(frozen=True)
 class Pfeiffer(Bottleneck):
-    """Pfeiffer's adapters.
+    """arXiv 2005.00247: after the FFN only."""
 
-    Args:
-        size: Neurons of the bottleneck.
-    """
-
-    kind: Place = field(default="pfeiffer", init=False)
+    kind: ClassVar[str] = "pfeiffer"
+    sublayers: ClassVar[str] = r"\.\d+\.output"
     size: int = 16
-
-
-class BottleneckAdapter(nn.Module):
-    """up(f(down(x))), which is nearly 0 at the start.
-
-    Args:
-        width: Width d of the encoder.
-        size: Neurons of the bottleneck.
-        activation: f, between the two layers.
-    """
-
-    def __init__(self, width: int, size: int, activation: nn.Module) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, size)
-        self.activation = activation
-        self.up = nn.Linear(size, width)
-        for layer in (self.down, self.up):
-            nn.init.trunc_normal_(layer.weight, std=_INITIAL_STD, a=-2 * _INITIAL_STD, b=2 * _INITIAL_STD)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, width) to (…, width)."""
-        added: Tensor = self.up(self.activation(self.down(x)))
-        return added
 
 
 class AdaptedSublayer(nn.Module):
@@ -129,6 +85,7 @@ class AdaptedSublayer(nn.Module):
 
     .. code-block:: text
 
+        adapter(x) = up(f(down(x)))                               nearly 0 at the start
         h = dropout(dense(x))                                     the sublayer's projection back to width d
         y = LayerNorm(h + skip)                                   without an adapter
         y = LayerNorm(h + adapter(h) + skip)                      Houlsby: after the projection, before the skip
@@ -141,22 +98,27 @@ class AdaptedSublayer(nn.Module):
     Args:
         sublayer: Module with `dense`, `dropout` and `LayerNorm`; see `_can_be_adapted`.
         size: Neurons of the bottleneck.
-        place: `"houlsby"` or `"pfeiffer"`.
+        kind: `"houlsby"` or `"pfeiffer"`.
     """
 
-    def __init__(self, sublayer: Any, size: int, place: Place) -> None:
+    def __init__(self, sublayer: Any, size: int, kind: str) -> None:
         super().__init__()
         self.sublayer = sublayer
-        self.place = place
-        activation = nn.GELU() if place == "houlsby" else nn.ReLU()
+        self.kind = kind
         weight = sublayer.dense.weight
-        self.adapter = BottleneckAdapter(weight.shape[0], size, activation).to(weight)
+        width = weight.shape[0]
+        down, up = nn.Linear(width, size), nn.Linear(size, width)
+        for layer in (down, up):
+            nn.init.trunc_normal_(layer.weight, std=_INITIAL_STD, a=-2 * _INITIAL_STD, b=2 * _INITIAL_STD)
+            nn.init.zeros_(layer.bias)
+        activation = nn.GELU() if kind == "houlsby" else nn.ReLU()
+        self.adapter = nn.Sequential(OrderedDict(down=down, activation=activation, up=up)).to(weight)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Map the sublayer's hidden states (…, n) and its input, the skip, (…, d) to (…, d)."""
         h = self.sublayer.dropout(self.sublayer.dense(hidden_states))
         skipped = h + input_tensor
-        added = self.adapter(h if self.place == "houlsby" else self.sublayer.LayerNorm(skipped))
+        added = self.adapter(h if self.kind == "houlsby" else self.sublayer.LayerNorm(skipped))
         result: Tensor = self.sublayer.LayerNorm(skipped + added)
         return result
 

@@ -63,36 +63,19 @@ def head_of(model: Any) -> Head:
 
 
 def remember_head(model: Any, missing: Collection[str]) -> None:
-    """Mark the head of a model that was just loaded.
-
-    Args:
-        model: A model as `from_pretrained` returns it.
-        missing: The `missing_keys` that it reports.
-    """
+    """Mark the head of a model that `from_pretrained` just returned; `missing` are the keys that it reports."""
     # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
     new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
     setattr(model, _ATTRIBUTE, _find_head(model, new))
 
 
 def require_new_trains(head: Head, trained: Iterable[str]) -> None:
-    """Refuse a model of which a part would stay at its random start.
-
-    Args:
-        head: Head of the model.
-        trained: Names of the parameters that train, wrapped by PEFT or not.
-
-    Raises:
-        ConfigError: A parameter that the checkpoint lacks does not train.
-    """
+    """Raise ConfigError if a parameter that the checkpoint lacks is not among `trained`, wrapped by PEFT or not."""
     names = {base_name(name).replace(_COPY, "", 1) for name in trained}
     for name in head.new:
         if name not in names:
-            raise bad_value(
-                "parameter",
-                name,
-                "the checkpoint lacks it, and the method would leave it at its random start; take a checkpoint that "
-                "has it, or another method, such as 'full'",
-            )
+            remedy = "the checkpoint lacks it, and the method would leave it at its random start; take another one"
+            raise bad_value("parameter", name, remedy)
 
 
 def train_head_only(model: nn.Module) -> None:
@@ -180,8 +163,5 @@ def _ends(name: str, ending: str) -> bool:
 
 def _refuse(chosen: Sequence[str] | str, names: list[str]) -> list[str]:
     example = f", such as {names[0]!r} or its last parts" if names else ""
-    raise bad_value(
-        "target_modules",
-        chosen,
-        f"no linear module outside the head is called so; give names as model.named_modules() lists them{example}",
-    )
+    remedy = f"no linear module outside the head is called so; give names of model.named_modules(){example}"
+    raise bad_value("target_modules", chosen, remedy)

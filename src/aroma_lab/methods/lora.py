@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from aroma.errors import bad_value
 
-from .base import Method, check_dropout, with_dropout
+from .base import Method, with_dropout
 from .head import base_name, find_targets, head_of, require_new_trains
 
 ADAPTER = "default"
@@ -26,7 +28,16 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 @dataclass(frozen=True)
 class PeftAdapter(Method):
-    """A method whose built model is a `PeftModel` with one adapter."""
+    """A method whose built model is a `PeftModel` with one adapter; every one has an option `target_modules`."""
+
+    @abstractmethod
+    def config(self, targets: list[str], planned_steps: int) -> Any:
+        """Return PEFT's configuration for the modules `targets`."""
+
+    def build(self, model: Any, planned_steps: int) -> Any:
+        """Wrap `model` with PEFT; see `Method.build`."""
+        targets = find_targets(self.target_modules, model)  # type: ignore[attr-defined]
+        return wrap(model, self.config(targets, planned_steps))
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the adapter as PEFT does, head included; see `Method.save`."""
@@ -35,8 +46,8 @@ class PeftAdapter(Method):
 
 
 @dataclass(frozen=True)
-class Lora(PeftAdapter):
-    """LoRA with the same rank in all modules.
+class LoraBase(PeftAdapter):
+    """What LoRA and a LoRA that restarts share: the same rank in all modules.
 
     Args:
         r: Rank.
@@ -51,26 +62,18 @@ class Lora(PeftAdapter):
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise bad_value("r", self.r, "the rank is 1 or more")
-        check_dropout(self.dropout)
+        self._require(self.r >= 1, "r", "the rank is 1 or more")
+        self._require_dropout(self.dropout)
 
     @property
     def name(self) -> str:
         """Name for tables and pictures."""
         return with_dropout(f"LoRA r={self.r}", self.dropout)
 
-    def build(self, model: Any, planned_steps: int) -> Any:
-        """Wrap `model` with PEFT; see `Method.build`."""
-        from peft import LoraConfig
-
-        config = LoraConfig(
-            r=self.r,
-            lora_alpha=self.r if self.alpha is None else self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=find_targets(self.target_modules, model),
-        )
-        return wrap(model, config)
+    def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
+        """Return PEFT's configuration."""
+        alpha: Any = self.r if self.alpha is None else self.alpha
+        return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets)
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the rank of every module; see `Method.ranks`."""
@@ -79,6 +82,11 @@ class Lora(PeftAdapter):
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
         return {name: pair_of(layer) for name, layer in layers_of(model, LoraLinear).items()}
+
+
+@dataclass(frozen=True)
+class Lora(LoraBase):
+    """LoRA, as PEFT has it."""
 
 
 def pair_of(layer: Any) -> tuple[Tensor, Tensor]:
@@ -103,9 +111,9 @@ def wrap(model: Any, config: Any) -> Any:
     Raises:
         ConfigError: A parameter that the checkpoint lacks would not train, or one of the backbone would.
     """
-    from peft import get_peft_model
-
-    config.task_type = config.task_type or _task_type_of(model)
+    if not config.task_type:  # it decides the wrapper, and whether a head trains
+        causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        config.task_type = "CAUSAL_LM" if causal else "SEQ_CLS"
     head, given = head_of(model), config.modules_to_save or []
     config.modules_to_save = [*given, *head.modules_to_save()] or None
     wrapped = get_peft_model(model, config)
@@ -114,18 +122,12 @@ def wrap(model: Any, config: Any) -> Any:
     for name in trained:
         # PEFT takes every module whose name ends so.
         if ".modules_to_save." in name and not given and not head.holds(name):
-            raise bad_value(
-                "parameter",
-                base_name(name),
+            remedy = (
                 f"PEFT would train it with the head, whose modules are {', '.join(head.modules)}, because their names "
-                "are alike; take a method that is no PEFT adapter, such as 'bitfit'",
+                "are alike; take a method that is no PEFT adapter, such as 'bitfit'"
             )
+            raise bad_value("parameter", base_name(name), remedy)
     return wrapped
-
-
-def _task_type_of(model: Any) -> str:
-    """Return PEFT's task type of a model; it decides the wrapper, and whether a head trains."""
-    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else "SEQ_CLS"
 
 
 @contextmanager

@@ -59,11 +59,8 @@ class BitFit(Method):
         """
         train_head_only(model)
         head = head_of(model)
-        biases = [
-            parameter
-            for name, parameter in model.named_parameters()
-            if name.split(".")[-1] == "bias" and not head.holds(name)
-        ]
+        named = model.named_parameters()
+        biases = [bias for name, bias in named if name.split(".")[-1] == "bias" and not head.holds(name)]
         if not biases:
             raise bad_value(
                 "model", type(model).__name__, "its backbone has no bias to train; compare another method on it"
@@ -87,14 +84,9 @@ class Pretrained(Method):
         Raises:
             ConfigError: The checkpoint lacks a part of the model, as the head of most classifiers.
         """
-        lacking = head_of(model).new
-        if lacking:
-            raise bad_value(
-                "kind",
-                "pretrained",
-                f"it trains nothing, and the checkpoint lacks {', '.join(lacking)}, which would stay at a random "
-                "start; take a checkpoint that has its head, or head_only",
-            )
+        if lacking := head_of(model).new:
+            remedy = f"it trains nothing, and the checkpoint lacks {', '.join(lacking)}; take one that has its head"
+            raise bad_value("kind", "pretrained", remedy)
         return model.requires_grad_(False)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from aroma.algorithm.paper import rewarmup_factor
-from aroma.errors import bad_value
 from aroma.files import write_tensors
 from aroma.integrations.rewarmup import Rewarmup
 from aroma.reset import component_generator, reset_state
@@ -20,17 +20,9 @@ from aroma.tuner.layout import PEFT_PREFIX
 
 from .aroma import Aroma
 from .base import Hooks, require_keys, with_dropout
-from .lora import ADAPTER, Lora, PeftAdapter, layers_of, pair_of, staged
+from .lora import ADAPTER, LoraBase, layers_of, pair_of, staged
 
-# As the paper compares it ----------------------------------------------------------------------------------------
-
-_OPTIONS_OF_CHECKS = (
-    "inner_tolerance",
-    "inner_check_interval",
-    "inner_criterion",
-    "outer_tolerance",
-    "min_components",
-)
+_CHECKS = {"inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components"}
 """Options of AROMA that mean nothing without its checks."""
 
 
@@ -51,28 +43,20 @@ class ReLoraComponents(Aroma):
     @classmethod
     def option_types(cls) -> dict[str, Any]:
         """Return the type of every option: AROMA's without those of its checks; see `Method.option_types`."""
-        return {name: kind for name, kind in super().option_types().items() if name not in _OPTIONS_OF_CHECKS}
+        return {name: kind for name, kind in super().option_types().items() if name not in _CHECKS}
 
     @property
     def name(self) -> str:
         """Name for tables and pictures."""
         return with_dropout(f"ReLoRA {self.r}×{self.max_components}", self.dropout)
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            **super()._options(),
-            "inner_tolerance": None,
-            "outer_tolerance": None,
-            "max_components": self.max_components,
-            "max_inner_steps": self.max_inner_steps,
-        }
-
-
-# Merged into the backbone ----------------------------------------------------------------------------------------
+    def _config_fields(self) -> dict[str, Any]:
+        lengths = {"max_components": self.max_components, "max_inner_steps": self.max_inner_steps}
+        return super()._config_fields() | {"inner_tolerance": None, "outer_tolerance": None} | lengths
 
 
 @dataclass(frozen=True)
-class ReLoraMerge(PeftAdapter):
+class ReLoraMerge(LoraBase):
     """LoRA that restarts every `restart_every` steps (arXiv 2307.05695), on a pretrained model, not from scratch.
 
     At a restart the product is added to the backbone's weight, the pair starts anew, a random share of its optimizer
@@ -80,49 +64,33 @@ class ReLoraMerge(PeftAdapter):
     include the products that are already merged.
 
     Args:
-        r: Rank of the pair.
         restart_every: Optimizer steps between two restarts.
-        alpha: lora_alpha; None for r, so that the scale is 1.
-        dropout: Dropout on the adapter's input.
         prune_ratio: Share of the moments that a restart zeroes.
         rewarmup_steps: Optimizer steps of the climb after a restart.
         seed: Seed of the fresh pairs and of the zeroed entries; None: `torch.initial_seed()`, that is, the run's seed.
-        target_modules: Modules to adapt; see `head.find_targets`.
     """
 
     writes_backbone: ClassVar[bool] = True
 
-    r: int = 8
     restart_every: int = 100
-    alpha: float | None = None
-    dropout: float = 0.0
     prune_ratio: float = 0.99
     rewarmup_steps: int = 50
     seed: int | None = None
-    target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        if self.restart_every < 1:
-            raise bad_value("restart_every", self.restart_every, "restarts are at least one optimizer step apart")
-        if not 0 <= self.prune_ratio <= 1:
-            raise bad_value("prune_ratio", self.prune_ratio, "give the share of moments to zero, in [0, 1]")
-        if self.rewarmup_steps < 0:
-            raise bad_value("rewarmup_steps", self.rewarmup_steps, "give 0 for no climb, or a number of steps")
-        self._lora()  # checks the rest
+        super().__post_init__()
+        self._require(self.restart_every >= 1, "restart_every", "restarts are at least one optimizer step apart")
+        self._require(0 <= self.prune_ratio <= 1, "prune_ratio", "give the share of moments to zero, in [0, 1]")
+        self._require(self.rewarmup_steps >= 0, "rewarmup_steps", "give 0 for no climb, or a number of steps")
 
     @property
     def name(self) -> str:
         """Name for tables and pictures."""
-        return self._lora().name.replace("LoRA", "ReLoRA", 1)
-
-    def build(self, model: Any, planned_steps: int) -> Any:
-        """Wrap `model` with PEFT's LoRA; see `Method.build`."""
-        return self._lora().build(model, planned_steps)
+        return super().name.replace("LoRA", "ReLoRA", 1)
 
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Restarts:
         """Return the restarts; see `Method.hooks`."""
-        seed = torch.initial_seed() % 2**31 if self.seed is None else self.seed
-        return Restarts(model, optimizer, self.restart_every, self.prune_ratio, self.rewarmup_steps, seed)
+        return Restarts(model, optimizer, self)
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the sum of the ranks of all products of every module; see `Method.ranks`."""
@@ -135,8 +103,6 @@ class ReLoraMerge(PeftAdapter):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write all products as one plain LoRA adapter, which an unmerged base model needs; see `Method.save`."""
-        from peft import get_peft_model_state_dict
-
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         config = copy.deepcopy(model.peft_config[ADAPTER])
         for name, (B, A) in self.components(model).items():
@@ -149,31 +115,15 @@ class ReLoraMerge(PeftAdapter):
             write_tensors(staging / "adapter_model.safetensors", tensors)
             config.save_pretrained(staging)
 
-    def _lora(self) -> Lora:
-        return Lora(r=self.r, alpha=self.alpha, dropout=self.dropout, target_modules=self.target_modules)
-
 
 class Restarts(Hooks):
-    """Merges and restarts the pairs of a model, and lets the learning rate climb afterwards.
+    """Merges and restarts the pairs of a model of `ReLoraMerge`, and lets the learning rate climb afterwards."""
 
-    Args:
-        model: A model from `ReLoraMerge.build`.
-        optimizer: The optimizer of its pairs.
-        restart_every: Optimizer steps between two restarts.
-        prune_ratio: Share of the moments that a restart zeroes.
-        rewarmup_steps: Optimizer steps of the climb after a restart.
-        seed: Seed of the fresh pairs and of the zeroed entries.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: Any, restart_every: int, prune_ratio: float, rewarmup_steps: int, seed: int
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, method: ReLoraMerge) -> None:
         self._layers: dict[str, Any] = layers_of(model, LoraLinear)
         self._optimizer = optimizer
-        self._restart_every = restart_every
-        self._prune_ratio = prune_ratio
-        self._rewarmup_steps = rewarmup_steps
-        self._seed = seed
+        self._method = method
+        self._seed = torch.initial_seed() % 2**31 if method.seed is None else method.seed
         self._rewarmup = Rewarmup()
         self._restarts = 0
         self._last_restart = 0
@@ -181,12 +131,13 @@ class Restarts(Hooks):
     def before_step(self, step: int) -> None:
         """Scale the learning rate for this step."""
         taken = step - 1 - self._last_restart
-        self._rewarmup.begin(self._optimizer, rewarmup_factor(self._restarts + 1, taken, self._rewarmup_steps))
+        factor = rewarmup_factor(self._restarts + 1, taken, self._method.rewarmup_steps)
+        self._rewarmup.begin(self._optimizer, factor)
 
     def after_step(self, step: int) -> None:
         """Restore the learning rate; restart if it is time."""
         self._rewarmup.end(self._optimizer, None)
-        if step % self._restart_every == 0:
+        if step % self._method.restart_every == 0:
             self.restart()
             self._last_restart = step
 
@@ -197,10 +148,17 @@ class Restarts(Hooks):
         for index, layer in enumerate(self._layers.values()):
             # One generator a layer, so that the fresh pairs depend on the seed alone.
             generator = component_generator(self._seed, self._restarts, index, "relora")
-            _merge(layer)
-            _start_anew(layer, generator)
-            for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
-                reset_state(self._optimizer, parameter, "prune", self._prune_ratio, generator)
+            # Added in float32, so that a weight of lower precision is rounded once.
+            layer.merged_products = _joined(_merged(layer), pair_of(layer))
+            weight = layer.get_base_layer().weight
+            weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
+            # B is 0 and A uniform in ±1/√n, as PEFT starts.
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            bound = a.shape[1] ** -0.5
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+            b.zero_()
+            for parameter in (a, b):
+                reset_state(self._optimizer, parameter, "prune", self._method.prune_ratio, generator)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return counters, seed, and the weight and merged products of every layer; see `Hooks.state_dict`.
@@ -231,28 +189,11 @@ def _keys(name: str) -> list[str]:
 
 def _merged(layer: Any) -> tuple[Tensor, Tensor]:
     """Return the products that the base weight includes, as B (m, R) and A (R, n)."""
-    products: tuple[Tensor, Tensor] | None = getattr(layer, "merged_products", None)
-    if products is None:
-        a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-        products = (b[:, :0], a[:0])
+    a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+    products: tuple[Tensor, Tensor] = getattr(layer, "merged_products", (b[:, :0], a[:0]))
     return products
 
 
 def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum of two products B A as one."""
     return torch.cat([one[0], other[0]], dim=1), torch.cat([one[1], other[1]], dim=0)
-
-
-def _merge(layer: Any) -> None:
-    """Add the product to the base weight: in float32, so that a weight of lower precision is rounded once."""
-    layer.merged_products = _joined(_merged(layer), pair_of(layer))
-    weight = layer.get_base_layer().weight
-    weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
-
-
-def _start_anew(layer: Any, generator: torch.Generator) -> None:
-    """Zero B, and draw A as PEFT does at the start: uniform in ±1/√n."""
-    a = layer.lora_A[ADAPTER].weight
-    bound = a.shape[1] ** -0.5
-    a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-    layer.lora_B[ADAPTER].weight.zero_()

@@ -17,8 +17,7 @@ from aroma.errors import bad_value
 from aroma.files import read_json, write_json, write_text
 from aroma.tuner import AromaConfig
 
-from ..methods import Method
-from ..methods.registry import METHODS, make_method
+from ..methods import METHODS, Method, make_method
 from ..specs import TrainSpec
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments

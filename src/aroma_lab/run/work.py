@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..specs import DataSpec, ModelSpec
 from ..tasks.classification import ClassifierJob
-from ..tasks.data import load_splits, names_of
-from ..tasks.load import load_task
+from ..tasks.data import load_splits, load_task, names_of
 from ..tasks.metrics import CHOICE_METRIC
 from ..tasks.spec import HELD_OUT
 from ..tasks.task import Task

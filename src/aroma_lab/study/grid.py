@@ -375,7 +375,7 @@ def check_methods(trials: Iterable[Trial]) -> None:
     Raises:
         ConfigError: An unknown kind or option, or a value that cannot work, under the method's label.
     """
-    from ..methods.registry import make_method
+    from ..methods import make_method
 
     for trial in {json.dumps([trial.kind, trial.options], sort_keys=True): trial for trial in trials}.values():
         try:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Encoding ------------------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(name: str, max_length: int) -> Any:
     """Return the tokenizer of a model, with a padding token.
 
@@ -54,10 +51,6 @@ def load_tokenizer(name: str, max_length: int) -> Any:
 def check_positions(name: str, max_length: int) -> None:
     """Refuse examples longer than a model's positions, which its tokenizer does not always know.
 
-    Args:
-        name: Hub name or local folder of the model.
-        max_length: Tokens of the longest example, special tokens included.
-
     Raises:
         ConfigError: The model has fewer positions.
     """
@@ -74,11 +67,7 @@ def check_positions(name: str, max_length: int) -> None:
 
 
 def encode(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-    """Tokenize examples, cut to `max_length` tokens and not padded; training, evaluation and prediction share it.
-
-    Returns:
-        A data set with the model's inputs and `labels`.
-    """
+    """Return the model's inputs and `labels`, cut to `max_length` tokens and not padded."""
 
     def tokenize(batch: dict[str, Any]) -> Any:
         return tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=max_length)
@@ -102,32 +91,12 @@ def predict_logits(
     """
     from torch.utils.data import DataLoader
 
-    model.eval()
-    batches = DataLoader(
-        data.remove_columns("labels"), batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
-    )
+    inputs: Any = data.remove_columns("labels")
     logits = []
-    for batch in batches:
-        logits.append(model(**batch.to(model.device)).logits.float().cpu())
+    for batch in DataLoader(inputs, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)):
+        logits.append(model.eval()(**batch.to(model.device)).logits.float().cpu())
         on_batch(len(logits[-1]))
     return torch.cat(logits).numpy()
-
-
-# The job -------------------------------------------------------------------------------------------------------------
-
-
-def classifier_objective(kind: str, tokenizer: Any) -> Objective:
-    """Return the objective of a sequence classification or regression.
-
-    Args:
-        kind: `"classification"` or `"regression"`.
-        tokenizer: Pads the batches.
-    """
-
-    def metrics(prediction: Any) -> dict[str, float]:
-        return metrics_of(kind, prediction.predictions, prediction.label_ids)
-
-    return Objective(DataCollatorWithPadding(tokenizer), tokenizer, metrics, CHOICE_METRIC[kind])
 
 
 @dataclass(frozen=True)
@@ -161,7 +130,12 @@ class ClassifierJob:
     @cached_property
     def objective(self) -> Objective:
         """Batches, loss and metrics for the Trainer."""
-        return classifier_objective(self.task.kind, self.tokenizer)
+
+        def metrics(prediction: Any) -> dict[str, float]:
+            return metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
+
+        collator = DataCollatorWithPadding(self.tokenizer)
+        return Objective(collator, self.tokenizer, metrics, CHOICE_METRIC[self.task.kind])
 
     @cached_property
     def train(self) -> Dataset:
@@ -195,8 +169,8 @@ class ClassifierJob:
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return the metrics of a whole split, computed in one call, and its loss."""
         prediction = trainer.predict(self.eval_sets[split])
-        metrics = metrics_of(self.task.kind, prediction.predictions, prediction.label_ids)
-        return Prediction(metrics, loss_of(self.task.kind, prediction.predictions, prediction.label_ids))
+        values = (self.task.kind, prediction.predictions, prediction.label_ids)
+        return Prediction(metrics_of(*values), loss_of(*values))
 
     def describe(self, model: Any, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""

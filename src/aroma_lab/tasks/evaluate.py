@@ -12,20 +12,16 @@ from aroma.export import load_with_adapter
 
 from ..progress import Progress, no_progress
 from .classification import encode, load_tokenizer, predict_logits
-from .data import Layout, make_examples
+from .data import make_examples
 from .metrics import metrics_of
 from .sources import read_file
+from .spec import Layout
 from .task import load_task
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation.
-
-    Args:
-        examples: Number of examples, all of the file.
-        metrics: Metrics by name, over all of them.
-    """
+    """Number of examples, and metrics by name over all of them."""
 
     examples: int
     metrics: dict[str, float]
@@ -48,9 +44,7 @@ def evaluate_adapter(
         folder: The adapter, with its `aroma_task.json`.
         data: A CSV, TSV, JSONL or Parquet file.
         base_model: Folder or hub name of the base model; None for the adapter's own.
-        text: Column of the text; None for that of the training.
-        text_pair: Column of the second text; None for that of the training.
-        label: Column of the label; None for that of the training.
+        text, text_pair, label: Columns of the file; None for those of the training.
         batch_size: Examples of one forward pass.
         progress: Shows how far the evaluation is.
 

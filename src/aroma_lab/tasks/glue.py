@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from .data import Layout
+from .spec import Layout
 
 HUB = "nyu-mll/glue"
 """Data set of the hub that has them all, each as a configuration named like the task."""
@@ -13,70 +13,62 @@ HUB = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task of GLUE.
-
-    Args:
-        folder: Its folder in the original download.
-        metric: Its metric in Table 2.
-        layouts: The hub's columns, then those of the original files if they differ.
-        label_names: Names of the classes, in the order in which the hub numbers them; None for a regression.
-        reported: The splits whose labels are public, by label.
-        between: The smallest and the largest number of a regression.
-        originals: Names of original files by split, if they differ from the split's.
-        damaged_lines: Whether the original training file has broken lines, which the hub leaves out too.
-    """
+    """One task of GLUE."""
 
     folder: str
+    """Its folder in the original download."""
     metric: str
-    layouts: tuple[Layout, ...]
+    """Its metric in Table 2."""
     label_names: tuple[str, ...] | None
+    """Names of the classes, in the order in which the hub numbers them; None for a regression."""
+    layouts: tuple[Layout, ...]
+    """The hub's columns, then those of the original files if they differ."""
     reported: Mapping[str, str] = field(default_factory=lambda: {"validation": "validation"})
+    """The splits whose labels are public, by label."""
     between: tuple[float, float] | None = None
+    """The smallest and the largest number of a regression."""
     originals: Mapping[str, str] = field(default_factory=dict)
+    """Names of original files by split, if they differ from the split's."""
     damaged_lines: bool = False
+    """Whether the original training file has broken lines, which the hub leaves out too."""
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
+_SENTENCE = Layout("sentence", None, "label")
+_SENTENCES = Layout("sentence1", "sentence2", "label")
+_QUESTIONS = Layout("question1", "question2", "label")
+_PREMISE = Layout("premise", "hypothesis", "label")
+_MRPC_FILES = {"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt"}
+_MNLI_SPLITS = {"matched": "validation_matched", "mismatched": "validation_mismatched"}
 
 GLUE: dict[str, GlueTask] = {
-    "cola": GlueTask(
-        folder="CoLA",
-        metric="mcc",
-        # The original has no header line: source, label, the author's own mark, sentence.
-        layouts=(Layout("sentence", None, "label"), Layout("#4", None, "#2")),
-        label_names=("unacceptable", "acceptable"),
-    ),
-    "sst2": GlueTask("SST-2", "accuracy", (Layout("sentence", None, "label"),), ("negative", "positive")),
+    # The original of CoLA has no header line: source, label, the author's own mark, sentence.
+    "cola": GlueTask("CoLA", "mcc", ("unacceptable", "acceptable"), (_SENTENCE, Layout("#4", None, "#2"))),
+    "sst2": GlueTask("SST-2", "accuracy", ("negative", "positive"), (_SENTENCE,)),
     "mrpc": GlueTask(
-        folder="MRPC",
-        metric="accuracy",
-        layouts=(Layout("sentence1", "sentence2", "label"), Layout("#1 String", "#2 String", "Quality")),
-        label_names=("not_equivalent", "equivalent"),
-        originals={"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt"},
+        "MRPC",
+        "accuracy",
+        ("not_equivalent", "equivalent"),
+        (_SENTENCES, Layout("#1 String", "#2 String", "Quality")),
+        originals=_MRPC_FILES,
     ),
-    "stsb": GlueTask(
-        folder="STS-B",
-        metric="pearson",
-        layouts=(Layout("sentence1", "sentence2", "label"), Layout("sentence1", "sentence2", "score")),
-        label_names=None,
-        between=(0.0, 5.0),
-    ),
+    "stsb": GlueTask("STS-B", "pearson", None, (_SENTENCES, replace(_SENTENCES, label="score")), between=(0.0, 5.0)),
     "qqp": GlueTask(
-        folder="QQP",
-        metric="accuracy",
-        layouts=(Layout("question1", "question2", "label"), Layout("question1", "question2", "is_duplicate")),
-        label_names=("not_duplicate", "duplicate"),
+        "QQP",
+        "accuracy",
+        ("not_duplicate", "duplicate"),
+        (_QUESTIONS, replace(_QUESTIONS, label="is_duplicate")),
         damaged_lines=True,
     ),
     "mnli": GlueTask(
-        folder="MNLI",
-        metric="accuracy",
-        layouts=(Layout("premise", "hypothesis", "label"), Layout("sentence1", "sentence2", "gold_label")),
-        label_names=("entailment", "neutral", "contradiction"),
-        reported={"matched": "validation_matched", "mismatched": "validation_mismatched"},
+        "MNLI",
+        "accuracy",
+        ("entailment", "neutral", "contradiction"),
+        (_PREMISE, replace(_SENTENCES, label="gold_label")),
+        reported=_MNLI_SPLITS,
     ),
-    "qnli": GlueTask("QNLI", "accuracy", (Layout("question", "sentence", "label"),), _ENTAILMENT),
-    "rte": GlueTask("RTE", "accuracy", (Layout("sentence1", "sentence2", "label"),), _ENTAILMENT),
+    "qnli": GlueTask("QNLI", "accuracy", _ENTAILMENT, (Layout("question", "sentence", "label"),)),
+    "rte": GlueTask("RTE", "accuracy", _ENTAILMENT, (_SENTENCES,)),
 }
 """The tasks of Table 2 by name."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,6 @@ CHOICE_METRIC = {"classification": "accuracy", "regression": "pearson"}
 """Metric that a checkpoint is chosen by, by kind, unless another is given."""
 
 
-# The score -----------------------------------------------------------------------------------------------------------
-
-
 def score(metric: str, by_split: Mapping[str, Mapping[str, float]]) -> float:
     """Return a task's score: its metric, averaged over splits of equal weight (MNLI: matched and mismatched).
 
@@ -48,28 +44,17 @@ def score(metric: str, by_split: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def resolve_metric(spec: TaskSpec, kind: str, default: str | None, label_names: Sequence[str] | None) -> str:
-    """Return the metric that scores a task.
-
-    Args:
-        spec: The task.
-        kind: `"classification"` or `"regression"`.
-        default: Metric of the task's data set, or None.
-        label_names: Names of the classes; None for a regression.
+    """Return the metric that scores a task: its own, or `default` (of its data set), or that of its kind.
 
     Raises:
         ConfigError: The metric does not exist, or not for this kind or number of classes.
     """
     metric = spec.metric or default or CHOICE_METRIC[kind]
     if metric not in METRICS[kind]:
-        nearest = difflib.get_close_matches(metric, METRICS[kind], n=1, cutoff=0.0)[0]
-        known = ", ".join(METRICS[kind])
-        raise spec.bad("metric", metric, f"no metric of a {kind}; the nearest is {nearest!r} (known: {known})")
+        raise spec.bad("metric", metric, f"no metric of a {kind}; give one of {', '.join(METRICS[kind])}")
     if metric == "f1" and label_names is not None and len(label_names) != 2:
         raise spec.bad("metric", metric, f"it is for two classes, and the task has {len(label_names)}; give macro_f1")
     return metric
-
-
-# Metrics of a set ----------------------------------------------------------------------------------------------------
 
 
 def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
@@ -88,40 +73,32 @@ def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[st
         DataError: No examples.
         NonFiniteError: A logit is NaN or infinite: its argmax would look like a prediction.
     """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     _require_examples(labels)
     damaged = int((~np.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum())
     if damaged:
-        raise NonFiniteError(
-            f"logits: NaN or infinite in {damaged} of {len(logits)} examples; lower the learning rate, or check the "
-            "model"
-        )
+        where = f"{damaged} of {len(logits)} examples"
+        raise NonFiniteError(f"logits: NaN or infinite in {where}; lower the learning rate, or check the model")
     if task == "regression":
-        return _regression(logits.reshape(-1).astype("float64"), labels.astype("float64"))
-    return _classification(logits.argmax(axis=-1), labels, logits.shape[-1])
-
-
-def _classification(predicted: NDArray[Any], labels: NDArray[Any], classes: int) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    metrics = {
-        "accuracy": accuracy_score(labels, predicted),
-        "macro_f1": f1_score(labels, predicted, average="macro", zero_division=0.0),
-        "mcc": matthews_corrcoef(labels, predicted),
-    }
-    if classes == 2:
-        metrics["f1"] = f1_score(labels, predicted, average="binary", pos_label=1, zero_division=0.0)
+        numbers, labels = logits.reshape(-1).astype("float64"), labels.astype("float64")
+        constant = len(labels) < 2 or np.ptp(numbers) == 0 or np.ptp(labels) == 0
+        metrics = {
+            "pearson": 0.0 if constant else pearsonr(numbers, labels).statistic,
+            "spearman": 0.0 if constant else spearmanr(numbers, labels).statistic,
+            "mse": ((numbers - labels) ** 2).mean(),
+        }
+    else:
+        predicted = logits.argmax(axis=-1)
+        metrics = {
+            "accuracy": accuracy_score(labels, predicted),
+            "macro_f1": f1_score(labels, predicted, average="macro", zero_division=0.0),
+            "mcc": matthews_corrcoef(labels, predicted),
+        }
+        if logits.shape[-1] == 2:
+            metrics["f1"] = f1_score(labels, predicted, average="binary", pos_label=1, zero_division=0.0)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _regression(predicted: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    from scipy.stats import pearsonr, spearmanr
-
-    constant = len(labels) < 2 or predicted.min() == predicted.max() or labels.min() == labels.max()
-    return {
-        "pearson": 0.0 if constant else float(pearsonr(predicted, labels).statistic),
-        "spearman": 0.0 if constant else float(spearmanr(predicted, labels).statistic),
-        "mse": float(((predicted - labels) ** 2).mean()),
-    }
 
 
 def loss_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> float:

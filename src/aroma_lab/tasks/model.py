@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -38,21 +38,17 @@ def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, 
     spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if label_names is not None:
-        options = {
-            "num_labels": len(label_names),
-            "id2label": dict(enumerate(label_names)),
-            "label2id": {label: index for index, label in enumerate(label_names)},
-            "problem_type": "single_label_classification",
-        }
+        index = {label: number for number, label in enumerate(label_names)}
+        options = {"problem_type": "single_label_classification", "label2id": index}
+        options |= {"num_labels": len(index), "id2label": dict(enumerate(label_names))}
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             spec.name, output_loading_info=True, **loading_options(spec), **options
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise bad_value(
-            "model.name", spec.name, f"cannot be loaded as a classifier ({reason}); check the name"
-        ) from error
+        remedy = f"cannot be loaded as a classifier ({reason}); check the name"
+        raise bad_value("model.name", spec.name, remedy) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     remember_head(model, loading["missing_keys"])
@@ -67,25 +63,19 @@ def loading_options(spec: ModelSpec) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
     if spec.quantization is not None:
-        options["quantization_config"] = _quantization_config(spec.quantization)
+        if find_spec("bitsandbytes") is None:
+            remedy = "bitsandbytes is not installed; run: pip install 'aroma-peft[quant]'"
+            raise bad_value("model.quantization", spec.quantization, remedy)
+        from transformers import BitsAndBytesConfig
+
+        # NF4 as in QLoRA, or LLM.int8().
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if spec.quantization == "int8"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **nf4)
+        )
     return options
-
-
-def _quantization_config(kind: Literal["nf4", "int8"]) -> Any:
-    """Return transformers' configuration of bitsandbytes: NF4 as in QLoRA, or LLM.int8()."""
-    if find_spec("bitsandbytes") is None:
-        remedy = "bitsandbytes is not installed; run: pip install 'aroma-peft[quant]'"
-        raise bad_value("model.quantization", kind, remedy)
-    from transformers import BitsAndBytesConfig
-
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def count_trainable(model: Any) -> dict[str, int]:
@@ -107,19 +97,12 @@ def packaged_encoder() -> Path:
         DataError: The package is missing, or its weights have changed.
     """
     folder = package_folder(ENCODER_PACKAGE) / "model"
-    require_digest(folder / "model.safetensors", ENCODER_SHA256)
+    weights = folder / "model.safetensors"
+    found = file_digest(weights) if weights.is_file() else None
+    if found != ENCODER_SHA256:
+        remedy = f"{ENCODER_SHA256} is expected; {reinstall(ENCODER_PACKAGE)}"
+        raise bad_value(f"{weights}: sha256", found, remedy, DataError)
     return folder
-
-
-def require_digest(file: Path, sha256: str) -> None:
-    """Raise unless `file` has the SHA-256 `sha256`.
-
-    Raises:
-        DataError: It is missing or another file.
-    """
-    found = file_digest(file) if file.is_file() else None
-    if found != sha256:
-        raise bad_value(f"{file}: sha256", found, f"{sha256} is expected; {reinstall(ENCODER_PACKAGE)}", DataError)
 
 
 def package_folder(package: str) -> Path:

@@ -10,12 +10,11 @@ import csv
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aroma.errors import AromaError, DataError, bad_value
+from aroma.errors import DataError, bad_value
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt")
 """Suffixes of the files that can be read."""
@@ -25,8 +24,6 @@ Columns = dict[str, list[Any]]
 
 Choices = Sequence[Sequence[str]]
 """Sets of column names; the first one that a file has is read."""
-
-_LARGEST_FIELD = 2**31 - 1
 
 
 def read_file(field: str, path: str, choices: Choices, *, skip_damaged: bool = False) -> tuple[int, Columns]:
@@ -50,9 +47,9 @@ def read_file(field: str, path: str, choices: Choices, *, skip_damaged: bool = F
         DataError: No such file, an unknown suffix, a damaged line (with its number), a missing column, or no rows.
     """
     file = Path(path)
+    suffix = file.suffix.lower()
     if not file.is_file():
         raise bad_value(field, path, "no such file; give the path of a CSV, TSV, JSONL or Parquet file", DataError)
-    suffix = file.suffix.lower()
     if suffix not in FORMATS:
         raise bad_value(field, path, f"unknown format; its name must end in {', '.join(FORMATS)}", DataError)
     try:
@@ -64,72 +61,57 @@ def read_file(field: str, path: str, choices: Choices, *, skip_damaged: bool = F
             choice, columns = _read_table(field, file, choices, skip_damaged)
     except UnicodeDecodeError as error:
         raise bad_value(field, path, f"not UTF-8 text (byte {error.start}); convert the file", DataError) from error
-    if not columns[choices[choice][0]]:
-        raise _no_rows(field, path)
-    return choice, columns
+    return choice, _with_rows(field, path, columns)
 
 
 def _read_table(field: str, file: Path, choices: Choices, skip_damaged: bool) -> tuple[int, Columns]:
+    csv.field_size_limit(2**31 - 1)
+    quoting: dict[str, Any] = {"strict": True}
+    if file.suffix.lower() != ".csv":
+        quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    names: list[str] = []
+    rows: list[list[str | None]] = []
+    choice, last, skipped = 0, 0, 0
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        lines = _lines(field, file, stream)
-        first = next(lines, None)
-        if first is None:
-            raise _no_rows(field, str(file))
-        names = first[1]
-        choice = _fitting(field, str(file), names, choices, by_position=True)
-        if all(map(_is_position, choices[choice])):
-            positions = {name: int(name[1:]) - 1 for name in choices[choice]}
-            lines = chain([first], lines)
-        else:
-            positions = {name: names.index(name) for name in choices[choice]}
-        columns: Columns = {name: [] for name in positions}
-        skipped = 0
-        for number, line in lines:
-            whole = len(line) == len(names)
-            if not whole and not skip_damaged:
-                raise _damaged(field, file, number, "its number of fields is not that of the first line")
-            values = [line[position] or None for position in positions.values()] if whole else []
-            if skip_damaged and (not whole or None in values):
-                skipped += 1
-                continue
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
+        reader = csv.reader(stream, **quoting)
+        try:
+            for line in filter(None, reader):
+                last = reader.line_num
+                if not names:
+                    names, choice = line, _fitting(field, file, line, choices, by_position=True)
+                    headless = all(map(_is_position, choices[choice]))
+                    positions = [int(name[1:]) - 1 if headless else names.index(name) for name in choices[choice]]
+                    if not headless:
+                        continue
+                whole = len(line) == len(names)
+                if not whole and not skip_damaged:
+                    raise _damaged(field, file, last, "its number of fields is not that of the first line")
+                row: list[str | None] = [line[position] or None for position in positions] if whole else [None]
+                if skip_damaged and None in row:
+                    skipped += 1
+                else:
+                    rows.append(row)
+        except csv.Error as error:  # an unclosed quote begins behind the last whole record
+            raise _damaged(field, file, last + 1, str(error)) from error
     if skipped:
-        warnings.warn(f"{file}: {skipped} damaged lines are left out", stacklevel=2)
-    return choice, columns
-
-
-def _lines(field: str, file: Path, stream: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the fields of every line that is not blank."""
-    csv.field_size_limit(_LARGEST_FIELD)
-    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(stream, **({"strict": True} if file.suffix.lower() == ".csv" else tabs))
-    last = 0  # line of the last whole record: an unclosed quote begins after it, and is noticed at the end of the file
-    try:
-        for line in reader:
-            last = reader.line_num
-            if line:
-                yield last, line
-    except csv.Error as error:
-        raise _damaged(field, file, last + 1, str(error)) from error
+        warnings.warn(f"{file}: {skipped} damaged lines are left out", stacklevel=3)
+    return choice, {name: [row[index] for row in rows] for index, name in enumerate(choices[choice])}
 
 
 def _read_json_lines(field: str, file: Path, choices: Choices) -> tuple[int, Columns]:
     rows = []
     with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                row = json.loads(line) if line.strip() else {}
             except json.JSONDecodeError as error:
                 raise _damaged(field, file, number, str(error)) from error
             if not isinstance(row, dict):
                 raise _damaged(field, file, number, f"a {type(row).__name__}, not an object")
-            rows.append(row)
-    if not rows:
-        raise _no_rows(field, str(file))
-    choice = _fitting(field, str(file), list(dict.fromkeys(name for row in rows for name in row)), choices)
+            if line.strip():
+                rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    choice = _fitting(field, file, names, choices) if rows else 0
     return choice, {name: [row.get(name) for row in rows] for name in choices[choice]}
 
 
@@ -141,46 +123,39 @@ def _read_parquet(field: str, file: Path, choices: Choices) -> tuple[int, Column
         table = read_table(file)
     except ArrowInvalid as error:
         raise bad_value(field, str(file), f"not a whole Parquet file ({error}); write it anew", DataError) from error
-    choice = _fitting(field, str(file), table.column_names, choices)
+    choice = _fitting(field, file, table.column_names, choices)
     return choice, {name: table.column(name).to_pylist() for name in choices[choice]}
 
 
-def _damaged(field: str, file: Path, line: int, what: str) -> AromaError:
+def _damaged(field: str, file: Path, line: int, what: str) -> Exception:
     return bad_value(field, str(file), f"line {line}: {what}; mend the line", DataError)
 
 
-def _no_rows(field: str, source: str) -> AromaError:
-    return bad_value(field, source, "it has no rows; give at least one example", DataError)
+def _with_rows(field: str, source: str, columns: Columns) -> Columns:
+    if not any(columns.values()):
+        raise bad_value(field, source, "it has no rows; give at least one example", DataError)
+    return columns
 
 
-def _fitting(field: str, source: str, names: list[str], choices: Choices, by_position: bool = False) -> int:
-    """Return the index of the first choice whose columns all exist.
-
-    Args:
-        field: The recipe's key, for errors.
-        source: The file or split, for errors.
-        names: Names of the existing columns.
-        choices: Sets of column names.
-        by_position: Whether columns may be named `#1`, `#2`, ….
+def _fitting(field: str, source: str | Path, names: Sequence[str], choices: Choices, by_position: bool = False) -> int:
+    """Return the index of the first choice whose columns all exist; `by_position`: they may be `#1`, `#2`, ….
 
     Raises:
         DataError: There is none; the error says what the nearest one lacks.
     """
+    there = {*names}
     lacking = []
     for wanted in choices:
-        if by_position and all(map(_is_position, wanted)):
-            missing = [name for name in wanted if int(name[1:]) > len(names)]
-        else:
-            missing = [name for name in wanted if name not in names]
-        lacking.append(missing)
+        headless = by_position and all(map(_is_position, wanted))
+        known = {f"#{number}" for number in range(1, len(names) + 1)} if headless else there
+        lacking.append([name for name in wanted if name not in known])
     nearest = min(lacking, key=len)
     if nearest:
         raise bad_value(
             field,
-            source,
+            str(source),
             f"it has no column {', '.join(map(repr, nearest))}; its columns are {', '.join(map(repr, names))}. Name "
-            "them by text, text_pair and label, or, for a language model, by the keys of the section language; "
-            "examples without labels or responses are of no use here",
+            "them by text, text_pair and label, or, for a language model, by the keys of the section language",
             DataError,
         )
     return lacking.index(nearest)
@@ -219,13 +194,8 @@ def read_hub(
         raise bad_value(field, split, f"{name} has no such split; it has {', '.join(known)}", DataError)
     try:
         data = load_dataset(name, config, split=split)
-    except ValueError as error:  # a slice that datasets cannot read
-        reason = " ".join(str(error).split())
-        raise bad_value(
-            field, split, f"not a split ({reason}); write it as train or train[:10%]", DataError
-        ) from error
-    if not len(data):
-        raise _no_rows(field, split)
+    except ValueError as error:
+        raise bad_value(field, split, f"not a split ({error}); write it as train[:10%]", DataError) from error
     choice = _fitting(field, split, data.column_names, choices)
     columns: Columns = {column: list(data[column]) for column in choices[choice]}
     for column, values in columns.items():
@@ -233,7 +203,7 @@ def read_hub(
         if isinstance(feature, ClassLabel):
             # −1 marks a hidden label on the hub.
             columns[column] = [None if i is None or i < 0 else feature.int2str(i) for i in values]
-    return choice, columns
+    return choice, _with_rows(field, split, columns)
 
 
 def hub_splits(name: str, config: str | None, name_field: str = "data.name") -> list[str]:
@@ -248,9 +218,5 @@ def hub_splits(name: str, config: str | None, name_field: str = "data.name") -> 
         return list(get_dataset_split_names(name, config))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise bad_value(
-            name_field,
-            name,
-            f"cannot be loaded with configuration {config!r} ({reason}); give local files instead",
-            DataError,
-        ) from error
+        remedy = f"cannot be loaded with configuration {config!r} ({reason}); give local files instead"
+        raise bad_value(name_field, name, remedy, DataError) from error

@@ -13,6 +13,19 @@ HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which columns mean what: text, second text (None: single texts), label or number."""
+
+    text: str
+    text_pair: str | None
+    label: str
+
+    def columns(self) -> list[str]:
+        """Return the columns to read."""
+        return [name for name in (self.text, self.text_pair, self.label) if name is not None]
+
+
+@dataclass(frozen=True)
 class TaskSpec:
     """One task. A GLUE name fills in whatever is left out."""
 
@@ -59,24 +72,25 @@ class TaskSpec:
     """Of a commonsense task, keep so many of the held-out examples at most; null: all. What is reported is whole."""
 
     def __post_init__(self) -> None:
+        least = {"max_length": 3, "train_examples": 1, "held_out_examples": 1, "split_seed": 0}
+        for key, minimum in least.items():
+            if (value := getattr(self, key)) is not None and value < minimum:
+                raise self.bad(key, value, f"give {minimum} or more")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise self.bad("name", self.name, "it names folders; write it with letters, digits, '-', '_' and '.'")
         if self.kind not in (None, "classification", "regression", "commonsense"):
             raise self.bad("kind", self.kind, "give classification, regression, commonsense, or null")
         if not 0 < self.held_out < 1:
             raise self.bad("held_out", self.held_out, "give a share between 0 and 1, as 0.1")
-        if self.max_length < 3:
-            raise self.bad("max_length", self.max_length, "give 3 tokens or more; most models add two of their own")
-        for key in ("train_examples", "held_out_examples"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise self.bad(key, getattr(self, key), "give 1 or more, or null")
-        idle = (("template", self.template, "auto"), ("held_out_examples", self.held_out_examples, None))
-        for key, value, common in idle:
+        for key, value, common in (
+            ("template", self.template, "auto"),
+            ("held_out_examples", self.held_out_examples, None),
+        ):
             if value != common and self.kind != "commonsense":
                 raise self.bad(key, value, "only tasks of kind commonsense have it; leave it out")
-        if self.split_seed < 0:
-            raise self.bad("split_seed", self.split_seed, "give 0 or more")
-        self._check_reported()
+        if self.reported is not None and (not self.reported or {"train", HELD_OUT} & self.reported.keys()):
+            remedy = f"name splits or files by label, or null; 'train' and {HELD_OUT!r} mean training examples"
+            raise self.bad("reported", self.reported, remedy)
 
     def bad(self, key: str, value: object, remedy: str, error: type[AromaError] = ConfigError) -> AromaError:
         """Return (not raise) the error about one key of this task."""
@@ -85,12 +99,3 @@ class TaskSpec:
     def field(self, key: str) -> str:
         """Return the name of a key as a grid writes it: `tasks.mrpc.train`."""
         return f"tasks.{self.name}.{key}"
-
-    def _check_reported(self) -> None:
-        if self.reported is None:
-            return
-        if not self.reported:
-            raise self.bad("reported", self.reported, "name at least one split or file, or null")
-        for taken in ("train", HELD_OUT):
-            if taken in self.reported:
-                raise self.bad("reported", taken, f"{taken!r} means training examples; give another label")

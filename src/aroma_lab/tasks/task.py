@@ -11,23 +11,14 @@ from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_json, write_json
 
 from ..specs import DataSpec
-from .data import Layout
+from .spec import Layout
 
 TASK_FILE = "aroma_task.json"
 
 
 @dataclass(frozen=True)
 class Task:
-    """How an adapter's task was read from its data.
-
-    Args:
-        kind: `"classification"` or `"regression"`.
-        label_names: Names of the classes by index; None for a regression.
-        text: Column of the text.
-        text_pair: Column of the second text, or None.
-        label: Column of the label.
-        max_length: Most tokens of an example.
-    """
+    """How an adapter's task was read from its data: kind, class names by index, columns, and tokens of an example."""
 
     kind: Literal["classification", "regression"]
     label_names: tuple[str, ...] | None
@@ -61,13 +52,8 @@ def load_task(adapter: str | os.PathLike[str]) -> Task:
     """
     path = Path(adapter) / TASK_FILE
     if not path.exists():
-        raise bad_value(
-            "adapter",
-            str(adapter),
-            f"it has no {TASK_FILE}, so the meaning of its outputs is unknown; give an adapter that `aroma train` or "
-            "`aroma demo` saved",
-            CheckpointError,
-        )
+        remedy = f"it has no {TASK_FILE}; give an adapter that `aroma train` or `aroma demo` saved"
+        raise bad_value("adapter", str(adapter), remedy, CheckpointError)
     content = read_json(path)
     try:
         names = content.pop("label_names")
