@@ -339,7 +339,7 @@ def test_backward_looks_at_the_weight_only_where_x_wants_a_gradient(wanted):
 
 FAULTS = """
 import resource, sys, torch
-from aroma_lab.run.memory import keep_freed_memory
+from aroma_lab.run.machine import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def faults():

@@ -27,8 +27,7 @@ from aroma.tuner import AromaConfig
 
 from ..methods import Aroma, Lora, encoder_linears
 from ..progress import Progress, no_progress
-from ..run.memory import keep_freed_memory
-from ..run.provenance import provenance
+from ..run.machine import keep_freed_memory, provenance
 from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
 from .memory import kept_bytes, optimizer_bytes, peak_of
 from .models import BenchSettings, make_batch, make_model

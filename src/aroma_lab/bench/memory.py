@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aroma.cli.quiet import quiet
 from aroma.errors import ConfigError
 
-from ..run.memory import peak_bytes
+from ..run.machine import peak_bytes
 from .cases import Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 

@@ -23,43 +23,21 @@ LABELS = 2
 Shapes = Mapping[str, tuple[type[Any], dict[str, Any]]]
 """Named shapes: the class of the configuration, and its arguments."""
 
-SHAPES: Shapes = {
-    "roberta-base": (
-        RobertaConfig,
-        {
-            "vocab_size": 50265,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-            "max_position_embeddings": 514,
-            "type_vocab_size": 1,
-        },
-    ),
-    "minilm": (  # sentence-transformers/all-MiniLM-L6-v2
-        BertConfig,
-        {
-            "vocab_size": 30522,
-            "hidden_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 12,
-            "intermediate_size": 1536,
-            "max_position_embeddings": 512,
-        },
-    ),
-    "tiny": (
-        RobertaConfig,
-        {
-            "vocab_size": 64,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "max_position_embeddings": 66,
-            "type_vocab_size": 1,
-        },
-    ),
+_TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
 }
+
+SHAPES: Shapes = {
+    "roberta-base": (RobertaConfig, {"max_position_embeddings": 514, "type_vocab_size": 1}),
+    # sentence-transformers/all-MiniLM-L6-v2
+    "minilm": (BertConfig, {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}),
+    "tiny": (RobertaConfig, {**_TINY, "max_position_embeddings": 66, "type_vocab_size": 1}),
+}
+"""Named shapes; what is not given here is the default of the class."""
 
 
 @dataclass(frozen=True)

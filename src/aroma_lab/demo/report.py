@@ -7,7 +7,7 @@ from typing import Any
 
 from aroma.events import ModuleSummary
 
-from ..run.provenance import provenance
+from ..run.machine import provenance
 from ..specs import TrainSpec
 from ..tasks.model import ENCODER_SOURCE
 from .articles import SOURCE
