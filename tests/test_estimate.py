@@ -40,8 +40,9 @@ from aroma_lab.estimate.memory import (
 )
 from aroma_lab.estimate.model import EstimateSettings, build, layers_of, load_config
 from aroma_lab.estimate.tensors import finished_bytes, take_inventory
-from aroma_lab.language.model import quantization_config
 from aroma_lab.run.machine import peak_bytes
+from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks.model import loading_options
 from models import ARCHITECTURES, METHOD, adapted, saved_base, trainable
 
 COMPONENTS = (0, 1, 8, 9, 100)
@@ -128,9 +129,8 @@ def medium(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base(kind, medium):
-    real = AutoModelForCausalLM.from_pretrained(
-        medium, dtype=torch.bfloat16, quantization_config=quantization_config(kind)
-    )
+    spec = ModelSpec(medium, dtype="bfloat16", quantization=kind)
+    real = AutoModelForCausalLM.from_pretrained(medium, **loading_options(spec))
     constants = []
     for module in real.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -285,9 +285,8 @@ def test_what_a_step_keeps_and_its_peak(name, dtype, components, checkpointing, 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_a_step_of_a_quantised_base_keeps(kind, medium):
-    real = AutoModelForCausalLM.from_pretrained(
-        medium, dtype=torch.bfloat16, quantization_config=quantization_config(kind)
-    )
+    spec = ModelSpec(medium, dtype="bfloat16", quantization=kind)
+    real = AutoModelForCausalLM.from_pretrained(medium, **loading_options(spec))
     model = get_peft_model(real, AromaConfig(**METHOD, task_type="CAUSAL_LM")).train()
     tokens = torch.randint(2, 500, (2, 64))
     settings = EstimateSettings(medium, 0, dtype=kind, batch_size=2, sequence_length=64)
@@ -300,12 +299,16 @@ def test_what_a_step_of_a_quantised_base_keeps(kind, medium):
 
 def test_dropout_keeps_a_byte_a_number():
     settings = EstimateSettings("roberta", dtype="float32", batch_size=2, sequence_length=64, task="classification")
-    kept = [
-        step_bytes(settings, RobertaConfig(**{**STEPS["roberta"].to_dict(), "hidden_dropout_prob": p})).kept
-        for p in (0.0, 0.1)
-    ]
-    behind = 2 * 4 + 1  # attention and feed-forward part of four layers, and the embeddings; the head is one vector
-    assert kept[1] - kept[0] == pytest.approx(behind * 2 * 64 * 64, abs=2 * 2 * 2 * 64 * 4)
+    (small, smaller), (large, larger) = (
+        [
+            step_bytes(
+                settings, RobertaConfig(**{**STEPS["roberta"].to_dict(), "hidden_dropout_prob": p, **layers})
+            ).kept
+            for p in (0.1, 0.0)
+        ]
+        for layers in ({"num_hidden_layers": 2}, {"num_hidden_layers": 3})
+    )
+    assert (large - larger) - (small - smaller) == 2 * 2 * 64 * 64, "behind attention and the feed-forward part"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -38,18 +38,18 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
         forward: Computes the loss.
         model: The model that it calls.
     """
-    kept: list[weakref.ref[_Kept]] = []
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Kept:
         holder = _Kept(tensor)
-        kept.append(weakref.ref(holder))
+        kept.add(holder)
         return holder
 
-    own = set(_storages((*model.parameters(), *model.buffers())))
+    own = _storages((*model.parameters(), *model.buffers()))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         loss = forward()
     # What the graph has freed by now does not wait for backward.
-    storages = _storages([holder.tensor for reference in kept if (holder := reference()) is not None])
+    storages = _storages([holder.tensor for holder in kept])
     del loss
     return sum(size for place, size in storages.items() if place not in own)
 

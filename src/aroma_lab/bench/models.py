@@ -16,8 +16,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from aroma.errors import bad_value
 
-DTYPES = ("float32", "bfloat16")
-DEVICES = ("cpu", "cuda")
 LABELS = 2
 
 Shapes = Mapping[str, tuple[type[Any], dict[str, Any]]]
@@ -82,7 +80,7 @@ class BenchSettings:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise bad_value(name, value, f"give {minimum} or more")
-        for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
+        for name, choices in (("dtype", ("float32", "bfloat16")), ("device", ("cpu", "cuda"))):
             if getattr(self, name) not in choices:
                 raise bad_value(name, getattr(self, name), f"choose one of {', '.join(choices)}")
 

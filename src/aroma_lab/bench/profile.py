@@ -22,7 +22,6 @@ BETWEEN = "between operations"
 """Time outside of all operations: Python, dispatch, the autograd engine."""
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv")
-_BITWISE = ("aten::bitwise_and", "aten::bitwise_and_")
 
 Shape = tuple[int, ...]
 
@@ -105,14 +104,12 @@ def kind_of(operation: str, shapes: Sequence[Shape], tokens: int, weights: set[S
         return "narrow matmuls" if tokens in sizes and components else "backbone matmuls"
     if "attention" in operation:
         return "attention"
-    return "dropout mask" if _is_of_a_mask(operation, first, tokens, weights) else "other operations"
-
-
-def _is_of_a_mask(operation: str, shape: Shape, tokens: int, weights: set[Shape]) -> bool:
-    """Return whether the operation makes or applies a mask, which is flat; in a backbone of sequences nothing is."""
-    if operation in _BITWISE:
-        return True
+    # Masks are flat; in a backbone of sequences nothing else is.
     sizes = {tokens * size for weight in weights for size in weight}
-    if operation == "aten::copy_":
-        return len(shape) == 1 and shape[0] in sizes
-    return operation in ("aten::mul", "aten::mul_") and len(shape) == 2 and shape[0] * shape[1] in sizes
+    if (
+        operation in ("aten::bitwise_and", "aten::bitwise_and_")
+        or (operation == "aten::copy_" and len(first) == 1 and first[0] in sizes)
+        or (operation in ("aten::mul", "aten::mul_") and len(first) == 2 and first[0] * first[1] in sizes)
+    ):
+        return "dropout mask"
+    return "other operations"
