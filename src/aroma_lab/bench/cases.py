@@ -79,20 +79,9 @@ class Case:
 
 
 class Contender:
-    """A case that trains on one batch again and again: model, optimizer, hooks.
+    """A case that trains on one batch again and again; optimizer and hooks are None if nothing trains.
 
-    Args:
-        case: The case.
-        base: The model that all cases start from. It is copied; the copy shares the backbone's tensors if the method
-            does not write them.
-        batch: The model's input with labels.
-        seed: Seed of the adapter's weights.
-
-    Attributes:
-        case: The case.
-        model: The adapted model.
-        optimizer: AdamW over the trained parameters; None if there are none.
-        hooks: What the method does around an optimizer step; None without an optimizer.
+    The model is a copy of `base`, and shares the backbone's tensors if the method does not write them.
     """
 
     def __init__(self, case: Case, base: Any, batch: dict[str, Tensor], seed: int) -> None:

@@ -124,15 +124,6 @@ def take_turns(
     """Time all contenders once, in order, round after round: A B C A B C …
 
     Whatever slows the machine down for a while then slows all of them alike.
-
-    Args:
-        contenders: Objects with the methods `forward_backward`, `update` and `clear`.
-        rounds: Timed rounds.
-        warmup_rounds: Rounds before those.
-        on_turn: Called with 1 after each turn.
-
-    Returns:
-        Times of every contender, in order.
     """
     threads = torch.get_num_threads()
     timers = [
@@ -213,14 +204,7 @@ def comparisons(cases: Sequence[Case], times: Sequence[Times], kept: Sequence[in
 def controller_cost(
     base: Any, batch: dict[str, Tensor], seed: int, repeats: int, on_repeat: Callable[[int], None] = lambda done: None
 ) -> dict[str, float]:
-    """Train an AROMA model with all modules growing, and time its controller.
-
-    Args:
-        base: A classifier, which is copied.
-        batch: Its input with labels.
-        seed: Seed of the adapter's weights.
-        repeats: Inner loops, each of two steps.
-        on_repeat: Called with 1 after each of them.
+    """Train an AROMA model with all modules growing, and time its controller in `repeats` inner loops of two steps.
 
     Returns:
         Medians in milliseconds: `step_ms`, an ordinary step without its controller; `uncheck_ms` and `check_ms`, the

@@ -16,7 +16,7 @@ from aroma.cli.quiet import quiet
 from aroma.errors import ConfigError
 
 from ..run.machine import peak_bytes
-from .cases import Contender, select_cases
+from .cases import FLOOR, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
 
@@ -33,10 +33,6 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
     A tensor counts with its whole storage, since a view keeps that alive, and each storage counts once. Parameters
     and buffers of `model` do not count. The number is exact, and the same on every run.
-
-    Args:
-        forward: Computes the loss.
-        model: The model that it calls.
     """
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
@@ -70,17 +66,17 @@ def peak_resident_bytes(settings: BenchSettings, key: str) -> int:
         try:
             return process.submit(_train_two_steps, settings, key).result()
         except (RuntimeError, MemoryError) as error:
+            remedy = "leave the case out, or leave peaks out with --no-peak"
             raise ConfigError(
-                f"{key}: the process that measures its peak memory failed ({error}); "
-                "leave the case out, or leave peaks out with --no-peak"
+                f"{key}: the process that measures its peak memory failed ({error}); {remedy}"
             ) from error
 
 
 def _train_two_steps(settings: BenchSettings, key: str) -> int:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    case = next(case for case in select_cases([key], compiled=False) if case.key == key)
     model = make_model(settings)
+    case = select_cases([key], compiled=False)[0 if key == FLOOR else 1]
     contender = Contender(case, model, make_batch(model, settings), settings.seed)
     for _ in range(2):  # the second step has the optimizer's state from its beginning
         contender.step()

@@ -86,22 +86,15 @@ class BenchSettings:
 
 
 def named_config(model: str, shapes: Shapes) -> Any:
-    """Return the configuration of a named shape, a local folder or a hub name.
-
-    Raises:
-        ConfigError: There is no such configuration.
-    """
+    """Return the configuration of a named shape, a local folder or a hub name; ConfigError if there is none."""
     if model in shapes:
         kind, sizes = shapes[model]
         return kind(**sizes)
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise bad_value(
-            "model",
-            model,
-            f"neither a shape ({', '.join(shapes)}) nor a folder or hub name whose configuration can be loaded",
-        ) from error
+        remedy = f"neither a shape ({', '.join(shapes)}) nor a folder or hub name whose configuration can be loaded"
+        raise bad_value("model", model, remedy) from error
 
 
 def longest_sequence(config: Any) -> int | None:
@@ -118,9 +111,6 @@ def load_config(model: str) -> Any:
     """Return the configuration of a named shape, a local folder or a hub name, with all its dropouts set to 0.
 
     The backbone's own dropout costs every method the same, and would hide how the methods differ.
-
-    Raises:
-        ConfigError: There is no such configuration.
     """
     config = named_config(model, SHAPES)
     config.num_labels = LABELS

@@ -86,13 +86,9 @@ def _profile_once(contender: Contender, tokens: int, weights: set[Shape]) -> dic
 
 
 def kind_of(operation: str, shapes: Sequence[Shape], tokens: int, weights: set[Shape]) -> str:
-    """Return the kind of one operation.
+    """Return the kind of one operation, such as `aten::mm`, by the shapes of its tensors.
 
-    Args:
-        operation: Its name, such as `aten::mm`.
-        shapes: Shapes of its tensors.
-        tokens: Tokens of a batch.
-        weights: Shapes (m, n) of the adapted matrices. No number of components may equal one of their sizes.
+    `weights` are the shapes (m, n) of the adapted matrices. No number of components may equal one of their sizes.
     """
     first = shapes[0] if shapes else ()
     onto_weight = first in weights or first[::-1] in weights

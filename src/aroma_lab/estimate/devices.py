@@ -86,13 +86,7 @@ def fit(needs: Needs, usable: int) -> dict[str, Any]:
 
 
 def needs_of(settings: Sequence[EstimateSettings]) -> list[Needs]:
-    """Return what trainings of one model need that differ in their components alone; lengths are filled in.
-
-    Raises:
-        ConfigError: A model that cannot be trained so.
-    """
-    if not settings:
-        raise bad_value("components", [], "give at least one number")
+    """Return what trainings of one model need that differ in their components alone; lengths are filled in."""
     config = load_config(settings[0].model)
     length = length_of(settings[0], config)
     inventory = take_inventory(build(settings[0], config), settings[0].dtype)

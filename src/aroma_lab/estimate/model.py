@@ -137,11 +137,7 @@ def require_whole(name: str, value: object, minimum: int) -> None:
 
 
 def load_config(model: str) -> Any:
-    """Return the configuration of a model.
-
-    Raises:
-        ConfigError: There is none, or its checkpoint is quantised already.
-    """
+    """Return the configuration of a model; ConfigError if there is none, or if its checkpoint is quantised already."""
     config = named_config(model, SHAPES)
     if getattr(config, "quantization_config", None) is not None:
         remedy = "its checkpoint is quantised already; give the model that it was made from, and the dtype nf4 or int8"
@@ -196,13 +192,7 @@ def task_of(settings: EstimateSettings, config: Any) -> str:
 def build(settings: EstimateSettings, config: Any, layers: int | None = None) -> Any:
     """Return the model with an adapter at its start, on the meta device: nothing is allocated.
 
-    Args:
-        settings: What is estimated.
-        config: The model's configuration; left as it is.
-        layers: Number of its blocks, to replace the configured one.
-
-    Raises:
-        ConfigError: No such model can be made for the task, or no module can be adapted.
+    `layers` replaces the configuration's number of blocks. ConfigError: no such model for the task, or no module fits.
     """
     task = task_of(settings, config)
     config = copy.deepcopy(config)

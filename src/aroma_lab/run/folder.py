@@ -37,7 +37,8 @@ class TrialFolder(TrialFiles):
             return
         # The files that may be there before trial.json is, and those that are half written.
         own = re.compile(r"recipe\.yaml|progress\.json|failure\.json|.*\.log|\..*\.tmp")
-        found = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+        there = self.root.iterdir() if self.root.is_dir() else [self.root] if self.root.exists() else []
+        found = [path.name for path in there]
         if strangers := sorted(name for name in found if not own.fullmatch(name)):
             remedy = f"it holds {strangers[0]}, and nothing is overwritten; give another folder"
             raise bad_value("folder", str(self.root), remedy)
@@ -54,7 +55,8 @@ class TrialFolder(TrialFiles):
         One that a kill cut off is passed over, and so is one after which the training was over: the Trainer would
         take one more step before it stops.
         """
-        found = {int(path.name.rpartition("-")[2]): path for path in self.checkpoints.glob("checkpoint-*")}
+        names = re.compile(r"checkpoint-(\d+)")
+        found = {int(m[1]): path for path in self.checkpoints.glob("*") if (m := names.fullmatch(path.name))}
         return next((str(found[step]) for step in sorted(found, reverse=True) if _is_resumable(found[step])), None)
 
     def clean(self, keep_checkpoints: bool = False) -> None:

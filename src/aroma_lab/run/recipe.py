@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from aroma.errors import bad_value
-from aroma.files import is_new_or_empty, write_text
+from aroma.files import write_text
 
 from ..settings import apply_overrides, describe, nest, read_mapping, typed_fields
 from ..specs import DataSpec, Recipe, adapter_keys, adapter_options
@@ -116,6 +116,7 @@ def run_recipe(
     """
     from aroma.sharding import refuse_together
 
+    from .folder import require_empty
     from .processes import join
     from .run import run_trial
 
@@ -123,14 +124,13 @@ def run_recipe(
     with refuse_together(join().device):
         if resume and files.result.exists():
             raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
-        if not (resume and files.recipe.exists()) and not is_new_or_empty(files.root):
+        if not (resume and files.trial.exists()):
             remedy = "it holds no run to resume; give another" if resume else "give another, or --resume this run"
-            raise bad_value(
-                "output", recipe.output, f"it is not an empty folder, and nothing is overwritten; {remedy}"
-            )
+            require_empty("output", files.root, remedy)
 
     def start(job: Any) -> None:
-        save_recipe(recipe, files.recipe)
+        if not files.recipe.exists():
+            save_recipe(recipe, files.recipe)
         for note in job.notes:
             on_note(note)
 

@@ -53,7 +53,7 @@ def run_trial(
         folder: Its folder; new, empty, or left by this very trial.
         progress: Whether a progress bar is shown.
         keep_checkpoints: Whether the checkpoints stay when the trial is finished.
-        on_start: Called by the first process when nothing was refused, before anything but the folder is made.
+        on_start: Called by the first process when nothing was refused, and the folder holds nothing but the trial.
 
     Returns:
         The content of `result.json`.
@@ -70,9 +70,8 @@ def run_trial(
         run = None if home.result.exists() else _prepare(trial, home, processes, usage)
     if run is not None:
         if processes.is_main_process:
-            home.root.mkdir(parents=True, exist_ok=True)
-            on_start(run.work.job)
             home.open(trial)
+            on_start(run.work.job)
         processes.wait_for_everyone()
         result = _train_and_evaluate(run, progress)
         if processes.is_main_process:
