@@ -144,8 +144,12 @@ def test_a_quantised_base(kind, medium):
     assert found.constants == bytes_of(constants)
     model = get_peft_model(real, AromaConfig(**METHOD, task_type="CAUSAL_LM"))
     assert found.modules == tuple((one.out_features, one.in_features) for one in aroma_layers(model).values())
-    pairs = [parameter for layer in aroma_layers(model).values() for parameter in layer.pair("default")]
-    assert sum(one.bytes for one in found.pairs) == bytes_of(pairs)
+    tokens = torch.randint(2, 500, (2, 64))
+    step = step_bytes(EstimateSettings(medium, 0, dtype=kind, batch_size=2, sequence_length=64), load_config(medium))
+    measured = measured_peak(lambda: model.train()(input_ids=tokens, labels=tokens, use_cache=False).loss.backward())
+    gradients = bytes_of(parameter.grad for parameter in trainable(model))
+    # How much scratch bitsandbytes needs for a matmul depends on the kernel that the machine has.
+    assert measured * 0.9 <= step.peak + gradients <= measured * 1.1
 
 
 OPTIMIZERS = {
@@ -158,21 +162,15 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(("shape", "r"), [("medium", 16), ("roberta", 1)])
-def test_the_state_of_an_optimizer(name, shape, r, medium):
-    folder = medium if shape == "medium" else saved_base(shape)
-    settings = EstimateSettings(folder, dtype="float32", r=r, sequence_length=8)
-    if shape == "medium":
-        base = AutoModelForCausalLM.from_pretrained(medium)
-        model = get_peft_model(base, AromaConfig(**{**METHOD, "r": r}, task_type="CAUSAL_LM"))
-    else:
-        model = adapted(shape, r=r)
+@pytest.mark.parametrize("r", [1, 300])  # of 300 the matrices are kept in 8 bits
+def test_the_state_of_an_optimizer(name, r):
+    model = adapted("llama", r=r)
     for parameter in trainable(model):
         parameter.grad = torch.full_like(parameter, 0.1)
     optimizer = OPTIMIZERS[name](trainable(model))
     optimizer.step()
     expected = optimizer_bytes(optimizer)
-    assert state_bytes(name, inventory_of(settings).trained) == expected
+    assert state_bytes(name, inventory_of(settings_for("llama", r=r)).trained) == expected
     assert (expected == 0) == (name == "sgd")
 
 
@@ -281,20 +279,6 @@ def test_what_a_step_keeps_and_its_peak(name, dtype, components, checkpointing, 
     if checkpointing:  # the state of the CPU's random numbers, which a checkpoint keeps on a CPU
         measured -= torch.get_rng_state().nbytes * STEPS[name].num_hidden_layers
     assert measured * (1 - scratch) <= found.peak <= measured * 1.01
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_what_a_step_of_a_quantised_base_keeps(kind, medium):
-    spec = ModelSpec(medium, dtype="bfloat16", quantization=kind)
-    real = AutoModelForCausalLM.from_pretrained(medium, **loading_options(spec))
-    model = get_peft_model(real, AromaConfig(**METHOD, task_type="CAUSAL_LM")).train()
-    tokens = torch.randint(2, 500, (2, 64))
-    settings = EstimateSettings(medium, 0, dtype=kind, batch_size=2, sequence_length=64)
-    found = step_bytes(settings, load_config(medium))
-    measured = measured_peak(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward())
-    gradients = bytes_of(parameter.grad for parameter in trainable(model))
-    # How much scratch bitsandbytes needs for a matmul depends on the kernel that the machine has.
-    assert measured * 0.9 <= found.peak + gradients <= measured * 1.1
 
 
 def test_dropout_keeps_a_byte_a_number():

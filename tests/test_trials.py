@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
@@ -414,25 +415,22 @@ def test_a_failing_worker_says_why(
     assert not (tmp_path / "run" / "failure.json").exists()
 
 
-def test_no_two_seeds_and_epochs_share_an_order_of_the_examples(tmp_path):
-    orders = [order for seed in (0, 1, 2) for order in orders_of_epochs(tmp_path / str(seed), seed, epochs=3)]
-    assert len({tuple(order) for order in orders}) == 9
-    assert orders[:3] == orders_of_epochs(tmp_path / "again", 0, epochs=3)
-
-
-def orders_of_epochs(folder, seed, epochs):
-    """Return the order in which examples come, epoch by epoch."""
-    from datasets import Dataset
-
+def test_no_two_seeds_and_epochs_share_an_order_of_the_examples(tmp_path: Path) -> None:
     data = Dataset.from_dict({"x": list(range(40))})
-    training = TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0)
-    arguments = training_arguments(training, Objective(None, None, None, "accuracy"), folder)
-    arguments.remove_unused_columns = False
-    trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
-    torch.manual_seed(99)
-    loader = trainer.get_train_dataloader()
-    orders = []
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        orders.append([x for batch in loader for x in batch])
-    return orders
+
+    def orders(seed: int) -> list[list[int]]:
+        training = TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0)
+        arguments = training_arguments(training, Objective(None, None, None, "accuracy"), tmp_path)
+        arguments.remove_unused_columns = False
+        trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
+        torch.manual_seed(99)
+        loader = trainer.get_train_dataloader()
+        found = []
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            found.append([x for batch in loader for x in batch])
+        return found
+
+    found = [order for seed in (0, 1, 2) for order in orders(seed)]
+    assert len({tuple(order) for order in found}) == 9
+    assert found[:3] == orders(0)

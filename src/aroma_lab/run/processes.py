@@ -30,17 +30,10 @@ def of_first(processes: PartialState, compute: Callable[[], T]) -> T:
 
 
 def require_as_many(checkpoint: str | None) -> None:
-    """Refuse to go on from a checkpoint of another number of processes: its batches would be others.
-
-    Args:
-        checkpoint: A checkpoint of the Trainer, which saves the random numbers of every process of a machine in a file
-            of its own; None for none.
-
-    Raises:
-        ConfigError: There were more of them, or fewer.
-    """
+    """Raise ConfigError for a checkpoint of another number of processes: its batches would be others."""
     if checkpoint is None:
         return
+    # The Trainer saves the random numbers of every process of a machine in a file of its own.
     before, now = max(1, len([*Path(checkpoint).glob("rng_state_*.pth")])), processes_of_node()
     if before != now:
         remedy = f"{checkpoint} is of {before} on this machine, and a step would have other examples; start {before}"

@@ -99,11 +99,7 @@ class Usage:
         self._since = time.perf_counter()
 
     def end_step(self, epoch: float) -> None:
-        """Add what has passed since `begin` to an epoch.
-
-        Args:
-            epoch: Epochs trained, fractions included, as the Trainer counts them.
-        """
+        """Add what has passed since `begin` to the epoch; `epoch` is the Trainer's count, fractions included."""
         before = self._since
         self.begin()
         index = math.ceil(epoch) - 1
@@ -111,11 +107,7 @@ class Usage:
         self.epochs[index] += self._since - before
 
     def total(self) -> dict[str, float]:
-        """Return what the run has cost so far.
-
-        `wall_seconds`, `cpu_seconds` (all threads), `peak_memory_mib` (resident), and `peak_gpu_memory_mib` (allocated
-        by PyTorch, 0 without a GPU).
-        """
+        """Return the cost so far: CPU seconds are those of all threads, GPU memory is what PyTorch allocated."""
         earlier = self._earlier
         return {
             "wall_seconds": earlier["wall_seconds"] + time.monotonic() - self._wall,
@@ -137,14 +129,6 @@ class Recorder(TrainerCallback, ExportableState):
     """Records the curve and the training time of a run, across resumes.
 
     It is called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
-
-    Args:
-        method: The method that made the model.
-        usage: Counts the training time.
-
-    Attributes:
-        curve: What was recorded.
-        usage: What the run has cost.
     """
 
     def __init__(self, method: Method, usage: Usage) -> None:
@@ -153,11 +137,7 @@ class Recorder(TrainerCallback, ExportableState):
         self.usage = usage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Record the start, or go on from a checkpoint.
-
-        Raises:
-            CheckpointError: The checkpoint has no record of what came before it.
-        """
+        """Record the start, or go on from a checkpoint; CheckpointError if that is no trial's."""
         if state.global_step > 0:
             saved = state.stateful_callbacks.get(type(self).__name__)
             if saved is None:
@@ -183,11 +163,7 @@ class Recorder(TrainerCallback, ExportableState):
         self.usage.begin()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Stop at a loss or gradient that is not finite: the model would still predict, and be scored.
-
-        Raises:
-            NonFiniteError: The loss or the gradient norm is NaN or infinite.
-        """
+        """Raise NonFiniteError at a loss or gradient that is not finite: the model would still be scored."""
         for name in ("loss", "grad_norm"):
             if not math.isfinite((logs or {}).get(name, 0.0)):
                 raise NonFiniteError(
@@ -248,12 +224,7 @@ class EventLog:
 
 
 def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str, Any]:
-    """Return the content of `history.json`.
-
-    Args:
-        log: The Trainer's `log_history`.
-        splits: Names of the sets that are evaluated on the way.
-    """
+    """Return the content of `history.json`: the Trainer's `log_history`, with the evaluations of `splits`."""
     history: dict[str, list[Any]] = {"loss": [], "learning_rate": [], "evaluations": []}
     for entry in log:
         for name in ("loss", "learning_rate"):
@@ -272,11 +243,7 @@ def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str
 
 
 def inner_checks_of(events: Iterable[dict[str, Any]]) -> list[list[Any]]:
-    """Return outer step, inner step t and module of where (5) first held, once for each module and outer step.
-
-    Args:
-        events: AROMA's events, as `events.jsonl` has them.
-    """
+    """Return outer step, inner step t and module of where (5) first held, once for each module and outer step."""
     found: dict[tuple[int, str], list[Any]] = {}
     for event in events:
         if event["kind"] == "checked" and event["converged"]:

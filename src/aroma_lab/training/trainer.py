@@ -125,13 +125,7 @@ def make_trainer(
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
-    """Return AdamW over two groups: the adapter or backbone, and the head with its own learning rate.
-
-    Args:
-        model: What to train.
-        training: The loop.
-        method: Says what of the model trains; None for all that has a gradient.
-    """
+    """Return AdamW over adapter or backbone, and over the head. Without a method, all that has a gradient trains."""
     trained = [p for p in model.parameters() if p.requires_grad] if method is None else method.parameters(model)
     chosen = {id(parameter) for parameter in trained}
     named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
@@ -145,13 +139,7 @@ def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None 
 
 
 def training_arguments(training: TrainSpec, objective: Objective, folder: str | os.PathLike[str]) -> TrainingArguments:
-    """Return the Trainer's arguments for a training section; every count is in optimizer steps.
-
-    Args:
-        training: The loop.
-        objective: Says what a checkpoint is chosen by, and whose arguments they are.
-        folder: Where checkpoints go.
-    """
+    """Return the Trainer's arguments for a training section; all counts are of optimizer steps."""
     further: dict[str, Any] = {"save_strategy": "no"} if training.save_steps is None else {}
     if training.group_by_length:
         further["train_sampling_strategy"] = "group_by_length"
@@ -298,11 +286,7 @@ class MethodTrainer(ExactResume, Trainer):
 
 @torch.no_grad()
 def load_trained(model: nn.Module, file: Path) -> None:
-    """Write trained parameters back into the model that they are of.
-
-    Raises:
-        CheckpointError: The file is damaged, or of another model.
-    """
+    """Write trained parameters back into their model; CheckpointError if the file is damaged, or of another model."""
     saved, parameters = read_tensors(file), trained_tensors(model)
     for name in sorted(saved.keys() | parameters.keys()):
         one, other = (tuple(held[name].shape) if name in held else "nothing" for held in (saved, parameters))
@@ -353,6 +337,5 @@ class LossWindow(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer stores in a checkpoint; it asks before the training begins, too."""
-        loss = float(getattr(self._trainer, "_tr_loss", 0.0))
-        logged = getattr(self._trainer, "_globalstep_last_logged", 0)
-        return {"args": {}, "attributes": {"loss": loss, "logged": logged}}
+        loss, logged = getattr(self._trainer, "_tr_loss", 0.0), getattr(self._trainer, "_globalstep_last_logged", 0)
+        return {"args": {}, "attributes": {"loss": float(loss), "logged": logged}}
