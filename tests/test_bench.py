@@ -1,6 +1,7 @@
 """`aroma bench`: what is counted, how cases take turns, what is made of it, and what bounds a step."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,15 +13,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, aroma_layers
-from aroma.cli import main, make_parser
+from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.tuner.fused import Update, linear_with_update
 from aroma_lab.bench.cases import Contender, all_cases, select_cases
 from aroma_lab.bench.measure import Times, case_results, comparisons, measure, take_turns
 from aroma_lab.bench.memory import kept_bytes, optimizer_bytes, peak_resident_bytes
 from aroma_lab.bench.models import SHAPES, BenchSettings, load_config, make_batch, make_model
-from aroma_lab.bench.profile import BETWEEN, KINDS, kind_of, profile
-from aroma_lab.bench.report import case_frame, draw
+from aroma_lab.bench.profile import BETWEEN, KINDS, profile
+from aroma_lab.bench.report import case_frame, case_table, draw
 
 SETTINGS = BenchSettings(
     model="tiny",
@@ -60,26 +61,19 @@ def kept_of(model, requires_grad=False):
     return kept_bytes(lambda: model(x).sum(), model)
 
 
-def test_a_linear_keeps_its_input_if_it_trains_and_nothing_but_its_weight_if_not():
+def test_what_one_layer_keeps():
     assert kept_of(OneLinear()) == X_BYTES
     assert kept_of(OneLinear().requires_grad_(False), requires_grad=True) == 0
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_lora_keeps_input_and_projection(dropout):
-    model = get_peft_model(OneLinear(), LoraConfig(r=2, lora_dropout=dropout, target_modules=TARGETS))
-    assert kept_of(model) == X_BYTES + 4 * TOKENS * 2
-
-
-@pytest.mark.parametrize("finished", [0, 3, 9])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_aroma_keeps_input_and_one_number_a_token_however_much_is_finished(finished, dropout):
-    config = AromaConfig(target_modules=TARGETS, component_seed=0, lora_dropout=dropout)
-    model = get_peft_model(OneLinear(), config)
-    (layer,) = aroma_layers(model).values()
-    if finished:
-        layer.finished("default").append(torch.ones(M, finished), torch.ones(finished, N))
-    assert kept_of(model) == X_BYTES + 4 * TOKENS
+    for dropout in (0.0, 0.5):
+        lora = LoraConfig(r=2, lora_dropout=dropout, target_modules=TARGETS)
+        assert kept_of(get_peft_model(OneLinear(), lora)) == X_BYTES + 4 * TOKENS * 2
+        for finished in (0, 3, 9):
+            config = AromaConfig(target_modules=TARGETS, component_seed=0, lora_dropout=dropout)
+            model = get_peft_model(OneLinear(), config)
+            (layer,) = aroma_layers(model).values()
+            if finished:
+                layer.finished("default").append(torch.ones(M, finished), torch.ones(finished, N))
+            assert kept_of(model) == X_BYTES + 4 * TOKENS, "one number a token, however much is finished"
 
 
 def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
@@ -91,17 +85,6 @@ def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
         return (y[:2] * y[4:6]).sum()  # keeps two views of it
 
     assert kept_bytes(forward, nn.Identity()) == 40
-
-
-def test_parameters_and_buffers_do_not_count_seen_through_views_either():
-    model = OneLinear()
-    model.register_buffer("factor", torch.ones(6))
-    x = torch.ones(3, requires_grad=True)
-    # Kept: a view of the factor, a view of the weight, and for the weight's gradient the 12 bytes of x * factor.
-    assert kept_bytes(lambda: (x * model.factor[:3] * model.linear.weight[0, :3]).sum(), model) == 12
-
-
-def test_optimizer_state():
     model = OneLinear()
     optimizer = torch.optim.AdamW([model.linear.weight])
     assert optimizer_bytes(None) == optimizer_bytes(optimizer) == 0
@@ -125,11 +108,6 @@ def test_a_process_without_enough_memory_is_one_error():
 # Cases ---------------------------------------------------------------------------------------------------------------
 
 
-def contender_of(key, base=None):
-    base = base or make_model(SETTINGS)
-    return Contender(CASES[key], base, make_batch(base, SETTINGS), SETTINGS.seed)
-
-
 def test_the_cases_are_those_that_were_asked_for():
     assert set(CASES) == {
         *("floor", "head", "full", "relora", "adalora"),
@@ -145,46 +123,33 @@ def test_the_cases_are_those_that_were_asked_for():
     ]
 
 
-@pytest.mark.parametrize("key", [key for key in CASES if key.startswith("aroma")])
-def test_aroma_cases_are_at_their_stage_and_stay_there(key):
-    contender = contender_of(key)
-    layers = list(aroma_layers(contender.model).values())
-    expected = {"aroma-half": range(0, 12, 2), "aroma-lower": range(6), "aroma-all": range(12)}.get(key, range(0))
-    components = 8 if len(expected) else int(key.split("-")[1])
-    for _ in range(12):  # past the first inner check
-        contender.step()
-    assert [index for index, layer in enumerate(layers) if layer.is_frozen("default")] == list(expected)
-    assert all(layer.finished("default").rank == components for layer in layers)
-    assert all(layer.finished("default").B.any() for layer in layers) == bool(components)
-    dropout = layers[0].lora_dropout["default"]
-    assert (isinstance(dropout, nn.Dropout) and dropout.p == 0.1) == key.endswith("dropout")
-
-
-def test_cases_share_a_backbone_that_none_of_them_writes():
+def test_cases_are_at_their_stage_stay_there_and_share_a_backbone_that_none_of_them_writes():
     base = make_model(SETTINGS)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     weight = base.roberta.encoder.layer[0].output.dense.weight
     sharing = 0
-    for key in CASES:
-        contender = contender_of(key, base)
+    for key, case in CASES.items():
+        contender = Contender(case, base, make_batch(base, SETTINGS), SETTINGS.seed)
         sharing += any(parameter is weight for parameter in contender.model.parameters())
-        for _ in range(2):
+        for _ in range(12):  # past the first inner check
             contender.step()
         assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items()), key
+        if key.startswith("aroma"):
+            layers = [*aroma_layers(contender.model).values()]
+            frozen = {"aroma-half": range(0, 12, 2), "aroma-lower": range(6), "aroma-all": range(12)}.get(key, [])
+            assert [index for index, layer in enumerate(layers) if layer.is_frozen("default")] == list(frozen)
+            assert {layer.finished("default").rank for layer in layers} == {case.components}
+            assert case.components == (8 if frozen else int(key.split("-")[1]))
+            dropout = layers[0].lora_dropout["default"]
+            assert (isinstance(dropout, nn.Dropout) and dropout.p == 0.1) == key.endswith("dropout")
     assert sharing == len(CASES) - 2
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_no_shape_has_dropout(name):
-    dropouts = {key: value for key, value in load_config(name).to_dict().items() if "dropout" in key}
-    assert dropouts
-    assert not any(dropouts.values())
-
-
-def test_a_folder_gives_a_shape_too_and_no_token_is_padding(tmp_path):
+def test_a_folder_gives_a_shape_too_without_dropout_or_padding(tmp_path):
     load_config("tiny").save_pretrained(tmp_path)
     settings = replace(SETTINGS, model=str(tmp_path), batch_size=64, length=64)
     model = make_model(settings)
+    assert not any(value for key, value in model.config.to_dict().items() if "dropout" in key)
     assert model.config.hidden_size == SHAPES["tiny"][1]["hidden_size"]
     tokens = make_batch(model, settings)["input_ids"]
     assert set(tokens.unique().tolist()) == set(range(64)) - {model.config.pad_token_id}
@@ -264,9 +229,6 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
     ]
     assert {"versions", "git_revision", "threads", "wait_policy", "cpu_model"} <= set(content["provenance"])
     assert content["model"]["adapted_modules"] == 12
-
-
-def test_the_controller_was_driven(result):
     cost = result["controller"]
     assert cost["check_interval"] == 10
     assert 0 < cost["uncheck_ms"] < cost["check_ms"] < cost["outer_ms"]
@@ -274,16 +236,15 @@ def test_the_controller_was_driven(result):
     assert cost["outer_fraction"] == cost["outer_ms"] / cost["step_ms"]
 
 
-def test_the_picture_shows_the_frame_and_says_which_peaks_are_missing(result):
+def test_the_picture_has_a_row_a_case_and_says_which_peaks_are_missing(result):
     frame = case_frame(result)
     times, kept = draw(result).axes
-    circles = {(line.get_xdata()[0], line.get_ydata()[0]) for line in times.lines if line.get_marker() == "o"}
-    assert circles == {(x, row) for name in ("× floor", "step × floor") for row, x in enumerate(frame[name])}
+    assert [label.get_text() for label in times.get_yticklabels()] == list(frame["name"])
     assert [bar.get_width() for bar in kept.patches] == list(frame["kept MiB"])
     first, *others = result["cases"]
-    peaks = draw(result | {"cases": [first | {"peak_bytes": 2**20}, *others]}).axes[2]
-    assert peaks.patches[0].get_width() == 1.0
-    assert len(peaks.texts) == len(others)
+    some = result | {"cases": [first | {"peak_bytes": 2**20}, *others]}
+    assert draw(some).axes[2].patches[0].get_width() == 1.0
+    assert [line.split()[-3] for line in case_table(some).splitlines()[2:]] == ["1", *("–" for _ in others)]
 
 
 # What bounds a step --------------------------------------------------------------------------------------------------
@@ -322,28 +283,11 @@ def test_the_layer_makes_four_passes_over_its_activations(m, n, counted):
     assert activations.count == of_the_matrix + PASSES
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_backward_looks_at_the_weight_only_where_x_wants_a_gradient(wanted):
-    tokens, m, n = 211, 7, 31
-    x, weight = torch.randn(tokens, n, requires_grad=wanted), torch.randn(m, n)
-    a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
-    A, B = torch.randn(9, n), torch.randn(m, 9)
-    y = linear_with_update(x, weight, None, Update(A, B, a, b, 1.0, 0.0))
-    with Touched(m * n) as of_weight, Touched(9 * n) as of_components:
-        y.sum().backward()
-    assert (of_weight.count > 0) == wanted
-    assert of_components.count == 0, "folded, or not needed"
-    torch.testing.assert_close(a.grad, (b.T @ torch.ones(m, 1)) * x.detach().sum(0))
-    torch.testing.assert_close(b.grad, ((x @ a.T).sum() * torch.ones(m, 1)).detach())
-
-
 FAULTS = """
 import resource, sys, torch
-from aroma_lab.run.memory import keep_freed_memory
-if sys.argv[1] == "kept":
-    assert keep_freed_memory()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+from aroma_lab.run.machine import keep_freed_memory
+assert sys.argv[1] == "given back" or keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for turn in range(11):
     if turn == 1:
         before = faults()
@@ -354,42 +298,17 @@ print(faults() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_kept_memory_is_not_mapped_again():
-    import os
-
-    def faults(how):
-        environment = {"PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-        if how == "given back":  # set, since glibc adapts the size beyond which it maps to what a process frees
-            environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    assert faults("given back") > 10 * 1000
-    assert faults("kept") < 1000
+    # The threshold is set, since glibc adapts the size beyond which it maps to what a process frees.
+    environment = {"PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    given_back, kept = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True, env={**environment, **more}))
+        for how, more in (("given back", {"MALLOC_MMAP_THRESHOLD_": str(2**20)}), ("kept", {}))
+    )
+    assert given_back > 10 * 1000
+    assert kept < 1000
 
 
 # The profile ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("operation", "shapes", "kind"),
-    [
-        ("aten::addmm", [(48,), (16, 32), (32, 48)], "backbone matmuls"),
-        ("aten::mm", [(16, 32), (32, 9)], "narrow matmuls"),
-        ("aten::addmm_", [(16, 48), (16, 9), (9, 48)], "narrow matmuls"),
-        ("aten::addmm_", [(48, 32), (48, 9), (9, 32)], "folding"),
-        ("aten::copy_", [(48, 32), (48, 32)], "folding"),
-        ("aten::addmm", [(2,), (2, 32), (32, 2)], "backbone matmuls"),  # the head sees sequences, not tokens
-        ("aten::bitwise_and_", [(64,), (64,)], "dropout mask"),
-        ("aten::mul_", [(16, 32), (16, 32)], "dropout mask"),
-        ("aten::copy_", [(16 * 48,), (16 * 48,)], "dropout mask"),
-        ("aten::copy_", [(16, 32), (16, 32)], "other operations"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", [(2, 4, 8, 8)], "attention"),
-        ("aten::gelu", [(2, 8, 48)], "other operations"),
-    ],
-)
-def test_kinds_of_operations(operation, shapes, kind):
-    assert kind_of(operation, shapes, tokens=16, weights={(48, 32), (32, 32)}) == kind
 
 
 def test_what_a_case_does_takes_time_and_what_it_does_not_takes_none():
@@ -459,17 +378,3 @@ def test_an_error_is_one_line_and_nothing_is_written(arguments, message, tmp_pat
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(
         ("there.json", "pictured.png"), "kept"
     )
-
-
-def test_help_needs_no_torch_and_its_examples_parse():
-    program = (
-        "import sys\nfrom aroma.cli import main\n"
-        "try:\n    main(['bench', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "print([name for name in ('torch', 'transformers', 'peft', 'matplotlib', 'rich') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-    examples = done.stdout.partition("\nexamples:\n")[2].splitlines()[:-1]
-    assert len(examples) >= 2
-    for line in examples:
-        assert make_parser().parse_args(line.split()[1:]).run

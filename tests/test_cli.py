@@ -63,12 +63,12 @@ def test_each_help_ends_with_examples_that_parse(command, capsys):
 
 
 def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
-    from aroma_lab.run.recipe import recipe_keys
+    from aroma_lab.run.recipe import recipe_help
 
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out
-    assert all(f"\n  {key}: " in text for key in recipe_keys())
+    assert all(f"\n  {key}: " in text for key, _, _ in recipe_help())
     assert "  training.weight_decay: 0.0\n      Decoupled weight decay" in text
     assert "  training.bf16: false\n" in text
     assert "  adapter.max_inner_steps: null\n" in text

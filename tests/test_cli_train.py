@@ -12,14 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from aroma.cli import main
-from aroma.tuner import AromaConfig
-from aroma_lab.methods.lora import wrap
-from aroma_lab.run.provenance import git_revision
+from aroma_lab.run.machine import git_revision
 from aroma_lab.run.recorder import EventLog
-from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.evaluate import evaluate_adapter
-from aroma_lab.tasks.model import count_trainable, load_classifier
-from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 STEPS = 60
@@ -52,6 +47,12 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
+def assert_same_tensors(folder, other):
+    one, two = (load_file(path / "adapter_model.safetensors") for path in (folder, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +74,7 @@ def test_a_run_leaves_all_it_came_from(run):
     assert recipe["training"]["weight_decay"] == 0.0  # resolved: defaults are written out
 
 
-def test_ranks_events_and_adapter_agree(run):
+def test_ranks_events_parameters_and_adapter_agree(run):
     result = read(run / "result.json")
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert {event["kind"] for event in events} >= {"checked", "merged"}
@@ -84,27 +85,9 @@ def test_ranks_events_and_adapter_agree(run):
         assert rank - merged.count(name) in (0, 1)
         if rank:
             assert tensors[f"base_model.model.{name}.lora_A.weight"].shape[0] == rank
-    assert result["total_rank"] == sum(result["ranks"].values()) > 0
-    assert read(run / "curve.json")["total_rank"][-1][1] == result["total_rank"]
-
-
-def test_the_number_of_trainable_parameters_is_of_the_pairs_and_the_head(files, run):
-    model = wrap(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
+    assert read(run / "curve.json")["total_rank"][-1][1] == result["total_rank"] == sum(result["ranks"].values()) > 0
     pairs = 2 * (4 * (16 + 16) + (16 + 32) + (32 + 16)) + (16 + 16)  # two layers and the pooler
-    assert count_trainable(model) == {"adapter": pairs, "head": 16 * 2 + 2}
-    assert read(run / "result.json")["parameters"]["head"] == 34
-    assert read(run / "result.json")["parameters"]["initial"] == pairs
-
-
-def test_head_and_adapters_have_their_own_learning_rates(files):
-    model = wrap(load_classifier(str(files / "model"), ("high", "low"), 0), AromaConfig(task_type="SEQ_CLS"))
-    optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02, weight_decay=0.3))
-    adapter, head = optimizer.param_groups
-    assert (adapter["lr"], head["lr"]) == (0.1, 0.02)
-    assert adapter["weight_decay"] == head["weight_decay"] == 0.3
-    trainable = sum(parameter.requires_grad for parameter in model.parameters())
-    assert (len(adapter["params"]), len(head["params"])) == (trainable - 2, 2)
-    assert make_optimizer(model, TrainSpec(learning_rate=0.1)).param_groups[1]["lr"] == 0.1
+    assert (result["parameters"]["initial"], result["parameters"]["head"]) == (pairs, 16 * 2 + 2)
 
 
 def test_a_regression_runs(files, tmp_path):
@@ -125,24 +108,17 @@ def test_mixed_precision_runs_on_a_cpu_and_leaves_float32(files, tmp_path):
 
 def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
     out = tmp_path / "run"
-    overrides = [
-        "training.checkpoint=best",
-        "training.eval_steps=10",
-        "training.save_steps=10",
-        "training.max_steps=40",
-    ]
-    more = ["training.keep_checkpoints=null", "data.validation_fraction=0.3", f"output={out}"]
-    assert main(["train", str(files / "recipe.yaml"), *overrides, *more]) == 0
+    training = {"checkpoint": "best", "eval_steps": 10, "save_steps": 10, "max_steps": 40, "keep_checkpoints": "null"}
+    overrides = [f"training.{key}={value}" for key, value in training.items()]
+    arguments = [*overrides, "data.validation_fraction=0.3", f"output={out}"]
+    assert main(["train", str(files / "recipe.yaml"), *arguments]) == 0
     result, history = read(out / "result.json"), read(out / "history.json")
     assert {entry["split"] for entry in history["evaluations"]} == {"validation"}  # of the test set nothing is known
     accuracies = {entry["step"]: entry["accuracy"] for entry in history["evaluations"]}
     assert sorted(accuracies) == [10, 20, 30, 40]
     best = max(accuracies, key=lambda step: accuracies[step])
     assert result["held_out"]["accuracy"] == accuracies[best] == max(accuracies.values())
-    saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    chosen = load_file(out / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors")
-    assert saved.keys() == chosen.keys()
-    assert all(torch.equal(saved[name], chosen[name]) for name in saved)
+    assert_same_tensors(out / "adapter", out / "checkpoints" / f"checkpoint-{best}")
 
 
 @pytest.mark.parametrize(
@@ -182,9 +158,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
     overrides = ["data.validation_fraction=0.2", f"output={out}", "--resume"]
     assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
     assert (out / "events.jsonl").read_text() == (run / "events.jsonl").read_text()
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, run))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_tensors(out / "adapter", run / "adapter")
     for name in ("held_out", "reported", "singular_values", "inner_checks"):
         assert read(out / "result.json")[name] == read(run / "result.json")[name], name
     for name in ("history.json", "curve.json"):
@@ -198,24 +172,20 @@ def test_a_resume_of_another_recipe_is_refused_by_key(files, run, tmp_path, caps
     overrides = ["training.learning_rate=0.02", "adapter.r=2", f"output={out}", "--resume"]
     assert main(["train", str(files / "recipe.yaml"), *overrides]) == 2
     error = capsys.readouterr().err
-    assert "differs in data.validation_fraction, adapter.r, training.learning_rate." in error
+    assert "differs in options.r, training.learning_rate, data.validation_fraction." in error
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_a_finished_run_is_not_resumed(files, run, capsys):
-    overrides = ["data.validation_fraction=0.2", f"output={run}", "--resume"]
-    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 2
-    assert "the run there is finished" in capsys.readouterr().err
-
-
-def test_a_folder_in_use_is_refused(files, run, tmp_path, capsys):
-    assert main(["train", str(files / "recipe.yaml"), f"output={run}"]) == 2
-    assert "it is not an empty folder, and nothing is overwritten; give another output, or --resume" in (
-        capsys.readouterr().err
-    )
+def test_a_finished_run_and_a_folder_in_use_are_refused(files, run, tmp_path, capsys):
+    recipe = str(files / "recipe.yaml")
     (tmp_path / "thesis.txt").write_text("precious")
-    assert main(["train", str(files / "recipe.yaml"), f"output={tmp_path}", "--resume"]) == 2
-    assert "it holds no run to resume" in capsys.readouterr().err
+    for arguments, message in (
+        (["data.validation_fraction=0.2", f"output={run}", "--resume"], "the run there is finished"),
+        ([f"output={run}"], "is not an empty folder, and nothing is overwritten; give another, or --resume this run"),
+        ([f"output={tmp_path}", "--resume"], "it holds no run to resume"),
+    ):
+        assert main(["train", recipe, *arguments]) == 2
+        assert message in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
@@ -250,29 +220,18 @@ def test_eval_takes_other_columns_and_another_base(files, run, tmp_path, capsys)
     assert read(out)["metrics"] == read(run / "result.json")["reported"]["test"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--base-model", "no/model"], "base_model='no/model': cannot be loaded"),
-        (["--batch-size", "0"], "batch_size=0: give 1 or more"),
-    ],
-)
-def test_eval_refuses(files, run, capsys, arguments, message):
-    assert main(["eval", str(run / "adapter"), "--data", str(files / "test.jsonl"), *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_eval_refuses_labels_that_the_adapter_does_not_know(run, tmp_path, capsys):
-    data = write_json_lines(tmp_path / "d.jsonl", [{"text": "w1", "label": "middling"}])
-    assert main(["eval", str(run / "adapter"), "--data", str(data)]) == 2
-    assert "'middling': labels that the training examples lack" in capsys.readouterr().err
-
-
-def test_eval_refuses_an_edited_task(files, run, tmp_path, capsys):
-    shutil.copytree(run / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / "aroma_task.json").write_text('{"kind": "classification"}')
-    assert main(["eval", str(tmp_path / "adapter"), "--data", str(files / "test.jsonl")]) == 2
-    assert "aroma_task.json: edited" in capsys.readouterr().err
+def test_eval_refuses(files, run, tmp_path, capsys):
+    unknown = write_json_lines(tmp_path / "d.jsonl", [{"text": "w1", "label": "middling"}])
+    edited = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (edited / "aroma_task.json").write_text('{"kind": "classification"}')
+    for adapter, data, further, message in (
+        (run / "adapter", files / "test.jsonl", ["--base-model", "no/model"], "base_model='no/model': cannot be load"),
+        (run / "adapter", files / "test.jsonl", ["--batch-size", "0"], "batch_size=0: give 1 or more"),
+        (run / "adapter", unknown, [], "'middling': labels that the training examples lack"),
+        (edited, files / "test.jsonl", [], "aroma_task.json: edited"),
+    ):
+        assert main(["eval", str(adapter), "--data", str(data), *further]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_inspect_shows_every_matrix_and_draws(run, tmp_path, capsys, monkeypatch):
@@ -291,25 +250,19 @@ def test_inspect_shows_every_matrix_and_draws(run, tmp_path, capsys, monkeypatch
     assert picture.read_text().startswith("<?xml")
 
 
-def test_export_uniform_predicts_the_same(files, run, tmp_path, capsys):
+def test_exports_predict_the_same(files, run, tmp_path, capsys):
     assert main(["export", str(run / "adapter"), str(tmp_path / "served"), "--uniform", "--rank", "16"]) == 0
     assert "adapter of rank 16" in capsys.readouterr().out
-    batch = {"input_ids": torch.arange(5, 29).view(4, 6)}
-    logits = []
-    for folder in (run / "adapter", tmp_path / "served"):
-        base = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
-        model = PeftModel.from_pretrained(base, folder).eval()
-        logits.append(model(**batch).logits)
-    torch.testing.assert_close(*logits)
-
-
-def test_export_merged_predicts_the_same(files, run, tmp_path):
     assert main(["export", str(run / "adapter"), str(tmp_path / "merged"), "--merged"]) == 0
+    base = lambda: AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)  # noqa: E731
     batch = {"input_ids": torch.arange(5, 29).view(4, 6)}
+    original, served = (
+        PeftModel.from_pretrained(base(), folder).eval()(**batch).logits
+        for folder in (run / "adapter", tmp_path / "served")
+    )
+    torch.testing.assert_close(served, original)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    base = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
-    model = PeftModel.from_pretrained(base, run / "adapter").eval()
-    torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(merged(**batch).logits, original, atol=1e-5, rtol=1e-4)
 
 
 def test_a_picture_of_an_unknown_kind_is_refused(run, capsys):

@@ -20,7 +20,7 @@ from aroma.errors import CheckpointError, DataError
 from aroma_lab.demo import articles as bbc
 from aroma_lab.demo import run as demo
 from aroma_lab.methods import Aroma
-from aroma_lab.run.provenance import provenance
+from aroma_lab.run.machine import provenance
 from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks import model as models
 from aroma_lab.tasks.classification import ClassifierJob, encode, load_tokenizer, predict_logits

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._C._profiler import _EventType
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,6 +25,8 @@ from aroma import AromaConfig, aroma_layers
 from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.measures import grown_norms, pair_norms
+from aroma.tuner import fused
+from aroma.tuner import layer as aroma_layer
 from aroma_lab.bench.memory import kept_bytes, optimizer_bytes
 from aroma_lab.estimate.devices import DEVICES, GIB, estimate, fit, kinds_of, needs_of, usable_bytes
 from aroma_lab.estimate.memory import (
@@ -37,8 +40,9 @@ from aroma_lab.estimate.memory import (
 )
 from aroma_lab.estimate.model import EstimateSettings, build, layers_of, load_config
 from aroma_lab.estimate.tensors import finished_bytes, take_inventory
-from aroma_lab.language.model import quantization_config
-from aroma_lab.run.memory import peak_bytes
+from aroma_lab.run.machine import peak_bytes
+from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks.model import loading_options
 from models import ARCHITECTURES, METHOD, adapted, saved_base, trainable
 
 COMPONENTS = (0, 1, 8, 9, 100)
@@ -70,25 +74,24 @@ def inventory_of(settings: EstimateSettings) -> Any:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "roberta", "bert"])
-@pytest.mark.parametrize("components", COMPONENTS)
-def test_what_lies_on_one_device(name, components):
-    settings = settings_for(name, components=components)
-    model = grown(name, components)
-    found = inventory_of(settings)
-    layers = aroma_layers(model).values()
-    pairs = [parameter for layer in layers for parameter in layer.pair("default")]
-    finished = [t for layer in layers for t in layer.finished("default").buffers()]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    head = [p for p in trainable(model) if all(p is not pair for pair in pairs)]
-    assert sum(one.bytes for one in found.weights) == bytes_of(frozen)
-    assert sum(one.bytes for one in found.pairs) == bytes_of(pairs)
-    assert sum(one.bytes for one in found.head) == bytes_of(head)
-    assert finished_bytes(found, settings) == bytes_of(finished)
-    own = [b for b in model.buffers() if all(b is not t for t in finished)]
-    assert found.buffers == bytes_of(own)
-    assert found.parameters == sum(
-        p.numel() for p in ARCHITECTURES[name].model_class(load_config(settings.model)).parameters()
-    )
+def test_what_lies_on_one_device(name):
+    for components in COMPONENTS:
+        settings = settings_for(name, components=components)
+        model = grown(name, components)
+        found = inventory_of(settings)
+        layers = aroma_layers(model).values()
+        pairs = [parameter for layer in layers for parameter in layer.pair("default")]
+        finished = [t for layer in layers for t in layer.finished("default").buffers()]
+        head = [p for p in trainable(model) if all(p is not pair for pair in pairs)]
+        assert sum(one.bytes for one in found.weights) == bytes_of(
+            p for p in model.parameters() if not p.requires_grad
+        )
+        assert sum(one.bytes for one in found.pairs) == bytes_of(pairs)
+        assert sum(one.bytes for one in found.head) == bytes_of(head)
+        assert finished_bytes(found, settings) == bytes_of(finished)
+        assert found.buffers == bytes_of(b for b in model.buffers() if all(b is not t for t in finished))
+    base = ARCHITECTURES[name].model_class(load_config(settings.model))
+    assert found.parameters == sum(p.numel() for p in base.parameters())
 
 
 @pytest.mark.parametrize("adapter", ["aroma", "lora"])
@@ -97,12 +100,9 @@ def test_meta_and_real_give_the_same_inventory(dtype, adapter):
     components = 9 if adapter == "aroma" else 0
     settings = settings_for("llama", dtype=dtype, components=components, r=2, adapter=adapter)
     base = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, dtype))
-    if adapter == "aroma":
-        real = grown("llama", 9, 2, base)
-    else:
-        real = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-        trained = bytes_of(parameter for parameter in real.parameters() if parameter.requires_grad)
-        assert sum(one.bytes for one in inventory_of(settings).trained) == trained
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    real = grown("llama", 9, 2, base) if adapter == "aroma" else get_peft_model(base, lora)
+    assert sum(one.bytes for one in inventory_of(settings).trained) == bytes_of(trainable(real))
     assert take_inventory(real, dtype) == inventory_of(settings)
 
 
@@ -129,9 +129,8 @@ def medium(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base(kind, medium):
-    real = AutoModelForCausalLM.from_pretrained(
-        medium, dtype=torch.bfloat16, quantization_config=quantization_config(kind)
-    )
+    spec = ModelSpec(medium, dtype="bfloat16", quantization=kind)
+    real = AutoModelForCausalLM.from_pretrained(medium, **loading_options(spec))
     constants = []
     for module in real.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -145,8 +144,12 @@ def test_a_quantised_base(kind, medium):
     assert found.constants == bytes_of(constants)
     model = get_peft_model(real, AromaConfig(**METHOD, task_type="CAUSAL_LM"))
     assert found.modules == tuple((one.out_features, one.in_features) for one in aroma_layers(model).values())
-    pairs = [parameter for layer in aroma_layers(model).values() for parameter in layer.pair("default")]
-    assert sum(one.bytes for one in found.pairs) == bytes_of(pairs)
+    tokens = torch.randint(2, 500, (2, 64))
+    step = step_bytes(EstimateSettings(medium, 0, dtype=kind, batch_size=2, sequence_length=64), load_config(medium))
+    measured = measured_peak(lambda: model.train()(input_ids=tokens, labels=tokens, use_cache=False).loss.backward())
+    gradients = bytes_of(parameter.grad for parameter in trainable(model))
+    # How much scratch bitsandbytes needs for a matmul depends on the kernel that the machine has.
+    assert measured * 0.9 <= step.peak + gradients <= measured * 1.1
 
 
 OPTIMIZERS = {
@@ -159,27 +162,16 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(("shape", "r"), [("medium", 16), ("roberta", 1)])
-def test_the_state_of_an_optimizer(name, shape, r, medium):
-    folder = medium if shape == "medium" else saved_base(shape)
-    settings = EstimateSettings(folder, dtype="float32", r=r, sequence_length=8)
-    if shape == "medium":
-        base = AutoModelForCausalLM.from_pretrained(medium)
-        model = get_peft_model(base, AromaConfig(**{**METHOD, "r": r}, task_type="CAUSAL_LM"))
-    else:
-        model = adapted(shape, r=r)
+@pytest.mark.parametrize("r", [1, 300])  # of 300 the matrices are kept in 8 bits
+def test_the_state_of_an_optimizer(name, r):
+    model = adapted("llama", r=r)
     for parameter in trainable(model):
         parameter.grad = torch.full_like(parameter, 0.1)
     optimizer = OPTIMIZERS[name](trainable(model))
     optimizer.step()
     expected = optimizer_bytes(optimizer)
-    assert state_bytes(name, inventory_of(settings).trained) == expected
+    assert state_bytes(name, inventory_of(settings_for("llama", r=r)).trained) == expected
     assert (expected == 0) == (name == "sgd")
-
-
-def test_named_shapes_have_the_published_numbers_of_parameters():
-    published = {"llama3-8b": 8_030_261_248, "gpt2": 124_439_808}
-    assert {name: inventory_of(EstimateSettings(name)).parameters for name in published} == published
 
 
 # A step --------------------------------------------------------------------------------------------------------------
@@ -254,11 +246,9 @@ CASES = [
     ("roberta", "float32", 9, False, 0.001),
     ("roberta", "bfloat16", 0, False, 0.1),
     ("gpt2", "float32", 0, False, 0.001),
-    ("gpt2", "bfloat16", 9, False, 0.001),
     ("gpt2", "float32", 9, True, 0.001),
     ("llama", "float32", 9, False, 0.001),
     ("llama", "bfloat16", 100, False, 0.001),
-    ("llama", "float32", 1, True, 0.001),
     ("llama", "float32", "lora", False, 0.001),
     ("gpt2", "float32", "lora", True, 0.001),
 ]
@@ -291,31 +281,18 @@ def test_what_a_step_keeps_and_its_peak(name, dtype, components, checkpointing, 
     assert measured * (1 - scratch) <= found.peak <= measured * 1.01
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_what_a_step_of_a_quantised_base_keeps(kind, medium):
-    real = AutoModelForCausalLM.from_pretrained(
-        medium, dtype=torch.bfloat16, quantization_config=quantization_config(kind)
-    )
-    model = get_peft_model(real, AromaConfig(**METHOD, task_type="CAUSAL_LM")).train()
-    tokens = torch.randint(2, 500, (2, 64))
-    settings = EstimateSettings(medium, 0, dtype=kind, batch_size=2, sequence_length=64)
-    found = step_bytes(settings, load_config(medium))
-    measured = measured_peak(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward())
-    gradients = bytes_of(parameter.grad for parameter in trainable(model))
-    # How much scratch bitsandbytes needs for a matmul depends on the kernel that the machine has.
-    assert measured * 0.9 <= found.peak + gradients <= measured * 1.1
-
-
 def test_dropout_keeps_a_byte_a_number():
     settings = EstimateSettings("roberta", dtype="float32", batch_size=2, sequence_length=64, task="classification")
-
-    def of_a_layer(dropout: float) -> int:
-        changes = ({"hidden_dropout_prob": dropout, "num_hidden_layers": layers} for layers in (2, 3))
-        configs = [RobertaConfig(**{**STEPS["roberta"].to_dict(), **change}) for change in changes]
-        less, more = (step_bytes(settings, config).kept for config in configs)
-        return more - less
-
-    assert of_a_layer(0.1) - of_a_layer(0.0) == 2 * 2 * 64 * 64, "behind attention and behind the feed-forward part"
+    (small, smaller), (large, larger) = (
+        [
+            step_bytes(
+                settings, RobertaConfig(**{**STEPS["roberta"].to_dict(), "hidden_dropout_prob": p, **layers})
+            ).kept
+            for p in (0.1, 0.0)
+        ]
+        for layers in ({"num_hidden_layers": 2}, {"num_hidden_layers": 3})
+    )
+    assert (large - larger) - (small - smaller) == 2 * 2 * 64 * 64, "behind attention and the feed-forward part"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -406,7 +383,6 @@ def test_zero_shards_the_optimizer_then_gradients_then_weights():
     assert zero1["gradients"] == one["gradients"] > zero2["gradients"] == zero3["gradients"]
     assert zero1["weights"] == zero2["weights"] == one["weights"]
     assert one["weights"] / 4 <= zero3["weights"] < one["weights"] / 3.9
-    assert one["gradients"] / 4 <= zero2["gradients"] < one["gradients"] / 3.9
     assert zero3["gathered"] == one["weights"] + one["pairs"] + one["head"], "a small model is whole for a step"
     assert {one["finished"]} == {needs.on(name, 4)["finished"] for name in ("ddp", "fsdp2", "zero1", "zero3")}
     assert needs.on("zero3", 1) == needs.on("fsdp2", 1) == one
@@ -427,18 +403,10 @@ def test_the_fewest_devices_are_enough_and_one_fewer_is_not():
     assert needs.on("ddp", 8)["total"] > needs.on("one")["total"] > needs.on("fsdp2", 8)["total"]
 
 
-def test_more_components_take_more_of_what_they_are_and_nothing_of_what_is_kept():
-    found = [needs.on("one") for needs in needs_of([settings_for("llama", components=n) for n in COMPONENTS])]
-    sizes = [one["finished"] for one in found]
-    assert sizes[0] == 0 < sizes[1] == sizes[2] == sizes[3] / 2 == sizes[4] / 13
-    assert len({one["kept"] for one in found}) == len({one["optimizer"] for one in found}) == 1
-
-
 @pytest.mark.parametrize(("model", "length"), [("roberta-base", 512), ("minilm", 512), ("gpt2", 1024), ("tiny", 64)])
 def test_the_default_length_is_what_the_model_takes(model, length):
     (needs,) = needs_of([EstimateSettings(model)])
     assert needs.settings.sequence_length == length
-    assert needs == needs_of([EstimateSettings(model, sequence_length=length)])[0]
 
 
 def test_405_billion_parameters_take_no_memory_here():
@@ -450,6 +418,7 @@ def test_405_billion_parameters_take_no_memory_here():
     assert found["bytes"]["one"]["weights"] == 2 * 405_853_388_800
     assert found["parameters"]["modules"] == 126 * 7
     assert 10 < found["fits"][0]["fsdp2"] < 100
+    assert inventory_of(EstimateSettings("llama3-8b")).parameters == 8_030_261_248
     assert found["fits"][1]["fsdp2"] is None, "its finished components alone are more than a T4 has"
     assert peak_bytes() - before < GIB
     assert time.process_time() - began < 60
@@ -463,20 +432,15 @@ def test_405_billion_parameters_take_no_memory_here():
     [
         (["absent/model"], "model='absent/model': neither a shape"),
         (["gpt2", "--dtype", "int4"], "dtype='int4': choose one of float32, bfloat16, float16, nf4, int8"),
-        (["gpt2", "--optimizer", "lion"], "optimizer='lion': choose one of"),
-        (["gpt2", "--task", "speech"], "task='speech': choose one of"),
         (["gpt2", "--components", "-1"], "components=-1: give a whole number, 0 or more"),
         (["gpt2", "--r", "0"], "r=0: give a whole number, 1 or more"),
-        (["gpt2", "--batch-size", "0"], "batch_size=0: give"),
         (["gpt2", "--sequence-length", "2000"], "sequence_length=2000: the model takes at most 1024 tokens"),
         (["roberta-base", "--sequence-length", "513"], "sequence_length=513: the model takes at most 512 tokens"),
         (["gpt2", "--devices", "0"], "devices=0: give a whole number, 1 or more"),
         (["gpt2", "--device", "H1000"], "device='H1000': choose among T4"),
         (["gpt2", "--device-memory", "1"], "device_memory=1.0: give GiB"),
         (["gpt2", "--target-modules", "q_proj"], "target_modules="),
-        (["gpt2", "--target-modules", "wte"], "target_modules="),
         (["roberta-base", "--dtype", "nf4", "--sequence-length", "8"], "dtype='nf4': bitsandbytes quantises the head"),
-        (["gpt2", "--adapter", "dora"], "adapter='dora': choose one of aroma, lora"),
         (["gpt2", "--adapter", "lora", "--components", "3"], "components=3: LoRA has no finished components; give 0"),
         (["gpt2", "--json", "out.txt"], "--json='out.txt': the name of the results must end in .json"),
     ],
@@ -502,14 +466,12 @@ def test_a_model_that_is_neither_and_one_that_is_quantised_already(tmp_path):
 
 
 def test_nothing_of_the_layer_stays_changed():
-    from torch.nn import functional as F
-
-    from aroma.tuner import fused, layer
-
-    before = (layer.is_traced, layer.autocast_dtype, fused.autocast_dtype, fused._without_autocast, F.dropout)
+    names = [(aroma_layer, "is_traced"), (aroma_layer, "autocast_dtype"), (fused, "autocast_dtype")]
+    names += [(fused, "_without_autocast"), (F, "dropout")]
+    before = [getattr(*name) for name in names]
     with as_on_a_device():
-        assert layer.is_traced is not before[0]
-    assert before == (layer.is_traced, layer.autocast_dtype, fused.autocast_dtype, fused._without_autocast, F.dropout)
+        assert all(getattr(*name) is not one for name, one in zip(names, before, strict=True))
+    assert [getattr(*name) for name in names] == before
 
 
 # The command and the page --------------------------------------------------------------------------------------------
@@ -543,25 +505,14 @@ def test_the_page_has_the_numbers_of_the_files():
     for name, result in RESULTS.items():
         assert [one["settings"]["components"] for one in result["estimates"]] == [1, 10, 100]
         for one in result["estimates"]:
-            for row in (bytes_row(name, one), fit_row(name, one)):
-                assert page.count(row) == 1, row
-
-
-def gib(count: int) -> str:
-    return f"{count / GIB:.2f}"
-
-
-def bytes_row(name: str, one: Any) -> str:
-    found = one["bytes"]["one"]
-    trains = found["pairs"] + found["head"] + found["gradients"] + found["optimizer"]
-    step = found["kept"] + found["step_extra"] + found["between_extra"]
-    cells = (gib(found["weights"]), gib(trains), gib(found["finished"]), gib(step), gib(found["total"]))
-    return f"| {name} | {one['settings']['components']} | {' | '.join(cells)} |"
-
-
-def fit_row(name: str, one: Any) -> str:
-    cells = (str(found["fsdp2"] or "–") for found in one["fits"])
-    return f"| {name} | {one['settings']['components']} | {' | '.join(cells)} |"
+            found = one["bytes"]["one"]
+            trains = found["pairs"] + found["head"] + found["gradients"] + found["optimizer"]
+            step = found["kept"] + found["step_extra"] + found["between_extra"]
+            bytes_row = (found["weights"], trains, found["finished"], step, found["total"])
+            fit_row = (str(fits["fsdp2"] or "–") for fits in one["fits"])
+            for cells in ((f"{count / GIB:.2f}" for count in bytes_row), fit_row):
+                row = " | ".join([name, str(one["settings"]["components"]), *cells])
+                assert page.count(f"| {row} |") == 1, row
 
 
 def test_the_files_are_what_the_command_writes_today():

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
@@ -26,13 +28,11 @@ from aroma_lab.methods import make_method
 from aroma_lab.run import worker
 from aroma_lab.run.recorder import Curve, history_of, inner_checks_of
 from aroma_lab.run.run import check_growth, check_warmup, planned_steps, run_trial, seeded_options
-from aroma_lab.run.trial import Trial, differing_keys, load_trial, save_trial
+from aroma_lab.run.trial import differing_keys, load_trial, save_trial
 from aroma_lab.specs import TrainSpec
-from aroma_lab.tasks.classification import encode as real_encode
-from aroma_lab.tasks.classification import load_tokenizer
+from aroma_lab.tasks.classification import encode, load_tokenizer
 from aroma_lab.tasks.data import load_task
 from aroma_lab.tasks.model import load_classifier
-from aroma_lab.tasks.spec import TaskSpec
 from aroma_lab.training.job import Objective
 from aroma_lab.training.trainer import make_optimizer, training_arguments
 from trial_runs import METHODS, STEPS, read, save_material, trial_of
@@ -54,40 +54,20 @@ def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The description -----------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_comes_back_equal_from_json(material: Path, tmp_path: Path) -> None:
+def test_a_trial_comes_back_equal_from_json_and_what_differs_is_named(material: Path, tmp_path: Path) -> None:
     trial = trial_of(material, "aroma", head_learning_rate=1e-3)
     save_trial(trial, tmp_path / "trial.json")
     assert load_trial(tmp_path / "trial.json") == trial
-    assert read(tmp_path / "trial.json")["training"]["weight_decay"] == 0.0  # defaults are written out
-    assert Trial.from_dict(json.loads(json.dumps(trial.as_dict()))) == trial
-
-
-def test_differing_keys_are_named_with_their_sections(material: Path) -> None:
-    trial = trial_of(material)
     assert differing_keys(trial, trial) == []
-    other = replace(
-        trial,
-        options={"r": 2, "alpha": 4},
-        task=replace(trial.task, max_length=9),
-        training=replace(trial.training, seed=3),
-        purpose="select",
-    )
-    assert differing_keys(trial, other) == [
-        "task.max_length",
-        "options.dropout",
-        "training.seed",
-        "purpose",
-        "options.alpha",
-    ]
+    task, training = replace(trial.task, max_length=9), replace(trial.training, seed=3)
+    other = replace(trial, options={**trial.options, "r": 4}, task=task, training=training, purpose="select")
+    assert differing_keys(trial, other) == ["task.max_length", "training.seed", "purpose", "options.r"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"name": "../elsewhere"}, r"trial\.name='\.\./elsewhere'"),
-        ({"name": "/root"}, r"trial\.name='/root'"),
-        ({"name": ""}, r"trial\.name=''"),
-        ({"model": ""}, r"trial\.model=''"),
         ({"purpose": "show"}, r"trial\.purpose='show': give one of report, select"),
         ({"training": TrainSpec(batch_size=0)}, r"training\.batch_size=0"),
     ],
@@ -120,70 +100,55 @@ def test_an_edited_trial_file_is_refused(material: Path, tmp_path: Path, edit: C
 def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, material: Path) -> None:
     result = read(finished / "result.json")
     expected = {"name": "words/aroma/seed-0", "task": "words", "method": "aroma", "kind": "aroma", "seed": 0}
-    expected |= {"purpose": "report", "metric": "accuracy", "planned_steps": 18, "checkpoint": "last"}
+    expected |= {"purpose": "report", "metric": "accuracy", "planned_steps": 18, "checkpoint": "last", "processes": 1}
+    expected |= {"options": METHODS["aroma"][1], "examples": {"train": 96, "held_out": 24, "test": 37}}
     assert {key: result[key] for key in expected} == expected
-    assert result["options"] == METHODS["aroma"][1]
-    resolved = result["resolved_options"]
-    assert METHODS["aroma"][1].items() <= resolved.items()
-    defaults = {"lora_alpha": 4, "inner_criterion": "norm_change", "reset": "prune", "prune_ratio": 0.999}
-    assert {name: resolved[name] for name in defaults} == defaults
-    assert result["examples"] == {"train": 96, "held_out": 24, "test": 37}
+    resolved = {**METHODS["aroma"][1], "lora_alpha": 4, "inner_criterion": "norm_change", "prune_ratio": 0.999}
+    assert resolved.items() <= result["resolved_options"].items()
     assert set(result["reported"]) == {"test"}
     assert result["score"] == result["reported"]["test"]["accuracy"]
     assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
     assert 0 < result["held_out_loss"] < 10
-    assert set(result["parameters"]) == {"initial", "average", "final", "head"}
     assert result["parameters"]["head"] == 16 * 2 + 2
     assert result["wall_seconds"] > sum(result["epoch_seconds"]) > 0
     assert len(result["epoch_seconds"]) == 2
     assert result["cpu_seconds"] > 0
     assert 50 < result["peak_memory_mib"] < 100_000
-    assert result["peak_gpu_memory_mib"] == 0 or torch.cuda.is_available()
     assert {"versions", "git_revision", "platform", "device", "cpu_count", "threads"} <= set(result)
-    assert (result["processes"], result["total_rank"]) == (1, sum(result["ranks"].values()))
     modules = set(result["ranks"])
     assert len(modules) == 12
     for name in ("effective_ranks", "singular_values", "overlaps", "states"):
         assert set(result[name]) == modules
-    assert result["average_rank"] == pytest.approx(sum(result["ranks"].values()) / 12)
+    assert result["total_rank"] == sum(result["ranks"].values()) > 0
+    assert result["average_rank"] == pytest.approx(result["total_rank"] / 12)
     assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
     assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
 
 
-def test_curve_events_and_result_agree(finished: Path) -> None:
-    result, curve = read(finished / "result.json"), read(finished / "curve.json")
-    events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
+def test_curve_history_and_result_agree(finished: Path) -> None:
+    result, curve, history = (read(finished / f"{name}.json") for name in ("result", "curve", "history"))
     assert curve["planned_steps"] == STEPS
     assert set(curve["ranks"]) == set(result["ranks"])
     for name, changes in curve["ranks"].items():
         assert changes[0] == [0, 0]
         assert changes[-1][1] == result["ranks"][name]
         assert all(one[0] < two[0] and one[1] != two[1] for one, two in pairwise(changes))
-    assert curve["total_rank"][-1][1] == sum(result["ranks"].values()) > 0
+    assert curve["total_rank"][-1][1] == result["total_rank"]
     assert curve["parameters"][0] == [0, result["parameters"]["initial"]]
     assert curve["parameters"][-1][1] == result["parameters"]["final"]
-    checked = [event for event in events if event["kind"] == "checked" and event["converged"]]
-    assert result["inner_checks"] == inner_checks_of(events)
-    assert {(outer, module) for outer, _, module in result["inner_checks"]} == {
-        (event["outer_step"], event["module"]) for event in checked
-    }
-
-
-def test_the_history_has_losses_rates_and_evaluations_of_every_split(finished: Path) -> None:
-    history = read(finished / "history.json")
-    assert [step for step, _ in history["loss"]] == list(range(2, STEPS + 1, 2))
-    assert [step for step, _ in history["learning_rate"]] == list(range(2, STEPS + 1, 2))
-    places = [(entry["step"], entry["split"]) for entry in history["evaluations"]]
-    assert places == [(step, split) for step in (10, 18) for split in ("held_out", "test")]
+    for name in ("loss", "learning_rate"):
+        assert [step for step, _ in history[name]] == list(range(2, STEPS + 1, 2))
+    evaluated = [(entry["step"], entry["split"]) for entry in history["evaluations"]]
+    assert evaluated == [(step, split) for step in (10, 18) for split in ("held_out", "test")]
     last = history["evaluations"][-1]
     assert set(last) == {"step", "split", "loss", "accuracy", "macro_f1", "mcc", "f1"}
-    assert last["accuracy"] == read(finished / "result.json")["score"]
+    assert last["accuracy"] == result["score"]
 
 
 def test_a_saved_adapter_predicts_in_plain_peft_what_was_reported(material: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(material / "model"), 16)
     for method in ("lora", "adalora", "relora_merge", "relora", "aroma"):
-        trial = trial_of(material, method)
+        trial = trial_of(material, method, max_steps=10, save_steps=None)
         result = run_trial(trial, tmp_path / method)
         base = load_classifier(str(material / "model"), ("high", "low"), 0)
         model = PeftModel.from_pretrained(base, tmp_path / method / "adapter").eval()
@@ -230,61 +195,46 @@ def test_what_can_be_refused_is_refused_before_anything_is_written(material: Pat
 # Evaluation is whole, apart, and the same for all --------------------------------------------------------------------
 
 
-class _Seen:
-    """Counts the token sequences that a model is given, in training and in evaluation."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.training: Counter[tuple[int, ...]] = Counter()
-        self.evaluation: Counter[tuple[int, ...]] = Counter()
-        self.padding = 0
-        forward = BertForSequenceClassification.forward
-
-        @wraps(forward)
-        def counted(model: Any, input_ids: Any, attention_mask: Any, **inputs: Any) -> Any:
-            seen = self.training if model.training else self.evaluation
-            for tokens, mask in zip(input_ids, attention_mask, strict=True):
-                seen[tuple(tokens[mask.bool()].tolist())] += 1
-            self.padding += int((attention_mask == 0).sum())
-            return forward(model, input_ids=input_ids, attention_mask=attention_mask, **inputs)
-
-        monkeypatch.setattr(BertForSequenceClassification, "forward", counted)
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 def test_every_example_is_evaluated_exactly_once(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool
 ) -> None:
-    seen = _Seen(monkeypatch)
+    seen: dict[bool, Counter[tuple[int, ...]]] = {True: Counter(), False: Counter()}
+    forward = BertForSequenceClassification.forward
+
+    @wraps(forward)
+    def counted(model: Any, input_ids: Any, attention_mask: Any, **inputs: Any) -> Any:
+        for tokens, mask in zip(input_ids, attention_mask, strict=True):
+            seen[model.training][tuple(tokens[mask.bool()].tolist())] += 1
+        return forward(model, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", counted)
     trial = trial_of(material, max_steps=12, group_by_length=grouped)
     run_trial(trial, tmp_path / "run")
     data, tokenizer = load_task(trial.task), load_tokenizer(str(material / "model"), 16)
-    parts = {
-        name: [tuple(row) for row in real_encode(part, tokenizer, 16)["input_ids"]]
-        for name, part in {"train": data.train, "held_out": data.held_out, **data.reported}.items()
-    }
-    assert seen.evaluation == Counter(parts["held_out"] + parts["test"])
-    assert len(seen.evaluation) == 24 + 37
+    train, held_out, test = (
+        [tuple(row) for row in encode(part, tokenizer, 16)["input_ids"]]
+        for part in (data.train, data.held_out, data.reported["test"])
+    )
+    assert seen[False] == Counter(held_out + test)
+    assert len(seen[False]) == 24 + 37
     # One epoch trains on every training example once, encoded by the very function that encodes the others.
-    assert seen.training == Counter(parts["train"])
-    assert len(seen.training) == 96
+    assert seen[True] == Counter(train)
 
 
 def test_every_method_sees_the_same_batches(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    orders = []
-    for method in ("lora", "full", "adalora"):
-        with monkeypatch.context() as patch:
-            order: list[list[int]] = []
-            step = Trainer.training_step
+    orders: dict[str, list[list[int]]] = {"lora": [], "full": [], "adalora": []}
+    step = Trainer.training_step
+    for method, order in orders.items():
 
-            def noted(self: Any, model: Any, inputs: Any, *rest: Any, order: Any = order, step: Any = step) -> Any:
-                order.append(inputs["input_ids"].flatten().tolist())
-                return step(self, model, inputs, *rest)
+        def noted(self: Any, model: Any, inputs: Any, *rest: Any, order: Any = order) -> Any:
+            order.append(inputs["input_ids"].flatten().tolist())
+            return step(self, model, inputs, *rest)
 
-            patch.setattr(Trainer, "training_step", noted)
-            run_trial(trial_of(material, method, max_steps=15, save_steps=None), tmp_path / method)
-            orders.append(order)
-    assert len(orders[0]) == 15
-    assert orders[0] == orders[1] == orders[2]
+        monkeypatch.setattr(Trainer, "training_step", noted)
+        run_trial(trial_of(material, method, max_steps=15, save_steps=None), tmp_path / method)
+    assert len(orders["lora"]) == 15
+    assert orders["lora"] == orders["full"] == orders["adalora"]
 
 
 def test_a_selecting_trial_does_not_look_at_what_is_reported(material: Path, tmp_path: Path) -> None:
@@ -300,20 +250,6 @@ def test_a_selecting_trial_does_not_look_at_what_is_reported(material: Path, tmp
     assert not (tmp_path / "select" / "adapter").exists()
     with pytest.raises(DataError, match="secret"):
         run_trial(replace(blind, purpose="report"), tmp_path / "report")
-
-
-def test_a_regression_is_scored_by_its_correlation(material: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in (material / "train.jsonl").read_text().splitlines()]
-    numbers = [{"text": row["text"], "label": len(row["text"].split()) / 4} for row in rows]
-    for name, part in (("train", numbers[:90]), ("dev", numbers[90:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    task = TaskSpec(
-        "lengths", str(tmp_path), train="train.jsonl", reported={"dev": "dev.jsonl"}, kind="regression", max_length=16
-    )
-    result = run_trial(replace(trial_of(material), task=task), tmp_path / "run")
-    assert result["metric"] == "pearson"
-    assert set(result["reported"]["dev"]) == {"pearson", "spearman", "mse"}
-    assert result["score"] == result["reported"]["dev"]["pearson"] > 0.5
 
 
 # What is counted -----------------------------------------------------------------------------------------------------
@@ -392,13 +328,14 @@ def test_splits_with_a_common_beginning_are_told_apart() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_head_has_its_own_learning_rate_in_every_method(material: Path, method: str) -> None:
-    kind, options = METHODS[method]
-    made = make_method(kind, options)
+    made = make_method(*METHODS[method])
     model = made.build(load_classifier(str(material / "model"), ("high", "low"), 0), 30)
-    optimizer = make_optimizer(model, TrainSpec(learning_rate=0.1, head_learning_rate=0.02), made)
-    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
+    spec = TrainSpec(learning_rate=0.1, head_learning_rate=0.02, weight_decay=0.3)
+    groups = make_optimizer(model, spec, made).param_groups
+    assert {group["weight_decay"] for group in groups} == {0.3}
+    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in groups}
     assert sizes.pop(0.02) == 16 * 2 + 2
-    assert sizes == ({} if kind == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - 34})
+    assert sizes == ({} if method == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - 34})
 
 
 def test_micro_batches_are_averaged_not_summed(material: Path, tmp_path: Path) -> None:
@@ -410,6 +347,9 @@ def test_micro_batches_are_averaged_not_summed(material: Path, tmp_path: Path) -
         run_trial(trial, tmp_path / name)
         losses.append([loss for _, loss in read(tmp_path / name / "history.json")["loss"]])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.3)  # dropout apart; the sum would be twice as much
+    saved = load_file(tmp_path / "whole" / "adapter" / "trained.safetensors")
+    model = AutoModelForSequenceClassification.from_pretrained(material / "model", num_labels=2)
+    assert model.load_state_dict(saved, strict=True)
 
 
 def test_a_run_that_diverges_fails(material: Path, tmp_path: Path) -> None:
@@ -458,21 +398,15 @@ def test_the_worker_runs_a_trial_with_pinned_threads(material: Path, tmp_path: P
     assert not left & {"failure.json", "progress.json", "checkpoints"}
 
 
-@pytest.fixture
-def quiet_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker in this process, which is to stay as it is."""
+def test_a_failing_worker_says_why(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "keep_freed_memory", lambda: True)  # this process is to stay as it is
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(worker, "keep_freed_memory", lambda: True)
-
-
-@pytest.mark.usefixtures("quiet_worker")
-def test_a_failing_worker_says_why(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_trial(replace(trial_of(material), kind="lorra"), tmp_path / "trial.json")
     assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "run")]) == 1
     failure = read(tmp_path / "run" / "failure.json")
-    assert set(failure) == {"error", "message", "traceback", "at"}
-    assert failure["error"] == "ConfigError"
-    assert failure["message"].startswith("kind='lorra'")
+    assert (failure["error"], failure["message"].partition(":")[0]) == ("ConfigError", "kind='lorra'")
     assert any("make_method" in line for line in failure["traceback"])
     assert "ConfigError: kind='lorra'" in capsys.readouterr().err
     # The next attempt, with the mistake mended, takes the folder and the failure away.
@@ -481,36 +415,22 @@ def test_a_failing_worker_says_why(material: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run" / "failure.json").exists()
 
 
-def test_full_fine_tuning_learns_and_loads_again(material: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    result = run_trial(trial_of(material, "full", learning_rate=3e-3, max_steps=80), tmp_path / "run")
-    assert result["score"] * 37 > 28  # it learned: chance is 18.5
-    saved = load_file(tmp_path / "run" / "adapter" / "trained.safetensors")
-    model = AutoModelForSequenceClassification.from_pretrained(material / "model", num_labels=2)
-    assert model.load_state_dict(saved, strict=True)
-
-
-def test_no_two_seeds_and_epochs_share_an_order_of_the_examples(tmp_path):
-    orders = [order for seed in (0, 1, 2) for order in orders_of_epochs(tmp_path / str(seed), seed, epochs=3)]
-    assert len({tuple(order) for order in orders}) == 9
-    assert orders[:3] == orders_of_epochs(tmp_path / "again", 0, epochs=3)
-
-
-def orders_of_epochs(folder, seed, epochs):
-    """Return the order in which examples come, epoch by epoch."""
-    from datasets import Dataset
-    from transformers import Trainer
-
+def test_no_two_seeds_and_epochs_share_an_order_of_the_examples(tmp_path: Path) -> None:
     data = Dataset.from_dict({"x": list(range(40))})
-    training = TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0)
-    arguments = training_arguments(training, Objective(None, None, None, "accuracy"), folder)
-    arguments.remove_unused_columns = False
-    trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
-    torch.manual_seed(99)
-    loader = trainer.get_train_dataloader()
-    orders = []
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        orders.append([x for batch in loader for x in batch])
-    return orders
+
+    def orders(seed: int) -> list[list[int]]:
+        training = TrainSpec(seed=seed, batch_size=4, max_steps=1, warmup_steps=0)
+        arguments = training_arguments(training, Objective(None, None, None, "accuracy"), tmp_path)
+        arguments.remove_unused_columns = False
+        trainer = Trainer(torch.nn.Linear(1, 1), arguments, lambda rows: [row["x"] for row in rows], data)
+        torch.manual_seed(99)
+        loader = trainer.get_train_dataloader()
+        found = []
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            found.append([x for batch in loader for x in batch])
+        return found
+
+    found = [order for seed in (0, 1, 2) for order in orders(seed)]
+    assert len({tuple(order) for order in found}) == 9
+    assert found[:3] == orders(0)

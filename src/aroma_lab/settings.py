@@ -42,34 +42,35 @@ def typed_fields(
     Raises:
         ConfigError: An unknown key, or a value of a wrong type.
     """
-    prefix = f"{where}." if where else ""
-    types = _types(kind)
-    flat = flatten(values, _sections(kind))
+    types, prefix = _types(kind), f"{where}." if where else ""
+    sections = {key[: dot.start()] for key in types for dot in re.finditer(r"\.", key)}
+    flat = flatten(values, sections)
     for key, value in flat.items():
+        if key in sections:
+            example = next(known for known in types if known.startswith(f"{key}."))
+            raise bad_value(f"{prefix}{key}", value, f"it is a section; give it keys, as {prefix}{example}")
         if key not in types:
-            raise _no_such_key(key, value, types, prefix, whole, remedy, also)
-    return _nested(kind, _parsed(types, flat, lambda key: f"{prefix}{key}"))
+            while isinstance(value, dict) and value:  # of a section that does not exist, a key tells more
+                name, value = next(iter(value.items()))
+                key = f"{key}.{name}"
+            close = _of_name(key, types) or difflib.get_close_matches(key, types, n=1, cutoff=0.8)
+            known = [*types] if close else [*types, *also()]
+            raise unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
+    return _nested(kind, _parsed(types, flat, prefix))
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
     """Return one `value` as `kind`, by the rules of `typed_fields` ("1e-4" is a float, 1.5 is no int).
 
-    Args:
-        key: The key, for errors.
-        value: What was given.
-        kind: A type hint.
-
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is none; the error names `key`.
     """
-    return _parsed({"value": kind}, {"value": value}, lambda _: key)["value"]
+    prefix, _, name = key.rpartition(".")
+    return _parsed({name: kind}, {name: value}, f"{prefix}." if prefix else "")[name]
 
 
 def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
-    """Yield dotted key, default and meaning of every field of a dataclass, in the order of the file.
-
-    The meaning is the text below the field.
-    """
+    """Yield dotted key, default and meaning (the text below the field) of every field of a dataclass, in order."""
     from docstring_parser import parse_from_object
 
     docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(kind).params}
@@ -97,51 +98,32 @@ def read_mapping(field: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         ConfigError: No such file, no YAML, a key given twice, or no mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise bad_value(field, str(path), f"cannot be read ({error.strerror}); give a YAML file") from error
     except UnicodeDecodeError as error:
         raise bad_value(field, str(path), "not UTF-8 text; give a YAML file") from error
-    values = parse_yaml(text, str(path))
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise bad_value(field, str(path), f"it holds a {type(values).__name__}; a {field} is a mapping of keys")
-    return values
+    return values or {}
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML text.
-
-    Args:
-        text: The text.
-        where: Where it stands, for errors.
+    """Return the value of a YAML text, which stands at `where`.
 
     Raises:
         ConfigError: No YAML, or a key given twice.
     """
+    loader = _Loader(text)
+    loader.name = where
     try:
-        return yaml.load(text, Loader=_Loader)
-    except _RepeatedKey as error:
-        raise ConfigError(f"{where}: {error.problem}, the second time in line {error.line}; keep one") from error
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())}); quote texts that hold ': '") from error
 
 
-def split_override(override: str) -> tuple[str, Any]:
-    """Return key and value of a text like `"training.batch_size=16"`; the value is read as YAML.
-
-    Raises:
-        ConfigError: No equals sign, or no YAML after it.
-    """
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise bad_value("override", override, "write KEY=VALUE, as training.batch_size=16")
-    return key, parse_yaml(text, f"the value of {key}")
-
-
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Put the values of `overrides` into nested `values`.
+    """Put the values of `overrides`, such as `"training.batch_size=16"` with the value as YAML, into nested `values`.
 
     Keys of `values` may hold dots themselves, as the label `lora-0.5` of a method: the longest that fits is meant.
 
@@ -149,8 +131,10 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
         ConfigError: An override that is none, or that leads through something that has no keys.
     """
     for override in overrides:
-        key, value = split_override(override)
-        _put(values, key, value, key)
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise bad_value("override", override, "write KEY=VALUE, as training.batch_size=16")
+        _put(values, key, parse_yaml(text, f"the value of {key}"), key)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, whole: str) -> None:
@@ -176,10 +160,7 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], sections: Iterable[str], prefix: str = "") -> dict[str, Any]:
-    """Return `values` by dotted key; only the mappings called `sections` (dotted) are taken apart.
-
-    A section that is null has no keys.
-    """
+    """Return `values` by dotted key; only mappings called `sections` (dotted) are taken apart. Null has no keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -207,26 +188,6 @@ def unknown_key(key: str, value: Any, known: Iterable[str], whole: str, remedy: 
     return ConfigError(". ".join(filter(None, sentences)))
 
 
-def _no_such_key(
-    key: str,
-    value: Any,
-    types: Mapping[str, Any],
-    prefix: str,
-    whole: str,
-    remedy: str,
-    also: Callable[[], Iterable[str]],
-) -> ConfigError:
-    example = next((known for known in types if known.startswith(f"{key}.")), None)
-    if example is not None:
-        return ConfigError(f"{prefix}{key}={value!r}: it is a section; give it keys, as {prefix}{example}")
-    while isinstance(value, dict) and value:  # of a section that does not exist, a key tells more
-        name, value = next(iter(value.items()))
-        key = f"{key}.{name}"
-    resembles = _of_name(key, types) or difflib.get_close_matches(key, types, n=1, cutoff=0.8)
-    known = [*types] if resembles else [*types, *also()]
-    return unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
-
-
 def _of_name(key: str, known: Iterable[str]) -> list[str]:
     """Return the keys whose last part is that of `key`."""
     return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -235,16 +196,16 @@ def _of_name(key: str, known: Iterable[str]) -> list[str]:
 # Types ---------------------------------------------------------------------------------------------------------------
 
 
-def _parsed(types: Mapping[str, Any], flat: Mapping[str, Any], shown: Callable[[str], str]) -> dict[str, Any]:
-    """Return values by dotted key, each of its type; errors name a key as `shown` says."""
+def _parsed(types: Mapping[str, Any], flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return values by dotted key, each of its type; errors name a key with `prefix`."""
     for key, value in flat.items():
         if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
-            raise bad_value(shown(key), value, f"give {type_name(types[key])}; it cannot be null")
+            raise bad_value(f"{prefix}{key}", value, f"give {_type_name(types[key])}; it cannot be null")
     try:
         parsed = _parser(tuple(types.items())).parse_object(dict(flat))
     except ArgumentError as error:
         key = next(key for key in re.findall(r'[kK]ey "([^"]+)"', str(error)) if key in types)
-        raise bad_value(shown(key), flat[key], f"give {type_name(types[key])}") from error
+        raise bad_value(f"{prefix}{key}", flat[key], f"give {_type_name(types[key])}") from error
     return {key: parsed[key] for key in flat}
 
 
@@ -263,32 +224,21 @@ def _types(kind: type[Any] | Mapping[str, Any]) -> dict[str, Any]:
         return dict(kind)
     types: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        inner = _types(hint) if is_dataclass(hint) else {}  # type: ignore[arg-type]
-        types |= {f"{name}.{key}": one for key, one in inner.items()} or {name: hint}
+        types |= {f"{name}.{key}": one for key, one in _types(hint).items()} if is_dataclass(hint) else {name: hint}  # type: ignore[arg-type]
     return types
-
-
-def _sections(kind: type[Any] | Mapping[str, Any]) -> list[str]:
-    """Return the dotted names of all fields that are dataclasses."""
-    found = []
-    for name, hint in get_type_hints(kind).items() if isinstance(kind, type) else ():
-        if is_dataclass(hint):
-            found += [name, *(f"{name}.{inner}" for inner in _sections(hint))]  # type: ignore[arg-type]
-    return found
 
 
 def _nested(kind: type[Any] | Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by dotted key as keyword arguments of `kind`, its sections made."""
-    if not isinstance(kind, type):
-        return dict(flat)
     made: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            inner = {key[len(name) + 1 :]: value for key, value in flat.items() if key.startswith(f"{name}.")}
-            if inner:
-                made[name] = hint(**_nested(hint, inner))  # type: ignore[operator,arg-type]
-        elif name in flat:
-            made[name] = flat[name]
+    hints = get_type_hints(kind) if isinstance(kind, type) else kind
+    for key, value in flat.items():
+        name = key.partition(".")[0]
+        if key in hints:
+            made[key] = value
+        elif name not in made:
+            inner = {other[len(name) + 1 :]: one for other, one in flat.items() if other.startswith(f"{name}.")}
+            made[name] = hints[name](**_nested(hints[name], inner))
     return made
 
 
@@ -299,27 +249,17 @@ _TYPE_NAMES: dict[Any, str] = {
     str: "a text",
     NoneType: "null",
 }
-_CONTAINER_NAMES: dict[Any, str] = {list: "a list of", dict: "a mapping of"}
-_ELEMENT_NAMES: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def type_name(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     """Return a type hint in words."""
+    arguments = get_args(kind)
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if kind in _TYPE_NAMES:
-        return _TYPE_NAMES[kind]
-    container = _CONTAINER_NAMES.get(get_origin(kind))
-    if container is not None:
-        return f"{container} {_ELEMENT_NAMES.get(get_args(kind)[-1], 'values')}"
-    return " or ".join(type_name(part) for part in get_args(kind))
-
-
-class _RepeatedKey(yaml.YAMLError):
-    def __init__(self, key: str, line: int) -> None:
-        super().__init__(key)
-        self.problem = f"the key {key!r} is given twice"
-        self.line = line
+        return f"one of {', '.join(map(str, arguments))}"
+    if get_origin(kind) in (list, dict):
+        items = _TYPE_NAMES.get(arguments[-1], "a value").removeprefix("a ")
+        return f"a {'list' if get_origin(kind) is list else 'mapping'} of {items}s"
+    return _TYPE_NAMES.get(kind) or " or ".join(map(_type_name, arguments))
 
 
 class _Loader(yaml.SafeLoader):
@@ -330,7 +270,10 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise _RepeatedKey(key.value, key.start_mark.line + 1)
+                    line = key.start_mark.line + 1
+                    raise ConfigError(
+                        f"{self.name}: the key {key.value!r} is given twice, the second time in line {line}; keep one"
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 

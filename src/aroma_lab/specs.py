@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from aroma.errors import bad_value
 
@@ -143,23 +143,12 @@ class LanguageSpec:
     """Several examples a row of `max_length` tokens, each attending to itself only."""
 
 
-@dataclass(frozen=True)
-class AdapterKey:
-    """One key of the section `adapter`.
-
-    Args:
-        type: Its type.
-        default: Its default.
-        meaning: What it is.
-    """
+class AdapterKey(NamedTuple):
+    """One key of the section `adapter`."""
 
     type: Any
     default: Any
     meaning: str
-
-
-_INHERITED = ("lora_dropout", "exclude_modules")
-"""Fields of LoraConfig that are keys; of AromaConfig's own fields all are."""
 
 
 @cache
@@ -168,18 +157,14 @@ def adapter_keys() -> dict[str, AdapterKey]:
     from aroma.tuner.config import AromaConfig
 
     hints = get_type_hints(AromaConfig)
-    chosen = {*AromaConfig.__annotations__, *_INHERITED}
-    ordered = sorted(
-        (f for f in fields(AromaConfig) if f.name in chosen), key=lambda f: not f.name.endswith("modules")
-    )
-    return {
-        one.name: AdapterKey(
-            hints[one.name],
-            one.default if one.default is not MISSING else None,
-            re.sub(r"\bNone\b", "null", str(one.metadata.get("help", ""))),
-        )
-        for one in ordered
-    }
+    # All fields of its own; of LoraConfig's, two.
+    chosen = {*AromaConfig.__annotations__, "lora_dropout", "exclude_modules"}
+    keys = {}
+    for one in sorted(fields(AromaConfig), key=lambda field: not field.name.endswith("modules")):
+        if one.name in chosen:
+            meaning = re.sub(r"\bNone\b", "null", str(one.metadata.get("help", "")))
+            keys[one.name] = AdapterKey(hints[one.name], None if one.default is MISSING else one.default, meaning)
+    return keys
 
 
 def adapter_options(given: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -208,51 +193,55 @@ class Recipe:
             raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
         _check_data(self.data)
         check_training(self.training)
-        if self.data.task == "causal_lm":
-            _check_no_classes(self)
-        else:
-            _check_no_language(self)
+        _check_nothing_idle(self)
         if self.model.dtype == "float16":
-            raise bad_value(
-                "model.dtype",
-                "float16",
-                "without a scaler small gradients vanish in it; take bfloat16 or float32",
-            )
+            remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
+            raise bad_value("model.dtype", "float16", remedy)
 
 
 def _check_data(data: DataSpec) -> None:
     if data.name is None and data.train is None:
-        raise bad_value(
-            "data.train", None, "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
-        )
+        remedy = "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
+        raise bad_value("data.train", None, remedy)
     if not 0 < data.validation_fraction < 1:
         raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1, as 0.1")
     if data.task != "causal_lm" and data.label in (data.text, data.text_pair):
         raise bad_value("data.label", data.label, "the label and a text cannot be the same column")
-    _require_minimum("data.max_length", data.max_length, 3, "tokens; most models add two of their own")
+    if data.max_length < 3:
+        raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two of their own")
 
 
-def _check_no_classes(recipe: Recipe) -> None:
-    """Refuse what would do nothing for a language model."""
-    common = DataSpec()
-    for name in ("text", "text_pair", "label"):
-        if getattr(recipe.data, name) != getattr(common, name):
-            remedy = "it is a classifier's; the columns of a language model are named in the section language"
-            raise bad_value(f"data.{name}", getattr(recipe.data, name), remedy)
-    if recipe.training.head_learning_rate is not None:
-        remedy = "a language model has no head that trains; leave it out"
-        raise bad_value("training.head_learning_rate", recipe.training.head_learning_rate, remedy)
+def _check_nothing_idle(recipe: Recipe) -> None:
+    """Refuse what would do nothing for the task."""
+    data, training, default = recipe.data, recipe.training, DataSpec()
+    if data.task == "causal_lm":
+        remedy = "it is a classifier's, and the task is causal_lm; leave it out (columns: see the section language)"
+        idle: list[tuple[str, object, object]] = [
+            *(
+                (f"data.{name}", getattr(data, name), getattr(default, name))
+                for name in ("text", "text_pair", "label")
+            ),
+            ("training.head_learning_rate", training.head_learning_rate, None),
+        ]
+    else:
+        remedy = f"it needs data.task=causal_lm, and the task is {data.task}"
+        idle = [
+            ("language", recipe.language, LanguageSpec()),
+            ("model.gguf_file", recipe.model.gguf_file, None),
+            ("training.loop", training.loop, "trainer"),
+        ]
+    for name, value, unused in idle:
+        if value != unused:
+            raise bad_value(name, value, remedy)
 
 
-def _check_no_language(recipe: Recipe) -> None:
-    """Refuse what would do nothing for a classifier."""
-    idle: list[tuple[str, object, object]] = [
-        ("language", recipe.language, LanguageSpec()),
-        ("model.gguf_file", recipe.model.gguf_file, None),
-    ]
-    for name, value, default in [*idle, ("training.loop", recipe.training.loop, "trainer")]:
-        if value != default:
-            raise bad_value(name, value, f"it needs data.task=causal_lm, and the task is {recipe.data.task}")
+_MINIMA = {
+    1: (
+        *("batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps"),
+        *("eval_steps", "save_steps", "keep_checkpoints", "threads"),
+    ),
+    0: ("warmup_steps", "weight_decay", "max_grad_norm", "seed"),
+}
 
 
 def check_training(training: TrainSpec) -> None:
@@ -261,13 +250,11 @@ def check_training(training: TrainSpec) -> None:
     Raises:
         ConfigError: Naming the first such field.
     """
-    for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
-        _require_minimum(f"training.{name}", getattr(training, name), 1, "or more")
-    for name in ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "threads"):
-        if getattr(training, name) is not None:
-            _require_minimum(f"training.{name}", getattr(training, name), 1, "or more, or null")
-    for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
-        _require_minimum(f"training.{name}", getattr(training, name), 0, "or more")
+    for minimum, names in _MINIMA.items():
+        for name in names:
+            value = getattr(training, name)
+            if value is not None and value < minimum:
+                raise bad_value(f"training.{name}", value, f"give {minimum} or more")
     for name in ("learning_rate", "head_learning_rate", "epochs"):
         value = getattr(training, name)
         if value is not None and not value > 0:
@@ -275,20 +262,8 @@ def check_training(training: TrainSpec) -> None:
     if not 0 <= training.min_lr_ratio <= 1:
         raise bad_value("training.min_lr_ratio", training.min_lr_ratio, "give a share of the peak, in [0, 1]")
     if training.checkpoint == "best":
-        _check_best(training)
-
-
-def _check_best(training: TrainSpec) -> None:
-    if training.eval_steps is None:
-        raise bad_value("training.eval_steps", None, "training.checkpoint='best' needs evaluations to choose from")
-    if training.save_steps is None or training.save_steps % training.eval_steps:
-        raise bad_value(
-            "training.save_steps",
-            training.save_steps,
-            f"training.checkpoint='best' needs a multiple of eval_steps={training.eval_steps}",
-        )
-
-
-def _require_minimum(name: str, value: float, minimum: int, unit: str) -> None:
-    if value < minimum:
-        raise bad_value(name, value, f"give {minimum} {unit}")
+        if training.eval_steps is None:
+            raise bad_value("training.eval_steps", None, "training.checkpoint='best' needs evaluations to choose from")
+        if training.save_steps is None or training.save_steps % training.eval_steps:
+            remedy = f"training.checkpoint='best' needs a multiple of eval_steps={training.eval_steps}"
+            raise bad_value("training.save_steps", training.save_steps, remedy)

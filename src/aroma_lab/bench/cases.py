@@ -22,7 +22,7 @@ FLOOR = "floor"
 PLANNED_STEPS = 10_000
 """Length of the run that the methods are told; they are measured at its beginning."""
 
-_COMPONENTS_WHEN_FROZEN = 8
+_WHEN_FROZEN = 8
 """Finished components of every module in the cases where some modules are frozen."""
 
 _NEVER_ENDS = {"inner_tolerance": 1e-12, "max_inner_steps": 10**9}
@@ -79,20 +79,9 @@ class Case:
 
 
 class Contender:
-    """A case that trains on one batch again and again: model, optimizer, hooks.
+    """A case that trains on one batch again and again; optimizer and hooks are None if nothing trains.
 
-    Args:
-        case: The case.
-        base: The model that all cases start from. It is copied; the copy shares the backbone's tensors if the method
-            does not write them.
-        batch: The model's input with labels.
-        seed: Seed of the adapter's weights.
-
-    Attributes:
-        case: The case.
-        model: The adapted model.
-        optimizer: AdamW over the trained parameters; None if there are none.
-        hooks: What the method does around an optimizer step; None without an optimizer.
+    The model is a copy of `base`, and shares the backbone's tensors if the method does not write them.
     """
 
     def __init__(self, case: Case, base: Any, batch: dict[str, Tensor], seed: int) -> None:
@@ -121,7 +110,8 @@ class Contender:
     def update(self) -> None:
         """Run the rest of a step: the optimizer, and what the method does around it."""
         self.optimizer_step()
-        self.method_step()
+        if self.optimizer is not None:
+            self.hooks.after_step(self._steps)
 
     def step(self) -> None:
         """Run one whole step."""
@@ -135,11 +125,6 @@ class Contender:
             self.hooks.before_step(self._steps)
             self.optimizer.step()
 
-    def method_step(self) -> None:
-        """Do what the method does after an optimizer step."""
-        if self.optimizer is not None:
-            self.hooks.after_step(self._steps)
-
     def clear(self) -> None:
         """Drop the gradients."""
         if self.optimizer is not None:
@@ -147,39 +132,22 @@ class Contender:
 
 
 def make_contenders(base: Any, batch: dict[str, Tensor], settings: BenchSettings) -> list[Contender]:
-    """Return a contender for every selected case.
-
-    Raises:
-        ConfigError: An unknown case.
-    """
+    """Return a contender for every selected case."""
     cases = select_cases(settings.only, settings.compiled)
     return [Contender(case, base, batch, settings.seed) for case in cases]
 
 
 def all_cases() -> list[Case]:
     """Return all cases, none of them compiled, in the order in which they take turns."""
-    adapters = [
-        Case(f"lora-r{r}{_suffix(dropout)}", Lora(r=r, dropout=dropout)) for dropout in (0.0, 0.1) for r in (1, 8, 16)
-    ]
-    stages = [(0.0, count) for count in (0, 4, 8, 16, 64)] + [(0.1, count) for count in (0, 8, 64)]
-    grown = [
-        Case(f"aroma-{count}{_suffix(dropout)}", Aroma(dropout=dropout, options=_NEVER_ENDS), components=count)
-        for dropout, count in stages
-    ]
+    cases = [Case(FLOOR, Frozen()), Case("head", HeadOnly())]
+    for dropout, suffix in ((0.0, ""), (0.1, "-dropout")):
+        cases += [Case(f"lora-r{r}{suffix}", Lora(r=r, dropout=dropout)) for r in (1, 8, 16)]
+    cases += [Case("adalora", AdaLora()), Case("relora", ReLoraMerge()), Case("full", Full())]
+    for dropout, suffix, stages in ((0.0, "", (0, 4, 8, 16, 64)), (0.1, "-dropout", (0, 8, 64))):
+        aroma = Aroma(dropout=dropout, options=_NEVER_ENDS)
+        cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]
     finished: tuple[FrozenModules, ...] = ("half", "lower", "all")
-    frozen = [
-        Case(f"aroma-{frozen}", Aroma(options=_NEVER_ENDS), _COMPONENTS_WHEN_FROZEN, frozen) for frozen in finished
-    ]
-    return [
-        Case(FLOOR, Frozen()),
-        Case("head", HeadOnly()),
-        *adapters,
-        Case("adalora", AdaLora()),
-        Case("relora", ReLoraMerge()),
-        Case("full", Full()),
-        *grown,
-        *frozen,
-    ]
+    return cases + [Case(f"aroma-{name}", Aroma(options=_NEVER_ENDS), _WHEN_FROZEN, name) for name in finished]
 
 
 def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
@@ -201,17 +169,9 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
 
 
 def growing_case(check_interval: int) -> Case:
-    """Return AROMA whose inner loops end only when told to, and whose components are all kept.
-
-    Args:
-        check_interval: Optimizer steps between inner checks.
-    """
+    """Return AROMA that checks at this interval, ends inner loops only when told to, and keeps all components."""
     options = {"inner_check_interval": check_interval, "outer_tolerance": None, "rewarmup_steps": 0, **_NEVER_ENDS}
-    return Case("growing", Aroma(options=options), components=_COMPONENTS_WHEN_FROZEN)
-
-
-def _suffix(dropout: float) -> str:
-    return "-dropout" if dropout else ""
+    return Case("growing", Aroma(options=options), components=_WHEN_FROZEN)
 
 
 def _finish_components(layer: AromaLinear, count: int) -> None:

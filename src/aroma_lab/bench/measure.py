@@ -13,10 +13,11 @@ import platform
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
@@ -27,14 +28,15 @@ from aroma.tuner import AromaConfig
 
 from ..methods import Aroma, Lora, encoder_linears
 from ..progress import Progress, no_progress
-from ..run.memory import keep_freed_memory
-from ..run.provenance import provenance
+from ..run.machine import keep_freed_memory, provenance
 from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
 from .memory import kept_bytes, optimizer_bytes, peak_of
 from .models import BenchSettings, make_batch, make_model
 
 CONTROLLER_REPEATS = 5
 """Outer steps that are timed."""
+
+_PARTS = ("forward_backward", "update")
 
 _CHECK_INTERVAL = 2
 """Steps between two timed inner checks: fewer than in training, to save time. A check costs the same."""
@@ -60,37 +62,30 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
     base = make_model(settings)
     batch = make_batch(base, settings)
     contenders = make_contenders(base, batch, settings)
+    cases = [contender.case for contender in contenders]
+    sizes: list[dict[str, Any]] = []
     with progress("counting bytes", len(contenders)) as advance:
-        kept = []
-        for contender in contenders:
-            kept.append(kept_bytes(contender.forward, contender.model))
+        for one in contenders:
+            trained = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
+            sizes.append({"kept_bytes": kept_bytes(one.forward, one.model), "trainable_parameters": trained})
             advance(1)
     with progress("taking turns", len(contenders) * (settings.rounds + settings.warmup_rounds)) as advance:
         times = take_turns(contenders, settings.rounds, settings.warmup_rounds, advance)
     with progress("controller", CONTROLLER_REPEATS) as advance:
         controller = controller_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
-    peaks: list[int | None] = [None] * len(contenders)
+    for one, size in zip(contenders, sizes, strict=True):
+        size |= {"optimizer_bytes": optimizer_bytes(one.optimizer), "peak_bytes": None}
     if settings.peak:
         with progress("peak memory", len(contenders)) as advance:
-            for index, contender in enumerate(contenders):
-                peaks[index] = peak_of(contender, settings)
+            for one, size in zip(contenders, sizes, strict=True):
+                size["peak_bytes"] = peak_of(one, settings)
                 advance(1)
-    sizes = [
-        {
-            "kept_bytes": amount,
-            "optimizer_bytes": optimizer_bytes(contender.optimizer),
-            "trainable_parameters": sum(p.numel() for p in contender.model.parameters() if p.requires_grad),
-            "peak_bytes": peak,
-        }
-        for contender, amount, peak in zip(contenders, kept, peaks, strict=True)
-    ]
-    cases = [contender.case for contender in contenders]
     return {
         "settings": asdict(settings),
         "model": _describe(base),
         "provenance": bench_provenance(settings.device) | {"keeps_freed_memory": keeps_memory},
         "cases": case_results(cases, times, sizes),
-        "comparisons": comparisons(cases, times, kept),
+        "comparisons": comparisons(cases, times, [size["kept_bytes"] for size in sizes]),
         "controller": controller,
     }
 
@@ -111,17 +106,11 @@ def prepare(settings: BenchSettings) -> bool:
 # Times ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Times:
-    """Times of one case, in seconds, one entry per round.
+class Times(NamedTuple):
+    """Times of one case, in seconds, one entry per round: forward and backward, and the rest of the step."""
 
-    Args:
-        forward_backward: Forward and backward.
-        update: The rest of the step: the optimizer, and what the method does around it.
-    """
-
-    forward_backward: list[float] = field(default_factory=list)
-    update: list[float] = field(default_factory=list)
+    forward_backward: list[float]
+    update: list[float]
 
     @property
     def step(self) -> list[float]:
@@ -135,41 +124,29 @@ def take_turns(
     """Time all contenders once, in order, round after round: A B C A B C …
 
     Whatever slows the machine down for a while then slows all of them alike.
-
-    Args:
-        contenders: Objects with the methods `forward_backward`, `update` and `clear`.
-        rounds: Timed rounds.
-        warmup_rounds: Rounds before those.
-        on_turn: Called with 1 after each turn.
-
-    Returns:
-        Times of every contender, in order.
     """
     threads = torch.get_num_threads()
-    parts = ("forward_backward", "update")
     timers = [
-        [Timer(f"contender.{part}()", globals={"contender": one}, num_threads=threads) for part in parts]
+        [Timer(f"contender.{part}()", globals={"contender": one}, num_threads=threads) for part in _PARTS]
         for one in contenders
     ]
-    times = [Times() for _ in contenders]
+    times = [Times([], []) for _ in contenders]
     for number in range(warmup_rounds + rounds):
         gc.collect()
         for contender, pair, result in zip(contenders, timers, times, strict=True):
             # With no minimum run time the Timer runs a statement once to warm up, and once for the time.
-            seconds = [timer.blocked_autorange(min_run_time=0).median for timer in pair]
+            for timer, part in zip(pair, result, strict=True):
+                seconds = timer.blocked_autorange(min_run_time=0).median
+                if number >= warmup_rounds:
+                    part.append(seconds)
             contender.clear()
-            if number >= warmup_rounds:
-                result.forward_backward.append(seconds[0])
-                result.update.append(seconds[1])
             on_turn(1)
     return times
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return the median and the quartiles of `values`, at least one."""
-    if len(values) == 1:
-        return dict.fromkeys(("median", "lower", "upper"), values[0])
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return {"median": median, "lower": lower, "upper": upper}
 
 
@@ -179,13 +156,7 @@ def spread_of_ratios(numerators: Sequence[float], denominators: Sequence[float])
 
 
 def case_results(cases: Sequence[Case], times: Sequence[Times], sizes: Sequence[dict[str, Any]]) -> list[Result]:
-    """Return what was found for every case. The floor of compiled cases is the compiled one.
-
-    Args:
-        cases: The cases.
-        times: Their times.
-        sizes: Bytes and parameters, which are added to each entry.
-    """
+    """Return what was found for every case, `sizes` added. The floor of compiled cases is the compiled one."""
     floors = {
         case.compiled: found.forward_backward
         for case, found in zip(cases, times, strict=True)
@@ -207,51 +178,33 @@ def case_results(cases: Sequence[Case], times: Sequence[Times], sizes: Sequence[
 
 
 def comparisons(cases: Sequence[Case], times: Sequence[Times], kept: Sequence[int]) -> list[Result]:
-    """Return every AROMA case over LoRA r=8 with the same dropout, compiled alike, where both were measured.
-
-    Args:
-        cases: The cases.
-        times: Their times.
-        kept: Bytes that each keeps for backward.
-    """
-    found = dict(zip((case.key for case in cases), zip(times, kept, strict=True), strict=True))
+    """Return every AROMA case over LoRA r=8 with the same dropout, compiled alike, where both were measured."""
+    measured = list(zip(cases, times, kept, strict=True))
     lora = {
-        (case.method.dropout, case.compiled): case.key
-        for case in cases
+        (case.method.dropout, case.compiled): (case.key, found, amount)
+        for case, found, amount in measured
         if isinstance(case.method, Lora) and case.method.r == 8
     }
     results = []
-    for case in cases:
+    for case, ours, amount in measured:
         if isinstance(case.method, Aroma) and (case.method.dropout, case.compiled) in lora:
-            other = lora[case.method.dropout, case.compiled]
-            (ours, our_bytes), (theirs, their_bytes) = found[case.key], found[other]
+            other, theirs, their_amount = lora[case.method.dropout, case.compiled]
             results.append(
                 {
                     "key": case.key,
                     "other": other,
                     "forward_backward_ratio": spread_of_ratios(ours.forward_backward, theirs.forward_backward),
                     "step_ratio": spread_of_ratios(ours.step, theirs.step),
-                    "kept_ratio": our_bytes / their_bytes,
+                    "kept_ratio": amount / their_amount,
                 }
             )
     return results
 
 
 def controller_cost(
-    base: Any,
-    batch: dict[str, Tensor],
-    seed: int,
-    repeats: int,
-    on_repeat: Callable[[int], None] = lambda done: None,
+    base: Any, batch: dict[str, Tensor], seed: int, repeats: int, on_repeat: Callable[[int], None] = lambda done: None
 ) -> dict[str, float]:
-    """Train an AROMA model with all modules growing, and time its controller.
-
-    Args:
-        base: A classifier, which is copied.
-        batch: Its input with labels.
-        seed: Seed of the adapter's weights.
-        repeats: Inner loops, each of two steps.
-        on_repeat: Called with 1 after each of them.
+    """Train an AROMA model with all modules growing, and time its controller in `repeats` inner loops of two steps.
 
     Returns:
         Medians in milliseconds: `step_ms`, an ordinary step without its controller; `uncheck_ms` and `check_ms`, the
@@ -263,39 +216,30 @@ def controller_cost(
     contender = Contender(growing_case(_CHECK_INTERVAL), base, batch, seed)
     contender.hooks.detach()  # to time the controller apart from the optimizer
     contender.forward_backward()  # the first pass claims memory
-    steps: list[float] = []
-    controlled: list[float] = []
-    outer: list[float] = []
+    controller = contender.hooks.controller
+    times: dict[str, list[float]] = {name: [] for name in ("step_ms", "uncheck_ms", "check_ms", "outer_ms")}
     for _ in range(repeats):
-        for _ in range(_CHECK_INTERVAL):
-            steps.append(_seconds(contender.forward_backward) + _seconds(contender.optimizer_step))
-            controlled.append(_seconds(contender.hooks.controller.step))
-        outer.append(_seconds(contender.hooks.controller.outer_step))
+        for name in ("uncheck_ms", "check_ms"):  # a check every second step
+            times["step_ms"].append(_ms(contender.forward_backward) + _ms(contender.optimizer_step))
+            times[name].append(_ms(controller.step))
+        times["outer_ms"].append(_ms(controller.outer_step))
         on_repeat(1)
-    step_ms, outer_ms = _median_ms(steps), _median_ms(outer)
-    uncheck_ms, check_ms = (_median_ms(controlled[first::_CHECK_INTERVAL]) for first in (0, _CHECK_INTERVAL - 1))
+    found = {name: statistics.median(one) for name, one in times.items()}
     interval = AromaConfig.inner_check_interval
-    amortised_ms = uncheck_ms + (check_ms - uncheck_ms) / interval
+    amortised_ms = found["uncheck_ms"] + (found["check_ms"] - found["uncheck_ms"]) / interval
     return {
-        "step_ms": step_ms,
-        "uncheck_ms": uncheck_ms,
-        "check_ms": check_ms,
+        **found,
         "check_interval": interval,
         "amortised_ms": amortised_ms,
-        "amortised_fraction": amortised_ms / step_ms,
-        "outer_ms": outer_ms,
-        "outer_fraction": outer_ms / step_ms,
+        "amortised_fraction": amortised_ms / found["step_ms"],
+        "outer_fraction": found["outer_ms"] / found["step_ms"],
     }
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def _ms(work: Callable[[], Any]) -> float:
     start = now()
     work()
-    return now() - start
-
-
-def _median_ms(seconds: Sequence[float]) -> float:
-    return 1000 * statistics.median(seconds)
+    return 1000 * (now() - start)
 
 
 # What was measured, and where ----------------------------------------------------------------------------------------
@@ -315,11 +259,9 @@ def bench_provenance(device: str) -> dict[str, Any]:
 
 def _cpu_model() -> str:
     information = Path("/proc/cpuinfo")
-    if information.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+    text = information.read_text() if information.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _describe(model: Any) -> dict[str, Any]:

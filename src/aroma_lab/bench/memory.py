@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from aroma.cli.quiet import quiet
 from aroma.errors import ConfigError
 
-from ..run.memory import peak_bytes
-from .cases import Contender, select_cases
+from ..run.machine import peak_bytes
+from .cases import FLOOR, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
 
@@ -33,23 +33,19 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
     A tensor counts with its whole storage, since a view keeps that alive, and each storage counts once. Parameters
     and buffers of `model` do not count. The number is exact, and the same on every run.
-
-    Args:
-        forward: Computes the loss.
-        model: The model that it calls.
     """
-    kept: list[weakref.ref[_Kept]] = []
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Kept:
         holder = _Kept(tensor)
-        kept.append(weakref.ref(holder))
+        kept.add(holder)
         return holder
 
-    own = set(_storages((*model.parameters(), *model.buffers())))
+    own = _storages((*model.parameters(), *model.buffers()))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         loss = forward()
     # What the graph has freed by now does not wait for backward.
-    storages = _storages([holder.tensor for reference in kept if (holder := reference()) is not None])
+    storages = _storages([holder.tensor for holder in kept])
     del loss
     return sum(size for place, size in storages.items() if place not in own)
 
@@ -70,17 +66,17 @@ def peak_resident_bytes(settings: BenchSettings, key: str) -> int:
         try:
             return process.submit(_train_two_steps, settings, key).result()
         except (RuntimeError, MemoryError) as error:
+            remedy = "leave the case out, or leave peaks out with --no-peak"
             raise ConfigError(
-                f"{key}: the process that measures its peak memory failed ({error}); "
-                "leave the case out, or leave peaks out with --no-peak"
+                f"{key}: the process that measures its peak memory failed ({error}); {remedy}"
             ) from error
 
 
 def _train_two_steps(settings: BenchSettings, key: str) -> int:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    case = next(case for case in select_cases([key], compiled=False) if case.key == key)
     model = make_model(settings)
+    case = select_cases([key], compiled=False)[0 if key == FLOOR else 1]
     contender = Contender(case, model, make_batch(model, settings), settings.seed)
     for _ in range(2):  # the second step has the optimizer's state from its beginning
         contender.step()

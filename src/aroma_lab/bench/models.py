@@ -16,50 +16,26 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from aroma.errors import bad_value
 
-DTYPES = ("float32", "bfloat16")
-DEVICES = ("cpu", "cuda")
 LABELS = 2
 
 Shapes = Mapping[str, tuple[type[Any], dict[str, Any]]]
 """Named shapes: the class of the configuration, and its arguments."""
 
-SHAPES: Shapes = {
-    "roberta-base": (
-        RobertaConfig,
-        {
-            "vocab_size": 50265,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-            "max_position_embeddings": 514,
-            "type_vocab_size": 1,
-        },
-    ),
-    "minilm": (  # sentence-transformers/all-MiniLM-L6-v2
-        BertConfig,
-        {
-            "vocab_size": 30522,
-            "hidden_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 12,
-            "intermediate_size": 1536,
-            "max_position_embeddings": 512,
-        },
-    ),
-    "tiny": (
-        RobertaConfig,
-        {
-            "vocab_size": 64,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "max_position_embeddings": 66,
-            "type_vocab_size": 1,
-        },
-    ),
+_TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
 }
+
+SHAPES: Shapes = {
+    "roberta-base": (RobertaConfig, {"max_position_embeddings": 514, "type_vocab_size": 1}),
+    # sentence-transformers/all-MiniLM-L6-v2
+    "minilm": (BertConfig, {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}),
+    "tiny": (RobertaConfig, {**_TINY, "max_position_embeddings": 66, "type_vocab_size": 1}),
+}
+"""Named shapes; what is not given here is the default of the class."""
 
 
 @dataclass(frozen=True)
@@ -104,28 +80,21 @@ class BenchSettings:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise bad_value(name, value, f"give {minimum} or more")
-        for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
+        for name, choices in (("dtype", ("float32", "bfloat16")), ("device", ("cpu", "cuda"))):
             if getattr(self, name) not in choices:
                 raise bad_value(name, getattr(self, name), f"choose one of {', '.join(choices)}")
 
 
 def named_config(model: str, shapes: Shapes) -> Any:
-    """Return the configuration of a named shape, a local folder or a hub name.
-
-    Raises:
-        ConfigError: There is no such configuration.
-    """
+    """Return the configuration of a named shape, a local folder or a hub name; ConfigError if there is none."""
     if model in shapes:
         kind, sizes = shapes[model]
         return kind(**sizes)
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise bad_value(
-            "model",
-            model,
-            f"neither a shape ({', '.join(shapes)}) nor a folder or hub name whose configuration can be loaded",
-        ) from error
+        remedy = f"neither a shape ({', '.join(shapes)}) nor a folder or hub name whose configuration can be loaded"
+        raise bad_value("model", model, remedy) from error
 
 
 def longest_sequence(config: Any) -> int | None:
@@ -142,9 +111,6 @@ def load_config(model: str) -> Any:
     """Return the configuration of a named shape, a local folder or a hub name, with all its dropouts set to 0.
 
     The backbone's own dropout costs every method the same, and would hide how the methods differ.
-
-    Raises:
-        ConfigError: There is no such configuration.
     """
     config = named_config(model, SHAPES)
     config.num_labels = LABELS

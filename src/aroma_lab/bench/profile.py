@@ -22,7 +22,6 @@ BETWEEN = "between operations"
 """Time outside of all operations: Python, dispatch, the autograd engine."""
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv")
-_BITWISE = ("aten::bitwise_and", "aten::bitwise_and_")
 
 Shape = tuple[int, ...]
 
@@ -87,13 +86,9 @@ def _profile_once(contender: Contender, tokens: int, weights: set[Shape]) -> dic
 
 
 def kind_of(operation: str, shapes: Sequence[Shape], tokens: int, weights: set[Shape]) -> str:
-    """Return the kind of one operation.
+    """Return the kind of one operation, such as `aten::mm`, by the shapes of its tensors.
 
-    Args:
-        operation: Its name, such as `aten::mm`.
-        shapes: Shapes of its tensors.
-        tokens: Tokens of a batch.
-        weights: Shapes (m, n) of the adapted matrices. No number of components may equal one of their sizes.
+    `weights` are the shapes (m, n) of the adapted matrices. No number of components may equal one of their sizes.
     """
     first = shapes[0] if shapes else ()
     onto_weight = first in weights or first[::-1] in weights
@@ -105,14 +100,12 @@ def kind_of(operation: str, shapes: Sequence[Shape], tokens: int, weights: set[S
         return "narrow matmuls" if tokens in sizes and components else "backbone matmuls"
     if "attention" in operation:
         return "attention"
-    return "dropout mask" if _is_of_a_mask(operation, first, tokens, weights) else "other operations"
-
-
-def _is_of_a_mask(operation: str, shape: Shape, tokens: int, weights: set[Shape]) -> bool:
-    """Return whether the operation makes or applies a mask, which is flat; in a backbone of sequences nothing is."""
-    if operation in _BITWISE:
-        return True
+    # Masks are flat; in a backbone of sequences nothing else is.
     sizes = {tokens * size for weight in weights for size in weight}
-    if operation == "aten::copy_":
-        return len(shape) == 1 and shape[0] in sizes
-    return operation in ("aten::mul", "aten::mul_") and len(shape) == 2 and shape[0] * shape[1] in sizes
+    if (
+        operation in ("aten::bitwise_and", "aten::bitwise_and_")
+        or (operation == "aten::copy_" and len(first) == 1 and first[0] in sizes)
+        or (operation in ("aten::mul", "aten::mul_") and len(first) == 2 and first[0] * first[1] in sizes)
+    ):
+        return "dropout mask"
+    return "other operations"

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from aroma.files import replacing
+from aroma.files import write_bytes
 
 from .measure import Result
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MIB = 2**20
 
-# Colours of Okabe and Ito.
-_AROMA, _LORA, _OTHER = "#D55E00", "#0072B2", "#767676"
+_COLOURS = {"aroma": "#D55E00", "lora": "#0072B2"}  # of Okabe and Ito; all other cases are grey
 
 
 def case_frame(result: Result) -> pd.DataFrame:
@@ -46,15 +43,12 @@ def case_frame(result: Result) -> pd.DataFrame:
 
 def case_table(result: Result) -> str:
     """Return the table of times, ratios and sizes as text."""
-    frame = case_frame(result).drop(columns="name")
     formats = {
         **dict.fromkeys(("× floor", "lower", "upper", "step × floor"), "{:.3f}"),
         **dict.fromkeys(("fwd+bwd ms", "step ms", "kept MiB"), "{:.1f}"),
-        "peak MiB": "{:.0f}",
-        "optimizer MiB": "{:.2f}",
-        "trainable": "{:,}",
+        **{"peak MiB": "{:.0f}", "optimizer MiB": "{:.2f}", "trainable": "{:,}"},
     }
-    return f"{headline(result)}\n{_text(frame, formats)}"
+    return f"{headline(result)}\n{_text(case_frame(result).drop(columns='name'), formats)}"
 
 
 def comparison_table(result: Result) -> str:
@@ -96,26 +90,20 @@ def profile_table(found: dict[str, Any]) -> str:
     """Return the table of milliseconds as text, one row per kind of operation; see `profile.profile`."""
     frame = pd.DataFrame(found["milliseconds"])
     frame.loc["sum"] = frame.sum()
-    frame.insert(0, "kind of operation", frame.index)
-    return f"forward and backward, ms\n{_text(frame, dict.fromkeys(frame.columns[1:], '{:.0f}'))}"
+    return f"forward and backward, ms\n{frame.to_string(float_format='{:.0f}'.format)}"
 
 
 def headline(result: Result) -> str:
     """Return in one line what was measured."""
     settings = result["settings"]
-    rounds = f"{settings['rounds']} {'round' if settings['rounds'] == 1 else 'rounds'}"
     size = f"{settings['batch_size']}×{settings['length']}"
-    return f"{settings['model']}, batch {size}, {settings['dtype']}, {rounds} in turns"
+    return f"{settings['model']}, batch {size}, {settings['dtype']}, rounds in turns: {settings['rounds']}"
 
 
 def _text(frame: pd.DataFrame, formats: dict[str, str]) -> str:
-    columns = {
-        name: [formats[name].format(value) if pd.notna(value) else "–" for value in frame[name]]
-        if name in formats
-        else frame[name]
-        for name in frame
-    }
-    return pd.DataFrame(columns).to_string(index=False)
+    formatters = {name: form.format for name, form in formats.items()}
+    text: str = frame.to_string(index=False, na_rep="–", formatters=formatters)
+    return text
 
 
 # The picture ---------------------------------------------------------------------------------------------------------
@@ -125,8 +113,7 @@ def write_picture(result: Result, path: str | os.PathLike[str]) -> None:
     """Draw the result and write it to `path`, a .png, .svg or .pdf file."""
     buffer = io.BytesIO()
     draw(result).savefig(buffer, format=os.fspath(path).rpartition(".")[2], dpi=100)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def draw(result: Result) -> Figure:
@@ -134,45 +121,28 @@ def draw(result: Result) -> Figure:
 
     A filled circle is forward and backward, with a line from quartile to quartile; a hollow one is the whole step.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     frame = case_frame(result)
     sizes = {"kept MiB": "kept for backward, MiB", "peak MiB": "peak memory, MiB"}
     columns = [name for name in sizes if frame[name].notna().any()]
     figure = Figure(figsize=(11, 1.6 + 0.27 * len(frame)), layout="constrained")
-    FigureCanvasAgg(figure)
     times, *amounts = figure.subplots(1, 1 + len(columns), sharey=True, width_ratios=[2] + [1] * len(columns))
-    colours = [_colour(key) for key in frame["case"]]
-    _draw_times(times, frame, colours)
+    colours = [_COLOURS.get(key.partition("-")[0], "#767676") for key in frame["case"]]
+    times.axvline(1, color="#767676", linewidth=1.0, linestyle="--")
+    times.hlines(frame.index, frame["lower"], frame["upper"], colors=colours)
+    times.scatter(frame["× floor"], frame.index, s=25, c=colours)
+    times.scatter(frame["step × floor"], frame.index, s=45, facecolors="none", edgecolors=colours)
+    times.set_xlabel("× floor:  ● forward + backward, quartiles   ○ whole step")
     for axes, column in zip(amounts, columns, strict=True):
         axes.barh(frame.index, frame[column], height=0.55, color=colours)
-        for row in frame.index[frame[column].isna()]:
-            axes.text(0, row, "  not measured", va="center", fontsize=7.5, color=_OTHER)
         axes.set_xlabel(sizes[column])
     for axes in (times, *amounts):
         axes.set_frame_on(False)
         axes.set_axisbelow(True)
         axes.grid(color="#E4E4E4", linewidth=0.8)
-        axes.tick_params(length=0, labelsize=8.5)
-        axes.xaxis.label.set_size(9)
+        axes.tick_params(length=0)
     times.set_yticks(frame.index, frame["name"])
     times.invert_yaxis()
     figure.suptitle(f"Cost of one training step\n{headline(result)}", x=0.01, ha="left", fontsize=10)
     return figure
-
-
-def _draw_times(axes: Axes, frame: pd.DataFrame, colours: Sequence[str]) -> None:
-    axes.axvline(1, color=_OTHER, linewidth=1.0, linestyle=(0, (4, 3)))
-    for row, colour in enumerate(colours):
-        case = frame.loc[row]
-        axes.plot(case["step × floor"], row, "o", markersize=7, markerfacecolor="white", markeredgecolor=colour)
-        axes.plot([case["lower"], case["upper"]], [row, row], color=colour, linewidth=1.6)
-        axes.plot(case["× floor"], row, "o", markersize=5, color=colour)
-    axes.set_xlabel("× floor:  ● forward + backward, quartiles   ○ whole step")
-
-
-def _colour(key: str) -> str:
-    if key.startswith("aroma"):
-        return _AROMA
-    return _LORA if key.startswith("lora") else _OTHER

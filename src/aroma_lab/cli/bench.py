@@ -36,28 +36,15 @@ def add_parser(commands: Any) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_options(parser)
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="measure each case with torch.compile too (on CUDA: yes; on a CPU: no)",
-    )
-    parser.add_argument(
-        "--peak",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure peak memory; on a CPU each case then runs in a process of its own (yes)",
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", default="bench.json", help="new .json file; the picture goes beside it (%(default)s)"
-    )
+    _add_options(parser, "bench.json", "; the picture goes beside it")
+    flag = argparse.BooleanOptionalAction
+    compile_help = "measure each case with torch.compile too (on CUDA: yes; on a CPU: no)"
+    parser.add_argument("--compile", action=flag, help=compile_help)
+    peak_help = "measure peak memory; on a CPU each case then runs in a process of its own (yes)"
+    parser.add_argument("--peak", action=flag, default=True, help=peak_help)
     # PyTorch's own way of waiting for threads, since that is what a user's script has.
     parser.set_defaults(run=run, waits_passively=False)
-    _add_profile_parser(parser.add_subparsers(title="further benchmarks", metavar="COMMAND"))
-
-
-def _add_profile_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    profiler = parser.add_subparsers(title="further benchmarks", metavar="COMMAND").add_parser(
         "profile",
         help="measure where the time of forward and backward goes, by kind of operation",
         description=(
@@ -68,37 +55,29 @@ def _add_profile_parser(commands: Any) -> None:
         epilog=examples("aroma bench profile --only aroma-0 aroma-8 lora-r8 --rounds 5"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_options(parser)
-    parser.add_argument("--out", metavar="FILE", default="profile.json", help="new .json file (%(default)s)")
-    parser.set_defaults(run=run_profile)
+    _add_options(profiler, "profile.json")
+    profiler.set_defaults(run=run_profile)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser, out: str, beside: str = "") -> None:
     """Add the options of both commands."""
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        default="roberta-base",
-        help=(
-            "shape (roberta-base, minilm, tiny), or a folder or hub name, of which only the configuration is read "
-            "(%(default)s)"
-        ),
+    add = parser.add_argument
+    model_help = "shape (roberta-base, minilm, tiny), or a folder or hub name, of which only the configuration is read"
+    add("--model", metavar="NAME", default="roberta-base", help=f"{model_help} (%(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences in a batch (%(default)s)")
+    add("--length", type=int, default=128, help="tokens in a sequence (%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="backbone (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of weights and tokens (%(default)s)")
+    add("--rounds", type=int, default=9, help="how often each case is timed (%(default)s)")
+    add("--warmup-rounds", type=int, default=0, help="rounds before those (%(default)s)")
+    add("--threads", type=int, help="CPU threads (PyTorch's default)")
+    add("--only", metavar="CASE", nargs="+", help="measure these cases and the floor (all)")
+    keep_help = (
+        "keep freed memory in the process, which leaves page faults and most of the noise out of the times (yes)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (%(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="backbone (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and tokens (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each case is timed (%(default)s)")
-    parser.add_argument("--warmup-rounds", type=int, default=0, help="rounds before those (%(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
-    parser.add_argument("--only", metavar="CASE", nargs="+", help="measure these cases and the floor (all)")
-    parser.add_argument(
-        "--keep-memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep freed memory in the process, which leaves page faults and most of the noise out of the times (yes)",
-    )
+    add("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help=keep_help)
+    add("--out", metavar="FILE", default=out, help=f"new .json file{beside} (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -63,15 +63,15 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..run.processes import Processes
+    from ..run.processes import join
     from ..run.recipe import run_recipe
 
-    processes = Processes.join()
+    processes = join()
     console = Console(markup=False, soft_wrap=True)
     result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
-    if processes.is_first:
+    if processes.is_main_process:
         _print_result(recipe, result)
-    processes.leave()
+    processes.destroy_process_group()
 
 
 def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:

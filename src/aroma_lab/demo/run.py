@@ -25,7 +25,7 @@ from aroma.tuner import aroma_layers
 from ..methods import Method, make_method
 from ..progress import Progress, no_progress
 from ..run.folder import require_empty
-from ..run.provenance import provenance
+from ..run.machine import provenance
 from ..run.recorder import EventLog
 from ..specs import ModelSpec, TrainSpec, check_training
 from ..tasks.classification import ClassifierJob, predict_logits

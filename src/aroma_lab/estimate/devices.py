@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from aroma.errors import bad_value
 
-from .memory import Needs, Strategy, step_bytes
+from .memory import Needs, Strategy, inner_check_bytes, outer_step_bytes, step_bytes
 from .model import EstimateSettings, build, length_of, load_config, require_whole
-from .tensors import take_inventory
+from .tensors import finished_bytes, take_inventory
 
 GIB = 2**30
 
@@ -73,43 +75,28 @@ def fit(needs: Needs, usable: int) -> dict[str, Any]:
         `usable_bytes`; `on_one`, whether one device is enough, and DDP takes any number; `fsdp2` and `zero3`, the
         smallest numbers of devices that are enough, None if 1024 are not; `fsdp2_bytes`, bytes on each of them.
     """
-    fewest = {strategy: _fewest(needs, strategy, usable) for strategy in ("fsdp2", "zero3")}
-    return {
-        "usable_bytes": usable,
-        "on_one": needs.on("one")["total"] <= usable,
-        **fewest,
-        "fsdp2_bytes": needs.on("fsdp2", fewest["fsdp2"] or MOST)["total"],
-    }
-
-
-def _fewest(needs: Needs, strategy: Strategy, usable: int) -> int | None:
-    if needs.on("one")["total"] <= usable:
-        return 1
-    if needs.on(strategy, MOST)["total"] > usable:
-        return None
-    low, high = 1, MOST  # from two devices on, more devices never hold more each
-    while high - low > 1:
-        middle = (low + high) // 2
-        if needs.on(strategy, middle)["total"] <= usable:
-            high = middle
-        else:
-            low = middle
-    return high
+    on_one = needs.on("one")["total"] <= usable
+    found: dict[str, Any] = {"usable_bytes": usable, "on_one": on_one}
+    for strategy in ("fsdp2", "zero3"):
+        # From two devices on, more devices never hold more each.
+        enough = partial(lambda name, devices: needs.on(name, devices)["total"] <= usable, strategy)
+        fewest = 1 if on_one else bisect_left(range(MOST + 1), True, lo=2, key=enough)
+        found[strategy] = fewest if fewest <= MOST else None
+    return {**found, "fsdp2_bytes": needs.on("fsdp2", found["fsdp2"] or MOST)["total"]}
 
 
 def needs_of(settings: Sequence[EstimateSettings]) -> list[Needs]:
-    """Return what trainings of one model need that differ in their components alone; lengths are filled in.
-
-    Raises:
-        ConfigError: A model that cannot be trained so.
-    """
-    if not settings:
-        raise bad_value("components", [], "give at least one number")
+    """Return what trainings of one model need that differ in their components alone; lengths are filled in."""
     config = load_config(settings[0].model)
     length = length_of(settings[0], config)
     inventory = take_inventory(build(settings[0], config), settings[0].dtype)
-    settings = [replace(one, sequence_length=length) for one in settings]
-    return [Needs.of(one, inventory, step_bytes(one, config)) for one in settings]
+    found = []
+    for one in settings:
+        checks = (inner_check_bytes, outer_step_bytes) if one.adapter == "aroma" else ()
+        between = max((check(inventory, one) for check in checks), default=0)
+        one = replace(one, sequence_length=length)
+        found.append(Needs(one, inventory, step_bytes(one, config), finished_bytes(inventory, one), between))
+    return found
 
 
 def estimate(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,12 +22,9 @@ from aroma.criteria import cross_term, inner_product, product_norm_squared
 from aroma.tuner import AromaLinear, fused, layer
 
 from .model import ADAPTER, ATTENTION, EstimateSettings, adapted_layers, build, layers_of, length_of, task_of
-from .tensors import Inventory, TensorSize, finished_bytes
+from .tensors import Inventory, TensorSize
 
 Strategy = Literal["one", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-
-_SHORT, _SHORTER = 3, 2
-"""Blocks of the models that are run in place of deeper ones whose blocks are all alike."""
 
 _ZERO3_LIVE = 10**9
 """Elements that ZeRO-3 gathers at most before it frees some, DeepSpeed's default."""
@@ -74,8 +72,7 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-@dataclass(frozen=True)
-class StepBytes:
+class StepBytes(NamedTuple):
     """What forward and backward of one batch take on one device.
 
     Args:
@@ -97,37 +94,31 @@ def step_bytes(settings: EstimateSettings, config: Any) -> StepBytes:
         ConfigError: See `build`.
     """
     layers = layers_of(config)
-    if layers is None or layers <= _SHORT:
+    if layers is None or layers <= 3:
         return run_step(build(settings, config), settings, config)
-    short, shorter = (run_step(build(settings, config, count), settings, config) for count in (_SHORT, _SHORTER))
-    more = layers - _SHORT
-    return StepBytes(
-        kept=short.kept + more * (short.kept - shorter.kept), peak=short.peak + more * (short.peak - shorter.peak)
-    )
+    three, two = (run_step(build(settings, config, count), settings, config) for count in (3, 2))
+    return StepBytes(*(more + (layers - 3) * (more - less) for more, less in zip(three, two, strict=True)))
 
 
 def run_step(model: Any, settings: EstimateSettings, config: Any) -> StepBytes:
     """Run forward and backward of a model on the meta device, after giving it its finished components."""
-    if settings.rank:
-        for one in adapted_layers(model):
-            if isinstance(one, AromaLinear):
-                with torch.device("meta"):
-                    B, A = torch.zeros(one.out_features, settings.rank), torch.zeros(settings.rank, one.in_features)
-                    one.finished(ADAPTER).append(B, A)
+    for one in adapted_layers(model) if settings.rank else ():
+        if isinstance(one, AromaLinear):
+            with torch.device("meta"):
+                B, A = torch.zeros(one.out_features, settings.rank), torch.zeros(settings.rank, one.in_features)
+                one.finished(ADAPTER).append(B, A)
     if settings.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     batch = _batch(settings, config)
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    inputs = [value for value in batch.values() if isinstance(value, Tensor)]
-    meter = Meter([*model.parameters(), *model.buffers(), *gradients, *inputs])
+    given = [*(parameter.grad for parameter in trained), *batch.values()]
+    meter = Meter([*model.parameters(), *model.buffers(), *(one for one in given if isinstance(one, Tensor))])
     with as_on_a_device(), meter:
         loss = model(**batch).loss
         kept = meter.live
-        # Not loss.backward(), which does more than the engine does.
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss)  # not loss.backward(), which does more than the engine does
     return StepBytes(kept, meter.peak)
 
 
@@ -152,14 +143,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attend as a fused kernel does, which keeps query, key, value, result and one number a row.
 
-    Args:
-        module: The attention layer.
-        query: (batch, heads, length, size); key and value may have fewer heads.
-        key: As `query`.
-        value: As `query`.
-        attention_mask: Ignored: there is no padding.
-        scaling: Scale of the products.
-        is_causal: Whether a token sees only those before it.
+    There is no padding. `query` is (batch, heads, length, size); `key` and `value` may have fewer heads.
 
     Returns:
         The result, (batch, length, heads, size), and no attention weights.
@@ -193,14 +177,10 @@ def as_on_a_device() -> Iterator[None]:
         (fused, "_without_autocast", lambda device: nullcontext()),
         (F, "dropout", _dropout),
     ]
-    before = [(where, name, getattr(where, name)) for where, name, _ in changes]
-    try:
+    with ExitStack() as stack:
         for where, name, value in changes:
-            setattr(where, name, value)
+            stack.enter_context(patch.object(where, name, value))
         yield
-    finally:
-        for where, name, value in before:
-            setattr(where, name, value)
 
 
 # Between two steps ---------------------------------------------------------------------------------------------------
@@ -220,20 +200,17 @@ def inner_check_bytes(inventory: Inventory, settings: EstimateSettings) -> int:
 
 def outer_step_bytes(inventory: Inventory, settings: EstimateSettings) -> int:
     """Return the bytes that an outer step needs for one module at a time: its norm, or its new storage."""
-    return max((_outer_step_of_module(m, n, settings) for m, n in {*inventory.modules}), default=0)
-
-
-def _outer_step_of_module(m: int, n: int, settings: EstimateSettings) -> int:
-    R, r = settings.rank, settings.r
-    with torch.device("meta"):
-        weight = torch.zeros(m, n, dtype=getattr(torch, settings.weight_dtype))
-        b, a, B, A = torch.zeros(m, r), torch.zeros(r, n), torch.zeros(m, R), torch.zeros(R, n)
-    with Meter([weight, b, a, B, A]) as meter:
-        cross_term(weight, b, a)
-        inner_product(B, A, b, a)
-    dequantised = 2 * m * n if settings.is_quantised else 0
-    # While a new storage is filled, the old one exists too. The new one is among the finished components.
-    peak: int = max(meter.peak + dequantised, 4 * (m + n) * R)
+    peak, R, r = 0, settings.rank, settings.r
+    for m, n in {*inventory.modules}:
+        with torch.device("meta"):
+            weight = torch.zeros(m, n, dtype=getattr(torch, settings.weight_dtype))
+            b, a, B, A = torch.zeros(m, r), torch.zeros(r, n), torch.zeros(m, R), torch.zeros(R, n)
+        with Meter([weight, b, a, B, A]) as meter:
+            cross_term(weight, b, a)
+            inner_product(B, A, b, a)
+        dequantised = 2 * m * n if settings.is_quantised else 0
+        # While a new storage is filled, the old one exists too. The new one is among the finished components.
+        peak = max(peak, meter.peak + dequantised, 4 * (m + n) * R)
     return peak
 
 
@@ -243,44 +220,27 @@ def _outer_step_of_module(m: int, n: int, settings: EstimateSettings) -> int:
 def state_bytes(optimizer: str, trained: Iterable[TensorSize]) -> int:
     """Return the bytes of the state of `optimizer`, a name of the settings, over the tensors that it trains."""
     tensors = [size for size in trained if size.bytes]
-    total = sum(_STATES[optimizer](size) for size in tensors)
-    if optimizer == "adamw8bit" and any(_is_in_8_bits(size) for size in tensors):
+    total = sum(_state_bytes(optimizer, size) for size in tensors)
+    if optimizer == "adamw8bit" and any(math.prod(size.shape) >= _IN_8_BITS for size in tensors):
         total += 2 * 256 * 4  # two code tables that all tensors share
     return total
 
 
-# PyTorch counts the steps of every parameter in a float32: 4 bytes.
+_IN_8_BITS = 4096
+"""Elements from which on bitsandbytes keeps the state of a tensor in 8 bits."""
 
 
-def _adamw(size: TensorSize) -> int:
-    return 2 * size.bytes + 4
-
-
-def _adafactor(size: TensorSize) -> int:
-    if len(size.shape) < 2:
-        return size.bytes + 4
-    *outer, rows, columns = size.shape
-    return math.prod(outer) * (rows + columns) * size.itemsize + 4
-
-
-def _adamw_8bit(size: TensorSize) -> int:
+def _state_bytes(optimizer: str, size: TensorSize) -> int:
     elements = math.prod(size.shape)
-    if not _is_in_8_bits(size):
-        return 2 * 4 * elements
-    return 2 * (elements + 4 * -(-elements // 256))  # 256 numbers share a scale
-
-
-def _is_in_8_bits(size: TensorSize) -> bool:
-    return math.prod(size.shape) >= 4096  # bitsandbytes keeps smaller tensors in float32
-
-
-_STATES: dict[str, Callable[[TensorSize], int]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw_8bit,
-    "adafactor": _adafactor,
-    "sgd": lambda size: 0,
-    "sgd-momentum": lambda size: size.bytes,
-}
+    if optimizer == "adamw":
+        return 2 * size.bytes + 4  # PyTorch counts the steps of every parameter in a float32
+    if optimizer == "adamw8bit":
+        # 256 numbers share a scale.
+        return 2 * (elements + 4 * -(-elements // 256)) if elements >= _IN_8_BITS else 2 * 4 * elements
+    if optimizer == "adafactor" and len(size.shape) >= 2:
+        *outer, rows, columns = size.shape
+        return math.prod(outer) * (rows + columns) * size.itemsize + 4
+    return {"adafactor": size.bytes + 4, "sgd-momentum": size.bytes, "sgd": 0}[optimizer]
 
 
 # On each device ------------------------------------------------------------------------------------------------------
@@ -322,14 +282,6 @@ class Needs:
     finished: int
     between: int
 
-    @classmethod
-    def of(cls, settings: EstimateSettings, inventory: Inventory, step: StepBytes) -> Needs:
-        """Return the needs, given the tensors and the step."""
-        grows = settings.adapter == "aroma"
-        checks = (inner_check_bytes, outer_step_bytes) if grows else ()
-        between = max((check(inventory, settings) for check in checks), default=0)
-        return cls(settings, inventory, step, finished_bytes(inventory, settings), between)
-
     def on(self, strategy: Strategy, devices: int = 1) -> dict[str, int]:
         """Return the bytes of `PARTS` on the device that holds most of `devices`, and their sum as `total`.
 
@@ -337,8 +289,7 @@ class Needs:
         """
         if devices == 1:
             strategy = "one"
-        inventory = self.inventory
-        is_zero = strategy.startswith("zero")
+        inventory, is_zero = self.inventory, strategy.startswith("zero")
 
         def whole(size: TensorSize) -> TensorSize:
             return size

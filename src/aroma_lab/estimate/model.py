@@ -107,9 +107,8 @@ class EstimateSettings:
         require_whole("components", self.components, 0)
         if self.adapter == "lora" and self.components:
             raise bad_value("components", self.components, "LoRA has no finished components; give 0")
-        for name in ("r", "batch_size", "sequence_length"):
-            if name != "sequence_length" or self.sequence_length is not None:
-                require_whole(name, getattr(self, name), 1)
+        for name in ("r", "batch_size", *(["sequence_length"] if self.sequence_length is not None else [])):
+            require_whole(name, getattr(self, name), 1)
         for name, kinds in (("dtype", Dtype), ("optimizer", Optimizer), ("task", Task), ("adapter", Adapter)):
             choices: tuple[Any, ...] = get_args(kinds)
             if getattr(self, name) not in choices:
@@ -132,21 +131,13 @@ class EstimateSettings:
 
 
 def require_whole(name: str, value: object, minimum: int) -> None:
-    """Raise unless `value` is a whole number of at least `minimum`.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """Raise ConfigError unless `value` is a whole number of at least `minimum`."""
+    if not isinstance(value, int) or value < minimum:
         raise bad_value(name, value, f"give a whole number, {minimum} or more")
 
 
 def load_config(model: str) -> Any:
-    """Return the configuration of a model.
-
-    Raises:
-        ConfigError: There is none, or its checkpoint is quantised already.
-    """
+    """Return the configuration of a model; ConfigError if there is none, or if its checkpoint is quantised already."""
     config = named_config(model, SHAPES)
     if getattr(config, "quantization_config", None) is not None:
         remedy = "its checkpoint is quantised already; give the model that it was made from, and the dtype nf4 or int8"
@@ -174,27 +165,25 @@ def task_of(settings: EstimateSettings, config: Any) -> str:
     Raises:
         ConfigError: The model can learn neither, or is a quantised classifier.
     """
-    task = _likely_task(settings.model, config) if settings.task == "auto" else settings.task
+    task = settings.task
+    if task == "auto":
+        stated = (config.architectures or [""])[0]
+        classifies = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            speaks = stated.endswith(("ForCausalLM", "LMHeadModel")) or not classifies
+            task = "causal-lm" if speaks else "classification"
+        elif classifies:
+            task = "classification"
+        else:
+            remedy = f"a {config.model_type}: neither a causal language model nor a text classifier"
+            raise bad_value("model", settings.model, remedy)
     if task == "classification" and settings.is_quantised:
-        raise bad_value(
-            "dtype",
-            settings.dtype,
+        remedy = (
             "bitsandbytes quantises the head of a classifier too, which then cannot train; choose bfloat16, or the "
-            "task causal-lm",
+            "task causal-lm"
         )
+        raise bad_value("dtype", settings.dtype, remedy)
     return task
-
-
-def _likely_task(model: str, config: Any) -> str:
-    stated = (config.architectures or [""])[0]
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if is_causal and stated.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal-lm"
-    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return "classification"
-    if is_causal:
-        return "causal-lm"
-    raise bad_value("model", model, f"a {config.model_type}: neither a causal language model nor a text classifier")
 
 
 # The model on the meta device ----------------------------------------------------------------------------------------
@@ -203,13 +192,7 @@ def _likely_task(model: str, config: Any) -> str:
 def build(settings: EstimateSettings, config: Any, layers: int | None = None) -> Any:
     """Return the model with an adapter at its start, on the meta device: nothing is allocated.
 
-    Args:
-        settings: What is estimated.
-        config: The model's configuration; left as it is.
-        layers: Number of its blocks, to replace the configured one.
-
-    Raises:
-        ConfigError: No such model can be made for the task, or no module can be adapted.
+    `layers` replaces the configuration's number of blocks. ConfigError: no such model for the task, or no module fits.
     """
     task = task_of(settings, config)
     config = copy.deepcopy(config)

@@ -28,12 +28,7 @@ def size(count: float) -> str:
 
 
 def bytes_table(found: dict[str, Any], devices: int) -> str:
-    """Return the table of where the bytes go, as text.
-
-    Args:
-        found: One of the estimates of `devices.estimate`.
-        devices: The number of devices that it was made for.
-    """
+    """Return the table of where the bytes go, as text, of one of the estimates of `devices.estimate`."""
     settings, parameters = found["settings"], found["parameters"]
     is_aroma = settings["adapter"] == "aroma"
     adapter = f"AROMA with {settings['components']} finished components" if is_aroma else "LoRA"

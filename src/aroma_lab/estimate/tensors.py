@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,8 @@ from aroma.tuner.finished import FinishedComponents
 from .model import ADAPTER, EstimateSettings, QuantisedLinear, adapted_layers
 
 
-@dataclass(frozen=True)
-class TensorSize:
-    """Size of one tensor.
-
-    Args:
-        shape: Its shape.
-        itemsize: Bytes of an element.
-    """
+class TensorSize(NamedTuple):
+    """Shape of a tensor, and bytes of an element."""
 
     shape: tuple[int, ...]
     itemsize: int

@@ -2,70 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = "runs"
 """Folder, in the output of a grid or a search, of the trials' folders."""
 
 
-@dataclass(frozen=True)
 class TrialFiles:
-    """Names of what a run leaves in `root`; `checkpoints` of a grid's trial only while it is not finished."""
+    """Names of what a run leaves in `root`; `checkpoints` of a grid's trial only while it is not finished.
 
-    root: Path
+    Attributes:
+        trial: The trial itself, the resolved configuration.
+        recipe: The resolved recipe, of a run that has one.
+        adapter: Folder of what was trained: the plain LoRA adapter, where it is one.
+        checkpoints: Folder of the Trainer's checkpoints.
+        events: Events of AROMA's controller, a JSON object a line.
+        history: Losses, learning rates and evaluations by optimizer step.
+        curve: Trainable parameters and ranks by optimizer step.
+        result: Metrics, ranks and provenance; written last, so a folder that has it is a finished run's.
+        progress: How far a running trial is.
+        failure: What went wrong at the last attempt.
+        log: What a worker printed; a process that is killed can leave nothing else.
+    """
 
-    @property
-    def trial(self) -> Path:
-        """The trial itself, the resolved configuration."""
-        return self.root / "trial.json"
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe, of a run that has one."""
-        return self.root / "recipe.yaml"
-
-    @property
-    def adapter(self) -> Path:
-        """Folder of what was trained: the plain LoRA adapter, where it is one."""
-        return self.root / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the Trainer's checkpoints."""
-        return self.root / "checkpoints"
-
-    @property
-    def events(self) -> Path:
-        """Events of AROMA's controller, a JSON object a line."""
-        return self.root / "events.jsonl"
-
-    @property
-    def history(self) -> Path:
-        """Losses, learning rates and evaluations by optimizer step."""
-        return self.root / "history.json"
-
-    @property
-    def curve(self) -> Path:
-        """Trainable parameters and ranks by optimizer step."""
-        return self.root / "curve.json"
-
-    @property
-    def result(self) -> Path:
-        """Metrics, ranks and provenance; written last, so a folder that has it is a finished run's."""
-        return self.root / "result.json"
-
-    @property
-    def progress(self) -> Path:
-        """How far a running trial is."""
-        return self.root / "progress.json"
-
-    @property
-    def failure(self) -> Path:
-        """What went wrong at the last attempt."""
-        return self.root / "failure.json"
-
-    @property
-    def log(self) -> Path:
-        """What a worker printed; a process that is killed can leave nothing else."""
-        return self.root / "worker.log"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.trial = root / "trial.json"
+        self.recipe = root / "recipe.yaml"
+        self.adapter = root / "adapter"
+        self.checkpoints = root / "checkpoints"
+        self.events = root / "events.jsonl"
+        self.history = root / "history.json"
+        self.curve = root / "curve.json"
+        self.result = root / "result.json"
+        self.progress = root / "progress.json"
+        self.failure = root / "failure.json"
+        self.log = root / "worker.log"

@@ -6,21 +6,18 @@ import json
 import re
 import shutil
 import traceback
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from aroma.checkpoint import verify_adapter
-from aroma.errors import CheckpointError, ConfigError, bad_value
+from aroma.errors import CheckpointError, bad_value
 from aroma.files import is_new_or_empty, write_json
 
 from ..methods.base import TRAINED_FILE
 from ..training.trainer import HOOKS_FILE
 from .files import TrialFiles
 from .trial import Trial, differing_keys, load_trial, save_trial
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class TrialFolder(TrialFiles):
@@ -35,14 +32,16 @@ class TrialFolder(TrialFiles):
         if self.trial.exists():
             differing = differing_keys(trial, load_trial(self.trial))
             if differing:
-                raise ConfigError(
-                    f"folder={str(self.root)!r}: the trial there was made with other settings: it differs in "
-                    f"{', '.join(differing)}. Give another folder, or move that one away"
-                )
-        elif strangers := self._strangers():
-            raise bad_value(
-                "folder", str(self.root), f"it holds {strangers[0]}, and nothing is overwritten; give another folder"
-            )
+                remedy = f"it differs in {', '.join(differing)}. Give another folder, or move that one away"
+                raise bad_value("folder", str(self.root), f"the trial there was made with other settings: {remedy}")
+            return
+        # The files that may be there before trial.json is, and those that are half written.
+        own = re.compile(r"recipe\.yaml|progress\.json|failure\.json|.*\.log|\..*\.tmp")
+        there = self.root.iterdir() if self.root.is_dir() else [self.root] if self.root.exists() else []
+        found = [path.name for path in there]
+        if strangers := sorted(name for name in found if not own.fullmatch(name)):
+            remedy = f"it holds {strangers[0]}, and nothing is overwritten; give another folder"
+            raise bad_value("folder", str(self.root), remedy)
 
     def open(self, trial: Trial) -> None:
         """Make the folder, and put the trial there unless an earlier attempt did."""
@@ -56,7 +55,9 @@ class TrialFolder(TrialFiles):
         One that a kill cut off is passed over, and so is one after which the training was over: the Trainer would
         take one more step before it stops.
         """
-        return next((str(path) for path in self._checkpoints() if _is_resumable(path)), None)
+        names = re.compile(r"checkpoint-(\d+)")
+        found = {int(m[1]): path for path in self.checkpoints.glob("*") if (m := names.fullmatch(path.name))}
+        return next((str(found[step]) for step in sorted(found, reverse=True) if _is_resumable(found[step])), None)
 
     def clean(self, keep_checkpoints: bool = False) -> None:
         """Remove what only an unfinished trial needs."""
@@ -75,33 +76,9 @@ class TrialFolder(TrialFiles):
         }
         write_json(self.failure, record)
 
-    def _strangers(self) -> list[str]:
-        """Return the names of what is in the folder and could be somebody's work."""
-        if not self.root.exists():
-            return []
-        if not self.root.is_dir():
-            return [self.root.name]
-        # The files that may be there before trial.json is.
-        own = {self.recipe.name, self.progress.name, self.failure.name}
-        found = [path.name for path in self.root.iterdir() if path.name not in own and path.suffix != ".log"]
-        # What is written atomically has such a name for a moment, and keeps it if the process is killed then.
-        return sorted(name for name in found if not (name.startswith(".") and name.endswith(".tmp")))
-
-    def _checkpoints(self) -> Iterator[Path]:
-        """Yield the Trainer's checkpoints, whole or not, the latest first."""
-        if self.checkpoints.is_dir():
-            found = [
-                (int(m[1]), path) for path in self.checkpoints.iterdir() if (m := _CHECKPOINT.fullmatch(path.name))
-            ]
-            yield from (path for _, path in sorted(found, reverse=True))
-
 
 def require_empty(field: str, folder: Path, remedy: str) -> None:
-    """Raise unless `folder` is absent or an empty folder.
-
-    Raises:
-        ConfigError: It is a file, or holds something.
-    """
+    """Raise ConfigError unless `folder` is absent or an empty folder."""
     if not is_new_or_empty(folder):
         raise bad_value(field, str(folder), f"it is not an empty folder, and nothing is overwritten; {remedy}")
 

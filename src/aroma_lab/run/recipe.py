@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from aroma.errors import ConfigError, bad_value
+from aroma.errors import bad_value
 from aroma.files import write_text
 
 from ..settings import apply_overrides, describe, nest, read_mapping, typed_fields
 from ..specs import DataSpec, Recipe, adapter_keys, adapter_options
 from ..tasks.spec import TaskSpec
 from .files import TrialFiles
-from .trial import Trial, differing
+from .trial import Trial
 
 _ADAPTER = "adapter"
 
@@ -48,21 +48,14 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     given = nest(values)
     adapter = given.pop(_ADAPTER, None)
     if not isinstance(adapter, dict | None):
-        raise ConfigError(f"{_ADAPTER}={adapter!r}: it is a section; give it keys, as {_ADAPTER}.r")
+        raise bad_value(_ADAPTER, adapter, f"it is a section; give it keys, as {_ADAPTER}.r")
     whole, remedy = "a recipe", "`aroma train --help` lists all keys"
-    fields = typed_fields(
-        Recipe, given, "", whole, remedy, also=lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()]
-    )
-    recipe = Recipe(**fields)
+    adapter_names = lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()]  # noqa: E731
+    recipe = Recipe(**typed_fields(Recipe, given, "", whole, remedy, also=adapter_names))
     if not adapter:
         return recipe
     types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
     return replace(recipe, adapter=typed_fields(types, adapter, _ADAPTER, whole, remedy))
-
-
-def recipe_keys() -> list[str]:
-    """Return every key of a recipe, dotted."""
-    return [key for key, _, _ in recipe_help()]
 
 
 def recipe_help() -> Iterator[tuple[str, Any, str]]:
@@ -75,21 +68,10 @@ def recipe_help() -> Iterator[tuple[str, Any, str]]:
             yield f"{_ADAPTER}.{name}", entry.default, entry.meaning
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as its file has it, defaults included."""
-    values = asdict(recipe)
-    values[_ADAPTER] = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
-    return values
-
-
 def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
     """Write the resolved recipe, defaults included, atomically."""
-    write_text(path, yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
-
-
-def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Return the dotted keys in which two recipes differ. Where they write to does not count: folders are moved."""
-    return [key for key in differing(resolved(one), resolved(other)) if key != "output"]
+    adapter = {name: key.default for name, key in adapter_keys().items()} | recipe.adapter
+    write_text(path, yaml.safe_dump({**asdict(recipe), _ADAPTER: adapter}, sort_keys=False, allow_unicode=True))
 
 
 def trial_of(recipe: Recipe) -> Trial:
@@ -129,15 +111,22 @@ def run_recipe(
         The content of `result.json`.
 
     Raises:
-        ConfigError: A recipe that cannot work, a folder that is not empty, or a resume of another recipe.
+        ConfigError: A recipe that cannot work, a folder that is not empty, or a resume of another or a finished run.
         DataError, CheckpointError, NonFiniteError: See `run_trial`.
     """
-    from .processes import Processes
+    from aroma.sharding import refuse_together
+
+    from .folder import require_empty
+    from .processes import join
     from .run import run_trial
 
     files = TrialFiles(Path(recipe.output))
-    with Processes.join().together():
-        check_output(recipe, resume)
+    with refuse_together(join().device):
+        if resume and files.result.exists():
+            raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
+        if not (resume and files.trial.exists()):
+            remedy = "it holds no run to resume; give another" if resume else "give another, or --resume this run"
+            require_empty("output", files.root, remedy)
 
     def start(job: Any) -> None:
         if not files.recipe.exists():
@@ -146,29 +135,6 @@ def run_recipe(
             on_note(note)
 
     return run_trial(trial_of(recipe), files.root, progress=progress, keep_checkpoints=True, on_start=start)
-
-
-def check_output(recipe: Recipe, resume: bool) -> None:
-    """Refuse a folder that the run may not write to; nothing is written.
-
-    Raises:
-        ConfigError: The folder is not empty and `resume` is false; or it holds another run, a finished one, or none.
-    """
-    from .folder import require_empty
-
-    files = TrialFiles(Path(recipe.output))
-    if not (resume and files.recipe.exists()):
-        remedy = "it holds no run to resume; give another output"
-        require_empty("output", files.root, remedy if resume else "give another output, or --resume this run")
-        return
-    found = differing_keys(recipe, load_recipe(files.recipe))
-    if found:
-        raise ConfigError(
-            f"output={recipe.output!r}: the run there has another recipe, which differs in {', '.join(found)}. "
-            f"Resume with the recipe stored there ({files.recipe}), or give another output"
-        )
-    if files.result.exists():
-        raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
 
 
 def _task_name(data: DataSpec) -> str:

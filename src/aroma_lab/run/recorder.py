@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from aroma.errors import CheckpointError, NonFiniteError
@@ -19,7 +19,7 @@ from aroma.events import Event
 from aroma.files import write_json, write_text
 
 from ..methods import Method
-from .memory import peak_bytes, peak_gpu_bytes
+from .machine import peak_bytes, peak_gpu_bytes
 
 Changes = list[list[int]]
 """Pairs of optimizer step and value; a value holds from its step on, until the next pair's."""
@@ -46,11 +46,12 @@ class Curve:
 
     def note(self, step: int, parameters: int, ranks: dict[str, int]) -> None:
         """Record the state after optimizer step `step`."""
-        _note(self.parameters, step, parameters)
-        for name, rank in ranks.items():
-            _note(self.ranks.setdefault(name, []), step, rank)
-        if ranks:
-            _note(self.total_rank, step, sum(ranks.values()))
+        noted = [(self.parameters, parameters)]
+        noted += [(self.ranks.setdefault(name, []), rank) for name, rank in ranks.items()]
+        noted += [(self.total_rank, sum(ranks.values()))] if ranks else []
+        for changes, value in noted:
+            if not changes or changes[-1][1] != value:
+                changes.append([step, value])
 
     def average_parameters(self, planned_steps: int) -> float:
         """Return the parameters that trained in an optimizer step, averaged over the planned ones.
@@ -74,8 +75,7 @@ class Curve:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self.parameters, self.total_rank = list(state["parameters"]), list(state["total_rank"])
-        self.ranks = {name: list(changes) for name, changes in state["ranks"]}
+        self.parameters, self.total_rank, self.ranks = state["parameters"], state["total_rank"], dict(state["ranks"])
 
 
 class Usage:
@@ -94,31 +94,26 @@ class Usage:
 
     def begin(self) -> None:
         """Count training time from now on."""
-        self._since = _now()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._since = time.perf_counter()
 
     def end_step(self, epoch: float) -> None:
-        """Add what has passed since `begin` to an epoch.
-
-        Args:
-            epoch: Epochs trained, fractions included, as the Trainer counts them.
-        """
-        now = _now()
+        """Add what has passed since `begin` to the epoch; `epoch` is the Trainer's count, fractions included."""
+        before = self._since
+        self.begin()
         index = math.ceil(epoch) - 1
         self.epochs += [0.0] * (index + 1 - len(self.epochs))
-        self.epochs[index] += now - self._since
-        self._since = now
+        self.epochs[index] += self._since - before
 
     def total(self) -> dict[str, float]:
-        """Return what the run has cost so far.
-
-        `wall_seconds`, `cpu_seconds` (all threads), `peak_memory_mib` (resident), and `peak_gpu_memory_mib` (allocated
-        by PyTorch, 0 without a GPU).
-        """
+        """Return the cost so far: CPU seconds are those of all threads, GPU memory is what PyTorch allocated."""
+        earlier = self._earlier
         return {
-            "wall_seconds": self._earlier["wall_seconds"] + time.monotonic() - self._wall,
-            "cpu_seconds": self._earlier["cpu_seconds"] + time.process_time() - self._cpu,
-            "peak_memory_mib": max(self._earlier["peak_memory_mib"], peak_bytes() / 2**20),
-            "peak_gpu_memory_mib": max(self._earlier["peak_gpu_memory_mib"], peak_gpu_bytes() / 2**20),
+            "wall_seconds": earlier["wall_seconds"] + time.monotonic() - self._wall,
+            "cpu_seconds": earlier["cpu_seconds"] + time.process_time() - self._cpu,
+            "peak_memory_mib": max(earlier["peak_memory_mib"], peak_bytes() / 2**20),
+            "peak_gpu_memory_mib": max(earlier["peak_gpu_memory_mib"], peak_gpu_bytes() / 2**20),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,25 +125,10 @@ class Usage:
         self.epochs, self._earlier = list(state["epochs"]), dict(state["total"])
 
 
-def _now() -> float:
-    """Return the time in seconds, after the GPU has finished all work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Recorder(TrainerCallback, ExportableState):
     """Records the curve and the training time of a run, across resumes.
 
     It is called after the method's own callbacks: what they do is part of a step, and its outcome is recorded.
-
-    Args:
-        method: The method that made the model.
-        usage: Counts the training time.
-
-    Attributes:
-        curve: What was recorded.
-        usage: What the run has cost.
     """
 
     def __init__(self, method: Method, usage: Usage) -> None:
@@ -156,14 +136,8 @@ class Recorder(TrainerCallback, ExportableState):
         self._method = method
         self.usage = usage
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
-        """Record the start, or go on from a checkpoint.
-
-        Raises:
-            CheckpointError: The checkpoint has no record of what came before it.
-        """
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Record the start, or go on from a checkpoint; CheckpointError if that is no trial's."""
         if state.global_step > 0:
             saved = state.stateful_callbacks.get(type(self).__name__)
             if saved is None:
@@ -174,42 +148,27 @@ class Recorder(TrainerCallback, ExportableState):
             self._note(0, model)
         self.usage.begin()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Record the step."""
         self.usage.end_step(state.epoch)
         self._note(state.global_step, model)
         self.usage.begin()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exclude the evaluation from the training time."""
         self.usage.begin()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Exclude the checkpoint from the training time."""
         self.usage.begin()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Stop at a loss or gradient that is not finite: the model would still predict, and be scored.
-
-        Raises:
-            NonFiniteError: The loss or the gradient norm is NaN or infinite.
-        """
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Raise NonFiniteError at a loss or gradient that is not finite: the model would still be scored."""
         for name in ("loss", "grad_norm"):
             if not math.isfinite((logs or {}).get(name, 0.0)):
                 raise NonFiniteError(
-                    f"{name}={(logs or {})[name]} at optimizer step {state.global_step}: training has diverged; lower "
-                    "the learning rate, or look at the data"
+                    f"{name}={logs[name]} at optimizer step {state.global_step}: training has diverged; lower the "
+                    "learning rate, or look at the data"
                 )
 
     def state(self) -> dict[str, Any]:
@@ -222,41 +181,26 @@ class Recorder(TrainerCallback, ExportableState):
 
 
 class ProgressFile(TrainerCallback):
-    """Writes `progress.json` every few seconds: step, planned steps, and when and at which step this attempt began.
+    """Writes `progress.json` every few seconds: step, planned steps, and when and at which step this attempt began."""
 
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-        self._started = time.time()
-        self._first_step = 0
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._written = 0.0
+        self._record: dict[str, float] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the step at which the attempt begins."""
-        self._started, self._first_step = time.time(), state.global_step
+        self._record = {"step": 0, "planned": 0, "started": time.time(), "first_step": state.global_step}
         self._write(state)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write, at most every few seconds."""
         if time.monotonic() - self._written >= _LEAST_SECONDS or state.global_step >= state.max_steps:
             self._write(state)
 
-    def _write(self, state: TrainerState) -> None:
+    def _write(self, state: Any) -> None:
         self._written = time.monotonic()
-        record = {
-            "step": state.global_step,
-            "planned": state.max_steps,
-            "started": self._started,
-            "first_step": self._first_step,
-        }
-        write_json(self._path, record)
+        write_json(self._path, {**self._record, "step": state.global_step, "planned": state.max_steps})
 
 
 class EventLog:
@@ -269,8 +213,9 @@ class EventLog:
 
     def __init__(self, path: str | os.PathLike[str], upto: int) -> None:
         self._path = Path(path)
-        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= upto]
-        write_text(self._path, "".join(kept))
+        written = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+        whole = (line for line in written if line.endswith("\n"))
+        write_text(self._path, "".join(line for line in whole if json.loads(line)["step"] <= upto))
 
     def __call__(self, event: Event) -> None:
         """Append one event."""
@@ -279,12 +224,7 @@ class EventLog:
 
 
 def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str, Any]:
-    """Return the content of `history.json`.
-
-    Args:
-        log: The Trainer's `log_history`.
-        splits: Names of the sets that are evaluated on the way.
-    """
+    """Return the content of `history.json`: the Trainer's `log_history`, with the evaluations of `splits`."""
     history: dict[str, list[Any]] = {"loss": [], "learning_rate": [], "evaluations": []}
     for entry in log:
         for name in ("loss", "learning_rate"):
@@ -292,7 +232,10 @@ def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str
                 history[name].append([entry["step"], entry[name]])
         # The longest name first: of the splits "test" and "test_b", the second's metrics begin with the first's name.
         for split in sorted(splits, key=len, reverse=True):
-            metrics = _metrics_of(entry, f"eval_{split}_")
+            prefix = f"eval_{split}_"
+            # Sorted, because they are in the checkpoint that a resumed run goes on from.
+            found = {key.removeprefix(prefix): entry[key] for key in sorted(entry) if key.startswith(prefix)}
+            metrics = {name: value for name, value in found.items() if name not in _COST}
             if metrics:
                 history["evaluations"].append({"step": entry["step"], "split": split, **metrics})
                 break
@@ -300,31 +243,10 @@ def history_of(log: Iterable[dict[str, Any]], splits: Sequence[str]) -> dict[str
 
 
 def inner_checks_of(events: Iterable[dict[str, Any]]) -> list[list[Any]]:
-    """Return outer step, inner step t and module of where (5) first held, once for each module and outer step.
-
-    Args:
-        events: AROMA's events, as `events.jsonl` has them.
-    """
+    """Return outer step, inner step t and module of where (5) first held, once for each module and outer step."""
     found: dict[tuple[int, str], list[Any]] = {}
     for event in events:
         if event["kind"] == "checked" and event["converged"]:
-            place = (event["outer_step"], event["module"])
-            found.setdefault(place, [event["outer_step"], event["inner_step"], event["module"]])
+            outer, module = event["outer_step"], event["module"]
+            found.setdefault((outer, module), [outer, event["inner_step"], module])
     return list(found.values())
-
-
-def _note(changes: Changes, step: int, value: int) -> None:
-    if not changes or changes[-1][1] != value:
-        changes.append([step, value])
-
-
-def _whole_lines(path: Path) -> Iterable[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _metrics_of(entry: dict[str, Any], prefix: str) -> dict[str, float]:
-    named = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
-    # Sorted, because they are in the checkpoint that a resumed run goes on from.
-    return {name: named[name] for name in sorted(named) if name not in _COST}

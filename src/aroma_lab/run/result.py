@@ -4,69 +4,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from aroma.errors import NonFiniteError, bad_value
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
-from ..methods import Method
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
 from ..training.trainer import Fit
-from .recorder import Recorder, inner_checks_of
-from .trial import Trial
-from .work import Work
+from .recorder import inner_checks_of
+
+if TYPE_CHECKING:
+    from .run import Run
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A trial that has trained, if its method does.
-
-    Args:
-        trial: The trial.
-        method: Its method.
-        work: Its examples, and what they are scored by.
-        fit: Its Trainer.
-        planned_steps: Optimizer steps that its training section plans.
-        recorder: What was recorded of it.
-        processes: How many processes trained it.
-        provenance: Versions, revision and machine.
-    """
-
-    trial: Trial
-    method: Method
-    work: Work
-    fit: Fit
-    planned_steps: int
-    recorder: Recorder
-    processes: int
-    provenance: dict[str, Any]
-
-
-def result_of(finished: Finished, predictions: Mapping[str, Prediction], events: Path) -> dict[str, Any]:
+def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
     """Return the content of `result.json`.
 
     Args:
-        finished: The trial.
+        run: What was run.
+        fit: Its Trainer, which has trained if the method does.
         predictions: By split: the held-out and, if the trial reports, the reported examples.
-        events: File of its events.
     """
-    trial, work, usage = finished.trial, finished.work, finished.recorder.usage
-    steps = finished.fit.trainer.state.global_step
+    trial, method, work, recorder = run.trial, run.method, run.work, run.recorder
+    steps = fit.trainer.state.global_step
     held_out = predictions[work.held_out]
-    reported = {split: predictions[split].metrics for split in work.reported}
+    reported = {split: one.metrics for split, one in predictions.items() if split != work.held_out}
+    curve, model = recorder.curve, fit.trainer.model
+    ranks = method.ranks(model)
+    # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
+    size = getattr(method, "r", 1) if fit.growth is not None else 1
+    modules = fit.controller.summary() if fit.growth is not None else []
+    events = run.home.events.read_text(encoding="utf-8").splitlines()
     return {
         "name": trial.name,
         "task": trial.task.name,
         "method": trial.method,
         "kind": trial.kind,
         "options": trial.options,
-        "resolved_options": finished.method.resolved_options(),
+        "resolved_options": method.resolved_options(),
         "seed": trial.training.seed,
         "purpose": trial.purpose,
         "metric": work.metric,
@@ -79,41 +58,24 @@ def result_of(finished: Finished, predictions: Mapping[str, Prediction], events:
         "examples": work.job.examples,
         "notes": list(work.job.notes),
         "steps": steps,
-        "planned_steps": finished.planned_steps,
-        "stopped_early": finished.method.trains and steps < finished.planned_steps,
-        "parameters": _parameters(finished),
-        **_ranks(finished),
-        **{name: round(value, 3) for name, value in usage.total().items()},
-        "epoch_seconds": [round(seconds, 4) for seconds in usage.epochs],
-        "inner_checks": inner_checks_of(json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()),
-        "processes": finished.processes,
-        **finished.provenance,
-    }
-
-
-def _parameters(finished: Finished) -> dict[str, float]:
-    curve = finished.recorder.curve
-    return {
-        "initial": curve.parameters[0][1],
-        "average": curve.average_parameters(finished.planned_steps),
-        "final": curve.parameters[-1][1],
-        "head": count_trainable(finished.fit.trainer.model)["head"],
-    }
-
-
-def _ranks(finished: Finished) -> dict[str, Any]:
-    """Return ranks as the method counts them, the spectra of the update, and how the modules of AROMA ended."""
-    model, growth = finished.fit.trainer.model, finished.fit.growth
-    # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
-    size = getattr(finished.method, "r", 1) if growth is not None else 1
-    ranks = finished.method.ranks(model)
-    modules = finished.fit.controller.summary() if growth is not None else []
-    return {
-        **spectra_of(finished.method.components(model), r=size),
-        "ranks": ranks,
-        "average_rank": sum(ranks.values()) / len(ranks) if ranks else None,
+        "planned_steps": run.steps,
+        "stopped_early": method.trains and steps < run.steps,
+        "parameters": {
+            "initial": curve.parameters[0][1],
+            "average": curve.average_parameters(run.steps),
+            "final": curve.parameters[-1][1],
+            "head": count_trainable(model)["head"],
+        },
+        **spectra_of(method.components(model), r=size),
+        "ranks": ranks,  # as the method counts them
+        "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
         "states": {module.name: module.state for module in modules},
+        **{name: round(value, 3) for name, value in recorder.usage.total().items()},
+        "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
+        "inner_checks": inner_checks_of(map(json.loads, events)),
+        "processes": run.processes.num_processes,
+        **run.provenance,
     }
 
 
@@ -138,7 +100,10 @@ def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> d
         NonFiniteError: An update holds NaN or infinity.
     """
     for name, factors in components.items():
-        _require_finite(name, *factors)
+        for factor, matrix in zip("BA", factors, strict=True):
+            if not matrix.isfinite().all():
+                remedy = "its update holds NaN or infinity: training has diverged; lower the learning rate"
+                raise bad_value(f"{name}.{factor}", "not finite", remedy, NonFiniteError)
     values = {name: singular_values(B, A) for name, (B, A) in components.items()}
     ranks = {name: _rank(B, A) for name, (B, A) in components.items()}
     effective_ranks = {name: effective_rank(sigma) for name, sigma in values.items()}
@@ -159,14 +124,3 @@ def _rank(B: Tensor, A: Tensor) -> int:
 
 def _mean(values: Mapping[str, float]) -> float | None:
     return sum(values.values()) / len(values) if values else None
-
-
-def _require_finite(name: str, B: Tensor, A: Tensor) -> None:
-    for factor, matrix in (("B", B), ("A", A)):
-        if not matrix.isfinite().all():
-            raise bad_value(
-                f"{name}.{factor}",
-                "not finite",
-                "its update holds NaN or infinity: training has diverged; lower the learning rate",
-                NonFiniteError,
-            )

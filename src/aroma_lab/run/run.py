@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, set_seed
 
 from aroma.errors import bad_value
 from aroma.files import read_json, write_json, write_text
+from aroma.sharding import refuse_together
 from aroma.tuner import AromaConfig
 
 from ..methods import METHODS, Method, make_method
@@ -22,10 +24,10 @@ from ..specs import TrainSpec
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
 from .folder import TrialFolder, step_of
-from .processes import Processes, require_as_many
-from .provenance import provenance
+from .machine import provenance
+from .processes import join, of_first, require_as_many
 from .recorder import EventLog, ProgressFile, Recorder, Usage, history_of
-from .result import Finished, result_of
+from .result import result_of
 from .trial import Trial
 from .work import Work, work_of
 
@@ -50,7 +52,7 @@ def run_trial(
         folder: Its folder; new, empty, or left by this very trial.
         progress: Whether a progress bar is shown.
         keep_checkpoints: Whether the checkpoints stay when the trial is finished.
-        on_start: Called by the first process when nothing was refused, before anything but the folder is made.
+        on_start: Called by the first process when nothing was refused, and the folder holds nothing but the trial.
 
     Returns:
         The content of `result.json`.
@@ -61,30 +63,26 @@ def run_trial(
         CheckpointError: A checkpoint to go on from is damaged.
         NonFiniteError: NaN or infinity in training.
     """
-    usage = Usage()
-    processes = Processes.join()
-    home = TrialFolder(Path(folder))
-    with processes.together():
+    usage, processes, home = Usage(), join(), TrialFolder(Path(folder))
+    with refuse_together(processes.device):
         home.check(trial)
-        finished = home.result.exists()
-        run = None if finished else _prepare(trial, home, processes, usage)
+        run = None if home.result.exists() else _prepare(trial, home, processes, usage)
     if run is not None:
-        if processes.is_first:
-            home.root.mkdir(parents=True, exist_ok=True)
-            on_start(run.work.job)
+        if processes.is_main_process:
             home.open(trial)
-        processes.wait()
+            on_start(run.work.job)
+        processes.wait_for_everyone()
         result = _train_and_evaluate(run, progress)
-        if processes.is_first:
+        if processes.is_main_process:
             write_json(home.result, result)
-    if processes.is_first:
+    if processes.is_main_process:
         home.clean(keep_checkpoints)
-    processes.wait()
+    processes.wait_for_everyone()
     return result if run is not None else dict(read_json(home.result))
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A trial that has passed all checks; nothing is written yet.
 
     Args:
@@ -102,7 +100,7 @@ class _Run:
 
     trial: Trial
     home: TrialFolder
-    processes: Processes
+    processes: PartialState
     method: Method
     work: Work
     model: Any
@@ -112,21 +110,20 @@ class _Run:
     provenance: dict[str, Any]
 
 
-def _prepare(trial: Trial, home: TrialFolder, processes: Processes, usage: Usage) -> _Run:
+def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Usage) -> Run:
     """Do everything that can fail before anything is written, the cheapest first."""
     training = trial.training
     checkpoint = home.checkpoint()
     require_as_many(checkpoint)
     method = make_method(trial.kind, seeded_options(trial.kind, trial.options, training.seed))
     if not method.trains and trial.quantization is not None:
-        raise bad_value(
-            "quantization",
-            trial.quantization,
+        remedy = (
             f"transformers' Trainer takes no quantised model without an adapter, and {method.name} has none; leave "
-            "the method out, or evaluate the model with `aroma eval`",
+            "the method out, or evaluate the model with `aroma eval`"
         )
+        raise bad_value("quantization", trial.quantization, remedy)
     work = work_of(trial)
-    steps = planned_steps(training, len(work.job.train), processes.number)
+    steps = planned_steps(training, len(work.job.train), processes.num_processes)
     if method.trains:
         check_warmup(training, steps)
     if training.threads is not None:
@@ -135,7 +132,7 @@ def _prepare(trial: Trial, home: TrialFolder, processes: Processes, usage: Usage
     set_seed(training.seed)
     model = method.build(work.job.load_model(), steps)
     check_growth(model, steps)
-    return _Run(trial, home, processes, method, work, model, steps, checkpoint, Recorder(method, usage), found)
+    return Run(trial, home, processes, method, work, model, steps, checkpoint, Recorder(method, usage), found)
 
 
 def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -159,60 +156,39 @@ def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int
 
 
 def check_warmup(training: TrainSpec, steps: int) -> None:
-    """Refuse a run of `steps` optimizer steps that ends before its warm-up.
-
-    Raises:
-        ConfigError: The warm-up is longer.
-    """
+    """Raise ConfigError if a run of `steps` optimizer steps ends before its warm-up."""
     if training.warmup_steps >= steps:
-        raise bad_value(
-            "training.warmup_steps",
-            training.warmup_steps,
-            f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer",
-        )
+        remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
+        raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
 
 
 def check_growth(model: Any, steps: int) -> None:
-    """Refuse a run of `steps` optimizer steps that ends before the first inner check of a growing adapter.
-
-    Raises:
-        ConfigError: Naming the field of `AromaConfig` that does not fit.
-    """
+    """Raise ConfigError if a run of `steps` optimizer steps ends before a growing adapter's first inner check."""
     for config in getattr(model, "peft_config", {}).values():
         if isinstance(config, AromaConfig):
             config.resolve_inner_steps(steps)
 
 
-def _train_and_evaluate(run: _Run, progress: bool) -> dict[str, Any]:
-    job = run.work.job
+def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
     fit = _train(run, progress) if run.method.trains else _untrained(run)
-    if run.processes.is_first:
+    if run.processes.is_main_process:
         # What was trained is kept first: an evaluation may fail.
         _leave(run, fit)
-    predictions = {split: job.predict(fit.trainer, split) for split in job.evaluated}
-    finished = Finished(
-        trial=run.trial,
-        method=run.method,
-        work=run.work,
-        fit=fit,
-        planned_steps=run.steps,
-        recorder=run.recorder,
-        processes=run.processes.number,
-        provenance=run.provenance,
-    )
-    return run.processes.of_first(lambda: result_of(finished, predictions, run.home.events))
+    predictions = {split: run.work.job.predict(fit.trainer, split) for split in run.work.job.evaluated}
+    return of_first(run.processes, lambda: result_of(run, fit, predictions))
 
 
-def _train(run: _Run, progress: bool) -> Fit:
-    job, first = run.work.job, run.processes.is_first
+def _train(run: Run, progress: bool) -> Fit:
+    job, training, first = run.work.job, run.trial.training, run.processes.is_main_process
+    sets = job.eval_sets if training.eval_steps is not None else {}
     fit = make_trainer(
         run.method,
         run.model,
         run.work.objective,
-        run.trial.training,
+        training,
         run.home.checkpoints,
         train=job.train,
-        validation=run.work.eval_sets() if run.trial.training.eval_steps is not None else None,
+        validation={split: sets[split] for split in run.work.traced} if sets else None,
         callbacks=[run.recorder, *([ProgressFile(run.home.progress)] if first else [])],
         on_event=EventLog(run.home.events, upto=step_of(run.checkpoint)) if first else None,
         progress=progress and first,
@@ -222,7 +198,7 @@ def _train(run: _Run, progress: bool) -> Fit:
     return fit
 
 
-def _untrained(run: _Run) -> Fit:
+def _untrained(run: Run) -> Fit:
     """Return what evaluates a model that nothing trains, in the precision of those that are trained beside it."""
     objective, model = replace(run.work.objective, trainer=TrainerKind()), run.model
     loop = replace(run.trial.training, eval_steps=None, save_steps=None, checkpoint="last")
@@ -236,23 +212,23 @@ def _untrained(run: _Run) -> Fit:
     )
     trainer.accelerator.prepare_model(model, evaluation_mode=True)
     run.recorder.curve.note(0, run.method.active_parameters(model), run.method.ranks(model))
-    if run.processes.is_first:
+    if run.processes.is_main_process:
         EventLog(run.home.events, upto=0)
     return Fit(trainer)
 
 
-def _leave(run: _Run, fit: Fit) -> None:
+def _leave(run: Run, fit: Fit) -> None:
     """Write all but the result."""
     home, model = run.home, fit.trainer.model
-    _write_compactly(home.curve, {"planned_steps": run.steps, **run.recorder.curve.as_dict()})
-    _write_compactly(home.history, history_of(fit.trainer.state.log_history, run.work.traced))
+    curve = {"planned_steps": run.steps, **run.recorder.curve.as_dict()}
+    # On one line: a curve has thousands of pairs of numbers.
+    for path, value in (
+        (home.curve, curve),
+        (home.history, history_of(fit.trainer.state.log_history, run.work.traced)),
+    ):
+        write_text(path, json.dumps(value, allow_nan=False) + "\n")
     if run.trial.purpose == "report" and run.method.trains:
         shutil.rmtree(home.adapter, ignore_errors=True)  # of an attempt that was killed right here
         home.adapter.mkdir()
         run.method.save(model, home.adapter)
         run.work.job.describe(model, home.adapter)
-
-
-def _write_compactly(path: Path, value: Any) -> None:
-    """Write JSON on one line: a curve has thousands of pairs of numbers."""
-    write_text(path, json.dumps(value, allow_nan=False) + "\n")

@@ -14,8 +14,6 @@ from aroma.files import read_json, write_json
 from ..specs import DataSpec, LanguageSpec, TrainSpec, check_training
 from ..tasks.spec import TaskSpec
 
-PURPOSES = ("report", "select")
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -59,8 +57,8 @@ class Trial:
             raise bad_value("trial.name", self.name, "give a path below the folder of runs, as mrpc/lora-r8/seed-0")
         if not self.model:
             raise bad_value("trial.model", self.model, "give a hub name, a local model folder, or minilm")
-        if self.purpose not in PURPOSES:
-            raise bad_value("trial.purpose", self.purpose, f"give one of {', '.join(PURPOSES)}")
+        if self.purpose not in ("report", "select"):
+            raise bad_value("trial.purpose", self.purpose, "give one of report, select")
         check_training(self.training)
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,16 +67,12 @@ class Trial:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
-        """Return the trial that `as_dict` described.
-
-        Raises:
-            TypeError: A key is unknown or missing.
-            ConfigError: A value that cannot work.
-        """
+        """Return the trial that `as_dict` described; KeyError or TypeError for a key that is unknown or missing."""
+        data: Any = values.get("data")
         sections: dict[str, Any] = {
             "task": TaskSpec(**values["task"]),
             "training": TrainSpec(**values["training"]),
-            "data": None if values.get("data") is None else DataSpec(**values["data"]),
+            "data": None if data is None else DataSpec(**data),
             "language": LanguageSpec(**values.get("language", {})),
         }
         return cls(**{**values, **sections})

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..specs import DataSpec, ModelSpec
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
 from ..tasks.metrics import CHOICE_METRIC
+from ..tasks.model import packaged_encoder
 from ..tasks.spec import HELD_OUT
 from ..tasks.task import Task
 from ..training.job import Job, Objective
 from .trial import Trial
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-PACKAGED_MODEL = "minilm"
-"""Name of the encoder that comes with pip."""
-VALIDATION = "validation"
+_VALIDATION = "validation"
 """The held-out split of a recipe's data."""
 
 
@@ -44,19 +38,9 @@ class Work:
     traced: tuple[str, ...]
 
     @property
-    def reported(self) -> tuple[str, ...]:
-        """The splits that are reported: all but the held-out one."""
-        return tuple(split for split in self.job.evaluated if split != self.held_out)
-
-    @cached_property
     def objective(self) -> Objective:
         """The job's objective; a checkpoint is chosen on the held-out split."""
         return replace(self.job.objective, choice=f"{self.held_out}_{self.choice}")
-
-    def eval_sets(self) -> dict[str, Dataset]:
-        """Return the encoded examples that are evaluated during training, by split."""
-        sets = self.job.eval_sets
-        return {split: sets[split] for split in self.traced}
 
 
 def work_of(trial: Trial) -> Work:
@@ -66,10 +50,12 @@ def work_of(trial: Trial) -> Work:
         ConfigError: An unknown task or metric, or a tokenizer that cannot be loaded.
         DataError: Examples that cannot be used.
     """
-    model = ModelSpec(_model_name(trial.model), trial.gguf_file, trial.dtype, trial.quantization)
+    name, reported = trial.model, trial.purpose == "report"
+    if name == "minilm" and not Path(name).is_dir():
+        name = str(packaged_encoder())
+    model = ModelSpec(name, trial.gguf_file, trial.dtype, trial.quantization)
     if trial.data is not None:
-        return _work_of_data(trial, trial.data, model)
-    reported = trial.purpose == "report"
+        return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
     if trial.task.kind == "commonsense":
         from ..language.job import QuestionsJob
 
@@ -77,28 +63,17 @@ def work_of(trial: Trial) -> Work:
         return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
     data = load_task(trial.task, reported=reported)
     task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
-    parts = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
-    job = ClassifierJob.make(model, task, parts)
+    job = ClassifierJob.make(model, task, {"train": data.train, HELD_OUT: data.held_out, **data.reported})
     return Work(job, data.metric, HELD_OUT, data.metric, job.evaluated)
 
 
 def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
-    if trial.purpose == "select":
-        data = replace(data, test=None)
     if data.task == "causal_lm":
         from ..language.job import LanguageJob, read_parts
 
         job: Job = LanguageJob.make(model, trial.language, data.max_length, read_parts(data, trial.language))
-        return Work(job, "loss", VALIDATION, "loss", (VALIDATION,))
+        return Work(job, "loss", _VALIDATION, "loss", (_VALIDATION,))
     parts = load_splits(data)
     job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts)
     metric = CHOICE_METRIC[data.task]
-    return Work(job, metric, VALIDATION, metric, (VALIDATION,))
-
-
-def _model_name(name: str) -> str:
-    if name != PACKAGED_MODEL or Path(name).is_dir():
-        return name
-    from ..tasks.model import packaged_encoder
-
-    return str(packaged_encoder())
+    return Work(job, metric, _VALIDATION, metric, (_VALIDATION,))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aroma.files import read_json
 
-from .memory import keep_freed_memory
+from .machine import keep_freed_memory
 
 _POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 """What the libraries read when they are loaded to size their pools of threads."""
@@ -24,8 +24,18 @@ def main(arguments: list[str]) -> int:
     trial_file, folder = arguments
     keep_freed_memory()
     try:
-        _pin_threads(read_json(trial_file)["training"].get("threads"))
-        _run(trial_file, Path(folder))
+        threads = read_json(trial_file)["training"].get("threads")
+        if threads is not None:  # before any library is loaded
+            os.environ.update(dict.fromkeys(_POOLS, str(threads)))
+        from aroma.cli.quiet import quiet
+
+        quiet()
+        from .processes import join
+        from .run import run_trial
+        from .trial import load_trial
+
+        run_trial(load_trial(trial_file), Path(folder))
+        join().destroy_process_group()
     except Exception as error:
         if os.environ.get("RANK", "0") == "0":
             from .folder import TrialFolder
@@ -34,24 +44,6 @@ def main(arguments: list[str]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _pin_threads(threads: int | None) -> None:
-    """Give every library's pool so many threads; called before any of them is loaded."""
-    if threads is not None:
-        os.environ.update(dict.fromkeys(_POOLS, str(threads)))
-
-
-def _run(trial_file: str, folder: Path) -> None:
-    from aroma.cli.quiet import quiet
-
-    quiet()
-    from .processes import Processes
-    from .run import run_trial
-    from .trial import load_trial
-
-    run_trial(load_trial(trial_file), folder)
-    Processes.join().leave()
 
 
 if __name__ == "__main__":

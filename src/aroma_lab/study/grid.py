@@ -73,7 +73,7 @@ class Grid:
         output: Folder of all results; trials are in `runs/<name>/` below it.
         model: Hub name or folder of the pretrained model, or `"minilm"`.
         tasks: Tasks by name.
-        methods: `kind` (one of `aroma_lab.methods.registry.METHODS`) and options of each method, by label.
+        methods: `kind` (one of `aroma_lab.methods.METHODS`) and options of each method, by label.
         training: The training loop of all trials.
         seeds: Seeds of the reported trials.
         processes: Trials at a time on this machine, each in a process of its own.

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
@@ -31,7 +24,7 @@ from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
 
 from ..methods import Method
-from ..methods.base import TRAINED_FILE, HooksCallback, trained_tensors
+from ..methods.base import TRAINED_FILE, Hooks, HooksCallback, trained_tensors
 from ..methods.head import head_of, require_new_trains
 from ..specs import TrainSpec
 from .job import Objective
@@ -63,9 +56,9 @@ class Fit:
     @property
     def controller(self) -> AromaController:
         """AROMA's controller, of a training that has begun."""
-        assert self.growth is not None, "only AROMA has a controller"
-        assert self.growth.controller is not None, "it has not trained"
-        return self.growth.controller
+        controller = self.growth and self.growth.controller
+        assert controller is not None, "only AROMA has a controller, once it has trained"
+        return controller
 
     def train(self, checkpoint: str | None = None) -> None:
         """Train, from a checkpoint if one is given; the progress bar is always closed."""
@@ -132,38 +125,28 @@ def make_trainer(
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
-    """Return AdamW over two groups: the adapter or backbone, and the head with its own learning rate.
-
-    Args:
-        model: What to train.
-        training: The loop.
-        method: Says what of the model trains; None for all that has a gradient.
-    """
+    """Return AdamW over adapter or backbone, and over the head. Without a method, all that has a gradient trains."""
     trained = [p for p in model.parameters() if p.requires_grad] if method is None else method.parameters(model)
     chosen = {id(parameter) for parameter in trained}
     named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
     head = head_of(model)
     require_new_trains(head, named)
-    groups: list[Mapping[str, Any]] = [
-        {"params": [p for name, p in named.items() if not head.holds(name)], "lr": training.learning_rate},
-        {
-            "params": [p for name, p in named.items() if head.holds(name)],
-            "lr": training.head_learning_rate or training.learning_rate,
-        },
-    ]
-    return torch.optim.AdamW([dict(group) for group in groups if group["params"]], weight_decay=training.weight_decay)
+    adapter = [parameter for name, parameter in named.items() if not head.holds(name)]
+    new = [parameter for name, parameter in named.items() if head.holds(name)]
+    rates = (training.learning_rate, training.head_learning_rate or training.learning_rate)
+    groups = [{"params": group, "lr": rate} for group, rate in zip((adapter, new), rates, strict=True) if group]
+    return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
 
 
 def training_arguments(training: TrainSpec, objective: Objective, folder: str | os.PathLike[str]) -> TrainingArguments:
-    """Return the Trainer's arguments for a training section; every count is in optimizer steps.
-
-    Args:
-        training: The loop.
-        objective: Says what a checkpoint is chosen by, and whose arguments they are.
-        folder: Where checkpoints go.
-    """
-    saves = {"save_strategy": "no"} if training.save_steps is None else {"save_steps": training.save_steps}
-    order = {"train_sampling_strategy": "group_by_length"} if training.group_by_length else {}
+    """Return the Trainer's arguments for a training section; all counts are of optimizer steps."""
+    further: dict[str, Any] = {"save_strategy": "no"} if training.save_steps is None else {}
+    if training.group_by_length:
+        further["train_sampling_strategy"] = "group_by_length"
+    if training.scheduler == "cosine_with_min_lr":
+        further["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_lr_ratio}
+    if training.save_steps is not None:
+        further["save_steps"] = training.save_steps
     return (objective.trainer.arguments_class or TrainingArguments)(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
@@ -173,7 +156,6 @@ def training_arguments(training: TrainSpec, objective: Objective, folder: str | 
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
-        lr_scheduler_kwargs=_scheduler_options(training),
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -181,8 +163,7 @@ def training_arguments(training: TrainSpec, objective: Objective, folder: str | 
         logging_nan_inf_filter=False,  # a loss that is not finite has to be seen
         eval_strategy="no" if training.eval_steps is None else "steps",
         eval_steps=training.eval_steps,
-        **saves,
-        **order,
+        **further,
         save_total_limit=training.keep_checkpoints,
         load_best_model_at_end=training.checkpoint == "best",
         metric_for_best_model=objective.choice,
@@ -207,10 +188,6 @@ def logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     """Return the logits of outputs that hold more, as T5's encoder states."""
     logits: torch.Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits
-
-
-def _scheduler_options(training: TrainSpec) -> dict[str, float]:
-    return {"min_lr_rate": training.min_lr_ratio} if training.scheduler == "cosine_with_min_lr" else {}
 
 
 # Exact resume --------------------------------------------------------------------------------------------------------
@@ -275,31 +252,32 @@ class ExactResume:
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(data))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
         if self._describe is not None:
-            self._describe(self.model, Path(output_dir or self.args.output_dir))
+            self._describe(self.model, folder)
         if self._hooks is None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
         assert self._hooks.hooks is not None, "the Trainer calls on_train_begin first"
-        folder = Path(output_dir or self.args.output_dir)
         write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
         write_tensors(folder / HOOKS_FILE, self._hooks.hooks.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._hooks is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-            return
-        load_trained(self.model, Path(resume_from_checkpoint) / TRAINED_FILE)
-        self._hooks.load_state_dict(read_tensors(Path(resume_from_checkpoint) / HOOKS_FILE))
+        else:
+            self._restore(Path(resume_from_checkpoint), self._hooks)
 
     def _load_best_model(self) -> None:
         if self._hooks is None:
             super()._load_best_model()  # type: ignore[misc]
             return
         assert self._hooks.hooks is not None, "it has trained"
-        best = Path(self.state.best_model_checkpoint)
-        load_trained(self.model, best / TRAINED_FILE)
-        self._hooks.hooks.load_state_dict(read_tensors(best / HOOKS_FILE))
+        self._restore(Path(self.state.best_model_checkpoint), self._hooks.hooks)
+
+    def _restore(self, checkpoint: Path, hooks: Hooks | HooksCallback) -> None:
+        load_trained(self.model, checkpoint / TRAINED_FILE)
+        hooks.load_state_dict(read_tensors(checkpoint / HOOKS_FILE))
 
 
 class MethodTrainer(ExactResume, Trainer):
@@ -308,20 +286,15 @@ class MethodTrainer(ExactResume, Trainer):
 
 @torch.no_grad()
 def load_trained(model: nn.Module, file: Path) -> None:
-    """Write trained parameters back into the model that they are of.
-
-    Raises:
-        CheckpointError: The file is damaged, or of another model.
-    """
+    """Write trained parameters back into their model; CheckpointError if the file is damaged, or of another model."""
     saved, parameters = read_tensors(file), trained_tensors(model)
-    for name in sorted(saved.keys() ^ parameters.keys()):
-        raise CheckpointError(f"{file}: {name} is in one of file and model only; it is a checkpoint of another run")
-    for name, parameter in parameters.items():
-        if saved[name].shape != parameter.shape:
+    for name in sorted(saved.keys() | parameters.keys()):
+        one, other = (tuple(held[name].shape) if name in held else "nothing" for held in (saved, parameters))
+        if one != other:
             raise CheckpointError(
-                f"{file}: {name} has the shape {tuple(saved[name].shape)}, and {tuple(parameter.shape)} in the model; "
-                "it is a checkpoint of another run"
+                f"{file}: {name} has the shape {one}, and {other} in the model; it is a checkpoint of another run"
             )
+    for name, parameter in parameters.items():
         parameter.copy_(saved[name])
 
 
@@ -330,16 +303,11 @@ class EpochLengthSampler(LengthGroupedSampler):
 
     Drawn from the global random numbers, as transformers does it, an epoch's order could not be found again by a run
     that resumes in its midst; and every method, which draws its own dropout, would see other batches.
-
-    Args:
-        sampler: The sampler as the Trainer makes it.
-        seed: Seed of the run.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
         super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
-        self._seed = seed
-        self._epoch = 0
+        self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration gives."""
@@ -354,18 +322,12 @@ class EpochLengthSampler(LengthGroupedSampler):
 
 
 class LossWindow(TrainerCallback, ExportableState):
-    """Keeps the loss summed up since the last log in checkpoints; a resumed Trainer would log the mean of fewer steps.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Keeps the loss since the last log in checkpoints; else a resumed Trainer would log the mean of fewer steps."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On resume, go on with the sum of the checkpoint."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step > 0 and saved is not None:
@@ -375,6 +337,5 @@ class LossWindow(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer stores in a checkpoint; it asks before the training begins, too."""
-        loss = float(getattr(self._trainer, "_tr_loss", 0.0))
-        logged = getattr(self._trainer, "_globalstep_last_logged", 0)
-        return {"args": {}, "attributes": {"loss": loss, "logged": logged}}
+        loss, logged = getattr(self._trainer, "_tr_loss", 0.0), getattr(self._trainer, "_globalstep_last_logged", 0)
+        return {"args": {}, "attributes": {"loss": float(loss), "logged": logged}}
