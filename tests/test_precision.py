@@ -21,7 +21,8 @@ from aroma import AromaCallback, AromaConfig, AromaController, Event, aroma_laye
 from aroma.errors import ConfigError
 from aroma.export import export_merged
 from aroma.tuner import AromaLinear
-from aroma_lab.language.model import quantization_config
+from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks.model import loading_options
 from models import METHOD, adapted, batch, deltas, grow, logits, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import arguments, assert_same, growth, tiny_bert, trainer_for
@@ -57,8 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def quantised_base(folder: str, kind: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    options = {"quantization_config": quantization_config(kind)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    options = loading_options(ModelSpec("any", quantization=kind))
+    return AutoModelForCausalLM.from_pretrained(folder, **{**options, "dtype": dtype}).eval()
 
 
 class Training:
