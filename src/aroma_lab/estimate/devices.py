@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from aroma.errors import bad_value
 
@@ -36,8 +36,6 @@ DEVICES = {
     "B200": 179,
 }
 """GiB of kinds of devices, as their makers publish them; the smallest first."""
-
-_STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def usable_bytes(memory_gib: float) -> int:
@@ -137,7 +135,7 @@ def _estimate(needs: Needs, devices: int, kinds: Mapping[str, float]) -> dict[st
         },
         "bytes": {
             "one": needs.on("one"),
-            **{strategy: needs.on(strategy, devices) for strategy in _STRATEGIES if devices > 1},
+            **{strategy: needs.on(strategy, devices) for strategy in get_args(Strategy)[1:] if devices > 1},
         },
         "fits": [{"device": name, **fit(needs, usable_bytes(memory))} for name, memory in kinds.items()],
     }

@@ -26,6 +26,14 @@ from .tensors import Inventory, TensorSize
 
 Strategy = Literal["one", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
+_SHARDED: dict[Strategy, tuple[str, ...]] = {
+    "fsdp2": ("weights", "gradients", "state"),
+    "zero1": ("state",),
+    "zero2": ("gradients", "state"),
+    "zero3": ("weights", "gradients", "state"),
+}
+"""What is sharded; the rest is whole on every device."""
+
 _ZERO3_LIVE = 10**9
 """Elements that ZeRO-3 gathers at most before it frees some, DeepSpeed's default."""
 
@@ -291,26 +299,21 @@ class Needs:
             strategy = "one"
         inventory, is_zero = self.inventory, strategy.startswith("zero")
 
-        def whole(size: TensorSize) -> TensorSize:
-            return size
+        def held(kind: str, sizes: Iterable[TensorSize]) -> list[TensorSize]:
+            if kind not in _SHARDED.get(strategy, ()):
+                return [*sizes]
+            return [size.flat_shard(devices) if is_zero else size.shard(devices) for size in sizes]
 
-        def part(size: TensorSize) -> TensorSize:
-            return size.flat_shard(devices) if is_zero else size.shard(devices)
-
-        of_weights = part if strategy in ("fsdp2", "zero3") else whole
-        of_gradients = part if strategy in ("fsdp2", "zero2", "zero3") else whole
-        of_state = part if strategy == "fsdp2" or is_zero else whole
-        gradients = _bytes(map(of_gradients, inventory.trained))
-        stepped = [of_state(size) for size in inventory.trained]
+        gradients, stepped = _bytes(held("gradients", inventory.trained)), held("state", inventory.trained)
         # Intermediates of an optimizer are as large as what it trains.
         between = max(self.between, gradients)
         found = {
-            "weights": _bytes(map(of_weights, inventory.weights)),
+            "weights": _bytes(held("weights", inventory.weights)),
             "constants": inventory.constants,
             "buffers": inventory.buffers,
-            "pairs": _bytes(map(of_weights, inventory.pairs)),
+            "pairs": _bytes(held("weights", inventory.pairs)),
             "finished": self.finished,
-            "head": _bytes(map(of_weights, inventory.head)),
+            "head": _bytes(held("weights", inventory.head)),
             "gradients": gradients,
             "optimizer": state_bytes(self.settings.optimizer, stepped) + (_bytes(stepped) if is_zero else 0),
             "buckets": _bytes(inventory.trained) if strategy == "ddp" or is_zero else 0,

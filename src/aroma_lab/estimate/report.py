@@ -9,14 +9,7 @@ import pandas as pd
 from .devices import GIB, MOST, RESERVED_BYTES, RESERVED_SHARE
 from .memory import PARTS
 
-_STRATEGIES = {
-    "one": "one device",
-    "ddp": "DDP",
-    "fsdp2": "FSDP2",
-    "zero1": "ZeRO-1",
-    "zero2": "ZeRO-2",
-    "zero3": "ZeRO-3",
-}
+_STRATEGIES = {"one": "one device", "ddp": "DDP", "fsdp2": "FSDP2"} | {f"zero{n}": f"ZeRO-{n}" for n in (1, 2, 3)}
 
 
 def size(count: float) -> str:

@@ -50,8 +50,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if not isinstance(adapter, dict | None):
         raise bad_value(_ADAPTER, adapter, f"it is a section; give it keys, as {_ADAPTER}.r")
     whole, remedy = "a recipe", "`aroma train --help` lists all keys"
-    adapter_names = lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()]  # noqa: E731
-    recipe = Recipe(**typed_fields(Recipe, given, "", whole, remedy, also=adapter_names))
+    fields = typed_fields(Recipe, given, "", whole, remedy, lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()])
+    recipe = Recipe(**fields)
     if not adapter:
         return recipe
     types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
