@@ -283,6 +283,21 @@ def test_the_layer_makes_four_passes_over_its_activations(m, n, counted):
     assert activations.count == of_the_matrix + PASSES
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_backward_looks_at_the_weight_only_where_x_wants_a_gradient(wanted):
+    tokens, m, n = 211, 7, 31
+    x, weight = torch.randn(tokens, n, requires_grad=wanted), torch.randn(m, n)
+    a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
+    A, B = torch.randn(9, n), torch.randn(m, 9)
+    y = linear_with_update(x, weight, None, Update(A, B, a, b, 1.0, 0.0))
+    with Touched(m * n) as of_weight, Touched(9 * n) as of_components:
+        y.sum().backward()
+    assert (of_weight.count > 0) == wanted
+    assert of_components.count == 0, "folded, or not needed"
+    torch.testing.assert_close(a.grad, (b.T @ torch.ones(m, 1)) * x.detach().sum(0))
+    torch.testing.assert_close(b.grad, ((x @ a.T).sum() * torch.ones(m, 1)).detach())
+
+
 FAULTS = """
 import resource, sys, torch
 from aroma_lab.run.machine import keep_freed_memory
