@@ -62,6 +62,7 @@ class AromaController:
     Attributes:
         rule: The growth rule; `PaperRule` is Algorithm 1.
         matrices: The growing matrices.
+        live: The live state of the adapter: its seed, and who drives it.
 
     Raises:
         ConfigError: No growing module, a pair that the optimizer does not hold or that is offloaded, loops that
@@ -91,9 +92,9 @@ class AromaController:
         self.adapter_name = adapter_name
         self.optimizer = optimizer
         self.total_steps = total_steps
-        self._live = live_adapter(model, adapter_name)
-        self.config = self._live.config
-        self.matrices = GrowingMatrices(model, adapter_name, self._live, optimizer)
+        self.live = live_adapter(model, adapter_name)
+        self.config = self.live.config
+        self.matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
         self._processes = world_size()
         self._wrapper = wrapper if wrapper is not model else None
         self._sharding = self.matrices.sharding
@@ -110,7 +111,7 @@ class AromaController:
         self._listeners: list[Callable[[Event], None]] = []
         self._stale = False
         self._state_is_known = False
-        self._live.attach_controller(self)
+        self.live.attach_controller(self)
 
     # What a loop asks ------------------------------------------------------------------------------------------------
 
@@ -182,7 +183,7 @@ class AromaController:
         """
         self._refuse_stale()
         self.matrices.release_pairs()
-        self._live.ever_controlled = True
+        self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
         return self._tell(self.rule.step())
@@ -245,7 +246,7 @@ class AromaController:
         state, tensors = self.matrices.state(
             self.rule.draw, self.matrices.pairs(self.modules) if pairs is None else pairs
         )
-        return {"state": {"config": self._live.method(), **self.rule.state(), **state}, "tensors": tensors}
+        return {"state": {"config": self.live.method(), **self.rule.state(), **state}, "tensors": tensors}
 
     @torch.no_grad()
     def load_state_dict(self, exported: dict[str, Any]) -> None:
@@ -262,7 +263,7 @@ class AromaController:
         pairs = self.matrices.pairs(self.modules)
         state = exported["state"]
         with self.together():
-            self._live.check_resumable(state["config"])
+            self.live.check_resumable(state["config"])
             self.matrices.refuse_other(state, pairs)
             self.rule.restore(state)
             self.matrices.restore(state, exported["tensors"], self.rule.draw, pairs)
@@ -288,13 +289,13 @@ class AromaController:
         if not is_distributed():
             return
         require_equal_replicas(self._facts(model), self._tensors(model), self.matrices.device)
-        self._live.seed = of_first_rank(self._live.seed, self.matrices.device)
+        self.live.seed = of_first_rank(self.live.seed, self.matrices.device)
 
     def _facts(self, model: nn.Module) -> dict[str, object]:
         return {
             "adapter_name": self.adapter_name,
             **self.config.method(),
-            "component_seed": self._live.seed if self._live.chose_seed else None,
+            "component_seed": self.live.seed if self.live.chose_seed else None,
             "total_steps": self.total_steps,
             "target_modules": [(matrix.name, matrix.rank, matrix.is_frozen) for matrix in self.modules],
             "optimizer": type(unwrapped_optimizer(self.optimizer)).__name__,
@@ -322,7 +323,7 @@ class AromaController:
 
     def _refuse_stale(self) -> None:
         refuse_changed_processes(self._processes, self._wrapper)
-        if self._live.controller is not self:
+        if self.live.controller is not self:
             raise bad_value(
                 "controller",
                 self.adapter_name,
