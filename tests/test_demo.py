@@ -132,6 +132,7 @@ def check(saved, logits, adapter="adapter"):
     return demo.check_reload(logits, folder / adapter, job, demo.TRAINING, demo.no_progress)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_import_aroma_predicts_the_same_or_the_demo_stops(saved):
     agreement = check(saved, saved[2])
     assert (agreement["examples"], agreement["different_predictions"]) == (7, 0)

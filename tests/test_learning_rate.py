@@ -114,7 +114,10 @@ def rates(optimizer: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("components", [None, 4], ids=["growing", "the head trains on"])
+@pytest.mark.parametrize(
+    "components",
+    [pytest.param(None, id="growing"), pytest.param(4, id="the head trains on", marks=pytest.mark.slow)],
+)
 def test_used_and_logged_in_the_trainer(tmp_path: Path, uneven: Any, name: str, components: int | None) -> None:
     options = SCHEDULES[name]
     model, events, recorder = adapted(**uneven, max_components=components), [], Recorder()

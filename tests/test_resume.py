@@ -61,7 +61,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS.keys())
+QUICK = {"as it comes", "dropout", "bfloat16 pairs", "restored callbacks", "everything awkward"}
+"""Options of the default run; between them they touch all that the others do."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(value, id=key, marks=() if key in QUICK else pytest.mark.slow) for key, value in OPTIONS.items()],
+)
 def test_resumed_equals_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = Run(**{"steps": 24, **changes})
     run.training = {"save_steps": 2, **run.training}
@@ -72,6 +79,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -
         assert_resumes(tmp_path, run, step, whole)
 
 
+@pytest.mark.slow
 def test_resumed_from_every_single_step(tmp_path: Path) -> None:
     run = Run(steps=16, method={"lora_alpha": 3}, training={"save_steps": 1})
     whole = live(train(tmp_path / "whole", run))
@@ -354,6 +362,7 @@ def die_within_the_save(processes: Any, out: Path, moment: str, step: int) -> No
     assert last_complete_checkpoint(out) == (str(out / whole) if step > 3 else None)
 
 
+@pytest.mark.slow
 def test_killed_after_random_steps(processes: Any, tmp_path: Path, immortal: Path) -> None:
     steps = sorted(random.Random(4).sample(range(1, MORTAL.steps + 1), 4))
     for step in steps:

@@ -68,8 +68,8 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(saved[key], expected[key]) for key in saved), name
 
 
-SLOW = {"houlsby", "full"}
-"""They are saved as pfeiffer and bitfit are."""
+SLOW = {"houlsby", "full", "bitfit", "head_only", "relora", "adalora, at rest"}
+"""They are saved as pfeiffer, aroma and adalora are."""
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in METHODS])
@@ -147,7 +147,7 @@ def test_killed_after_training_equals_uninterrupted(
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["relora_merge", "aroma"])
+@pytest.mark.parametrize("method", [pytest.param("relora_merge", marks=pytest.mark.slow), "aroma"])
 def test_the_best_checkpoint_is_the_one_reported(processes: Any, material: Path, tmp_path: Path, method: str) -> None:
     trial = trial_of(material, method, checkpoint="best", eval_steps=5, keep_checkpoints=2)
     result = run_trial(trial, tmp_path / "whole")
