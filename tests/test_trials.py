@@ -183,6 +183,7 @@ def test_what_can_be_refused_is_refused_before_anything_is_written(material: Pat
     for broken, message in (
         (replace(trial, kind="lorra"), "kind='lorra'"),
         (replace(trial, options={"rank": 3}), r"options\.rank=3"),
+        (replace(trial, kind="pretrained", options={}, quantization="nf4"), "quantization='nf4'"),
         (replace(trial, model="no/model"), "'no/model'"),
         (trial_of(material, warmup_steps=18), r"training\.warmup_steps=18"),
         (replace(trial, task=replace(trial.task, max_length=64)), "64"),
