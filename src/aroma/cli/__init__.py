@@ -1,16 +1,18 @@
 """The command `aroma`.
 
 Importing this package is light: a command imports PyTorch and what stands on it only when it runs, so that help and
-wrong arguments answer at once. The library has two commands of its own, `inspect` and `export`; other packages add
-theirs through the entry point group `aroma.commands`, as the laboratory does.
+wrong arguments answer at once. The library has two commands of its own, `inspect` and `export`. The laboratory's are
+entry points of the distribution, in the group `aroma.commands`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from importlib.metadata import entry_points
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -84,8 +86,24 @@ def make_parser() -> argparse.ArgumentParser:
 def _commands() -> list[Any]:
     """Return the modules of all commands, in alphabetical order of their names."""
     found: dict[str, Any] = {"inspect": inspect, "export": export}
-    found |= {entry.name: entry.load() for entry in entry_points(group=COMMAND_GROUP)}
+    found |= {name: import_module(module) for name, module in _entries(COMMAND_GROUP)}
     return [found[name] for name in sorted(found)]
+
+
+def _entries(group: str) -> Iterator[tuple[str, str]]:
+    """Yield name and module of every entry point in a group of this distribution.
+
+    They are read from its file: importing `importlib.metadata` takes as long as all the rest of `aroma --help`.
+    """
+    files = (file for folder in sys.path for file in Path(folder).glob("aroma_peft-*.dist-info/entry_points.txt"))
+    file = next(files, None)
+    lines = file.read_text(encoding="utf-8").partition(f"[{group}]")[2].splitlines()[1:] if file is not None else []
+    for line in lines:
+        if line.startswith("["):
+            return
+        name, equals, module = line.partition("=")
+        if equals:
+            yield name.strip(), module.strip()
 
 
 def _report(message: str, code: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import bad_value
@@ -81,6 +80,8 @@ def _base_of(arguments: argparse.Namespace) -> str | None:
     The entry point group `aroma.base_models` holds functions that know further names of base models: each takes the
     adapter's folder and the given name, or None, and returns a folder or hub name, or None.
     """
+    from importlib.metadata import entry_points
+
     name: str | None = arguments.base_model
     for entry in entry_points(group=BASE_MODEL_GROUP):
         found: str | None = entry.load()(arguments.adapter, name)

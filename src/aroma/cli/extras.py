@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution, requires
 
 from ..errors import ConfigError
 
@@ -24,6 +23,8 @@ def require_extra(*extras: str) -> None:
 
 def is_installed(name: str) -> bool:
     """Whether a distribution is installed."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
     try:
         distribution(name)
     except PackageNotFoundError:
@@ -33,6 +34,8 @@ def is_installed(name: str) -> bool:
 
 def distributions_of(extra: str) -> Iterator[str]:
     """Yield the names of the distributions that an extra brings, those of extras within it included."""
+    from importlib.metadata import requires
+
     from packaging.requirements import Requirement
 
     for text in requires(DISTRIBUTION) or ():

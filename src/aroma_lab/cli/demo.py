@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 from aroma.cli.extras import require_extra
@@ -35,6 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.cli.quiet import quiet
 
     quiet()
+    from dataclasses import replace
+
     from rich.console import Console
     from rich.table import Table
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.texts import examples
@@ -123,6 +122,8 @@ def _prompt_of(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:
     """Load what the arguments name, with their system turn."""
+    from dataclasses import replace
+
     from ..language.model import load_for_inference
     from ..language.template import Template
 
