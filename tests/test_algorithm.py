@@ -87,7 +87,7 @@ class Numbers:
     def start_unmoved(self, draw):
         self.drawn += [(number.name, draw) for number in self.active() if not number.norm]
 
-    def freeze(self, number):
+    def freeze(self, number, *, loaded=False):
         number.is_frozen = True
 
     def train(self, rule, steps):

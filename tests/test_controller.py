@@ -368,6 +368,20 @@ def test_every_listener_hears_every_event_in_order() -> None:
     assert bench.events[3:] == second == returned
 
 
+def test_a_listener_sees_the_state_that_an_event_tells_of() -> None:
+    bench, seen = Bench(max_inner_steps=2), []
+    controller = bench.controller
+
+    def look(event: Event) -> None:
+        seen.append((event.kind, controller.outer_number, controller.inner_step, controller.total_rank))
+
+    controller.subscribe(look)
+    bench.step(20.0, 20.0, 20.0)
+    bench.step(21.0, 21.0, 21.0)
+    assert seen[3:] == [*[("checked", 1, 2, 0)] * 3, *[("merged", 1, 2, 3)] * 3]
+    assert (controller.outer_number, controller.inner_step) == (2, 0)
+
+
 def test_the_summary() -> None:
     bench = Bench(max_inner_steps=50)
     bench.put(20.0, 1.0, 20.0)
@@ -382,6 +396,19 @@ def test_the_summary() -> None:
     assert (second.inner_value, second.outer_value) == (None, pytest.approx(0.1))
     assert 1 < third.effective_rank < 2
     assert bench.controller.total_rank == 2, "the finished components alone"
+
+
+def test_frozen_pairs_that_stay_in_the_graph_stay_at_zero_after_detaching() -> None:
+    bench = Bench()
+    controller = AromaController(bench.model, bench.optimizer, total_steps=100, compiled=True)
+    train(bench, 3)
+    bench.put(0.0, 0.0, 0.0)
+    controller.outer_step()
+    assert controller.finished
+    controller.detach()
+    train(bench, 2)
+    for layer in bench.layers.values():
+        assert all(parameter.requires_grad and not parameter.any() for parameter in layer.pair("default"))
 
 
 # Another rule --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import OperationalError
 
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.engine import Engine
@@ -263,7 +264,7 @@ def test_a_search_runs_each_of_n_trials_once_reports_the_best_and_more_trials_ru
     assert list(runs_in(log).values()) == [1] * 5
     with pytest.raises(ConfigError, match=r"search\.json there is of study 'mine-lora-r8'"):
         searched(out, study="other")
-    with pytest.raises(ConfigError, match=r"0000 \(training\.learning_rate\)"):
+    with pytest.raises(ConfigError, match="0000 was run with another sampler_seed"):
         searched(out, trials=1, sampler_seed=1)
     with pytest.raises(ConfigError, match=r"methods\.lora-r8: .*rr"):
         run_search(make_search(search_values(tmp_path / "bad", space={"options.rr": {"choices": [1, 2]}})))
@@ -337,6 +338,47 @@ def test_an_interrupt_hands_back_the_running_trials(tmp_path, log, monkeypatch):
     outcome = run_search(search, module=FAKE)
     assert [one.attempt.params[RATE] for one in outcome.trials[:2]] == begun
     assert [one.tries for one in outcome.trials] == [1, 1, 1]
+
+
+def test_trials_withdrawn_by_an_edited_file_come_back_with_the_file(tmp_path, log):
+    search = make_search(search_values(tmp_path / "out", trials=2))
+    enqueued(search)
+    edited = make_search(search_values(tmp_path / "out", trials=2, training={"max_steps": 30, "warmup_steps": 1}))
+    with Engine(edited) as engine:
+        engine._retire_others(edited.scheduled())
+    outcome = run_search(search, module=FAKE)
+    assert [one.error for one in outcome.trials] == [None, None]
+    with pytest.raises(ConfigError, match=r"was run with another training\.max_steps"):
+        run_search(edited, module=FAKE)
+
+
+def test_a_database_that_is_away_for_a_moment_leaves_no_folder_locked(tmp_path, log, monkeypatch):
+    search = make_search(search_values(tmp_path / "out", trials=1, storage=storage_of("sqlite", tmp_path)))
+    really, calls = Engine._claim, []
+
+    def away_once(engine, attempt):
+        calls.append(attempt.number)
+        if len(calls) == 1:
+            raise OperationalError("the statement", {}, Exception("gone"))
+        return really(engine, attempt)
+
+    monkeypatch.setattr(Engine, "_claim", away_once)
+    assert [one.error for one in run_search(search, module=FAKE).trials] == [None]
+    assert len(calls) == 2
+
+
+def test_the_record_is_there_from_the_start_so_that_another_search_is_refused(tmp_path, log):
+    seen = []
+
+    def look(_: object) -> None:
+        with pytest.raises(
+            ConfigError, match=r"search\.json there is of study 'mine-lora-r8'"
+        ):
+            run_search(make_search(search_values(tmp_path / "out", trials=1, study="other")), module=FAKE)
+        seen.append(True)
+
+    run_search(make_search(search_values(tmp_path / "out", trials=1)), look, module=FAKE)
+    assert seen
 
 
 def test_another_search_file_for_one_study_is_refused(tmp_path, log):

@@ -108,6 +108,7 @@ class AromaController:
         self._join_ranks(model)
         self.matrices.measure_weights()
         self.rule = plan(self.matrices)
+        self.rule.tell = self._tell
         self._listeners: list[Callable[[Event], None]] = []
         self._stale = False
         self._state_is_known = False
@@ -186,7 +187,7 @@ class AromaController:
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
-        return self._tell(self.rule.step())
+        return self.rule.step()
 
     def outer_step(self) -> list[Event]:
         """End the inner loop now: check every unfrozen matrix, merge or freeze it, and start the next inner loop.
@@ -199,7 +200,7 @@ class AromaController:
         """
         self._refuse_stale()
         self.matrices.release_pairs()
-        return self._tell(self.rule.outer_step())
+        return self.rule.outer_step()
 
     def require_finite(self, *, alone: bool = False) -> None:
         """Check every component in training, as a check would; called before a checkpoint is written.
@@ -223,6 +224,8 @@ class AromaController:
 
     def detach(self) -> None:
         """Remove the hooks that the controller has made; the adapter stays as it is."""
+        if self._hooks:
+            self.matrices.forget_frozen()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -343,11 +346,10 @@ class AromaController:
                 "cannot gather sharded components; list AromaCallback behind the callbacks that set should_save"
             )
 
-    def _tell(self, events: list[Event]) -> list[Event]:
+    def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
             for listener in self._listeners:
                 listener(event)
-        return events
 
 
 def paper_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:

@@ -343,11 +343,11 @@ class GrowingMatrices:
             if not matrix.is_frozen and not b.any():
                 matrix.start_component(draw)
 
-    def freeze(self, matrix: GrowingMatrix) -> None:
-        """Drop the component in training, and train this matrix no more."""
+    def freeze(self, matrix: GrowingMatrix, *, loaded: bool = False) -> None:
+        """Drop the component in training, and train this matrix no more; see `aroma.algorithm.Matrices`."""
         self.release_pairs()
         matrix.layer.freeze(self._adapter_name)
-        for parameter in matrix.pair:
+        for parameter in () if loaded else matrix.pair:
             forget_moments(self._optimizer, parameter)
 
     def stay_in_graph(self, stays: bool, growths: int | None) -> None:
@@ -361,6 +361,15 @@ class GrowingMatrices:
             if matrix.is_frozen:
                 for parameter in matrix.pair:
                     parameter.grad = None
+
+    def forget_frozen(self) -> None:
+        """Let the optimizer forget frozen pairs: without `drop_gradients_of_frozen` old moments would move them."""
+        state = self.sharding.base_optimizer(self._optimizer).state
+        for matrix in self._all:
+            if matrix.is_frozen:
+                for parameter in matrix.pair:
+                    parameter.grad = None
+                    state.pop(parameter, None)
 
     # Refused ---------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ matrix either keeps its component and starts the next, or drops it and freezes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -64,11 +64,13 @@ class PaperRule(Generic[M]):
         inner_step: t, optimizer steps taken in this inner loop.
         outer_number: p, number of the current outer step.
         max_inner_steps: T_in.
+        tell: Called with events as they happen.
     """
 
     def __init__(self, settings: PaperSettings, matrices: Matrices[M]) -> None:
         self._settings = settings
         self._matrices = matrices
+        self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.max_inner_steps = settings.max_inner_steps
         self.global_step = 0
         self.inner_step = 0
@@ -77,7 +79,7 @@ class PaperRule(Generic[M]):
         self._earlier_outer_steps = max(matrix.component_count for matrix in matrices.all())
         for matrix in matrices.active():
             if self._is_full(matrix):
-                matrices.freeze(matrix)
+                matrices.freeze(matrix, loaded=True)
         if self._earlier_outer_steps:
             matrices.start_unmoved(self.draw)
 
@@ -131,7 +133,9 @@ class PaperRule(Generic[M]):
         for matrix, value in zip(active, values, strict=True):
             matrix.inner_value = value
             matrix.converged = matrix.converged or (value is not None and value < tolerance)
-        return [self._event("checked", matrix, matrix.inner_value) for matrix in active]
+        events = [self._event("checked", matrix, matrix.inner_value) for matrix in active]
+        self.tell(events)
+        return events
 
     def outer_step(self) -> list[Event]:
         """End the inner loop: keep or drop every component by equation (6), and start the next inner loop.
@@ -151,6 +155,7 @@ class PaperRule(Generic[M]):
         events = [event for matrix in active for event in self._go_on(matrix, matrix in kept)]
         if self.finished:
             events.append(self._event("finished"))
+        self.tell(events)
         self._start_inner_loop()
         return events
 

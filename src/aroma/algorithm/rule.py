@@ -6,7 +6,7 @@ numbers and names only: no tensors, no optimizer, no processes. The controller c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ..events import Event
@@ -85,8 +85,13 @@ class Matrices(Protocol[M]):
     def start_unmoved(self, draw: int) -> None:
         """Start a fresh component of outer step `draw` wherever the one in training has not moved."""
 
-    def freeze(self, matrix: M) -> None:
-        """Drop the component in training, and train this matrix no more."""
+    def freeze(self, matrix: M, *, loaded: bool = False) -> None:
+        """Drop the component in training, and train this matrix no more.
+
+        Args:
+            matrix: The matrix.
+            loaded: Whether it was loaded so, so that the optimizer has nothing of it to forget yet.
+        """
 
 
 class GrowthRule(Protocol):
@@ -97,12 +102,14 @@ class GrowthRule(Protocol):
         inner_step: Optimizer steps taken since the last outer step, t.
         outer_number: Number p of the current outer step, counted from 1.
         max_inner_steps: Most optimizer steps of one inner loop, T_in.
+        tell: Called with events as they happen, while matrices and counts are still those that they tell of.
     """
 
     global_step: int
     inner_step: int
     outer_number: int
     max_inner_steps: int
+    tell: Callable[[Sequence[Event]], None]
 
     @property
     def finished(self) -> bool:

@@ -46,6 +46,8 @@ class Rewarmup:
 
     def begin(self, optimizer: Any, factor: float) -> None:
         """Multiply the rate of every parameter group of `optimizer` by `factor`."""
+        if self._scheduled is not None:  # the last step ended with an exception
+            self.end(optimizer, None)
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
         if factor != 1.0:
             for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "demo",
-        help="grow adapters on real news articles, offline, in about two minutes",
+        help="grow adapters on real news articles, offline, in about three minutes",
         description=(
             "Grow adapters in a pretrained sentence encoder on 1,780 BBC News articles, evaluate on all 445 held-out\n"
             "ones, and reload the adapter in plain PEFT. Needs no network and no GPU."

@@ -37,7 +37,7 @@ def git_revision() -> str | None:
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     revision = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", ".")
+    changed = _git("status", "--porcelain", "--untracked-files=no", ".", "../aroma")
     return f"{revision}+changes" if revision and changed else revision
 
 

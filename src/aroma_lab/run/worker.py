@@ -13,6 +13,7 @@ from pathlib import Path
 
 from aroma.files import read_json
 
+from .files import TrialFiles
 from .machine import keep_freed_memory
 
 _POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -37,13 +38,19 @@ def main(arguments: list[str]) -> int:
         run_trial(load_trial(trial_file), Path(folder))
         join().destroy_process_group()
     except Exception as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and _is_own(Path(trial_file), Path(folder)):
             from .folder import TrialFolder
 
             TrialFolder(Path(folder)).record_failure(error)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_own(trial_file: Path, folder: Path) -> bool:
+    """Whether the folder is this trial's: a refused one may hold another trial, or a user's files."""
+    there = TrialFiles(folder).trial
+    return there.exists() and there.read_bytes() == trial_file.read_bytes()
 
 
 if __name__ == "__main__":

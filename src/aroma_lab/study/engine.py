@@ -26,7 +26,17 @@ from ..run.files import RUNS, TrialFiles
 from ..run.trial import Trial
 from .grid import KEY, NAME, Grid
 from .process import WORKER_MODULE, Running, TrialProcess, take_lock
-from .status import ERROR, LOSS, MACHINE, Scheduled, Status, require_no_conflicts, scheduled_in, state_by_files
+from .status import (
+    ERROR,
+    LOSS,
+    MACHINE,
+    REPLACED,
+    Scheduled,
+    Status,
+    require_no_conflicts,
+    scheduled_in,
+    state_by_files,
+)
 from .storage import MAX_RETRIES, MISSED_BEATS, STORAGE_ERRORS, open_storage, storage_error
 
 _POLL_SECONDS = 0.2
@@ -71,9 +81,12 @@ class Engine:
     def __init__(self, grid: Grid, watch: Watch | None = None, module: str = WORKER_MODULE) -> None:
         self._grid, self._watch, self._module = grid, watch, module
         self.storage = open_storage(grid.storage, grid.folder, grid.heartbeat)
-        self.study = optuna.create_study(
-            study_name=grid.study_name, storage=self.storage, direction="maximize", load_if_exists=True
-        )
+        try:
+            self.study = optuna.create_study(
+                study_name=grid.study_name, storage=self.storage, direction="maximize", load_if_exists=True
+            )
+        except STORAGE_ERRORS as error:
+            raise storage_error(grid.storage, error) from error
         self._running: list[TrialProcess] = []
         self._ended: list[Ended] = []
         self._last_beat, self._last_contact = -math.inf, time.monotonic()
@@ -133,12 +146,15 @@ class Engine:
         return count
 
     def _retire_others(self, wanted: Sequence[Mapping[str, Any]]) -> None:
-        """Fail what was enqueued with other settings, and has not run, so that no worker takes it."""
+        """Fail what was enqueued with other settings, and has not run, so that no worker takes it.
+
+        It counts as never enqueued, so that it comes back with its settings.
+        """
         keys = {attributes[NAME]: attributes[KEY] for attributes in wanted}
         for key, one in scheduled_in(self.study).items():
             if keys.get(one.name, key) != key and not one.decided and not one.is_lost:
                 with suppress(UpdateFinishedTrialError):
-                    self.storage.set_trial_user_attr(one.attempt._trial_id, ERROR, "replaced by other settings")
+                    self.storage.set_trial_user_attr(one.attempt._trial_id, ERROR, REPLACED)
                     self.storage.set_trial_state_values(one.attempt._trial_id, TrialState.FAIL)
 
     def _turn(self, wanted: Mapping[str, Mapping[str, Any]] | None) -> list[Scheduled]:
@@ -182,11 +198,18 @@ class Engine:
             # The lock comes before the study, so that a trial of a journal that runs without one has lost its machine.
             waits = one.attempt.state is TrialState.WAITING
             lock = take_lock(self._grid.folder, one.name) if waits else None
-            if lock is not None and not self._claim(one.attempt):
+            if lock is None:
+                continue
+            try:
+                claimed = self._claim(one.attempt)
+            except BaseException:  # a database that is away must not leave this command locked out by itself
                 os.close(lock)
-            elif lock is not None:
+                raise
+            if claimed:
                 self._start(one.attempt, lock)
                 took = True
+            else:
+                os.close(lock)
         return took
 
     def _claim(self, attempt: FrozenTrial) -> bool:
@@ -214,8 +237,10 @@ class Engine:
                 shutil.rmtree(folder)  # another trial's, without a result or a checkpoint
             self._running.append(TrialProcess(trial, attempt._trial_id, self._grid.folder, lock, self._module))
         except BaseException:
-            self._let_wait(attempt._trial_id)
-            os.close(lock)
+            try:
+                self._let_wait(attempt._trial_id)
+            finally:
+                os.close(lock)
             raise
 
     def _beat(self) -> None:

@@ -184,6 +184,8 @@ def run_search(search: Search, watch: Watch | None = None, *, module: str = WORK
             check_tasks(search.extreme_trials())
     with Engine(search, watch, module) as engine:
         engine.status().require_same_settings(wanted)
+        if not file.exists():  # from now on another search is refused here
+            write_json(file, _record_of(search, [], None))
         trials = engine.run(wanted)
     best = max((one for one in trials if one.score is not None), key=lambda one: one.score or 0.0, default=None)
     write_json(file, _record_of(search, trials, best))

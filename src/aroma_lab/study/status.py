@@ -15,7 +15,7 @@ from aroma.files import read_json
 
 from ..run.files import RUNS, TrialFiles
 from ..run.trial import Trial, differing, differing_keys, load_trial
-from .grid import KEY, NAME, SETTINGS, Grid, attributes_of
+from .grid import KEY, NAME, NUMBER, SETTINGS, Grid, attributes_of
 from .process import failure_message, is_locked
 from .storage import MAX_RETRIES, has_file, open_storage
 
@@ -26,6 +26,8 @@ ROUND = "round"
 """How often the trial had been decided when it was enqueued again, as by `--retry-failed`."""
 ERROR = "error"
 """Why a failed trial failed. One that failed without it lost its process or machine."""
+REPLACED = "replaced by other settings"
+"""The error of an attempt that was withdrawn before it ran."""
 MACHINE = "machine"
 """The host that ran the trial last."""
 LOSS = "held_out_loss"
@@ -98,7 +100,7 @@ def scheduled_in(study: optuna.Study) -> dict[str, Scheduled]:
 
     attempts: dict[str, list[FrozenTrial]] = {}
     for attempt in sorted(study.get_trials(deepcopy=False), key=lambda attempt: attempt.number):
-        if KEY in attempt.user_attrs:
+        if KEY in attempt.user_attrs and attempt.user_attrs.get(ERROR) != REPLACED:
             attempts.setdefault(attempt.user_attrs[KEY], []).append(attempt)
     return {key: Scheduled(min(several, key=rank)) for key, several in attempts.items()}
 
@@ -219,6 +221,6 @@ class Status:
             keys = ", ".join(differing(ours[SETTINGS], one.attributes[SETTINGS]))
             if self.is_running(one):
                 raise bad_value("study", self.grid.study_name, f"{one.name} runs now with another {keys}; wait")
-            if self.shared and one.score is not None:
+            if one.score is not None and (self.shared or NUMBER in one.attributes):
                 remedy = "use the same file on all machines, or give another study"
                 raise bad_value("study", self.grid.study_name, f"{one.name} was run with another {keys}; {remedy}")
