@@ -371,9 +371,7 @@ def test_the_record_is_there_from_the_start_so_that_another_search_is_refused(tm
     seen = []
 
     def look(_: object) -> None:
-        with pytest.raises(
-            ConfigError, match=r"search\.json there is of study 'mine-lora-r8'"
-        ):
+        with pytest.raises(ConfigError, match=r"search\.json there is of study 'mine-lora-r8'"):
             run_search(make_search(search_values(tmp_path / "out", trials=1, study="other")), module=FAKE)
         seen.append(True)
 

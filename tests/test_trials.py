@@ -399,6 +399,18 @@ def test_the_worker_runs_a_trial_with_pinned_threads(material: Path, tmp_path: P
     assert not left & {"failure.json", "progress.json", "checkpoints"}
 
 
+def test_a_worker_writes_nothing_into_a_folder_of_something_else(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    save_trial(trial_of(material), tmp_path / "trial.json")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert worker.main([str(tmp_path / "trial.json"), str(tmp_path / "mine")]) == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
 def test_a_failing_worker_says_why(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

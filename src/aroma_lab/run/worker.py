@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from aroma.files import read_json
+from aroma.files import is_new_or_empty, read_json
 
 from .files import TrialFiles
 from .machine import keep_freed_memory
@@ -50,7 +50,9 @@ def main(arguments: list[str]) -> int:
 def _is_own(trial_file: Path, folder: Path) -> bool:
     """Whether the folder is this trial's: a refused one may hold another trial, or a user's files."""
     there = TrialFiles(folder).trial
-    return there.exists() and there.read_bytes() == trial_file.read_bytes()
+    if there.exists():
+        return there.read_bytes() == trial_file.read_bytes()
+    return is_new_or_empty(folder)
 
 
 if __name__ == "__main__":
