@@ -102,7 +102,7 @@ def test_the_optimizer_gets_no_gradient_of_a_frozen_pair_in_a_compiled_graph() -
     attachment = attach(compiled, optimizer, total_steps=4)
     module = attachment.controller.modules[0]
     train(compiled, batch("llama"), optimizer, 1)
-    module.freeze()
+    attachment.controller.matrices.freeze(module)
     seen: list[Any] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append([parameter.grad for parameter in module.pair]))
     train(compiled, batch("llama"), optimizer, 1)
@@ -119,7 +119,7 @@ def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_gro
     compiled = torch.compile(model, backend=graphs)
     train(compiled, batch("llama"), optimizer, 3)
     assert len(graphs.graphs) == 2
-    attachment.controller.modules[0].freeze()
+    attachment.controller.matrices.freeze(attachment.controller.modules[0])
     train(compiled, batch("llama"), optimizer, 2)
     assert len(graphs.graphs) == 3
 
