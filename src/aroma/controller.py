@@ -107,9 +107,10 @@ class AromaController:
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
         self.matrices.measure_weights()
-        self.rule = plan(self.matrices)
-        self.rule.tell = self._tell
         self._listeners: list[Callable[[Event], None]] = []
+        self.rule = plan(self.matrices)
+        # Not a method: the controller would live in a circle, and be there for a save after its run is dropped.
+        self.rule.tell = partial(_tell, self._listeners)
         self._stale = False
         self._state_is_known = False
         self.live.attach_controller(self)
@@ -346,10 +347,11 @@ class AromaController:
                 "cannot gather sharded components; list AromaCallback behind the callbacks that set should_save"
             )
 
-    def _tell(self, events: Sequence[Event]) -> None:
-        for event in events:
-            for listener in self._listeners:
-                listener(event)
+
+def _tell(listeners: Sequence[Callable[[Event], None]], events: Sequence[Event]) -> None:
+    for event in events:
+        for listener in listeners:
+            listener(event)
 
 
 def paper_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
