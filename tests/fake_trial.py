@@ -41,10 +41,13 @@ def main(trial_file: str, run_folder: str) -> None:
         if step % SAVED_EVERY == 0:
             saved.parent.mkdir(exist_ok=True)
             write(saved, step)
-    log(folder / "steps.log", "finished")
     score = score_of(trial["training"]["learning_rate"])
     result = {"score": score, "held_out_loss": 1 - score, "planned_steps": planned, "wall_seconds": 2.0 * planned}
-    write(folder / "result.json", {"name": trial["name"], **result})
+    ready = folder / "result.part"
+    ready.write_text(json.dumps({"name": trial["name"], **result}))
+    # Side by side: a kill between the two would look like a trial that was run twice.
+    log(folder / "steps.log", "finished")
+    os.replace(ready, folder / "result.json")
 
 
 def fail(how: str | None, folder: Path) -> None:
