@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .algorithm import GrowthRule, PaperRule
+from .algorithm.evidence import EvidenceRule, EvidenceSettings
 from .algorithm.paper import PaperSettings
 from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
@@ -30,6 +31,7 @@ from .sharding import (
     unwrapped_optimizer,
     world_size,
 )
+from .slots import SlotMatrices
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
@@ -94,19 +96,20 @@ class AromaController:
         self.total_steps = total_steps
         self.live = live_adapter(model, adapter_name)
         self.config = self.live.config
-        self.matrices = GrowingMatrices(model, adapter_name, self.live, optimizer)
+        kind = SlotMatrices if self.config.has_slots else GrowingMatrices
+        self.matrices: Any = kind(model, adapter_name, self.live, optimizer)
         self._processes = world_size()
         self._wrapper = wrapper if wrapper is not model else None
         self._sharding = self.matrices.sharding
         with self.together():
             refuse_sharding(wrapper, optimizer)
             self.matrices.require_data()
-            plan = (plan_rule or paper_rule)(self.config, total_steps)
+            plan = (plan_rule or _RULES[self.config.growth])(self.config, total_steps)
             self.matrices.require_held_by_optimizer()
         self._hooks: list[Any] = []
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
-        self.matrices.measure_weights()
+        self.matrices.start()
         self._listeners: list[Callable[[Event], None]] = []
         self.rule = plan(self.matrices)
         # Not a method: the controller would live in a circle, and be there for a save after its run is dropped.
@@ -188,7 +191,12 @@ class AromaController:
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
+        self.matrices.absorb(record=True)
         return self.rule.step()
+
+    def skip_step(self) -> None:
+        """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""
+        self.matrices.discard()
 
     def outer_step(self) -> list[Event]:
         """End the inner loop now: check every unfrozen matrix, merge or freeze it, and start the next inner loop.
@@ -230,6 +238,7 @@ class AromaController:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.matrices.stop_asking()
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -370,3 +379,14 @@ def paper_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
         rewarmup_steps=config.rewarmup_steps,
     )
     return partial(PaperRule, settings)
+
+
+def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
+    """Return what makes growth by evidence of a configuration; the length of the run does not matter to it."""
+    settings = EvidenceSettings(
+        significance=config.significance, duel_factor=config.duel_factor, max_components=config.max_components
+    )
+    return partial(EvidenceRule, settings)
+
+
+_RULES: dict[str, Callable[[AromaConfig, int | None], RulePlan]] = {"paper": paper_rule, "evidence": evidence_rule}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-EventKind = Literal["checked", "merged", "frozen", "finished"]
+EventKind = Literal["checked", "born", "merged", "frozen", "finished"]
 
 
 @dataclass(frozen=True)
@@ -13,15 +13,19 @@ class Event:
     """One decision of a growth rule.
 
     Args:
-        kind: `"checked"`: an inner check of one matrix. `"merged"`: the outer check kept its component. `"frozen"`:
-            it is outer-converged. `"finished"`: every matrix is.
+        kind: `"checked"`: an inner check of one matrix. `"born"`: evidence gave it one more component. `"merged"`: a
+            component of it trains no more, and stays. `"frozen"`: it has stopped growing. `"finished"`: every matrix
+            has.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.
         inner_step: Optimizer steps t taken in that inner loop.
         module: Name of the matrix's module; None for `"finished"`.
         value: Left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`; None where undefined.
-        rank: Rank of the matrix's finished components after the event; their sum for `"finished"`.
+        rank: Rank of the matrix's finished components after the event, under growth by evidence of all components;
+            their sum for `"finished"`.
         converged: Whether the matrix bears the inner label after the event.
+        log_evidence: Logarithm of the evidence E that decided; None under Algorithm 1.
+        steepness: z, how steep the unused direction was on the last batch; None where unknown.
     """
 
     kind: EventKind
@@ -32,6 +36,8 @@ class Event:
     value: float | None
     rank: int
     converged: bool
+    log_evidence: float | None = None
+    steepness: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the event as a JSON-able dict."""
@@ -49,6 +55,8 @@ class ModuleSummary:
         state: `"training"`, `"converged"` (bears the inner label) or `"frozen"`.
         inner_value: Left side of (5) at its last inner check, None where undefined.
         outer_value: Left side of (6) at its last outer check, None before the first.
+        log_evidence: Logarithm of the evidence E for one more component; None under Algorithm 1.
+        steepness: z, how steep its unused direction was on the last batch; None where unknown.
     """
 
     name: str
@@ -57,3 +65,5 @@ class ModuleSummary:
     state: Literal["training", "converged", "frozen"]
     inner_value: float | None
     outer_value: float | None
+    log_evidence: float | None = None
+    steepness: float | None = None

@@ -167,13 +167,21 @@ class GrowingMatrix:
     def _loaded_pair_rank(self, rank: int, frozen: bool) -> int:
         """Return how much of the loaded rank was in training: r, or 0 where b had not moved."""
         surplus = self.rank - rank
-        if surplus not in (0, self._live.config.r) or (frozen and surplus):
-            raise CheckpointError(
-                f"{self.name}: the adapter has rank {self.rank}, but its aroma_state says {rank} finished and "
-                f"{'no' if frozen else 'one'} component in training; the files are of different moments, use another "
-                "checkpoint"
-            )
+        if surplus != self._live.config.r or frozen:
+            self.require_loaded_rank(rank)
         return surplus
+
+    def require_loaded_rank(self, rank: int) -> None:
+        """Raise unless the loaded adapter has `rank`.
+
+        Raises:
+            CheckpointError: Naming the matrix.
+        """
+        if self.rank != rank:
+            raise CheckpointError(
+                f"{self.name}: the adapter has rank {self.rank}, but its aroma_state says {rank}; the files are of "
+                "different moments, use another checkpoint"
+            )
 
 
 class GrowingMatrices:
@@ -191,10 +199,13 @@ class GrowingMatrices:
         sharding: How the processes hold the parameters.
     """
 
+    matrix_class = GrowingMatrix
+
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
         layers = aroma_layers(model, adapter_name)
         self._all = [
-            GrowingMatrix(name, index, layer, adapter_name, live) for index, (name, layer) in enumerate(layers.items())
+            self.matrix_class(name, index, layer, adapter_name, live)
+            for index, (name, layer) in enumerate(layers.items())
         ]
         self._adapter_name = adapter_name
         self._live = live
@@ -260,6 +271,21 @@ class GrowingMatrices:
     def pairs_are_held(self) -> bool:
         """Whether `hold_pairs` has gathered the components of this moment."""
         return self._held is not None and len(self._held) == len(self._all)
+
+    # What a rule without a probe leaves out --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin the run: measure ‖W0 + s B A‖_F of every matrix."""
+        self.measure_weights()
+
+    def absorb(self, *, record: bool) -> None:
+        """Take what the backwards of a step answered; nothing is asked."""
+
+    def discard(self) -> None:
+        """Forget what the backwards of a skipped step answered; nothing is asked."""
+
+    def stop_asking(self) -> None:
+        """Ask no backward any more; nothing is asked."""
 
     # Measured together -----------------------------------------------------------------------------------------------
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ResetError, bad_value
-from .sharding import Entries, OptimizerState, sharding_of, unwrapped_optimizer
+from .sharding import Entries, OptimizerState, is_sharded, sharding_of, unwrapped_optimizer
 
 RESET_KINDS = ("prune", "zero", "none")
 
@@ -29,6 +31,9 @@ _MOMENTS = frozenset(
         *("state1", "state2"),  # bitsandbytes
     }
 )
+
+_AVERAGES = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "state1"})
+"""Averages of gradients; the other moments are averages of squares."""
 
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. All parameters share qmap, so it is never written."""
@@ -154,6 +159,42 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
     _resettable_moments(optimizer, param, kind)
 
 
+@torch.no_grad()
+def start_slot(optimizer: Any, param: Tensor, slot: int, dim: int, others: Sequence[int]) -> None:
+    """Let the optimizer begin anew with one slot of a pair, in place; all ranks call this.
+
+    Its averages of gradients become zero. Its averages of squares become the mean of those of the other slots in use:
+    at zero, under the step count of an older parameter, Adam would take steps up to six times the learning rate.
+
+    Args:
+        optimizer: As in `reset_state`.
+        param: b (m, S) or a (S, n), as the optimizer holds it.
+        slot: The slot.
+        dim: The dimension that counts slots.
+        others: Other slots in use; with none, averages of squares stay as they are.
+
+    Raises:
+        ResetError: AROMA does not know some of the state; nothing has been changed.
+    """
+    state = sharding_of(param, optimizer).optimizer_state(optimizer, param)
+    for key, moment in zip(_moment_keys(optimizer, state), _resettable_moments(optimizer, param, "prune"), strict=True):
+        whole = _whole(moment.entries, param)
+        axis = _slot_axis(moment.entries.shape, state.shape, dim)
+        if axis is None:
+            continue
+        values = whole.select(axis, slot)
+        if key in _AVERAGES:
+            values.fill_(moment.zero)
+        elif others and moment.absmax is None:
+            values.copy_(whole.index_select(axis, torch.tensor([*others], device=whole.device)).mean(axis))
+        moment.entries.values.copy_(moment.entries.pick(whole).reshape(moment.entries.values.shape))
+
+
+def check_startable(optimizer: Any, param: Tensor) -> None:
+    """Raise what `start_slot` would raise, and change nothing; `param` has any shape."""
+    _resettable_moments(optimizer, param, "prune")
+
+
 # What can be reset ---------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +224,34 @@ def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Momen
     if kind == "zero" and "step" not in state.values and any("step" in group for group in optimizer.param_groups):
         raise _no_own_step(optimizer, "steps per parameter group", "use another optimizer")
     # In the order of names: the order in which a loaded state lists its keys must not change the random draws.
-    keys = sorted(key for key in state.values if key in _MOMENTS and state.values[key] is not None)
-    return [_read_moment(optimizer, state, key) for key in keys]
+    return [_read_moment(optimizer, state, key) for key in _moment_keys(optimizer, state)]
+
+
+def _moment_keys(optimizer: Any, state: OptimizerState) -> list[str]:
+    """Return the names of the moments among the state of a parameter, in a fixed order."""
+    return sorted(key for key in state.values if key in _MOMENTS and state.values[key] is not None)
+
+
+def _slot_axis(shape: tuple[int, ...], whole: tuple[int, ...], dim: int) -> int | None:
+    """Return which axis of a moment of `shape` counts what dimension `dim` of its parameter does; None if none does."""
+    if shape == whole:
+        return dim
+    rows, columns = whole[:-1], whole[-1:]
+    if dim == 0:
+        return 0 if shape in (rows, (*rows, 1)) else None
+    return len(shape) - 1 if shape in (columns, (1, *columns)) else None
+
+
+def _whole(entries: Entries, param: Tensor) -> Tensor:
+    """Return a moment whole, a copy, on all ranks; `param` has any shape."""
+    if entries.values.shape == entries.shape and not is_sharded(param):
+        return entries.values.clone()
+    size = math.prod(entries.shape)
+    whole = torch.zeros(size, dtype=entries.values.dtype, device=entries.values.device)
+    positions = entries.pick(torch.arange(size).view(entries.shape)).reshape(-1)
+    whole[positions.to(whole.device)] = entries.values.reshape(-1)
+    dist.all_reduce(whole)
+    return whole.view(entries.shape)
 
 
 def _require_known(optimizer: Any, state: OptimizerState) -> None:

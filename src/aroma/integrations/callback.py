@@ -202,7 +202,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
-        if not (skipped or self._is_over(state, state.global_step - 1)):
+        if skipped:
+            controller.skip_step()
+        elif not self._is_over(state, state.global_step - 1):
             controller.step()
         if controller.finished and self.early_stop:
             control.should_training_stop = True

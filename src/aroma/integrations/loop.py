@@ -55,7 +55,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         if not self._counts:
             return
         self._rewarmup.end(optimizer, self._scheduler)
-        if not was_skipped(optimizer):
+        if was_skipped(optimizer):
+            self.controller.skip_step()
+        else:
             self.controller.step()
 
 

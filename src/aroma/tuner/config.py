@@ -18,23 +18,26 @@ from .state import write_adapter_state
 
 PEFT_TYPE = "AROMA"
 
-METHOD_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
+_COMMON_FIELDS = ("growth", "r", "lora_alpha", "lora_dropout", "max_components", "component_seed")
+
+_PAPER_FIELDS = (
     "inner_tolerance",
     "inner_check_interval",
     "max_inner_steps",
     "outer_tolerance",
     "min_components",
-    "max_components",
     "inner_criterion",
     "reset",
     "prune_ratio",
     "rewarmup_steps",
-    "component_seed",
 )
-"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
+"""Fields that only Algorithm 1 reads."""
+
+_EVIDENCE_FIELDS = ("significance", "slots", "duel_factor", "probe_memory")
+"""Fields that only growth by evidence reads."""
+
+_FIELDS_OF = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
+"""Fields that decide a run under each rule: a resumed run must have the same values as its checkpoint."""
 
 _PLAIN_LORA_ONLY: dict[str, tuple[Any, str]] = {
     "bias": ("none", "AROMA trains no biases; leave it at 'none'"),
@@ -68,8 +71,16 @@ class AromaConfig(LoraConfig):
     ReLoRA is the special case without checks: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
     max_components=8)`` trains eight components of equal length.
 
+    With `growth="evidence"` there are no loops. Every matrix trains up to `slots` components at once. It gets one more
+    when, on examples that were not trained on, the best direction that it does not use is steeper, time after time,
+    than what it trains (docs/method.md).
+
     Args:
-        r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks.
+        growth (`str`, *optional*, defaults to `"paper"`): The growth rule. `"paper"` is Algorithm 1, with the fields
+            from `inner_tolerance` to `rewarmup_steps`. `"evidence"` reads `significance`, `slots`, `duel_factor` and
+            `probe_memory` instead. A field that the rule does not read is refused.
+        r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks; growth by
+            evidence has components of rank 1.
         lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
         lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training. Finished
             components count as merged and have no dropout.
@@ -92,6 +103,14 @@ class AromaConfig(LoraConfig):
         prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
         rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
             back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
+        significance (`float`, *optional*, defaults to 0.05): α, the chance of a component that is not needed, in
+            (0, 1).
+        slots (`int`, *optional*, defaults to 8): S, how many components of a matrix train at once. A component beyond
+            them merges the oldest.
+        duel_factor (`float`, *optional*, defaults to 1): κ. An unused direction wins a batch when it is κ times as
+            steep as what trains. Below 1 matrices grow sooner.
+        probe_memory (`float`, *optional*, defaults to 0.97): β. The unused direction averages about 1 / (1 - β)
+            gradients.
         component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
             the adapter is made, so that `set_seed` decides it.
 
@@ -99,6 +118,9 @@ class AromaConfig(LoraConfig):
         ConfigError: A value cannot work; the error names the field and the remedy.
     """
 
+    growth: Literal["evidence", "paper"] = field(
+        default="paper", metadata={"help": "Growth rule: 'paper', Algorithm 1, or 'evidence'."}
+    )
     r: int = field(default=1, metadata={"help": "Rank of one component."})
     lora_alpha: float = field(default=4, metadata={"help": "Every component is scaled by lora_alpha / r."})
     target_modules: list[str] | str | None = field(
@@ -132,17 +154,58 @@ class AromaConfig(LoraConfig):
     rewarmup_steps: int = field(
         default=50, metadata={"help": "Optimizer steps of re-warm-up at the start of every later inner loop."}
     )
+    significance: float = field(
+        default=0.05, metadata={"help": "growth='evidence': chance of a component that is not needed."}
+    )
+    slots: int = field(
+        default=8, metadata={"help": "growth='evidence': components of a matrix that train at once."}
+    )
+    duel_factor: float = field(
+        default=1.0,
+        metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},
+    )
+    probe_memory: float = field(
+        default=0.97, metadata={"help": "growth='evidence': memory of the unused direction, in [0, 1)."}
+    )
     component_seed: int | None = field(
         default=None, metadata={"help": "Seed of new components; None: torch.initial_seed()."}
     )
 
     def __post_init__(self) -> None:
+        self._check_rule()
         self._check_component()
         self._check_loops()
         self._check_reset()
+        self._check_evidence()
         self._check_unsupported()
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+
+    def _check_rule(self) -> None:
+        if self.growth not in _FIELDS_OF:
+            raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
+        defaults = {item.name: item.default for item in fields(self)}
+        other = _PAPER_FIELDS if self.growth == "evidence" else _EVIDENCE_FIELDS
+        for name in other:
+            if getattr(self, name) != defaults[name]:
+                rule = "paper" if self.growth == "evidence" else "evidence"
+                raise bad_value(
+                    name,
+                    getattr(self, name),
+                    f"growth={self.growth!r} does not read it; leave it out, or set growth={rule!r}",
+                )
+        if self.growth == "evidence" and self.r != 1:
+            raise bad_value("r", self.r, "growth='evidence' grows components of rank 1; leave it at 1")
+
+    def _check_evidence(self) -> None:
+        if not _is_number(self.significance) or not 0 < self.significance < 1:
+            raise bad_value(
+                "significance", self.significance, "give the chance of a needless component, in (0, 1); try 0.05"
+            )
+        _require_int("slots", self.slots, 1, "at least one component of a matrix trains; try 8")
+        _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 1")
+        if not _is_number(self.probe_memory) or not 0 <= self.probe_memory < 1:
+            raise bad_value("probe_memory", self.probe_memory, "give a number in [0, 1); try 0.97")
 
     def _check_component(self) -> None:
         _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
@@ -208,6 +271,16 @@ class AromaConfig(LoraConfig):
         """Scale s = lora_alpha / r of every component."""
         return self.lora_alpha / self.r
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether the columns of a pair are components of their own, which come and go one by one."""
+        return self.growth == "evidence"
+
+    @property
+    def pair_rank(self) -> int:
+        """Rank of the pair that every matrix trains: r, or all slots."""
+        return self.slots if self.has_slots else self.r
+
     def resolve_inner_steps(self, total_steps: int | None) -> int:
         """Return T_in, in optimizer steps, for a run of `total_steps` planned optimizer steps.
 
@@ -240,7 +313,7 @@ class AromaConfig(LoraConfig):
 
     def method(self) -> dict[str, Any]:
         """Return the fields that decide a run; JSON-able."""
-        return {name: getattr(self, name) for name in METHOD_FIELDS}
+        return {name: getattr(self, name) for name in _FIELDS_OF[self.growth]}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration.

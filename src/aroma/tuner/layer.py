@@ -19,7 +19,7 @@ from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
 from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
-from .fused import Update, add_update, autocast_dtype, linear_with_update
+from .fused import Probe, Update, add_update, answerable, autocast_dtype, linear_with_update
 from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
 
 if TYPE_CHECKING:
@@ -47,34 +47,54 @@ class AromaLinear(LoraLinear):
     Casting the model to 16 bits (`model.to`, `half`, `bfloat16`) leaves 32-bit components as they are, because small
     updates would be rounded away.
 
+    Where the configuration has slots, every column of the pair is a component of its own. Slots that are not in use
+    are zero, and the layer evaluates the leading ones up to the last in use.
+
     Attributes:
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
         own_scaling: s of every adapter.
+        slots_in_use: How many leading columns of the pair are evaluated, by adapter.
+        probes: What is asked of every backward, by adapter; empty while no controller asks.
         stays_in_graph: See above.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live")
+    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live", "slots_in_use", "probes")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
+        self.slots_in_use: dict[str, int] = {}
+        self.probes: dict[str, Probe] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
-        """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter."""
+        """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter.
+
+        Raises:
+            ConfigError: More slots than the matrix has ranks.
+        """
+        r, most = config.pair_rank, min(self.in_features, self.out_features)
+        if config.has_slots and r > most:
+            raise bad_value(
+                "slots",
+                r,
+                f"a matrix of {self.out_features}×{self.in_features} has rank {most} at most; set slots={most}, or "
+                "leave the matrix out of target_modules",
+            )
         if "lora_finished" not in self._modules:
             self.lora_finished = nn.ModuleDict()
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha=config.scale * r, config=config, **kwargs)
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
+        self.slots_in_use[adapter_name] = r
 
     # The pair and what is known of it -------------------------------------------------------------------------------
 
@@ -94,8 +114,15 @@ class AromaLinear(LoraLinear):
 
     def rank(self, adapter_name: str) -> int:
         """Return the rank of the update: finished components, and the pair once it has moved."""
-        counts = not self.is_frozen(adapter_name) and bool(self.whole_pair(adapter_name)[0].any())
-        return self.finished(adapter_name).rank + (self.r[adapter_name] if counts else 0)
+        if self.is_frozen(adapter_name):
+            return self.finished(adapter_name).rank
+        return self.finished(adapter_name).rank + len(self.moved_slots(adapter_name, self.whole_pair(adapter_name)[0]))
+
+    def moved_slots(self, adapter_name: str, b: Tensor) -> list[int]:
+        """Return the columns of b (m, r) that add to the update; without slots, all once any has moved."""
+        if self.live[adapter_name].config.has_slots:
+            return [int(slot) for slot in b.any(0).nonzero()[:, 0]]
+        return [*range(b.shape[1])] if b.any() else []
 
     @torch.no_grad()
     def whole_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -116,10 +143,11 @@ class AromaLinear(LoraLinear):
         if pair is None and self.is_frozen(adapter_name):
             return B, finished.A
         b, a = self.whole_pair(adapter_name) if pair is None else pair
-        if not b.any():
+        moved = self.moved_slots(adapter_name, b)
+        if not moved:
             return B, finished.A
-        B = torch.cat([B.to(b), b * self.scaling[adapter_name]], dim=1)
-        return B, torch.cat([finished.A.to(a), a], dim=0)
+        B = torch.cat([B.to(b), b[:, moved] * self.scaling[adapter_name]], dim=1)
+        return B, torch.cat([finished.A.to(a), a[moved]], dim=0)
 
     def _scaled(self, B: Tensor, adapter_name: str) -> Tensor:
         """Scale left factors B (m, R) by what PEFT scales the adapter by temporarily, mostly 1."""
@@ -171,7 +199,7 @@ class AromaLinear(LoraLinear):
         """
         self.stays_in_graph = stays
         if growths is not None:
-            rows, a = growths * self.r[adapter_name], self.pair(adapter_name)[1]
+            rows, a = growths * self.live[adapter_name].config.r, self.pair(adapter_name)[1]
             like = torch.empty(0, dtype=a.dtype, device=a.device)
             self.finished(adapter_name).reserve(-(-rows // CHUNK) * CHUNK, like=like)
         if self.is_frozen(adapter_name):
@@ -310,11 +338,20 @@ class AromaLinear(LoraLinear):
         """Whether an adapter changes the base layer's result."""
         if adapter_name not in self.lora_A:
             return False
-        return self._evaluates_pair(adapter_name) or self.finished(adapter_name).padded[1].shape[0] > 0
+        trained = self._evaluates_pair(adapter_name) and (self._slots(adapter_name) or self._is_asked(adapter_name))
+        return bool(trained) or self.finished(adapter_name).padded[1].shape[0] > 0
 
     def _evaluates_pair(self, adapter_name: str) -> bool:
         """Whether the pair is evaluated; a frozen one only in a compiled graph, which then need not change."""
         return (self.stays_in_graph and torch.compiler.is_compiling()) or not self.is_frozen(adapter_name)
+
+    def _slots(self, adapter_name: str) -> int:
+        """Return how many columns of the pair are evaluated; all in a compiled graph, which need not change then."""
+        return self.r[adapter_name] if torch.compiler.is_compiling() else self.slots_in_use[adapter_name]
+
+    def _is_asked(self, adapter_name: str) -> bool:
+        """Whether a backward that follows would answer a probe."""
+        return adapter_name in self.probes and torch.is_grad_enabled()
 
     def _pair_is_plain(self, adapter_name: str) -> bool:
         """Whether the modules that hold the pair are plain Linear layers without hooks, or are skipped."""
@@ -322,10 +359,13 @@ class AromaLinear(LoraLinear):
 
     def _update(self, adapter_name: str) -> Update:
         B, A = self.finished(adapter_name).padded
-        b, a = self.pair(adapter_name) if self._evaluates_pair(adapter_name) else (B[:, :0], A[:0])
+        evaluated = self._evaluates_pair(adapter_name)
+        b, a = self.pair(adapter_name) if evaluated else (B[:, :0], A[:0])
+        slots = self._slots(adapter_name) if evaluated else 0
+        probe = self.probes[adapter_name] if evaluated and self._is_asked(adapter_name) else None
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p)
+        return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p, slots, probe)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
         """Whether the base layer is a plain frozen matmul without hooks, all in one dtype; x is (…, n)."""
@@ -366,8 +406,11 @@ class AromaLinear(LoraLinear):
                 A, B = update.A.to(dtype), update.B.to(dtype)
                 result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
             if update.a.shape[0]:
-                h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
+                dropped = self.lora_dropout[adapter_name](inputs)
+                h = self.lora_A[adapter_name](dropped)
                 result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
+                if update.probe is not None:
+                    result = result + answerable(dropped, update).to(result.dtype)
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------

@@ -153,9 +153,10 @@ def _whole_update(
     b = state_dict[f"{key}.lora_B.{adapter_name}.weight"]
     A = state_dict[f"{key}.lora_finished.{adapter_name}.A"].to(a)
     B = state_dict[f"{key}.lora_finished.{adapter_name}.B"].to(b)
-    if not b.any():
+    moved = layer.moved_slots(adapter_name, b)
+    if not moved:
         return B, A
-    return torch.cat([B, b * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a], dim=0)
+    return torch.cat([B, b[:, moved] * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a[moved]], dim=0)
 
 
 def _module_name(key: str) -> str:

@@ -77,7 +77,8 @@ class AromaModel(LoraModel):
             layer.onload_pair(adapter_name)
             _, a = layer.pair(adapter_name)
             if not a.is_meta:
-                layer.start_pair(adapter_name, fresh_component(live.seed, 1, index, (a.shape[0], a.shape[1])))
+                layer.start_pair(adapter_name, _first_component(live, index, a))
+            layer.slots_in_use[adapter_name] = live.config.r
         if not hasattr(self, "_graph_keeper"):
             self._graph_keeper = GraphKeeper()
             # PEFT calls one or the other, depending on the task.
@@ -159,8 +160,7 @@ class AromaModel(LoraModel):
         for index, (key, layer) in enumerate(layers.items()):
             b, a = layer.pair(adapter_name)
             if a.is_meta:  # low_cpu_mem_usage: the pair starts now
-                first = fresh_component(live.seed, 1, index, (a.shape[0], a.shape[1]))
-                entries[f"{key}.lora_A.{adapter_name}.weight"] = first
+                entries[f"{key}.lora_A.{adapter_name}.weight"] = _first_component(live, index, a)
                 entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros(b.shape)
         _refuse_strangers(state_dict, layers)
         # Loaded components are finished, until a controller takes one back into the pair.
@@ -196,6 +196,13 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         adapter_name: Only layers that have this adapter.
     """
     return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
+
+
+def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:
+    """Return the a (r, n) that a new adapter begins with; of several slots, `a` (S, n), only the first is in use."""
+    first = torch.zeros(a.shape)
+    first[: live.config.r] = fresh_component(live.seed, 1, index, (live.config.r, a.shape[1]))
+    return first
 
 
 def _layers_by_key(model: nn.Module, adapter_name: str | None) -> dict[str, AromaLinear]:
