@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import AromaError
     from .events import Event, ModuleSummary
     from .integrations.callback import AromaCallback
+    from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach
     from .tuner import AromaConfig, AromaModel, aroma_layers
 
@@ -30,6 +31,7 @@ _HOMES = {
     "ModuleSummary": "events",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
+    "hold_out": "integrations.held_out",
     "last_complete_checkpoint": "checkpoint",
     "save_adapter": "checkpoint",
     "verify_adapter": "checkpoint",
@@ -46,6 +48,7 @@ __all__ = [
     "ModuleSummary",
     "aroma_layers",
     "attach",
+    "hold_out",
     "last_complete_checkpoint",
     "save_adapter",
     "verify_adapter",

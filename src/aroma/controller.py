@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import compat
 from .algorithm import GrowthRule, PaperRule
-from .algorithm.evidence import EvidenceRule, EvidenceSettings
+from .algorithm.evidence import HELD_OUT_INTERVAL, EvidenceRule, EvidenceSettings
 from .algorithm.paper import PaperSettings
 from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
@@ -38,6 +39,14 @@ from .tuner.live import live_adapter
 
 RulePlan = Callable[[GrowingMatrices], GrowthRule]
 """Makes a growth rule of the matrices of a run."""
+
+
+class HeldOut(Protocol):
+    """Batches of examples that are not trained on, and their loss."""
+
+    def loss(self, model: nn.Module, number: int) -> Tensor:
+        """Return the scalar loss of batch `number`, counted from 0; every process has its own batch."""
+
 
 _COMPILED_GROWTHS = 8
 """Growths that one compiled graph takes."""
@@ -106,6 +115,8 @@ class AromaController:
             self.matrices.require_data()
             plan = (plan_rule or _RULES[self.config.growth])(self.config, total_steps)
             self.matrices.require_held_by_optimizer()
+        self._held_out: HeldOut | None = None
+        self._first_pass: int | None = None
         self._hooks: list[Any] = []
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
@@ -191,8 +202,42 @@ class AromaController:
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
-        self.matrices.absorb(record=True)
+        self._gather_evidence()
         return self.rule.step()
+
+    def decide_by(self, held_out: HeldOut | None, first_pass: int | None) -> None:
+        """Say on which examples growth is decided; without this call, on every batch.
+
+        Args:
+            held_out: Batches that are not trained on; they decide from the second pass over the data on. None: the
+                training batches go on deciding.
+            first_pass: Optimizer steps of the first pass; None if no example comes twice.
+
+        Warns:
+            UserWarning: The run is longer than the first pass, and nothing is held out.
+        """
+        self._held_out, self._first_pass = held_out, first_pass
+        if not self.config.has_slots or held_out is not None or first_pass is None:
+            return
+        if self.total_steps is None or self.total_steps > first_pass:
+            warnings.warn(
+                f"From optimizer step {first_pass} on, growth is decided on examples that have been trained on: what is "
+                "learnt by heart looks steep, so matrices may grow that should not. Hold some examples out: "
+                "train, growth = aroma.hold_out(dataset), and give growth_dataset=growth to AromaCallback "
+                "(growth_batches= to attach)",
+                stacklevel=3,
+            )
+
+    def _gather_evidence(self) -> None:
+        """Take what this step's backwards say, and, when it is their turn, what held-out examples say."""
+        step = self.rule.global_step
+        seen_before = self._first_pass is not None and step >= self._first_pass
+        held_out = self._held_out if seen_before else None
+        if held_out is not None and self._first_pass is not None and not self.finished:
+            number, rest = divmod(step - self._first_pass, HELD_OUT_INTERVAL)
+            if not rest:
+                self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
+        self.matrices.absorb(record=held_out is None)
 
     def skip_step(self) -> None:
         """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""

@@ -196,6 +196,7 @@ class GrowingMatrices:
         optimizer: Optimizer that holds the pairs; wrapped by accelerate or not, or DeepSpeed's.
 
     Attributes:
+        model: The model, unwrapped.
         sharding: How the processes hold the parameters.
     """
 
@@ -210,7 +211,7 @@ class GrowingMatrices:
         self._adapter_name = adapter_name
         self._live = live
         self._optimizer = optimizer
-        self._model = model
+        self.model = model
         self.sharding = sharding_of_model(model, optimizer)
         self._snapshot = PairSnapshot()
         self._held: dict[str, Pair] | None = None
@@ -250,7 +251,7 @@ class GrowingMatrices:
         """Return the components in training, b (m, r) and a (r, n), whole; sharded ones by one collective."""
         if self._held is not None and all(matrix.name in self._held for matrix in matrices):
             return [self._held[matrix.name] for matrix in matrices]
-        self.sharding.reshard(self._model)
+        self.sharding.reshard(self.model)
         tensors = gathered([tensor for matrix in matrices for tensor in matrix.pair])
         return [*zip(tensors[::2], tensors[1::2], strict=True)]
 

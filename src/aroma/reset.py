@@ -177,7 +177,9 @@ def start_slot(optimizer: Any, param: Tensor, slot: int, dim: int, others: Seque
         ResetError: AROMA does not know some of the state; nothing has been changed.
     """
     state = sharding_of(param, optimizer).optimizer_state(optimizer, param)
-    for key, moment in zip(_moment_keys(optimizer, state), _resettable_moments(optimizer, param, "prune"), strict=True):
+    for key, moment in zip(
+        _moment_keys(optimizer, state), _resettable_moments(optimizer, param, "prune"), strict=True
+    ):
         whole = _whole(moment.entries, param)
         axis = _slot_axis(moment.entries.shape, state.shape, dim)
         if axis is None:

@@ -260,6 +260,7 @@ class SlotMatrices(GrowingMatrices):
         self._groups: list[_Group] = []
         self._gradients: list[Tensor] = []
         self._noted: list[list[int | None]] = [[*matrix.born] for matrix in self._all]
+        self._pending = [False] * len(self._all)
         self._readings: list[tuple[list[tuple[Tensor, Tensor]], list[bool]]] = []
 
     @property
@@ -305,8 +306,8 @@ class SlotMatrices(GrowingMatrices):
 
             group = _Group(
                 matrices=matrices,
-                u=self._random_directions(matrices, "u", m).to(device, dtype).unsqueeze(2),
-                v=self._random_directions(matrices, "v", n).to(device, dtype).unsqueeze(1),
+                u=self._random_directions(matrices, "u", m, dtype).to(device).unsqueeze(2),
+                v=self._random_directions(matrices, "v", n, dtype).to(device).unsqueeze(1),
                 p=zeros(m, 1),
                 q=zeros(1, n),
                 gate=zeros(slots),
@@ -323,13 +324,15 @@ class SlotMatrices(GrowingMatrices):
             self._gradients.append(torch.zeros(sum(leaf.numel() for leaf in group.leaves), dtype=dtype, device=device))
         self._ask()
 
-    def _random_directions(self, matrices: Sequence[SlotMatrix], purpose: str, size: int) -> Tensor:
+    def _random_directions(
+        self, matrices: Sequence[SlotMatrix], purpose: str, size: int, dtype: torch.dtype
+    ) -> Tensor:
         """Return random unit vectors, (L, size), drawn on the CPU from the seed of the run."""
         seed = self._live.seed
         drawn = [
             torch.randn(size, generator=component_generator(seed, 1, matrix.index, purpose)) for matrix in matrices
         ]
-        return nn.functional.normalize(torch.stack(drawn), dim=1)
+        return nn.functional.normalize(torch.stack(drawn).to(dtype), dim=1)
 
     def _ask(self) -> None:
         """Give every layer its leaves, which share the memory of the stacked tensors, and gradients of zero."""
@@ -429,8 +432,7 @@ class SlotMatrices(GrowingMatrices):
             (-(group.u * gu).sum((1, 2)), -gate * group.per_norm)
             for group, (gu, _, gate) in zip(self._groups, answers, strict=True)
         ]
-        pending = [matrix.born != noted for matrix, noted in zip(self._all, self._noted, strict=True)]
-        self._readings.append((values, pending))
+        self._readings.append((values, [*self._pending]))
 
     def take_readings(self) -> list[Reading]:
         """Return what was recorded since the last call, in order; one transfer to the host."""
@@ -492,14 +494,18 @@ class SlotMatrices(GrowingMatrices):
     def note_moves(self) -> None:
         """Note how every component has moved since the last call."""
         pairs = self.pairs(self._all)
-        for group in self._groups:
-            known = [
-                [before is not None and before == now for before, now in zip(self._noted[m.index], m.born, strict=True)]
-                for m in group.matrices
+        known = [
+            [
+                born is not None and born == noted
+                for born, noted in zip(matrix.born, self._noted[matrix.index], strict=True)
             ]
-            mask = torch.tensor(known, dtype=torch.bool, device=group.u.device)
+            for matrix in self._all
+        ]
+        for group in self._groups:
+            mask = torch.tensor([known[m.index] for m in group.matrices], dtype=torch.bool, device=group.u.device)
             group.keep_moves([pairs[matrix.index] for matrix in group.matrices], mask, self._live.config.scale)
         self._noted = [[*matrix.born] for matrix in self._all]
+        self._pending = [sum(known[matrix.index]) < len(matrix.slots) for matrix in self._all]
 
     def require_resettable(self) -> None:
         """Raise where a birth would fail for want of an optimizer state that is understood.
@@ -526,7 +532,8 @@ class SlotMatrices(GrowingMatrices):
             for index, (z, own) in enumerate(values):
                 tensors[f"reading.{step}.{index}"] = torch.cat([z[:, None], own], 1)
         state["noted"] = [[*noted] for noted in self._noted]
-        state["pending"] = [pending for _, pending in self._readings]
+        state["pending"] = [*self._pending]
+        state["readings"] = [pending for _, pending in self._readings]
         return state, tensors
 
     @torch.no_grad()
@@ -543,7 +550,8 @@ class SlotMatrices(GrowingMatrices):
             group.settle(self._live.config.scale)
         self._noted = [[*noted] for noted in state["noted"]]
         self._readings = []
-        for step, pending in enumerate(state["pending"]):
+        self._pending = [*state["pending"]]
+        for step, pending in enumerate(state["readings"]):
             found = [tensors[f"reading.{step}.{index}"].to(group.u) for index, group in enumerate(self._groups)]
             self._readings.append(([(rows[:, 0], rows[:, 1:]) for rows in found], [*pending]))
         self._ask()

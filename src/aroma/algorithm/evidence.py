@@ -37,6 +37,9 @@ CHECK_INTERVAL = 4
 FIRST_STEP = 8
 """Optimizer steps of which the gradients make the direction of the first component."""
 
+HELD_OUT_INTERVAL = 9
+"""Optimizer steps between batches of held-out examples, once the training examples have all been seen."""
+
 _THETAS = (np.arange(1, 200) / 200) / 2 + 0.5
 """Grid of the mixture: probabilities of heads above one half."""
 
@@ -196,9 +199,7 @@ class EvidenceRule(Generic[E]):
         for matrix in matrices:
             matrix.log_evidence = log_evidence(matrix.heads, matrix.flips)
         threshold = -math.log(self._settings.significance)
-        return self._bear(
-            [m for m in self._matrices.active() if m.log_evidence >= threshold and not self._is_full(m)]
-        )
+        return self._bear([m for m in self._matrices.active() if m.log_evidence >= threshold and not self._is_full(m)])
 
     def _bear(self, matrices: Sequence[E]) -> list[Event]:
         """Start a component in each matrix, and tell of it; the events carry the evidence that decided."""
@@ -294,3 +295,9 @@ def log_evidence(heads: int, flips: int) -> float:
     exponents = heads * np.log(2 * _THETAS) + (flips - heads) * np.log(2 - 2 * _THETAS)
     top = exponents.max()
     return float(top + np.log(np.exp(exponents - top).mean()))
+
+
+def flips_to_birth(significance: float) -> int:
+    """Return how many batches in a row the unused direction must win for a birth at `significance`."""
+    threshold = -math.log(significance)
+    return next(flips for flips in range(1, 10_000) if log_evidence(flips, flips) >= threshold)

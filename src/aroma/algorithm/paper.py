@@ -98,6 +98,11 @@ class PaperRule(Generic[M]):
         )
 
     @property
+    def status(self) -> list[str]:
+        """Where the inner loop stands, for one line of progress."""
+        return [f"inner {self.inner_step}/{self.max_inner_steps}"]
+
+    @property
     def draw(self) -> int:
         """Number of the current outer step, counted over all runs of the adapter."""
         return self._earlier_outer_steps + self.outer_number

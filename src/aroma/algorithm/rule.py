@@ -120,6 +120,10 @@ class GrowthRule(Protocol):
         """Factor on the scheduled learning rate for the step about to be taken, in [0, 1]."""
 
     @property
+    def status(self) -> list[str]:
+        """Where the rule stands, for one line of progress."""
+
+    @property
     def draw(self) -> int:
         """Number that seeds what the components in training drew when they began."""
 

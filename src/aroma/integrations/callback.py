@@ -15,6 +15,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
     optimization,
     trainer_callback,
 )
@@ -27,6 +28,7 @@ from ..events import Event
 from ..sharding import own_entries
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
+from .held_out import HeldOutDataset, Loss, refuse_overlap
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -50,13 +52,26 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
 
+        growth_dataset (*optional*): With `growth="evidence"`, examples that the Trainer does not train on, prepared as
+            its training set is; see `aroma.hold_out`. From the second pass over the data on they decide growth. It may
+            also be set after the Trainer was made. Checkpoints do not hold it.
+        growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none.
+
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.
     """
 
-    def __init__(self, early_stop: bool = True, on_event: Callable[[Event], None] | None = None) -> None:
+    def __init__(
+        self,
+        early_stop: bool = True,
+        on_event: Callable[[Event], None] | None = None,
+        growth_dataset: Any | None = None,
+        growth_loss: Loss | None = None,
+    ) -> None:
         self.early_stop = early_stop
         self.on_event = on_event
+        self.growth_dataset = growth_dataset
+        self.growth_loss = growth_loss
         self.controller: AromaController | None = None
         self._rewarmup = Rewarmup()
         self._fused_step_was_skipped = False
@@ -101,6 +116,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             # The model that the Trainer shows is not the one that it compiled.
             compiled=args.torch_compile,
         )
+        self._settle_evidence(args, kwargs.get("train_dataloader"))
         if state.global_step > 0:
             with self.controller.together():
                 saved = self._saved_state(state)
@@ -110,6 +126,28 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         sharding = self.controller.matrices.sharding
         self._steps_within_backward = sharding.steps_within_backward
         self._hook(state, sharding.base_optimizer(optimizer))
+
+    def _settle_evidence(self, args: TrainingArguments, loader: Any) -> None:
+        """Tell the controller which batches decide growth."""
+        controller = self._running()
+        if not controller.config.has_slots:
+            if self.growth_dataset is not None:
+                raise bad_value("growth_dataset", "given", "only growth='evidence' reads it; leave it out")
+            return
+        held_out = None
+        if self.growth_dataset is not None:
+            with controller.together():
+                refuse_overlap(self.growth_dataset, getattr(loader, "dataset", None))
+                held_out = HeldOutDataset(
+                    self.growth_dataset,
+                    args.per_device_train_batch_size,
+                    getattr(loader, "collate_fn", default_data_collator),
+                    args.data_seed if args.data_seed is not None else args.seed,
+                    args.process_index,
+                    self.growth_loss,
+                    controller.config.significance,
+                )
+        controller.decide_by(held_out, _steps_of_a_pass(loader, args.gradient_accumulation_steps))
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""
@@ -268,6 +306,14 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"
         return self.controller
+
+
+def _steps_of_a_pass(loader: Any, accumulation: int) -> int | None:
+    """Return the optimizer steps of one pass over the training set; None for a stream, which has no length."""
+    try:
+        return max(math.ceil(len(loader) / accumulation), 1)
+    except TypeError:
+        return None
 
 
 def trainable_adapter(model: nn.Module) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from ..controller import AromaController
-from ..errors import CheckpointError
+from ..errors import CheckpointError, bad_value
 from ..events import Event
 from ..tuner.state import read_controller_state
+from .held_out import HeldOutBatches, Loss
 from .rewarmup import Rewarmup, makes_state_only, was_skipped
 
 
@@ -70,6 +71,9 @@ def attach(
     resume_from: str | None = None,
     on_event: Callable[[Event], None] | None = None,
     adapter_name: str = "default",
+    steps_per_pass: int | None = None,
+    growth_batches: Iterable[Any] | None = None,
+    growth_loss: Loss | None = None,
 ) -> Attachment:
     """Let the adapter of `model` grow in a plain loop. All of it happens inside `optimizer.step()`.
 
@@ -100,12 +104,27 @@ def attach(
         resume_from: Folder of a saved adapter whose run goes on.
         on_event: Called with every event.
         adapter_name: Name of the adapter.
+        steps_per_pass: With growth="evidence", optimizer steps of one pass over the training set; None if no example
+            comes twice.
+        growth_batches: Batches of examples that are not trained on, as a list or a DataLoader. From the second pass on
+            they decide growth.
+        growth_loss: Loss of a model and such a batch, where the model itself returns none.
 
     Raises:
         ConfigError: As `AromaController`.
         CheckpointError: `resume_from` holds no state of a run, or a damaged one.
     """
     controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
+    if growth_batches is not None and (not controller.config.has_slots or steps_per_pass is None):
+        field = "growth" if not controller.config.has_slots else "steps_per_pass"
+        raise bad_value(
+            field,
+            getattr(controller.config, field, None),
+            "growth_batches decide growth='evidence' after one pass over "
+            "the data; set growth='evidence' and give steps_per_pass, the optimizer steps of a pass",
+        )
+    held_out = None if growth_batches is None else HeldOutBatches(growth_batches, growth_loss)
+    controller.decide_by(held_out, steps_per_pass)
     if resume_from is not None:
         with controller.together():
             exported = read_controller_state(resume_from)

@@ -77,7 +77,7 @@ class RichProgress(TrainerCallback):
         parts = [] if self._loss is None else [f"loss {self._loss:.4f}"]
         controller = self._growth.controller if self._growth is not None else None
         if controller is not None:
-            parts.append(f"inner {controller.inner_step}/{controller.max_inner_steps}")
+            parts += controller.rule.status
             parts.append(f"active {controller.active_modules}/{len(controller.modules)}")
             parts.append(f"rank {controller.total_rank}")
         return " · ".join(parts)

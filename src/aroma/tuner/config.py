@@ -157,9 +157,7 @@ class AromaConfig(LoraConfig):
     significance: float = field(
         default=0.05, metadata={"help": "growth='evidence': chance of a component that is not needed."}
     )
-    slots: int = field(
-        default=8, metadata={"help": "growth='evidence': components of a matrix that train at once."}
-    )
+    slots: int = field(default=8, metadata={"help": "growth='evidence': components of a matrix that train at once."})
     duel_factor: float = field(
         default=1.0,
         metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},

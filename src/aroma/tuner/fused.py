@@ -11,7 +11,7 @@ place. The gradient of the input is summed once, not once for each path. Of the 
 the layer below made anyway, and the r numbers a x of every token. With many components, or many tokens, the update is
 folded into a copy of W0 that lives for one matmul; then it costs nothing per token.
 
-A probe is one more pair that adds nothing to y or gx and gets the gradients that it would have: one more column of the
+A probe is p more pairs that add nothing to y or gx and get the gradients that they would have: more columns of the
 narrow matmuls. G, (m, n), is never formed.
 
 `linear_with_update` replaces the base layer. `add_update` adds to the result of a base layer that only it can compute.
@@ -35,8 +35,8 @@ class Probe(NamedTuple):
     """What is asked of a backward beside the gradients of the pair; all leaves that require a gradient, but the moves.
 
     Args:
-        u: Left direction, (m, 1). Its gradient is G v.
-        v: Right direction, (1, n). Its gradient is uᵀ G.
+        u: Left directions, (m, p). Their gradient is G vᵀ.
+        v: Right directions, (p, n). Their gradient is uᵀ G.
         gate: (r,). Its gradient is ⟨G, s (Δb_k a_k + b_k Δa_k)⟩, the slope of the loss along the move of every slot.
         move_b: Δb, (m, r).
         move_a: Δa, (r, n).
@@ -74,7 +74,7 @@ class Update(NamedTuple):
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
-        """What gets gradients: a (r, n), b (m, r), and u (m, 1), v (1, n), gate (r,) of the probe, or None."""
+        """What gets gradients: a (r, n), b (m, r), and u (m, p), v (p, n), gate (r,) of the probe, or None."""
         return self.a, self.b, *(self.probe[:3] if self.probe is not None else (None, None, None))
 
 
@@ -174,7 +174,7 @@ class _LinearWithUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        """Map gy (…, m) to the gradients of x (…, n), a (r, n), b (m, r), u (m, 1), v (1, n) and gate (r,)."""
+        """Map gy (…, m) to the gradients of x (…, n), a (r, n), b (m, r), u (m, p), v (p, n) and gate (r,)."""
         x, h, a, b, A, B, u, v, *moves, weight = ctx.saved_tensors
         call: _Call = ctx.call
         gx = None
@@ -236,10 +236,11 @@ class _AddUpdate(torch.autograd.Function):
 
 
 def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, update: Update, *weight: Tensor) -> None:
-    """Keep what backward needs: x (…, n), and of h (T, R + k + 1) the columns of pair and probe, if they train."""
+    """Keep what backward needs: x (…, n), and of h (T, R + k + p) the columns of pair and probe, if they train."""
     ctx.call, ctx.slots = call, update.a.shape[0]
     trains = any(ctx.needs_input_grad[1:6])
-    of_pair = h[:, h.shape[1] - call.slots - (update.probe is not None) :]
+    probes = update.probe.v.shape[0] if update.probe is not None else 0
+    of_pair = h[:, h.shape[1] - call.slots - probes :]
     kept = (x, of_pair.contiguous()) if trains else (None, None)
     u, v, _, *moves = update.probe or (None, None, None, None, None)
     ctx.save_for_backward(*kept, update.a, update.b, update.A, update.B, u, v, *moves, *weight)
@@ -248,15 +249,15 @@ def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, update: Update, *weight: 
 def _leaf_gradients(
     ctx: Any, factors: _Factors, x: Tensor, h: Tensor, g: Tensor, gh: Tensor, moves: list[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a (r, n), b (m, r), u (m, 1), v (1, n) and gate (r,), None where none is asked for.
+    """Return the gradients of a (r, n), b (m, r), u (m, p), v (p, n) and gate (r,), None where none is asked for.
 
     Args:
         ctx: Context of the node.
         factors: Those of the call.
         x: Inputs, (…, n).
-        h: [a; v] drop(x), (T, k + 1).
+        h: [a; v] drop(x), (T, k + p).
         g: Gradient of the output, (T, m).
-        gh: `factors.project_back(g)`, (T, R + k + 1).
+        gh: `factors.project_back(g)`, (T, R + k + p).
         moves: Δb (m, r) and Δa (r, n) of the probe, or None.
     """
     call: _Call = ctx.call
@@ -283,7 +284,8 @@ def _leaf_gradients(
     keep = 1 - call.p if call.offsets else 1
     if needs_gate:
         move_b, move_a = moves
-        assert move_b is not None and move_a is not None and ga is not None and gb is not None
+        assert move_b is not None and move_a is not None, "a probe has moves"
+        assert ga is not None and gb is not None, "they were computed for the gate"
         slope = (gb * _cast(move_b[:, :k], gb.dtype)).sum(0) + (ga * _cast(move_a[:k], ga.dtype)).sum(1)
         ggate = _cast(F.pad(slope, (0, move_a.shape[0] - k)), call.pair_dtype)
     return (
@@ -345,9 +347,7 @@ class _Call(NamedTuple):
         """Return `x` (…, k) as (T, k) in the dtype that is computed in."""
         return _cast(x.reshape(-1, x.shape[-1]), self.dtype)
 
-    def factors(
-        self, A: Tensor, B: Tensor, a: Tensor, b: Tensor, u: Tensor | None, v: Tensor | None
-    ) -> _Factors:
+    def factors(self, A: Tensor, B: Tensor, a: Tensor, b: Tensor, u: Tensor | None, v: Tensor | None) -> _Factors:
         """Return the factors in the dtype that is computed in, b with its scale.
 
         Args:
@@ -355,8 +355,8 @@ class _Call(NamedTuple):
             B: (m, R).
             a: The pair, (r, n), of which k rows are evaluated.
             b: (m, r).
-            u: Left direction of the probe, (m, 1), or None.
-            v: Its right direction, (1, n), or None.
+            u: Left directions of the probe, (m, p), or None.
+            v: Its right directions, (p, n), or None.
         """
         dtype, mask, k = self.dtype, None, self.slots
         A, B, a, b = _cast(A, dtype), _cast(B, dtype), _cast(a[:k], dtype), _cast(b[:, :k], dtype)
@@ -393,8 +393,8 @@ class _Factors(NamedTuple):
         B: (m, R).
         a: The evaluated part of the pair, (k, n).
         b: (m, k), with its scale.
-        u: Left direction of the probe, (m, 1); (m, 0) without one.
-        v: Its right direction, (1, n); (0, n) without one.
+        u: Left directions of the probe, (m, p); p = 0 without one.
+        v: Its right directions, (p, n).
         mask: Dropout mask of the input of pair and probe, (T, n); None without dropout.
     """
 
@@ -412,7 +412,7 @@ class _Factors(NamedTuple):
         return self.A.shape[0] + self.a.shape[0]
 
     def project(self, x: Tensor) -> Tensor:
-        """Return [A x, a drop(x), v drop(x)], (T, R + k + 1), for x (T, n)."""
+        """Return [A x, a drop(x), v drop(x)], (T, R + k + p), for x (T, n)."""
         trained = _join(self.a, self.v)
         if self.mask is None:
             return F.linear(x, _join(self.A, trained))
@@ -426,7 +426,7 @@ class _Factors(NamedTuple):
         return self.mask * x if torch.is_grad_enabled() else self.mask.mul_(x)
 
     def up(self, *, with_probe: bool) -> Tensor:
-        """Return [B, s b, u]ᵀ, (R + k + 1, m), contiguous; without a probe one row less."""
+        """Return [B, s b, u]ᵀ, (R + k + p, m), contiguous; without the probe R + k rows."""
         parts = [self.B, self.b, self.u] if with_probe else [self.B, self.b]
         rows = [part.t().contiguous() for part in parts if part.shape[1]]
         if not rows:
@@ -434,7 +434,7 @@ class _Factors(NamedTuple):
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def add(self, y: Tensor, h: Tensor) -> None:
-        """Add up h to y (T, m), for h (T, R + k + 1), of which the probe's column adds nothing."""
+        """Add up h to y (T, m), for h (T, R + k + p), of which the probe's columns add nothing."""
         if not self.components:
             return
         h = self._of_components(h)
@@ -444,16 +444,16 @@ class _Factors(NamedTuple):
             y.add_(h @ self.up(with_probe=False))
 
     def project_back(self, g: Tensor) -> Tensor:
-        """Return [Bᵀ g, s bᵀ g, uᵀ g], (T, R + k + 1), for g (T, m)."""
+        """Return [Bᵀ g, s bᵀ g, uᵀ g], (T, R + k + p), for g (T, m)."""
         return F.linear(g, self.up(with_probe=True))
 
     def of_pair(self, gh: Tensor) -> Tensor:
-        """Return the columns of gh (T, R + k + 1) that belong to pair and probe, (T, k + 1)."""
+        """Return the columns of gh (T, R + k + p) that belong to pair and probe, (T, k + p)."""
         # Not a slice of everything, which batched gradients (is_grads_batched) cannot take.
         return gh[:, self.A.shape[0] :] if self.A.shape[0] else gh
 
     def input_gradient(self, gh: Tensor) -> Tensor:
-        """Return what the factors send down to the inputs, (T, n), for gh (T, R + k + 1)."""
+        """Return what the factors send down to the inputs, (T, n), for gh (T, R + k + p)."""
         gh = self._of_components(gh)
         if self.mask is None:
             return gh @ _join(self.A, self.a)
@@ -462,7 +462,7 @@ class _Factors(NamedTuple):
         return gx.addmm_(gh[:, :R], self.A) if R else gx
 
     def input_gradient_with(self, W: Tensor, g: Tensor, gh: Tensor, pair_is_folded: bool) -> Tensor:
-        """Return what factors and W (m, n) send down to the inputs, (T, n), for g (T, m) and gh (T, R + k + 1)."""
+        """Return what factors and W (m, n) send down to the inputs, (T, n), for g (T, m) and gh (T, R + k + p)."""
         if self.mask is not None:
             return self.input_gradient(gh).addmm_(g, W)
         gx = g @ W
@@ -471,7 +471,7 @@ class _Factors(NamedTuple):
         return gx.addmm_(self._of_components(gh), _join(self.A, self.a))
 
     def _of_components(self, h: Tensor) -> Tensor:
-        """Return h (T, R + k + 1) without the probe's column."""
+        """Return h (T, R + k + p) without the probe's columns."""
         return h[:, : self.components] if self.v.shape[0] else h
 
 

@@ -1,0 +1,119 @@
+"""Growth by evidence: the library against the dense reference, and what the rule promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from aroma import AromaConfig, attach
+from aroma.algorithm.evidence import flips_to_birth, log_evidence
+from reference_evidence import Reference, Settings, evidence
+
+WIDTH, LAYERS = 16, 4
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64) for _ in range(LAYERS))
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers:
+            layer.weight.data = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) / WIDTH**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + 0.5 * torch.tanh(layer(x))
+        return x
+
+
+def planted(ranks: list[int], seed: int = 0, examples: int = 400, noise: float = 0.1) -> tuple[Net, Tensor, Tensor]:
+    """Return a base, inputs, and what a teacher with updates of these ranks makes of them."""
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    base, teacher = Net(seed), Net(seed)
+    for layer, r in zip(teacher.layers, ranks, strict=True):
+        if r:
+            layer.weight.data += torch.linalg.qr(draw(WIDTH, r))[0] @ torch.linalg.qr(draw(WIDTH, r))[0].T
+    x = draw(examples, WIDTH)
+    with torch.no_grad():
+        y = teacher(x)
+    return base, x, y + noise * draw(*y.shape)
+
+
+def batches(x: Tensor, y: Tensor, steps: int, size: int = 8, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(x[i], y[i]) for i in (torch.randint(0, len(x), (size,), generator=generator) for _ in range(steps))]
+
+
+def grown(base: Net, **fields: Any) -> Any:
+    fields = {"growth": "evidence", "target_modules": r"layers\.\d+", "component_seed": 0, **fields}
+    return get_peft_model(base, AromaConfig(**fields), autocast_adapter_dtype=False)
+
+
+def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("slots", "kappa", "first_pass"), [(8, 1.0, None), (2, 0.5, None), (8, 0.5, 40)], ids=["plain", "merges", "held"]
+)
+def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, first_pass: int | None) -> None:
+    steps = 120
+    base, x, y = planted([0, 4, 1, 3])
+    held = batches(x[300:], y[300:], 60, seed=9)
+    data = batches(x[:300], y[:300], steps)
+    weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
+    reference = Reference(weights, Settings(S=slots, kappa=kappa, first_pass=first_pass))
+    net = Net()
+
+    def gradients(batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        for layer, matrix in zip(net.layers, reference.matrices, strict=True):
+            layer.weight = nn.Parameter(matrix.W(4.0))
+        loss = (net(batch[0]) - batch[1]).square().mean()
+        return [*torch.autograd.grad(loss, [layer.weight for layer in net.layers])]
+
+    model = grown(base, slots=slots, duel_factor=kappa)
+    optimizer = adam(model)
+    events = []
+    growth = attach(
+        model,
+        optimizer,
+        on_event=events.append,
+        steps_per_pass=first_pass,
+        growth_batches=held if first_pass else None,
+        growth_loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+    )
+    for t, batch in enumerate(data):
+        optimizer.zero_grad()
+        (model(batch[0]) - batch[1]).square().mean().backward()
+        optimizer.step()
+        number = 0 if first_pass is None else max(0, t - first_pass) // 9
+        reference.step(gradients(batch), 1e-2, lambda number=number: gradients(held[number]))
+    births = [(event.step, event.module) for event in events if event.kind == "born"]
+    assert births == reference.births
+    assert len(births) > LAYERS + 4
+    for matrix, expected in zip(growth.controller.modules, reference.matrices, strict=True):
+        b, a = matrix.pair
+        B, A = matrix.finished
+        update = B @ A + 4.0 * b @ a
+        torch.testing.assert_close(update.detach(), expected.W(4.0) - expected.W0, rtol=1e-6, atol=1e-9)
+        assert (matrix.heads, matrix.flips) == (expected.heads, expected.flips)
+
+
+def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:
+    assert flips_to_birth(0.05) == 7
+    assert log_evidence(6, 6) < torch.log(torch.tensor(20.0)) <= log_evidence(7, 7)
+    for heads, flips in ((0, 0), (3, 9), (9, 10)):
+        assert torch.tensor(log_evidence(heads, flips)).exp() == pytest.approx(evidence(heads, flips))
+    # Fair coins, watched for 200 flips: no more than α of them ever convince.
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randint(0, 2, (2000, 200), generator=generator).cumsum(1)
+    convinced = [any(log_evidence(int(h), t + 1) >= 2.996 for t, h in enumerate(row)) for row in heads]
+    assert sum(convinced) / 2000 < 0.05
