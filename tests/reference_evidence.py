@@ -80,11 +80,10 @@ class Reference:
         self.matrices = []
         for index, (name, W0) in enumerate(weights.items()):
             m, n = W0.shape
-            draw = lambda purpose, size: normalize(  # noqa: E731
-                torch.randn(size, generator=component_generator(settings.seed, 1, index, purpose)).to(W0), dim=0
-            )
+            slots: list[Component | None] = [None] * settings.S
+            u, v = (_random(settings.seed, index, purpose, size).to(W0) for purpose, size in (("u", m), ("v", n)))
             self.matrices.append(
-                Matrix(name, W0, [None] * settings.S, draw("u", m), draw("v", n), W0.new_zeros(m), W0.new_zeros(n))
+                Matrix(name, W0, slots, normalize(u, dim=0), normalize(v, dim=0), W0.new_zeros(m), W0.new_zeros(n))
             )
         self.pending: list[list[tuple[float, list[float]]]] = []
         self.newborn: list[list[bool]] = []
@@ -193,6 +192,10 @@ class Reference:
         looked = [c.at for c in matrix.live if c.at is not None]
         matrix.u = _outside(matrix.p, [b for b, _ in looked if b.any()], matrix.u)
         matrix.v = _outside(matrix.q, [a for _, a in looked], matrix.v)
+
+
+def _random(seed: int, index: int, purpose: str, size: int) -> Tensor:
+    return torch.randn(1, size, generator=component_generator(seed, 1, index, purpose))[0]
 
 
 def _outside(direction: Tensor, span: list[Tensor], otherwise: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, fi
         B, A = matrix.finished
         update = B @ A + 4.0 * b @ a
         torch.testing.assert_close(update.detach(), expected.W(4.0) - expected.W0, rtol=1e-6, atol=1e-9)
-        assert (matrix.heads, matrix.flips) == (expected.heads, expected.flips)
+        assert (matrix.heads, matrix.flips) == ([expected.heads], [expected.flips])
 
 
 def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:

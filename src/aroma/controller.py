@@ -37,7 +37,7 @@ from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
 
-RulePlan = Callable[[GrowingMatrices], GrowthRule]
+RulePlan = Callable[[Any], GrowthRule]
 """Makes a growth rule of the matrices of a run."""
 
 
@@ -106,7 +106,7 @@ class AromaController:
         self.live = live_adapter(model, adapter_name)
         self.config = self.live.config
         kind = SlotMatrices if self.config.has_slots else GrowingMatrices
-        self.matrices: Any = kind(model, adapter_name, self.live, optimizer)
+        self.matrices: GrowingMatrices = kind(model, adapter_name, self.live, optimizer)
         self._processes = world_size()
         self._wrapper = wrapper if wrapper is not model else None
         self._sharding = self.matrices.sharding
@@ -221,8 +221,8 @@ class AromaController:
             return
         if self.total_steps is None or self.total_steps > first_pass:
             warnings.warn(
-                f"From optimizer step {first_pass} on, growth is decided on examples that have been trained on: what is "
-                "learnt by heart looks steep, so matrices may grow that should not. Hold some examples out: "
+                f"From optimizer step {first_pass} on, growth is decided on examples that have been trained on: what "
+                "is learnt by heart looks steep, so matrices may grow that should not. Hold some examples out: "
                 "train, growth = aroma.hold_out(dataset), and give growth_dataset=growth to AromaCallback "
                 "(growth_batches= to attach)",
                 stacklevel=3,

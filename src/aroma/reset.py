@@ -235,7 +235,7 @@ def _moment_keys(optimizer: Any, state: OptimizerState) -> list[str]:
 
 
 def _slot_axis(shape: tuple[int, ...], whole: tuple[int, ...], dim: int) -> int | None:
-    """Return which axis of a moment of `shape` counts what dimension `dim` of its parameter does; None if none does."""
+    """Return which axis of a moment of `shape` counts what dimension `dim` of its parameter does, if one does."""
     if shape == whole:
         return dim
     rows, columns = whole[:-1], whole[-1:]

@@ -1,12 +1,12 @@
-"""Matrices that grow by evidence: components in slots of one pair, and an unused direction for every matrix.
+"""Matrices that grow by evidence: components in slots of one pair, and unused directions.
 
-The unused direction u vᵀ follows the gradients by streaming power iteration. With G = ∂L/∂W of a step, summed over
+An unused direction u vᵀ follows the gradients by streaming power iteration. With G = ∂L/∂W of a step, summed over
 micro-batches and processes,
 
 .. code-block:: text
 
-    p ← β p − (1 − β) G v          u ← p off span(b of the slots), normalised
-    q ← β q − (1 − β) Gᵀ u         v ← q off span(a of the slots), normalised
+    p ← β p − (1 − β) G v          u ← p off span(b of the slots, earlier u of the matrix), normalised
+    q ← β q − (1 − β) Gᵀ u         v ← q off span(a of the slots, earlier v of the matrix), normalised
 
 G v, Gᵀ u and ⟨G, Δ_k⟩ come out of the backward of the layer as gradients of leaves that have no effect (`Probe`). So
 micro-batches add up as everywhere, no hook is needed, and no m×n matrix is formed.
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .algorithm.evidence import Reading
+from .algorithm.evidence import PROBES, Reading
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
@@ -42,18 +42,18 @@ class SlotMatrix(GrowingMatrix):
 
     Attributes:
         born: Number of the birth in every slot, counted over the matrix; None where the slot is not in use.
-        heads: Batches since the last birth on which the unused direction won.
-        flips: Batches since the last birth on which it was judged.
-        log_evidence: log E.
-        steepness: z of the last batch; None before the first.
+        heads: Batches since its start on which an unused direction won, by direction.
+        flips: Batches since its start on which it was judged, likewise.
+        log_evidence: The largest log E among its directions.
+        steepness: The largest z of the last batch; None before the first.
     """
 
     def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
         super().__init__(name, index, layer, adapter_name, live)
         self.born: list[int | None] = [None] * live.config.slots
         self.births = 0
-        self.heads = 0
-        self.flips = 0
+        self.heads = [0] * PROBES
+        self.flips = [0] * PROBES
         self.log_evidence = 0.0
         self.steepness: float | None = None
 
@@ -158,10 +158,10 @@ class _Group:
 
     Attributes:
         matrices: Which ones, L of them.
-        u: Left directions, (L, m, 1).
-        v: Right directions, (L, 1, n).
-        p: Averages of −G v, (L, m, 1).
-        q: Averages of −uᵀ G, (L, 1, n).
+        u: Left directions, (L, m, P).
+        v: Right directions, (L, P, n).
+        p: Averages of −G v, (L, m, P).
+        q: Averages of −uᵀ G, (L, P, n).
         gate: Zeros, (L, S).
         b: The slots at the last `note_moves`, (L, m, S).
         a: Likewise, (L, S, n).
@@ -222,8 +222,8 @@ class _Group:
         """Let the directions follow a gradient.
 
         Args:
-            gu: G v, (L, m, 1).
-            gv: uᵀ G, (L, 1, n).
+            gu: G v, (L, m, P).
+            gv: uᵀ G, (L, P, n).
             memory: β.
         """
         self.p.mul_(memory).sub_(gu, alpha=1 - memory)
@@ -234,9 +234,8 @@ class _Group:
         """Point the directions where p and q point outside of the spans; where that is nowhere, leave them."""
         free_p = self.p - self.span_b @ (self.span_b.mT @ self.p)
         free_q = self.q - (self.q @ self.span_a.mT) @ self.span_a
-        for direction, free, dim in ((self.u, free_p, 1), (self.v, free_q, 2)):
-            norm = torch.linalg.vector_norm(free, dim=dim, keepdim=True)
-            direction.copy_(torch.where(norm > 0, free / norm, direction))
+        _orthonormalise(free_p.mT, self.u.mT)
+        _orthonormalise(free_q, self.v)
 
 
 class SlotMatrices(GrowingMatrices):
@@ -290,7 +289,7 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def _make_groups(self) -> None:
-        """Stack the unused directions of matrices of one shape, at random to begin with, and ask for their gradients."""
+        """Stack the unused directions of matrices of one shape, random ones to begin with, and ask for gradients."""
         shapes: dict[Any, list[SlotMatrix]] = {}
         for matrix in self._all:
             a = matrix.pair[1]
@@ -306,10 +305,10 @@ class SlotMatrices(GrowingMatrices):
 
             group = _Group(
                 matrices=matrices,
-                u=self._random_directions(matrices, "u", m, dtype).to(device).unsqueeze(2),
-                v=self._random_directions(matrices, "v", n, dtype).to(device).unsqueeze(1),
-                p=zeros(m, 1),
-                q=zeros(1, n),
+                u=self._random_directions(matrices, "u", m, dtype).to(device).mT.contiguous(),
+                v=self._random_directions(matrices, "v", n, dtype).to(device),
+                p=zeros(m, PROBES),
+                q=zeros(PROBES, n),
                 gate=zeros(slots),
                 b=zeros(m, slots),
                 a=zeros(slots, n),
@@ -327,12 +326,14 @@ class SlotMatrices(GrowingMatrices):
     def _random_directions(
         self, matrices: Sequence[SlotMatrix], purpose: str, size: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return random unit vectors, (L, size), drawn on the CPU from the seed of the run."""
-        seed = self._live.seed
+        """Return random orthonormal rows, (L, P, size), drawn on the CPU from the seed of the run."""
         drawn = [
-            torch.randn(size, generator=component_generator(seed, 1, matrix.index, purpose)) for matrix in matrices
+            torch.randn(PROBES, size, generator=component_generator(self._live.seed, 1, matrix.index, purpose))
+            for matrix in matrices
         ]
-        return nn.functional.normalize(torch.stack(drawn).to(dtype), dim=1)
+        directions = torch.stack(drawn).to(dtype)
+        _orthonormalise(directions.clone(), directions)
+        return directions
 
     def _ask(self) -> None:
         """Give every layer its leaves, which share the memory of the stacked tensors, and gradients of zero."""
@@ -407,7 +408,7 @@ class SlotMatrices(GrowingMatrices):
         with torch.enable_grad():
             # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
             found = iter(torch.autograd.grad(loss(), asked, allow_unused=True))
-        answers = []
+        answers: list[tuple[Tensor, ...]] = []
         for group in self._groups:
             buffer = torch.zeros_like(self._gradients[len(answers)])
             views = _views(buffer, group.leaves)
@@ -426,10 +427,10 @@ class SlotMatrices(GrowingMatrices):
         """Note the steepness of every unused direction and move; stays on the device.
 
         Args:
-            answers: G v (L, m, 1), uᵀ G (L, 1, n) and the slopes along the moves (L, S), by group.
+            answers: G v (L, m, P), uᵀ G (L, P, n) and the slopes along the moves (L, S), by group.
         """
         values = [
-            (-(group.u * gu).sum((1, 2)), -gate * group.per_norm)
+            (-(group.u * gu).sum(1), -gate * group.per_norm)
             for group, (gu, _, gate) in zip(self._groups, answers, strict=True)
         ]
         self._readings.append((values, [*self._pending]))
@@ -443,7 +444,7 @@ class SlotMatrices(GrowingMatrices):
         device = readings[0][0][0][0].device
         rows = torch.stack(
             [
-                torch.cat([torch.cat([z[:, None], own], 1).to(device, torch.float64) for z, own in values])
+                torch.cat([torch.cat([z, own], 1).to(device, torch.float64) for z, own in values])
                 for values, _ in readings
             ]
         )
@@ -451,42 +452,50 @@ class SlotMatrices(GrowingMatrices):
         host[:, order] = rows.cpu()
         numbers = host.numpy()
         return [
-            Reading(numbers[step, :, 0], numbers[step, :, 1:], _flags(pending))
+            Reading(numbers[step, :, :PROBES], numbers[step, :, PROBES:], _flags(pending))
             for step, (_, pending) in enumerate(readings)
         ]
 
     # Births ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def bear(self, matrices: Sequence[SlotMatrix]) -> list[SlotMatrix]:
-        """Start a component along the unused direction of each matrix: a = v/√3, b = 0.
+    def bear(self, births: Sequence[tuple[SlotMatrix, int]]) -> list[SlotMatrix]:
+        """Start a component of each matrix along an unused direction: a = v/√3, b = 0.
 
         The entries of a are then as large as Kaiming's. The optimizer's averages for the slot begin at zero, its
         averages of squares at those of the other slots.
 
+        Args:
+            births: The matrices, and the number of the direction.
+
         Returns:
-            The matrices whose oldest component was merged to make room.
+            The matrices whose oldest component was merged to make room, once for each.
         """
         where = {matrix.index: (group, row) for group in self._groups for row, matrix in enumerate(group.matrices)}
         merged = []
+        born: dict[int, list[int]] = {}
+        for matrix, probe in births:
+            born.setdefault(matrix.index, []).append(probe)
+        matrices = [self._all[index] for index in born]
         for matrix, (b, a) in zip(matrices, self.pairs(matrices), strict=True):
             group, row = where[matrix.index]
-            slot, is_taken = matrix.slot_for_birth()
             b, a = b.detach().clone(), a.detach().clone()
-            if is_taken:
-                matrix.layer.finished(self._adapter_name).append(
-                    b[:, slot : slot + 1] * self._live.config.scale, a[slot : slot + 1]
-                )
-                matrix.vacate(slot)
-                merged.append(matrix)
-            others = matrix.slots
-            b[:, slot] = 0
-            a[slot] = (group.v[row, 0] / 3**0.5).to(a)
+            for probe in born[matrix.index]:
+                slot, is_taken = matrix.slot_for_birth()
+                if is_taken:
+                    matrix.layer.finished(self._adapter_name).append(
+                        b[:, slot : slot + 1] * self._live.config.scale, a[slot : slot + 1]
+                    )
+                    matrix.vacate(slot)
+                    merged.append(matrix)
+                others = matrix.slots
+                b[:, slot] = 0
+                a[slot] = (group.v[row, probe] / 3**0.5).to(a)
+                matrix.occupy(slot)
+                for parameter, dim in zip(matrix.pair, (1, 0), strict=True):
+                    start_slot(self._optimizer, parameter, slot, dim, others)
+                group.p[row, :, probe], group.q[row, probe] = 0, 0
             matrix.layer.start_pair(self._adapter_name, a, b)
-            matrix.occupy(slot)
-            for parameter, dim in zip(matrix.pair, (1, 0), strict=True):
-                start_slot(self._optimizer, parameter, slot, dim, others)
-            group.p[row], group.q[row] = 0, 0
         self.release_pairs()
         return merged
 
@@ -530,7 +539,7 @@ class SlotMatrices(GrowingMatrices):
                     tensors[f"probe.{matrix.index}.{name}"] = getattr(group, name)[row].clone()
         for step, (values, _) in enumerate(self._readings):
             for index, (z, own) in enumerate(values):
-                tensors[f"reading.{step}.{index}"] = torch.cat([z[:, None], own], 1)
+                tensors[f"reading.{step}.{index}"] = torch.cat([z, own], 1)
         state["noted"] = [[*noted] for noted in self._noted]
         state["pending"] = [*self._pending]
         state["readings"] = [pending for _, pending in self._readings]
@@ -553,7 +562,7 @@ class SlotMatrices(GrowingMatrices):
         self._pending = [*state["pending"]]
         for step, pending in enumerate(state["readings"]):
             found = [tensors[f"reading.{step}.{index}"].to(group.u) for index, group in enumerate(self._groups)]
-            self._readings.append(([(rows[:, 0], rows[:, 1:]) for rows in found], [*pending]))
+            self._readings.append(([(rows[:, :PROBES], rows[:, PROBES:]) for rows in found], [*pending]))
         self._ask()
 
 
@@ -577,4 +586,16 @@ def _orthonormal_rows(rows: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(unit @ unit.mT)
     counts = values > _RANK_TOLERANCE * values[:, -1:]
     weights = torch.where(counts, values.clamp_min(_RANK_TOLERANCE**2).rsqrt(), 0.0)
-    return ((vectors * weights[:, None, :]).mT @ unit).to(rows.dtype)
+    basis: Tensor = ((vectors * weights[:, None, :]).mT @ unit).to(rows.dtype)
+    return basis
+
+
+def _orthonormalise(rows: Tensor, directions: Tensor) -> None:
+    """Write the orthonormalised rows (L, P, n) into `directions`, in their order; leave those that have no length."""
+    for row in range(rows.shape[1]):
+        free = rows[:, row]
+        for earlier in range(row):
+            other = directions[:, earlier]
+            free = free - (free * other).sum(1, keepdim=True) * other
+        norm = torch.linalg.vector_norm(free, dim=1, keepdim=True)
+        directions[:, row] = torch.where(norm > 0, free / norm, directions[:, row])

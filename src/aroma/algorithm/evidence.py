@@ -1,17 +1,17 @@
 """Growth by evidence: a matrix gets one more component when its best unused direction keeps beating what it trains.
 
 The steepness of a direction D, an m×n matrix, is how fast the loss falls along it on a batch: −⟨G, D⟩ / ‖D‖_F with
-G = ∂L/∂W. Every matrix has an unused direction u vᵀ, made of earlier gradients, and up to S components that train.
-The batch at hand has made neither, so what it says of them is out of sample.
+G = ∂L/∂W. Every matrix has a few unused directions u vᵀ, made of earlier gradients, and up to S components that train.
+The batch at hand has made neither, so what it says of them is out of sample. Of every unused direction:
 
 .. code-block:: text
 
-    z    = −uᵀ G v                                                    steepness of the unused direction
+    z    = −uᵀ G v                                                    its steepness
     own  = mean over its components k of −⟨G, Δ_k⟩ / ‖Δ_k‖_F            Δ_k: how the component moved lately
     all  = the mean of −⟨G, Δ_k⟩ / ‖Δ_k‖_F over the components of all matrices
     heads, if z > 0 and z > κ max(own, all); tails otherwise
     E    = mean over θ in (½, 1) of (2θ)^heads (2(1 − θ))^tails
-    E ≥ 1/α   → one more component, along u vᵀ; heads = tails = 0
+    E ≥ 1/α   → one more component, along u vᵀ; its heads = tails = 0
 
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
 (Ville's inequality for the mixture). So α is the chance of a component that is not needed.
@@ -33,6 +33,9 @@ from .rule import Matrix
 
 CHECK_INTERVAL = 4
 """Optimizer steps between looks at the evidence. The evidence of every batch in between counts."""
+
+PROBES = 1
+"""Unused directions of a matrix that are followed at once."""
 
 FIRST_STEP = 8
 """Optimizer steps of which the gradients make the direction of the first component."""
@@ -63,7 +66,7 @@ class Reading(NamedTuple):
     """What one batch says of all matrices, in module order.
 
     Args:
-        unused: z, the steepness of the unused directions, (matrices,).
+        unused: z, the steepness of the unused directions, (matrices, probes).
         moves: Steepness along the moves of the components, (matrices, S); NaN where there is none, or none known.
         pending: Whether a matrix has a component of which no move is known yet, (matrices,).
     """
@@ -77,14 +80,14 @@ class EvidenceMatrix(Matrix, Protocol):
     """One growing matrix as the rule sees it, with what the rule notes about it.
 
     Attributes:
-        heads: Batches since the last birth on which the unused direction won.
-        flips: Batches since the last birth on which it was judged.
-        log_evidence: log E.
-        steepness: z of the last batch; None before the first.
+        heads: Batches since its start on which an unused direction won, by direction.
+        flips: Batches since its start on which it was judged, likewise.
+        log_evidence: The largest log E among its directions.
+        steepness: The largest z of the last batch; None before the first.
     """
 
-    heads: int
-    flips: int
+    heads: list[int]
+    flips: list[int]
     log_evidence: float
     steepness: float | None
 
@@ -108,8 +111,12 @@ class EvidenceMatrices(Protocol[E]):
     def take_readings(self) -> list[Reading]:
         """Return what the batches since the last call said, in their order."""
 
-    def bear(self, matrices: Sequence[E]) -> list[E]:
-        """Start a component along the unused direction of each matrix; return those whose oldest was merged for it."""
+    def bear(self, births: Sequence[tuple[E, int]]) -> list[E]:
+        """Start a component of each matrix along an unused direction, given by its number.
+
+        Returns:
+            The matrices whose oldest component was merged to make room, once for each.
+        """
 
     def note_moves(self) -> None:
         """Note how every component has moved since the last call: that is Δ_k from now on."""
@@ -171,7 +178,7 @@ class EvidenceRule(Generic[E]):
             return []
         readings = self._matrices.take_readings()
         if self.global_step == FIRST_STEP:
-            events = self._bear([matrix for matrix in self._matrices.active() if not self._is_full(matrix)])
+            events = self._bear([(matrix, 0) for matrix in self._matrices.active()])
         else:
             events = self._weigh(readings)
         self._matrices.note_moves()
@@ -193,42 +200,56 @@ class EvidenceRule(Generic[E]):
             self._require_finite_reading(matrices, reading)
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
-                matrix.steepness = float(reading.unused[index])
-                matrix.heads += int(heads[index])
-                matrix.flips += int(judged[index])
-        for matrix in matrices:
-            matrix.log_evidence = log_evidence(matrix.heads, matrix.flips)
+                matrix.steepness = float(reading.unused[index].max())
+                for probe, won in enumerate(heads[index]):
+                    matrix.heads[probe] += int(won)
+                    matrix.flips[probe] += int(judged[index])
+        births = []
         threshold = -math.log(self._settings.significance)
-        return self._bear([m for m in self._matrices.active() if m.log_evidence >= threshold and not self._is_full(m)])
+        for matrix in self._matrices.active():
+            found = [log_evidence(heads, flips) for heads, flips in zip(matrix.heads, matrix.flips, strict=True)]
+            matrix.log_evidence = max(found)
+            births += [(matrix, probe) for probe, evidence in enumerate(found) if evidence >= threshold]
+        return self._bear(births)
 
-    def _bear(self, matrices: Sequence[E]) -> list[Event]:
-        """Start a component in each matrix, and tell of it; the events carry the evidence that decided."""
-        if not matrices:
+    def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
+        """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
+        births = self._within_limit(births)
+        if not births:
             return []
-        merged = self._matrices.bear(matrices)
+        merged = self._matrices.bear(births)
         events = [self._event("merged", matrix) for matrix in merged]
-        events += [self._event("born", matrix) for matrix in matrices]
-        for matrix in matrices:
-            matrix.heads = matrix.flips = 0
+        events += [self._event("born", matrix) for matrix, _ in births]
+        for matrix, probe in births:
+            matrix.heads[probe] = matrix.flips[probe] = 0
             matrix.log_evidence = 0.0
-        self.births += len(matrices)
+        self.births += len(births)
         self.last_birth = self.global_step
         return events
 
-    def _is_full(self, matrix: Matrix) -> bool:
+    def _within_limit(self, births: Sequence[tuple[E, int]]) -> list[tuple[E, int]]:
+        """Return the births that `max_components` leaves room for."""
         most = self._settings.max_components
-        return most is not None and matrix.component_count >= most
+        if most is None:
+            return [*births]
+        room = {matrix.name: most - matrix.component_count for matrix, _ in births}
+        kept = []
+        for matrix, probe in births:
+            room[matrix.name] -= 1
+            if room[matrix.name] >= 0:
+                kept.append((matrix, probe))
+        return kept
 
     # Errors, events, state -------------------------------------------------------------------------------------------
 
     def _require_finite_reading(self, matrices: Sequence[E], reading: Reading) -> None:
-        broken = ~np.isfinite(reading.unused) | np.isinf(reading.moves).any(1)
+        broken = ~np.isfinite(reading.unused).all(1) | np.isinf(reading.moves).any(1)
         if broken.any():
             name = matrices[int(broken.argmax())].name
             raise NonFiniteError(
                 f"{name}: the gradient along its unused direction is not finite near optimizer step "
-                f"{self.global_step}. Training stopped, and earlier checkpoints are untouched: resume from the last one "
-                "with a lower learning rate, or look at the data of the last steps"
+                f"{self.global_step}. Training stopped, and earlier checkpoints are untouched: resume from the last "
+                "one with a lower learning rate, or look at the data of the last steps"
             )
 
     def require_finite(self, matrices: Sequence[Any], norms: Sequence[float], check: str) -> None:
@@ -265,7 +286,7 @@ class EvidenceRule(Generic[E]):
 
 
 def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every matrix whether its unused direction won the batch, and whether it was judged at all.
+    """Return for every matrix which unused directions won the batch, and whether it was judged at all.
 
     A matrix is not judged while the move of one of its components is unknown, and none is before any is known.
 
@@ -274,19 +295,18 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
         factor: κ.
 
     Returns:
-        Heads and judged, boolean, (matrices,).
+        Heads, boolean, (matrices, probes), and judged, boolean, (matrices,).
     """
     known = ~np.isnan(reading.moves)
     if not known.any():
-        nothing = np.zeros(len(reading.unused), dtype=bool)
-        return nothing, nothing
+        return np.zeros(reading.unused.shape, dtype=bool), np.zeros(len(reading.unused), dtype=bool)
     values = np.where(known, reading.moves, 0.0)
     everywhere = values.sum() / known.sum()
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
-    rival = np.maximum(own, everywhere)
+    rival = np.maximum(own, everywhere)[:, None]
     judged = ~reading.pending
-    return judged & (reading.unused > 0) & (reading.unused > factor * rival), judged
+    return judged[:, None] & (reading.unused > 0) & (reading.unused > factor * rival), judged
 
 
 @lru_cache(maxsize=4096)

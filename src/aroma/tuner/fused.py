@@ -284,8 +284,10 @@ def _leaf_gradients(
     keep = 1 - call.p if call.offsets else 1
     if needs_gate:
         move_b, move_a = moves
-        assert move_b is not None and move_a is not None, "a probe has moves"
-        assert ga is not None and gb is not None, "they were computed for the gate"
+        assert move_b is not None, "a probe has moves"
+        assert move_a is not None, "a probe has moves"
+        assert ga is not None, "it was computed for the gate"
+        assert gb is not None, "it was computed for the gate"
         slope = (gb * _cast(move_b[:, :k], gb.dtype)).sum(0) + (ga * _cast(move_a[:k], ga.dtype)).sum(1)
         ggate = _cast(F.pad(slope, (0, move_a.shape[0] - k)), call.pair_dtype)
     return (
