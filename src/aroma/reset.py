@@ -160,18 +160,18 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
 
 
 @torch.no_grad()
-def start_slot(optimizer: Any, param: Tensor, slot: int, dim: int, others: Sequence[int]) -> None:
-    """Let the optimizer begin anew with one slot of a pair, in place; all ranks call this.
+def start_slots(optimizer: Any, param: Tensor, slots: Sequence[int], dim: int, others: Sequence[int]) -> None:
+    """Let the optimizer begin anew with some slots of a pair, in place; all ranks call this.
 
-    Its averages of gradients become zero. Its averages of squares become the mean of those of the other slots in use:
-    at zero, under the step count of an older parameter, Adam would take steps up to six times the learning rate.
+    Their averages of gradients become zero. Their averages of squares become the mean of those of `others`: at zero,
+    under the step count of an older parameter, Adam would take steps up to six times the learning rate.
 
     Args:
         optimizer: As in `reset_state`.
         param: b (m, S) or a (S, n), as the optimizer holds it.
-        slot: The slot.
+        slots: The slots.
         dim: The dimension that counts slots.
-        others: Other slots in use; with none, averages of squares stay as they are.
+        others: Slots that are, or were, in use; with none, averages of squares stay as they are.
 
     Raises:
         ResetError: AROMA does not know some of the state; nothing has been changed.
@@ -184,16 +184,17 @@ def start_slot(optimizer: Any, param: Tensor, slot: int, dim: int, others: Seque
         axis = _slot_axis(moment.entries.shape, state.shape, dim)
         if axis is None:
             continue
-        values = whole.select(axis, slot)
+        begun = torch.tensor([*slots], device=whole.device)
         if key in _AVERAGES:
-            values.fill_(moment.zero)
+            whole.index_fill_(axis, begun, moment.zero)
         elif others and moment.absmax is None:
-            values.copy_(whole.index_select(axis, torch.tensor([*others], device=whole.device)).mean(axis))
+            mean = whole.index_select(axis, torch.tensor([*others], device=whole.device)).mean(axis, keepdim=True)
+            whole.index_copy_(axis, begun, mean.repeat_interleave(len(begun), axis))
         moment.entries.values.copy_(moment.entries.pick(whole).reshape(moment.entries.values.shape))
 
 
 def check_startable(optimizer: Any, param: Tensor) -> None:
-    """Raise what `start_slot` would raise, and change nothing; `param` has any shape."""
+    """Raise what `start_slots` would raise, and change nothing; `param` has any shape."""
     _resettable_moments(optimizer, param, "prune")
 
 
