@@ -26,7 +26,7 @@ from .algorithm.evidence import PROBES, Reading
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
-from .reset import check_startable, component_generator, start_slot
+from .reset import SlotStart, check_startable, component_generator, start_slots
 from .sharding import is_distributed
 from .spectra import effective_rank, singular_values
 from .tuner import AromaLinear
@@ -473,6 +473,7 @@ class SlotMatrices(GrowingMatrices):
         """
         where = {matrix.index: (group, row) for group in self._groups for row, matrix in enumerate(group.matrices)}
         merged = []
+        starts: list[SlotStart] = []
         born: dict[int, list[int]] = {}
         for matrix, probe in births:
             born.setdefault(matrix.index, []).append(probe)
@@ -480,6 +481,7 @@ class SlotMatrices(GrowingMatrices):
         for matrix, (b, a) in zip(matrices, self.pairs(matrices), strict=True):
             group, row = where[matrix.index]
             b, a = b.detach().clone(), a.detach().clone()
+            new = []
             for probe in born[matrix.index]:
                 slot, is_taken = matrix.slot_for_birth()
                 if is_taken:
@@ -488,14 +490,19 @@ class SlotMatrices(GrowingMatrices):
                     )
                     matrix.vacate(slot)
                     merged.append(matrix)
-                others = matrix.slots
                 b[:, slot] = 0
                 a[slot] = (group.v[row, probe] / 3**0.5).to(a)
                 matrix.occupy(slot)
-                for parameter, dim in zip(matrix.pair, (1, 0), strict=True):
-                    start_slot(self._optimizer, parameter, slot, dim, others)
+                new.append(slot)
                 group.p[row, :, probe], group.q[row, probe] = 0, 0
+            others = [slot for slot in matrix.slots if slot not in new]
+            starts += [
+                SlotStart(parameter, slot, dim, others)
+                for slot in new
+                for parameter, dim in zip(matrix.pair, (1, 0), strict=True)
+            ]
             matrix.layer.start_pair(self._adapter_name, a, b)
+        start_slots(self._optimizer, starts)
         self.release_pairs()
         return merged
 
