@@ -327,7 +327,7 @@ class _SlotMoment:
         return values.new_zeros(self.size).index_add_(0, self.places[chosen], values[chosen])
 
     def write(self, slot: int, values: Tensor) -> None:
-        """Write the numbers of a slot, `values` (size,), into this rank's entries."""
+        """Write the numbers of a slot, `values` of shape (size,), into this rank's entries."""
         chosen = self.slots == slot
         held = self.entries.values
         if self.codes is None:
@@ -357,8 +357,8 @@ class _SlotMoment:
         """Write `numbers`, flat, as codes. Scales of blocks only grow; the codes of a block whose scale stays, stay.
 
         Args:
-            numbers: All entries.
-            chosen: Which of them have changed, flat.
+            numbers: All entries, of any shape flat.
+            chosen: Which of them have changed, likewise.
         """
         assert self.codes is not None, "only a quantised moment has codes"
         assert self.absmax is not None, "only a quantised moment has scales"
@@ -380,7 +380,7 @@ _BLOCK_SIZES = (256, 2048, 4096, 1024, 512, 128, 64)
 
 def _slot_moments(optimizer: Any, start: SlotStart) -> list[_SlotMoment]:
     """Return this rank's moments of a parameter that count its slots, or raise what `check_startable` raises."""
-    state = sharding_of(start.parameter, optimizer).optimizer_state(optimizer, start.parameter)
+    state = _state_of(optimizer, start.parameter)
     moments = _resettable_moments(optimizer, start.parameter, "prune")
     if not state.values or state.is_elsewhere:
         return []
@@ -411,6 +411,11 @@ def _slot_moments(optimizer: Any, start: SlotStart) -> list[_SlotMoment]:
     return found
 
 
+def _state_of(optimizer: Any, param: Tensor) -> OptimizerState:
+    """Return what the optimizer keeps for `param` (any shape)."""
+    return sharding_of(param, optimizer).optimizer_state(optimizer, param)
+
+
 def _slot_axis(name: str, shape: tuple[int, ...], whole: tuple[int, ...], dim: int) -> int | None:
     """Return which axis of a moment of `shape` counts what dimension `dim` of its parameter does, if one does."""
     if shape == whole:
@@ -435,8 +440,7 @@ def _add_up(
     shared = [
         index
         for index, start in enumerate(starts)
-        if sharding_of(start.parameter, optimizer).optimizer_state(optimizer, start.parameter).is_flat
-        or is_sharded(start.parameter)
+        if is_sharded(start.parameter) or _state_of(optimizer, start.parameter).is_flat
     ]
     if not shared or not is_distributed():
         return
@@ -444,7 +448,7 @@ def _add_up(
     device = sharding_of(starts[shared[0]].parameter, optimizer).device(starts[shared[0]].parameter)
     rows = []
     for index in shared:
-        shape = sharding_of(starts[index].parameter, optimizer).optimizer_state(optimizer, starts[index].parameter).shape
+        shape = _state_of(optimizer, starts[index].parameter).shape
         size = math.prod(shape) // shape[starts[index].dim]
         held = {moment.name: total for moment, total in zip(found[index], sums[index], strict=True)}
         rows += [held.get(name, torch.zeros(size)).to(device, torch.float64) for name in _SQUARES]

@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .algorithm.evidence import PROBES, Reading
+from .errors import bad_value
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
 from .reset import SlotStart, check_startable, component_generator, start_slots
-from .sharding import is_distributed
+from .sharding import is_distributed, refuse_together, world_size
 from .spectra import effective_rank, singular_values
 from .tuner import AromaLinear
 from .tuner.fused import Probe
@@ -115,7 +116,12 @@ class SlotMatrix(GrowingMatrix):
         return {"name": self.name, "rank": self.rank, "frozen": self.is_frozen, **noted}
 
     def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
-        """Return the slots in use by name: the plain adapter holds only those that have moved, scaled."""
+        """Return the slots in use by name: the plain adapter holds only those that have moved, scaled.
+
+        Args:
+            draw: Not used.
+            pair: The slots, b (m, S) and a (S, n), whole.
+        """
         count = self.layer.slots_in_use[self._adapter_name]
         b, a = pair
         return {
@@ -256,6 +262,7 @@ class SlotMatrices(GrowingMatrices):
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
         super().__init__(model, adapter_name, live, optimizer)
         self._asks = True
+        self._is_answered = False
         self._groups: list[_Group] = []
         self._gradients: list[Tensor] = []
         self._noted: list[list[int | None]] = [[*matrix.born] for matrix in self._all]
@@ -336,16 +343,14 @@ class SlotMatrices(GrowingMatrices):
         return directions
 
     def _ask(self) -> None:
-        """Give every layer its leaves, which share the memory of the stacked tensors, and gradients of zero."""
-        for group, buffer in zip(self._groups, self._gradients, strict=True):
-            gradients = _views(buffer, group.leaves)
+        """Give every layer its leaves, which share the memory of the stacked tensors."""
+        self._is_answered = False
+        for group in self._groups:
             for row, matrix in enumerate(group.matrices):
                 if matrix.is_frozen or not self._asks:
                     matrix.layer.probes.pop(self._adapter_name, None)
                     continue
                 u, v, gate = (leaf[row].detach().requires_grad_() for leaf in group.leaves)
-                for leaf, gradient in zip((u, v, gate), gradients, strict=True):
-                    leaf.grad = gradient[row]
                 probe = Probe(u, v, gate, group.move_b[row], group.move_a[row])
                 matrix.layer.probes[self._adapter_name] = probe
 
@@ -357,20 +362,25 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def absorb(self, *, record: bool) -> None:
-        """Take what the backwards of an optimizer step answered, from all processes: one collective.
+        """Take what the backwards of an optimizer step answered, the mean over all processes.
 
         Args:
             record: Whether the step's batch is evidence: it was not trained on before.
+
+        Raises:
+            ConfigError: No backward has ever reached a growing layer.
         """
+        self._collect_answers()
+        answers = []
         for group, buffer in zip(self._groups, self._gradients, strict=True):
-            self._collect(group, buffer)
-            if is_distributed():
-                dist.all_reduce(buffer)
+            _average(buffer)
+            answers.append(_views(buffer, group.leaves))
         if record:
-            self._record([_views(buffer, g.leaves) for g, buffer in zip(self._groups, self._gradients, strict=True)])
-        for group, buffer in zip(self._groups, self._gradients, strict=True):
-            gu, gv, _ = _views(buffer, group.leaves)
-            group.turn(gu, gv, self._live.config.probe_memory)
+            self._record(answers)
+        for group, (gu, gv, gate) in zip(self._groups, answers, strict=True):
+            is_known = _is_finite(gu, gv, gate)[:, None, None]
+            group.turn(gu.where(is_known, 0.0), gv.where(is_known, 0.0), self._live.config.probe_memory)
+        for buffer in self._gradients:
             buffer.zero_()
 
     def discard(self) -> None:
@@ -379,17 +389,43 @@ class SlotMatrices(GrowingMatrices):
             self._collect(group, buffer)
             buffer.zero_()
 
-    def _collect(self, group: _Group, buffer: Tensor) -> None:
-        """Bring gradients that autograd has put elsewhere, as it does with create_graph, into `buffer`, (entries,)."""
+    def _collect_answers(self) -> None:
+        """Bring the gradients of all leaves into the buffers; at the first call, refuse a model that gives none."""
+        found = [self._collect(group, buffer) for group, buffer in zip(self._groups, self._gradients, strict=True)]
+        if self._is_answered or not self.active():
+            return
+        with refuse_together(self.device):
+            if not any(found):
+                raise bad_value(
+                    "model",
+                    type(self.model).__name__,
+                    "no gradient has reached a growing layer in the first optimizer step, so nothing can be learnt "
+                    "of unused directions: call loss.backward() (not torch.autograd.grad or torch.func) before "
+                    "optimizer.step(), and let the graph reach the layers (with a frozen embedding and reentrant "
+                    "gradient checkpointing: model.enable_input_require_grads(), or use_reentrant=False)",
+                )
+        self._is_answered = True
+
+    def _collect(self, group: _Group, buffer: Tensor) -> bool:
+        """Bring gradients that autograd has put elsewhere into `buffer`, any shape, and let it use that from now on.
+
+        It does so at the first backward, and with create_graph at every one.
+
+        Returns:
+            Whether a leaf had a gradient.
+        """
+        is_answered = False
         for row, matrix in enumerate(group.matrices):
             probe = matrix.layer.probes.get(self._adapter_name)
             if probe is None:
                 continue
             for leaf, gradient in zip(probe[:3], _views(buffer, group.leaves), strict=True):
                 found = leaf.grad
+                is_answered |= found is not None
                 if found is None or found.data_ptr() != gradient[row].data_ptr():
                     gradient[row].copy_(found.detach()) if found is not None else gradient[row].zero_()
                     leaf.grad = gradient[row]
+        return is_answered
 
     @torch.no_grad()
     def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
@@ -418,21 +454,23 @@ class SlotMatrices(GrowingMatrices):
                         gradient = next(found)
                         if gradient is not None:
                             view[row].copy_(gradient)
-            if is_distributed():
-                dist.all_reduce(buffer)
+            _average(buffer)
             answers.append(views)
         self._record(answers)
 
     def _record(self, answers: Sequence[tuple[Tensor, ...]]) -> None:
         """Note the steepness of every unused direction and move; stays on the device.
 
+        NaN where an answer is not finite: in 16 bits a batch may overflow.
+
         Args:
             answers: G v (L, m, P), uᵀ G (L, P, n) and the slopes along the moves (L, S), by group.
         """
-        values = [
-            (-(group.u * gu).sum(1), -gate * group.per_norm)
-            for group, (gu, _, gate) in zip(self._groups, answers, strict=True)
-        ]
+        values = []
+        for group, (gu, gv, gate) in zip(self._groups, answers, strict=True):
+            is_known = _is_finite(gu, gv, gate)[:, None]
+            z, own = -(group.u * gu).sum(1), -gate * group.per_norm
+            values.append((z.where(is_known, torch.nan), own.where(is_known, torch.nan)))
         self._readings.append((values, [*self._pending]))
 
     def take_readings(self) -> list[Reading]:
@@ -538,7 +576,12 @@ class SlotMatrices(GrowingMatrices):
     _KEPT = ("u", "v", "p", "q", "b", "a", "move_b", "move_a")
 
     def state(self, draw: int, pairs: Sequence[Pair]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what an exact resume needs of the matrices; see `GrowingMatrices.state`."""
+        """Return what an exact resume needs of the matrices; see `GrowingMatrices.state`.
+
+        Args:
+            draw: Not used.
+            pairs: The slots of all matrices, b (m, S) and a (S, n), whole.
+        """
         state, tensors = super().state(draw, pairs)
         for group in self._groups:
             for row, matrix in enumerate(group.matrices):
@@ -571,6 +614,18 @@ class SlotMatrices(GrowingMatrices):
             found = [tensors[f"reading.{step}.{index}"].to(group.u) for index, group in enumerate(self._groups)]
             self._readings.append(([(rows[:, :PROBES], rows[:, PROBES:]) for rows in found], [*pending]))
         self._ask()
+
+
+def _average(buffer: Tensor) -> None:
+    """Replace numbers, any shape, by their mean over all processes, as DistributedDataParallel does with gradients."""
+    if is_distributed():
+        dist.all_reduce(buffer.div_(world_size()))
+
+
+def _is_finite(gu: Tensor, gv: Tensor, gate: Tensor) -> Tensor:
+    """Return which matrices have finite answers, (L,): gu (L, m, P), gv (L, P, n) and gate (L, S)."""
+    parts = (gu.flatten(1), gv.flatten(1), gate)
+    return torch.stack([part.isfinite().all(1) for part in parts]).all(0)
 
 
 def _flags(values: Sequence[bool]) -> Any:

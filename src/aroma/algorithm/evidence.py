@@ -66,7 +66,7 @@ class Reading(NamedTuple):
     """What one batch says of all matrices, in module order.
 
     Args:
-        unused: z, the steepness of the unused directions, (matrices, probes).
+        unused: z, the steepness of the unused directions, (matrices, probes); NaN where the batch overflowed.
         moves: Steepness along the moves of the components, (matrices, S); NaN where there is none, or none known.
         pending: Whether a matrix has a component of which no move is known yet, (matrices,).
     """
@@ -196,11 +196,12 @@ class EvidenceRule(Generic[E]):
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""
         matrices = self._matrices.all()
+        self._require_finite_readings(matrices, readings)
         for reading in readings:
-            self._require_finite_reading(matrices, reading)
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
-                matrix.steepness = float(reading.unused[index].max())
+                steepness = float(reading.unused[index].max())
+                matrix.steepness = steepness if math.isfinite(steepness) else matrix.steepness
                 for probe, won in enumerate(heads[index]):
                     matrix.heads[probe] += int(won)
                     matrix.flips[probe] += int(judged[index])
@@ -242,8 +243,11 @@ class EvidenceRule(Generic[E]):
 
     # Errors, events, state -------------------------------------------------------------------------------------------
 
-    def _require_finite_reading(self, matrices: Sequence[E], reading: Reading) -> None:
-        broken = ~np.isfinite(reading.unused).all(1) | np.isinf(reading.moves).any(1)
+    def _require_finite_readings(self, matrices: Sequence[E], readings: Sequence[Reading]) -> None:
+        """Raise for a matrix of which no batch says anything finite; a single one may overflow in 16 bits."""
+        if not readings:
+            return
+        broken = ~np.array([np.isfinite(reading.unused).all(1) for reading in readings]).any(0)
         if broken.any():
             name = matrices[int(broken.argmax())].name
             raise NonFiniteError(
@@ -288,7 +292,8 @@ class EvidenceRule(Generic[E]):
 def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """Return for every matrix which unused directions won the batch, and whether it was judged at all.
 
-    A matrix is not judged while the move of one of its components is unknown, and none is before any is known.
+    A matrix is not judged while the move of one of its components is unknown, or by a batch that overflowed; none is
+    judged before any move is known.
 
     Args:
         reading: What the batch says of all matrices.
@@ -305,7 +310,7 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
     rival = np.maximum(own, everywhere)[:, None]
-    judged = ~reading.pending
+    judged = ~reading.pending & np.isfinite(reading.unused).all(1)
     return judged[:, None] & (reading.unused > 0) & (reading.unused > factor * rival), judged
 
 
