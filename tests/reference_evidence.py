@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from aroma.reset import component_generator
 
@@ -24,6 +23,9 @@ class Settings:
     beta: float = 0.97
     S: int = 8
     first: int = 8
+    trial: int = 20
+    questions: int = 16
+    quantile: float = 1.753  # of Student's t, one-sided 5 %, 15 degrees of freedom
     interval: int = 4
     held_out_interval: int = 9
     first_pass: int | None = None
@@ -49,12 +51,15 @@ class Component:
 @dataclass
 class Matrix:
     name: str
+    index: int
     W0: Tensor
     slots: list[Component | None]
-    u: Tensor
-    v: Tensor
-    p: Tensor
-    q: Tensor
+    u: list[Tensor]
+    v: list[Tensor]
+    p: list[Tensor]
+    q: list[Tensor]
+    count: int = 0
+    singular: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     heads: int = 0
     flips: int = 0
     merged: list[Tensor] = field(default_factory=list)
@@ -64,6 +69,7 @@ class Matrix:
         return [c for c in self.slots if c is not None]
 
     def W(self, s: float) -> Tensor:
+        """The weight, its live components scaled by s."""
         return (
             self.W0
             + s * sum((torch.outer(c.b, c.a) for c in self.live), torch.zeros_like(self.W0))
@@ -72,50 +78,116 @@ class Matrix:
 
 
 class Reference:
-    """The rule, driven by `step(G of a training batch, G of a held-out batch where one is due)`."""
+    """The rule, driven by `step(G of a training batch, G of a held-out batch where one is due)`.
+
+    `strength` says what the updates are scaled by when a G is taken.
+    """
 
     def __init__(self, weights: dict[str, Tensor], settings: Settings) -> None:
-        self.settings, self.t = settings, 0
+        self.settings, self.t, self.phase, self.strength = settings, 0, "start", 1.0
         self.births: list[tuple[int, str]] = []
         self.matrices = []
         for index, (name, W0) in enumerate(weights.items()):
             m, n = W0.shape
             slots: list[Component | None] = [None] * settings.S
-            u, v = (_random(settings.seed, index, purpose, size).to(W0) for purpose, size in (("u", m), ("v", n)))
-            self.matrices.append(
-                Matrix(name, W0, slots, normalize(u, dim=0), normalize(v, dim=0), W0.new_zeros(m), W0.new_zeros(n))
-            )
+            u, v = (_random(settings.seed, index, purpose, settings.S, size) for purpose, size in (("u", m), ("v", n)))
+            zeros = [[W0.new_zeros(size) for _ in range(settings.S)] for size in (m, n)]
+            self.matrices.append(Matrix(name, index, W0, slots, u, v, *zeros))
         self.pending: list[list[tuple[float, list[float]]]] = []
         self.newborn: list[list[bool]] = []
+        self.credits: list[list[list[float]]] = []
 
     # One optimizer step: Adam on the live components, then the rule.
-    def step(self, G: Sequence[Tensor], lr: float, held_out: Callable[[], Sequence[Tensor]]) -> None:
+    def step(self, G: Sequence[Tensor], lr: float, held_out: Callable[[int], Sequence[Tensor]]) -> None:
         o = self.settings
+        rate = 0.0 if self.phase == "questions" else lr
         for matrix, g in zip(self.matrices, G, strict=True):
             for c in matrix.live:
-                self._adam(c, o.s * g @ c.a, o.s * g.T @ c.b, lr, self.t + 1)
+                s = o.s * self.strength
+                self._adam(c, s * g @ c.a, s * g.T @ c.b, rate, self.t + 1)
         decides = o.first_pass is None or self.t < o.first_pass
-        if not decides and (self.t - o.first_pass) % o.held_out_interval == 0:
-            self._read(held_out(), before=False)
-        if decides:
+        if self.phase == "questions":
+            for answer in [G] if decides else [held_out(number) for number in range(len(self.credits), o.questions)]:
+                self._credit(answer)
+        elif self.phase == "growth" and not decides and (self.t - o.first_pass) % o.held_out_interval == 0:
+            self._read(held_out(o.questions + (self.t - o.first_pass) // o.held_out_interval), before=False)
+        elif self.phase == "growth" and decides:
             self._read(G, before=True)
-        for matrix, g in zip(self.matrices, G, strict=True):
-            matrix.p = o.beta * matrix.p - (1 - o.beta) * g @ matrix.v
-            matrix.q = o.beta * matrix.q - (1 - o.beta) * g.T @ matrix.u
-            self._aim(matrix)
+        if self.phase in ("start", "growth"):
+            for matrix, g in zip(self.matrices, G, strict=True):
+                matrix.p = [o.beta * p - (1 - o.beta) * g @ v for p, v in zip(matrix.p, matrix.v, strict=True)]
+                matrix.q = [o.beta * q - (1 - o.beta) * g.T @ u for q, u in zip(matrix.q, matrix.u, strict=True)]
+                self._aim(matrix)
         self.t += 1
-        if self.t < o.first or self.t % o.interval:
-            return
-        if self.t == o.first:
-            self.pending, self.newborn = [], []
+        if self.phase == "start" and self.t == o.first:
             for matrix in self.matrices:
-                self._birth(matrix)
-        else:
+                for v in matrix.v:
+                    self._birth(matrix, v)
+            self.births, self.phase = [], "trial"
+        elif self.phase == "trial" and self.t == o.trial:
+            self._singular_directions()
+            self.phase, self.strength = "questions", 0.5
+        elif self.phase == "questions" and len(self.credits) == o.questions:
+            self._settle()
+            self._look()
+            self.phase, self.strength = "growth", 1.0
+        elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
+            self._look()
+
+    def _look(self) -> None:
         for matrix in self.matrices:
             for c in matrix.live:
                 c.move = None if c.at is None else (c.b - c.at[0], c.a - c.at[1])
                 c.at = (c.b.clone(), c.a.clone())
+
+    def _singular_directions(self) -> None:
+        for matrix in self.matrices:
+            U, S, Vh = torch.linalg.svd(sum(torch.outer(c.b, c.a) for c in matrix.live))
+            matrix.singular = [(U[:, k], S[k], Vh[k]) for k in range(self.settings.S)]
+
+    def _credit(self, G: Sequence[Tensor]) -> None:
+        s = self.settings.s
+        self.credits.append(
+            [
+                [float(-(s * size * g * torch.outer(u, v)).sum()) for u, size, v in matrix.singular]
+                for matrix, g in zip(self.matrices, G, strict=True)
+            ]
+        )
+
+    def _settle(self) -> None:
+        o = self.settings
+        every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
+        bar = [0.5 * batch.mean() for batch in every]
+        for i, matrix in enumerate(self.matrices):
+            stay = []
+            for k in range(o.S):
+                d = torch.stack([min(x[i, k], x[i, k] - c) for x, c in zip(every, bar, strict=True)])
+                if d.mean() > o.quantile * d.std() / math.sqrt(o.questions) or k == int(every.mean(0)[i].argmax()):
+                    stay.append(k)
+            live = matrix.live
+            v_b, v_a = (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a"))
+            kept = [matrix.singular[k] for k in stay]
+            matrix.slots = [
+                Component(
+                    b=math.sqrt(3) * size * u,
+                    a=v / math.sqrt(3),
+                    born=matrix.count + k,
+                    m_b=torch.zeros_like(u),
+                    v_b=v_b.clone(),
+                    m_a=torch.zeros_like(v),
+                    v_a=v_a.clone(),
+                )
+                for k, (u, size, v) in enumerate(kept)
+            ] + [None] * (o.S - len(stay))
+            matrix.count += len(stay)
+            dropped = [k for k in range(o.S) if k not in stay]
+            if dropped:
+                matrix.u, matrix.v = [matrix.singular[dropped[0]][0]], [matrix.singular[dropped[0]][2]]
+            else:
+                matrix.u = _random(o.seed, matrix.index, "next u", 1, len(matrix.u[0]))
+                matrix.v = _random(o.seed, matrix.index, "next v", 1, len(matrix.v[0]))
+            matrix.p, matrix.q = [torch.zeros_like(matrix.u[0])], [torch.zeros_like(matrix.v[0])]
 
     def _adam(self, c: Component, g_b: Tensor, g_a: Tensor, lr: float, t: int) -> None:
         c.before = (c.b.clone(), c.a.clone())
@@ -140,7 +212,7 @@ class Reference:
                 norm = (s * (torch.outer(c.move[0], c.at[1]) + torch.outer(c.at[0], c.move[1]))).norm()
                 if norm > 0:
                     own.append(float(-(g * D).sum() / norm))
-            row.append((float(-matrix.u @ g @ matrix.v), own))
+            row.append((float(-matrix.u[0] @ g @ matrix.v[0]), own))
             newborn.append(any(c.move is None for c in matrix.live))
         self.pending.append(row)
         self.newborn.append(newborn)
@@ -161,9 +233,10 @@ class Reference:
         self.pending, self.newborn = [], []
         for matrix in self.matrices:
             if evidence(matrix.heads, matrix.flips) >= 1 / o.alpha:
-                self._birth(matrix)
+                self._birth(matrix, matrix.v[0])
+                matrix.p, matrix.q = [torch.zeros_like(matrix.p[0])], [torch.zeros_like(matrix.q[0])]
 
-    def _birth(self, matrix: Matrix) -> None:
+    def _birth(self, matrix: Matrix, v: Tensor) -> None:
         o = self.settings
         if None in matrix.slots:
             slot = matrix.slots.index(None)
@@ -175,33 +248,41 @@ class Reference:
         others = matrix.live
         mean = lambda values, like: sum(values) / len(values) if values else torch.zeros_like(like)  # noqa: E731
         matrix.slots[slot] = Component(
-            b=torch.zeros_like(matrix.u),
-            a=matrix.v / math.sqrt(3),
-            born=len(self.births),
-            m_b=torch.zeros_like(matrix.u),
-            v_b=mean([c.v_b for c in others], matrix.u).clone(),
-            m_a=torch.zeros_like(matrix.v),
-            v_a=mean([c.v_a for c in others], matrix.v).clone(),
+            b=torch.zeros_like(matrix.u[0]),
+            a=v / math.sqrt(3),
+            born=matrix.count,
+            m_b=torch.zeros_like(matrix.u[0]),
+            v_b=mean([c.v_b for c in others], matrix.u[0]).clone(),
+            m_a=torch.zeros_like(v),
+            v_a=mean([c.v_a for c in others], v).clone(),
         )
-        matrix.p, matrix.q = torch.zeros_like(matrix.p), torch.zeros_like(matrix.q)
+        matrix.count += 1
         matrix.heads = matrix.flips = 0
         self.births.append((self.t, matrix.name))
 
     def _aim(self, matrix: Matrix) -> None:
-        """u and v: the averages, outside of the spans that the components had at the last look."""
+        """u and v: the averages, outside of the spans that the components had at the last look, and of one another."""
         looked = [c.at for c in matrix.live if c.at is not None]
-        matrix.u = _outside(matrix.p, [b for b, _ in looked if b.any()], matrix.u)
-        matrix.v = _outside(matrix.q, [a for _, a in looked], matrix.v)
+        spans = [b for b, _ in looked if b.any()], [a for _, a in looked]
+        for directions, averages, span in ((matrix.u, matrix.p, spans[0]), (matrix.v, matrix.q, spans[1])):
+            for k, average in enumerate(averages):
+                directions[k] = _outside(average, [*span], directions[:k], directions[k])
 
 
-def _random(seed: int, index: int, purpose: str, size: int) -> Tensor:
-    return torch.randn(1, size, generator=component_generator(seed, 1, index, purpose))[0]
+def _random(seed: int, index: int, purpose: str, count: int, size: int) -> list[Tensor]:
+    drawn = torch.randn(count, size, generator=component_generator(seed, 1, index, purpose)).double()
+    found: list[Tensor] = []
+    for row in drawn:
+        found.append(_outside(row, [], found, row))
+    return found
 
 
-def _outside(direction: Tensor, span: list[Tensor], otherwise: Tensor) -> Tensor:
+def _outside(direction: Tensor, span: list[Tensor], earlier: list[Tensor], otherwise: Tensor) -> Tensor:
     if span:
         basis = torch.linalg.qr(torch.stack([x / x.norm() for x in span], 1))[0]
         direction = direction - basis @ (basis.T @ direction)
+    for other in earlier:
+        direction = direction - (other @ direction) * other
     return direction / direction.norm() if direction.norm() > 0 else otherwise
 
 

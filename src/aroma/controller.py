@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .algorithm import GrowthRule, PaperRule
-from .algorithm.evidence import HELD_OUT_INTERVAL, EvidenceRule, EvidenceSettings
+from .algorithm.evidence import EvidenceRule, EvidenceSettings
 from .algorithm.paper import PaperSettings
 from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
@@ -233,9 +233,8 @@ class AromaController:
         step = self.rule.global_step
         seen_before = self._first_pass is not None and step >= self._first_pass
         held_out = self._held_out if seen_before else None
-        if held_out is not None and self._first_pass is not None and not self.finished:
-            number, rest = divmod(step - self._first_pass, HELD_OUT_INTERVAL)
-            if not rest:
+        if held_out is not None and not self.finished:
+            for number in self.rule.held_out_batches(step - (self._first_pass or 0)):
                 self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
         self.matrices.absorb(record=held_out is None)
 
@@ -427,9 +426,17 @@ def paper_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
 
 
 def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
-    """Return what makes growth by evidence of a configuration; the length of the run does not matter to it."""
+    """Return what makes growth by evidence of a configuration.
+
+    Raises:
+        ConfigError: The trial does not fit a run of `total_steps`.
+    """
     settings = EvidenceSettings(
-        significance=config.significance, duel_factor=config.duel_factor, max_components=config.max_components
+        significance=config.significance,
+        duel_factor=config.duel_factor,
+        slots=config.slots,
+        trial_steps=config.resolve_trial_steps(total_steps),
+        max_components=config.max_components,
     )
     return partial(EvidenceRule, settings)
 

@@ -170,17 +170,17 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
 
 @dataclass(frozen=True)
 class SlotStart:
-    """A slot of a parameter with which the optimizer is to begin anew.
+    """Slots of a parameter with which the optimizer is to begin anew.
 
     Args:
         parameter: b (m, S) or a (S, n), as the optimizer holds it.
-        slot: The slot.
+        slots: The slots.
         dim: The dimension that counts slots.
-        others: Other slots in use; with none, averages of squares stay as they are.
+        others: Slots that are, or were, in use; with none, averages of squares stay as they are.
     """
 
     parameter: Tensor
-    slot: int
+    slots: Sequence[int]
     dim: int
     others: Sequence[int]
 
@@ -189,8 +189,8 @@ class SlotStart:
 def start_slots(optimizer: Any, starts: Sequence[SlotStart]) -> None:
     """Let the optimizer begin anew with slots of pairs, in place; all ranks call this, for one collective.
 
-    Its averages of gradients become zero. Its averages of squares become the mean of those of the other slots in use:
-    at zero, under the step count of an older parameter, Adam would take steps up to six times the learning rate.
+    Their averages of gradients become zero. Their averages of squares become the mean of those of the other slots: at
+    zero, under the step count of an older parameter, Adam would take steps up to six times the learning rate.
 
     Args:
         optimizer: As in `reset_state`.
@@ -205,9 +205,9 @@ def start_slots(optimizer: Any, starts: Sequence[SlotStart]) -> None:
     for start, moments, totals in zip(starts, found, sums, strict=True):
         for moment, total in zip(moments, totals, strict=True):
             if moment.is_average:
-                moment.write(start.slot, torch.zeros_like(total))
+                moment.write(start.slots, torch.zeros_like(total))
             elif start.others:
-                moment.write(start.slot, total / len(start.others))
+                moment.write(start.slots, total / len(start.others))
 
 
 def check_startable(optimizer: Any, param: Tensor) -> None:
@@ -322,13 +322,12 @@ class _SlotMoment:
 
     def sum_of(self, slots: Sequence[int]) -> Tensor:
         """Return the sum of this rank's entries over `slots`, by their place, (size,)."""
-        values = self._numbers()
-        chosen = torch.isin(self.slots, torch.tensor([*slots], dtype=torch.int64, device=values.device))
+        values, chosen = self._numbers(), self._are_of(slots)
         return values.new_zeros(self.size).index_add_(0, self.places[chosen], values[chosen])
 
-    def write(self, slot: int, values: Tensor) -> None:
-        """Write the numbers of a slot, `values` of shape (size,), into this rank's entries."""
-        chosen = self.slots == slot
+    def write(self, slots: Sequence[int], values: Tensor) -> None:
+        """Write the numbers of a slot, `values` of shape (size,), into this rank's entries of each of `slots`."""
+        chosen = self._are_of(slots)
         held = self.entries.values
         if self.codes is None:
             flat = held.reshape(-1)
@@ -338,6 +337,10 @@ class _SlotMoment:
         numbers = self._numbers()
         numbers[chosen] = values[self.places[chosen]]
         self._quantise(numbers, chosen)
+
+    def _are_of(self, slots: Sequence[int]) -> Tensor:
+        """Return which entries, flat, belong to `slots`."""
+        return torch.isin(self.slots, torch.tensor([*slots], dtype=torch.int64, device=self.slots.device))
 
     def _numbers(self) -> Tensor:
         """Return the entries as numbers, flat, a copy."""

@@ -1,28 +1,22 @@
-"""Matrices that grow by evidence: components in slots of one pair, and unused directions.
+"""Matrices that grow by evidence: components in slots of one pair, and directions that every backward is asked about.
 
-An unused direction u vᵀ follows the gradients by streaming power iteration. With G = ∂L/∂W of a step, summed over
-micro-batches and processes,
-
-.. code-block:: text
-
-    p ← β p − (1 − β) G v          u ← p off span(b of the slots, earlier u of the matrix), normalised
-    q ← β q − (1 − β) Gᵀ u         v ← q off span(a of the slots, earlier v of the matrix), normalised
-
-G v, Gᵀ u and ⟨G, Δ_k⟩ come out of the backward of the layer as gradients of leaves that have no effect (`Probe`). So
+G v, uᵀ G and ⟨G, Δ_k⟩ come out of the backward of the layer as gradients of leaves that have no effect (`Probe`). So
 micro-batches add up as everywhere, no hook is needed, and no m×n matrix is formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .algorithm.evidence import PROBES, Reading
+from .algorithm.evidence import Reading
+from .directions import Directions, group_by_shape, orthonormalise, singular_directions
 from .errors import bad_value
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
@@ -34,27 +28,24 @@ from .tuner import AromaLinear
 from .tuner.fused import Probe
 from .tuner.live import LiveAdapter
 
-_RANK_TOLERANCE = 1e-6
-"""A direction of a span counts where its squared singular value is above this share of the largest."""
-
 
 class SlotMatrix(GrowingMatrix):
     """One matrix whose components sit in the slots of its pair; see `aroma.algorithm.evidence.EvidenceMatrix`.
 
     Attributes:
         born: Number of the birth in every slot, counted over the matrix; None where the slot is not in use.
-        heads: Batches since its start on which an unused direction won, by direction.
-        flips: Batches since its start on which it was judged, likewise.
-        log_evidence: The largest log E among its directions.
-        steepness: The largest z of the last batch; None before the first.
+        heads: Batches since the last birth on which the unused direction won.
+        flips: Batches since the last birth on which it was judged.
+        log_evidence: log E.
+        steepness: z of the last batch; None before the first.
     """
 
     def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
         super().__init__(name, index, layer, adapter_name, live)
         self.born: list[int | None] = [None] * live.config.slots
         self.births = 0
-        self.heads = [0] * PROBES
-        self.flips = [0] * PROBES
+        self.heads = 0
+        self.flips = 0
         self.log_evidence = 0.0
         self.steepness: float | None = None
 
@@ -77,6 +68,13 @@ class SlotMatrix(GrowingMatrix):
     def vacate(self, slot: int) -> None:
         """Note that `slot` is not in use any more."""
         self.born[slot] = None
+        self._evaluate_slots()
+
+    def occupy_first(self, count: int) -> None:
+        """Note that new components are in the first `count` slots, and in no others."""
+        self.born = [None] * len(self.born)
+        for slot in range(count):
+            self.occupy(slot)
         self._evaluate_slots()
 
     def _evaluate_slots(self) -> None:
@@ -158,92 +156,6 @@ class SlotMatrix(GrowingMatrix):
         self._evaluate_slots()
 
 
-@dataclass
-class _Group:
-    """Matrices of one shape, m×n, on one device: their unused directions and moves, stacked.
-
-    Attributes:
-        matrices: Which ones, L of them.
-        u: Left directions, (L, m, P).
-        v: Right directions, (L, P, n).
-        p: Averages of −G v, (L, m, P).
-        q: Averages of −uᵀ G, (L, P, n).
-        gate: Zeros, (L, S).
-        b: The slots at the last `note_moves`, (L, m, S).
-        a: Likewise, (L, S, n).
-        move_b: Δb, (L, m, S).
-        move_a: Δa, (L, S, n).
-        per_norm: 1 / ‖Δ_k‖_F, (L, S); NaN where there is no move, or none is known.
-        span_b: Orthonormal basis of the columns of b, padded with zeros, (L, m, S).
-        span_a: Orthonormal basis of the rows of a, padded with zeros, (L, S, n).
-    """
-
-    matrices: list[SlotMatrix]
-    u: Tensor
-    v: Tensor
-    p: Tensor
-    q: Tensor
-    gate: Tensor
-    b: Tensor
-    a: Tensor
-    move_b: Tensor
-    move_a: Tensor
-    per_norm: Tensor
-    span_b: Tensor
-    span_a: Tensor
-
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What gets gradients: u, v and gate of all matrices."""
-        return self.u, self.v, self.gate
-
-    def keep_moves(self, pairs: Sequence[Pair], known: Tensor, scale: float) -> None:
-        """Take the slots as they are now; how they differ from the last ones is their move.
-
-        Args:
-            pairs: b (m, S) and a (S, n) of the matrices.
-            known: Whether a slot holds the component that it held last time, (L, S).
-            scale: s.
-        """
-        b, a = torch.stack([pair[0].to(self.b) for pair in pairs]), torch.stack([pair[1].to(self.a) for pair in pairs])
-        self.move_b.copy_(torch.where(known[:, None, :], b - self.b, 0.0))
-        self.move_a.copy_(torch.where(known[:, :, None], a - self.a, 0.0))
-        self.b.copy_(b)
-        self.a.copy_(a)
-        self.settle(scale)
-
-    def settle(self, scale: float) -> None:
-        """Derive the norms of the moves and the spans from the slots and their moves."""
-        move = (self.move_b.square().sum(1) * self.a.square().sum(2)) + (
-            self.b.square().sum(1) * self.move_a.square().sum(2)
-        )
-        move += 2 * (self.move_b * self.b).sum(1) * (self.a * self.move_a).sum(2)
-        norms = scale * move.clamp_min(0).sqrt()
-        self.per_norm.copy_(torch.where(norms > 0, 1 / norms, torch.nan))
-        # In use are the slots that have moved; before that, b is no direction.
-        self.span_b.copy_(_orthonormal_rows(self.b.mT).mT)
-        self.span_a.copy_(_orthonormal_rows(self.a))
-
-    def turn(self, gu: Tensor, gv: Tensor, memory: float) -> None:
-        """Let the directions follow a gradient.
-
-        Args:
-            gu: G v, (L, m, P).
-            gv: uᵀ G, (L, P, n).
-            memory: β.
-        """
-        self.p.mul_(memory).sub_(gu, alpha=1 - memory)
-        self.q.mul_(memory).sub_(gv, alpha=1 - memory)
-        self.aim()
-
-    def aim(self) -> None:
-        """Point the directions where p and q point outside of the spans; where that is nowhere, leave them."""
-        free_p = self.p - self.span_b @ (self.span_b.mT @ self.p)
-        free_q = self.q - (self.q @ self.span_a.mT) @ self.span_a
-        _orthonormalise(free_p.mT, self.u.mT)
-        _orthonormalise(free_q, self.v)
-
-
 class SlotMatrices(GrowingMatrices):
     """All matrices that grow by evidence; `aroma.algorithm.evidence.EvidenceMatrices`.
 
@@ -263,102 +175,82 @@ class SlotMatrices(GrowingMatrices):
         super().__init__(model, adapter_name, live, optimizer)
         self._asks = True
         self._is_answered = False
-        self._groups: list[_Group] = []
-        self._gradients: list[Tensor] = []
+        self._strength = 1.0
+        self._groups: list[Directions] = []
         self._noted: list[list[int | None]] = [[*matrix.born] for matrix in self._all]
         self._pending = [False] * len(self._all)
-        self._readings: list[tuple[list[tuple[Tensor, Tensor]], list[bool]]] = []
+        self._readings: list[tuple[list[Tensor], list[bool]]] = []
 
     @property
     def total_rank(self) -> int:
         """Sum of the components of all matrices, those that train included; no device is asked."""
         return sum(matrix.component_count for matrix in self._all)
 
-    # The probe -------------------------------------------------------------------------------------------------------
+    @property
+    def _scale(self) -> float:
+        return self._live.config.scale
 
-    def start(self) -> None:
-        """Empty the slots whose component has not moved, and begin to ask every backward."""
-        pairs = self.pairs(self._all)
-        for matrix, (b, a) in zip(self._all, pairs, strict=True):
-            if matrix.is_frozen:
-                continue
-            moved = matrix.layer.moved_slots(self._adapter_name, b)
-            kept = torch.zeros_like(a)
-            kept[moved] = a[moved]
-            matrix.layer.start_pair(self._adapter_name, kept, b)
-            for slot in moved:
-                matrix.occupy(slot)
-            if not moved:
-                matrix.layer.slots_in_use[self._adapter_name] = 0
-        self.release_pairs()
-        self._make_groups()
-        self.note_moves()
+    # The beginning ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _make_groups(self) -> None:
-        """Stack the unused directions of matrices of one shape, random ones to begin with, and ask for gradients."""
-        shapes: dict[Any, list[SlotMatrix]] = {}
-        for matrix in self._all:
-            a = matrix.pair[1]
-            device = self.sharding.device(a)
-            dtype = torch.promote_types(a.dtype, torch.float32)
-            shapes.setdefault((matrix.layer.out_features, matrix.layer.in_features, device, dtype), []).append(matrix)
+    def start(self) -> None:
+        """Empty the slots, what has moved in them apart, and begin to look for the first directions."""
+        for matrix, (b, a) in zip(self._all, self.pairs(self._all), strict=True):
+            moved = matrix.layer.moved_slots(self._adapter_name, b)
+            if moved:  # trained without a controller
+                matrix.layer.finished(self._adapter_name).append(b[:, moved] * self._scale, a[moved])
+            if not matrix.is_frozen:
+                matrix.layer.start_pair(self._adapter_name, torch.zeros_like(a))
+                matrix.occupy_first(0)
+        self.release_pairs()
+        self._make_groups()
         slots = self._live.config.slots
-        for (m, n, device, dtype), matrices in shapes.items():
-
-            def zeros(*shape: int, count: int = len(matrices), like: Any = (dtype, device)) -> Tensor:
-                """Return zeros, (L, …)."""
-                return torch.zeros(count, *shape, dtype=like[0], device=like[1])
-
-            group = _Group(
-                matrices=matrices,
-                u=self._random_directions(matrices, "u", m, dtype).to(device).mT.contiguous(),
-                v=self._random_directions(matrices, "v", n, dtype).to(device),
-                p=zeros(m, PROBES),
-                q=zeros(PROBES, n),
-                gate=zeros(slots),
-                b=zeros(m, slots),
-                a=zeros(slots, n),
-                move_b=zeros(m, slots),
-                move_a=zeros(slots, n),
-                per_norm=zeros(slots),
-                span_b=zeros(m, slots),
-                span_a=zeros(slots, n),
-            )
-            self._groups.append(group)
-            # One buffer, so that processes add up their gradients in one collective.
-            self._gradients.append(torch.zeros(sum(leaf.numel() for leaf in group.leaves), dtype=dtype, device=device))
+        for group in self._groups:
+            m, n = group.b.shape[1], group.a.shape[2]
+            group.follow(self._random_rows(group, "u", slots, m).mT, self._random_rows(group, "v", slots, n))
         self._ask()
 
-    def _random_directions(
-        self, matrices: Sequence[SlotMatrix], purpose: str, size: int, dtype: torch.dtype
-    ) -> Tensor:
-        """Return random orthonormal rows, (L, P, size), drawn on the CPU from the seed of the run."""
+    def _make_groups(self) -> None:
+        """Stack the matrices of one shape, dtype and device."""
+        shapes = []
+        for matrix in self._all:
+            a = matrix.pair[1]
+            dtype = torch.promote_types(a.dtype, torch.float32)
+            shapes.append((matrix.layer.out_features, matrix.layer.in_features, self.sharding.device(a), dtype))
+        for (m, n, device, dtype), rows in group_by_shape(shapes).items():
+            like = torch.empty(0, dtype=dtype, device=device)
+            self._groups.append(Directions(rows, m, n, self._live.config.slots, like))
+
+    def _random_rows(self, group: Directions, purpose: str, count: int, size: int) -> Tensor:
+        """Return random orthonormal rows, (L, count, size), drawn on the CPU from the seed of the run."""
         drawn = [
-            torch.randn(PROBES, size, generator=component_generator(self._live.seed, 1, matrix.index, purpose))
-            for matrix in matrices
+            torch.randn(count, size, generator=component_generator(self._live.seed, 1, row, purpose))
+            for row in group.rows
         ]
-        directions = torch.stack(drawn).to(dtype)
-        _orthonormalise(directions.clone(), directions)
-        return directions
+        rows = torch.stack(drawn).to(group.u)
+        orthonormalise(rows.clone(), rows)
+        return rows
+
+    # What is asked ---------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        """Give every layer its leaves, which share the memory of the stacked tensors."""
+        """Give every layer its leaves; none where no direction is followed."""
         self._is_answered = False
         for group in self._groups:
-            for row, matrix in enumerate(group.matrices):
-                if matrix.is_frozen or not self._asks:
+            for row, place in enumerate(group.rows):
+                matrix = self._all[place]
+                if matrix.is_frozen or not self._asks or not group.v.shape[1]:
                     matrix.layer.probes.pop(self._adapter_name, None)
                     continue
-                u, v, gate = (leaf[row].detach().requires_grad_() for leaf in group.leaves)
-                probe = Probe(u, v, gate, group.move_b[row], group.move_a[row])
-                matrix.layer.probes[self._adapter_name] = probe
+                u, v, gate = group.leaves_of(row)
+                matrix.layer.probes[self._adapter_name] = Probe(
+                    u, v, gate, group.move_b[row], group.move_a[row], self._strength
+                )
 
     def stop_asking(self) -> None:
         """Ask no backward any more."""
         self._asks = False
-        for matrix in self._all:
-            matrix.layer.probes.pop(self._adapter_name, None)
+        self._ask()
 
     @torch.no_grad()
     def absorb(self, *, record: bool) -> None:
@@ -368,30 +260,33 @@ class SlotMatrices(GrowingMatrices):
             record: Whether the step's batch is evidence: it was not trained on before.
 
         Raises:
-            ConfigError: No backward has ever reached a growing layer.
+            ConfigError: No backward has reached a growing layer since it was asked.
         """
+        if not self._is_asking:
+            return
         self._collect_answers()
-        answers = []
-        for group, buffer in zip(self._groups, self._gradients, strict=True):
-            _average(buffer)
-            answers.append(_views(buffer, group.leaves))
+        for group in self._groups:
+            _average(group.answers)
         if record:
-            self._record(answers)
-        for group, (gu, gv, gate) in zip(self._groups, answers, strict=True):
-            is_known = _is_finite(gu, gv, gate)[:, None, None]
-            group.turn(gu.where(is_known, 0.0), gv.where(is_known, 0.0), self._live.config.probe_memory)
-        for buffer in self._gradients:
-            buffer.zero_()
+            self._record([group.answers for group in self._groups])
+        for group in self._groups:
+            if self._strength == 1:
+                group.turn(group.answers, self._live.config.probe_memory)
+            group.answers.zero_()
 
     def discard(self) -> None:
         """Forget what the backwards of a skipped optimizer step answered."""
-        for group, buffer in zip(self._groups, self._gradients, strict=True):
-            self._collect(group, buffer)
-            buffer.zero_()
+        for group in self._groups:
+            self._collect(group)
+            group.answers.zero_()
+
+    @property
+    def _is_asking(self) -> bool:
+        return self._asks and any(group.v.shape[1] for group in self._groups)
 
     def _collect_answers(self) -> None:
-        """Bring the gradients of all leaves into the buffers; at the first call, refuse a model that gives none."""
-        found = [self._collect(group, buffer) for group, buffer in zip(self._groups, self._gradients, strict=True)]
+        """Bring the gradients of all leaves into the answers; at the first call, refuse a model that gives none."""
+        found = [self._collect(group) for group in self._groups]
         if self._is_answered or not self.active():
             return
         with refuse_together(self.device):
@@ -399,15 +294,15 @@ class SlotMatrices(GrowingMatrices):
                 raise bad_value(
                     "model",
                     type(self.model).__name__,
-                    "no gradient has reached a growing layer in the first optimizer step, so nothing can be learnt "
-                    "of unused directions: call loss.backward() (not torch.autograd.grad or torch.func) before "
+                    "no gradient has reached a growing layer in this optimizer step, so nothing can be learnt of "
+                    "directions: call loss.backward() (not torch.autograd.grad or torch.func) before "
                     "optimizer.step(), and let the graph reach the layers (with a frozen embedding and reentrant "
                     "gradient checkpointing: model.enable_input_require_grads(), or use_reentrant=False)",
                 )
         self._is_answered = True
 
-    def _collect(self, group: _Group, buffer: Tensor) -> bool:
-        """Bring gradients that autograd has put elsewhere into `buffer`, any shape, and let it use that from now on.
+    def _collect(self, group: Directions) -> bool:
+        """Bring gradients that autograd has put elsewhere into the answers, and let it use those from now on.
 
         It does so at the first backward, and with create_graph at every one.
 
@@ -415,17 +310,21 @@ class SlotMatrices(GrowingMatrices):
             Whether a leaf had a gradient.
         """
         is_answered = False
-        for row, matrix in enumerate(group.matrices):
-            probe = matrix.layer.probes.get(self._adapter_name)
-            if probe is None:
-                continue
-            for leaf, gradient in zip(probe[:3], _views(buffer, group.leaves), strict=True):
-                found = leaf.grad
-                is_answered |= found is not None
-                if found is None or found.data_ptr() != gradient[row].data_ptr():
-                    gradient[row].copy_(found.detach()) if found is not None else gradient[row].zero_()
-                    leaf.grad = gradient[row]
+        for leaf, gradient in self._asked(group, group.answers):
+            found = leaf.grad
+            is_answered |= found is not None
+            if found is None or found.data_ptr() != gradient.data_ptr():
+                gradient.zero_() if found is None else gradient.copy_(found.detach())
+                leaf.grad = gradient
         return is_answered
+
+    def _asked(self, group: Directions, answers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every leaf (any shape) that a layer has, and its part of `answers`, (entries,)."""
+        parts = group.parts(answers)
+        for row, place in enumerate(group.rows):
+            probe = self._all[place].layer.probes.get(self._adapter_name)
+            if probe is not None:
+                yield from zip(probe[:3], (part[row] for part in parts), strict=True)
 
     @torch.no_grad()
     def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
@@ -434,71 +333,101 @@ class SlotMatrices(GrowingMatrices):
         Args:
             loss: Returns the loss of a batch of them, a scalar, at the model as it is.
         """
-        asked = [
-            leaf
-            for group in self._groups
-            for matrix in group.matrices
-            if (probe := matrix.layer.probes.get(self._adapter_name)) is not None
-            for leaf in probe[:3]
-        ]
+        answers = [torch.zeros_like(group.answers) for group in self._groups]
+        asked = [pair for group, own in zip(self._groups, answers, strict=True) for pair in self._asked(group, own)]
+        if not asked:
+            return
         with torch.enable_grad():
             # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
-            found = iter(torch.autograd.grad(loss(), asked, allow_unused=True))
-        answers: list[tuple[Tensor, ...]] = []
-        for group in self._groups:
-            buffer = torch.zeros_like(self._gradients[len(answers)])
-            views = _views(buffer, group.leaves)
-            for row, matrix in enumerate(group.matrices):
-                if self._adapter_name in matrix.layer.probes:
-                    for view in views:
-                        gradient = next(found)
-                        if gradient is not None:
-                            view[row].copy_(gradient)
-            _average(buffer)
-            answers.append(views)
+            found = torch.autograd.grad(loss(), [leaf for leaf, _ in asked], allow_unused=True)
+        for (_, part), gradient in zip(asked, found, strict=True):
+            if gradient is not None:
+                part.copy_(gradient)
+        for own in answers:
+            _average(own)
         self._record(answers)
 
-    def _record(self, answers: Sequence[tuple[Tensor, ...]]) -> None:
-        """Note the steepness of every unused direction and move; stays on the device.
-
-        NaN where an answer is not finite: in 16 bits a batch may overflow.
-
-        Args:
-            answers: G v (L, m, P), uᵀ G (L, P, n) and the slopes along the moves (L, S), by group.
-        """
-        values = []
-        for group, (gu, gv, gate) in zip(self._groups, answers, strict=True):
-            is_known = _is_finite(gu, gv, gate)[:, None]
-            z, own = -(group.u * gu).sum(1), -gate * group.per_norm
-            values.append((z.where(is_known, torch.nan), own.where(is_known, torch.nan)))
+    def _record(self, answers: Sequence[Tensor]) -> None:
+        """Note the steepness of every direction and move; stays on the device. `answers` (any shape) are by group."""
+        values = [torch.cat(group.steepness(own), 1) for group, own in zip(self._groups, answers, strict=True)]
         self._readings.append((values, [*self._pending]))
 
-    def take_readings(self) -> list[Reading]:
-        """Return what was recorded since the last call, in order; one transfer to the host."""
+    def _take(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return what was recorded since the last call: numbers, (matrices, P + S), and pending; one transfer."""
         readings, self._readings = self._readings, []
         if not readings:
             return []
-        order = [matrix.index for group in self._groups for matrix in group.matrices]
-        device = readings[0][0][0][0].device
-        rows = torch.stack(
-            [
-                torch.cat([torch.cat([z, own], 1).to(device, torch.float64) for z, own in values])
-                for values, _ in readings
-            ]
-        )
-        host = torch.empty_like(rows, device="cpu")
-        host[:, order] = rows.cpu()
-        numbers = host.numpy()
-        return [
-            Reading(numbers[step, :, :PROBES], numbers[step, :, PROBES:], _flags(pending))
-            for step, (_, pending) in enumerate(readings)
-        ]
+        order = [place for group in self._groups for place in group.rows]
+        device = readings[0][0][0].device
+        rows = torch.stack([torch.cat([own.to(device, torch.float64) for own in values]) for values, _ in readings])
+        numbers = np.empty(tuple(rows.shape))
+        numbers[:, order] = rows.cpu().numpy()
+        return [(numbers[step], np.array(pending)) for step, (_, pending) in enumerate(readings)]
+
+    def take_readings(self) -> list[Reading]:
+        """Return what the batches since the last call said of the unused directions; one transfer to the host."""
+        return [Reading(numbers[:, 0], numbers[:, 1:], pending) for numbers, pending in self._take()]
+
+    # The trial -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def ask_for_credit(self) -> None:
+        """From now on ask about the singular directions of the updates, with all of them at half strength."""
+        pairs = self.pairs(self._all)
+        for group in self._groups:
+            b, a = self._stacked(group, pairs)
+            u, sizes, v = singular_directions(b, a)
+            group.follow(u, v, sizes)
+        self._strength, self._readings = 0.5, []
+        self._ask()
+
+    def take_credits(self) -> list[np.ndarray]:
+        """Return credit_k = −s σ_k u_kᵀ G v_k by batch since the last call, (matrices, S); NaN where σ_k is 0.
+
+        Infinite where a batch overflowed.
+        """
+        slots = self._live.config.slots
+        sizes = np.empty((len(self._all), slots))
+        for group in self._groups:
+            sizes[group.rows] = group.sizes.double().cpu().numpy()
+        size = self._scale * np.where(sizes > 0, sizes, np.nan)
+        return [np.nan_to_num(numbers[:, :slots], nan=np.inf) * size for numbers, _ in self._take()]
+
+    @torch.no_grad()
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep these singular directions of every matrix, drop the others, and follow one unused direction each.
+
+        A direction that stays is split as at its birth: a = v/√3, b = √3 σ u. The first that was dropped is followed.
+        """
+        self._strength, self._readings = 1.0, []
+        pairs = self.pairs(self._all)
+        starts: list[SlotStart] = []
+        for group in self._groups:
+            m, n, slots = group.b.shape[1], group.a.shape[2], self._live.config.slots
+            next_u, next_v = self._random_rows(group, "next u", 1, m).mT, self._random_rows(group, "next v", 1, n)
+            for row, place in enumerate(group.rows):
+                matrix, stays = self._all[place], [*kept[place]]
+                if matrix.is_frozen:
+                    continue
+                b, a = torch.zeros_like(pairs[place][0]), torch.zeros_like(pairs[place][1])
+                b[:, : len(stays)] = (math.sqrt(3) * group.sizes[row, stays] * group.u[row][:, stays]).to(b)
+                a[: len(stays)] = (group.v[row, stays] / math.sqrt(3)).to(a)
+                matrix.layer.start_pair(self._adapter_name, a, b)
+                starts += _starts(matrix, range(slots), matrix.slots)
+                matrix.occupy_first(len(stays))
+                dropped = [k for k in range(slots) if k not in stays]
+                if dropped and group.sizes[row, dropped[0]] > 0:
+                    next_u[row, :, 0], next_v[row, 0] = group.u[row, :, dropped[0]], group.v[row, dropped[0]]
+            group.follow(next_u, next_v)
+        start_slots(self._optimizer, starts)
+        self.release_pairs()
+        self._ask()
 
     # Births ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def bear(self, births: Sequence[tuple[SlotMatrix, int]]) -> list[SlotMatrix]:
-        """Start a component of each matrix along an unused direction: a = v/√3, b = 0.
+        """Start a component of each matrix along a direction that is followed: a = v/√3, b = 0.
 
         The entries of a are then as large as Kaiming's. The optimizer's averages for the slot begin at zero, its
         averages of squares at those of the other slots.
@@ -509,57 +438,62 @@ class SlotMatrices(GrowingMatrices):
         Returns:
             The matrices whose oldest component was merged to make room, once for each.
         """
-        where = {matrix.index: (group, row) for group in self._groups for row, matrix in enumerate(group.matrices)}
+        where = {place: (group, row) for group in self._groups for row, place in enumerate(group.rows)}
         merged = []
         starts: list[SlotStart] = []
-        born: dict[int, list[int]] = {}
-        for matrix, probe in births:
-            born.setdefault(matrix.index, []).append(probe)
-        matrices = [self._all[index] for index in born]
+        directions: dict[int, list[int]] = {}
+        for matrix, direction in births:
+            directions.setdefault(matrix.index, []).append(direction)
+        matrices = [self._all[place] for place in directions]
         for matrix, (b, a) in zip(matrices, self.pairs(matrices), strict=True):
             group, row = where[matrix.index]
             b, a = b.detach().clone(), a.detach().clone()
             new = []
-            for probe in born[matrix.index]:
+            for direction in directions[matrix.index]:
                 slot, is_taken = matrix.slot_for_birth()
                 if is_taken:
-                    matrix.layer.finished(self._adapter_name).append(
-                        b[:, slot : slot + 1] * self._live.config.scale, a[slot : slot + 1]
-                    )
+                    oldest = slice(slot, slot + 1)
+                    matrix.layer.finished(self._adapter_name).append(b[:, oldest] * self._scale, a[oldest])
                     matrix.vacate(slot)
                     merged.append(matrix)
                 b[:, slot] = 0
-                a[slot] = (group.v[row, probe] / 3**0.5).to(a)
+                a[slot] = (group.v[row, direction] / math.sqrt(3)).to(a)
                 matrix.occupy(slot)
                 new.append(slot)
-                group.p[row, :, probe], group.q[row, probe] = 0, 0
-            others = [slot for slot in matrix.slots if slot not in new]
-            starts += [
-                SlotStart(parameter, slot, dim, others)
-                for slot in new
-                for parameter, dim in zip(matrix.pair, (1, 0), strict=True)
-            ]
+                group.forget(row, direction)
+            starts += _starts(matrix, new, [slot for slot in matrix.slots if slot not in new])
             matrix.layer.start_pair(self._adapter_name, a, b)
         start_slots(self._optimizer, starts)
         self.release_pairs()
         return merged
+
+    def stop_following(self) -> None:
+        """Ask about nothing while the slots train in the trial."""
+        self._readings = []
+        for group in self._groups:
+            group.follow(group.u[:, :, :0], group.v[:, :0])
+        self._ask()
 
     @torch.no_grad()
     def note_moves(self) -> None:
         """Note how every component has moved since the last call."""
         pairs = self.pairs(self._all)
         known = [
-            [
-                born is not None and born == noted
-                for born, noted in zip(matrix.born, self._noted[matrix.index], strict=True)
-            ]
-            for matrix in self._all
+            [born is not None and born == noted for born, noted in zip(matrix.born, self._noted[place], strict=True)]
+            for place, matrix in enumerate(self._all)
         ]
         for group in self._groups:
-            mask = torch.tensor([known[m.index] for m in group.matrices], dtype=torch.bool, device=group.u.device)
-            group.keep_moves([pairs[matrix.index] for matrix in group.matrices], mask, self._live.config.scale)
+            mask = torch.tensor([known[place] for place in group.rows], dtype=torch.bool, device=group.b.device)
+            group.note_moves(*self._stacked(group, pairs), mask, self._scale)
         self._noted = [[*matrix.born] for matrix in self._all]
         self._pending = [sum(known[matrix.index]) < len(matrix.slots) for matrix in self._all]
+
+    def _stacked(self, group: Directions, pairs: Sequence[Pair]) -> Pair:
+        """Return the slots of a group of all `pairs`, b (m, S) and a (S, n): (L, m, S) and (L, S, n)."""
+        own = [pairs[place] for place in group.rows]
+        return torch.stack([b.detach().to(group.b) for b, _ in own]), torch.stack(
+            [a.detach().to(group.a) for _, a in own]
+        )
 
     def require_resettable(self) -> None:
         """Raise where a birth would fail for want of an optimizer state that is understood.
@@ -573,8 +507,6 @@ class SlotMatrices(GrowingMatrices):
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
-    _KEPT = ("u", "v", "p", "q", "b", "a", "move_b", "move_a")
-
     def state(self, draw: int, pairs: Sequence[Pair]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what an exact resume needs of the matrices; see `GrowingMatrices.state`.
 
@@ -583,13 +515,11 @@ class SlotMatrices(GrowingMatrices):
             pairs: The slots of all matrices, b (m, S) and a (S, n), whole.
         """
         state, tensors = super().state(draw, pairs)
-        for group in self._groups:
-            for row, matrix in enumerate(group.matrices):
-                for name in self._KEPT:
-                    tensors[f"probe.{matrix.index}.{name}"] = getattr(group, name)[row].clone()
-        for step, (values, _) in enumerate(self._readings):
-            for index, (z, own) in enumerate(values):
-                tensors[f"reading.{step}.{index}"] = torch.cat([z, own], 1)
+        for index, group in enumerate(self._groups):
+            tensors.update({f"directions.{index}.{name}": tensor for name, tensor in group.state().items()})
+            for step, (values, _) in enumerate(self._readings):
+                tensors[f"reading.{step}.{index}"] = values[index].clone()
+        state["strength"] = self._strength
         state["noted"] = [[*noted] for noted in self._noted]
         state["pending"] = [*self._pending]
         state["readings"] = [pending for _, pending in self._readings]
@@ -601,63 +531,24 @@ class SlotMatrices(GrowingMatrices):
     ) -> None:
         """Restore `state()`, after `refuse_other`; `pairs`, b (m, S) and a (S, n), are the slots as they are."""
         super().restore(state, tensors, draw, pairs)
-        for group, buffer in zip(self._groups, self._gradients, strict=True):
-            buffer.zero_()
-            for row, matrix in enumerate(group.matrices):
-                for name in self._KEPT:
-                    getattr(group, name)[row].copy_(tensors[f"probe.{matrix.index}.{name}"])
-            group.settle(self._live.config.scale)
+        for index, group in enumerate(self._groups):
+            group.restore({name: tensors[f"directions.{index}.{name}"] for name in group.KEPT}, self._scale)
+        self._strength = state["strength"]
         self._noted = [[*noted] for noted in state["noted"]]
-        self._readings = []
         self._pending = [*state["pending"]]
-        for step, pending in enumerate(state["readings"]):
-            found = [tensors[f"reading.{step}.{index}"].to(group.u) for index, group in enumerate(self._groups)]
-            self._readings.append(([(rows[:, :PROBES], rows[:, PROBES:]) for rows in found], [*pending]))
+        self._readings = [
+            ([tensors[f"reading.{step}.{index}"].to(group.b) for index, group in enumerate(self._groups)], [*pending])
+            for step, pending in enumerate(state["readings"])
+        ]
         self._ask()
 
 
-def _average(buffer: Tensor) -> None:
-    """Replace numbers, any shape, by their mean over all processes, as DistributedDataParallel does with gradients."""
+def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> list[SlotStart]:
+    """Return `slots` of both factors, with which the optimizer is to begin anew; `others` were in use."""
+    return [SlotStart(parameter, slots, dim, others) for parameter, dim in zip(matrix.pair, (1, 0), strict=True)]
+
+
+def _average(numbers: Tensor) -> None:
+    """Replace numbers, any shape, by their mean over all processes: what DistributedDataParallel does to gradients."""
     if is_distributed():
-        dist.all_reduce(buffer.div_(world_size()))
-
-
-def _is_finite(gu: Tensor, gv: Tensor, gate: Tensor) -> Tensor:
-    """Return which matrices have finite answers, (L,): gu (L, m, P), gv (L, P, n) and gate (L, S)."""
-    parts = (gu.flatten(1), gv.flatten(1), gate)
-    return torch.stack([part.isfinite().all(1) for part in parts]).all(0)
-
-
-def _flags(values: Sequence[bool]) -> Any:
-    return torch.tensor(values, dtype=torch.bool).numpy()
-
-
-def _views(buffer: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the parts of `buffer`, (entries,), that are shaped as `leaves` (any shapes), one after the other."""
-    parts = torch.split(buffer, [leaf.numel() for leaf in leaves])
-    return tuple(part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
-
-
-def _orthonormal_rows(rows: Tensor) -> Tensor:
-    """Return orthonormal bases, (L, S, n), of the spans of rows (L, S, n), padded with zeros.
-
-    By the S×S matrix of inner products: a QR would invent directions for rows that are zero.
-    """
-    norms = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
-    unit = (rows / torch.where(norms > 0, norms, 1.0)).double()
-    values, vectors = torch.linalg.eigh(unit @ unit.mT)
-    counts = values > _RANK_TOLERANCE * values[:, -1:]
-    weights = torch.where(counts, values.clamp_min(_RANK_TOLERANCE**2).rsqrt(), 0.0)
-    basis: Tensor = ((vectors * weights[:, None, :]).mT @ unit).to(rows.dtype)
-    return basis
-
-
-def _orthonormalise(rows: Tensor, directions: Tensor) -> None:
-    """Write the orthonormalised rows (L, P, n) into `directions`, in their order; leave those that have no length."""
-    for row in range(rows.shape[1]):
-        free = rows[:, row]
-        for earlier in range(row):
-            other = directions[:, earlier]
-            free = free - (free * other).sum(1, keepdim=True) * other
-        norm = torch.linalg.vector_norm(free, dim=1, keepdim=True)
-        directions[:, row] = torch.where(norm > 0, free / norm, directions[:, row])
+        dist.all_reduce(numbers.div_(world_size()))

@@ -1,17 +1,30 @@
-"""Growth by evidence: a matrix gets one more component when its best unused direction keeps beating what it trains.
+"""Growth by evidence: a direction stays if it saves loss on unseen examples, and comes if it promises more.
 
-The steepness of a direction D, an m×n matrix, is how fast the loss falls along it on a batch: −⟨G, D⟩ / ‖D‖_F with
-G = ∂L/∂W. Every matrix has a few unused directions u vᵀ, made of earlier gradients, and up to S components that train.
-The batch at hand has made neither, so what it says of them is out of sample. Of every unused direction:
+W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
+it says is out of sample.
+
+**The trial.** For the first tenth of the run every matrix trains as many components as it has slots. Then 16 batches
+are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
 
 .. code-block:: text
 
-    z    = −uᵀ G v                                                    its steepness
-    own  = mean over its components k of −⟨G, Δ_k⟩ / ‖Δ_k‖_F            Δ_k: how the component moved lately
+    credit_k = −s σ_k u_kᵀ G_½ v_k             the loss that the direction saves: the midpoint rule for the integral
+                                               of the gradient from strength 0 to 1, exact for a quadratic loss
+    d_k      = min(credit_k, credit_k − c)     c: half the mean credit of all directions of all matrices
+    stays, if mean(d_k) over the batches is positive at significance α (Student's t), or k is the best of its matrix
+
+**Growth.** From then on every matrix has an unused direction u vᵀ, made of earlier gradients. The steepness of a
+direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch the unused direction duels with what
+trains:
+
+.. code-block:: text
+
+    z    = −uᵀ G v
+    own  = mean over the matrix's components k of −⟨G, Δ_k⟩ / ‖Δ_k‖_F     Δ_k: how the component moved lately
     all  = the mean of −⟨G, Δ_k⟩ / ‖Δ_k‖_F over the components of all matrices
     heads, if z > 0 and z > κ max(own, all); tails otherwise
     E    = mean over θ in (½, 1) of (2θ)^heads (2(1 − θ))^tails
-    E ≥ 1/α   → one more component, along u vᵀ; its heads = tails = 0
+    E ≥ 1/α   → one more component, along u vᵀ; heads = tails = 0
 
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
 (Ville's inequality for the mixture). So α is the chance of a component that is not needed.
@@ -23,6 +36,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -34,11 +48,11 @@ from .rule import Matrix
 CHECK_INTERVAL = 4
 """Optimizer steps between looks at the evidence. The evidence of every batch in between counts."""
 
-PROBES = 1
-"""Unused directions of a matrix that are followed at once."""
-
 FIRST_STEP = 8
-"""Optimizer steps of which the gradients make the direction of the first component."""
+"""Optimizer steps of which the gradients make the directions of the first components."""
+
+QUESTIONS = 16
+"""Batches that are asked at the end of the trial. They are not trained on."""
 
 HELD_OUT_INTERVAL = 9
 """Optimizer steps between batches of held-out examples, once the training examples have all been seen."""
@@ -54,11 +68,15 @@ class EvidenceSettings:
     Args:
         significance: α, in (0, 1).
         duel_factor: κ > 0.
+        slots: S, components of a matrix in the trial, and the most that train at once.
+        trial_steps: Optimizer steps of the trial, those of the first directions included.
         max_components: Number of components at which a matrix gets no more; None for no limit.
     """
 
     significance: float
     duel_factor: float
+    slots: int
+    trial_steps: int
     max_components: int | None
 
 
@@ -66,7 +84,7 @@ class Reading(NamedTuple):
     """What one batch says of all matrices, in module order.
 
     Args:
-        unused: z, the steepness of the unused directions, (matrices, probes); NaN where the batch overflowed.
+        unused: z, the steepness of the unused direction, (matrices,); NaN where the batch overflowed.
         moves: Steepness along the moves of the components, (matrices, S); NaN where there is none, or none known.
         pending: Whether a matrix has a component of which no move is known yet, (matrices,).
     """
@@ -80,14 +98,14 @@ class EvidenceMatrix(Matrix, Protocol):
     """One growing matrix as the rule sees it, with what the rule notes about it.
 
     Attributes:
-        heads: Batches since its start on which an unused direction won, by direction.
-        flips: Batches since its start on which it was judged, likewise.
-        log_evidence: The largest log E among its directions.
-        steepness: The largest z of the last batch; None before the first.
+        heads: Batches since the last birth on which the unused direction won.
+        flips: Batches since the last birth on which it was judged.
+        log_evidence: log E.
+        steepness: z of the last batch; None before the first.
     """
 
-    heads: list[int]
-    flips: list[int]
+    heads: int
+    flips: int
     log_evidence: float
     steepness: float | None
 
@@ -118,6 +136,21 @@ class EvidenceMatrices(Protocol[E]):
             The matrices whose oldest component was merged to make room, once for each.
         """
 
+    def stop_following(self) -> None:
+        """Follow no unused direction for now."""
+
+    def ask_for_credit(self) -> None:
+        """From now on ask the batches, at half strength, what every singular direction of the updates saves."""
+
+    def take_credits(self) -> list[np.ndarray]:
+        """Return credit_k by batch since the last call, (matrices, S).
+
+        NaN where there is no direction, infinite where the batch overflowed.
+        """
+
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep these singular directions of every matrix, drop the others, and follow one unused direction each."""
+
     def note_moves(self) -> None:
         """Note how every component has moved since the last call: that is Δ_k from now on."""
 
@@ -126,15 +159,16 @@ class EvidenceRule(Generic[E]):
     """Growth by evidence; a `GrowthRule`.
 
     Args:
-        settings: α, κ and the limit.
+        settings: α, κ and the lengths.
         matrices: The growing matrices.
 
     Attributes:
         global_step: Optimizer steps taken so far.
+        phase: `"start"`, `"trial"`, `"questions"` or `"growth"`.
         inner_step: Always 0: there are no inner loops.
         outer_number: Always 1.
         max_inner_steps: Always 0.
-        births: Components started so far, the first ones included.
+        births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
         tell: Called with events as they happen.
     """
@@ -142,14 +176,15 @@ class EvidenceRule(Generic[E]):
     inner_step = 0
     outer_number = 1
     max_inner_steps = 0
-    lr_factor = 1.0
     draw = 1
 
     def __init__(self, settings: EvidenceSettings, matrices: EvidenceMatrices[E]) -> None:
         self._settings = settings
         self._matrices = matrices
+        self._credits: list[np.ndarray] = []
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
+        self.phase = "start"
         self.births = 0
         self.last_birth: int | None = None
 
@@ -159,11 +194,19 @@ class EvidenceRule(Generic[E]):
         return not self._matrices.active()
 
     @property
+    def lr_factor(self) -> float:
+        """0 while batches are asked, which are not trained on; else 1."""
+        return 0.0 if self.phase == "questions" else 1.0
+
+    @property
     def status(self) -> list[str]:
         """Where the run stands, for one line of progress."""
-        if not self.births:
-            return ["no component yet"]
-        return [f"{self.births} births, last at step {self.last_birth}"]
+        if self.phase in ("start", "trial"):
+            return [f"trial {self.global_step}/{self._settings.trial_steps}"]
+        if self.phase == "questions":
+            return [f"asking batch {len(self._credits) + 1} of {QUESTIONS}"]
+        last = "" if self.last_birth is None else f", last at step {self.last_birth}"
+        return [f"births {self.births}{last}"]
 
     # The rule --------------------------------------------------------------------------------------------------------
 
@@ -174,16 +217,25 @@ class EvidenceRule(Generic[E]):
             NonFiniteError: The steepness of a matrix is NaN or infinite.
         """
         self.global_step += 1
-        if self.global_step < FIRST_STEP or self.global_step % CHECK_INTERVAL:
-            return []
-        readings = self._matrices.take_readings()
-        if self.global_step == FIRST_STEP:
-            events = self._bear([(matrix, 0) for matrix in self._matrices.active()])
+        if self.phase == "questions":
+            events = self._answered()
+        elif self.phase == "start":
+            events = self._start_trial() if self.global_step == FIRST_STEP else []
+        elif self.phase == "trial":
+            events = self._end_trial() if self.global_step >= self._settings.trial_steps else []
         else:
-            events = self._weigh(readings)
-        self._matrices.note_moves()
+            events = [] if self.global_step % CHECK_INTERVAL else self._weigh(self._matrices.take_readings())
+            if self.global_step % CHECK_INTERVAL == 0:
+                self._matrices.note_moves()
         self.tell(events)
         return events
+
+    def held_out_batches(self, step: int) -> Sequence[int]:
+        """Return the numbers of the held-out batches to be asked, `step` optimizer steps after the first pass."""
+        if self.phase == "questions":
+            return range(len(self._credits), QUESTIONS)
+        number, rest = divmod(step, HELD_OUT_INTERVAL)
+        return () if rest or self.phase != "growth" else (QUESTIONS + number,)
 
     def outer_step(self) -> list[Event]:
         """There are no inner loops that could end.
@@ -193,38 +245,70 @@ class EvidenceRule(Generic[E]):
         """
         raise ConfigError("outer_step: growth='evidence' has no inner loops; a component is born by evidence alone")
 
+    def _start_trial(self) -> list[Event]:
+        self.phase = "trial"
+        slots = range(self._settings.slots)
+        births = self._within_limit([(matrix, slot) for matrix in self._matrices.active() for slot in slots])
+        self._matrices.bear(births)
+        self._matrices.stop_following()
+        return [self._event("born", matrix) for matrix, slot in births if slot == 0]
+
+    def _end_trial(self) -> list[Event]:
+        self.phase = "questions"
+        self._matrices.ask_for_credit()
+        return []
+
+    def _answered(self) -> list[Event]:
+        """Note what the batches said; after the last one, drop what does not save loss."""
+        matrices = self._matrices.all()
+        for credits in self._matrices.take_credits():
+            self._require_finite_rows(matrices, np.isinf(credits).any(1))
+            self._credits.append(credits)
+        if len(self._credits) < QUESTIONS:
+            return []
+        credits = np.stack(self._credits)
+        kept = directions_to_keep(credits, self._settings.significance)
+        self._matrices.keep(kept)
+        self._matrices.note_moves()
+        self._credits = []
+        self.phase = "growth"
+        saved = np.nan_to_num(credits).mean(0)
+        return [
+            self._event("settled", matrix, value=float(saved[index, [*kept[index]]].sum()))
+            for index, matrix in enumerate(matrices)
+            if not matrix.is_frozen
+        ]
+
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""
         matrices = self._matrices.all()
-        self._require_finite_readings(matrices, readings)
+        if readings:
+            # In 16 bits a single batch may overflow, and says nothing then.
+            self._require_finite_rows(matrices, np.isnan(np.stack([reading.unused for reading in readings])).all(0))
         for reading in readings:
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
-                steepness = float(reading.unused[index].max())
-                matrix.steepness = steepness if math.isfinite(steepness) else matrix.steepness
-                for probe, won in enumerate(heads[index]):
-                    matrix.heads[probe] += int(won)
-                    matrix.flips[probe] += int(judged[index])
-        births = []
+                if not math.isnan(reading.unused[index]):
+                    matrix.steepness = float(reading.unused[index])
+                matrix.heads += int(heads[index])
+                matrix.flips += int(judged[index])
+        for matrix in matrices:
+            matrix.log_evidence = log_evidence(matrix.heads, matrix.flips)
         threshold = -math.log(self._settings.significance)
-        for matrix in self._matrices.active():
-            found = [log_evidence(heads, flips) for heads, flips in zip(matrix.heads, matrix.flips, strict=True)]
-            matrix.log_evidence = max(found)
-            births += [(matrix, probe) for probe, evidence in enumerate(found) if evidence >= threshold]
-        return self._bear(births)
+        convinced = [matrix for matrix in self._matrices.active() if matrix.log_evidence >= threshold]
+        return self._bear([matrix for matrix, _ in self._within_limit([(matrix, 0) for matrix in convinced])])
 
-    def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
-        """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
-        births = self._within_limit(births)
-        if not births:
+    def _bear(self, matrices: Sequence[E]) -> list[Event]:
+        """Start a component of each matrix, and tell of it; the events carry the evidence that decided."""
+        if not matrices:
             return []
-        merged = self._matrices.bear(births)
+        merged = self._matrices.bear([(matrix, 0) for matrix in matrices])
         events = [self._event("merged", matrix) for matrix in merged]
-        events += [self._event("born", matrix) for matrix, _ in births]
-        for matrix, probe in births:
-            matrix.heads[probe] = matrix.flips[probe] = 0
+        events += [self._event("born", matrix) for matrix in matrices]
+        for matrix in matrices:
+            matrix.heads = matrix.flips = 0
             matrix.log_evidence = 0.0
-        self.births += len(births)
+        self.births += len(matrices)
         self.last_birth = self.global_step
         return events
 
@@ -243,17 +327,14 @@ class EvidenceRule(Generic[E]):
 
     # Errors, events, state -------------------------------------------------------------------------------------------
 
-    def _require_finite_readings(self, matrices: Sequence[E], readings: Sequence[Reading]) -> None:
-        """Raise for a matrix of which no batch says anything finite; a single one may overflow in 16 bits."""
-        if not readings:
-            return
-        broken = ~np.array([np.isfinite(reading.unused).all(1) for reading in readings]).any(0)
+    def _require_finite_rows(self, matrices: Sequence[E], broken: np.ndarray) -> None:
+        """Raise for the first matrix that is marked as broken."""
         if broken.any():
             name = matrices[int(broken.argmax())].name
             raise NonFiniteError(
-                f"{name}: the gradient along its unused direction is not finite near optimizer step "
-                f"{self.global_step}. Training stopped, and earlier checkpoints are untouched: resume from the last "
-                "one with a lower learning rate, or look at the data of the last steps"
+                f"{name}: the gradient along its directions is not finite near optimizer step {self.global_step}. "
+                "Training stopped, and earlier checkpoints are untouched: resume from the last one with a lower "
+                "learning rate, or look at the data of the last steps"
             )
 
     def require_finite(self, matrices: Sequence[Any], norms: Sequence[float], check: str) -> None:
@@ -266,14 +347,14 @@ class EvidenceRule(Generic[E]):
                     "untouched: resume from the last one with a lower learning rate, or look at the data"
                 )
 
-    def _event(self, kind: EventKind, matrix: E) -> Event:
+    def _event(self, kind: EventKind, matrix: E, value: float | None = None) -> Event:
         return Event(
             kind=kind,
             step=self.global_step,
             outer_step=self.outer_number,
             inner_step=self.inner_step,
             module=matrix.name,
-            value=None,
+            value=value,
             rank=matrix.component_count,
             converged=False,
             log_evidence=matrix.log_evidence,
@@ -282,15 +363,61 @@ class EvidenceRule(Generic[E]):
 
     def state(self) -> dict[str, Any]:
         """Return where the rule stands, JSON-able."""
-        return {"global_step": self.global_step, "births": self.births, "last_birth": self.last_birth}
+        return {
+            "global_step": self.global_step,
+            "phase": self.phase,
+            "births": self.births,
+            "last_birth": self.last_birth,
+            "credits": [[[_number(x) for x in row] for row in credits] for credits in self._credits],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
-        self.global_step, self.births, self.last_birth = state["global_step"], state["births"], state["last_birth"]
+        self.global_step, self.phase = state["global_step"], state["phase"]
+        self.births, self.last_birth = state["births"], state["last_birth"]
+        self._credits = [np.array(credits, dtype=float) for credits in state["credits"]]
+
+
+def _number(value: float) -> float | None:
+    # JSON has no NaN; numpy reads None as NaN.
+    return None if math.isnan(value) else float(value)
+
+
+def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
+    """Return for every matrix which directions stay: those that save loss, and at least the best.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
+        significance: α.
+    """
+    exists = ~np.isnan(credits).any(0)
+    known = np.nan_to_num(credits)
+    bar = 0.5 * known.sum((1, 2)) / max(int(exists.sum()), 1)
+    worth = np.minimum(known, known - bar[:, None, None])
+    batches = len(credits)
+    error = worth.std(0, ddof=1) / math.sqrt(batches)
+    stays = exists & (worth.mean(0) > student_quantile(1 - significance, batches - 1) * error)
+    best = np.where(exists, known.mean(0), -np.inf).argmax(1)
+    kept = []
+    for row, (stay, present) in enumerate(zip(stays, exists, strict=True)):
+        stay[best[row]] = present.any()
+        kept.append([int(k) for k in stay.nonzero()[0]])
+    return kept
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Return a quantile of Student's t, by the expansion 26.7.5 of Abramowitz and Stegun; three digits from 10 on."""
+    z: float = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / float(degrees) ** (power + 1) for power, term in enumerate(terms))
 
 
 def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every matrix which unused directions won the batch, and whether it was judged at all.
+    """Return for every matrix whether its unused direction won the batch, and whether it was judged at all.
 
     A matrix is not judged while the move of one of its components is unknown, or by a batch that overflowed; none is
     judged before any move is known.
@@ -300,18 +427,19 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
         factor: κ.
 
     Returns:
-        Heads, boolean, (matrices, probes), and judged, boolean, (matrices,).
+        Heads and judged, boolean, (matrices,).
     """
     known = ~np.isnan(reading.moves)
     if not known.any():
-        return np.zeros(reading.unused.shape, dtype=bool), np.zeros(len(reading.unused), dtype=bool)
+        nothing = np.zeros(len(reading.unused), dtype=bool)
+        return nothing, nothing
     values = np.where(known, reading.moves, 0.0)
     everywhere = values.sum() / known.sum()
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
-    rival = np.maximum(own, everywhere)[:, None]
-    judged = ~reading.pending & np.isfinite(reading.unused).all(1)
-    return judged[:, None] & (reading.unused > 0) & (reading.unused > factor * rival), judged
+    rival = np.maximum(own, everywhere)
+    judged = ~reading.pending & ~np.isnan(reading.unused)
+    return judged & (reading.unused > 0) & (reading.unused > factor * rival), judged
 
 
 @lru_cache(maxsize=4096)

@@ -142,6 +142,10 @@ class PaperRule(Generic[M]):
         self.tell(events)
         return events
 
+    def held_out_batches(self, step: int) -> Sequence[int]:
+        """Return the numbers of the held-out batches to be asked: none."""
+        return ()
+
     def outer_step(self) -> list[Event]:
         """End the inner loop: keep or drop every component by equation (6), and start the next inner loop.
 

@@ -130,6 +130,9 @@ class GrowthRule(Protocol):
     def step(self) -> list[Event]:
         """Count one optimizer step, and act on the matrices where that is due; return what happened."""
 
+    def held_out_batches(self, step: int) -> Sequence[int]:
+        """Return the numbers of the held-out batches to be asked, `step` optimizer steps after the first pass."""
+
     def outer_step(self) -> list[Event]:
         """End the inner loop now; return what happened."""
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
+from ..algorithm.evidence import FIRST_STEP, QUESTIONS
 from ..errors import bad_value
 from ..files import write_json
 from .live import take_collected
@@ -33,7 +34,7 @@ _PAPER_FIELDS = (
 )
 """Fields that only Algorithm 1 reads."""
 
-_EVIDENCE_FIELDS = ("significance", "slots", "duel_factor", "probe_memory")
+_EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
 """Fields that only growth by evidence reads."""
 
 _FIELDS_OF = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
@@ -107,6 +108,8 @@ class AromaConfig(LoraConfig):
             (0, 1).
         slots (`int`, *optional*, defaults to 8): S, how many components of a matrix train at once. A component beyond
             them merges the oldest.
+        trial_share (`float`, *optional*, defaults to 0.1): Share of the planned optimizer steps that the trial takes,
+            in which every matrix trains as many components as it has slots.
         duel_factor (`float`, *optional*, defaults to 1): κ. An unused direction wins a batch when it is κ times as
             steep as what trains. Below 1 matrices grow sooner.
         probe_memory (`float`, *optional*, defaults to 0.97): β. The unused direction averages about 1 / (1 - β)
@@ -158,6 +161,9 @@ class AromaConfig(LoraConfig):
         default=0.05, metadata={"help": "growth='evidence': chance of a component that is not needed."}
     )
     slots: int = field(default=8, metadata={"help": "growth='evidence': components of a matrix that train at once."})
+    trial_share: float = field(
+        default=0.1, metadata={"help": "growth='evidence': share of the run in which all slots train."}
+    )
     duel_factor: float = field(
         default=1.0,
         metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},
@@ -201,6 +207,8 @@ class AromaConfig(LoraConfig):
                 "significance", self.significance, "give the chance of a needless component, in (0, 1); try 0.05"
             )
         _require_int("slots", self.slots, 1, "at least one component of a matrix trains; try 8")
+        if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
+            raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
         _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 1")
         if not _is_number(self.probe_memory) or not 0 <= self.probe_memory < 1:
             raise bad_value("probe_memory", self.probe_memory, "give a number in [0, 1); try 0.97")
@@ -278,6 +286,28 @@ class AromaConfig(LoraConfig):
     def pair_rank(self) -> int:
         """Rank of the pair that every matrix trains: r, or all slots."""
         return self.slots if self.has_slots else self.r
+
+    def resolve_trial_steps(self, total_steps: int | None) -> int:
+        """Return how many optimizer steps the trial takes of a run of `total_steps` planned ones.
+
+        Raises:
+            ConfigError: The length is unknown, or too short for a trial and its questions.
+        """
+        if total_steps is None:
+            raise bad_value(
+                "total_steps",
+                None,
+                "growth='evidence' begins with a trial, a share of the run; say how long the run is",
+            )
+        steps = max(round(self.trial_share * total_steps), 2 * FIRST_STEP)
+        least = steps + QUESTIONS
+        if total_steps <= least:
+            raise bad_value(
+                "total_steps",
+                total_steps,
+                f"the trial and its questions take {least} optimizer steps; train longer",
+            )
+        return steps
 
     def resolve_inner_steps(self, total_steps: int | None) -> int:
         """Return T_in, in optimizer steps, for a run of `total_steps` planned optimizer steps.

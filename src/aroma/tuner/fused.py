@@ -40,6 +40,7 @@ class Probe(NamedTuple):
         gate: (r,). Its gradient is ⟨G, s (Δb_k a_k + b_k Δa_k)⟩, the slope of the loss along the move of every slot.
         move_b: Δb, (m, r).
         move_a: Δa, (r, n).
+        strength: What the pair is scaled by while it is asked, in (0, 1].
     """
 
     u: Tensor
@@ -47,6 +48,7 @@ class Probe(NamedTuple):
     gate: Tensor
     move_b: Tensor
     move_a: Tensor
+    strength: float
 
 
 class Update(NamedTuple):
@@ -126,7 +128,7 @@ def answerable(x: Tensor, update: Update) -> Tensor:
     probe = update.probe
     assert probe is not None, "nothing is asked"
     x, a, b = x.detach(), update.a.detach(), update.b.detach()
-    u, v, gate, move_b, move_a = (_cast(tensor, x.dtype) for tensor in probe)
+    u, v, gate, move_b, move_a = (_cast(tensor, x.dtype) for tensor in probe[:5])
     gate = gate * update.scale
     asked = F.linear(F.linear(x, v), u)
     asked = asked + F.linear(F.linear(x, a) * gate, move_b) + F.linear(F.linear(x, move_a) * gate, b)
@@ -242,7 +244,7 @@ def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, update: Update, *weight: 
     probes = update.probe.v.shape[0] if update.probe is not None else 0
     of_pair = h[:, h.shape[1] - call.slots - probes :]
     kept = (x, of_pair.contiguous()) if trains else (None, None)
-    u, v, _, *moves = update.probe or (None, None, None, None, None)
+    u, v, _, *moves, _ = update.probe or (None,) * 6
     ctx.save_for_backward(*kept, update.a, update.b, update.A, update.B, u, v, *moves, *weight)
 
 

@@ -365,7 +365,8 @@ class AromaLinear(LoraLinear):
         probe = self.probes[adapter_name] if evaluated and self._is_asked(adapter_name) else None
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p, slots, probe)
+        scale = self.scaling[adapter_name] * (probe.strength if probe is not None else 1)
+        return Update(A, self._scaled(B, adapter_name), a, b, scale, p, slots, probe)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
         """Whether the base layer is a plain frozen matmul without hooks, all in one dtype; x is (…, n)."""
