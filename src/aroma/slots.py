@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .algorithm.evidence import Reading
 from .directions import Directions, group_by_shape, orthonormalise, singular_directions
-from .errors import bad_value
+from .errors import NonFiniteError, bad_value
+from .evaluation import evaluating
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
@@ -337,9 +338,12 @@ class SlotMatrices(GrowingMatrices):
         asked = [pair for group, own in zip(self._groups, answers, strict=True) for pair in self._asked(group, own)]
         if not asked:
             return
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(self.model):
+            value = loss()
+            with refuse_together(self.device):
+                _require_loss(value)
             # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
-            found = torch.autograd.grad(loss(), [leaf for leaf, _ in asked], allow_unused=True)
+            found = torch.autograd.grad(value.reshape(()), [leaf for leaf, _ in asked], allow_unused=True)
         for (_, part), gradient in zip(asked, found, strict=True):
             if gradient is not None:
                 part.copy_(gradient)
@@ -546,6 +550,18 @@ class SlotMatrices(GrowingMatrices):
 def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> list[SlotStart]:
     """Return `slots` of both factors, with which the optimizer is to begin anew; `others` were in use."""
     return [SlotStart(parameter, slots, dim, others) for parameter, dim in zip(matrix.pair, (1, 0), strict=True)]
+
+
+def _require_loss(loss: Tensor) -> None:
+    """Raise unless the loss of held-out examples is a scalar with a graph, and finite."""
+    if loss.numel() != 1 or not loss.requires_grad:
+        kind = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+        raise bad_value("growth_loss", kind, "it must return one number that the model was asked for with gradients")
+    if not math.isfinite(float(loss.detach())):
+        raise NonFiniteError(
+            f"the loss of held-out examples is {float(loss.detach())}. Training stopped, and earlier checkpoints are "
+            "untouched: resume from the last one with a lower learning rate, or look at growth_dataset"
+        )
 
 
 def _average(numbers: Tensor) -> None:
