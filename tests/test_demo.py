@@ -17,11 +17,11 @@ from aroma import aroma_layers
 from aroma.cli import main
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError, DataError
-from aroma_lab.tasks import articles as bbc
 from aroma_lab.demo import run as demo
 from aroma_lab.methods import Aroma
 from aroma_lab.run.machine import provenance
 from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks import articles as bbc
 from aroma_lab.tasks import model as models
 from aroma_lab.tasks.classification import ClassifierJob, encode, load_tokenizer, predict_logits
 from aroma_lab.tasks.model import load_classifier

@@ -1,7 +1,7 @@
 """Settings chosen on held-out training data, per task and method.
 
-An optimum at the edge of what was tried says nothing about what lies beyond. `beyond` gives the next value, which tables
-ask for and a selection with `widen` tries by itself.
+An optimum at the edge of what was tried says nothing about what lies beyond. `beyond` gives the next value, which
+tables ask for and a selection with `widen` tries by itself.
 """
 
 from __future__ import annotations
@@ -78,11 +78,10 @@ def edges(tried: Sequence[Settings], chosen: Settings) -> dict[str, float]:
     """
     found = {}
     for key, value in chosen.items():
-        numbers = {one.get(key) for one in tried}
+        numbers: set[Any] = {one.get(key) for one in tried}
         if all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
-            if (further := beyond(sorted(numbers), value)) is not None:
-                found[key] = further
-    return found
+            found[key] = beyond(sorted(numbers), value)
+    return {key: further for key, further in found.items() if further is not None}
 
 
 def beyond(values: Sequence[float], value: float) -> float | None:
