@@ -88,16 +88,16 @@ def beyond(values: Sequence[float], value: float) -> float | None:
     """Return the number that continues ascending `values` beyond their edge `value`; None if it is no edge.
 
     Positive numbers go on by the quotient of the last two, others by their difference, to three digits; whole numbers
-    stay whole. A single value has no neighbour to go on from, and is no edge.
+    stay whole, and none changes its sign. A single value has no neighbour to go on from, and is no edge.
     """
     if len(values) < 2 or value not in (values[0], values[-1]):
         return None
     last, inner = (values[0], values[1]) if value == values[0] else (values[-1], values[-2])
     further = float(f"{last * last / inner if values[0] > 0 else 2 * last - inner:.3g}")
-    if not all(isinstance(one, int) for one in values):
-        return further
-    whole = round(further)
-    return whole if whole not in values else None
+    if all(isinstance(one, int) for one in values):
+        further = round(further)
+    changes_sign = further < 0 <= values[0] or further <= 0 < values[0]
+    return None if changes_sign or further in values else further
 
 
 def _points(over: Mapping[str, Sequence[Any]]) -> list[Settings]:
