@@ -75,7 +75,10 @@ class TrainSpec:
     learning_rate: float = 5e-4
     """Peak learning rate of the adapters."""
     head_learning_rate: float | None = None
-    """Peak learning rate of the head; null: `learning_rate`."""
+    """Peak learning rate of the head, its pooler included; null: `learning_rate`."""
+    train_pooler: bool | Literal["auto"] = "auto"
+    """Whether the encoder's pooler trains with the classification head, whatever the method; `auto`: unless the
+    checkpoint shows that pretraining trained it. A frozen pooler that nothing trained keeps adapters from learning."""
     scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = (
         "cosine_with_min_lr"
     )
@@ -222,6 +225,7 @@ def _check_nothing_idle(recipe: Recipe) -> None:
                 for name in ("text", "text_pair", "label")
             ),
             ("training.head_learning_rate", training.head_learning_rate, None),
+            ("training.train_pooler", training.train_pooler, "auto"),
         ]
     else:
         remedy = f"it needs data.task=causal_lm, and the task is {data.task}"

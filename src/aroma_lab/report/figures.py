@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from aroma.pictures import FAINT, INK, MatrixRank, draw_ranks, new_figure
 
 from ..run.files import TrialFiles
 from .formats import counted
+from .learnt import not_learnt
 from .runs import Run, read_runs, rows_of
 from .style import fit_axis, looks, matching_module, paper_modules, short_name, style_axes, write_title
 
@@ -39,7 +40,8 @@ _MOST_NUMBERS = 12
 
 @dataclass(frozen=True)
 class Shown:
-    """The runs that a figure shows, by seed, and what else was chosen, see `draw_figure`; `looks` is from `style`."""
+    """The runs that a figure shows, by seed, and what else was chosen, see `draw_figure`; `looks` is from `style`, and
+    `unlearnt` are the tasks that no method has learnt."""
 
     frame: pd.DataFrame
     methods: Sequence[str]
@@ -47,6 +49,7 @@ class Shown:
     looks: Mapping[str, Mapping[str, Any]]
     modules: Sequence[str] | None
     seed: int | None
+    unlearnt: Collection[str]
 
     def of(self, method: str) -> pd.DataFrame:
         """Return the runs of a method, by seed."""
@@ -81,13 +84,14 @@ def draw_figure(
     if seed is not None and kind not in _OF_ONE_SEED:
         raise bad_value("--seed", seed, f"only for {' and '.join(_OF_ONE_SEED)}; others show all seeds")
     frame, labels, tasks = _read(folders)
+    unlearnt = not_learnt(frame)  # of all methods, for head-only may not be shown
     tasks = _only("--task", None if task is None else [task], tasks)
     if kind != "pareto" and len(tasks) > 1:
         raise bad_value("--task", None, f"this figure shows one task; choose one of {', '.join(tasks)}")
     frame = frame[frame.task.isin(tasks)]
     chosen = _only("--methods", methods, [label for label in labels if (frame.method == label).any()])
     frame = frame[frame.method.isin(chosen)]
-    return FIGURES[kind](Shown(frame, chosen, tasks, looks(labels), modules, seed))
+    return FIGURES[kind](Shown(frame, chosen, tasks, looks(labels), modules, seed, unlearnt))
 
 
 def curves_figure(shown: Shown) -> Figure:
@@ -179,7 +183,8 @@ def pareto_figure(shown: Shown) -> Figure:
     for row, task in zip(figure.subplots(len(shown.tasks), 2, squeeze=False), shown.tasks, strict=True):
         of_task = frame[frame.task == task]
         for axes, (cost, label) in zip(row, _COSTS.items(), strict=True):
-            style_axes(axes, task, label, f"{of_task.metric.iloc[0]} × 100")
+            title = f"{task}: not learnt, so no method is compared" if task in shown.unlearnt else task
+            style_axes(axes, title, label, f"{of_task.metric.iloc[0]} × 100")
             drawn |= _draw_points(axes, shown, of_task, cost)
             fit_axis(axes, "x", of_task[cost])
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
@@ -377,8 +382,9 @@ def _draw_points(axes: Axes, shown: Shown, frame: pd.DataFrame, cost: str) -> di
     by_method = {method: runs for method in shown.methods if len(runs := frame[frame.method == method])}
     # Rounded, so that equal scores stay equal whatever the order of their seeds.
     means = [(float(runs[cost].mean()), round(float(runs.points.mean()), 9)) for runs in by_method.values()]
-    front = pareto_front(means)
-    axes.step(*np.transpose([means[place] for place in front]), where="post", color=FAINT, linewidth=1.2, zorder=1)
+    front = pareto_front(means) if frame.task.iloc[0] not in shown.unlearnt else []
+    if front:
+        axes.step(*np.transpose([means[place] for place in front]), where="post", color=FAINT, linewidth=1.2, zorder=1)
     marks = {}
     for place, (method, runs) in enumerate(by_method.items()):
         x, y = means[place]

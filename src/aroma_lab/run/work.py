@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from aroma.errors import bad_value
+
 from ..specs import DataSpec, ModelSpec
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
@@ -57,13 +59,17 @@ def work_of(trial: Trial) -> Work:
     if trial.data is not None:
         return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
     if trial.task.kind == "commonsense":
+        if trial.training.train_pooler != "auto":
+            remedy = "a language model has no pooler; leave it out"
+            raise bad_value("training.train_pooler", trial.training.train_pooler, remedy)
         from ..language.job import QuestionsJob
 
         questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
         return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
     data = load_task(trial.task, reported=reported)
     task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
-    job = ClassifierJob.make(model, task, {"train": data.train, HELD_OUT: data.held_out, **data.reported})
+    parts = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
+    job = ClassifierJob.make(model, task, parts, trial.training.train_pooler)
     return Work(job, data.metric, HELD_OUT, data.metric, job.evaluated)
 
 
@@ -74,6 +80,6 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
         job: Job = LanguageJob.make(model, trial.language, data.max_length, read_parts(data, trial.language))
         return Work(job, "loss", _VALIDATION, "loss", (_VALIDATION,))
     parts = load_splits(data)
-    job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts)
+    job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts, trial.training.train_pooler)
     metric = CHOICE_METRIC[data.task]
     return Work(job, metric, _VALIDATION, metric, (_VALIDATION,))
