@@ -37,9 +37,11 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     ranks = method.ranks(model)
     # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
     size = getattr(method, "r", 1) if fit.growth is not None else 1
+    components = method.components(model)
     modules = fit.controller.summary() if fit.growth is not None else []
     events = run.home.events.read_text(encoding="utf-8").splitlines()
-    return {
+    average = curve.average_parameters(run.steps)
+    result: dict[str, Any] = {
         "name": trial.name,
         "task": trial.task.name,
         "method": trial.method,
@@ -62,11 +64,11 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "stopped_early": method.trains and steps < run.steps,
         "parameters": {
             "initial": curve.parameters[0][1],
-            "average": curve.average_parameters(run.steps),
+            "average": average,
             "final": curve.parameters[-1][1],
             "head": count_trainable(model)["head"],
         },
-        **spectra_of(method.components(model), r=size),
+        **spectra_of(components, r=size),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
@@ -77,6 +79,14 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "processes": run.processes.num_processes,
         **run.provenance,
     }
+    if work.planted is not None:
+        from ..tasks.planted import compare_ranks
+
+        of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
+        trained = average / of_rank_one if of_rank_one else None
+        began = {name: changes[0][1] for name, changes in curve.ranks.items()}
+        result["planted"] = compare_ranks(work.planted, ranks, began, trained)
+    return result
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..specs import DataSpec, ModelSpec
+from aroma.errors import DataError, bad_value
+
+from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
 from ..tasks.metrics import CHOICE_METRIC
 from ..tasks.model import packaged_encoder
-from ..tasks.spec import HELD_OUT
+from ..tasks.sources import read_file, read_hub
+from ..tasks.spec import HELD_OUT, TaskSpec
 from ..tasks.task import Task
 from ..training.job import Job, Objective
 from .trial import Trial
@@ -29,6 +33,7 @@ class Work:
         held_out: Name of the held-out split.
         choice: Metric of the held-out split that a checkpoint is chosen by.
         traced: Splits that are evaluated during training, where any are.
+        planted: Ranks of the right answer by module; None where nobody knows it.
     """
 
     job: Job
@@ -36,6 +41,7 @@ class Work:
     held_out: str
     choice: str
     traced: tuple[str, ...]
+    planted: Mapping[str, int] | None = None
 
     @property
     def objective(self) -> Objective:
@@ -54,8 +60,12 @@ def work_of(trial: Trial) -> Work:
     if name == "minilm" and not Path(name).is_dir():
         name = str(packaged_encoder())
     model = ModelSpec(name, trial.gguf_file, trial.dtype, trial.quantization)
+    if trial.data is not None and trial.data.task in MADE_KEYS:
+        return _work_of_made(trial, trial.data, trial.data.task, _VALIDATION, name)
     if trial.data is not None:
         return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
+    if trial.task.kind in MADE_KEYS:
+        return _work_of_made(trial, trial.task, trial.task.kind, HELD_OUT, name)
     if trial.task.kind == "commonsense":
         from ..language.job import QuestionsJob
 
@@ -77,3 +87,46 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
     job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts)
     metric = CHOICE_METRIC[data.task]
     return Work(job, metric, _VALIDATION, metric, (_VALIDATION,))
+
+
+def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, model: str) -> Work:
+    """Return the work of a task whose right answer is made."""
+    from ..tasks.planted import METRIC, PlantedJob, split_texts
+
+    seed = trial.training.seed
+    for key in ("dtype", "quantization", "gguf_file"):
+        if (value := getattr(trial, key)) not in ("float32", None):
+            raise bad_value(key, value, f"a task of kind {kind} is made for weights in float32; leave it out")
+    if kind == "planted_encoder":
+        share = spec.held_out if isinstance(spec, TaskSpec) else spec.validation_fraction
+        key = "held_out" if isinstance(spec, TaskSpec) else "validation_fraction"
+        texts = split_texts(_texts_of(spec), share, spec.split_seed, held_out, spec.field(key))
+        if isinstance(spec, TaskSpec) and (wanted := spec.train_examples) is not None:
+            if wanted > len(texts["train"]):
+                remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
+                raise spec.bad("train_examples", wanted, remedy, DataError)
+            texts["train"] = texts["train"][:wanted]
+        job = PlantedJob.of_encoder(spec, held_out, seed, model, texts, spec.max_length)
+    else:
+        if trial.model != MADE:
+            raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
+        if trial.training.group_by_length:
+            remedy = f"examples of a task of kind {kind} are of one length; leave it out"
+            raise bad_value("training.group_by_length", True, remedy)
+        job = PlantedJob.of_net(spec, held_out, seed)
+    return Work(job, METRIC, held_out, METRIC, job.evaluated, job.planted)
+
+
+def _texts_of(spec: DataSpec | TaskSpec) -> Sequence[str | None]:
+    """Return the texts of a file or a hub data set."""
+    column, where = spec.text or "text", spec.field("train")
+    if isinstance(spec, DataSpec):
+        hub, file, key = spec.name, Path(spec.train or ""), "data.name"
+    else:
+        folder = Path(spec.source or "")
+        hub, file, key = None if folder.is_dir() else spec.source, folder / (spec.train or "train.jsonl"), "source"
+    if hub is None:
+        _, columns = read_file(where, str(file), [[column]])
+    else:
+        _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]], key)
+    return columns[column]
