@@ -146,21 +146,21 @@ def test_errors_are_over_those_of_the_base() -> None:
 
 def test_found_ranks_against_planted_ones() -> None:
     planted, began = {"a": 0, "b": 1, "c": 4}, {"a": 1, "b": 1, "c": 1}
-    found = compare_ranks(planted, {"a": 1, "b": 2, "c": 9}, began, 1.5)
+    found = compare_ranks(planted, {"a": 1, "b": 2, "c": 9}, began)
     assert found["ranks"] == planted
-    assert (found["mean_planted"], found["mean_found"], found["mean_trained"]) == (5 / 3, 4.0, 1.5)
+    assert (found["mean_planted"], found["mean_found"]) == (5 / 3, 4.0)
     assert found["spearman"] == pytest.approx(1.0)
     x, y = [-5 / 3, -2 / 3, 7 / 3], [-3.0, -2.0, 5.0]
     assert found["pearson"] == pytest.approx(
         sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
     )
     assert (found["grew"], found["nonzero"]) == (2 / 3, 1.0)
-    reversed_ = compare_ranks(planted, {"a": 3, "b": 1}, began, 1.0)  # c is not adapted: rank 0
+    reversed_ = compare_ranks(planted, {"a": 3, "b": 1}, began)  # c is not adapted: rank 0
     assert reversed_["spearman"] == pytest.approx(-1.0)
     assert reversed_["nonzero"] == 2 / 3
-    constant = compare_ranks(planted, {"a": 2, "b": 2, "c": 2}, began, 2.0)
+    constant = compare_ranks(planted, {"a": 2, "b": 2, "c": 2}, began)
     assert constant["spearman"] is constant["pearson"] is None
-    without = compare_ranks(planted, {}, {}, None)
+    without = compare_ranks(planted, {}, {})
     assert without["mean_found"] is without["grew"] is None
 
 
@@ -179,11 +179,11 @@ def test_methods_train_on_a_net_through_the_one_runner(kind: str, options: dict[
     assert result["score"] == pytest.approx(1 - result["reported"]["fresh"]["error"])
     assert set(result["ranks"]) == (set() if kind == "full" else set(planted))
     if kind == "lora":
-        assert (result["planted"]["mean_found"], result["planted"]["mean_trained"]) == (2.0, 2.0)
+        assert (result["planted"]["mean_found"], result["trained_rank"]) == (2.0, 2.0)
         assert result["planted"]["grew"] == 0
     if kind == "aroma":
         curve = json.loads((tmp_path / "run/curve.json").read_text())
-        assert result["planted"]["mean_trained"] <= 1.0, "one pair a matrix trains at a time"
+        assert 0 < result["trained_rank"] <= 1.0, "one pair a matrix trains at a time"
         grew = [result["ranks"][name] > curve["ranks"][name][0][1] for name in planted]
         assert result["planted"]["grew"] == sum(grew) / len(grew)
 
@@ -260,7 +260,7 @@ def test_a_teacher_differs_by_its_updates_alone(material: Path) -> None:
 
 def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
     job: Any = work_of(encoder_trial(material)).job
-    rows = [job.train[place] for place in range(8)]
+    rows = [job.eval_sets["fresh"][place] for place in range(6)]
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) > 1, "there is padding"
     model = job.load_model().eval()

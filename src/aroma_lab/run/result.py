@@ -40,6 +40,7 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     components = method.components(model)
     modules = fit.controller.summary() if fit.growth is not None else []
     events = run.home.events.read_text(encoding="utf-8").splitlines()
+    of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
     average = curve.average_parameters(run.steps)
     result: dict[str, Any] = {
         "name": trial.name,
@@ -72,6 +73,7 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
+        "trained_rank": average / of_rank_one if of_rank_one else None,
         "states": {module.name: module.state for module in modules},
         **{name: round(value, 3) for name, value in recorder.usage.total().items()},
         "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
@@ -82,10 +84,8 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     if work.planted is not None:
         from ..tasks.planted import compare_ranks
 
-        of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
-        trained = average / of_rank_one if of_rank_one else None
         began = {name: changes[0][1] for name, changes in curve.ranks.items()}
-        result["planted"] = compare_ranks(work.planted, ranks, began, trained)
+        result["planted"] = compare_ranks(work.planted, ranks, began)
     return result
 
 

@@ -91,6 +91,8 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
 
 def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, model: str) -> Work:
     """Return the work of a task whose right answer is made."""
+    from ..tasks.memory import METRIC as RECALLED
+    from ..tasks.memory import PAIRS, MemoryJob
     from ..tasks.planted import METRIC, PlantedJob, split_texts
 
     seed = trial.training.seed
@@ -113,6 +115,9 @@ def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: 
         if trial.training.group_by_length:
             remedy = f"examples of a task of kind {kind} are of one length; leave it out"
             raise bad_value("training.group_by_length", True, remedy)
+        if kind == "memory":
+            memory = MemoryJob.make(spec, seed)
+            return Work(memory, RECALLED, PAIRS, RECALLED, (PAIRS,))
         job = PlantedJob.of_net(spec, held_out, seed)
     return Work(job, METRIC, held_out, METRIC, job.evaluated, job.planted)
 

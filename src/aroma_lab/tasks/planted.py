@@ -233,7 +233,8 @@ class Made(NamedTuple):
     Args:
         load: Returns the base model.
         collate: Makes a batch of rows.
-        parts: By split, rows with `row`, their number, and `base_error`, the base's squared error.
+        parts: By split, rows with `row`, their number, and those that are evaluated with `base_error`, the base's
+            squared error.
     """
 
     load: Callable[[], PreTrainedModel]
@@ -375,7 +376,7 @@ def _made_net(data: NetData, splits: Sequence[str]) -> Made:
 
     parts, start = {}, 0
     for split, some in zip(splits, data.inputs, strict=True):
-        parts[split] = _rows(start, errors[start : start + len(some)])
+        parts[split] = _rows(start, len(some), {"base_error": errors[start : start + len(some)]})
         start += len(some)
     return Made(partial(PlantedNet.of, data.base), collate, parts)
 
@@ -395,29 +396,45 @@ def _made_encoder(
     parts = {}
     for split, some in texts.items():
         encoded = tokenizer(some, truncation=True, max_length=max_length)
-        start, errors = len(targets), []
-        for ids in encoded["input_ids"]:
-            row = torch.tensor([ids])
-            goal, own = (model(row, torch.ones_like(row)).logits[0].detach() for model in (teacher, base))
-            errors.append(float((own - goal).double().square().sum()))
-            noise = spec.noise or 0.0 if split == "train" else 0.0
-            targets.append(goal + noise * torch.randn(goal.shape, generator=generator) if noise else goal)
+        inputs = [torch.tensor(ids) for ids in encoded["input_ids"]]
+        start, goals = len(targets), _hidden_states(teacher, inputs)
         columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        parts[split] = _rows(start, errors, columns)
+        if split == "train":
+            targets += [goal + (spec.noise or 0.0) * torch.randn(goal.shape, generator=generator) for goal in goals]
+            parts[split] = _rows(start, len(goals), columns)
+        else:
+            own = _hidden_states(base, inputs)
+            errors = [float((h - goal).double().square().sum()) for h, goal in zip(own, goals, strict=True)]
+            targets += goals
+            parts[split] = _rows(start, len(goals), {**columns, "base_error": errors})
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = tokenizer.pad([{key: row[key] for key in columns} for row in rows], return_tensors="pt")
-        labels = pad_sequence([targets[row["row"]] for row in rows], batch_first=True)
-        return {**{key: batch[key] for key in columns}, "labels": labels}
+        batch = tokenizer.pad(
+            [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows], return_tensors="pt"
+        )
+        return {**batch, "labels": pad_sequence([targets[row["row"]] for row in rows], batch_first=True)}
 
     return Made(partial(load_encoder, name), collate, parts)
 
 
-def _rows(start: int, errors: Sequence[float], columns: Mapping[str, Any] | None = None) -> Dataset:
+@torch.no_grad()
+def _hidden_states(model: nn.Module, inputs: Sequence[Tensor], batch_size: int = 64) -> list[Tensor]:
+    """Return the hidden states (tokens, width) of every text, in batches of like lengths."""
+    order = sorted(range(len(inputs)), key=lambda place: len(inputs[place]))
+    found: dict[int, Tensor] = {}
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        padded = pad_sequence([inputs[place] for place in chosen], batch_first=True)
+        mask = pad_sequence([torch.ones_like(inputs[place]) for place in chosen], batch_first=True)
+        states = model(padded, mask).logits
+        found |= {place: row[: len(inputs[place])].clone() for place, row in zip(chosen, states, strict=True)}
+    return [found[place] for place in range(len(inputs))]
+
+
+def _rows(start: int, count: int, columns: Mapping[str, Any]) -> Dataset:
     from datasets import Dataset
 
-    numbers = list(range(start, start + len(errors)))
-    return Dataset.from_dict({"row": numbers, "base_error": list(errors), **(columns or {})})
+    return Dataset.from_dict({"row": list(range(start, start + count)), **columns})
 
 
 def _loss(h: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
@@ -459,19 +476,16 @@ def split_texts(
 # What was found ------------------------------------------------------------------------------------------------------
 
 
-def compare_ranks(
-    planted: Mapping[str, int], found: Mapping[str, int], began: Mapping[str, int], trained: float | None
-) -> dict[str, Any]:
+def compare_ranks(planted: Mapping[str, int], found: Mapping[str, int], began: Mapping[str, int]) -> dict[str, Any]:
     """Return found ranks against planted ones, JSON-able.
 
     Args:
         planted: Planted rank by module.
         found: Rank at the end by module; modules that it lacks count as 0. Empty for a method without ranks.
         began: Rank at step 0 by module.
-        trained: Mean rank that trained at a step; None for a method without ranks.
 
     Returns:
-        `ranks`: planted rank by module; `mean_planted`, `mean_found` and `mean_trained`; `spearman` and `pearson`
+        `ranks`: planted rank by module; `mean_planted` and `mean_found`; `spearman` and `pearson`
         between planted and found, None where either is the same everywhere; `grew`: share of the matrices whose rank
         at the end is above that at step 0; `nonzero`: share whose rank at the end is not 0.
     """
@@ -479,12 +493,11 @@ def compare_ranks(
 
     result: dict[str, Any] = {"ranks": dict(planted), "mean_planted": sum(planted.values()) / len(planted)}
     if not found:
-        return result | dict.fromkeys(("mean_found", "mean_trained", "spearman", "pearson", "grew", "nonzero"))
+        return result | dict.fromkeys(("mean_found", "spearman", "pearson", "grew", "nonzero"))
     truth, ranks = list(planted.values()), [found.get(name, 0) for name in planted]
     varied = len(set(truth)) > 1 and len(set(ranks)) > 1
     return result | {
         "mean_found": sum(ranks) / len(ranks),
-        "mean_trained": trained,
         "spearman": float(spearmanr(truth, ranks).statistic) if varied else None,
         "pearson": float(pearsonr(truth, ranks).statistic) if varied else None,
         "grew": sum(rank > began.get(name, 0) for name, rank in zip(planted, ranks, strict=True)) / len(ranks),
