@@ -167,14 +167,20 @@ def make_net(spec: MadeTask, seed: int) -> NetData:
 
 
 class HiddenStates(_Given):
-    """An encoder that is trained on its last hidden states."""
+    """An encoder that is trained on its last hidden states.
+
+    Args:
+        encoder: The pretrained model.
+        unit: Mean squared error that is a loss of 1.
+    """
 
     _supports_sdpa = True  # whatever attention the encoder has chosen
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: Any, unit: float = 1.0) -> None:
         super().__init__(encoder.config)
+        self.unit = unit
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # nothing of it reaches the hidden states
         self.encoder = encoder
@@ -183,13 +189,14 @@ class HiddenStates(_Given):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        """Return hidden states (batch, tokens, width); the loss is the mean squared error over tokens and width."""
+        """Return hidden states (batch, tokens, width); the loss is the mean squared error over `unit`."""
         h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return SequenceClassifierOutput(loss=_loss(h, labels, attention_mask), logits=h)
+        loss = _loss(h, labels, attention_mask)
+        return SequenceClassifierOutput(loss=None if loss is None else loss / self.unit, logits=h)
 
 
-def load_encoder(name: str, *, meta: bool = False) -> HiddenStates:
-    """Return a pretrained encoder in float32; `meta`: its shapes alone.
+def load_encoder(name: str, unit: float = 1.0, *, meta: bool = False) -> HiddenStates:
+    """Return a pretrained encoder in float32, whose loss is in this unit; `meta`: its shapes alone.
 
     Raises:
         ConfigError: There is no such model.
@@ -198,7 +205,7 @@ def load_encoder(name: str, *, meta: bool = False) -> HiddenStates:
 
     try:
         if not meta:
-            return HiddenStates(AutoModel.from_pretrained(name, dtype=torch.float32))
+            return HiddenStates(AutoModel.from_pretrained(name, dtype=torch.float32), unit)
         with torch.device("meta"):
             return HiddenStates(AutoModel.from_config(AutoConfig.from_pretrained(name)))
     except (OSError, ValueError) as error:
@@ -393,7 +400,7 @@ def _made_encoder(
     base = load_encoder(name).eval()
     teacher = plant(base, ranks, 1.0 if spec.strength is None else spec.strength, generator).eval()
     targets: list[Tensor] = []
-    parts = {}
+    parts, squared, count = {}, 0.0, 0
     for split, some in texts.items():
         encoded = tokenizer(some, truncation=True, max_length=max_length)
         inputs = [torch.tensor(ids) for ids in encoded["input_ids"]]
@@ -406,7 +413,10 @@ def _made_encoder(
             own = _hidden_states(base, inputs)
             errors = [float((h - goal).double().square().sum()) for h, goal in zip(own, goals, strict=True)]
             targets += goals
+            squared, count = squared + math.fsum(errors), count + sum(goal.numel() for goal in goals)
             parts[split] = _rows(start, len(goals), {**columns, "base_error": errors})
+    # A loss of 1 is the base's, whatever the size of the hidden states.
+    unit = squared / count if any(ranks.values()) else 1.0
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = tokenizer.pad(
@@ -414,7 +424,7 @@ def _made_encoder(
         )
         return {**batch, "labels": pad_sequence([targets[row["row"]] for row in rows], batch_first=True)}
 
-    return Made(partial(load_encoder, name), collate, parts)
+    return Made(partial(load_encoder, name, unit), collate, parts)
 
 
 @torch.no_grad()
