@@ -263,7 +263,7 @@ def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
     rows = [job.eval_sets["fresh"][place] for place in range(6)]
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) > 1, "there is padding"
-    model = job.load_model().eval()
+    model = job.load_model().train()  # no dropout either
     batch = job.objective.collator(rows)
     with torch.no_grad():
         squares = [

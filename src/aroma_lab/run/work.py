@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aroma.errors import DataError, bad_value
 
 from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
+from ..tasks import memory, planted
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
 from ..tasks.metrics import CHOICE_METRIC
@@ -89,49 +90,46 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
     return Work(job, metric, _VALIDATION, metric, (_VALIDATION,))
 
 
-def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, model: str) -> Work:
-    """Return the work of a task whose right answer is made."""
-    from ..tasks.memory import METRIC as RECALLED
-    from ..tasks.memory import PAIRS, MemoryJob
-    from ..tasks.planted import METRIC, PlantedJob, split_texts
-
-    seed = trial.training.seed
+def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, encoder: str) -> Work:
+    """Return the work of a task whose right answer is made; `encoder` is the pretrained model, if it needs one."""
     for key in ("dtype", "quantization", "gguf_file"):
         if (value := getattr(trial, key)) not in ("float32", None):
             raise bad_value(key, value, f"a task of kind {kind} is made for weights in float32; leave it out")
+    seed = trial.training.seed if spec.seed is None else spec.seed
     if kind == "planted_encoder":
-        share = spec.held_out if isinstance(spec, TaskSpec) else spec.validation_fraction
-        key = "held_out" if isinstance(spec, TaskSpec) else "validation_fraction"
-        texts = split_texts(_texts_of(spec), share, spec.split_seed, held_out, spec.field(key))
-        if isinstance(spec, TaskSpec) and (wanted := spec.train_examples) is not None:
-            if wanted > len(texts["train"]):
-                remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
-                raise spec.bad("train_examples", wanted, remedy, DataError)
-            texts["train"] = texts["train"][:wanted]
-        job = PlantedJob.of_encoder(spec, held_out, seed, model, texts, spec.max_length)
-    else:
-        if trial.model != MADE:
-            raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
-        if trial.training.group_by_length:
-            remedy = f"examples of a task of kind {kind} are of one length; leave it out"
-            raise bad_value("training.group_by_length", True, remedy)
-        if kind == "memory":
-            memory = MemoryJob.make(spec, seed)
-            return Work(memory, RECALLED, PAIRS, RECALLED, (PAIRS,))
-        job = PlantedJob.of_net(spec, held_out, seed)
-    return Work(job, METRIC, held_out, METRIC, job.evaluated, job.planted)
+        texts = _split_texts_of(spec, held_out)
+        job = planted.PlantedJob.of_encoder(spec, held_out, seed, encoder, texts, spec.max_length)
+        return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+    if trial.model != MADE:
+        raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
+    if trial.training.group_by_length:
+        remedy = f"examples of a task of kind {kind} are of one length; leave it out"
+        raise bad_value("training.group_by_length", True, remedy)
+    if kind == "memory":
+        # What was trained on is what is asked for: a pair that was held out could not be known.
+        return Work(memory.MemoryJob.make(spec, seed), memory.METRIC, memory.PAIRS, memory.METRIC, (memory.PAIRS,))
+    job = planted.PlantedJob.of_net(spec, held_out, seed)
+    return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
 
 
-def _texts_of(spec: DataSpec | TaskSpec) -> Sequence[str | None]:
-    """Return the texts of a file or a hub data set."""
+def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:
+    """Read the texts that a planted encoder sees, by split."""
     column, where = spec.text or "text", spec.field("train")
     if isinstance(spec, DataSpec):
         hub, file, key = spec.name, Path(spec.train or ""), "data.name"
+        share, of_share, wanted = spec.validation_fraction, "validation_fraction", None
     else:
-        folder = Path(spec.source or "")
-        hub, file, key = None if folder.is_dir() else spec.source, folder / (spec.train or "train.jsonl"), "source"
+        folder, key = Path(spec.source or ""), spec.field("source")
+        hub, file = None if folder.is_dir() else spec.source, folder / (spec.train or "train.jsonl")
+        share, of_share, wanted = spec.held_out, "held_out", spec.train_examples
     if hub is None:
         _, columns = read_file(where, str(file), [[column]])
     else:
         _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]], key)
-    return columns[column]
+    texts = planted.split_texts(columns[column], share, spec.split_seed, held_out, spec.field(of_share))
+    if wanted is not None:
+        if wanted > len(texts["train"]):
+            remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
+            raise spec.bad("train_examples", wanted, remedy, DataError)
+        texts["train"] = texts["train"][:wanted]
+    return texts

@@ -92,8 +92,7 @@ class MemoryJob:
             raise spec.bad(
                 "width", width, f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
             )
-        own = seed if spec.seed is None else spec.seed
-        return cls(make_pairs(count, own), spec.layers or _LAYERS, width, own)
+        return cls(make_pairs(count, seed), spec.layers or _LAYERS, width, seed)
 
     @cached_property
     def objective(self) -> Objective:

@@ -196,7 +196,9 @@ class HiddenStates(_Given):
 
 
 def load_encoder(name: str, unit: float = 1.0, *, meta: bool = False) -> HiddenStates:
-    """Return a pretrained encoder in float32, whose loss is in this unit; `meta`: its shapes alone.
+    """Return a pretrained encoder in float32 without dropout, whose loss is in this unit; `meta`: its shapes alone.
+
+    Dropout would move the hidden states further than the planted updates do.
 
     Raises:
         ConfigError: There is no such model.
@@ -204,10 +206,14 @@ def load_encoder(name: str, unit: float = 1.0, *, meta: bool = False) -> HiddenS
     from transformers import AutoConfig, AutoModel
 
     try:
+        config = AutoConfig.from_pretrained(name)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
         if not meta:
-            return HiddenStates(AutoModel.from_pretrained(name, dtype=torch.float32), unit)
+            return HiddenStates(AutoModel.from_pretrained(name, config=config, dtype=torch.float32), unit)
         with torch.device("meta"):
-            return HiddenStates(AutoModel.from_config(AutoConfig.from_pretrained(name)))
+            return HiddenStates(AutoModel.from_config(config))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value("model.name", name, f"cannot be loaded as an encoder ({reason}); check the name") from error
@@ -274,7 +280,7 @@ class PlantedJob:
         Raises:
             ConfigError: A rank that is larger than the net is wide.
         """
-        data = make_net(spec, seed if spec.seed is None else spec.seed)
+        data = make_net(spec, seed)
         splits = ("train", FRESH, held_out)
         counts = {split: len(one) for split, one in zip(splits, data.inputs, strict=True)}
         return cls(data.ranks, counts, held_out, partial(_made_net, data, splits))
@@ -288,7 +294,7 @@ class PlantedJob:
         Args:
             spec: The task.
             held_out: Name of the held-out split.
-            seed: Of what is planted, unless the task has its own.
+            seed: Of what is planted.
             model: Hub name or folder of the encoder.
             texts: Texts of the splits `train`, `held_out` and `FRESH`.
             max_length: Most tokens of a text; the rest is cut off.
@@ -298,7 +304,7 @@ class PlantedJob:
         """
         tokenizer = load_tokenizer(model, max_length)
         check_positions(model, max_length)
-        generator = torch.Generator().manual_seed(seed if spec.seed is None else spec.seed)
+        generator = torch.Generator().manual_seed(seed)
         empty = load_encoder(model, meta=True)
         shapes = {name: empty.get_submodule(name).weight.shape for name in encoder_linears(empty)}
         ranks = deal_ranks(spec, shapes, generator)
