@@ -124,6 +124,24 @@ def test_the_baseline_decides_the_difference(grid):
         table(grid, "paired")
 
 
+def test_ranks_are_held_against_planted_ones_where_these_are_known(tmp_path):
+    for seed, fit in ((0, 0.5), (1, 1.0)):
+        planted = {"ranks": {}, "spearman": fit, "pearson": fit / 2, "grew": 0.25}
+        write_run(tmp_path, "net", "aroma", seed, average_rank=2.0 + seed, trained_rank=1.5, planted=planted)
+        constant = {"ranks": {}, "spearman": None, "pearson": None, "grew": 0.0}
+        write_run(tmp_path, "net", "lora", seed, average_rank=4.0, trained_rank=4.0, planted=constant)
+    rows = raw(tmp_path, "ranks")
+    aroma = rows.loc["aroma"]
+    assert (aroma.task, aroma.average_rank_mean, aroma.trained_rank_mean) == ("net", 2.5, 1.5)
+    assert (aroma.spearman_mean, aroma.pearson_mean, aroma.grew_mean) == (0.75, 0.375, 0.25)
+    assert aroma.spearman_std == pytest.approx(statistics.stdev([0.5, 1.0]))
+    assert pd.isna(rows.loc["lora"].spearman_mean)
+    shown = table(tmp_path, "ranks").shown.set_index("method")
+    assert shown.loc["lora", "spearman"] == formats.EMPTY
+    assert shown.loc["aroma", "rank found"].startswith("2.5")
+    assert "spearman" not in raw(FROZEN, "ranks"), "nothing is planted there"
+
+
 def test_the_average_of_sets_is_within_a_run_and_its_difference_seed_by_seed():
     rows = raw(OF_SETS, "sets")
     runs = {

@@ -1,4 +1,4 @@
-"""The tables of a grid's runs: scores, differences, set by set, Reset ablation, times, inner criterion."""
+"""The tables of a grid's runs: scores, differences, set by set, ranks, Reset ablation, times, inner criterion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .statistics import paired_differences, spread
 
 DEFAULT_BASELINE = "lora-r8"
 """Method that others are compared with if it has run and no other was named."""
-_WITHOUT_BASELINE = ("reset", "inner")
+_WITHOUT_BASELINE = ("ranks", "reset", "inner")
 _NOT_LEARNT = ", not learnt"
 """Ends the title of a column of scores that no method is marked in; see `not_learnt`."""
 _UNPARSEABLE = "unparseable"
@@ -55,7 +55,7 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
         runs: The runs.
         kind: One of `KINDS`.
         baseline: Label of the method that others are compared with; None: `lora-r8` if it has run, else none. The
-            kinds `reset` and `inner` take none.
+            kinds `ranks`, `reset` and `inner` take none.
         metric: For `sets`, the metric that is shown; None: the one that is the score.
 
     Raises:
@@ -147,6 +147,38 @@ def sets_table(runs: Runs, baseline: str | None, metric: str | None = None) -> T
     table.caption = f"{seeds_sentence(runs)} {_sets_sentence(runs, metric)} {protocol(runs)}"
     _add_costs_and_difference(table, runs, averages.reset_index(), "value", baseline, unlearnt)
     table.notes = [*table.notes, *_unreadable(runs, sets), *_examples(runs)]
+    return table
+
+
+def ranks_table(runs: Runs) -> Table:
+    """Return which ranks were found and trained, and how they fit the planted ones where these are known."""
+    cells = [(method, task) for task in runs.tasks for method in runs.methods if len(runs.of(method, task))]
+    table = Table([method for method, _ in cells], len(runs.seeds))
+    table.add("task", [task for _, task in cells], task=[task for _, task in cells])
+    planted = [result.get("planted") or {} for result in runs.reported.result]
+    fits: dict[str, Any] = (
+        {key: [one.get(key) for one in planted] for key in ("spearman", "pearson", "grew")} if any(planted) else {}
+    )
+    trained = [result.get("trained_rank") for result in runs.reported.result]
+    frame = runs.reported.assign(trained_rank=trained, **fits)
+    titles = {"score": "score", "average_rank": "rank found", "trained_rank": "rank trained"}
+    for key, title in {**titles, **{key: key for key in fits}}.items():
+        one_by_one = [spread(frame[frame.task == task], key, [method]) for method, task in cells]
+        words = points if key in ("score", "grew") else decimals
+        heads = [f"{key}_{name}" for name in ("mean", "std", "seeds")]
+        # A method without ranks has runs, and no values.
+        found = pd.concat(one_by_one).assign(count=[len(runs.of(*cell)) for cell in cells])
+        table.spread(title, heads, found, words)
+    table.caption = (
+        "Rank found: at the end, mean over the matrices; rank trained: trainable parameters, averaged over the "
+        f"planned steps, over those of rank 1 in all matrices. {seeds_sentence(runs)} Scores in points "
+        f"(100 × metric). {protocol(runs)}"
+    )
+    if fits:
+        table.caption += (
+            " Spearman and Pearson: correlations of found and planted ranks over the matrices; grew: share of the "
+            "matrices, in percent, whose rank at the end is above that of the start."
+        )
     return table
 
 
@@ -244,6 +276,7 @@ KINDS: Mapping[str, Callable[..., Table]] = {
     "main": main_table,
     "paired": paired_table,
     "sets": sets_table,
+    "ranks": ranks_table,
     "reset": reset_table,
     "time": time_table,
     "inner": inner_table,

@@ -38,9 +38,12 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     ranks = method.ranks(model)
     # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
     size = getattr(method, "r", 1) if fit.growth is not None else 1
+    components = method.components(model)
     modules = fit.controller.summary() if fit.growth is not None else []
     events = run.home.events.read_text(encoding="utf-8").splitlines()
-    return {
+    of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
+    average = curve.average_parameters(run.steps)
+    result: dict[str, Any] = {
         "name": trial.name,
         "task": trial.task.name,
         "method": trial.method,
@@ -63,15 +66,20 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "stopped_early": method.trains and steps < run.steps,
         "parameters": {
             "initial": curve.parameters[0][1],
-            "average": curve.average_parameters(run.steps),
+            "average": average,
             "final": curve.parameters[-1][1],
             "head": count_trainable(model)["head"],
         },
+<<<<<<< HEAD
         "pooler": None if (pooler := head_of(model).pooler) is None else pooler._asdict(),
         **spectra_of(method.components(model), r=size),
+=======
+        **spectra_of(components, r=size),
+>>>>>>> 93844c1ac51a0ea5437cb748fa56c6c9d96198d4
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
+        "trained_rank": average / of_rank_one if of_rank_one else None,
         "states": {module.name: module.state for module in modules},
         **{name: round(value, 3) for name, value in recorder.usage.total().items()},
         "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
@@ -79,6 +87,12 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "processes": run.processes.num_processes,
         **run.provenance,
     }
+    if work.planted is not None:
+        from ..tasks.planted import compare_ranks
+
+        began = {name: changes[0][1] for name, changes in curve.ranks.items()}
+        result["planted"] = compare_ranks(work.planted, ranks, began)
+    return result
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:
