@@ -70,12 +70,8 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
             "final": curve.parameters[-1][1],
             "head": count_trainable(model)["head"],
         },
-<<<<<<< HEAD
         "pooler": None if (pooler := head_of(model).pooler) is None else pooler._asdict(),
-        **spectra_of(method.components(model), r=size),
-=======
         **spectra_of(components, r=size),
->>>>>>> 93844c1ac51a0ea5437cb748fa56c6c9d96198d4
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),

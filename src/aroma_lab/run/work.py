@@ -6,16 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-<<<<<<< HEAD
-from aroma.errors import bad_value
-
-from ..specs import DataSpec, ModelSpec
-=======
 from aroma.errors import DataError, bad_value
 
 from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
 from ..tasks import memory, planted
->>>>>>> 93844c1ac51a0ea5437cb748fa56c6c9d96198d4
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
 from ..tasks.metrics import CHOICE_METRIC
