@@ -261,7 +261,7 @@ def memory_figure(shown: Shown) -> Figure:
         fit_axis(axes, "y", there[key])
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
     remarks = _seeds_text(
-        Shown(frame, shown.methods, shown.tasks, shown.looks, None, None), "lowest to highest shaded"
+        Shown(frame, shown.methods, shown.tasks, shown.looks, None, None, shown.unlearnt), "lowest to highest shaded"
     )
     write_title(figure, "Memory", remarks)
     return figure
