@@ -13,15 +13,15 @@ class Event:
     """One decision of a growth rule.
 
     Args:
-        kind: `"checked"`: an inner check of one matrix. `"born"`: evidence gave it one more component. `"settled"`:
-            the trial ended, and `rank` components stay. `"merged"`: a component trains no more, and stays. `"frozen"`:
-            it has stopped growing. `"finished"`: every matrix has.
+        kind: `"checked"`: an inner check of one matrix, or a look at its evidence. `"born"`: evidence gave it one more
+            component. `"settled"`: the trial ended, and `rank` components stay. `"merged"`: a component trains no
+            more, and stays. `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.
         inner_step: Optimizer steps t taken in that inner loop.
         module: Name of the matrix's module; None for `"finished"`.
-        value: Left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`; the loss that the components
-            save for `"settled"`; None where undefined.
+        value: Under Algorithm 1 the left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`. For
+            `"settled"` the loss that the components save. None where undefined.
         rank: Rank of the matrix's finished components after the event, under growth by evidence of all components;
             their sum for `"finished"`.
         converged: Whether the matrix bears the inner label after the event.

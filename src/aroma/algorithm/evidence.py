@@ -54,6 +54,9 @@ FIRST_STEP = 8
 QUESTIONS = 16
 """Batches that are asked at the end of the trial. They are not trained on."""
 
+TOLD_INTERVAL = 40
+"""Optimizer steps between events that tell of the evidence where nothing was decided."""
+
 HELD_OUT_INTERVAL = 9
 """Optimizer steps between batches of held-out examples, once the training examples have all been seen."""
 
@@ -296,7 +299,9 @@ class EvidenceRule(Generic[E]):
             matrix.log_evidence = log_evidence(matrix.heads, matrix.flips)
         threshold = -math.log(self._settings.significance)
         convinced = [matrix for matrix in self._matrices.active() if matrix.log_evidence >= threshold]
-        return self._bear([matrix for matrix, _ in self._within_limit([(matrix, 0) for matrix in convinced])])
+        is_told = self.global_step % TOLD_INTERVAL == 0
+        checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
+        return checked + self._bear([m for m, _ in self._within_limit([(m, 0) for m in convinced])])
 
     def _bear(self, matrices: Sequence[E]) -> list[Event]:
         """Start a component of each matrix, and tell of it; the events carry the evidence that decided."""
