@@ -10,7 +10,7 @@ from transformers import (
     set_seed,
 )
 
-from aroma_lab.demo.articles import TOPICS, load_articles, split_articles
+from aroma_lab.tasks.articles import TOPICS, load_articles, split_articles
 from aroma_lab.tasks.model import packaged_encoder
 
 set_seed(0)

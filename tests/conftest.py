@@ -9,20 +9,40 @@ import pytest
 import torch
 
 LONGEST = (
-    "test_resume",
-    "test_trial_resume",
+    "test_zero",
+    "test_demo",
     "test_sharded",
     "test_distributed",
-    "test_trials",
+    "test_search_postgres",
+    "test_resume",
+    "test_trial_resume",
+    "test_lm_eval",
+    "test_readme",
+    "test_engine",
     "test_train_processes",
+    "test_grid_kill",
+    "test_search",
+    "test_grid",
+    "test_trials",
+    "test_callback",
+    "test_language_train",
+    "test_estimate",
+    "test_bench",
 )
-"""Files that take longest. They come first, so that one of two workers does not end with them alone."""
+"""Files that take longest, the longest of the slow tests first. They start first, so that one of two workers does not
+end with them alone."""
 
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist would start the files with most tests first, which take a second.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -44,11 +44,12 @@ def write_run(output: Path, task: str, method: str, seed: int, **changes: Any) -
     """Write a finished run's folder into the output folder of a grid, and return it.
 
     `changes` are what differs from a run of LoRA r=2 in 100 steps: `kind`, `options`, `purpose`, keys of the result,
-    and `curve` and `evaluations` as their files have them.
+    `curve` and `evaluations` as their files have them, and as `of_task` further keys of the task.
     """
     of_trial = {"kind": "lora", "options": {}, "purpose": "report"}
     of_trial = {key: changes.pop(key, value) for key, value in of_trial.items()}
     curve, evaluations = changes.pop("curve", None), changes.pop("evaluations", [])
+    of_task = {"name": task, **changes.pop("of_task", {})}
     trial = {"name": f"{task}/{method}/seed-{seed}", "model": "minilm", "method": method, **of_trial}
     ranks = changes.pop("ranks", dict.fromkeys(MODULES, 2))
     result = {
@@ -73,7 +74,7 @@ def write_run(output: Path, task: str, method: str, seed: int, **changes: Any) -
     by_module = {module: [[0, rank]] for module, rank in ranks.items()}
     default = {"parameters": [[0, 1000]], "total_rank": [[0, sum(ranks.values())]], "ranks": by_module}
     folder = output / "runs" / str(trial["name"])
-    write_json(folder / "trial.json", {**trial, "task": {"name": task}, "training": {"seed": seed}})
+    write_json(folder / "trial.json", {**trial, "task": of_task, "training": {"seed": seed}})
     write_json(folder / "result.json", result)
     write_json(folder / "curve.json", curve or default)
     write_json(folder / "history.json", {"evaluations": evaluations})

@@ -106,13 +106,9 @@ MORE_LOOPS: dict[str, Kind] = {
 }
 
 
-def run_loops(out: Path, loops: dict[str, Kind]) -> None:
+def run_loops(out: Path, loops: dict[str, Kind] = LOOPS) -> None:
     for name, (loop, wrap) in loops.items():
         torch.save(run_loop(loop, wrap), out / f"loop-{name}-{rank()}.pt")
-
-
-def all_loops(out: Path) -> None:
-    run_loops(out, {**LOOPS, **MORE_LOOPS})
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
@@ -417,7 +413,7 @@ def make_accelerate_shard_on_cpu() -> None:
 
 def tell_all(out: Path) -> None:
     """Everything in one process group: starting one takes longer than most of it."""
-    run_loops(out, LOOPS)
+    run_loops(out)
     checkpoints(out)
     traffic(out)
     tell_refusals(out, REFUSALS)
@@ -426,4 +422,11 @@ def tell_all(out: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] != "train":  # the Trainer makes its own
         dist.init_process_group("gloo", timeout=TIMEOUT)
-    main({"loops": all_loops, "all": tell_all, "resume": resume, "train": train}, *sys.argv[1:])
+    parts = {
+        "loops": run_loops,
+        "more loops": partial(run_loops, loops=MORE_LOOPS),
+        "all": tell_all,
+        "resume": resume,
+        "train": train,
+    }
+    main(parts, *sys.argv[1:])

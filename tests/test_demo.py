@@ -17,11 +17,11 @@ from aroma import aroma_layers
 from aroma.cli import main
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError, DataError
-from aroma_lab.demo import articles as bbc
 from aroma_lab.demo import run as demo
 from aroma_lab.methods import Aroma
 from aroma_lab.run.machine import provenance
 from aroma_lab.specs import ModelSpec
+from aroma_lab.tasks import articles as bbc
 from aroma_lab.tasks import model as models
 from aroma_lab.tasks.classification import ClassifierJob, encode, load_tokenizer, predict_logits
 from aroma_lab.tasks.model import load_classifier
@@ -45,7 +45,7 @@ def test_all_articles_are_there_and_whole(articles):
     assert not any("\ufffd" in article.text for article in articles)
     # The one article in Latin-1 keeps its pound sign.
     assert any("transfer fee for Mutu, a £15.8m signing" in article.text for article in articles)
-    data = bbc.as_examples(articles)
+    data = demo.as_examples(articles)
     assert [bbc.TOPICS[label] for label in data["labels"]] == [article.topic for article in articles]
 
 

@@ -1,17 +1,14 @@
 """DistributedDataParallel: several processes decide alike, end alike, and end as one process with their global batch.
 
-Processes are started by torchrun and talk over gloo. Several processes and one add the same gradients in another order
-(a mean of the ranks' means). Decisions agree exactly all the same. Weights agree to 1e-9 in float64, so nothing but
-rounding differs; in float32, where Adam divides gradients by their own size, so that entries with hardly any gradient
-move as the rounding of 1e-7 wants, to 1e-3 of a tensor's largest weight.
+Processes are started as torchrun starts them (see `ranks`) and talk over gloo. Several processes and one add the same
+gradients in another order (a mean of the ranks' means). Decisions agree exactly all the same. Weights agree to 1e-9 in
+float64, so nothing but rounding differs; in float32, where Adam divides gradients by their own size, so that entries
+with hardly any gradient move as the rounding of 1e-7 wants, to 1e-3 of a tensor's largest weight.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,35 +23,16 @@ from aroma.errors import ConfigError
 from aroma.sharding import agree, is_distributed, refuse_sharding, world_size
 from aroma.tuner.graph import GraphKeeper
 from distributed_runs import LOOPS, REFUSALS, UNLIKE_MODULES, Loop, ManyRun, adamw, end_of, run_loop
+from ranks import launch, torchrun
 from trainer_runs import adapted, assert_same, read_events
 
+RUNS = distributed_runs.__file__
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference between weights of one process and several, as a share of the largest weight of the tensor."""
 
 
-def launch(
-    processes: int,
-    *arguments: str,
-    fails: bool = False,
-    script: str = distributed_runs.__file__,
-    environment: Mapping[str, str] | None = None,
-) -> str:
-    """Run a script in several processes, with more variables in their environment; return what they said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, script, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,  # twice the time-outs of the collectives
-    )
-    assert (done.returncode != 0) == fails, done.stdout[-4000:]
-    return done.stdout
-
-
-def launch_training(processes: int, out: Path, run: ManyRun, *flags: str, fails: bool = False) -> str:
-    return launch(processes, "train", str(out), run.json(), *flags, fails=fails)
+def launch_training(count: int, out: Path, run: ManyRun, *flags: str) -> None:
+    launch(count, RUNS, "train", str(out), run.json(), *flags)
 
 
 def load(path: Path) -> Any:
@@ -88,7 +66,7 @@ ACCUMULATED = replace(
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what two ranks told of every loop and refusal, and of a Trainer."""
     out = tmp_path_factory.mktemp("ranks")
-    launch(2, "all", str(out), ACCUMULATED.json())
+    launch(2, RUNS, "all", str(out), ACCUMULATED.json())
     return out
 
 
@@ -340,22 +318,23 @@ def immortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "moment", "left"),
+    ("rank", "moment", "starts"),
     [
-        (0, "step 11", 9),
-        (1, "step 11", 9),
-        (0, "adapter 12", 9),
-        (0, "optimizer 12", 9),
-        (1, "random 12", 9),
-        (0, "trainer 12", 9),
+        (0, "step 11", launch),
+        (1, "step 11", torchrun),
+        (0, "adapter 12", launch),
+        (0, "optimizer 12", launch),
+        (1, "random 12", launch),
+        (0, "trainer 12", launch),
     ],
 )
 def test_a_killed_rank_ends_the_job_which_resumes_exactly(
-    tmp_path: Path, immortal: Path, rank: int, moment: str, left: int
+    tmp_path: Path, immortal: Path, rank: int, moment: str, starts: Callable[..., str]
 ) -> None:
-    said = launch_training(2, tmp_path, replace(MORTAL, kill=moment, dying_rank=rank), fails=True)
+    doomed = replace(MORTAL, kill=moment, dying_rank=rank)
+    said = starts(2, RUNS, "train", str(tmp_path), doomed.json(), fails=True)
     assert "SIGKILL" in said or "Signal 9" in said or "exitcode  : -9" in said
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{left}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
     launch_training(2, tmp_path, MORTAL, "--resume")
     for who in (0, 1):
         assert_same(load(tmp_path / f"end-{who}.pt"), load(immortal / f"end-{who}.pt"))

@@ -16,7 +16,7 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
 from aroma_lab.study.run import list_grid, run_grid
-from aroma_lab.study.selection import candidates, choose, chosen_settings
+from aroma_lab.study.selection import beyond, candidates, choose, chosen_settings, edges, widened
 from fake_trial import score_of
 from study_files import (
     DECAY,
@@ -223,6 +223,115 @@ def test_the_best_score_is_chosen_of_equal_ones_the_lower_loss_and_never_a_faile
     assert {(trial.training.learning_rate, trial.training.max_steps) for trial in trials} == {(1.0, 10)}
 
 
+HEAD_RATE = "training.head_learning_rate"
+
+
+def test_a_grid_lists_several_pairs_of_rates_and_its_selection_picks_the_best_pair_of_each_method():
+    over = {RATE: [1e-3, 3e-3], HEAD_RATE: [2e-3, 6e-3]}
+    only = [{"method": "head", "over": {RATE: None}}, {"task": "rte", "method": "lora", "over": {RATE: [0.5]}}]
+    grid = whole_grid(select={"over": over, "overrides": only})
+    tried = candidates(grid)
+    points = {(trial.task.name, trial.method): [] for trial, _ in tried}
+    for trial, values in tried:
+        assert trial.training.head_learning_rate == values[HEAD_RATE]
+        points[trial.task.name, trial.method].append(tuple(values.values()))
+    pairs = [(rate, head) for rate in (1e-3, 3e-3) for head in (2e-3, 6e-3)]
+    assert points["mrpc", "lora"] == pairs
+    assert points["mrpc", "head"] == points["rte", "head"] == [(2e-3,), (6e-3,)], "nothing else has a rate"
+    assert points["rte", "lora"] == [(0.5, 2e-3), (0.5, 6e-3)]
+    scores = {"select/mrpc/lora/learning_rate=0.003,head_learning_rate=0.002": (0.9, 0.0)}
+    outcomes = {trial.name: scores.get(trial.name, (0.5, 0.0)) for trial, _ in tried}
+    chosen = chosen_settings(choose(tried, outcomes))
+    assert chosen["mrpc"]["lora"] == {RATE: 3e-3, HEAD_RATE: 2e-3}
+    assert chosen["mrpc"]["head"] == {HEAD_RATE: 2e-3}
+    for trial in expand(grid, chosen):
+        assert trial.training.head_learning_rate == 2e-3
+    same = load_grid_again(grid)
+    assert candidates(same) == tried
+
+
+def load_grid_again(grid):
+    return make_grid(yaml.safe_load(yaml.safe_dump(grid.as_dict(), sort_keys=False)))
+
+
+@pytest.mark.parametrize(
+    ("values", "value", "further"),
+    [
+        ([1e-3, 3e-3, 1e-2], 3e-3, None),
+        ([1e-3, 3e-3, 1e-2], 1e-2, 0.0333),
+        ([1e-3, 3e-3, 1e-2], 1e-3, 3.33e-4),
+        ([1e-3], 1e-3, None),
+        ([0.0, 0.1], 0.1, 0.2),
+        ([0.0, 0.1], 0.0, None),
+        ([-2.0, 0.5], -2.0, -4.5),
+        ([1, 4, 16], 16, 64),
+        ([1, 2], 1, None),
+    ],
+    ids=str,
+)
+def test_beyond_an_edge_the_values_go_on_as_they_came(values, value, further):
+    assert beyond(values, value) == further
+    assert type(beyond(values, value)) in (type(None), *map(type, values))
+
+
+def test_an_edge_is_one_of_numbers_alone():
+    tried = [{"a": 1, "b": "x", "c": True, "d": 0.1}, {"a": 2, "b": "y", "c": False, "d": 0.1}]
+    assert edges(tried, tried[1]) == {"a": 4}
+    assert edges(tried, {}) == {}
+
+
+def test_a_selection_is_widened_one_key_at_a_time_and_never_beyond_its_bound():
+    select = {"over": {RATE: [1e-3, 2e-3], HEAD_RATE: [1e-3, 2e-3]}, "widen": 1}
+    grid = whole_grid(tasks={"mrpc": None}, methods={"lora": {"kind": "lora"}}, select=select)
+    tried = candidates(grid)
+    best = tried[3].trial.name
+    outcomes = {trial.name: (1.0 if trial.name == best else 0.5, 0.0) for trial, _ in tried}
+    further = widened(grid, tried, outcomes)
+    assert [values for _, values in further] == [{RATE: 4e-3, HEAD_RATE: 2e-3}, {RATE: 2e-3, HEAD_RATE: 4e-3}]
+    assert {trial.purpose for trial, _ in further} == {"select"}
+    both = [*tried, *further]
+    assert widened(grid, both, outcomes) == [], "two that failed: nothing lies at an edge any more"
+    assert widened(grid, both, outcomes | {further[0].trial.name: (2.0, 0.0)}) == [], "the bound"
+    assert widened(whole_grid(select={**select, "widen": 0}), tried, outcomes) == []
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ({"over": {RATE: [1e-3]}, "widen": -1}, "select.widen=-1: give 0 or more"),
+        ({"over": {RATE: None}}, f"select.over.{RATE}=None: give a list of values to try"),
+        (
+            {"over": {RATE: [1e-3]}, "overrides": [{"method": "lora", "over": {HEAD_RATE: [1e-3]}}]},
+            f"select.overrides[0].over.{HEAD_RATE}=[0.001]: it replaces a list of select.over, which has {RATE}",
+        ),
+        (
+            {"over": {RATE: [1e-3]}, "overrides": [{"over": {RATE: 3}}]},
+            f"select.overrides[0].over.{RATE}=3: give a list of values to try",
+        ),
+    ],
+    ids=str,
+)
+def test_a_selection_that_cannot_be_is_refused(select, message):
+    with pytest.raises(ConfigError) as caught:
+        whole_grid(select=select)
+    assert str(caught.value).startswith(message)
+
+
+def test_only_a_selection_has_other_values_to_try():
+    with pytest.raises(ConfigError, match="over"):
+        whole_grid(overrides=[{"method": "lora", "over": {RATE: [1e-3]}}])
+
+
+def test_a_task_names_the_folder_of_data_that_a_person_gives():
+    tasks = {"mrpc": {"source": "{data}/mrpc"}, "other": {"source": "/data/{}"}}
+    trials = expand(whole_grid(tasks=tasks, data="/mine"))
+    assert {trial.task.source for trial in trials} == {"/mine/mrpc", "/data/{}"}
+    with pytest.raises(
+        ConfigError, match=r"data=None: tasks\.mrpc\.source='\{data\}/mrpc' is below it; give the folder"
+    ):
+        expand(whole_grid(tasks=tasks))
+
+
 # Running ------------------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +506,31 @@ def test_the_chosen_settings_are_run_and_written_and_a_part_is_run_as_if_in_one(
     for refused in (partial(run, grid), partial(list_grid, grid)):
         with pytest.raises(ConfigError, match=r"--methods='c'.*a, b"):
             refused(methods=["c"])
+
+
+@pytest.mark.parametrize(
+    ("widen", "rates", "chosen"),
+    [
+        (0, [1e-4, 2e-4], 2e-4),
+        (2, [1e-4, 2e-4, 4e-4, 8e-4], 8e-4),
+        (5, [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3], 8e-4),
+    ],
+)
+def test_a_selection_at_the_edge_of_its_values_tries_further_ones_and_goes_on_where_it_was(out, widen, rates, chosen):
+    select = {"over": {RATE: [1e-4, 2e-4]}, "widen": widen}
+    grid = fake_grid(out, methods={"a": {"kind": "x"}}, select=select)
+    run(grid)
+    selection = json.loads((out / "selection.json").read_text())["mrpc"]["a"]
+    assert selection == {"chosen": {RATE: chosen}, "tried": [[{RATE: rate}, score_of(rate)] for rate in rates]}
+    assert trial_json(out, "mrpc/a/seed-1")["training"]["learning_rate"] == chosen
+    assert [state for _, state in list_grid(grid)] == ["finished"] * (len(rates) + 2)
+    again = run(grid)
+    assert (len(again.skipped), again.finished, again.failed) == (len(rates) + 2, [], [])
+    last = f"select/mrpc/a/learning_rate={rates[-1]}"
+    shutil.rmtree(out / "runs" / last)
+    assert {name for name, state in list_grid(grid) if state == "new"} >= {last}
+    assert run(grid).finished == [last]
+    assert json.loads((out / "selection.json").read_text())["mrpc"]["a"] == selection
 
 
 def test_a_method_without_a_chosen_setting_is_reported(out):

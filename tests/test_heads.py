@@ -13,11 +13,11 @@ from torch import nn
 from aroma import AromaConfig
 from aroma.cli import main
 from aroma.errors import ConfigError
-from aroma.export import load_with_adapter
+from aroma.export import export_merged, load_with_adapter
 from aroma_lab.methods import METHODS, AdaLora, Aroma, Lora, encoder_linears, make_method
 from aroma_lab.methods.head import Head, find_targets, head_of
 from aroma_lab.methods.lora import PeftAdapter
-from aroma_lab.specs import TrainSpec
+from aroma_lab.specs import ModelSpec, TrainSpec
 from aroma_lab.tasks.model import count_trainable, load_classifier
 from aroma_lab.training.trainer import make_optimizer
 from tiny_classifier import save_tokenizer, sentences, write_json_lines
@@ -35,7 +35,7 @@ SIZES = {
         **{"d_model": 16, "init_std": 0.2, "bos_token_id": 2, "forced_eos_token_id": 3},
     },
 }
-SIZES["BertForMaskedLM"] = SIZES["DebertaV2Model"] = SIZES["BertModel"]
+SIZES |= dict.fromkeys(("BertForMaskedLM", "BertForPreTraining", "DebertaV2Model"), SIZES["BertModel"])
 BUILDS = {
     "distilbert": ("DistilBertModel", {"pre_classifier", "classifier"}),
     "bart": ("BartModel", {"classification_head"}),
@@ -43,7 +43,8 @@ BUILDS = {
     "deberta": ("DebertaV2Model", {"pooler", "classifier"}),
     "xlnet": ("XLNetModel", {"sequence_summary", "logits_proj"}),
     "bert without pooler": ("BertForMaskedLM", {"bert.pooler", "classifier"}),
-    "bert": ("BertModel", {"classifier"}),
+    "bert with untrained pooler": ("BertModel", {"bert.pooler", "classifier"}),
+    "bert": ("BertForPreTraining", {"classifier"}),
     "gpt2": ("GPT2LMHeadModel", {"score"}),
 }
 """The pretrained models, and the modules of their heads."""
@@ -56,12 +57,15 @@ def pretrained(build):
     own = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]} if build == "deberta" else {}
     common = {"vocab_size": VOCABULARY, "initializer_range": 0.2}
     common |= {} if build in ("xlnet", "t5", "gpt2") else {"max_position_embeddings": 34}
-    return kind(kind.config_class(**common, **SIZES[kind.__name__], **ends, **own))
+    model = kind(kind.config_class(**common, **SIZES[kind.__name__], **ends, **own))
+    if build == "bert":
+        torch.nn.init.normal_(model.bert.pooler.dense.bias)  # its pretraining trained it
+    return model
 
 
-OTHERS = list(HEADS)[:6]
+OTHERS = list(HEADS)[:7]
 """Builds whose head PEFT does not find for itself."""
-SAME = list(HEADS)[6:]
+SAME = list(HEADS)[7:]
 """Builds whose head PEFT finds."""
 TRAINING = [kind for kind, made in METHODS.items() if made.trains]
 ADAPTERS = [kind for kind, made in METHODS.items() if issubclass(made, PeftAdapter)]
@@ -136,7 +140,7 @@ def takes(build, kind):
     """Whether the backbone has what the method needs: biases, or the sublayers of BERT."""
     if (build, kind) == ("t5", "bitfit"):
         return False
-    return kind not in ("houlsby", "pfeiffer") or build in ("deberta", "bert without pooler", "bert")
+    return kind not in ("houlsby", "pfeiffer") or build == "deberta" or build.startswith("bert")
 
 
 # What the head is ----------------------------------------------------------------------------------------------------
@@ -150,12 +154,16 @@ def test_the_head_is_what_the_checkpoint_lacks(folders, build):
     assert head.parameters == ()
     names = [name for name, _ in model.named_parameters()]
     assert [name for name in names if head.holds(name)] == [name for name in names if in_head(build, name)]
-    assert sorted(head.new) == sorted(name for name in names if in_head(build, name))
+    in_checkpoint = {f"bert.{name}" for name in load_file(folders / build / "model.safetensors")}
+    assert sorted(head.new) == sorted(name for name in names if in_head(build, name) and name not in in_checkpoint)
 
 
 @pytest.mark.parametrize("build", OTHERS)
 def test_a_head_that_was_pretrained_is_a_head_all_the_same(folders, build, tmp_path):
-    load(folders, build).save_pretrained(tmp_path)
+    model = load(folders, build)
+    if build.startswith("bert"):
+        nn.init.normal_(model.bert.pooler.dense.bias)
+    model.save_pretrained(tmp_path)
     model = load_classifier(str(tmp_path), LABELS, 0)
     assert head_of(model).new == ()
     assert set(head_of(model).modules) == HEADS[build] - {"bert.pooler"}  # that is the backbone's, once it is trained
@@ -167,6 +175,70 @@ def test_a_language_models_own_head_is_none(folders):
     assert "lm_head" not in find_targets("all-linear", model)  # as in PEFT
 
 
+# The pooler ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "is_embedder", "bias", "trains", "reason"),
+    [
+        ("BertModel", False, 0.0, True, "its biases are exactly zero"),
+        ("BertForPreTraining", False, 0.0, True, "its biases are exactly zero"),
+        ("BertForPreTraining", False, 0.1, False, "BertForPreTraining, which saved the checkpoint, trains it"),
+        ("BertForSequenceClassification", True, 0.1, False, "BertForSequenceClassification, which saved"),
+        ("BertForMaskedLM", False, 0.1, False, "BertForMaskedLM has none, so an earlier pretraining"),
+        ("BertModel", True, 0.1, True, "the checkpoint is one of sentence-transformers"),
+        ("BertModel", False, 0.1, True, "nothing is known of its pretraining"),
+    ],
+)
+def test_a_pooler_trains_unless_its_checkpoint_shows_that_pretraining_did(
+    folders, tmp_path, saved_by, is_embedder, bias, trains, reason
+):
+    model = transformers.BertModel.from_pretrained(folders / "bert with untrained pooler")
+    nn.init.constant_(model.pooler.dense.bias, bias)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [saved_by]}))
+    if is_embedder:
+        (tmp_path / "modules.json").write_text("[]")
+    head = head_of(load_classifier(str(tmp_path), LABELS, 0))
+    assert (head.pooler.trains, head.modules) == (trains, (("bert.pooler",) if trains else ()) + ("classifier",))
+    assert head.pooler.reason.startswith(reason)
+    for choice in (True, False):
+        head = head_of(load_classifier(str(tmp_path), LABELS, 0, choice))
+        assert head.pooler == (choice, "as training.train_pooler says")
+        assert head.holds("bert.pooler.dense.weight") == choice
+
+
+def test_a_pooler_that_cannot_be_had_or_left_is_refused(folders):
+    with pytest.raises(ConfigError, match=r"training\.train_pooler=True: .*DistilBert.* has no pooler"):
+        load_classifier(str(folders / "distilbert"), LABELS, 0, True)
+    assert head_of(load_classifier(str(folders / "distilbert"), LABELS, 0, False)).pooler is None
+    with pytest.raises(ConfigError, match=r"training\.train_pooler=False: the checkpoint lacks bert\.pooler"):
+        load_classifier(str(folders / "bert without pooler"), LABELS, 0, False)
+
+
+def test_a_frozen_pooler_stays_as_it_was(folders):
+    build = "bert with untrained pooler"
+    model = load_classifier(str(folders / build), LABELS, 0, False)
+    before = plain_parameters(model)
+    model = train(Lora(), Lora().build(model, STEPS))
+    after = plain_parameters(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+    assert count_trainable(model)["head"] == 16 * 3 + 3
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_encoder_keeps_its_head_whole(folders, quantization):
+    spec = ModelSpec(str(folders / "bert with untrained pooler"), quantization=quantization)
+    model = load_classifier(spec, LABELS, 0)
+    assert type(model.bert.pooler.dense) is type(model.classifier) is nn.Linear
+    assert type(model.bert.encoder.layer[0].output.dense) is not nn.Linear
+    before = plain_parameters(model)
+    model = train(Lora(), Lora().build(model, STEPS))
+    assert not torch.equal(plain_parameters(model)["bert.pooler.dense.weight"], before["bert.pooler.dense.weight"])
+
+
 # What trains ---------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +248,7 @@ def test_a_language_models_own_head_is_none(folders):
         (build, kind)
         for build in OTHERS
         for kind in TRAINING
-        if kind in ("lora", "aroma") or build in ("t5", "bert without pooler")
+        if kind in ("lora", "aroma") or build in ("t5", "bert with untrained pooler")
     ],
 )
 def test_the_whole_head_trains_and_the_backbone_only_where_it_must_and_plain_peft_reloads_it(
@@ -215,6 +287,10 @@ def test_the_whole_head_trains_and_the_backbone_only_where_it_must_and_plain_pef
     if kind != "adalora":
         loaded = load_with_adapter(tmp_path, str(folders / build))
         torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+    if kind != "adalora" and build.startswith("bert"):
+        export_merged(tmp_path, tmp_path / "merged", str(folders / build))
+        merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("build", OTHERS)

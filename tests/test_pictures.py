@@ -279,6 +279,56 @@ def test_pareto_has_a_mark_for_each_method_filled_on_the_front(grid, tmp_path):
 # Which runs
 
 
+# Planted ranks and memory
+
+
+def planted_run(output, method, seed, found, spearman=None, **changes):
+    planted = dict(zip(MODULES, (0, 1, 4), strict=False))
+    ranks = dict(zip(MODULES, found, strict=False))
+    write_run(output, "net", method, seed, ranks=ranks, planted={"ranks": planted, "spearman": spearman}, **changes)
+
+
+def test_every_matrix_of_every_seed_has_a_mark_at_its_planted_and_found_rank(tmp_path):
+    planted_run(tmp_path, "aroma", 0, (1, 2, 5), spearman=0.5)
+    planted_run(tmp_path, "aroma", 1, (1, 1, 3), spearman=1.0)
+    planted_run(tmp_path, "lora", 0, (2, 2, 2))
+    write_run(tmp_path, "net", "full", 0, kind="full", planted={"ranks": {}}, **NO_RANKS)
+    axes = draw("planted", tmp_path).axes[0]
+    marks = np.concatenate([np.asarray(one.get_offsets()) for one in axes.collections])
+    assert sorted(zip(marks[:, 0].round(), marks[:, 1], strict=True)) == sorted(
+        [(0, 1), (1, 2), (4, 5), (0, 1), (1, 1), (4, 3), (0, 2), (1, 2), (4, 2)]
+    )
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["aroma (Spearman 0.75)", "lora"], "a constant has no correlation, full no ranks"
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0], [4, 4]], "where found and planted are equal"
+
+
+def test_planted_ranks_are_only_of_tasks_that_plant_them(grid, tmp_path):
+    with pytest.raises(ConfigError, match=r"--task='mrpc': nothing is planted in it"):
+        draw("planted", grid, task="mrpc")
+    write_run(tmp_path, "net", "full", 0, kind="full", planted={"ranks": {}}, **NO_RANKS)
+    with pytest.raises(ConfigError, match=r"--methods='full': none of them has ranks"):
+        draw("planted", tmp_path)
+    planted_run(tmp_path, "aroma", 0, (1, 2, 5))
+    edit(tmp_path / "runs/net/aroma/seed-0/result.json", lambda result: result["planted"].update(ranks={"a": 0.5}))
+    with pytest.raises(CheckpointError, match=r"result\.json, ranks, a: edited, .* 0\.5 is not a whole number"):
+        draw("planted", tmp_path)
+
+
+def test_memory_has_ranks_and_what_is_recalled_against_the_number_of_pairs(grid, tmp_path):
+    for pairs, rank, score in ((100, 1.0, 0.9), (1000, 3.0, 0.6)):
+        for seed in (0, 1):
+            changes = {"score": score + 0.1 * seed, "average_rank": rank + seed, "of_task": {"kind": "memory"}}
+            write_run(tmp_path, f"n{pairs}", "aroma", seed, examples={"train": pairs, "pairs": pairs}, **changes)
+    figure = draw("memory", tmp_path)
+    assert titles(figure) == ["mean rank found", "bits recalled, %"]
+    for axes, values in zip(figure.axes, ({100: 1.5, 1000: 3.5}, {100: 95, 1000: 65}), strict=True):
+        assert line(axes) == pytest.approx(values)
+        assert axes.get_xscale() == "log"
+    with pytest.raises(ConfigError, match=r"--task='mrpc rte': no pairs are remembered in it"):
+        draw("memory", grid)
+
+
 def test_runs_that_are_not_reported_or_not_finished_are_left_out(tmp_path):
     folder = write_run(tmp_path, "mrpc", "lora", 0, purpose="select")
     unfinished = write_run(tmp_path / "other", "mrpc", "lora", 0)

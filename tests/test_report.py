@@ -10,17 +10,20 @@ import statistics
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from scipy.stats import ttest_rel
 
 from aroma.cli import main
 from aroma.errors import AromaError, CheckpointError, ConfigError
 from aroma_lab.cli import lab_report
 from aroma_lab.report import figures, formats
 from aroma_lab.report.formats import FORMATS, SUFFIXES, Table
+from aroma_lab.report.learnt import not_learnt
 from aroma_lab.report.runs import TABLE, collect_runs, read_runs
-from aroma_lab.report.statistics import paired_differences, spread
+from aroma_lab.report.statistics import CHANCE, margins, paired_differences, spread
 from aroma_lab.report.tables import KINDS, inner_loops, make_table
 from made_up_runs import edit, write_grid, write_run
 
@@ -119,6 +122,24 @@ def test_the_baseline_decides_the_difference(grid):
         table(grid, baseline="lora-r8")
     with pytest.raises(ConfigError, match=r"^--baseline=None: a table of differences compares two methods"):
         table(grid, "paired")
+
+
+def test_ranks_are_held_against_planted_ones_where_these_are_known(tmp_path):
+    for seed, fit in ((0, 0.5), (1, 1.0)):
+        planted = {"ranks": {}, "spearman": fit, "pearson": fit / 2, "grew": 0.25}
+        write_run(tmp_path, "net", "aroma", seed, average_rank=2.0 + seed, trained_rank=1.5, planted=planted)
+        constant = {"ranks": {}, "spearman": None, "pearson": None, "grew": 0.0}
+        write_run(tmp_path, "net", "lora", seed, average_rank=4.0, trained_rank=4.0, planted=constant)
+    rows = raw(tmp_path, "ranks")
+    aroma = rows.loc["aroma"]
+    assert (aroma.task, aroma.average_rank_mean, aroma.trained_rank_mean) == ("net", 2.5, 1.5)
+    assert (aroma.spearman_mean, aroma.pearson_mean, aroma.grew_mean) == (0.75, 0.375, 0.25)
+    assert aroma.spearman_std == pytest.approx(statistics.stdev([0.5, 1.0]))
+    assert pd.isna(rows.loc["lora"].spearman_mean)
+    shown = table(tmp_path, "ranks").shown.set_index("method")
+    assert shown.loc["lora", "spearman"] == formats.EMPTY
+    assert shown.loc["aroma", "rank found"].startswith("2.5")
+    assert "spearman" not in raw(FROZEN, "ranks"), "nothing is planted there"
 
 
 def test_the_average_of_sets_is_within_a_run_and_its_difference_seed_by_seed():
@@ -261,7 +282,11 @@ def test_settings_and_choices_that_were_not_kept_to_are_noted(grid):
     assert f"The choice looked at reported examples: select/mrpc/lora-r8/{place.name}." in notes
     assert "none of them saw" not in found.caption
     assert "Without a choice on held-out examples, with the given values: rte/aroma/seed-0, rte/aroma/" in notes
-    assert "Chosen at the edge of what was tried" in notes
+    edge = "The optimum of head-only on rte is at the edge of what was tried: add training.learning_rate=0.004."
+    assert edge in notes
+    beside = {"training.learning_rate": 0.004}
+    edit(grid / "selection.json", lambda content: content["rte"]["head-only"]["tried"].append([beside, 0.1]))
+    assert edge not in table(grid).notes
 
 
 def test_what_nothing_trains_takes_no_parameters_and_no_choice():
@@ -287,6 +312,101 @@ def test_answers_that_could_not_be_read_are_told(grid_of_sets):
     assert pd.isna(rows.average_mean["aroma-r1"])
     with pytest.raises(ConfigError, match="--metric='unparseable': no run has it"):
         table(grid_of_sets, "sets", metric="unparseable")
+
+
+# Tasks that were not learnt
+
+
+def write_task(folder, task, scores, examples=1000):
+    """Write runs of a task: by method and seed their scores."""
+    for method, several in scores.items():
+        for seed, score in enumerate(several):
+            kind = {"head-only": "head_only", "pretrained": "pretrained"}.get(method, "lora")
+            shown = {"reported": {"test": {"accuracy": score}}, "score": score, "kind": kind}
+            write_run(folder, task, method, seed, **shown, examples={"train": 90, "held_out": 10, "test": examples})
+
+
+LEARNT = {"head-only": [0.50, 0.51, 0.52], "lora-r1": [0.80, 0.82, 0.81], "lora-r8": [0.90, 0.91, 0.93]}
+NOT_LEARNT = {"head-only": [0.50, 0.51, 0.52], "lora-r1": [0.51, 0.50, 0.55], "lora-r8": [0.53, 0.51, 0.52]}
+
+
+def test_of_a_task_that_was_not_learnt_nothing_is_said(tmp_path):
+    write_task(tmp_path, "good", LEARNT)
+    write_task(tmp_path, "bad", NOT_LEARNT)
+    main_table = table(tmp_path)
+    assert main_table.shown.columns[:3].tolist() == ["method", "bad (accuracy), not learnt", "good (accuracy)"]
+    assert {main_table.shown.columns[column] for _, column in main_table.best} == {"good (accuracy)"}
+    assert "average" not in main_table.shown, "of one task"
+    rows = raw(tmp_path)
+    assert rows.bad_mean["lora-r1"] == pytest.approx(0.52)
+    assert rows.difference["lora-r1"] == pytest.approx(0.81 - 2.74 / 3)
+    assert rows.difference_pairs["lora-r1"] == 3
+    (note,) = [note for note in main_table.notes if "NOT LEARNT" in note]
+    assert note.startswith("bad: NOT LEARNT: no method is clearly above head-only, so nothing is said about methods")
+    assert "Nearest is lora-r8, +1.00 points in 3 seeds, where 4.30 would be clear" in note
+    paired = table(tmp_path, "paired")
+    assert paired.shown.columns.tolist() == ["method", "good [95%]", "better–tied–worse"]
+    assert paired.shown["better–tied–worse"].tolist() == ["0–0–1", "0–0–1"]
+    assert note in paired.notes
+    sets = table(tmp_path, "sets")
+    assert {sets.shown.columns[column] for _, column in sets.best} == {"good: test", "average"}
+    assert raw(tmp_path, "sets").average_mean["lora-r8"] == pytest.approx(2.74 / 3)
+    assert note in sets.notes
+    drawn = figures.draw_figure("pareto", [tmp_path], methods=["lora-r1", "lora-r8"])
+    titles = [axes.get_title(loc="left") for axes in drawn.axes]
+    assert titles == ["bad: not learnt, so no method is compared"] * 2 + ["good"] * 2
+    assert [len(axes.lines) for axes in drawn.axes[:2]] < [len(axes.lines) for axes in drawn.axes[2:]]
+
+
+def test_where_no_task_was_learnt_there_are_no_differences(tmp_path):
+    write_task(tmp_path, "bad", NOT_LEARNT)
+    found = table(tmp_path)
+    assert found.best == set()
+    assert "difference" not in raw(tmp_path)
+    assert "better" not in table(tmp_path, "paired").caption.partition("Better")[0]
+    assert table(tmp_path, "paired").shown["better–tied–worse"].tolist() == ["0–0–0"] * 2
+
+
+@pytest.mark.parametrize(
+    ("scores", "is_learnt"),
+    [
+        (LEARNT, True),
+        ({"lora-r1": [0.5, 0.5], "lora-r8": [0.6, 0.7]}, True),  # nothing to be above
+        ({"head-only": [0.5], "lora-r1": [0.5]}, True),  # a single seed
+        ({"head-only": [0.5, 0.5], "pretrained": [0.5, 0.5]}, True),  # nothing that could learn
+        ({"head-only": [0.5, 0.5, 0.5], "lora-r1": [0.5, 0.5, 0.5]}, False),
+        ({"head-only": [0.5, 0.5, 0.5], "lora-r1": [0.501, 0.501, 0.501]}, False),  # one example, each time
+        ({"head-only": [0.5, 0.5, 0.5], "lora-r1": [0.51, 0.51, 0.51]}, True),
+        ({"head-only": [0.8, 0.8, 0.8], "lora-r1": [0.6, 0.61, 0.62]}, False),
+        (NOT_LEARNT, False),
+    ],
+    ids=str,
+)
+def test_a_task_is_learnt_if_a_method_is_clearly_above_head_only(tmp_path, scores, is_learnt):
+    write_task(tmp_path, "task", scores)
+    assert (not_learnt(read_runs(tmp_path).reported) == {}) == is_learnt
+
+
+def test_the_margin_is_that_of_a_paired_t_test():
+    rows = [(method, seed, score) for method, several in NOT_LEARNT.items() for seed, score in enumerate(several)]
+    frame = pd.DataFrame(rows, columns=["method", "seed", "score"])
+    found = margins(frame, "score", "head-only", ["lora-r1", "lora-r8"], step=0.001)
+    for method in ("lora-r1", "lora-r8"):
+        for shift in (-1e-6, 1e-6):  # just below what is needed, and just above
+            moved = [score + found.needed[method] - found.difference[method] + shift for score in NOT_LEARNT[method]]
+            p = ttest_rel(moved, NOT_LEARNT["head-only"], alternative="greater").pvalue
+            assert (p < CHANCE / 2) == (shift > 0)
+
+
+def test_chance_seldom_makes_a_task_look_learnt():
+    generator = np.random.default_rng(0)
+    methods, count = [f"m{number}" for number in range(8)], 0
+    for _ in range(300):
+        scores = generator.normal(size=(9, 4))
+        rows = [(["floor", *methods][row], seed, scores[row, seed]) for row in range(9) for seed in range(4)]
+        found = margins(pd.DataFrame(rows, columns=["method", "seed", "x"]), "x", "floor", methods, 1e-9)
+        count += bool((found.difference > found.needed).any())
+    assert count <= 300 * CHANCE + 3 * (300 * CHANCE * (1 - CHANCE)) ** 0.5
 
 
 # Statistics

@@ -1,6 +1,7 @@
 """FSDP2: several processes with a share of the model each do what one process does, and save what it saves.
 
-Processes are started by torchrun and talk over gloo; see `test_distributed` for how closely several and one agree.
+Processes are started as torchrun starts them and talk over gloo; see `test_distributed` for how closely several and
+one agree.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.errors import ConfigError
 from aroma.sharding import gathered, sharding_modules, summed
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
+from ranks import launch, torchrun
 from sharded_runs import LOOPS, MORE_LOOPS, REFUSALS, SAVED_AT, STEPS, Training
-from test_distributed import assert_close, launch, load
+from test_distributed import assert_close, load
 from tiny_lm import save_tiny_lm
 from trainer_runs import adapted, assert_same, tiny_bert
+
+RUNS = sharded_runs.__file__
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two ranks told of every loop, checkpoint and refusal."""
     out = tmp_path_factory.mktemp("shards")
-    launch(2, "all", str(out), script=sharded_runs.__file__)
+    launch(2, RUNS, "all", str(out))
     return out
 
 
@@ -80,10 +84,10 @@ def assert_does_what_one_does(found: dict[str, Any], loop: Loop) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_more_loops_in_more_processes(tmp_path: Path, processes: int) -> None:
-    launch(processes, "loops", str(tmp_path), script=sharded_runs.__file__)
-    for name, (loop, _) in {**LOOPS, **MORE_LOOPS}.items():
+@pytest.mark.parametrize(("processes", "part"), [(2, "more loops"), (4, "loops")])
+def test_more_loops_and_more_processes(tmp_path: Path, processes: int, part: str) -> None:
+    launch(processes, RUNS, part, str(tmp_path))
+    for name, (loop, _) in {"loops": LOOPS, "more loops": MORE_LOOPS}[part].items():
         found = [load(tmp_path / f"loop-{name}-{rank}.pt") for rank in range(processes)]
         for other in found[1:]:
             assert_same(other, found[0])
@@ -167,7 +171,7 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(told: Path) -> None:
 
 @pytest.mark.slow
 def test_four_processes_go_on_with_the_checkpoint_of_two(told: Path) -> None:
-    launch(4, "resume", str(told), "of-four", script=sharded_runs.__file__)
+    launch(4, RUNS, "resume", str(told), "of-four")
     for rank in range(4):
         assert_ends_alike(load(told / f"of-four-{rank}.pt"), told)
 
@@ -249,7 +253,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     With accelerate told that its CPU processes are GPUs: by itself it trains CPU processes under DDP.
     """
     out = tmp_path_factory.mktemp("trained")
-    launch(2, "train", str(out), script=sharded_runs.__file__)
+    launch(2, RUNS, "train", str(out))
     return out
 
 
@@ -294,7 +298,7 @@ def verified_tensors(checkpoint: Path) -> dict[str, Any]:
 
 # The example ---------------------------------------------------------------------------------------------------------
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "fsdp2.py"
+EXAMPLE = str(Path(__file__).parents[1] / "examples" / "fsdp2.py")
 
 
 @pytest.mark.slow
@@ -302,9 +306,10 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "fsdp2.py"
 def test_the_example_goes_on_where_it_stopped(tmp_path: Path, ways: tuple[str, ...]) -> None:
     options = ("--batch", "2", "--total-steps", "20", *ways)
     once, twice = str(tmp_path / "once"), str(tmp_path / "twice")
-    assert "step 20: loss" in launch(2, *options, "--steps", "20", "--out", once, script=str(EXAMPLE))
-    launch(2, *options, "--steps", "12", "--out", twice, script=str(EXAMPLE))
-    launch(2, *options, "--steps", "20", "--out", twice, "--resume", script=str(EXAMPLE))
+    start = launch if ways else torchrun
+    assert "step 20: loss" in start(2, EXAMPLE, *options, "--steps", "20", "--out", once)
+    launch(2, EXAMPLE, *options, "--steps", "12", "--out", twice)
+    launch(2, EXAMPLE, *options, "--steps", "20", "--out", twice, "--resume")
     assert_same(verified_tensors(Path(twice)), verified_tensors(Path(once)))
 
 
@@ -316,7 +321,7 @@ def test_the_example_trains_in_one_process_without_a_launcher(tmp_path: Path, wa
     (tmp_path / "text.txt").write_text("a model learns this text by heart " * 40)
     options = {"--model": model, "--text": tmp_path / "text.txt", "--out": tmp_path / "adapter", "--steps": 20}
     said = subprocess.run(
-        [sys.executable, str(EXAMPLE), *(str(part) for option in options.items() for part in option), *ways],
+        [sys.executable, EXAMPLE, *(str(part) for option in options.items() for part in option), *ways],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

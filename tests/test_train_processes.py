@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from aroma_lab.run.processes import require_as_many
 from aroma_lab.run.run import planned_steps, run_trial
 from aroma_lab.run.trial import save_trial
 from aroma_lab.specs import TrainSpec
+from ranks import launch, torchrun
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 from trial_runs import save_material, trial_of
 
@@ -50,13 +48,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(*arguments: str, module: str = "aroma") -> subprocess.CompletedProcess[str]:
-    """Run a module in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-
-
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -68,9 +59,8 @@ def decisions(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def many(files: Path) -> Path:
     """The folder of a run of two processes, of which the first prints."""
-    done = launch("train", str(files / "recipe.yaml"), f"output={files / 'many'}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("adapter: ") == 1
+    said = torchrun(2, "aroma", "train", str(files / "recipe.yaml"), f"output={files / 'many'}")
+    assert said.count("adapter: ") == 1
     return files / "many"
 
 
@@ -103,8 +93,7 @@ def test_it_resumes_as_if_it_had_not_been_interrupted(many: Path, tmp_path: Path
         require_as_many(str(out / "checkpoints" / "checkpoint-20"))
     arguments = ["train", str(out / "recipe.yaml"), f"output={out}", "--resume"]
     assert main(arguments) == 2  # alone
-    done = launch(*arguments)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(2, "aroma", *arguments)
     for name in ("adapter/adapter_model.safetensors", "events.jsonl", "curve.json"):
         assert (out / name).read_bytes() == (many / name).read_bytes(), name
     ours, theirs = read(out / "result.json"), read(many / "result.json")
@@ -119,8 +108,7 @@ def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one
     trial = trial_of(save_material(tmp_path / "material"), method, max_steps=12, batch_size=4)
     trial = replace(trial, model=str(files / "model"), training=replace(trial.training, group_by_length=False))
     save_trial(trial, tmp_path / "trial.json")
-    done = launch(str(tmp_path / "trial.json"), str(tmp_path / "many"), module="aroma_lab.run.worker")
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(2, "aroma_lab.run.worker", str(tmp_path / "trial.json"), str(tmp_path / "many"))
     ours = read(tmp_path / "many" / "result.json")
     theirs = run_trial(replace(trial, training=replace(trial.training, batch_size=8)), tmp_path / "one")
     assert (ours["processes"], theirs["processes"]) == (2, 1)
@@ -133,8 +121,7 @@ def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one
 def test_what_is_refused_is_one_error_in_every_process_and_nothing_is_touched(files: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    done = launch("train", str(files / "recipe.yaml"), f"output={tmp_path / 'out'}")
-    assert done.returncode != 0
-    assert done.stderr.count("it is not an empty folder, and nothing is overwritten") == 2
-    assert "Traceback" not in done.stderr.partition("ChildFailedError")[0].partition("torch/distributed")[0]
+    said = launch(2, "aroma", "train", str(files / "recipe.yaml"), f"output={tmp_path / 'out'}", fails=True)
+    assert said.count("it is not an empty folder, and nothing is overwritten") == 2
+    assert "Traceback" not in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

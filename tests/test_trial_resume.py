@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import trial_runs
 from aroma.errors import CheckpointError
 from aroma.files import read_json
 from aroma_lab.run.folder import TrialFolder
 from aroma_lab.run.run import run_trial
 from aroma_lab.training.trainer import EpochLengthSampler
+from ranks import processes
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
 COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds"}
@@ -31,19 +29,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_material(tmp_path_factory.mktemp("material"))
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Any]:
-    """Processes that have everything imported already, and no thread yet."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(trial_runs.__file__).parent), prepend=":")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trial_runs"])
-        yield context
-
-
-def attempt(processes: Any, trial: Any, folder: Path, kill_at: int) -> None:
+def attempt(trial: Any, folder: Path, kill_at: int) -> None:
     """Run a trial in a process of its own, which SIGKILLs itself after step `kill_at`; −1: before the evaluation."""
-    process = processes.Process(target=die_at, args=(trial, folder, kill_at))
+    process = processes().Process(target=die_at, args=(trial, folder, kill_at))
     process.start()
     process.join()
     assert process.exitcode == -9
@@ -73,11 +61,11 @@ SLOW = {"houlsby", "full", "bitfit", "head_only", "relora", "adalora, at rest"}
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in METHODS])
-def test_killed_equals_uninterrupted(processes: Any, material: Path, tmp_path: Path, method: str) -> None:
+def test_killed_equals_uninterrupted(material: Path, tmp_path: Path, method: str) -> None:
     # Adapters, head and dropout move; evaluations on the way draw random numbers, too.
     trial = trial_of(material, method, eval_steps=8, bf16=method in ("lora", "aroma"))
     run_trial(trial, tmp_path / "whole")
-    attempt(processes, trial, tmp_path / "killed", LAST + 2)
+    attempt(trial, tmp_path / "killed", LAST + 2)
     assert not (tmp_path / "killed" / "result.json").exists()
     assert TrialFolder(tmp_path / "killed").checkpoint() is not None
     run_trial(trial, tmp_path / "killed")
@@ -95,10 +83,10 @@ def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(processes: Any, material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same trial, killed after its last checkpoint."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    attempt(processes, trial_of(material), folder, LAST + 2)
+    attempt(trial_of(material), folder, LAST + 2)
     return folder
 
 
@@ -108,9 +96,9 @@ def test_the_comparison_can_fail(whole: Path, material: Path, tmp_path: Path) ->
         assert_same_end(tmp_path / "run", whole)
 
 
-def test_a_resumed_trial_does_not_begin_anew(processes: Any, whole: Path, material: Path, tmp_path: Path) -> None:
+def test_a_resumed_trial_does_not_begin_anew(whole: Path, material: Path, tmp_path: Path) -> None:
     for kill_at, first_step in ((12, 0), (17, 10), (16, 15)):  # anew, the last would die there as well
-        attempt(processes, trial_of(material), tmp_path / "run", kill_at)
+        attempt(trial_of(material), tmp_path / "run", kill_at)
         assert read(tmp_path / "run" / "progress.json")["first_step"] == first_step
     run_trial(trial_of(material), tmp_path / "run")
     assert_same_end(tmp_path / "run", whole)
@@ -132,14 +120,12 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(
 
 
 @pytest.mark.parametrize(("method", "stops"), [("adalora", False), ("aroma", True)])
-def test_killed_after_training_equals_uninterrupted(
-    processes: Any, material: Path, tmp_path: Path, method: str, stops: bool
-) -> None:
+def test_killed_after_training_equals_uninterrupted(material: Path, tmp_path: Path, method: str, stops: bool) -> None:
     # From the checkpoint of the last step the Trainer would take one step more.
     trial = trial_of(material, method)
     if stops:
         trial = replace(trial, options={**trial.options, "outer_tolerance": 1e3})
-    attempt(processes, trial, tmp_path / "killed", -1)
+    attempt(trial, tmp_path / "killed", -1)
     whole = run_trial(trial, tmp_path / "whole")
     assert whole["stopped_early"] == stops
     assert (tmp_path / "killed" / "checkpoints" / f"checkpoint-{whole['steps']}").exists()
@@ -148,7 +134,7 @@ def test_killed_after_training_equals_uninterrupted(
 
 
 @pytest.mark.parametrize("method", [pytest.param("relora_merge", marks=pytest.mark.slow), "aroma"])
-def test_the_best_checkpoint_is_the_one_reported(processes: Any, material: Path, tmp_path: Path, method: str) -> None:
+def test_the_best_checkpoint_is_the_one_reported(material: Path, tmp_path: Path, method: str) -> None:
     trial = trial_of(material, method, checkpoint="best", eval_steps=5, keep_checkpoints=2)
     result = run_trial(trial, tmp_path / "whole")
     evaluations = read(tmp_path / "whole" / "history.json")["evaluations"]
@@ -157,7 +143,7 @@ def test_the_best_checkpoint_is_the_one_reported(processes: Any, material: Path,
     assert result["held_out"]["accuracy"] == best["accuracy"]
     reported = next(e for e in evaluations if e["split"] == "test" and e["step"] == best["step"])
     assert result["reported"]["test"]["accuracy"] == reported["accuracy"]
-    attempt(processes, trial, tmp_path / "killed", LAST + 2)
+    attempt(trial, tmp_path / "killed", LAST + 2)
     run_trial(trial, tmp_path / "killed")
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 

@@ -21,24 +21,24 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+import ranks
 from aroma import verify_adapter
 from aroma.errors import ConfigError, ResetError
 from aroma.integrations.rewarmup import was_skipped
 from aroma.reset import check_resettable, forget_moments, reset_state
 from aroma.sharding import Partition, refuse_sharding, summed, unwrapped_optimizer
 from distributed_runs import CALM, assert_refused, batch_of, stacked
-from test_distributed import assert_close, launch, load
+from test_distributed import assert_close, load
 from trainer_runs import assert_same, tiny_bert
 
 pytestmark = pytest.mark.timeout(1500)
-"""The first test waits for a compiler and for three starts of two processes."""
+"""The first test waits for a compiler and for all launches."""
 
 RUNS = str(Path(__file__).parent / "zero_runs.py")
 
 LOOPS = [
     "zero 1",
     "zero 2",
-    "zero 3",
     "zero 3, nothing stays",
     "zero 3, transposed layers",
     "zero 3, loaded in shards",
@@ -52,7 +52,6 @@ LOOPS = [
     "zero 2, on after all have finished",
 ]
 STAGES = ["2", "3", "3, nothing stays"]
-UNDER_AUTOCAST = ["3, autocast", "3, autocast, nothing stays"]
 
 COMPILE = """
 from deepspeed.accelerator import get_accelerator
@@ -78,10 +77,16 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
-    """The folder in which two ranks told of every loop, checkpoint and refusal."""
+    """The folder in which the ranks of all launches told what they came to."""
     out = tmp_path_factory.mktemp("zero")
-    for part in ("loops", "checkpoints", "refusals"):
-        launch(2, part, str(out), script=RUNS, environment=environment)
+    jobs: list[list[Any]] = [
+        [2, RUNS, part, str(out)] for part in ("loops", "checkpoints", "refusals", "replicas", "train")
+    ]
+    jobs += [[4, RUNS, "loops of four", str(out / "four")], [1, RUNS, "checkpoints of one", str(out / "one")]]
+    (out / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, ranks.__file__, "zero_runs", str(out / "jobs.json")]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1000)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return out
 
 
@@ -105,12 +110,11 @@ def test_a_sharded_model_trains_as_replicas_do(told: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_do_what_four_replicas_do(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_four_processes_do_what_four_replicas_do(told: Path) -> None:
     """Some of them hold no entry of a small parameter."""
-    launch(4, "loops of four", str(tmp_path), script=RUNS, environment=environment)
-    for name in ("zero 2", "zero 3, nothing stays", "zero 3, transposed layers"):
-        ends = [load(tmp_path / f"loop-{name}-{rank}.pt") for rank in range(4)]
-        replicas = load(tmp_path / f"ddp-{name}-0.pt")
+    for name in ("zero 2", "zero 3, nothing stays"):
+        ends = [load(told / "four" / f"loop-{name}-{rank}.pt") for rank in range(4)]
+        replicas = load(told / "four" / f"ddp-{name}-0.pt")
         for what in ("weights", "controller", "events", "stopped", "frozen pairs that moved"):
             for other in ends[1:]:
                 assert_same(other[what], ends[0][what], what)
@@ -131,7 +135,7 @@ def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*STAGES, *UNDER_AUTOCAST])
+@pytest.mark.parametrize("name", [*STAGES, "3, autocast, nothing stays"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> None:
     for rank in (0, 1):
         uninterrupted, resumed = (load(told / f"{kind}-{name}-{rank}.pt") for kind in ("uninterrupted", "resumed"))
@@ -140,10 +144,9 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> N
 
 
 @pytest.mark.slow
-def test_one_process_under_zero_resumes_too(tmp_path: Path, environment: dict[str, str]) -> None:
-    launch(1, "checkpoints", str(tmp_path), script=RUNS, environment=environment)
-    for name in STAGES:
-        assert_same(*(load(tmp_path / f"{kind}-{name}-0.pt") for kind in ("resumed", "uninterrupted")))
+def test_one_process_under_zero_resumes_too(told: Path) -> None:
+    for name in ("2", "3"):
+        assert_same(*(load(told / "one" / f"{kind}-{name}-0.pt") for kind in ("resumed", "uninterrupted")))
 
 
 @pytest.mark.slow
@@ -213,20 +216,11 @@ def test_an_engine_in_stages_is_refused() -> None:
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
-    """The folder in which two ranks trained in the Trainer, once as replicas."""
-    out = tmp_path_factory.mktemp("trained")
-    for part in ("replicas", "train"):
-        launch(2, part, str(out), script=RUNS, environment=environment)
-    return out
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_the_trainer_does_what_it_does_with_replicas(trained: Path, stage: str) -> None:
-    ends = [load(trained / f"end-{stage}-{rank}.pt") for rank in (0, 1)]
-    replicas = load(trained / "end-replicas-0.pt")
+def test_the_trainer_does_what_it_does_with_replicas(told: Path, stage: str) -> None:
+    ends = [load(told / f"end-{stage}-{rank}.pt") for rank in (0, 1)]
+    replicas = load(told / "end-replicas-0.pt")
     assert_same(ends[0], ends[1])
     assert ends[0]["wrapped"] == "DeepSpeedEngine"
     assert ends[0]["events"] == replicas["events"]
@@ -236,19 +230,19 @@ def test_the_trainer_does_what_it_does_with_replicas(trained: Path, stage: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_the_trainer_resumes_exactly(trained: Path, stage: str) -> None:
+def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
     for rank in (0, 1):
-        end, again = (load(trained / f"{kind}-{stage}-{rank}.pt") for kind in ("end", "again"))
+        end, again = (load(told / f"{kind}-{stage}-{rank}.pt") for kind in ("end", "again"))
         assert again["events"] == [event for event in end["events"] if event["step"] > 8]
         assert_same(again["weights"], end["weights"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_the_trainer_goes_back_to_the_best_checkpoint(trained: Path, stage: str) -> None:
+def test_the_trainer_goes_back_to_the_best_checkpoint(told: Path, stage: str) -> None:
     """Of a moment when modules trained that are frozen at the end; DeepSpeed loads it, and no adapter is."""
-    ends = [load(trained / f"best-{stage}-{rank}.pt") for rank in (0, 1)]
-    replicas = load(trained / "best-replicas-0.pt")
+    ends = [load(told / f"best-{stage}-{rank}.pt") for rank in (0, 1)]
+    replicas = load(told / "best-replicas-0.pt")
     assert_same(ends[0], ends[1])
     assert ends[0]["best"] == replicas["best"] == "checkpoint-8"
     assert any(event["kind"] == "frozen" and event["step"] > 8 for event in ends[0]["events"])
@@ -258,14 +252,14 @@ def test_the_trainer_goes_back_to_the_best_checkpoint(trained: Path, stage: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_the_trainer_saves_whole_adapters(trained: Path, stage: str) -> None:
+def test_the_trainer_saves_whole_adapters(told: Path, stage: str) -> None:
     for checkpoint in ("checkpoint-8", "checkpoint-16"):
-        folder = trained / stage / checkpoint
+        folder = told / stage / checkpoint
         verify_adapter(folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "LORA"
         model = PeftModel.from_pretrained(tiny_bert(**CALM), folder).eval()
-        replica = PeftModel.from_pretrained(tiny_bert(**CALM), trained / "replicas-end" / checkpoint).eval()
+        replica = PeftModel.from_pretrained(tiny_bert(**CALM), told / "replicas-end" / checkpoint).eval()
         with torch.no_grad():
             found, expected = (m(**stacked(batch_of(0))).logits for m in (model, replica))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -267,7 +267,8 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert isinstance(other, Tensor), where
         assert one.dtype == other.dtype, where
         assert one.shape == other.shape, f"{where}: {tuple(one.shape)} and {tuple(other.shape)}"
-        assert torch.equal(one, other), f"{where}: largest difference {(one - other).abs().max()}"
+        same = torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+        assert same, f"{where}: largest difference {(one.double() - other.double()).abs().max()}"
     elif isinstance(one, dict):
         assert list(map(str, sorted(one, key=str))) == list(map(str, sorted(other, key=str))), where
         for key in one:

@@ -65,7 +65,6 @@ LOADED_SHARDED = "zero 3, loaded in shards"
 LOOPS: dict[str, tuple[Loop, dict[str, Any]]] = {
     "zero 1": (PLAIN, zero(1)),
     "zero 2": (PLAIN, zero(2)),
-    "zero 3": (PLAIN, zero(3)),
     "zero 3, nothing stays": (
         replace(PLAIN, method={"inner_criterion": "update_change", "r": 3}),
         zero(3, **NOTHING_STAYS),
@@ -172,15 +171,19 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-OF_FOUR = ("zero 2", "zero 3, nothing stays", "zero 3, transposed layers")
+OF_FOUR = ("zero 2", "zero 3, nothing stays")
 
 
 def loops(out: Path, names: Iterable[str] = tuple(LOOPS)) -> None:
+    replicas: list[tuple[Loop, dict[str, Any]]] = []
     for name in names:
         loop, config = LOOPS[name]
         by_way_of = out / "base" if name == LOADED_SHARDED else None
         torch.save(Training(loop, config, by_way_of=by_way_of).go_on(), out / f"loop-{name}-{rank()}.pt")
-        torch.save(as_replicas(loop), out / f"ddp-{name}-{rank()}.pt")
+        if not (known := [came_to for other, came_to in replicas if other == loop]):
+            known = [as_replicas(loop)]
+            replicas.append((loop, known[0]))
+        torch.save(known[0], out / f"ddp-{name}-{rank()}.pt")
 
 
 def as_replicas(loop: Loop) -> dict[str, Any]:
@@ -205,13 +208,13 @@ STAGES = {
     "2": zero(2),
     "3": zero(3),
     "3, nothing stays": zero(3, **NOTHING_STAYS),
-    "3, autocast": zero(3, torch_autocast=AUTOCAST),
     "3, autocast, nothing stays": zero(3, torch_autocast=AUTOCAST, **NOTHING_STAYS),
 }
 
 
-def checkpoints(out: Path) -> None:
-    for name, config in STAGES.items():
+def checkpoints(out: Path, names: Iterable[str] = tuple(STAGES)) -> None:
+    for name in names:
+        config = STAGES[name]
         training = Training(EXACT, config)
         training.go_on(0, SAVED_AT)
         folder = out / f"adapter-{name}"
@@ -304,6 +307,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "loops": loops,
     "loops of four": partial(loops, names=OF_FOUR),
     "checkpoints": checkpoints,
+    "checkpoints of one": partial(checkpoints, names=("2", "3")),
     "refusals": partial(tell_refusals, refusals=REFUSALS),
     "train": train,
     "replicas": train_replicas,

@@ -31,7 +31,7 @@ class Directions:
         m: Outputs.
         n: Inputs.
         slots: S.
-        like: Tensor of any shape, with the dtype and device of all tensors here.
+        like: A tensor (any shape) whose dtype and device all tensors here have.
 
     Attributes:
         rows: As given.
@@ -53,6 +53,7 @@ class Directions:
     """What a checkpoint holds; the rest follows from it."""
 
     def __init__(self, rows: Sequence[int], m: int, n: int, slots: int, like: Tensor) -> None:
+        """Begin with zeros that are like `like` (any shape)."""
         self.rows = [*rows]
         self._like = like
         count = len(self.rows)
@@ -86,10 +87,8 @@ class Directions:
         return self.u, self.v, self.gate
 
     def leaves_of(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return u (m, P), v (P, n) and gate (S,) of one matrix as leaves whose gradients add up in `answers`."""
+        """Return u (m, P), v (P, n) and gate (S,) of one matrix as leaves that share the memory of these."""
         u, v, gate = (leaf[row].detach().requires_grad_() for leaf in self._leaves)
-        for leaf, gradient in zip((u, v, gate), self.parts(self.answers), strict=True):
-            leaf.grad = gradient[row]
         return u, v, gate
 
     def parts(self, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,20 +97,34 @@ class Directions:
         return gu.view(self.u.shape), gv.view(self.v.shape), gate.view(self.gate.shape)
 
     def steepness(self, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return −uᵀ G v of the directions, (L, P), and steepness of the moves, (L, S), from `answers` (entries,)."""
+        """Return −uᵀ G v of the directions, (L, P), and steepness of the moves, (L, S).
+
+        NaN for matrices whose answers are not finite: in 16 bits a batch may overflow.
+
+        Args:
+            answers: Of the shape of `self.answers`.
+        """
         gu, _, gate = self.parts(answers)
-        return -(self.u * gu).sum(1), -gate * self.per_norm
+        is_known = self._are_finite(answers)[:, None]
+        z, own = -(self.u * gu).sum(1), -gate * self.per_norm
+        return z.where(is_known, torch.nan), own.where(is_known, torch.nan)
+
+    def _are_finite(self, answers: Tensor) -> Tensor:
+        """Return which matrices have finite answers, (L,), in `answers`, shaped (entries,)."""
+        return torch.stack([part.flatten(1).isfinite().all(1) for part in self.parts(answers)]).all(0)
 
     # How directions follow the gradient ------------------------------------------------------------------------------
 
     def turn(self, answers: Tensor, memory: float) -> None:
-        """Let the directions follow a gradient; see the head of this file.
+        """Let the directions follow a gradient, where it is finite; see the head of this file.
 
         Args:
-            answers: Like `self.answers`, (entries,).
+            answers: Of the shape of `self.answers`, with any number of directions P.
             memory: β.
         """
         gu, gv, _ = self.parts(answers)
+        is_known = self._are_finite(answers)[:, None, None]
+        gu, gv = gu.where(is_known, 0.0), gv.where(is_known, 0.0)
         self.p.mul_(memory).sub_(gu, alpha=1 - memory)
         self.q.mul_(memory).sub_(gv, alpha=1 - memory)
         free_p = self.p - self._span_b @ (self._span_b.mT @ self.p)

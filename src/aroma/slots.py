@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from .algorithm.evidence import Reading
 from .directions import Directions, group_by_shape, orthonormalise, singular_directions
+from .errors import NonFiniteError, bad_value
+from .evaluation import evaluating
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
-from .reset import check_startable, component_generator, start_slots
-from .sharding import is_distributed
+from .reset import SlotStart, check_startable, component_generator, start_slots
+from .sharding import is_distributed, refuse_together, world_size
 from .spectra import effective_rank, singular_values
 from .tuner import AromaLinear
 from .tuner.fused import Probe
@@ -113,7 +115,12 @@ class SlotMatrix(GrowingMatrix):
         return {"name": self.name, "rank": self.rank, "frozen": self.is_frozen, **noted}
 
     def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
-        """Return the slots in use by name: the plain adapter holds only those that have moved, scaled."""
+        """Return the slots in use by name: the plain adapter holds only those that have moved, scaled.
+
+        Args:
+            draw: Not used.
+            pair: The slots, b (m, S) and a (S, n), whole.
+        """
         count = self.layer.slots_in_use[self._adapter_name]
         b, a = pair
         return {
@@ -168,6 +175,7 @@ class SlotMatrices(GrowingMatrices):
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
         super().__init__(model, adapter_name, live, optimizer)
         self._asks = True
+        self._is_answered = False
         self._strength = 1.0
         self._groups: list[Directions] = []
         self._noted: list[list[int | None]] = [[*matrix.born] for matrix in self._all]
@@ -228,6 +236,7 @@ class SlotMatrices(GrowingMatrices):
 
     def _ask(self) -> None:
         """Give every layer its leaves; none where no direction is followed."""
+        self._is_answered = False
         for group in self._groups:
             for row, place in enumerate(group.rows):
                 matrix = self._all[place]
@@ -246,15 +255,19 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def absorb(self, *, record: bool) -> None:
-        """Take what the backwards of an optimizer step answered, from all processes: one collective.
+        """Take what the backwards of an optimizer step answered, the mean over all processes.
 
         Args:
             record: Whether the step's batch is evidence: it was not trained on before.
+
+        Raises:
+            ConfigError: No backward has reached a growing layer since it was asked.
         """
+        if not self._is_asking:
+            return
+        self._collect_answers()
         for group in self._groups:
-            self._collect(group)
-            if is_distributed():
-                dist.all_reduce(group.answers)
+            _average(group.answers)
         if record:
             self._record([group.answers for group in self._groups])
         for group in self._groups:
@@ -268,13 +281,43 @@ class SlotMatrices(GrowingMatrices):
             self._collect(group)
             group.answers.zero_()
 
-    def _collect(self, group: Directions) -> None:
-        """Bring gradients that autograd has put elsewhere, as it does with create_graph, into the answers."""
+    @property
+    def _is_asking(self) -> bool:
+        return self._asks and any(group.v.shape[1] for group in self._groups)
+
+    def _collect_answers(self) -> None:
+        """Bring the gradients of all leaves into the answers; at the first call, refuse a model that gives none."""
+        found = [self._collect(group) for group in self._groups]
+        if self._is_answered or not self.active():
+            return
+        with refuse_together(self.device):
+            if not any(found):
+                raise bad_value(
+                    "model",
+                    type(self.model).__name__,
+                    "no gradient has reached a growing layer in this optimizer step, so nothing can be learnt of "
+                    "directions: call loss.backward() (not torch.autograd.grad or torch.func) before "
+                    "optimizer.step(), and let the graph reach the layers (with a frozen embedding and reentrant "
+                    "gradient checkpointing: model.enable_input_require_grads(), or use_reentrant=False)",
+                )
+        self._is_answered = True
+
+    def _collect(self, group: Directions) -> bool:
+        """Bring gradients that autograd has put elsewhere into the answers, and let it use those from now on.
+
+        It does so at the first backward, and with create_graph at every one.
+
+        Returns:
+            Whether a leaf had a gradient.
+        """
+        is_answered = False
         for leaf, gradient in self._asked(group, group.answers):
             found = leaf.grad
+            is_answered |= found is not None
             if found is None or found.data_ptr() != gradient.data_ptr():
                 gradient.zero_() if found is None else gradient.copy_(found.detach())
                 leaf.grad = gradient
+        return is_answered
 
     def _asked(self, group: Directions, answers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every leaf (any shape) that a layer has, and its part of `answers`, (entries,)."""
@@ -295,19 +338,21 @@ class SlotMatrices(GrowingMatrices):
         asked = [pair for group, own in zip(self._groups, answers, strict=True) for pair in self._asked(group, own)]
         if not asked:
             return
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(self.model):
+            value = loss()
+            with refuse_together(self.device):
+                _require_loss(value)
             # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
-            found = torch.autograd.grad(loss(), [leaf for leaf, _ in asked], allow_unused=True)
+            found = torch.autograd.grad(value.reshape(()), [leaf for leaf, _ in asked], allow_unused=True)
         for (_, part), gradient in zip(asked, found, strict=True):
             if gradient is not None:
                 part.copy_(gradient)
-        if is_distributed():
-            for own in answers:
-                dist.all_reduce(own)
+        for own in answers:
+            _average(own)
         self._record(answers)
 
     def _record(self, answers: Sequence[Tensor]) -> None:
-        """Note the steepness of every direction and move, from answers (entries,) by group; stays on the device."""
+        """Note the steepness of every direction and move; stays on the device. `answers` (any shape) are by group."""
         values = [torch.cat(group.steepness(own), 1) for group, own in zip(self._groups, answers, strict=True)]
         self._readings.append((values, [*self._pending]))
 
@@ -341,13 +386,16 @@ class SlotMatrices(GrowingMatrices):
         self._ask()
 
     def take_credits(self) -> list[np.ndarray]:
-        """Return credit_k = −s σ_k u_kᵀ G v_k by batch since the last call, (matrices, S); NaN where σ_k is 0."""
+        """Return credit_k = −s σ_k u_kᵀ G v_k by batch since the last call, (matrices, S); NaN where σ_k is 0.
+
+        Infinite where a batch overflowed.
+        """
         slots = self._live.config.slots
         sizes = np.empty((len(self._all), slots))
         for group in self._groups:
             sizes[group.rows] = group.sizes.double().cpu().numpy()
         size = self._scale * np.where(sizes > 0, sizes, np.nan)
-        return [numbers[:, :slots] * size for numbers, _ in self._take()]
+        return [np.nan_to_num(numbers[:, :slots], nan=np.inf) * size for numbers, _ in self._take()]
 
     @torch.no_grad()
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
@@ -357,6 +405,7 @@ class SlotMatrices(GrowingMatrices):
         """
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
+        starts: list[SlotStart] = []
         for group in self._groups:
             m, n, slots = group.b.shape[1], group.a.shape[2], self._live.config.slots
             next_u, next_v = self._random_rows(group, "next u", 1, m).mT, self._random_rows(group, "next v", 1, n)
@@ -368,18 +417,15 @@ class SlotMatrices(GrowingMatrices):
                 b[:, : len(stays)] = (math.sqrt(3) * group.sizes[row, stays] * group.u[row][:, stays]).to(b)
                 a[: len(stays)] = (group.v[row, stays] / math.sqrt(3)).to(a)
                 matrix.layer.start_pair(self._adapter_name, a, b)
-                self._start_slots(matrix, range(slots), matrix.slots)
+                starts += _starts(matrix, range(slots), matrix.slots)
                 matrix.occupy_first(len(stays))
                 dropped = [k for k in range(slots) if k not in stays]
                 if dropped and group.sizes[row, dropped[0]] > 0:
                     next_u[row, :, 0], next_v[row, 0] = group.u[row, :, dropped[0]], group.v[row, dropped[0]]
             group.follow(next_u, next_v)
+        start_slots(self._optimizer, starts)
         self.release_pairs()
         self._ask()
-
-    def _start_slots(self, matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> None:
-        for parameter, dim in zip(matrix.pair, (1, 0), strict=True):
-            start_slots(self._optimizer, parameter, slots, dim, others)
 
     # Births ----------------------------------------------------------------------------------------------------------
 
@@ -398,6 +444,7 @@ class SlotMatrices(GrowingMatrices):
         """
         where = {place: (group, row) for group in self._groups for row, place in enumerate(group.rows)}
         merged = []
+        starts: list[SlotStart] = []
         directions: dict[int, list[int]] = {}
         for matrix, direction in births:
             directions.setdefault(matrix.index, []).append(direction)
@@ -405,6 +452,7 @@ class SlotMatrices(GrowingMatrices):
         for matrix, (b, a) in zip(matrices, self.pairs(matrices), strict=True):
             group, row = where[matrix.index]
             b, a = b.detach().clone(), a.detach().clone()
+            new = []
             for direction in directions[matrix.index]:
                 slot, is_taken = matrix.slot_for_birth()
                 if is_taken:
@@ -414,15 +462,18 @@ class SlotMatrices(GrowingMatrices):
                     merged.append(matrix)
                 b[:, slot] = 0
                 a[slot] = (group.v[row, direction] / math.sqrt(3)).to(a)
-                self._start_slots(matrix, [slot], matrix.slots)
                 matrix.occupy(slot)
+                new.append(slot)
                 group.forget(row, direction)
+            starts += _starts(matrix, new, [slot for slot in matrix.slots if slot not in new])
             matrix.layer.start_pair(self._adapter_name, a, b)
+        start_slots(self._optimizer, starts)
         self.release_pairs()
         return merged
 
     def stop_following(self) -> None:
         """Ask about nothing while the slots train in the trial."""
+        self._readings = []
         for group in self._groups:
             group.follow(group.u[:, :, :0], group.v[:, :0])
         self._ask()
@@ -461,7 +512,12 @@ class SlotMatrices(GrowingMatrices):
     # Saved and restored ----------------------------------------------------------------------------------------------
 
     def state(self, draw: int, pairs: Sequence[Pair]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what an exact resume needs of the matrices; see `GrowingMatrices.state`."""
+        """Return what an exact resume needs of the matrices; see `GrowingMatrices.state`.
+
+        Args:
+            draw: Not used.
+            pairs: The slots of all matrices, b (m, S) and a (S, n), whole.
+        """
         state, tensors = super().state(draw, pairs)
         for index, group in enumerate(self._groups):
             tensors.update({f"directions.{index}.{name}": tensor for name, tensor in group.state().items()})
@@ -489,3 +545,26 @@ class SlotMatrices(GrowingMatrices):
             for step, pending in enumerate(state["readings"])
         ]
         self._ask()
+
+
+def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> list[SlotStart]:
+    """Return `slots` of both factors, with which the optimizer is to begin anew; `others` were in use."""
+    return [SlotStart(parameter, slots, dim, others) for parameter, dim in zip(matrix.pair, (1, 0), strict=True)]
+
+
+def _require_loss(loss: Tensor) -> None:
+    """Raise unless the loss of held-out examples is a scalar with a graph, and finite."""
+    if loss.numel() != 1 or not loss.requires_grad:
+        kind = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+        raise bad_value("growth_loss", kind, "it must return one number that the model was asked for with gradients")
+    if not math.isfinite(float(loss.detach())):
+        raise NonFiniteError(
+            f"the loss of held-out examples is {float(loss.detach())}. Training stopped, and earlier checkpoints are "
+            "untouched: resume from the last one with a lower learning rate, or look at growth_dataset"
+        )
+
+
+def _average(numbers: Tensor) -> None:
+    """Replace numbers, any shape, by their mean over all processes: what DistributedDataParallel does to gradients."""
+    if is_distributed():
+        dist.all_reduce(numbers.div_(world_size()))

@@ -73,7 +73,8 @@ def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
     """Yield dotted key, default and meaning (the text below the field) of every field of a dataclass, in order."""
     from docstring_parser import parse_from_object
 
-    docs = {entry.arg_name: entry.description or "" for entry in parse_from_object(kind).params}
+    bases = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
+    docs = {entry.arg_name: entry.description or "" for base in bases for entry in parse_from_object(base).params}
     hints = get_type_hints(kind)
     for field in fields(kind):
         if is_dataclass(hints[field.name]):

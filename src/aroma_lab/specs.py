@@ -2,13 +2,77 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_type_hints
 
-from aroma.errors import bad_value
+from aroma.errors import AromaError, ConfigError, bad_value
+
+MADE = "made"
+"""Name of the model of a task that makes it, from its seed."""
+
+MADE_KEYS = {
+    "planted_net": ("seed", "ranks", "noise", "layers", "width", "examples"),
+    "planted_encoder": ("seed", "ranks", "noise", "strength"),
+    "memory": ("seed", "pairs", "layers", "width"),
+}
+"""Kinds of tasks whose right answer is made, and the keys of `MadeTask` that each of them has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeTask:
+    """What is made of a task whose answer is known: planted updates, or pairs to be remembered."""
+
+    seed: int | None = None
+    """Of planted and memory tasks: seed of all that is made; null: `training.seed`, so that every seed has a net and
+    examples of its own."""
+    ranks: list[int] | None = None
+    """Of planted tasks: ranks of the planted updates, dealt out to the matrices in turn and shuffled by the seed;
+    `[2]` plants rank 2 everywhere, `[0]` nothing; null: 0 0 0 0 1 1 2 2 4 4 8 8."""
+    noise: float | None = None
+    """Of planted tasks: standard deviation of the noise on what is trained on; null: 0.1 for a net (whose outputs have
+    1 and more), 0 for an encoder."""
+    strength: float | None = None
+    """Of planted encoders: singular values of a planted update, in units of the root mean square of those of its
+    matrix; null: 1."""
+    layers: int | None = None
+    """Layers of a made model; null: 12 of a planted net, 4 of a language model that remembers."""
+    width: int | None = None
+    """Width of a made model; null: 64."""
+    examples: int | None = None
+    """Of planted nets: training examples; null: 1,500."""
+    pairs: int | None = None
+    """Of memory tasks: pairs of key and value to remember; null: 1,000."""
+
+    def field(self, key: str) -> str:
+        """Return the name of a key as a grid or a recipe writes it."""
+        raise NotImplementedError
+
+    def bad(self, key: str, value: object, remedy: str, error: type[AromaError] = ConfigError) -> AromaError:
+        """Return (not raise) the error about one key of this task."""
+        return bad_value(self.field(key), value, remedy, error)
+
+    def check_made(self, kind: str | None) -> None:
+        """Raise ConfigError for a value that cannot work, or a key that tasks of this kind do not have."""
+        least = {"seed": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
+        for name in (one.name for one in fields(MadeTask)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name not in MADE_KEYS.get(kind or "", ()):
+                having = " and ".join(kind for kind, keys in MADE_KEYS.items() if name in keys)
+                raise self.bad(name, value, f"only tasks of kind {having} have it; leave it out")
+            if name in least and value < least[name]:
+                raise self.bad(name, value, f"give {least[name]} or more")
+        if self.noise is not None and not 0 <= self.noise < math.inf:
+            raise self.bad("noise", self.noise, "give 0 or more")
+        if self.strength is not None and not 0 < self.strength < math.inf:
+            raise self.bad("strength", self.strength, "give a positive number")
+        if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
+            raise self.bad("ranks", self.ranks, "give one rank or more, each 0 or more, as [0, 1, 2, 4]")
 
 
 @dataclass(frozen=True)
@@ -28,12 +92,16 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class DataSpec(MadeTask):
     """Where examples come from and which columns mean what."""
 
-    task: Literal["classification", "regression", "causal_lm"] = "classification"
+    task: Literal["classification", "regression", "causal_lm", "planted_net", "planted_encoder", "memory"] = (
+        "classification"
+    )
     """`classification` (one label a text), `regression` (one number a text), or `causal_lm` (a language model that
-    learns to answer; the section `language` says how its examples look)."""
+    learns to answer; the section `language` says how its examples look). Three whose right answer is known:
+    `planted_net` (a made net learns updates of known ranks), `planted_encoder` (an encoder learns the hidden states of
+    itself with such updates, on the texts of `train`), and `memory` (a made language model learns random pairs)."""
     name: str | None = None
     """Hub name or local folder of a data set for `datasets.load_dataset`; null: local files."""
     config: str | None = None
@@ -59,6 +127,10 @@ class DataSpec:
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
 
+    def field(self, key: str) -> str:
+        """Return the name of a key as a recipe writes it: `data.train`."""
+        return f"data.{key}"
+
 
 @dataclass(frozen=True)
 class TrainSpec:
@@ -75,7 +147,10 @@ class TrainSpec:
     learning_rate: float = 5e-4
     """Peak learning rate of the adapters."""
     head_learning_rate: float | None = None
-    """Peak learning rate of the head; null: `learning_rate`."""
+    """Peak learning rate of the head, its pooler included; null: `learning_rate`."""
+    train_pooler: bool | Literal["auto"] = "auto"
+    """Whether the encoder's pooler trains with the classification head, whatever the method; `auto`: unless the
+    checkpoint shows that pretraining trained it. A frozen pooler that nothing trained keeps adapters from learning."""
     scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = (
         "cosine_with_min_lr"
     )
@@ -200,7 +275,8 @@ class Recipe:
 
 
 def _check_data(data: DataSpec) -> None:
-    if data.name is None and data.train is None:
+    data.check_made(data.task)
+    if data.name is None and data.train is None and data.task not in ("planted_net", "memory"):
         remedy = "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
         raise bad_value("data.train", None, remedy)
     if not 0 < data.validation_fraction < 1:
@@ -214,14 +290,25 @@ def _check_data(data: DataSpec) -> None:
 def _check_nothing_idle(recipe: Recipe) -> None:
     """Refuse what would do nothing for the task."""
     data, training, default = recipe.data, recipe.training, DataSpec()
-    if data.task == "causal_lm":
+    idle: list[tuple[str, object, object]]
+    if data.task in MADE_KEYS:
+        remedy = f"tasks of the kind {data.task} do not have it; leave it out"
+        read = ("name", "config", "train", "text") if data.task == "planted_encoder" else ()
+        keys = ("name", "config", "train", "validation", "test", "text", "text_pair", "label")
+        idle = [(f"data.{key}", getattr(data, key), getattr(default, key)) for key in keys if key not in read]
+        idle += [
+            ("training.head_learning_rate", training.head_learning_rate, None),
+            ("language", recipe.language, LanguageSpec()),
+        ]
+    elif data.task == "causal_lm":
         remedy = "it is a classifier's, and the task is causal_lm; leave it out (columns: see the section language)"
-        idle: list[tuple[str, object, object]] = [
+        idle = [
             *(
                 (f"data.{name}", getattr(data, name), getattr(default, name))
                 for name in ("text", "text_pair", "label")
             ),
             ("training.head_learning_rate", training.head_learning_rate, None),
+            ("training.train_pooler", training.train_pooler, "auto"),
         ]
     else:
         remedy = f"it needs data.task=causal_lm, and the task is {data.task}"

@@ -87,7 +87,7 @@ class Reading(NamedTuple):
     """What one batch says of all matrices, in module order.
 
     Args:
-        unused: z, the steepness of the unused direction, (matrices,).
+        unused: z, the steepness of the unused direction, (matrices,); NaN where the batch overflowed.
         moves: Steepness along the moves of the components, (matrices, S); NaN where there is none, or none known.
         pending: Whether a matrix has a component of which no move is known yet, (matrices,).
     """
@@ -146,7 +146,10 @@ class EvidenceMatrices(Protocol[E]):
         """From now on ask the batches, at half strength, what every singular direction of the updates saves."""
 
     def take_credits(self) -> list[np.ndarray]:
-        """Return credit_k by batch since the last call, (matrices, S); NaN where there is no direction."""
+        """Return credit_k by batch since the last call, (matrices, S).
+
+        NaN where there is no direction, infinite where the batch overflowed.
+        """
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep these singular directions of every matrix, drop the others, and follow one unused direction each."""
@@ -304,11 +307,14 @@ class EvidenceRule(Generic[E]):
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""
         matrices = self._matrices.all()
+        if readings:
+            # In 16 bits a single batch may overflow, and says nothing then.
+            self._require_finite_rows(matrices, np.isnan(np.stack([reading.unused for reading in readings])).all(0))
         for reading in readings:
-            self._require_finite_rows(matrices, ~np.isfinite(reading.unused) | np.isinf(reading.moves).any(1))
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
-                matrix.steepness = float(reading.unused[index])
+                if not math.isnan(reading.unused[index]):
+                    matrix.steepness = float(reading.unused[index])
                 matrix.heads += int(heads[index])
                 matrix.flips += int(judged[index])
         for matrix in matrices:
@@ -440,7 +446,8 @@ def student_quantile(probability: float, degrees: int) -> float:
 def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """Return for every matrix whether its unused direction won the batch, and whether it was judged at all.
 
-    A matrix is not judged while the move of one of its components is unknown, and none is before any is known.
+    A matrix is not judged while the move of one of its components is unknown, or by a batch that overflowed; none is
+    judged before any move is known.
 
     Args:
         reading: What the batch says of all matrices.
@@ -458,7 +465,7 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
     rival = np.maximum(own, everywhere)
-    judged = ~reading.pending
+    judged = ~reading.pending & ~np.isnan(reading.unused)
     return judged & (reading.unused > 0) & (reading.unused > factor * rival), judged
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -52,16 +51,10 @@ class HeldOutDataset:
         self._dataset, self._collate, self._seed, self._rank = dataset, collate, seed, rank
         self._batch_size = batch_size
         self._loss = loss or model_loss
-        least = flips_to_birth(significance)
         together = batch_size * world_size()
-        if len(dataset) < least * together:
-            raise bad_value(
-                "growth_dataset",
-                f"{len(dataset)} examples",
-                f"it takes {least} batches to reach significance={significance}, so {least * together} examples in "
-                f"batches of {together}; hold out more, or raise significance",
-            )
         self._batches = len(dataset) // together
+        said = f"{len(dataset)} examples, {self._batches} batches of {together}"
+        require_enough(self._batches, "growth_dataset", said, significance)
 
     def loss(self, model: nn.Module, number: int) -> Tensor:
         """Return the scalar loss of this process's batch `number`; after the last batch comes another order."""
@@ -76,16 +69,27 @@ class HeldOutDataset:
 class HeldOutBatches:
     """Batches from an iterable of a plain loop; one that can be iterated again begins anew when it ends.
 
+    What it draws, as a DataLoader that shuffles does, comes from a stream of its own: a resumed run sees the same
+    batches, and a training draws the same random numbers with them and without.
+
     Args:
         batches: The batches of this process.
         loss: See `Loss`; by default what the model returns as its loss.
+        rank: Number of this process.
+        significance: α.
+
+    Raises:
+        ConfigError: Too few batches.
     """
 
-    def __init__(self, batches: Iterable[Any], loss: Loss | None) -> None:
+    def __init__(self, batches: Iterable[Any], loss: Loss | None, rank: int, significance: float) -> None:
         self._batches = batches
         self._loss = loss or model_loss
-        self._iterator: Iterator[Any] = iter(batches)
+        self._iterator: Iterator[Any] | None = None
         self._taken = 0
+        self._random = torch.Generator().manual_seed(rank).get_state()
+        if isinstance(batches, Sized):
+            require_enough(len(batches), "growth_batches", f"{len(batches)} batches", significance)
 
     def loss(self, model: nn.Module, number: int) -> Tensor:
         """Return the scalar loss of batch `number`; those before it are passed over.
@@ -93,13 +97,18 @@ class HeldOutBatches:
         Raises:
             ConfigError: The batches have ended, and cannot be iterated again.
         """
-        while self._taken < number:
-            self._next()
-        return _loss_of(self._loss, model, self._next())
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(self._random)
+            while self._taken < number:
+                self._next()
+            batch = self._next()
+            self._random = torch.get_rng_state()
+        return _loss_of(self._loss, model, batch)
 
     def _next(self) -> Any:
         self._taken += 1
         ended = object()
+        self._iterator = iter(self._batches) if self._iterator is None else self._iterator
         batch = next(self._iterator, ended)
         if batch is ended:
             self._iterator = iter(self._batches)
@@ -109,6 +118,22 @@ class HeldOutBatches:
                 "growth_batches", "exhausted", "give a list or a DataLoader, which can be iterated again when it ends"
             )
         return batch
+
+
+def require_enough(batches: int, field: str, said: str, significance: float) -> None:
+    """Refuse fewer held-out batches than a birth takes.
+
+    Raises:
+        ConfigError: Naming `field` and what was `said` of it.
+    """
+    least = flips_to_birth(significance)
+    if batches < least:
+        raise bad_value(
+            field,
+            said,
+            f"it takes {least} batches to reach significance={significance}; hold out more, make batches smaller, or "
+            "raise significance",
+        )
 
 
 def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
@@ -189,35 +214,29 @@ def _digest(example: Any) -> bytes:
 
 
 def _feed(digest: Any, value: Any) -> None:
+    """Feed an example, so that lists, arrays and tensors of the same numbers are alike."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.is_floating_point() else value.numpy()
+    elif isinstance(value, Sequence) and value and isinstance(value[0], int | float):
+        value = np.asarray(value)
     if isinstance(value, Mapping):
         for key in sorted(value):
-            digest.update(str(key).encode())
+            digest.update(f"{key}:".encode())
             _feed(digest, value[key])
-    elif isinstance(value, Tensor):
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for item in value:
+            digest.update(b",")
             _feed(digest, item)
+    elif isinstance(value, np.ndarray | np.number) and value.dtype.kind in "biuf":
+        digest.update(np.asarray(value, dtype=np.float32 if value.dtype.kind == "f" else np.int64).tobytes())
+    elif isinstance(value, int | float):
+        _feed(digest, np.asarray(value))
     else:
         digest.update(repr(value).encode())
 
 
 def _loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
-    parameter = next(model.parameters())
-    with _without_dropout(model):
-        found = loss(model, send_to_device(batch, parameter.device))
-    if found.numel() != 1 or not math.isfinite(float(found.detach())):
-        raise bad_value("growth_loss", found.detach(), "it must return one finite number")
-    return found.reshape(())
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluate the model as in an evaluation, but with gradients: no dropout, and no random number is drawn."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    # Weights that are offloaded are on the meta device, and their hooks bring inputs to where they compute.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    return loss(model, send_to_device(batch, device))

@@ -11,6 +11,7 @@ from torch import nn
 from ..controller import AromaController
 from ..errors import CheckpointError, bad_value
 from ..events import Event
+from ..sharding import rank
 from ..tuner.state import read_controller_state
 from .held_out import HeldOutBatches, Loss
 from .rewarmup import Rewarmup, makes_state_only, was_skipped
@@ -123,7 +124,12 @@ def attach(
             "growth_batches decide growth='evidence' after one pass over "
             "the data; set growth='evidence' and give steps_per_pass, the optimizer steps of a pass",
         )
-    held_out = None if growth_batches is None else HeldOutBatches(growth_batches, growth_loss)
+    if steps_per_pass is not None and steps_per_pass < 1:
+        raise bad_value("steps_per_pass", steps_per_pass, "a pass over the training set takes at least one step")
+    held_out = None
+    if growth_batches is not None:
+        with controller.together():
+            held_out = HeldOutBatches(growth_batches, growth_loss, rank(), controller.config.significance)
     controller.decide_by(held_out, steps_per_pass)
     if resume_from is not None:
         with controller.together():

@@ -36,6 +36,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return the number of this process among those that train together; 0 outside of a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def is_distributed() -> bool:
     """Whether more than one process trains."""
     return world_size() > 1

@@ -287,6 +287,17 @@ class AromaConfig(LoraConfig):
         """Rank of the pair that every matrix trains: r, or all slots."""
         return self.slots if self.has_slots else self.r
 
+    def check_length(self, total_steps: int | None) -> None:
+        """Raise if a run of `total_steps` planned optimizer steps is too short to decide anything.
+
+        Raises:
+            ConfigError: Naming the field.
+        """
+        if self.has_slots:
+            self.resolve_trial_steps(total_steps)
+        else:
+            self.resolve_inner_steps(total_steps)
+
     def resolve_trial_steps(self, total_steps: int | None) -> int:
         """Return how many optimizer steps the trial takes of a run of `total_steps` planned ones.
 

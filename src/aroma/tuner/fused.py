@@ -276,27 +276,29 @@ def _leaf_gradients(
             h = dropped @ _join(factors.a, factors.v).t()
         up = (h.t() @ g).t()
     ga = gb = gu = gv = ggate = None
+    dtype = call.pair_dtype if moves[0] is None else moves[0].dtype
     has_probe = factors.v.shape[0] > 0  # without one nothing is cut off: see `_Factors.of_pair`
     if down is not None:
         ga, gv = (down[:k], down[k:]) if has_probe else (down, None)
     if up is not None:
         gb, gu = (up[:, :k], up[:, k:]) if has_probe else (up, None)
         gb = gb if call.pair_scale == 1 else gb * call.pair_scale
-    # The probe's pair has the scale 1, and drop(x) is not divided by 1 - p.
-    keep = 1 - call.p if call.offsets else 1
+    # drop(x) is not divided by 1 - p. In float32: what the scale has kept from overflowing must not now.
+    probe_scale = call.probe_scale * (1 - call.p if call.offsets else 1)
     if needs_gate:
         move_b, move_a = moves
         assert move_b is not None, "a probe has moves"
         assert move_a is not None, "a probe has moves"
         assert ga is not None, "it was computed for the gate"
         assert gb is not None, "it was computed for the gate"
-        slope = (gb * _cast(move_b[:, :k], gb.dtype)).sum(0) + (ga * _cast(move_a[:k], ga.dtype)).sum(1)
-        ggate = _cast(F.pad(slope, (0, move_a.shape[0] - k)), call.pair_dtype)
+        # In the precision of the moves: 16 bits would round away what they differ in.
+        slope = (gb * move_b[:, :k]).sum(0) + (ga * move_a[:k]).sum(1)
+        ggate = F.pad(slope, (0, move_a.shape[0] - k))
     return (
         _cast(_padded(ga, ctx.slots, 0), call.pair_dtype) if needs_a and ga is not None else None,
         _cast(_padded(gb, ctx.slots, 1), call.pair_dtype) if needs_b and gb is not None else None,
-        _cast(gu / keep, call.pair_dtype) if needs_u and gu is not None else None,
-        _cast(gv / keep, call.pair_dtype) if needs_v and gv is not None else None,
+        _times(_cast(gu, dtype), 1 / probe_scale) if needs_u and gu is not None else None,
+        _times(_cast(gv, dtype), 1 / probe_scale) if needs_v and gv is not None else None,
         ggate,
     )
 
@@ -347,6 +349,14 @@ class _Call(NamedTuple):
         tokens = x.shape.numel() // max(x.shape[-1], 1)
         return cls(x.shape, tokens, x.dtype, update.a.dtype, dtype, scale, update.p, update.slots, offsets)
 
+    @property
+    def probe_scale(self) -> float:
+        """What u and v are multiplied by: in float16 the probe must not overflow where the pair does not.
+
+        A gradient scaler looks at the pair's gradients alone.
+        """
+        return 0.0625 if self.dtype == torch.float16 else 1.0
+
     def flat(self, x: Tensor) -> Tensor:
         """Return `x` (…, k) as (T, k) in the dtype that is computed in."""
         return _cast(x.reshape(-1, x.shape[-1]), self.dtype)
@@ -368,8 +378,8 @@ class _Call(NamedTuple):
             b = b * self.pair_scale
         if self.offsets:
             mask = keep_mask(self.offsets, self.p, self.tokens, self.shape[-1], like=a)
-        u = b[:, :0] if u is None else _cast(u, dtype)
-        v = a[:0] if v is None else _cast(v, dtype)
+        u = b[:, :0] if u is None else _cast(_times(u, self.probe_scale), dtype)
+        v = a[:0] if v is None else _cast(_times(v, self.probe_scale), dtype)
         return _Factors(A, B, a, b, u, v, mask)
 
     def folded(self, weight: Tensor, factors: _Factors) -> tuple[Tensor, _Factors, bool]:
@@ -540,6 +550,11 @@ def _join(finished: Tensor, pair: Tensor, dim: int = 0) -> Tensor:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor of any shape in `dtype`."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """Return a tensor of any shape times `factor`; itself where that is 1."""
+    return tensor if factor == 1 else tensor * factor
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -39,9 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..demo.articles import SOURCE
     from ..demo.run import TRAINING, result_lines, result_table, run_demo
     from ..progress import progress_bar
+    from ..tasks.articles import SOURCE
     from ..tasks.model import ENCODER_SOURCE
 
     training = replace(TRAINING, seed=arguments.seed, threads=arguments.threads, max_steps=arguments.steps)

@@ -16,6 +16,7 @@ TABLES = {
     "main": "scores, trainable parameters, paired difference to a baseline (the paper's Table 2)",
     "paired": "the difference to the baseline on each task: better, tied or worse",
     "sets": "each reported set and their average, with the difference of the average (Table 3)",
+    "ranks": "mean rank found and trained and, where ranks were planted, how well they were found",
     "reset": "AROMA's scores, ranks and effective ranks by what a merge resets (Table 4)",
     "time": "seconds of an epoch, and their ratios (Table 5)",
     "inner": "after how many steps the inner criterion fires, by kind of matrix",
@@ -25,6 +26,8 @@ FIGURES = {
     "curves": "Figure 1: trainable parameters, total rank, rank of two modules, and score, by step",
     "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for one seed of each method",
     "cosines": "Figure 4: cosines between the components of two runs",
+    "planted": "found against planted rank of every matrix, of a task that plants them",
+    "memory": "found rank, and what is recalled, against the number of pairs to remember",
     "pareto": "score against average trainable parameters and training time, with the Pareto front",
 }
 
@@ -48,7 +51,7 @@ def add_parser(commands: Any) -> None:
     table.add_argument(
         "--baseline",
         metavar="LABEL",
-        help="method to compare with, of all kinds but reset and inner (lora-r8 if it was run)",
+        help="method to compare with, of all kinds but ranks, reset and inner (lora-r8 if it was run)",
     )
     table.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
     table.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")

@@ -28,13 +28,14 @@ from ..run.folder import require_empty
 from ..run.machine import provenance
 from ..run.recorder import EventLog
 from ..specs import ModelSpec, TrainSpec, check_training
+from ..tasks.articles import SOURCE, TOPICS, Article, columns_of, load_articles, split_articles
 from ..tasks.classification import ClassifierJob, predict_logits
+from ..tasks.data import make_examples
 from ..tasks.metrics import metrics_of
 from ..tasks.model import ENCODER_SOURCE, count_trainable, packaged_encoder
-from ..tasks.spec import HELD_OUT
+from ..tasks.spec import HELD_OUT, Layout
 from ..tasks.task import Task
 from ..training.trainer import Fit, make_trainer
-from .articles import SOURCE, TOPICS, as_examples, load_articles, split_articles
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +94,7 @@ def run_demo(
     require_empty("--out", folder, "give another folder with --out")
     train, held_out = split_articles(load_articles())
     parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}  # held-out articles are only reported on
-    job = ClassifierJob.make(ModelSpec(str(packaged_encoder())), TASK, parts)
+    job = ClassifierJob.make(ModelSpec(str(packaged_encoder())), TASK, parts, training.train_pooler)
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +128,11 @@ def run_demo(
     write_text(folder / "report.md", demo_report(record))
     write_json(folder / "result.json", record)  # last
     return record
+
+
+def as_examples(articles: list[Article]) -> Dataset:
+    """Return articles as examples of a classification into `TOPICS`; see `tasks.data`."""
+    return make_examples("articles", Layout("text", None, "label"), columns_of(articles), TOPICS)
 
 
 # Without adapters ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from aroma.controller import AromaController
 from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
+from aroma.integrations.held_out import hold_out
 from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
 from aroma.tuner.state import pack, unpack
@@ -37,12 +38,15 @@ class Aroma(PeftAdapter):
     Args:
         r: Rank of one component.
         dropout: Dropout on the input of the component in training; `lora_dropout` in `AromaConfig`.
+        growth_share: Share of the training set that decides growth="evidence" and is not trained on, where examples
+            come twice.
         options: Further fields of `AromaConfig`; they override the other arguments.
         target_modules: Modules that grow; see `head.find_targets`.
     """
 
     r: int = 1
     dropout: float = 0.0
+    growth_share: float = 0.1
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     target_modules: list[str] | str | None = None
 
@@ -92,12 +96,18 @@ class Aroma(PeftAdapter):
         return {name: layer.rank(ADAPTER) for name, layer in aroma_layers(model).items()}
 
     def active_parameters(self, model: Any) -> int:
-        """Return the parameters of the pairs that are not frozen; see `Method.active_parameters`.
+        """Return the parameters of the components in training; see `Method.active_parameters`.
 
         DistributedDataParallel needs a gradient of frozen ones, too.
         """
         layers = [layer for layer in aroma_layers(model).values() if not layer.is_frozen(ADAPTER)]
-        return sum(parameter.numel() for layer in layers for parameter in layer.pair(ADAPTER))
+        return sum((layer.in_features + layer.out_features) * layer.slots_in_use[ADAPTER] for layer in layers)
+
+    def hold_out(self, train: Any, passes: float) -> tuple[Any, Any | None]:
+        """Hold out the examples that decide growth by evidence from the second pass on; see `Method.hold_out`."""
+        if self.config([], 0).growth != "evidence" or passes <= 1:
+            return train, None
+        return hold_out(train, self.growth_share)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""

@@ -143,6 +143,13 @@ class Method(ABC):
         """
         return {}
 
+    def hold_out(self, train: Any, passes: float) -> tuple[Any, Any | None]:
+        """Split the training set of a run of so many passes into what is trained on, and what the method asks.
+
+        Most methods train on all of it.
+        """
+        return train, None
+
     def active_parameters(self, model: Any) -> int:
         """Return the number of parameters outside the head that train right now."""
         head = head_of(model)

@@ -1,6 +1,7 @@
 """Which parts of a transformers model a method touches: its head, and the linear modules outside it.
 
-The head is what did not come with the pretrained backbone, and has to train whole.
+The head is what did not come with the pretrained backbone, and has to train whole; the backbone's pooler belongs to it
+where pretraining left it untrained.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
@@ -20,10 +21,25 @@ from aroma.tuner.layout import PEFT_PREFIX
 _ATTRIBUTE = "_aroma_head"
 _COPY = ".modules_to_save.default"
 """What PEFT inserts into the name of a parameter whose module it trains whole."""
+_POOLER = "pooler"
+"""Name that transformers gives the module between a backbone's first token and the head."""
+_TRAIN_A_POOLER = ("ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification", "ForMultipleChoice")
+"""Endings of the classes of transformers whose loss reaches the pooler."""
 _WITHOUT_FORWARD = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
 
 
 # The head ------------------------------------------------------------------------------------------------------------
+
+
+TrainPooler = bool | Literal["auto"]
+"""Whether a backbone's pooler trains with the head; `"auto"`: where pretraining did not train it."""
+
+
+class Pooler(NamedTuple):
+    """Whether a backbone's pooler trains with the head, and why, as words for a report."""
+
+    trains: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -34,11 +50,13 @@ class Head:
         modules: The largest modules that belong to it whole.
         parameters: Its parameters in modules that otherwise belong to the backbone.
         new: Parameters that the checkpoint lacks, so that they start at random.
+        pooler: What was decided about the backbone's pooler; None for a backbone without one, and where nobody asked.
     """
 
     modules: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
+    pooler: Pooler | None = None
 
     def holds(self, name: str) -> bool:
         """Whether a parameter or module belongs to the head; `name` may have PEFT's prefix."""
@@ -62,11 +80,75 @@ def head_of(model: Any) -> Head:
     return _find_head(base, ()) if found is None else found
 
 
-def remember_head(model: Any, missing: Collection[str]) -> None:
-    """Mark the head of a model that `from_pretrained` just returned; `missing` are the keys that it reports."""
+def remember_head(
+    model: Any, missing: Collection[str], train_pooler: TrainPooler = "auto", is_embedder: bool = False
+) -> None:
+    """Mark the head of a classifier that `from_pretrained` just returned.
+
+    Args:
+        model: The model.
+        missing: The keys that the checkpoint lacks, as transformers reports them.
+        train_pooler: Whether the backbone's pooler is part of the head; see `decide_pooler`.
+        is_embedder: Whether the checkpoint is one of sentence-transformers.
+
+    Raises:
+        ConfigError: `train_pooler` asks for what the model cannot do.
+    """
     # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
     new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
-    setattr(model, _ATTRIBUTE, _find_head(model, new))
+    pooler = decide_pooler(model, new, train_pooler, is_embedder)
+    setattr(model, _ATTRIBUTE, _find_head(model, new, pooler))
+
+
+def decide_pooler(
+    model: Any, new: Collection[str], train_pooler: TrainPooler = "auto", is_embedder: bool = False
+) -> Pooler | None:
+    """Return whether the backbone's pooler trains with the head, and why; None for a backbone without one.
+
+    A head reads the backbone through its pooler. A pooler that pretraining never trained is a random projection, and
+    with it frozen an adapter learns next to nothing. With `"auto"` it trains
+
+    - if the checkpoint lacks it, or its biases are all exactly zero, as they start: no gradient has reached them;
+    - not if the checkpoint was saved by a class of transformers whose loss reaches it, or by a masked language model,
+      which has none: then it is of an earlier pretraining with a task on sentences, as BERT's;
+    - if the checkpoint is one of sentence-transformers, whose embeddings bypass it;
+    - if nothing of this is known: a trained pooler that trains on costs d² + d parameters, a random one that is frozen
+      costs the run.
+
+    Args:
+        model: A classifier of transformers, not yet wrapped.
+        new: Names of the parameters that the checkpoint lacks.
+        train_pooler: What was asked for.
+        is_embedder: Whether the checkpoint is one of sentence-transformers.
+
+    Raises:
+        ConfigError: It is to train and there is none, or it is to stay as it is and the checkpoint lacks it.
+    """
+    name = _pooler_name(model)
+    if name is None:
+        if train_pooler is True:
+            remedy = f"the backbone of {type(model).__name__} has no pooler, and its head trains whole; give auto"
+            raise bad_value("training.train_pooler", True, remedy)
+        return None
+    named = dict(model.get_submodule(name).named_parameters())
+    biases = [parameter for key, parameter in named.items() if key.split(".")[-1] == "bias"]
+    saved_by = (getattr(model.config, "architectures", None) or [""])[0]
+    if any(f"{name}.{key}" in new for key in named):
+        if train_pooler is False:
+            remedy = f"the checkpoint lacks {name}, which would stay at its random start; give auto or true"
+            raise bad_value("training.train_pooler", False, remedy)
+        return Pooler(True, "the checkpoint lacks it")
+    if train_pooler != "auto":
+        return Pooler(train_pooler, "as training.train_pooler says")
+    if biases and not any(bias.any() for bias in biases):
+        return Pooler(True, "its biases are exactly zero, so pretraining did not train it")
+    if saved_by.endswith(_TRAIN_A_POOLER):
+        return Pooler(False, f"{saved_by}, which saved the checkpoint, trains it")
+    if saved_by.endswith("ForMaskedLM"):
+        return Pooler(False, f"{saved_by} has none, so an earlier pretraining on sentences trained it")
+    if is_embedder:
+        return Pooler(True, "the checkpoint is one of sentence-transformers, whose embeddings bypass it")
+    return Pooler(True, "nothing is known of its pretraining")
 
 
 def require_new_trains(head: Head, trained: Iterable[str]) -> None:
@@ -85,12 +167,21 @@ def train_head_only(model: nn.Module) -> None:
         parameter.requires_grad_(head.holds(name))
 
 
-def _find_head(model: Any, new: Collection[str]) -> Head:
+def _find_head(model: Any, new: Collection[str], pooler: Pooler | None = None) -> Head:
     names = [name for name, _ in model.named_parameters()]
-    chosen = {name for name in names if name in new or _is_outside(model, name)}
+    pooled = Head((str(_pooler_name(model)),) if pooler is not None and pooler.trains else ())
+    chosen = {name for name in names if name in new or _is_outside(model, name) or pooled.holds(name)}
     modules = tuple(_whole_modules(model, "", names, chosen))
     loose = sorted(name for name in chosen if not Head(modules).holds(name))
-    return Head(modules, tuple(loose), tuple(new))
+    return Head(modules, tuple(loose), tuple(new), pooler)
+
+
+def _pooler_name(model: Any) -> str | None:
+    """Return the name of the pooler inside a model's backbone; None if there is none."""
+    prefix = getattr(model, "base_model_prefix", "")
+    pooler = getattr(getattr(model, prefix, None), _POOLER, None) if prefix else None
+    has_parameters = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())
+    return f"{prefix}.{_POOLER}" if has_parameters else None
 
 
 def _is_outside(model: Any, name: str) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aroma.errors import bad_value
 
 from .base import Method, with_dropout
-from .head import base_name, find_targets, head_of, require_new_trains
+from .head import Head, base_name, find_targets, head_of, require_new_trains
 
 ADAPTER = "default"
 """The name that PEFT gives the adapter of `get_peft_model`."""
@@ -104,7 +104,7 @@ def wrap(model: Any, config: Any) -> Any:
     """Wrap `model` with PEFT, so that its head trains whole beside the adapter and is saved with it.
 
     Args:
-        model: A transformers classifier or causal language model.
+        model: A transformers classifier, causal language model, or model without a head.
         config: PEFT's configuration of the adapter. The head's modules are added to its `modules_to_save`, and a
             missing task type is filled in.
 
@@ -113,7 +113,8 @@ def wrap(model: Any, config: Any) -> Any:
     """
     if not config.task_type:  # it decides the wrapper, and whether a head trains
         causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        config.task_type = "CAUSAL_LM" if causal else "SEQ_CLS"
+        bare = head_of(model) == Head()
+        config.task_type = "CAUSAL_LM" if causal else "FEATURE_EXTRACTION" if bare else "SEQ_CLS"
     head, given = head_of(model), config.modules_to_save or []
     config.modules_to_save = [*given, *head.modules_to_save()] or None
     wrapped = get_peft_model(model, config)

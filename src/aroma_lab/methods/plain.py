@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aroma.errors import bad_value
 
 from .base import Method
-from .head import head_of, train_head_only
+from .head import Head, head_of, train_head_only
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,14 @@ class HeadOnly(Method):
     name = "head only"
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Freeze the backbone; see `Method.build`."""
+        """Freeze the backbone; see `Method.build`.
+
+        Raises:
+            ConfigError: The model has no head.
+        """
+        if head_of(model) == Head():
+            remedy = f"{type(model).__name__} has no head to train; leave the method out"
+            raise bad_value("kind", "head_only", remedy)
         train_head_only(model)
         return model
 

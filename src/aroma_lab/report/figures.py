@@ -1,9 +1,10 @@
-"""The paper's figures, and one it lacks, drawn from frames of runs."""
+"""The paper's figures, and some it lacks, drawn from frames of runs."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from aroma.pictures import FAINT, INK, MatrixRank, draw_ranks, new_figure
 
 from ..run.files import TrialFiles
 from .formats import counted
-from .runs import Run, read_runs, rows_of
+from .learnt import not_learnt
+from .runs import Run, check, read_runs, rows_of
 from .style import fit_axis, looks, matching_module, paper_modules, short_name, style_axes, write_title
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _COSTS = {
     "minutes": "training time, minutes",
 }
 _OF_MODULES = ("curves", "cosines")
+_OF_TASKS = ("pareto", "memory")
 _OF_ONE_SEED = ("ranks", "cosines")
 _COSINES_OF = "layer.10.attention.output.dense"
 """The module that Figure 4 shows."""
@@ -39,7 +42,8 @@ _MOST_NUMBERS = 12
 
 @dataclass(frozen=True)
 class Shown:
-    """The runs that a figure shows, by seed, and what else was chosen, see `draw_figure`; `looks` is from `style`."""
+    """The runs that a figure shows, by seed, and what else was chosen, see `draw_figure`; `looks` is from `style`, and
+    `unlearnt` are the tasks that no method has learnt."""
 
     frame: pd.DataFrame
     methods: Sequence[str]
@@ -47,6 +51,7 @@ class Shown:
     looks: Mapping[str, Mapping[str, Any]]
     modules: Sequence[str] | None
     seed: int | None
+    unlearnt: Collection[str]
 
     def of(self, method: str) -> pd.DataFrame:
         """Return the runs of a method, by seed."""
@@ -81,13 +86,14 @@ def draw_figure(
     if seed is not None and kind not in _OF_ONE_SEED:
         raise bad_value("--seed", seed, f"only for {' and '.join(_OF_ONE_SEED)}; others show all seeds")
     frame, labels, tasks = _read(folders)
+    unlearnt = not_learnt(frame)  # of all methods, for head-only may not be shown
     tasks = _only("--task", None if task is None else [task], tasks)
-    if kind != "pareto" and len(tasks) > 1:
+    if kind not in _OF_TASKS and len(tasks) > 1:
         raise bad_value("--task", None, f"this figure shows one task; choose one of {', '.join(tasks)}")
     frame = frame[frame.task.isin(tasks)]
     chosen = _only("--methods", methods, [label for label in labels if (frame.method == label).any()])
     frame = frame[frame.method.isin(chosen)]
-    return FIGURES[kind](Shown(frame, chosen, tasks, looks(labels), modules, seed))
+    return FIGURES[kind](Shown(frame, chosen, tasks, looks(labels), modules, seed, unlearnt))
 
 
 def curves_figure(shown: Shown) -> Figure:
@@ -166,6 +172,101 @@ def cosines_figure(shown: Shown) -> Figure:
     return figure
 
 
+def planted_figure(shown: Shown) -> Figure:
+    """Return found against planted ranks: a mark for every matrix of every seed, and a line where they are equal."""
+    import seaborn as sns
+    from matplotlib.ticker import MaxNLocator
+
+    frames = []
+    for run in rows_of(shown.frame):
+        planted = run.result.get("planted")
+        if planted is None:
+            raise bad_value("--task", run.task, "nothing is planted in it; this figure is of tasks that plant ranks")
+        check(f"{run.where}/result.json", planted, {"ranks": {...: "a whole number"}})
+        found = run.result["ranks"]
+        if found:
+            pairs = {"planted": planted["ranks"].values(), "found": [found.get(name, 0) for name in planted["ranks"]]}
+            frames.append(pd.DataFrame(pairs).assign(method=run.method, spearman=planted.get("spearman")))
+    if not frames:
+        raise bad_value("--methods", ", ".join(shown.methods), "none of them has ranks; choose methods that have")
+    matrices = pd.concat(frames)
+    methods = [method for method in shown.methods if (matrices.method == method).any()]
+    fits = pd.to_numeric(matrices.spearman).groupby(matrices.method).mean()
+    names = {one: one if math.isnan(fits[one]) else f"{one} (Spearman {fits[one]:.2f})" for one in methods}
+    figure = new_figure(9, 5.5)
+    axes = figure.subplots()
+    style_axes(axes, shown.tasks[0], "planted rank", "found rank")
+    largest = max(matrices.planted.max(), 1)
+    axes.plot([0, largest], [0, largest], color=FAINT, linewidth=1.2, zorder=1)
+    # Matrices of equal rank lie side by side, methods apart.
+    sns.stripplot(
+        matrices.assign(method=matrices.method.map(names)),
+        x="planted",
+        y="found",
+        hue="method",
+        hue_order=names.values(),
+        palette={names[one]: shown.looks["palette"][one] for one in methods},
+        native_scale=True,
+        dodge=len(methods) > 1,
+        jitter=0.15,
+        alpha=0.7,
+        ax=axes,
+    )
+    axes.set_ylim(bottom=-0.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
+    seeds = counted(shown.frame.seed.nunique(), "seed")
+    write_title(figure, "Found against planted ranks", f"a mark for every matrix, {seeds} · grey: equal")
+    return figure
+
+
+def memory_figure(shown: Shown) -> Figure:
+    """Return two panels against the number of pairs: the mean rank that was found, and the share that is recalled."""
+    import seaborn as sns
+
+    memories = [trial["task"].get("kind") == "memory" for trial in shown.frame.trial]
+    recipes = [(trial.get("data") or {}).get("task") == "memory" for trial in shown.frame.trial]
+    frame = shown.frame[np.logical_or(memories, recipes)]
+    if frame.empty:
+        raise bad_value("--task", " ".join(shown.tasks), "no pairs are remembered in it; give tasks of kind memory")
+    pairs = [result["examples"]["train"] for result in frame.result]
+    frame = frame.assign(pairs=pairs, average_rank=pd.to_numeric(frame.average_rank), points=100 * frame.score)
+    figure = new_figure(12, 4.5)
+    panels = {"average_rank": "mean rank found", "points": "bits recalled, %"}
+    drawn: dict[str, Any] = {}
+    for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        style_axes(axes, title, "pairs to remember")
+        there = frame.dropna(subset=[key])
+        methods = [method for method in shown.methods if (there.method == method).any()]
+        sns.lineplot(
+            there,
+            x="pairs",
+            y=key,
+            hue="method",
+            style="method",
+            hue_order=methods,
+            style_order=methods,
+            palette={method: shown.looks["palette"][method] for method in methods},
+            markers={method: shown.looks["markers"][method] for method in methods},
+            dashes=False,
+            errorbar=("pi", 100),
+            err_kws={"linewidth": 0, "alpha": 0.15},
+            ax=axes,
+        )
+        handles, labels = axes.get_legend_handles_labels()
+        drawn |= dict(zip(labels, handles, strict=True))
+        axes.legend().remove()
+        axes.set(xscale="log", xlabel="pairs to remember", ylabel="")
+        fit_axis(axes, "y", there[key])
+    figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
+    remarks = _seeds_text(
+        Shown(frame, shown.methods, shown.tasks, shown.looks, None, None, shown.unlearnt), "lowest to highest shaded"
+    )
+    write_title(figure, "Memory", remarks)
+    return figure
+
+
 def pareto_figure(shown: Shown) -> Figure:
     """Return a row of two panels for each task: score against average trainable parameters, and against time.
 
@@ -179,7 +280,8 @@ def pareto_figure(shown: Shown) -> Figure:
     for row, task in zip(figure.subplots(len(shown.tasks), 2, squeeze=False), shown.tasks, strict=True):
         of_task = frame[frame.task == task]
         for axes, (cost, label) in zip(row, _COSTS.items(), strict=True):
-            style_axes(axes, task, label, f"{of_task.metric.iloc[0]} × 100")
+            title = f"{task}: not learnt, so no method is compared" if task in shown.unlearnt else task
+            style_axes(axes, title, label, f"{of_task.metric.iloc[0]} × 100")
             drawn |= _draw_points(axes, shown, of_task, cost)
             fit_axis(axes, "x", of_task[cost])
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
@@ -197,6 +299,8 @@ FIGURES: Mapping[str, Callable[[Shown], Figure]] = {
     "curves": curves_figure,
     "ranks": ranks_figure,
     "cosines": cosines_figure,
+    "planted": planted_figure,
+    "memory": memory_figure,
     "pareto": pareto_figure,
 }
 """The figures by name."""
@@ -377,8 +481,9 @@ def _draw_points(axes: Axes, shown: Shown, frame: pd.DataFrame, cost: str) -> di
     by_method = {method: runs for method in shown.methods if len(runs := frame[frame.method == method])}
     # Rounded, so that equal scores stay equal whatever the order of their seeds.
     means = [(float(runs[cost].mean()), round(float(runs.points.mean()), 9)) for runs in by_method.values()]
-    front = pareto_front(means)
-    axes.step(*np.transpose([means[place] for place in front]), where="post", color=FAINT, linewidth=1.2, zorder=1)
+    front = pareto_front(means) if frame.task.iloc[0] not in shown.unlearnt else []
+    if front:
+        axes.step(*np.transpose([means[place] for place in front]), where="post", color=FAINT, linewidth=1.2, zorder=1)
     marks = {}
     for place, (method, runs) in enumerate(by_method.items()):
         x, y = means[place]

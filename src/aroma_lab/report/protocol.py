@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..study.selection import edges
 from .formats import amount, counted, listing, show, span
 from .runs import Runs, rows_of
 from .statistics import CONFIDENCE, FEW_SEEDS, RESAMPLES
@@ -33,6 +34,7 @@ def protocol(runs: Runs) -> str:
     rules = dict.fromkeys(loop.get("checkpoint", "last") for loop in loops)
     sentences = [
         f"Model: {listing(list(frame.model.unique()))}.",
+        *_pooler_sentences(frame),
         *(_task_sentence(task, of_task) for task in runs.tasks if len(of_task := runs.of(task=task))),
         f"{span(frame.planned_steps.tolist())} steps of {batch} examples{precision}.",
         f"Weights: {listing([_CHECKPOINTS.get(rule, rule) for rule in rules])}.",
@@ -124,6 +126,13 @@ def _task_sentence(task: str, frame: pd.DataFrame) -> str:
     return f"{task}: {'/'.join(frame.metric.unique())} on all {reported}; trained on {trained} examples{held}."
 
 
+def _pooler_sentences(frame: pd.DataFrame) -> list[str]:
+    """Return whether the encoder's pooler trained with the head, and why; nothing of runs that say nothing of it."""
+    known = [result["pooler"] for result in frame.result if result.get("pooler")]
+    said = {f"{'trains with the head' if one['trains'] else 'is frozen'} ({one['reason']})": None for one in known}
+    return [f"The encoder's pooler {listing(list(said))}."] if said else []
+
+
 def _selection_sentence(runs: Runs) -> str:
     """Return how the learning rate, or whatever was chosen, was chosen."""
     keys = dict.fromkeys(key for entry in _entries(runs).values() for key in entry["chosen"])
@@ -162,9 +171,10 @@ def _choices(runs: Runs, idle: Iterable[str]) -> list[str]:
     for (task, method), entry in entries.items():
         for key, value in entry["chosen"].items():
             chosen.setdefault(f"Chosen {key} on {task}", []).append(f"{method} {show(value)}")
-            numbers = {one[key] for one in entry["tried"] if isinstance(one.get(key), int | float)}
-            if len(numbers) > 2 and value in (min(numbers), max(numbers)):
-                edge.append(f"{task}/{method}")
+        for key, further in edges(entry["tried"], entry["chosen"]).items():
+            edge.append(
+                f"The optimum of {method} on {task} is at the edge of what was tried: add {key}={show(further)}."
+            )
     without, unlike = [], []
     for run in rows_of(runs.reported):
         picked = entries.get((run.task, run.method), {}).get("chosen")
@@ -175,8 +185,8 @@ def _choices(runs: Runs, idle: Iterable[str]) -> list[str]:
             unlike.append(run.name)
     ahead = runs.selecting.name[[bool(result.get("reported")) for result in runs.selecting.result]]
     return [
+        *edge,
         *(f"{what}: {', '.join(values)}." for what, values in chosen.items()),
-        *_note("Chosen at the edge of what was tried, so a value beyond it might do better: {}.", ", ".join(edge)),
         *_note("Not with the chosen values: {}.", _who(unlike)),
         *_note("Without a choice on held-out examples, with the given values: {}.", _who(without)),
         *_note("The choice looked at reported examples: {}.", _who(ahead)),

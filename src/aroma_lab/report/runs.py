@@ -55,6 +55,7 @@ _SCHEMAS: Mapping[str, Any] = {
         "parameters": dict.fromkeys(("initial", "average", "head"), "a number"),
         "versions": "a mapping",
         **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
+        "pooler?": {"trains": "anything", "reason": "a text"},
         "epoch_seconds": ["a number"],
         **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
     },

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, t
 
 RESAMPLES = 10_000
 """Resamples of a bootstrap."""
@@ -15,6 +15,9 @@ CONFIDENCE = 0.95
 """Confidence level of an interval."""
 FEW_SEEDS = 10
 """With fewer seeds than this an interval is too narrow, and tables say so."""
+
+CHANCE = 0.05
+"""Chance that a task on which every method is as good as head-only counts as learnt all the same."""
 
 
 def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFrame:
@@ -56,6 +59,37 @@ def paired_differences(frame: pd.DataFrame, value: str, baseline: str, methods: 
         rows[method] = (samples.map(np.mean).mean(), low, high, len(of_method), single)
     columns = ["difference", "low", "high", "pairs", "single"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).reindex(list(methods))
+
+
+def margins(frame: pd.DataFrame, value: str, floor: str, methods: Sequence[str], step: float) -> pd.DataFrame:
+    """Return how far methods lie above a floor on one task, and how far each has to, to be clearly above it.
+
+    With d the n differences of a method to the floor in runs of the same seed, s their sample standard deviation, and
+    k the number of methods that have two such pairs or more, a method is clearly above the floor if
+
+        mean(d) > q · max(s, step) / √n,
+
+    q the quantile 1 − `CHANCE` / k of Student's t with n − 1 degrees of freedom. So the chance that any of k methods
+    is, although none is better than the floor, is `CHANCE` at most. A deviation below the step between two possible
+    scores is luck of a few seeds, so the step stands in for it.
+
+    Args:
+        frame: Runs of one task with their `method` and `seed`.
+        value: Column that is compared.
+        floor: Method that they have to be above.
+        methods: Rows of the answer.
+        step: Smallest difference of two scores.
+
+    Returns:
+        By method `difference` (NaN without a pair), `needed` (NaN with fewer than two pairs) and `pairs`.
+    """
+    scores = frame.pivot_table(index="seed", columns="method", values=value, dropna=False)
+    differences = scores.reindex(columns=list(methods)).sub(scores[floor], axis="index")
+    pairs = differences.count()
+    compared = max(int((pairs > 1).sum()), 1)
+    error: pd.Series[float] = differences.std().clip(lower=step) / np.sqrt(pairs)
+    quantile = t.ppf(1 - CHANCE / compared, (pairs - 1).where(pairs > 1))
+    return pd.DataFrame({"difference": differences.mean(), "needed": error * quantile, "pairs": pairs})
 
 
 def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The tables of a grid's runs: scores, differences, set by set, Reset ablation, times, inner criterion."""
+"""The tables of a grid's runs: scores, differences, set by set, ranks, Reset ablation, times, inner criterion."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from aroma.errors import bad_value
 from aroma.pictures import positions_of
 
 from .formats import Table, amount, counted, decimals, listing, plain, points, span
+from .learnt import not_learnt
 from .protocol import (
     common_notes,
     difference_sentence,
@@ -27,7 +28,9 @@ from .statistics import paired_differences, spread
 
 DEFAULT_BASELINE = "lora-r8"
 """Method that others are compared with if it has run and no other was named."""
-_WITHOUT_BASELINE = ("reset", "inner")
+_WITHOUT_BASELINE = ("ranks", "reset", "inner")
+_NOT_LEARNT = ", not learnt"
+"""Ends the title of a column of scores that no method is marked in; see `not_learnt`."""
 _UNPARSEABLE = "unparseable"
 """Share of the written answers that could not be read, which is among the metrics of a set but is none."""
 _ANSWERS = {
@@ -52,7 +55,7 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
         runs: The runs.
         kind: One of `KINDS`.
         baseline: Label of the method that others are compared with; None: `lora-r8` if it has run, else none. The
-            kinds `reset` and `inner` take none.
+            kinds `ranks`, `reset` and `inner` take none.
         metric: For `sets`, the metric that is shown; None: the one that is the score.
 
     Raises:
@@ -81,15 +84,17 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
 def main_table(runs: Runs, baseline: str | None) -> Table:
     """Return the paper's Table 2: scores, trainable parameters, and the paired difference to a baseline."""
     table = Table(runs.methods, len(runs.seeds))
-    by_task = [_add_scores(table, runs, task) for task in runs.tasks]
-    if len(runs.tasks) > 1:
+    unlearnt = not_learnt(runs.reported)
+    scores = {task: _add_scores(table, runs, task, task not in unlearnt) for task in runs.tasks}
+    by_task = [found for task, found in scores.items() if task not in unlearnt]
+    if len(by_task) > 1:
         # A method without runs on a task has no average.
         means = sum(found["mean"] for found in by_task) / len(by_task)
         counts = pd.concat([found["count"] for found in by_task], axis="columns").min(axis="columns")
         average = pd.DataFrame({"mean": means, "std": np.nan, "count": counts})
         table.spread("average", ["average"], average, points, mark_best=True)
     table.caption = f"{seeds_sentence(runs)} Scores in points (100 × metric). {protocol(runs)}"
-    _add_costs_and_difference(table, runs, runs.reported, "score", baseline)
+    _add_costs_and_difference(table, runs, runs.reported, "score", baseline, unlearnt)
     return table
 
 
@@ -100,7 +105,9 @@ def paired_table(runs: Runs, baseline: str | None) -> Table:
         raise bad_value("--baseline", baseline, "a table of differences compares two methods; name one that has run")
     table = Table(others, len(runs.seeds))
     verdicts = pd.DataFrame(0, index=others, columns=["better", "tied", "worse"])
-    for task in runs.tasks:
+    unlearnt = not_learnt(runs.reported)
+    table.notes = list(unlearnt.values())
+    for task in [task for task in runs.tasks if task not in unlearnt]:
         found = paired_differences(runs.of(task=task), "score", baseline, others)
         table.difference(task, f"{task}_", found, len(runs.seeds))
         table.notes = [*table.notes, *interval_notes(found, baseline)]
@@ -121,18 +128,57 @@ def sets_table(runs: Runs, baseline: str | None, metric: str | None = None) -> T
     """Return the paper's Table 3: each reported set, their average, and the paired difference of the average."""
     sets = _set_scores(runs, metric)
     table = Table(runs.methods, len(runs.seeds))
+    unlearnt = not_learnt(runs.reported)
     for (task, label, title), scored in sets.groupby(["task", "label", "title"], sort=False):
         heads = [f"{task}_{label}_{key}" for key in ("mean", "std", "seeds")]
-        table.spread(str(title), heads, spread(scored, "value", runs.methods), points, mark_best=True)
+        shown = f"{title}{_NOT_LEARNT}" if task in unlearnt else str(title)
+        table.spread(shown, heads, spread(scored, "value", runs.methods), points, mark_best=task not in unlearnt)
+    compared = [task for task in runs.tasks if task not in unlearnt]
     # A run that lacks a set has no average, nor a seed that lacks a task.
-    averages = sets.groupby(["method", "task", "seed"]).value.agg(lambda values: values.mean(skipna=False))
+    averages = (
+        sets[sets.task.isin(compared)]
+        .groupby(["method", "task", "seed"])
+        .value.agg(lambda values: values.mean(skipna=False))
+    )
     over_tasks = averages.groupby(["method", "seed"]).agg(["mean", "count"])
-    complete = over_tasks["mean"].where(over_tasks["count"] == len(runs.tasks)).rename("value").reset_index()
+    complete = over_tasks["mean"].where(over_tasks["count"] == len(compared)).rename("value").reset_index()
     heads = ["average_mean", "average_std", "average_seeds"]
     table.spread("average", heads, spread(complete, "value", runs.methods), points, mark_best=True)
     table.caption = f"{seeds_sentence(runs)} {_sets_sentence(runs, metric)} {protocol(runs)}"
-    _add_costs_and_difference(table, runs, averages.reset_index(), "value", baseline)
+    _add_costs_and_difference(table, runs, averages.reset_index(), "value", baseline, unlearnt)
     table.notes = [*table.notes, *_unreadable(runs, sets), *_examples(runs)]
+    return table
+
+
+def ranks_table(runs: Runs) -> Table:
+    """Return which ranks were found and trained, and how they fit the planted ones where these are known."""
+    cells = [(method, task) for task in runs.tasks for method in runs.methods if len(runs.of(method, task))]
+    table = Table([method for method, _ in cells], len(runs.seeds))
+    table.add("task", [task for _, task in cells], task=[task for _, task in cells])
+    planted = [result.get("planted") or {} for result in runs.reported.result]
+    fits: dict[str, Any] = (
+        {key: [one.get(key) for one in planted] for key in ("spearman", "pearson", "grew")} if any(planted) else {}
+    )
+    trained = [result.get("trained_rank") for result in runs.reported.result]
+    frame = runs.reported.assign(trained_rank=trained, **fits)
+    titles = {"score": "score", "average_rank": "rank found", "trained_rank": "rank trained"}
+    for key, title in {**titles, **{key: key for key in fits}}.items():
+        one_by_one = [spread(frame[frame.task == task], key, [method]) for method, task in cells]
+        words = points if key in ("score", "grew") else decimals
+        heads = [f"{key}_{name}" for name in ("mean", "std", "seeds")]
+        # A method without ranks has runs, and no values.
+        found = pd.concat(one_by_one).assign(count=[len(runs.of(*cell)) for cell in cells])
+        table.spread(title, heads, found, words)
+    table.caption = (
+        "Rank found: at the end, mean over the matrices; rank trained: trainable parameters, averaged over the "
+        f"planned steps, over those of rank 1 in all matrices. {seeds_sentence(runs)} Scores in points "
+        f"(100 × metric). {protocol(runs)}"
+    )
+    if fits:
+        table.caption += (
+            " Spearman and Pearson: correlations of found and planted ranks over the matrices; grew: share of the "
+            "matrices, in percent, whose rank at the end is above that of the start."
+        )
     return table
 
 
@@ -144,8 +190,12 @@ def reset_table(runs: Runs) -> Table:
     table = Table(methods, len(runs.seeds))
     resets = ["/".join({_option(trial, "reset"): None for trial in runs.of(method).trial}) for method in methods]
     table.add("reset", resets, reset=resets)
+    unlearnt = not_learnt(runs.reported)
+    table.notes = list(unlearnt.values())
     for task in runs.tasks:
-        _add_scores(table, runs, task)
+        _add_scores(table, runs, task, task not in unlearnt)
+        if task in unlearnt:
+            continue
         for key, title in (("average_rank", "average rank"), ("effective_rank", "effective rank")):
             found = spread(runs.of(task=task), key, methods)
             table.spread(f"{task}, {title}", [f"{task}_{key}_mean", f"{task}_{key}_std"], found, decimals)
@@ -226,6 +276,7 @@ KINDS: Mapping[str, Callable[..., Table]] = {
     "main": main_table,
     "paired": paired_table,
     "sets": sets_table,
+    "ranks": ranks_table,
     "reset": reset_table,
     "time": time_table,
     "inner": inner_table,
@@ -255,30 +306,40 @@ def predicted_step(trial: Mapping[str, Any]) -> float | None:
     return round(interval * (1 + 1 / tolerance), 6) if tolerance else None
 
 
-def _add_scores(table: Table, runs: Runs, task: str) -> pd.DataFrame:
+def _add_scores(table: Table, runs: Runs, task: str, learnt: bool) -> pd.DataFrame:
     frame = runs.of(task=task)
     found = spread(frame, "score", table.methods)
     title = f"{task} ({'/'.join(frame.metric.unique())})" if len(frame) else task
-    table.spread(title, [f"{task}_{key}" for key in ("mean", "std", "seeds")], found, points, mark_best=True)
+    title += "" if learnt else _NOT_LEARNT
+    table.spread(title, [f"{task}_{key}" for key in ("mean", "std", "seeds")], found, points, mark_best=learnt)
     return found
 
 
-def _add_costs_and_difference(table: Table, runs: Runs, frame: pd.DataFrame, value: str, baseline: str | None) -> None:
+def _add_costs_and_difference(
+    table: Table,
+    runs: Runs,
+    frame: pd.DataFrame,
+    value: str,
+    baseline: str | None,
+    unlearnt: Mapping[str, str],
+) -> None:
     """Add seeds, trainable parameters (means over tasks of the means over seeds) and the difference over all tasks."""
+    compared = [task for task in runs.tasks if task not in unlearnt]
+    frame = frame[frame.task.isin(compared)]
     numbers = [span([len(runs.of(method, task)) for task in runs.tasks]) for method in runs.methods]
     table.add("seeds", numbers, planned_seeds=[len(runs.seeds)] * len(numbers))
     for title, key in (("trainable at start", "initial_parameters"), ("trainable on average", "average_parameters")):
         means = runs.reported.groupby(["method", "task"])[key].mean().groupby("method").mean()
         table.numbers(title, key, means.reindex(runs.methods).tolist(), amount)
     table.caption += f" {parameters_sentence(runs)}"
-    if baseline is not None:
+    if baseline is not None and compared:
         found = paired_differences(frame, value, baseline, runs.methods)
-        table.difference(f"− {baseline}", "", found, len(runs.tasks) * len(runs.seeds))
+        table.difference(f"− {baseline}", "", found, len(compared) * len(runs.seeds))
         table.notes = interval_notes(found, baseline)
         table.caption += f" {difference_sentence(runs, baseline)}"
     failed = runs.in_state("failed").groupby("method").name.agg(" ".join)
     table.raw("failed", failed.reindex(runs.methods).fillna(""))
-    table.notes = [*table.notes, *stopped_early(runs)]
+    table.notes = [*unlearnt.values(), *table.notes, *stopped_early(runs)]
 
 
 def _set_scores(runs: Runs, metric: str | None) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from aroma.errors import bad_value
 from aroma.files import write_text
 
 from ..settings import apply_overrides, describe, nest, read_mapping, typed_fields
-from ..specs import DataSpec, Recipe, adapter_keys, adapter_options
+from ..specs import MADE_KEYS, DataSpec, Recipe, adapter_keys, adapter_options
 from ..tasks.spec import TaskSpec
 from .files import TrialFiles
 from .trial import Trial
@@ -138,6 +138,8 @@ def run_recipe(
 
 
 def _task_name(data: DataSpec) -> str:
-    """Return a name for tables: of the data set's configuration, of the data set, or of the training file."""
+    """Return a name for tables: of the data set's configuration, the data set, the training file, or what is made."""
+    if data.task in MADE_KEYS:
+        return data.task
     path = data.name or Path((data.train or "").partition("+")[0]).stem
     return re.sub(r"[^\w.-]", "-", data.config or Path(path).name).strip(".-") or "data"

@@ -11,6 +11,7 @@ from torch import Tensor
 from aroma.errors import NonFiniteError, bad_value
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
+from ..methods.head import head_of
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
@@ -37,9 +38,12 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     ranks = method.ranks(model)
     # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
     size = getattr(method, "r", 1) if fit.growth is not None else 1
+    components = method.components(model)
     modules = fit.controller.summary() if fit.growth is not None else []
     events = run.home.events.read_text(encoding="utf-8").splitlines()
-    return {
+    of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
+    average = curve.average_parameters(run.steps)
+    result: dict[str, Any] = {
         "name": trial.name,
         "task": trial.task.name,
         "method": trial.method,
@@ -62,14 +66,16 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "stopped_early": method.trains and steps < run.steps,
         "parameters": {
             "initial": curve.parameters[0][1],
-            "average": curve.average_parameters(run.steps),
+            "average": average,
             "final": curve.parameters[-1][1],
             "head": count_trainable(model)["head"],
         },
-        **spectra_of(method.components(model), r=size),
+        "pooler": None if (pooler := head_of(model).pooler) is None else pooler._asdict(),
+        **spectra_of(components, r=size),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
+        "trained_rank": average / of_rank_one if of_rank_one else None,
         "states": {module.name: module.state for module in modules},
         **{name: round(value, 3) for name, value in recorder.usage.total().items()},
         "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
@@ -77,6 +83,12 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "processes": run.processes.num_processes,
         **run.provenance,
     }
+    if work.planted is not None:
+        from ..tasks.planted import compare_ranks
+
+        began = {name: changes[0][1] for name, changes in curve.ranks.items()}
+        result["planted"] = compare_ranks(work.planted, ranks, began)
+    return result
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:

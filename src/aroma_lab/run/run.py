@@ -163,10 +163,10 @@ def check_warmup(training: TrainSpec, steps: int) -> None:
 
 
 def check_growth(model: Any, steps: int) -> None:
-    """Raise ConfigError if a run of `steps` optimizer steps ends before a growing adapter's first inner check."""
+    """Raise ConfigError if a run of `steps` optimizer steps ends before a growing adapter decides anything."""
     for config in getattr(model, "peft_config", {}).values():
         if isinstance(config, AromaConfig):
-            config.resolve_inner_steps(steps)
+            config.check_length(steps)
 
 
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class Trial:
         data: Any = values.get("data")
         sections: dict[str, Any] = {
             "task": TaskSpec(**values["task"]),
-            "training": TrainSpec(**values["training"]),
+            # A record from before there was the choice: the pooler that the checkpoint had was frozen.
+            "training": TrainSpec(**{"train_pooler": False, **values["training"]}),
             "data": None if data is None else DataSpec(**data),
             "language": LanguageSpec(**values.get("language", {})),
         }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..specs import DataSpec, ModelSpec
+from aroma.errors import DataError, bad_value
+
+from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
+from ..tasks import memory, planted
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
 from ..tasks.metrics import CHOICE_METRIC
 from ..tasks.model import packaged_encoder
-from ..tasks.spec import HELD_OUT
+from ..tasks.sources import read_file, read_hub
+from ..tasks.spec import HELD_OUT, TaskSpec
 from ..tasks.task import Task
 from ..training.job import Job, Objective
 from .trial import Trial
@@ -29,6 +34,7 @@ class Work:
         held_out: Name of the held-out split.
         choice: Metric of the held-out split that a checkpoint is chosen by.
         traced: Splits that are evaluated during training, where any are.
+        planted: Ranks of the right answer by module; None where nobody knows it.
     """
 
     job: Job
@@ -36,6 +42,7 @@ class Work:
     held_out: str
     choice: str
     traced: tuple[str, ...]
+    planted: Mapping[str, int] | None = None
 
     @property
     def objective(self) -> Objective:
@@ -54,16 +61,24 @@ def work_of(trial: Trial) -> Work:
     if name == "minilm" and not Path(name).is_dir():
         name = str(packaged_encoder())
     model = ModelSpec(name, trial.gguf_file, trial.dtype, trial.quantization)
+    if trial.data is not None and trial.data.task in MADE_KEYS:
+        return _work_of_made(trial, trial.data, trial.data.task, _VALIDATION, name)
     if trial.data is not None:
         return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
+    if trial.task.kind in MADE_KEYS:
+        return _work_of_made(trial, trial.task, trial.task.kind, HELD_OUT, name)
     if trial.task.kind == "commonsense":
+        if trial.training.train_pooler != "auto":
+            remedy = "a language model has no pooler; leave it out"
+            raise bad_value("training.train_pooler", trial.training.train_pooler, remedy)
         from ..language.job import QuestionsJob
 
         questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
         return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
     data = load_task(trial.task, reported=reported)
     task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
-    job = ClassifierJob.make(model, task, {"train": data.train, HELD_OUT: data.held_out, **data.reported})
+    parts = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
+    job = ClassifierJob.make(model, task, parts, trial.training.train_pooler)
     return Work(job, data.metric, HELD_OUT, data.metric, job.evaluated)
 
 
@@ -74,6 +89,51 @@ def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:
         job: Job = LanguageJob.make(model, trial.language, data.max_length, read_parts(data, trial.language))
         return Work(job, "loss", _VALIDATION, "loss", (_VALIDATION,))
     parts = load_splits(data)
-    job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts)
+    job = ClassifierJob.make(model, Task.of(data, names_of(parts["train"])), parts, trial.training.train_pooler)
     metric = CHOICE_METRIC[data.task]
     return Work(job, metric, _VALIDATION, metric, (_VALIDATION,))
+
+
+def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: str, encoder: str) -> Work:
+    """Return the work of a task whose right answer is made; `encoder` is the pretrained model, if it needs one."""
+    for key in ("dtype", "quantization", "gguf_file"):
+        if (value := getattr(trial, key)) not in ("float32", None):
+            raise bad_value(key, value, f"a task of kind {kind} is made for weights in float32; leave it out")
+    seed = trial.training.seed if spec.seed is None else spec.seed
+    if kind == "planted_encoder":
+        texts = _split_texts_of(spec, held_out)
+        job = planted.PlantedJob.of_encoder(spec, held_out, seed, encoder, texts, spec.max_length)
+        return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+    if trial.model != MADE:
+        raise bad_value("model", trial.model, f"a task of kind {kind} makes its own; give {MADE}")
+    if trial.training.group_by_length:
+        remedy = f"examples of a task of kind {kind} are of one length; leave it out"
+        raise bad_value("training.group_by_length", True, remedy)
+    if kind == "memory":
+        # What was trained on is what is asked for: a pair that was held out could not be known.
+        return Work(memory.MemoryJob.make(spec, seed), memory.METRIC, memory.PAIRS, memory.METRIC, (memory.PAIRS,))
+    job = planted.PlantedJob.of_net(spec, held_out, seed)
+    return Work(job, planted.METRIC, held_out, planted.METRIC, job.evaluated, job.planted)
+
+
+def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:
+    """Read the texts that a planted encoder sees, by split."""
+    column, where = spec.text or "text", spec.field("train")
+    if isinstance(spec, DataSpec):
+        hub, file, key = spec.name, Path(spec.train or ""), "data.name"
+        share, of_share, wanted = spec.validation_fraction, "validation_fraction", None
+    else:
+        folder, key = Path(spec.source or ""), spec.field("source")
+        hub, file = None if folder.is_dir() else spec.source, folder / (spec.train or "train.jsonl")
+        share, of_share, wanted = spec.held_out, "held_out", spec.train_examples
+    if hub is None:
+        _, columns = read_file(where, str(file), [[column]])
+    else:
+        _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]], key)
+    texts = planted.split_texts(columns[column], share, spec.split_seed, held_out, spec.field(of_share))
+    if wanted is not None:
+        if wanted > len(texts["train"]):
+            remedy = f"{len(texts['train'])} are left beside the others; give at most so many, or null"
+            raise spec.bad("train_examples", wanted, remedy, DataError)
+        texts["train"] = texts["train"][:wanted]
+    return texts

@@ -29,7 +29,8 @@ Settings = dict[str, Any]
 """Values by dotted key; `model` stands alone."""
 
 Override = dict[str, Any]
-"""Settings, and the lists `task` and `method` of those that they apply to; all, where a list is missing."""
+"""Settings, and the lists `task` and `method` of those that they apply to; all, where a list is missing. Those of a
+selection can have `over`, whose lists replace the selection's for these tasks and methods; null: it is not tried."""
 
 Chosen = Mapping[str, Mapping[str, Settings]]
 """The settings that a selection chose, by task and method."""
@@ -44,6 +45,11 @@ KEY = "key"
 NUMBER = "number"
 """Number of a search's trial."""
 
+OVER = "over"
+"""In an override of a selection: what is tried in place of the selection's own lists."""
+DATA = "{data}"
+"""Stands, in the source of a task, for the folder `data` of the grid."""
+
 _FOLDERS = {"select", "search"}
 """Folders, below the runs, of trials that are not reported."""
 
@@ -56,13 +62,16 @@ class Selection:
         over: Values to try, by dotted key; every combination is tried.
         seed: Seed of all these runs.
         training: Training settings that differ in them, such as a smaller `max_steps`.
-        overrides: Further settings of some of them; later ones win.
+        overrides: Further settings of some of them, and as `over` other values to try; later ones win.
+        widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of what
+            was tried; see `selection.widened`.
     """
 
     over: dict[str, list[Any]]
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
+    widen: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Grid:
         processes: Trials at a time on this machine, each in a process of its own.
         overrides: Settings of some of the trials; later ones win.
         select: How settings are chosen; None: nothing is chosen.
+        data: Folder that `{data}` stands for in the source of a task, as in `{data}/mrpc`; None: no source names it.
         dtype: Type of the pretrained weights; see `ModelSpec`.
         quantization: Quantization of the pretrained weights; see `ModelSpec`.
         study: Name of the Optuna study; None: the name of the output folder.
@@ -96,6 +106,7 @@ class Grid:
     processes: int = 1
     overrides: tuple[Override, ...] = ()
     select: Selection | None = None
+    data: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["nf4", "int8"] | None = None
     study: str | None = None
@@ -279,7 +290,7 @@ def section_of(settings: Settings, section: str) -> dict[str, Any]:
 
 
 def _overrides(
-    where: str, given: Sequence[Any] | None, tasks: Iterable[str], methods: Iterable[str]
+    where: str, given: Sequence[Any] | None, tasks: Iterable[str], methods: Iterable[str], selects: bool = False
 ) -> tuple[Override, ...]:
     made = []
     for index, entry in enumerate(given or ()):
@@ -292,28 +303,45 @@ def _overrides(
                     if label not in known:
                         remedy = f"the grid has no such {name}; it has {', '.join(known)}"
                         raise bad_value(f"{where}[{index}].{name}", label, remedy)
+        if selects and OVER in settings:
+            over = typed(f"{where}[{index}].{OVER}", settings.pop(OVER), dict[str, Any])
+            filters[OVER] = _values_to_try(over, f"{where}[{index}].{OVER}")
         made.append({**filters, **check_settings(settings, f"{where}[{index}].")})
     return tuple(made)
 
 
 def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterable[str]) -> Selection:
-    types = {"over": _MAPPING, "seed": int, "training": _MAPPING, "overrides": _NESTED["overrides"]}
+    types = {"over": _MAPPING, "seed": int, "training": _MAPPING, "overrides": _NESTED["overrides"], "widen": int}
     given = typed_fields(types, values, "select")
-    over: dict[str, list[Any]] = {}
-    for key, several in flatten(given.get("over") or {}, SECTIONS).items():
-        if not isinstance(several, list) or not several:
-            raise bad_value(f"select.over.{key}", several, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
-        over[key] = [_setting(key, value, "select.over.") for value in several]
-        if any(value in over[key][:index] for index, value in enumerate(over[key])):
-            raise bad_value(f"select.over.{key}", several, "it has a value twice; give each once")
+    over = _values_to_try(given.get("over") or {}, "select.over")
     if not over:
         example = "{training.learning_rate: [5.0e-4, 1.0e-3]}"
         raise bad_value("select.over", given.get("over"), f"name what to try, such as {example}")
-    if given.get("seed", 0) < 0:
-        raise bad_value("select.seed", given["seed"], "give 0 or more")
+    if None in over.values():
+        key = next(key for key, several in over.items() if several is None)
+        raise bad_value(f"select.over.{key}", None, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
+    for key in ("seed", "widen"):
+        if given.get(key, 0) < 0:
+            raise bad_value(f"select.{key}", given[key], "give 0 or more")
     training = section_of(check_settings({"training": given.get("training")}, "select."), "training")
-    overrides = _overrides("select.overrides", given.get("overrides"), tasks, methods)
-    return Selection(over, given.get("seed", 0), training, overrides)
+    overrides = _overrides("select.overrides", given.get("overrides"), tasks, methods, selects=True)
+    for index, entry in enumerate(overrides):
+        for key in entry.get(OVER, {}).keys() - over.keys():
+            remedy = f"it replaces a list of select.over, which has {', '.join(over)}; name it there"
+            raise bad_value(f"select.overrides[{index}].{OVER}.{key}", entry[OVER][key], remedy)
+    return Selection(over, given.get("seed", 0), training, overrides, given.get("widen", 0))
+
+
+def _values_to_try(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return lists of values by dotted key, each value of its field's type; None for a key that is not tried."""
+    over: dict[str, Any] = {}
+    for key, several in flatten(given, SECTIONS).items():
+        if several is not None and (not isinstance(several, list) or not several):
+            raise bad_value(f"{where}.{key}", several, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
+        over[key] = None if several is None else [_setting(key, value, f"{where}.") for value in several]
+        if several is not None and any(value in over[key][:index] for index, value in enumerate(over[key])):
+            raise bad_value(f"{where}.{key}", several, "it has a value twice; give each once")
+    return over
 
 
 # Its trials ---------------------------------------------------------------------------------------------------------
@@ -334,12 +362,16 @@ def expand(grid: Grid, chosen: Chosen | None = None) -> list[Trial]:
     ]
 
 
-def overridden(overrides: Iterable[Override], task: str, method: str) -> Settings:
-    """Return the settings of the overrides that apply to trials of a task and method; later ones win."""
+def overridden(overrides: Iterable[Override], task: str, method: str, part: str | None = None) -> Settings:
+    """Return the settings of the overrides that apply to trials of a task and method; later ones win.
+
+    `part`: `"over"` for what a selection tries instead of its own lists.
+    """
     found: Settings = {}
     for entry in overrides:
         if task in entry.get("task", [task]) and method in entry.get("method", [method]):
-            found |= {key: value for key, value in entry.items() if key not in ("task", "method")}
+            settings = entry.get(part, {}) if part else entry
+            found |= {key: value for key, value in settings.items() if key not in ("task", "method", OVER)}
     return found
 
 
@@ -358,7 +390,7 @@ def make_trial(
     return Trial(
         name=name,
         model=resolved.get("model", grid.model),
-        task=replace(grid.tasks[task], **section_of(resolved, "task")),
+        task=_with_data(replace(grid.tasks[task], **section_of(resolved, "task")), grid.data),
         method=method,
         kind=options.pop("kind"),
         options=options,
@@ -367,6 +399,15 @@ def make_trial(
         dtype=grid.dtype,
         quantization=grid.quantization,
     )
+
+
+def _with_data(task: TaskSpec, data: str | None) -> TaskSpec:
+    """Return a task whose source names the folder of data."""
+    if task.source is None or DATA not in task.source:
+        return task
+    if data is None:
+        raise bad_value("data", None, f"tasks.{task.name}.source={task.source!r} is below it; give the folder")
+    return replace(task, source=task.source.replace(DATA, data))
 
 
 def check_methods(trials: Iterable[Trial]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,7 +15,7 @@ from ..run.trial import Trial
 from .engine import Engine, Watch
 from .grid import Chosen, Grid, attributes_of, check_methods, check_tasks, expand
 from .process import WORKER_MODULE, tidy
-from .selection import Candidate, candidates, choose, chosen_settings
+from .selection import Candidate, candidates, choose, chosen_settings, widened
 from .status import ROUND, State, Status, require_no_conflicts
 
 GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
@@ -78,6 +78,9 @@ def run_grid(
         write_text(grid.folder / GRID_FILE, _HEADER + resolved)
         outcome = GridOutcome([], [], [])
         _run_stage(engine, first, retry_failed, outcome)
+        while further := _widened(part, tried, engine.status()):
+            tried = [*tried, *further]
+            _run_stage(engine, [trial for trial, _ in further], retry_failed, outcome)
         if tried:
             chosen = _select(grid, tried, engine.status(), outcome)
             _run_stage(engine, expand(part, chosen), retry_failed, outcome)
@@ -144,7 +147,7 @@ def _select(grid: Grid, tried: Sequence[Candidate], status: Status, outcome: Gri
     def begun(trial: Trial) -> bool:
         return status.files(trial).root.exists() or status.of(trial) is not None
 
-    everything = candidates(grid)
+    everything = _all_candidates(grid, status)
     pairs = {(trial.task.name, trial.method) for trial, _ in everything if begun(trial)}
     everything = [one for one in everything if (one.trial.task.name, one.trial.method) in pairs]
     write_json(grid.folder / SELECTION_FILE, _choose(everything, status))
@@ -160,7 +163,7 @@ def _select(grid: Grid, tried: Sequence[Candidate], status: Status, outcome: Gri
 
 def _states(grid: Grid, status: Status) -> list[tuple[Trial, State]]:
     """Return all trials with their states. Until the selection has finished, the reported trials are new."""
-    tried = candidates(grid)
+    tried = _all_candidates(grid, status)
     states = [(trial, status.state(trial)) for trial, _ in tried]
     if all(state in ("finished", "failed") for _, state in states):
         chosen = chosen_settings(_choose(tried, status)) if tried else None
@@ -169,9 +172,32 @@ def _states(grid: Grid, status: Status) -> list[tuple[Trial, State]]:
     return states + [(trial, "new") for trial in expand(grid, assumed)]
 
 
-def _choose(tried: Sequence[Candidate], status: Status) -> dict[str, dict[str, object]]:
+def _all_candidates(grid: Grid, status: Status) -> list[Candidate]:
+    """Return what a selection tries, with what it was widened by so far and the candidates that are due next."""
+    tried = candidates(grid)
+    while further := _widened(grid, tried, status):
+        tried += further
+    return tried
+
+
+def _widened(grid: Grid, tried: Sequence[Candidate], status: Status) -> list[Candidate]:
+    """Return the next candidates of the tasks and methods whose candidates have all ended."""
+    if grid.select is None or not grid.select.widen:
+        return []
+    open_pairs = {
+        (trial.task.name, trial.method) for trial, _ in tried if status.state(trial) not in ("finished", "failed")
+    }
+    ended = [one for one in tried if (one.trial.task.name, one.trial.method) not in open_pairs]
+    return widened(grid, ended, _outcomes(ended, status))
+
+
+def _choose(tried: Sequence[Candidate], status: Status) -> dict[str, dict[str, Any]]:
+    return choose(tried, _outcomes(tried, status))
+
+
+def _outcomes(tried: Sequence[Candidate], status: Status) -> dict[str, tuple[float, float]]:
     outcomes = {trial.name: status.outcome(trial) for trial, _ in tried}
-    return choose(tried, {name: outcome for name, outcome in outcomes.items() if outcome is not None})
+    return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
 def _require_own(path: Path) -> None:

@@ -39,7 +39,7 @@ from .storage import JOURNAL_FILE, without_password
 
 SEARCH_FILE = "search.json"
 
-_OF_A_MACHINE = {"output", "processes", "study", "heartbeat", "select", "trials"}
+_OF_A_MACHINE = {"output", "processes", "study", "heartbeat", "select", "trials", "data"}
 """Keys in which the machines of a study may differ, and `select`, which a search does not have."""
 _WRITE = (
     "write {low: 1e-4, high: 1e-2, log: true}, {low: 1, high: 8}, {low: 0.1, high: 0.5, step: 0.1} or "

@@ -1,4 +1,8 @@
-"""Settings chosen on held-out training data, per task and method."""
+"""Settings chosen on held-out training data, per task and method.
+
+An optimum at the edge of what was tried says nothing about what lies beyond. `beyond` gives the next value, which
+tables ask for and a selection with `widen` tries by itself.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..run.trial import Trial
-from .grid import Chosen, Grid, Settings, make_trial, overridden
+from .grid import OVER, Chosen, Grid, Settings, make_trial, overridden
 
 
 class Candidate(NamedTuple):
@@ -19,22 +23,96 @@ class Candidate(NamedTuple):
 
 
 def candidates(grid: Grid) -> list[Candidate]:
-    """Return what a grid's selection tries; nothing for a grid without one.
+    """Return what a grid's selection tries before it is widened; nothing for a grid without one.
 
     Raises:
         ConfigError: A value that cannot work.
     """
     if grid.select is None:
         return []
-    keys, products = list(grid.select.over), list(itertools.product(*grid.select.over.values()))
+    return [
+        candidate
+        for task, method in itertools.product(grid.tasks, grid.methods)
+        for candidate in _of_pair(grid, task, method, _points(tried_values(grid, task, method)))
+    ]
+
+
+def tried_values(grid: Grid, task: str, method: str) -> dict[str, list[Any]]:
+    """Return the values that a grid's selection tries for a task and a method, by dotted key."""
+    assert grid.select is not None, "candidates and widened check it"
+    over: dict[str, Any] = {**grid.select.over, **overridden(grid.select.overrides, task, method, OVER)}
+    return {key: values for key, values in over.items() if values is not None}
+
+
+def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
+    """Return what a selection tries next because its best values lie at the edge of what it has tried.
+
+    For each task and method whose candidates have all ended, and each number that lies at an edge, there is one more
+    candidate: the chosen values, with this number replaced by the one `beyond` it. A key gets at most `select.widen`
+    values more than the grid lists for it.
+
+    Args:
+        grid: The grid.
+        tried: All candidates so far.
+        outcomes: Score and negative loss, by name of the trial; of those that have ended, a failed one has none.
+    """
+    selection, found = choose(tried, outcomes), []
+    for task, methods in selection.items():
+        for method, entry in methods.items():
+            listed = tried_values(grid, task, method)
+            points = [values for values, _ in entry["tried"]]
+            for key, value in edges(points, entry["chosen"] or {}).items():
+                added = {point[key] for point in points} - set(listed[key])
+                point = {**entry["chosen"], key: value}
+                if grid.select is not None and len(added) < grid.select.widen and point not in points:
+                    found += _of_pair(grid, task, method, [point])
+    return found
+
+
+def edges(tried: Sequence[Settings], chosen: Settings) -> dict[str, float]:
+    """Return the chosen numbers that are the smallest or largest of those tried, each with the value `beyond` it.
+
+    Args:
+        tried: All combinations of values that were tried.
+        chosen: The best of them.
+    """
+    found = {}
+    for key, value in chosen.items():
+        numbers: set[Any] = {one.get(key) for one in tried}
+        if all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+            found[key] = beyond(sorted(numbers), value)
+    return {key: further for key, further in found.items() if further is not None}
+
+
+def beyond(values: Sequence[float], value: float) -> float | None:
+    """Return the number that continues ascending `values` beyond their edge `value`; None if it is no edge.
+
+    Positive numbers go on by the quotient of the last two, others by their difference, to three digits; whole numbers
+    stay whole, and none changes its sign. A single value has no neighbour to go on from, and is no edge.
+    """
+    if len(values) < 2 or value not in (values[0], values[-1]):
+        return None
+    last, inner = (values[0], values[1]) if value == values[0] else (values[-1], values[-2])
+    further = float(f"{last * last / inner if values[0] > 0 else 2 * last - inner:.3g}")
+    if all(isinstance(one, int) for one in values):
+        further = round(further)
+    changes_sign = further < 0 <= values[0] or further <= 0 < values[0]
+    return None if changes_sign or further in values else further
+
+
+def _points(over: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    return [dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())]
+
+
+def _of_pair(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
+    """Return a candidate for each combination of values that is tried for a task and a method."""
+    assert grid.select is not None, "its callers check it"
     training = {f"training.{key}": value for key, value in grid.select.training.items()}
-    found = []
-    for task, method in itertools.product(grid.tasks, grid.methods):
-        settings = training | overridden(grid.select.overrides, task, method)
-        for label, point in zip(_labels(keys, products), products, strict=True):
-            values, name = dict(zip(keys, point, strict=True)), f"select/{task}/{method}/{label}"
-            trial = make_trial(grid, task, method, grid.select.seed, name, settings | values, "select")
-            found.append(Candidate(trial, values))
+    settings, found = training | overridden(grid.select.overrides, task, method), []
+    for label, values in zip(_labels(points), points, strict=True):
+        name = f"select/{task}/{method}/{label}"
+        trial = make_trial(grid, task, method, grid.select.seed, name, settings | values, "select")
+        found.append(Candidate(trial, values))
     return found
 
 
@@ -70,12 +148,13 @@ def chosen_settings(selection: Mapping[str, Mapping[str, Any]]) -> Chosen:
     }
 
 
-def _labels(keys: Sequence[str], products: Sequence[Sequence[Any]]) -> list[str]:
+def _labels(points: Sequence[Settings]) -> list[str]:
     """Return a folder name for each combination of values: `learning_rate=0.001,r=8`."""
+    keys = list(points[0]) if points else []
     last = [key.rpartition(".")[2] for key in keys]
     names = [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
-    texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point] for point in products]
-    labels = [",".join(map("=".join, zip(names, values, strict=True))) for values in texts]
+    texts = [[re.sub(r"[^\w.+-]+", "_", str(value))[:40] for value in point.values()] for point in points]
+    labels = [",".join(map("=".join, zip(names, values, strict=True))) or "as-given" for values in texts]
     if len(set(labels)) < len(labels):  # values that differ only in characters that a folder name cannot have
         labels = [f"{index}-{label}" for index, label in enumerate(labels)]
     return labels

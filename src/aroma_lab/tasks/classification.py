@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding
 
 from aroma.errors import bad_value
 
+from ..methods.head import TrainPooler
 from ..specs import ModelSpec
 from ..training.job import Objective, Prediction
 from .metrics import CHOICE_METRIC, loss_of, metrics_of
@@ -108,15 +109,19 @@ class ClassifierJob:
         task: What the outputs mean.
         parts: Examples by split, `train` among them.
         tokenizer: The model's.
+        train_pooler: Whether the encoder's pooler trains with the head; see `TrainSpec`.
     """
 
     model: ModelSpec
     task: Task
     parts: Mapping[str, Dataset]
     tokenizer: Any
+    train_pooler: TrainPooler = "auto"
 
     @classmethod
-    def make(cls, model: ModelSpec, task: Task, parts: Mapping[str, Dataset]) -> ClassifierJob:
+    def make(
+        cls, model: ModelSpec, task: Task, parts: Mapping[str, Dataset], train_pooler: TrainPooler = "auto"
+    ) -> ClassifierJob:
         """Return the job, with the model's tokenizer.
 
         Raises:
@@ -125,7 +130,7 @@ class ClassifierJob:
         assert model.name is not None, "Recipe and Trial check it"
         tokenizer = load_tokenizer(model.name, task.max_length)
         check_positions(model.name, task.max_length)
-        return cls(model, task, parts, tokenizer)
+        return cls(model, task, parts, tokenizer, train_pooler)
 
     @cached_property
     def objective(self) -> Objective:
@@ -164,7 +169,7 @@ class ClassifierJob:
 
     def load_model(self) -> Any:
         """Return the pretrained model with a fresh head."""
-        return load_classifier(self.model, self.task.label_names, self.tokenizer.pad_token_id)
+        return load_classifier(self.model, self.task.label_names, self.tokenizer.pad_token_id, self.train_pooler)
 
     def predict(self, trainer: Any, split: str) -> Prediction:
         """Return the metrics of a whole split, computed in one call, and its loss."""

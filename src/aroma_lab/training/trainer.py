@@ -22,6 +22,7 @@ from aroma.events import Event
 from aroma.files import read_tensors, write_tensors
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
+from aroma.sharding import world_size
 
 from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, HooksCallback, trained_tensors
@@ -104,6 +105,9 @@ def make_trainer(
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
     bar = RichProgress(growth) if progress else None
+    train, held_out = method.hold_out(train, _passes(training, len(train)))
+    if growth is not None:
+        growth.growth_dataset = held_out
     trainer = (objective.trainer.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         counts_items=objective.counts_items,
@@ -122,6 +126,14 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
     return Fit(trainer, growth, bar)
+
+
+def _passes(training: TrainSpec, examples: int) -> float:
+    """Return how often a run sees each of its examples."""
+    if training.max_steps is None:
+        return training.epochs
+    batch = training.batch_size * training.gradient_accumulation_steps * world_size()
+    return training.max_steps * batch / examples
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:

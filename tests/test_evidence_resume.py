@@ -1,0 +1,228 @@
+"""Growth by evidence resumes to the bit, in a plain loop and in the Trainer, from every phase of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import TrainerCallback
+
+from aroma.errors import CheckpointError, ConfigError
+from evidence_runs import (
+    PHASES,
+    STEPS,
+    Loop,
+    Net,
+    bert,
+    bert_trainer,
+    births,
+    growth_dataset,
+    held_out,
+    net,
+    rows,
+)
+from trainer_runs import assert_same, growth, live, on_disk, tiny_bert
+
+# A plain loop --------------------------------------------------------------------------------------------------------
+
+
+def shuffled() -> DataLoader[Any]:
+    """Held-out batches in an order that is drawn, as a user's DataLoader has it."""
+    return DataLoader(TensorDataset(*rows(200, seed=2)), batch_size=8, shuffle=True)
+
+
+OPTIONS: dict[str, Any] = {
+    "first pass alone": dict,
+    "held out in every phase": lambda: {"steps_per_pass": 3, "growth_batches": held_out()},
+    "held out in growth, shuffled": lambda: {
+        "model": net(significance=0.7),
+        "steps_per_pass": 34,
+        "growth_batches": shuffled(),
+    },
+    "one slot": lambda: {"model": net(slots=1)},
+    "dropout, no exact scale": lambda: {"model": net(lora_dropout=0.2, lora_alpha=3)},
+    "bfloat16": lambda: {"model": net(Net().bfloat16(), lora_alpha=3)},
+    "float64": lambda: {"model": net(Net().double())},
+    "SGD": lambda: {"optimizer": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(3)
+    whole, states = Loop(**OPTIONS[name]()), {}
+    for phase, step in PHASES.items():
+        whole.go_on(step).save(tmp_path / phase)
+        states[phase] = torch.get_rng_state()
+    expected = whole.go_on().came_to()
+    assert {event.kind for event in whole.events} >= {"born", "settled"}
+    assert any(event.step > PHASES["growth"] for event in whole.events), "it is to grow after the questions"
+    for phase, step in PHASES.items():
+        torch.manual_seed(99)
+        resumed = Loop.resumed(tmp_path / phase, step, **OPTIONS[name]())
+        torch.set_rng_state(states[phase])
+        resumed.go_on()
+        assert_same(resumed.came_to(), expected, phase)
+        assert births(resumed.events) == [event for event in births(whole.events) if event[0] > step]
+
+
+def test_held_out_batches_leave_the_random_numbers_of_the_training_alone() -> None:
+    """A DataLoader that shuffles draws when it begins, and so does every round of it."""
+    drawn = []
+    for options in ({}, {"steps_per_pass": 3, "growth_batches": shuffled()}):
+        torch.manual_seed(3)
+        Loop(**options).go_on()
+        drawn.append(torch.get_rng_state())
+    assert torch.equal(*drawn)
+
+
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    whole = Loop().go_on(PHASES["growth"])
+    whole.save(tmp_path)
+    resumed = Loop.resumed(tmp_path, PHASES["growth"])
+    resumed.growth.controller.modules[0].flips += 1
+    with pytest.raises(AssertionError):
+        assert_same(resumed.came_to(), whole.came_to())
+
+
+def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
+    Loop().go_on(PHASES["trial"]).save(tmp_path)
+    with pytest.raises(ConfigError, match=r"duel_factor=0\.5 \(checkpoint: 0\.01\)"):
+        Loop.resumed(tmp_path, PHASES["trial"], model=net(duel_factor=0.5))
+    with pytest.raises(ConfigError, match=r"slots=2 \(checkpoint: 3\)"):
+        Loop.resumed(tmp_path, PHASES["trial"], model=net(slots=2), optimizer=lambda p: _Any(p))
+
+
+class _Any(torch.optim.AdamW):
+    """Takes any state."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Leave everything."""
+
+
+def test_an_adapter_of_another_moment_is_refused(tmp_path: Path) -> None:
+    loop = Loop().go_on(PHASES["growth"])
+    loop.save(tmp_path / "early")
+    loop.go_on(PHASES["after a birth"]).save(tmp_path / "late")
+    (tmp_path / "early" / "adapter_model.safetensors").write_bytes(
+        (tmp_path / "late" / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(CheckpointError):
+        Loop.resumed(tmp_path / "early", PHASES["growth"])
+
+
+def test_a_saved_adapter_can_grow_further(tmp_path: Path) -> None:
+    """Loaded into a new run: what it has found stays, trains no more, and is grown upon."""
+    first = Loop().go_on()
+    first.save(tmp_path)
+    x = rows(16, seed=4)[0]
+    first.model.eval()
+    said, ranks = first.model(x), [summary.rank for summary in first.growth.controller.summary()]
+    model = net()
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    again = Loop(model)
+    again.attach()
+    model.eval()
+    torch.testing.assert_close(model(x), said)
+    again.go_on()
+    for before, now in zip(ranks, again.growth.controller.summary(), strict=True):
+        assert now.rank > before
+    again.save(tmp_path / "further")
+    plain = PeftModel.from_pretrained(Net(), tmp_path / "further").eval()
+    model.eval()
+    torch.testing.assert_close(plain(x), model(x))
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+class SaveAt(TrainerCallback):
+    def __init__(self, steps: Any) -> None:
+        self.steps = set(steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self.steps:
+            control.should_save = True
+
+
+TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "training batches": ({}, {}),
+    "growth dataset": ({"growth": {"growth_dataset": growth_dataset()}}, {}),
+    "everything awkward": (
+        {
+            "growth": {"growth_dataset": growth_dataset(320)},
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_checkpointing": True,
+        },
+        {"lora_dropout": 0.1, "lora_alpha": 3},
+    ),
+    "bfloat16 pairs": ({}, {"half": True, "lora_alpha": 3}),
+    "bfloat16 autocast": ({"bf16": True}, {"lora_alpha": 3}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:From optimizer step")
+@pytest.mark.parametrize(
+    "name",
+    [name if number < 3 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(TRAININGS)],
+)
+def test_the_trainer_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
+    training, method = TRAININGS[name]
+    events: list[Any] = []
+    saving = {"callbacks": [SaveAt(PHASES.values())], "save_steps": STEPS}
+    whole = bert_trainer(tmp_path / "whole", events, bert(**method), **saving, **training)
+    whole.train()
+    expected = live(whole)
+    assert {event.kind for event in events} >= {"born", "settled"}
+    assert any(event.step > PHASES["growth"] for event in events), "it is to grow after the questions"
+    for step in PHASES.values():
+        again: list[Any] = []
+        resumed = bert_trainer(tmp_path / f"{step}", again, bert(**method), **saving, **training)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(live(resumed), expected, f"from step {step}")
+        assert births(again) == [event for event in births(events) if event[0] > step]
+        last = f"checkpoint-{STEPS}"
+        assert_same(on_disk(tmp_path / f"{step}" / last), on_disk(tmp_path / "whole" / last), f"from step {step}")
+
+
+@pytest.mark.filterwarnings("ignore:From optimizer step")
+def test_the_trainer_goes_back_to_the_best_checkpoint(tmp_path: Path) -> None:
+    """And the run can be evaluated, saved and looked at as it was then."""
+    best = PHASES["growth"]
+
+    trainer = bert_trainer(
+        tmp_path,
+        callbacks=[SaveAt(PHASES.values())],
+        eval_strategy="steps",
+        eval_steps=STEPS,
+        save_steps=STEPS,
+        load_best_model_at_end=True,
+    )
+
+    def remember(args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == best:
+            state.best_model_checkpoint, state.best_metric = str(tmp_path / f"checkpoint-{best}"), -1.0
+
+    keeper = TrainerCallback()
+    keeper.on_save = remember
+    trainer.add_callback(keeper)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    controller = growth(trainer).controller
+    saved = on_disk(tmp_path / f"checkpoint-{best}")
+    assert controller.global_step == best
+    assert_same(controller.state_dict(), saved["controller"])
+    trainer.save_model(str(tmp_path / "end"))
+    batch = {"input_ids": torch.arange(1, 9)[None]}
+    with torch.no_grad():
+        one, other = (
+            PeftModel.from_pretrained(tiny_bert(), tmp_path / folder).eval()(**batch).logits
+            for folder in ("end", f"checkpoint-{best}")
+        )
+        assert torch.equal(one, other)
+        torch.testing.assert_close(trainer.model.eval()(**batch).logits, one)

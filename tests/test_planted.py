@@ -1,0 +1,354 @@
+"""Planted ranks: the net is that of shared/research/planted.py, the same seed makes the same, metrics count right."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from aroma.errors import ConfigError, DataError
+from aroma_lab.methods import make_method
+from aroma_lab.methods.lora import Lora
+from aroma_lab.run.recipe import make_recipe, run_recipe
+from aroma_lab.run.run import run_trial
+from aroma_lab.run.trial import Trial
+from aroma_lab.run.work import work_of
+from aroma_lab.specs import TrainSpec
+from aroma_lab.study.grid import make_grid
+from aroma_lab.tasks.planted import (
+    GRADED,
+    PlantedNet,
+    compare_ranks,
+    load_encoder,
+    make_net,
+    plant,
+    planted_update,
+    relative_error,
+    split_texts,
+)
+from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.training.trainer import make_trainer
+from tiny_classifier import save_tiny_bert, write_json_lines
+from trial_runs import sentences
+
+LOOP = TrainSpec(
+    max_steps=6, batch_size=4, learning_rate=1e-2, warmup_steps=1, save_steps=3, logging_steps=2, max_grad_norm=0
+)
+SMALL: dict[str, Any] = {"layers": 4, "width": 8, "examples": 24, "ranks": [0, 2, 0, 1]}
+AROMA = {"inner_check_interval": 1, "max_inner_steps": 2, "rewarmup_steps": 0}
+
+
+def net_trial(kind: str = "lora", options: dict[str, Any] | None = None, **task: Any) -> Trial:
+    spec = TaskSpec(name="net", kind="planted_net", **{**SMALL, **task})
+    return Trial(f"net/{kind}/seed-0", "made", spec, kind, kind, options or {}, LOOP)
+
+
+def encoder_trial(material: Path, **task: Any) -> Trial:
+    given = {"source": str(material), "train": "texts.jsonl", "held_out": 0.2, "max_length": 16, "ranks": [0, 2]}
+    spec = TaskSpec(name="encoder", kind="planted_encoder", **{**given, **task})
+    return Trial("encoder/lora/seed-0", str(material / "model"), spec, "lora", "lora", {"r": 2}, LOOP)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    save_tiny_bert(folder / "model")
+    write_json_lines(folder / "texts.jsonl", sentences(30, seed=1))
+    return folder
+
+
+# The net -------------------------------------------------------------------------------------------------------------
+
+
+def reference(seed: int, noise: float, planted: list[int]) -> tuple[Any, ...]:
+    """Research/planted.py's `make` and `net`, 12 layers of 64, as they stand there."""
+
+    def net(weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        for w in weights:
+            h = h + 0.5 * torch.tanh(h @ w.t())
+        return h
+
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    base = torch.stack([draw(64, 64) / math.sqrt(64) for _ in range(12)])
+    ranks = [planted[i] for i in torch.randperm(12, generator=g).tolist()]
+    teacher = base.clone()
+    for layer, r in enumerate(ranks):
+        if r:
+            U, V = torch.linalg.qr(draw(64, r))[0], torch.linalg.qr(draw(64, r))[0]
+            teacher[layer] += (U * (0.7 + 0.6 * torch.rand(r, generator=g))) @ V.t()
+    X, fresh = draw(1500, 64), draw(2000, 64)
+    return base, teacher, ranks, X, net(teacher, X) + noise * draw(1500, 64), fresh, net(teacher, fresh)
+
+
+@pytest.mark.parametrize(
+    ("seed", "noise", "planted"), [(0, 0.1, list(GRADED)), (3, 0.5, [2] * 12), (1, 0.1, [0] * 12)]
+)
+def test_the_net_is_that_of_the_trials(seed: int, noise: float, planted: list[int]) -> None:
+    base, teacher, ranks, X, Y, fresh, truth = reference(seed, noise, planted)
+    given = None if planted == list(GRADED) else planted[:1]  # dealt out in turn, one rank is that of all
+    made = make_net(TaskSpec("net", kind="planted_net", noise=noise, ranks=given), seed)
+    assert torch.equal(made.base, base)
+    assert torch.equal(made.teacher, teacher)
+    assert list(made.ranks.values()) == ranks
+    assert torch.equal(made.inputs[0], X)
+    assert torch.equal(made.inputs[1], fresh)
+    torch.testing.assert_close(made.targets[0], Y)
+    torch.testing.assert_close(made.targets[1], truth)
+
+
+def test_the_same_seed_makes_the_same_and_another_makes_another() -> None:
+    spec = TaskSpec("net", kind="planted_net", **SMALL)
+    one, same, other = make_net(spec, 1), make_net(spec, 1), make_net(spec, 2)
+    assert torch.equal(one.teacher, same.teacher)
+    assert torch.equal(one.targets[0], same.targets[0])
+    assert not torch.equal(one.base, other.base)
+    job = work_of(net_trial(seed=2)).job
+    assert torch.equal(job.load_model().layers[0]["dense"].weight, other.base[0]), "the task's own seed wins"
+    trial = net_trial()
+    job = work_of(replace(trial, training=replace(LOOP, seed=2))).job
+    assert torch.equal(job.load_model().layers[0]["dense"].weight, other.base[0]), "else the training's"
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_an_update_has_its_rank_and_its_singular_values(rank: int) -> None:
+    sigma = torch.linalg.svdvals(planted_update(6, 9, rank, torch.Generator().manual_seed(0)))
+    assert ((sigma[:rank] >= 0.7) & (sigma[:rank] <= 1.3)).all()
+    assert (sigma[rank:] < 1e-6).all()
+
+
+# Metrics -------------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_over_those_of_the_base() -> None:
+    assert relative_error(2.0, 8.0, 10) == 0.25
+    assert relative_error(2.0, 0.0, 10) == 1.2, "nothing is planted"
+    work = work_of(net_trial())
+    trainer = type("Trainer", (), {"args": type("Args", (), {"per_device_eval_batch_size": 7})})()
+    for model, error in ((work.job.load_model(), 1.0), (PlantedNet.of(make_net(net_trial().task, 0).teacher), 0.0)):
+        trainer.model = model
+        found = work.job.predict(trainer, "fresh").metrics
+        assert found["error"] == pytest.approx(error, abs=1e-6)
+        assert found["explained"] == pytest.approx(1 - error, abs=1e-6)
+    nothing = work_of(net_trial(ranks=[0])).job
+    trainer.model = nothing.load_model()
+    assert nothing.predict(trainer, "fresh").metrics["error"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_found_ranks_against_planted_ones() -> None:
+    planted, began = {"a": 0, "b": 1, "c": 4}, {"a": 1, "b": 1, "c": 1}
+    found = compare_ranks(planted, {"a": 1, "b": 2, "c": 9}, began)
+    assert found["ranks"] == planted
+    assert (found["mean_planted"], found["mean_found"]) == (5 / 3, 4.0)
+    assert found["spearman"] == pytest.approx(1.0)
+    x, y = [-5 / 3, -2 / 3, 7 / 3], [-3.0, -2.0, 5.0]
+    assert found["pearson"] == pytest.approx(
+        sum(a * b for a, b in zip(x, y, strict=True)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+    )
+    assert (found["grew"], found["nonzero"]) == (2 / 3, 1.0)
+    reversed_ = compare_ranks(planted, {"a": 3, "b": 1}, began)  # c is not adapted: rank 0
+    assert reversed_["spearman"] == pytest.approx(-1.0)
+    assert reversed_["nonzero"] == 2 / 3
+    constant = compare_ranks(planted, {"a": 2, "b": 2, "c": 2}, began)
+    assert constant["spearman"] is constant["pearson"] is None
+    without = compare_ranks(planted, {}, {})
+    assert without["mean_found"] is without["grew"] is None
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("lora", {"r": 2}), ("adalora", {"init_r": 3, "target_r": 2}), ("full", {}), ("aroma", AROMA)],
+)
+def test_methods_train_on_a_net_through_the_one_runner(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    result = run_trial(net_trial(kind, options), tmp_path / "run")
+    planted = make_net(net_trial().task, 0).ranks
+    assert result["planted"]["ranks"] == planted
+    assert result["metric"] == "explained"
+    assert result["score"] == pytest.approx(1 - result["reported"]["fresh"]["error"])
+    assert set(result["ranks"]) == (set() if kind == "full" else set(planted))
+    if kind == "lora":
+        assert (result["planted"]["mean_found"], result["trained_rank"]) == (2.0, 2.0)
+        assert result["planted"]["grew"] == 0
+    if kind == "aroma":
+        curve = json.loads((tmp_path / "run/curve.json").read_text())
+        assert 0 < result["trained_rank"] <= 1.0, "one pair a matrix trains at a time"
+        grew = [result["ranks"][name] > curve["ranks"][name][0][1] for name in planted]
+        assert result["planted"]["grew"] == sum(grew) / len(grew)
+
+
+def test_a_recipe_trains_on_a_net(tmp_path: Path) -> None:
+    data = {"task": "planted_net", **SMALL}
+    loop = {"max_steps": 6, "batch_size": 4, "warmup_steps": 1, "save_steps": None}
+    values = {"model": {"name": "made"}, "data": data, "adapter": AROMA, "training": loop}
+    result = run_recipe(make_recipe({**values, "output": str(tmp_path / "run")}), progress=False)
+    assert result["name"] == "planted_net/aroma/seed-0"
+    assert result["planted"]["ranks"] == make_net(net_trial().task, 0).ranks
+
+
+@dataclass(frozen=True)
+class Oracle(Lora):
+    """LoRA that is told the ranks."""
+
+    planted: Any = None
+
+    def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
+        ranks = {name: rank for name, rank in self.planted.items() if rank}
+        alphas = {name: 2 * rank for name, rank in ranks.items()}
+        return LoraConfig(r=1, rank_pattern=ranks, alpha_pattern=alphas, target_modules=list(ranks))
+
+
+@pytest.mark.slow
+def test_lora_that_is_told_the_ranks_learns_everything(tmp_path: Path) -> None:
+    loop = replace(LOOP, max_steps=800, batch_size=16, warmup_steps=40, save_steps=None, scheduler="linear")
+    spec = TaskSpec("net", kind="planted_net", layers=6, width=32, ranks=[0, 0, 1, 2, 4, 4], noise=0.0)
+    trial = Trial("net/oracle/seed-0", "made", spec, "oracle", "lora", training=loop)
+    work = work_of(trial)
+    errors = {}
+    for method in (Oracle(planted=work.planted), make_method("lora", {"r": 1, "alpha": 2.0})):
+        model = method.build(work.job.load_model(), loop.max_steps)
+        fit = make_trainer(method, model, work.objective, loop, tmp_path, work.job.train, progress=False)
+        fit.train()
+        errors[type(method)] = work.job.predict(fit.trainer, "fresh").metrics["error"]
+    assert errors[Oracle] < 0.01
+    assert errors[Lora] > 10 * errors[Oracle], "rank 1 everywhere is not enough"
+
+
+# The encoder ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_learns_the_hidden_states_of_its_teacher(material: Path, tmp_path: Path) -> None:
+    trial = encoder_trial(material)
+    work = work_of(trial)
+    assert work.planted is not None
+    assert sorted(set(work.planted.values())) == [0, 2]
+    result = run_trial(trial, tmp_path / "run")
+    assert result["examples"] == {"train": 18, "held_out": 6, "fresh": 6}
+    assert result["planted"]["ranks"] == work.planted
+    assert set(result["ranks"]) == set(work.planted)
+    assert 0 < result["reported"]["fresh"]["error"] < 1, "it has learnt something"
+
+
+def test_a_teacher_differs_by_its_updates_alone(material: Path) -> None:
+    base = load_encoder(str(material / "model"))
+    ranks = dict(work_of(encoder_trial(material)).planted or {})
+    teacher = plant(base, ranks, 0.5, torch.Generator().manual_seed(0))
+    weights = dict(base.named_parameters())
+    for name, weight in teacher.named_parameters():
+        rank = ranks.get(name.removesuffix(".weight"), 0)
+        update = weight - weights[name]
+        if not rank:
+            assert not update.any()
+            continue
+        sigma = torch.linalg.svdvals(update)
+        size = 0.5 * float(weights[name].detach().norm()) / math.sqrt(min(update.shape))
+        assert (sigma[:rank] >= 0.69 * size).all()
+        assert (sigma[:rank] <= 1.31 * size).all()
+        assert (sigma[rank:] < 1e-3 * size).all()
+
+
+def test_the_loss_of_an_encoder_leaves_padding_out(material: Path) -> None:
+    job: Any = work_of(encoder_trial(material)).job
+    rows = [job.eval_sets["fresh"][place] for place in range(6)]
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert len(set(lengths)) > 1, "there is padding"
+    model = job.load_model().train()  # no dropout either
+    batch = job.objective.collator(rows)
+    with torch.no_grad():
+        squares = [
+            (model(**job.objective.collator([row])).logits - job.objective.collator([row])["labels"]).square().sum()
+            for row in rows
+        ]
+        loss = model(**batch).loss
+    torch.testing.assert_close(loss * model.unit, sum(squares) / (sum(lengths) * batch["labels"].shape[-1]))
+    whole = [job.objective.collator([row]) for split in job.evaluated for row in job.eval_sets[split]]
+    with torch.no_grad():
+        losses = [float(model(**one).loss) * int(one["attention_mask"].sum()) for one in whole]
+    assert sum(losses) / sum(int(one["attention_mask"].sum()) for one in whole) == pytest.approx(1.0, rel=1e-4)
+    base_error = sum(row["base_error"] for row in rows)
+    assert base_error == pytest.approx(float(sum(squares)), rel=1e-4)
+
+
+def test_texts_are_split_without_overlap() -> None:
+    texts: list[str | None] = [f"text {i % 20}" for i in range(60)] + [None, " "]
+    parts = split_texts(texts, 0.2, 0, "held_out", "tasks.x.held_out")
+    assert {split: len(part) for split, part in parts.items()} == {"train": 12, "held_out": 4, "fresh": 4}
+    assert len({text for part in parts.values() for text in part}) == 20
+    assert parts == split_texts(texts, 0.2, 0, "held_out", "tasks.x.held_out")
+    assert parts != split_texts(texts, 0.2, 1, "held_out", "tasks.x.held_out")
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"kind": "planted"}, r"tasks\.t\.kind='planted': give one of .*planted_net"),
+        ({"kind": "planted_net", "noise": -1}, r"tasks\.t\.noise=-1\.0: give 0 or more"),
+        ({"kind": "planted_net", "layers": 0}, r"tasks\.t\.layers=0: give 1 or more"),
+        ({"kind": "planted_net", "ranks": []}, r"tasks\.t\.ranks=\[\]: give one rank or more"),
+        ({"kind": "planted_net", "ranks": [-1]}, r"tasks\.t\.ranks=\[-1\]: give one rank or more"),
+        ({"kind": "planted_net", "strength": 2}, r"tasks\.t\.strength=2\.0: only tasks of kind planted_encoder"),
+        ({"kind": "planted_net", "train": "a.jsonl"}, r"tasks\.t\.train='a\.jsonl': tasks of kind planted_net do not"),
+        ({"kind": "planted_encoder", "strength": 0}, r"tasks\.t\.strength=0\.0: give a positive number"),
+        ({"kind": "planted_encoder", "label": "x"}, r"tasks\.t\.label='x': tasks of kind planted_encoder do not"),
+        ({"noise": 0.1}, r"tasks\.t\.noise=0\.1: only tasks of kind planted_net and planted_encoder have it"),
+    ],
+)
+def test_a_task_that_cannot_work_is_refused(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_grid({"output": "o", "model": "made", "tasks": {"t": task}, "methods": {"a": {"kind": "lora"}}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": {"ranks": [9]}}, r"tasks\.net\.ranks=\[9\]: no update of a matrix 8 wide has a rank of more than 8"),
+        ({"model": "minilm"}, r"model='minilm': a task of kind planted_net makes its own; give made"),
+        ({"training": replace(LOOP, group_by_length=True)}, r"training\.group_by_length=True: .* one length"),
+        ({"quantization": "nf4"}, r"quantization='nf4': a task of kind planted_net is made for weights in float32"),
+        ({"kind": "head_only"}, r"kind='head_only': PlantedNet has no head to train; leave the method out"),
+    ],
+)
+def test_a_trial_of_a_net_that_cannot_work_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trial = net_trial(**change.pop("task", {}))
+    with pytest.raises(ConfigError, match=message):
+        run_trial(replace(trial, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_without_enough_texts_or_room_is_refused(material: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tasks\.encoder\.ranks=\[99\]: no update of a matrix \d+ wide"):
+        work_of(encoder_trial(material, ranks=[99]))
+    with pytest.raises(DataError, match=r"tasks\.encoder\.held_out=0\.6: 30 different texts cannot be split so"):
+        work_of(encoder_trial(material, held_out=0.6))
+    with pytest.raises(DataError, match=r"tasks\.encoder\.train_examples=19: 18 are left beside the others"):
+        work_of(encoder_trial(material, train_examples=19))
+    with pytest.raises(DataError, match=r"tasks\.encoder\.train=.*no such file"):
+        work_of(encoder_trial(material, train="other.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"task": "planted_net", "ranks": [-1]}, r"data\.ranks=\[-1\]: give one rank or more"),
+        ({"task": "planted_net", "train": "a.jsonl"}, r"data\.train='a\.jsonl': tasks of the kind planted_net do not"),
+        ({"task": "planted_encoder"}, r"data\.train=None"),
+        ({"train": "a.jsonl", "pairs": 5}, r"data\.pairs=5: only tasks of kind memory have it"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_recipe({"model": {"name": "made"}, "data": data})
