@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
+from rich.console import Console
 
-from aroma.algorithm.evidence import EvidenceRule, EvidenceSettings, Reading
+from aroma import AromaCallback
+from aroma.algorithm.evidence import EvidenceRule, EvidenceSettings, Reading, log_evidence
 from aroma.algorithm.paper import PaperRule, PaperSettings
+from aroma.cli import main
 from aroma.errors import ConfigError
+from aroma.integrations.progress import RichProgress
 from aroma.pictures import birth_picture, draw_births, histories_of
+from evidence_runs import STEPS as STEPS_OF_A_RUN
+from evidence_runs import Loop, bert, growth_dataset, net
+from trainer_runs import trainer_for
 
 KINDS = ("attention.query", "attention.value", "output.dense")
 NAMES = [f"encoder.layer.{layer}.{kind}" for layer in range(4) for kind in KINDS]
@@ -282,3 +291,58 @@ def test_the_papers_rule_says_why_its_matrices_finished():
     assert (
         PaperRule(settings, Matrices(Frozen(1, False))).explanation == "0 of 1 matrices have finished; 1 still train"
     )
+
+
+def test_the_progress_bar_ends_with_the_explanation(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    callback = AromaCallback(growth_dataset=growth_dataset())
+    bar = RichProgress(callback, console=Console(file=stream, width=200, force_terminal=False))
+    trainer = trainer_for(bert(), tmp_path, callback, bar, max_steps=STEPS_OF_A_RUN, save_strategy="no")
+    trainer.train()
+    controller = callback.controller
+    assert controller is not None
+    shown = stream.getvalue().strip().splitlines()
+    assert shown[-1].strip() == controller.explanation()
+    assert shown[-1].startswith("no evidence for another component in ")
+    assert f"components {controller.total_rank} in {len(controller.modules)} matrices" in shown[-2]
+    assert "births " in shown[-2]
+
+
+# The summary, and what `aroma inspect` makes of it -------------------------------------------------------------------
+
+
+def test_the_summary_has_the_evidence_that_the_rule_weighs() -> None:
+    loop = Loop(net(significance=0.05, duel_factor=1.0)).go_on()
+    controller = loop.growth.controller
+    told = {event.module: event for event in loop.events if event.step == 40 and event.kind == "checked"}
+    assert set(told) == {module.name for module in controller.summary()}
+    for module, matrix in zip(controller.summary(), controller.modules, strict=True):
+        assert module.rank == matrix.component_count
+        assert module.log_evidence == log_evidence(matrix.heads, matrix.flips)
+        assert module.steepness is not None
+        assert module.steepness != 0
+        assert module.state == "training"
+    assert any(module.log_evidence for module in controller.summary())
+
+
+def test_inspect_shows_evidence_and_steepness(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    loop = Loop().go_on()
+    loop.save(tmp_path / "grown")
+    assert main(["inspect", str(tmp_path / "grown")]) == 0
+    output = capsys.readouterr().out
+    rule = loop.growth.controller.rule
+    assert f"at optimizer step 60: births since the trial {rule.births}, the last at step {rule.last_birth}." in output
+    assert "E of 2.5" in output
+    for module in loop.growth.controller.summary():
+        line = next(line for line in output.splitlines() if f" {module.name} " in line)
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        evidence = math.exp(module.log_evidence)
+        assert cells[2] == str(module.rank)
+        assert cells[5:] == ["<0.01" if evidence < 0.01 else f"{evidence:.2f}", f"{module.steepness:.1e}"]
+
+    Loop().go_on(until=12).save(tmp_path / "trial")
+    assert main(["inspect", str(tmp_path / "trial")]) == 0
+    assert "its trial was not over at optimizer step 12." in capsys.readouterr().out
