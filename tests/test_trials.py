@@ -110,7 +110,7 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert result["score"] == result["reported"]["test"]["accuracy"]
     assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
     assert 0 < result["held_out_loss"] < 10
-    assert result["parameters"]["head"] == 16 * 2 + 2
+    assert result["parameters"]["head"] == 16 * 2 + 2 + 16 * 17, "with the pooler"
     assert result["wall_seconds"] > sum(result["epoch_seconds"]) > 0
     assert len(result["epoch_seconds"]) == 2
     assert result["cpu_seconds"] > 0
@@ -372,8 +372,9 @@ def test_the_head_has_its_own_learning_rate_in_every_method(material: Path, meth
     groups = make_optimizer(model, spec, made).param_groups
     assert {group["weight_decay"] for group in groups} == {0.3}
     sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in groups}
-    assert sizes.pop(0.02) == 16 * 2 + 2
-    assert sizes == ({} if method == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - 34})
+    head = 16 * 2 + 2 + 16 * 17  # with the pooler
+    assert sizes.pop(0.02) == head
+    assert sizes == ({} if method == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - head})
 
 
 def test_micro_batches_are_averaged_not_summed(material: Path, tmp_path: Path) -> None:
