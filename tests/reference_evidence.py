@@ -25,7 +25,7 @@ class Settings:
     first: int = 8
     trial: int = 20
     questions: int = 16
-    quantile: float = 1.753  # of Student's t, one-sided 5 %, 15 degrees of freedom
+    share_kept: float = 0.95
     interval: int = 4
     unused: int = 4
     last: int = 10**9  # step after which nothing is born
@@ -162,13 +162,16 @@ class Reference:
     def _settle(self) -> None:
         o = self.settings
         every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
-        bar = [0.5 * batch.mean() for batch in every]
+        ranked = sorted(
+            ((float(every[:, i, k].mean()), i, k) for i in range(len(self.matrices)) for k in range(o.S)), reverse=True
+        )
+        carried, chosen, net = 0.0, set(), sum(credit for credit, _, _ in ranked)
+        for credit, i, k in ranked:
+            if net > 0 and carried < o.share_kept * net:
+                chosen.add((i, k))
+            carried += credit
         for i, matrix in enumerate(self.matrices):
-            stay = []
-            for k in range(o.S):
-                d = torch.stack([min(x[i, k], x[i, k] - c) for x, c in zip(every, bar, strict=True)])
-                if d.mean() > o.quantile * d.std() / math.sqrt(o.questions) or k == int(every.mean(0)[i].argmax()):
-                    stay.append(k)
+            stay = [k for k in range(o.S) if (i, k) in chosen]
             live = matrix.live
             v_b, v_a = (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a"))
             kept = [matrix.singular[k] for k in stay]
