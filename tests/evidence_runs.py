@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from aroma import AromaCallback, AromaConfig, Attachment, Event, attach
+from aroma.sharding import rank, world_size
 from trainer_runs import examples, tiny_bert, trainer_for
 
 STEPS = 60
@@ -82,12 +83,15 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 class Loop:
     """One training of a net in a plain loop, which can stop and go on.
 
+    Several processes share every batch, so that they see the same as one.
+
     Args:
         model: The net, adapted; `net()` by default.
         optimizer: Makes the optimizer.
         steps: Planned steps.
         size: Examples of a batch.
         backward: Takes the gradients of a batch; loss.backward() by default.
+        wrap: Makes the model one of several processes.
         growth: Further arguments of `attach`.
     """
 
@@ -98,9 +102,11 @@ class Loop:
         steps: int = STEPS,
         size: int = 8,
         backward: Callable[[Any, Rows], None] = lambda model, batch: loss_of(model, batch).backward(),
+        wrap: Callable[[Any], Any] = lambda model: model,
         **growth: Any,
     ) -> None:
         self.model = net() if model is None else model
+        self.wrapped = wrap(self.model)
         self.optimizer = optimizer(trainable(self.model))
         self.steps, self.size, self.backward, self.options = steps, size, backward, growth
         dtype = next(self.model.parameters()).dtype
@@ -110,20 +116,22 @@ class Loop:
 
     def attach(self, **options: Any) -> Attachment:
         given = {"growth_loss": loss_of, **self.options, **options}
-        self.growth = attach(self.model, self.optimizer, total_steps=self.steps, on_event=self.events.append, **given)
+        self.growth = attach(
+            self.wrapped, self.optimizer, total_steps=self.steps, on_event=self.events.append, **given
+        )
         return self.growth
 
     def batch(self, step: int) -> Rows:
-        return self.x[step * self.size : (step + 1) * self.size], self.y[step * self.size : (step + 1) * self.size]
+        return share((self.x, self.y), step * self.size, self.size)
 
     def go_on(self, until: int | None = None) -> Loop:
         """Train until so many steps are done."""
         if not hasattr(self, "growth"):
             self.attach()
-        self.model.train()
+        self.wrapped.train()
         while self.done < (self.steps if until is None else until):
             self.optimizer.zero_grad()
-            self.backward(self.model, self.batch(self.done))
+            self.backward(self.wrapped, self.batch(self.done))
             self.optimizer.step()
             self.done += 1
         return self
@@ -152,10 +160,16 @@ class Loop:
         }
 
 
-def held_out(count: int = 40, size: int = 8) -> list[Rows]:
+def share(data: Rows, start: int, count: int) -> Rows:
+    """This process's part of a batch of all."""
+    x, y = (part[start + rank() : start + count : world_size()] for part in data)
+    return x, y
+
+
+def held_out(count: int = 40, size: int = 8, dtype: torch.dtype = torch.float32) -> list[Rows]:
     """Batches that are not trained on."""
-    x, y = rows(count * size, seed=2)
-    return [*zip(x.split(size), y.split(size), strict=True)]
+    data = rows(count * size, seed=2, dtype=dtype)
+    return [share(data, number * size, size) for number in range(count)]
 
 
 def births(events: Sequence[Event]) -> list[tuple[int, str | None, str]]:
