@@ -25,8 +25,10 @@ class Settings:
     first: int = 8
     trial: int = 20
     questions: int = 16
-    quantile: float = 1.753  # of Student's t, one-sided 5 %, 15 degrees of freedom
+    share_kept: float = 0.95
     interval: int = 4
+    unused: int = 4
+    last: int = 10**9  # step after which nothing is born
     held_out_interval: int = 9
     first_pass: int | None = None
     seed: int = 0
@@ -60,8 +62,8 @@ class Matrix:
     q: list[Tensor]
     count: int = 0
     singular: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    heads: int = 0
-    flips: int = 0
+    heads: list[int] = field(default_factory=list)
+    flips: list[int] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
 
     @property
@@ -93,7 +95,7 @@ class Reference:
             u, v = (_random(settings.seed, index, purpose, settings.S, size) for purpose, size in (("u", m), ("v", n)))
             zeros = [[W0.new_zeros(size) for _ in range(settings.S)] for size in (m, n)]
             self.matrices.append(Matrix(name, index, W0, slots, u, v, *zeros))
-        self.pending: list[list[tuple[float, list[float]]]] = []
+        self.pending: list[list[tuple[list[float], list[float]]]] = []
         self.newborn: list[list[bool]] = []
         self.credits: list[list[list[float]]] = []
 
@@ -122,7 +124,7 @@ class Reference:
         if self.phase == "start" and self.t == o.first:
             for matrix in self.matrices:
                 for v in matrix.v:
-                    self._birth(matrix, v)
+                    self._birth(matrix, v, [])
             self.births, self.phase = [], "trial"
         elif self.phase == "trial" and self.t == o.trial:
             self._singular_directions()
@@ -134,6 +136,8 @@ class Reference:
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
             self._look()
+            if self.t >= o.last:
+                self.phase = "rest"
 
     def _look(self) -> None:
         for matrix in self.matrices:
@@ -158,13 +162,16 @@ class Reference:
     def _settle(self) -> None:
         o = self.settings
         every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
-        bar = [0.5 * batch.mean() for batch in every]
+        ranked = sorted(
+            ((float(every[:, i, k].mean()), i, k) for i in range(len(self.matrices)) for k in range(o.S)), reverse=True
+        )
+        carried, chosen, net = 0.0, set(), sum(credit for credit, _, _ in ranked)
+        for credit, i, k in ranked:
+            if net > 0 and carried < o.share_kept * net:
+                chosen.add((i, k))
+            carried += credit
         for i, matrix in enumerate(self.matrices):
-            stay = []
-            for k in range(o.S):
-                d = torch.stack([min(x[i, k], x[i, k] - c) for x, c in zip(every, bar, strict=True)])
-                if d.mean() > o.quantile * d.std() / math.sqrt(o.questions) or k == int(every.mean(0)[i].argmax()):
-                    stay.append(k)
+            stay = [k for k in range(o.S) if (i, k) in chosen]
             live = matrix.live
             v_b, v_a = (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a"))
             kept = [matrix.singular[k] for k in stay]
@@ -181,13 +188,14 @@ class Reference:
                 for k, (u, size, v) in enumerate(kept)
             ] + [None] * (o.S - len(stay))
             matrix.count += len(stay)
-            dropped = [k for k in range(o.S) if k not in stay]
-            if dropped:
-                matrix.u, matrix.v = [matrix.singular[dropped[0]][0]], [matrix.singular[dropped[0]][2]]
-            else:
-                matrix.u = _random(o.seed, matrix.index, "next u", 1, len(matrix.u[0]))
-                matrix.v = _random(o.seed, matrix.index, "next v", 1, len(matrix.v[0]))
-            matrix.p, matrix.q = [torch.zeros_like(matrix.u[0])], [torch.zeros_like(matrix.v[0])]
+            dropped = [matrix.singular[k] for k in range(o.S) if k not in stay][: o.unused]
+            for side, sizes in ((0, len(matrix.u[0])), (2, len(matrix.v[0]))):
+                random = _random(o.seed, matrix.index, "next u" if side == 0 else "next v", o.unused, sizes)
+                found = [direction[side] for direction in dropped] + random[len(dropped) :]
+                matrix.u, matrix.v = (found, matrix.v) if side == 0 else (matrix.u, found)
+            matrix.p = [torch.zeros_like(u) for u in matrix.u]
+            matrix.q = [torch.zeros_like(v) for v in matrix.v]
+            matrix.heads, matrix.flips = [0] * o.unused, [0] * o.unused
 
     def _adam(self, c: Component, g_b: Tensor, g_a: Tensor, lr: float, t: int) -> None:
         c.before = (c.b.clone(), c.a.clone())
@@ -212,7 +220,7 @@ class Reference:
                 norm = (s * (torch.outer(c.move[0], c.at[1]) + torch.outer(c.at[0], c.move[1]))).norm()
                 if norm > 0:
                     own.append(float(-(g * D).sum() / norm))
-            row.append((float(-matrix.u[0] @ g @ matrix.v[0]), own))
+            row.append(([float(-u @ g @ v) for u, v in zip(matrix.u, matrix.v, strict=True)], own))
             newborn.append(any(c.move is None for c in matrix.live))
         self.pending.append(row)
         self.newborn.append(newborn)
@@ -228,15 +236,19 @@ class Reference:
                 if new:
                     continue
                 rival = max(sum(own) / len(own) if own else everywhere, everywhere)
-                matrix.flips += 1
-                matrix.heads += z > 0 and z > o.kappa * rival
+                for k, steepness in enumerate(z):
+                    matrix.flips[k] += 1
+                    matrix.heads[k] += steepness > 0 and steepness > o.kappa * rival
         self.pending, self.newborn = [], []
         for matrix in self.matrices:
-            if evidence(matrix.heads, matrix.flips) >= 1 / o.alpha:
-                self._birth(matrix, matrix.v[0])
-                matrix.p, matrix.q = [torch.zeros_like(matrix.p[0])], [torch.zeros_like(matrix.q[0])]
+            before = matrix.live
+            for k in range(len(matrix.v)):
+                if evidence(matrix.heads[k], matrix.flips[k]) >= 1 / o.alpha:
+                    self._birth(matrix, matrix.v[k], before)
+                    matrix.p[k], matrix.q[k] = torch.zeros_like(matrix.p[k]), torch.zeros_like(matrix.q[k])
+                    matrix.heads[k] = matrix.flips[k] = 0
 
-    def _birth(self, matrix: Matrix, v: Tensor) -> None:
+    def _birth(self, matrix: Matrix, v: Tensor, others: list[Component]) -> None:
         o = self.settings
         if None in matrix.slots:
             slot = matrix.slots.index(None)
@@ -245,7 +257,6 @@ class Reference:
             old = matrix.slots[slot]
             matrix.merged.append(o.s * torch.outer(old.b, old.a))
             matrix.slots[slot] = None
-        others = matrix.live
         mean = lambda values, like: sum(values) / len(values) if values else torch.zeros_like(like)  # noqa: E731
         matrix.slots[slot] = Component(
             b=torch.zeros_like(matrix.u[0]),
@@ -257,7 +268,6 @@ class Reference:
             v_a=mean([c.v_a for c in others], v).clone(),
         )
         matrix.count += 1
-        matrix.heads = matrix.flips = 0
         self.births.append((self.t, matrix.name))
 
     def _aim(self, matrix: Matrix) -> None:

@@ -116,7 +116,7 @@ def saved(tmp_path_factory):
             layer.lora_B["default"].weight.fill_(0.3)
     controller.outer_step()
     sizes = sum(layer.in_features + layer.out_features for layer in aroma_layers(model).values())
-    assert demo.count_parameters(model) == {"adapter": sizes, "head": 34, "lora": 8 * sizes}
+    assert demo.count_parameters(model) == {"adapter": sizes, "head": 34 + 16 * 17, "lora": 8 * sizes}  # with pooler
     Aroma().save(model, folder / "adapter")
     tokenizer = load_tokenizer(str(folder / "model"), 8)
     tokenizer.save_pretrained(folder / "adapter")
@@ -159,10 +159,12 @@ def test_the_report_has_all_that_was_promised():
     record = {
         "metrics": {"accuracy": 0.97752808},
         "head_only": {"pooled": 0.91011236, "mean": 0.94382022},
+        "head_only_parameters": 1925,
+        "pooler": {"trains": True, "reason": "nothing trained it"},
         "train_articles": 1780,
         "held_out_articles": 445,
         "modules": {"one": {"rank": 3, "state": "frozen"}, "other": {"rank": 0, "state": "training"}},
-        "parameters": {"adapter": 42240, "head": 1925, "lora": 337920},
+        "parameters": {"adapter": 41472, "head": 149765, "lora": 331776},
         "agreement": {"examples": 445, "largest_difference": 2.5e-6, "different_predictions": 0},
         "training": {"seed": 0},
         "max_length": 64,
@@ -175,8 +177,9 @@ def test_the_report_has_all_that_was_promised():
     for text in (
         "| 91.01% | 1,925 |",
         "| 94.38% | 1,925 |",
-        "| 97.75% | 42,240 + 1,925 (head) |",
-        "LoRA r=8 on the same matrices trains 337,920 adapter parameters",
+        "| 97.75% | 41,472 + 149,765 (head, with pooler) |",
+        "The encoder's pooler trains with the head: nothing trained it.",
+        "LoRA r=8 on the same matrices trains 331,776 adapter parameters",
         "2 matrices, ranks 0 to 3, in all 3, after 6 outer steps; 1 of 2 had stopped by themselves after 240",
         "445 of 445 predictions equal, max |Δlogit| 2.5e-06",
         "sentence-transformers/all-MiniLM-L6-v2",
@@ -218,7 +221,9 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     assert result["metrics"]["accuracy"] > result["head_only"]["pooled"] + 0.02
     assert result["outer_steps"] >= 4
     ranks = [module["rank"] for module in result["modules"].values()]
-    assert len(ranks) == 37
+    assert len(ranks) == 36, "the pooler trains whole, with the head"
+    assert result["pooler"]["trains"]
+    assert result["parameters"]["head"] == result["head_only_parameters"] + 384 * 385
     assert len(set(ranks)) >= 3
     assert sum(module["state"] == "frozen" for module in result["modules"].values()) >= 10
     assert result["agreement"]["different_predictions"] == 0

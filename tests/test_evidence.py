@@ -63,7 +63,7 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 
 @pytest.mark.parametrize(
     ("slots", "kappa", "first_pass"),
-    [(8, 0.5, None), (2, 0.25, None), (4, 0.5, 60), (4, 0.5, 15)],
+    [(3, 0.25, None), (2, 0.1, None), (3, 0.25, 60), (3, 0.25, 15)],
     ids=["plain", "merges", "held out grows", "held out settles"],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, first_pass: int | None) -> None:
@@ -72,7 +72,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, fi
     held = batches(x[300:], y[300:], 60, seed=9)
     data = batches(x[:300], y[:300], steps)
     weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
-    reference = Reference(weights, Settings(S=slots, kappa=kappa, first_pass=first_pass))
+    reference = Reference(weights, Settings(S=slots, kappa=kappa, first_pass=first_pass, last=steps - 20))
     net = Net()
 
     def gradients(batch: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -103,7 +103,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, fi
     assert len(births) > 1
     settled = {event.module: event.rank for event in events if event.kind == "settled"}
     assert len(settled) == LAYERS
-    assert slots == 2 or min(settled.values()) < slots
+    assert min(settled.values()) < slots
     for matrix, expected in zip(growth.controller.modules, reference.matrices, strict=True):
         b, a = matrix.pair
         B, A = matrix.finished

@@ -91,12 +91,12 @@ def test_a_recipe_learns_pairs(tmp_path: Path) -> None:
 def test_more_rank_holds_more_of_many_pairs_and_one_holds_few(tmp_path: Path) -> None:
     loop = replace(LOOP, max_steps=300, batch_size=50, warmup_steps=15, save_steps=None, scheduler="linear")
     held = {}
-    for pairs, rank in ((20, 1), (1000, 1), (1000, 16)):
+    for pairs, rank in ((10, 1), (1000, 1), (1000, 16)):
         trial = replace(trial_of("lora", {"r": rank, "alpha": 2 * rank}, pairs=pairs), training=loop)
         held[pairs, rank] = run_trial(trial, tmp_path / f"{pairs}-{rank}")["held_out"]
-    assert held[20, 1]["accuracy"] == 1.0
-    assert held[1000, 1]["recalled"] < 0.5
-    assert held[1000, 16]["bits"] > 2 * held[1000, 1]["bits"]
+    assert held[10, 1]["accuracy"] == 1.0
+    assert held[1000, 1]["recalled"] < 0.1
+    assert held[1000, 16]["bits"] > 5 * held[1000, 1]["bits"]
 
 
 @pytest.mark.parametrize(

@@ -349,3 +349,17 @@ def test_what_cannot_be_loaded_is_refused_by_name(own, hub, monkeypatch, changes
         write_json_lines(own / "validation.jsonl", rows)
     with pytest.raises(AromaError, match=message):
         load_task(own_spec(own, **changes))
+
+
+# The articles that come with pip
+
+
+def test_bbc_news_is_a_source_with_a_fixed_split():
+    data = load_task(TaskSpec("bbc", source="bbc-news"))
+    assert (len(data.train) + len(data.held_out), len(data.reported["test"])) == (1780, 445)
+    assert data.label_names == ("business", "entertainment", "politics", "sports", "tech")
+    assert not {*data.train["text"], *data.held_out["text"]} & {*data.reported["test"]["text"]}
+    with pytest.raises(
+        DataError, match=r"tasks\.bbc\.reported\.dev='dev': bbc-news has no such split; it has train and"
+    ):
+        load("bbc", source="bbc-news", reported={"dev": "dev"})

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from aroma.files import write_json
 from aroma.tuner import AromaConfig
 from aroma_lab.methods import make_method
 from aroma_lab.run import worker
@@ -109,7 +110,7 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert result["score"] == result["reported"]["test"]["accuracy"]
     assert set(result["held_out"]) == {"accuracy", "macro_f1", "mcc", "f1"}
     assert 0 < result["held_out_loss"] < 10
-    assert result["parameters"]["head"] == 16 * 2 + 2
+    assert result["parameters"]["head"] == 16 * 2 + 2 + 16 * 17, "with the pooler"
     assert result["wall_seconds"] > sum(result["epoch_seconds"]) > 0
     assert len(result["epoch_seconds"]) == 2
     assert result["cpu_seconds"] > 0
@@ -123,6 +124,42 @@ def test_a_result_holds_all_that_tables_and_figures_need(finished: Path, materia
     assert result["average_rank"] == pytest.approx(result["total_rank"] / 12)
     assert all(len(result["singular_values"][name]) == min(rank, 16) for name, rank in result["ranks"].items())
     assert load_trial(finished / "trial.json") == trial_of(material, "aroma", eval_steps=10)
+
+
+def test_a_pooler_counts_as_head_and_its_fate_is_on_record(finished: Path) -> None:
+    result = read(finished / "result.json")
+    assert result["pooler"] == {
+        "trains": True,
+        "reason": "its biases are exactly zero, so pretraining did not train it",
+    }
+    assert result["parameters"]["head"] == 16 * 17 + 2 * 17
+    assert not [name for name in result["ranks"] if "pooler" in name]
+
+
+@pytest.mark.parametrize("method", ["lora", "aroma", "head_only", "full"])
+def test_a_frozen_pooler_is_the_backbones(material: Path, tmp_path: Path, method: str) -> None:
+    result = run_trial(trial_of(material, method, max_steps=8, save_steps=None, train_pooler=False), tmp_path / "run")
+    assert result["pooler"] == {"trains": False, "reason": "as training.train_pooler says"}
+    assert result["parameters"]["head"] == 2 * 17
+
+
+def test_a_record_from_before_the_choice_had_its_pooler_frozen(material: Path, tmp_path: Path) -> None:
+    trial = trial_of(material, "lora")
+    old = trial.as_dict()
+    del old["training"]["train_pooler"]
+    write_json(tmp_path / "trial.json", old)
+    read_back = load_trial(tmp_path / "trial.json")
+    assert differing_keys(trial, read_back) == ["training.train_pooler"]
+    assert read_back.training.train_pooler is False
+
+
+def test_a_language_model_has_no_pooler_to_train(material: Path, tmp_path: Path) -> None:
+    trial = trial_of(material, "lora", train_pooler=True)
+    questions = replace(trial, task=replace(trial.task, kind="commonsense"))
+    with pytest.raises(
+        ConfigError, match=r"training\.train_pooler=True: a language model has no pooler; leave it out"
+    ):
+        run_trial(questions, tmp_path / "run")
 
 
 def test_curve_history_and_result_agree(finished: Path) -> None:
@@ -335,8 +372,9 @@ def test_the_head_has_its_own_learning_rate_in_every_method(material: Path, meth
     groups = make_optimizer(model, spec, made).param_groups
     assert {group["weight_decay"] for group in groups} == {0.3}
     sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in groups}
-    assert sizes.pop(0.02) == 16 * 2 + 2
-    assert sizes == ({} if method == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - 34})
+    head = 16 * 2 + 2 + 16 * 17  # with the pooler
+    assert sizes.pop(0.02) == head
+    assert sizes == ({} if method == "head_only" else {0.1: sum(p.numel() for p in made.parameters(model)) - head})
 
 
 def test_micro_batches_are_averaged_not_summed(material: Path, tmp_path: Path) -> None:

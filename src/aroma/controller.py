@@ -435,7 +435,8 @@ def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
         significance=config.significance,
         duel_factor=config.duel_factor,
         slots=config.slots,
-        trial_steps=config.resolve_trial_steps(total_steps),
+        trial_steps=(trial := config.resolve_trial_steps(total_steps)),
+        last_step=(total_steps or 0) - trial,
         max_components=config.max_components,
     )
     return partial(EvidenceRule, settings)

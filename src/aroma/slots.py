@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .algorithm.evidence import Reading
+from .algorithm.evidence import UNUSED, Reading
 from .directions import Directions, group_by_shape, orthonormalise, singular_directions
 from .errors import NonFiniteError, bad_value
 from .evaluation import evaluating
@@ -35,8 +35,8 @@ class SlotMatrix(GrowingMatrix):
 
     Attributes:
         born: Number of the birth in every slot, counted over the matrix; None where the slot is not in use.
-        heads: Batches since the last birth on which the unused direction won.
-        flips: Batches since the last birth on which it was judged.
+        heads: Batches since its start on which an unused direction won, by direction.
+        flips: Batches since its start on which it was judged, likewise.
         log_evidence: log E.
         steepness: z of the last batch; None before the first.
     """
@@ -45,8 +45,8 @@ class SlotMatrix(GrowingMatrix):
         super().__init__(name, index, layer, adapter_name, live)
         self.born: list[int | None] = [None] * live.config.slots
         self.births = 0
-        self.heads = 0
-        self.flips = 0
+        self.heads = [0] * UNUSED
+        self.flips = [0] * UNUSED
         self.log_evidence = 0.0
         self.steepness: float | None = None
 
@@ -358,7 +358,12 @@ class SlotMatrices(GrowingMatrices):
 
     def _record(self, answers: Sequence[Tensor]) -> None:
         """Note the steepness of every direction and move; stays on the device. `answers` (any shape) are by group."""
-        values = [torch.cat(group.steepness(own), 1) for group, own in zip(self._groups, answers, strict=True)]
+        most = max(group.v.shape[1] for group in self._groups)
+        values = []
+        for group, own in zip(self._groups, answers, strict=True):
+            unused, moves = group.steepness(own)
+            missing = most - unused.shape[1]  # a small matrix has fewer unused directions
+            values.append(torch.cat([nn.functional.pad(unused, (0, missing), value=-math.inf), moves], 1))
         self._readings.append((values, [*self._pending]))
 
     def _take(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -375,7 +380,14 @@ class SlotMatrices(GrowingMatrices):
 
     def take_readings(self) -> list[Reading]:
         """Return what the batches since the last call said of the unused directions; one transfer to the host."""
-        return [Reading(numbers[:, 0], numbers[:, 1:], pending) for numbers, pending in self._take()]
+        slots = self._live.config.slots
+        readings = []
+        for numbers, pending in self._take():
+            unused = np.full((len(numbers), UNUSED), -np.inf)
+            found = numbers.shape[1] - slots
+            unused[:, :found] = numbers[:, :found]
+            readings.append(Reading(unused, numbers[:, found:], pending))
+        return readings
 
     # The trial -------------------------------------------------------------------------------------------------------
 
@@ -404,16 +416,20 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep these singular directions of every matrix, drop the others, and follow one unused direction each.
+        """Keep these singular directions of every matrix, drop the others, and follow unused directions.
 
-        A direction that stays is split as at its birth: a = v/√3, b = √3 σ u. The first that was dropped is followed.
+        A direction that stays is split as at its birth: a = v/√3, b = √3 σ u. The first that were dropped are
+        followed.
         """
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
         starts: list[SlotStart] = []
         for group in self._groups:
             m, n, slots = group.b.shape[1], group.a.shape[2], self._live.config.slots
-            next_u, next_v = self._random_rows(group, "next u", 1, m).mT, self._random_rows(group, "next v", 1, n)
+            unused = min(UNUSED, min(m, n) - slots)
+            next_u, next_v = (
+                self._random_rows(group, f"next {side}", unused, size) for side, size in (("u", m), ("v", n))
+            )
             for row, place in enumerate(group.rows):
                 matrix, stays = self._all[place], [*kept[place]]
                 if matrix.is_frozen:
@@ -424,10 +440,10 @@ class SlotMatrices(GrowingMatrices):
                 matrix.layer.start_pair(self._adapter_name, a, b)
                 starts += _starts(matrix, range(slots), matrix.slots)
                 matrix.occupy_first(len(stays))
-                dropped = [k for k in range(slots) if k not in stays]
-                if dropped and group.sizes[row, dropped[0]] > 0:
-                    next_u[row, :, 0], next_v[row, 0] = group.u[row, :, dropped[0]], group.v[row, dropped[0]]
-            group.follow(next_u, next_v)
+                dropped = [k for k in range(slots) if k not in stays and group.sizes[row, k] > 0][:unused]
+                next_u[row, : len(dropped)] = group.u[row][:, dropped].mT
+                next_v[row, : len(dropped)] = group.v[row, dropped]
+            group.follow(next_u.mT, next_v)
         start_slots(self._optimizer, starts)
         self.release_pairs()
         self._ask()
@@ -439,7 +455,7 @@ class SlotMatrices(GrowingMatrices):
         """Start a component of each matrix along a direction that is followed: a = v/√3, b = 0.
 
         The entries of a are then as large as Kaiming's. The optimizer's averages for the slot begin at zero, its
-        averages of squares at those of the other slots.
+        averages of squares at those of the slots that were in use.
 
         Args:
             births: The matrices, and the number of the direction.
@@ -457,7 +473,7 @@ class SlotMatrices(GrowingMatrices):
         for matrix, (b, a) in zip(matrices, self.pairs(matrices), strict=True):
             group, row = where[matrix.index]
             b, a = b.detach().clone(), a.detach().clone()
-            new = []
+            before, new = matrix.slots, []
             for direction in directions[matrix.index]:
                 slot, is_taken = matrix.slot_for_birth()
                 if is_taken:
@@ -470,7 +486,7 @@ class SlotMatrices(GrowingMatrices):
                 matrix.occupy(slot)
                 new.append(slot)
                 group.forget(row, direction)
-            starts += _starts(matrix, new, [slot for slot in matrix.slots if slot not in new])
+            starts += _starts(matrix, new, before)
             matrix.layer.start_pair(self._adapter_name, a, b)
         start_slots(self._optimizer, starts)
         self.release_pairs()

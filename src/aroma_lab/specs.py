@@ -37,7 +37,7 @@ class MadeTask:
     1 and more), 0 for an encoder."""
     strength: float | None = None
     """Of planted encoders: singular values of a planted update, in units of the root mean square of those of its
-    matrix; null: 1."""
+    matrix; null: 0.5."""
     layers: int | None = None
     """Layers of a made model; null: 12 of a planted net, 4 of a language model that remembers."""
     width: int | None = None

@@ -10,12 +10,12 @@ are asked about the singular directions σ_k u_k v_kᵀ of its update, with all 
 
     credit_k = −s σ_k u_kᵀ G_½ v_k             the loss that the direction saves: the midpoint rule for the integral
                                                of the gradient from strength 0 to 1, exact for a quadratic loss
-    d_k      = min(credit_k, credit_k − c)     c: half the mean credit of all directions of all matrices
-    stays, if mean(d_k) over the batches is positive at significance α (Student's t), or k is the best of its matrix
+    saved    = Σ credit_k, the mean over the batches, over all directions of all matrices
+    stay: the fewest directions that carry 95 % of it together; none if it is not positive
 
-**Growth.** From then on every matrix has an unused direction u vᵀ, made of earlier gradients. The steepness of a
-direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch the unused direction duels with what
-trains:
+**Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
+earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
+each unused direction duels with what trains:
 
 .. code-block:: text
 
@@ -24,7 +24,7 @@ trains:
     all  = the mean of −⟨G, Δ_k⟩ / ‖Δ_k‖_F over the components of all matrices
     heads, if z > 0 and z > κ max(own, all); tails otherwise
     E    = mean over θ in (½, 1) of (2θ)^heads (2(1 − θ))^tails
-    E ≥ 1/α   → one more component, along u vᵀ; heads = tails = 0
+    E ≥ 1/α   → one more component, along u vᵀ; its heads = tails = 0
 
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
 (Ville's inequality for the mixture). So α is the chance of a component that is not needed.
@@ -36,7 +36,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -50,6 +49,12 @@ CHECK_INTERVAL = 4
 
 FIRST_STEP = 8
 """Optimizer steps of which the gradients make the directions of the first components."""
+
+UNUSED = 4
+"""Unused directions of a matrix that duel at once."""
+
+SHARE_KEPT = 0.95
+"""Share of the loss that the trial has saved which must be carried by the directions that stay."""
 
 QUESTIONS = 16
 """Batches that are asked at the end of the trial. They are not trained on."""
@@ -73,6 +78,7 @@ class EvidenceSettings:
         duel_factor: κ > 0.
         slots: S, components of a matrix in the trial, and the most that train at once.
         trial_steps: Optimizer steps of the trial, those of the first directions included.
+        last_step: Optimizer step after which nothing is born: what comes later hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
     """
 
@@ -80,6 +86,7 @@ class EvidenceSettings:
     duel_factor: float
     slots: int
     trial_steps: int
+    last_step: int
     max_components: int | None
 
 
@@ -87,7 +94,8 @@ class Reading(NamedTuple):
     """What one batch says of all matrices, in module order.
 
     Args:
-        unused: z, the steepness of the unused direction, (matrices,); NaN where the batch overflowed.
+        unused: z, the steepness of the unused directions, (matrices, P); NaN where the batch overflowed,
+            −∞ where there is no such direction.
         moves: Steepness along the moves of the components, (matrices, S); NaN where there is none, or none known.
         pending: Whether a matrix has a component of which no move is known yet, (matrices,).
     """
@@ -101,14 +109,14 @@ class EvidenceMatrix(Matrix, Protocol):
     """One growing matrix as the rule sees it, with what the rule notes about it.
 
     Attributes:
-        heads: Batches since the last birth on which the unused direction won.
-        flips: Batches since the last birth on which it was judged.
-        log_evidence: log E.
-        steepness: z of the last batch; None before the first.
+        heads: Batches since its start on which an unused direction won, by direction.
+        flips: Batches since its start on which it was judged, likewise.
+        log_evidence: The largest log E of its directions.
+        steepness: The largest z of the last batch; None before the first.
     """
 
-    heads: int
-    flips: int
+    heads: list[int]
+    flips: list[int]
     log_evidence: float
     steepness: float | None
 
@@ -152,7 +160,7 @@ class EvidenceMatrices(Protocol[E]):
         """
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep these singular directions of every matrix, drop the others, and follow one unused direction each."""
+        """Keep these singular directions of every matrix, drop the others, and follow unused directions."""
 
     def note_moves(self) -> None:
         """Note how every component has moved since the last call: that is Δ_k from now on."""
@@ -167,7 +175,7 @@ class EvidenceRule(Generic[E]):
 
     Attributes:
         global_step: Optimizer steps taken so far.
-        phase: `"start"`, `"trial"`, `"questions"` or `"growth"`.
+        phase: `"start"`, `"trial"`, `"questions"`, `"growth"` or `"rest"`.
         inner_step: Always 0: there are no inner loops.
         outer_number: Always 1.
         max_inner_steps: Always 0.
@@ -226,10 +234,14 @@ class EvidenceRule(Generic[E]):
             events = self._start_trial() if self.global_step == FIRST_STEP else []
         elif self.phase == "trial":
             events = self._end_trial() if self.global_step >= self._settings.trial_steps else []
+        elif self.phase == "growth" and self.global_step % CHECK_INTERVAL == 0:
+            events = self._weigh(self._matrices.take_readings())
+            self._matrices.note_moves()
+            if self.global_step >= self._settings.last_step:
+                self.phase = "rest"
+                self._matrices.stop_following()
         else:
-            events = [] if self.global_step % CHECK_INTERVAL else self._weigh(self._matrices.take_readings())
-            if self.global_step % CHECK_INTERVAL == 0:
-                self._matrices.note_moves()
+            events = []
         self.tell(events)
         return events
 
@@ -270,7 +282,7 @@ class EvidenceRule(Generic[E]):
         if len(self._credits) < QUESTIONS:
             return []
         credits = np.stack(self._credits)
-        kept = directions_to_keep(credits, self._settings.significance)
+        kept = directions_to_keep(credits)
         self._matrices.keep(kept)
         self._matrices.note_moves()
         self._credits = []
@@ -287,33 +299,37 @@ class EvidenceRule(Generic[E]):
         matrices = self._matrices.all()
         if readings:
             # In 16 bits a single batch may overflow, and says nothing then.
-            self._require_finite_rows(matrices, np.isnan(np.stack([reading.unused for reading in readings])).all(0))
+            unused = np.stack([reading.unused for reading in readings])
+            self._require_finite_rows(matrices, np.isnan(unused).all((0, 2)))
         for reading in readings:
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
-                if not math.isnan(reading.unused[index]):
-                    matrix.steepness = float(reading.unused[index])
-                matrix.heads += int(heads[index])
-                matrix.flips += int(judged[index])
-        for matrix in matrices:
-            matrix.log_evidence = log_evidence(matrix.heads, matrix.flips)
+                if not math.isnan(reading.unused[index].max()):
+                    matrix.steepness = float(reading.unused[index].max())
+                for direction, won in enumerate(heads[index]):
+                    matrix.heads[direction] += int(won)
+                    matrix.flips[direction] += int(judged[index, direction])
         threshold = -math.log(self._settings.significance)
-        convinced = [matrix for matrix in self._matrices.active() if matrix.log_evidence >= threshold]
+        births = []
+        for matrix in self._matrices.active():
+            found = [log_evidence(heads, flips) for heads, flips in zip(matrix.heads, matrix.flips, strict=True)]
+            matrix.log_evidence = max(found)
+            births += [(matrix, direction) for direction, value in enumerate(found) if value >= threshold]
         is_told = self.global_step % TOLD_INTERVAL == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
-        return checked + self._bear([m for m, _ in self._within_limit([(m, 0) for m in convinced])])
+        return checked + self._bear(self._within_limit(births))
 
-    def _bear(self, matrices: Sequence[E]) -> list[Event]:
-        """Start a component of each matrix, and tell of it; the events carry the evidence that decided."""
-        if not matrices:
+    def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
+        """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
+        if not births:
             return []
-        merged = self._matrices.bear([(matrix, 0) for matrix in matrices])
+        merged = self._matrices.bear(births)
         events = [self._event("merged", matrix) for matrix in merged]
-        events += [self._event("born", matrix) for matrix in matrices]
-        for matrix in matrices:
-            matrix.heads = matrix.flips = 0
+        events += [self._event("born", matrix) for matrix, _ in births]
+        for matrix, direction in births:
+            matrix.heads[direction] = matrix.flips[direction] = 0
             matrix.log_evidence = 0.0
-        self.births += len(matrices)
+        self.births += len(births)
         self.last_birth = self.global_step
         return events
 
@@ -324,10 +340,10 @@ class EvidenceRule(Generic[E]):
             return [*births]
         room = {matrix.name: most - matrix.component_count for matrix, _ in births}
         kept = []
-        for matrix, probe in births:
+        for matrix, direction in births:
             room[matrix.name] -= 1
             if room[matrix.name] >= 0:
-                kept.append((matrix, probe))
+                kept.append((matrix, direction))
         return kept
 
     # Errors, events, state -------------------------------------------------------------------------------------------
@@ -388,41 +404,27 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
-    """Return for every matrix which directions stay: those that save loss, and at least the best.
+def directions_to_keep(credits: np.ndarray) -> list[list[int]]:
+    """Return for every matrix which directions stay: the fewest of all that carry 95 % of what they save together.
+
+    What they save together is the sum of all credits, negative ones too: where nothing is there to learn, that is no
+    loss at all, and nothing stays.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
-        significance: α.
     """
-    exists = ~np.isnan(credits).any(0)
-    known = np.nan_to_num(credits)
-    bar = 0.5 * known.sum((1, 2)) / max(int(exists.sum()), 1)
-    worth = np.minimum(known, known - bar[:, None, None])
-    batches = len(credits)
-    error = worth.std(0, ddof=1) / math.sqrt(batches)
-    stays = exists & (worth.mean(0) > student_quantile(1 - significance, batches - 1) * error)
-    best = np.where(exists, known.mean(0), -np.inf).argmax(1)
-    kept = []
-    for row, (stay, present) in enumerate(zip(stays, exists, strict=True)):
-        stay[best[row]] = present.any()
-        kept.append([int(k) for k in stay.nonzero()[0]])
-    return kept
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Return a quantile of Student's t, by the expansion 26.7.5 of Abramowitz and Stegun; three digits from 10 on."""
-    z: float = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / float(degrees) ** (power + 1) for power, term in enumerate(terms))
+    saved = np.nan_to_num(credits).mean(0)
+    net = saved.sum()
+    order = np.argsort(-saved, axis=None, kind="stable")
+    carried = np.cumsum(saved.reshape(-1)[order])
+    count = int(np.searchsorted(carried, SHARE_KEPT * net) + 1) if net > 0 else 0
+    stays = np.zeros(saved.size, dtype=bool)
+    stays[order[:count]] = True
+    return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
 
 
 def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every matrix whether its unused direction won the batch, and whether it was judged at all.
+    """Return for every unused direction whether it won the batch, and whether it was judged at all.
 
     A matrix is not judged while the move of one of its components is unknown, or by a batch that overflowed; none is
     judged before any move is known.
@@ -432,18 +434,18 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
         factor: κ.
 
     Returns:
-        Heads and judged, boolean, (matrices,).
+        Heads and judged, boolean, (matrices, P).
     """
     known = ~np.isnan(reading.moves)
     if not known.any():
-        nothing = np.zeros(len(reading.unused), dtype=bool)
+        nothing = np.zeros(reading.unused.shape, dtype=bool)
         return nothing, nothing
     values = np.where(known, reading.moves, 0.0)
     everywhere = values.sum() / known.sum()
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
-    rival = np.maximum(own, everywhere)
-    judged = ~reading.pending & ~np.isnan(reading.unused)
+    rival = np.maximum(own, everywhere)[:, None]
+    judged = ~reading.pending[:, None] & ~np.isnan(reading.unused)
     return judged & (reading.unused > 0) & (reading.unused > factor * rival), judged
 
 

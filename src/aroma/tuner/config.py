@@ -110,8 +110,8 @@ class AromaConfig(LoraConfig):
             them merges the oldest.
         trial_share (`float`, *optional*, defaults to 0.1): Share of the planned optimizer steps that the trial takes,
             in which every matrix trains as many components as it has slots.
-        duel_factor (`float`, *optional*, defaults to 1): κ. An unused direction wins a batch when it is κ times as
-            steep as what trains. Below 1 matrices grow sooner.
+        duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
+            steep as what trains. A smaller one lets matrices grow sooner.
         probe_memory (`float`, *optional*, defaults to 0.97): β. The unused direction averages about 1 / (1 - β)
             gradients.
         component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
@@ -165,7 +165,7 @@ class AromaConfig(LoraConfig):
         default=0.1, metadata={"help": "growth='evidence': share of the run in which all slots train."}
     )
     duel_factor: float = field(
-        default=1.0,
+        default=0.5,
         metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},
     )
     probe_memory: float = field(

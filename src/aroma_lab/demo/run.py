@@ -23,6 +23,7 @@ from aroma.pictures import rank_picture
 from aroma.tuner import aroma_layers
 
 from ..methods import Method, make_method
+from ..methods.head import pooler_of
 from ..progress import Progress, no_progress
 from ..run.folder import require_empty
 from ..run.machine import provenance
@@ -110,6 +111,8 @@ def run_demo(
     record = {
         "metrics": metrics_of("classification", logits, np.array(encoded["labels"])),
         "head_only": head_only,
+        "head_only_parameters": head.coef_.size + head.intercept_.size,
+        "pooler": pooler_of(model),
         "train_articles": len(train),
         "held_out_articles": len(held_out),
         "modules": {module.pop("name"): module for module in map(asdict, modules)},
@@ -279,8 +282,9 @@ def check_reload(
 
 def result_table(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return method, accuracy and trainable parameters of each line of the result table."""
-    head, accuracies = f"{record['parameters']['head']:,}", record["head_only"]
-    adapter = f"{record['parameters']['adapter']:,} + {head} (head)"
+    head, accuracies = f"{record['head_only_parameters']:,}", record["head_only"]
+    what = "head, with pooler" if record["pooler"]["trains"] else "head"
+    adapter = f"{record['parameters']['adapter']:,} + {record['parameters']['head']:,} ({what})"
     return [
         ("head only, the model's own pooling", f"{accuracies['pooled']:.2%}", head),
         ("head only, mean pooling", f"{accuracies['mean']:.2%}", head),
@@ -336,7 +340,8 @@ the accuracy is a demonstration's, not an unbiased estimate.
 - Head only: a linear head on the frozen model's features of the same tokens, trained to convergence, its L2 \
 strength chosen on a fifth of the training articles. The model's own pooling is what a classifier in transformers \
 sees; mean pooling is how this model is meant to be used.
-- AROMA starts from the first of these heads and trains it further, together with the adapters.
+- AROMA starts from the first of these heads and trains it further, together with the adapters. The encoder's pooler \
+{"trains with the head" if record["pooler"]["trains"] else "is frozen"}: {record["pooler"]["reason"]}.
 - One seed ({record["training"]["seed"]}): a demonstration, not a comparison of methods.
 - {record["wall_seconds"]:.0f} s, CPU threads: {record["threads"]}; {versions}; source: \
 {record["git_revision"] or "installed package"}.

@@ -151,6 +151,12 @@ def decide_pooler(
     return Pooler(True, "nothing is known of its pretraining")
 
 
+def pooler_of(model: Any) -> dict[str, Any] | None:
+    """Return what was decided about a model's pooler, JSON-able; see `Head.pooler`."""
+    pooler = head_of(model).pooler
+    return None if pooler is None else pooler._asdict()
+
+
 def require_new_trains(head: Head, trained: Iterable[str]) -> None:
     """Raise ConfigError if a parameter that the checkpoint lacks is not among `trained`, wrapped by PEFT or not."""
     names = {base_name(name).replace(_COPY, "", 1) for name in trained}

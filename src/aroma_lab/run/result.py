@@ -11,7 +11,7 @@ from torch import Tensor
 from aroma.errors import NonFiniteError, bad_value
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
-from ..methods.head import head_of
+from ..methods.head import pooler_of
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
@@ -70,7 +70,7 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
             "final": curve.parameters[-1][1],
             "head": count_trainable(model)["head"],
         },
-        "pooler": None if (pooler := head_of(model).pooler) is None else pooler._asdict(),
+        "pooler": pooler_of(model),
         **spectra_of(components, r=size),
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),

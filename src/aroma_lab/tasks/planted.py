@@ -37,6 +37,7 @@ METRIC = "explained"
 FRESH = "fresh"
 """The reported split: inputs that nothing trained on, with the teacher's outputs free of noise."""
 _EXAMPLES, _FRESH, _NOISE, _LAYERS, _WIDTH = 1500, 2000, 0.1, 12, 64
+_STRENGTH = 0.5
 
 
 # What is planted -----------------------------------------------------------------------------------------------------
@@ -303,6 +304,7 @@ class PlantedJob:
             ConfigError: No such encoder, a text longer than it takes, or a rank that is larger than its matrices.
         """
         tokenizer = load_tokenizer(model, max_length)
+        tokenizer.padding_side = "right"  # as the hidden states are padded
         check_positions(model, max_length)
         generator = torch.Generator().manual_seed(seed)
         empty = load_encoder(model, meta=True)
@@ -404,7 +406,7 @@ def _made_encoder(
     max_length: int,
 ) -> Made:
     base = load_encoder(name).eval()
-    teacher = plant(base, ranks, 1.0 if spec.strength is None else spec.strength, generator).eval()
+    teacher = plant(base, ranks, _STRENGTH if spec.strength is None else spec.strength, generator).eval()
     targets: list[Tensor] = []
     parts, squared, count = {}, 0.0, 0
     for split, some in texts.items():
