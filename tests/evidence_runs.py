@@ -14,6 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
+import models
 from aroma import AromaCallback, AromaConfig, Attachment, Event, attach
 from aroma.sharding import rank, world_size
 from trainer_runs import examples, tiny_bert, trainer_for
@@ -177,6 +178,11 @@ def births(events: Sequence[Event]) -> list[tuple[int, str | None, str]]:
     return [(event.step, event.module, event.kind) for event in events]
 
 
+def bear_everywhere(growth: Attachment) -> None:
+    """Start a component of every matrix, whatever the rule says; beyond the slots the oldest one merges."""
+    growth.controller.matrices.bear([(matrix, 0) for matrix in growth.controller.modules])
+
+
 # A small BERT in the Trainer -----------------------------------------------------------------------------------------
 
 
@@ -205,3 +211,57 @@ def bert_trainer(
 def growth_dataset(count: int = 160) -> list[dict[str, Tensor]]:
     """Examples that the Trainer does not train on."""
     return examples(count, seed=11)
+
+
+# Other architectures -------------------------------------------------------------------------------------------------
+
+
+def grown(name: str, base: Any = None, **changes: Any) -> Any:
+    """A tiny model of `models.ARCHITECTURES` that grows."""
+    config = AromaConfig(**{**METHOD, **models.ARCHITECTURES[name].adapter, **changes})
+    return get_peft_model(models.base(name) if base is None else base, config).eval()
+
+
+class ModelLoop:
+    """One training of such a model on batches of its own, in a plain loop.
+
+    Args:
+        model: The model, adapted.
+        name: Its architecture.
+        step: Takes the gradients of a batch; loss.backward() by default.
+        optimizer: Makes the optimizer.
+        growth: Further arguments of `attach`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        step: Callable[[Any, Any], None] = lambda model, batch: model(**batch).loss.backward(),
+        optimizer: Callable[[list[nn.Parameter]], Any] = lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        **growth: Any,
+    ) -> None:
+        self.model, self.name, self.step = model, name, step
+        self.optimizer = optimizer(trainable(model))
+        self.events: list[Event] = []
+        self.growth = attach(model, self.optimizer, total_steps=STEPS, on_event=self.events.append, **growth)
+        self.done = 0
+
+    def go_on(self, until: int = STEPS) -> ModelLoop:
+        self.model.train()
+        for number in range(self.done, until):
+            self.step(self.model, models.batch(self.name, number))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.done = until
+        return self
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether a component was born by evidence."""
+        return any(event.kind == "born" and event.step > PHASES["growth"] - 4 for event in self.events)
+
+
+def model_batches(name: str, count: int = 20) -> list[Any]:
+    """Batches that a `ModelLoop` does not train on."""
+    return [models.batch(name, 1000 + number) for number in range(count)]
