@@ -415,9 +415,10 @@ class AromaLinear(LoraLinear):
             if update.a.shape[0]:
                 dropped = self.lora_dropout[adapter_name](inputs)
                 h = self.lora_A[adapter_name](dropped)
-                result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
                 if update.probe is not None:
-                    result = result + answerable(dropped, update).to(result.dtype)
+                    within, asked = answerable(dropped, h, update)
+                    h, result = h + within, result + asked.to(result.dtype)
+                result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------
