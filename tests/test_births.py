@@ -36,7 +36,8 @@ class Coin:
 
     def __init__(self, name: str, chance: float) -> None:
         self.name, self.chance = name, chance
-        self.rank = self.component_count = self.heads = self.flips = 0
+        self.rank = self.component_count = 0
+        self.heads, self.flips = [0], [0]
         self.log_evidence = 0.0
         self.steepness: float | None = None
 
@@ -60,13 +61,9 @@ class Coins:
 
     def take_readings(self) -> list[Reading]:
         count = len(self.matrices)
-        chances = np.array([matrix.chance for matrix in self.matrices])
-        return [
-            Reading(
-                np.where(self.random.random(count) < chances, 2.0, 0.5), np.ones((count, 1)), np.zeros(count, bool)
-            )
-            for _ in range(4)
-        ]
+        wins = self.random.random((4, count)) < [matrix.chance for matrix in self.matrices]
+        known = np.ones((count, 1)), np.zeros(count, bool)
+        return [Reading(np.where(batch, 2.0, 0.5)[:, None], *known) for batch in wins]
 
     def bear(self, births: Any) -> list[Coin]:
         for matrix, _ in births:
@@ -74,13 +71,11 @@ class Coins:
         return list(dict.fromkeys(matrix for matrix, _ in births if matrix.component_count > self.slots))
 
     def take_credits(self) -> list[np.ndarray]:
-        credits = self.random.normal(-1, 0.1, (len(self.matrices), self.slots))
-        credits[:, : self.settled] += 3
-        return [credits]
+        return [np.ones((len(self.matrices), self.slots))]
 
     def keep(self, kept: Any) -> None:
-        for matrix, directions in zip(self.matrices, kept, strict=True):
-            matrix.component_count = len(directions)
+        for matrix in self.matrices:
+            matrix.component_count = self.settled
 
     def stop_following(self) -> None: ...
 
@@ -92,7 +87,7 @@ class Coins:
 def run(chances: dict[str, float], steps: int = STEPS, settled: int = 2, slots: int = 4, most: int | None = None):
     """Return the rule after a run over coins, its events as dicts, and its lines of progress."""
     matrices = Coins(chances, settled, slots)
-    settings = EvidenceSettings(significance=0.05, duel_factor=1.0, slots=slots, trial_steps=20, max_components=most)
+    settings = EvidenceSettings(0.05, 1.0, slots, trial_steps=20, last_step=steps - 20, max_components=most)
     rule: Any = EvidenceRule(settings, matrices)
     events, lines = [], []
     for _ in range(steps):
@@ -196,7 +191,7 @@ def test_no_evidence_is_no_dot_and_the_threshold_is_that_of_the_run(grown):
 )
 def test_no_text_lies_on_another_at_any_size(names, tmp_path):
     _, events, _ = run(dict.fromkeys(names, 0.5), steps=120)
-    figure = draw_births(events)
+    figure = draw_births(events, steps=120)
     figure.canvas.draw()
     shown = [axes for axes in figure.axes if axes.axison]
     texts = [text for axes in shown for text in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels())]
@@ -242,13 +237,17 @@ def test_the_end_says_what_is_open(grown):
     rule, _, _ = grown
     hopeful = [matrix for matrix in rule._matrices.all() if matrix.log_evidence > 0]
     assert rule.explanation.startswith(f"no evidence for another component in {12 - len(hopeful)} of 12 matrices; ")
-    assert rule.explanation.endswith(f"; last birth at step {rule.last_birth}")
+    assert rule.explanation.endswith(f"; last birth at step {rule.last_birth}; nothing is born after step 180")
     rule, _, _ = run(dict.fromkeys(NAMES, 0.2))
-    assert rule.explanation == "no evidence for another component in 12 of 12 matrices; no birth since the trial"
+    assert rule.explanation == (
+        "no evidence for another component in 12 of 12 matrices; no birth since the trial; "
+        "nothing is born after step 180"
+    )
     rule._matrices.all()[3].log_evidence = math.log(8.2)
     assert rule.explanation == (
         "no evidence for another component in 11 of 12 matrices; some in 1, the most in "
-        "encoder.layer.1.attention.query (E = 8.2 of 20.0); no birth since the trial"
+        "encoder.layer.1.attention.query (E = 8.2 of 20.0); no birth since the trial; "
+        "nothing is born after step 180"
     )
 
 
@@ -256,7 +255,7 @@ def test_the_end_says_where_the_limit_is_reached_and_where_the_trial_was_cut_sho
     rule, _, _ = run({**dict.fromkeys(NAMES, 0.2), NAMES[4]: 0.97}, most=4)
     assert rule.explanation == (
         "no evidence for another component in 11 of 12 matrices; max_components=4 is reached in 1; "
-        f"last birth at step {rule.last_birth}"
+        f"last birth at step {rule.last_birth}; nothing is born after step 180"
     )
     rule, _, _ = run(dict.fromkeys(NAMES, 0.2), steps=30)
     assert rule.explanation == "the trial is not over at step 30: which components stay is not decided"
@@ -318,7 +317,7 @@ def test_the_summary_has_the_evidence_that_the_rule_weighs() -> None:
     assert set(told) == {module.name for module in controller.summary()}
     for module, matrix in zip(controller.summary(), controller.modules, strict=True):
         assert module.rank == matrix.component_count
-        assert module.log_evidence == log_evidence(matrix.heads, matrix.flips)
+        assert module.log_evidence == max(map(log_evidence, matrix.heads, matrix.flips))
         assert module.steepness is not None
         assert module.steepness != 0
         assert module.state == "training"

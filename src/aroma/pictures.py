@@ -149,7 +149,7 @@ class History:
 
     Args:
         name: Module name in the base model.
-        settled: Components that the trial left; None before it ended.
+        settled: Components that the trial left, or the last one where there are several; None before the end of one.
         rank: Components at the last event.
         births: Optimizer steps of the births since the trial, in order.
         merges: Those of them at which the oldest component was merged to make room.
@@ -249,10 +249,10 @@ def draw_births(
     events = [*events]
     histories = histories_of(events)
     last = max(int(event["step"]) for event in events)
-    ends = [int(event["step"]) for event in events if event["kind"] == "settled"]
+    ends = sorted({int(event["step"]) for event in events if event["kind"] == "settled"})
     scene = _Scene(
         steps=max(last, steps or 0),
-        trial=max(ends, default=max(last, steps or 0)),
+        trial=min(ends, default=max(last, steps or 0)),
         threshold=-math.log(significance),
         most=max(1, *(matrix.rank for matrix in histories)),
     )
@@ -365,9 +365,9 @@ def _draw_rows(axes: Axes, rows: Mapping[str, History], scene: _Scene, height: f
         axes.fill_between(at, foot, tops, color=_EVIDENCE, linewidth=0)
         for steps, look in ((matrix.births, _BIRTH), (matrix.merges, _MERGE)):
             axes.scatter(steps, [foot - _FULL] * len(steps), s=mark, zorder=3, **look)
-        kept = matrix.rank - len(matrix.births)
+        kept = matrix.rank if matrix.settled is None else matrix.settled
         axes.barh(line, unit * kept, 0.66, start, color=_KEPT, linewidth=0)
-        axes.barh(line, unit * len(matrix.births), 0.66, start + unit * kept, color=_BORN, linewidth=0)
+        axes.barh(line, unit * (matrix.rank - kept), 0.66, start + unit * kept, color=_BORN, linewidth=0)
         end = start + unit * matrix.rank + 0.015 * scene.steps
         axes.text(end, line, str(matrix.rank), va="center", fontsize=letters, color=INK)
 

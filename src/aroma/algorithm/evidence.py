@@ -212,19 +212,19 @@ class EvidenceRule(Generic[E]):
     @property
     def status(self) -> list[str]:
         """Where the run stands, for one line of progress."""
-        if self.phase == "questions":
+        if self.phase in ("start", "trial"):
+            stage = f"trial {self.global_step}/{self._settings.trial_steps}"
+        elif self.phase == "questions":
             stage = f"asking {len(self._credits)}/{QUESTIONS}"
-        elif self.phase == "growth":
+        else:
             last = "" if self.last_birth is None else f", last at step {self.last_birth}"
             stage = f"births {self.births}{last}"
-        else:
-            stage = f"trial {self.global_step}/{self._settings.trial_steps}"
         return [stage, f"components {self._matrices.total_rank} in {len(self._matrices.all())} matrices"]
 
     @property
     def explanation(self) -> str:
         """Why the matrices grow no more, or what is open, in one sentence without a full stop."""
-        if self.phase != "growth":
+        if self.phase not in ("growth", "rest"):
             return f"the trial is not over at step {self.global_step}: which components stay is not decided"
         most = self._settings.max_components
         matrices = self._matrices.active()
@@ -239,7 +239,8 @@ class EvidenceRule(Generic[E]):
         if full:
             parts.append(f"max_components={most} is reached in {len(full)}")
         last = "no birth since the trial" if self.last_birth is None else f"last birth at step {self.last_birth}"
-        return "; ".join([*parts, last])
+        until = f"; nothing is born after step {self._settings.last_step}" if self.phase == "rest" else ""
+        return "; ".join([*parts, last]) + until
 
     # The rule --------------------------------------------------------------------------------------------------------
 
