@@ -14,7 +14,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
+import models
 from aroma import AromaCallback, AromaConfig, Attachment, Event, attach
+from aroma.sharding import rank, world_size
 from trainer_runs import examples, tiny_bert, trainer_for
 
 STEPS = 60
@@ -82,12 +84,15 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 class Loop:
     """One training of a net in a plain loop, which can stop and go on.
 
+    Several processes share every batch, so that they see the same as one.
+
     Args:
         model: The net, adapted; `net()` by default.
         optimizer: Makes the optimizer.
         steps: Planned steps.
         size: Examples of a batch.
         backward: Takes the gradients of a batch; loss.backward() by default.
+        wrap: Makes the model one of several processes.
         growth: Further arguments of `attach`.
     """
 
@@ -98,9 +103,11 @@ class Loop:
         steps: int = STEPS,
         size: int = 8,
         backward: Callable[[Any, Rows], None] = lambda model, batch: loss_of(model, batch).backward(),
+        wrap: Callable[[Any], Any] = lambda model: model,
         **growth: Any,
     ) -> None:
         self.model = net() if model is None else model
+        self.wrapped = wrap(self.model)
         self.optimizer = optimizer(trainable(self.model))
         self.steps, self.size, self.backward, self.options = steps, size, backward, growth
         dtype = next(self.model.parameters()).dtype
@@ -110,20 +117,22 @@ class Loop:
 
     def attach(self, **options: Any) -> Attachment:
         given = {"growth_loss": loss_of, **self.options, **options}
-        self.growth = attach(self.model, self.optimizer, total_steps=self.steps, on_event=self.events.append, **given)
+        self.growth = attach(
+            self.wrapped, self.optimizer, total_steps=self.steps, on_event=self.events.append, **given
+        )
         return self.growth
 
     def batch(self, step: int) -> Rows:
-        return self.x[step * self.size : (step + 1) * self.size], self.y[step * self.size : (step + 1) * self.size]
+        return share((self.x, self.y), step * self.size, self.size)
 
     def go_on(self, until: int | None = None) -> Loop:
         """Train until so many steps are done."""
         if not hasattr(self, "growth"):
             self.attach()
-        self.model.train()
+        self.wrapped.train()
         while self.done < (self.steps if until is None else until):
             self.optimizer.zero_grad()
-            self.backward(self.model, self.batch(self.done))
+            self.backward(self.wrapped, self.batch(self.done))
             self.optimizer.step()
             self.done += 1
         return self
@@ -152,15 +161,26 @@ class Loop:
         }
 
 
-def held_out(count: int = 40, size: int = 8) -> list[Rows]:
+def share(data: Rows, start: int, count: int) -> Rows:
+    """This process's part of a batch of all."""
+    x, y = (part[start + rank() : start + count : world_size()] for part in data)
+    return x, y
+
+
+def held_out(count: int = 40, size: int = 8, dtype: torch.dtype = torch.float32) -> list[Rows]:
     """Batches that are not trained on."""
-    x, y = rows(count * size, seed=2)
-    return [*zip(x.split(size), y.split(size), strict=True)]
+    data = rows(count * size, seed=2, dtype=dtype)
+    return [share(data, number * size, size) for number in range(count)]
 
 
 def births(events: Sequence[Event]) -> list[tuple[int, str | None, str]]:
     """What the rule has decided: when, where, what."""
     return [(event.step, event.module, event.kind) for event in events]
+
+
+def bear_everywhere(growth: Attachment) -> None:
+    """Start a component of every matrix, whatever the rule says; beyond the slots the oldest one merges."""
+    growth.controller.matrices.bear([(matrix, 0) for matrix in growth.controller.modules])
 
 
 # A small BERT in the Trainer -----------------------------------------------------------------------------------------
@@ -191,3 +211,57 @@ def bert_trainer(
 def growth_dataset(count: int = 160) -> list[dict[str, Tensor]]:
     """Examples that the Trainer does not train on."""
     return examples(count, seed=11)
+
+
+# Other architectures -------------------------------------------------------------------------------------------------
+
+
+def grown(name: str, base: Any = None, **changes: Any) -> Any:
+    """A tiny model of `models.ARCHITECTURES` that grows."""
+    config = AromaConfig(**{**METHOD, **models.ARCHITECTURES[name].adapter, **changes})
+    return get_peft_model(models.base(name) if base is None else base, config).eval()
+
+
+class ModelLoop:
+    """One training of such a model on batches of its own, in a plain loop.
+
+    Args:
+        model: The model, adapted.
+        name: Its architecture.
+        step: Takes the gradients of a batch; loss.backward() by default.
+        optimizer: Makes the optimizer.
+        growth: Further arguments of `attach`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        step: Callable[[Any, Any], None] = lambda model, batch: model(**batch).loss.backward(),
+        optimizer: Callable[[list[nn.Parameter]], Any] = lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        **growth: Any,
+    ) -> None:
+        self.model, self.name, self.step = model, name, step
+        self.optimizer = optimizer(trainable(model))
+        self.events: list[Event] = []
+        self.growth = attach(model, self.optimizer, total_steps=STEPS, on_event=self.events.append, **growth)
+        self.done = 0
+
+    def go_on(self, until: int = STEPS) -> ModelLoop:
+        self.model.train()
+        for number in range(self.done, until):
+            self.step(self.model, models.batch(self.name, number))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.done = until
+        return self
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether a component was born by evidence."""
+        return any(event.kind == "born" and event.step > PHASES["growth"] - 4 for event in self.events)
+
+
+def model_batches(name: str, count: int = 20) -> list[Any]:
+    """Batches that a `ModelLoop` does not train on."""
+    return [models.batch(name, 1000 + number) for number in range(count)]

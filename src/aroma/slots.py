@@ -64,22 +64,23 @@ class SlotMatrix(GrowingMatrix):
         """Note that a component was born in `slot`."""
         self.born[slot] = self.births
         self.births += 1
-        self._evaluate_slots()
+        self.evaluate_slots()
 
     def vacate(self, slot: int) -> None:
         """Note that `slot` is not in use any more."""
         self.born[slot] = None
-        self._evaluate_slots()
+        self.evaluate_slots()
 
     def occupy_first(self, count: int) -> None:
         """Note that new components are in the first `count` slots, and in no others."""
         self.born = [None] * len(self.born)
         for slot in range(count):
             self.occupy(slot)
-        self._evaluate_slots()
+        self.evaluate_slots()
 
-    def _evaluate_slots(self) -> None:
-        self.layer.slots_in_use[self._adapter_name] = max(self.slots, default=-1) + 1
+    def evaluate_slots(self, least: int = 0) -> None:
+        """Let the layer evaluate the slots up to the last in use, and at least so many."""
+        self.layer.slots_in_use[self._adapter_name] = max(least, max(self.slots, default=-1) + 1)
 
     def slot_for_birth(self) -> tuple[int, bool]:
         """Return the slot of the next component, and whether its component must be merged first: the oldest one."""
@@ -154,7 +155,7 @@ class SlotMatrix(GrowingMatrix):
         whole_b, whole_a = torch.zeros_like(pair[0]), torch.zeros_like(pair[1])
         whole_b[:, : b.shape[1]], whole_a[: a.shape[0]] = b.to(whole_b), a.to(whole_a)
         self.layer.start_pair(self._adapter_name, whole_a, whole_b)
-        self._evaluate_slots()
+        self.evaluate_slots()
 
 
 class SlotMatrices(GrowingMatrices):
@@ -252,6 +253,10 @@ class SlotMatrices(GrowingMatrices):
         """Ask no backward any more."""
         self._asks = False
         self._ask()
+        # A loop may go on without growth: of a pair that is in no graph DistributedDataParallel would wait for a
+        # gradient, and a model without any could go no step backward. An empty slot gets a gradient of zero.
+        for matrix in self._all:
+            matrix.evaluate_slots(least=1)
 
     @torch.no_grad()
     def absorb(self, *, record: bool) -> None:

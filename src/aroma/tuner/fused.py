@@ -118,21 +118,25 @@ def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
     return node(x, *update.leaves, result, update, dtype)
 
 
-def answerable(x: Tensor, update: Update) -> Tensor:
-    """Return zeros, (…, m), through which a backward answers the probe of `update`, in operations of PyTorch alone.
+def answerable(x: Tensor, h: Tensor, update: Update) -> tuple[Tensor, Tensor]:
+    """Return zeros through which a backward answers the probe of `update`, in operations of PyTorch alone.
+
+    The pair itself is not read: ZeRO-3 holds it whole only while its modules are called.
 
     Args:
         x: What pair and probe see of the inputs, (…, n).
+        h: a x, (…, r).
         update: An update with a probe.
+
+    Returns:
+        What is to be added to h, (…, r), and to the result, (…, m).
     """
     probe = update.probe
     assert probe is not None, "nothing is asked"
-    x, a, b = x.detach(), update.a.detach(), update.b.detach()
+    x, h = x.detach(), h.detach()
     u, v, gate, move_b, move_a = (_cast(tensor, x.dtype) for tensor in probe[:5])
-    gate = gate * update.scale
-    asked = F.linear(F.linear(x, v), u)
-    asked = asked + F.linear(F.linear(x, a) * gate, move_b) + F.linear(F.linear(x, move_a) * gate, b)
-    return asked - asked.detach()
+    asked = F.linear(F.linear(x, v), u) + F.linear(h * (gate * update.scale), move_b)
+    return F.linear(x, move_a) * gate, asked - asked.detach()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

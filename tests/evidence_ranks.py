@@ -1,0 +1,206 @@
+"""Growth by evidence in several processes, for torchrun: plain loops under DistributedDataParallel and FSDP2.
+
+    torchrun --standalone --nproc-per-node 2 tests/evidence_ranks.py OUT
+
+Every rank writes what each loop came to into a file of its own in OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from aroma import aroma_layers, save_adapter
+from distributed_runs import TIMEOUT, tell_refusals, whole
+from evidence_runs import Loop, Net, Rows, births, held_out, loss_of, net
+
+PRECISE = torch.float64
+
+
+def double(**changes: Any) -> Any:
+    """The net in float64, where rounding is no excuse."""
+    return net(Net().double(), **changes)
+
+
+def in_parts(model: Any, batch: Rows, parts: int = 2) -> None:
+    """Micro-batches, all but the last without synchronisation."""
+    x, y = batch
+    for part in range(parts):
+        quiet = getattr(model, "no_sync", nullcontext) if part < parts - 1 else nullcontext
+        with quiet():
+            (loss_of(model, (x[part::parts], y[part::parts])) / parts).backward()
+
+
+def momentum(parameters: Any) -> Any:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def adafactor(parameters: Any) -> Any:
+    return torch.optim.Adafactor(parameters, lr=0.1)
+
+
+LOOPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "as it comes": lambda: {"model": double()},
+    "micro-batches": lambda: {"model": double(), "backward": in_parts},
+    "held out": lambda: {"model": double(), "steps_per_pass": 3, "growth_batches": held_out(dtype=PRECISE)},
+    "one slot, merged again and again": lambda: {"model": double(slots=1)},
+    "momentum": lambda: {"model": double(), "optimizer": momentum},
+    "bounded": lambda: {"model": double(max_components=4)},
+}
+"""What one process and several do alike."""
+
+
+def replicated(model: Any) -> Any:
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def static(model: Any) -> Any:
+    return DistributedDataParallel(model, static_graph=True) if dist.is_initialized() else model
+
+
+def sharded(model: Any) -> Any:
+    """Each layer by itself, and the rest as the root."""
+    if not dist.is_initialized():
+        return model
+    for layer in model.base_model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.no_sync = lambda: _without_sync(model)
+    return model
+
+
+@contextmanager
+def _without_sync(model: Any) -> Any:
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
+
+
+WRAPS = {"ddp": replicated, "fsdp2": sharded}
+MORE: dict[str, tuple[Callable[[Any], Any], Callable[[], dict[str, Any]]]] = {
+    "ddp, adafactor": (replicated, lambda: {"model": double(), "optimizer": adafactor}),
+    "ddp, static graph": (static, lambda: {"model": double()}),
+}
+"""Loops of one way to distribute."""
+
+
+def runs() -> dict[str, tuple[Callable[[Any], Any], Callable[[], dict[str, Any]]]]:
+    """Every loop in every way, by name."""
+    both = {f"{way}, {name}": (wrap, options) for way, wrap in WRAPS.items() for name, options in LOOPS.items()}
+    return {**both, **MORE}
+
+
+def ended(loop: Loop) -> dict[str, Any]:
+    """What a loop came to, whole on all ranks."""
+    controller = loop.growth.controller
+    return {
+        "events": births(loop.events),
+        "rule": controller.rule.state(),
+        "noted": [(matrix.born, matrix.heads, matrix.flips) for matrix in controller.modules],
+        "ranks": [(summary.name, summary.rank) for summary in controller.summary()],
+        "weights": updates(loop.model),
+        "controller": controller.state_dict(),
+    }
+
+
+def updates(model: Any) -> dict[str, Tensor]:
+    """B A + s b a of every matrix."""
+    found = {}
+    for name, layer in aroma_layers(model).items():
+        B, A = layer.components("default")
+        found[name] = B.detach() @ A.detach()
+    return found
+
+
+# On after a run ------------------------------------------------------------------------------------------------------
+
+
+def detached() -> dict[str, Any]:
+    """Training goes on after the controller was taken away while no slot was in use."""
+    loop = Loop(double(), wrap=replicated).go_on(4)
+    loop.growth.detach()
+    loop.go_on(8)
+    return {"weights": updates(loop.model), "steps": loop.done}
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+SAVED_AT = (5, 37)
+"""Before there are components, and in the midst of growth."""
+
+
+def resumed(out: Path) -> dict[str, dict[str, Any]]:
+    """Save sharded trainings, and resume them; the weights are loaded before they are sharded."""
+    came_to = {}
+    for step in SAVED_AT:
+        loop = Loop(double(), wrap=sharded).go_on(step)
+        folder = out / f"saved-{step}"
+        save_adapter(loop.model, folder)
+        optimizer = get_optimizer_state_dict(loop.model, loop.optimizer)
+        # Without the slots that the next steps change in place.
+        optimizer = _copied(optimizer)
+        came_to[f"uninterrupted-{step}"] = ended(loop.go_on())
+        model = double()
+        model.load_adapter(str(folder), "default", is_trainable=True)
+        again = Loop(model, wrap=sharded)
+        set_optimizer_state_dict(again.model, again.optimizer, optimizer)
+        again.attach(resume_from=str(folder))
+        again.done = step
+        came_to[f"resumed-{step}"] = ended(again.go_on())
+    return came_to
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def other_held_out(_: Path) -> None:
+    """One rank has too few held-out batches."""
+    Loop(
+        double(), wrap=replicated, steps_per_pass=3, growth_batches=held_out()[: 40 if dist.get_rank() else 0]
+    ).go_on()
+
+
+def broken_held_out(_: Path) -> None:
+    """The loss of one rank is not finite."""
+    batches = held_out(dtype=PRECISE)
+    if dist.get_rank():
+        batches = [(x, y / 0) for x, y in batches]
+    Loop(double(), wrap=replicated, steps_per_pass=3, growth_batches=batches).go_on()
+
+
+REFUSALS = [other_held_out, broken_held_out]
+
+
+def main(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    for name, (wrap, options) in runs().items():
+        torch.save(whole(ended(Loop(wrap=wrap, **options()).go_on())), out / f"{name}-{dist.get_rank()}.pt")
+    torch.save(detached(), out / f"detached-{dist.get_rank()}.pt")
+    for name, came_to in resumed(out).items():
+        torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
+    tell_refusals(out, REFUSALS)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

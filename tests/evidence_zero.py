@@ -1,0 +1,93 @@
+"""Growth by evidence under DeepSpeed's ZeRO, for `ranks`: plain loops, and checkpoints.
+
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/evidence_zero.py OUT
+
+Every rank writes what each loop came to into a file of its own in OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from aroma import save_adapter
+from distributed_runs import TIMEOUT
+from evidence_ranks import ended
+from evidence_runs import Loop, held_out, loss_of, net
+from zero_runs import NOTHING_STAYS, zero
+
+STAGES: dict[str, dict[str, Any]] = {
+    "zero 1": zero(1),
+    "zero 2": zero(2),
+    "zero 3": zero(3),
+    "zero 3, nothing stays": zero(3, **NOTHING_STAYS),
+    "zero 2, offloaded": zero(2, zero_offload_optimizer={"device": "cpu"}),
+    "zero 3, offloaded": zero(3, zero_offload_optimizer={"device": "cpu"}),
+}
+SAVED_AT = (5, 37)
+"""Before there are components, and in the midst of growth."""
+
+
+class ZeroLoop(Loop):
+    """A loop whose model is an engine."""
+
+    def __init__(self, config: dict[str, Any], resume_from: Path | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.engine = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)[0]
+        if resume_from:
+            self.engine.load_checkpoint(str(resume_from), tag="engine", load_module_strict=False)
+        self.wrapped, self.optimizer = self.engine, self.engine.optimizer
+
+    def go_on(self, until: int | None = None) -> ZeroLoop:
+        if not hasattr(self, "growth"):
+            self.attach()
+        self.engine.train()
+        for step in range(self.done, self.steps if until is None else until):
+            self.engine.backward(loss_of(self.engine, self.batch(step)))
+            self.engine.step()
+            self.done = step + 1
+        return self
+
+
+def options() -> dict[str, Any]:
+    return {"steps_per_pass": 34, "growth_batches": held_out(), "model": net(significance=0.7)}
+
+
+def loops(out: Path) -> None:
+    for name, config in STAGES.items():
+        torch.save(ended(ZeroLoop(config, **options()).go_on()), out / f"{name}-{dist.get_rank()}.pt")
+    replicas = Loop(wrap=DistributedDataParallel, **options()).go_on()
+    torch.save(ended(replicas), out / f"replicas-{dist.get_rank()}.pt")
+
+
+def checkpoints(out: Path) -> None:
+    for name in ("zero 2", "zero 3, nothing stays"):
+        for step in SAVED_AT:
+            loop = ZeroLoop(STAGES[name], **options()).go_on(step)
+            folder = out / f"saved-{name}-{step}"
+            if "3" in name or dist.get_rank() == 0:
+                save_adapter(loop.model, folder)
+            loop.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+            torch.save(ended(loop.go_on()), out / f"uninterrupted-{name}-{step}-{dist.get_rank()}.pt")
+            again = ZeroLoop(STAGES[name], folder, **options())
+            again.attach(resume_from=str(folder))
+            again.done = step
+            torch.save(ended(again.go_on()), out / f"resumed-{name}-{step}-{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    deepspeed.init_distributed(timeout=TIMEOUT)
+    where = Path(sys.argv[1])
+    where.mkdir(parents=True, exist_ok=True)
+    loops(where)
+    checkpoints(where)
+    dist.barrier()
+    dist.destroy_process_group()

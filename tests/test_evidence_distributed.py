@@ -1,0 +1,85 @@
+"""Growth by evidence in several processes: all ranks decide alike, and as one process with their global batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import evidence_ranks
+from aroma import verify_adapter
+from distributed_runs import assert_refused
+from evidence_ranks import SAVED_AT, ended, runs
+from evidence_runs import Loop
+from ranks import launch
+from trainer_runs import assert_same
+
+CLOSE = {"rtol": 1e-6, "atol": 1e-9}
+"""In float64 nothing but the order of sums differs; Adam divides by square roots of some of them."""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks told of every loop."""
+    out = tmp_path_factory.mktemp("evidence")
+    launch(2, evidence_ranks.__file__, str(out))
+    return out
+
+
+def ends(told: Path, name: str, count: int = 2) -> list[dict[str, Any]]:
+    return [torch.load(told / f"{name}-{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def assert_as_one_process(told: Path, name: str, count: int) -> None:
+    first, *others = ends(told, name, count)
+    for other in others:
+        assert_same(other, first)
+    alone = ended(Loop(**runs()[name][1]()).go_on())
+    assert any(kind == "born" and step > 32 for step, _, kind in first["events"]), "it is to grow"
+    for what in ("events", "noted", "ranks"):
+        assert first[what] == alone[what], what
+    for matrix, update in first["weights"].items():
+        torch.testing.assert_close(
+            update, alone["weights"][matrix], **CLOSE, msg=lambda said, m=matrix: f"{m}: {said}"
+        )
+
+
+@pytest.mark.parametrize("name", runs())
+def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
+    assert_as_one_process(told, name, 2)
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
+    """Under FSDP2 one of them holds no slot."""
+    launch(4, evidence_ranks.__file__, str(tmp_path))
+    for name in runs():
+        assert_as_one_process(tmp_path, name, 4)
+
+
+@pytest.mark.parametrize("step", SAVED_AT)
+def test_a_sharded_run_resumes_exactly(told: Path, step: int) -> None:
+    verify_adapter(told / f"saved-{step}")
+    for uninterrupted, resumed in zip(ends(told, f"uninterrupted-{step}"), ends(told, f"resumed-{step}"), strict=True):
+        resumed["events"] = [event for event in uninterrupted["events"] if event[0] <= step] + resumed["events"]
+        assert_same(resumed, uninterrupted)
+
+
+def test_replicas_go_on_after_the_controller_was_taken_away(told: Path) -> None:
+    """DistributedDataParallel waits for a gradient of every pair, and no slot of these was in use yet."""
+    one, other = ends(told, "detached")
+    assert_same(one, other)
+    assert one["steps"] == 8
+
+
+SAYS = {
+    "other_held_out": ("ConfigError", "growth_batches='0 batches': it takes"),
+    "broken_held_out": ("NonFiniteError", "the loss of held-out examples is"),
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
+    assert_refused(told, name, *SAYS[name])
