@@ -327,7 +327,7 @@ class EvidenceRule(Generic[E]):
         for reading in readings:
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
-                if not math.isnan(reading.unused[index].max()):
+                if math.isfinite(reading.unused[index].max()):
                     matrix.steepness = float(reading.unused[index].max())
                 for direction, won in enumerate(heads[index]):
                     matrix.heads[direction] += int(won)
@@ -468,7 +468,7 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
     rival = np.maximum(own, everywhere)[:, None]
-    judged = ~reading.pending[:, None] & ~np.isnan(reading.unused)
+    judged = ~reading.pending[:, None] & np.isfinite(reading.unused)
     return judged & (reading.unused > 0) & (reading.unused > factor * rival), judged
 
 
