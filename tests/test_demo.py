@@ -12,19 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
-from aroma import aroma_layers
+from aroma import AromaConfig, aroma_layers
 from aroma.cli import main
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError, DataError
 from aroma_lab.demo import run as demo
 from aroma_lab.methods import Aroma
 from aroma_lab.run.machine import provenance
+from aroma_lab.run.recorder import EventLog
 from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks import articles as bbc
 from aroma_lab.tasks import model as models
 from aroma_lab.tasks.classification import ClassifierJob, encode, load_tokenizer, predict_logits
 from aroma_lab.tasks.model import load_classifier
+from evidence_runs import Loop, Net
 from tiny_classifier import examples, save_tiny_bert
 
 HELD_OUT_DIGEST = "27fbf546d013906bef0eee35c6091a5dfe3375846275733e64822b1a4a757b20"
@@ -170,6 +173,8 @@ def test_the_report_has_all_that_was_promised():
         "max_length": 64,
         "steps": 240,
         "outer_steps": 6,
+        "explanation": "no evidence for another component in 2 of 2 matrices; last birth at step 96",
+        "pictures": {"ranks.png": "ranks", "births.png": "births over time"},
         "wall_seconds": 93.7,
         **provenance(),
     }
@@ -180,13 +185,26 @@ def test_the_report_has_all_that_was_promised():
         "| 97.75% | 41,472 + 149,765 (head, with pooler) |",
         "The encoder's pooler trains with the head: nothing trained it.",
         "LoRA r=8 on the same matrices trains 331,776 adapter parameters",
-        "2 matrices, ranks 0 to 3, in all 3, after 6 outer steps; 1 of 2 had stopped by themselves after 240",
+        "2 matrices, ranks 0 to 3, in all 3, after 240 optimizer steps; no evidence for another component in 2 of 2",
+        "![ranks](ranks.png)\n\n![births over time](births.png)\n\n**Ranks.**",
         "445 of 445 predictions equal, max |Δlogit| 2.5e-06",
         "sentence-transformers/all-MiniLM-L6-v2",
         "for non-commercial and research purposes only",
         f"torch {torch.__version__}",
     ):
         assert text in report, text
+
+
+@pytest.mark.parametrize("growth", ["evidence", "paper"])
+def test_births_are_drawn_where_evidence_decides(growth, tmp_path):
+    paper = AromaConfig(target_modules=r"layers\.\d+", max_inner_steps=20, component_seed=0)
+    loop = Loop() if growth == "evidence" else Loop(get_peft_model(Net(), paper))
+    controller = loop.attach().controller
+    controller.subscribe(EventLog(tmp_path / "events.jsonl", upto=0))
+    loop.go_on()
+    pictures = demo.draw_pictures(controller, controller.summary(), tmp_path)
+    assert [*pictures] == ["ranks.png", *(["births.png"] if growth == "evidence" else [])]
+    assert {file.name for file in tmp_path.glob("*.png")} == {*pictures}
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):

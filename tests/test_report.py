@@ -22,7 +22,7 @@ from aroma_lab.cli import lab_report
 from aroma_lab.report import figures, formats
 from aroma_lab.report.formats import FORMATS, SUFFIXES, Table
 from aroma_lab.report.learnt import not_learnt
-from aroma_lab.report.runs import TABLE, collect_runs, read_runs
+from aroma_lab.report.runs import TABLE, collect_runs, read_runs, rows_of
 from aroma_lab.report.statistics import CHANCE, margins, paired_differences, spread
 from aroma_lab.report.tables import KINDS, inner_loops, make_table
 from made_up_runs import edit, write_grid, write_run
@@ -624,6 +624,18 @@ def test_a_damaged_table_of_runs_is_named(collected, tmp_path):
     frame.to_parquet(path)
     with pytest.raises(CheckpointError, match=r"runs\.parquet, runs/.*, result: .* score missing; .*lab collect"):
         read_runs(tmp_path)
+
+
+def test_growth_by_evidence_has_no_inner_loops(tmp_path):
+    write_run(tmp_path, "mrpc", "grown", 0, kind="aroma", options={"growth": "evidence"})
+    with pytest.raises(ConfigError, match="no run with inner checks has finished"):
+        make_table(read_runs(tmp_path), "inner")
+    folder = write_run(tmp_path, "mrpc", "paper", 0, kind="aroma", options={"growth": "paper"})
+    merged = {"kind": "merged", "outer_step": 1, "module": "layer.0.q"}
+    (folder / "events.jsonl").write_text(f"{json.dumps(merged)}\n{json.dumps({**merged, 'log_evidence': 3.1})}\n")
+    (run,) = rows_of(read_runs(tmp_path).of("paper"))
+    assert run.ended == [(1, "layer.0.q")]
+    assert make_table(read_runs(tmp_path), "inner").methods == ["paper", "paper"]
 
 
 def test_no_runs_and_the_same_run_twice_are_refused(grid, tmp_path):

@@ -133,6 +133,21 @@ def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
     return rows
 
 
+def evidence_of(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the saved state of a run with growth="evidence", JSON-able; None for other adapters.
+
+    Its `modules` have name, heads, flips, log_evidence and steepness; beside them are `config`, `phase`,
+    `global_step`, `births` and `last_birth`.
+
+    Raises:
+        CheckpointError: `aroma_state.json` is damaged.
+    """
+    if not (Path(folder) / STATE_FILE).exists():
+        return None
+    run: dict[str, Any] | None = read_state(folder).get("controller")
+    return run if run is not None and run["config"].get("growth") == "evidence" else None
+
+
 def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
     """Write an adapter of one rank for all modules, which every serving engine reads, and return that rank.
 

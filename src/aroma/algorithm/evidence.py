@@ -217,11 +217,34 @@ class EvidenceRule(Generic[E]):
     def status(self) -> list[str]:
         """Where the run stands, for one line of progress."""
         if self.phase in ("start", "trial"):
-            return [f"trial {self.global_step}/{self._settings.trial_steps}"]
-        if self.phase == "questions":
-            return [f"asking batch {len(self._credits) + 1} of {QUESTIONS}"]
-        last = "" if self.last_birth is None else f", last at step {self.last_birth}"
-        return [f"births {self.births}{last}"]
+            stage = f"trial {self.global_step}/{self._settings.trial_steps}"
+        elif self.phase == "questions":
+            stage = f"asking {len(self._credits)}/{QUESTIONS}"
+        else:
+            last = "" if self.last_birth is None else f", last at step {self.last_birth}"
+            stage = f"births {self.births}{last}"
+        return [stage, f"components {self._matrices.total_rank} in {len(self._matrices.all())} matrices"]
+
+    @property
+    def explanation(self) -> str:
+        """Why the matrices grow no more, or what is open, in one sentence without a full stop."""
+        if self.phase not in ("growth", "rest"):
+            return f"the trial is not over at step {self.global_step}: which components stay is not decided"
+        most = self._settings.max_components
+        matrices = self._matrices.active()
+        full = [matrix for matrix in matrices if most is not None and matrix.component_count >= most]
+        hopeful = [matrix for matrix in matrices if matrix.log_evidence > 0 and matrix not in full]
+        none = len(matrices) - len(full) - len(hopeful)
+        parts = [f"no evidence for another component in {none} of {len(matrices)} matrices"]
+        if hopeful:
+            nearest = max(hopeful, key=lambda matrix: matrix.log_evidence)
+            needed = f"{math.exp(nearest.log_evidence):.1f} of {1 / self._settings.significance:.1f}"
+            parts.append(f"some in {len(hopeful)}, the most in {nearest.name} (E = {needed})")
+        if full:
+            parts.append(f"max_components={most} is reached in {len(full)}")
+        last = "no birth since the trial" if self.last_birth is None else f"last birth at step {self.last_birth}"
+        until = f"; nothing is born after step {self._settings.last_step}" if self.phase == "rest" else ""
+        return "; ".join([*parts, last]) + until
 
     # The rule --------------------------------------------------------------------------------------------------------
 

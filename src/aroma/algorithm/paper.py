@@ -100,7 +100,28 @@ class PaperRule(Generic[M]):
     @property
     def status(self) -> list[str]:
         """Where the inner loop stands, for one line of progress."""
-        return [f"inner {self.inner_step}/{self.max_inner_steps}"]
+        active, every = len(self._matrices.active()), len(self._matrices.all())
+        return [
+            f"inner {self.inner_step}/{self.max_inner_steps}",
+            f"active {active}/{every}",
+            f"rank {self._matrices.total_rank}",
+        ]
+
+    @property
+    def explanation(self) -> str:
+        """Why the matrices grow no more, or what is open, in one sentence without a full stop."""
+        matrices = self._matrices.all()
+        frozen = [matrix for matrix in matrices if matrix.is_frozen]
+        full = sum(map(self._is_full, frozen))
+        reasons = {
+            "found the next component too small": len(frozen) - full,
+            f"have max_components={self._settings.max_components}": full,
+        }
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+        parts = [f"{len(frozen)} of {len(matrices)} matrices have finished" + (f" ({why})" if why else "")]
+        if len(frozen) < len(matrices):
+            parts.append(f"{len(matrices) - len(frozen)} still train")
+        return "; ".join(parts)
 
     @property
     def draw(self) -> int:

@@ -124,6 +124,10 @@ class GrowthRule(Protocol):
         """Where the rule stands, for one line of progress."""
 
     @property
+    def explanation(self) -> str:
+        """Why the matrices grow no more, or what is open, in one sentence without a full stop."""
+
+    @property
     def draw(self) -> int:
         """Number that seeds what the components in training drew when they began."""
 

@@ -1,8 +1,10 @@
-"""`aroma inspect`: rank and effective rank of every matrix of an adapter."""
+"""`aroma inspect`: rank and effective rank of every matrix of an adapter, and the evidence for one more."""
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .extras import require_extra
@@ -22,7 +24,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show rank and effective rank of every matrix, as table and picture",
-        description="Show rank and effective rank of every matrix of an adapter, as a table and, if wanted, drawn.",
+        description=(
+            "Show rank and effective rank of every matrix of an adapter, as a table and, if wanted, drawn. Of a run\n"
+            "with growth='evidence' also the evidence for one more component, and how steep its direction was."
+        ),
         epilog=examples(
             "aroma inspect runs/mrpc/adapter",
             "aroma inspect runs/mrpc/checkpoints/checkpoint-500 --plot ranks.svg",
@@ -43,19 +48,21 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..export import rank_table
+    from ..export import evidence_of, rank_table
     from ..pictures import rank_picture
 
-    rows = rank_table(arguments.adapter)
-    Console(markup=False).print(make_table(rows, title=str(arguments.adapter)))
+    rows, run = rank_table(arguments.adapter), evidence_of(arguments.adapter)
+    Console(markup=False).print(make_table(rows, str(arguments.adapter), run))
+    if run is not None:
+        print(growth_line(run))
     print(serving_hint(max((row.rank for row in rows), default=0)))
     if arguments.plot:
         rank_picture(rows, arguments.plot)
         print(f"picture: {arguments.plot}")
 
 
-def make_table(rows: list[RankRow], title: str) -> Table:
-    """Return the table of ranks, with totals at its foot."""
+def make_table(rows: list[RankRow], title: str, run: Mapping[str, Any] | None = None) -> Table:
+    """Return the table of ranks, with totals at its foot; `run` is of growth by evidence, see `evidence_of`."""
     from rich.table import Table
 
     total, effective = sum(row.rank for row in rows), sum(row.effective_rank for row in rows)
@@ -66,11 +73,32 @@ def make_table(rows: list[RankRow], title: str) -> Table:
     table.add_column("rank", footer=str(total), justify="right")
     table.add_column("effective rank", footer=f"{effective:.1f}", justify="right")
     table.add_column("parameters", footer=f"{parameters:,}", justify="right")
+    matrices = {matrix["name"]: matrix for matrix in run["modules"]} if run is not None else {}
+    if run is not None:
+        table.add_column(f"E of {1 / run['config']['significance']:.3g}", justify="right")
+        table.add_column("steepness", justify="right")
     for row in rows:
         m, n = row.shape
         effective_text = f"{row.effective_rank:.2f}" if row.rank else "–"
-        table.add_row(row.name, f"{m}×{n}", str(row.rank), effective_text, f"{row.rank * (m + n):,}")
+        more = _evidence_cells(matrices[row.name]) if run is not None else []
+        table.add_row(row.name, f"{m}×{n}", str(row.rank), effective_text, f"{row.rank * (m + n):,}", *more)
     return table
+
+
+def _evidence_cells(matrix: Mapping[str, Any]) -> list[str]:
+    """Return the evidence for one more component, and the steepness of the unused direction; dashes where unknown."""
+    if matrix["steepness"] is None:
+        return ["–", "–"]
+    evidence = math.exp(matrix["log_evidence"])
+    return [f"{evidence:.2f}" if evidence >= 0.01 else "<0.01", f"{matrix['steepness']:.1e}"]
+
+
+def growth_line(run: Mapping[str, Any]) -> str:
+    """Return where a run of growth by evidence stood when it was saved."""
+    if run["phase"] not in ("growth", "rest"):
+        return f"Growth by evidence: its trial was not over at optimizer step {run['global_step']}."
+    last = "" if run["last_birth"] is None else f", the last at step {run['last_birth']}"
+    return f"Growth by evidence, at optimizer step {run['global_step']}: births since the trial {run['births']}{last}."
 
 
 def serving_hint(largest: int) -> str:

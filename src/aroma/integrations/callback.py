@@ -28,7 +28,7 @@ from ..events import Event
 from ..sharding import own_entries
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from .held_out import HeldOutDataset, Loss, refuse_overlap
+from .held_out import HeldOutDataset, Loss, refuse_overlap, with_columns_of
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -137,9 +137,11 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         held_out = None
         if self.growth_dataset is not None:
             with controller.together():
-                refuse_overlap(self.growth_dataset, getattr(loader, "dataset", None))
+                training = getattr(loader, "dataset", None)
+                examples = with_columns_of(training, self.growth_dataset)
+                refuse_overlap(examples, training)
                 held_out = HeldOutDataset(
-                    self.growth_dataset,
+                    examples,
                     args.per_device_train_batch_size,
                     getattr(loader, "collate_fn", default_data_collator),
                     args.data_seed if args.data_seed is not None else args.seed,

@@ -178,6 +178,26 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+def with_columns_of(training: Any, held_out: Any) -> Any:
+    """Return held-out examples with the columns of the training set, from which the Trainer drops what no model reads.
+
+    Raises:
+        ConfigError: They lack one.
+    """
+    kept, own = (getattr(dataset, "column_names", None) for dataset in (training, held_out))
+    if not isinstance(kept, list) or not isinstance(own, list):
+        return held_out
+    missing = [name for name in kept if name not in own]
+    if missing:
+        raise bad_value(
+            "growth_dataset",
+            f"columns {', '.join(own)}",
+            f"the training set has {', '.join(missing)}; prepare both in the same way. SFTTrainer prepares what it is "
+            "given: give it these examples as eval_dataset, and set callback.growth_dataset = trainer.eval_dataset",
+        )
+    return held_out.select_columns(kept)
+
+
 def refuse_overlap(held_out: Any, training: Any) -> None:
     """Refuse held-out examples that are trained on: of them everything looks steep that is learnt by heart.
 

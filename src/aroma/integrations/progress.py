@@ -1,4 +1,4 @@
-"""A progress bar for long trainings: step, loss, inner loop, active modules, total rank."""
+"""A progress bar for long trainings: step, loss, and where growth stands; at the end, why it ended there."""
 
 from __future__ import annotations
 
@@ -65,9 +65,12 @@ class RichProgress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the finished line."""
+        """Leave the finished line, and below it why the matrices grow no more."""
         self._progress.update(self._task, status=self._status())
         self.close()
+        controller = self._growth.controller if self._growth is not None else None
+        if controller is not None and state.is_world_process_zero:
+            self._progress.console.print(controller.explanation(), markup=False, highlight=False)
 
     def close(self) -> None:
         """Give the terminal back; for a training that ended with an exception."""
@@ -78,6 +81,4 @@ class RichProgress(TrainerCallback):
         controller = self._growth.controller if self._growth is not None else None
         if controller is not None:
             parts += controller.rule.status
-            parts.append(f"active {controller.active_modules}/{len(controller.modules)}")
-            parts.append(f"rank {controller.total_rank}")
         return " · ".join(parts)

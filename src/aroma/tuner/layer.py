@@ -118,6 +118,12 @@ class AromaLinear(LoraLinear):
             return self.finished(adapter_name).rank
         return self.finished(adapter_name).rank + len(self.moved_slots(adapter_name, self.whole_pair(adapter_name)[0]))
 
+    def slots_in_training(self, adapter_name: str) -> int:
+        """Return how many columns of the pair train: none while a trial's batches are asked, which train nothing."""
+        probe = self.probes.get(adapter_name)
+        is_asked_for_credit = probe is not None and probe.strength < 1
+        return 0 if self.is_frozen(adapter_name) or is_asked_for_credit else self.slots_in_use[adapter_name]
+
     def moved_slots(self, adapter_name: str, b: Tensor) -> list[int]:
         """Return the columns of b (m, r) that add to the update; without slots, all once any has moved."""
         if self.live[adapter_name].config.has_slots:

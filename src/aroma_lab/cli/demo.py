@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         lines["lora"],
         f"Ranks: {lines['ranks']}.",
         f"Reloaded in plain PEFT, without AROMA: {lines['reloaded']}.",
-        f"Left in {arguments.out}: adapter/, ranks.png, report.md, result.json, events.jsonl "
+        f"Left in {arguments.out}: adapter/, {', '.join(record['pictures'])}, report.md, result.json, events.jsonl "
         f"({record['wall_seconds']:.0f} s).",
         f"Model: {ENCODER_SOURCE}.",
         f"Data: {SOURCE}.",

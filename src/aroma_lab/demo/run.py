@@ -19,12 +19,13 @@ from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_tensors, write_json, write_text
-from aroma.pictures import rank_picture
+from aroma.pictures import birth_picture, rank_picture
 from aroma.tuner import aroma_layers
 
 from ..methods import Method, make_method
 from ..methods.head import pooler_of
 from ..progress import Progress, no_progress
+from ..run.files import TrialFiles
 from ..run.folder import require_empty
 from ..run.machine import provenance
 from ..run.recorder import EventLog
@@ -41,6 +42,9 @@ from ..training.trainer import Fit, make_trainer
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
+
+    from aroma.controller import AromaController
+    from aroma.events import ModuleSummary
 
 TASK = Task("classification", TOPICS, "text", None, "label", max_length=64)
 """64 tokens of an article are read: headline and first sentences."""
@@ -123,11 +127,12 @@ def run_demo(
         "max_length": TASK.max_length,
         "steps": fit.trainer.state.global_step,
         "outer_steps": fit.controller.outer_number - 1,
+        "explanation": fit.controller.explanation(),
+        "pictures": draw_pictures(fit.controller, modules, folder),
         "wall_seconds": time.monotonic() - began,
         "source": {"model": ENCODER_SOURCE, "data": SOURCE},
         **provenance(),
     }
-    rank_picture(modules, folder / "ranks.png", title="Ranks grown on BBC News")
     write_text(folder / "report.md", demo_report(record))
     write_json(folder / "result.json", record)  # last
     return record
@@ -215,7 +220,7 @@ def train_adapters(
     model = method.build(classifier, training.max_steps or 0)
     parameters = count_parameters(model)
     with tempfile.TemporaryDirectory() as scratch:
-        log = EventLog(folder / "events.jsonl", upto=0)
+        log = EventLog(TrialFiles(folder).events, upto=0)
         fit = make_trainer(method, model, job.objective, training, scratch, job.train, on_event=log, progress=bar)
         fit.train()
     return fit, parameters
@@ -225,6 +230,19 @@ def count_parameters(model: Any) -> dict[str, int]:
     """Return the numbers of parameters that train at any one time, and those of a LoRA on the same matrices."""
     sizes = [layer.in_features + layer.out_features for layer in aroma_layers(model).values()]
     return {**count_trainable(model), "lora": LORA_RANK * sum(sizes)}
+
+
+def draw_pictures(controller: AromaController, modules: Sequence[ModuleSummary], folder: Path) -> dict[str, str]:
+    """Draw the ranks and, of growth by evidence, the births over time; return what is shown, by name of the file."""
+    rank_picture(modules, folder / "ranks.png", title="Ranks grown on BBC News")
+    drawn = {"ranks.png": "rank and effective rank of every matrix"}
+    config = controller.config
+    if config.growth == "evidence":
+        events = [json.loads(line) for line in TrialFiles(folder).events.read_text(encoding="utf-8").splitlines()]
+        title = "Births by evidence on BBC News"
+        birth_picture(events, folder / "births.png", config.significance, controller.global_step, title)
+        drawn["births.png"] = "when every matrix got its components, and the evidence for them"
+    return drawn
 
 
 # Reloaded in plain PEFT ----------------------------------------------------------------------------------------------
@@ -296,14 +314,12 @@ def result_lines(record: dict[str, Any]) -> dict[str, str]:
     """Return a line each on the parameters of a LoRA (`lora`), on the `ranks`, and on the `reloaded` adapter."""
     modules, agreement = record["modules"].values(), record["agreement"]
     ranks = [module["rank"] for module in modules]
-    frozen = sum(module["state"] == "frozen" for module in modules)
     same = agreement["examples"] - agreement["different_predictions"]
     lora = f"{record['parameters']['lora']:,}"
     return {
         "lora": f"LoRA r={LORA_RANK} on the same matrices trains {lora} adapter parameters.",
         "ranks": f"{len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}, in all {sum(ranks)}, after "
-        f"{record['outer_steps']} outer steps; {frozen} of {len(ranks)} had stopped by themselves after "
-        f"{record['steps']} optimizer steps",
+        f"{record['steps']} optimizer steps; {record['explanation']}",
         "reloaded": f"{same} of {agreement['examples']} predictions equal, max |Δlogit| "
         f"{agreement['largest_difference']:.1e}",
     }
@@ -313,6 +329,7 @@ def demo_report(record: dict[str, Any]) -> str:
     """Return the report, in Markdown."""
     rows = "\n".join(f"| {' | '.join(row)} |" for row in result_table(record))
     lines = result_lines(record)
+    pictures = "\n\n".join(f"![{shown}]({name})" for name, shown in record["pictures"].items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""# AROMA demo: sorting BBC News articles into five topics
 
@@ -322,7 +339,7 @@ def demo_report(record: dict[str, Any]) -> str:
 
 For comparison: {lines["lora"]}
 
-![rank and effective rank of every matrix](ranks.png)
+{pictures}
 
 **Ranks.** {lines["ranks"]}.
 

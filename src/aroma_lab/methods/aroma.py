@@ -100,8 +100,8 @@ class Aroma(PeftAdapter):
 
         DistributedDataParallel needs a gradient of frozen ones, too.
         """
-        layers = [layer for layer in aroma_layers(model).values() if not layer.is_frozen(ADAPTER)]
-        return sum((layer.in_features + layer.out_features) * layer.slots_in_use[ADAPTER] for layer in layers)
+        layers = aroma_layers(model).values()
+        return sum((layer.in_features + layer.out_features) * layer.slots_in_training(ADAPTER) for layer in layers)
 
     def hold_out(self, train: Any, passes: float) -> tuple[Any, Any | None]:
         """Hold out the examples that decide growth by evidence from the second pass on; see `Method.hold_out`."""

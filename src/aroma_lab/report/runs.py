@@ -271,7 +271,9 @@ def _read_folder(folder: Path, root: Path) -> dict[str, Any]:
 def _read_ended(path: Path) -> list[tuple[int, str]]:
     try:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        return [(event["outer_step"], event["module"]) for event in events if event["kind"] in ("merged", "frozen")]
+        # Growth by evidence has no inner loops; it merges to make room.
+        loops = (event for event in events if event.get("log_evidence") is None)
+        return [(event["outer_step"], event["module"]) for event in loops if event["kind"] in ("merged", "frozen")]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: truncated or edited ({error}); {_OF_RUN}") from error
 

@@ -300,7 +300,9 @@ def inner_loops(run: Run) -> pd.DataFrame:
 
 
 def predicted_step(trial: Mapping[str, Any]) -> float | None:
-    """Return the inner step near which a linearly growing norm meets criterion (5); None without a tolerance."""
+    """Return the inner step near which a linearly growing norm meets criterion (5); None where it is not used."""
+    if _option(trial, "growth") == "evidence":
+        return None
     tolerance, interval = _option(trial, "inner_tolerance"), _option(trial, "inner_check_interval")
     # The norm grows from c(t − ΔT) to ct, by the share ΔT / (t − ΔT), which is less than ε once t > ΔT (1 + 1/ε).
     return round(interval * (1 + 1 / tolerance), 6) if tolerance else None

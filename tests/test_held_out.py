@@ -1,0 +1,65 @@
+"""Held-out examples as the Trainer's callback takes them: their columns, and whether they are trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Trainer
+
+from aroma import AromaCallback, AromaConfig, hold_out
+from aroma.errors import ConfigError
+from evidence_runs import METHOD
+from trainer_runs import arguments, examples, tiny_bert
+
+
+def tokenized(count: int = 160, **changes: Any) -> Dataset:
+    """Examples with a column that no model reads, which the Trainer drops."""
+    rows = examples(count, **changes)
+    columns = {name: [row[name].tolist() for row in rows] for name in rows[0]}
+    return Dataset.from_dict({**columns, "text": [f"text {row}" for row in range(count)]})
+
+
+def train(out: Path, training: Any, growth: Any, steps: int = 40) -> AromaCallback:
+    model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS", **METHOD))
+    callback = AromaCallback(growth_dataset=growth)
+    settings = arguments(out, max_steps=steps, save_strategy="no")
+    Trainer(model, settings, train_dataset=training, callbacks=[callback]).train()
+    return callback
+
+
+def test_columns_that_no_model_reads_are_dropped_as_the_trainer_drops_them(tmp_path: Path) -> None:
+    training, growth = hold_out(tokenized(), share=0.2)
+    controller = train(tmp_path, training, growth).controller
+    assert controller is not None
+    assert controller.rule.phase == "growth"
+    assert controller.global_step == 40
+
+
+@pytest.mark.parametrize("text", ["as there", "another"])
+def test_a_row_that_is_trained_on_is_found_whatever_the_dropped_columns_say(tmp_path: Path, text: str) -> None:
+    training, growth = hold_out(tokenized())
+    rows = [{**growth[row], **({"text": text} if text == "another" else {})} for row in range(len(growth))]
+    with pytest.raises(ConfigError, match=r"growth_dataset='160 examples': its row \d+ is row 0 of the training set"):
+        train(tmp_path, training, Dataset.from_list([*rows, *training]))
+
+
+def test_examples_that_are_not_prepared_are_refused(tmp_path: Path) -> None:
+    training, growth = hold_out(tokenized())
+    with pytest.raises(ConfigError, match=r"columns text, labels.*training set has input_ids; prepare both") as error:
+        train(tmp_path, training, growth.remove_columns("input_ids").select_columns(["text", "labels"]))
+    assert "callback.growth_dataset = trainer.eval_dataset" in str(error.value)
+
+
+def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
+    rows = tokenized(50)
+    parts = [hold_out(rows, share=0.2, seed=seed) for seed in (0, 0, 1)]
+    texts = [[list(part["text"]) for part in pair] for pair in parts]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(len(growth) == 10 and sorted(train + growth) == sorted(rows["text"]) for train, growth in texts)
+    for share in (0, 1, -0.1, 0.001):
+        with pytest.raises(ConfigError, match=f"share={share}: of 50 examples it leaves one part empty"):
+            hold_out(rows, share=share)
