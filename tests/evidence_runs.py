@@ -28,7 +28,7 @@ PHASES = {"start": 5, "trial": 12, "questions": 20, "growth": 37, "after a birth
 METHOD: dict[str, Any] = {
     "growth": "evidence",
     "slots": 3,
-    "significance": 0.4,
+    "significance": 0.7,
     "duel_factor": 0.01,
     "component_seed": 5,
 }

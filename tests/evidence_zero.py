@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from aroma import save_adapter
 from distributed_runs import TIMEOUT
 from evidence_ranks import ended
-from evidence_runs import Loop, held_out, loss_of, net
+from evidence_runs import Loop, held_out, loss_of
 from zero_runs import NOTHING_STAYS, zero
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ class ZeroLoop(Loop):
 
 
 def options() -> dict[str, Any]:
-    return {"steps_per_pass": 34, "growth_batches": held_out(), "model": net(significance=0.7)}
+    return {"steps_per_pass": 34, "growth_batches": held_out()}
 
 
 def loops(out: Path) -> None:

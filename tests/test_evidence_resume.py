@@ -39,7 +39,6 @@ OPTIONS: dict[str, Any] = {
     "first pass alone": dict,
     "held out in every phase": lambda: {"steps_per_pass": 3, "growth_batches": held_out()},
     "held out in growth, shuffled": lambda: {
-        "model": net(significance=0.7),
         "steps_per_pass": 34,
         "growth_batches": shuffled(),
     },

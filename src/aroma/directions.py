@@ -205,7 +205,8 @@ def _orthonormal_basis(rows: Tensor) -> Tensor:
     By the S×S matrix of inner products: a QR would invent directions for rows that are zero.
     """
     norms = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
-    unit = (rows / torch.where(norms > 0, norms, 1.0)).double()
+    # Rows that are not finite, which the next batches tell of, span nothing: eigh would fail without naming them.
+    unit = (rows / torch.where(norms > 0, norms, 1.0)).nan_to_num(0.0, 0.0, 0.0).double()
     values, vectors = torch.linalg.eigh(unit @ unit.mT)
     counts = values > _RANK_TOLERANCE * values[:, -1:]
     weights = torch.where(counts, values.clamp_min(_RANK_TOLERANCE**2).rsqrt(), 0.0)

@@ -236,14 +236,20 @@ class SlotMatrices(GrowingMatrices):
     # What is asked ---------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        """Give every layer its leaves; none where no direction is followed."""
+        """Give every layer its leaves; none where no direction is followed.
+
+        A matrix that is not asked evaluates one slot at least. Of a pair that is in no graph DistributedDataParallel
+        would wait for a gradient, and a model without any could go no step backward; an empty slot gets zeros.
+        """
         self._is_answered = False
         for group in self._groups:
             for row, place in enumerate(group.rows):
                 matrix = self._all[place]
                 if matrix.is_frozen or not self._asks or not group.v.shape[1]:
                     matrix.layer.probes.pop(self._adapter_name, None)
+                    matrix.evaluate_slots(least=1)
                     continue
+                matrix.evaluate_slots()
                 u, v, gate = group.leaves_of(row)
                 matrix.layer.probes[self._adapter_name] = Probe(
                     u, v, gate, group.move_b[row], group.move_a[row], self._strength
@@ -253,10 +259,6 @@ class SlotMatrices(GrowingMatrices):
         """Ask no backward any more."""
         self._asks = False
         self._ask()
-        # A loop may go on without growth: of a pair that is in no graph DistributedDataParallel would wait for a
-        # gradient, and a model without any could go no step backward. An empty slot gets a gradient of zero.
-        for matrix in self._all:
-            matrix.evaluate_slots(least=1)
 
     @torch.no_grad()
     def absorb(self, *, record: bool) -> None:
@@ -349,6 +351,8 @@ class SlotMatrices(GrowingMatrices):
                 _require_loss(value)
             # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
             found = torch.autograd.grad(value.reshape(()), [leaf for leaf, _ in asked], allow_unused=True)
+        with refuse_together(self.device):
+            _require_reached(found)
         for (_, part), gradient in zip(asked, found, strict=True):
             if gradient is not None:
                 part.copy_(gradient)
@@ -582,6 +586,17 @@ def _require_loss(loss: Tensor) -> None:
         raise NonFiniteError(
             f"the loss of held-out examples is {float(loss.detach())}. Training stopped, and earlier checkpoints are "
             "untouched: resume from the last one with a lower learning rate, or look at growth_dataset"
+        )
+
+
+def _require_reached(gradients: Sequence[Tensor | None]) -> None:
+    """Raise if no leaf got a gradient, of any shape, from a held-out batch."""
+    if all(gradient is None for gradient in gradients):
+        raise bad_value(
+            "checkpoint",
+            "use_reentrant=True",
+            "no gradient of held-out examples reaches a growing layer: the model checkpoints activations by itself, "
+            "and a reentrant backward cannot be asked; call checkpoint with use_reentrant=False",
         )
 
 

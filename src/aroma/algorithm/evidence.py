@@ -137,6 +137,9 @@ class EvidenceMatrices(Protocol[E]):
     def all(self) -> Sequence[E]:
         """Return all matrices, in module order."""
 
+    def norms(self, matrices: Sequence[E]) -> list[float]:
+        """Return the norm of what trains of each of `matrices`."""
+
     def take_readings(self) -> list[Reading]:
         """Return what the batches since the last call said, in their order."""
 
@@ -193,6 +196,7 @@ class EvidenceRule(Generic[E]):
         self._settings = settings
         self._matrices = matrices
         self._credits: list[np.ndarray] = []
+        self._overflows = 0
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
         self.phase = "start"
@@ -293,6 +297,8 @@ class EvidenceRule(Generic[E]):
 
     def _end_trial(self) -> list[Event]:
         self.phase = "questions"
+        active = self._matrices.active()
+        self.require_finite(active, self._matrices.norms(active), "trial's last")
         self._matrices.ask_for_credit()
         return []
 
@@ -300,8 +306,12 @@ class EvidenceRule(Generic[E]):
         """Note what the batches said; after the last one, drop what does not save loss."""
         matrices = self._matrices.all()
         for credits in self._matrices.take_credits():
-            self._require_finite_rows(matrices, np.isinf(credits).any(1))
-            self._credits.append(credits)
+            broken = np.isinf(credits).any(1)
+            self._overflows = self._overflows + 1 if broken.any() else 0
+            if self._overflows == CHECK_INTERVAL:
+                self._require_finite_rows(matrices, broken)
+            if not broken.any():  # in 16 bits a batch may overflow; then another one is asked
+                self._credits.append(credits)
         if len(self._credits) < QUESTIONS:
             return []
         credits = np.stack(self._credits)
@@ -323,7 +333,7 @@ class EvidenceRule(Generic[E]):
         if readings:
             # In 16 bits a single batch may overflow, and says nothing then.
             unused = np.stack([reading.unused for reading in readings])
-            self._require_finite_rows(matrices, np.isnan(unused).all((0, 2)))
+            self._require_finite_rows(matrices, np.isnan(unused[:, :, 0]).all(0))
         for reading in readings:
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
@@ -410,6 +420,7 @@ class EvidenceRule(Generic[E]):
         return {
             "global_step": self.global_step,
             "phase": self.phase,
+            "overflows": self._overflows,
             "births": self.births,
             "last_birth": self.last_birth,
             "credits": [[[_number(x) for x in row] for row in credits] for credits in self._credits],
@@ -419,6 +430,7 @@ class EvidenceRule(Generic[E]):
         """Go on from what `state()` returned."""
         self.global_step, self.phase = state["global_step"], state["phase"]
         self.births, self.last_birth = state["births"], state["last_birth"]
+        self._overflows = state["overflows"]
         self._credits = [np.array(credits, dtype=float) for credits in state["credits"]]
 
 
@@ -450,7 +462,7 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """Return for every unused direction whether it won the batch, and whether it was judged at all.
 
     A matrix is not judged while the move of one of its components is unknown, or by a batch that overflowed; none is
-    judged before any move is known.
+    judged while components train of which no move is known.
 
     Args:
         reading: What the batch says of all matrices.
@@ -460,11 +472,11 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
         Heads and judged, boolean, (matrices, P).
     """
     known = ~np.isnan(reading.moves)
-    if not known.any():
+    if not known.any() and reading.pending.any():
         nothing = np.zeros(reading.unused.shape, dtype=bool)
         return nothing, nothing
     values = np.where(known, reading.moves, 0.0)
-    everywhere = values.sum() / known.sum()
+    everywhere = values.sum() / max(known.sum(), 1)  # where nothing trains, any descent wins
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
     rival = np.maximum(own, everywhere)[:, None]

@@ -1,0 +1,524 @@
+"""Growth by evidence whatever surrounds it: micro-batches, scaled losses, checkpointing, precisions, compilers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import torch.utils.checkpoint
+from peft import PeftModel, inject_adapter_in_model
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+import models
+from aroma import AromaConfig, aroma_layers, attach, save_adapter
+from aroma.errors import ConfigError, NonFiniteError
+from evidence_runs import (
+    METHOD,
+    STEPS,
+    Loop,
+    ModelLoop,
+    Net,
+    Rows,
+    bear_everywhere,
+    births,
+    grown,
+    held_out,
+    loss_of,
+    model_batches,
+    net,
+    trainable,
+)
+from models import base, batch, logits
+from test_precision import sixteen_bit_folder
+from trainer_runs import assert_same
+
+
+def followed(loop: Any) -> list[Tensor]:
+    """The directions and moves that are followed now."""
+    return [tensor for group in loop.growth.controller.matrices._groups for tensor in (group.u, group.v)]
+
+
+def noted(loop: Any) -> list[Any]:
+    """What the rule has counted."""
+    return [(matrix.born, matrix.heads, matrix.flips) for matrix in loop.growth.controller.modules]
+
+
+def assert_same_growth(one: Any, other: Any) -> None:
+    assert births(one.events) == births(other.events)
+    assert noted(one) == noted(other)
+
+
+def assert_grew(loop: Any) -> None:
+    assert any(event.kind == "born" and event.step > 32 for event in loop.events), "it is to grow"
+
+
+# Scales and parts of a batch -----------------------------------------------------------------------------------------
+
+
+def test_micro_batches_give_the_births_of_the_whole_batch() -> None:
+    def in_parts(model: Any, data: Rows) -> None:
+        for part in range(4):
+            (loss_of(model, (data[0][part::4], data[1][part::4])) / 4).backward()
+
+    whole, parts = (Loop(net(Net().double()), **options).go_on() for options in ({}, {"backward": in_parts}))
+    assert_grew(whole)
+    assert_same_growth(parts, whole)
+    for one, other in zip(followed(parts), followed(whole), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def scaled(factor: float) -> Loop:
+    """A loss times `factor`, at a rate that makes up for it."""
+    return Loop(
+        backward=lambda model, data: (factor * loss_of(model, data)).backward(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3 / factor),
+        steps_per_pass=34,
+        growth_batches=held_out(),
+        growth_loss=lambda model, data: factor * loss_of(model, data),
+    ).go_on()
+
+
+def test_a_scaled_loss_gives_the_same_births_to_the_bit() -> None:
+    """Directions have length one, and a duel compares: a power of two cancels without rounding."""
+    plain, large = scaled(1), scaled(1024)
+    assert_grew(plain)
+    assert_same_growth(large, plain)
+    assert_same(followed(large), followed(plain))
+    assert_same(dict(large.model.state_dict()), dict(plain.model.state_dict()))
+
+
+class Scaler:
+    """What a loop with a gradient scaler does, and here and there a batch that overflows.
+
+    Args:
+        overflows: Numbers of the batches that do.
+        clip: Largest norm of the gradients.
+    """
+
+    def __init__(self, overflows: tuple[int, ...] = (), clip: float | None = None) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10_000)
+        self.overflows, self.clip = overflows, clip
+
+    def run(self, optimizer: Callable[[Any], Any] = lambda p: torch.optim.SGD(p, lr=0.3)) -> Loop:
+        loop = Loop(optimizer=optimizer)
+        loop.attach()
+        for number in range(STEPS):
+            loop.optimizer.zero_grad()
+            loss = loss_of(loop.model, loop.batch(number))
+            self.scaler.scale(loss * float("inf") if number in self.overflows else loss).backward()
+            if self.clip is not None:
+                self.scaler.unscale_(loop.optimizer)
+                torch.nn.utils.clip_grad_norm_(trainable(loop.model), self.clip)
+            self.scaler.step(loop.optimizer)
+            self.scaler.update()
+        return loop
+
+
+def test_a_gradient_scaler_changes_no_birth() -> None:
+    plain = Loop(optimizer=lambda p: torch.optim.SGD(p, lr=0.3)).go_on()
+    loop = Scaler().run()
+    assert_grew(plain)
+    assert_same_growth(loop, plain)
+    assert_same(dict(loop.model.state_dict()), dict(plain.model.state_dict()))
+
+
+def test_batches_that_overflow_say_nothing_and_stop_nothing() -> None:
+    """In each phase; the scaler skips their steps, of which a plain optimizer never hears.
+
+    In the first steps no component is there to overflow, so that one is taken.
+    """
+    loop = Scaler(overflows=(2, 11, 20, 45)).run()
+    assert loop.growth.controller.global_step == STEPS - 3
+    assert all(tensor.isfinite().all() for tensor in followed(loop))
+    assert_grew(loop)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_is_as_if_it_had_not_been(fused: bool) -> None:
+    """A fused optimizer takes the step, and changes nothing; a Trainer says so to `skip_step`."""
+    loops = []
+    for skips in (False, True):
+        loop = Loop(optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, fused=fused or None))
+        loop.attach()
+        for number in range(STEPS):
+            if skips and number in (3, 40):
+                (loss_of(loop.model, loop.batch(0)) * float("inf")).backward()
+                if fused:
+                    loop.optimizer.found_inf, loop.optimizer.grad_scale = torch.tensor(1.0), torch.tensor(1.0)
+                    loop.optimizer.step()
+                    del loop.optimizer.found_inf, loop.optimizer.grad_scale
+                else:
+                    loop.growth.controller.skip_step()
+                loop.optimizer.zero_grad()
+            loss_of(loop.model, loop.batch(number)).backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        loops.append(loop)
+    assert_grew(loops[0])
+    assert_same_growth(*loops)
+    assert_same(*(dict(loop.model.state_dict()) for loop in loops))
+
+
+def test_clipping_does_not_reach_the_probe() -> None:
+    free, clipped = (Scaler(clip=clip).run(lambda p: torch.optim.SGD(p, lr=0.0)) for clip in (None, 1e-3))
+    assert_same(followed(clipped), followed(free))
+    assert_grew(Scaler(clip=1.0).run())
+
+
+def test_a_penalty_of_gradients_grows_too() -> None:
+    """With create_graph autograd puts gradients into new tensors."""
+
+    def penalised(model: Any, data: Rows) -> None:
+        x = data[0].requires_grad_()
+        loss = loss_of(model, (x, data[1]))
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + 0.1 * slope.square().sum()).backward()
+
+    def graphed(model: Any, data: Rows) -> None:
+        loss_of(model, data).backward(create_graph=True)
+
+    assert_grew(Loop(backward=penalised).go_on())
+    plain, kept = Loop().go_on(), Loop(backward=graphed).go_on()
+    assert_same_growth(kept, plain)
+    assert_same(followed(kept), followed(plain))
+
+
+# Checkpointed activations --------------------------------------------------------------------------------------------
+
+
+def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop:
+    model = grown(name, base(name).double(), lora_dropout=dropout)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    torch.manual_seed(4)
+    batches = {"steps_per_pass": 3, "growth_batches": model_batches(name)}
+    return ModelLoop(model, name, **batches).go_on()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(name: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out batches are checkpointed too, and are evaluated as in an evaluation both times.
+
+    A reentrant forward has no gradients, so it draws no dropout for a probe alone, and later draws are others.
+    """
+    modes = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def watched(function: Any, *args: Any, **kwargs: Any) -> Any:
+        modes.append(getattr(getattr(function, "__self__", None), "training", None))
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr("aroma.evaluation.checkpoint", watched)
+    dropout = 0.0 if reentrant else 0.1
+    plain, other = checkpointed(name, None, dropout), checkpointed(name, reentrant, dropout)
+    assert len(modes) >= 2 * 16, "each of both layers, for each of 16 questions"
+    assert set(modes) == {False}
+    assert_same_growth(other, plain)
+    for one, two in zip(followed(other), followed(plain), strict=True):
+        torch.testing.assert_close(one, two)
+    for module in other.model.modules():
+        assert "forward" not in vars(module)
+    assert vars(other.model.config).get("use_cache") == vars(plain.model.config).get("use_cache")
+
+
+def test_a_reentrant_checkpoint_of_ones_own_is_refused_by_name() -> None:
+    class Own(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.requires_grad_()
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
+    assert_grew(Loop(net(Own())).go_on())
+    loop = Loop(net(Own()), steps_per_pass=3, growth_batches=held_out())
+    with pytest.raises(ConfigError, match=r"use_reentrant=True.: .*use_reentrant=False"):
+        loop.go_on()
+
+
+def test_held_out_examples_see_no_dropout_and_leave_the_model_as_it_was() -> None:
+    seen = []
+
+    class Noisy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((self.training, self.dropout.training))
+            return super().forward(self.dropout(x))
+
+    model = net(Noisy())
+    model.base_model.model.dropout.eval()  # as a user left it
+    loop = Loop(model, steps_per_pass=3, growth_batches=held_out())
+    loop.attach()
+    for number in range(STEPS):
+        model.base_model.model.train()
+        model.base_model.model.dropout.eval()
+        loop.optimizer.zero_grad()
+        loss_of(model, loop.batch(number)).backward()
+        state = torch.get_rng_state()
+        loop.optimizer.step()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (model.base_model.model.training, model.base_model.model.dropout.training) == (True, False)
+    assert set(seen) == {(True, False), (False, False)}
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# Precisions, bases and ways in ---------------------------------------------------------------------------------------
+
+
+def autocast(model: Any, data: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+    with torch.autocast("cpu", dtype):
+        loss = model(**data).loss
+    loss.backward()
+
+
+def four_bits() -> Any:
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_type="nf4")
+    return LlamaForCausalLM.from_pretrained(wide_llama(), quantization_config=quantised)
+
+
+@cache
+def wide_llama() -> str:
+    """A Llama of width 64, as bitsandbytes' blocks want it."""
+    return sixteen_bit_folder(Path(tempfile.mkdtemp(prefix="aroma-wide-")))
+
+
+WAYS: dict[str, Callable[[], ModelLoop]] = {
+    "bfloat16 autocast": lambda: ModelLoop(grown("llama"), "llama", autocast),
+    "float16 autocast": lambda: ModelLoop(
+        grown("llama"), "llama", lambda model, data: autocast(model, data, torch.float16)
+    ),
+    "bfloat16 base": lambda: ModelLoop(grown("llama", base("llama", dtype=torch.bfloat16)), "llama"),
+    "4-bit base": lambda: ModelLoop(grown("llama", four_bits()), "llama"),
+    "Conv1D": lambda: ModelLoop(grown("gpt2"), "gpt2"),
+    "encoder and decoder": lambda: ModelLoop(grown("t5"), "t5"),
+    "pictures": lambda: ModelLoop(grown("vit"), "vit"),
+    "dropout": lambda: ModelLoop(grown("llama", lora_dropout=0.3), "llama"),
+    "held out": lambda: ModelLoop(grown("llama"), "llama", steps_per_pass=3, growth_batches=model_batches("llama")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_grows_and_plain_peft_loads_it(tmp_path: Path, way: str) -> None:
+    loop = WAYS[way]()
+    assert loop.growth.controller.config.has_slots
+    loop.go_on(40)
+    bear_everywhere(loop.growth)
+    before = {name: layer.rank("default") for name, layer in aroma_layers(loop.model).items()}
+    loop.go_on()
+    after = {name: layer.rank("default") for name, layer in aroma_layers(loop.model).items()}
+    assert all(after[name] > before[name] for name in before), "the newborn have moved"
+    assert all(tensor.isfinite().all() for tensor in followed(loop))
+    assert all(summary.steepness for summary in loop.growth.controller.summary())
+    inputs = batch(loop.name)
+    said = logits(loop.model, inputs)
+    save_adapter(loop.model, tmp_path)
+    if way == "4-bit base":
+        plain = PeftModel.from_pretrained(four_bits(), tmp_path).eval()
+    else:
+        dtype = torch.bfloat16 if way == "bfloat16 base" else torch.float32
+        plain = PeftModel.from_pretrained(base(loop.name, dtype=dtype), tmp_path).eval()
+    close = 0.3 if way in ("bfloat16 base", "4-bit base") else 1e-3
+    torch.testing.assert_close(logits(plain, inputs).float(), said.float(), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("way", ["inject_adapter_in_model", "add_adapter"])
+def test_it_grows_where_peft_makes_no_peft_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The newest transformers asks for a peft that is not out yet.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    config = AromaConfig(**METHOD)
+    model = base("llama")
+    if way == "add_adapter":
+        model.add_adapter(config)
+    else:
+        model = inject_adapter_in_model(config, model)
+    loop = ModelLoop(model, "llama").go_on()
+    peft = ModelLoop(grown("llama"), "llama").go_on()
+    assert [event[::2] for event in births(loop.events)] == [event[::2] for event in births(peft.events)]
+    assert_same(followed(loop), followed(peft))
+
+
+def test_a_compiled_model_takes_as_many_graphs_as_without_growth() -> None:
+    """Neither phases nor births nor merges make a graph of their own, beyond those of what is asked."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = grown("llama")
+    compiled = torch.compile(model, backend=backend)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+    growth = attach(compiled, optimizer, total_steps=STEPS)
+    seen = []
+    for number in range(STEPS):
+        model.train()
+        compiled(**batch("llama", number)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number in (36, 38, 40, 42):
+            bear_everywhere(growth)
+        seen.append(len(graphs))
+    assert all(matrix.rank for matrix in growth.controller.modules), "some have merged"
+    assert not counters["graph_break"]
+    assert seen[-1] <= 5, "one for what is asked in each phase: start, trial, questions, growth, rest"
+    assert seen[50] == seen[35], "births and merges make no graph"
+
+
+# Optimizers ----------------------------------------------------------------------------------------------------------
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=3e-4),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "AdamW8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3, min_8bit_size=16),
+    "RMSprop32bit": lambda p: bitsandbytes.optim.RMSprop32bit(p, lr=3e-4),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_newborn_takes_no_larger_steps_than_its_siblings(name: str) -> None:
+    loop = Loop(net(duel_factor=1e9), OPTIMIZERS[name], steps=600).go_on(300)
+    matrices = [matrix for matrix in loop.growth.controller.modules if 0 < len(matrix.slots) < 3]
+    assert matrices, "some have siblings, and room"
+    old = {matrix.name: matrix.slots for matrix in matrices}
+    loop.growth.controller.matrices.bear([(matrix, 0) for matrix in matrices])
+    newborn, siblings = [], []
+    for _ in range(8):
+        before = [[part.detach().clone() for part in matrix.pair] for matrix in matrices]
+        loop.go_on(loop.done + 1)
+        for matrix, (b0, a0) in zip(matrices, before, strict=True):
+            (b, a), (new,) = matrix.pair, set(matrix.slots) - set(old[matrix.name])
+            for part, dim in ((b - b0, 1), (a - a0, 0)):
+                steps = part.detach().norm(dim=1 - dim)
+                newborn.append(float(steps[new]))
+                siblings.append(float(steps[old[matrix.name]].mean()))
+    assert max(newborn) > 0
+    assert max(newborn) <= 2 * max(siblings), (max(newborn), max(siblings))
+
+
+def test_unknown_state_is_refused_at_the_first_step() -> None:
+    class Strange(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["iterate"] = parameter.detach().clone()
+
+    loop = Loop(optimizer=lambda p: Strange(p, lr=0.1))
+    with pytest.raises(ConfigError.__mro__[1], match=r"optimizer=Strange: it keeps state 'iterate'"):
+        loop.go_on(1)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"significance": 0}, r"^significance=0: .*in \(0, 1\)"),
+        ({"significance": 1.0}, r"^significance=1\.0: .*in \(0, 1\)"),
+        ({"slots": 0}, r"^slots=0: "),
+        ({"slots": 17}, r"^slots=17: a matrix of 16×16 has rank 16 at most; set slots=16"),
+        ({"inner_tolerance": 0.5}, r"^inner_tolerance=0\.5: growth='evidence' does not read it"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        net(**fields)
+
+
+def test_held_out_batches_that_cannot_decide_are_refused_before_training() -> None:
+    for batches, said in (([], "0 batches"), (held_out(6), "6 batches")):
+        with pytest.raises(ConfigError, match=rf"^growth_batches='{said}': it takes 7 batches"):
+            Loop(net(significance=0.05), steps_per_pass=9, growth_batches=batches).attach()
+    with pytest.raises(ConfigError, match=r"^steps_per_pass=0: "):
+        Loop(steps_per_pass=0).attach()
+    with pytest.raises(ConfigError, match=r"^steps_per_pass=None: "):
+        Loop(growth_batches=held_out()).attach()
+    paper = models.adapted("llama")
+    with pytest.raises(ConfigError, match=r"^growth='paper': "):
+        attach(paper, torch.optim.SGD(trainable(paper), lr=0.1), total_steps=99, growth_batches=held_out())
+
+
+def test_a_loss_without_a_graph_is_refused() -> None:
+    loop = Loop(
+        steps_per_pass=3, growth_batches=held_out(), growth_loss=lambda model, data: loss_of(model, data).detach()
+    )
+    with pytest.raises(ConfigError, match=r"^growth_loss='shape \(\), requires_grad=False': "):
+        loop.go_on()
+    loop = Loop(steps_per_pass=3, growth_batches=held_out(), growth_loss=lambda model, data: model(data[0]))
+    with pytest.raises(ConfigError, match=r"^growth_loss='shape \(8, 16\), requires_grad=True': "):
+        loop.go_on()
+
+
+@pytest.mark.parametrize("way", ["autograd.grad", "functional", "no backward", "reentrant without inputs"])
+def test_a_probe_that_no_gradient_reaches_is_refused_at_the_first_step(way: str) -> None:
+    def by_grad(model: Any, data: Rows) -> None:
+        parameters = trainable(model)
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss_of(model, data), parameters, allow_unused=True), strict=True
+        ):
+            parameter.grad = gradient
+
+    def functional(model: Any, data: Rows) -> None:
+        parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+        def loss(values: Any) -> Tensor:
+            return (torch.func.functional_call(model, values, (data[0],)) - data[1]).square().mean()
+
+        for name, gradient in torch.func.grad(loss)(parameters).items():
+            model.get_parameter(name).grad = gradient
+
+    ways: dict[str, Callable[[Any, Rows], Any]] = {
+        "autograd.grad": by_grad,
+        "functional": functional,
+        "no backward": lambda model, data: None,
+    }
+    if way in ways:
+        loop: Any = Loop(backward=ways[way])
+    else:
+
+        class Own(Net):
+            def __init__(self) -> None:
+                super().__init__()
+                self.bias = nn.Parameter(torch.zeros(()))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.bias + torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
+        model = net(Own())
+        model.base_model.model.bias.requires_grad_(True)  # what the loss reaches
+        loop = Loop(model)
+    with pytest.raises(ConfigError, match=r"no gradient has reached a growing layer.*loss\.backward\(\)"):
+        loop.go_on(1)
+
+
+@pytest.mark.parametrize(
+    ("where", "step"), [*product(["examples"], [2, 12, 20, 37]), *product(["component"], [12, 20, 37])]
+)
+def test_nan_stops_the_run(where: str, step: int) -> None:
+    """In any phase, within a few steps, or at the end of the trial."""
+    loop = Loop().go_on(step)
+    if where == "examples":
+        loop.x[loop.size * step :] = torch.nan
+    else:
+        loop.growth.controller.modules[1].pair[1].data[:] = torch.nan
+    with pytest.raises(NonFiniteError, match="earlier checkpoints are untouched"):
+        loop.go_on(max(step + 9, 17))
