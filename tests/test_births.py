@@ -24,8 +24,8 @@ from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.integrations.progress import RichProgress
 from aroma.pictures import birth_picture, draw_births, histories_of
+from evidence_runs import METHOD, WIDTH, Loop, bert, growth_dataset, net
 from evidence_runs import STEPS as STEPS_OF_A_RUN
-from evidence_runs import WIDTH, Loop, bert, growth_dataset, net
 from trainer_runs import trainer_for
 
 KINDS = ("attention.query", "attention.value", "output.dense")
@@ -81,6 +81,9 @@ class Coins:
     def keep(self, kept: Any) -> None:
         for matrix in self.matrices:
             matrix.component_count = self.settled
+
+    def norms(self, matrices: Any) -> list[float]:
+        return [1.0] * len(matrices)
 
     def stop_following(self) -> None: ...
 
@@ -339,7 +342,7 @@ def test_inspect_shows_evidence_and_steepness(
     output = capsys.readouterr().out
     rule = loop.growth.controller.rule
     assert f"at optimizer step 60: births since the trial {rule.births}, the last at step {rule.last_birth}." in output
-    assert "E of 2.5" in output
+    assert f"E of {1 / METHOD['significance']:.3g}" in output
     for module in loop.growth.controller.summary():
         line = next(line for line in output.splitlines() if f" {module.name} " in line)
         cells = [cell.strip() for cell in line.strip("│").split("│")]
