@@ -452,6 +452,10 @@ class AromaLinear(LoraLinear):
         super()._apply(fn, recurse=False)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: nobody asks its backwards."""
+        return {**self.__dict__, "probes": {}}
+
     def __repr__(self) -> str:
         """Mark the layer as ours in a printed model."""
         return nn.Module.__repr__(self).replace("AromaLinear(", "aroma.AromaLinear(", 1)
