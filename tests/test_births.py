@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.collections import PathCollection
+from peft import get_peft_model
 from rich.console import Console
+from torch import nn
 
-from aroma import AromaCallback
+from aroma import AromaCallback, AromaConfig, attach
 from aroma.algorithm.evidence import EvidenceRule, EvidenceSettings, Reading, log_evidence
 from aroma.algorithm.paper import PaperRule, PaperSettings
 from aroma.cli import main
@@ -20,7 +25,7 @@ from aroma.errors import ConfigError
 from aroma.integrations.progress import RichProgress
 from aroma.pictures import birth_picture, draw_births, histories_of
 from evidence_runs import STEPS as STEPS_OF_A_RUN
-from evidence_runs import Loop, bert, growth_dataset, net
+from evidence_runs import WIDTH, Loop, bert, growth_dataset, net
 from trainer_runs import trainer_for
 
 KINDS = ("attention.query", "attention.value", "output.dense")
@@ -345,3 +350,21 @@ def test_inspect_shows_evidence_and_steepness(
     Loop().go_on(until=12).save(tmp_path / "trial")
     assert main(["inspect", str(tmp_path / "trial")]) == 0
     assert "its trial was not over at optimizer step 12." in capsys.readouterr().out
+
+
+def test_a_matrix_without_an_unused_direction_has_no_evidence_and_no_steepness(tmp_path: Path) -> None:
+    """Its slots are all the ranks that it has; the other matrix has directions left."""
+    base = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3))
+    model = get_peft_model(base, AromaConfig(growth="evidence", target_modules=r"[01]", slots=3, component_seed=0))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    x, y = torch.randn(STEPS_OF_A_RUN * 8, WIDTH, generator=torch.Generator().manual_seed(0)), torch.ones(8, 3)
+    growth = attach(model, optimizer, total_steps=STEPS_OF_A_RUN)
+    for batch in x.split(8):
+        optimizer.zero_grad()
+        (model(batch) - y * batch[:, :3].sign()).square().mean().backward()
+        optimizer.step()
+    free, full = growth.controller.summary()
+    assert free.steepness is not None
+    assert (full.log_evidence, full.steepness) == (0.0, None)
+    assert json.loads(json.dumps(asdict(full), allow_nan=False))["rank"] == full.rank
+    model.save_pretrained(tmp_path)

@@ -35,7 +35,7 @@ def test_columns_that_no_model_reads_are_dropped_as_the_trainer_drops_them(tmp_p
     training, growth = hold_out(tokenized(), share=0.2)
     controller = train(tmp_path, training, growth).controller
     assert controller is not None
-    assert controller.rule.phase == "growth"
+    assert controller.rule.phase not in ("start", "trial", "questions")
     assert controller.global_step == 40
 
 

@@ -63,7 +63,7 @@ class AromaController:
     Args:
         model: Model with an AROMA adapter; wrapped, sharded or neither.
         optimizer: Optimizer that holds the trainable pairs; wrapped by accelerate or not, or DeepSpeed's.
-        total_steps: Planned optimizer steps T; needed where `max_inner_steps` is None.
+        total_steps: Planned optimizer steps T; needed with `growth="evidence"`, and where `max_inner_steps` is None.
         adapter_name: Name of the adapter.
         compiled: Whether `torch.compile` wraps the model though `model` does not show it. As for a compiled `model`,
             neither growing nor freezing then changes the graph.

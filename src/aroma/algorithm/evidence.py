@@ -337,7 +337,7 @@ class EvidenceRule(Generic[E]):
         for reading in readings:
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
-                if not math.isnan(reading.unused[index].max()):
+                if math.isfinite(reading.unused[index].max()):
                     matrix.steepness = float(reading.unused[index].max())
                 for direction, won in enumerate(heads[index]):
                     matrix.heads[direction] += int(won)
@@ -462,7 +462,7 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """Return for every unused direction whether it won the batch, and whether it was judged at all.
 
     A matrix is not judged while the move of one of its components is unknown, or by a batch that overflowed; none is
-    judged before any move is known.
+    judged while components train of which no move is known.
 
     Args:
         reading: What the batch says of all matrices.
@@ -472,15 +472,15 @@ def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
         Heads and judged, boolean, (matrices, P).
     """
     known = ~np.isnan(reading.moves)
-    if not known.any():
+    if not known.any() and reading.pending.any():
         nothing = np.zeros(reading.unused.shape, dtype=bool)
         return nothing, nothing
     values = np.where(known, reading.moves, 0.0)
-    everywhere = values.sum() / known.sum()
+    everywhere = values.sum() / max(known.sum(), 1)  # where nothing trains, any descent wins
     counts = known.sum(1)
     own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
     rival = np.maximum(own, everywhere)[:, None]
-    judged = ~reading.pending[:, None] & ~np.isnan(reading.unused)
+    judged = ~reading.pending[:, None] & np.isfinite(reading.unused)
     return judged & (reading.unused > 0) & (reading.unused > factor * rival), judged
 
 

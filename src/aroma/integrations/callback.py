@@ -46,15 +46,25 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         model = get_peft_model(base, AromaConfig(task_type="SEQ_CLS"))
         Trainer(model=model, callbacks=[AromaCallback()], ...).train()
 
+    With `growth="evidence"`, in a run of several passes over the data, some examples are held out (docs/usage.md):
+
+    .. code-block:: python
+
+        train, growth = hold_out(dataset)
+        model = get_peft_model(base, AromaConfig(growth="evidence", task_type="SEQ_CLS"))
+        callback = AromaCallback(growth_dataset=growth)
+        Trainer(model=model, train_dataset=train, callbacks=[callback], ...).train()
+        print(callback.controller.explanation())
+
     Args:
         early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
             `False`, what else is trainable (a classification head) trains on to the end.
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
-
         growth_dataset (*optional*): With `growth="evidence"`, examples that the Trainer does not train on, prepared as
             its training set is; see `aroma.hold_out`. From the second pass over the data on they decide growth. It may
-            also be set after the Trainer was made. Checkpoints do not hold it.
+            also be set after the Trainer was made, as for SFTTrainer: `callback.growth_dataset =
+            trainer.eval_dataset`. Checkpoints do not hold it.
         growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none.
 
     Attributes:

@@ -139,6 +139,11 @@ def require_enough(batches: int, field: str, said: str, significance: float) -> 
 def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
     """Split a data set into one to train on and one that decides growth, at random.
 
+    .. code-block:: python
+
+        train, growth = hold_out(dataset)
+        Trainer(model=model, train_dataset=train, callbacks=[AromaCallback(growth_dataset=growth)], ...).train()
+
     Args:
         dataset: A `datasets.Dataset`, or any data set with a length and items by index.
         share: Share of the examples that is held out, in (0, 1).

@@ -89,6 +89,14 @@ def attach(
             if growth.finished:
                 break
 
+    With `growth="evidence"`, in a run of several passes over the data, held-out batches decide after the first:
+
+    .. code-block:: python
+
+        train, growth = hold_out(dataset)
+        batches, held_out = DataLoader(train, 16, shuffle=True), DataLoader(growth, 16, drop_last=True)
+        attach(model, optimizer, total_steps=3 * len(batches), steps_per_pass=len(batches), growth_batches=held_out)
+
     To resume: `model.load_adapter(folder, "default", is_trainable=True)`, restore optimizer and scheduler, then
     `attach(..., resume_from=folder)`.
 
@@ -101,7 +109,7 @@ def attach(
         optimizer: Optimizer that holds the adapter's parameters.
         scheduler: Learning-rate scheduler. Its `get_last_lr()` then returns the rate that was used, except with
             DeepSpeed, which steps it at once.
-        total_steps: Planned optimizer steps; needed where `max_inner_steps` is None.
+        total_steps: Planned optimizer steps; needed with `growth="evidence"`, and where `max_inner_steps` is None.
         resume_from: Folder of a saved adapter whose run goes on.
         on_event: Called with every event.
         adapter_name: Name of the adapter.

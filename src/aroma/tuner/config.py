@@ -78,8 +78,8 @@ class AromaConfig(LoraConfig):
 
     Args:
         growth (`str`, *optional*, defaults to `"paper"`): The growth rule. `"paper"` is Algorithm 1, with the fields
-            from `inner_tolerance` to `rewarmup_steps`. `"evidence"` reads `significance`, `slots`, `duel_factor` and
-            `probe_memory` instead. A field that the rule does not read is refused.
+            from `inner_tolerance` to `rewarmup_steps`. `"evidence"` reads those from `significance` to `probe_memory`
+            instead. A field that the rule does not read is refused.
         r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks; growth by
             evidence has components of rank 1.
         lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
