@@ -7,6 +7,7 @@ Every rank writes what each loop came to into a file of its own in OUT.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -21,8 +22,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma import aroma_layers, save_adapter
-from distributed_runs import TIMEOUT, tell_refusals, whole
-from evidence_runs import Loop, Net, Rows, births, held_out, loss_of, net
+from distributed_runs import CALM, TIMEOUT, tell_refusals, whole
+from evidence_runs import (
+    Loop,
+    Net,
+    Rows,
+    bert,
+    bert_trainer,
+    births,
+    growth_dataset,
+    held_out,
+    loss_of,
+    net,
+)
+from trainer_runs import growth, tiny_bert
 
 PRECISE = torch.float64
 
@@ -168,6 +181,31 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def trained(out: Path) -> dict[str, Any]:
+    """What a Trainer comes to whose batches and held-out batches are shared."""
+    several = {"ddp_backend": "gloo", "ddp_timeout": 60} if "RANK" in os.environ else {}
+    events: list[Any] = []
+    trainer = bert_trainer(
+        out,
+        events,
+        bert(tiny_bert(**CALM).double()),
+        {"growth_dataset": growth_dataset()},
+        save_strategy="no",
+        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
+        **several,
+    )
+    trainer.train()
+    controller = growth(trainer).controller
+    return {
+        "events": births(events),
+        "noted": [(matrix.born, matrix.heads, matrix.flips) for matrix in controller.modules],
+        "weights": updates(controller.matrices.model),
+    }
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +235,7 @@ def main(out: Path) -> None:
     torch.save(detached(), out / f"detached-{dist.get_rank()}.pt")
     for name, came_to in resumed(out).items():
         torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
+    torch.save(trained(out / "trainer"), out / f"trained-{dist.get_rank()}.pt")
     tell_refusals(out, REFUSALS)
     dist.destroy_process_group()
 

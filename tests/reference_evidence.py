@@ -25,6 +25,7 @@ class Settings:
     first: int = 8
     trial: int = 20
     questions: int = 16
+    quantile: float = 1.7531  # of Student's t, one-sided 5 %, 15 degrees of freedom
     share_kept: float = 0.95
     interval: int = 4
     unused: int = 4
@@ -162,12 +163,15 @@ class Reference:
     def _settle(self) -> None:
         o = self.settings
         every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
-        ranked = sorted(
-            ((float(every[:, i, k].mean()), i, k) for i in range(len(self.matrices)) for k in range(o.S)), reverse=True
-        )
-        carried, chosen, net = 0.0, set(), sum(credit for credit, _, _ in ranked)
-        for credit, i, k in ranked:
-            if net > 0 and carried < o.share_kept * net:
+        candidates = []
+        for i in range(len(self.matrices)):
+            for k in range(o.S):
+                x = every[:, i, k]
+                if x.mean() > o.quantile * x.std() / math.sqrt(o.questions):
+                    candidates.append((float(x.mean()), i, k))
+        carried, chosen = 0.0, set()
+        for credit, i, k in sorted(candidates, reverse=True):
+            if carried < o.share_kept * sum(credit for credit, _, _ in candidates):
                 chosen.add((i, k))
             carried += credit
         for i, matrix in enumerate(self.matrices):

@@ -79,7 +79,7 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",
         f"and {evidence.QUESTIONS} batches are asked",
-        f"carry {evidence.SHARE_KEPT * 100:.0f} % of `saved`",
+        f"carry {evidence.SHARE_KEPT * 100:.0f} % of the credit",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
         f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps",
         f"it takes {('six', 'seven', 'eight')[evidence.flips_to_birth(AromaConfig.significance) - 6]} heads in a row",

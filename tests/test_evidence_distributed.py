@@ -74,6 +74,17 @@ def test_replicas_go_on_after_the_controller_was_taken_away(told: Path) -> None:
     assert one["steps"] == 8
 
 
+def test_the_trainer_does_what_it_does_alone(told: Path, tmp_path: Path) -> None:
+    """Each rank has its own held-out batches, of the same examples in all."""
+    one, other = ends(told, "trained")
+    assert_same(one, other)
+    alone = evidence_ranks.trained(tmp_path)
+    assert one["events"] == alone["events"]
+    assert one["noted"] == alone["noted"]
+    for matrix, update in one["weights"].items():
+        torch.testing.assert_close(update, alone["weights"][matrix], **CLOSE)
+
+
 SAYS = {
     "other_held_out": ("ConfigError", "growth_batches='0 batches': it takes"),
     "broken_held_out": ("NonFiniteError", "the loss of held-out examples is"),

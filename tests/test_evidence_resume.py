@@ -83,7 +83,7 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     whole = Loop().go_on(PHASES["growth"])
     whole.save(tmp_path)
     resumed = Loop.resumed(tmp_path, PHASES["growth"])
-    resumed.growth.controller.modules[0].flips += 1
+    resumed.growth.controller.modules[0].births += 1
     with pytest.raises(AssertionError):
         assert_same(resumed.came_to(), whole.came_to())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +17,7 @@ import torch.utils.checkpoint
 from peft import PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import Adafactor, BitsAndBytesConfig, LlamaForCausalLM
 
 import models
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
@@ -412,6 +413,26 @@ def test_a_newborn_takes_no_larger_steps_than_its_siblings(name: str) -> None:
                 siblings.append(float(steps[old[matrix.name]].mean()))
     assert max(newborn) > 0
     assert max(newborn) <= 2 * max(siblings), (max(newborn), max(siblings))
+
+
+def test_an_optimizer_without_a_rate_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer='Adafactor': it has no learning rate \(relative_step=True\)"):
+        Loop(optimizer=lambda p: Adafactor(p, relative_step=True)).attach()
+    assert_grew(Loop(optimizer=lambda p: Adafactor(p, lr=0.01, relative_step=False)).go_on())
+
+
+def test_a_copy_of_the_model_is_asked_nothing() -> None:
+    """And shares nothing with the original, whose growth goes on."""
+    plain, copied = Loop().go_on(38), Loop().go_on(38)
+    other = copy.deepcopy(copied.model)
+    assert all(layer.probes for layer in aroma_layers(copied.model).values())
+    assert not any(layer.probes for layer in aroma_layers(other).values())
+    x, y = held_out()[0]
+    copied.model.eval()
+    torch.testing.assert_close(other.eval()(x), copied.model(x))
+    loss_of(other.train(), (x, y)).backward()
+    assert_same_growth(copied.go_on(), plain.go_on())
+    assert_same(followed(copied), followed(plain))
 
 
 def test_unknown_state_is_refused_at_the_first_step() -> None:

@@ -115,6 +115,8 @@ class AromaController:
             self.matrices.require_data()
             plan = (plan_rule or _RULES[self.config.growth])(self.config, total_steps)
             self.matrices.require_held_by_optimizer()
+            if self.config.has_slots:
+                _refuse_own_rates(optimizer)
         self._held_out: HeldOut | None = None
         self._first_pass: int | None = None
         self._hooks: list[Any] = []
@@ -413,6 +415,21 @@ def _tell(listeners: Sequence[Callable[[Event], None]], events: Sequence[Event])
     for event in events:
         for listener in listeners:
             listener(event)
+
+
+def _refuse_own_rates(optimizer: Any) -> None:
+    """Refuse an optimizer that sets its rates by itself, so that no rate can be set to 0 while batches are asked.
+
+    Raises:
+        ConfigError: Naming the optimizer.
+    """
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise bad_value(
+            "optimizer",
+            type(unwrapped_optimizer(optimizer)).__name__,
+            "it has no learning rate (relative_step=True), and growth='evidence' takes steps at a rate of 0 while it "
+            "asks batches; give it a rate, with relative_step=False",
+        )
 
 
 def paper_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:

@@ -122,7 +122,7 @@ class SlotMatrix(GrowingMatrix):
             draw: Not used.
             pair: The slots, b (m, S) and a (S, n), whole.
         """
-        count = self.layer.slots_in_use[self._adapter_name]
+        count = max(self.slots, default=-1) + 1
         b, a = pair
         return {
             f"pair.{self.index}.b": b.detach()[:, :count].clone(),

@@ -10,8 +10,8 @@ are asked about the singular directions σ_k u_k v_kᵀ of its update, with all 
 
     credit_k = −s σ_k u_kᵀ G_½ v_k             the loss that the direction saves: the midpoint rule for the integral
                                                of the gradient from strength 0 to 1, exact for a quadratic loss
-    saved    = Σ credit_k, the mean over the batches, over all directions of all matrices
-    stay: the fewest directions that carry 95 % of it together; none if it is not positive
+    candidates: directions of any matrix whose mean credit is positive at significance α (Student's t)
+    stay:       the fewest candidates that carry 95 % of the credit of all of them
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
@@ -36,6 +36,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -54,7 +55,7 @@ UNUSED = 4
 """Unused directions of a matrix that duel at once."""
 
 SHARE_KEPT = 0.95
-"""Share of the loss that the trial has saved which must be carried by the directions that stay."""
+"""Share of what the candidates save that must be carried by the directions that stay."""
 
 QUESTIONS = 16
 """Batches that are asked at the end of the trial. They are not trained on."""
@@ -315,7 +316,7 @@ class EvidenceRule(Generic[E]):
         if len(self._credits) < QUESTIONS:
             return []
         credits = np.stack(self._credits)
-        kept = directions_to_keep(credits)
+        kept = directions_to_keep(credits, self._settings.significance)
         self._matrices.keep(kept)
         self._matrices.note_moves()
         self._credits = []
@@ -439,23 +440,38 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def directions_to_keep(credits: np.ndarray) -> list[list[int]]:
-    """Return for every matrix which directions stay: the fewest of all that carry 95 % of what they save together.
+def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
+    """Return for every matrix which directions stay.
 
-    What they save together is the sum of all credits, negative ones too: where nothing is there to learn, that is no
-    loss at all, and nothing stays.
+    Those are candidates that save loss at significance α. The fewest of them all stay that carry 95 % of what the
+    candidates save together. Noise that was learnt by heart has a negative credit; where nothing is there to learn,
+    nothing stays.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
+        significance: α.
     """
-    saved = np.nan_to_num(credits).mean(0)
-    net = saved.sum()
+    batches = len(credits)
+    known = np.nan_to_num(credits)
+    saved, error = known.mean(0), known.std(0, ddof=1) / math.sqrt(batches)
+    saved = np.where(saved > student_quantile(1 - significance, batches - 1) * error, saved, 0.0)
     order = np.argsort(-saved, axis=None, kind="stable")
-    carried = np.cumsum(saved.reshape(-1)[order])
-    count = int(np.searchsorted(carried, SHARE_KEPT * net) + 1) if net > 0 else 0
+    ranked = saved.reshape(-1)[order]
+    carried_before = np.cumsum(ranked) - ranked
     stays = np.zeros(saved.size, dtype=bool)
-    stays[order[:count]] = True
+    stays[order[(ranked > 0) & (carried_before < SHARE_KEPT * ranked.sum())]] = True
     return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Return a quantile of Student's t, by the expansion 26.7.5 of Abramowitz and Stegun; three digits from 10 on."""
+    z: float = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / float(degrees) ** (power + 1) for power, term in enumerate(terms))
 
 
 def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:

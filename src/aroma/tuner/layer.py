@@ -371,7 +371,9 @@ class AromaLinear(LoraLinear):
         probe = self.probes[adapter_name] if evaluated and self._is_asked(adapter_name) else None
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        scale = self.scaling[adapter_name] * (probe.strength if probe is not None else 1)
+        # The forward of a reentrant checkpoint has no gradients, and must agree with the one that has them later.
+        is_asked = evaluated and adapter_name in self.probes and (torch.is_grad_enabled() or self.training)
+        scale = self.scaling[adapter_name] * (self.probes[adapter_name].strength if is_asked else 1)
         return Update(A, self._scaled(B, adapter_name), a, b, scale, p, slots, probe)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
@@ -449,6 +451,10 @@ class AromaLinear(LoraLinear):
                 child._apply(fn if name == "base_layer" else partial(_without_rounding, fn))
         super()._apply(fn, recurse=False)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: nobody asks its backwards."""
+        return {**self.__dict__, "probes": {}}
 
     def __repr__(self) -> str:
         """Mark the layer as ours in a printed model."""
