@@ -37,7 +37,7 @@ _PAPER_FIELDS = (
 _EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
 """Fields that only growth by evidence reads."""
 
-_FIELDS_OF = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
+FIELDS_OF_RULE = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
 """Fields that decide a run under each rule: a resumed run must have the same values as its checkpoint."""
 
 _PLAIN_LORA_ONLY: dict[str, tuple[Any, str]] = {
@@ -186,7 +186,7 @@ class AromaConfig(LoraConfig):
         self.peft_type = PEFT_TYPE
 
     def _check_rule(self) -> None:
-        if self.growth not in _FIELDS_OF:
+        if self.growth not in FIELDS_OF_RULE:
             raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
         defaults = {item.name: item.default for item in fields(self)}
         other = _PAPER_FIELDS if self.growth == "evidence" else _EVIDENCE_FIELDS
@@ -352,7 +352,7 @@ class AromaConfig(LoraConfig):
 
     def method(self) -> dict[str, Any]:
         """Return the fields that decide a run; JSON-able."""
-        return {name: getattr(self, name) for name in _FIELDS_OF[self.growth]}
+        return {name: getattr(self, name) for name in FIELDS_OF_RULE[self.growth]}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration.
