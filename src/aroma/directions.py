@@ -49,7 +49,9 @@ class Directions:
         per_norm: 1 / ‖Δ_k‖_F, (L, S); NaN where there is no move, or none is known.
     """
 
-    KEPT = ("u", "v", "p", "q", "sizes", "b", "a", "move_b", "move_a")
+    _FOLLOWED = ("u", "v", "p", "q", "sizes")
+    _LOOKED_AT = ("b", "a", "move_b", "move_a")
+    KEPT = _FOLLOWED + _LOOKED_AT
     """What a checkpoint holds; the rest follows from it."""
 
     def __init__(self, rows: Sequence[int], m: int, n: int, slots: int, like: Tensor) -> None:
@@ -170,15 +172,28 @@ class Directions:
     # Saved and restored ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds, copies by name."""
-        return {name: getattr(self, name).clone() for name in self.KEPT}
+        """Return what a checkpoint holds, copies by name; of b, a and their moves only up to the last slot in use."""
+        used = self.a.any(2).any(0) | self.move_a.any(2).any(0)
+        count = int(used.nonzero()[-1]) + 1 if used.any() else 0
+        kept = {name: getattr(self, name).clone() for name in self._FOLLOWED}
+        slots = {name: self._slots(name, count).clone() for name in self._LOOKED_AT}
+        return {**kept, **slots}
 
     def restore(self, tensors: dict[str, Tensor], scale: float) -> None:
         """Restore `state()`, tensors of any shapes by name; `scale` is s."""
         self.follow(tensors["u"], tensors["v"], tensors["sizes"])
-        for name in self.KEPT:
+        for name in self._FOLLOWED:
             getattr(self, name).copy_(tensors[name])
+        count = tensors["a"].shape[1]
+        for name in self._LOOKED_AT:
+            getattr(self, name).zero_()
+            self._slots(name, count).copy_(tensors[name])
         self.settle(scale)
+
+    def _slots(self, name: str, count: int) -> Tensor:
+        """Return the first `count` slots of b (L, m, S), a (L, S, n) or their moves, by name: a view."""
+        whole: Tensor = getattr(self, name)
+        return whole[:, :count] if name in ("a", "move_a") else whole[:, :, :count]
 
 
 def singular_directions(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
