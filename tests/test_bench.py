@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, aroma_layers
+from aroma.algorithm.evidence import UNUSED
 from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.tuner.fused import Update, linear_with_update
@@ -115,6 +116,7 @@ def test_the_cases_are_those_that_were_asked_for():
         *(f"aroma-{count}" for count in (0, 4, 8, 16, 64)),
         *(f"aroma-{count}-dropout" for count in (0, 8, 64)),
         *("aroma-half", "aroma-lower", "aroma-all"),
+        *("evidence-0", "evidence-1", "evidence-8"),
     }
     assert len({case.name for case in CASES.values()}) == len(CASES)
     assert [case.key for case in select_cases(["aroma-8"], compiled=True)] == [
@@ -134,6 +136,10 @@ def test_cases_are_at_their_stage_stay_there_and_share_a_backbone_that_none_of_t
         for _ in range(12):  # past the first inner check
             contender.step()
         assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items()), key
+        if key.startswith("evidence"):
+            layers = [*aroma_layers(contender.model).values()]
+            assert {layer.slots_in_use["default"] for layer in layers} == {case.live}
+            assert {layer.probes["default"].v.shape[0] for layer in layers} == {UNUSED}
         if key.startswith("aroma"):
             layers = [*aroma_layers(contender.model).values()]
             frozen = {"aroma-half": range(0, 12, 2), "aroma-lower": range(6), "aroma-all": range(12)}.get(key, [])
@@ -277,7 +283,7 @@ def test_the_layer_makes_four_passes_over_its_activations(m, n, counted):
     x, weight = torch.randn(tokens, n, requires_grad=True), torch.randn(m, n)
     a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
     with Touched(tokens * (n if counted == "inputs" else m)) as activations:
-        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0)
+        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0, len(a))
         linear_with_update(x, weight, None, update).sum().backward()
     of_the_matrix = 2  # x is read and gx written; y is written and gy read
     assert activations.count == of_the_matrix + PASSES
@@ -289,7 +295,7 @@ def test_backward_looks_at_the_weight_only_where_x_wants_a_gradient(wanted):
     x, weight = torch.randn(tokens, n, requires_grad=wanted), torch.randn(m, n)
     a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
     A, B = torch.randn(9, n), torch.randn(m, 9)
-    y = linear_with_update(x, weight, None, Update(A, B, a, b, 1.0, 0.0))
+    y = linear_with_update(x, weight, None, Update(A, B, a, b, 1.0, 0.0, len(a)))
     with Touched(m * n) as of_weight, Touched(9 * n) as of_components:
         y.sum().backward()
     assert (of_weight.count > 0) == wanted

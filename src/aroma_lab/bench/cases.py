@@ -147,7 +147,7 @@ def _settle(controller: AromaController, live: int) -> None:
     matrices.ask_for_credit()
     matrices.keep([range(live)] * len(matrices.all()))
     matrices.note_moves()
-    controller.rule.restore({"global_step": 0, "phase": "growth", "births": 0, "last_birth": None, "credits": []})
+    controller.rule.restore({**controller.rule.state(), "phase": "growth"})
 
 
 def make_contenders(base: Any, batch: dict[str, Tensor], settings: BenchSettings) -> list[Contender]:
