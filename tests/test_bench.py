@@ -94,6 +94,7 @@ def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
     assert optimizer_bytes(optimizer) == 2 * 4 * M * N + 4  # two moments, and the step count
 
 
+@pytest.mark.slow
 def test_the_peak_is_that_of_a_process_of_its_own():
     ballast = torch.ones(2**28)  # 1 GiB in this process
     assert 2**27 < peak_resident_bytes(SETTINGS, "floor") < ballast.nbytes

@@ -193,7 +193,10 @@ def test_no_evidence_is_no_dot_and_the_threshold_is_that_of_the_run(grown):
     [
         ["only"],
         [*NAMES, "bert.pooler.dense"],
-        [f"layers.{layer}.{kind}" for layer in range(32) for kind in ("q", "k", "v", "o", "gate", "up", "down")],
+        pytest.param(
+            [f"layers.{layer}.{kind}" for layer in range(32) for kind in ("q", "k", "v", "o", "gate", "up", "down")],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["1", "13", "224"],
 )

@@ -16,6 +16,8 @@ from evidence_runs import Loop
 from ranks import launch
 from trainer_runs import assert_same
 
+pytestmark = pytest.mark.slow
+
 CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 """In float64 nothing but the order of sums differs; Adam divides by square roots of some of them."""
 

@@ -168,7 +168,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore:From optimizer step")
 @pytest.mark.parametrize(
     "name",
-    [name if number < 3 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(TRAININGS)],
+    [name if name == "growth dataset" else pytest.param(name, marks=pytest.mark.slow) for name in TRAININGS],
 )
 def test_the_trainer_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     training, method = TRAININGS[name]

@@ -206,7 +206,7 @@ def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop
     return ModelLoop(model, name, **batches).go_on()
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_nothing(name: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out batches are checkpointed too, and are evaluated as in an evaluation both times.
@@ -349,6 +349,7 @@ def test_it_grows_where_peft_makes_no_peft_model(way: str, monkeypatch: pytest.M
     assert_same(followed(loop), followed(peft))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_takes_as_many_graphs_as_without_growth() -> None:
     """Neither phases nor births nor merges make a graph of their own, beyond those of what is asked."""
     torch._dynamo.reset()

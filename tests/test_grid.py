@@ -408,6 +408,7 @@ def machines(tmp_path, count, **changes):
     return [write_yaml(tmp_path / f"{n}.yaml", grid_values(tmp_path / f"out-{n}", **shared)) for n in range(count)]
 
 
+@pytest.mark.slow
 def test_a_worker_on_another_machine_helps_and_both_know_what_was_chosen(out, tmp_path):
     log = tmp_path / "log.txt"
     methods = {label: {"kind": "x", "pause": 0.06} for label in "ab"}

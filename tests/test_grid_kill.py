@@ -115,6 +115,7 @@ def test_a_killed_runner_takes_its_trials_along_even_stopped_ones(grid_file, sto
     assert finish(grid_file) == (4, 0)
 
 
+@pytest.mark.slow
 def test_the_next_runner_waits_for_a_runner_that_is_held_up_and_runs_the_rest(grid_file):
     write_grid(grid_file.parent, pause=0.2)  # the other command starts meanwhile
     runner = start(grid_file)

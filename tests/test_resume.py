@@ -371,6 +371,7 @@ def test_killed_after_random_steps(tmp_path: Path, immortal: Path) -> None:
     assert_same_end(tmp_path, immortal, MORTAL)
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(tmp_path: Path, immortal: Path) -> None:
     clock = random.Random(5)
     kill_until_done(tmp_path, MORTAL, [clock.uniform(0.2, 0.9) for _ in range(4)])

@@ -56,8 +56,8 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(saved[key], expected[key]) for key in saved), name
 
 
-SLOW = {"houlsby", "full", "bitfit", "head_only", "relora", "adalora, at rest"}
-"""They are saved as pfeiffer, aroma and adalora are."""
+SLOW = {"houlsby", "pfeiffer", "full", "bitfit", "head_only", "relora", "relora_merge", "adalora, at rest"}
+"""Aroma, LoRA and AdaLoRA stand for them where every second counts."""
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in METHODS])

@@ -422,6 +422,7 @@ def test_a_run_has_to_outlast_its_warm_up_and_its_first_check() -> None:
 # The worker ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_worker_runs_a_trial_with_pinned_threads(material: Path, tmp_path: Path) -> None:
     save_trial(trial_of(material, max_steps=6, threads=1), tmp_path / "trial.json")
     (tmp_path / "run").mkdir()
