@@ -22,6 +22,8 @@ from ranks import launch, torchrun
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 from trial_runs import save_material, trial_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
