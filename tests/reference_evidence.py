@@ -233,9 +233,9 @@ class Reference:
         o = self.settings
         for row, newborn in zip(self.pending, self.newborn, strict=True):
             every = [x for _, own in row for x in own]
-            if not every:
+            if not every and any(newborn):
                 continue
-            everywhere = sum(every) / len(every)
+            everywhere = sum(every) / len(every) if every else 0.0
             for matrix, (z, own), new in zip(self.matrices, row, newborn, strict=True):
                 if new:
                     continue
@@ -245,9 +245,10 @@ class Reference:
                     matrix.heads[k] += steepness > 0 and steepness > o.kappa * rival
         self.pending, self.newborn = [], []
         for matrix in self.matrices:
-            before = matrix.live
+            before, born = matrix.live, 0
             for k in range(len(matrix.v)):
-                if evidence(matrix.heads[k], matrix.flips[k]) >= 1 / o.alpha:
+                if born < o.S and evidence(matrix.heads[k], matrix.flips[k]) >= 1 / o.alpha:
+                    born += 1
                     self._birth(matrix, matrix.v[k], before)
                     matrix.p[k], matrix.q[k] = torch.zeros_like(matrix.p[k]), torch.zeros_like(matrix.q[k])
                     matrix.heads[k] = matrix.flips[k] = 0

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
 from aroma import AromaConfig, attach
-from aroma.algorithm.evidence import flips_to_birth, log_evidence
+from aroma.algorithm.evidence import directions_to_keep, flips_to_birth, log_evidence
+from aroma.directions import Directions, singular_directions
 from reference_evidence import Reference, Settings, evidence
 
 WIDTH, LAYERS = 16, 4
@@ -63,8 +65,8 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 
 @pytest.mark.parametrize(
     ("slots", "kappa", "first_pass"),
-    [(3, 0.25, None), (2, 0.1, None), (3, 0.25, 60), (3, 0.25, 15)],
-    ids=["plain", "merges", "held out grows", "held out settles"],
+    [(3, 0.25, None), (2, 0.1, None), (1, 0.1, None), (3, 0.25, 60), (3, 0.25, 15)],
+    ids=["plain", "merges", "one slot", "held out grows", "held out settles"],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, first_pass: int | None) -> None:
     steps = 200
@@ -103,10 +105,11 @@ def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, fi
     assert len(births) > 1
     settled = {event.module: event.rank for event in events if event.kind == "settled"}
     assert len(settled) == LAYERS
-    assert min(settled.values()) < slots
+    assert min(settled.values()) < slots or slots == 1
     for matrix, expected in zip(growth.controller.modules, reference.matrices, strict=True):
         b, a = matrix.pair
         B, A = matrix.finished
+        assert B.any(0).all(), "a component was merged before it had trained"
         update = B @ A + 4.0 * b @ a
         torch.testing.assert_close(update.detach(), expected.W(4.0) - expected.W0, rtol=1e-6, atol=1e-9)
         assert (matrix.heads, matrix.flips) == (expected.heads, expected.flips)
@@ -122,3 +125,43 @@ def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:
     heads = torch.randint(0, 2, (2000, 200), generator=generator).cumsum(1)
     convinced = [any(log_evidence(int(h), t + 1) >= 2.996 for t, h in enumerate(row)) for row in heads]
     assert sum(convinced) / 2000 < 0.05
+
+
+@pytest.mark.parametrize(("significance", "kept"), [(1e-20, [0]), (0.05, [0]), (0.95, [0, 1])])
+def test_whatever_the_significance_what_costs_loss_never_stays(significance: float, kept: list[int]) -> None:
+    # Surely useful, useful on average, harmful on average, surely harmful.
+    noise = np.tile([1.0, -1.0], 8)
+    credits = np.stack([1 + 1e-9 * noise, 0.1 + noise, -0.1 + noise, -1 + 1e-9 * noise], 1)[:, None, :]
+    assert directions_to_keep(credits, significance) == [kept]
+
+
+def test_an_update_of_a_lower_rank_has_no_further_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(2, 6, 4, generator=generator), torch.randn(2, 4, 5, generator=generator)
+    b[0, :, 2:] = 0
+    a[0, 2:] = 0  # as where max_components=2
+    sizes = singular_directions(b, a)[1]
+    assert (sizes > 0).tolist() == [[True, True, False, False], [True] * 4]
+
+
+def test_a_matrix_whose_slots_fill_it_is_no_rival_of_slope_zero() -> None:
+    matrices = Directions([0], m=2, n=3, slots=2, like=torch.empty(0))
+    known = torch.ones(1, 2, dtype=torch.bool)
+    matrices.note_moves(torch.randn(1, 2, 2), torch.randn(1, 2, 3), known, scale=1.0)
+    assert matrices.per_norm.isfinite().all()
+    unused, moves = matrices.steepness(matrices.answers)
+    assert unused.shape == (1, 0)
+    assert moves.isnan().all()
+
+
+def test_nothing_is_born_after_the_step_that_is_named() -> None:
+    base, x, y = planted([0, 4, 1, 3])
+    model = grown(base, slots=3)
+    optimizer = adam(model)
+    growth = attach(model, optimizer, total_steps=101)
+    for step, batch in enumerate(batches(x, y, 85), start=1):
+        optimizer.zero_grad()
+        (model(batch[0]) - batch[1]).square().mean().backward()
+        optimizer.step()
+        assert (growth.controller.rule.phase == "rest") == (step >= 84)
+    assert growth.controller.explanation().endswith("; nothing is born after step 84")

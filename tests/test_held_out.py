@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from aroma import AromaCallback, AromaConfig, hold_out
 from aroma.errors import ConfigError
+from aroma.integrations.held_out import without_trained
 from evidence_runs import METHOD
 from trainer_runs import arguments, examples, tiny_bert
 
@@ -45,6 +46,16 @@ def test_a_row_that_is_trained_on_is_found_whatever_the_dropped_columns_say(tmp_
     rows = [{**growth[row], **({"text": text} if text == "another" else {})} for row in range(len(growth))]
     with pytest.raises(ConfigError, match=r"growth_dataset='160 examples': its row \d+ is row 0 of the training set"):
         train(tmp_path, training, Dataset.from_list([*rows, *training]))
+
+
+def test_examples_that_the_data_have_twice_are_left_out_with_a_warning() -> None:
+    rows = tokenized(200)
+    training, growth = hold_out(rows)
+    both = Dataset.from_list([*growth, training[3]])
+    said = r"1 of 21 examples are trained on, too \(its row 20 is row 3 of the training"
+    with pytest.warns(UserWarning, match=said):
+        assert without_trained(both, training)["input_ids"] == growth["input_ids"]
+    assert without_trained(growth, training) is growth
 
 
 def test_examples_that_are_not_prepared_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .algorithm import GrowthRule, PaperRule
-from .algorithm.evidence import EvidenceRule, EvidenceSettings
+from .algorithm.evidence import CHECK_INTERVAL, EvidenceRule, EvidenceSettings
 from .algorithm.paper import PaperSettings
 from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
@@ -456,12 +456,13 @@ def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
     Raises:
         ConfigError: The trial does not fit a run of `total_steps`.
     """
+    trial = config.resolve_trial_steps(total_steps)
     settings = EvidenceSettings(
         significance=config.significance,
         duel_factor=config.duel_factor,
         slots=config.slots,
-        trial_steps=(trial := config.resolve_trial_steps(total_steps)),
-        last_step=(total_steps or 0) - trial,
+        trial_steps=trial,
+        last_step=((total_steps or 0) - trial) // CHECK_INTERVAL * CHECK_INTERVAL,
         max_components=config.max_components,
     )
     return partial(EvidenceRule, settings)

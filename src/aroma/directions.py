@@ -101,13 +101,14 @@ class Directions:
     def steepness(self, answers: Tensor) -> tuple[Tensor, Tensor]:
         """Return −uᵀ G v of the directions, (L, P), and steepness of the moves, (L, S).
 
-        NaN for matrices whose answers are not finite: in 16 bits a batch may overflow.
+        NaN for matrices whose answers are not finite: in 16 bits a batch may overflow. Without directions, P = 0, no
+        backward is asked, and the steepness of the moves is NaN.
 
         Args:
             answers: Of the shape of `self.answers`.
         """
         gu, _, gate = self.parts(answers)
-        is_known = self._are_finite(answers)[:, None]
+        is_known = (self._are_finite(answers) & bool(self.v.shape[1]))[:, None]
         z, own = -(self.u * gu).sum(1), -gate * self.per_norm
         return z.where(is_known, torch.nan), own.where(is_known, torch.nan)
 

@@ -211,7 +211,7 @@ def start_slots(optimizer: Any, starts: Sequence[SlotStart]) -> None:
 
 
 def check_startable(optimizer: Any, param: Tensor) -> None:
-    """Raise what `start_slot` would raise, and change nothing; `param` has any shape."""
+    """Raise what `start_slots` would raise, and change nothing; `param` has any shape."""
     _resettable_moments(optimizer, param, "prune")
 
 

@@ -79,7 +79,8 @@ class EvidenceSettings:
         duel_factor: κ > 0.
         slots: S, components of a matrix in the trial, and the most that train at once.
         trial_steps: Optimizer steps of the trial, those of the first directions included.
-        last_step: Optimizer step after which nothing is born: what comes later hardly learns.
+        last_step: Optimizer step after which nothing is born, one at which the evidence is looked at: what comes later
+            hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
     """
 
@@ -348,7 +349,9 @@ class EvidenceRule(Generic[E]):
         for matrix in self._matrices.active():
             found = [log_evidence(heads, flips) for heads, flips in zip(matrix.heads, matrix.flips, strict=True)]
             matrix.log_evidence = max(found)
-            births += [(matrix, direction) for direction, value in enumerate(found) if value >= threshold]
+            # No more than there are slots: a component would be merged before it has ever trained.
+            ready = [direction for direction, value in enumerate(found) if value >= threshold]
+            births += [(matrix, direction) for direction in ready[: self._settings.slots]]
         is_told = self.global_step % TOLD_INTERVAL == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
         return checked + self._bear(self._within_limit(births))
@@ -454,7 +457,9 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     batches = len(credits)
     known = np.nan_to_num(credits)
     saved, error = known.mean(0), known.std(0, ddof=1) / math.sqrt(batches)
-    saved = np.where(saved > student_quantile(1 - significance, batches - 1) * error, saved, 0.0)
+    # Above a half, α would let in directions that cost loss; near 0, 1 − α would be rounded to 1.
+    least = max(-student_quantile(significance, batches - 1), 0.0) * error
+    saved = np.where(saved > least, saved, 0.0)
     order = np.argsort(-saved, axis=None, kind="stable")
     ranked = saved.reshape(-1)[order]
     carried_before = np.cumsum(ranked) - ranked

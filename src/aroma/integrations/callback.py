@@ -28,7 +28,7 @@ from ..events import Event
 from ..sharding import own_entries
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from .held_out import HeldOutDataset, Loss, refuse_overlap, with_columns_of
+from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -148,8 +148,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if self.growth_dataset is not None:
             with controller.together():
                 training = getattr(loader, "dataset", None)
-                examples = with_columns_of(training, self.growth_dataset)
-                refuse_overlap(examples, training)
+                examples = without_trained(with_columns_of(training, self.growth_dataset), training)
                 held_out = HeldOutDataset(
                     examples,
                     args.per_device_train_batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -19,7 +20,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """Maps a model and a batch to a scalar loss."""
 
 _MOST_ROWS = 50_000
-"""Most rows of the training set that are compared with the held-out ones."""
+"""Most rows of the training set, and of the held-out ones, that are compared."""
 
 
 class HeldOutDataset:
@@ -160,9 +161,7 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
         raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; give a share like 0.1")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     train, growth = sorted(order[held:]), sorted(order[:held])
-    if hasattr(dataset, "select"):
-        return dataset.select(train), dataset.select(growth)
-    return torch.utils.data.Subset(dataset, train), torch.utils.data.Subset(dataset, growth)
+    return _rows_of(dataset, train), _rows_of(dataset, growth)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -203,33 +202,49 @@ def with_columns_of(training: Any, held_out: Any) -> Any:
     return held_out.select_columns(kept)
 
 
-def refuse_overlap(held_out: Any, training: Any) -> None:
-    """Refuse held-out examples that are trained on: of them everything looks steep that is learnt by heart.
+def without_trained(held_out: Any, training: Any) -> Any:
+    """Return the held-out examples that are not trained on: of the others all looks steep that is learnt by heart.
+
+    Data sets have examples twice, and a split by chance parts some of them. The first 50,000 rows are compared.
 
     Raises:
-        ConfigError: Both are the same, or have a row in common among the first 50,000.
+        ConfigError: There are none, both sets are the same, or they share more than half of the held-out examples.
+
+    Warns:
+        UserWarning: They share fewer, which are left out.
     """
     if not len(held_out):
         raise bad_value("growth_dataset", "empty", "hold out some examples, as aroma.hold_out does")
-    shared = "it is the training set" if held_out is training else _shared_row(held_out, training)
-    if shared:
+    shared = {} if held_out is training else _shared_rows(held_out, training)
+    if not shared and held_out is not training:
+        return held_out
+    row, trained = next(iter(shared.items()), (0, 0))
+    said = f"its row {row} is row {trained} of the training set" if shared else "it is the training set"
+    if held_out is training or 2 * len(shared) > len(held_out):
         raise bad_value(
             "growth_dataset",
             f"{len(held_out)} examples",
-            f"{shared}; growth must be decided on examples that are not trained on: split them first, "
+            f"{said}; growth must be decided on examples that are not trained on: split them first, "
             "train, growth = aroma.hold_out(dataset)",
         )
+    warnings.warn(
+        f"growth_dataset: {len(shared)} of {len(held_out)} examples are trained on, too ({said}). They are left out",
+        stacklevel=2,
+    )
+    return _rows_of(held_out, [row for row in range(len(held_out)) if row not in shared])
 
 
-def _shared_row(held_out: Any, training: Any) -> str | None:
+def _shared_rows(held_out: Any, training: Any) -> dict[int, int]:
+    """Return which row of the training set each shared row of the held-out examples is."""
     if not hasattr(training, "__getitem__") or not hasattr(training, "__len__"):
-        return None
-    known = {_digest(held_out[row]): row for row in range(min(len(held_out), _MOST_ROWS))}
-    for row in range(min(len(training), _MOST_ROWS)):
-        found = known.get(_digest(training[row]))
-        if found is not None:
-            return f"its row {found} is row {row} of the training set"
-    return None
+        return {}
+    known = {_digest(training[row]): row for row in reversed(range(min(len(training), _MOST_ROWS)))}
+    found = {row: known.get(_digest(held_out[row])) for row in range(min(len(held_out), _MOST_ROWS))}
+    return {row: trained for row, trained in found.items() if trained is not None}
+
+
+def _rows_of(dataset: Any, rows: list[int]) -> Any:
+    return dataset.select(rows) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, rows)
 
 
 def _digest(example: Any) -> bytes:

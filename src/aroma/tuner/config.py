@@ -112,7 +112,7 @@ class AromaConfig(LoraConfig):
             in which every matrix trains as many components as it has slots.
         duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
             steep as what trains. A smaller one lets matrices grow sooner.
-        probe_memory (`float`, *optional*, defaults to 0.97): β. The unused direction averages about 1 / (1 - β)
+        probe_memory (`float`, *optional*, defaults to 0.97): β. An unused direction averages about 1 / (1 - β)
             gradients.
         component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
             the adapter is made, so that `set_seed` decides it.
@@ -169,7 +169,7 @@ class AromaConfig(LoraConfig):
         metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},
     )
     probe_memory: float = field(
-        default=0.97, metadata={"help": "growth='evidence': memory of the unused direction, in [0, 1)."}
+        default=0.97, metadata={"help": "growth='evidence': memory of the unused directions, in [0, 1)."}
     )
     component_seed: int | None = field(
         default=None, metadata={"help": "Seed of new components; None: torch.initial_seed()."}
@@ -209,7 +209,7 @@ class AromaConfig(LoraConfig):
         _require_int("slots", self.slots, 1, "at least one component of a matrix trains; try 8")
         if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
             raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
-        _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 1")
+        _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 0.5")
         if not _is_number(self.probe_memory) or not 0 <= self.probe_memory < 1:
             raise bad_value("probe_memory", self.probe_memory, "give a number in [0, 1); try 0.97")
 

@@ -81,8 +81,9 @@ def warn_uncontrolled(config: AromaConfig) -> None:
     """
     warnings.warn(
         "This AROMA adapter was trained without its controller, as a plain LoRA of rank "
-        f"{config.r}: no component was ever checked or added. Give the Trainer `callbacks=[AromaCallback()]`, or "
-        "call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a loop of your own.",
+        f"{config.pair_rank}: no component was ever checked or added. Give the Trainer "
+        "`callbacks=[AromaCallback()]`, or call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a "
+        "loop of your own.",
         stacklevel=3,
     )
 
