@@ -110,7 +110,9 @@ class Reference:
                 self._adam(c, s * g @ c.a, s * g.T @ c.b, rate, self.t + 1)
         decides = o.first_pass is None or self.t < o.first_pass
         if self.phase == "questions":
-            for answer in [G] if decides else [held_out(number) for number in range(len(self.credits), o.questions)]:
+            if not decides:
+                self.credits = []
+            for answer in [G] if decides else [held_out(number) for number in range(o.questions)]:
                 self._credit(answer)
         elif self.phase == "growth" and not decides and (self.t - o.first_pass) % o.held_out_interval == 0:
             self._read(held_out(o.questions + (self.t - o.first_pass) // o.held_out_interval), before=False)

@@ -277,7 +277,9 @@ class EvidenceRule(Generic[E]):
     def held_out_batches(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches to be asked, `step` optimizer steps after the first pass."""
         if self.phase == "questions":
-            return range(len(self._credits), QUESTIONS)
+            # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
+            self._credits = []
+            return range(QUESTIONS)
         number, rest = divmod(step, HELD_OUT_INTERVAL)
         return () if rest or self.phase != "growth" else (QUESTIONS + number,)
 
@@ -365,7 +367,7 @@ class EvidenceRule(Generic[E]):
         events += [self._event("born", matrix) for matrix, _ in births]
         for matrix, direction in births:
             matrix.heads[direction] = matrix.flips[direction] = 0
-            matrix.log_evidence = 0.0
+            matrix.log_evidence = max(map(log_evidence, matrix.heads, matrix.flips))
         self.births += len(births)
         self.last_birth = self.global_step
         return events
