@@ -108,7 +108,9 @@ def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one
     files: Path, tmp_path: Path, method: str
 ) -> None:
     trial = trial_of(save_material(tmp_path / "material"), method, max_steps=12, batch_size=4)
-    trial = replace(trial, model=str(files / "model"), training=replace(trial.training, group_by_length=False, train_pooler=False))
+    trial = replace(
+        trial, model=str(files / "model"), training=replace(trial.training, group_by_length=False, train_pooler=False)
+    )
     save_trial(trial, tmp_path / "trial.json")
     launch(2, "aroma_lab.run.worker", str(tmp_path / "trial.json"), str(tmp_path / "many"))
     ours = read(tmp_path / "many" / "result.json")
