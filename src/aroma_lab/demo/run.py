@@ -64,8 +64,8 @@ TRAINING = TrainSpec(
     max_steps=240,
     batch_size=16,
     learning_rate=1e-3,
-    # The head starts with the large weights of a converged regression. At rates that suit a fresh head, the pooler before
-    # it saturates, the loss falls to nothing, and its gradients are denormal numbers, with which a CPU is slow.
+    # The head starts with the large weights of a converged regression. At rates that suit a fresh head the pooler
+    # behind it saturates, the loss falls to nothing, and gradients become denormal numbers: a CPU is slow with them.
     head_learning_rate=1e-4,
     warmup_steps=10,
     logging_steps=5,
