@@ -88,6 +88,7 @@ class Reference:
 
     def __init__(self, weights: dict[str, Tensor], settings: Settings) -> None:
         self.settings, self.t, self.phase, self.strength = settings, 0, "start", 1.0
+        self.trained = 0  # optimizer steps that change something
         self.births: list[tuple[int, str]] = []
         self.matrices = []
         for index, (name, W0) in enumerate(weights.items()):
@@ -103,11 +104,11 @@ class Reference:
     # One optimizer step: Adam on the live components, then the rule.
     def step(self, G: Sequence[Tensor], lr: float, held_out: Callable[[int], Sequence[Tensor]]) -> None:
         o = self.settings
-        rate = 0.0 if self.phase == "questions" else lr
-        for matrix, g in zip(self.matrices, G, strict=True):
-            for c in matrix.live:
-                s = o.s * self.strength
-                self._adam(c, s * g @ c.a, s * g.T @ c.b, rate, self.t + 1)
+        if self.phase != "questions":
+            self.trained += 1
+            for matrix, g in zip(self.matrices, G, strict=True):
+                for c in matrix.live:
+                    self._adam(c, o.s * g @ c.a, o.s * g.T @ c.b, lr, self.trained)
         decides = o.first_pass is None or self.t < o.first_pass
         if self.phase == "questions":
             if not decides:

@@ -544,3 +544,23 @@ def test_nan_stops_the_run(where: str, step: int) -> None:
         loop.growth.controller.modules[1].pair[1].data[:] = torch.nan
     with pytest.raises(NonFiniteError, match="earlier checkpoints are untouched"):
         loop.go_on(max(step + 9, 17))
+
+
+def test_batches_that_are_asked_leave_the_optimizer_alone() -> None:
+    loop = Loop(net(target_modules=r"layers\.[012]", modules_to_save=["layers.3"]))
+    loop.go_on(1)
+    head = loop.model.base_model.model.layers[3].modules_to_save["default"].weight
+
+    def notes() -> dict[str, Any]:
+        return {"weight": head.detach().clone(), **{k: v.clone() for k, v in loop.optimizer.state[head].items()}}
+
+    while loop.growth.controller.rule.phase != "questions":
+        before = notes()
+        loop.go_on(loop.done + 1)
+        assert all(not torch.equal(value, notes()[name]) for name, value in before.items())
+    before = notes()
+    while loop.growth.controller.rule.phase == "questions":
+        loop.go_on(loop.done + 1)
+        assert_same(before, notes())
+    loop.go_on(loop.done + 1)
+    assert all(not torch.equal(value, notes()[name]) for name, value in before.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from .errors import CheckpointError, bad_value
 from .events import Event, ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
+from .reset import makes_state_only
 from .sharding import (
     is_distributed,
     is_sharded,
@@ -127,6 +128,9 @@ class AromaController:
         self.rule = plan(self.matrices)
         # Not a method: the controller would live in a circle, and be there for a save after its run is dropped.
         self.rule.tell = partial(_tell, self._listeners)
+        if self.config.has_slots:
+            base = self._sharding.base_optimizer(optimizer)
+            self._hooks.append(base.register_step_pre_hook(partial(_drop_gradients_of_questions, self.rule)))
         self._stale = False
         self._state_is_known = False
         self.live.attach_controller(self)
@@ -415,6 +419,17 @@ def _tell(listeners: Sequence[Callable[[Event], None]], events: Sequence[Event])
     for event in events:
         for listener in listeners:
             listener(event)
+
+
+def _drop_gradients_of_questions(rule: GrowthRule, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
+    """Drop the gradients of batches that are asked: they are not those of the model that trains.
+
+    A rate of 0 alone would let them into the optimizer's averages, and those of the head as well.
+    """
+    if rule.lr_factor == 0 and not makes_state_only(optimizer, keywords):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def _refuse_own_rates(optimizer: Any) -> None:

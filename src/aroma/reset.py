@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,6 +216,21 @@ def check_startable(optimizer: Any, param: Tensor) -> None:
 
 
 # What can be reset ---------------------------------------------------------------------------------------------------
+
+
+def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
+    """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
+
+    Args:
+        optimizer: The optimizer, about to step.
+        keywords: What `step` was called with. No loop gives a closure of None by name, and the ranks of a job agree on
+            it, as they might not on gradients that are zero.
+    """
+    return (
+        dict(keywords) == {"closure": None}
+        and not optimizer.state
+        and not any(float(group["lr"]) for group in optimizer.param_groups)
+    )
 
 
 def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:

@@ -11,10 +11,11 @@ from torch import nn
 from ..controller import AromaController
 from ..errors import CheckpointError, bad_value
 from ..events import Event
+from ..reset import makes_state_only
 from ..sharding import rank
 from ..tuner.state import read_controller_state
 from .held_out import HeldOutBatches, Loss
-from .rewarmup import Rewarmup, makes_state_only, was_skipped
+from .rewarmup import Rewarmup, was_skipped
 
 
 class Attachment(AbstractContextManager["Attachment"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from .. import compat
@@ -17,21 +16,6 @@ def was_skipped(optimizer: Any) -> bool:
         return True
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
-
-
-def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
-    """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
-
-    Args:
-        optimizer: The optimizer, about to step.
-        keywords: What `step` was called with. No loop gives a closure of None by name, and the ranks of a job agree on
-            it, as they might not on gradients that are zero.
-    """
-    return (
-        dict(keywords) == {"closure": None}
-        and not optimizer.state
-        and not any(float(group["lr"]) for group in optimizer.param_groups)
-    )
 
 
 class Rewarmup:
