@@ -309,6 +309,22 @@ def test_pareto_has_a_mark_for_each_method_filled_on_the_front(grid, tmp_path):
     assert (axes[0].get_xscale(), axes[1].get_xscale()) == ("symlog", "linear"), "costs far apart, with room for zero"
 
 
+def test_a_budget_has_a_line_through_the_fixed_ranks_and_a_mark_for_what_finds_its_own(tmp_path):
+    for seed, gain in enumerate((0.0, 0.1)):
+        for rank, score in ((1, 0.5), (4, 0.7), (2, 0.6)):
+            write_run(tmp_path, "t", f"lora-r{rank}", seed, score=score + gain, trained_rank=float(rank))
+        write_run(tmp_path, "t", "aroma", seed, kind="aroma", score=0.7 + gain, trained_rank=1.5 + seed)
+        write_run(tmp_path, "t", "head-only", seed, kind="head_only", score=0.3 + gain, trained_rank=None)
+    axes = draw("budget", tmp_path).axes[0]
+    marks = {one.get_label(): one.lines[0].get_xydata()[0].tolist() for one in axes.containers}
+    assert [pytest.approx(point) for point in ([2, 75], [1, 55], [2, 65], [4, 75])] == list(marks.values())
+    curve, across = ([one for one in axes.lines if len(one.get_xdata()) == count] for count in (3, 2))
+    assert curve[0].get_xydata().tolist() == [pytest.approx(point) for point in ((1, 55), (2, 65), (4, 75))]
+    assert [one.get_ydata()[0] for one in across] == pytest.approx([35])
+    assert axes.get_xscale() == "log"
+    assert len(draw("budget", tmp_path, methods=["aroma"]).axes) == 1
+
+
 # Which runs
 
 

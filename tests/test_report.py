@@ -142,6 +142,34 @@ def test_ranks_are_held_against_planted_ones_where_these_are_known(tmp_path):
     assert "spearman" not in raw(FROZEN, "ranks"), "nothing is planted there"
 
 
+def of_ranks(output, task, method, scores, trained, kind="lora"):
+    for seed, score in enumerate(scores):
+        write_run(output, task, method, seed, kind=kind, score=score, trained_rank=trained)
+
+
+def test_regret_is_the_distance_to_the_best_fixed_rank_seed_by_seed(tmp_path):
+    of_ranks(tmp_path, "easy", "lora-r1", (0.80, 0.84), 1.0)
+    of_ranks(tmp_path, "easy", "lora-r4", (0.70, 0.74), 4.0)
+    of_ranks(tmp_path, "easy", "aroma", (0.79, 0.84), 0.9, kind="aroma")
+    of_ranks(tmp_path, "hard", "lora-r1", (0.50, 0.50), 1.0)
+    of_ranks(tmp_path, "hard", "lora-r4", (0.60, 0.60), 4.0)
+    of_ranks(tmp_path, "hard", "aroma", (0.55, 0.57), 2.0, kind="aroma")
+    of_ranks(tmp_path, "dear", "lora-r1", (0.60, 0.60), 1.0)
+    of_ranks(tmp_path, "dear", "lora-r4", (0.60, 0.60), 4.0)
+    of_ranks(tmp_path, "dear", "aroma", (0.90, 0.90), 1.1, kind="aroma")
+    rows = table(tmp_path, "regret").values.set_index("task")
+    assert rows.best.to_dict() == {"easy": "lora-r1", "hard": "lora-r4", "dear": "lora-r1"}, (
+        "the smaller one of equals"
+    )
+    assert rows.difference.to_dict() == pytest.approx({"easy": -0.005, "hard": -0.04, "dear": 0.3})
+    assert rows.error["easy"] == pytest.approx(statistics.stdev([-0.01, 0.0]) / 2**0.5)
+    assert rows.met.to_dict() == {"easy": True, "hard": False, "dear": False}
+    for task in rows.index:
+        shutil.rmtree(tmp_path / "runs" / task / "aroma")
+    with pytest.raises(ConfigError, match=r"--kind='regret': no task of .* has runs of AROMA and of LoRA"):
+        table(tmp_path, "regret")
+
+
 def test_the_average_of_sets_is_within_a_run_and_its_difference_seed_by_seed():
     rows = raw(OF_SETS, "sets")
     runs = {

@@ -17,6 +17,7 @@ TABLES = {
     "paired": "the difference to the baseline on each task: better, tied or worse",
     "sets": "each reported set and their average, with the difference of the average (Table 3)",
     "ranks": "mean rank found and trained and, where ranks were planted, how well they were found",
+    "regret": "what finds its ranks against the best of LoRA's fixed ranks on each task",
     "reset": "AROMA's scores, ranks and effective ranks by what a merge resets (Table 4)",
     "time": "seconds of an epoch, and their ratios (Table 5)",
     "inner": "after how many steps the inner criterion fires, by kind of matrix",
@@ -29,6 +30,7 @@ FIGURES = {
     "cosines": "Figure 4: cosines between the components of two runs",
     "planted": "found against planted rank of every matrix, of a task that plants them",
     "memory": "found rank, and what is recalled, against the number of pairs to remember",
+    "budget": "score against trained rank: the curve of LoRA's fixed ranks, and what finds its own",
     "pareto": "score against average trainable parameters and training time, with the Pareto front",
 }
 
@@ -52,7 +54,7 @@ def add_parser(commands: Any) -> None:
     table.add_argument(
         "--baseline",
         metavar="LABEL",
-        help="method to compare with, of all kinds but ranks, reset and inner (lora-r8 if it was run)",
+        help="method to compare with, of all kinds but ranks, regret, reset and inner (lora-r8 if it was run)",
     )
     table.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
     table.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ _COSTS = {
     "minutes": "training time, minutes",
 }
 _OF_MODULES = ("curves", "cosines")
-_OF_TASKS = ("pareto", "memory")
+_OF_TASKS = ("budget", "pareto", "memory")
 _OF_ONE_SEED = ("ranks", "births", "cosines")
 _COSINES_OF = "layer.10.attention.output.dense"
 """The module that Figure 4 shows."""
@@ -296,6 +297,61 @@ def memory_figure(shown: Shown) -> Figure:
     return figure
 
 
+def budget_figure(shown: Shown) -> Figure:
+    """Return a panel for each task: score against trained rank, a line through the fixed ranks of LoRA.
+
+    A mark is the mean over a method's seeds, and its whiskers are one standard error of both long. Methods that adapt
+    no matrices have no trained rank, and are a line across.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    trained = pd.to_numeric(pd.Series([result.get("trained_rank") for result in shown.frame.result]))
+    frame = shown.frame.assign(trained=trained.to_numpy(), points=100 * shown.frame.score)
+    columns = min(len(shown.tasks), 3)
+    figure = new_figure(1.6 + 4.2 * columns, 1 + 3.4 * math.ceil(len(shown.tasks) / columns))
+    panels = figure.subplots(math.ceil(len(shown.tasks) / columns), columns, squeeze=False).ravel()
+    drawn: dict[str, Any] = {}
+    for axes, task in itertools.zip_longest(panels, shown.tasks):
+        if task is None:
+            axes.set_axis_off()
+            continue
+        of_task = frame[frame.task == task]
+        style_axes(axes, _title_of(shown, task), "trained rank, mean over matrices and steps", _unit(of_task))
+        drawn |= _draw_budgets(axes, shown, of_task)
+        axes.set_xscale("log", base=2)
+        ranks = sorted({round(rank) for rank in of_task.trained[of_task.kind == "lora"].dropna()})
+        axes.xaxis.set(major_locator=FixedLocator(ranks or [1]), minor_locator=NullLocator())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
+    write_title(figure, "Score against trained rank", _seeds_text(shown, "whiskers: one standard error"))
+    return figure
+
+
+def _draw_budgets(axes: Axes, shown: Shown, frame: pd.DataFrame) -> dict[str, Any]:
+    """Draw the methods of one task, and return the marks by method."""
+    marks: dict[str, Any] = {}
+    curve = []
+    for method in shown.methods:
+        runs = frame[frame.method == method]
+        if runs.empty:
+            continue
+        colour, marker = (shown.looks[part][method] for part in ("palette", "markers"))
+        x, y = runs.trained.mean(), runs.points.mean()
+        if math.isnan(x):
+            marks[method] = axes.axhline(y, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            continue
+        up, across = (
+            0.0 if len(runs) < 2 else float(runs[key].std() / len(runs) ** 0.5) for key in ("points", "trained")
+        )
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 8, "linestyle": "none", "zorder": 3}
+        marks[method] = axes.errorbar(x, y, up, across, elinewidth=0.9, **look)
+        if runs.kind.iloc[0] == "lora":
+            curve.append((x, y))
+    if curve:
+        axes.plot(*np.transpose(sorted(curve)), color=FAINT, linewidth=1.2, zorder=1)
+    return marks
+
+
 def pareto_figure(shown: Shown) -> Figure:
     """Return a row of two panels for each task: score against average trainable parameters, and against time.
 
@@ -309,8 +365,7 @@ def pareto_figure(shown: Shown) -> Figure:
     for row, task in zip(figure.subplots(len(shown.tasks), 2, squeeze=False), shown.tasks, strict=True):
         of_task = frame[frame.task == task]
         for axes, (cost, label) in zip(row, _COSTS.items(), strict=True):
-            title = f"{task}: not learnt, so no method is compared" if task in shown.unlearnt else task
-            style_axes(axes, title, label, f"{of_task.metric.iloc[0]} × 100")
+            style_axes(axes, _title_of(shown, task), label, _unit(of_task))
             drawn |= _draw_points(axes, shown, of_task, cost)
             fit_axis(axes, "x", of_task[cost])
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
@@ -331,6 +386,7 @@ FIGURES: Mapping[str, Callable[[Shown], Figure]] = {
     "cosines": cosines_figure,
     "planted": planted_figure,
     "memory": memory_figure,
+    "budget": budget_figure,
     "pareto": pareto_figure,
 }
 """The figures by name."""
@@ -522,6 +578,14 @@ def _draw_points(axes: Axes, shown: Shown, frame: pd.DataFrame, cost: str) -> di
         fill = look["color"] if place in front else "white"
         marks[method] = axes.errorbar(x, y, yerr, xerr, **look, mfc=fill, elinewidth=0.9, linestyle="none")
     return marks
+
+
+def _title_of(shown: Shown, task: str) -> str:
+    return f"{task}: not learnt, so no method is compared" if task in shown.unlearnt else task
+
+
+def _unit(of_task: pd.DataFrame) -> str:
+    return f"{of_task.metric.iloc[0]} × 100"
 
 
 def _whiskers(values: pd.Series[float], mean: float) -> Any:

@@ -92,6 +92,44 @@ def margins(frame: pd.DataFrame, value: str, floor: str, methods: Sequence[str],
     return pd.DataFrame({"difference": differences.mean(), "needed": error * quantile, "pairs": pairs})
 
 
+def regrets(frame: pd.DataFrame, growing: Sequence[str], fixed: Sequence[str]) -> pd.DataFrame:
+    """Return how methods that find their ranks fare against the best of the fixed ranks, task by task.
+
+    The best is the one with the highest mean reported score, the smaller one of equals: nobody could have known it.
+    Its own luck counts for it, so a regret is rather too large than too small.
+
+    Args:
+        frame: Runs with their `task`, `method`, `seed`, `score` and `trained_rank`.
+        growing: Methods that find their ranks.
+        fixed: Methods with fixed ranks.
+
+    Returns:
+        A row for each task and growing method that has runs of a seed in common with the best: `task`, `method`,
+        `best`, `trained` and `best_trained` (mean trained ranks), `difference` (mean over the seeds in common),
+        `error` (its standard error, NaN for a single seed), `pairs`, and `met`: whether the score is at most one
+        standard error below, at no more trained parameters.
+    """
+    rows = []
+    for task, of_task in frame.groupby("task", sort=False):
+        means = of_task[of_task.method.isin(fixed)].groupby("method")[["score", "trained_rank"]].mean()
+        if means.empty:
+            continue
+        means = means.sort_values(["score", "trained_rank"], ascending=[False, True])
+        best, best_trained = str(means.index[0]), float(means.trained_rank.iloc[0])
+        scores = of_task.pivot_table(index="seed", columns="method", values="score")
+        for method in growing:
+            if method not in scores:
+                continue
+            found = scores[method].sub(scores[best]).dropna()
+            if len(found):
+                trained = float(of_task[of_task.method == method].trained_rank.mean())
+                error = float(found.std() / np.sqrt(len(found)))
+                met = bool(found.mean() >= -error and trained <= best_trained)
+                rows.append((task, method, best, trained, best_trained, float(found.mean()), error, len(found), met))
+    columns = ["task", "method", "best", "trained", "best_trained", "difference", "error", "pairs", "met"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:
     def mean_of_sample_means(*drawn: Any, axis: int) -> Any:
         return np.mean([np.mean(sample, axis=axis) for sample in drawn], axis=0)

@@ -12,7 +12,7 @@ import pandas as pd
 from aroma.errors import bad_value
 from aroma.pictures import positions_of
 
-from .formats import Table, amount, counted, decimals, listing, plain, points, span
+from .formats import Table, amount, counted, decimals, listing, plain, points, signed_points, span
 from .learnt import not_learnt
 from .protocol import (
     common_notes,
@@ -24,11 +24,11 @@ from .protocol import (
     stopped_early,
 )
 from .runs import Run, Runs, check, rows_of
-from .statistics import paired_differences, spread
+from .statistics import paired_differences, regrets, spread
 
 DEFAULT_BASELINE = "lora-r8"
 """Method that others are compared with if it has run and no other was named."""
-_WITHOUT_BASELINE = ("ranks", "reset", "inner")
+_WITHOUT_BASELINE = ("ranks", "regret", "reset", "inner")
 _NOT_LEARNT = ", not learnt"
 """Ends the title of a column of scores that no method is marked in; see `not_learnt`."""
 _UNPARSEABLE = "unparseable"
@@ -55,7 +55,7 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
         runs: The runs.
         kind: One of `KINDS`.
         baseline: Label of the method that others are compared with; None: `lora-r8` if it has run, else none. The
-            kinds `ranks`, `reset` and `inner` take none.
+            kinds `ranks`, `regret`, `reset` and `inner` take none.
         metric: For `sets`, the metric that is shown; None: the one that is the score.
 
     Raises:
@@ -182,6 +182,43 @@ def ranks_table(runs: Runs) -> Table:
     return table
 
 
+def regret_table(runs: Runs) -> Table:
+    """Return what it costs not to have known the best fixed rank of each task."""
+    growing, fixed = runs.finished_methods("aroma"), runs.finished_methods("lora")
+    unlearnt = not_learnt(runs.reported)
+    frame = runs.reported[~runs.reported.task.isin(unlearnt)]
+    frame = frame.assign(trained_rank=[result.get("trained_rank") for result in frame.result])
+    found = regrets(frame, growing, fixed)
+    if found.empty:
+        remedy = f"no task of {runs.source} has runs of AROMA and of LoRA with a seed in common; run both"
+        raise bad_value("--kind", "regret", remedy)
+    order = found.assign(place=found.task.map(runs.tasks.index)).sort_values("place", kind="stable")
+    table = Table(order.method.tolist(), len(runs.seeds))
+    table.add("task", order.task.tolist(), task=order.task)
+    cells = list(zip(order.method, order.best, order.task, strict=True))
+    scores = [[spread(runs.of(task=task), "score", [one]) for one in pair] for *pair, task in cells]
+    own, best = (pd.concat(column) for column in zip(*scores, strict=True))
+    table.spread("score", ["mean", "std", "seeds"], own, points)
+    table.numbers("rank trained", "trained", order.trained.tolist(), decimals)
+    table.add("best fixed", order.best.tolist(), best=order.best)
+    table.spread("its score", ["best_mean", "best_std", "best_seeds"], best, points)
+    texts = [
+        signed_points(difference) + ("" if np.isnan(error) else f" ± {points(error)}")
+        for difference, error in zip(order.difference, order.error, strict=True)
+    ]
+    table.add("difference", texts, difference=order.difference, error=order.error, pairs=order.pairs)
+    table.add("no worse, no dearer", ["yes" if met else "no" for met in order.met], met=order.met)
+    table.notes = list(unlearnt.values())
+    table.caption = (
+        "Best fixed: the LoRA with the highest mean on the reported examples, which nobody could have known before. "
+        "Difference: of runs of the same seed, mean ± standard error. No worse, no dearer: at most one standard error "
+        "below it, at no more trained parameters. Rank trained: trainable parameters, averaged over the planned "
+        f"steps, over those of rank 1 in all matrices. {seeds_sentence(runs)} Scores in points (100 × metric). "
+        f"{protocol(runs)}"
+    )
+    return table
+
+
 def reset_table(runs: Runs) -> Table:
     """Return the paper's Table 4: AROMA's scores, ranks and effective ranks by what a merge resets."""
     methods = runs.finished_methods("aroma")
@@ -277,6 +314,7 @@ KINDS: Mapping[str, Callable[..., Table]] = {
     "paired": paired_table,
     "sets": sets_table,
     "ranks": ranks_table,
+    "regret": regret_table,
     "reset": reset_table,
     "time": time_table,
     "inner": inner_table,
