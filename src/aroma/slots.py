@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .algorithm.evidence import UNUSED, Reading
-from .directions import Directions, group_by_shape, orthonormalise, singular_directions
+from .directions import Directions, orthonormalise, singular_directions
 from .errors import NonFiniteError, bad_value
 from .evaluation import evaluating
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
-from .measures import Pair
+from .measures import Pair, group_by_shape
 from .reset import SlotStart, check_startable, component_generator, start_slots
 from .sharding import is_distributed, refuse_together, world_size
 from .spectra import effective_rank, singular_values
