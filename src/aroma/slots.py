@@ -56,6 +56,11 @@ class SlotMatrix(GrowingMatrix):
         return [slot for slot, born in enumerate(self.born) if born is not None]
 
     @property
+    def leading_slots(self) -> int:
+        """Number of slots up to the last in use."""
+        return max(self.slots, default=-1) + 1
+
+    @property
     def component_count(self) -> int:
         """Number of its components, those that train included."""
         return self.rank + len(self.slots)
@@ -64,11 +69,6 @@ class SlotMatrix(GrowingMatrix):
         """Note that a component was born in `slot`."""
         self.born[slot] = self.births
         self.births += 1
-        self.evaluate_slots()
-
-    def vacate(self, slot: int) -> None:
-        """Note that `slot` is not in use any more."""
-        self.born[slot] = None
         self.evaluate_slots()
 
     def occupy_first(self, count: int) -> None:
@@ -80,7 +80,7 @@ class SlotMatrix(GrowingMatrix):
 
     def evaluate_slots(self, least: int = 0) -> None:
         """Let the layer evaluate the slots up to the last in use, and at least so many."""
-        self.layer.slots_in_use[self._adapter_name] = max(least, max(self.slots, default=-1) + 1)
+        self.layer.slots_in_use[self._adapter_name] = max(least, self.leading_slots)
 
     def slot_for_birth(self) -> tuple[int, bool]:
         """Return the slot of the next component, and whether its component must be merged first: the oldest one."""
@@ -122,7 +122,7 @@ class SlotMatrix(GrowingMatrix):
             draw: Not used.
             pair: The slots, b (m, S) and a (S, n), whole.
         """
-        count = max(self.slots, default=-1) + 1
+        count = self.leading_slots
         b, a = pair
         return {
             f"pair.{self.index}.b": b.detach()[:, :count].clone(),
@@ -483,7 +483,6 @@ class SlotMatrices(GrowingMatrices):
                 if is_taken:
                     oldest = slice(slot, slot + 1)
                     matrix.layer.finished(self._adapter_name).append(b[:, oldest] * self._scale, a[oldest])
-                    matrix.vacate(slot)
                     merged.append(matrix)
                 b[:, slot] = 0
                 a[slot] = (group.v[row, direction] / math.sqrt(3)).to(a)
