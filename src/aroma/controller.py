@@ -240,13 +240,13 @@ class AromaController:
 
     def _gather_evidence(self) -> None:
         """Take what this step's backwards say, and, when it is their turn, what held-out examples say."""
-        step = self.rule.global_step
-        seen_before = self._first_pass is not None and step >= self._first_pass
-        held_out = self._held_out if seen_before else None
-        if held_out is not None and not self.finished:
-            for number in self.rule.held_out_batches(step - (self._first_pass or 0)):
-                self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
-        self.matrices.absorb(record=held_out is None)
+        step, first_pass, held_out = self.rule.global_step, self._first_pass, self._held_out
+        if held_out is None or first_pass is None or step < first_pass:
+            self.matrices.absorb(record=True)
+            return
+        for number in () if self.finished else self.rule.held_out_batches(step - first_pass):
+            self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
+        self.matrices.absorb(record=False)
 
     def skip_step(self) -> None:
         """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""
