@@ -41,9 +41,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError
 from ..events import Event, EventKind
-from .rule import Matrix
+from .rule import Matrix, not_finite, require_finite
 
 CHECK_INTERVAL = 4
 """Optimizer steps between looks at the evidence. The evidence of every batch in between counts."""
@@ -391,21 +391,13 @@ class EvidenceRule(Generic[E]):
         """Raise for the first matrix that is marked as broken."""
         if broken.any():
             name = matrices[int(broken.argmax())].name
-            raise NonFiniteError(
-                f"{name}: the gradient along its directions is not finite near optimizer step {self.global_step}. "
-                "Training stopped, and earlier checkpoints are untouched: resume from the last one with a lower "
-                "learning rate, or look at the data of the last steps"
-            )
+            said = f"{name}: the gradient along its directions is not finite near optimizer step {self.global_step}"
+            raise not_finite(said, CHECK_INTERVAL)
 
     def require_finite(self, matrices: Sequence[Any], norms: Sequence[float], check: str) -> None:
         """Raise for the first matrix whose components are not finite; see `GrowthRule`."""
-        for matrix, norm in zip(matrices, norms, strict=True):
-            if not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"{matrix.name}: its components in training are not finite (their norm is {norm}) at the {check} "
-                    f"check of optimizer step {self.global_step}. Training stopped, and earlier checkpoints are "
-                    "untouched: resume from the last one with a lower learning rate, or look at the data"
-                )
+        when = f"{check} check of optimizer step {self.global_step}"
+        require_finite(matrices, norms, "its components in training are", when, TOLD_INTERVAL)
 
     def _event(self, kind: EventKind, matrix: E, value: float | None = None) -> Event:
         return Event(
