@@ -544,3 +544,14 @@ def test_nan_stops_the_run(where: str, step: int) -> None:
         loop.growth.controller.modules[1].pair[1].data[:] = torch.nan
     with pytest.raises(NonFiniteError, match="earlier checkpoints are untouched"):
         loop.go_on(max(step + 9, 17))
+
+
+@pytest.mark.parametrize(("phase", "share", "step", "found_at"), [("trial", 0.4, 41, 80), ("rest", 0.1, 233, 240)])
+def test_nan_in_a_component_stops_a_run_that_asks_nothing(phase: str, share: float, step: int, found_at: int) -> None:
+    """Within forty steps: no question looks at the components then."""
+    loop = Loop(net(trial_share=share), steps=250).go_on(step)
+    assert loop.growth.controller.rule.phase == phase
+    loop.growth.controller.modules[1].pair[1].data[:] = torch.nan
+    said = rf"^layers\.\d: its components in training are not finite .* regular check of optimizer step {found_at}\."
+    with pytest.raises(NonFiniteError, match=said):
+        loop.go_on(step + 40)

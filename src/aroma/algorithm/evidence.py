@@ -61,7 +61,8 @@ QUESTIONS = 16
 """Batches that are asked at the end of the trial. They are not trained on."""
 
 TOLD_INTERVAL = 40
-"""Optimizer steps between events that tell of the evidence where nothing was decided."""
+"""Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
+trains is finite."""
 
 HELD_OUT_INTERVAL = 9
 """Optimizer steps between batches of held-out examples, once the training examples have all been seen."""
@@ -254,9 +255,11 @@ class EvidenceRule(Generic[E]):
         """Count one optimizer step, and weigh the evidence where that is due.
 
         Raises:
-            NonFiniteError: The steepness of a matrix is NaN or infinite.
+            NonFiniteError: A component is NaN or infinite, or the gradient along directions is, batch after batch.
         """
         self.global_step += 1
+        if self.global_step % TOLD_INTERVAL == 0:
+            self._check_components("regular")
         if self.phase == "questions":
             events = self._answered()
         elif self.phase == "start":
@@ -301,8 +304,7 @@ class EvidenceRule(Generic[E]):
 
     def _end_trial(self) -> list[Event]:
         self.phase = "questions"
-        active = self._matrices.active()
-        self.require_finite(active, self._matrices.norms(active), "trial's last")
+        self._check_components("trial's last")
         self._matrices.ask_for_credit()
         return []
 
@@ -393,6 +395,10 @@ class EvidenceRule(Generic[E]):
             name = matrices[int(broken.argmax())].name
             said = f"{name}: the gradient along its directions is not finite near optimizer step {self.global_step}"
             raise not_finite(said, CHECK_INTERVAL)
+
+    def _check_components(self, check: str) -> None:
+        active = self._matrices.active()
+        self.require_finite(active, self._matrices.norms(active), check)
 
     def require_finite(self, matrices: Sequence[Any], norms: Sequence[float], check: str) -> None:
         """Raise for the first matrix whose components are not finite; see `GrowthRule`."""
