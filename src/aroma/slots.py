@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .algorithm.evidence import UNUSED, Reading
 from .directions import Directions, orthonormalise, singular_directions
-from .errors import NonFiniteError, bad_value
+from .errors import bad_value
 from .evaluation import evaluating
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
@@ -336,7 +336,7 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
-        """Ask held-out examples; they train nothing.
+        """Ask held-out examples; they train nothing. A batch whose loss is not finite says nothing of any matrix.
 
         Args:
             loss: Returns the loss of a batch of them, a scalar, at the model as it is.
@@ -356,8 +356,10 @@ class SlotMatrices(GrowingMatrices):
         for (_, part), gradient in zip(asked, found, strict=True):
             if gradient is not None:
                 part.copy_(gradient)
+        # A loss may overflow where its gradient does not.
+        is_broken = ~value.detach().reshape(()).isfinite()
         for own in answers:
-            _average(own)
+            _average(own.masked_fill_(is_broken.to(own.device), torch.nan))
         self._record(answers)
 
     def _record(self, answers: Sequence[Tensor]) -> None:
@@ -577,15 +579,10 @@ def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> 
 
 
 def _require_loss(loss: Tensor) -> None:
-    """Raise unless the loss of held-out examples is a scalar with a graph, and finite."""
+    """Raise unless the loss of held-out examples is a scalar with a graph."""
     if loss.numel() != 1 or not loss.requires_grad:
         kind = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
         raise bad_value("growth_loss", kind, "it must return one number that the model was asked for with gradients")
-    if not math.isfinite(float(loss.detach())):
-        raise NonFiniteError(
-            f"the loss of held-out examples is {float(loss.detach())}. Training stopped, and earlier checkpoints are "
-            "untouched: resume from the last one with a lower learning rate, or look at growth_dataset"
-        )
 
 
 def _require_reached(gradients: Sequence[Tensor | None]) -> None:

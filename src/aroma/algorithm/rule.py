@@ -165,14 +165,15 @@ def require_finite(matrices: Sequence[Matrix], norms: Sequence[float], what: str
     Raises:
         NonFiniteError: Naming the matrix.
     """
+    data = f"the data of the last {steps} steps"
     for matrix, norm in zip(matrices, norms, strict=True):
         if not math.isfinite(norm):
-            raise not_finite(f"{matrix.name}: {what} not finite (the norm is {norm}) at the {when}", steps)
+            raise not_finite(f"{matrix.name}: {what} not finite (the norm is {norm}) at the {when}", data)
 
 
-def not_finite(what: str, steps: int) -> NonFiniteError:
-    """Return the error of a run that ends because `what` was seen, which began at most so many steps ago."""
+def not_finite(what: str, data: str) -> NonFiniteError:
+    """Return the error of a run that ends because `what` is so; `data` names the examples that may be the cause."""
     return NonFiniteError(
         f"{what}. Training stopped, and earlier checkpoints are untouched: resume from the last one with a lower "
-        f"learning rate, or look at the data of the last {steps} steps"
+        f"learning rate, or look at {data}"
     )
