@@ -50,11 +50,8 @@ TASK = Task("classification", TOPICS, "text", None, "label", max_length=64)
 """64 tokens of an article are read: headline and first sentences."""
 LORA_RANK = 8
 """Rank of the LoRA whose parameters are counted for comparison."""
-TOLERANCE = 1e-5
-"""Largest difference of two logits that count as equal, as a share of the largest logit.
-
-float32 sums in another order differ by less: plain PEFT in float32 and in float64 differ by 1e-6 of it.
-"""
+TOLERANCE = 1e-4
+"""Largest difference of two logits that count as equal: float32 sums in another order differ by less."""
 
 ADAPTER = {
     "target_modules": "all-linear",
@@ -67,7 +64,9 @@ TRAINING = TrainSpec(
     max_steps=240,
     batch_size=16,
     learning_rate=1e-3,
-    head_learning_rate=5e-4,
+    # The head starts with the large weights of a converged regression. At rates that suit a fresh head the pooler
+    # behind it saturates, the loss falls to nothing, and gradients become denormal numbers: a CPU is slow with them.
+    head_learning_rate=1e-4,
     warmup_steps=10,
     logging_steps=5,
     save_steps=None,
@@ -300,7 +299,7 @@ def check_reload(
         advance(1)
     difference = float(abs(logits - reloaded).max())
     different = int((logits.argmax(axis=-1) != reloaded.argmax(axis=-1)).sum())
-    if different or difference > TOLERANCE * float(abs(reloaded).max()):
+    if different or difference > TOLERANCE:
         remedy = (
             f"plain PEFT predicts {different} of {len(logits)} articles otherwise; this is a defect of AROMA, please "
             "report it with the output folder"
