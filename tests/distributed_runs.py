@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
@@ -191,9 +192,16 @@ def take_step(model: Any, optimizer: Any, loop: Loop, step: int) -> None:
     optimizer.zero_grad()
 
 
-def without_sync(model: Any) -> AbstractContextManager[Any]:
-    no_sync = getattr(model, "no_sync", nullcontext)
-    return no_sync()  # type: ignore[no-any-return]
+@contextmanager
+def without_sync(model: Any) -> Iterator[None]:
+    """Keep the gradients of the backwards within to each rank, as those of all micro-batches but the last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with getattr(model, "no_sync", nullcontext)():
+            yield
 
 
 def whole(value: Any) -> Any:

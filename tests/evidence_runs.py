@@ -167,10 +167,14 @@ def share(data: Rows, start: int, count: int) -> Rows:
     return x, y
 
 
-def held_out(count: int = 40, size: int = 8, dtype: torch.dtype = torch.float32) -> list[Rows]:
-    """Batches that are not trained on."""
-    data = rows(count * size, seed=2, dtype=dtype)
-    return [share(data, number * size, size) for number in range(count)]
+def held_out(
+    count: int = 40, size: int = 8, dtype: torch.dtype = torch.float32, overflowing: Sequence[int] = ()
+) -> list[Rows]:
+    """Batches that are not trained on; the loss of some, by their numbers, is not finite."""
+    x, y = rows(count * size, seed=2, dtype=dtype)
+    for number in overflowing:
+        y[number * size : (number + 1) * size] = torch.inf
+    return [share((x, y), number * size, size) for number in range(count)]
 
 
 def births(events: Sequence[Event]) -> list[tuple[int, str | None, str]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,7 @@ def by_block(model: Any, _: Any = None) -> Any:
 def as_one(model: Any, _: Any = None) -> Any:
     """Everything in the root."""
     fully_shard(model)
-    # What DDP calls so, for the loops that accumulate.
-    model.no_sync = lambda: _without_sync(model)
     return model
-
-
-@contextmanager
-def _without_sync(model: Any) -> Any:
-    model.set_requires_gradient_sync(False)
-    yield
-    model.set_requires_gradient_sync(True)
 
 
 Kind = tuple[Loop, Callable[[Any, Loop], Any]]

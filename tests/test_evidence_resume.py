@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
         "steps_per_pass": 34,
         "growth_batches": shuffled(),
     },
+    "held out, some overflow": lambda: {"steps_per_pass": 3, "growth_batches": held_out(overflowing=(2, 16, 17, 18))},
     "one slot": lambda: {"model": net(slots=1)},
     "dropout, no exact scale": lambda: {"model": net(lora_dropout=0.2, lora_alpha=3)},
     "bfloat16": lambda: {"model": net(Net().bfloat16(), lora_alpha=3)},

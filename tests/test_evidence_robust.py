@@ -143,6 +143,39 @@ def test_batches_that_overflow_say_nothing_and_stop_nothing() -> None:
     assert_grew(loop)
 
 
+def asking(*overflowing: int) -> Loop:
+    """A run that asks held-out batches alone: 0 to 15 at step 17, 18 at step 22, and so on every ninth step."""
+    return Loop(steps=2 * STEPS, steps_per_pass=3, growth_batches=held_out(overflowing=overflowing))
+
+
+@pytest.mark.parametrize(
+    ("overflowing", "settled"), [((2,), 18), ((0, 1, 2, 7, 16), 19), ((18,), 17), ((19, 20, 21), 17)]
+)
+def test_held_out_batches_that_overflow_stop_nothing(overflowing: tuple[int, ...], settled: int) -> None:
+    """In place of a question that overflows another one is asked, a step later."""
+    loop = asking(*overflowing).go_on()
+    assert {event.step for event in loop.events if event.kind == "settled"} == {settled}
+    assert_grew(loop)
+
+
+def test_a_held_out_batch_that_overflows_says_nothing() -> None:
+    """Step 22 asks the first one after the trial, and step 31 the next."""
+    first, later = (
+        min(event.step for event in asking(*overflowing).go_on().events if event.kind == "born" and event.step > 17)
+        for overflowing in ((), (18,))
+    )
+    assert first < 31 <= later
+
+
+@pytest.mark.parametrize(("overflowing", "asked"), [((1, 2, 3, 4), 17), ((18, 19, 20, 21), 49)])
+def test_four_held_out_batches_in_a_row_that_overflow_stop_the_run(overflowing: tuple[int, ...], asked: int) -> None:
+    loop = asking(*overflowing).go_on(asked - 1)
+    with pytest.raises(
+        NonFiniteError, match=r"^layers\.0: the gradient .* not finite on 4 batches in a row.*held-out"
+    ):
+        loop.go_on(asked + 3)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_skipped_step_is_as_if_it_had_not_been(fused: bool) -> None:
     """A fused optimizer takes the step, and changes nothing; a Trainer says so to `skip_step`."""
@@ -564,3 +597,14 @@ def test_batches_that_are_asked_leave_the_optimizer_alone() -> None:
         assert_same(before, notes())
     loop.go_on(loop.done + 1)
     assert all(not torch.equal(value, notes()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("phase", "share", "step", "found_at"), [("trial", 0.4, 41, 80), ("rest", 0.1, 233, 240)])
+def test_nan_in_a_component_stops_a_run_that_asks_nothing(phase: str, share: float, step: int, found_at: int) -> None:
+    """Within forty steps: no question looks at the components then."""
+    loop = Loop(net(trial_share=share), steps=250).go_on(step)
+    assert loop.growth.controller.rule.phase == phase
+    loop.growth.controller.modules[1].pair[1].data[:] = torch.nan
+    said = rf"^layers\.\d: its components in training are not finite .* regular check of optimizer step {found_at}\."
+    with pytest.raises(NonFiniteError, match=said):
+        loop.go_on(step + 40)

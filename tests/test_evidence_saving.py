@@ -30,7 +30,7 @@ def holes(training: ModelLoop) -> None:
         b, a = (part.detach().clone() for part in matrix.pair)
         if matrix.born[0] is not None and matrix.born[1] is not None:
             b[:, 0], a[0] = 0, 0
-            matrix.vacate(0)
+            matrix.born[0] = None
             matrix.layer.start_pair("default", a, b)
 
 

@@ -14,7 +14,6 @@ import torch
 
 import ranks
 from aroma import verify_adapter
-from test_zero import environment  # noqa: F401, a fixture
 from trainer_runs import assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -25,12 +24,12 @@ SAVED_AT = (5, 37)
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:  # noqa: F811
+def told(tmp_path_factory: pytest.TempPathFactory, deepspeed: dict[str, str]) -> Path:
     """The folder in which two ranks told of every loop and checkpoint, and four of some in `four`."""
     out = tmp_path_factory.mktemp("zero")
     (out / "jobs.json").write_text(json.dumps([[2, RUNS, str(out)], [4, RUNS, str(out / "four")]]))
     command = [sys.executable, ranks.__file__, "zero_runs", str(out / "jobs.json")]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1000)
+    done = subprocess.run(command, env={**os.environ, **deepspeed}, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return out
 

@@ -327,6 +327,15 @@ def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Pa
     assert (result["steps"], result["stopped_early"], result["parameters"]["final"]) == (STEPS, False, 0)
 
 
+def test_examples_that_decide_growth_are_not_counted_as_trained_on(material: Path, tmp_path: Path) -> None:
+    """Of 96 examples 24 are held out for growth: an epoch has 9 steps, and would have 12 with them."""
+    options = {"growth": "evidence", "slots": 2, "significance": 0.5, "growth_share": 0.25}
+    trial = replace(trial_of(material, "aroma", max_steps=None, epochs=6, save_steps=None), options=options)
+    result = run_trial(trial, tmp_path / "run")
+    assert (result["steps"], result["planned_steps"], result["stopped_early"]) == (54, 54, False)
+    assert read(tmp_path / "run" / "curve.json")["planned_steps"] == 54
+
+
 def test_inner_checks_are_the_first_converged_ones() -> None:
     def event(kind: str, outer: int, inner: int, module: str | None, converged: bool) -> dict[str, Any]:
         names = ("kind", "outer_step", "inner_step", "module", "converged")

@@ -1,12 +1,10 @@
 """DeepSpeed's ZeRO: several processes do what DistributedDataParallel does, and go on exactly where they stopped.
 
-DeepSpeed is looked for beside the other packages, or in the folder that `AROMA_DEEPSPEED` names: with it among the
-others, the Trainer of every other test would import it too. `.ci/run` installs it into such a folder.
+DeepSpeed is looked for by the fixture `deepspeed`, in conftest.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -53,30 +51,9 @@ LOOPS = [
 ]
 STAGES = ["2", "3", "3, nothing stays"]
 
-COMPILE = """
-from deepspeed.accelerator import get_accelerator
-get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-"""
-
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    """What the processes need to find DeepSpeed, its collectives for CPUs compiled."""
-    folder = os.environ.get("AROMA_DEEPSPEED", "")
-    assert folder or importlib.util.find_spec("deepspeed"), (
-        "these tests need DeepSpeed: pip install deepspeed, or as .ci/run does, and set AROMA_DEEPSPEED"
-    )
-    found = {"DS_ACCELERATOR": "cpu"}
-    if folder:
-        found["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-    found["PATH"] = os.pathsep.join([str(Path(folder, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
-    # By one process, before two wait for each other.
-    subprocess.run([sys.executable, "-c", COMPILE], env={**os.environ, **found}, check=True, timeout=500)
-    return found
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+def told(tmp_path_factory: pytest.TempPathFactory, deepspeed: dict[str, str]) -> Path:
     """The folder in which the ranks of all launches told what they came to."""
     out = tmp_path_factory.mktemp("zero")
     jobs: list[list[Any]] = [
@@ -85,7 +62,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
     jobs += [[4, RUNS, "loops of four", str(out / "four")], [1, RUNS, "checkpoints of one", str(out / "one")]]
     (out / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, ranks.__file__, "zero_runs", str(out / "jobs.json")]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1000)
+    done = subprocess.run(command, env={**os.environ, **deepspeed}, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return out
 

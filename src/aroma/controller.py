@@ -129,8 +129,8 @@ class AromaController:
         # Not a method: the controller would live in a circle, and be there for a save after its run is dropped.
         self.rule.tell = partial(_tell, self._listeners)
         if self.config.has_slots:
-            base = self._sharding.base_optimizer(optimizer)
-            self._hooks.append(base.register_step_pre_hook(partial(_drop_gradients_of_questions, self.rule)))
+            base, rest = self._sharding.base_optimizer(optimizer), _Rest(self.rule)
+            self._hooks += [base.register_step_pre_hook(rest.begin), base.register_step_post_hook(rest.end)]
         self._stale = False
         self._state_is_known = False
         self.live.attach_controller(self)
@@ -244,13 +244,13 @@ class AromaController:
 
     def _gather_evidence(self) -> None:
         """Take what this step's backwards say, and, when it is their turn, what held-out examples say."""
-        step = self.rule.global_step
-        seen_before = self._first_pass is not None and step >= self._first_pass
-        held_out = self._held_out if seen_before else None
-        if held_out is not None and not self.finished:
-            for number in self.rule.held_out_batches(step - (self._first_pass or 0)):
-                self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
-        self.matrices.absorb(record=held_out is None)
+        step, first_pass, held_out = self.rule.global_step, self._first_pass, self._held_out
+        if held_out is None or first_pass is None or step < first_pass:
+            self.matrices.absorb(record=True)
+            return
+        for number in () if self.finished else self.rule.held_out_batches(step - first_pass):
+            self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
+        self.matrices.absorb(record=False)
 
     def skip_step(self) -> None:
         """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""
@@ -421,15 +421,30 @@ def _tell(listeners: Sequence[Callable[[Event], None]], events: Sequence[Event])
             listener(event)
 
 
-def _drop_gradients_of_questions(rule: GrowthRule, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
-    """Drop the gradients of batches that are asked: they are not those of the model that trains.
+class _Rest:
+    """Keeps the gradients of batches that are asked from an optimizer: they are not those of the model that trains.
 
-    A rate of 0 alone would let them into the optimizer's averages, and those of the head as well.
+    A rate of 0 alone would let them into its averages, and those of the head as well.
     """
-    if rule.lr_factor == 0 and not makes_state_only(optimizer, keywords):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
+
+    def __init__(self, rule: GrowthRule) -> None:
+        self._rule = rule
+        self._kept: list[tuple[Tensor, Tensor | None]] = []
+
+    def begin(self, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
+        """Take the gradients away, before a step of `optimizer`."""
+        self._kept = []
+        if self._rule.lr_factor == 0 and not makes_state_only(optimizer, keywords):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self._kept = [(parameter, parameter.grad) for parameter in parameters]
+            for parameter in parameters:
                 parameter.grad = None
+
+    def end(self, *_: Any) -> None:
+        """Give them back: DeepSpeed goes on to use the tensors that they are in."""
+        for parameter, gradient in self._kept:
+            parameter.grad = gradient
+        self._kept = []
 
 
 def _refuse_own_rates(optimizer: Any) -> None:

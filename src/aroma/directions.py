@@ -14,7 +14,6 @@ L is the number of matrices, S of slots, P of directions of a matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,11 +227,3 @@ def _orthonormal_basis(rows: Tensor) -> Tensor:
     weights = torch.where(counts, values.clamp_min(_RANK_TOLERANCE**2).rsqrt(), 0.0)
     basis: Tensor = ((vectors * weights[:, None, :]).mT @ unit).to(rows.dtype)
     return basis
-
-
-def group_by_shape(shapes: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], list[int]]:
-    """Return the places of equal entries of `shapes`, in order."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for place, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(place)
-    return groups

@@ -22,7 +22,8 @@ class Event:
         inner_step: Optimizer steps t taken in that inner loop.
         module: Name of the matrix's module; None for `"finished"`.
         value: Under Algorithm 1 the left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`. For
-            `"settled"` the loss that the components save. None where undefined.
+            `"settled"` the loss that the components save; where training batches were asked under a loss scaler
+            (float16), in units of the scaled loss. None where undefined.
         rank: Rank of the matrix's finished components after the event, under growth by evidence of all components;
             their sum for `"finished"`.
         converged: Whether the matrix bears the inner label after the event.

@@ -5,7 +5,7 @@ O((m + n) r) work and memory a module; nothing of size m × n is formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,14 @@ def grown_norms(
     return _to_host(squares)
 
 
+def group_by_shape(shapes: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], list[int]]:
+    """Return the places of equal entries of `shapes`, in order."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(place)
+    return groups
+
+
 def _norm_and_change(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> Tensor:
     """Return ‖b a‖_F and ‖b a − b0 a0‖_F, (k, 2), of stacked pairs (k, m, r) and (k, r, n)."""
     return torch.stack([product_norm_squared(b, a), difference_norm_squared(b, a, b0, a0)], dim=-1).sqrt()
@@ -146,9 +154,7 @@ def _batched(measure: Callable[..., Tensor], items: Sequence[tuple[Tensor, ...]]
 
     `measure` maps stacked tensors (k, …) to (k,) or (k, c); the c values of an item follow one another.
     """
-    groups: dict[Any, list[int]] = {}
-    for index, tensors in enumerate(items):
-        groups.setdefault(tuple((t.shape, t.device, t.dtype) for t in tensors), []).append(index)
+    groups = group_by_shape(tuple((t.shape, t.device, t.dtype) for t in tensors) for tensors in items)
     order = [index for indices in groups.values() for index in indices]
     stacked = [
         measure(*map(torch.stack, zip(*(items[i] for i in indices), strict=True))) for indices in groups.values()

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .algorithm.evidence import UNUSED, Reading
-from .directions import Directions, group_by_shape, orthonormalise, singular_directions
-from .errors import NonFiniteError, bad_value
+from .directions import Directions, orthonormalise, singular_directions
+from .errors import bad_value
 from .evaluation import evaluating
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
-from .measures import Pair
+from .measures import Pair, group_by_shape
 from .reset import SlotStart, check_startable, component_generator, start_slots
 from .sharding import is_distributed, refuse_together, world_size
 from .spectra import effective_rank, singular_values
@@ -56,6 +56,11 @@ class SlotMatrix(GrowingMatrix):
         return [slot for slot, born in enumerate(self.born) if born is not None]
 
     @property
+    def leading_slots(self) -> int:
+        """Number of slots up to the last in use."""
+        return max(self.slots, default=-1) + 1
+
+    @property
     def component_count(self) -> int:
         """Number of its components, those that train included."""
         return self.rank + len(self.slots)
@@ -64,11 +69,6 @@ class SlotMatrix(GrowingMatrix):
         """Note that a component was born in `slot`."""
         self.born[slot] = self.births
         self.births += 1
-        self.evaluate_slots()
-
-    def vacate(self, slot: int) -> None:
-        """Note that `slot` is not in use any more."""
-        self.born[slot] = None
         self.evaluate_slots()
 
     def occupy_first(self, count: int) -> None:
@@ -80,7 +80,7 @@ class SlotMatrix(GrowingMatrix):
 
     def evaluate_slots(self, least: int = 0) -> None:
         """Let the layer evaluate the slots up to the last in use, and at least so many."""
-        self.layer.slots_in_use[self._adapter_name] = max(least, max(self.slots, default=-1) + 1)
+        self.layer.slots_in_use[self._adapter_name] = max(least, self.leading_slots)
 
     def slot_for_birth(self) -> tuple[int, bool]:
         """Return the slot of the next component, and whether its component must be merged first: the oldest one."""
@@ -122,7 +122,7 @@ class SlotMatrix(GrowingMatrix):
             draw: Not used.
             pair: The slots, b (m, S) and a (S, n), whole.
         """
-        count = max(self.slots, default=-1) + 1
+        count = self.leading_slots
         b, a = pair
         return {
             f"pair.{self.index}.b": b.detach()[:, :count].clone(),
@@ -336,7 +336,7 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
-        """Ask held-out examples; they train nothing.
+        """Ask held-out examples; they train nothing. A batch whose loss is not finite says nothing of any matrix.
 
         Args:
             loss: Returns the loss of a batch of them, a scalar, at the model as it is.
@@ -356,8 +356,10 @@ class SlotMatrices(GrowingMatrices):
         for (_, part), gradient in zip(asked, found, strict=True):
             if gradient is not None:
                 part.copy_(gradient)
+        # A loss may overflow where its gradient does not.
+        is_broken = ~value.detach().reshape(()).isfinite()
         for own in answers:
-            _average(own)
+            _average(own.masked_fill_(is_broken.to(own.device), torch.nan))
         self._record(answers)
 
     def _record(self, answers: Sequence[Tensor]) -> None:
@@ -483,7 +485,6 @@ class SlotMatrices(GrowingMatrices):
                 if is_taken:
                     oldest = slice(slot, slot + 1)
                     matrix.layer.finished(self._adapter_name).append(b[:, oldest] * self._scale, a[oldest])
-                    matrix.vacate(slot)
                     merged.append(matrix)
                 b[:, slot] = 0
                 a[slot] = (group.v[row, direction] / math.sqrt(3)).to(a)
@@ -578,15 +579,10 @@ def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> 
 
 
 def _require_loss(loss: Tensor) -> None:
-    """Raise unless the loss of held-out examples is a scalar with a graph, and finite."""
+    """Raise unless the loss of held-out examples is a scalar with a graph."""
     if loss.numel() != 1 or not loss.requires_grad:
         kind = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
         raise bad_value("growth_loss", kind, "it must return one number that the model was asked for with gradients")
-    if not math.isfinite(float(loss.detach())):
-        raise NonFiniteError(
-            f"the loss of held-out examples is {float(loss.detach())}. Training stopped, and earlier checkpoints are "
-            "untouched: resume from the last one with a lower learning rate, or look at growth_dataset"
-        )
 
 
 def _require_reached(gradients: Sequence[Tensor | None]) -> None:

@@ -41,9 +41,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError
 from ..events import Event, EventKind
-from .rule import Matrix
+from .rule import Matrix, not_finite, require_finite
 
 CHECK_INTERVAL = 4
 """Optimizer steps between looks at the evidence. The evidence of every batch in between counts."""
@@ -61,7 +61,8 @@ QUESTIONS = 16
 """Batches that are asked at the end of the trial. They are not trained on."""
 
 TOLD_INTERVAL = 40
-"""Optimizer steps between events that tell of the evidence where nothing was decided."""
+"""Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
+trains is finite."""
 
 HELD_OUT_INTERVAL = 9
 """Optimizer steps between batches of held-out examples, once the training examples have all been seen."""
@@ -199,6 +200,7 @@ class EvidenceRule(Generic[E]):
         self._matrices = matrices
         self._credits: list[np.ndarray] = []
         self._overflows = 0
+        self._asked = 0
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
         self.phase = "start"
@@ -254,9 +256,11 @@ class EvidenceRule(Generic[E]):
         """Count one optimizer step, and weigh the evidence where that is due.
 
         Raises:
-            NonFiniteError: The steepness of a matrix is NaN or infinite.
+            NonFiniteError: A component is NaN or infinite, or the gradient along directions is, batch after batch.
         """
         self.global_step += 1
+        if self.global_step % TOLD_INTERVAL == 0:
+            self._check_components("regular")
         if self.phase == "questions":
             events = self._answered()
         elif self.phase == "start":
@@ -277,11 +281,14 @@ class EvidenceRule(Generic[E]):
     def held_out_batches(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches to be asked, `step` optimizer steps after the first pass."""
         if self.phase == "questions":
-            # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
-            self._credits = []
-            return range(QUESTIONS)
+            if not self._asked:
+                # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
+                self._credits = []
+            first = self._asked  # later others are asked, in place of those that overflowed
+            self._asked += QUESTIONS - len(self._credits)
+            return range(first, self._asked)
         number, rest = divmod(step, HELD_OUT_INTERVAL)
-        return () if rest or self.phase != "growth" else (QUESTIONS + number,)
+        return () if rest or self.phase != "growth" else (max(self._asked, QUESTIONS) + number,)
 
     def outer_step(self) -> list[Event]:
         """There are no inner loops that could end.
@@ -301,8 +308,7 @@ class EvidenceRule(Generic[E]):
 
     def _end_trial(self) -> list[Event]:
         self.phase = "questions"
-        active = self._matrices.active()
-        self.require_finite(active, self._matrices.norms(active), "trial's last")
+        self._check_components("trial's last")
         self._matrices.ask_for_credit()
         return []
 
@@ -310,11 +316,7 @@ class EvidenceRule(Generic[E]):
         """Note what the batches said; after the last one, drop what does not save loss."""
         matrices = self._matrices.all()
         for credits in self._matrices.take_credits():
-            broken = np.isinf(credits).any(1)
-            self._overflows = self._overflows + 1 if broken.any() else 0
-            if self._overflows == CHECK_INTERVAL:
-                self._require_finite_rows(matrices, broken)
-            if not broken.any():  # in 16 bits a batch may overflow; then another one is asked
+            if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
                 self._credits.append(credits)
         if len(self._credits) < QUESTIONS:
             return []
@@ -334,11 +336,8 @@ class EvidenceRule(Generic[E]):
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""
         matrices = self._matrices.all()
-        if readings:
-            # In 16 bits a single batch may overflow, and says nothing then.
-            unused = np.stack([reading.unused for reading in readings])
-            self._require_finite_rows(matrices, np.isnan(unused[:, :, 0]).all(0))
         for reading in readings:
+            self._overflowed(np.isnan(reading.unused[:, 0]))
             heads, judged = duel(reading, self._settings.duel_factor)
             for index, matrix in enumerate(matrices):
                 if math.isfinite(reading.unused[index].max()):
@@ -387,25 +386,33 @@ class EvidenceRule(Generic[E]):
 
     # Errors, events, state -------------------------------------------------------------------------------------------
 
-    def _require_finite_rows(self, matrices: Sequence[E], broken: np.ndarray) -> None:
-        """Raise for the first matrix that is marked as broken."""
-        if broken.any():
-            name = matrices[int(broken.argmax())].name
-            raise NonFiniteError(
-                f"{name}: the gradient along its directions is not finite near optimizer step {self.global_step}. "
-                "Training stopped, and earlier checkpoints are untouched: resume from the last one with a lower "
-                "learning rate, or look at the data of the last steps"
+    def _overflowed(self, broken: np.ndarray) -> bool:
+        """Return whether a batch overflowed, as one may in 16 bits, which then says nothing.
+
+        Args:
+            broken: For every matrix whether what the batch said of it is not finite, (matrices,).
+
+        Raises:
+            NonFiniteError: So did those before it, `CHECK_INTERVAL` in a row.
+        """
+        self._overflows = self._overflows + 1 if broken.any() else 0
+        if self._overflows >= CHECK_INTERVAL:
+            name = self._matrices.all()[int(broken.argmax())].name
+            raise not_finite(
+                f"{name}: the gradient along its directions is not finite on {self._overflows} batches in a row, the "
+                f"last near optimizer step {self.global_step}",
+                "those batches: held-out ones where they decide, else the last ones of the training set",
             )
+        return self._overflows > 0
+
+    def _check_components(self, check: str) -> None:
+        active = self._matrices.active()
+        self.require_finite(active, self._matrices.norms(active), check)
 
     def require_finite(self, matrices: Sequence[Any], norms: Sequence[float], check: str) -> None:
         """Raise for the first matrix whose components are not finite; see `GrowthRule`."""
-        for matrix, norm in zip(matrices, norms, strict=True):
-            if not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"{matrix.name}: its components in training are not finite (their norm is {norm}) at the {check} "
-                    f"check of optimizer step {self.global_step}. Training stopped, and earlier checkpoints are "
-                    "untouched: resume from the last one with a lower learning rate, or look at the data"
-                )
+        when = f"{check} check of optimizer step {self.global_step}"
+        require_finite(matrices, norms, "its components in training are", when, TOLD_INTERVAL)
 
     def _event(self, kind: EventKind, matrix: E, value: float | None = None) -> Event:
         return Event(
@@ -427,6 +434,7 @@ class EvidenceRule(Generic[E]):
             "global_step": self.global_step,
             "phase": self.phase,
             "overflows": self._overflows,
+            "asked": self._asked,
             "births": self.births,
             "last_birth": self.last_birth,
             "credits": [[[_number(x) for x in row] for row in credits] for credits in self._credits],
@@ -436,7 +444,7 @@ class EvidenceRule(Generic[E]):
         """Go on from what `state()` returned."""
         self.global_step, self.phase = state["global_step"], state["phase"]
         self.births, self.last_birth = state["births"], state["last_birth"]
-        self._overflows = state["overflows"]
+        self._overflows, self._asked = state["overflows"], state["asked"]
         self._credits = [np.array(credits, dtype=float) for credits in state["credits"]]
 
 

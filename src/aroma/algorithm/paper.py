@@ -19,14 +19,12 @@ matrix either keeps its component and starts the next, or drops it and freezes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from ..errors import NonFiniteError
 from ..events import Event, EventKind
-from .rule import M, Matrices, Matrix
+from .rule import M, Matrices, Matrix, require_finite
 
 
 @dataclass(frozen=True)
@@ -230,15 +228,11 @@ class PaperRule(Generic[M]):
         Raises:
             NonFiniteError: Naming matrix, check and step.
         """
-        for matrix, norm in zip(matrices, norms, strict=True):
-            if not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"{matrix.name}: the component in training is not finite (its norm is {norm}) at the {check} "
-                    f"check of optimizer step {self.global_step} (outer step {self.outer_number}, inner step "
-                    f"{self.inner_step}). Training stopped, and earlier checkpoints are untouched: resume from the "
-                    "last one with a lower learning rate, or look at the data of the last "
-                    f"{self._settings.inner_check_interval} steps"
-                )
+        when = (
+            f"{check} check of optimizer step {self.global_step} (outer step {self.outer_number}, inner step "
+            f"{self.inner_step})"
+        )
+        require_finite(matrices, norms, "the component in training is", when, self._settings.inner_check_interval)
 
     def state(self) -> dict[str, Any]:
         """Return where the algorithm stands, JSON-able."""

@@ -6,9 +6,11 @@ numbers and names only: no tensors, no optimizer, no processes. The controller c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from ..errors import NonFiniteError
 from ..events import Event
 
 
@@ -148,3 +150,30 @@ class GrowthRule(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
+
+
+def require_finite(matrices: Sequence[Matrix], norms: Sequence[float], what: str, when: str, steps: int) -> None:
+    """Raise for the first matrix of which what trains is not finite.
+
+    Args:
+        matrices: The matrices.
+        norms: ‖b a‖_F of what trains of each.
+        what: What that is, with its verb, for the error.
+        when: Check and step, for the error.
+        steps: Optimizer steps since the check before.
+
+    Raises:
+        NonFiniteError: Naming the matrix.
+    """
+    data = f"the data of the last {steps} steps"
+    for matrix, norm in zip(matrices, norms, strict=True):
+        if not math.isfinite(norm):
+            raise not_finite(f"{matrix.name}: {what} not finite (the norm is {norm}) at the {when}", data)
+
+
+def not_finite(what: str, data: str) -> NonFiniteError:
+    """Return the error of a run that ends because `what` is so; `data` names the examples that may be the cause."""
+    return NonFiniteError(
+        f"{what}. Training stopped, and earlier checkpoints are untouched: resume from the last one with a lower "
+        f"learning rate, or look at {data}"
+    )

@@ -368,13 +368,14 @@ class AromaLinear(LoraLinear):
         evaluated = self._evaluates_pair(adapter_name)
         b, a = self.pair(adapter_name) if evaluated else (B[:, :0], A[:0])
         slots = self._slots(adapter_name) if evaluated else 0
-        probe = self.probes[adapter_name] if evaluated and self._is_asked(adapter_name) else None
+        probe = self.probes.get(adapter_name) if evaluated else None
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        has_gradients = torch.is_grad_enabled()
         # The forward of a reentrant checkpoint has no gradients, and must agree with the one that has them later.
-        is_asked = evaluated and adapter_name in self.probes and (torch.is_grad_enabled() or self.training)
-        scale = self.scaling[adapter_name] * (self.probes[adapter_name].strength if is_asked else 1)
-        return Update(A, self._scaled(B, adapter_name), a, b, scale, p, slots, probe)
+        strength = probe.strength if probe is not None and (has_gradients or self.training) else 1
+        scale = self.scaling[adapter_name] * strength
+        return Update(A, self._scaled(B, adapter_name), a, b, scale, p, slots, probe if has_gradients else None)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
         """Whether the base layer is a plain frozen matmul without hooks, all in one dtype; x is (…, n)."""

@@ -37,7 +37,7 @@ from ..tasks.metrics import metrics_of
 from ..tasks.model import ENCODER_SOURCE, count_trainable, packaged_encoder
 from ..tasks.spec import HELD_OUT, Layout
 from ..tasks.task import Task
-from ..training.trainer import Fit, make_trainer
+from ..training.trainer import Fit, hold_out, make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -221,9 +221,20 @@ def train_adapters(
     copy_head(head, classifier.classifier)
     model = method.build(classifier, training.max_steps or 0)
     parameters = count_parameters(model)
+    train, growth_examples = hold_out(method, training, job.train)
     with tempfile.TemporaryDirectory() as scratch:
         log = EventLog(TrialFiles(folder).events, upto=0)
-        fit = make_trainer(method, model, job.objective, training, scratch, job.train, on_event=log, progress=bar)
+        fit = make_trainer(
+            method,
+            model,
+            job.objective,
+            training,
+            scratch,
+            train,
+            growth_examples=growth_examples,
+            on_event=log,
+            progress=bar,
+        )
         fit.train()
     return fit, parameters
 

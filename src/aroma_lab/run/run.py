@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -22,7 +22,7 @@ from aroma.tuner import AromaConfig
 from ..methods import METHODS, Method, make_method
 from ..specs import TrainSpec
 from ..training.job import Job, TrainerKind
-from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
+from ..training.trainer import Fit, hold_out, logits_alone, make_trainer, training_arguments
 from .folder import TrialFolder, step_of
 from .machine import provenance
 from .processes import join, of_first, require_as_many
@@ -30,6 +30,9 @@ from .recorder import EventLog, ProgressFile, Recorder, Usage, history_of
 from .result import result_of
 from .trial import Trial
 from .work import Work, work_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def run_trial(
@@ -91,6 +94,8 @@ class Run:
         processes: Those that train it.
         method: Its method.
         work: Its examples and what they are scored by.
+        train: The examples that it trains on.
+        growth_examples: Those that decide growth instead; see `training.trainer.hold_out`.
         model: What is trained.
         steps: Planned optimizer steps.
         checkpoint: Where it goes on from; None: it begins.
@@ -103,6 +108,8 @@ class Run:
     processes: PartialState
     method: Method
     work: Work
+    train: Dataset
+    growth_examples: Dataset | None
     model: Any
     steps: int
     checkpoint: str | None
@@ -123,7 +130,8 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
         )
         raise bad_value("quantization", trial.quantization, remedy)
     work = work_of(trial)
-    steps = planned_steps(training, len(work.job.train), processes.num_processes)
+    train, growth_examples = hold_out(method, training, work.job.train)
+    steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
         check_warmup(training, steps)
     if training.threads is not None:
@@ -132,7 +140,20 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
     set_seed(training.seed)
     model = method.build(work.job.load_model(), steps)
     check_growth(model, steps)
-    return Run(trial, home, processes, method, work, model, steps, checkpoint, Recorder(method, usage), found)
+    return Run(
+        trial=trial,
+        home=home,
+        processes=processes,
+        method=method,
+        work=work,
+        train=train,
+        growth_examples=growth_examples,
+        model=model,
+        steps=steps,
+        checkpoint=checkpoint,
+        recorder=Recorder(method, usage),
+        provenance=found,
+    )
 
 
 def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -187,8 +208,9 @@ def _train(run: Run, progress: bool) -> Fit:
         run.work.objective,
         training,
         run.home.checkpoints,
-        train=job.train,
+        train=run.train,
         validation={split: sets[split] for split in run.work.traced} if sets else None,
+        growth_examples=run.growth_examples,
         callbacks=[run.recorder, *([ProgressFile(run.home.progress)] if first else [])],
         on_event=EventLog(run.home.events, upto=step_of(run.checkpoint)) if first else None,
         progress=progress and first,

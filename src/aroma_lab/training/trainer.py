@@ -79,6 +79,7 @@ def make_trainer(
     train: Dataset,
     validation: Dataset | dict[str, Dataset] | None = None,
     *,
+    growth_examples: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_event: Callable[[Event], None] | None = None,
     progress: bool = True,
@@ -94,6 +95,7 @@ def make_trainer(
         folder: Where checkpoints go.
         train: Tokenized training examples.
         validation: Tokenized examples, or several sets of them by name; None if nothing is evaluated on the way.
+        growth_examples: Tokenized examples that decide growth and are not trained on; see `hold_out`.
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
         progress: Whether a progress bar is shown.
@@ -105,9 +107,8 @@ def make_trainer(
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
     bar = RichProgress(growth) if progress else None
-    train, held_out = method.hold_out(train, _passes(training, len(train)))
     if growth is not None:
-        growth.growth_dataset = held_out
+        growth.growth_dataset = growth_examples
     trainer = (objective.trainer.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         counts_items=objective.counts_items,
@@ -128,12 +129,12 @@ def make_trainer(
     return Fit(trainer, growth, bar)
 
 
-def _passes(training: TrainSpec, examples: int) -> float:
-    """Return how often a run sees each of its examples."""
+def hold_out(method: Method, training: TrainSpec, examples: Dataset) -> tuple[Dataset, Dataset | None]:
+    """Split training examples into what is trained on, and what decides growth where examples come twice."""
     if training.max_steps is None:
-        return training.epochs
+        return method.hold_out(examples, training.epochs)
     batch = training.batch_size * training.gradient_accumulation_steps * world_size()
-    return training.max_steps * batch / examples
+    return method.hold_out(examples, training.max_steps * batch / len(examples))
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
