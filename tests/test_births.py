@@ -163,9 +163,9 @@ def test_the_picture_has_a_row_for_each_matrix_and_a_dot_for_each_birth(grown):
     # Large: the most births, and one of those without any; each against the threshold.
     assert (
         large[0].get_title(loc="left")
-        == f"attention.value, layer 1: 2 stayed after the trial, {len(histories[NAMES[4]].births)} born"
+        == f"attention.value, layer 1: trial left 2, {len(histories[NAMES[4]].births)} born"
     )
-    assert large[1].get_title(loc="left").endswith("2 stayed after the trial, none born")
+    assert large[1].get_title(loc="left").endswith("trial left 2, none born")
     assert [tick.get_text() for tick in large[0].get_yticklabels()] == ["1/20", "1", "1/α = 20"]
     assert [axes.get_xlim() for axes in large] == [(0, STEPS)] * 2
     assert large[0].get_ylim() == large[1].get_ylim()

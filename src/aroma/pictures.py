@@ -326,7 +326,7 @@ def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
 def _draw_evidence(axes: Axes, matrix: History, label: str, scene: _Scene) -> None:
     """Draw E of one matrix on a logarithmic axis, against its threshold."""
     top, floor = math.exp(scene.threshold), math.exp(-1.5 * scene.threshold)
-    kept = "in its trial" if matrix.settled is None else f"{matrix.settled or 'none'} stayed after the trial"
+    kept = "in its trial" if matrix.settled is None else f"trial left {matrix.settled or 'none'}"
     born = "" if matrix.settled is None else f", {len(matrix.births) or 'none'} born"
     axes.set_title(f"{label}: {kept}{born}", loc="left", fontsize=9, color=INK)
     axes.set_yscale("log")
