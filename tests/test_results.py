@@ -17,9 +17,11 @@ from aroma_lab.report.tables import make_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "lab"
+GROWN = ("planted-nets", "minilm-six")
 TABLES = [
     *(RESULTS / "minilm-mrpc-rte" / "tables" / f"{kind}.csv" for kind in ("main", "paired", "reset", "time", "inner")),
     RESULTS / "smollm2-commonsense" / "tables" / "sets.csv",
+    *(RESULTS / grid / "tables" / f"{kind}.csv" for grid in GROWN for kind in ("ranks", "regret")),
 ]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
@@ -35,7 +37,6 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", TABLES, ids=name_of)
 def test_a_table_has_the_numbers_of_its_runs(path: Path) -> None:
-    """The CSV files were written from the run folders, by code that knew neither pandas nor tables of runs."""
     table = make_table(runs_of(path.parents[1]), path.stem)
     found = pd.read_csv(io.StringIO(to_csv(table)))
     pd.testing.assert_frame_equal(found, pd.read_csv(path), rtol=1e-12, atol=1e-14, check_dtype=False)
@@ -57,7 +58,7 @@ def test_the_nine_methods_ran_with_three_seeds_on_both_tasks() -> None:
     assert reported.groupby(["task", "method"]).seed.agg(list).map(sorted).tolist() == [[0, 1, 2]] * 18
 
 
-@pytest.mark.parametrize("grid", ["minilm-mrpc-rte", "smollm2-commonsense"])
+@pytest.mark.parametrize("grid", ["minilm-mrpc-rte", "smollm2-commonsense", *GROWN])
 def test_every_run_says_what_it_was_made_with(grid: str) -> None:
     rows = runs_of(RESULTS / grid).rows
     for row in rows:

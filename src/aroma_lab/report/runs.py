@@ -76,6 +76,8 @@ _NESTED = {
 }
 """Columns of the table of runs that are JSON, and what they must have."""
 _PARTS = tuple(key.removesuffix("?") for key in _NESTED)
+_ONLY_OF_REPORTED = ("curve", "evaluations", "ended", "effective_ranks", "inner_checks")
+"""What the table of runs keeps of reported runs alone."""
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
 _COPIED = (
@@ -189,13 +191,23 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     """Write all runs into one Parquet file, from which every table and figure but the cosines comes out the same.
 
     Settings, versions, metrics, ranks, curves, evaluations and inner checks are kept; events, losses and adapters are
-    not.
+    not. Of runs that chose a setting no table or figure shows more than that and what they were made with.
     """
     frame = _frame(runs.rows).drop(columns="where")
     for part in _PARTS:
-        frame[part] = [None if one is None else json.dumps(one, ensure_ascii=False) for one in frame[part]]
+        values = zip(frame[part], frame.selects, strict=True)
+        frame[part] = [_as_json(part, one, selects) for one, selects in values]
     with replacing(path) as temporary:
         frame.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
+
+
+def _as_json(part: str, value: Any, selects: bool) -> str | None:
+    """Return one of the `_PARTS` of a run as the table of runs holds it."""
+    if value is None or (selects and part in _ONLY_OF_REPORTED):
+        return None
+    if selects and part == "result":
+        value = {key: one for key, one in value.items() if key not in _ONLY_OF_REPORTED}
+    return json.dumps(value, ensure_ascii=False)
 
 
 def rows_of(frame: pd.DataFrame) -> list[Run]:
