@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from abc import abstractmethod
@@ -9,21 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor, nn
+from torch import Tensor
 
 from aroma.errors import bad_value
+from aroma.files import write_tensors
+from aroma.tuner.layout import PEFT_PREFIX
 
 from .base import Method, with_dropout
 from .head import Head, base_name, find_targets, head_of, require_new_trains
-
-ADAPTER = "default"
-"""The name that PEFT gives the adapter of `get_peft_model`."""
-
-Layer = TypeVar("Layer", bound=nn.Module)
+from .merged import ADAPTER, joined, layers_of, merged_of, pair_of
 
 
 @dataclass(frozen=True)
@@ -76,28 +75,38 @@ class LoraBase(PeftAdapter):
         return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets)
 
     def ranks(self, model: Any) -> dict[str, int]:
-        """Return the rank of every module; see `Method.ranks`."""
-        return {name: layer.r[ADAPTER] for name, layer in layers_of(model, LoraLinear).items()}
+        """Return the rank of every module, products that its base weight includes counted; see `Method.ranks`."""
+        layers = layers_of(model, LoraLinear)
+        return {name: layer.r[ADAPTER] + merged_of(layer)[1].shape[0] for name, layer in layers.items()}
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the update of every module; see `Method.components`."""
-        return {name: pair_of(layer) for name, layer in layers_of(model, LoraLinear).items()}
+        """Return all products of every module, the pair in training last; see `Method.components`."""
+        return {name: joined(merged_of(layer), pair_of(layer)) for name, layer in layers_of(model, LoraLinear).items()}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write a plain LoRA adapter of the original base model; see `Method.save`.
+
+        Where base weights include products, PEFT would write the pairs alone, for the changed base.
+        """
+        if not any(merged_of(layer)[1].shape[0] for layer in layers_of(model, LoraLinear).values()):
+            super().save(model, folder)
+            return
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        config = copy.deepcopy(model.peft_config[ADAPTER])
+        for name, (B, A) in self.components(model).items():
+            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
+            # B includes the scale, and all modules have the same rank.
+            config.r = config.lora_alpha = A.shape[0]
+        config.inference_mode = True
+        with staged(folder) as staging:
+            write_tensors(staging / "adapter_model.safetensors", tensors)
+            config.save_pretrained(staging)
 
 
 @dataclass(frozen=True)
 class Lora(LoraBase):
     """LoRA, as PEFT has it."""
-
-
-def pair_of(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return copies of B (m, r), with the scale folded in, and A (r, n) of a layer of PEFT's LoRA."""
-    scaled = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
-    return scaled, layer.lora_A[ADAPTER].weight.detach().clone()
-
-
-def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
-    """Return the adapted layers of a `PeftModel`, in order, by their modules' names in the base model."""
-    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def wrap(model: Any, config: Any) -> Any:
