@@ -6,11 +6,11 @@ import copy
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
@@ -20,9 +20,14 @@ from aroma.errors import bad_value
 from aroma.files import write_tensors
 from aroma.tuner.layout import PEFT_PREFIX
 
-from .base import Method, with_dropout
+from .base import Batch, Hooks, Method, with_dropout
 from .head import Head, base_name, find_targets, head_of, require_new_trains
-from .merged import ADAPTER, joined, layers_of, merged_of, pair_of
+from .initialization import start_from_gradients, start_from_inputs
+from .merged import ADAPTER, MergedWeights, joined, layers_of, merged_of, pair_of
+
+Init = Literal["kaiming", "eva", "lora_ga"]
+"""Starts of LoRA."""
+_NAMES = {"kaiming": "LoRA", "eva": "EVA", "lora_ga": "LoRA-GA"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,41 @@ class LoraBase(PeftAdapter):
 
 @dataclass(frozen=True)
 class Lora(LoraBase):
-    """LoRA, as PEFT has it."""
+    """LoRA, as PEFT has it, with its default start or with one that is computed from training data.
+
+    Args:
+        init: `"kaiming"`: A is random and B zero. `"eva"`: A is what the inputs of a layer vary in most. `"lora_ga"`:
+            A and B are singular directions of the gradient, and their product is taken away from the base weight; the
+            update of the original base has rank 2 r then, and so has what is saved. Both read
+            `INITIALIZATION_BATCHES` batches, drawn with the run's seed; see `initialization`.
+    """
+
+    init: Init = "kaiming"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.init in get_args(Init), "init", f"give one of {', '.join(get_args(Init))}")
+
+    @property
+    def name(self) -> str:
+        """Name for tables and pictures."""
+        return super().name.replace("LoRA", _NAMES[self.init], 1)
+
+    @property
+    def data_option(self) -> str | None:
+        """Name of the option that asks for a start from data; see `Method.data_option`."""
+        return None if self.init == "kaiming" else "init"
+
+    def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
+        """Compute the start of the pairs; see `Method.initialize`."""
+        if self.init == "eva":
+            start_from_inputs(model, self.r, batches)
+        elif self.init == "lora_ga":
+            start_from_gradients(model, self.r, batches)
+
+    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
+        """Return what keeps the base weights that LoRA-GA has changed; see `Method.hooks`."""
+        return MergedWeights(layers_of(model, LoraLinear)) if self.init == "lora_ga" else Hooks()
 
 
 def wrap(model: Any, config: Any) -> Any:
