@@ -56,8 +56,8 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(saved[key], expected[key]) for key in saved), name
 
 
-SLOW = {"houlsby", "pfeiffer", "full", "bitfit", "head_only", "relora", "relora_merge", "adalora, at rest", "eva"}
-SLOW |= {"lora_ga"}
+SLOW = {"houlsby", "pfeiffer", "full", "bitfit", "head_only", "relora", "relora_merge", "adalora, at rest"}
+SLOW |= {"eva", "lora_ga"}
 """Aroma, LoRA and AdaLoRA stand for them where every second counts."""
 
 
