@@ -15,10 +15,13 @@ import torch
 LONGEST = (
     "test_zero",
     "test_demo",
+    "test_evidence_distributed",
+    "test_evidence_zero",
     "test_sharded",
     "test_distributed",
     "test_search_postgres",
     "test_resume",
+    "test_evidence_resume",
     "test_trial_resume",
     "test_lm_eval",
     "test_readme",

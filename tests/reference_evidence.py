@@ -24,8 +24,8 @@ class Settings:
     S: int = 8
     first: int = 8
     trial: int = 20
-    questions: int = 16
-    quantile: float = 1.7531  # of Student's t, one-sided 5 %, 15 degrees of freedom
+    questions: int = 10  # half of the trial's steps
+    quantile: float = 1.8331  # of Student's t, one-sided 5 %, 9 degrees of freedom
     share_kept: float = 0.95
     interval: int = 4
     unused: int = 4

@@ -137,7 +137,7 @@ def test_histories_say_what_happened_to_every_matrix(grown):
     for name, matrix in histories.items():
         assert matrix.births == born[name]
         assert (matrix.settled, matrix.rank) == (2, 2 + len(born[name]))
-        assert matrix.evidence[0] == (36, 0.0)
+        assert matrix.evidence[0] == (30, 0.0)
         assert [*dict.fromkeys(step for step, value in matrix.evidence if value >= math.log(20))] == born[name]
     most = histories[NAMES[4]]
     assert len(most.births) == max(map(len, born.values())) > 4
@@ -171,7 +171,7 @@ def test_the_picture_has_a_row_for_each_matrix_and_a_dot_for_each_birth(grown):
     assert large[0].get_ylim() == large[1].get_ylim()
     assert marks(large[0], BIRTH) == histories[NAMES[4]].births
     summary = (
-        f"12 matrices · the trial left 24 components at step 36 · births {rule.births}, last at step {rule.last_birth}"
+        f"12 matrices · the trial left 24 components at step 30 · births {rule.births}, last at step {rule.last_birth}"
     )
     assert summary in figure.subfigs[0].get_suptitle()
 
@@ -216,9 +216,9 @@ def test_no_text_lies_on_another_at_any_size(names, tmp_path):
 
 
 def test_a_run_that_ended_in_its_trial_is_drawn_as_that():
-    _, events, _ = run(dict.fromkeys(NAMES, 0.2), steps=30)
-    figure = draw_births(events, steps=30)
-    assert "12 matrices · the trial had not ended at step 30" in figure.subfigs[0].get_suptitle()
+    _, events, _ = run(dict.fromkeys(NAMES, 0.2), steps=25)
+    figure = draw_births(events, steps=25)
+    assert "12 matrices · the trial had not ended at step 25" in figure.subfigs[0].get_suptitle()
     assert "in its trial" in figure.axes[0].get_title(loc="left")
 
 
@@ -237,9 +237,9 @@ def test_the_line_of_progress_reads_well_in_every_phase(grown):
     rule, _, lines = grown
     assert lines[0] == "trial 1/20 · components 0 in 12 matrices"
     assert lines[10] == "trial 11/20 · components 48 in 12 matrices"
-    assert lines[19] == "asking 0/16 · components 48 in 12 matrices"
-    assert lines[30] == "asking 11/16 · components 48 in 12 matrices"
-    assert lines[35] == "births 0 · components 24 in 12 matrices"
+    assert lines[19] == "asking 0/10 · components 48 in 12 matrices"
+    assert lines[25] == "asking 6/10 · components 48 in 12 matrices"
+    assert lines[29] == "births 0 · components 24 in 12 matrices"
     total = 24 + rule.births
     assert lines[-1] == f"births {rule.births}, last at step {rule.last_birth} · components {total} in 12 matrices"
 
@@ -268,8 +268,8 @@ def test_the_end_says_where_the_limit_is_reached_and_where_the_trial_was_cut_sho
         "no evidence for another component in 11 of 12 matrices; max_components=4 is reached in 1; "
         f"last birth at step {rule.last_birth}; nothing is born after step 180"
     )
-    rule, _, _ = run(dict.fromkeys(NAMES, 0.2), steps=30)
-    assert rule.explanation == "the trial is not over at step 30: which components stay is not decided"
+    rule, _, _ = run(dict.fromkeys(NAMES, 0.2), steps=25)
+    assert rule.explanation == "the trial is not over at step 25: which components stay is not decided"
 
 
 def test_the_papers_rule_says_why_its_matrices_finished():

@@ -78,7 +78,8 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
         assert re.search(rf"\| `{name}` \| (?:\S+ = )?{getattr(AromaConfig, name)} \|", page), name
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",
-        f"and {evidence.QUESTIONS} batches are asked",
+        f"and {evidence.QUESTIONS[1]} batches are asked",
+        "half as many as the trial has steps, at least {} and at most {}.".format(*evidence.QUESTIONS),
         f"carry {evidence.SHARE_KEPT * 100:.0f} % of the credit",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
         f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps",

@@ -50,6 +50,7 @@ def both(told: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 # Plain loops ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_ranks_decide_alike_and_end_alike(told: Path, name: str) -> None:
     first, second = both(told, name)
@@ -58,6 +59,7 @@ def test_ranks_decide_alike_and_end_alike(told: Path, name: str) -> None:
     assert first["frozen pairs that moved"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_modules_finish_at_different_times(told: Path, name: str) -> None:
     first, _ = both(told, name)
@@ -67,6 +69,7 @@ def test_modules_finish_at_different_times(told: Path, name: str) -> None:
     assert first["stopped"] == (max(frozen) if LOOPS[name][0].early_stop else LOOPS[name][0].steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
     assert_does_what_one_does(both(told, name)[0], LOOPS[name][0])
@@ -99,6 +102,7 @@ def test_more_loops_and_more_processes(tmp_path: Path, processes: int, part: str
 # What is sent --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_collective_a_step_and_few_a_check(told: Path) -> None:
     for name in LOOPS:
         first, _ = both(told, name)
@@ -111,6 +115,7 @@ def test_no_collective_a_step_and_few_a_check(told: Path) -> None:
         assert at_start <= 6
 
 
+@pytest.mark.slow
 def test_no_base_weight_is_ever_gathered(told: Path) -> None:
     for rank in (0, 1):
         sent = json.loads((told / f"traffic-{rank}.json").read_text())
@@ -125,6 +130,7 @@ def test_no_base_weight_is_ever_gathered(told: Path) -> None:
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_gives_plain_peft_the_logits_of_the_sharded_model(told: Path) -> None:
     expected = load(told / "logits-0.pt")
     assert_same(load(told / "logits-1.pt"), expected)
@@ -139,6 +145,7 @@ def test_the_saved_adapter_gives_plain_peft_the_logits_of_the_sharded_model(told
         assert (found - without).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_every_way_to_save_writes_the_same(told: Path) -> None:
     expected = load_file(told / "adapter" / "adapter_model.safetensors")
     state = (told / "adapter" / "aroma_state.json").read_text()
@@ -150,6 +157,7 @@ def test_every_way_to_save_writes_the_same(told: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resumed", "resumed-late"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> None:
     expected = load(told / "uninterrupted-0.pt")
@@ -165,6 +173,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(told: Path, name: str) -> N
     assert_same(load(told / "uninterrupted-1.pt"), load(told / "uninterrupted-0.pt"))
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_the_checkpoint_of_two(told: Path) -> None:
     assert_ends_alike(Training(told / "adapter").go_on(SAVED_AT, STEPS), told)
 
@@ -183,6 +192,7 @@ def assert_ends_alike(found: dict[str, Any], told: Path) -> None:
     assert_close(found["weights"], expected["weights"])
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_not_loaded_into_a_model_without_the_components(told: Path) -> None:
     for rank in (0, 1):
         assert "Size mismatch" in (told / f"too-early-{rank}.txt").read_text()
@@ -207,6 +217,7 @@ SAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [refuse.__name__ for refuse in REFUSALS])
 def test_a_clear_error_on_every_rank(told: Path, name: str) -> None:
     assert_refused(told, name, *SAYS[name])

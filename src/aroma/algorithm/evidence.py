@@ -3,8 +3,8 @@
 W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
 it says is out of sample.
 
-**The trial.** For the first tenth of the run every matrix trains as many components as it has slots. Then 16 batches
-are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
+**The trial.** For the first tenth of the run every matrix trains as many components as it has slots. Then up to 16
+batches are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
 
 .. code-block:: text
 
@@ -57,8 +57,8 @@ UNUSED = 4
 SHARE_KEPT = 0.95
 """Share of what the candidates save that must be carried by the directions that stay."""
 
-QUESTIONS = 16
-"""Batches that are asked at the end of the trial. They are not trained on."""
+QUESTIONS = (8, 16)
+"""Fewest and most batches that are asked at the end of the trial: half as many as it has steps. None is trained on."""
 
 TOLD_INTERVAL = 40
 """Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
@@ -91,6 +91,11 @@ class EvidenceSettings:
     trial_steps: int
     last_step: int
     max_components: int | None
+
+    @property
+    def questions(self) -> int:
+        """Batches that are asked at the end of the trial."""
+        return question_count(self.trial_steps)
 
 
 class Reading(NamedTuple):
@@ -223,7 +228,7 @@ class EvidenceRule(Generic[E]):
         if self.phase in ("start", "trial"):
             stage = f"trial {self.global_step}/{self._settings.trial_steps}"
         elif self.phase == "questions":
-            stage = f"asking {len(self._credits)}/{QUESTIONS}"
+            stage = f"asking {len(self._credits)}/{self._settings.questions}"
         else:
             last = "" if self.last_birth is None else f", last at step {self.last_birth}"
             stage = f"births {self.births}{last}"
@@ -285,10 +290,10 @@ class EvidenceRule(Generic[E]):
                 # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
                 self._credits = []
             first = self._asked  # later others are asked, in place of those that overflowed
-            self._asked += QUESTIONS - len(self._credits)
+            self._asked += self._settings.questions - len(self._credits)
             return range(first, self._asked)
         number, rest = divmod(step, HELD_OUT_INTERVAL)
-        return () if rest or self.phase != "growth" else (max(self._asked, QUESTIONS) + number,)
+        return () if rest or self.phase != "growth" else (max(self._asked, self._settings.questions) + number,)
 
     def outer_step(self) -> list[Event]:
         """There are no inner loops that could end.
@@ -318,7 +323,7 @@ class EvidenceRule(Generic[E]):
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
                 self._credits.append(credits)
-        if len(self._credits) < QUESTIONS:
+        if len(self._credits) < self._settings.questions:
             return []
         credits = np.stack(self._credits)
         kept = directions_to_keep(credits, self._settings.significance)
@@ -451,6 +456,12 @@ class EvidenceRule(Generic[E]):
 def _number(value: float) -> float | None:
     # JSON has no NaN; numpy reads None as NaN.
     return None if math.isnan(value) else float(value)
+
+
+def question_count(trial_steps: int) -> int:
+    """Return how many batches are asked after a trial of so many optimizer steps."""
+    fewest, most = QUESTIONS
+    return min(max(trial_steps // 2, fewest), most)
 
 
 def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:

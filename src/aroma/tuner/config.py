@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..algorithm.evidence import FIRST_STEP, QUESTIONS
+from ..algorithm.evidence import FIRST_STEP, question_count
 from ..errors import bad_value
 from ..files import write_json
 from .live import take_collected
@@ -311,7 +311,7 @@ class AromaConfig(LoraConfig):
                 "growth='evidence' begins with a trial, a share of the run; say how long the run is",
             )
         steps = max(round(self.trial_share * total_steps), 2 * FIRST_STEP)
-        least = steps + QUESTIONS
+        least = steps + question_count(steps)
         if total_steps <= least:
             raise bad_value(
                 "total_steps",
