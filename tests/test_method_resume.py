@@ -39,6 +39,7 @@ CASES = {
     "houlsby": Houlsby(),
     "pfeiffer": Pfeiffer(),
     "lora": Lora(r=2),
+    "lora_ga": Lora(r=2, init="lora_ga"),
     "adalora": AdaLora(init_r=4, target_r=2, initial_steps=3, final_steps=4, interval=2),
     "relora": ReLoraComponents(max_components=5, options={"rewarmup_steps": 2, "reset": "zero"}),
     "relora_merge": ReLoraMerge(r=2, restart_every=5, rewarmup_steps=4),
@@ -53,10 +54,12 @@ restarts, the learning rate still climbing. AROMA: the first inner loop and late
 class Run:
     """A method in training, on one batch a step, that can be put down and taken up again."""
 
-    def __init__(self, method, seed=0, lr=2e-2):
+    def __init__(self, method, seed=0, lr=2e-2, fresh=True):
         torch.manual_seed(seed)
         self.method = method
         self.model = method.build(make_model(SETTINGS), PLANNED).train()
+        if fresh and method.data_option is not None:
+            method.initialize(self.model, [make_batch(self.model, SETTINGS)])
         self.optimizer = torch.optim.AdamW(method.parameters(self.model), lr=lr)
         self.hooks = method.hooks(self.model, self.optimizer, PLANNED)
         self.step = 0
@@ -113,12 +116,12 @@ def _equal(one, other):
     return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, method in METHODS.items() if method.trains])
+@pytest.mark.parametrize("kind", [*(kind for kind, method in METHODS.items() if method.trains), "lora_ga"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(kind):
     method, whole = CASES[kind], whole_run(kind)
     for stage in STAGES:
         saved = Run(method).go(stage).put_down()
-        resumed = Run(method).take_up(saved).go(PLANNED)
+        resumed = Run(method, fresh=False).take_up(saved).go(PLANNED)
         assert differing(resumed.everything(), whole.everything()) == [], stage
         assert method.ranks(resumed.model) == method.ranks(whole.model)
         assert method.active_parameters(resumed.model) == method.active_parameters(whole.model)
@@ -128,11 +131,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"), [("adalora", 7), ("relora", 7), ("relora_merge", 7), ("relora_merge", 13), ("aroma", 7)]
+    ("kind", "stage"),
+    [("lora_ga", 2), ("adalora", 7), ("relora", 7), ("relora_merge", 7), ("relora_merge", 13), ("aroma", 7)],
 )
 def test_without_the_hooks_state_it_is_another_run(kind, stage):
     saved = Run(CASES[kind]).go(stage).put_down()
-    resumed = Run(CASES[kind]).take_up(saved, with_hooks=False).go(PLANNED)
+    resumed = Run(CASES[kind], fresh=False).take_up(saved, with_hooks=False).go(PLANNED)
     assert differing(resumed.everything(), whole_run(kind).everything())
 
 

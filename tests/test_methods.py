@@ -52,6 +52,8 @@ CASES = {
     "Pfeiffer size=3": (Pfeiffer(size=3), LAYERS * (2 * WIDTH * 3 + 3 + WIDTH)),
     "LoRA r=2": (Lora(r=2), 2 * PAIR),
     "LoRA r=2, dropout 0.1": (Lora(r=2, dropout=0.1), 2 * PAIR),
+    "EVA r=2": (Lora(r=2, init="eva"), 2 * PAIR),
+    "LoRA-GA r=2": (Lora(r=2, init="lora_ga"), 2 * PAIR),
     "AdaLoRA r=4→2": (AdaLora(init_r=4, target_r=2), 4 * (PAIR + MODULES)),
     "ReLoRA r=2": (ReLoraMerge(r=2), 2 * PAIR),
     "ReLoRA 2×8": (ReLoraComponents(r=2), 2 * PAIR),
@@ -61,6 +63,8 @@ CASES = {
 """Methods by name, with the number of parameters that train outside the head; None: all of them."""
 FACTORS = [
     Lora(r=2, alpha=5),
+    Lora(r=2, alpha=5, init="eva"),
+    Lora(r=2, alpha=5, init="lora_ga"),
     AdaLora(init_r=4, target_r=2, alpha=3),
     ReLoraMerge(r=2, alpha=3, restart_every=4),
     ReLoraComponents(max_components=3, max_inner_steps=9),
@@ -71,7 +75,15 @@ FACTORS = [
 
 def built(method, planned_steps=100):
     torch.manual_seed(0)
-    return method.build(make_model(SETTINGS), planned_steps)
+    return started(method, make_model(SETTINGS), planned_steps)
+
+
+def started(method, model, planned_steps):
+    model = method.build(model, planned_steps)
+    if method.data_option is not None:
+        batch = make_batch(model, SETTINGS)
+        method.initialize(model, [batch | {"attention_mask": torch.ones_like(batch["input_ids"])}])
+    return model
 
 
 def train(method, model, steps, planned_steps=100, lr=1e-2, on_event=None):
@@ -243,7 +255,7 @@ def test_components_are_the_whole_update(method):
     torch.manual_seed(0)
     pretrained = make_model(SETTINGS)
     before = {name: pretrained.get_submodule(name).weight.detach().clone() for name in encoder_linears(pretrained)}
-    model = method.build(pretrained, 12)
+    model = started(method, pretrained, 12)
     train(method, model, 11, planned_steps=12)
     components = method.components(model)
     assert list(components) == list(before) == list(method.ranks(model))
@@ -384,6 +396,7 @@ KEYS = {"target_modules": ["key"], "lora_alpha": 2}
     ("kind", "options", "expected"),
     [
         ("lora", {"r": 4, "alpha": 8, "dropout": 0.1}, Lora(r=4, alpha=8.0, dropout=0.1)),
+        ("lora", {"init": "eva"}, Lora(init="eva")),
         ("adalora", {"init_r": 4, "target_r": 1, "final_share": 0.5}, AdaLora(init_r=4, target_r=1, final_share=0.5)),
         (
             "relora",
@@ -429,6 +442,7 @@ def test_every_field_of_the_configuration_is_an_option_of_aroma():
         ("lora", {"r": "many"}, r"options\.r='many': give a whole number"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
         ("houlsby", {"size": 0}, "size=0: the bottleneck has at least one neuron"),
+        ("lora", {"init": "pissa"}, r"options\.init='pissa': give one of kaiming, eva, lora_ga"),
         ("lora", {"dropout": 1}, r"dropout=1\.0: give a probability in \[0, 1\)"),
         ("adalora", {"final_share": 1.0}, r"final_share=1\.0: give a share of the planned steps"),
         ("adalora", {"initial_steps": -1}, "initial_steps=-1: give 0 optimizer steps or more"),

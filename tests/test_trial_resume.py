@@ -57,6 +57,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 SLOW = {"houlsby", "pfeiffer", "full", "bitfit", "head_only", "relora", "relora_merge", "adalora, at rest"}
+SLOW |= {"eva", "lora_ga"}
 """Aroma, LoRA and AdaLoRA stand for them where every second counts."""
 
 

@@ -70,7 +70,12 @@ class Case:
         return ", ".join([*parts, "compiled"] if self.compiled else parts)
 
     def build(self, model: Any, seed: int) -> Any:
-        """Return `model` adapted and brought to the stage of the case; see `Method.build`."""
+        """Return `model` adapted and brought to the stage of the case; see `Method.build`.
+
+        Raises:
+            ConfigError: The method cannot adapt the model, or starts from training data.
+        """
+        self.method.require_no_data_option("a benchmark has no data to compute it from; leave it out")
         torch.manual_seed(seed)
         model = self.method.build(model, PLANNED_STEPS)
         if isinstance(self.method, Aroma):

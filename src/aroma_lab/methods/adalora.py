@@ -14,7 +14,8 @@ from torch import Tensor
 from aroma.errors import CheckpointError, bad_value
 
 from .base import Hooks, with_dropout
-from .lora import ADAPTER, PeftAdapter, layers_of
+from .lora import PeftAdapter
+from .merged import ADAPTER, layers_of
 
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """What PEFT's `RankAllocator` keeps of every parameter: its last sensitivity, and two averages over the steps."""

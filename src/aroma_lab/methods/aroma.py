@@ -25,7 +25,8 @@ from aroma.tuner.state import pack, unpack
 
 from ..specs import adapter_keys
 from .base import Hooks, with_dropout
-from .lora import ADAPTER, PeftAdapter
+from .lora import PeftAdapter
+from .merged import ADAPTER
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 .. code-block:: python
 
     model = method.build(model, planned_steps)
+    if method.data_option is not None:  # and the run does not resume
+        method.initialize(model, batches)
     optimizer = torch.optim.AdamW(method.parameters(model), lr=...)
     hooks = method.hooks(model, optimizer, planned_steps)
     for step, batch in enumerate(batches, start=1):
@@ -19,7 +21,7 @@ a name in `METHODS`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
@@ -35,6 +37,12 @@ from .head import head_of
 
 TRAINED_FILE = "trained.safetensors"
 """File of the trained parameters of a method that is no PEFT adapter, by their names in the built model."""
+
+INITIALIZATION_BATCHES = 16
+"""Batches of training data that a start is computed from."""
+
+Batch = Mapping[str, Any]
+"""What a model is called with, `labels` included."""
 
 
 class Hooks:
@@ -111,6 +119,30 @@ class Method(ABC):
         Raises:
             ConfigError: The method cannot adapt the model, or cannot plan for a run of this length.
         """
+
+    @property
+    def data_option(self) -> str | None:
+        """Name of the option by which the start is computed from training data; None: it needs none."""
+        return None
+
+    def require_no_data_option(self, remedy: str) -> None:
+        """Raise ConfigError, with this remedy, if the start is computed from training data."""
+        if (option := self.data_option) is not None:
+            self._require(False, option, remedy)
+
+    def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
+        """Compute the start of a model from training data; only of a method that has a `data_option`.
+
+        A run that resumes does not call it: trained parameters and the state of the hooks hold all that it changes.
+
+        Args:
+            model: A model from `build`, nothing of which has trained.
+            batches: `INITIALIZATION_BATCHES` batches or, of a small training set, fewer; on the model's device.
+
+        Raises:
+            ConfigError: The method cannot start this model.
+        """
+        raise NotImplementedError
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """Return the parameters that the optimizer trains."""

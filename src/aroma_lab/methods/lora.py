@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, get_args
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor, nn
+from torch import Tensor
 
 from aroma.errors import bad_value
+from aroma.files import write_tensors
+from aroma.tuner.layout import PEFT_PREFIX
 
-from .base import Method, with_dropout
+from .base import Batch, Hooks, Method, with_dropout
 from .head import Head, base_name, find_targets, head_of, require_new_trains
+from .initialization import start_from_gradients, start_from_inputs
+from .merged import ADAPTER, MergedWeights, joined, layers_of, merged_of, pair_of
 
-ADAPTER = "default"
-"""The name that PEFT gives the adapter of `get_peft_model`."""
-
-Layer = TypeVar("Layer", bound=nn.Module)
+Init = Literal["kaiming", "eva", "lora_ga"]
+"""Starts of LoRA."""
+_NAMES = {"kaiming": "LoRA", "eva": "EVA", "lora_ga": "LoRA-GA"}
 
 
 @dataclass(frozen=True)
@@ -76,28 +80,72 @@ class LoraBase(PeftAdapter):
         return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets)
 
     def ranks(self, model: Any) -> dict[str, int]:
-        """Return the rank of every module; see `Method.ranks`."""
-        return {name: layer.r[ADAPTER] for name, layer in layers_of(model, LoraLinear).items()}
+        """Return the rank of every module, products that its base weight includes counted; see `Method.ranks`."""
+        layers = layers_of(model, LoraLinear)
+        return {name: layer.r[ADAPTER] + merged_of(layer)[1].shape[0] for name, layer in layers.items()}
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the update of every module; see `Method.components`."""
-        return {name: pair_of(layer) for name, layer in layers_of(model, LoraLinear).items()}
+        """Return all products of every module, the pair in training last; see `Method.components`."""
+        return {name: joined(merged_of(layer), pair_of(layer)) for name, layer in layers_of(model, LoraLinear).items()}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write a plain LoRA adapter of the original base model; see `Method.save`.
+
+        Where base weights include products, PEFT would write the pairs alone, for the changed base.
+        """
+        if not any(merged_of(layer)[1].shape[0] for layer in layers_of(model, LoraLinear).values()):
+            super().save(model, folder)
+            return
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        config = copy.deepcopy(model.peft_config[ADAPTER])
+        for name, (B, A) in self.components(model).items():
+            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
+            # B includes the scale, and all modules have the same rank.
+            config.r = config.lora_alpha = A.shape[0]
+        config.inference_mode = True
+        with staged(folder) as staging:
+            write_tensors(staging / "adapter_model.safetensors", tensors)
+            config.save_pretrained(staging)
 
 
 @dataclass(frozen=True)
 class Lora(LoraBase):
-    """LoRA, as PEFT has it."""
+    """LoRA, as PEFT has it, with its default start or with one that is computed from training data.
 
+    Args:
+        init: `"kaiming"`: A is random and B zero. `"eva"`: A is what the inputs of a layer vary in most. `"lora_ga"`:
+            A and B are singular directions of the gradient, and their product is taken away from the base weight; the
+            update of the original base has rank 2 r then, and so has what is saved. Both read
+            `INITIALIZATION_BATCHES` batches, drawn with the run's seed; see `initialization`.
+    """
 
-def pair_of(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return copies of B (m, r), with the scale folded in, and A (r, n) of a layer of PEFT's LoRA."""
-    scaled = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
-    return scaled, layer.lora_A[ADAPTER].weight.detach().clone()
+    init: Init = "kaiming"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.init in get_args(Init), "init", f"give one of {', '.join(get_args(Init))}")
 
-def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
-    """Return the adapted layers of a `PeftModel`, in order, by their modules' names in the base model."""
-    return {base_name(name): module for name, module in model.named_modules() if isinstance(module, kind)}
+    @property
+    def name(self) -> str:
+        """Name for tables and pictures."""
+        return super().name.replace("LoRA", _NAMES[self.init], 1)
+
+    @property
+    def data_option(self) -> str | None:
+        """Name of the option that asks for a start from data; see `Method.data_option`."""
+        return None if self.init == "kaiming" else "init"
+
+    def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
+        """Compute the start of the pairs; see `Method.initialize`."""
+        if self.init == "eva":
+            start_from_inputs(model, self.r, batches)
+        elif self.init == "lora_ga":
+            start_from_gradients(model, self.r, batches)
+
+    def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
+        """Return what keeps the base weights that LoRA-GA has changed; see `Method.hooks`."""
+        return MergedWeights(layers_of(model, LoraLinear)) if self.init == "lora_ga" else Hooks()
 
 
 def wrap(model: Any, config: Any) -> Any:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from aroma.algorithm.paper import rewarmup_factor
-from aroma.files import write_tensors
 from aroma.integrations.rewarmup import Rewarmup
 from aroma.reset import component_generator, reset_state
-from aroma.tuner.layout import PEFT_PREFIX
 
 from .aroma import Aroma
-from .base import Hooks, require_keys, with_dropout
-from .lora import ADAPTER, LoraBase, layers_of, pair_of, staged
+from .base import require_keys, with_dropout
+from .lora import LoraBase
+from .merged import ADAPTER, MergedWeights, layers_of, note_merged, pair_of
 
 _CHECKS = {"inner_tolerance", "inner_check_interval", "inner_criterion", "outer_tolerance", "min_components"}
 """Options of AROMA that mean nothing without its checks."""
+_COUNTERS = "restarts"
+"""Key of a state's counters: restarts, the step of the last one, and the seed."""
 
 
 @dataclass(frozen=True)
@@ -92,35 +90,12 @@ class ReLoraMerge(LoraBase):
         """Return the restarts; see `Method.hooks`."""
         return Restarts(model, optimizer, self)
 
-    def ranks(self, model: Any) -> dict[str, int]:
-        """Return the sum of the ranks of all products of every module; see `Method.ranks`."""
-        layers = layers_of(model, LoraLinear)
-        return {name: layer.r[ADAPTER] + _merged(layer)[1].shape[0] for name, layer in layers.items()}
 
-    def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return all products of every module, the pair in training last; see `Method.components`."""
-        return {name: _joined(_merged(layer), pair_of(layer)) for name, layer in layers_of(model, LoraLinear).items()}
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Write all products as one plain LoRA adapter, which an unmerged base model needs; see `Method.save`."""
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        config = copy.deepcopy(model.peft_config[ADAPTER])
-        for name, (B, A) in self.components(model).items():
-            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
-            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
-            # B includes the scale, and all modules have restarted equally often.
-            config.r = config.lora_alpha = A.shape[0]
-        config.inference_mode = True
-        with staged(folder) as staging:
-            write_tensors(staging / "adapter_model.safetensors", tensors)
-            config.save_pretrained(staging)
-
-
-class Restarts(Hooks):
+class Restarts(MergedWeights):
     """Merges and restarts the pairs of a model of `ReLoraMerge`, and lets the learning rate climb afterwards."""
 
     def __init__(self, model: nn.Module, optimizer: Any, method: ReLoraMerge) -> None:
-        self._layers: dict[str, Any] = layers_of(model, LoraLinear)
+        super().__init__(layers_of(model, LoraLinear))
         self._optimizer = optimizer
         self._method = method
         self._seed = torch.initial_seed() % 2**31 if method.seed is None else method.seed
@@ -149,7 +124,7 @@ class Restarts(Hooks):
             # One generator a layer, so that the fresh pairs depend on the seed alone.
             generator = component_generator(self._seed, self._restarts, index, "relora")
             # Added in float32, so that a weight of lower precision is rounded once.
-            layer.merged_products = _joined(_merged(layer), pair_of(layer))
+            note_merged(layer, pair_of(layer))
             weight = layer.get_base_layer().weight
             weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
             # B is 0 and A uniform in ±1/√n, as PEFT starts.
@@ -161,39 +136,12 @@ class Restarts(Hooks):
                 reset_state(self._optimizer, parameter, "prune", self._method.prune_ratio, generator)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return counters, seed, and the weight and merged products of every layer; see `Hooks.state_dict`.
+        """Return counters, seed, and the weight and merged products of every layer; see `Hooks.state_dict`."""
+        counters = torch.tensor([self._restarts, self._last_restart, self._seed])
+        return {_COUNTERS: counters} | super().state_dict()
 
-        The weight is stored as it is: adding the products again would round alike on the same machine only.
-        """
-        state = {"restarts": torch.tensor([self._restarts, self._last_restart, self._seed])}
-        for name, layer in self._layers.items():
-            tensors = (layer.get_base_layer().weight, *_merged(layer))
-            state |= {key: tensor.detach().clone() for key, tensor in zip(_keys(name), tensors, strict=True)}
-        return state
-
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`, and with it the merged backbone; see `Hooks.load_state_dict`."""
-        require_keys(state, {"restarts", *(key for name in self._layers for key in _keys(name))})
-        self._restarts, self._last_restart, self._seed = state["restarts"].tolist()
-        for name, layer in self._layers.items():
-            weight, B, A = (state[key] for key in _keys(name))
-            layer.get_base_layer().weight.copy_(weight)
-            a = layer.lora_A[ADAPTER].weight
-            layer.merged_products = (B.to(a, copy=True), A.to(a, copy=True))
-
-
-def _keys(name: str) -> list[str]:
-    return [f"{part}.{name}" for part in ("weight", "B", "A")]
-
-
-def _merged(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return the products that the base weight includes, as B (m, R) and A (R, n)."""
-    a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-    products: tuple[Tensor, Tensor] = getattr(layer, "merged_products", (b[:, :0], a[:0]))
-    return products
-
-
-def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the sum of two products B A as one."""
-    return torch.cat([one[0], other[0]], dim=1), torch.cat([one[1], other[1]], dim=0)
+        require_keys(state, {_COUNTERS, *self._keys()})
+        super().load_state_dict({key: state[key] for key in self._keys()})
+        self._restarts, self._last_restart, self._seed = state[_COUNTERS].tolist()

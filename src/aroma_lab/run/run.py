@@ -7,11 +7,13 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 from aroma.errors import bad_value
@@ -20,7 +22,9 @@ from aroma.sharding import refuse_together
 from aroma.tuner import AromaConfig
 
 from ..methods import METHODS, Method, make_method
+from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
+from ..tasks.classification import ClassifierJob
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, hold_out, logits_alone, make_trainer, training_arguments
 from .folder import TrialFolder, step_of
@@ -129,7 +133,12 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
             "the method out, or evaluate the model with `aroma eval`"
         )
         raise bad_value("quantization", trial.quantization, remedy)
+    if processes.num_processes > 1:
+        method.require_no_data_option("it is computed by one process; start one")
     work = work_of(trial)
+    if not isinstance(work.job, ClassifierJob):
+        remedy = "only classification and regression have the texts that it is computed from; leave it out"
+        method.require_no_data_option(remedy)
     train, growth_examples = hold_out(method, training, work.job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
@@ -140,6 +149,9 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
     set_seed(training.seed)
     model = method.build(work.job.load_model(), steps)
     check_growth(model, steps)
+    if method.data_option is not None and checkpoint is None:
+        model.to(processes.device)
+        method.initialize(model, draw_batches(train, work, training, processes.device))
     return Run(
         trial=trial,
         home=home,
@@ -166,6 +178,19 @@ def seeded_options(kind: str, options: Mapping[str, Any], seed: int) -> dict[str
         return dict(options)
     seeds = dict.fromkeys(METHODS[kind].option_types().keys() & {"seed", "component_seed"}, seed)
     return {**seeds, **{name: value for name, value in options.items() if not (name in seeds and value is None)}}
+
+
+def draw_batches(train: Dataset, work: Work, training: TrainSpec, device: torch.device) -> list[Any]:
+    """Return the batches that a method computes its start from, drawn without repetition with the run's seed."""
+    order = torch.Generator().manual_seed(training.seed)
+    loader = DataLoader(
+        train,
+        training.batch_size,
+        shuffle=True,
+        generator=order,
+        collate_fn=work.objective.collator,
+    )
+    return [batch.to(device) for batch in islice(loader, INITIALIZATION_BATCHES)]
 
 
 def planned_steps(training: TrainSpec, examples: int, processes: int = 1) -> int:

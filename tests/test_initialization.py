@@ -1,0 +1,214 @@
+"""Starts of LoRA that are computed from training data: EVA and LoRA-GA."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+
+from aroma.errors import ConfigError
+from aroma_lab.bench.cases import Case
+from aroma_lab.bench.models import BenchSettings, make_batch, make_model
+from aroma_lab.methods import Lora, find_targets, initialization
+from aroma_lab.methods.merged import layers_of, pair_of
+from aroma_lab.run import run as runner
+from aroma_lab.run.run import run_trial
+from aroma_lab.tasks.classification import encode, load_tokenizer, predict_logits
+from aroma_lab.tasks.data import load_task
+from aroma_lab.tasks.metrics import metrics_of
+from aroma_lab.tasks.model import load_classifier
+from aroma_lab.tasks.spec import TaskSpec
+from trial_runs import read, save_material, trial_of
+
+SETTINGS = BenchSettings(model="tiny", batch_size=8, length=12)
+INITS = ["eva", "lora_ga"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_material(tmp_path_factory.mktemp("material"))
+
+
+def pretrained() -> Any:
+    """A tiny classifier without dropout: a gradient can be taken twice."""
+    torch.manual_seed(0)
+    model = make_model(SETTINGS)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def padded_batches(model: Any, count: int = 3) -> list[dict[str, Any]]:
+    batches = []
+    for seed in range(count):
+        batch = make_batch(model, replace(SETTINGS, seed=seed))
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][::2, 7:] = 0
+        batch["input_ids"][::2, 7:] = model.config.pad_token_id
+        batches.append(batch)
+    return batches
+
+
+def started(method: Lora, model: Any, batches: list[dict[str, Any]]) -> Any:
+    torch.manual_seed(0)
+    built = method.build(model, 100)
+    method.initialize(built, batches)
+    return built
+
+
+@torch.no_grad()
+def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(**batch).logits
+    return found
+
+
+def projector(rows: torch.Tensor) -> torch.Tensor:
+    """Return the projection onto the span of `rows`."""
+    basis = torch.linalg.qr(rows.T).Q
+    return basis @ basis.T
+
+
+# The starts ----------------------------------------------------------------------------------------------------------
+
+
+def test_eva_starts_as_pefts_own_route_does() -> None:
+    model, base = pretrained(), pretrained()
+    batches = padded_batches(model)
+    ours = started(Lora(r=3, init="eva"), model, batches)
+    config = LoraConfig(
+        r=3,
+        lora_alpha=3,
+        target_modules=find_targets(None, base),
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=1.0, use_label_mask=False),
+    )
+    theirs = get_peft_model(base, config)
+    initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
+    expected = layers_of(theirs, LoraLayer)
+    assert layers_of(ours, LoraLayer).keys() == expected.keys()
+    for name, layer in layers_of(ours, LoraLayer).items():
+        B, A = pair_of(layer)
+        assert not B.any()
+        torch.testing.assert_close(A, pair_of(expected[name])[1])
+        torch.testing.assert_close(A @ A.T, torch.eye(3), atol=1e-4, rtol=0)
+    assert ours.peft_config["default"].init_lora_weights is True  # what is saved is any LoRA
+
+
+def test_lora_ga_starts_in_the_singular_directions_of_the_gradient_and_computes_what_the_base_does() -> None:
+    model = pretrained()
+    batches, before = padded_batches(model), copy.deepcopy(model)
+    method = Lora(r=2, alpha=6, init="lora_ga")
+    ours = started(method, model, batches)
+    for batch in batches:
+        torch.testing.assert_close(logits(ours, batch), logits(before, batch), atol=1e-5, rtol=1e-5)
+        before.train()(**batch).loss.backward()
+    for name, layer in layers_of(ours, LoraLayer).items():
+        weight = before.get_submodule(name).weight
+        U, _, V = torch.linalg.svd(weight.grad / len(batches))
+        B, A = pair_of(layer)
+        torch.testing.assert_close(projector(A), projector(V[:2]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(projector(B.T), projector(U[:, 2:4].T), atol=1e-3, rtol=0)
+        torch.testing.assert_close(layer.get_base_layer().weight, weight - B @ A, atol=1e-6, rtol=1e-5)
+    assert set(method.ranks(ours).values()) == {4}
+    assert all((B @ A).abs().max() < 1e-6 for B, A in method.components(ours).values())
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_start_trains_what_lora_trains_and_leaves_nothing_behind(init: Any) -> None:
+    batches = padded_batches(pretrained())
+    plain, ours = Lora(r=2).build(pretrained(), 100), started(Lora(r=2, init=init), pretrained(), batches)
+    names, expected = (
+        {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()}
+        for model in (ours, plain)
+    )
+    assert names == expected
+    assert [model.training for model in ours.modules()] == [model.training for model in plain.modules()]
+    assert not any(module._forward_hooks or module._backward_hooks for module in ours.modules())
+
+
+# Trials --------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_those_of_the_seed(material: Path) -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        trial = trial_of(material, "eva", seed=seed, batch_size=4)
+        work = runner.work_of(trial)
+        drawn.append(runner.draw_batches(work.job.train, work, trial.training, torch.device("cpu")))
+    assert len(drawn[0]) == 16
+    ones, same, others = ([batch["input_ids"].tolist() for batch in batches] for batches in drawn)
+    assert ones == same
+    assert ones != others
+
+
+def test_a_trial_of_lora_ga_scores_on_the_original_base_what_it_scored(material: Path, tmp_path: Path) -> None:
+    trial = trial_of(material, "lora_ga")
+    result = run_trial(trial, tmp_path / "run")
+    tokenizer = load_tokenizer(str(material / "model"), 16)
+    test = encode(load_task(trial.task).reported["test"], tokenizer, 16)
+    base = load_classifier(str(material / "model"), ("high", "low"), 0)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    assert model.peft_config["default"].r == 4
+    predicted = predict_logits(model, test, tokenizer, 8, lambda count: None)
+    metrics = metrics_of("classification", predicted, torch.tensor(test["labels"]).numpy())
+    assert metrics["accuracy"] == result["reported"]["test"]["accuracy"]
+    assert {rank for changes in read(tmp_path / "run" / "curve.json")["ranks"].values() for _, rank in changes} == {4}
+
+
+def test_a_run_that_goes_on_draws_nothing_anew(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = trial_of(material, "eva")
+    monkeypatch.setattr(runner.TrialFolder, "checkpoint", lambda self: str(tmp_path))
+    monkeypatch.setattr(Lora, "initialize", lambda *_: pytest.fail("it was started anew"))
+    runner._prepare(trial, runner.TrialFolder(tmp_path), runner.join(), runner.Usage())
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_start_is_refused_where_there_are_no_data_for_it(init: Any, material: Path, tmp_path: Path) -> None:
+    method = Lora(init=init)
+    with pytest.raises(ConfigError, match=f"init='{init}': a benchmark has no data to compute it from; leave it out"):
+        Case("lora", method).build(make_model(SETTINGS), 0)
+    trial = replace(trial_of(material), options={"init": init})
+    two: Any = SimpleNamespace(num_processes=2)
+    with pytest.raises(ConfigError, match=f"init='{init}': it is computed by one process; start one"):
+        runner._prepare(trial, runner.TrialFolder(tmp_path / "run"), two, runner.Usage())
+    planted = TaskSpec(name="net", kind="planted_net", layers=2, width=8, examples=24)
+    elsewhere = replace(trial, model="made", task=planted, training=replace(trial.training, group_by_length=False))
+    with pytest.raises(ConfigError, match=f"init='{init}': only classification and regression have the texts"):
+        run_trial(elsewhere, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "message"),
+    [
+        (Lora(r=17, init="eva"), "float32", r"r=17: .* has only 16; give a lower rank"),
+        (Lora(r=9, init="lora_ga"), "float32", r"r=9: LoRA-GA takes 2 r directions of a gradient, and .* has only 16"),
+        (Lora(r=2, init="lora_ga"), "bfloat16", r"init='lora_ga': it changes the pretrained weights, .*bfloat16"),
+    ],
+)
+def test_a_start_that_a_model_has_no_room_for_is_refused(method: Lora, dtype: Any, message: str) -> None:
+    model = make_model(replace(SETTINGS, dtype=dtype))
+    with pytest.raises(ConfigError, match=message):
+        started(method, model, padded_batches(model))
+
+
+def test_directions_that_never_settle_are_an_error_and_no_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(initialization, "_MOST_PASSES", 2)
+    model = pretrained()
+    # One token a batch: PEFT skips a batch with fewer rows than directions, again and again.
+    batches = [{name: values[:1].reshape(1, -1)[:, :1] for name, values in b.items()} for b in padded_batches(model)]
+    with pytest.raises(ConfigError, match="r=4: the first 4 directions of the layers' inputs do not settle"):
+        started(Lora(r=4, init="eva"), model, batches)
