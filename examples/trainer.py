@@ -26,7 +26,7 @@ train, test = (
 )
 args = TrainingArguments(
     "out/checkpoints",
-    max_steps=120,
+    max_steps=110,  # each article once: growth is decided on articles that were not trained on yet
     per_device_train_batch_size=16,
     learning_rate=3e-3,
     warmup_steps=10,
@@ -46,7 +46,7 @@ def accuracy(prediction):
 # README: begin
 from aroma import AromaCallback, AromaConfig  # noqa: E402
 
-config = AromaConfig(task_type="SEQ_CLS", max_inner_steps=20, rewarmup_steps=5, outer_tolerance=0.02)
+config = AromaConfig(task_type="SEQ_CLS", growth="evidence", modules_to_save=["pooler"])
 model = get_peft_model(base, config)
 trainer = Trainer(model, args, collate, train, test, compute_metrics=accuracy, callbacks=[AromaCallback()])
 trainer.train()

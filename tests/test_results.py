@@ -85,3 +85,55 @@ def test_generated_answers_are_counted_as_their_files_say() -> None:
         sets = json.loads(file.read_text(encoding="utf-8"))["sets"].values()
         right = sum(round(one["metrics"]["generated"] * one["examples"]) for one in sets)
         assert f"| {file.stem} | {right} | {sum(one['unparseable'] for one in sets)} |" in PAGE
+
+
+def test_the_page_says_of_real_text_what_the_runs_say() -> None:
+    scores = runs_of(RESULTS / "minilm-six").reported.groupby(["method", "task"]).score.mean().groupby("method").mean()
+    for method, name in (
+        ("lora-r2", "r = 2"),
+        ("aroma-evidence", "evidence"),
+        ("lora-r8", "r = 8"),
+        ("lora-r4", "r = 4"),
+    ):
+        assert re.search(rf"{name}\s(?:has\s)?{100 * scores[method]:.2f}", PAGE), method
+    assert f"{100 * scores['lora-r1']:.2f}. The best fixed rank" in " ".join(PAGE.split())
+
+
+def test_the_page_says_of_what_was_tried_what_the_runs_say() -> None:
+    tried = pd.DataFrame(
+        json.loads((RESULTS / "tried" / "benjamini-hochberg.json").read_text(encoding="utf-8"))["runs"]
+    )
+    assert tried.groupby("task").seed.count().to_dict() == {"graded": 5, "noisy": 5, "nothing": 5, "trec": 5}
+    shipped = {name: runs_of(RESULTS / name).of("aroma-evidence") for name in GROWN}
+    planted, trec = shipped["planted-nets"], shipped["minilm-six"].query("task == 'trec'").set_index("seed").score
+    ranks = (
+        [*tried[tried.task == "nothing"].ranks],
+        [result["ranks"].values() for result in planted[planted.task == "nothing"].result],
+    )
+    grown = [sum(rank > 0 for of_run in runs for rank in of_run) for runs in ranks]
+    noisy = [100 * frame[frame.task == "noisy"].score.mean() for frame in (tried, planted)]
+    text = " ".join(PAGE.split())
+    assert "{} of 60 matrices grow instead of {}".format(*grown) in text
+    assert "it explains {:.1f} % ({:.1f} % without)".format(*noisy) in text
+    differences = 100 * (tried[tried.task == "trec"].set_index("seed").score - trec)
+    assert f"TREC falls by {-differences.mean():.2f} ± {differences.sem():.2f} points" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "grid", "task"),
+    [
+        ("nets with planted ranks, explained", "planted-nets", "graded"),
+        ("the same with noise", "planted-nets", "noisy"),
+        ("TREC, accuracy", "minilm-six", "trec"),
+        ("BANKING77, accuracy", "minilm-six", "banking77"),
+    ],
+)
+def test_the_readme_says_what_the_runs_say(line: str, grid: str, task: str) -> None:
+    rows = make_table(runs_of(RESULTS / grid), "regret").values
+    row = rows[(rows.task == task) & (rows.method == "aroma-evidence")].iloc[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("**", "")
+    rank = row.best.removeprefix("lora-r")
+    assert (
+        f"| {line} | {100 * row['mean']:.1f} % at {row.trained:.1f} | {100 * row.best_mean:.1f} % at r = {rank} |"
+        in readme
+    )
