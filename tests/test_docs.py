@@ -32,7 +32,9 @@ def rows_of(file):
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-@pytest.mark.parametrize("file", ["roberta-base-targets.json", "roberta-base-1-thread.json"])
+@pytest.mark.parametrize(
+    "file", ["roberta-base-targets.json", "roberta-base-1-thread.json", "roberta-base-evidence.json"]
+)
 def test_ratios_and_bytes(file):
     result = json.loads((BENCH / file).read_text())
     over = {one["key"]: one["forward_backward_ratio"]["median"] for one in result["comparisons"]}
@@ -49,6 +51,19 @@ def test_ratios_and_bytes(file):
             ]
         )
     assert [row[:5] for row in rows_of(file)[2:]] == expected
+
+
+def test_what_growth_by_evidence_does_between_steps():
+    cases = cases_of("roberta-base-evidence.json")
+    beyond = {key: case["step"]["median"] - case["forward_backward"]["median"] for key, case in cases.items()}
+    own, step = beyond["evidence-1"] - beyond["lora-r8"], cases["evidence-1"]["step"]["median"]
+    assert f"takes {1000 * own:.0f} ms more than one of LoRA r = 8," in " ".join(SPEED.split())
+    assert f"as many parameters: {100 * own / step:.1f} % of it" in SPEED
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    result = json.loads((BENCH / "roberta-base-evidence.json").read_text())["comparisons"]
+    over = {one["key"]: f"{one['forward_backward_ratio']['median']:.2f}" for one in result}
+    one, eight = over["evidence-1"], over["evidence-8"]
+    assert f"takes {one} of the time of LoRA r = 8 with one component in training, {eight} with eight" in readme
 
 
 def test_the_profile():
