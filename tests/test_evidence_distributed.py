@@ -39,7 +39,8 @@ def assert_as_one_process(told: Path, name: str, count: int) -> None:
     for other in others:
         assert_same(other, first)
     alone = ended(Loop(**runs()[name][1]()).go_on())
-    assert any(kind == "born" and step > 32 for step, _, kind in first["events"]), "it is to grow"
+    settled = max(step for step, _, kind in first["events"] if kind == "settled")
+    assert any(kind == "born" and step > settled for step, _, kind in first["events"]), "it is to grow"
     for what in ("events", "noted", "ranks"):
         assert first[what] == alone[what], what
     for matrix, update in first["weights"].items():
