@@ -215,9 +215,6 @@ def check_startable(optimizer: Any, param: Tensor) -> None:
     _resettable_moments(optimizer, param, "prune")
 
 
-# What can be reset ---------------------------------------------------------------------------------------------------
-
-
 def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
     """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
 
@@ -231,6 +228,9 @@ def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
         and not optimizer.state
         and not any(float(group["lr"]) for group in optimizer.param_groups)
     )
+
+
+# What can be reset ---------------------------------------------------------------------------------------------------
 
 
 def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Moment]:

@@ -305,11 +305,11 @@ def budget_figure(shown: Shown) -> Figure:
     """
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    trained = pd.to_numeric(pd.Series([result.get("trained_rank") for result in shown.frame.result]))
-    frame = shown.frame.assign(trained=trained.to_numpy(), points=100 * shown.frame.score)
+    frame = shown.frame.assign(trained=pd.to_numeric(shown.frame.trained_rank), points=100 * shown.frame.score)
     columns = min(len(shown.tasks), 3)
-    figure = new_figure(1.6 + 4.2 * columns, 1 + 3.4 * math.ceil(len(shown.tasks) / columns))
-    panels = figure.subplots(math.ceil(len(shown.tasks) / columns), columns, squeeze=False).ravel()
+    rows = math.ceil(len(shown.tasks) / columns)
+    figure = new_figure(1.6 + 4.2 * columns, 1 + 3.4 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     drawn: dict[str, Any] = {}
     for axes, task in itertools.zip_longest(panels, shown.tasks):
         if task is None:

@@ -81,7 +81,7 @@ _ONLY_OF_REPORTED = ("curve", "evaluations", "ended", "effective_ranks", "inner_
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
 _COPIED = (
-    *("metric", "score", "steps", "planned_steps", "stopped_early", "average_rank", "effective_rank"),
+    *("metric", "score", "steps", "planned_steps", "stopped_early", "average_rank", "effective_rank", "trained_rank"),
     *("git_revision", "platform", "device", "cpu_count", "threads"),
 )
 _PARAMETERS = ("initial", "average", "head")

@@ -29,6 +29,8 @@ from .statistics import paired_differences, regrets, spread
 DEFAULT_BASELINE = "lora-r8"
 """Method that others are compared with if it has run and no other was named."""
 _WITHOUT_BASELINE = ("ranks", "regret", "reset", "inner")
+_RANK_TRAINED = "trainable parameters, averaged over the planned steps, over those of rank 1 in all matrices"
+"""What captions say of `trained_rank`."""
 _NOT_LEARNT = ", not learnt"
 """Ends the title of a column of scores that no method is marked in; see `not_learnt`."""
 _UNPARSEABLE = "unparseable"
@@ -159,8 +161,7 @@ def ranks_table(runs: Runs) -> Table:
     fits: dict[str, Any] = (
         {key: [one.get(key) for one in planted] for key in ("spearman", "pearson", "grew")} if any(planted) else {}
     )
-    trained = [result.get("trained_rank") for result in runs.reported.result]
-    frame = runs.reported.assign(trained_rank=trained, **fits)
+    frame = runs.reported.assign(**fits)
     titles = {"score": "score", "average_rank": "rank found", "trained_rank": "rank trained"}
     for key, title in {**titles, **{key: key for key in fits}}.items():
         one_by_one = [spread(frame[frame.task == task], key, [method]) for method, task in cells]
@@ -170,9 +171,8 @@ def ranks_table(runs: Runs) -> Table:
         found = pd.concat(one_by_one).assign(count=[len(runs.of(*cell)) for cell in cells])
         table.spread(title, heads, found, words)
     table.caption = (
-        "Rank found: at the end, mean over the matrices; rank trained: trainable parameters, averaged over the "
-        f"planned steps, over those of rank 1 in all matrices. {seeds_sentence(runs)} Scores in points "
-        f"(100 × metric). {protocol(runs)}"
+        f"Rank found: at the end, mean over the matrices; rank trained: {_RANK_TRAINED}. {seeds_sentence(runs)} "
+        f"Scores in points (100 × metric). {protocol(runs)}"
     )
     if fits:
         table.caption += (
@@ -187,7 +187,6 @@ def regret_table(runs: Runs) -> Table:
     growing, fixed = runs.finished_methods("aroma"), runs.finished_methods("lora")
     unlearnt = not_learnt(runs.reported)
     frame = runs.reported[~runs.reported.task.isin(unlearnt)]
-    frame = frame.assign(trained_rank=[result.get("trained_rank") for result in frame.result])
     found = regrets(frame, growing, fixed)
     if found.empty:
         remedy = f"no task of {runs.source} has runs of AROMA and of LoRA with a seed in common; run both"
@@ -212,9 +211,8 @@ def regret_table(runs: Runs) -> Table:
     table.caption = (
         "Best fixed: the LoRA with the highest mean on the reported examples, which nobody could have known before. "
         "Difference: of runs of the same seed, mean ± standard error. No worse, no dearer: at most one standard error "
-        "below it, at no more trained parameters. Rank trained: trainable parameters, averaged over the planned "
-        f"steps, over those of rank 1 in all matrices. {seeds_sentence(runs)} Scores in points (100 × metric). "
-        f"{protocol(runs)}"
+        f"below it, at no more trained parameters. Rank trained: {_RANK_TRAINED}. {seeds_sentence(runs)} "
+        f"Scores in points (100 × metric). {protocol(runs)}"
     )
     return table
 
