@@ -32,6 +32,7 @@ class Settings:
     last: int = 10**9  # step after which nothing is born
     held_out_interval: int = 9
     first_pass: int | None = None
+    holds_out: bool = False
     seed: int = 0
 
 
@@ -109,12 +110,9 @@ class Reference:
             for matrix, g in zip(self.matrices, G, strict=True):
                 for c in matrix.live:
                     self._adam(c, o.s * g @ c.a, o.s * g.T @ c.b, lr, self.trained)
-        decides = o.first_pass is None or self.t < o.first_pass
+        decides = not o.holds_out or o.first_pass is None or self.t < o.first_pass
         if self.phase == "questions":
-            if not decides:
-                self.credits = []
-            for answer in [G] if decides else [held_out(number) for number in range(o.questions)]:
-                self._credit(answer)
+            self._credit(G)
         elif self.phase == "growth" and not decides and (self.t - o.first_pass) % o.held_out_interval == 0:
             self._read(held_out(o.questions + (self.t - o.first_pass) // o.held_out_interval), before=False)
         elif self.phase == "growth" and decides:
@@ -133,15 +131,18 @@ class Reference:
         elif self.phase == "trial" and self.t == o.trial:
             self._singular_directions()
             self.phase, self.strength = "questions", 0.5
-        elif self.phase == "questions" and len(self.credits) == o.questions:
-            self._settle()
-            self._look()
-            self.phase, self.strength = "growth", 1.0
+            if o.holds_out:
+                for number in range(o.questions):
+                    self._credit(held_out(number))
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
             self._look()
             if self.t >= o.last:
                 self.phase = "rest"
+        if self.phase == "questions" and len(self.credits) == o.questions:
+            self._settle()
+            self._look()
+            self.phase, self.strength = "growth", 1.0
 
     def _look(self) -> None:
         for matrix in self.matrices:

@@ -64,17 +64,26 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 
 
 @pytest.mark.parametrize(
-    ("slots", "kappa", "first_pass"),
-    [(3, 0.25, None), (2, 0.1, None), (1, 0.1, None), (3, 0.25, 60), (3, 0.25, 15), (3, 0.25, 26)],
-    ids=["plain", "merges", "one slot", "held out grows", "held out settles", "the pass ends amid questions"],
+    ("slots", "kappa", "holds_out", "first_pass"),
+    [
+        pytest.param(3, 0.25, False, None, id="plain"),
+        pytest.param(2, 0.1, False, None, id="merges"),
+        pytest.param(1, 0.1, False, None, id="one slot"),
+        pytest.param(3, 0.25, True, 60, id="held out later"),
+        pytest.param(3, 0.25, True, 15, id="held out always"),
+        pytest.param(3, 0.25, True, None, id="held out for the trial alone"),
+    ],
 )
-def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, first_pass: int | None) -> None:
+def test_a_whole_run_is_that_of_the_dense_reference(
+    slots: int, kappa: float, holds_out: bool, first_pass: int | None
+) -> None:
     steps = 200
     base, x, y = planted([0, 4, 1, 3])
     held = batches(x[300:], y[300:], 60, seed=9)
     data = batches(x[:300], y[:300], steps)
     weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
-    reference = Reference(weights, Settings(S=slots, kappa=kappa, first_pass=first_pass, last=steps - 20))
+    settings = Settings(S=slots, kappa=kappa, first_pass=first_pass, holds_out=holds_out, last=steps - 20)
+    reference = Reference(weights, settings)
     net = Net()
 
     def gradients(batch: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -92,7 +101,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, fi
         total_steps=steps,
         on_event=events.append,
         steps_per_pass=first_pass,
-        growth_batches=held if first_pass else None,
+        growth_batches=held if holds_out else None,
         growth_loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
     )
     for batch in data:

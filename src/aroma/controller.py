@@ -217,14 +217,14 @@ class AromaController:
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
         self._gather_evidence()
-        return self.rule.step()
+        return self.rule.step() + self._ask_held_out()
 
     def decide_by(self, held_out: HeldOut | None, first_pass: int | None) -> None:
         """Say on which examples growth is decided; without this call, on every batch.
 
         Args:
-            held_out: Batches that are not trained on; they decide from the second pass over the data on. None: the
-                training batches go on deciding.
+            held_out: Batches that are not trained on. They decide what stays after the trial, and from the second
+                pass over the data on what is born. None: the training batches go on deciding.
             first_pass: Optimizer steps of the first pass; None if no example comes twice.
 
         Warns:
@@ -248,9 +248,20 @@ class AromaController:
         if held_out is None or first_pass is None or step < first_pass:
             self.matrices.absorb(record=True)
             return
-        for number in () if self.finished else self.rule.held_out_batches(step - first_pass):
+        for number in () if self.finished else self.rule.held_out_duels(step - first_pass):
             self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
         self.matrices.absorb(record=False)
+
+    def _ask_held_out(self) -> list[Event]:
+        """Let held-out examples say at once what stays after the trial, so that no training step is spent on it."""
+        events: list[Event] = []
+        if self._held_out is None:
+            return events
+        while numbers := self.rule.held_out_questions():
+            for number in numbers:
+                self.matrices.weigh_held_out(partial(self._held_out.loss, self.matrices.model, number))
+            events += self.rule.answer()
+        return events
 
     def skip_step(self) -> None:
         """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""

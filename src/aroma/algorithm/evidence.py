@@ -283,17 +283,27 @@ class EvidenceRule(Generic[E]):
         self.tell(events)
         return events
 
-    def held_out_batches(self, step: int) -> Sequence[int]:
-        """Return the numbers of the held-out batches to be asked, `step` optimizer steps after the first pass."""
-        if self.phase == "questions":
-            if not self._asked:
-                # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
-                self._credits = []
-            first = self._asked  # later others are asked, in place of those that overflowed
-            self._asked += self._settings.questions - len(self._credits)
-            return range(first, self._asked)
+    def held_out_duels(self, step: int) -> Sequence[int]:
+        """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
         number, rest = divmod(step, HELD_OUT_INTERVAL)
         return () if rest or self.phase != "growth" else (max(self._asked, self._settings.questions) + number,)
+
+    def held_out_questions(self) -> Sequence[int]:
+        """Return the numbers of the held-out batches that answer what is open at the end of the trial."""
+        if self.phase != "questions":
+            return ()
+        if not self._asked:
+            # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
+            self._credits = []
+        first = self._asked  # later others are asked, in place of those that overflowed
+        self._asked += self._settings.questions - len(self._credits)
+        return range(first, self._asked)
+
+    def answer(self) -> list[Event]:
+        """Take what held-out batches answered at the end of the trial; see `GrowthRule`."""
+        events = self._answered()
+        self.tell(events)
+        return events
 
     def outer_step(self) -> list[Event]:
         """There are no inner loops that could end.

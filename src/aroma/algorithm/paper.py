@@ -161,9 +161,17 @@ class PaperRule(Generic[M]):
         self.tell(events)
         return events
 
-    def held_out_batches(self, step: int) -> Sequence[int]:
+    def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches to be asked: none."""
         return ()
+
+    def held_out_questions(self) -> Sequence[int]:
+        """Return the numbers of the held-out batches to be asked: none."""
+        return ()
+
+    def answer(self) -> list[Event]:
+        """Nothing was asked."""
+        return []
 
     def outer_step(self) -> list[Event]:
         """End the inner loop: keep or drop every component by equation (6), and start the next inner loop.

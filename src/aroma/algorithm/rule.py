@@ -136,8 +136,14 @@ class GrowthRule(Protocol):
     def step(self) -> list[Event]:
         """Count one optimizer step, and act on the matrices where that is due; return what happened."""
 
-    def held_out_batches(self, step: int) -> Sequence[int]:
-        """Return the numbers of the held-out batches to be asked, `step` optimizer steps after the first pass."""
+    def held_out_duels(self, step: int) -> Sequence[int]:
+        """Return the numbers of the held-out batches to be asked now, `step` optimizer steps after the first pass."""
+
+    def held_out_questions(self) -> Sequence[int]:
+        """Return the numbers of the held-out batches to be asked before the next step; `answer` takes what they say."""
+
+    def answer(self) -> list[Event]:
+        """Act on what they answered, within the optimizer step that was counted last; return what happened."""
 
     def outer_step(self) -> list[Event]:
         """End the inner loop now; return what happened."""

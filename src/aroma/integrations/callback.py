@@ -46,7 +46,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         model = get_peft_model(base, AromaConfig(task_type="SEQ_CLS"))
         Trainer(model=model, callbacks=[AromaCallback()], ...).train()
 
-    With `growth="evidence"`, in a run of several passes over the data, some examples are held out (docs/usage.md):
+    With `growth="evidence"`, hold some examples out to decide growth (docs/usage.md):
 
     .. code-block:: python
 
@@ -62,9 +62,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
         growth_dataset (*optional*): With `growth="evidence"`, examples that the Trainer does not train on, prepared as
-            its training set is; see `aroma.hold_out`. From the second pass over the data on they decide growth. It may
-            also be set after the Trainer was made, as for SFTTrainer: `callback.growth_dataset =
-            trainer.eval_dataset`. Checkpoints do not hold it.
+            its training set is; see `aroma.hold_out`. They decide what stays after the trial, and from the second pass
+            over the data on what is born. It may also be set after the Trainer was made, as for SFTTrainer:
+            `callback.growth_dataset = trainer.eval_dataset`. Checkpoints do not hold it.
         growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none.
 
     Attributes:

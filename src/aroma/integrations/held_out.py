@@ -1,4 +1,4 @@
-"""Held-out examples: they train nothing, and decide growth once the training examples have all been seen."""
+"""Held-out examples: they train nothing. They end the trial, and decide growth once all others have been seen."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def attach(
             if growth.finished:
                 break
 
-    With `growth="evidence"`, in a run of several passes over the data, held-out batches decide after the first:
+    With `growth="evidence"`, held-out batches decide what stays after the trial, and births after the first pass:
 
     .. code-block:: python
 
@@ -116,8 +116,8 @@ def attach(
         adapter_name: Name of the adapter.
         steps_per_pass: With growth="evidence", optimizer steps of one pass over the training set; None if no example
             comes twice.
-        growth_batches: Batches of examples that are not trained on, as a list or a DataLoader. From the second pass on
-            they decide growth.
+        growth_batches: With growth="evidence", batches of examples that are not trained on, as a list or a DataLoader.
+            They decide what stays after the trial, and from the second pass on what is born.
         growth_loss: Loss of a model and such a batch, where the model itself returns none.
 
     Raises:
@@ -125,14 +125,8 @@ def attach(
         CheckpointError: `resume_from` holds no state of a run, or a damaged one.
     """
     controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
-    if growth_batches is not None and (not controller.config.has_slots or steps_per_pass is None):
-        field = "growth" if not controller.config.has_slots else "steps_per_pass"
-        raise bad_value(
-            field,
-            getattr(controller.config, field, None),
-            "growth_batches decide growth='evidence' after one pass over "
-            "the data; set growth='evidence' and give steps_per_pass, the optimizer steps of a pass",
-        )
+    if growth_batches is not None and not controller.config.has_slots:
+        raise bad_value("growth_batches", "given", "only growth='evidence' reads them; leave them out")
     if steps_per_pass is not None and steps_per_pass < 1:
         raise bad_value("steps_per_pass", steps_per_pass, "a pass over the training set takes at least one step")
     held_out = None

@@ -13,6 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback
 
+from aroma.algorithm.evidence import flips_to_birth
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError
@@ -39,8 +40,7 @@ class Aroma(PeftAdapter):
     Args:
         r: Rank of one component.
         dropout: Dropout on the input of the component in training; `lora_dropout` in `AromaConfig`.
-        growth_share: Share of the training set that decides growth="evidence" and is not trained on, where examples
-            come twice.
+        growth_share: Share of the training set that decides growth="evidence" and is not trained on.
         options: Further fields of `AromaConfig`; they override the other arguments.
         target_modules: Modules that grow; see `head.find_targets`.
     """
@@ -104,11 +104,16 @@ class Aroma(PeftAdapter):
         layers = aroma_layers(model).values()
         return sum((layer.in_features + layer.out_features) * layer.slots_in_training(ADAPTER) for layer in layers)
 
-    def hold_out(self, train: Any, passes: float) -> tuple[Any, Any | None]:
-        """Hold out the examples that decide growth by evidence from the second pass on; see `Method.hold_out`."""
-        if self.config([], 0).growth != "evidence" or passes <= 1:
+    def hold_out(self, train: Any, passes: float, batch_size: int) -> tuple[Any, Any | None]:
+        """Hold out the examples that decide growth by evidence; see `Method.hold_out`.
+
+        In a run of one pass, too few to decide are trained on instead: there every training batch is unseen, too.
+        """
+        config = self.config([], 0)
+        if config.growth != "evidence":
             return train, None
-        return hold_out(train, self.growth_share)
+        too_few = len(train) * self.growth_share < flips_to_birth(config.significance) * batch_size
+        return (train, None) if passes <= 1 and too_few else hold_out(train, self.growth_share)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""

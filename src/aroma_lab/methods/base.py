@@ -175,10 +175,13 @@ class Method(ABC):
         """
         return {}
 
-    def hold_out(self, train: Any, passes: float) -> tuple[Any, Any | None]:
-        """Split the training set of a run of so many passes into what is trained on, and what the method asks.
+    def hold_out(self, train: Any, passes: float, batch_size: int) -> tuple[Any, Any | None]:
+        """Split the training set into what is trained on, and what the method asks; most methods train on all of it.
 
-        Most methods train on all of it.
+        Args:
+            train: The training set.
+            passes: Planned passes over it.
+            batch_size: Examples of a batch of all processes.
         """
         return train, None
 

@@ -130,11 +130,13 @@ def make_trainer(
 
 
 def hold_out(method: Method, training: TrainSpec, examples: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Split training examples into what is trained on, and what decides growth where examples come twice."""
+    """Split training examples into what is trained on, and what decides growth."""
+    together = training.batch_size * world_size()
     if training.max_steps is None:
-        return method.hold_out(examples, training.epochs)
-    batch = training.batch_size * training.gradient_accumulation_steps * world_size()
-    return method.hold_out(examples, training.max_steps * batch / len(examples))
+        passes = training.epochs
+    else:
+        passes = training.max_steps * together * training.gradient_accumulation_steps / len(examples)
+    return method.hold_out(examples, passes, together)
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
