@@ -140,7 +140,7 @@ class GrowthRule(Protocol):
         """Return the numbers of the held-out batches to be asked now, `step` optimizer steps after the first pass."""
 
     def held_out_questions(self) -> Sequence[int]:
-        """Return the numbers of the held-out batches to be asked before the next step; `answer` takes what they say."""
+        """Return the numbers of the held-out batches to be asked before the next step; then call `answer`."""
 
     def answer(self) -> list[Event]:
         """Act on what they answered, within the optimizer step that was counted last; return what happened."""
