@@ -148,9 +148,7 @@ def asking(*overflowing: int) -> Loop:
     return Loop(steps=2 * STEPS, steps_per_pass=3, growth_batches=held_out(overflowing=overflowing))
 
 
-@pytest.mark.parametrize(
-    ("overflowing", "asked"), [((2,), 9), ((0, 1, 2, 7, 8), 13), ((10,), 8), ((11, 12, 13), 8)]
-)
+@pytest.mark.parametrize(("overflowing", "asked"), [((2,), 9), ((0, 1, 2, 7, 8), 13), ((10,), 8), ((11, 12, 13), 8)])
 def test_held_out_batches_that_overflow_stop_nothing(overflowing: tuple[int, ...], asked: int) -> None:
     """In place of a question that overflows another one is asked, in the same step."""
     loop = asking(*overflowing).go_on(16)
