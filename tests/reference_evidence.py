@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from aroma.reset import component_generator
@@ -25,7 +26,6 @@ class Settings:
     first: int = 8
     trial: int = 20
     questions: int = 10  # half of the trial's steps
-    quantile: float = 1.8331  # of Student's t, one-sided 5 %, 9 degrees of freedom
     share_kept: float = 0.95
     interval: int = 4
     unused: int = 4
@@ -169,10 +169,14 @@ class Reference:
         every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
         candidates = []
         for i in range(len(self.matrices)):
+            p = []
             for k in range(o.S):
                 x = every[:, i, k]
-                if x.mean() > o.quantile * x.std() / math.sqrt(o.questions):
-                    candidates.append((float(x.mean()), i, k))
+                p.append((float(stats.ttest_1samp(x, 0, alternative="greater").pvalue), k, float(x.mean())))
+            for place, (chance, k, credit) in enumerate(sorted(p)):
+                if chance >= o.alpha / (o.S - place):
+                    break
+                candidates.append((credit, i, k))
         carried, chosen = 0.0, set()
         for credit, i, k in sorted(candidates, reverse=True):
             if carried < o.share_kept * sum(credit for credit, _, _ in candidates):
@@ -249,10 +253,11 @@ class Reference:
                     matrix.heads[k] += steepness > 0 and steepness > o.kappa * rival
         self.pending, self.newborn = [], []
         for matrix in self.matrices:
-            before, born = matrix.live, 0
-            for k in range(len(matrix.v)):
-                if born < o.S and evidence(matrix.heads[k], matrix.flips[k]) >= 1 / o.alpha:
-                    born += 1
+            before, money = matrix.live, [evidence(*won) for won in zip(matrix.heads, matrix.flips, strict=True)]
+            for _ in range(min(o.S, o.unused)):
+                k = max(range(o.unused), key=lambda k: money[k])
+                if sum(money) / o.unused >= 1 / o.alpha:
+                    money[k] = 1.0
                     self._birth(matrix, matrix.v[k], before)
                     matrix.p[k], matrix.q[k] = torch.zeros_like(matrix.p[k]), torch.zeros_like(matrix.q[k])
                     matrix.heads[k] = matrix.flips[k] = 0

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from scipy import stats
 from torch import Tensor, nn
 
 from aroma import AromaConfig, attach
-from aroma.algorithm.evidence import directions_to_keep, flips_to_birth, log_evidence
+from aroma.algorithm.evidence import (
+    directions_that_convince,
+    directions_to_keep,
+    flips_to_birth,
+    log_evidence,
+    log_mean,
+    saves_loss,
+    upper_tail,
+)
 from aroma.directions import Directions, singular_directions
 from reference_evidence import Reference, Settings, evidence
 
@@ -140,8 +150,47 @@ def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:
 def test_whatever_the_significance_what_costs_loss_never_stays(significance: float, kept: list[int]) -> None:
     # Surely useful, useful on average, harmful on average, surely harmful.
     noise = np.tile([1.0, -1.0], 8)
-    credits = np.stack([1 + 1e-9 * noise, 0.1 + noise, -0.1 + noise, -1 + 1e-9 * noise], 1)[:, None, :]
+    credits = np.stack([1 + 1e-9 * noise, 0.2 + noise, -0.2 + noise, -1 + 1e-9 * noise], 1)[:, None, :]
     assert directions_to_keep(credits, significance) == [kept]
+
+
+@pytest.mark.parametrize("significance", [0.01, 0.05, 0.3])
+def test_the_trial_tests_the_directions_of_a_matrix_by_holms_procedure(significance: float) -> None:
+    credits = np.random.default_rng(0).normal(size=(16, 500, 8)) + np.linspace(0, 1, 8)
+    p = stats.ttest_1samp(credits, 0, alternative="greater").pvalue
+    for row, found in zip(p, saves_loss(credits, significance), strict=True):
+        order = np.argsort(row)
+        passed = [row[k] < significance / (8 - place) for place, k in enumerate(order)]
+        expected = order[: passed.index(False) if False in passed else 8]
+        assert set(found.nonzero()[0]) == set(expected)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 7, 15, 30])
+def test_chances_are_those_of_students_t(degrees: int) -> None:
+    t = np.array([-np.inf, -2.0, 0.0, 0.3, 1.7, 4.0, 9.0, np.inf])
+    np.testing.assert_allclose(upper_tail(t, degrees), stats.t.sf(t, degrees), rtol=1e-9, atol=1e-15)
+
+
+def test_a_matrix_that_needs_nothing_keeps_something_with_probability_alpha() -> None:
+    noise = np.random.default_rng(0).normal(size=(16, 4000, 8))
+    share = saves_loss(noise, 0.05).any(1).mean()
+    assert 0.03 < share < 0.06
+    assert (noise.mean(0) > 1.7531 * noise.std(0, ddof=1) / 4).any(1).mean() > 0.3, "each direction by itself at 5 %"
+
+
+def test_the_directions_of_a_matrix_share_one_stake() -> None:
+    twenty = math.log(20)
+    assert log_mean([math.log(80), 0, 0, -9]) > twenty > log_mean([math.log(76), 0, 0, -9])
+    assert directions_that_convince([math.log(76), 0.0, 0.0, -9.0], twenty) == []
+    assert directions_that_convince([0.0, math.log(1e3), math.log(70), math.log(1e4)], twenty) == [3, 1]
+    # Fair coins in four directions, watched for 100 flips: no more than α of the matrices ever convince.
+    generator = torch.Generator().manual_seed(0)
+    coins = torch.randint(0, 2, (1000, 100, 4), generator=generator).cumsum(1).tolist()
+    convinced = [
+        any(log_mean([log_evidence(heads, flips) for heads in row]) >= twenty for flips, row in enumerate(matrix, 1))
+        for matrix in coins
+    ]
+    assert sum(convinced) / 1000 < 0.05
 
 
 def test_an_update_of_a_lower_rank_has_no_further_directions() -> None:

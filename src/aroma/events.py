@@ -58,8 +58,8 @@ class ModuleSummary:
         state: `"training"`, `"converged"` (bears the inner label) or `"frozen"`.
         inner_value: Left side of (5) at its last inner check, None where undefined.
         outer_value: Left side of (6) at its last outer check, None before the first.
-        log_evidence: Logarithm of the evidence E for one more component: of the best of its unused directions, since
-            that one began. Below 0 the evidence is against it, and a birth takes −ln α, which is 3.0 at α = 0.05.
+        log_evidence: Logarithm of the evidence E for one more component: the mean over its unused directions, each
+            since it began. Below 0 the evidence is against it, and a birth takes −ln α, which is 3.0 at α = 0.05.
             None under Algorithm 1.
         steepness: z of the steepest of its unused directions on the last batch: how much loss a step of length 1 along
             it, in ‖ΔW‖_F, would save to first order. To be compared between matrices of one run. None where unknown.

@@ -10,7 +10,8 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
 
     credit_k = −s σ_k u_kᵀ G_½ v_k             the loss that the direction saves: the midpoint rule for the integral
                                                of the gradient from strength 0 to 1, exact for a quadratic loss
-    candidates: directions of any matrix whose mean credit is positive at significance α (Student's t)
+    candidates: directions of any matrix whose mean credit is positive at significance α (Student's t, with
+                Holm's correction for the directions of its matrix)
     stay:       the fewest candidates that carry 95 % of the credit of all of them
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
@@ -23,11 +24,11 @@ each unused direction duels with what trains:
     own  = mean over the matrix's components k of −⟨G, Δ_k⟩ / ‖Δ_k‖_F     Δ_k: how the component moved lately
     all  = the mean of −⟨G, Δ_k⟩ / ‖Δ_k‖_F over the components of all matrices
     heads, if z > 0 and z > κ max(own, all); tails otherwise
-    E    = mean over θ in (½, 1) of (2θ)^heads (2(1 − θ))^tails
-    E ≥ 1/α   → one more component, along u vᵀ; its heads = tails = 0
+    E    = mean over the matrix's unused directions, and over θ in (½, 1), of (2θ)^heads (2(1 − θ))^tails
+    E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
-(Ville's inequality for the mixture). So α is the chance of a component that is not needed.
+(Ville's inequality for the mixture). So α is the chance that a matrix gets a component that it does not need.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -119,7 +119,7 @@ class EvidenceMatrix(Matrix, Protocol):
     Attributes:
         heads: Batches since its start on which an unused direction won, by direction.
         flips: Batches since its start on which it was judged, likewise.
-        log_evidence: The largest log E of its directions.
+        log_evidence: log E.
         steepness: The largest z of the last batch; None before the first.
     """
 
@@ -364,9 +364,9 @@ class EvidenceRule(Generic[E]):
         births = []
         for matrix in self._matrices.active():
             found = [log_evidence(heads, flips) for heads, flips in zip(matrix.heads, matrix.flips, strict=True)]
-            matrix.log_evidence = max(found)
+            matrix.log_evidence = log_mean(found)
             # No more than there are slots: a component would be merged before it has ever trained.
-            ready = [direction for direction, value in enumerate(found) if value >= threshold]
+            ready = directions_that_convince(found, threshold)
             births += [(matrix, direction) for direction in ready[: self._settings.slots]]
         is_told = self.global_step % TOLD_INTERVAL == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
@@ -381,7 +381,7 @@ class EvidenceRule(Generic[E]):
         events += [self._event("born", matrix) for matrix, _ in births]
         for matrix, direction in births:
             matrix.heads[direction] = matrix.flips[direction] = 0
-            matrix.log_evidence = max(map(log_evidence, matrix.heads, matrix.flips))
+            matrix.log_evidence = log_mean([*map(log_evidence, matrix.heads, matrix.flips)])
         self.births += len(births)
         self.last_birth = self.global_step
         return events
@@ -479,18 +479,14 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
 
     Those are candidates that save loss at significance α. The fewest of them all stay that carry 95 % of what the
     candidates save together. Noise that was learnt by heart has a negative credit; where nothing is there to learn,
-    nothing stays.
+    nothing stays, but in one of 1/α matrices.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
         significance: α.
     """
-    batches = len(credits)
     known = np.nan_to_num(credits)
-    saved, error = known.mean(0), known.std(0, ddof=1) / math.sqrt(batches)
-    # Above a half, α would let in directions that cost loss; near 0, 1 − α would be rounded to 1.
-    least = max(-student_quantile(significance, batches - 1), 0.0) * error
-    saved = np.where(saved > least, saved, 0.0)
+    saved = np.where(saves_loss(known, significance), known.mean(0), 0.0)
     order = np.argsort(-saved, axis=None, kind="stable")
     ranked = saved.reshape(-1)[order]
     carried_before = np.cumsum(ranked) - ranked
@@ -499,15 +495,42 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
 
 
-def student_quantile(probability: float, degrees: int) -> float:
-    """Return a quantile of Student's t, by the expansion 26.7.5 of Abramowitz and Stegun; three digits from 10 on."""
-    z: float = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / float(degrees) ** (power + 1) for power, term in enumerate(terms))
+def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
+    """Return which directions save loss at significance α, (matrices, S).
+
+    By Holm's procedure within each matrix: the direction with the largest t is held to α / S, the next one to
+    α / (S − 1), and so on up to the first that fails. The chance that any of a matrix's directions passes without
+    saving loss is α.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S).
+        significance: α.
+    """
+    batches, _, slots = credits.shape
+    saved, error = credits.mean(0), credits.std(0, ddof=1) / math.sqrt(batches)
+    t = np.divide(saved, error, out=np.where(saved > 0, np.inf, -np.inf), where=error > 0)
+    # Above a half, α would let in directions that cost loss.
+    chance = np.where(saved > 0, upper_tail(t, batches - 1), 1.0)
+    order = np.argsort(-t, axis=1, kind="stable")
+    levels = significance / np.arange(slots, 0, -1)
+    passes = np.logical_and.accumulate(np.take_along_axis(chance, order, 1) < levels, axis=1)
+    found = np.zeros_like(passes)
+    np.put_along_axis(found, order, passes, 1)
+    return found
+
+
+def upper_tail(t: np.ndarray, degrees: int) -> np.ndarray:
+    """Return P(T > t), any shape, for Student's t; Abramowitz and Stegun, 26.7.3 and 26.7.4, which are exact."""
+    theta = np.arctan(t / math.sqrt(degrees))
+    cosine, term = np.cos(theta), np.sin(theta)
+    inside = np.zeros_like(theta)
+    if degrees % 2:
+        term = 2 / math.pi * term * cosine
+        inside = 2 / math.pi * theta
+    for power in range(degrees % 2 + 2, degrees + 1, 2):
+        inside = inside + term
+        term = term * cosine**2 * (power - 1) / power
+    return (1 - inside) / 2
 
 
 def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
@@ -544,7 +567,29 @@ def log_evidence(heads: int, flips: int) -> float:
     return float(top + np.log(np.exp(exponents - top).mean()))
 
 
+def log_mean(logarithms: Sequence[float]) -> float:
+    """Return the logarithm of the mean of what `logarithms` are of."""
+    top = max(logarithms)
+    return top + math.log(sum(math.exp(value - top) for value in logarithms) / len(logarithms))
+
+
+def directions_that_convince(logarithms: Sequence[float], threshold: float) -> list[int]:
+    """Return the directions of a matrix along which components are born, those that won most first.
+
+    A birth takes the money of its direction: 1 is left of it.
+
+    Args:
+        logarithms: log E of every direction alone.
+        threshold: −log α, over 0.
+    """
+    left, found = [*logarithms], []
+    while log_mean(left) >= threshold:
+        found.append(max(range(len(left)), key=left.__getitem__))
+        left[found[-1]] = 0.0
+    return found
+
+
 def flips_to_birth(significance: float) -> int:
-    """Return how many batches in a row the unused direction must win for a birth at `significance`."""
+    """Return how many batches in a row all unused directions of a matrix must win for a birth at `significance`."""
     threshold = -math.log(significance)
     return next(flips for flips in range(1, 10_000) if log_evidence(flips, flips) >= threshold)
