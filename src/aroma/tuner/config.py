@@ -104,7 +104,7 @@ class AromaConfig(LoraConfig):
         prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
         rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
             back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
-        significance (`float`, *optional*, defaults to 0.05): α, the chance of a component that is not needed, in
+        significance (`float`, *optional*, defaults to 0.05): α, the chance that a matrix gets a needless component, in
             (0, 1).
         slots (`int`, *optional*, defaults to 8): S, how many components of a matrix train at once. A component beyond
             them merges the oldest.
