@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -741,3 +742,29 @@ def test_figures_and_collected_runs_are_written_and_overwrite_nothing(grid, tmp_
         assert "it exists; give another name, or move it away" in capsys.readouterr().err
     assert command("figure", "pareto", grid, "--out", "a.docx") != 0
     assert "--out='a.docx': unknown kind of picture" in capsys.readouterr().err
+
+
+def test_parts_of_a_grid_are_joined_and_later_ones_replace(grid, tmp_path, capsys):
+    def improved(row):
+        return {**row, "result": {**row["result"], "score": row["score"] + 1}}
+
+    runs = read_runs(grid)
+    parts = {
+        "early": [*runs.rows],
+        "late": [improved(row) for row in runs.rows if row["name"].startswith("rte/lora-r8/")],
+    }
+    for name, rows in parts.items():
+        collect_runs(replace(runs, rows=rows), tmp_path / name / TABLE)
+        for file in ("selection.json", "grid.yaml"):
+            shutil.copy(grid / file, tmp_path / name / file)
+    assert command("collect", tmp_path / "early", tmp_path / "late") != 0
+    assert "--out=None: name the new table of these parts" in capsys.readouterr().err
+    assert command("collect", tmp_path / "early", tmp_path / "late", "--out", tmp_path / "both" / TABLE) == 0
+    both = read_runs(tmp_path / "both")
+    assert [row["name"] for row in both.rows] == [row["name"] for row in runs.rows]
+    assert (both.selection, both.grid) == (runs.selection, runs.grid)
+    before, after = (frame.reported.set_index("name").score for frame in (runs, both))
+    changed = after[before != after].index
+    assert set(changed) == {name for name in before.index if name.startswith("rte/lora-r8/")}
+    assert command("collect", tmp_path / "early", tmp_path / "late", "--out", tmp_path / "both" / "again.parquet") != 0
+    assert "selection.json': it exists" in capsys.readouterr().err

@@ -22,6 +22,7 @@ TABLES = {
     "time": "seconds of an epoch, and their ratios (Table 5)",
     "inner": "after how many steps the inner criterion fires, by kind of matrix",
 }
+_OF_GRID = ("selection.json", "grid.yaml")
 FORMAT_NAMES = ("text", "markdown", "latex", "csv")
 FIGURES = {
     "curves": "Figure 1: trainable parameters, total rank, rank of two modules, and score, by step",
@@ -89,11 +90,14 @@ def add_parser(commands: Any) -> None:
         "Write all runs of a grid into one table, runs.parquet: settings, versions, metrics, ranks, curves,\n"
         "evaluations and inner checks of each run, failures included. `aroma lab table` and `aroma lab figure`\n"
         "take it in place of the run folders and give the same numbers. Adapters, events and losses are left\n"
-        "out, so cosines and births still need the run folders.",
+        "out, so cosines and births still need the run folders.\n\n"
+        "Of several parts of one grid, what a later part has of a task and method replaces earlier runs. What they\n"
+        "chose and were asked, selection.json and grid.yaml, is then written beside the table.",
         "aroma lab collect results/lab/minilm",
         "aroma lab collect results/lab/minilm --out minilm.parquet",
+        "aroma lab collect machine-a machine-b --out both/runs.parquet",
     )
-    collect.add_argument("folder", metavar="FOLDER", help="the grid's output folder")
+    collect.add_argument("folders", metavar="FOLDER", nargs="+", help="the grid's output folder, or its parts")
     collect.add_argument("--out", metavar="FILE", help="new file to write it to (FOLDER/runs.parquet)")
     collect.set_defaults(run=run_collect)
 
@@ -141,11 +145,22 @@ def run_figure(arguments: argparse.Namespace) -> None:
 def run_collect(arguments: argparse.Namespace) -> None:
     """Write the table of runs."""
     require_extra("lab")
-    out = _new_file(arguments.out or str(Path(arguments.folder) / "runs.parquet"))
-    from ..report.runs import collect_runs, read_runs
+    is_joined = len(arguments.folders) > 1
+    if is_joined and arguments.out is None:
+        raise bad_value("--out", None, "name the new table of these parts, as joined/runs.parquet")
+    out = _new_file(arguments.out or str(Path(arguments.folders[0]) / "runs.parquet"))
+    selection, grid = (_new_file(str(out.parent / name)) if is_joined else None for name in _OF_GRID)
+    import yaml
 
-    runs = read_runs(arguments.folder)
+    from aroma.files import write_json, write_text
+
+    from ..report.runs import collect_runs, join_runs, read_runs
+
+    runs = join_runs([read_runs(folder) for folder in arguments.folders])
     collect_runs(runs, out)
+    if selection is not None and grid is not None:
+        write_json(selection, runs.selection)
+        write_text(grid, yaml.safe_dump(runs.grid, sort_keys=False))
     print(f"{len(runs.rows)} runs, {out.stat().st_size / 1e3:.0f} kB: {out}")
 
 

@@ -187,6 +187,19 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
     return runs
 
 
+def join_runs(parts: Sequence[Runs]) -> Runs:
+    """Join parts of one grid that were run apart: what a later part has of a task and method replaces earlier runs."""
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    selection: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        own = {(row["task"], row["method"]) for row in part.rows}
+        rows |= {key: [row for row in part.rows if (row["task"], row["method"]) == key] for key in own}
+        for task, chosen in part.selection.items():
+            selection[task] = selection.get(task, {}) | chosen
+    joined = sorted((row for some in rows.values() for row in some), key=lambda row: str(row["name"]))
+    return Runs(parts[-1].source, joined, selection, parts[-1].grid)
+
+
 def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     """Write all runs into one Parquet file, from which every table and figure but the cosines comes out the same.
 
