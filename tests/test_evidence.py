@@ -65,8 +65,14 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 
 @pytest.mark.parametrize(
     ("slots", "kappa", "first_pass"),
-    [(3, 0.25, None), (2, 0.1, None), (1, 0.1, None), (3, 0.25, 60), (3, 0.25, 15), (3, 0.25, 26)],
-    ids=["plain", "merges", "one slot", "held out grows", "held out settles", "the pass ends amid questions"],
+    [
+        pytest.param(3, 0.25, None, id="plain", marks=pytest.mark.slow),
+        pytest.param(2, 0.1, None, id="merges"),
+        pytest.param(1, 0.1, None, id="one slot", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, 60, id="held out grows"),
+        pytest.param(3, 0.25, 15, id="held out settles", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, 26, id="the pass ends amid questions"),
+    ],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(slots: int, kappa: float, first_pass: int | None) -> None:
     steps = 200

@@ -39,6 +39,7 @@ from evidence_runs import (
     trainable,
 )
 from models import base, batch, logits
+from quick import slow_but
 from test_precision import sixteen_bit_folder
 from trainer_runs import assert_same
 
@@ -149,7 +150,13 @@ def asking(*overflowing: int) -> Loop:
 
 
 @pytest.mark.parametrize(
-    ("overflowing", "settled"), [((2,), 18), ((0, 1, 2, 7, 8), 19), ((10,), 17), ((11, 12, 13), 17)]
+    ("overflowing", "settled"),
+    [
+        ((0, 1, 2, 7, 8), 19),
+        ((11, 12, 13), 17),
+        pytest.param((2,), 18, marks=pytest.mark.slow),
+        pytest.param((10,), 17, marks=pytest.mark.slow),
+    ],
 )
 def test_held_out_batches_that_overflow_stop_nothing(overflowing: tuple[int, ...], settled: int) -> None:
     """In place of a question that overflows another one is asked, a step later."""
@@ -240,7 +247,7 @@ def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", slow_but([False], [False, True]))
 def test_checkpointing_changes_nothing(name: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out batches are checkpointed too, and are evaluated as in an evaluation both times.
 
@@ -342,7 +349,9 @@ WAYS: dict[str, Callable[[], ModelLoop]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", slow_but(["float16 autocast", "bfloat16 base", "4-bit base", "Conv1D", "encoder and decoder"], WAYS)
+)
 def test_it_grows_and_plain_peft_loads_it(tmp_path: Path, way: str) -> None:
     loop = WAYS[way]()
     assert loop.growth.controller.config.has_slots
@@ -428,7 +437,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(["SGD momentum", "AdamW", "Adafactor", "AdamW8bit"], OPTIMIZERS))
 def test_a_newborn_takes_no_larger_steps_than_its_siblings(name: str) -> None:
     loop = Loop(net(duel_factor=1e9), OPTIMIZERS[name], steps=600).go_on(300)
     matrices = [matrix for matrix in loop.growth.controller.modules if 0 < len(matrix.slots) < 3]
