@@ -1,14 +1,17 @@
 """What holds for every test: no network, one thread, the same random numbers."""
 
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import jinja2
 import pytest
 import torch
 
@@ -46,6 +49,9 @@ get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 torch.set_num_threads(1)
 
+# PEFT writes a model card beside every adapter, and compiles the card's template each time.
+jinja2.Environment.compile = cache(jinja2.Environment.compile)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # xdist would start the files with most tests first, which take a second.
@@ -55,6 +61,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    # Every training of accelerate collects garbage among all objects, and those of the imported libraries are most.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

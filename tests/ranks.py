@@ -37,7 +37,7 @@ def forking(*modules: str) -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     # Read when the server starts, at the first process.
-    context.set_forkserver_preload([*modules])
+    context.set_forkserver_preload([*modules, "frozen"])
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     before = dict(os.environ)
     os.environ.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")

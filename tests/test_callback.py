@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from aroma import AromaCallback, Event, aroma_layers, verify_adapter
 from aroma.errors import ConfigError, NonFiniteError
 from aroma.tuner import live_adapter
+from quick import slow_but
 from trainer_runs import Run, adapted, assert_same, growth, read_events, steps_of, tiny_bert, train, trainer_for
 
 INPUT = torch.arange(1, 33).reshape(4, 8)
@@ -201,7 +202,7 @@ def growth_of(model: Any) -> Any:
     return live_adapter(model).controller
 
 
-@pytest.mark.parametrize("criterion", ["norm_change", "update_change"])
+@pytest.mark.parametrize("criterion", slow_but(["norm_change"], ["norm_change", "update_change"]))
 def test_the_best_checkpoint_comes_back_whole(tmp_path: Path, criterion: str) -> None:
     scores = iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.8])
     best = Remember(step=18)
@@ -314,7 +315,7 @@ def assert_only_good_checkpoints(out: Path, expected: list[int]) -> None:
         assert torch.isfinite(logits(loaded)).all()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", slow_but([math.nan], [math.nan, math.inf]))
 @pytest.mark.parametrize(
     ("save_steps", "found_at", "left"),
     [(4, 6, [4]), (5, 5, []), (3, 6, [3])],

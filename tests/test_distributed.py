@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,12 @@ def both(told: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return first, second
 
 
+@cache
+def one_process(name: str) -> dict[str, Any]:
+    """What this process alone comes to."""
+    return run_loop(LOOPS[name])
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_ranks_decide_alike_and_end_alike(told: Path, name: str) -> None:
     first, second = both(told, name)
@@ -103,7 +110,7 @@ def test_modules_finish_at_different_times(told: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, loop in LOOPS.items() if not (loop.unlike or loop.uneven)])
 def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
     first, _ = both(told, name)
-    alone = run_loop(LOOPS[name])
+    alone = one_process(name)
     assert first["events"] == alone["events"]
     assert first["stopped"] == alone["stopped"]
     assert first["values"] == pytest.approx(alone["values"], rel=1e-7)
@@ -113,7 +120,7 @@ def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
 def test_the_optimizer_leaves_frozen_pairs_alone_as_in_one_process(told: Path) -> None:
     for name in ("all parameters used", "adafactor", "static graph, momentum"):
         first, _ = both(told, name)
-        alone = run_loop(LOOPS[name])
+        alone = one_process(name)
         steps = [
             {index: float(state.get("step", 0)) for index, state in result["optimizer"].items()}
             for result in (first, alone)

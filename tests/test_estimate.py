@@ -44,6 +44,7 @@ from aroma_lab.run.machine import peak_bytes
 from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks.model import loading_options
 from models import ARCHITECTURES, METHOD, adapted, saved_base, trainable
+from quick import slow_but
 
 COMPONENTS = (0, 1, 8, 9, 100)
 
@@ -295,7 +296,7 @@ def test_dropout_keeps_a_byte_a_number():
     assert (large - larger) - (small - smaller) == 2 * 2 * 64 * 64, "behind attention and the feed-forward part"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but([False], [False, True]))
 def test_a_deep_model_is_its_short_ones_continued(checkpointing):
     config = LlamaConfig(**{**MEDIUM.to_dict(), "num_hidden_layers": 7})
     settings = EstimateSettings("llama", 3, sequence_length=128, gradient_checkpointing=checkpointing)
@@ -409,6 +410,7 @@ def test_the_default_length_is_what_the_model_takes(model, length):
     assert needs.settings.sequence_length == length
 
 
+@pytest.mark.slow
 def test_405_billion_parameters_take_no_memory_here():
     before, began = peak_bytes(), time.process_time()
     settings = EstimateSettings("llama3.1-405b", 100, gradient_checkpointing=True)

@@ -76,12 +76,12 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 @pytest.mark.parametrize(
     ("slots", "kappa", "holds_out", "first_pass"),
     [
-        pytest.param(3, 0.25, False, None, id="plain"),
+        pytest.param(3, 0.25, False, None, id="plain", marks=pytest.mark.slow),
         pytest.param(2, 0.1, False, None, id="merges"),
-        pytest.param(1, 0.1, False, None, id="one slot"),
+        pytest.param(1, 0.1, False, None, id="one slot", marks=pytest.mark.slow),
         pytest.param(3, 0.25, True, 60, id="held out later"),
-        pytest.param(3, 0.25, True, 15, id="held out always"),
-        pytest.param(3, 0.25, True, None, id="held out for the trial alone"),
+        pytest.param(3, 0.25, True, 15, id="held out always", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, True, None, id="held out for the trial alone", marks=pytest.mark.slow),
     ],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(

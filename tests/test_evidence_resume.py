@@ -25,6 +25,7 @@ from evidence_runs import (
     net,
     rows,
 )
+from quick import slow_but
 from trainer_runs import assert_same, growth, live, on_disk, tiny_bert
 
 # A plain loop --------------------------------------------------------------------------------------------------------
@@ -51,7 +52,10 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["held out in growth, shuffled", "one slot", "dropout, no exact scale", "bfloat16"], OPTIONS),
+)
 def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     torch.manual_seed(3)
     whole, states = Loop(**OPTIONS[name]()), {}
@@ -168,10 +172,14 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.filterwarnings("ignore:From optimizer step")
 @pytest.mark.parametrize(
-    "name",
-    [name if name == "growth dataset" else pytest.param(name, marks=pytest.mark.slow) for name in TRAININGS],
+    ("name", "phases"),
+    [
+        ("growth dataset", ["questions", "after a birth"]),
+        *(pytest.param(name, [*PHASES], marks=pytest.mark.slow) for name in TRAININGS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} phases",
 )
-def test_the_trainer_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
+def test_the_trainer_resumes_to_the_bit(tmp_path: Path, name: str, phases: list[str]) -> None:
     training, method = TRAININGS[name]
     events: list[Any] = []
     saving = {"callbacks": [SaveAt(PHASES.values())], "save_steps": STEPS}
@@ -180,7 +188,7 @@ def test_the_trainer_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     expected = live(whole)
     assert {event.kind for event in events} >= {"born", "settled"}
     assert any(event.step > PHASES["growth"] for event in events), "it is to grow after the questions"
-    for step in PHASES.values():
+    for step in (PHASES[phase] for phase in phases):
         again: list[Any] = []
         resumed = bert_trainer(tmp_path / f"{step}", again, bert(**method), **saving, **training)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))

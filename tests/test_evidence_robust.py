@@ -39,6 +39,7 @@ from evidence_runs import (
     trainable,
 )
 from models import base, batch, logits
+from quick import slow_but
 from test_precision import sixteen_bit_folder
 from trainer_runs import assert_same
 
@@ -148,7 +149,15 @@ def asking(*overflowing: int) -> Loop:
     return Loop(steps=2 * STEPS, steps_per_pass=3, growth_batches=held_out(overflowing=overflowing))
 
 
-@pytest.mark.parametrize(("overflowing", "asked"), [((2,), 9), ((0, 1, 2, 7, 8), 13), ((10,), 8), ((11, 12, 13), 8)])
+@pytest.mark.parametrize(
+    ("overflowing", "asked"),
+    [
+        ((0, 1, 2, 7, 8), 13),
+        ((11, 12, 13), 8),
+        pytest.param((2,), 9, marks=pytest.mark.slow),
+        pytest.param((10,), 8, marks=pytest.mark.slow),
+    ],
+)
 def test_held_out_batches_that_overflow_stop_nothing(overflowing: tuple[int, ...], asked: int) -> None:
     """In place of a question that overflows another one is asked, in the same step."""
     loop = asking(*overflowing).go_on(16)
@@ -253,7 +262,7 @@ def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", slow_but([False], [False, True]))
 def test_checkpointing_changes_nothing(name: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out batches are checkpointed too, and are evaluated as in an evaluation both times.
 
@@ -355,7 +364,9 @@ WAYS: dict[str, Callable[[], ModelLoop]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", slow_but(["float16 autocast", "bfloat16 base", "4-bit base", "Conv1D", "encoder and decoder"], WAYS)
+)
 def test_it_grows_and_plain_peft_loads_it(tmp_path: Path, way: str) -> None:
     loop = WAYS[way]()
     assert loop.growth.controller.config.has_slots
@@ -441,7 +452,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(["SGD momentum", "AdamW", "Adafactor", "AdamW8bit"], OPTIMIZERS))
 def test_a_newborn_takes_no_larger_steps_than_its_siblings(name: str) -> None:
     loop = Loop(net(duel_factor=1e9), OPTIMIZERS[name], steps=600).go_on(300)
     matrices = [matrix for matrix in loop.growth.controller.modules if 0 < len(matrix.slots) < 3]

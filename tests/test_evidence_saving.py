@@ -15,6 +15,7 @@ from aroma import aroma_layers, save_adapter, verify_adapter
 from aroma.export import export_merged, export_uniform
 from evidence_runs import PHASES, STEPS, ModelLoop, bear_everywhere, grown
 from models import base, batch, logits
+from quick import slow_but
 
 MOMENTS = {"nothing yet": 0, **PHASES, "the end": STEPS}
 
@@ -39,7 +40,7 @@ def updates(model: Any) -> dict[str, Tensor]:
     return models.deltas(model)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", slow_but(["bert", "gpt2"], ["bert", "gpt2", "llama"]))
 def test_saved_at_any_moment_it_is_plain_lora(tmp_path: Path, name: str) -> None:
     training, inputs = loop(name), batch(name)
     ranks = []

@@ -27,6 +27,7 @@ from aroma_lab.run.run import run_trial
 from aroma_lab.run.work import work_of
 from aroma_lab.specs import LanguageSpec
 from aroma_lab.study.grid import expand, make_grid
+from quick import slow_but
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
 STEPS = 30
@@ -138,7 +139,7 @@ def mean_loss(model: Any, files: Path) -> float:
     return total / tokens
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", slow_but([False], [False, True]))
 def test_a_killed_run_ends_like_an_uninterrupted_one(files: Path, finished: Path, packing: bool) -> None:
     changes = {"language.packing": True, "data.max_length": 128} if packing else {}
     whole = run(files, "whole-packed", **changes) if packing else finished

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import trainer_runs
 from aroma import AromaCallback, AromaConfig, last_complete_checkpoint
 from aroma.errors import CheckpointError, ConfigError
+from quick import slow_but
 from ranks import processes
 from trainer_runs import (
     METHOD,
@@ -61,7 +62,7 @@ OPTIONS = {
 }
 
 
-QUICK = {"as it comes", "dropout", "bfloat16 pairs", "restored callbacks", "everything awkward"}
+QUICK = {"bfloat16 pairs", "restored callbacks", "everything awkward"}
 """Options of the default run; between them they touch all that the others do."""
 
 
@@ -156,7 +157,7 @@ def test_resuming_in_the_same_process_and_model(tmp_path: Path) -> None:
 # A run that is over --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reset_callbacks", [False, True])
+@pytest.mark.parametrize("reset_callbacks", slow_but([False], [False, True]))
 def test_resuming_a_run_that_stopped_early_changes_nothing(tmp_path: Path, reset_callbacks: bool) -> None:
     run = Run(
         method={"max_components": 2},

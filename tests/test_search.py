@@ -22,6 +22,7 @@ from aroma_lab.study.search import Search, SearchOutcome, run_search
 from aroma_lab.study.status import ERROR, scheduled_in
 from aroma_lab.study.storage import open_storage, without_password
 from fake_trial import score_of
+from quick import slow_but
 from study_files import (
     DECAY,
     FAKE,
@@ -281,7 +282,7 @@ def test_random_points_depend_on_the_seed_alone_and_tpe_tries_no_place_twice(tmp
     assert len({one.attempt.params[RATE] for one in outcome.trials}) == 14
 
 
-@EVERY_STORAGE
+@pytest.mark.parametrize("kind", slow_but(["journal"], ["journal", "sqlite"]))
 def test_two_processes_on_one_file_try_every_point_of_a_grid_once(tmp_path, log, kind):
     space = {RATE: {"choices": RATES}, DECAY: {"choices": [0.0, 0.01, 0.02]}}
     storage = storage_of(kind, tmp_path)

@@ -17,6 +17,7 @@ from aroma.files import read_json
 from aroma_lab.run.folder import TrialFolder
 from aroma_lab.run.run import run_trial
 from aroma_lab.training.trainer import EpochLengthSampler
+from quick import slow_but
 from ranks import processes
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
@@ -56,12 +57,7 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(saved[key], expected[key]) for key in saved), name
 
 
-SLOW = {"houlsby", "pfeiffer", "full", "bitfit", "head_only", "relora", "relora_merge", "adalora, at rest"}
-SLOW |= {"eva", "lora_ga"}
-"""Aroma, LoRA and AdaLoRA stand for them where every second counts."""
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in METHODS])
+@pytest.mark.parametrize("method", slow_but(["lora", "aroma"], METHODS))
 def test_killed_equals_uninterrupted(material: Path, tmp_path: Path, method: str) -> None:
     # Adapters, head and dropout move; evaluations on the way draw random numbers, too.
     trial = trial_of(material, method, eval_steps=8, bf16=method in ("lora", "aroma"))
@@ -120,7 +116,9 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(
     assert_same_end(run, whole)
 
 
-@pytest.mark.parametrize(("method", "stops"), [("adalora", False), ("aroma", True)])
+@pytest.mark.parametrize(
+    ("method", "stops"), [pytest.param("adalora", False, marks=pytest.mark.slow), ("aroma", True)]
+)
 def test_killed_after_training_equals_uninterrupted(material: Path, tmp_path: Path, method: str, stops: bool) -> None:
     # From the checkpoint of the last step the Trainer would take one step more.
     trial = trial_of(material, method)
