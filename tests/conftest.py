@@ -26,6 +26,7 @@ LONGEST = (
     "test_resume",
     "test_evidence_resume",
     "test_trial_resume",
+    "test_evidence_robust",
     "test_lm_eval",
     "test_readme",
     "test_engine",
