@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, read_json, read_tensors, write_bytes, write_json
+from ..folders import settle
 from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 
@@ -94,6 +95,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, damaged, or of a newer format.
     """
+    settle(folder)
     path = Path(folder) / STATE_FILE
     state = read_json(path)
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
