@@ -252,6 +252,7 @@ def _load(file: Path) -> dict[str, Any]:
     _require_regular(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content)  # what is nested as deeply as can be read cannot be written
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: truncated or edited ({str(error)[:200]}); use another checkpoint") from error
     if not isinstance(content, dict):
@@ -263,11 +264,15 @@ def _require_regular(file: Path) -> os.stat_result:
     """Raise unless `file` is a regular one, or a symlink to one, before it is opened: nothing else ends for sure."""
     try:
         status = file.stat()
-    except OSError as error:
-        raise CheckpointError(f"{file}: missing or unreadable ({error.strerror}); {_REMEDY}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        raise CheckpointError(f"{file}: missing or unreadable ({_reason(error)}); {_REMEDY}") from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{file}: it is no file; {_REMEDY}")
     return status
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)[:200]
 
 
 _REMEDY = "a save was killed, or it was changed since; use another checkpoint"
@@ -284,7 +289,7 @@ def _require_file(folder: Path, name: str, facts: dict[str, Any]) -> None:
     try:
         digest = file_digest(file)
     except OSError as error:
-        raise CheckpointError(f"{file}: unreadable ({error.strerror}); {_REMEDY}") from error
+        raise CheckpointError(f"{file}: unreadable ({_reason(error)}); {_REMEDY}") from error
     if digest != facts["sha256"]:
         raise bad_value(f"{file}: sha256", digest, f"edited, or of another save: {_REMEDY}", CheckpointError)
 
