@@ -1,27 +1,21 @@
 """Saves that are killed, or whose disk fails, at any operation on a file.
 
-    python tests/kills.py [--seed 0] [--count 40] [--write docs/trust.md]
-
-strikes saves at `count` operations of each kind of save, chosen by the seed, and writes the numbers into the page.
 Every strike has a process of its own, forked in front of the save. `kill_at.c`, which a C compiler makes into a
 library, counts the operations of the whole process, those of torch and safetensors included.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import errno
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +36,13 @@ HOW = {"killed": 0, "failed": errno.EIO}
 """How the operation ends: SIGKILL, or an error of the disk."""
 
 
+def library(folder: Path) -> Path:
+    """Compile `kill_at.c` into `folder`."""
+    made = folder / "kill_at.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(made), str(TESTS / "kill_at.c"), "-ldl"], check=True)
+    return made
+
+
 def strikes(kinds: Iterable[str], seed: int, count: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Strike saves in a process of its own; return what each strike left, by kind of save.
 
@@ -51,13 +52,9 @@ def strikes(kinds: Iterable[str], seed: int, count: int | None = None) -> dict[s
         count: Strikes of each kind; None for a kill and a failure at every operation.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        library = Path(scratch) / "kill_at.so"
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(TESTS / "kill_at.c"), "-ldl"], check=True
-        )
         done = subprocess.run(
-            [sys.executable, __file__, "strike", json.dumps([*kinds]), str(seed), str(count or 0), scratch],
-            env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
+            [sys.executable, __file__, json.dumps([*kinds]), str(seed), str(count or 0), scratch],
+            env={**os.environ, "LD_PRELOAD": str(library(Path(scratch))), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=900,
@@ -253,53 +250,15 @@ def strike_checkpoints(kind: str, seed: int, count: int, scratch: Path) -> list[
     return told
 
 
-# The numbers ---------------------------------------------------------------------------------------------------------
-
-BEGIN, END = "<!-- kills: begin -->", "<!-- kills: end -->"
-
-
-def table(told: dict[str, list[dict[str, Any]]], seed: int) -> str:
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    lines = [
-        f"Seed {seed}, revision {revision}.",
-        "",
-        "| save | operations | killed | failed | old | new | neither | next save whole |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for kind, entries in told.items():
-        how, left = (Counter(entry[name] for entry in entries) for name in ("how", "left"))
-        whole = sum(entry["next save"] for entry in entries)
-        numbers = [entries[0]["of"], how["killed"], how["failed"], left["old"], left["new"], left["neither"], whole]
-        lines.append(f"| {kind} | " + " | ".join(map(str, numbers)) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="chooses the operations")
-    parser.add_argument("--count", type=int, help="strikes of each kind; without it, two at every operation")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the marks of this page")
-    options = parser.parse_args()
-    told = strikes([*ADAPTERS, *CHECKPOINTS], options.seed, options.count)
-    text = table(told, options.seed)
-    print(text)
-    if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        marked = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}\n{END}", page, flags=re.DOTALL)
-        options.write.write_text(marked, encoding="utf-8")
+def main(kinds: str, seed: str, count: str, scratch: str) -> None:
+    told = {}
+    for number, kind in enumerate(json.loads(kinds)):
+        work = strike_adapters if kind in ADAPTERS else strike_checkpoints
+        folder = Path(scratch) / str(number)
+        folder.mkdir()
+        told[kind] = work(kind, int(seed), int(count), folder)
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["strike"]:
-        kinds, seed, count, scratch = sys.argv[2:]
-        told = {}
-        for number, what in enumerate(json.loads(kinds)):
-            work = strike_adapters if what in ADAPTERS else strike_checkpoints
-            folder = Path(scratch) / str(number)
-            folder.mkdir()
-            told[what] = work(what, int(seed), int(count), folder)
-        print(json.dumps(told))
-    else:
-        main()
+    main(*sys.argv[1:])

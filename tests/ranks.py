@@ -54,8 +54,13 @@ def processes() -> ForkServerContext:
     return forking("trainer_runs", "trial_runs", "distributed_runs", "sharded_runs")
 
 
-def run_ranks(context: ForkServerContext, count: int, program: str, *arguments: str) -> tuple[str, list[int]]:
-    """Run a script, or a module, in `count` processes; return what they printed, and their exit codes."""
+def run_ranks(
+    context: ForkServerContext, count: int, program: str, *arguments: str, grace: float = 2
+) -> tuple[str, list[int]]:
+    """Run a script, or a module, in `count` processes; return what they printed, and their exit codes.
+
+    When one has failed, the others have `grace` seconds to see it and end; then they are killed.
+    """
     from torch.distributed import TCPStore
 
     # As torchrun's agent keeps it: no port is chosen before somebody listens there.
@@ -81,7 +86,7 @@ def run_ranks(context: ForkServerContext, count: int, program: str, *arguments: 
         while waiting and (ended := wait([*waiting], max(deadline - time.monotonic(), 0))):
             if any(waiting.pop(sentinel).exitcode for sentinel in ended):
                 # Those that the end of one concerns see it by themselves, and say so.
-                deadline = min(deadline, time.monotonic() + 2)
+                deadline = min(deadline, time.monotonic() + grace)
         for process in waiting.values():
             process.kill()
         for process in ranks:

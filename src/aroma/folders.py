@@ -69,7 +69,7 @@ def replacing_files(folder: str | os.PathLike[str], names: Collection[str]) -> I
         new.mkdir()
         yield new
         for file in new.iterdir():
-            _sync(file)
+            sync(file)
         _put(new, target, names)
 
 
@@ -97,14 +97,14 @@ def settle(folder: str | os.PathLike[str]) -> None:
 
 def _put(new: Path, target: Path, names: Collection[str]) -> None:
     while not os.path.lexists(target):
-        _sync(new)
+        sync(new)
         try:
             new.rename(target)
         except OSError as error:  # another writer was quicker
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         else:
-            _sync(target.parent)
+            sync(target.parent)
             return
     settle(target)
     if not _exchange_for(new, target, names):
@@ -128,9 +128,9 @@ def _exchange_for(new: Path, target: Path, names: Collection[str]) -> bool:
             linked.append(name)
     else:
         shutil.copymode(target, new)
-        _sync(new)
+        sync(new)
         if _exchange(new, target):
-            _sync(target.parent)
+            sync(target.parent)
             old = new
             for name in set(os.listdir(old)) - set(names) - written:
                 # What others have put there since the links were made.
@@ -173,12 +173,12 @@ def _move_in(new: Path, target: Path, names: Collection[str]) -> None:
     written = sorted(file.name for file in new.iterdir())
     listing = new / _LIST
     listing.write_text(json.dumps({"files": written, "belonging": sorted(names)}), encoding="utf-8")
-    _sync(listing)
-    _sync(new)
+    sync(listing)
+    sync(new)
     with _locked(target):
         _arrive(target)
         new.rename(target / _ARRIVING)
-        _sync(target)
+        sync(target)
         _arrive(target)
 
 
@@ -197,7 +197,7 @@ def _arrive(target: Path) -> None:
         for name in sorted(files):
             if (arriving / name).exists():
                 os.replace(arriving / name, target / name)
-        _sync(target)
+        sync(target)
         listing.unlink()
     arriving.rmdir()
 
@@ -288,7 +288,7 @@ def _unlock(lock: int | None) -> None:
         os.close(lock)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Let a file, or the entries of a folder, reach the disk."""
     if path.is_symlink():
         return

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, read_json, read_tensors, write_bytes, write_json
-from ..folders import settle
+from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 
@@ -71,6 +71,8 @@ def write_adapter_state(folder: str, live: LiveAdapter, plain: PlainAdapter, exp
     else:
         tensors.unlink(missing_ok=True)
     # Last, because it vouches for the other files.
+    for name in state["files"]:
+        sync(target / name)
     write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
 
 
