@@ -27,7 +27,7 @@ from aroma import last_complete_checkpoint
 from aroma.checkpoint import verify_checkpoint
 from distributed_runs import ManyRun, rank_of_launch
 from kills import library, strike_at
-from ranks import forking, run_ranks
+from ranks import deepspeed_environment, forking, run_ranks
 from sharded_runs import FSDP2, make_accelerate_shard_on_cpu
 from trainer_runs import assert_same, die
 
@@ -146,14 +146,13 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def kills(ways: list[str], processes: list[int], seed: int, moments: int) -> list[dict[str, Any]]:
-    """Do all of it in a process of its own, whose children count their file operations."""
+    """Kill ranks of every way at so many moments, in a process whose children count their file operations."""
     with tempfile.TemporaryDirectory() as scratch:
         shim = library(Path(scratch))
-        deepspeed = os.environ.get("AROMA_DEEPSPEED")
-        paths = [path for path in (deepspeed, os.environ.get("PYTHONPATH")) if path]
+        found = deepspeed_environment() if any(way.startswith("ZeRO") for way in ways) else {}
         done = subprocess.run(
             [sys.executable, __file__, "kill", scratch, json.dumps([ways, processes, seed, moments])],
-            env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cpu"},
+            env={**os.environ, **found, "LD_PRELOAD": str(shim)},
             stdout=subprocess.PIPE,
             text=True,
             check=True,

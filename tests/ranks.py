@@ -11,6 +11,7 @@ runs launches for an environment of its own: JOBS is a list of [processes, progr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -114,6 +115,32 @@ def torchrun(count: int, program: str, *arguments: str, fails: bool = False) -> 
     )
     assert (done.returncode != 0) == fails, done.stdout[-4000:]
     return done.stdout
+
+
+COMPILE_DEEPSPEED = """
+from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+"""
+
+
+@cache
+def deepspeed_environment() -> dict[str, str]:
+    """Return what processes need in their environment to find DeepSpeed, its collectives for CPUs compiled.
+
+    It is looked for beside the other packages, or in the folder that `AROMA_DEEPSPEED` names: with it among the
+    others, the Trainer of every other test would import it too. `.ci/run` installs it into such a folder.
+    """
+    folder = os.environ.get("AROMA_DEEPSPEED", "")
+    assert folder or importlib.util.find_spec("deepspeed"), (
+        "these tests need DeepSpeed: pip install deepspeed, or as .ci/run does, and set AROMA_DEEPSPEED"
+    )
+    found = {"DS_ACCELERATOR": "cpu"}
+    if folder:
+        found["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    found["PATH"] = os.pathsep.join([str(Path(folder, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
+    # By one process, before two wait for each other.
+    subprocess.run([sys.executable, "-c", COMPILE_DEEPSPEED], env={**os.environ, **found}, check=True, timeout=500)
+    return found
 
 
 def _rank(variables: dict[str, str], said: str, program: str, arguments: tuple[str, ...]) -> None:

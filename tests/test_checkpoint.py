@@ -216,6 +216,9 @@ def test_what_the_trainer_would_load_and_nobody_saved_is_noticed(copied: Path) -
         with pytest.raises(CheckpointError, match=rf"{name}: this file is not of the save; remove it"):
             verify_checkpoint(folder)
         (folder / name).unlink()
+    (folder / "notes").symlink_to(".")  # in whose place it would take the adapter
+    with pytest.raises(CheckpointError, match="notes: this file is not of the save"):
+        verify_checkpoint(folder)
 
 
 def test_a_checkpoint_may_be_renamed_to_what_is_no_step(copied: Path) -> None:

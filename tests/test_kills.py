@@ -213,3 +213,27 @@ def test_a_folder_made_to_look_half_saved_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"files\.json"):
             settle(tmp_path)
     assert (outside / "secret").read_text() == "secret"
+
+
+def test_everything_is_on_the_disk_before_it_counts(
+    tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "adapter", "one")
+    done: list[str] = []
+    fsync, exchange, replace, rename = os.fsync, aroma.folders._exchange, os.replace, Path.rename
+
+    def noted(handle: int) -> None:
+        done.append(f"synced {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(aroma.folders, "_exchange", lambda *each: done.append("placed") or exchange(*each))
+    monkeypatch.setattr(Path, "rename", lambda *each: done.append("placed") or rename(*each))
+    monkeypatch.setattr(os, "replace", lambda *each: done.append("moved") or replace(*each))
+    put(tmp_path / "adapter", "two")
+    placed = len(done) - done[::-1].index("placed") - 1
+    assert {f"synced {name}" for name in (*NAMES, "new")} <= set(done[:placed])
+    assert "moved" not in done[:placed]
+    assert done[placed + 1] == f"synced {tmp_path.name if exchanges else 'adapter'}", "the folder that has a new entry"
+    assert done[-1] == f"synced {tmp_path.name if exchanges else 'adapter'}"
+    assert done.count("moved") == (0 if exchanges else len(NAMES))

@@ -117,7 +117,8 @@ def record_checkpoint(folder: str | os.PathLike[str], state: TrainerState) -> di
         The record.
     """
     root = Path(folder)
-    names = [name for name in _files_below(root) if name not in (RECORD_FILE, TRAINER_STATE_FILE, "README.md")]
+    apart = (RECORD_FILE, TRAINER_STATE_FILE, "README.md")
+    names = [name for name in _files_below(root) if name not in apart and (root / name).is_file()]
     with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter to others
         facts = [*threads.map(lambda name: _facts(root / name), names)]
     record = {
@@ -169,7 +170,8 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if TRAINER_STATE_FILE not in record["files"]:
         _require_trainer_state(path, record)
     for name in _files_below(path):
-        if name not in record["files"] and _LOADED.fullmatch(name):
+        # Of a folder, too, the Trainer loads what is in it.
+        if name not in record["files"] and (_LOADED.fullmatch(name) or (path / name).is_dir()):
             raise CheckpointError(f"{path / name}: this file is not of the save; remove it, or use another checkpoint")
     for what, pattern in _EXACT.items():
         if not any(re.fullmatch(pattern, name) for name in record["files"]):
@@ -216,10 +218,11 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Return the names of everything in `folder` and the folders below it that is no folder, relative to it."""
+    """Return the names of all in `folder` and the folders below it, but for folders; symlinks are not followed."""
     found = []
-    for parent, _, names in os.walk(folder):
-        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names]
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in [*names, *links]]
     return sorted(found)
 
 
