@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,20 @@ def library(folder: Path) -> Path:
     return made
 
 
-def strikes(kinds: Iterable[str], seed: int, count: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def strikes(
+    kinds: Iterable[str], seed: int, count: int | None = None, hows: Iterable[str] = HOW
+) -> dict[str, list[dict[str, Any]]]:
     """Strike saves in a process of its own; return what each strike left, by kind of save.
 
     Args:
         kinds: Of ADAPTERS and CHECKPOINTS.
         seed: Chooses the operations.
-        count: Strikes of each kind; None for a kill and a failure at every operation.
+        count: Strikes of each kind; None for every operation.
+        hows: Of HOW.
     """
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
-            [sys.executable, __file__, json.dumps([*kinds]), str(seed), str(count or 0), scratch],
+            [sys.executable, __file__, json.dumps([*kinds]), str(seed), str(count or 0), json.dumps([*hows]), scratch],
             env={**os.environ, "LD_PRELOAD": str(library(Path(scratch))), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -67,10 +71,17 @@ def strikes(kinds: Iterable[str], seed: int, count: int | None = None) -> dict[s
 # In the process that is preloaded ------------------------------------------------------------------------------------
 
 
-def chosen(operations: int, seed: int, count: int) -> Iterator[tuple[int, str]]:
-    """Yield which operations are struck, and how."""
-    everything = [(k, how) for k in range(1, operations + 1) for how in HOW]
-    yield from random.Random(seed).sample(everything, min(count or len(everything), len(everything)))
+@dataclass(frozen=True)
+class Choice:
+    """Which operations are struck, and how."""
+
+    seed: int
+    count: int
+    hows: list[str]
+
+    def of(self, operations: int) -> list[tuple[int, str]]:
+        everything = [(k, how) for k in range(1, operations + 1) for how in self.hows]
+        return random.Random(self.seed).sample(everything, min(self.count or len(everything), len(everything)))
 
 
 def in_a_child(work: Callable[[], Any], folder: Path, k: int, how: str = "killed") -> str:
@@ -112,7 +123,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {name: (folder / name).read_bytes() if (folder / name).is_file() else None for name in names}
 
 
-def strike_adapters(kind: str, seed: int, count: int, scratch: Path) -> list[dict[str, Any]]:
+def strike_adapters(kind: str, choice: Choice, scratch: Path) -> list[dict[str, Any]]:
     import aroma.folders
     from aroma import save_adapter, verify_adapter
     from models import adapted, batch, grow, train
@@ -148,7 +159,7 @@ def strike_adapters(kind: str, seed: int, count: int, scratch: Path) -> list[dic
     after = contents(place)
     assert before.keys() - after.keys() <= {"aroma_state.safetensors"}
     told = []
-    for k, how in chosen(operations, seed, count):
+    for k, how in choice.of(operations):
         begin()
         ended = in_a_child(save, scratch / "work", k, how)
         raw = contents(place)
@@ -172,7 +183,7 @@ def strike_adapters(kind: str, seed: int, count: int, scratch: Path) -> list[dic
     return told
 
 
-def strike_checkpoints(kind: str, seed: int, count: int, scratch: Path) -> list[dict[str, Any]]:
+def strike_checkpoints(kind: str, choice: Choice, scratch: Path) -> list[dict[str, Any]]:
     from transformers import TrainerCallback
 
     from aroma import last_complete_checkpoint
@@ -203,7 +214,7 @@ def strike_checkpoints(kind: str, seed: int, count: int, scratch: Path) -> list[
             assert ended == "went on"
             operations = int(counter.read_text())
             expected = {6: on_disk(scratch / "whole" / "checkpoint-6"), 3: on_disk(kept / "checkpoint-3")}
-            for k, how in chosen(operations, seed, count):
+            for k, how in choice.of(operations):
                 ended = self.child(k, how, None)
                 if ended is None:
                     return
@@ -250,13 +261,13 @@ def strike_checkpoints(kind: str, seed: int, count: int, scratch: Path) -> list[
     return told
 
 
-def main(kinds: str, seed: str, count: str, scratch: str) -> None:
-    told = {}
+def main(kinds: str, seed: str, count: str, hows: str, scratch: str) -> None:
+    choice, told = Choice(int(seed), int(count), json.loads(hows)), {}
     for number, kind in enumerate(json.loads(kinds)):
         work = strike_adapters if kind in ADAPTERS else strike_checkpoints
         folder = Path(scratch) / str(number)
         folder.mkdir()
-        told[kind] = work(kind, int(seed), int(count), folder)
+        told[kind] = work(kind, choice, folder)
     print(json.dumps(told))
 
 

@@ -38,11 +38,12 @@ def test_saves_struck_at_some_operations() -> None:
 
 
 @pytest.mark.slow
-def test_saves_struck_at_every_operation() -> None:
-    told = strikes([*ADAPTERS, *CHECKPOINTS], seed=0)
+@pytest.mark.timeout(1200)
+def test_saves_killed_at_every_operation() -> None:
+    told = strikes([*ADAPTERS, *CHECKPOINTS], seed=0, hows=["killed"])
     assert_old_or_new(told)
     for kind, entries in told.items():
-        assert len(entries) == 2 * entries[0]["of"]
+        assert len(entries) == entries[0]["of"]
         left = Counter(entry["left"] for entry in entries)
         assert left["old"] > 10, kind
         assert left["new"] > 1, kind

@@ -13,16 +13,16 @@ from resume_fuzz import OWN, Fuzzer, fuzz
 
 
 def test_damaged_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
-    told, bad = fuzz(tmp_path, seed=0, count=4 * len({**KINDS, **OWN}))
+    told, bad = fuzz(tmp_path, seed=0, count=2 * len({**KINDS, **OWN}))
     assert not bad, "\n".join(bad)
-    assert sum(counts["clear error"] for counts in told.values()) > 60
+    assert sum(counts["clear error"] for counts in told.values()) > 30
 
 
 @pytest.mark.slow
 def test_many_damaged_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
-    told, bad = fuzz(tmp_path, seed=1, count=2000)
+    told, bad = fuzz(tmp_path, seed=1, count=600)
     assert not bad, "\n".join(bad)
-    assert all(sum(counts.values()) > 10 for name, counts in told.items() if not name.startswith("hostile")), told
+    assert all(sum(counts.values()) > 5 for name, counts in told.items() if not name.startswith("hostile")), told
     assert sum(counts["equal"] for counts in told.values()) > 5
 
 

@@ -243,7 +243,7 @@ class ExactResume:
         self._evaluate_set = evaluate
         self._describe = describe
         self.add_callback(LossWindow(self))
-        self._recorder = Recorder()
+        self._recorder = CheckpointRecorder()
         if hooks is not None:  # else AromaCallback does it
             self.add_callback(self._recorder)
         if not counts_items:
@@ -339,7 +339,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         return order
 
 
-class Recorder(TrainerCallback, ExportableState):
+class CheckpointRecorder(TrainerCallback, ExportableState):
     """Records the files of every checkpoint, as AromaCallback does, so that only whole ones are gone on from.
 
     Attributes:
