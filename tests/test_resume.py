@@ -30,6 +30,7 @@ from trainer_runs import (
     live,
     on_disk,
     read_events,
+    resealed,
     tiny_bert,
     train,
     trainer_for,
@@ -269,6 +270,7 @@ def edit_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     state = json.loads(path.read_text())
     change(state["stateful_callbacks"]["AromaCallback"]["attributes"]["controller_state"])
     path.write_text(json.dumps(state))
+    resealed(folder)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +299,7 @@ def test_an_edited_adapter_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] += 1e-3
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    resealed(folder)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*edited"):
         resume(folder)
 
