@@ -1,12 +1,8 @@
 """What holds for every test: no network, one thread, the same random numbers."""
 
 import gc
-import importlib.util
 import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import jinja2
 import pytest
 import torch
+
+from ranks import deepspeed_environment
 
 LONGEST = (
     "test_zero",
@@ -42,11 +40,6 @@ LONGEST = (
 )
 """Files that take longest, the longest of the slow tests first. They start first, so that one of two workers does not
 end with them alone."""
-
-COMPILE_DEEPSPEED = """
-from deepspeed.accelerator import get_accelerator
-get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-"""
 
 torch.set_num_threads(1)
 
@@ -77,19 +70,5 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def deepspeed() -> dict[str, str]:
-    """What processes need in their environment to find DeepSpeed, its collectives for CPUs compiled.
-
-    It is looked for beside the other packages, or in the folder that `AROMA_DEEPSPEED` names: with it among the
-    others, the Trainer of every other test would import it too. `.ci/run` installs it into such a folder.
-    """
-    folder = os.environ.get("AROMA_DEEPSPEED", "")
-    assert folder or importlib.util.find_spec("deepspeed"), (
-        "these tests need DeepSpeed: pip install deepspeed, or as .ci/run does, and set AROMA_DEEPSPEED"
-    )
-    found = {"DS_ACCELERATOR": "cpu"}
-    if folder:
-        found["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-    found["PATH"] = os.pathsep.join([str(Path(folder, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
-    # By one process, before two wait for each other.
-    subprocess.run([sys.executable, "-c", COMPILE_DEEPSPEED], env={**os.environ, **found}, check=True, timeout=500)
-    return found
+    """What processes need in their environment to find DeepSpeed."""
+    return deepspeed_environment()

@@ -463,8 +463,8 @@ class UseRandomNumbers(TrainerCallback):
         torch.rand(rank() + 1)
 
 
-def train(out: Path, run: ManyRun, resume: str | None = None) -> Any:
-    """Do `run` in `out`; every rank keeps its own events."""
+def train(out: Path, run: ManyRun, resume: str | None = None, callbacks: tuple[TrainerCallback, ...] = ()) -> Any:
+    """Do `run` in `out`, with further `callbacks`; every rank keeps its own events."""
     mine = rank_of_launch()
     kill = run.kill if mine == run.dying_rank else ""
     if kill.startswith("random "):
@@ -477,7 +477,7 @@ def train(out: Path, run: ManyRun, resume: str | None = None) -> Any:
         out,
         run,
         resume,
-        (DieAtStep(kill), *([UseRandomNumbers()] if run.unlike else [])),
+        (DieAtStep(kill), *([UseRandomNumbers()] if run.unlike else []), *callbacks),
         tiny_bert(**CALM) if run.calm else None,
         f"events-{mine}.jsonl",
         **several,

@@ -11,6 +11,7 @@ runs launches for an environment of its own: JOBS is a list of [processes, progr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -54,8 +55,13 @@ def processes() -> ForkServerContext:
     return forking("trainer_runs", "trial_runs", "distributed_runs", "sharded_runs")
 
 
-def run_ranks(context: ForkServerContext, count: int, program: str, *arguments: str) -> tuple[str, list[int]]:
-    """Run a script, or a module, in `count` processes; return what they printed, and their exit codes."""
+def run_ranks(
+    context: ForkServerContext, count: int, program: str, *arguments: str, grace: float = 2
+) -> tuple[str, list[int]]:
+    """Run a script, or a module, in `count` processes; return what they printed, and their exit codes.
+
+    When one has failed, the others have `grace` seconds to see it and end; then they are killed.
+    """
     from torch.distributed import TCPStore
 
     # As torchrun's agent keeps it: no port is chosen before somebody listens there.
@@ -81,7 +87,7 @@ def run_ranks(context: ForkServerContext, count: int, program: str, *arguments: 
         while waiting and (ended := wait([*waiting], max(deadline - time.monotonic(), 0))):
             if any(waiting.pop(sentinel).exitcode for sentinel in ended):
                 # Those that the end of one concerns see it by themselves, and say so.
-                deadline = min(deadline, time.monotonic() + 2)
+                deadline = min(deadline, time.monotonic() + grace)
         for process in waiting.values():
             process.kill()
         for process in ranks:
@@ -109,6 +115,32 @@ def torchrun(count: int, program: str, *arguments: str, fails: bool = False) -> 
     )
     assert (done.returncode != 0) == fails, done.stdout[-4000:]
     return done.stdout
+
+
+COMPILE_DEEPSPEED = """
+from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+"""
+
+
+@cache
+def deepspeed_environment() -> dict[str, str]:
+    """Return what processes need in their environment to find DeepSpeed, its collectives for CPUs compiled.
+
+    It is looked for beside the other packages, or in the folder that `AROMA_DEEPSPEED` names: with it among the
+    others, the Trainer of every other test would import it too. `.ci/run` installs it into such a folder.
+    """
+    folder = os.environ.get("AROMA_DEEPSPEED", "")
+    assert folder or importlib.util.find_spec("deepspeed"), (
+        "these tests need DeepSpeed: pip install deepspeed, or as .ci/run does, and set AROMA_DEEPSPEED"
+    )
+    found = {"DS_ACCELERATOR": "cpu"}
+    if folder:
+        found["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    found["PATH"] = os.pathsep.join([str(Path(folder, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
+    # By one process, before two wait for each other.
+    subprocess.run([sys.executable, "-c", COMPILE_DEEPSPEED], env={**os.environ, **found}, check=True, timeout=500)
+    return found
 
 
 def _rank(variables: dict[str, str], said: str, program: str, arguments: tuple[str, ...]) -> None:

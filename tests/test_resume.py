@@ -31,6 +31,7 @@ from trainer_runs import (
     live,
     on_disk,
     read_events,
+    resealed,
     tiny_bert,
     train,
     trainer_for,
@@ -242,14 +243,14 @@ def test_more_targets_are_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_plain_lora_run_is_refused(tmp_path: Path) -> None:
     lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=1)
     trainer_for(get_peft_model(tiny_bert(), lora), tmp_path, max_steps=4).train()
-    with pytest.raises(CheckpointError, match=r"has no state of AromaCallback.*new run"):
+    with pytest.raises(CheckpointError, match=r"no AromaCallback took part.*new run"):
         resume(tmp_path / "checkpoint-4")
 
 
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="trained without its controller"):
         trainer_for(adapted(), tmp_path, max_steps=4).train()
-    with pytest.raises(CheckpointError, match="has no state of AromaCallback"):
+    with pytest.raises(CheckpointError, match="no AromaCallback took part"):
         resume(tmp_path / "checkpoint-4")
 
 
@@ -270,6 +271,7 @@ def edit_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     state = json.loads(path.read_text())
     change(state["stateful_callbacks"]["AromaCallback"]["attributes"]["controller_state"])
     path.write_text(json.dumps(state))
+    resealed(folder)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +300,7 @@ def test_an_edited_adapter_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] += 1e-3
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    resealed(folder)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: .*edited"):
         resume(folder)
 

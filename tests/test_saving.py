@@ -308,48 +308,6 @@ def test_a_save_that_dies_leaves_the_old_files(tmp_path: Path, monkeypatch: pyte
     assert {WEIGHTS, STATE, STATE_TENSORS} <= changed
 
 
-def test_a_save_that_dies_between_two_files_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, growth, folder = trained(tmp_path, lora_alpha=3)
-    train(model, batch("bert"), growth.controller.optimizer, 1)
-    save_adapter(model, tmp_path / "new")
-    old, new = contents(folder), contents(tmp_path / "new")
-    outcomes = []
-    # The model card is PEFT's the first time and the user's from then on: it is not moved again.
-    for moved in range(len(set(new) - {"README.md"})):
-        place = Path(shutil.copytree(folder, tmp_path / f"dies-after-{moved}"))
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", crash_after(moved, place))
-            with pytest.raises(SimulatedCrash):
-                save_adapter(model, place)
-        now = contents(place)
-        assert sum(now[name] == new[name] != old[name] for name in new) <= moved
-        assert all(now[name] in (old[name], new[name]) for name in new), "each file is the old or the new one"
-        # Whole are the old files, and old ones beside what did not change; anything else is refused.
-        mixed = any(now[name] != old[name] for name in (WEIGHTS, STATE_TENSORS))
-        outcomes.append(mixed)
-        if mixed:
-            with pytest.raises(CheckpointError, match="sha256"):
-                verify_adapter(place)
-        else:
-            verify_adapter(place)
-    assert outcomes[0] is False
-    assert outcomes[-1] is True
-
-
-def crash_after(count: int, folder: Path) -> Callable[..., None]:
-    """An `os.replace` that crashes once it has moved `count` files into `folder`."""
-    moved, real = [0], os.replace
-
-    def replace(source: Any, target: Any) -> None:
-        if Path(target).parent == folder:
-            if moved[0] == count:
-                raise SimulatedCrash
-            moved[0] += 1
-        real(source, target)
-
-    return replace
-
-
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "value.json"
     aroma.files.write_json(target, {"old": 1})
@@ -466,21 +424,6 @@ def test_no_such_folder(tmp_path: Path) -> None:
         verify_adapter(tmp_path / "nowhere")
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
     assert last_complete_checkpoint(tmp_path) is None
-
-
-def test_the_last_complete_checkpoint_skips_broken_ones(whole: Path, tmp_path: Path) -> None:
-    for step in (9, 10, 100, 101, 102, 103):
-        folder = Path(shutil.copytree(whole, tmp_path / f"checkpoint-{step}"))
-        (folder / "trainer_state.json").write_text("{}")
-    shutil.copytree(tmp_path / "checkpoint-100", tmp_path / "checkpoint-104-copy")
-    (tmp_path / "checkpoint-200").write_text("no folder")
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-103")
-    truncate(tmp_path / "checkpoint-103" / WEIGHTS)
-    (tmp_path / "checkpoint-102" / "trainer_state.json").write_text('{"half": ')
-    (tmp_path / "checkpoint-101" / "trainer_state.json").unlink()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
-    (tmp_path / "checkpoint-100" / STATE).unlink()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), "10 is later than 9"
 
 
 def test_tensors_of_an_earlier_save_are_not_taken_for_those_of_a_later(tmp_path: Path) -> None:

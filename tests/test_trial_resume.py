@@ -19,6 +19,7 @@ from aroma_lab.run.run import run_trial
 from aroma_lab.training.trainer import EpochLengthSampler
 from quick import slow_but
 from ranks import processes
+from trainer_runs import resealed
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
 COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds"}
@@ -154,10 +155,12 @@ def test_a_checkpoint_of_another_model_is_refused(killed: Path, material: Path, 
     tensors = load_file(file)
     name, tensor = next(iter(tensors.items()))
     save_file({**tensors, name: tensor[:1].clone()}, file)
+    resealed(file.parent)
     with pytest.raises(CheckpointError, match="has the shape"):
         run_trial(trial_of(material), run)
     del tensors[name]
     save_file(tensors, file)
+    resealed(file.parent)
     with pytest.raises(CheckpointError, match="has the shape nothing"):
         run_trial(trial_of(material), run)
 
@@ -191,6 +194,7 @@ def test_earlier_attempts_count(killed: Path, material: Path, tmp_path: Path) ->
     earlier = {"wall_seconds": 1000.0, "cpu_seconds": 2000.0, "peak_memory_mib": 3e6, "peak_gpu_memory_mib": 5.0}
     usage["total"], usage["epochs"] = earlier, [100.0, 200.0]
     file.write_text(json.dumps(state))
+    resealed(file.parent)
     result = run_trial(trial_of(material), run)
     assert 1000 < result["wall_seconds"] < 1900
     assert 2000 < result["cpu_seconds"] < 2900

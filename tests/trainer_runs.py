@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from aroma import AromaCallback, AromaConfig, Event, last_complete_checkpoint
+from aroma.checkpoint import complete_record, record_checkpoint
 from aroma.tuner.state import read_controller_state
 
 transformers.logging.set_verbosity_error()
@@ -254,6 +255,12 @@ def on_disk(checkpoint: Path | str) -> dict[str, Any]:
         "log": steps_of(state["log_history"]),
         "callbacks": state["stateful_callbacks"],
     }
+
+
+def resealed(checkpoint: Path | str) -> None:
+    """Let the record of a checkpoint fit files that were edited on purpose, to meet what is behind it."""
+    state = transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    complete_record(checkpoint, record_checkpoint(checkpoint, state))
 
 
 def steps_of(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter
+    from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
     from .controller import AromaController
     from .errors import AromaError
     from .events import Event, ModuleSummary
@@ -35,6 +35,7 @@ _HOMES = {
     "last_complete_checkpoint": "checkpoint",
     "save_adapter": "checkpoint",
     "verify_adapter": "checkpoint",
+    "verify_checkpoint": "checkpoint",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "last_complete_checkpoint",
     "save_adapter",
     "verify_adapter",
+    "verify_checkpoint",
 ]
 
 

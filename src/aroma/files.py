@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, bad_value
+from .folders import settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,7 @@ def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
         raise bad_value(
             "adapter", str(path), "no such folder; give the folder that holds adapter_config.json", CheckpointError
         )
+    settle(folder)
     return folder
 
 

@@ -29,6 +29,7 @@ from ..sharding import own_entries
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
+from .resuming import CheckpointRecords, check_resumed_folders
 from .rewarmup import Rewarmup, was_skipped
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -87,6 +88,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._fused_step_was_skipped = False
         self._steps_within_backward = False
         self._hooks: list[Any] = []
+        self._records = CheckpointRecords()
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
 
@@ -95,6 +97,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     ) -> None:
         """Refuse a model without a growing adapter, and options that cannot work, before any work."""
         trainable_adapter(model)
+        check_resumed_folders(type(self))
         if getattr(args, "enable_jit_checkpoint", False):
             raise bad_value(
                 "enable_jit_checkpoint",
@@ -118,6 +121,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self._remove_hooks()  # of an earlier training that ended with an exception
+        self._records.begin(args, state)
         self.controller = AromaController(
             model,
             optimizer,
@@ -208,6 +212,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         else:
             self.controller.require_finite(alone=True)
             packed = pack(self.controller.state_dict())
+            self._records.write(self.controller.live.saved_to)
         return {"args": {"early_stop": self.early_stop}, "attributes": {"controller_state": packed}}
 
     # Around every optimizer step -------------------------------------------------------------------------------------
@@ -266,6 +271,10 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Refuse to write an epoch's checkpoint of broken weights."""
         self._guard_checkpoint(state, control, model)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete the record of a checkpoint, which `verify_checkpoint` compares its files with."""
+        self._records.complete()
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -293,6 +302,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     ) -> None:
         """After `load_best_model_at_end`, restore ranks, labels and stop flags of the best checkpoint."""
         best = state.best_model_checkpoint
+        self._records.end()
         self._remove_hooks()
         if self.controller is None or not args.load_best_model_at_end or best is None:
             return

@@ -371,6 +371,7 @@ class AromaConfig(LoraConfig):
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
         write_adapter_state(save_directory, live, snapshot.plain, snapshot.exported)
+        live.saved_to = str(save_directory)
 
 
 def _is_number(value: object) -> bool:

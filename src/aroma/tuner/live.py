@@ -55,6 +55,7 @@ class LiveAdapter:
         seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
         ever_controlled: Whether a controller has ever taken a step.
         dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
+        saved_to: The folder that the adapter was last saved to; None before it was.
     """
 
     def __init__(self, config: AromaConfig) -> None:
@@ -63,6 +64,7 @@ class LiveAdapter:
         self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
         self.ever_controlled = False
         self.dtype_is_settled = False
+        self.saved_to: str | None = None
         self._controller: weakref.ref[Any] | None = None
         self._snapshot: Snapshot | None = None
 

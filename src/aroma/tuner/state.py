@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, read_json, read_tensors, write_bytes, write_json
+from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 
@@ -70,6 +71,8 @@ def write_adapter_state(folder: str, live: LiveAdapter, plain: PlainAdapter, exp
     else:
         tensors.unlink(missing_ok=True)
     # Last, because it vouches for the other files.
+    for name in state["files"]:
+        sync(target / name)
     write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
 
 
@@ -94,6 +97,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, damaged, or of a newer format.
     """
+    settle(folder)
     path = Path(folder) / STATE_FILE
     state = read_json(path)
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:

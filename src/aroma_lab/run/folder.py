@@ -10,12 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aroma.checkpoint import verify_adapter
+from aroma.checkpoint import verify_checkpoint
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import is_new_or_empty, write_json
 
-from ..methods.base import TRAINED_FILE
-from ..training.trainer import HOOKS_FILE
 from .files import TrialFiles
 from .trial import Trial, differing_keys, load_trial, save_trial
 
@@ -55,7 +53,7 @@ class TrialFolder(TrialFiles):
         One that a kill cut off is passed over, and so is one after which the training was over: the Trainer would
         take one more step before it stops.
         """
-        names = re.compile(r"checkpoint-(\d+)")
+        names = re.compile(r"checkpoint-([0-9]{1,18})")
         found = {int(m[1]): path for path in self.checkpoints.glob("*") if (m := names.fullmatch(path.name))}
         return next((str(found[step]) for step in sorted(found, reverse=True) if _is_resumable(found[step])), None)
 
@@ -89,18 +87,11 @@ def step_of(checkpoint: str | None) -> int:
 
 
 def _is_resumable(checkpoint: Path) -> bool:
-    trained = (checkpoint / TRAINED_FILE).exists()
     try:
-        state = _trainer_state(checkpoint)  # the Trainer's last file: where it is whole, all were
-        if not trained:
-            verify_adapter(checkpoint)
-    except (CheckpointError, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        verify_checkpoint(checkpoint)
+    except CheckpointError:
         return False
-    # Gone where the Trainer was killed while it removed an old checkpoint.
-    files = ["optimizer.pt", "scheduler.pt", *([HOOKS_FILE] if trained else [])]
-    if not all((checkpoint / name).exists() for name in files) or not any(checkpoint.glob("rng_state*.pth")):
-        return False
-    return not state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+    return not _trainer_state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from aroma.events import Event
 from aroma.files import read_tensors, write_tensors
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
+from aroma.integrations.resuming import CheckpointRecords
 from aroma.sharding import world_size
 
 from ..methods import Method
@@ -244,6 +245,9 @@ class ExactResume:
         self._evaluate_set = evaluate
         self._describe = describe
         self.add_callback(LossWindow(self))
+        self._recorder = CheckpointRecorder()
+        if hooks is not None:  # else AromaCallback does it
+            self.add_callback(self._recorder)
         if not counts_items:
             # The Trainer takes any model with **kwargs for one that does. Those with a classification head take the
             # mean over their micro-batch, and would be summed up.
@@ -276,6 +280,7 @@ class ExactResume:
         assert self._hooks.hooks is not None, "the Trainer calls on_train_begin first"
         write_tensors(folder / TRAINED_FILE, trained_tensors(self.model))
         write_tensors(folder / HOOKS_FILE, self._hooks.hooks.state_dict())
+        self._recorder.saved_to = str(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._hooks is None:
@@ -334,6 +339,35 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator.manual_seed(int.from_bytes(digest[:7], "big"))
         order: Iterator[int] = super().__iter__()
         return order
+
+
+class CheckpointRecorder(TrainerCallback, ExportableState):
+    """Records the files of every checkpoint, as AromaCallback does, so that only whole ones are gone on from.
+
+    Attributes:
+        saved_to: The folder of the last save.
+    """
+
+    def __init__(self) -> None:
+        self.saved_to: str | None = None
+        self._records = CheckpointRecords()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin with a training."""
+        self._records.begin(args, state)
+
+    def state(self) -> dict[str, Any]:
+        """Write the record: the Trainer asks when all files are there but its last."""
+        self._records.write(self.saved_to)
+        return {"args": {}, "attributes": {}}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the record."""
+        self._records.complete()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End with a training."""
+        self._records.end()
 
 
 class LossWindow(TrainerCallback, ExportableState):
