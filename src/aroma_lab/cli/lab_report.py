@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
-from aroma.errors import bad_value
+from aroma.cli.texts import add_force, examples
 
 # As in report/; written out here so that help imports nothing.
 TABLES = {
@@ -58,6 +57,7 @@ def add_parser(commands: Any) -> None:
     )
     table.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
     table.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")
+    add_force(table)
     table.set_defaults(run=run_table)
 
     figure = _add(
@@ -80,6 +80,7 @@ def add_parser(commands: Any) -> None:
         "--modules", metavar="MODULE", nargs="+", help="names of modules, or ends of them (those of the paper)"
     )
     figure.add_argument("--seed", type=int, help="seed shown by ranks, births and cosines (the lowest)")
+    add_force(figure)
     figure.set_defaults(run=run_figure)
 
     collect = _add(
@@ -95,13 +96,14 @@ def add_parser(commands: Any) -> None:
     )
     collect.add_argument("folder", metavar="FOLDER", help="the grid's output folder")
     collect.add_argument("--out", metavar="FILE", help="new file to write it to (FOLDER/runs.parquet)")
+    add_force(collect)
     collect.set_defaults(run=run_collect)
 
 
 def run_table(arguments: argparse.Namespace) -> None:
     """Print the table, or write it; what CSV cannot hold goes to standard error."""
     require_extra("lab")
-    out = _new_file(arguments.out) if arguments.out else None
+    out = _new_file(arguments.out, arguments) if arguments.out is not None else None
     from aroma.files import write_text
 
     from ..report.formats import FORMATS, SUFFIXES
@@ -124,7 +126,7 @@ def run_figure(arguments: argparse.Namespace) -> None:
     """Draw and write the picture."""
     require_extra("lab")
     name = f"{arguments.kind}-{arguments.task}" if arguments.task else arguments.kind
-    out = _new_file(arguments.out or f"{name}.png")
+    out = _new_file(arguments.out or f"{name}.png", arguments)
     from aroma.cli.quiet import quiet
 
     quiet()
@@ -141,7 +143,7 @@ def run_figure(arguments: argparse.Namespace) -> None:
 def run_collect(arguments: argparse.Namespace) -> None:
     """Write the table of runs."""
     require_extra("lab")
-    out = _new_file(arguments.out or str(Path(arguments.folder) / "runs.parquet"))
+    out = _new_file(arguments.out or str(Path(arguments.folder) / "runs.parquet"), arguments)
     from ..report.runs import collect_runs, read_runs
 
     runs = read_runs(arguments.folder)
@@ -164,8 +166,7 @@ def _listed(kinds: dict[str, str]) -> str:
     return "\n".join(f"  {kind:8} {meaning}" for kind, meaning in kinds.items())
 
 
-def _new_file(name: str) -> Path:
-    path = Path(name)
-    if path.exists():
-        raise bad_value("--out", name, "it exists; give another name, or move it away")
-    return path
+def _new_file(name: str, arguments: argparse.Namespace) -> Path:
+    from aroma.outputs import new_file
+
+    return new_file("--out", name, force=arguments.force)
