@@ -6,10 +6,8 @@ import argparse
 import errno
 import os
 import re
-import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from aroma.errors import AromaError, OutputError
 from aroma.export import export_merged, export_uniform
 from aroma.files import write_bytes, write_json, write_tensors, write_text
 from aroma.gguf import export_gguf
+from full_disk import room_for
 from models import saved_base
 
 ROOT = Path(__file__).parent.parent
@@ -282,17 +281,6 @@ def test_two_results_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 # A full disk ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """Let no file grow above `size` bytes: the kernel refuses further writes, as on a full disk, of all writers."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
