@@ -61,7 +61,7 @@ class Numbers:
         return [number for number in self.numbers if not number.is_frozen]
 
     @property
-    def total_rank(self):
+    def known_rank(self):
         return sum(number.rank for number in self.numbers)
 
     def inner_values(self, numbers):
@@ -160,7 +160,7 @@ def test_a_norm_that_is_not_finite_is_named_before_anything_changes(norm):
         NonFiniteError, match=r"^broken: .* inner check of optimizer step 2 \(outer step 1, inner step 2"
     ):
         numbers.train(rule, 2)
-    assert numbers.total_rank == 0
+    assert numbers.known_rank == 0
     assert not numbers.numbers[0].converged
 
 

@@ -367,7 +367,7 @@ def test_the_commands_leave_results_and_a_picture_and_overwrite_nothing(tmp_path
     assert set(record["milliseconds"]) == {"floor", "lora-r8", "aroma-0"}
     assert record["provenance"]["versions"]
     assert main(["bench", "profile", *options, "--out", str(profiled)]) == 2
-    assert "exists" in capsys.readouterr().err
+    assert "it exists, and nothing is overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -377,8 +377,14 @@ def test_the_commands_leave_results_and_a_picture_and_overwrite_nothing(tmp_path
         (["--model", "absent/shape"], "error: model='absent/shape': neither a shape (roberta-base, minilm, tiny) nor"),
         (["--rounds", "0"], "error: rounds=0: give 1 or more"),
         (["--model", "tiny", "--length", "65"], "error: length=65: the model takes at most 64 tokens"),
-        (["--out", "there.json"], "error: --out='there.json': there.json exists; give another name"),
-        (["--out", "pictured.json"], "error: --out='pictured.json': pictured.png exists; give another name"),
+        (
+            ["--out", "there.json"],
+            "error: --out='there.json': it exists, and nothing is overwritten; give another name, or --force",
+        ),
+        (
+            ["--out", "pictured.json"],
+            "error: --out='pictured.png': it exists, and nothing is overwritten; give another name, or --force",
+        ),
         (["--out", "results.csv"], "error: --out='results.csv': the name of the results must end in .json"),
         pytest.param(
             ["--device", "cuda"],

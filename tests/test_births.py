@@ -56,7 +56,7 @@ class Coins:
         self.random = np.random.default_rng(0)
 
     @property
-    def total_rank(self) -> int:
+    def known_rank(self) -> int:
         return sum(matrix.component_count for matrix in self.matrices)
 
     def all(self) -> list[Coin]:
@@ -279,7 +279,7 @@ def test_the_papers_rule_says_why_its_matrices_finished():
             self.converged, self.inner_value, self.outer_value = False, None, None
 
     class Matrices:
-        total_rank = 9
+        known_rank = 9
 
         def __init__(self, *matrices: Frozen) -> None:
             self.matrices = matrices
@@ -294,7 +294,7 @@ def test_the_papers_rule_says_why_its_matrices_finished():
 
     settings = PaperSettings(0.1, 10, 50, 0.01, 0, 4, 0)
     rule: Any = PaperRule(settings, Matrices(Frozen(2, True), Frozen(4, True), Frozen(3, False)))
-    assert rule.status == ["inner 0/50", "active 1/3", "rank 9"]
+    assert rule.status == ["inner 0/50", "active 1/3", "finished rank 9"]
     assert rule.explanation == (
         "2 of 3 matrices have finished (1 found the next component too small, 1 have max_components=4); 1 still train"
     )

@@ -45,7 +45,9 @@ def test_the_adapter_grows_and_the_log_tells(tmp_path: Path) -> None:
     assert max(ranks.values()) > 1
     for entry in steps_of(trainer.state.log_history):
         past = [event for event in events if event["step"] <= entry["step"]]
-        assert entry["total_rank"] == sum(event["kind"] == "merged" for event in past)
+        merged = sum(event["kind"] == "merged" for event in past)
+        # What trains counts from its first step on; at the end of an inner loop the next pair is still 0.
+        assert merged <= entry["total_rank"] <= merged + entry["active_modules"]
         assert entry["active_modules"] == len(modules) - sum(event["kind"] == "frozen" for event in past)
 
 

@@ -15,6 +15,7 @@ from aroma.cli import main
 from aroma_lab.run.machine import git_revision
 from aroma_lab.run.recorder import EventLog
 from aroma_lab.tasks.evaluate import evaluate_adapter
+from full_disk import room_for
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
 STEPS = 60
@@ -164,6 +165,19 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
         assert read(out / "result.json")[name] == read(run / "result.json")[name], name
     for name in ("history.json", "curve.json"):
         assert (out / name).read_text() == (run / name).read_text(), name
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(files, run, tmp_path, capsys):
+    out, size = tmp_path / "run", (run / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt").stat().st_size
+    arguments = ["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]
+    with room_for(size - 1):
+        assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"error: {out / 'checkpoints'}: cannot be written (")
+    assert "it needs about " in said.splitlines()[-1]
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_tensors(out / "adapter", run / "adapter")
 
 
 def test_a_resume_of_another_recipe_is_refused_by_key(files, run, tmp_path, capsys):

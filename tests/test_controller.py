@@ -395,7 +395,7 @@ def test_the_summary() -> None:
     assert (first.inner_value, first.outer_value) == pytest.approx((0.01, 2.0))
     assert (second.inner_value, second.outer_value) == (None, pytest.approx(0.1))
     assert 1 < third.effective_rank < 2
-    assert bench.controller.total_rank == 2, "the finished components alone"
+    assert bench.controller.total_rank == 2 + 0 + 2, "as the summary says, the pair in training included"
 
 
 def test_frozen_pairs_that_stay_in_the_graph_stay_at_zero_after_detaching() -> None:

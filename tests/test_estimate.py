@@ -494,7 +494,9 @@ def test_the_command_prints_and_writes(capsys, tmp_path):
             assert found["total"] == sum(found[name] for name in PARTS)
         assert [found["device"] for found in one["fits"]] == [*DEVICES]
     assert main(["estimate", saved_base("llama"), *options]) == 2, "nothing is overwritten"
-    assert f"error: --json='{out}': {out} exists; give another name" in capsys.readouterr().err
+    assert (
+        f"error: --json='{out}': it exists, and nothing is overwritten; give another name" in capsys.readouterr().err
+    )
 
 
 ROOT = Path(__file__).parents[1]

@@ -111,7 +111,7 @@ def test_nothing_is_overwritten(tmp_path: Path, kind: str) -> None:
     (tmp_path / "out" / "mine.txt").write_text("mine")
     export = {"uniform": export_uniform, "merged": export_merged}[kind]
     for out in (tmp_path / "out", tmp_path / "out" / "mine.txt", tmp_path / "adapter"):
-        with pytest.raises(ConfigError, match=r"out=.*nothing is overwritten, give another"):
+        with pytest.raises(ConfigError, match=r"out=.*nothing is overwritten; give "):
             export(tmp_path / "adapter", out)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     (tmp_path / "out" / "mine.txt").unlink()

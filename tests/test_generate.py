@@ -329,7 +329,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, capsys, tmp_path):
     ]
     cut = sum(not answer.finished for answer in expected)
     assert said.splitlines()[-1] == f"4 answers, {cut} of them cut after 12 tokens: {out}"
-    assert run(capsys, *arguments)[2].startswith(f"error: out='{out}': it exists, and nothing is overwritten")
+    assert run(capsys, *arguments)[2].startswith(f"error: --out='{out}': it exists, and nothing is overwritten")
 
 
 @pytest.mark.parametrize(

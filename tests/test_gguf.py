@@ -255,7 +255,7 @@ def test_the_command_writes_the_file_and_says_what_it_is(tmp_path: Path, capsys:
     assert capsys.readouterr().out == f"adapter of 14 matrices with ranks up to 6 for llama.cpp's --lora: {out}\n"
     assert len(GGUFReader(out).tensors) == 28
     assert main(["export", str(tmp_path / "adapter"), str(out), "--gguf"]) == 2
-    assert capsys.readouterr().err.startswith("error: out=")
+    assert capsys.readouterr().err.startswith("error: OUT=")
 
 
 @pytest.mark.parametrize(

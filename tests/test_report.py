@@ -739,7 +739,10 @@ def test_figures_and_collected_runs_are_written_and_overwrite_nothing(grid, tmp_
         ("table", grid, "--out", grid / TABLE),
     ):
         assert command(*arguments) != 0
-        assert "it exists; give another name, or move it away" in capsys.readouterr().err
+        assert (
+            "it exists, and nothing is overwritten; give another name, or --force to replace it"
+            in capsys.readouterr().err
+        )
     assert command("figure", "pareto", grid, "--out", "a.docx") != 0
     assert "--out='a.docx': unknown kind of picture" in capsys.readouterr().err
 

@@ -130,6 +130,13 @@ TRAINER_NAMES = (
         "read it back on resume",
         "read by",
     ),
+    PrivateName(
+        "transformers",
+        "transformers.trainer_callback:CallbackHandler.add_callback",
+        "callbacks",
+        "put ranks into the logs before a tracker reads them",
+        "read by",
+    ),
 )
 """What `AromaCallback` needs; checked when it is imported."""
 

@@ -154,8 +154,8 @@ class AromaController:
 
     @property
     def total_rank(self) -> int:
-        """Sum of the ranks of the finished components over all matrices; no device is asked."""
-        return self.matrices.total_rank
+        """Sum of the ranks of all matrices, as `ranks` counts them."""
+        return sum(self.ranks().values())
 
     @property
     def global_step(self) -> int:
@@ -185,6 +185,15 @@ class AromaController:
     def subscribe(self, listener: Callable[[Event], None]) -> None:
         """Call `listener` with every event from now on."""
         self._listeners.append(listener)
+
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of every matrix by its name, in module order.
+
+        It is the rank of its update: of the finished components, and of those in training that have moved from 0.
+        Logs, `summary()`, `aroma inspect` and a saved adapter all say this number. The device is asked. If parameters
+        are sharded, all ranks call this together.
+        """
+        return self.matrices.ranks()
 
     def summary(self) -> list[ModuleSummary]:
         """Return rank, effective rank, state and last check values of every matrix, in module order."""

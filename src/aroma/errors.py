@@ -19,6 +19,13 @@ class CheckpointError(AromaError):
     """A saved adapter or training state that is missing, damaged, edited, or of another run."""
 
 
+class OutputError(ConfigError, OSError):
+    """A place where nothing can be written: taken, out of reach, read-only, or on a disk that is full."""
+
+    def __str__(self) -> str:  # OSError's own has no room for a remedy
+        return str(self.args[0])
+
+
 class ResetError(AromaError):
     """An optimizer whose state for a component cannot be reset."""
 

@@ -20,7 +20,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .errors import CheckpointError, bad_value
-from .files import is_new_or_empty, read_json, read_tensors, require_adapter_folder, write_json, write_tensors
+from .files import read_json, read_tensors, require_adapter_folder, told_of, write_json, write_tensors
+from .outputs import new_folder, require_replaceable
 from .spectra import effective_rank, singular_values
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, read_state, require_files
@@ -161,10 +162,11 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         rank: Rank to pad to; by default the smallest of 8, 16, 32, 64, 128, 256 that is large enough.
 
     Raises:
-        ConfigError: `rank` is too small, or the adapter's rank is above 256; `out` is not empty.
+        ConfigError: `rank` is too small, or the adapter's rank is above 256.
+        OutputError: `out` is not empty, or cannot be written.
     """
     adapter = read_adapter(folder)
-    target = _new_folder(out)
+    target = require_new_folder("out", out)
     largest = max(update.A.shape[0] for update in adapter.updates.values())
     uniform = _uniform_rank(largest, rank)
     shapes = _grown_shapes(folder, adapter)
@@ -186,7 +188,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         "use_rslora": False,
         "inference_mode": True,
     }
-    with _filled_at_once(target) as staging:
+    with _filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
         _copy_files([Path(folder)], staging, (*_TOKENIZER_FILES, "aroma_task.json"))
@@ -211,14 +213,14 @@ def export_merged(
             after the merge; a small update can vanish in that rounding.
 
     Raises:
-        ConfigError: The base model or its class is not known, the base model is quantised on disk, or `out` is not
-            empty.
+        ConfigError: The base model or its class is not known, or the base model is quantised on disk.
+        OutputError: `out` is not empty, or cannot be written.
         CheckpointError: The adapter is missing or damaged.
     """
     adapter = read_adapter(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
-    target = _new_folder(out)
+    target = require_new_folder("out", out)
     base_name = base_model or adapter.config.get("base_model_name_or_path")
     if not base_name:
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
@@ -231,7 +233,7 @@ def export_merged(
             "in 16 or 32 bits that it was made from (--base-model)",
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-    with _filled_at_once(target) as staging:
+    with _filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
         _copy_files([Path(folder), Path(base_name)], staging, _TOKENIZER_FILES)
         _copy_files([Path(folder)], staging, ("aroma_task.json",))
@@ -313,23 +315,37 @@ def _uniform_rank(largest: int, wanted: int | None) -> int:
     return rank
 
 
-def _new_folder(out: str | os.PathLike[str]) -> Path:
-    """Return `out` as a path if it does not exist or is empty."""
-    target = Path(out)
-    if not is_new_or_empty(target):
-        raise bad_value("out", str(out), "it exists and is not an empty folder; nothing is overwritten, give another")
+def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
+    """Return where an export named `out` is put in one step, once it is whole.
+
+    Raises:
+        OutputError: It is not a new or empty folder, or cannot be written.
+    """
+    target = new_folder(field, out)
+    require_replaceable(field, out, target)
     return target
 
 
 @contextmanager
-def _filled_at_once(target: Path) -> Iterator[Path]:
-    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        staging = Path(scratch) / target.name
-        staging.mkdir()
-        yield staging
-        os.replace(staging, target)
+def _filled_at_once(target: Path, size: int) -> Iterator[Path]:
+    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
+
+    Args:
+        target: The folder.
+        size: Bytes that are put into it, for the error of a full disk.
+    """
+    with told_of(target, size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+            staging = Path(scratch) / target.name
+            staging.mkdir()
+            yield staging
+            os.replace(staging, target)
+
+
+def _size_of(tensors: dict[str, Tensor]) -> int:
+    """Return the bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:

@@ -2,26 +2,95 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, bad_value
+from .errors import CheckpointError, OutputError, bad_value
 from .folders import settle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the operating system answers where there is no room for a file: disk, quota, limit of the process."""
+
+
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it vanishes."""
-    target = Path(path)
+def told_of(path: str | os.PathLike[str], size: int | None = None) -> Iterator[None]:
+    """Turn a failure to write into one that says what could not be written, why, and how much room it needs.
+
+    Args:
+        path: What the person asked for; where it is written meanwhile means nothing to them.
+        size: Bytes that it takes; None if unknown.
+
+    Raises:
+        OutputError: In place of an error of the operating system, of safetensors or of PyTorch.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = write_failure(error)
+        if failure is None:
+            raise
+        code, reason = failure
+        remedy = "give another place"
+        if code in NO_ROOM:
+            needs = "" if size is None else f"it needs about {_in_bytes(size)}, and "
+            remedy = f"{needs}{_in_bytes(_free(path))} are free; make room, or give another place"
+        told = OutputError(f"{os.fspath(path)}: cannot be written ({reason}); {remedy}")
+        told.errno, told.strerror = code, reason
+        raise told from error
+
+
+def write_failure(error: Exception) -> tuple[int, str] | None:
+    """Return number and text of the operating system's error behind a failure to write; None if there is none."""
+    if isinstance(error, OSError):
+        return None if error.errno is None else (error.errno, error.strerror or os.strerror(error.errno))
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, whose errors have no number
+        return int(found[1]), os.strerror(int(found[1]))
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save, which swallows the reason
+        return errno.ENOSPC, "the file could not be written to its end"
+    return None
+
+
+def _free(path: str | os.PathLike[str]) -> int:
+    """Return how many bytes are free on the file system where `path` is or would be."""
+    return shutil.disk_usage(next(folder for folder in Path(path).absolute().parents if folder.is_dir())).free
+
+
+def _in_bytes(size: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(size)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], size: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it vanishes.
+
+    Args:
+        path: The file.
+        size: Bytes that it will have, for the error of a full disk; None if unknown.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with told_of(path, size), _replacing(Path(path)) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(handle)
@@ -37,12 +106,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def is_new_or_empty(path: str | os.PathLike[str]) -> bool:
-    """Whether nothing would be overwritten by filling the folder `path`."""
-    folder = Path(path)
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
@@ -62,13 +125,12 @@ def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` atomically."""
-    with replacing(path) as temporary:
+    with replacing(path, len(content)) as temporary:
         temporary.write_bytes(content)
 
 
@@ -95,7 +157,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> N
     """Write `tensors` (any shapes) to `path` as safetensors, atomically."""
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
+    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
         )

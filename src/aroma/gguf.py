@@ -6,6 +6,7 @@ Only models of the Llama architecture: for these the result was compared with PE
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from importlib.util import find_spec
@@ -18,12 +19,16 @@ from numpy.typing import NDArray
 from .errors import ConfigError, bad_value
 from .export import AdapterWeights, Update, read_adapter
 from .files import replacing
+from .outputs import new_file
 
 _MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
 
 def export_gguf(
-    folder: str | os.PathLike[str], out: str | os.PathLike[str], base_model: str | None = None
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base_model: str | None = None,
+    overwrite: bool | None = None,
 ) -> dict[str, int]:
     """Write an adapter as a GGUF file, in float32, and return the rank of every matrix by its name there.
 
@@ -32,15 +37,17 @@ def export_gguf(
 
     Args:
         folder: A plain LoRA adapter.
-        out: File to write, named `*.gguf`; must not exist.
+        out: File to write, named `*.gguf`.
         base_model: Folder or hub name of the base model, whose configuration is read; the adapter's own by default.
+        overwrite: Whether `out` may exist, and is replaced.
 
     Raises:
         ConfigError: The base model is not a Llama, or not the one that the adapter was trained on; the adapter has
-            more than updates of attention and MLP matrices; `out` exists.
+            more than updates of attention and MLP matrices.
+        OutputError: `out` exists, or cannot be written.
         CheckpointError: The adapter is missing or damaged.
     """
-    target = _new_file(out)
+    target = require_new_file("out", out, overwrite)
     _require_gguf()
     adapter = read_adapter(folder)
     config = _llama_config(adapter, base_model)
@@ -50,8 +57,9 @@ def export_gguf(
     tensors: dict[str, NDArray[np.float32]] = {}
     for module, name in names.items():
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = _pair(module, adapter.updates[module], alpha, config)
-    with replacing(target) as temporary:
+    with replacing(target, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         _write(temporary, target.stem, alpha, tensors)
+        _require_whole(temporary, tensors)
     return {name: adapter.updates[module].A.shape[0] for module, name in names.items()}
 
 
@@ -172,14 +180,16 @@ def _refuse_others(adapter: AdapterWeights) -> None:
         )
 
 
-def _new_file(out: str | os.PathLike[str]) -> Path:
-    """Return `out` as a path if it ends in `.gguf` and does not exist."""
-    target = Path(out)
-    if target.suffix != ".gguf":
-        raise bad_value("out", str(out), "a GGUF adapter is one file; give a name that ends in .gguf")
-    if target.exists():
-        raise bad_value("out", str(out), "it exists; nothing is overwritten, give another name")
-    return target
+def require_new_file(field: str, out: str | os.PathLike[str], force: bool | None = None) -> Path:
+    """Return where a GGUF file named `out` is written.
+
+    Raises:
+        ConfigError: It does not end in `.gguf`.
+        OutputError: It exists and `force` is not true, or it cannot be written.
+    """
+    if Path(out).suffix != ".gguf":
+        raise bad_value(field, str(out), "a GGUF adapter is one file; give a name that ends in .gguf")
+    return new_file(field, out, force=force)
 
 
 def _require_gguf() -> None:
@@ -202,3 +212,19 @@ def _write(path: Path, name: str, alpha: int, tensors: dict[str, NDArray[np.floa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _require_whole(path: Path, tensors: dict[str, NDArray[np.float32]]) -> None:
+    """Read the file back: numpy's `tofile`, which gguf calls, says nothing when the disk is full.
+
+    Raises:
+        OSError: It does not hold the tensors.
+    """
+    from gguf import GGUFReader
+
+    try:
+        there = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    except (ValueError, IndexError):  # what numpy makes of an end that is missing
+        there = {}
+    if there.keys() != tensors.keys() or any(not np.array_equal(there[key], tensors[key]) for key in tensors):
+        raise OSError(errno.ENOSPC, "the file could not be written to its end")

@@ -228,9 +228,21 @@ class GrowingMatrices:
         return [matrix for matrix in self._all if not matrix.is_frozen]
 
     @property
-    def total_rank(self) -> int:
+    def known_rank(self) -> int:
         """Sum of the ranks of all finished components; no device is asked."""
         return sum(matrix.rank for matrix in self._all)
+
+    @torch.no_grad()
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of every update: its finished components, and what has moved of those that train.
+
+        It is the rank that a save at this moment has. If pairs are sharded, all ranks call this together.
+        """
+        device, slotted = self.device, self._live.config.has_slots
+        moved = torch.stack([b.any(0).to(device) for b, _ in self.pairs(self._all)]).tolist()  # the device waits once
+        # As `AromaLinear.moved_slots` has it.
+        counts = [sum(columns) if slotted else len(columns) * any(columns) for columns in moved]
+        return {matrix.name: matrix.rank + count for matrix, count in zip(self._all, counts, strict=True)}
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ row, in a panel for each kind. matplotlib is imported only when something is dra
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .errors import bad_value
-from .files import replacing
+from .files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -437,15 +438,18 @@ def save_picture(figure: Figure, path: str | os.PathLike[str]) -> None:
     import matplotlib
     from PIL import Image
 
+    drawn = io.BytesIO()  # so that its size is known before anything is written
     form = Path(path).suffix.lower().removeprefix(".")
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
-    with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "aroma"}):
-        figure.savefig(temporary, format=form, dpi=120, metadata=undated)
-        if form == "png":  # with 256 colours drawings look the same, and take a third of the bytes
-            image = Image.open(temporary).convert("RGB")
-            image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE).save(
-                temporary, "PNG", optimize=True, dpi=(120, 120)
-            )
+    with matplotlib.rc_context({"svg.hashsalt": "aroma"}):
+        figure.savefig(drawn, format=form, dpi=120, metadata=undated)
+    if form == "png":  # with 256 colours drawings look the same, and take a third of the bytes
+        image = Image.open(drawn).convert("RGB")
+        drawn = io.BytesIO()
+        image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE).save(
+            drawn, "PNG", optimize=True, dpi=(120, 120)
+        )
+    write_bytes(path, drawn.getvalue())
 
 
 def _common(sequences: Iterable[Sequence[str]]) -> int:

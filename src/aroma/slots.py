@@ -184,7 +184,7 @@ class SlotMatrices(GrowingMatrices):
         self._readings: list[tuple[list[Tensor], list[bool]]] = []
 
     @property
-    def total_rank(self) -> int:
+    def known_rank(self) -> int:
         """Sum of the components of all matrices, those that train included; no device is asked."""
         return sum(matrix.component_count for matrix in self._all)
 

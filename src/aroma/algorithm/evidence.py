@@ -136,7 +136,7 @@ class EvidenceMatrices(Protocol[E]):
     """All growing matrices of a run, with their unused directions."""
 
     @property
-    def total_rank(self) -> int:
+    def known_rank(self) -> int:
         """Sum of the ranks of all components, those that train included."""
 
     def active(self) -> list[E]:
@@ -232,7 +232,7 @@ class EvidenceRule(Generic[E]):
         else:
             last = "" if self.last_birth is None else f", last at step {self.last_birth}"
             stage = f"births {self.births}{last}"
-        return [stage, f"components {self._matrices.total_rank} in {len(self._matrices.all())} matrices"]
+        return [stage, f"components {self._matrices.known_rank} in {len(self._matrices.all())} matrices"]
 
     @property
     def explanation(self) -> str:

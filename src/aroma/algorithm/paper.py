@@ -102,7 +102,7 @@ class PaperRule(Generic[M]):
         return [
             f"inner {self.inner_step}/{self.max_inner_steps}",
             f"active {active}/{every}",
-            f"rank {self._matrices.total_rank}",
+            f"finished rank {self._matrices.known_rank}",
         ]
 
     @property
@@ -266,7 +266,7 @@ class PaperRule(Generic[M]):
             inner_step=self.inner_step,
             module=matrix.name if matrix else None,
             value=value,
-            rank=matrix.rank if matrix else self._matrices.total_rank,
+            rank=matrix.rank if matrix else self._matrices.known_rank,
             converged=matrix.converged if matrix else True,
         )
 

@@ -52,8 +52,8 @@ class Matrices(Protocol[M]):
     """
 
     @property
-    def total_rank(self) -> int:
-        """Sum of the ranks of all finished components."""
+    def known_rank(self) -> int:
+        """Sum of the ranks of all finished components, which no device is asked for."""
 
     def active(self) -> list[M]:
         """Return the matrices that still train, in module order."""

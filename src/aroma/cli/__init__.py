@@ -29,8 +29,9 @@ COMMAND_GROUP = "aroma.commands"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0; 1 where a command ran to its end but something that it was to do failed; 2 for an error of the user's; 130 when
-    interrupted.
+    0; 1 where a command ran to its end but something that it was to do failed; 2 for an error of the user's or of the
+    operating system's, a full disk say; 130 when interrupted; 141 where what reads the output has gone, as after
+    `| head`.
 
     Args:
         argv: Arguments without the program's name; those of the process by default.
@@ -42,10 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code: int | None = arguments.run(arguments)
-    except AromaError as error:
-        if os.environ.get("AROMA_DEBUG") == "1":
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
+        return 141
+    except (AromaError, OSError) as error:
+        if os.environ.get("AROMA_DEBUG") == "1" or not (isinstance(error, AromaError) or error.errno):
             raise
-        return _report(str(error), code=2)
+        return _report(_in_words(error), code=2)
     except KeyboardInterrupt:
         return _report("interrupted; what was saved before is whole", code=130)
     return code or 0
@@ -104,6 +108,13 @@ def _entries(group: str) -> Iterator[tuple[str, str]]:
         name, equals, module = line.partition("=")
         if equals:
             yield name.strip(), module.strip()
+
+
+def _in_words(error: AromaError | OSError) -> str:
+    """Return what an error says; those of the operating system name the file first, as ours do."""
+    if isinstance(error, AromaError):
+        return str(error)
+    return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
 
 
 def _report(message: str, code: int) -> int:

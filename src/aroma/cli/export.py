@@ -44,12 +44,25 @@ def add_parser(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="with --merged: type of the written weights, rounded once after the merge (float32)",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        default=None,
+        help="with --gguf: replace OUT if it exists",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Export, and say where to."""
     _refuse_idle_options(arguments)
+    # Before PyTorch loads, and before a model does.
+    from ..outputs import new_file, new_folder
+
+    if arguments.gguf:
+        new_file("OUT", arguments.out, force=bool(arguments.force))
+    else:
+        new_folder("OUT", arguments.out)
     from .quiet import quiet
 
     quiet()
@@ -64,7 +77,7 @@ def _export(arguments: argparse.Namespace) -> str:
     if arguments.gguf:
         from ..gguf import export_gguf
 
-        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments))
+        ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments), overwrite=arguments.force)
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
     from ..export import export_merged, export_uniform
 
@@ -90,7 +103,7 @@ def _base_of(arguments: argparse.Namespace) -> str | None:
     return name
 
 
-_MEANT_FOR = {"rank": ("uniform",), "base_model": ("merged", "gguf"), "dtype": ("merged",)}
+_MEANT_FOR = {"rank": ("uniform",), "base_model": ("merged", "gguf"), "dtype": ("merged",), "force": ("gguf",)}
 
 
 def _refuse_idle_options(arguments: argparse.Namespace) -> None:

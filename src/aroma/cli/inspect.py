@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .extras import require_extra
-from .texts import examples
+from .texts import add_force, examples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,13 +36,20 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of any plain LoRA adapter, a checkpoint included")
     parser.add_argument("--plot", metavar="FILE", help="draw the ranks too: a .png, .svg or .pdf file")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table; draw the picture."""
-    if arguments.plot:
+    plot = None
+    if arguments.plot is not None:
         require_extra("plot")
+        from ..outputs import new_file
+        from ..pictures import require_picture_name
+
+        require_picture_name("--plot", arguments.plot)
+        plot = new_file("--plot", arguments.plot, force=arguments.force)
     from .quiet import quiet
 
     quiet()
@@ -56,8 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     if run is not None:
         print(growth_line(run))
     print(serving_hint(max((row.rank for row in rows), default=0)))
-    if arguments.plot:
-        rank_picture(rows, arguments.plot)
+    if plot is not None:
+        rank_picture(rows, plot)
         print(f"picture: {arguments.plot}")
 
 

@@ -31,6 +31,7 @@ from ..tuner.state import pack, read_controller_state, unpack
 from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
 from .resuming import CheckpointRecords, check_resumed_folders
 from .rewarmup import Rewarmup, was_skipped
+from .trackers import add_ranks, keep_totals, tell_trackers
 
 compat.require_names(compat.TRAINER_NAMES)
 
@@ -98,6 +99,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Refuse a model without a growing adapter, and options that cannot work, before any work."""
         trainable_adapter(model)
         check_resumed_folders(type(self))
+        tell_trackers(self)
         if getattr(args, "enable_jit_checkpoint", False):
             raise bad_value(
                 "enable_jit_checkpoint",
@@ -283,9 +285,12 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ranks to the logs; stop at a loss that is not finite."""
+        """Stop at a loss that is not finite; leave to those who print the logs the totals of the ranks alone."""
         if self.controller is None or logs is None or "loss" not in logs:
             return
+        if "total_rank" not in logs:  # something other than the Trainer calls its callbacks
+            add_ranks(self.controller, logs, state)
+        keep_totals(logs)
         # logging_nan_inf_filter of the Trainer hides a loss that is not finite. With fp16 a gradient may overflow.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
@@ -293,9 +298,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     f"{name}={logs[name]} at optimizer step {state.global_step}: training stopped, and earlier "
                     "checkpoints are untouched; resume from the last one with a lower learning rate"
                 )
-        growth = {"total_rank": self.controller.total_rank, "active_modules": self.controller.active_modules}
-        logs.update(growth)
-        state.log_history[-1].update(growth)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..algorithm.evidence import FIRST_STEP, question_count
 from ..errors import bad_value
 from ..files import write_json
 from .live import take_collected
+from .lora_fields import check_lora_fields
 from .state import write_adapter_state
 
 PEFT_TYPE = "AROMA"
@@ -39,24 +41,6 @@ _EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "prob
 
 FIELDS_OF_RULE = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
 """Fields that decide a run under each rule: a resumed run must have the same values as its checkpoint."""
-
-_PLAIN_LORA_ONLY: dict[str, tuple[Any, str]] = {
-    "bias": ("none", "AROMA trains no biases; leave it at 'none'"),
-    "lora_bias": (False, "a component has no bias; leave it at False"),
-    "use_rslora": (False, "the scale of a component is lora_alpha / r and never changes as the rank grows"),
-    "use_dora": (False, "DoRA's magnitude cannot be written as a plain LoRA adapter of growing rank"),
-    "init_lora_weights": (
-        True,
-        "b starts at 0 and a Kaiming-uniform, so that training starts at the pretrained model",
-    ),
-    "layer_replication": (None, "replicated layers share a base weight"),
-    "target_parameters": (None, "only Linear and Conv1D modules can grow"),
-    "trainable_token_indices": (None, "train token embeddings with a LoraConfig instead"),
-}
-"""LoraConfig fields that AROMA does not support: their only allowed value, and why."""
-
-_INITIALISERS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_qalora", "megatron_config")
-"""Further LoraConfig fields that ask for another method and would be ignored silently."""
 
 
 @dataclass
@@ -176,18 +160,21 @@ class AromaConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_rule()
+        if not isinstance(self.growth, str) or self.growth not in FIELDS_OF_RULE:
+            raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
         self._check_component()
         self._check_loops()
         self._check_reset()
         self._check_evidence()
-        self._check_unsupported()
+        self._check_rule()
+        check_lora_fields(self, _COMMON_FIELDS)
+        # PEFT reads them, also where they were given as None.
+        self.rank_pattern: dict[str, int] = {}
+        self.alpha_pattern: dict[str, float] = {}
         super().__post_init__()
         self.peft_type = PEFT_TYPE
 
     def _check_rule(self) -> None:
-        if self.growth not in FIELDS_OF_RULE:
-            raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
         defaults = {item.name: item.default for item in fields(self)}
         other = _PAPER_FIELDS if self.growth == "evidence" else _EVIDENCE_FIELDS
         for name in other:
@@ -219,7 +206,7 @@ class AromaConfig(LoraConfig):
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise bad_value("lora_dropout", self.lora_dropout, "give a probability in [0, 1)")
         if self.component_seed is not None:
-            _require_int("component_seed", self.component_seed, 0, "give a non-negative seed, or None")
+            _require_int("component_seed", self.component_seed, 0, "give a non-negative seed below 2**63, or None")
 
     def _check_loops(self) -> None:
         for name in ("inner_tolerance", "outer_tolerance"):
@@ -239,7 +226,7 @@ class AromaConfig(LoraConfig):
                 raise bad_value(
                     "max_components", self.max_components, f"it must be at least min_components={self.min_components}"
                 )
-        if self.inner_criterion not in ("norm_change", "update_change"):
+        if not isinstance(self.inner_criterion, str) or self.inner_criterion not in ("norm_change", "update_change"):
             raise bad_value("inner_criterion", self.inner_criterion, "choose 'norm_change' or 'update_change'")
 
     def _check_inner_steps(self, inner_steps: int) -> None:
@@ -253,24 +240,11 @@ class AromaConfig(LoraConfig):
             )
 
     def _check_reset(self) -> None:
-        if self.reset not in ("prune", "zero", "none"):
+        if not isinstance(self.reset, str) or self.reset not in ("prune", "zero", "none"):
             raise bad_value("reset", self.reset, "choose 'prune', 'zero' or 'none'")
         if not _is_number(self.prune_ratio) or not 0 <= self.prune_ratio <= 1:
             raise bad_value("prune_ratio", self.prune_ratio, "give the share of entries to zero, in [0, 1]")
         _require_int("rewarmup_steps", self.rewarmup_steps, 0, "give 0 for no re-warm-up, or a number of steps")
-
-    def _check_unsupported(self) -> None:
-        for name, (allowed, why) in _PLAIN_LORA_ONLY.items():
-            value = getattr(self, name)
-            if value != allowed:
-                raise bad_value(name, value, f"not supported by AROMA: {why}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, name):
-                raise bad_value(name, getattr(self, name), "AROMA finds the ranks; use max_components to bound them")
-        variants = [item.name for item in fields(self) if item.metadata.get("is_lora_variant")]
-        for name in (*variants, *_INITIALISERS):
-            if getattr(self, name):
-                raise bad_value(name, getattr(self, name), "LoRA variants cannot grow; leave it unset")
 
     @property
     def scale(self) -> float:
@@ -375,7 +349,8 @@ class AromaConfig(LoraConfig):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # An integer can be above what a float holds, and would fail where it is divided.
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > sys.float_info.max
 
 
 def _require_positive(name: str, value: Any, remedy: str) -> None:
@@ -385,5 +360,6 @@ def _require_positive(name: str, value: Any, remedy: str) -> None:
 
 
 def _require_int(name: str, value: object, minimum: int, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    # Processes exchange these numbers as 64-bit integers.
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**63:
         raise bad_value(name, value, remedy)

@@ -65,7 +65,8 @@ class AromaModel(LoraModel):
                 "target_modules",
                 wanted,
                 f"no module of {type(model).__name__} is left to grow; give names as model.named_modules() lists them "
-                "or their endings, or 'all-linear', and look at exclude_modules and modules_to_save",
+                "or their endings, or 'all-linear', and look at exclude_modules, modules_to_save and "
+                "layers_to_transform",
             ) from error
         self._bring_to_life(model, adapter_name)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
+from aroma.cli.texts import add_force, examples
 from aroma.errors import bad_value
 
 from ..progress import progress_bar
@@ -78,12 +78,13 @@ def _add_options(parser: argparse.ArgumentParser, out: str, beside: str = "") ->
     )
     add("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help=keep_help)
     add("--out", metavar="FILE", default=out, help=f"new .json file{beside} (%(default)s)")
+    add_force(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure; print the tables; write the results and the picture."""
     require_extra("lab")
-    out, picture = new_files(arguments.out, "--out", ".png")
+    out, picture = new_files(arguments, "--out", ".png")
     from aroma.cli.quiet import quiet
 
     quiet()
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
 def run_profile(arguments: argparse.Namespace) -> None:
     """Profile; print the table; write the results."""
     require_extra("lab")
-    (out,) = new_files(arguments.out, "--out")
+    (out,) = new_files(arguments, "--out")
     from aroma.cli.quiet import quiet
 
     quiet()
@@ -125,25 +126,25 @@ def _settings(arguments: argparse.Namespace, **more: Any) -> BenchSettings:
     return BenchSettings(**given, only=tuple(arguments.only) if arguments.only else None, **more)
 
 
-def new_files(out: str, option: str, *suffixes: str) -> list[Path]:
-    """Return the files to write: `out`, and files of the same name with other suffixes.
+def new_files(arguments: argparse.Namespace, option: str, *suffixes: str) -> list[Path]:
+    """Return the files to write: the results, and files of the same name with other suffixes.
 
     Args:
-        out: Name of the results.
-        option: The option that it was given by.
+        arguments: With `force`.
+        option: The option that names the results.
         suffixes: Of the files beside it, such as `.png`.
 
     Raises:
-        ConfigError: One of them exists, or the name does not end in .json.
+        ConfigError: The name does not end in .json.
+        OutputError: One of them exists, or cannot be written.
     """
-    results = Path(out)
+    from aroma.outputs import new_file
+
+    results = Path(getattr(arguments, option.removeprefix("--")))
     if results.suffix != ".json":
-        raise bad_value(option, out, "the name of the results must end in .json")
+        raise bad_value(option, str(results), "the name of the results must end in .json")
     files = [results, *map(results.with_suffix, suffixes)]
-    for file in files:
-        if file.exists():
-            raise bad_value(option, out, f"{file} exists; give another name, or move it away")
-    return files
+    return [new_file(option, file, force=arguments.force) for file in files]
 
 
 def print_lines(lines: Sequence[str]) -> None:

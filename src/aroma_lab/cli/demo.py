@@ -31,6 +31,9 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the demo, and print a summary."""
     require_extra("demo")
+    from aroma.outputs import new_folder
+
+    new_folder("--out", arguments.out, "give another folder with --out")  # before PyTorch is loaded
     from aroma.cli.quiet import quiet
 
     quiet()

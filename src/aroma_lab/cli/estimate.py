@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
+from aroma.cli.texts import add_force, examples
 
 from .bench import new_files, print_lines
 
@@ -49,13 +49,14 @@ def add_parser(commands: Any) -> None:
     add("--device", metavar="NAME", nargs="+", default=[], help="kinds of devices to try (all)")
     add("--device-memory", metavar="GIB", type=float, help="try a device with this memory")
     add("--json", metavar="FILE", help="new .json file for the estimates")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Estimate; print the tables; write the JSON file."""
     require_extra("lab")
-    files = new_files(arguments.json, "--json") if arguments.json else []
+    files = new_files(arguments, "--json") if arguments.json is not None else []
     from aroma.cli.quiet import quiet
 
     quiet()

@@ -29,38 +29,36 @@ _COUNTS = {
 }
 
 
-def run_language(arguments: argparse.Namespace) -> None:
-    """Ask all questions, print a table, and write what was asked for."""
+def run_language(arguments: argparse.Namespace, out: Mapping[str, Path]) -> None:
+    """Ask all questions, print a table, and write what was asked for into the files of `out`, by option."""
     from rich.console import Console
 
     from aroma.files import write_json
 
     require_extra("language")
-    from ..language.data import refuse_existing, write_records
+    from ..language.data import write_records
 
     files = named_files(arguments.data)
-    if arguments.predictions is not None:
-        refuse_existing("predictions", arguments.predictions)
     method: Scoring = arguments.method or "likelihood"
     found = _evaluate(arguments, files, method)
     metrics = next(iter(found.values())).metrics
     # Every set has equal weight, as in Table 3.
     means = {name: sum(one.metrics[name] for one in found.values()) / len(found) for name in metrics}
     # Written before anything is printed, so that a failing terminal loses nothing.
-    if arguments.predictions is not None:
+    if "predictions" in out:
         rows = [
             {"set": name, "example": number, **asdict(prediction)}
             for name, evaluation in found.items()
             for number, prediction in enumerate(evaluation.predictions, start=1)
         ]
-        write_records("predictions", arguments.predictions, rows)
-    if arguments.json is not None:
+        write_records(out["predictions"], rows)
+    if "json" in out:
         names = ("examples", "metrics", "loss", *_COUNTS)
         sets = {
             name: {"data": files[name], **{field: getattr(one, field) for field in names}}
             for name, one in found.items()
         }
-        write_json(arguments.json, {"method": method, "limit": arguments.limit, "sets": sets, "average": means})
+        write_json(out["json"], {"method": method, "limit": arguments.limit, "sets": sets, "average": means})
     console = Console()
     console.print(_table(method, found, means))
     for name, evaluation in found.items():

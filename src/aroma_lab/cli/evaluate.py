@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
-from aroma.errors import bad_value
+from aroma.cli.texts import add_force, examples
+from aroma.errors import OutputError, bad_value
 
 from ..progress import progress_bar
 
@@ -44,7 +45,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--base-model", metavar="NAME", help="hub name or folder, if not the one the adapter names")
     parser.add_argument("--batch-size", type=int, help="examples of one forward pass (32; of language models 8)")
-    parser.add_argument("--json", metavar="FILE", help="write the metrics to this file too")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics to this new file too")
+    add_force(parser)
     classifiers = parser.add_argument_group("classifiers and regressions")
     classifiers.add_argument("--text", metavar="COLUMN", help="column of the text, if not the one of the training")
     classifiers.add_argument(
@@ -67,6 +69,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
     require_extra("lab")
+    files = _new_files(arguments)
     from aroma.cli.quiet import quiet
 
     quiet()
@@ -76,13 +79,30 @@ def run(arguments: argparse.Namespace) -> None:
         from .eval_language import run_language
 
         _refuse_options(arguments, _CLASSIFIER_OPTIONS, "classifiers and regressions")
-        run_language(arguments)
+        run_language(arguments, files)
     else:
         _refuse_options(arguments, _LANGUAGE_OPTIONS, "language models")
-        _run_classifier(arguments)
+        _run_classifier(arguments, files.get("json"))
 
 
-def _run_classifier(arguments: argparse.Namespace) -> None:
+def _new_files(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Return the files to write, by option.
+
+    Raises:
+        OutputError: One exists, both are the same, or one cannot be written.
+    """
+    from aroma.outputs import new_file
+
+    given = {name: getattr(arguments, name) for name in ("json", "predictions")}
+    files = {
+        name: new_file(f"--{name}", path, force=arguments.force) for name, path in given.items() if path is not None
+    }
+    if len(files) == 2 and files["json"].absolute() == files["predictions"].absolute():
+        raise bad_value("--predictions", arguments.predictions, "it is --json's file; give two names", OutputError)
+    return files
+
+
+def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -107,8 +127,8 @@ def _run_classifier(arguments: argparse.Namespace) -> None:
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    if arguments.json:
-        write_json(arguments.json, {"data": data, "examples": result.examples, "metrics": result.metrics})
+    if json_file is not None:
+        write_json(json_file, {"data": data, "examples": result.examples, "metrics": result.metrics})
 
 
 def _refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], whose: str) -> None:

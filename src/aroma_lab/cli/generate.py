@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from aroma.cli.texts import examples
+from aroma.cli.texts import add_force, examples
 from aroma.errors import DataError, bad_value
 
 from ..progress import progress_bar
@@ -48,6 +48,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, help="seed of the draw; without it every answer differs")
     parser.add_argument("--out", metavar="FILE", help="new JSONL file: the lines of PROMPT with their responses")
     parser.add_argument("--batch-size", type=int, metavar="N", help="with --out: prompts of one forward pass (8)")
+    add_force(parser)
     parser.set_defaults(run=run)
 
 
@@ -81,11 +82,13 @@ def _answer_one(arguments: argparse.Namespace) -> None:
 
 
 def _answer_file(arguments: argparse.Namespace) -> None:
-    from ..language.data import read_records, refuse_existing, write_records
+    from aroma.outputs import new_file
+
+    from ..language.data import read_records, write_records
     from ..language.generate import generate_batch
     from ..language.model import load_language_task
 
-    refuse_existing("out", arguments.out)
+    out = new_file("--out", arguments.out, force=arguments.force)
     rows = read_records("prompts", arguments.prompt)
     spec = load_language_task(arguments.adapter).language
     places = [f"prompts (row {number})" for number in range(1, len(rows) + 1)]
@@ -96,7 +99,7 @@ def _answer_file(arguments: argparse.Namespace) -> None:
     with progress_bar("generate", len(prompts)) as advance:
         answers = generate_batch(loaded, prompts, max_new_tokens=tokens, batch_size=batch_size, advance=advance)
     told = [{"response": answer.text, "finished": answer.finished} for answer in answers]
-    write_records("out", arguments.out, [{**row, **more} for row, more in zip(rows, told, strict=True)])
+    write_records(out, [{**row, **more} for row, more in zip(rows, told, strict=True)])
     cut = sum(not answer.finished for answer in answers)
     ended = f", {cut} of them cut after {tokens} tokens" if cut else ""
     print(f"{len(answers)} answers{ended}: {arguments.out}")

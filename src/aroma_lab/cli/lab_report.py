@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
-from aroma.errors import bad_value
+from aroma.cli.texts import add_force, examples
 
 # As in report/; written out here so that help imports nothing.
 TABLES = {
@@ -59,6 +58,7 @@ def add_parser(commands: Any) -> None:
     )
     table.add_argument("--metric", metavar="NAME", help="what --kind sets shows (the metric that is the score)")
     table.add_argument("--out", metavar="FILE", help="new file to write it to, instead of printing it")
+    add_force(table)
     table.set_defaults(run=run_table)
 
     figure = _add(
@@ -81,6 +81,7 @@ def add_parser(commands: Any) -> None:
         "--modules", metavar="MODULE", nargs="+", help="names of modules, or ends of them (those of the paper)"
     )
     figure.add_argument("--seed", type=int, help="seed shown by ranks, births and cosines (the lowest)")
+    add_force(figure)
     figure.set_defaults(run=run_figure)
 
     collect = _add(
@@ -99,13 +100,14 @@ def add_parser(commands: Any) -> None:
     )
     collect.add_argument("folders", metavar="FOLDER", nargs="+", help="the grid's output folder, or its parts")
     collect.add_argument("--out", metavar="FILE", help="new file to write it to (FOLDER/runs.parquet)")
+    add_force(collect)
     collect.set_defaults(run=run_collect)
 
 
 def run_table(arguments: argparse.Namespace) -> None:
     """Print the table, or write it; what CSV cannot hold goes to standard error."""
     require_extra("lab")
-    out = _new_file(arguments.out) if arguments.out else None
+    out = _new_file(arguments.out, arguments) if arguments.out is not None else None
     from aroma.files import write_text
 
     from ..report.formats import FORMATS, SUFFIXES
@@ -128,7 +130,7 @@ def run_figure(arguments: argparse.Namespace) -> None:
     """Draw and write the picture."""
     require_extra("lab")
     name = f"{arguments.kind}-{arguments.task}" if arguments.task else arguments.kind
-    out = _new_file(arguments.out or f"{name}.png")
+    out = _new_file(arguments.out or f"{name}.png", arguments)
     from aroma.cli.quiet import quiet
 
     quiet()
@@ -148,8 +150,8 @@ def run_collect(arguments: argparse.Namespace) -> None:
     is_joined = len(arguments.folders) > 1
     if is_joined and arguments.out is None:
         raise bad_value("--out", None, "name the new table of these parts, as joined/runs.parquet")
-    out = _new_file(arguments.out or str(Path(arguments.folders[0]) / "runs.parquet"))
-    selection, grid = (_new_file(str(out.parent / name)) if is_joined else None for name in _OF_GRID)
+    out = _new_file(arguments.out or str(Path(arguments.folders[0]) / "runs.parquet"), arguments)
+    selection, grid = (_new_file(str(out.parent / name), arguments) if is_joined else None for name in _OF_GRID)
     import yaml
 
     from aroma.files import write_json, write_text
@@ -179,8 +181,7 @@ def _listed(kinds: dict[str, str]) -> str:
     return "\n".join(f"  {kind:8} {meaning}" for kind, meaning in kinds.items())
 
 
-def _new_file(name: str) -> Path:
-    path = Path(name)
-    if path.exists():
-        raise bad_value("--out", name, "it exists; give another name, or move it away")
-    return path
+def _new_file(name: str, arguments: argparse.Namespace) -> Path:
+    from aroma.outputs import new_file
+
+    return new_file("--out", name, force=arguments.force)

@@ -52,9 +52,10 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
     require_extra("lab")
-    from ..run.recipe import load_recipe
+    from ..run.recipe import check_output, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    check_output(recipe, arguments.resume)  # here, too: before PyTorch is loaded
     if recipe.data.task == "causal_lm":
         require_extra("language")
 

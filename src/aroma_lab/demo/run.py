@@ -19,6 +19,7 @@ from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_tensors, write_json, write_text
+from aroma.outputs import new_folder
 from aroma.pictures import birth_picture, rank_picture
 from aroma.tuner import aroma_layers
 
@@ -26,7 +27,6 @@ from ..methods import Method, make_method
 from ..methods.head import pooler_of
 from ..progress import Progress, no_progress
 from ..run.files import TrialFiles
-from ..run.folder import require_empty
 from ..run.machine import provenance
 from ..run.recorder import EventLog
 from ..specs import ModelSpec, TrainSpec, check_training
@@ -91,14 +91,14 @@ def run_demo(
         The content of `result.json`.
 
     Raises:
-        ConfigError: `out` is not empty, or a number of the loop is out of range.
+        ConfigError: A number of the loop is out of range.
+        OutputError: `out` is not empty, or cannot be written to.
         DataError: A package of the demo is missing or has changed.
         CheckpointError: The saved adapter does not predict the same in plain PEFT.
     """
     began = time.monotonic()
     check_training(training)
-    folder = Path(out)
-    require_empty("--out", folder, "give another folder with --out")
+    folder = new_folder("--out", out, "give another folder with --out")
     train, held_out = split_articles(load_articles())
     parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}  # held-out articles are only reported on
     job = ClassifierJob.make(ModelSpec(str(packaged_encoder())), TASK, parts, training.train_pooler)

@@ -129,16 +129,9 @@ def read_records(key: str, path: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def write_records(key: str, path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write objects a line each into a new file; DataError if it exists."""
-    refuse_existing(key, path)
+def write_records(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write objects to a file, a line each."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def refuse_existing(key: str, path: str | os.PathLike[str]) -> None:
-    """Raise DataError if a file is to be written that exists."""
-    if Path(path).exists():
-        raise bad_value(key, str(path), "it exists, and nothing is overwritten; give another", DataError)
 
 
 def turns_of_messages(where: str, messages: Any) -> tuple[Turn, ...]:

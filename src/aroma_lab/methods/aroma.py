@@ -52,7 +52,7 @@ class Aroma(PeftAdapter):
     target_modules: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        self.config([], 0)  # an impossible value is refused now, not when the model is built
+        self._unplaced()  # an impossible value is refused now, not when the model is built
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Aroma(PeftAdapter):
 
     def resolved_options(self) -> dict[str, Any]:
         """Return the value of every field of `AromaConfig`; see `Method.resolved_options`."""
-        config = self.config([], 0)
+        config = self._unplaced()
         # PEFT turns lists of modules into sets.
         modules = {"target_modules": self.target_modules, "exclude_modules": self.options.get("exclude_modules")}
         return {name: getattr(config, name) for name in adapter_keys()} | modules
@@ -81,6 +81,10 @@ class Aroma(PeftAdapter):
     def config(self, targets: list[str], planned_steps: int) -> AromaConfig:
         """Return the configuration."""
         return AromaConfig(**{"target_modules": targets, **self._config_fields()})
+
+    def _unplaced(self) -> AromaConfig:
+        """Return the configuration before it is known which modules a model has."""
+        return AromaConfig(**{"target_modules": None, **self._config_fields()})
 
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> GrowthHooks:
         """Return the attached controller; see `Method.hooks`."""
@@ -109,7 +113,7 @@ class Aroma(PeftAdapter):
 
         In a run of one pass, too few to decide are trained on instead: there every training batch is unseen, too.
         """
-        config = self.config([], 0)
+        config = self._unplaced()
         if config.growth != "evidence":
             return train, None
         too_few = len(train) * self.growth_share < flips_to_birth(config.significance) * batch_size

@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 
 from aroma.errors import CheckpointError, bad_value
-from aroma.files import replacing
+from aroma.files import write_bytes
 
 from ..run.files import RUNS, TrialFiles
 
@@ -210,8 +210,7 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     for part in _PARTS:
         values = zip(frame[part], frame.selects, strict=True)
         frame[part] = [_as_json(part, one, selects) for one, selects in values]
-    with replacing(path) as temporary:
-        frame.to_parquet(temporary, index=False, compression="zstd", compression_level=19)
+    write_bytes(path, frame.to_parquet(index=False, compression="zstd", compression_level=19))
 
 
 def _as_json(part: str, value: Any, selects: bool) -> str | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from aroma.checkpoint import verify_checkpoint
 from aroma.errors import CheckpointError, bad_value
-from aroma.files import is_new_or_empty, write_json
+from aroma.files import write_json
+from aroma.outputs import open_folder
 
 from .files import TrialFiles
 from .trial import Trial, differing_keys, load_trial, save_trial
@@ -22,11 +23,13 @@ class TrialFolder(TrialFiles):
     """The folder of a trial that runs."""
 
     def check(self, trial: Trial) -> None:
-        """Refuse a folder of another trial; nothing is written.
+        """Refuse a folder of another trial, and one that cannot be written to; nothing is left there.
 
         Raises:
             ConfigError: It holds another trial, or files of something else.
+            OutputError: It cannot be written to.
         """
+        open_folder("folder", self.root)
         if self.trial.exists():
             differing = differing_keys(trial, load_trial(self.trial))
             if differing:
@@ -35,8 +38,7 @@ class TrialFolder(TrialFiles):
             return
         # The files that may be there before trial.json is, and those that are half written.
         own = re.compile(r"recipe\.yaml|progress\.json|failure\.json|.*\.log|\..*\.tmp")
-        there = self.root.iterdir() if self.root.is_dir() else [self.root] if self.root.exists() else []
-        found = [path.name for path in there]
+        found = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
         if strangers := sorted(name for name in found if not own.fullmatch(name)):
             remedy = f"it holds {strangers[0]}, and nothing is overwritten; give another folder"
             raise bad_value("folder", str(self.root), remedy)
@@ -73,12 +75,6 @@ class TrialFolder(TrialFiles):
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(self.failure, record)
-
-
-def require_empty(field: str, folder: Path, remedy: str) -> None:
-    """Raise ConfigError unless `folder` is absent or an empty folder."""
-    if not is_new_or_empty(folder):
-        raise bad_value(field, str(folder), f"it is not an empty folder, and nothing is overwritten; {remedy}")
 
 
 def step_of(checkpoint: str | None) -> int:

@@ -13,6 +13,7 @@ import yaml
 
 from aroma.errors import bad_value
 from aroma.files import write_text
+from aroma.outputs import new_folder
 
 from ..settings import apply_overrides, describe, nest, read_mapping, typed_fields
 from ..specs import MADE_KEYS, DataSpec, Recipe, adapter_keys, adapter_options
@@ -94,6 +95,21 @@ def trial_of(recipe: Recipe) -> Trial:
     )
 
 
+def check_output(recipe: Recipe, resume: bool) -> None:
+    """Raise unless a run can be put into `recipe.output`, or resumed there; nothing is left there.
+
+    Raises:
+        ConfigError: The run there is finished.
+        OutputError: The folder is not empty, or cannot be written to.
+    """
+    files = TrialFiles(Path(recipe.output))
+    if resume and files.result.exists():
+        raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
+    if not (resume and files.trial.exists()):
+        remedy = "it holds no run to resume; give another" if resume else "give another, or --resume this run"
+        new_folder("output", files.root, remedy)
+
+
 def run_recipe(
     recipe: Recipe, *, resume: bool = False, progress: bool = True, on_note: Callable[[str], None] = lambda note: None
 ) -> dict[str, Any]:
@@ -111,22 +127,18 @@ def run_recipe(
         The content of `result.json`.
 
     Raises:
-        ConfigError: A recipe that cannot work, a folder that is not empty, or a resume of another or a finished run.
+        ConfigError: A recipe that cannot work, or a resume of another or a finished run.
+        OutputError: A folder that is not empty, or cannot be written to.
         DataError, CheckpointError, NonFiniteError: See `run_trial`.
     """
     from aroma.sharding import refuse_together
 
-    from .folder import require_empty
     from .processes import join
     from .run import run_trial
 
     files = TrialFiles(Path(recipe.output))
     with refuse_together(join().device):
-        if resume and files.result.exists():
-            raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
-        if not (resume and files.trial.exists()):
-            remedy = "it holds no run to resume; give another" if resume else "give another, or --resume this run"
-            require_empty("output", files.root, remedy)
+        check_output(recipe, resume)
 
     def start(job: Any) -> None:
         if not files.recipe.exists():

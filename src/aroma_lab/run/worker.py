@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from aroma.files import is_new_or_empty, read_json
+from aroma.files import read_json
 
 from .files import TrialFiles
 from .machine import keep_freed_memory
@@ -52,7 +52,7 @@ def _is_own(trial_file: Path, folder: Path) -> bool:
     there = TrialFiles(folder).trial
     if there.exists():
         return there.read_bytes() == trial_file.read_bytes()
-    return is_new_or_empty(folder)
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import yaml
 
 from aroma.errors import bad_value
 from aroma.files import write_json, write_text
+from aroma.outputs import open_folder
 
 from ..run.trial import Trial
 from .engine import Engine, Watch
@@ -62,6 +63,7 @@ def run_grid(
             study that another grid made. Nothing has been run then. Or a database that went away.
         DataError: Examples that cannot be used. Nothing has been run then, either.
     """
+    open_folder("output", grid.folder)
     part = grid.part(tasks, methods)
     tried = candidates(part)
     first = [trial for trial, _ in tried] or expand(part)
@@ -106,6 +108,7 @@ def serve(grid: Grid, idle_seconds: float, watch: Watch | None = None, *, module
         ConfigError: A storage that cannot be reached or went away, a study that searches something else, or a folder
             that holds another trial.
     """
+    open_folder("output", grid.folder)
     with Engine(grid, watch, module) as engine:
         return engine.serve(idle_seconds)
 

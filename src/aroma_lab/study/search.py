@@ -19,6 +19,7 @@ from optuna.samplers import PartialFixedSampler, RandomSampler, TPESampler
 
 from aroma.errors import bad_value
 from aroma.files import read_json, write_json
+from aroma.outputs import open_folder
 
 from ..run.trial import Trial, differing
 from .engine import Engine, Watch
@@ -176,6 +177,7 @@ def run_search(search: Search, watch: Watch | None = None, *, module: str = WORK
             something else, or an output folder that holds another search's trials or result.
         DataError: Examples that cannot be used.
     """
+    open_folder("output", search.folder)
     file = search.folder / SEARCH_FILE
     written, wanted = _own_record(file, search), search.scheduled()
     if module == WORKER_MODULE:  # a stand-in needs neither methods nor data

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError
 from aroma.events import Event
-from aroma.files import read_tensors, write_tensors
+from aroma.files import read_tensors, told_of, write_tensors
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
 from aroma.integrations.resuming import CheckpointRecords
@@ -229,6 +229,7 @@ class ExactResume:
     args: Any
     data_collator: Any
     model: Any
+    optimizer: Any
     state: Any
 
     def __init__(
@@ -269,6 +270,17 @@ class ExactResume:
         metrics = self._evaluate_set(self.model, data, self.args.per_device_eval_batch_size)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(data))
+
+    def _save_checkpoint(self, *options: Any) -> None:
+        with told_of(self.args.output_dir, self._checkpoint_bytes()):
+            super()._save_checkpoint(*options)  # type: ignore[misc]
+
+    def _checkpoint_bytes(self) -> int:
+        """Return about how many bytes a checkpoint takes: what is trained, and the optimizer's state of it."""
+        tensors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for state in self.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -1,0 +1,116 @@
+"""Where results go: checked before any work, so that none is lost for want of a place. Nothing is replaced unasked."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from .errors import OutputError, bad_value
+
+
+def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = None) -> Path:
+    """Return where a file that was named `path` will be written; nothing is left there yet.
+
+    Args:
+        field: The argument or option that named it.
+        path: The file. A symbolic link to a file stands for that file.
+        force: Whether a file that exists may be replaced; None: never, and the error names no option.
+
+    Raises:
+        OutputError: Something is there, or nothing can be written there.
+    """
+    target = _resolved(field, path)
+    if os.path.isdir(target):
+        raise bad_value(field, str(path), "it is a folder; give the name of a file", OutputError)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise bad_value(field, str(path), "it is no regular file; give another name", OutputError)
+    if os.path.exists(target) and not force:
+        remedy = "give another name" if force is None else "give another name, or --force to replace it"
+        raise bad_value(field, str(path), f"it exists, and nothing is overwritten; {remedy}", OutputError)
+    _require_place(field, path, target)
+    return target
+
+
+def new_folder(field: str, path: str | os.PathLike[str], remedy: str = "give another folder") -> Path:
+    """Return where a folder that was named `path` will be filled: it is empty, or nothing is there yet.
+
+    Args:
+        field: The argument or option that named it.
+        path: The folder. A symbolic link to a folder stands for that folder.
+        remedy: What to do about a folder that holds something.
+
+    Raises:
+        OutputError: Something is there, or nothing can be written there.
+    """
+    target = open_folder(field, path)
+    held = min((entry.name for entry in target.iterdir()), default=None) if os.path.isdir(target) else None
+    if held is not None:
+        raise bad_value(
+            field, str(path), f"it is not an empty folder: it holds {held}, and nothing is overwritten; {remedy}",
+            OutputError,
+        )  # fmt: skip
+    return target
+
+
+def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
+    """Return where a folder that was named `path` is or will be; whatever it holds.
+
+    Raises:
+        OutputError: A file is there, or nothing can be written there.
+    """
+    target = _resolved(field, path)
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise bad_value(field, str(path), "it is a file, and nothing is overwritten; give a folder", OutputError)
+    _require_place(field, path, target / "any")
+    return target
+
+
+def require_replaceable(field: str, path: str | os.PathLike[str], target: Path) -> None:
+    """Raise unless a new folder can be moved to `target` in one step.
+
+    Raises:
+        OutputError: `target` is where a file system is mounted, or its parent cannot be written to.
+    """
+    if os.path.ismount(target):
+        raise bad_value(field, str(path), "it is a mount point; give a folder inside it", OutputError)
+    _require_place(field, path, target)
+
+
+def _resolved(field: str, path: str | os.PathLike[str]) -> Path:
+    """Return `path`, or what it leads to if it is a symbolic link.
+
+    Raises:
+        OutputError: The link leads nowhere.
+    """
+    if not os.path.islink(path):
+        return Path(path)
+    if not os.path.exists(path):
+        remedy = f"it is a symbolic link to {os.readlink(path)}, which is not there; remove it, or give another name"
+        raise bad_value(field, str(path), remedy, OutputError)
+    return Path(os.path.realpath(path))
+
+
+def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> None:
+    """Raise unless a file can be made beside `target`, or where its folders will be made.
+
+    Only an attempt tells: root may write where permissions forbid it, and may not where a file system is read-only.
+
+    Raises:
+        OutputError: With the reason.
+    """
+    folder, missing = target.parent, [target.name]
+    while not os.path.lexists(folder) and folder != folder.parent:
+        missing.append(folder.name)
+        folder = folder.parent
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "a symbolic link that leads nowhere"
+        raise bad_value(field, str(path), f"{folder} is {kind}, and cannot hold it; give another name", OutputError)
+    try:
+        # With a name as long as what `files.replacing` makes first.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{max(missing, key=len)}.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise bad_value(
+            field, str(path), f"{folder} cannot be written to ({error.strerror}); give another place", OutputError
+        ) from error

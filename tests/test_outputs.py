@@ -1,0 +1,401 @@
+"""Nothing is overwritten unasked, and a place that cannot be written to gives one line, before or after the work."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from aroma.cli import main, make_parser
+from aroma.errors import AromaError, OutputError
+from aroma.export import export_merged, export_uniform
+from aroma.files import write_bytes, write_json, write_tensors, write_text
+from aroma.gguf import export_gguf
+from full_disk import room_for
+from models import saved_base
+
+ROOT = Path(__file__).parent.parent
+LAB = str(ROOT / "examples" / "lab" / "minilm-tiny.yaml")
+SEARCH = str(ROOT / "examples" / "lab" / "search-messages.yaml")
+RECIPE = str(ROOT / "examples" / "recipes" / "own-files.yaml")
+
+FILES: dict[str, tuple[list[str], str]] = {
+    "inspect --plot": (["inspect", "a", "--plot", "OUT"], ".png"),
+    "export OUT": (["export", "a", "OUT", "--gguf"], ".gguf"),
+    "eval --json": (["eval", "a", "--data", "x.csv", "--json", "OUT"], ".json"),
+    "eval --predictions": (["eval", "a", "--data", "x.csv", "--predictions", "OUT"], ".jsonl"),
+    "generate --out": (["generate", "a", "x.jsonl", "--out", "OUT"], ".jsonl"),
+    "bench --out": (["bench", "--out", "OUT"], ".json"),
+    "bench profile --out": (["bench", "profile", "--out", "OUT"], ".json"),
+    "estimate --json": (["estimate", "minilm", "--json", "OUT"], ".json"),
+    "lab table --out": (["lab", "table", "r", "--out", "OUT"], ".csv"),
+    "lab figure --out": (["lab", "figure", "curves", "r", "--out", "OUT"], ".png"),
+    "lab collect --out": (["lab", "collect", "r", "--out", "OUT"], ".parquet"),
+}
+"""Every file that a command writes: the command, and the suffix of the file."""
+
+FOLDERS: dict[str, list[str]] = {
+    "export OUT": ["export", "a", "OUT", "--merged"],
+    "demo --out": ["demo", "--out", "OUT"],
+    "train output": ["train", RECIPE, "output=OUT"],
+    "lab run output": ["lab", "run", LAB, "output=OUT"],
+    "lab search output": ["lab", "search", SEARCH, "output=OUT"],
+    "lab worker output": ["lab", "worker", LAB, "output=OUT"],
+}
+"""Every folder that a command fills."""
+
+OPEN_FOLDERS = ("lab run output", "lab search output", "lab worker output")
+"""Those that may hold something: what is there is not overwritten, but added to."""
+
+
+def parsers(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    yield name.strip(), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command, under in action.choices.items():
+                yield from parsers(under, f"{name} {command}")
+
+
+def test_the_tables_hold_every_option_that_names_an_output() -> None:
+    """Arguments whose help says that they are written, of every parser; `output` is a key of YAML files."""
+    found = set()
+    for name, parser in parsers(make_parser()):
+        for action in parser._actions:
+            text = action.help or ""
+            if action.metavar and any(word in text for word in ("write", "new ", "draw the ranks")):
+                found.add(f"{name} {action.option_strings[-1] if action.option_strings else action.metavar}")
+    assert found - {"lab run OVERRIDES"} == {*FILES, *(name for name in FOLDERS if not name.endswith(" output"))}
+
+
+def test_every_command_that_writes_a_file_has_force() -> None:
+    having = {name for name, parser in parsers(make_parser()) if "--force" in parser._option_string_actions}
+    assert having == {name.rpartition(" ")[0] for name in FILES}
+
+
+# Places that cannot be written ---------------------------------------------------------------------------------------
+
+
+def _file(root: Path, suffix: str) -> Path:
+    (root / f"there{suffix}").write_text("mine")
+    return root / f"there{suffix}"
+
+
+def _full_folder(root: Path, suffix: str) -> Path:
+    (root / f"there{suffix}").mkdir()
+    (root / f"there{suffix}" / "mine.txt").write_text("mine")
+    return root / f"there{suffix}"
+
+
+def _dangling(root: Path, suffix: str) -> Path:
+    (root / f"link{suffix}").symlink_to(root / "absent")
+    return root / f"link{suffix}"
+
+
+def _loop(root: Path, suffix: str) -> Path:
+    (root / f"one{suffix}").symlink_to(root / "two")
+    (root / "two").symlink_to(root / f"one{suffix}")
+    return root / f"one{suffix}"
+
+
+def _link_to_file(root: Path, suffix: str) -> Path:
+    (root / f"link{suffix}").symlink_to(_file(root, suffix))
+    return root / f"link{suffix}"
+
+
+def _under_a_file(root: Path, suffix: str) -> Path:
+    return _file(root, ".txt") / "deeper" / f"out{suffix}"
+
+
+def _under_nothing(root: Path, suffix: str) -> Path:
+    return _dangling(root, ".folder") / f"out{suffix}"
+
+
+def _no_place(root: Path, suffix: str) -> Path:
+    return Path(f"/sys/aroma-test{suffix}")  # where root, too, can make no file; else a folder that is not there in /
+
+
+def _pipe(root: Path, suffix: str) -> Path:
+    os.mkfifo(root / f"pipe{suffix}")
+    return root / f"pipe{suffix}"
+
+
+def _long(root: Path, suffix: str) -> Path:
+    return root / ("x" * 300 + suffix)
+
+
+PLACES: dict[str, tuple[Callable[[Path, str], Path], str]] = {
+    "file": (_file, "exists|is a file"),
+    "folder": (_full_folder, "is a folder|not an empty folder"),
+    "dangling link": (_dangling, "is a symbolic link to .*absent, which is not there; remove it"),
+    "loop": (_loop, "is a symbolic link to .*two, which is not there; remove it"),
+    "link to a file": (_link_to_file, "exists|is a file"),
+    "under a file": (_under_a_file, r"there\.txt is a file, and cannot hold it"),
+    "under a dangling link": (_under_nothing, r"link\.folder is a symbolic link that leads nowhere, and cannot hold"),
+    "no place": (_no_place, "cannot be written to .*give another place"),
+    "pipe": (_pipe, "is no regular file|is a file"),
+    "long name": (_long, r"cannot be written to \(File name too long\)"),
+}
+
+
+def snapshot(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): os.readlink(path) if path.is_symlink() else path.read_text()
+        for path in root.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("what", [*FILES, *(f"{name} (folder)" for name in FOLDERS)])
+def test_a_place_that_cannot_be_written(
+    what: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = what.removesuffix(" (folder)")
+    command, suffix = (FOLDERS[name], "") if what != name else FILES[what]
+    if place == "folder" and what != name and name in OPEN_FOLDERS:
+        return
+    monkeypatch.chdir(tmp_path)
+    make, message = PLACES[place]
+    out = make(tmp_path, suffix)
+    before, entries = snapshot(tmp_path), sorted(os.listdir(tmp_path))
+    assert main([part.replace("OUT", str(out)) for part in command]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("error: ")
+    assert f"={str(out)!r}: " in said
+    assert "Traceback" not in said
+    assert re.search(message, said), said
+    assert snapshot(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == entries
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [*((what, errno.EROFS) for what in FILES), ("inspect --plot", errno.EACCES), ("inspect --plot", errno.EDQUOT)],
+)
+def test_a_place_that_the_system_refuses(
+    what: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root no permission is missing, so the system's answer is put in its mouth."""
+    real = os.open
+
+    def refusing(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(tmp_path)):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    command, suffix = FILES[what]
+    out = tmp_path / f"out{suffix}"
+    assert main([part.replace("OUT", str(out)) for part in command]) == 2
+    said = capsys.readouterr().err
+    assert f"={str(out)!r}: {tmp_path} cannot be written to ({os.strerror(number)}); give another place\n" in said
+    assert said.count("\n") == 1
+
+
+# Places that can -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LoRA adapter, which every export takes."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(saved_base("llama"))
+    config = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+EXPORTS: dict[str, Callable[[Path, Path], Any]] = {
+    "uniform": export_uniform,
+    "merged": export_merged,
+    "gguf": lambda adapter, out: export_gguf(adapter, out.with_suffix(".gguf")),
+}
+
+
+@pytest.mark.parametrize("kind", ["uniform", "merged"])
+def test_a_link_to_an_empty_folder_leads_to_the_folder(llama: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+    assert main(["export", str(llama), str(tmp_path / "link"), f"--{kind}"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "empty" / "README.md").exists() or any((tmp_path / "disk" / "empty").iterdir())
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["empty"]
+
+
+def test_a_mount_point_cannot_be_replaced(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "out"))
+    with pytest.raises(OutputError, match=r"^out=.*it is a mount point; give a folder inside it$"):
+        export_merged(llama, tmp_path / "out")
+    export_uniform(llama, tmp_path / "out" / "inside")
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
+@pytest.mark.parametrize(("command", "name"), [("inspect", "ranks.svg"), ("export", "out.gguf")])
+def test_force_replaces_a_file_and_keeps_a_link(
+    llama: Path, tmp_path: Path, command: str, name: str, link: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / f"kept{Path(name).suffix}"
+    kept.write_text("mine")
+    out = tmp_path / name
+    if link:
+        out.symlink_to(kept)
+    else:
+        kept = kept.rename(out)
+    rest = ["--plot", str(out)] if command == "inspect" else [str(out), "--gguf"]
+    assert main([command, str(llama), *rest]) == 2
+    assert "it exists, and nothing is overwritten; give another name, or --force to replace it" in (
+        capsys.readouterr().err
+    )
+    assert kept.read_text() == "mine"
+    assert main([command, str(llama), *rest, "--force"]) == 0
+    assert kept.read_bytes()[:5] in (b"<?xml", b"GGUF\x03")
+    assert out.is_symlink() == link
+
+
+def test_force_has_no_meaning_for_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "a", "b", "--merged", "--force"]) == 2
+    assert "--force=True: it has a meaning only with --gguf" in capsys.readouterr().err
+
+
+def test_two_results_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "a.json")
+    assert main(["eval", "a", "--data", "x.jsonl", "--json", out, "--predictions", out]) == 2
+    assert f"error: --predictions='{out}': it is --json's file; give two names" in capsys.readouterr().err
+
+
+# A full disk ---------------------------------------------------------------------------------------------------------
+
+
+WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "text": (lambda path: write_text(path, "é" * 5_000), "10.0 kB"),
+    "bytes": (lambda path: write_bytes(path, b"x" * 10_000), "10.0 kB"),
+    "json": (lambda path: write_json(path, ["x"] * 1_000), "7.0 kB"),
+    "tensors": (lambda path: write_tensors(path, {"a": torch.ones(2, 1250)}), "10.0 kB"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
+    write, size = WRITERS[kind]
+    (tmp_path / "file").write_text("mine")
+    with room_for(4096), pytest.raises(OutputError) as caught:
+        write(tmp_path / "file")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'file'}: cannot be written (File too large); it needs about {size}, and ")
+    assert said.endswith("B are free; make room, or give another place")
+    assert "\n" not in said
+    assert caught.value.errno == errno.EFBIG
+    assert snapshot(tmp_path) == {"file": "mine"}
+    write(tmp_path / "file")  # with room
+    assert (tmp_path / "file").read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_export_to_a_full_disk_leaves_nothing(kind: str, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with room_for(1_000), pytest.raises(OutputError) as caught:
+        EXPORTS[kind](llama, tmp_path / "out")
+    out = tmp_path / ("out.gguf" if kind == "gguf" else "out")
+    said = str(caught.value)
+    reason = "the file could not be written to its end" if kind == "gguf" else "File too large"
+    assert said.startswith(f"{out}: cannot be written ({reason}); it needs about ")
+    assert snapshot(tmp_path) == {"mine.txt": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    EXPORTS[kind](llama, tmp_path / "out")
+    # What was said to be needed is what it takes, up to headers and small files.
+    number, unit = said.partition("needs about ")[2].split(", ")[0].split(" ")
+    needed = float(number) * {"bytes": 1, "kB": 1e3, "MB": 1e6}[unit]
+    there = [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+    assert needed == pytest.approx(sum(path.stat().st_size for path in there), rel=0.3)
+
+
+def test_the_command_says_it_in_one_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with room_for(2_000):
+        assert main(["inspect", str(llama), "--plot", str(tmp_path / "ranks.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'ranks.png'}: cannot be written (File too large); it needs about ")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_failure_to_write_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="not JSON") as caught:
+        write_json(tmp_path / "a.json", float("nan"))
+    assert not isinstance(caught.value, AromaError)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("not about files")
+
+    monkeypatch.setattr(tempfile, "mkstemp", broken)
+    with pytest.raises(RuntimeError, match=r"^not about files$"):
+        write_text(tmp_path / "a.txt", "")
+
+
+# What the operating system says of anything else ---------------------------------------------------------------------
+
+
+def test_an_error_of_the_operating_system_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(arguments: argparse.Namespace) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.jsonl")
+
+    monkeypatch.setattr("aroma_lab.cli.train.run", full)
+    assert main(["train", "recipe.yaml"]) == 2
+    assert capsys.readouterr().err == "error: events.jsonl: No space left on device\n"
+    monkeypatch.setenv("AROMA_DEBUG", "1")
+    with pytest.raises(OSError, match="No space left"):
+        main(["train", "recipe.yaml"])
+
+
+def test_an_error_without_a_number_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other libraries raise OSError for what has nothing to do with files."""
+
+    def strange(arguments: argparse.Namespace) -> None:
+        raise OSError("a library's own")
+
+    monkeypatch.setattr("aroma_lab.cli.train.run", strange)
+    with pytest.raises(OSError, match="a library's own"):
+        main(["train", "recipe.yaml"])
+
+
+def test_a_reader_that_has_gone_ends_a_command_in_silence() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, aroma_lab.cli.train as train\nfrom aroma.cli import main\n"
+        "train.run = lambda arguments: [print('x' * 1000, flush=True) for _ in range(1000)]\n"
+        "sys.exit(main(['train', 'recipe.yaml']))"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait() == 141
+
+
+def test_an_output_error_is_both(tmp_path: Path) -> None:
+    error = OutputError("out='x': full")
+    assert isinstance(error, AromaError)
+    assert isinstance(error, OSError)
+    assert str(error) == "out='x': full"
