@@ -525,7 +525,7 @@ def tensors_changed(rng: random.Random, folder: Path, other: Path) -> str | None
 @kind
 def hostile_tensors(rng: random.Random, folder: Path, other: Path) -> str | None:
     """Tensors that no whole adapter has, and digests in aroma_state.json that were made to fit."""
-    done = _edit_tensors(rng, folder, TENSOR_BREAKS)
+    done = _edit_tensors(rng, folder, TENSOR_BREAKS, of="lora_")
     file = folder / "aroma_state.json"
     if done is not None and file.is_file():
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -535,14 +535,18 @@ def hostile_tensors(rng: random.Random, folder: Path, other: Path) -> str | None
 
 
 def _edit_tensors(
-    rng: random.Random, folder: Path, edits: dict[str, Callable[[dict[str, Tensor], str, str], Any]]
+    rng: random.Random,
+    folder: Path,
+    edits: dict[str, Callable[[dict[str, Tensor], str, str], Any]],
+    of: str = "",
 ) -> str | None:
     files = files_of(folder, ".safetensors")
     if not files:
         return None
     file = rng.choice(files)
     tensors = load_file(file)
-    one, two, name = rng.choice(sorted(tensors)), rng.choice(sorted(tensors)), rng.choice(sorted(edits))
+    names = sorted(name for name in tensors if of in name) or sorted(tensors)
+    one, two, name = rng.choice(names), rng.choice(names), rng.choice(sorted(edits))
     edits[name](tensors, one, two)
     save_file(tensors, file, metadata={"format": "pt"})
     return f"{file.name}: {name} ({one})"
