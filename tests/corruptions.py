@@ -57,11 +57,15 @@ class Corruption:
         return KINDS[self.kind](random.Random(f"{self.kind} {self.seed}"), folder, other)
 
 
-def corruptions(count: int, first_seed: int = 0, kinds: tuple[str, ...] | None = None) -> Iterator[Corruption]:
-    """Yield `count` corruptions, of all kinds in turn."""
+def corruption(number: int, kinds: tuple[str, ...] | None = None) -> Corruption:
+    """Return one of an endless row of corruptions, in which all kinds follow each other."""
     names = kinds or tuple(KINDS)
-    for number in range(count):
-        yield Corruption(first_seed + number // len(names), names[number % len(names)])
+    return Corruption(number // len(names), names[number % len(names)])
+
+
+def corruptions(count: int, kinds: tuple[str, ...] | None = None) -> Iterator[Corruption]:
+    """Yield the first `count` of them."""
+    return (corruption(number, kinds) for number in range(count))
 
 
 def kind(function: Harm) -> Harm:

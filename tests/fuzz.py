@@ -7,20 +7,27 @@ writes the numbers by operation and by kind of damage into the page, between its
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import faulthandler
 import io
 import json
+import platform
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,7 +44,7 @@ from aroma.tuner import live_adapter
 from aroma_lab.language.model import LanguageTask
 from aroma_lab.specs import LanguageSpec, ModelSpec
 from aroma_lab.tasks.task import Task, save_task
-from corruptions import KINDS, Corruption, corruptions
+from corruptions import KINDS, Corruption, corruption
 from models import ARCHITECTURES, adapted, batch, grow, set_ranks
 
 CLEAR, EQUAL, TOLD = "clear error", "equal", "told"
@@ -273,7 +280,8 @@ _entry_points = cache(metadata.entry_points)
 
 def _meaning(file: Path) -> dict[str, Any]:
     """Return the fields of a configuration that say something: PEFT fills in the others."""
-    return {name: value for name, value in json.loads(file.read_text()).items() if value not in (None, False, {}, [])}
+    fields = json.loads(file.read_text()).items()
+    return {name: value for name, value in fields if value not in (None, False, {}, []) and name != "peft_version"}
 
 
 def _bits(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -415,13 +423,89 @@ def _limits(seconds: float) -> Iterator[None]:
 
 
 def fuzz(
-    adapters: list[Adapter],
-    count: int,
-    kinds: tuple[str, ...] | None = None,
-    seconds: float = SECONDS,
-    first_seed: int = 0,
-) -> Iterator[list[Finding]]:
-    """Yield the findings of `count` corruptions, of all kinds and all adapters in turn."""
-    names = kinds or tuple(KINDS)
-    for number, harm in enumerate(corruptions(count, first_seed, kinds)):
-        yield attack(adapters[(number // len(names)) % len(adapters)], harm, seconds)
+    adapters: Sequence[Adapter], numbers: Iterable[int], kinds: tuple[str, ...] | None = None, seconds: float = SECONDS
+) -> Iterator[Finding]:
+    """Yield the findings of corruptions by their numbers; the adapters are struck in turn."""
+    for number in numbers:
+        turn = number // len(kinds or KINDS)
+        yield from attack(adapters[turn % len(adapters)], corruption(number, kinds), seconds)
+
+
+def make_adapters(home: Path, names: Iterable[str] = tuple(MAKERS)) -> list[Adapter]:
+    """Write whole adapters into `home`."""
+    return [Adapter(name, home) for name in names]
+
+
+def fuzz_in_processes(count: int, processes: int) -> list[Finding]:
+    """Return the findings of the first `count` corruptions; however many processes share them, they are the same."""
+    shares = [range(process, count, processes) for process in range(processes)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return [finding for share in pool.map(_share, shares) for finding in share]
+
+
+def _share(numbers: Iterable[int]) -> list[Finding]:
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as home:
+        return [*fuzz(make_adapters(Path(home)), numbers)]
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- python tests/fuzz.py -->", "<!-- end -->"
+
+
+def tables(findings: list[Finding], count: int) -> str:
+    """Return what the page says: outcomes by operation and by kind of damage, and how they came about."""
+    adapters = ", ".join(MAKERS)
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "safetensors")
+    )
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "\n".join(
+        [
+            f"{count:,} corruptions: {count // len(KINDS)} seeds, counted from 0, of each of {len(KINDS)} kinds, on",
+            f"{len(MAKERS)} adapters in turn ({adapters}). Revision {revision}, {versions}, Python {platform.python_version()}.",
+            "",
+            *_table("operation", [finding.operation for finding in findings], findings),
+            "",
+            *_table("damage", [finding.harm.kind for finding in findings], findings),
+        ]
+    )
+
+
+def _table(title: str, rows: list[str], findings: list[Finding]) -> list[str]:
+    counts = Counter((row, finding.outcome) for row, finding in zip(rows, findings, strict=True))
+    names = [*dict.fromkeys(rows)]
+    return [
+        f"| {title} | {' | '.join(OUTCOMES)} |",
+        f"|---|{'---:|' * len(OUTCOMES)}",
+        *(f"| {name} | {' | '.join(f'{counts[name, outcome]:,}' for outcome in OUTCOMES)} |" for name in names),
+    ]
+
+
+def write_into(page: Path, text: str) -> None:
+    """Put a text between the marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    assert mark, f"{page} has no lines {BEGIN} and {END}"
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10_000, help="corruptions (10,000)")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="page to write the tables into; they are printed otherwise")
+    arguments = parser.parse_args()
+    findings = fuzz_in_processes(arguments.count, arguments.processes)
+    text = tables(findings, arguments.count)
+    write_into(arguments.out, text) if arguments.out else print(text)
+    failures = [finding for finding in findings if finding.outcome in FAILURES]
+    for failure in failures[:100]:
+        print(failure, file=sys.stderr)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

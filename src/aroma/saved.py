@@ -455,7 +455,9 @@ def _split(
 def _stray(path: Path, name: str) -> AromaError:
     if name.endswith(".lora_B.weight"):
         return CheckpointError(f"{path}: {name} has no lora_A beside it; the file is damaged, use another checkpoint")
-    return bad_value("adapter", name, f"in {path}: it is no part of a plain LoRA adapter of linear layers")
+    return bad_value(
+        "adapter", name, f"in {path}: it is no part of a plain LoRA adapter of linear layers; give one of those"
+    )
 
 
 def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
