@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -251,6 +252,19 @@ HANGING = ("([a-z0-9._]*)*X", "(a|a|[a-z.]|[a-z._0-9])*!", "(.*)*(.*)*(.*)*@", "
 """Regular expressions that take forever, or are none."""
 
 
+class Unlimited:
+    """A pattern matched by `re`, which no limit stops; takes the place of one of `regex`."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = re.compile(pattern)
+
+    def match(self, text: str, timeout: float) -> Any:
+        return self._pattern.match(text)
+
+    def fullmatch(self, text: str, timeout: float) -> Any:
+        return self._pattern.fullmatch(text)
+
+
 @kind
 def json_value_changed(rng: random.Random, folder: Path, other: Path) -> str | None:
     """A value of the same type: what a hand or a hasty script writes."""
@@ -375,6 +389,10 @@ def hostile_state(rng: random.Random, folder: Path, other: Path) -> str | None:
         "controller: a list": lambda: state.update(controller=[1]),
         "controller: text": lambda: state.update(controller="text"),
         "controller without config": lambda: state.update(controller={"growth": "evidence"}),
+        "controller of config alone": lambda: state.update(controller={"config": {"growth": "evidence"}}),
+        "controller without a phase": lambda: (state["controller"] or {}).pop("phase", None),
+        "controller of other modules": lambda: (state["controller"] or {}).update(modules=[{"name": "a"}]),
+        "controller at a huge step": lambda: (state["controller"] or {}).update(global_step="x" * 100_000),
         "config: a list": lambda: state.update(config=[]),
         "components: a number": lambda: state.update(components=1),
         "no modules": lambda: state.pop("modules"),

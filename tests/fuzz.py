@@ -224,7 +224,7 @@ class Adapter:
         self.work.parent.mkdir()
 
     def _clean_exports(self) -> None:
-        for out in self.work.parent.glob("out*"):
+        for out in self.work.parent.glob("export*"):
             out.unlink() if out.is_file() else shutil.rmtree(out)
 
     def run(self, operation: str) -> Any:
@@ -261,7 +261,7 @@ class Adapter:
 
     def _export(self, kind: str) -> Any:
         """Export, and return what was written: tensors bit for bit, and what a configuration means."""
-        out = self.work.parent / f"out{'.gguf' if kind == '--gguf' else ''}"
+        out = self.work.parent / f"export{'.gguf' if kind == '--gguf' else ''}"
         self._command("export", str(self.work), str(out), kind)
         if out.is_file():
             return out.read_bytes()
@@ -303,8 +303,10 @@ READ = {"adapter_config.json", "adapter_model.safetensors", "aroma_state.json", 
 COPIED = {"tokenizer_config.json", "aroma_task.json"}
 
 
-def attack(adapter: Adapter, harm: Corruption, seconds: float = SECONDS) -> list[Finding]:
-    """Damage a copy of an adapter and try every operation on it."""
+def attack(
+    adapter: Adapter, harm: Corruption, seconds: float = SECONDS, operations: Iterable[str] | None = None
+) -> list[Finding]:
+    """Damage a copy of an adapter and try operations on it; all of them by default."""
     expected = adapter.expected
     shutil.copytree(adapter.whole, adapter.work)
     # What cannot be interrupted ends the process, with a traceback.
@@ -315,7 +317,7 @@ def attack(adapter: Adapter, harm: Corruption, seconds: float = SECONDS) -> list
             return []
         found = [
             Finding(name, adapter.name, harm, done, *_try(adapter, name, expected[name], seconds))
-            for name in adapter.operations
+            for name in operations or adapter.operations
         ]
         return [_verified(finding, found) for finding in found]
     finally:
@@ -465,7 +467,8 @@ def tables(findings: list[Finding], count: int) -> str:
     return "\n".join(
         [
             f"{count:,} corruptions: {count // len(KINDS)} seeds, counted from 0, of each of {len(KINDS)} kinds, on",
-            f"{len(MAKERS)} adapters in turn ({adapters}). Revision {revision}, {versions}, Python {platform.python_version()}.",
+            f"{len(MAKERS)} adapters in turn ({adapters}).",
+            f"Revision {revision}, {versions}, Python {platform.python_version()}.",
             "",
             *_table("operation", [finding.operation for finding in findings], findings),
             "",

@@ -126,15 +126,19 @@ def _require_layout(state: dict[str, Any], path: Path) -> None:
         "config": isinstance(state.get("config"), dict),
         "adapter_config": isinstance(state.get("adapter_config", {}), dict),
         "controller": state.get("controller") is None or _is_run(state["controller"]),
-        "files": isinstance(files, dict)
-        and all(Path(name).name == name and _DIGEST.fullmatch(str(digest)) for name, digest in files.items()),
-        "modules": isinstance(modules, dict) and bool(modules) and all(map(_is_module, modules.values())),
+        "files": isinstance(files, dict),
+        "modules": isinstance(modules, dict) and bool(modules),
     }
+    # Checked one by one, so that a wrong one is named; what is no dict is named as a whole.
+    for name, digest in files.items() if isinstance(files, dict) else ():
+        expected[f"files.{name}"] = Path(name).name == name and bool(_DIGEST.fullmatch(str(digest)))
+    for name, entry in modules.items() if isinstance(modules, dict) else ():
+        expected[f"modules.{name}"] = _is_module(entry)
     for name, fits in expected.items():
         if not fits:
-            raise bad_value(
-                f"{path}: {name}", state.get(name), "no run writes that; use another checkpoint", CheckpointError
-            )
+            holder, _, key = name.partition(".")
+            value = state[holder][key] if key else state.get(name)
+            raise bad_value(f"{path}: {name}", value, "no run writes that; use another checkpoint", CheckpointError)
 
 
 def _is_run(run: object) -> bool:
