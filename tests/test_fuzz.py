@@ -103,9 +103,9 @@ MENDS: dict[str, tuple[str, str, str, str, str, str, str]] = {
         "aroma.tuner.state._require_checksum",
         "if state.get",
         "if False and state.get",
-        "language",
+        "evidence",
         "json value changed",
-        r"modules\.model\.layers\.0\.self_attn\.q_proj\.shape",
+        r"controller\.global_step",
         WRONG,
     ),
     "the types of the state": (

@@ -248,14 +248,15 @@ def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
 
     base_name = _base_name(adapter, base_model)
     mapping = adapter.config.get("auto_mapping") or {}
-    class_name = _MODEL_CLASSES.get(adapter.config.get("task_type") or "") or mapping.get("base_model_class")
+    task_type = adapter.config.get("task_type")
+    class_name = _MODEL_CLASSES.get(task_type) if task_type else mapping.get("base_model_class")
     model_class: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
     if class_name not in _MODEL_CLASSES.values() and not (
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
         raise bad_value(
             "task_type",
-            adapter.config.get("task_type"),
+            task_type,
             f"it does not tell the model class; set it in adapter_config.json to one of {sorted(_MODEL_CLASSES)}",
         )
     labels = _head_size(adapter)

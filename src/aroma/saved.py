@@ -29,7 +29,7 @@ from .files import own_file, read_json, read_tensors, require_adapter_folder
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import LARGEST_SIDE, STATE_FILE, is_whole, read_state, require_files
 
-_MATCHING_SECONDS = 2.0
+_MATCHING_SECONDS = 5.0
 """What all patterns of an adapter may take together; of real ones they take milliseconds."""
 
 _LONGEST_PATTERN = 1000
@@ -141,6 +141,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     updates, others = _split(weights, read_tensors(weights), config)
     if state is not None:
         _require_modules(weights, updates, state["modules"])
+        _require_no_scale(path / CONFIG_NAME, config, updates)
     return AdapterWeights(path, config, updates, others, state)
 
 
@@ -502,6 +503,15 @@ def _require_modules(path: Path, updates: Mapping[str, Update], modules: Mapping
             raise CheckpointError(
                 f"{path}: {name} has shape and rank {found.get(name)}, and {expected.get(name)} in {STATE_FILE}; one "
                 "of them is of another save, use another checkpoint"
+            )
+
+
+def _require_no_scale(path: Path, config: Mapping[str, Any], updates: Mapping[str, Update]) -> None:
+    """Raise if an update that AROMA saved has a scale: it folds all scales into B."""
+    for name, update in updates.items():
+        if update.alpha != update.rank or config.get("use_rslora"):
+            raise _wrong(
+                path, "lora_alpha", update.alpha, f"{name} has rank {update.rank}, and no scale; put that back"
             )
 
 
