@@ -249,7 +249,7 @@ ABSURD: tuple[str, ...] = (
 """Values as JSON text: numbers beyond sense, strings that are no names, and nests."""
 
 HANGING = ("([a-z0-9._]*)*X", "(a|a|[a-z.]|[a-z._0-9])*!", "(.*)*(.*)*(.*)*@", "(?:x|[a-z._0-9]+)+=", "(", "[", "*")
-"""Regular expressions that take forever, or are none."""
+"""Regular expressions that match no name of a module and take forever to say so, or are none."""
 
 
 class Unlimited:

@@ -44,7 +44,7 @@ from aroma.tuner import live_adapter
 from aroma_lab.language.model import LanguageTask
 from aroma_lab.specs import LanguageSpec, ModelSpec
 from aroma_lab.tasks.task import Task, save_task
-from corruptions import KINDS, Corruption, corruption
+from corruptions import HANGING, KINDS, Corruption, corruption
 from models import ARCHITECTURES, adapted, batch, grow, set_ranks
 
 CLEAR, EQUAL, TOLD = "clear error", "equal", "told"
@@ -239,7 +239,11 @@ class Adapter:
         return "passed"
 
     def as_peft_reads_it(self) -> dict[str, Tensor]:
-        """Return the merged weights that plain PEFT makes of the folder in work."""
+        """Return the merged weights that plain PEFT makes of the folder in work, without patterns that it hangs on."""
+        config = json.loads((self.work / "adapter_config.json").read_text())
+        for field in ("rank_pattern", "alpha_pattern"):
+            config[field] = {key: value for key, value in (config.get(field) or {}).items() if key not in HANGING}
+        (self.work / "adapter_config.json").write_text(json.dumps(config))
         merged = PeftModel.from_pretrained(_base(self.architecture), str(self.work)).merge_and_unload()
         return dict(merged.state_dict())
 
