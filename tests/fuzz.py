@@ -243,8 +243,9 @@ class Adapter:
         config = json.loads((self.work / "adapter_config.json").read_text())
         for field in ("rank_pattern", "alpha_pattern"):
             config[field] = {key: value for key, value in (config.get(field) or {}).items() if key not in HANGING}
-        (self.work / "adapter_config.json").write_text(json.dumps(config))
-        merged = PeftModel.from_pretrained(_base(self.architecture), str(self.work)).merge_and_unload()
+        copy = shutil.copytree(self.work, self.work.parent / "copy")
+        (copy / "adapter_config.json").write_text(json.dumps(config))
+        merged = PeftModel.from_pretrained(_base(self.architecture), str(copy)).merge_and_unload()
         return dict(merged.state_dict())
 
     def _command(self, *arguments: str) -> str:
