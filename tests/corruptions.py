@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -57,11 +58,15 @@ class Corruption:
         return KINDS[self.kind](random.Random(f"{self.kind} {self.seed}"), folder, other)
 
 
-def corruptions(count: int, first_seed: int = 0, kinds: tuple[str, ...] | None = None) -> Iterator[Corruption]:
-    """Yield `count` corruptions, of all kinds in turn."""
+def corruption(number: int, kinds: tuple[str, ...] | None = None) -> Corruption:
+    """Return one of an endless row of corruptions, in which all kinds follow each other."""
     names = kinds or tuple(KINDS)
-    for number in range(count):
-        yield Corruption(first_seed + number // len(names), names[number % len(names)])
+    return Corruption(number // len(names), names[number % len(names)])
+
+
+def corruptions(count: int, kinds: tuple[str, ...] | None = None) -> Iterator[Corruption]:
+    """Yield the first `count` of them."""
+    return (corruption(number, kinds) for number in range(count))
 
 
 def kind(function: Harm) -> Harm:
@@ -244,7 +249,20 @@ ABSURD: tuple[str, ...] = (
 """Values as JSON text: numbers beyond sense, strings that are no names, and nests."""
 
 HANGING = ("([a-z0-9._]*)*X", "(a|a|[a-z.]|[a-z._0-9])*!", "(.*)*(.*)*(.*)*@", "(?:x|[a-z._0-9]+)+=", "(", "[", "*")
-"""Regular expressions that take forever, or are none."""
+"""Regular expressions that match no name of a module and take forever to say so, or are none."""
+
+
+class Unlimited:
+    """A pattern matched by `re`, which no limit stops; takes the place of one of `regex`."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = re.compile(pattern)
+
+    def match(self, text: str, timeout: float) -> Any:
+        return self._pattern.match(text)
+
+    def fullmatch(self, text: str, timeout: float) -> Any:
+        return self._pattern.fullmatch(text)
 
 
 @kind
@@ -371,6 +389,10 @@ def hostile_state(rng: random.Random, folder: Path, other: Path) -> str | None:
         "controller: a list": lambda: state.update(controller=[1]),
         "controller: text": lambda: state.update(controller="text"),
         "controller without config": lambda: state.update(controller={"growth": "evidence"}),
+        "controller of config alone": lambda: state.update(controller={"config": {"growth": "evidence"}}),
+        "controller without a phase": lambda: (state["controller"] or {}).pop("phase", None),
+        "controller of other modules": lambda: (state["controller"] or {}).update(modules=[{"name": "a"}]),
+        "controller at a huge step": lambda: (state["controller"] or {}).update(global_step="x" * 100_000),
         "config: a list": lambda: state.update(config=[]),
         "components: a number": lambda: state.update(components=1),
         "no modules": lambda: state.pop("modules"),
@@ -525,7 +547,7 @@ def tensors_changed(rng: random.Random, folder: Path, other: Path) -> str | None
 @kind
 def hostile_tensors(rng: random.Random, folder: Path, other: Path) -> str | None:
     """Tensors that no whole adapter has, and digests in aroma_state.json that were made to fit."""
-    done = _edit_tensors(rng, folder, TENSOR_BREAKS)
+    done = _edit_tensors(rng, folder, TENSOR_BREAKS, of="lora_")
     file = folder / "aroma_state.json"
     if done is not None and file.is_file():
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -535,14 +557,18 @@ def hostile_tensors(rng: random.Random, folder: Path, other: Path) -> str | None
 
 
 def _edit_tensors(
-    rng: random.Random, folder: Path, edits: dict[str, Callable[[dict[str, Tensor], str, str], Any]]
+    rng: random.Random,
+    folder: Path,
+    edits: dict[str, Callable[[dict[str, Tensor], str, str], Any]],
+    of: str = "",
 ) -> str | None:
     files = files_of(folder, ".safetensors")
     if not files:
         return None
     file = rng.choice(files)
     tensors = load_file(file)
-    one, two, name = rng.choice(sorted(tensors)), rng.choice(sorted(tensors)), rng.choice(sorted(edits))
+    names = sorted(name for name in tensors if of in name) or sorted(tensors)
+    one, two, name = rng.choice(names), rng.choice(names), rng.choice(sorted(edits))
     edits[name](tensors, one, two)
     save_file(tensors, file, metadata={"format": "pt"})
     return f"{file.name}: {name} ({one})"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from aroma import aroma_layers
-from aroma.errors import CheckpointError, ConfigError
+from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import SERVING_RANKS, export_merged, export_uniform, load_with_adapter, rank_table, read_adapter
 from aroma.tuner import live_adapter
 from models import ARCHITECTURES, adapted, base, batch, deltas, grow, logits, saved_base, set_ranks
@@ -198,7 +198,8 @@ def test_another_base_model_and_its_tokenizer(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    export_merged(tmp_path / "adapter", tmp_path / "out", base_model=str(moved))
+    with pytest.warns(AromaWarning, match=r"base_model_name_or_path='.*gone': edited since .* as '.*gpt2'"):
+        export_merged(tmp_path / "adapter", tmp_path / "out", base_model=str(moved))
     merged = base_of(tmp_path / "out", torch.float32)
     torch.testing.assert_close(logits(merged, batch("gpt2")), logits(model, batch("gpt2")), rtol=1e-4, atol=1e-5)
     assert (tmp_path / "out" / "tokenizer.json").exists()
@@ -219,6 +220,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 )
 def test_what_the_merged_export_cannot_guess(tmp_path: Path, changes: dict, named: str, remedy: str) -> None:
     saved(tmp_path / "adapter", "bert", [2])
+    (tmp_path / "adapter" / "aroma_state.json").unlink()  # it would vouch for what the configuration was
     edit_config(tmp_path / "adapter", **changes)
     with pytest.raises(ConfigError) as caught:
         export_merged(tmp_path / "adapter", tmp_path / "out")
@@ -317,7 +319,8 @@ def foreign(folder: Path, **fields: Any) -> Any:
 def test_an_adapter_of_plain_peft_is_read_with_its_scales(tmp_path: Path, fields: dict[str, Any]) -> None:
     model = foreign(tmp_path / "adapter", **fields)
     adapter = read_adapter(tmp_path / "adapter")
-    rows = {row.name: row for row in rank_table(tmp_path / "adapter")}
+    with pytest.warns(AromaWarning, match=r"adapter: no aroma_state\.json, so nothing vouches for its files"):
+        rows = {row.name: row for row in rank_table(tmp_path / "adapter")}
     assert len(adapter.updates) == len(rows) == 6
     ranks = set()
     for name, update in adapter.updates.items():
@@ -328,7 +331,8 @@ def test_an_adapter_of_plain_peft_is_read_with_its_scales(tmp_path: Path, fields
         assert 0.5 < rows[name].effective_rank <= rows[name].rank
         ranks.add(rows[name].rank)
     assert len(ranks) == len({4, *fields.get("rank_pattern", {}).values()})
-    uniform = export_uniform(tmp_path / "adapter", tmp_path / "out")
+    with pytest.warns(AromaWarning, match=r"modules of rank 0 are not known"):
+        uniform = export_uniform(tmp_path / "adapter", tmp_path / "out")
     assert uniform == (16 if "use_rslora" in fields else 8)
     loaded = PeftModel.from_pretrained(base("bert"), tmp_path / "out")
     torch.testing.assert_close(logits(loaded, batch("bert")), logits(model, batch("bert")), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from aroma import AromaConfig
 from aroma.checkpoint import save_adapter
 from aroma.cli import main
-from aroma.errors import CheckpointError, ConfigError, DataError
+from aroma.errors import AromaWarning, CheckpointError, ConfigError, DataError
 from aroma_lab.language.generate import generate_batch, stream
 from aroma_lab.language.model import LanguageTask, LoadedModel, load_for_inference
 from aroma_lab.language.template import Template, Turn
@@ -252,6 +252,10 @@ def test_an_adapter_of_another_method_is_opened_or_refused_whole(bases, tmp_path
     assert answers(found, [prompt])[0].ids == [token for token in written if token not in found.template.stop_ids]
     with pytest.raises(ConfigError, match=r"PEFT cannot put the one into the other: Target modules .* not found"):
         load_for_inference(tmp_path, str(bases["gpt2"]))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "target_modules": "([a-z._]*)*X"}))
+    with pytest.raises(CheckpointError, match=r"matching it could take forever; name the modules one by one"):
+        load_for_inference(tmp_path)
 
 
 def test_what_is_no_language_models_adapter_is_refused(bases, adapter, tmp_path):
@@ -270,7 +274,8 @@ def test_what_is_no_language_models_adapter_is_refused(bases, adapter, tmp_path)
     nameless = edited("nameless", base_model_name_or_path=None)
     with pytest.raises(ConfigError, match=r"the adapter does not name its base model; give its folder or name"):
         load_for_inference(nameless)
-    assert isinstance(load_for_inference(nameless, str(bases["llama"])).model, PeftModel)
+    with pytest.warns(AromaWarning, match=r"base_model_name_or_path=None: edited since the adapter was saved"):
+        assert isinstance(load_for_inference(nameless, str(bases["llama"])).model, PeftModel)
 
 
 # Commands ------------------------------------------------------------------------------------------------------------

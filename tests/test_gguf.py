@@ -181,10 +181,10 @@ def test_another_architecture_is_refused_with_the_way_out(tmp_path: Path) -> Non
     ("changes", "field"),
     [
         ({"modules_to_save": ["lm_head"]}, "adapter"),
-        ({"trainable_token_indices": [1, 2]}, "adapter"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "adapter"),
         ({"target_modules": ["lm_head", "q_proj"]}, "target_modules"),
-        ({"use_dora": True}, "peft_type"),
+        ({"use_dora": True}, "use_dora"),
     ],
     ids=["trained head", "trained tokens", "embedding", "head", "dora"],
 )

@@ -16,12 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .errors import CheckpointError, bad_value
-from .files import file_digest, read_json, require_adapter_folder, write_json
+from .files import file_digest, require_adapter_folder, write_json
 from .folders import replacing_files
+from .saved import read_adapter, require_vouched
 from .sharding import rank, sharding_of_model, world_size
-from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state, require_files
+from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -91,11 +93,13 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: Naming a file that is missing, truncated, edited, or of another save than the others.
     """
     path = require_adapter_folder(folder)
-    read_json(path / "adapter_config.json")
     state = read_state(path)
-    if not any((path / name).exists() for name in WEIGHT_FILES):
-        raise CheckpointError(f"{path / WEIGHT_FILES[0]}: the file is missing; use another checkpoint")
-    require_files(path, state)
+    if os.path.lexists(path / SAFETENSORS_WEIGHTS_NAME):
+        read_adapter(path)
+    elif not os.path.lexists(path / WEIGHTS_NAME):
+        raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME}: the file is missing; use another checkpoint")
+    else:
+        require_vouched(path, state)
     return state
 
 

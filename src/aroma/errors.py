@@ -38,6 +38,11 @@ class NonFiniteError(AromaError):
     """NaN or infinity in a loss or in a component."""
 
 
+class AromaWarning(UserWarning):
+    """Something that a user should know and that AROMA goes on with."""
+
+
 def bad_value(field: str, value: object, remedy: str, kind: type[AromaError] = ConfigError) -> AromaError:
-    """Return (not raise) an error of `kind` that reads ``field=value: remedy``."""
-    return kind(f"{field}={value!r}: {remedy}")
+    """Return (not raise) an error of `kind` that reads ``field=value: remedy``; a long value is cut."""
+    shown = repr(value)
+    return kind(f"{field}={shown if len(shown) <= 300 else shown[:297] + '...'}: {remedy}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from typing import Any
 
 import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from .errors import CheckpointError, bad_value
-from .files import read_json, read_tensors, require_adapter_folder, told_of, write_json, write_tensors
+from .errors import AromaError, AromaWarning, CheckpointError, bad_value
+from .files import own_file, read_json, told_of, write_json, write_tensors
 from .outputs import new_folder, require_replaceable
+from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tuner.layout import PEFT_PREFIX
-from .tuner.state import STATE_FILE, read_state, require_files
+from .tuner.state import STATE_FILE, is_whole
 
 SERVING_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that vLLM, TGI and SGLang all serve."""
@@ -38,34 +39,6 @@ _MODEL_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
-
-@dataclass(frozen=True)
-class Update:
-    """The update of one matrix, ΔW = B A.
-
-    Args:
-        B: (m, R), the scale folded in.
-        A: (R, n).
-    """
-
-    B: Tensor
-    A: Tensor
-
-
-@dataclass(frozen=True)
-class AdapterWeights:
-    """A plain LoRA adapter in memory.
-
-    Args:
-        config: Content of `adapter_config.json`.
-        updates: The update of every adapted module by its name in the base model, in the order of layers.
-        others: Further tensors by their name in the file, such as trained heads (`modules_to_save`); any shape.
-    """
-
-    config: dict[str, Any]
-    updates: dict[str, Update]
-    others: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,68 +58,78 @@ class RankRow:
     shape: tuple[int, int]
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
-    """Read a plain LoRA adapter, with each module's scale folded into its B.
-
-    Raises:
-        CheckpointError: The folder or a file is missing or damaged.
-        ConfigError: The adapter is not a plain LoRA adapter.
-    """
-    path = require_adapter_folder(folder)
-    if (path / STATE_FILE).exists():
-        require_files(path, read_state(path))
-    config = read_json(path / "adapter_config.json")
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("lora_bias"):
-        raise bad_value(
-            "peft_type", config.get("peft_type"), "only plain LoRA adapters can be read (no DoRA, no bias)"
-        )
-    tensors = read_tensors(path / "adapter_model.safetensors")
-    updates: dict[str, Update] = {}
-    stems = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    for stem in stems:
-        A, B = tensors.pop(f"{stem}.lora_A.weight"), tensors.pop(f"{stem}.lora_B.weight", None)
-        if B is None or B.shape[1] != A.shape[0]:
-            raise CheckpointError(
-                f"{path}: {stem} has an A of rank {A.shape[0]} and no fitting B; the file is damaged"
-            )
-        name = stem.removeprefix(PEFT_PREFIX)
-        updates[name] = Update(B.float() * _scale(config, name, A.shape[0]), A.float())
-    if not updates:
-        raise CheckpointError(f"{path / 'adapter_model.safetensors'}: no lora_A and lora_B in it; not a LoRA adapter")
-    return AdapterWeights(config, dict(sorted(updates.items(), key=lambda item: _natural(item[0]))), tensors)
-
-
 def rank_table(folder: str | os.PathLike[str]) -> list[RankRow]:
     """Return rank and effective rank of every matrix that an adapter targets, including those of rank 0.
 
     Raises:
         CheckpointError: The folder or a file is missing or damaged.
     """
-    adapter = read_adapter(folder)
+    return rank_rows(read_adapter(folder))
+
+
+def rank_rows(adapter: AdapterWeights) -> list[RankRow]:
+    """Return the rows of `rank_table` for an adapter that was read.
+
+    Warns:
+        AromaWarning: AROMA did not save the adapter.
+    """
+    _tell_of_strangers(adapter)
     rows = []
-    for name, shape in _grown_shapes(folder, adapter).items():
+    for name, shape in adapter.shapes.items():
         update = adapter.updates.get(name)
         if update is None or not update.B.any():
             rows.append(RankRow(name, 0, 0.0, shape))
         else:
             sigma = singular_values(update.B, update.A)
-            rows.append(RankRow(name, update.A.shape[0], effective_rank(sigma), shape))
+            rows.append(RankRow(name, update.rank, effective_rank(sigma), shape))
     return rows
 
 
-def evidence_of(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
     """Return the saved state of a run with growth="evidence", JSON-able; None for other adapters.
 
     Its `modules` have name, heads, flips, log_evidence and steepness; beside them are `config`, `phase`,
     `global_step`, `births` and `last_birth`.
 
     Raises:
-        CheckpointError: `aroma_state.json` is damaged.
+        CheckpointError: `aroma_state.json` was not written by such a run.
     """
-    if not (Path(folder) / STATE_FILE).exists():
+    run: dict[str, Any] | None = adapter.state.get("controller") if adapter.state is not None else None
+    if run is None or run["config"].get("growth") != "evidence":
         return None
-    run: dict[str, Any] | None = read_state(folder).get("controller")
-    return run if run is not None and run["config"].get("growth") == "evidence" else None
+    modules, alpha = run.get("modules"), run["config"].get("significance")
+    counted = [run.get("global_step"), run.get("births"), run.get("last_birth") or 0]
+    if not (
+        isinstance(modules, list)
+        and all(isinstance(matrix, dict) and _is_read(matrix) for matrix in modules)
+        and {matrix["name"] for matrix in modules} == {*adapter.shapes}
+        and isinstance(alpha, float)
+        and 0 < alpha < 1
+        and all(is_whole(count, 0, 2**62) for count in counted)
+        and isinstance(run.get("phase"), str)
+    ):
+        where = f"{adapter.folder / STATE_FILE}: controller"
+        raise bad_value(
+            where, run, "no run of growth by evidence writes that; use another checkpoint", CheckpointError
+        )
+    return run
+
+
+def _is_read(matrix: dict[str, Any]) -> bool:
+    """Whether the evidence of a matrix is there."""
+    numbers = [matrix.get("steepness") or 0.0, matrix.get("log_evidence")]
+    return isinstance(matrix.get("name"), str) and all(isinstance(x, int | float) and abs(x) < 700 for x in numbers)
+
+
+def _tell_of_strangers(adapter: AdapterWeights) -> None:
+    """Warn where it is not known which modules have rank 0, and nothing vouches for the others."""
+    if adapter.state is None:
+        warnings.warn(
+            f"{adapter.folder}: no {STATE_FILE}, so nothing vouches for its files, and modules of rank 0 are not "
+            "known; right for an adapter that AROMA did not save",
+            AromaWarning,
+            stacklevel=3,
+        )
 
 
 def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None = None) -> int:
@@ -167,9 +150,10 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     """
     adapter = read_adapter(folder)
     target = require_new_folder("out", out)
-    largest = max(update.A.shape[0] for update in adapter.updates.values())
-    uniform = _uniform_rank(largest, rank)
-    shapes = _grown_shapes(folder, adapter)
+    _tell_of_strangers(adapter)
+    shapes = adapter.shapes
+    uniform = _uniform_rank(adapter, rank)
+    _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
     tensors = dict(adapter.others)
     for name, (m, n) in shapes.items():
         B, A = torch.zeros(m, uniform), torch.zeros(uniform, n)
@@ -184,6 +168,9 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         "lora_alpha": uniform,
         "rank_pattern": {},
         "alpha_pattern": {},
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "target_modules": sorted(shapes),
         "use_rslora": False,
         "inference_mode": True,
@@ -221,10 +208,8 @@ def export_merged(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
-    base_name = base_model or adapter.config.get("base_model_name_or_path")
-    if not base_name:
-        raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
-    model = load_with_adapter(folder, base_name)
+    base_name = _base_name(adapter, base_model)
+    model = _with_base(adapter, base_model)
     if getattr(model.get_base_model(), "is_quantized", False):
         raise bad_value(
             "base_model",
@@ -249,17 +234,32 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     Raises:
         ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
     """
-    import transformers
-    from peft import PeftModel
+    return _with_base(read_adapter(folder), base_model)
 
-    adapter = read_adapter(folder)
-    base_name = base_model or adapter.config.get("base_model_name_or_path")
+
+def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
+    """Return where the base model of an adapter is: as given, or as the adapter says."""
+    base_name: str | None = base_model or adapter.config.get("base_model_name_or_path")
+    if not base_name:
+        raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
+    return base_name
+
+
+def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
+    """Load the base model of an adapter and put the adapter into it; see `load_with_adapter`."""
+    import transformers
+
+    base_name = _base_name(adapter, base_model)
     mapping = adapter.config.get("auto_mapping") or {}
-    class_name = _MODEL_CLASSES.get(adapter.config.get("task_type") or "") or mapping.get("base_model_class")
-    if class_name is None or not hasattr(transformers, class_name):
+    task_type = adapter.config.get("task_type")
+    class_name = _MODEL_CLASSES.get(task_type) if task_type else mapping.get("base_model_class")
+    model_class: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
+    if class_name not in _MODEL_CLASSES.values() and not (
+        isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    ):
         raise bad_value(
             "task_type",
-            adapter.config.get("task_type"),
+            task_type,
             f"it does not tell the model class; set it in adapter_config.json to one of {sorted(_MODEL_CLASSES)}",
         )
     labels = _head_size(adapter)
@@ -268,43 +268,71 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
     try:
-        base = getattr(transformers, class_name).from_pretrained(base_name, dtype=torch.float32, **options)
-    except OSError as error:
+        base = model_class.from_pretrained(base_name, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value(
-            "base_model", base_name, f"cannot be loaded ({reason}); give its folder or hub name"
+            "base_model", base_name, f"cannot be loaded ({reason[:500]}); give its folder or hub name"
         ) from error
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+    return put_into(base, adapter, base_name)
+
+
+def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
+    """Put an adapter into its base model, in plain PEFT and in evaluation mode; every tensor of it finds its place.
+
+    Args:
+        base: The base model; changed in place.
+        adapter: What was read.
+        base_name: How to call the base model in an error.
+
+    Raises:
+        ConfigError: The base model is not the one that the adapter was trained on.
+    """
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    def does_not_fit(reason: str) -> AromaError:
+        return bad_value(
+            "base_model",
+            base_name,
+            f"not the model of the adapter {adapter.folder}, trained on "
+            f"{adapter.config.get('base_model_name_or_path')}: {reason}; give that",
+        )
+
+    try:
+        with warnings.catch_warnings():
+            # PEFT warns of tensors without a place and of places without tensors; here both are errors.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, str(adapter.folder), config=adapter.lora_config()).eval()
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error
+    placed = get_peft_model_state_dict(model, save_embedding_layers=False)
+    embeddings = {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
+    saved = {
+        *adapter.others,
+        *(f"{PEFT_PREFIX}{name}.lora_{side}.weight" for name in adapter.updates for side in "AB"),
+    }
+    if surplus := sorted(saved - {*placed} - embeddings):
+        raise does_not_fit(f"it has no place for {surplus[0]}")
+    return model
 
 
 def _head_size(adapter: AdapterWeights) -> int | None:
     """Return the number of labels of a saved classification head, the rows of its last weight or bias."""
     if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
-    head = [name for name in sorted(adapter.others) if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
+    rows = {name: tensor.shape[0] for name, tensor in sorted(adapter.others.items()) if tensor.ndim}
+    head = [name for name in rows if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
     if head:
-        return adapter.others[head[-1]].shape[0]
+        return rows[head[-1]]
     # Heads of other names (classification_head, logits_proj): tensors with a row per label have the fewest rows.
-    return min((tensor.shape[0] for tensor in adapter.others.values() if tensor.ndim), default=None)
+    return min(rows.values(), default=None)
 
 
-def _scale(config: dict[str, Any], name: str, rank: int) -> float:
-    """Return what PEFT multiplies the update of a module by."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config["lora_alpha"])
-    return float(alpha / rank**0.5) if config.get("use_rslora") else float(alpha / rank)
-
-
-def _grown_shapes(folder: str | os.PathLike[str], adapter: AdapterWeights) -> dict[str, tuple[int, int]]:
-    """Return (m, n) of every module that could grow; without an `aroma_state.json`, of every adapted module."""
-    if not (Path(folder) / STATE_FILE).exists():
-        return {name: (update.B.shape[0], update.A.shape[1]) for name, update in adapter.updates.items()}
-    modules = read_state(folder)["modules"]
-    return {name: (entry["shape"][0], entry["shape"][1]) for name, entry in modules.items()}
-
-
-def _uniform_rank(largest: int, wanted: int | None) -> int:
+def _uniform_rank(adapter: AdapterWeights, wanted: int | None) -> int:
     """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one."""
+    largest = max(update.rank for update in adapter.updates.values())
     rank = wanted if wanted is not None else next((rank for rank in SERVING_RANKS if largest <= rank), None)
     if rank is None:
         raise bad_value(
@@ -312,6 +340,9 @@ def _uniform_rank(largest: int, wanted: int | None) -> int:
         )
     if rank < largest:
         raise bad_value("rank", wanted, f"a module has rank {largest}; give at least that")
+    most = max(SERVING_RANKS[-1], largest, *(min(shape) for shape in adapter.shapes.values()))
+    if rank > most:
+        raise bad_value("rank", wanted, f"no matrix of this adapter can have more than {most}; give at most that")
     return rank
 
 
@@ -324,6 +355,14 @@ def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
     target = new_folder(field, out)
     require_replaceable(field, out, target)
     return target
+
+
+def _require_room(target: Path, count: int) -> None:
+    """Raise if `count` bytes do not fit on the disk of `target`: before that much memory is asked for."""
+    place = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if count > free:
+        raise bad_value("out", str(target), f"{count:,} bytes are to be written, and {free:,} are free there")
 
 
 @contextmanager
@@ -349,15 +388,17 @@ def _size_of(tensors: dict[str, Tensor]) -> int:
 
 
 def _copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files that match `patterns` from the first of `sources` that has any."""
+    """Copy the files that match `patterns` from the first of `sources` that has any.
+
+    Raises:
+        CheckpointError: One is no regular file, leads out of its folder, or is damaged.
+    """
     for source in sources:
         files = {file for pattern in patterns for file in source.glob(pattern)} if source.is_dir() else set()
         if files:
-            for file in files:
-                shutil.copy2(file, target / file.name)
+            for file in sorted(files):
+                copied = own_file(source, file.name)
+                if file.suffix == ".json":
+                    read_json(copied)
+                shutil.copy2(copied, target / file.name)
             return
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

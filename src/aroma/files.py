@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from .folders import settle
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LARGEST_JSON = 256 * 2**20
+"""Bytes; the largest state of a run that was ever written has a few MiB."""
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -115,12 +119,58 @@ def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
         CheckpointError: There is no such folder.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError:  # a folder above it that may not be entered
+        found = False
+    if not found:
         raise bad_value(
             "adapter", str(path), "no such folder; give the folder that holds adapter_config.json", CheckpointError
         )
     settle(folder)
     return folder
+
+
+def require_regular_file(path: str | os.PathLike[str]) -> Path:
+    """Return `path` if it is a regular file, or a symlink to one: a FIFO or a device would never end.
+
+    Raises:
+        CheckpointError: It is missing, cannot be looked at, or is something else.
+    """
+    file = Path(path)
+    try:
+        mode = file.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path}: the file is missing; give a folder that AROMA saved") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a device or a socket"
+        raise CheckpointError(f"{path}: {what} in place of a file; use another checkpoint")
+    return file
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Return the regular file `name` of an adapter's folder.
+
+    A symlink may lead to another file of the folder, or to where the hub's cache keeps the files of its snapshots, and
+    nowhere else: what a stranger's adapter points to is not read, and not copied into an export.
+
+    Raises:
+        CheckpointError: It is missing, no regular file, or a symlink to elsewhere.
+    """
+    file = require_regular_file(folder / name)
+    real = file.resolve()
+    home = folder.resolve()
+    cache = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    if not any(real.is_relative_to(root) for root in (home, *cache)):
+        raise CheckpointError(f"{file}: a symlink to {real}, outside of its folder; put the file itself there")
+    return file
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return CheckpointError(f"{path}: cannot be read ({reason}); use another checkpoint")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -143,13 +193,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the JSON value in `path`.
 
     Raises:
-        CheckpointError: The file is missing, truncated or not JSON.
+        CheckpointError: The file is missing, truncated, no regular file, or not JSON.
     """
+    file = require_regular_file(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing; give a folder that AROMA saved") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"larger than {_LARGEST_JSON // 2**20} MiB")
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: edited (nested too deeply); use another checkpoint") from error
+    except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{path}: truncated or edited ({error}); use another checkpoint") from error
 
 
@@ -172,17 +228,24 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    file = require_regular_file(path)
     try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing; give a folder that AROMA saved") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated or edited ({error}); use another checkpoint") from error
+        return load_file(file)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+        # Beside its own error: a dtype that torch lacks, and shapes that hold no bytes but overflow.
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: truncated or edited ({reason}); use another checkpoint") from error
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as stream:
+    """Return the SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        CheckpointError: It is missing or no regular file.
+    """
+    with require_regular_file(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

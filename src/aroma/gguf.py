@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, bad_value
-from .export import AdapterWeights, Update, read_adapter
 from .files import replacing
 from .outputs import new_file
+from .saved import AdapterWeights, Update, read_adapter
 
 _MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 

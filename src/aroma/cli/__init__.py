@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import AromaError
+from ..errors import AromaError, AromaWarning
 from . import export, inspect
 from .texts import examples
 
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.waits_passively:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code: int | None = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=AromaWarning)
+            warnings.showwarning = _teller(warnings.showwarning)
+            code: int | None = arguments.run(arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
         return 141
@@ -115,6 +119,18 @@ def _in_words(error: AromaError | OSError) -> str:
     if isinstance(error, AromaError):
         return str(error)
     return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+
+
+def _teller(others: Callable[..., None]) -> Callable[..., None]:
+    """Return how a command shows warnings: AROMA's own as a line without Python's trimmings."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, AromaWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *where)
+
+    return show
 
 
 def _report(message: str, code: int) -> int:

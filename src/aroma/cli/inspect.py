@@ -55,10 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from ..export import evidence_of, rank_table
+    from ..export import evidence_of, rank_rows
     from ..pictures import rank_picture
+    from ..saved import read_adapter
 
-    rows, run = rank_table(arguments.adapter), evidence_of(arguments.adapter)
+    adapter = read_adapter(arguments.adapter)
+    rows, run = rank_rows(adapter), evidence_of(adapter)
     Console(markup=False).print(make_table(rows, str(arguments.adapter), run))
     if run is not None:
         print(growth_line(run))

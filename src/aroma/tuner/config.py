@@ -344,7 +344,7 @@ class AromaConfig(LoraConfig):
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
-        write_adapter_state(save_directory, live, snapshot.plain, snapshot.exported)
+        write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
         live.saved_to = str(save_directory)
 
 

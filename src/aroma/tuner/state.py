@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
 from ..errors import CheckpointError, bad_value
-from ..files import file_digest, read_json, read_tensors, write_bytes, write_json
+from ..files import file_digest, own_file, read_json, read_tensors, write_bytes, write_json
 from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
@@ -34,17 +35,26 @@ STATE_TENSORS_FILE = "aroma_state.safetensors"
 STATE_FORMAT = 1
 WEIGHT_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
+LARGEST_SIDE = 2**24
+"""Rows, columns and ranks beyond it are no matrix's, so no memory is asked for on their account."""
+
+_MOST_PROCESSES = 2**16
+_DIGEST = re.compile("[0-9a-f]{64}")
+
 
 # Beside an adapter ---------------------------------------------------------------------------------------------------
 
 
-def write_adapter_state(folder: str, live: LiveAdapter, plain: PlainAdapter, exported: dict[str, Any] | None) -> None:
+def write_adapter_state(
+    folder: str, live: LiveAdapter, plain: PlainAdapter, written: dict[str, Any], exported: dict[str, Any] | None
+) -> None:
     """Write the state of the adapter that was just saved into `folder` beside it.
 
     Args:
         folder: Where the adapter was saved.
         live: Its live state.
         plain: What is known of its tensors.
+        written: What was written into its adapter_config.json.
         exported: Its controller's `state_dict()`; None without a controller.
 
     Warns:
@@ -60,6 +70,7 @@ def write_adapter_state(folder: str, live: LiveAdapter, plain: PlainAdapter, exp
         "modules": {name: {"shape": shape, "rank": plain.ranks.get(name, 0)} for name, shape in plain.shapes.items()},
         "components": plain.digest,
         "files": _written_files(target, plain),
+        "adapter_config": written,
         "controller": run,
     }
     if is_distributed():
@@ -98,7 +109,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: It is missing, damaged, or of a newer format.
     """
     settle(folder)
-    path = Path(folder) / STATE_FILE
+    path = own_file(Path(folder), STATE_FILE)
     state = read_json(path)
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
@@ -106,7 +117,49 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: format", found, f"this aroma reads format {STATE_FORMAT}; upgrade aroma-peft", CheckpointError
         )
     _require_checksum(state, str(path))
+    _require_layout(state, path)
     return state
+
+
+def _require_layout(state: dict[str, Any], path: Path) -> None:
+    """Raise unless all fields are there and have their types: anybody can make a checksum fit."""
+    processes, files, modules = state.get("processes", 1), state.get("files"), state.get("modules")
+    expected = {
+        "processes": is_whole(processes, 1, _MOST_PROCESSES),
+        "components": isinstance(state.get("components"), str),
+        "config": isinstance(state.get("config"), dict),
+        "adapter_config": isinstance(state.get("adapter_config", {}), dict),
+        "controller": state.get("controller") is None or _is_run(state["controller"]),
+        "files": isinstance(files, dict),
+        "modules": isinstance(modules, dict) and bool(modules),
+    }
+    # Checked one by one, so that a wrong one is named; what is no dict is named as a whole.
+    for name, digest in files.items() if isinstance(files, dict) else ():
+        expected[f"files.{name}"] = Path(name).name == name and bool(_DIGEST.fullmatch(str(digest)))
+    for name, entry in modules.items() if isinstance(modules, dict) else ():
+        expected[f"modules.{name}"] = _is_module(entry)
+    for name, fits in expected.items():
+        if not fits:
+            holder, _, key = name.partition(".")
+            value = state[holder][key] if key else state.get(name)
+            raise bad_value(f"{path}: {name}", value, "no run writes that; use another checkpoint", CheckpointError)
+
+
+def _is_run(run: object) -> bool:
+    return isinstance(run, dict) and isinstance(run.get("config"), dict)
+
+
+def _is_module(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    shape = entry.get("shape")
+    fits = isinstance(shape, list) and len(shape) == 2 and all(is_whole(size, 1, LARGEST_SIDE) for size in shape)
+    return fits and is_whole(entry.get("rank"), 0, LARGEST_SIDE)
+
+
+def is_whole(value: object, least: int, most: int) -> bool:
+    """Whether `value` is an integer from `least` to `most`; True and 1.0 are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -130,23 +183,24 @@ def require_files(folder: str | os.PathLike[str], state: dict[str, Any]) -> None
     Raises:
         CheckpointError: A file is missing, truncated, edited, or of another moment; it is named.
     """
-    _require_random_states(Path(folder), state.get("processes", 1))
-    weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    home = Path(folder)
+    _require_random_states(home, state.get("processes", 1))
+    weights = home / SAFETENSORS_WEIGHTS_NAME
     if (
         weights.name not in state["files"]
-        and weights.exists()
-        and components_digest(read_tensors(weights)) != state["components"]
+        and os.path.lexists(weights)
+        and components_digest(read_tensors(own_file(home, weights.name))) != state["components"]
     ):
         raise CheckpointError(
             f"{weights}: its components are not those that {STATE_FILE} was written with; it was edited, or a save "
             "was interrupted; use another checkpoint"
         )
     for name, digest in state["files"].items():
-        file = Path(folder) / name
-        if file.suffix == ".safetensors":
-            read_tensors(file)  # says more clearly that a file is missing or truncated
-        found = file_digest(file) if file.exists() else None
+        file = own_file(home, name)
+        found = file_digest(file)
         if found != digest:
+            if file.suffix == ".safetensors":
+                read_tensors(file)  # says more clearly that it is truncated
             raise bad_value(
                 f"{file}: sha256",
                 found,
@@ -177,7 +231,8 @@ def _require_random_states(folder: Path, processes: int) -> None:
     files = [folder / f"rng_state_{rank}.pth" for rank in range(processes)]
     if processes > 1 and any(file.exists() for file in files):
         for file in files:
-            if not zipfile.is_zipfile(file):  # as torch.save writes; its directory comes last
+            # As torch.save writes; its directory comes last.
+            if not (file.is_file() and zipfile.is_zipfile(file)):
                 raise CheckpointError(f"{file}: missing or truncated, a save was interrupted; use another checkpoint")
 
 

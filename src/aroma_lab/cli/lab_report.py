@@ -9,6 +9,7 @@ from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_force, examples
+from aroma.errors import bad_value
 
 # As in report/; written out here so that help imports nothing.
 TABLES = {

@@ -12,7 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from aroma.errors import AromaError, CheckpointError, bad_value
+from aroma.export import put_into
 from aroma.files import read_json, require_adapter_folder, write_json
+from aroma.saved import is_plain, read_adapter, read_config, require_simple_patterns
 from aroma.tuner.layout import PEFT_PREFIX
 
 from ..specs import LanguageSpec, ModelSpec
@@ -146,7 +148,7 @@ def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
     """
     path, whole = Path(folder) / TASK_FILE, _is_whole_model(folder)
     if not path.exists():
-        name = str(folder) if whole else read_json(Path(folder) / _CONFIG_FILE).get("base_model_name_or_path")
+        name = str(folder) if whole else read_config(folder).get("base_model_name_or_path")
         return LanguageTask(LanguageSpec(), None, ModelSpec(name))
     content = read_json(path)
     try:
@@ -202,8 +204,7 @@ def _is_whole_model(folder: str | os.PathLike[str]) -> bool:
 
 
 def _is_language_adapter(path: Path) -> bool:
-    config = path / _CONFIG_FILE
-    return config.exists() and read_json(config).get("task_type") == "CAUSAL_LM"
+    return (path / _CONFIG_FILE).exists() and read_config(path).get("task_type") == "CAUSAL_LM"
 
 
 # Loading for inference -----------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
         return LoadedModel(_placed(load_causal_lm(task.model)), template)
     path = require_adapter_folder(folder)
     if not _is_language_adapter(path):
-        task_type = read_json(path / _CONFIG_FILE).get("task_type")
+        task_type = read_config(path).get("task_type")
         remedy = f"its task_type is {task_type}, not CAUSAL_LM; give a language model's adapter"
         raise bad_value("adapter", str(path), remedy)
     task = load_language_task(path)
@@ -271,8 +272,13 @@ def _tokenizer_of(path: Path, spec: ModelSpec) -> Any:
 
 
 def _with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
+    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it."""
     from peft import PeftConfig, PeftModelForCausalLM
 
+    config = read_config(path)
+    if is_plain(config):
+        return put_into(base, read_adapter(path), spec.name or "")
+    require_simple_patterns(path, config)
     try:
         model = PeftModelForCausalLM(base, PeftConfig.from_pretrained(str(path), inference_mode=True))
         surplus = model.load_adapter(str(path), "default").unexpected_keys
@@ -285,7 +291,7 @@ def _with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
 
 
 def _does_not_fit(path: Path, spec: ModelSpec, reason: str) -> AromaError:
-    trained_on = read_json(path / _CONFIG_FILE).get("base_model_name_or_path")
+    trained_on = read_config(path).get("base_model_name_or_path")
     remedy = f"not the model of the adapter {path}, trained on {trained_on}: {reason}; give that"
     return bad_value("base_model", spec.name, remedy)
 

@@ -491,7 +491,7 @@ def _cosines(first: Run, second: Run, modules: Sequence[str] | None) -> dict[str
 
 
 def _updates(run: Run) -> Mapping[str, Any]:
-    from aroma.export import read_adapter
+    from aroma.saved import read_adapter
 
     if not run.steps:
         raise bad_value("--methods", run.method, "it trains nothing, so it has no components; choose others")
