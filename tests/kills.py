@@ -223,7 +223,7 @@ def strike_checkpoints(kind: str, choice: Choice, scratch: Path) -> list[dict[st
                 if step:
                     assert_same(on_disk(Path(str(whole))), expected[step])
                 entry = {"k": k, "of": operations, "how": how, "ended": ended}
-                told.append({**entry, "left": {3: "old", 6: "new", None: "neither"}[step], "next save": True})
+                told.append({**entry, "left": {3: "old", 6: "new", None: "neither"}[step]})
             raise Done
 
         def child(self, k: int, how: str, counter: Path | None) -> str | None:

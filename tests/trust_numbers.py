@@ -31,7 +31,7 @@ def saves(seed: int, count: int | None) -> list[list[object]]:
     ]
     for kind, entries in strikes([*ADAPTERS, *CHECKPOINTS], seed, count).items():
         how, left = (Counter(entry[name] for entry in entries) for name in ("how", "left"))
-        whole = sum(entry["next save"] for entry in entries)
+        whole = "–" if kind in CHECKPOINTS else sum(entry["next save"] for entry in entries)
         numbers = [entries[0]["of"], how["killed"], how["failed"], left["old"], left["new"], left["neither"], whole]
         rows.append([kind, *numbers])
     return rows
