@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -94,6 +95,18 @@ def test_a_configuration_that_cannot_work(fields: dict[str, Any], named: str, re
 def test_every_field_of_the_method_has_its_refusal() -> None:
     fields = {field for fields in FIELDS_OF_RULE.values() for field in fields}
     assert fields <= {named.split("=")[0] for _, named, _ in REFUSED}
+
+
+@pytest.mark.parametrize(("r", "warns"), [(1, False), (8, False), (9, True), (16, True)])
+def test_a_rank_that_is_likely_a_matrixs_is_said_to_be_a_components(r: int, warns: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AromaConfig(r=r)
+    said = [str(one.message) for one in caught if "rank of one component" in str(one.message)]
+    assert len(said) == warns
+    assert not warns or said[0].startswith(
+        f"r={r} is the rank of one component, not of a matrix: two make rank {2 * r}"
+    )
 
 
 def test_the_bounds_themselves_are_fine() -> None:

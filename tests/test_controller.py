@@ -373,7 +373,7 @@ def test_a_listener_sees_the_state_that_an_event_tells_of() -> None:
     controller = bench.controller
 
     def look(event: Event) -> None:
-        seen.append((event.kind, controller.outer_number, controller.inner_step, controller.total_rank))
+        seen.append((event.kind, controller.outer_number, controller.inner_step, controller.matrices.known_rank))
 
     controller.subscribe(look)
     bench.step(20.0, 20.0, 20.0)
@@ -590,7 +590,7 @@ def test_a_step_between_checks_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with Watch(monkeypatch) as watch:
         assert controller.step() == []
         assert controller.lr_factor == 1.0
-        assert controller.total_rank == 3 * COMPONENTS
+        assert controller.matrices.known_rank == 3 * COMPONENTS
         assert not controller.finished
     assert (watch.syncs, watch.largest) == (0, 0)
 

@@ -159,3 +159,15 @@ def test_files_that_are_named_exist():
     for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_the_docs_name_of_the_package_is_exported():
+    import aroma
+
+    root = Path(__file__).parent.parent
+    text = "".join(page.read_text(encoding="utf-8") for page in [root / "README.md", *(root / "docs").glob("*.md")])
+    named = {name for line in re.findall(r"from aroma import ([\w, ]+)", text) for name in line.split(", ")}
+    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text)) | {"RichProgress"}
+    assert len(named) > 5
+    assert named <= set(aroma.__all__)
+    assert all(getattr(aroma, name).__name__ == name for name in named)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from aroma import aroma_layers
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import SERVING_RANKS, export_merged, export_uniform, load_with_adapter, rank_table, read_adapter
 from aroma.tuner import live_adapter
 from models import ARCHITECTURES, adapted, base, batch, deltas, grow, logits, saved_base, set_ranks
+from tiny_classifier import save_tokenizer
 
 
 def saved(folder: Path, name: str, ranks: list[int], pair: bool = False, **changes: Any) -> Any:
@@ -102,6 +103,18 @@ def test_a_rank_that_no_engine_serves(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rank=257: above 256.*--merged"):
         export_uniform(tmp_path / "adapter", tmp_path / "out")
     assert export_uniform(tmp_path / "adapter", tmp_path / "out", rank=257) == 257
+
+
+def test_a_pipeline_of_the_merged_model_says_the_labels_of_the_training(tmp_path: Path) -> None:
+    names = ["negative", "neutral", "positive"]
+    for count, labels in ((3, names), (2, ["LABEL_0", "LABEL_1", "LABEL_2"])):  # names of another head are not taken
+        adapter, out = tmp_path / f"adapter-{count}", tmp_path / f"out-{count}"
+        saved(adapter, "bert", [2])
+        save_tokenizer(adapter)
+        (adapter / "aroma_task.json").write_text(json.dumps({"label_names": names[:count]}))
+        export_merged(adapter, out)
+        scores = pipeline("text-classification", model=str(out), top_k=None)(["good"])[0]
+        assert sorted(score["label"] for score in scores) == labels
 
 
 @pytest.mark.parametrize("kind", ["uniform", "merged"])

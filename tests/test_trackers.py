@@ -124,7 +124,14 @@ def test_trackio(run: Any) -> None:
 def test_log_summary_inspect_and_what_is_saved_say_one_rank(rule: str, tmp_path: Path) -> None:
     """At every step: in the trial, before a birth has moved, amid a component, and at its end."""
     callback, log, steps = AromaCallback(early_stop=False), Log(), 16 if rule == "paper" else 36
-    trainer = trainer_for(adapted() if rule == "paper" else _by_evidence(), tmp_path, callback, log, max_steps=steps)
+    trainer = trainer_for(
+        adapted() if rule == "paper" else _by_evidence(),
+        tmp_path,
+        callback,
+        log,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+    )
     trainer.args.save_steps = 1
     trainer.args.save_strategy = "steps"
     seen = {}

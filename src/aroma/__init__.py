@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .integrations.callback import AromaCallback
     from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach
+    from .integrations.progress import RichProgress
     from .tuner import AromaConfig, AromaModel, aroma_layers
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOMES = {
     "Attachment": "integrations.loop",
     "Event": "events",
     "ModuleSummary": "events",
+    "RichProgress": "integrations.progress",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
     "hold_out": "integrations.held_out",
@@ -47,6 +49,7 @@ __all__ = [
     "Attachment",
     "Event",
     "ModuleSummary",
+    "RichProgress",
     "aroma_layers",
     "attach",
     "hold_out",

@@ -16,7 +16,7 @@ from .algorithm import GrowthRule, PaperRule
 from .algorithm.evidence import CHECK_INTERVAL, EvidenceRule, EvidenceSettings
 from .algorithm.paper import PaperSettings
 from .errors import CheckpointError, bad_value
-from .events import Event, ModuleSummary
+from .events import Event, Summary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
 from .reset import makes_state_only
@@ -195,10 +195,13 @@ class AromaController:
         """
         return self.matrices.ranks()
 
-    def summary(self) -> list[ModuleSummary]:
-        """Return rank, effective rank, state and last check values of every matrix, in module order."""
+    def summary(self) -> Summary:
+        """Return rank, effective rank, state and last check values of every matrix, in module order.
+
+        It is a list that prints as a short table, by kind of matrix.
+        """
         pairs = self.matrices.pairs(self.modules)
-        return [matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True)]
+        return Summary(matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True))
 
     def explanation(self) -> str:
         """Return in one sentence why the matrices grow no more, or what is open; no device is asked.

@@ -218,10 +218,19 @@ def export_merged(
             "in 16 or 32 bits that it was made from (--base-model)",
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
+    _name_labels(merged.config, Path(folder))
     with _filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
         _copy_files([Path(folder), Path(base_name)], staging, _TOKENIZER_FILES)
         _copy_files([Path(folder)], staging, ("aroma_task.json",))
+
+
+def _name_labels(config: Any, folder: Path) -> None:
+    """Give a model's configuration the label names that the adapter was trained with, where it says them."""
+    names = read_json(folder / "aroma_task.json").get("label_names") if (folder / "aroma_task.json").exists() else None
+    if names and len(names) == config.num_labels:
+        config.id2label = dict(enumerate(map(str, names)))
+        config.label2id = {str(name): number for number, name in enumerate(names)}
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:

@@ -29,6 +29,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the operating system answers where there is no room for a file: disk, quota, limit of the process."""
 
 
+_TORCH_COULD_NOT_WRITE = ("inline_container", "iostream error")
+"""What torch.save says in place of the operating system's reason."""
+
+
 @contextmanager
 def told_of(path: str | os.PathLike[str], size: int | None = None) -> Iterator[None]:
     """Turn a failure to write into one that says what could not be written, why, and how much room it needs.
@@ -62,7 +66,7 @@ def write_failure(error: Exception) -> tuple[int, str] | None:
         return None if error.errno is None else (error.errno, error.strerror or os.strerror(error.errno))
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, whose errors have no number
         return int(found[1]), os.strerror(int(found[1]))
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save, which swallows the reason
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_COULD_NOT_WRITE):
         return errno.ENOSPC, "the file could not be written to its end"
     return None
 

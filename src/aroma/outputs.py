@@ -44,12 +44,10 @@ def new_folder(field: str, path: str | os.PathLike[str], remedy: str = "give ano
         OutputError: Something is there, or nothing can be written there.
     """
     target = open_folder(field, path)
-    held = min((entry.name for entry in target.iterdir()), default=None) if os.path.isdir(target) else None
-    if held is not None:
+    if os.path.isdir(target) and any(target.iterdir()):
         raise bad_value(
-            field, str(path), f"it is not an empty folder: it holds {held}, and nothing is overwritten; {remedy}",
-            OutputError,
-        )  # fmt: skip
+            field, str(path), f"it is not an empty folder, and nothing is overwritten; {remedy}", OutputError
+        )
     return target
 
 

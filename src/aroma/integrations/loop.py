@@ -10,7 +10,7 @@ from torch import nn
 
 from ..controller import AromaController
 from ..errors import CheckpointError, bad_value
-from ..events import Event
+from ..events import Event, Summary
 from ..reset import makes_state_only
 from ..sharding import rank
 from ..tuner.state import read_controller_state
@@ -39,6 +39,10 @@ class Attachment(AbstractContextManager["Attachment"]):
     def finished(self) -> bool:
         """Whether every matrix is frozen, so that the loop may stop."""
         return self.controller.finished
+
+    def summary(self) -> Summary:
+        """Return what became of every matrix; prints as a short table. See `AromaController.summary`."""
+        return self.controller.summary()
 
     def detach(self) -> None:
         """Remove all hooks; the adapter stays as it is."""

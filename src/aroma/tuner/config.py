@@ -19,7 +19,25 @@ from .live import take_collected
 from .lora_fields import check_lora_fields
 from .state import write_adapter_state
 
-PEFT_TYPE = "AROMA"
+
+class _Registered(str):
+    """The name of a PEFT method that is not in PEFT's own enumeration; reads as its members do."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The name."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return _Registered, (self.value,)
+
+
+PEFT_TYPE = _Registered("AROMA")
 
 _COMMON_FIELDS = ("growth", "r", "lora_alpha", "lora_dropout", "max_components", "component_seed")
 
@@ -35,6 +53,9 @@ _PAPER_FIELDS = (
     "rewarmup_steps",
 )
 """Fields that only Algorithm 1 reads."""
+
+_MOST_LIKELY_MEANT = 8
+"""The largest rank of a component that is in use; a larger one is likely that of a LoraConfig, of a whole matrix."""
 
 _EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
 """Fields that only growth by evidence reads."""
@@ -207,6 +228,13 @@ class AromaConfig(LoraConfig):
             raise bad_value("lora_dropout", self.lora_dropout, "give a probability in [0, 1)")
         if self.component_seed is not None:
             _require_int("component_seed", self.component_seed, 0, "give a non-negative seed below 2**63, or None")
+
+        if self.r > _MOST_LIKELY_MEANT:
+            warnings.warn(
+                f"r={self.r} is the rank of one component, not of a matrix: two make rank {2 * self.r}, ten "
+                f"{10 * self.r}. The paper uses 1, and 8 for hard tasks; max_components bounds what a matrix gets",
+                stacklevel=4,
+            )
 
     def _check_loops(self) -> None:
         for name in ("inner_tolerance", "outer_tolerance"):

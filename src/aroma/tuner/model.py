@@ -177,6 +177,16 @@ class AromaModel(LoraModel):
         }
         return {**others, **entries}
 
+    def subtract_mutated_init(self, *_: Any, **__: Any) -> Any:
+        """Refuse: nothing of the base model was moved into the first components.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion: a growing adapter leaves the base model as it is; leave it out"
+        )
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not possible on a growing adapter.
 
