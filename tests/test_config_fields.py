@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftType, TaskType, get_peft_model
 
 from aroma import AromaConfig
-from aroma.errors import ConfigError
+from aroma.errors import ConfigError, bad_value
 from aroma.tuner.config import FIELDS_OF_RULE
 from models import base, batch, logits
 
@@ -132,8 +132,9 @@ def test_a_value_of_any_kind_is_taken_or_refused_when_the_configuration_is_made(
         with pytest.raises(ConfigError) as caught:
             AromaConfig(**given)
         said = str(caught.value)
-        assert said.startswith(f"{name}={value!r}: "), kind
-        remedy = said.removeprefix(f"{name}={value!r}: ")
+        start = str(bad_value(name, value, ""))
+        assert said.startswith(start), kind
+        remedy = said.removeprefix(start)
         assert re.search(r"\b(give|leave|choose|set|try|switches|make|must be|at least|for no)\b", remedy), remedy
 
 

@@ -94,11 +94,11 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",
         f"and {evidence.QUESTIONS[1]} batches are asked",
-        "half as many as the trial has steps, at least {} and at most {}.".format(*evidence.QUESTIONS),
+        "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*evidence.QUESTIONS),
         f"carry {evidence.SHARE_KEPT * 100:.0f} % of the credit",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
         f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps",
-        f"it takes {('six', 'seven', 'eight')[evidence.flips_to_birth(AromaConfig.significance) - 6]} heads in a row",
+        f"{('six', 'seven', 'eight')[evidence.flips_to_birth(AromaConfig.significance) - 6]} of all four",
     ):
         assert text in page, text
     assert f"| `checked` | every {evidence.TOLD_INTERVAL} steps" in USAGE

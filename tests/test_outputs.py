@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from aroma.cli import main, make_parser
-from aroma.errors import AromaError, OutputError
+from aroma.errors import AromaError, OutputError, bad_value
 from aroma.export import export_merged, export_uniform
 from aroma.files import write_bytes, write_json, write_tensors, write_text
 from aroma.gguf import export_gguf
@@ -172,7 +172,7 @@ def test_a_place_that_cannot_be_written(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("error: ")
-    assert f"={str(out)!r}: " in said
+    assert str(bad_value("", str(out), "")) in said
     assert "Traceback" not in said
     assert re.search(message, said), said
     assert snapshot(tmp_path) == before

@@ -392,7 +392,7 @@ def _filled_at_once(target: Path, size: int) -> Iterator[Path]:
 
 
 def _size_of(tensors: dict[str, Tensor]) -> int:
-    """Return the bytes of tensors."""
+    """Return the bytes of tensors, of any shape."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

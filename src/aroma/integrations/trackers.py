@@ -6,7 +6,7 @@ The Trainer calls its callbacks in the order of its list, and its own trackers s
 
 from __future__ import annotations
 
-import sys
+import inspect
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def tell_trackers(growth: AromaCallback) -> None:
 
     The Trainer shows a callback neither itself nor its list, so the list is taken from the call that is under way.
     """
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
         frame = frame.f_back  # type: ignore[assignment]
     if frame is not None:
