@@ -71,7 +71,7 @@ def tell_trackers(growth: AromaCallback) -> None:
     """
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if frame is not None:
         handler = frame.f_locals["self"]
         # A new list: the call that is under way goes through the old one.
