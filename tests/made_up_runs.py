@@ -85,8 +85,8 @@ def write_adapter(folder: Path, updates: dict[str, tuple[torch.Tensor, torch.Ten
     """Write a plain LoRA adapter of scale 1, module by module B and A, into a run's folder."""
     tensors = {f"base_model.model.{name}.lora_A.weight": A for name, (_, A) in updates.items()}
     tensors |= {f"base_model.model.{name}.lora_B.weight": B for name, (B, _) in updates.items()}
-    alphas = {name: A.shape[0] for name, (_, A) in updates.items()}
-    config = {"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": alphas, "use_rslora": False}
+    ranks = {name: A.shape[0] for name, (_, A) in updates.items()}
+    config = {"peft_type": "LORA", "target_modules": [*ranks], "rank_pattern": ranks, "alpha_pattern": ranks}
     write_tensors(folder / "adapter" / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter" / "adapter_config.json", config)
 

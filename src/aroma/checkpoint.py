@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .files import require_adapter_folder
 from .saved import read_adapter, require_vouched
 from .sharding import sharding_of_model
@@ -73,7 +73,10 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = require_adapter_folder(folder)
     state = read_state(path)
     if os.path.lexists(path / SAFETENSORS_WEIGHTS_NAME):
-        read_adapter(path)
+        try:
+            read_adapter(path)
+        except ConfigError as error:  # another kind of adapter, which AROMA does not save
+            raise CheckpointError(f"{path}: {error}") from error
     elif not os.path.lexists(path / WEIGHTS_NAME):
         raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME}: the file is missing; use another checkpoint")
     else:
