@@ -209,7 +209,19 @@ class Adapter:
     @cached_property
     def expected(self) -> dict[str, Any]:
         """What every operation makes of the whole adapter."""
-        shutil.copytree(self.whole, self.work)
+        return self._made_of(self.whole)
+
+    @cached_property
+    def expected_of_other(self) -> dict[str, Any]:
+        """What every operation makes of the other run's adapter."""
+        return self._made_of(self.other)
+
+    def is_the_other(self) -> bool:
+        """Whether the folder in work now is the other run's adapter, whole: then nothing is damaged."""
+        return self.work.is_dir() and all(_content(self.work / name) == _content(self.other / name) for name in READ)
+
+    def _made_of(self, folder: Path) -> dict[str, Any]:
+        shutil.copytree(folder, self.work)
         found = {}
         for name in self.operations:
             with redirect_stderr(io.StringIO()) as errors:
@@ -279,14 +291,19 @@ class Adapter:
         return configs, tensors
 
 
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
 _parser = cache(cli.make_parser)
 _entry_points = cache(metadata.entry_points)
 
 
 def _meaning(file: Path) -> dict[str, Any]:
-    """Return the fields of a configuration that say something: PEFT fills in the others."""
-    fields = json.loads(file.read_text()).items()
-    return {name: value for name, value in fields if value not in (None, False, {}, []) and name != "peft_version"}
+    """Return the fields of a configuration that say something else than PEFT's defaults."""
+    fields = json.loads(file.read_text())
+    defaults = LoraConfig().to_dict() if file.name == "adapter_config.json" else {}
+    return {name: value for name, value in fields.items() if value != defaults.get(name) and name != "peft_version"}
 
 
 def _bits(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -312,7 +329,7 @@ def attack(
     adapter: Adapter, harm: Corruption, seconds: float = SECONDS, operations: Iterable[str] | None = None
 ) -> list[Finding]:
     """Damage a copy of an adapter and try operations on it; all of them by default."""
-    expected = adapter.expected
+    expected, of_other = adapter.expected, adapter.expected_of_other
     shutil.copytree(adapter.whole, adapter.work)
     # What cannot be interrupted ends the process, with a traceback.
     faulthandler.dump_traceback_later(3 * len(expected) * seconds + 30, exit=True, file=sys.__stderr__)
@@ -320,6 +337,8 @@ def attack(
         done = harm.apply(adapter.work, adapter.other)
         if done is None:
             return []
+        if adapter.is_the_other():
+            expected = of_other
         found = [
             Finding(name, adapter.name, harm, done, *_try(adapter, name, expected[name], seconds))
             for name in operations or adapter.operations

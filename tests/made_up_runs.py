@@ -86,8 +86,7 @@ def write_adapter(folder: Path, updates: dict[str, tuple[torch.Tensor, torch.Ten
     tensors = {f"base_model.model.{name}.lora_A.weight": A for name, (_, A) in updates.items()}
     tensors |= {f"base_model.model.{name}.lora_B.weight": B for name, (B, _) in updates.items()}
     ranks = {name: A.shape[0] for name, (_, A) in updates.items()}
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [*ranks], "use_rslora": False}
-    config |= {"rank_pattern": ranks, "alpha_pattern": ranks}
+    config = {"peft_type": "LORA", "target_modules": [*ranks], "rank_pattern": ranks, "alpha_pattern": ranks}
     write_tensors(folder / "adapter" / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter" / "adapter_config.json", config)
 

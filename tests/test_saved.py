@@ -149,6 +149,15 @@ def test_a_state_of_before_the_configuration_was_in_it(adapter: Path) -> None:
         verify_adapter(adapter)
 
 
+def test_another_kind_of_adapter_is_no_checkpoint(adapter: Path) -> None:
+    edit_state(adapter, lambda state: state.pop("adapter_config"))
+    edit_config(adapter, use_dora=True)
+    with pytest.raises(CheckpointError, match=r"use_dora=True: in .*adapter_config\.json: only plain LoRA adapters"):
+        verify_adapter(adapter)
+    with pytest.raises(ConfigError, match=r"^use_dora=True"):
+        rank_table(adapter)
+
+
 @pytest.mark.parametrize(
     ("edit", "named"),
     [

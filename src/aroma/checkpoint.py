@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .errors import CheckpointError, bad_value
+from .errors import CheckpointError, ConfigError, bad_value
 from .files import file_digest, require_adapter_folder, write_json
 from .folders import replacing_files
 from .saved import read_adapter, require_vouched
@@ -95,7 +95,10 @@ def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = require_adapter_folder(folder)
     state = read_state(path)
     if os.path.lexists(path / SAFETENSORS_WEIGHTS_NAME):
-        read_adapter(path)
+        try:
+            read_adapter(path)
+        except ConfigError as error:  # another kind of adapter, which AROMA does not save
+            raise CheckpointError(f"{path}: {error}") from error
     elif not os.path.lexists(path / WEIGHTS_NAME):
         raise CheckpointError(f"{path / SAFETENSORS_WEIGHTS_NAME}: the file is missing; use another checkpoint")
     else:

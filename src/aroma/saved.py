@@ -449,7 +449,7 @@ def _split(
     prefixed = all(name.startswith(PEFT_PREFIX) for name in tensors)
     if not prefixed and any(name.startswith(PEFT_PREFIX) for name in tensors):
         name = next(name for name in tensors if not name.startswith(PEFT_PREFIX))
-        raise CheckpointError(f"{path}: {name} is named otherwise than the rest; the file was edited")
+        raise CheckpointError(f"{path}: {name} is named otherwise than the rest; use another checkpoint")
     return dict(sorted(updates.items(), key=lambda item: _natural(item[0]))), others
 
 

@@ -156,6 +156,8 @@ def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
             raise CheckpointError(f"{path}: its kind is {content['kind']!r}, not a language model's; use `aroma eval`")
         sections = {"language": LanguageSpec(**content["language"]), "model": ModelSpec(**content["model"])}
         task = LanguageTask(**{**content, **sections})
+        if not (task.model.name and isinstance(task.model.name, str) and isinstance(task.model.gguf_file, str | None)):
+            raise TypeError("model: its name or gguf_file is no name")
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: edited ({error}); restore the file that was saved") from error
     return replace(task, model=ModelSpec(str(folder)), fingerprint=None) if whole else task
