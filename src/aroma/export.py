@@ -218,19 +218,34 @@ def export_merged(
             "in 16 or 32 bits that it was made from (--base-model)",
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-    _name_labels(merged.config, Path(folder))
+    _name_labels(merged.config, Path(folder), adapter.config.get("task_type"))
     with _filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
         _copy_files([Path(folder), Path(base_name)], staging, _TOKENIZER_FILES)
         _copy_files([Path(folder)], staging, ("aroma_task.json",))
 
 
-def _name_labels(config: Any, folder: Path) -> None:
-    """Give a model's configuration the label names that the adapter was trained with, where it says them."""
-    names = read_json(folder / "aroma_task.json").get("label_names") if (folder / "aroma_task.json").exists() else None
-    if names and len(names) == config.num_labels:
+def _name_labels(config: Any, folder: Path, task_type: object) -> None:
+    """Give a classifier's configuration the label names that the adapter was trained with.
+
+    Warns:
+        AromaWarning: It does not say them, and the base model has none.
+    """
+    file = folder / "aroma_task.json"
+    task = read_json(own_file(folder, file.name)) if os.path.lexists(file) else {}
+    names = task.get("label_names") if isinstance(task, dict) else None
+    if isinstance(names, list) and len(names) == config.num_labels:
         config.id2label = dict(enumerate(map(str, names)))
         config.label2id = {str(name): number for number, name in enumerate(names)}
+    elif task_type in ("SEQ_CLS", "TOKEN_CLS") and set(config.id2label.values()) == {
+        f"LABEL_{number}" for number in range(max(config.num_labels, 2))
+    }:
+        warnings.warn(
+            f"{file}: it names no labels, so the merged model calls them LABEL_0, LABEL_1 and so on; set id2label and "
+            "label2id in its config.json",
+            AromaWarning,
+            stacklevel=3,
+        )
 
 
 def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = None) -> Any:
