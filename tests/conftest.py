@@ -2,10 +2,14 @@
 
 import gc
 import os
+import tempfile
 from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Trackio reads it when it is imported.
+TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")
+os.environ["TRACKIO_DIR"] = TRACKIO.name
 
 import jinja2
 import pytest

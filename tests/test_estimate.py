@@ -162,6 +162,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:r=300 is the rank of one component")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("r", [1, 300])  # of 300 the matrices are kept in 8 bits
 def test_the_state_of_an_optimizer(name, r):

@@ -329,9 +329,9 @@ def test_an_export_to_a_full_disk_leaves_nothing(kind: str, llama: Path, tmp_pat
 def test_the_command_says_it_in_one_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with room_for(2_000):
         assert main(["inspect", str(llama), "--plot", str(tmp_path / "ranks.png")]) == 2
-    said = capsys.readouterr().err
+    warned, said = capsys.readouterr().err.splitlines()
+    assert warned.startswith("warning: ")  # an adapter of plain PEFT, for which nothing vouches
     assert said.startswith(f"error: {tmp_path / 'ranks.png'}: cannot be written (File too large); it needs about ")
-    assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

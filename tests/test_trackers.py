@@ -35,7 +35,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(root / "events"))
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        patch.setenv("TRACKIO_DIR", str(root / "trackio"))
         patch.chdir(root)
         trainer = train(
             root / "out",
@@ -102,7 +101,7 @@ def test_trackio(run: Any) -> None:
     import json
     import sqlite3
 
-    (store,) = (run.root / "trackio").glob("*.db")
+    (store,) = Path(os.environ["TRACKIO_DIR"]).glob("*.db")
     rows = sqlite3.connect(store).execute("select metrics from metrics order by id").fetchall()
     found: dict[str, list[tuple[int, float]]] = {}
     pictures = []
@@ -114,7 +113,7 @@ def test_trackio(run: Any) -> None:
                 found.setdefault(name, []).append((values["train/global_step"], value))
     check(found, run)
     (picture,) = pictures
-    assert next((run.root / "trackio").rglob(Path(picture["file_path"]).name)).read_bytes().startswith(b"\x89PNG")
+    assert next(Path(os.environ["TRACKIO_DIR"]).rglob(Path(picture["file_path"]).name)).read_bytes().startswith(b"\x89PNG")
 
 
 # One definition ------------------------------------------------------------------------------------------------------

@@ -140,8 +140,13 @@ def record_checkpoint(folder: str | os.PathLike[str], state: TrainerState) -> di
 
 
 def complete_record(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
-    """Add the digest of `trainer_state.json` to what `record_checkpoint` has written."""
+    """Add the digest of `trainer_state.json` to what `record_checkpoint` has written.
+
+    A checkpoint that the Trainer has removed again, as `save_total_limit` may demand, stays away.
+    """
     root = Path(folder)
+    if not root.is_dir():
+        return
     record["files"][TRAINER_STATE_FILE] = _facts(root / TRAINER_STATE_FILE)
     _write_record(root, record)
 
