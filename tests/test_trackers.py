@@ -113,7 +113,11 @@ def test_trackio(run: Any) -> None:
                 found.setdefault(name, []).append((values["train/global_step"], value))
     check(found, run)
     (picture,) = pictures
-    assert next(Path(os.environ["TRACKIO_DIR"]).rglob(Path(picture["file_path"]).name)).read_bytes().startswith(b"\x89PNG")
+    assert (
+        next(Path(os.environ["TRACKIO_DIR"]).rglob(Path(picture["file_path"]).name))
+        .read_bytes()
+        .startswith(b"\x89PNG")
+    )
 
 
 # One definition ------------------------------------------------------------------------------------------------------
