@@ -2,14 +2,14 @@
 
 import gc
 import os
+import shutil
 import tempfile
 from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Trackio reads it when it is imported.
-TRACKIO = tempfile.TemporaryDirectory(prefix="trackio-")
-os.environ["TRACKIO_DIR"] = TRACKIO.name
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import jinja2
 import pytest
@@ -49,6 +49,10 @@ torch.set_num_threads(1)
 
 # PEFT writes a model card beside every adapter, and compiles the card's template each time.
 jinja2.Environment.compile = cache(jinja2.Environment.compile)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
