@@ -68,6 +68,7 @@ def check(found: dict[str, list[tuple[int, float]]], trainer: Any) -> None:
         assert sum(values[index][1] for values in modules.values()) == total
 
 
+@pytest.mark.slow
 def test_tensorboard(run: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,6 +85,7 @@ def test_tensorboard(run: Any) -> None:
     assert min(picture.width, picture.height) > 100
 
 
+@pytest.mark.slow
 def test_mlflow(run: Any) -> None:
     from mlflow import MlflowClient
 
@@ -97,6 +99,7 @@ def test_mlflow(run: Any) -> None:
     assert [artifact.path for artifact in client.list_artifacts(one.info.run_id)] == ["ranks.png"]
 
 
+@pytest.mark.slow
 def test_trackio(run: Any) -> None:
     import json
     import sqlite3
