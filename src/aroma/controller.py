@@ -154,8 +154,12 @@ class AromaController:
 
     @property
     def total_rank(self) -> int:
-        """Sum of the ranks of all matrices, as `ranks` counts them."""
-        return sum(self.ranks().values())
+        """Sum of the ranks of all matrices, as `ranks` counts them.
+
+        If parameters are sharded, one rank alone may ask, and no other is waited for: under Algorithm 1 the pairs in
+        training are then left out, and in growth by evidence those that have not moved count, too.
+        """
+        return self.matrices.known_rank if self.matrices.are_sharded else sum(self.ranks().values())
 
     @property
     def global_step(self) -> int:
