@@ -371,7 +371,24 @@ def _try(adapter: Adapter, operation: str, expected: Any, seconds: float) -> tup
         return TOLD, told[0]
     if adapter.name == "foreign" and operation == "export --merged" and _close(result, adapter.as_peft_reads_it()):
         return UNVOUCHED, "what PEFT makes of it, too"
+    if operation == "export --merged" and _labels_alone_differ(adapter, result, expected):
+        return UNVOUCHED, "aroma_task.json says so: nothing vouches for its label names"
     return WRONG, "another result"
+
+
+def _labels_alone_differ(adapter: Adapter, result: Any, expected: Any) -> bool:
+    """Whether another aroma_task.json gave a merged model other label names, and nothing else."""
+
+    def without_labels(export: Any) -> Any:
+        configs, tensors = export
+        kept = {
+            name: {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+            for name, config in configs.items()
+        }
+        return kept, tensors
+
+    task, whole = (_content(folder / "aroma_task.json") for folder in (adapter.work, adapter.whole))
+    return task != whole and without_labels(result) == without_labels(expected)
 
 
 def _close(written: Any, model: dict[str, Tensor]) -> bool:
