@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 import warnings
@@ -80,7 +81,7 @@ def _write_adapter(model: Any, target: Path, adapter_name: str) -> None:
         model.save_pretrained(staging, selected_adapters=[adapter_name])
         if adapter_name != "default":
             for file in (staging / adapter_name).iterdir():
-                (new / file.name).write_bytes(file.read_bytes())
+                shutil.copyfile(file, new / file.name)
         if (target / "README.md").exists():
             (new / "README.md").unlink(missing_ok=True)
         verify_adapter(new)

@@ -44,5 +44,10 @@ class AromaWarning(UserWarning):
 
 def bad_value(field: str, value: object, remedy: str, kind: type[AromaError] = ConfigError) -> AromaError:
     """Return (not raise) an error of `kind` that reads ``field=value: remedy``; a long value is cut."""
-    shown = repr(value)
-    return kind(f"{field}={shown if len(shown) <= 300 else shown[:297] + '...'}: {remedy}")
+    return kind(f"{field}={shown_value(value)}: {remedy}")
+
+
+def shown_value(value: object, most: int = 300) -> str:
+    """Return a value as an error shows it, cut after `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -20,7 +20,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value
-from .files import own_file, read_json, told_of, write_json, write_tensors
+from .files import free_bytes, own_file, read_json, told_of, write_json, write_tensors
 from .outputs import new_folder, require_replaceable
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
@@ -383,8 +383,7 @@ def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
 
 def _require_room(target: Path, count: int) -> None:
     """Raise if `count` bytes do not fit on the disk of `target`: before that much memory is asked for."""
-    place = next(parent for parent in target.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(target)
     if count > free:
         raise bad_value("out", str(target), f"{count:,} bytes are to be written, and {free:,} are free there")
 

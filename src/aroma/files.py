@@ -54,7 +54,7 @@ def told_of(path: str | os.PathLike[str], size: int | None = None) -> Iterator[N
         remedy = "give another place"
         if code in NO_ROOM:
             needs = "" if size is None else f"it needs about {_in_bytes(size)}, and "
-            remedy = f"{needs}{_in_bytes(_free(path))} are free; make room, or give another place"
+            remedy = f"{needs}{_in_bytes(free_bytes(path))} are free; make room, or give another place"
         told = OutputError(f"{os.fspath(path)}: cannot be written ({reason}); {remedy}")
         told.errno, told.strerror = code, reason
         raise told from error
@@ -71,7 +71,7 @@ def write_failure(error: Exception) -> tuple[int, str] | None:
     return None
 
 
-def _free(path: str | os.PathLike[str]) -> int:
+def free_bytes(path: str | os.PathLike[str]) -> int:
     """Return how many bytes are free on the file system where `path` is or would be."""
     return shutil.disk_usage(next(folder for folder in Path(path).absolute().parents if folder.is_dir())).free
 

@@ -24,7 +24,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from .errors import AromaError, AromaWarning, CheckpointError, bad_value
+from .errors import AromaError, AromaWarning, CheckpointError, bad_value, shown_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import LARGEST_SIDE, STATE_FILE, is_whole, read_state, require_files
@@ -206,8 +206,8 @@ def _require_saved_config(path: Path, config: Mapping[str, Any], saved: Mapping[
                 path,
                 name,
                 config.get(name),
-                f"edited since the adapter was saved, as {_cut(saved.get(name))}; put that back, or use another "
-                "checkpoint (a base model that has moved may be given as base_model_name_or_path)",
+                f"edited since the adapter was saved, as {shown_value(saved.get(name), 200)}; put that back, or use "
+                "another checkpoint (a base model that has moved may be given as base_model_name_or_path)",
             )
 
 
@@ -311,11 +311,6 @@ def _is_names(value: object, or_text: bool = False) -> bool:
 
 def _wrong(path: Path, field: str, value: object, remedy: str) -> AromaError:
     return bad_value(f"{path}: {field}", value, remedy, CheckpointError)
-
-
-def _cut(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 # Patterns ------------------------------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ class EvidenceRule(Generic[E]):
         threshold = -math.log(self._settings.significance)
         births = []
         for matrix in self._matrices.active():
-            found = [log_evidence(heads, flips) for heads, flips in zip(matrix.heads, matrix.flips, strict=True)]
+            found = _money(matrix)
             matrix.log_evidence = log_mean(found)
             # No more than there are slots: a component would be merged before it has ever trained.
             ready = directions_that_convince(found, threshold)
@@ -381,7 +381,7 @@ class EvidenceRule(Generic[E]):
         events += [self._event("born", matrix) for matrix, _ in births]
         for matrix, direction in births:
             matrix.heads[direction] = matrix.flips[direction] = 0
-            matrix.log_evidence = log_mean([*map(log_evidence, matrix.heads, matrix.flips)])
+            matrix.log_evidence = log_mean(_money(matrix))
         self.births += len(births)
         self.last_birth = self.global_step
         return events
@@ -461,6 +461,11 @@ class EvidenceRule(Generic[E]):
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked = state["overflows"], state["asked"]
         self._credits = [np.array(credits, dtype=float) for credits in state["credits"]]
+
+
+def _money(matrix: EvidenceMatrix) -> list[float]:
+    # log E of every unused direction alone.
+    return [*map(log_evidence, matrix.heads, matrix.flips)]
 
 
 def _number(value: float) -> float | None:
