@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from aroma.errors import NonFiniteError, bad_value
+from aroma.measures import relative_norms
 from aroma.spectra import effective_rank, singular_values, span_overlaps
+from aroma.tuner import aroma_layers
 
 from ..methods.head import pooler_of
+from ..tasks.classification import ClassifierJob
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
@@ -43,6 +46,8 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     events = run.home.events.read_text(encoding="utf-8").splitlines()
     of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
     average = curve.average_parameters(run.steps)
+    job = work.job
+    guessed = {split: job.guess(split) for split in predictions} if isinstance(job, ClassifierJob) else {}
     result: dict[str, Any] = {
         "name": trial.name,
         "task": trial.task.name,
@@ -59,6 +64,7 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "held_out": held_out.metrics,
         "held_out_loss": held_out.loss,
         "reported": reported,
+        "guessed": guessed,
         "examples": work.job.examples,
         "notes": list(work.job.notes),
         "steps": steps,
@@ -75,6 +81,7 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
+        "relative_updates": relative_updates(model, components) if fit.growth is not None else {},
         "trained_rank": average / of_rank_one if of_rank_one else None,
         "states": {module.name: module.state for module in modules},
         **{name: round(value, 3) for name, value in recorder.usage.total().items()},
@@ -89,6 +96,17 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         began = {name: changes[0][1] for name, changes in curve.ranks.items()}
         result["planted"] = compare_ranks(work.planted, ranks, began)
     return result
+
+
+def relative_updates(model: Any, components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float | None]:
+    """Return ‖ΔW‖_F / ‖W0‖_F of every growing module; None where W0 is 0.
+
+    Args:
+        model: The model with its growing adapter.
+        components: B (m, R) and A (R, n) of the whole update by module name, the scale folded in.
+    """
+    weights = [layer.weight_matrix for layer in aroma_layers(model).values()]
+    return dict(zip(components, relative_norms(weights, [*components.values()]), strict=True))
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:
