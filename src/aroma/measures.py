@@ -112,7 +112,7 @@ def weight_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: S
 def relative_norms(
     weights: Sequence[Callable[[], Tensor | Partition]], updates: Sequence[Pair]
 ) -> list[float | None]:
-    """Return ‖B A‖_F / ‖W0‖_F of every module; None where W0 is 0.
+    """Return ‖B A‖_F / ‖W0‖_F of every module; None where W0 is 0 and its update is not.
 
     If parameters are sharded, all ranks call this together.
 
@@ -121,8 +121,8 @@ def relative_norms(
         updates: The whole updates B (m, R), A (R, n), scale folded in.
     """
     nothing = [(B[:, :0], A[:0]) for B, A in updates]
-    pairs = zip(pair_norms(updates), weight_norms(weights, nothing), strict=True)
-    return [update / weight if weight > 0 else None for update, weight in pairs]
+    norms = zip(pair_norms(updates), weight_norms(weights, nothing), strict=True)
+    return [outer_value(update, weight) for update, weight in norms]
 
 
 def grown_norms(

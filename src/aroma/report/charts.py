@@ -30,7 +30,12 @@ _HEIGHT, _LOW = 240, 170
 _RUG = 12
 """Pixels: heights of a chart, of one in half a row, and of the marks of births at its foot."""
 
-_STEP = alt.X("step:Q", title="optimizer step", axis=alt.Axis(grid=False, tickCount=6, format="~s"))
+_STEP = alt.X(
+    "step:Q",
+    title="optimizer step",
+    scale=alt.Scale(zero=True, nice=False),
+    axis=alt.Axis(grid=False, tickCount=6, format="~s"),
+)
 _TRIAL = alt.Chart(alt.NamedData("trial")).mark_rect(color="var(--band)").encode(x="start:Q", x2="end:Q")
 
 _CONFIG: dict[str, Any] = {

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from aroma.errors import NonFiniteError, bad_value
-from aroma.measures import relative_norms
 from aroma.spectra import effective_rank, singular_values, span_overlaps
-from aroma.tuner import aroma_layers
 
 from ..methods.head import pooler_of
 from ..tasks.classification import ClassifierJob
@@ -81,9 +79,10 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
-        "relative_updates": relative_updates(model, components) if fit.growth is not None else {},
+        "relative_updates": fit.controller.relative_updates() if fit.growth is not None else {},
         "trained_rank": average / of_rank_one if of_rank_one else None,
         "states": {module.name: module.state for module in modules},
+        "explanation": fit.controller.explanation() if fit.growth is not None else None,
         **{name: round(value, 3) for name, value in recorder.usage.total().items()},
         "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
         "inner_checks": inner_checks_of(map(json.loads, events)),
@@ -96,17 +95,6 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         began = {name: changes[0][1] for name, changes in curve.ranks.items()}
         result["planted"] = compare_ranks(work.planted, ranks, began)
     return result
-
-
-def relative_updates(model: Any, components: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float | None]:
-    """Return ‖ΔW‖_F / ‖W0‖_F of every growing module; None where W0 is 0.
-
-    Args:
-        model: The model with its growing adapter.
-        components: B (m, R) and A (R, n) of the whole update by module name, the scale folded in.
-    """
-    weights = [layer.weight_matrix for layer in aroma_layers(model).values()]
-    return dict(zip(components, relative_norms(weights, [*components.values()]), strict=True))
 
 
 def spectra_of(components: Mapping[str, tuple[Tensor, Tensor]], r: int = 1) -> dict[str, Any]:
