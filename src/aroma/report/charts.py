@@ -40,7 +40,7 @@ _TRIAL = alt.Chart(alt.NamedData("trial")).mark_rect(color="var(--band)").encode
 
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
-    "font": "inherit",
+    "font": 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif',
     "padding": 2,
     "view": {"stroke": None},
     "axis": {
@@ -228,7 +228,7 @@ def _budget() -> alt.LayerChart:
     x = alt.X(
         "trained:Q",
         title="trained rank, mean over matrices and steps",
-        scale=alt.Scale(type="log", base=2, nice=False, padding=24),
+        scale=alt.Scale(type="log", base=2, nice=False, padding=44),
         axis=alt.Axis(grid=False, tickCount=6, format="~g"),
     )
     y = alt.Y("points:Q", title=None, scale=alt.Scale(zero=False, nice=True, padding=12), axis=alt.Axis(tickCount=5))

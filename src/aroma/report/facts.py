@@ -20,13 +20,13 @@ class MatrixFacts(NamedTuple):
 
     Args:
         name: Name of its module in the base model.
-        rank: Rank of its update.
+        rank: Rank of its update, or the mean of several.
         effective_rank: Effective rank of its update; None where unknown.
         relative_update: ‖ΔW‖_F / ‖W0‖_F; None where unknown.
     """
 
     name: str
-    rank: int
+    rank: float
     effective_rank: float | None = None
     relative_update: float | None = None
 

@@ -68,12 +68,13 @@ def report_file(field: str, path: str | os.PathLike[str], *, force: bool | None 
     return new_file(field, path, force=force)
 
 
-def render(template: str, charts: Mapping[str, Chart], **context: Any) -> str:
+def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **context: Any) -> str:
     """Return a page.
 
     Args:
-        template: Name of a file in `assets`, which extends `page.html`.
+        template: Name of a template, which extends `page.html`.
         charts: The charts by the names that the template calls them by.
+        folder: Where the template is.
         context: What else the template reads; every text is escaped where it is put.
     """
     drawn = _drawn()
@@ -84,7 +85,7 @@ def render(template: str, charts: Mapping[str, Chart], **context: Any) -> str:
     }
     assets = {name: (ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
     return str(
-        _environment()
+        _environment(folder)
         .get_template(template)
         .render(
             charts=charts,
@@ -111,13 +112,17 @@ def _drawn() -> dict[str, Any]:
 
 
 @cache
-def _environment() -> Any:
+def _environment(folder: Path) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([folder, ASSETS]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"amount": amount, "duration": duration, "number": number, "show": show}
+    environment.filters["show"] = show
     return environment
 
 
@@ -136,6 +141,13 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None or not math.isfinite(value):
         return EMPTY
     return f"{value:,.{digits}g}".replace("-", "−")
+
+
+def measured(value: float | None) -> str:
+    """Return a metric with four decimals, or as many significant digits where it is very large or small."""
+    if value is None or not math.isfinite(value):
+        return EMPTY
+    return f"{value:.4f}".replace("-", "−") if value == 0 or 1e-3 <= abs(value) < 1e3 else number(value)
 
 
 def duration(seconds: float) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..pictures import History, positions_of
 from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps, thinned
-from .page import EMPTY, Chart, Table, amount, number, render
+from .page import EMPTY, Chart, Table, amount, duration, measured, number, render
 
 _MOST_POINTS = 800
 """Points of a line: more than a screen has pixels for, they would only make the page heavy."""
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
 
     name: str
     label: str
-    rank: int
+    rank: str
     level: float
     facts: Sequence[tuple[str, str]]
 
@@ -81,7 +82,10 @@ def run_page(facts: RunFacts) -> str:
 
 
 def grid_of(
-    matrices: Sequence[MatrixFacts], histories: Mapping[str, History] = {}, threshold: float | None = None
+    matrices: Sequence[MatrixFacts],
+    histories: Mapping[str, History] = MappingProxyType({}),
+    threshold: float | None = None,
+    more: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> Grid:
     """Return the grid of ranks.
 
@@ -89,6 +93,7 @@ def grid_of(
         matrices: The matrices, in the order of the model.
         histories: What is known of their evidence, by module.
         threshold: Evidence at which a component is born.
+        more: One more thing that is known, its title and text, by module.
     """
     places = positions_of([one.name for one in matrices])
     layers = sorted({place.layer for place in places}, key=lambda layer: (layer is None, layer or 0))
@@ -98,13 +103,14 @@ def grid_of(
     for one, (layer, kind) in zip(matrices, places, strict=True):
         label = kind if layer is None else f"{kind}, layer {layer}"
         known = _facts_of(one, histories.get(one.name), threshold)
-        cells[kind, layer] = Cell(one.name, label, one.rank, one.rank / most, known)
+        known += [more[one.name]] if one.name in more else []
+        cells[kind, layer] = Cell(one.name, label, f"{one.rank:.2g}", one.rank / most, known)
     heads = ["other" if layer is None else str(layer) for layer in layers]
     return Grid(heads, [(kind, [cells.get((kind, layer)) for layer in layers]) for kind in kinds])
 
 
 def _facts_of(one: MatrixFacts, history: History | None, threshold: float | None) -> list[tuple[str, str]]:
-    found = [("rank", str(one.rank))]
+    found = [("rank", f"{one.rank:.3g}")]
     if one.effective_rank is not None:
         found.append(("effective rank", f"{one.effective_rank:.2f}" if one.rank else EMPTY))
     if one.relative_update is not None:
@@ -291,15 +297,13 @@ def _loss_words(facts: RunFacts, histories: Mapping[str, History]) -> str:
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     """Return title, number and remark of what is said largest."""
-    from .page import duration
-
     tiles = []
     own = [one for one in facts.results if one.kind == "own"]
     if own and facts.metric in own[-1].metrics:
         value = own[-1].metrics[facts.metric]
         guess = next((one for one in facts.results if one.kind == "guess" and facts.metric in one.metrics), None)
-        remark = "" if guess is None else f"{number(guess.metrics[facts.metric])} for guessing"
-        tiles.append((f"{facts.metric} on {own[-1].name}", number(value), remark))
+        remark = "" if guess is None else f"{measured(guess.metrics[facts.metric])} {guess.name.rpartition(', ')[2]}"
+        tiles.append((f"{facts.metric}, {own[-1].name}", measured(value), remark))
     if facts.matrices:
         ranks = [one.rank for one in facts.matrices]
         spread = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)}"
@@ -325,5 +329,5 @@ def _results(facts: RunFacts) -> Table | None:
     if not facts.results:
         return None
     names = list(dict.fromkeys(name for one in facts.results for name in one.metrics))
-    rows = [[one.name, *(number(one.metrics.get(name)) for name in names)] for one in facts.results]
+    rows = [[one.name, *(measured(one.metrics.get(name)) for name in names)] for one in facts.results]
     return Table(["", *names], rows)

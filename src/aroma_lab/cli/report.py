@@ -10,7 +10,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_force, examples
 from aroma.errors import bad_value
 
-_NAME = "report.html"
+from ..run.files import REPORT, TrialFiles
 
 
 def add_parser(commands: Any) -> None:
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of a grid or its table of runs")
-    parser.add_argument("--out", metavar="FILE", help=f"HTML file to write (RUN/{_NAME})")
+    parser.add_argument("--out", metavar="FILE", help=f"HTML file to write (RUN/{REPORT})")
     parser.add_argument(
         "--compare", metavar="RUN", nargs="+", default=[], help="other runs whose results are shown beside this one's"
     )
@@ -44,30 +44,23 @@ def run(arguments: argparse.Namespace) -> None:
     require_extra("lab")
     from aroma.report.page import report_file, write_page
 
-    from ..run.files import TrialFiles
-
     folder = Path(arguments.run_folder)
     if not folder.exists():
         raise bad_value("RUN", str(folder), "no such folder; give the output of `aroma train` or `aroma lab run`")
-    out = report_file("--out", arguments.out or _beside(folder) / _NAME, force=arguments.force)
+    beside = folder if folder.is_dir() else folder.parent
+    out = report_file("--out", arguments.out or beside / REPORT, force=arguments.force)
     from aroma.cli.quiet import quiet
 
     quiet()
     if TrialFiles(folder).trial.is_file():
-        from aroma.report.run import run_page
+        from ..report.run_page import write_run_page
 
-        from ..report.run_page import run_facts
-
-        page = run_page(run_facts(folder, arguments.compare))
+        write_run_page(folder, out, arguments.compare)
     else:
         if arguments.compare:
             raise bad_value("--compare", " ".join(arguments.compare), "a grid compares its own runs; leave it out")
         from ..report.grid_page import grid_page
 
-        page = grid_page(folder)
-    write_page(out, page)
+        write_page(out, grid_page(folder))
     print(f"report: {out}")
 
-
-def _beside(folder: Path) -> Path:
-    return folder if folder.is_dir() else folder.parent

@@ -16,6 +16,8 @@ import yaml
 from aroma.errors import CheckpointError
 from aroma.files import read_json
 from aroma.report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
+from aroma.report.page import write_page
+from aroma.report.run import run_page
 
 from ..run.files import TrialFiles
 from ..run.recorder import history_of
@@ -23,6 +25,13 @@ from .runs import read_runs
 
 _RESTORE = "restore the file, or run the trial again"
 _MACHINE = ("platform", "device", "cpu_count", "threads", "processes")
+
+
+def write_run_page(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], compare: Sequence[str | os.PathLike[str]] = ()
+) -> None:
+    """Write the report of a run to `out`; see `run_facts`."""
+    write_page(out, run_page(run_facts(folder, compare)))
 
 
 def run_facts(folder: str | os.PathLike[str], compare: Sequence[str | os.PathLike[str]] = ()) -> RunFacts:
@@ -54,7 +63,7 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
     events = _events(files.events)
     ranks = curve.get("ranks") or _told_ranks(events)
     facts = RunFacts(
-        title=str(row["task"]),
+        title=str(row["task"]) if trial.get("data") is None else files.root.resolve().name,
         about=[f"model {_base_name(trial['model'])}", f"method {method}", f"seed {training['seed']}"],
         results=_results(trial, result),
         metric=metric,
@@ -127,8 +136,7 @@ def _results(trial: Mapping[str, Any], result: Mapping[str, Any]) -> list[Result
     if not result:
         return []
     held_out = "validation" if trial.get("data") is not None else "held-out training examples"
-    loss = {"loss": result["held_out_loss"]} if isinstance(result.get("held_out_loss"), float) else {}
-    lines = [Result(held_out, {**result.get("held_out", {}), **loss})]
+    lines = [Result(held_out, result.get("held_out", {}))]
     lines += [Result(split, metrics) for split, metrics in result["reported"].items()]
     guessed = result.get("guessed") or {}
     splits = [*result["reported"]] or [*guessed]
@@ -172,24 +180,32 @@ def _state_notes(row: Mapping[str, Any], steps: int) -> list[str]:
 def _settings(files: TrialFiles, trial: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what differs from the defaults, by section of the recipe; of a grid's trial all options and the loop."""
     if not files.recipe.is_file():
-        return {"method": dict(trial["options"]), "training": dict(trial["training"])}
+        return {"options of the method": dict(trial["options"]), "training": dict(trial["training"])}
     from ..run.recipe import recipe_help
 
     recipe = yaml.safe_load(files.recipe.read_text(encoding="utf-8"))
-    differing: dict[str, dict[str, Any]] = {}
+    differing: dict[str, Any] = {}
     for key, default, _ in recipe_help():
         section, _, name = key.partition(".")
-        value = recipe.get(section, {}).get(name) if name else None
-        if name and value != default:
-            differing.setdefault(section, {})[name] = _base_name(value) if key == "model.name" else value
-    return differing
+        value = recipe.get(section, {}).get(name) if name else default
+        if value != default:
+            differing[key] = _base_name(value) if key == "model.name" else value
+    return {"Settings that differ from the defaults": differing}
 
 
 def _versions(result: Mapping[str, Any]) -> dict[str, Any]:
     if not result:
         return {}
     found = {**result["versions"], **{key: result[key] for key in _MACHINE if result.get(key) is not None}}
-    return {**found, "source": result.get("git_revision") or "installed package"}
+    return {**found, "source": short_revision(result.get("git_revision"))}
+
+
+def short_revision(revision: str | None) -> str:
+    """Return a revision of the source as a line has room for it."""
+    if revision is None:
+        return "installed package"
+    commit, _, changes = revision.partition("+")
+    return commit[:12] + (f" with {changes}" if changes else "")
 
 
 def _command(files: TrialFiles, trial: Mapping[str, Any]) -> str:

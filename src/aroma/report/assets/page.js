@@ -134,6 +134,14 @@
     await choose(chooser.value);
   }
 
+  for (const select of document.querySelectorAll("select[data-panels]")) {
+    const show = () => {
+      for (const panel of document.querySelectorAll("[data-panel]")) panel.hidden = panel.dataset.panel !== select.value;
+    };
+    select.addEventListener("change", show);
+    show();
+  }
+
   for (const button of document.querySelectorAll("button[data-copies]"))
     button.addEventListener("click", async () => {
       const code = document.getElementById(button.dataset.copies);
