@@ -32,9 +32,17 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": size == "phone"})
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
         self.driver.get(page.as_uri())
-        WebDriverWait(self.driver, 20).until(lambda driver: driver.execute_script("return document.body.dataset.ready"))
+        WebDriverWait(self.driver, 20).until(
+            lambda driver: driver.execute_script("return document.body.dataset.ready")
+        )
+
+    def print_media(self, width: int) -> None:
+        """Show the page as it is printed, so many pixels across."""
+        metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Return what a script returns."""
@@ -57,7 +65,9 @@ class Browser:
         """Point at an element, so many pixels from its middle."""
         from selenium.webdriver import ActionChains
 
-        ActionChains(self.driver).scroll_to_element(element).move_to_element_with_offset(element, right, down).perform()
+        ActionChains(self.driver).scroll_to_element(element).move_to_element_with_offset(
+            element, right, down
+        ).perform()
 
     def complaints(self) -> list[str]:
         """Return what the page has written to the console since the last call."""
@@ -95,7 +105,13 @@ def chromium() -> Iterator[Browser]:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ):
         options.add_argument(argument)
     options.binary_location = shutil.which("chromium") or ""
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

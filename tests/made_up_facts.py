@@ -64,7 +64,9 @@ def made_up(**changes: Any) -> RunFacts:
         events=events(),
         significance=0.05,
         explanation="no evidence for another component in 9 of 9 matrices; last birth at step 200",
-        settings={"Settings that differ from the defaults": {"training.learning_rate": 0.001, "adapter.growth": "evidence"}},
+        settings={
+            "Settings that differ from the defaults": {"training.learning_rate": 0.001, "adapter.growth": "evidence"}
+        },
         recipe="training:\n  learning_rate: 0.001\n",
         versions={"python": "3.11.2", "torch": "2.9.0"},
         command="aroma train reviews.yaml output=reviews-again",

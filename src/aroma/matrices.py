@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from .errors import CheckpointError, bad_value
 from .events import ModuleSummary
 from .files import tensors_digest
-from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, relative_norms, weight_norms
+from .measures import (
+    Pair,
+    PairSnapshot,
+    grown_norms,
+    inner_values,
+    outer_value,
+    pair_norms,
+    relative_norms,
+    weight_norms,
+)
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
 from .sharding import agree, gathered, refuse_missing_pairs, sharding_of_model
 from .spectra import effective_rank, singular_values

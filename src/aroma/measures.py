@@ -109,9 +109,7 @@ def weight_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: S
 
 
 @torch.no_grad()
-def relative_norms(
-    weights: Sequence[Callable[[], Tensor | Partition]], updates: Sequence[Pair]
-) -> list[float | None]:
+def relative_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: Sequence[Pair]) -> list[float | None]:
     """Return ‖B A‖_F / ‖W0‖_F of every module; None where W0 is 0 and its update is not.
 
     If parameters are sharded, all ranks call this together.

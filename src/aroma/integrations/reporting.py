@@ -104,7 +104,7 @@ class TrainingRecord:
                 "are not known here, and the time is that since then."
             )
         return RunFacts(
-            title=_base_name(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__),
+            title=_title_of(model),
             about=[f"AROMA, growth by {'evidence' if config.has_slots else 'the paper'}", f"seed {args.seed}"],
             results=_results(evaluations, log),
             metric=metric,
@@ -129,6 +129,12 @@ class TrainingRecord:
         )
 
 
+def _title_of(model: nn.Module) -> str:
+    """Return the pretrained model's name, or its class where it has none."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    return _base_name(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)
+
+
 def _evaluations(log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     """Return the metrics of all evaluations by optimizer step."""
     found: dict[int, dict[str, float]] = {}
@@ -144,7 +150,9 @@ def _metric_of(args: TrainingArguments, evaluations: Mapping[int, Mapping[str, f
     """Return the metric that is said first: the one that chooses the best model, or the first that is no loss."""
     names = list(dict.fromkeys(name for one in evaluations.values() for name in one))
     chosen = (args.metric_for_best_model or "").removeprefix("eval_")
-    return next((name for name in [chosen, *(n for n in names if not n.endswith("loss")), "loss"] if name in names), None)
+    return next(
+        (name for name in [chosen, *(n for n in names if not n.endswith("loss")), "loss"] if name in names), None
+    )
 
 
 def _results(evaluations: Mapping[int, Mapping[str, float]], log: Iterable[Mapping[str, Any]]) -> list[Result]:

@@ -149,9 +149,9 @@ def _evidence() -> alt.LayerChart:
     y = alt.Y("evidence:Q", title="evidence E", scale=scale, axis=axis)
     base = alt.Chart(alt.NamedData("evidence")).transform_calculate(evidence="min(exp(datum.log), top)")
     born = (
-        alt.Chart(alt.NamedData("born")).transform_calculate(evidence="top").mark_point(
-            size=110, filled=True, opacity=1, color="var(--born)"
-        )
+        alt.Chart(alt.NamedData("born"))
+        .transform_calculate(evidence="top")
+        .mark_point(size=110, filled=True, opacity=1, color="var(--born)")
     )
     threshold = (
         alt.Chart(alt.NamedData("threshold"))
@@ -238,12 +238,12 @@ def _budget() -> alt.LayerChart:
         alt.Tooltip("points:Q", title="score", format=".2f"),
         alt.Tooltip("trained:Q", title="trained rank", format=".3~g"),
     ]
-    whiskers = base.mark_rule(strokeWidth=1.5).encode(
-        x=x, y=alt.Y("low:Q", title=None), y2="high:Q", color=own
-    )
+    whiskers = base.mark_rule(strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q", title=None), y2="high:Q", color=own)
     names = base.mark_text(align="left", dx=7, dy=-7, fontSize=11).encode(x=x, y=y, text="method:N", color=own)
     return _sized(
-        alt.layer(whiskers, base.mark_point(size=90, filled=True, opacity=1).encode(x=x, y=y, color=own, tooltip=tip), names)
+        alt.layer(
+            whiskers, base.mark_point(size=90, filled=True, opacity=1).encode(x=x, y=y, color=own, tooltip=tip), names
+        )
     )
 
 

@@ -213,7 +213,9 @@ def _charts(facts: RunFacts, histories: Mapping[str, History], threshold: float 
             "births": _births(histories),
             "trial": trial,
         }
-        table = Table(["step", "loss"], [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)])
+        table = Table(
+            ["step", "loss"], [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
+        )
         found["loss"] = Chart("loss", _loss_words(facts, histories), data, ("loss", "step", "loss"), table)
     if len(facts.scores) > 1:
         steps, sets, values = zip(*facts.scores, strict=True)
@@ -222,7 +224,9 @@ def _charts(facts: RunFacts, histories: Mapping[str, History], threshold: float 
             [[str(step), name, number(value)] for step, name, value in thinned(facts.scores, _MOST_ROWS)],
         )
         best = max(values)
-        label = f"{facts.metric or 'score'} over the steps: {number(values[0])} at first, {number(values[-1])} at last, "
+        label = (
+            f"{facts.metric or 'score'} over the steps: {number(values[0])} at first, {number(values[-1])} at last, "
+        )
         label += f"{number(best)} at best."
         data = {"score": {"step": steps, "set": sets, "value": values}}
         found["score"] = Chart("score", label, data, ("score", "step", "value"), table)
@@ -237,7 +241,9 @@ def _charts(facts: RunFacts, histories: Mapping[str, History], threshold: float 
     if facts.rate:
         data = {"rate": _columns(facts.rate, "rate", digits=6)}
         rates = [value for _, value in facts.rate]
-        label = f"Learning rate over the optimizer steps: at most {number(max(rates), 3)}, at last {number(rates[-1], 3)}."
+        label = (
+            f"Learning rate over the optimizer steps: at most {number(max(rates), 3)}, at last {number(rates[-1], 3)}."
+        )
         rows = [[str(step), number(value, 3)] for step, value in thinned(facts.rate, _MOST_ROWS)]
         found["rate"] = Chart("rate", label, data, ("rate", "step", "rate"), Table(["step", "learning rate"], rows))
     if facts.parameters:

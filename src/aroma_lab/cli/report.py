@@ -63,4 +63,3 @@ def run(arguments: argparse.Namespace) -> None:
 
         write_page(out, grid_page(folder))
     print(f"report: {out}")
-

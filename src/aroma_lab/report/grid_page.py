@@ -20,8 +20,8 @@ from .formats import EMPTY, counted, decimals, points
 from .formats import Table as LabTable
 from .learnt import not_learnt
 from .protocol import seeds_sentence
-from .runs import Run, Runs, read_runs, rows_of
 from .run_page import short_revision
+from .runs import Run, Runs, read_runs, rows_of
 from .tables import make_table
 
 ASSETS = Path(__file__).parent / "assets"
@@ -154,7 +154,9 @@ def _scores(runs: Runs, task: str) -> Chart:
     data = {
         "seeds": _columns(method=frame.method, seed=frame.seed, points=_rounded(frame.score), own=own),
         "means": _columns(
-            method=means.index, points=_rounded(means["mean"]), own=[method in _growing(runs) for method in means.index]
+            method=means.index,
+            points=_rounded(means["mean"]),
+            own=[method in _growing(runs) for method in means.index],
         ),
     }
     head = ["method", "mean", "deviation", "seeds"]
@@ -243,7 +245,7 @@ def _mean_ranks(found: Sequence[Run]) -> Grid:
 
 def _versions(runs: Runs) -> dict[str, str]:
     """Return versions and machines, all that differ."""
-    results = [result for result in runs.reported.result]
+    results = list(runs.reported.result)
     names = dict.fromkeys(name for result in results for name in result["versions"])
     found = {name: [result["versions"].get(name) for result in results] for name in names}
     found |= {name: [result.get(name) for result in results] for name in ("platform", "device")}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from aroma.errors import CheckpointError
+from aroma.errors import AromaError, CheckpointError
 from aroma.files import read_json
 from aroma.report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
 from aroma.report.page import write_page
@@ -49,9 +49,13 @@ def run_facts(folder: str | os.PathLike[str], compare: Sequence[str | os.PathLik
     row = read_runs(folder).rows[0]
     try:
         return _facts(files, row, compare)
+    except AromaError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder}: a file is edited, or of another version ({said:.120}); {_RESTORE}") from error
+        raise CheckpointError(
+            f"{folder}: a file is edited, or of another version ({said:.120}); {_RESTORE}"
+        ) from error
 
 
 def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os.PathLike[str]]) -> RunFacts:
@@ -93,7 +97,7 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
 
 
 def _course(files: TrialFiles, row: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any], int]:
-    """Return history and curve, and the optimizer steps taken, of an unfinished run as its last checkpoint has them."""
+    """Return history, curve and optimizer steps taken; of an unfinished run, those of its last checkpoint."""
     if row["state"] == "finished":
         history = read_json(files.history) if files.history.is_file() else {}
         empty: dict[str, Any] = {"loss": [], "learning_rate": [], "evaluations": []}
