@@ -61,13 +61,15 @@ class Browser:
             actions.send_keys(getattr(Keys, key))
         actions.perform()
 
-    def hover(self, element: Any, right: int = 0, down: int = 0) -> None:
-        """Point at an element, so many pixels from its middle."""
+    def hover(self, element: Any, right: int = 0) -> None:
+        """Point at an element, so many pixels to the right of its middle."""
         from selenium.webdriver import ActionChains
 
-        ActionChains(self.driver).scroll_to_element(element).move_to_element_with_offset(
-            element, right, down
-        ).perform()
+        script = """
+            arguments[0].scrollIntoView({block: "center"});
+            requestAnimationFrame(() => requestAnimationFrame(arguments[1]));"""
+        self.driver.execute_async_script(script, element)
+        ActionChains(self.driver).move_to_element_with_offset(element, right, 0).perform()
 
     def complaints(self) -> list[str]:
         """Return what the page has written to the console since the last call."""

@@ -82,7 +82,8 @@ def test_everything_is_drawn_and_nothing_overflows(browser, pages, shots, name, 
     faint = colour(browser, ".about", "color")
     assert contrast(ink, card) > 7
     assert min(contrast(faint, card), contrast(faint, paper)) > 4.5
-    line = colour(browser, ".plot .mark-line path, .plot .mark-rect path", "stroke")
+    painted = "stroke" if name == "run" else "fill"
+    line = colour(browser, f".plot [{painted}='var(--line)']", painted)
     assert contrast(line, card) > 3, "the lines of the charts follow the scheme"
     browser.screenshot(shots / f"{name}-{size}-{scheme}.png")
 

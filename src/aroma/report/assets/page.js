@@ -19,7 +19,12 @@
     tip.style.top = `${y - height - 12 < 8 ? y + 22 : y - height - 12}px`;
   }
   const hush = () => { tip.hidden = true; };
-  addEventListener("scroll", hush, { passive: true, capture: true });
+  // A tip belongs to a place. What the keys have reached is told again there; what was pointed at has moved away.
+  addEventListener("scroll", () => {
+    const reached = document.activeElement;
+    if (!tip.hidden && reached && reached.retell) reached.retell();
+    else hush();
+  }, { passive: true, capture: true });
   addEventListener("keydown", (event) => { if (event.key === "Escape") hush(); });
 
   // The grid of ranks -----------------------------------------------------------------------------------------------
@@ -38,6 +43,7 @@
     };
     if (cells.length) (cells.find((one) => chooser && one.dataset.matrix === chooser.value) || cells[0]).tabIndex = 0;
     for (const cell of cells) {
+      cell.retell = () => tellOf(cell);
       cell.addEventListener("pointerenter", () => tellOf(cell));
       cell.addEventListener("pointerleave", hush);
       cell.addEventListener("focus", () => tellOf(cell));
@@ -102,19 +108,22 @@
       if (!(event.key in moves) || !points.length) return;
       event.preventDefault();
       at = Math.max(0, Math.min(moves[event.key], points.length - 1));
-      const point = points[at];
-      const box = place.querySelector("svg").getBoundingClientRect();
-      const [ox, oy] = view.origin();
-      const value = main[2] === "evidence" ? Math.min(Math.exp(point.log), data.threshold) : point[main[2]];
-      const x = view.scale("x")(point[main[1]]);
-      const y = view.scale("y")(value);
-      const middle = view.scale("y").bandwidth ? view.scale("y").bandwidth() / 2 : 0;
-      const text = Number.isFinite(value) ? Number(value.toPrecision(4)).toLocaleString("en") : value;
-      const named = ["set", "method"].filter((key) => key in point).map((key) => [key, String(point[key])]);
-      tell("", [...named, [main[1], Number(point[main[1]].toPrecision(6)).toLocaleString("en")], [main[2], String(text)]],
-        box.left + ox + x, box.top + oy + y + middle);
+      place.retell = () => tellPoint(place, view, main, points[at]);
+      place.retell();
     };
-    place.onblur = hush;
+    place.onblur = () => { hush(); place.retell = null; at = -1; };
+  }
+
+  function tellPoint(place, view, [, across, up], point) {
+    const box = place.querySelector("svg").getBoundingClientRect();
+    const [left, top] = view.origin();
+    const value = up === "evidence" ? Math.min(Math.exp(point.log), data.threshold) : point[up];
+    const scale = view.scale("y");
+    const middle = scale.bandwidth ? scale.bandwidth() / 2 : 0;
+    const inWords = (one) => (typeof one === "number" ? Number(one.toPrecision(5)).toLocaleString("en") : String(one));
+    const named = "set" in point ? [["of", point.set]] : [];
+    tell("", [...named, [across, inWords(point[across])], [up, inWords(value)]],
+      box.left + left + view.scale("x")(point[across]), box.top + top + scale(value) + middle);
   }
 
   async function choose(name) {
