@@ -336,4 +336,4 @@ def _results(facts: RunFacts) -> Table | None:
         return None
     names = list(dict.fromkeys(name for one in facts.results for name in one.metrics))
     rows = [[one.name, *(measured(one.metrics.get(name)) for name in names)] for one in facts.results]
-    return Table(["", *names], rows)
+    return Table(["set", *names], rows)
