@@ -29,6 +29,10 @@ from ..report.run import run_page
 _COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """What the Trainer adds to the metrics of an evaluation."""
 _PACKAGES = ("aroma-peft", "torch", "transformers", "peft", "accelerate")
+_NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_dir")
+"""Fields that are no one's choice of how to train."""
+_COMMON_NAMES = ("model", "checkpoint", "base", "snapshot")
+"""Names of folders that say nothing of the model in them."""
 _SECRET = re.compile("token|password|secret|api[-_]?key", re.IGNORECASE)
 """Names of options whose values are left out of what is passed on."""
 
@@ -132,7 +136,8 @@ class TrainingRecord:
 def _title_of(model: nn.Module) -> str:
     """Return the pretrained model's name, or its class where it has none."""
     base = getattr(model, "get_base_model", lambda: model)()
-    return _base_name(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)
+    path = PurePath(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)
+    return _base_name(str(path.parent if path.is_absolute() and path.name in _COMMON_NAMES else path))
 
 
 def _evaluations(log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
@@ -179,10 +184,11 @@ def _differing(settings: Any) -> dict[str, Any]:
     written, found = settings.to_dict(), {}
     for field in dataclasses.fields(settings):
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        value = written.get(field.name, getattr(settings, field.name))
-        simple = isinstance(value, str | int | float | bool | list | tuple | set)
         default = made.value if hasattr(made, "value") else made
-        if field.init and simple and value != default and not _SECRET.search(field.name):
+        value = written.get(field.name, getattr(settings, field.name))
+        said = isinstance(value, str | int | float | bool | list | tuple | set) and value not in ("", [], (), set())
+        changed = value != default and not (default is None and value is False)
+        if field.init and said and changed and field.name not in _NO_SETTINGS and not _SECRET.search(field.name):
             found[field.name] = _base_name(value) if isinstance(value, str) else value
     return found
 

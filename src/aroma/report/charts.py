@@ -161,6 +161,7 @@ def _evidence() -> alt.LayerChart:
     tip = [alt.Tooltip("step:Q", title="step"), alt.Tooltip("evidence:Q", title="evidence", format=".3~g")]
     birth = [alt.Tooltip("step:Q", title="birth at step"), alt.Tooltip("merged:N", title="oldest component")]
     one = alt.datum(1)
+    whole = alt.Chart(alt.NamedData("span")).mark_point(opacity=0).encode(x=_STEP)
     return _sized(
         alt.layer(
             _TRIAL,
@@ -169,6 +170,7 @@ def _evidence() -> alt.LayerChart:
             threshold.encode(y=y),
             _nearest(base, tip, "evidence:Q", "near"),
             born.encode(x=_STEP, y=y, tooltip=birth),
+            whole,
         ).add_params(top)
     )
 

@@ -233,6 +233,7 @@ def _charts(facts: RunFacts, histories: Mapping[str, History], threshold: float 
     if histories:
         nothing: dict[str, Sequence[Any]] = {"step": [], "log": []}
         data = {"evidence": nothing, "born": {"step": [], "merged": []}, "threshold": {"at": [1]}, "trial": trial}
+        data["span"] = {"step": [0, facts.steps]}
         label = "Evidence for one more component of the chosen matrix over the optimizer steps."
         found["matrix"] = Chart("evidence", label, data, ("evidence", "step", "evidence"))
     elif any(one.name in facts.ranks for one in facts.matrices):
