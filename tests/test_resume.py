@@ -341,6 +341,7 @@ def immortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_within_saves(tmp_path: Path, immortal: Path) -> None:
     # The first save, where there is nothing to go back to; one in between; the last.
     moments = {3: "adapter", 12: "optimizer", 24: "trainer"}
