@@ -23,6 +23,7 @@ from study_files import (
     grid_values,
     output_of,
     real_grid,
+    run_undisturbed,
     start_command,
     start_machine,
     wait_for_checkpoint,
@@ -168,8 +169,8 @@ def test_kills_at_any_moment_lose_nothing_finished(grid_file):
 
 @pytest.mark.slow
 def test_real_trials_end_as_if_runner_and_process_had_not_been_killed(tmp_path):
-    whole, killed, said = real_grid(tmp_path, "whole"), real_grid(tmp_path, "killed"), tmp_path / "said.log"
-    assert start_command("run", str(whole), said=said).wait(300) == 0, said.read_text()
+    whole = run_undisturbed(real_grid(tmp_path, "whole"))
+    killed, said = real_grid(tmp_path, "killed"), tmp_path / "said.log"
     trials = [tmp_path / "killed" / "runs" / "words" / method / "seed-0" for method in ("lora", "aroma")]
 
     runner = start_command("run", str(killed), said=said)
@@ -183,5 +184,5 @@ def test_real_trials_end_as_if_runner_and_process_had_not_been_killed(tmp_path):
     assert not (trials[1] / "result.json").exists()
     assert runner.wait(300) == 0, said.read_text()  # it takes the trial up itself
     for trial in trials:
-        assert comparable(trial) == comparable(tmp_path / "whole" / trial.relative_to(tmp_path / "killed"))
+        assert comparable(trial) == comparable(whole / trial.relative_to(tmp_path / "killed" / "runs"))
         assert not (trial / "checkpoints").exists()
