@@ -16,6 +16,7 @@ import pytest
 from aroma_lab.study.grid import load_grid
 from aroma_lab.study.run import run_grid
 from fake_trial import SAVED_EVERY
+from quick import slow_but
 from study_files import (
     FAKE,
     comparable,
@@ -100,7 +101,7 @@ def test_the_trial_of_a_killed_process_is_taken_up_again_from_its_checkpoint(gri
     assert finish(grid_file) == (0, 4)
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["", "stopped"])
+@pytest.mark.parametrize("stopped", slow_but([True], [False, True]))
 def test_a_killed_runner_takes_its_trials_along_even_stopped_ones(grid_file, stopped):
     runner = start(grid_file)
     wait_until(lambda: all(f"step {SAVED_EVERY + 1}" in lines(folder) for folder in folders(grid_file)[:2]))
