@@ -115,10 +115,13 @@ def chromium() -> Iterator[Browser]:
         "--hide-scrollbars",
     ):
         options.add_argument(argument)
-    options.binary_location = shutil.which("chromium") or ""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    # Selenium would go and fetch them.
+    assert program and driver, "apt-get install chromium chromium-driver"
+    options.binary_location = program
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    session = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
-        yield Browser(driver)
+        yield Browser(session)
     finally:
-        driver.quit()
+        session.quit()
