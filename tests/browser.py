@@ -116,8 +116,8 @@ def chromium() -> Iterator[Browser]:
     ):
         options.add_argument(argument)
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    # Selenium would go and fetch them.
-    assert program and driver, "apt-get install chromium chromium-driver"
+    if program is None or driver is None:  # Selenium would go and fetch them
+        raise FileNotFoundError("chromium, chromedriver: not installed; apt-get install chromium chromium-driver")
     options.binary_location = program
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     session = webdriver.Chrome(options, webdriver.ChromeService(driver))
