@@ -59,7 +59,7 @@ def run_page(facts: RunFacts) -> str:
     histories = facts.histories()
     threshold = None if facts.significance is None else 1 / facts.significance
     grid = grid_of(facts.matrices, histories, threshold)
-    charts = _charts(facts, histories, threshold)
+    charts = _charts(facts, histories)
     chosen = _most_telling(facts, histories)
     return render(
         "run.html",
@@ -151,7 +151,7 @@ def _most_telling(facts: RunFacts, histories: Mapping[str, History]) -> str | No
     if not facts.matrices:
         return None
 
-    def weight(one: MatrixFacts) -> tuple[int, float, int]:
+    def weight(one: MatrixFacts) -> tuple[int, float, float]:
         history = histories.get(one.name)
         return (0, 0.0, one.rank) if history is None else (len(history.births), history.peak, one.rank)
 
@@ -202,60 +202,84 @@ def _words_of(history: History) -> str:
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
-def _charts(facts: RunFacts, histories: Mapping[str, History], threshold: float | None) -> dict[str, Chart]:
+def _charts(facts: RunFacts, histories: Mapping[str, History]) -> dict[str, Chart]:
     """Return the charts that there is something to draw in, by name."""
-    found: dict[str, Chart] = {}
-    trial = {"start": [0], "end": [_trial(facts)]} if _trial(facts) else {"start": [], "end": []}
-    if facts.loss:
-        data = {
-            "loss": _columns(facts.loss, "loss"),
-            "eval_loss": _columns(facts.eval_loss, "loss"),
-            "births": _births(histories),
-            "trial": trial,
-        }
-        table = Table(
-            ["step", "loss"], [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
-        )
-        found["loss"] = Chart("loss", _loss_words(facts, histories), data, ("loss", "step", "loss"), table)
-    if len(facts.scores) > 1:
-        steps, sets, values = zip(*facts.scores, strict=True)
-        table = Table(
-            ["step", "set", facts.metric or "score"],
-            [[str(step), name, number(value)] for step, name, value in thinned(facts.scores, _MOST_ROWS)],
-        )
-        best = max(values)
-        label = (
-            f"{facts.metric or 'score'} over the steps: {number(values[0])} at first, {number(values[-1])} at last, "
-        )
-        label += f"{number(best)} at best."
-        data = {"score": {"step": steps, "set": sets, "value": values}}
-        found["score"] = Chart("score", label, data, ("score", "step", "value"), table)
+    found = {
+        "loss": _loss_chart(facts, histories),
+        "score": _score_chart(facts),
+        "matrix": _matrix_chart(facts, histories),
+        "rate": _rate_chart(facts),
+        "parameters": _parameters_chart(facts),
+    }
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+def _loss_chart(facts: RunFacts, histories: Mapping[str, History]) -> Chart | None:
+    if not facts.loss:
+        return None
+    data = {
+        "loss": _columns(facts.loss, "loss"),
+        "eval_loss": _columns(facts.eval_loss, "loss"),
+        "births": _births(histories),
+        "trial": _trial_columns(facts),
+    }
+    rows = [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
+    return Chart("loss", _loss_words(facts, histories), data, ("loss", "step", "loss"), Table(["step", "loss"], rows))
+
+
+def _score_chart(facts: RunFacts) -> Chart | None:
+    if len(facts.scores) < 2:
+        return None
+    steps, sets, values = zip(*facts.scores, strict=True)
+    name, metric = sets[-1], facts.metric or "score"
+    own = [value for _, one, value in facts.scores if one == name]
+    label = f"{metric} of {name} over the steps: {number(own[0])} at first, {number(own[-1])} at last, "
+    label += f"between {number(min(own))} and {number(max(own))}."
+    data = {"score": {"step": steps, "set": sets, "value": values}}
+    rows = [[str(step), one, number(value)] for step, one, value in thinned(facts.scores, _MOST_ROWS)]
+    return Chart("score", label, data, ("score", "step", "value"), Table(["step", "set", metric], rows))
+
+
+def _matrix_chart(facts: RunFacts, histories: Mapping[str, History]) -> Chart | None:
+    """Return the chart of the matrix that is chosen on the page, which fills it."""
+    data: dict[str, Mapping[str, Sequence[Any]]]
     if histories:
-        nothing: dict[str, Sequence[Any]] = {"step": [], "log": []}
-        data = {"evidence": nothing, "born": {"step": [], "merged": []}, "threshold": {"at": [1]}, "trial": trial}
-        data["span"] = {"step": [0, facts.steps]}
+        data = {
+            "evidence": {"step": [], "log": []},
+            "born": {"step": [], "merged": []},
+            "threshold": {"at": [1]},
+            "trial": _trial_columns(facts),
+            "span": {"step": [0, facts.steps]},
+        }
         label = "Evidence for one more component of the chosen matrix over the optimizer steps."
-        found["matrix"] = Chart("evidence", label, data, ("evidence", "step", "evidence"))
-    elif any(one.name in facts.ranks for one in facts.matrices):
-        label = "Rank of the chosen matrix over the optimizer steps."
-        found["matrix"] = Chart("rank", label, {"rank": {"step": [], "rank": []}}, ("rank", "step", "rank"))
-    if facts.rate:
-        data = {"rate": _columns(facts.rate, "rate", digits=6)}
-        rates = [value for _, value in facts.rate]
-        label = (
-            f"Learning rate over the optimizer steps: at most {number(max(rates), 3)}, at last {number(rates[-1], 3)}."
-        )
-        rows = [[str(step), number(value, 3)] for step, value in thinned(facts.rate, _MOST_ROWS)]
-        found["rate"] = Chart("rate", label, data, ("rate", "step", "rate"), Table(["step", "learning rate"], rows))
-    if facts.parameters:
-        data = {"parameters": _held(facts.parameters, facts.steps, "parameters")}
-        counts = [value for _, value in facts.parameters]
-        label = f"Parameters of the adapter that train: {counts[0]:,} at first, {counts[-1]:,} at last, "
-        label += f"{max(counts):,} at most."
-        rows = [[str(step), f"{value:,}"] for step, value in thinned(facts.parameters, _MOST_ROWS)]
-        table = Table(["from step", "parameters"], rows)
-        found["parameters"] = Chart("parameters", label, data, ("parameters", "step", "parameters"), table)
-    return found
+        return Chart("evidence", label, data, ("evidence", "step", "evidence"))
+    if any(one.name in facts.ranks for one in facts.matrices):
+        data = {"rank": {"step": [], "rank": []}}
+        return Chart("rank", "Rank of the chosen matrix over the optimizer steps.", data, ("rank", "step", "rank"))
+    return None
+
+
+def _rate_chart(facts: RunFacts) -> Chart | None:
+    if not facts.rate:
+        return None
+    rates = [value for _, value in facts.rate]
+    most, last = number(max(rates), 3), number(rates[-1], 3)
+    label = f"Learning rate over the optimizer steps: at most {most}, at last {last}."
+    rows = [[str(step), number(value, 3)] for step, value in thinned(facts.rate, _MOST_ROWS)]
+    data = {"rate": _columns(facts.rate, "rate", digits=6)}
+    return Chart("rate", label, data, ("rate", "step", "rate"), Table(["step", "learning rate"], rows))
+
+
+def _parameters_chart(facts: RunFacts) -> Chart | None:
+    if not facts.parameters:
+        return None
+    counts = [value for _, value in facts.parameters]
+    label = f"Parameters of the adapter that train: {counts[0]:,} at first, {counts[-1]:,} at last, "
+    label += f"{max(counts):,} at most."
+    rows = [[str(step), f"{value:,}"] for step, value in thinned(facts.parameters, _MOST_ROWS)]
+    data = {"parameters": _held(facts.parameters, facts.steps, "parameters")}
+    main = ("parameters", "step", "parameters")
+    return Chart("parameters", label, data, main, Table(["from step", "parameters"], rows))
 
 
 def _columns(rows: Steps, name: str, digits: int = 5) -> dict[str, Sequence[Any]]:
@@ -290,6 +314,11 @@ def _trial(facts: RunFacts) -> int:
     return min((int(event["step"]) for event in facts.events if event["kind"] == "settled"), default=0)
 
 
+def _trial_columns(facts: RunFacts) -> dict[str, Sequence[Any]]:
+    end = _trial(facts)
+    return {"start": [0], "end": [end]} if end else {"start": [], "end": []}
+
+
 def _loss_words(facts: RunFacts, histories: Mapping[str, History]) -> str:
     (first, before), (last, after) = facts.loss[0], facts.loss[-1]
     words = f"Training loss: {number(before)} at step {first}, {number(after)} at step {last}."
@@ -306,7 +335,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     """Return title, number and remark of what is said largest."""
     tiles = []
     own = [one for one in facts.results if one.kind == "own"]
-    if own and facts.metric in own[-1].metrics:
+    if own and facts.metric is not None and facts.metric in own[-1].metrics:
         value = own[-1].metrics[facts.metric]
         guess = next((one for one in facts.results if one.kind == "guess" and facts.metric in one.metrics), None)
         remark = "" if guess is None else f"{measured(guess.metrics[facts.metric])} {guess.name.rpartition(', ')[2]}"

@@ -169,7 +169,8 @@ def _of_lora(result: Mapping[str, Any]) -> int | None:
     """Return the parameters of a LoRA on the same matrices."""
     if not result.get("trained_rank"):
         return None
-    return round(LORA_RANK * result["parameters"]["average"] / result["trained_rank"])
+    parameters: float = LORA_RANK * result["parameters"]["average"] / result["trained_rank"]
+    return round(parameters)
 
 
 def _state_notes(row: Mapping[str, Any], steps: int) -> list[str]:
