@@ -22,7 +22,7 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
+COMMANDS = ("demo", "train", "report", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
 LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
 
