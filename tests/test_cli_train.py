@@ -1,6 +1,7 @@
 """The commands on a tiny model: train, resume, evaluate, inspect, export."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -251,20 +252,51 @@ def test_eval_refuses(files, run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_inspect_shows_every_matrix_and_draws(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_inspect_shows_a_summary_a_grid_and_a_picture(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     picture = tmp_path / "pictures" / "ranks.svg"
     assert main(["inspect", str(run / "adapter"), "--plot", str(picture)]) == 0
-    output = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     result = read(run / "result.json")
-    for name, rank in result["ranks"].items():
-        line = next(line for line in output.splitlines() if f" {name} " in line)
-        cells = [cell.strip() for cell in line.strip("│").split("│")]
-        assert cells[2] == str(rank)
-        assert cells[3] == (f"{result['effective_ranks'][name]:.2f}" if rank else "–")
-    assert f"{result['total_rank']}" in output.splitlines()[-4]
-    assert "--max-lora-rank 8" in output
+    ranks = result["ranks"]
+    assert lines[0] == str(run / "adapter")
+    least, most = min(ranks.values()), max(ranks.values())
+    assert lines[1].startswith(f"{len(ranks)} matrices · rank {result['total_rank']} in all, {least} to {most} · ")
+    (head,) = [line.split() for line in lines if line.startswith("rank by layer")]
+    layers = [int(number) for number in head[3:]]
+    grid = {kind: cells for kind, *cells in map(str.split, filter(None, lines)) if "." in kind}
+    for name, rank in ranks.items():
+        layer, kind = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", name).groups()
+        assert grid[kind][layers.index(int(layer))] == str(rank or "·")
+    assert all(len(line) <= 80 for line in lines[1 : lines.index("", 3)])
+    assert any("--max-lora-rank 8" in line for line in lines)
     assert picture.read_text().startswith("<?xml")
+
+
+def test_inspect_shows_one_line_a_matrix_and_json(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = read(run / "result.json")
+    assert main(["inspect", str(run / "adapter"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {matrix["name"]: matrix["rank"] for matrix in told["matrices"]} == result["ranks"]
+    for matrix in told["matrices"]:
+        assert matrix["effective_rank"] == pytest.approx(result["effective_ranks"][matrix["name"]])
+        assert matrix["parameters"] == matrix["rank"] * sum(matrix["shape"])
+    assert (told["total_rank"], told["growth"]) == (result["total_rank"], None)
+    assert main(["inspect", str(run / "adapter"), "--json", str(tmp_path / "ranks.json")]) == 0
+    assert read(tmp_path / "ranks.json") == told
+    capsys.readouterr()
+    for order, key in (("rank", "rank"), ("effective", "effective_rank"), ("parameters", "parameters")):
+        assert main(["inspect", str(run / "adapter"), "--sort", order]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split() for line in lines if "×" in line and "m×n" not in line]
+        ordered = sorted(told["matrices"], key=lambda matrix: -matrix[key])
+        assert [row[:2] + row[3:4] for row in rows] == [
+            [str(matrix["layer"]), matrix["kind"], str(matrix["rank"])] for matrix in ordered
+        ]
+        assert max(len(line) for line in lines if "×" in line) <= 80
+    assert main(["inspect", str(run / "adapter"), "--sort", "evidence"]) == 2
+    assert "sort='evidence': only adapters of growth='evidence' have it" in capsys.readouterr().err
 
 
 def test_exports_predict_the_same(files, run, tmp_path, capsys):

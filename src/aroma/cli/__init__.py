@@ -70,9 +70,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes options by their whole names: an abbreviation may mean another option tomorrow."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="aroma",
         description="LoRA without choosing ranks: every weight matrix grows its own update and stops by itself.",
         epilog=examples(
