@@ -73,10 +73,10 @@ def test_help_of_train_fits_two_screens_and_names_keys_and_defaults_that_exist(c
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 2 * 24
     keys = {key: json.dumps(default) for key, default, _ in recipe_help()}
-    told = re.findall(r"^  ([a-z][a-z_.]*): (\S+)", text, re.MULTILINE)
+    told = re.findall(r"^  ([a-z][a-z_0-9.]*): (\S+)", text, re.MULTILINE)
     assert len(told) >= 15
     assert told == [(name, keys[name]) for name, _ in told]
-    assert {*re.findall(r"\b(?:model|data|adapter|training)\.[a-z_]+", text)} - {"training.seed"} <= {*keys}
+    assert {*re.findall(r"\b(?:model|data|adapter|training)\.[a-z_0-9]+", text)} - {"training.seed"} <= {*keys}
 
 
 def test_keys_of_train_have_defaults_and_meanings(capsys):

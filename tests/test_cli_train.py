@@ -1,8 +1,11 @@
 """The commands on a tiny model: train, resume, evaluate, inspect, export."""
 
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,13 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from aroma.cli import main
 from aroma_lab.run.machine import git_revision
 from aroma_lab.run.recorder import EventLog
 from aroma_lab.tasks.evaluate import evaluate_adapter
+from aroma_lab.training import trainer as trainer_module
 from full_disk import room_for
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
@@ -161,6 +165,63 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
     cut_short(run, out)
     overrides = ["data.validation_fraction=0.2", f"output={out}", "--resume"]
     assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    assert_same_run(out, run)
+
+
+class InterruptedStep(TrainerCallback):
+    """Ctrl-C in the midst of a step."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupting(monkeypatch, *arguments):
+    """Let every Trainer be interrupted."""
+    made = trainer_module.MethodTrainer.__init__
+
+    def init(self, **options):
+        made(self, **{**options, "callbacks": [*options["callbacks"], InterruptedStep(*arguments)]})
+
+    monkeypatch.setattr(trainer_module.MethodTrainer, "__init__", init)
+
+
+def test_an_interrupt_saves_the_step_and_says_how_to_go_on(files, run, tmp_path, capsys, monkeypatch):
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    command = ["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]
+    with monkeypatch.context() as patch:
+        interrupting(patch, 27)
+        assert main(command) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    said = " ".join(capsys.readouterr().err.split())
+    assert "interrupted: this step is ended and saved" in said
+    assert not (out / "result.json").exists()
+    resumed = [*command, "--resume"]
+    assert f"error: interrupted; checkpoint-27 is saved. Go on with: aroma {shlex.join(resumed)}" in said
+    assert main(resumed) == 0
+    assert_same_run(out, run)
+
+
+def test_a_second_interrupt_stops_at_once(files, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    interrupting(monkeypatch, 27, 2)
+    assert main(["train", str(files / "recipe.yaml"), f"output={out}"]) == 130
+    assert "checkpoint-20 is saved" in " ".join(capsys.readouterr().err.split())
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"checkpoint-20"}
+
+
+def test_an_interrupt_in_the_last_step_changes_nothing(files, run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    interrupting(monkeypatch, STEPS)
+    assert main(["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]) == 0
+    assert_same_run(out, run)
+
+
+def assert_same_run(out, run):
     assert (out / "events.jsonl").read_text() == (run / "events.jsonl").read_text()
     assert_same_tensors(out / "adapter", run / "adapter")
     for name in ("held_out", "reported", "singular_values", "inner_checks"):

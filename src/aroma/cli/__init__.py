@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("AROMA_DEBUG") == "1" or not (isinstance(error, AromaError) or error.errno):
             raise
         return _report(_in_words(error), code=2)
-    except KeyboardInterrupt:
-        return _report("interrupted; what was saved before is whole", code=130)
+    except KeyboardInterrupt as interrupt:
+        return _report(str(interrupt) or "interrupted; what was saved before is whole", code=130)
     return code or 0
 
 

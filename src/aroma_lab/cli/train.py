@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +98,28 @@ def run(arguments: argparse.Namespace) -> None:
 
     processes = join()
     console = Console(markup=False, soft_wrap=True)
-    result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
+    try:
+        result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(_how_to_go_on(arguments, recipe)) from interrupt
     if processes.is_main_process:
         _print_result(recipe, result)
     processes.destroy_process_group()
+
+
+def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
+    """Return what an interrupted run left, and the command that goes on with it."""
+    from aroma.checkpoint import last_complete_checkpoint
+
+    from ..run.files import TrialFiles
+
+    files = TrialFiles(Path(recipe.output))
+    if not files.trial.exists():
+        return f"interrupted before the training began; {recipe.output} holds nothing"
+    checkpoint = last_complete_checkpoint(files.checkpoints) if files.checkpoints.is_dir() else None
+    left = "no checkpoint yet" if checkpoint is None else f"{Path(checkpoint).name} is saved"
+    command = shlex.join(["aroma", "train", arguments.recipe, *arguments.overrides, "--resume"])
+    return f"interrupted; {left}. Go on with: {command}"
 
 
 def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
