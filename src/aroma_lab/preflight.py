@@ -63,17 +63,22 @@ def require_model(field: str, name: str, shapes: Iterable[str] = ()) -> None:
         return
     near = difflib.get_close_matches(name, [*shapes], n=1)
     hint = f"; the nearest shape is {near[0]!r}" if near else ""
+    neither = f"neither a shape ({', '.join(shapes)}) nor" if shapes else "neither"
     if name.startswith((os.sep, ".", "~")) or name.count("/") > 1:
         raise bad_value(field, name, f"no such folder; give a folder that holds config.json, or a hub name{hint}")
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         if constants.HF_HUB_OFFLINE:
-            remedy = f"neither a folder nor in the hub's cache, and HF_HUB_OFFLINE is set; give a folder{hint}"
+            remedy = f"{neither} a folder nor in the hub's cache, and HF_HUB_OFFLINE is set; give a folder{hint}"
             raise bad_value(field, name, remedy)
         HfApi().model_info(name, timeout=_SECONDS)
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise bad_value(field, name, f"neither a folder here nor a model on the hub; check its name{hint}") from error
+        raise bad_value(
+            field, name, f"{neither} a folder here nor a model on the hub; check its name{hint}"
+        ) from error
     except (errors.HTTPError, ConnectionError) as error:  # type: ignore[attr-defined]
-        remedy = f"no folder here, and the hub cannot be asked ({error}); check the name, and the network{hint}"
+        remedy = (
+            f"{neither} a folder here, and the hub cannot be asked ({error}); check the name, and the network{hint}"
+        )
         raise bad_value(field, name, remedy) from error
