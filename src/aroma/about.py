@@ -140,10 +140,7 @@ def about_model(about: About, model: Any, task_type: str | None) -> About:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
-    texts = {"architecture": getattr(config, "model_type", None)}
     classifies = task_type in LABELLED_TASKS or (task_type is None and "Classification" in type(base).__name__)
-    if classifies:
-        texts["problem_type"] = getattr(config, "problem_type", None)
     names = getattr(config, "id2label", None) if classifies else None
     labels = None
     if names and {*map(int, names)} == {*range(len(names))}:
@@ -153,9 +150,14 @@ def about_model(about: About, model: Any, task_type: str | None) -> About:
         about,
         labels=None if labels is None or labels == unnamed(len(labels)) else labels,
         num_labels=None if labels is None else len(labels),
-        **{name: text if isinstance(text, str) else None for name, text in texts.items()},
+        problem_type=_text(getattr(config, "problem_type", None)) if classifies else None,
+        architecture=_text(getattr(config, "model_type", None)),
         tags=tuple(map(str, getattr(base, "model_tags", None) or ())),
     )
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def unnamed(count: int) -> tuple[str, ...]:

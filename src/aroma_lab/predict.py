@@ -89,15 +89,16 @@ def predict_file(
     target = new_file("--out", out, force=force)
     count, columns = _survey(predictor, data, headless)
     predictor.load()
+    columns += predictor.fields
     with (
         replacing(target) as temporary,
-        _writing(temporary, target.suffix.lower(), columns + predictor.fields) as write,
+        _writing(temporary, target.suffix.lower(), columns) as write,
+        progress("predict", count) as advance,
     ):
-        with progress("predict", count) as advance:
-            for rows in _in_chunks(stream_rows("data", data, headless=headless), _BATCHES_AT_ONCE * batch_size):
-                for (_, row), answer in zip(rows, predictor.answer(rows), strict=True):
-                    write({**row, **answer})
-                advance(len(rows))
+        for rows in _in_chunks(stream_rows("data", data, headless=headless), _BATCHES_AT_ONCE * batch_size):
+            for (_, row), answer in zip(rows, predictor.answer(rows), strict=True):
+                write({**row, **answer})
+            advance(len(rows))
     return count
 
 

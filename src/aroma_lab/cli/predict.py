@@ -21,8 +21,9 @@ def add_parser(commands: Any) -> None:
         "predict",
         help="label every row of a file, or let a language model answer it",
         description=(
-            "Load base model and adapter in plain PEFT, and answer every row of a file: the label and the probability\n"
-            "of each (classifiers), a number (regressions), or a text (language models). Rows keep all their columns."
+            "Load base model and adapter in plain PEFT, and answer every row of a file: the label and the\n"
+            "probability of each (classifiers), a number (regressions), or a text (language models). Rows keep all\n"
+            "their columns, and are written as they are answered."
         ),
         epilog=examples(
             "aroma predict runs/mrpc/adapter new.csv --out labelled.csv",

@@ -119,9 +119,8 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
             "(SEQ_CLS), of a regression, or of a language model (CAUSAL_LM)"
         )
         raise bad_value("adapter", where, remedy, CheckpointError)
-    missing = [
-        option for option, column in (("--text", text), ("--label", label if needs_label else "")) if column is None
-    ]
+    given = {"--text": text, **({"--label": label} if needs_label else {})}
+    missing = [option for option, column in given.items() if column is None]
     if missing:
         remedy = (
             f"it has no {TASK_FILE}, as adapters that `aroma train` saves, so its columns are not known; name them "
@@ -151,8 +150,6 @@ def _tokenizer_source(adapter: AdapterWeights, base_model: str | None) -> str:
         return str(adapter.folder)
     base = base_model or adapter.config.get("base_model_name_or_path") or ""
     if not base or (os.path.isdir(base) and not any((Path(base) / name).exists() for name in _TOKENIZERS)):
-        remedy = (
-            f"neither it nor its base model {base!r} has a tokenizer; put it there: tokenizer.save_pretrained(folder)"
-        )
+        remedy = f"neither it nor its base model {base!r} has a tokenizer; tokenizer.save_pretrained(folder) adds it"
         raise bad_value("adapter", str(adapter.folder), remedy)
     return base
