@@ -22,7 +22,7 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
+COMMANDS = ("demo", "train", "eval", "predict", "generate", "inspect", "export", "push", "bench", "estimate", "lab")
 LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
 

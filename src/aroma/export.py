@@ -32,7 +32,7 @@ from .tuner.state import STATE_FILE, is_whole, write_export_state
 SERVING_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that vLLM, TGI and SGLang all serve."""
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     with _filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
-        _copy_files([Path(folder)], staging, (*_TOKENIZER_FILES, "aroma_task.json"))
+        _copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
         if adapter.state is not None:
             write_export_state(staging, adapter.state, config, tensors, uniform)
         subject = replace(subject_of(adapter, staging), kind="uniform", rank=uniform)
@@ -219,7 +219,7 @@ def export_merged(
     _require_names(merged.config, adapter)
     with _filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
-        _copy_files([Path(folder), Path(base_name)], staging, _TOKENIZER_FILES)
+        _copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
         _copy_files([Path(folder)], staging, ("aroma_task.json",))
         write_card(staging, replace(subject_of(adapter, staging), kind="merged"))
 
