@@ -302,6 +302,7 @@ def test_ways_to_load_a_language_model(tmp_path: Path) -> None:
         (r"C:\Users\ann\bert", ("bert", False)),
         ("/home/ann/.cache/huggingface/hub/models--nyu--bert--x/snapshots/0a1b", ("nyu/bert--x", True)),
         ("~/bert", ("bert", False)),
+        ("/home/ann/runs/mrpc/merged", ("mrpc/merged", False)),
         ("a/b/c", ("c", False)),
         (None, ("an unnamed model", False)),
     ],

@@ -174,7 +174,9 @@ def shown_base(name: str | None) -> tuple[str, bool]:
 
 
 def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "a local model"
+    parts = re.split(r"[/\\]", path.rstrip("/\\"))
+    says_nothing = re.fullmatch(r"model|base|final|merged|checkpoint-\d+", parts[-1])
+    return "/".join(parts[-2 if says_nothing else -1 :]).lstrip("./~") or "a local model"
 
 
 # Metadata ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
 from .about import LABELLED_TASKS, About, unnamed
-from .card import MODEL_CLASSES, Subject, files_beside, write_card
+from .card import CARD_FILE, MODEL_CLASSES, PICTURE_FILE, Subject, files_beside, is_by_hand, write_card
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value
 from .files import free_bytes, own_file, read_json, told_of, write_json, write_tensors
 from .outputs import new_folder, require_replaceable
+from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tuner.layout import PEFT_PREFIX
@@ -257,6 +259,20 @@ def subject_of(adapter: AdapterWeights, files: Path | None = None) -> Subject:
         ranks = {name: update.rank for name, update in adapter.updates.items()}
         subject = Subject(adapter.config, ranks, files=beside)
     return replace(subject, about=replace(subject.about, labels=label_names(adapter)))
+
+
+def add_picture(folder: str | os.PathLike[str]) -> None:
+    """Draw the ranks of an adapter that AROMA saved beside it, and show them in its card.
+
+    Nothing is done where matplotlib is not installed, or a person wrote the card.
+    """
+    path = Path(folder)
+    if find_spec("matplotlib") is None or is_by_hand(path / CARD_FILE):
+        return
+    adapter = read_adapter(path)
+    rank_picture(rank_rows(adapter), path / PICTURE_FILE)
+    subject = subject_of(adapter)
+    write_card(path, replace(subject, files=subject.files | {PICTURE_FILE}))
 
 
 def _require_names(config: Any, adapter: AdapterWeights) -> None:

@@ -71,8 +71,21 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(markup=False, soft_wrap=True)
     result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
     if processes.is_main_process:
+        _draw_ranks(recipe)
         _print_result(recipe, result)
     processes.destroy_process_group()
+
+
+def _draw_ranks(recipe: Recipe) -> None:
+    """Put a picture of the ranks into the card of the adapter, if it is one of AROMA."""
+    from aroma.export import add_picture
+    from aroma.tuner.state import STATE_FILE
+
+    from ..run.files import TrialFiles
+
+    adapter = TrialFiles(Path(recipe.output)).adapter
+    if (adapter / STATE_FILE).exists():
+        add_picture(adapter)
 
 
 def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
