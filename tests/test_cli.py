@@ -79,7 +79,7 @@ def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
     [
         (["train", "absent.yaml"], "error: recipe='absent.yaml': cannot be read (No such file or directory)"),
         (["inspect", "absent"], "error: adapter='absent': no such folder"),
-        (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': it has no aroma_task.json"),
+        (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': no such folder"),
         (["export", "absent", "out", "--uniform"], "error: adapter='absent': no such folder"),
         (["export", "a", "out", "--uniform", "--dtype", "float16"], "error: --dtype='float16': it has a meaning only"),
         (["export", "a", "out", "--merged", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),

@@ -91,10 +91,11 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self._answer(200, {"files": files})
         elif "/commit/" in path:
+            repo = path.removeprefix("/api/models/").partition("/commit/")[0]
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._answer(200, {"commitUrl": f"{hub.endpoint}/commit/1", "commitOid": "1" * 40, "success": True})
+            self._answer(200, {"commitUrl": f"{hub.endpoint}/{repo}/commit/{'1' * 40}", "commitOid": "1" * 40})
         else:
             self._answer(404, {"error": f"no {path}"})
 

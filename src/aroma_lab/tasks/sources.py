@@ -96,17 +96,19 @@ def _stream_table(field: str, file: Path, headless: bool) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, **_dialect(file))
         try:
-            for line in filter(None, reader):
-                last = reader.line_num
+            for line in reader:
+                start, last = last + 1, reader.line_num
+                if not line:
+                    continue
                 if not names:
                     names = [f"#{number}" for number in range(1, len(line) + 1)] if headless else line
                     if twice := [name for name in names if names.count(name) > 1]:
-                        raise _damaged(field, file, last, f"two columns are called {twice[0]!r}")
+                        raise _damaged(field, file, start, f"two columns are called {twice[0]!r}")
                     if not headless:
                         continue
                 if len(line) != len(names):
-                    raise _damaged(field, file, last, "its number of fields is not that of the first line")
-                yield f"line {last}", dict(zip(names, line, strict=True))
+                    raise _damaged(field, file, start, "its number of fields is not that of the first line")
+                yield f"line {start}", dict(zip(names, line, strict=True))
         except csv.Error as error:  # an unclosed quote begins behind the last whole record
             raise _damaged(field, file, last + 1, str(error)) from error
 
