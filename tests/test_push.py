@@ -154,7 +154,7 @@ def test_what_is_shown_is_what_is_sent_after_a_yes(
     assert main(["push", str(trained), "ann/topics", "--private"]) == 0
     shown = capsys.readouterr().out
     assert asked == ["Upload? [y/N] "]
-    assert hub.created == [{"name": "topics", "organization": "ann", "visibility": "private", "type": "model"}]
+    assert hub.created == [{"name": "topics", "organization": "ann", "visibility": "private"}]
     own = {"adapter_config.json", "adapter_model.safetensors", "aroma_state.json"}
     tokenizer = {name for name in before if name.startswith(("tokenizer", "vocab", "special"))}
     assert {*hub.files} == own | tokenizer | {CARD_FILE, PICTURE_FILE}
@@ -179,16 +179,23 @@ def test_what_is_shown_is_what_is_sent_after_a_yes(
     assert {file.name: file.read_bytes() for file in trained.iterdir()} == before, "nothing here was changed"
 
 
-@pytest.mark.parametrize("text", ["", "n", "no", "Y E S"])
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where matplotlib is not installed; drawing takes most of the time."""
+    monkeypatch.setattr("aroma.hub.find_spec", lambda name: None)
+
+
 def test_without_a_yes_nothing_is_made_or_sent(
-    trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+    trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], undrawn: None
 ) -> None:
-    answer(monkeypatch, text)
-    assert main(["push", str(trained), "topics"]) == 1
-    told = capsys.readouterr().out
-    assert "nothing was uploaded" in told
-    assert "to ann/topics" in told
-    assert "public: everybody will see it" in told
+    for text in ("", "no", "Y E S"):
+        answer(monkeypatch, text)
+        assert main(["push", str(trained), "topics"]) == 1
+        told = capsys.readouterr().out
+        assert "nothing was uploaded" in told
+        assert "to ann/topics" in told
+        assert "public: everybody will see it" in told
+        assert PICTURE_FILE not in told
     assert hub.calls == ["/api/whoami-v2"] * len(hub.calls), "it was only asked whose token it is"
     # Nobody at the terminal is no yes either.
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
@@ -206,7 +213,9 @@ def test_a_card_that_a_person_wrote_goes_as_it_is(trained: Path, hub: Hub, tmp_p
     assert PICTURE_FILE not in hub.files
 
 
-def test_a_name_that_is_taken_and_an_update(trained: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_taken_and_an_update(
+    trained: Path, hub: Hub, capsys: pytest.CaptureFixture[str], undrawn: None
+) -> None:
     hub.taken.add("ann/topics")
     assert main(["push", str(trained), "ann/topics", "--yes"]) == 2
     assert "ann/topics: the name is taken; give another one, or --update" in capsys.readouterr().err
@@ -216,7 +225,12 @@ def test_a_name_that_is_taken_and_an_update(trained: Path, hub: Hub, capsys: pyt
 
 
 def test_what_goes_wrong_is_one_line(
-    trained: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    trained: Path,
+    hub: Hub,
+    undrawn: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def refused(*arguments: str) -> str:
         assert main(["push", *arguments, "--yes"]) == 2
