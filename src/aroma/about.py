@@ -6,6 +6,8 @@ It is saved in `aroma_state.json`, whose checksum vouches for it, and told in th
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,6 +45,7 @@ class About:
         problem_type: What the outputs mean, as transformers says it: "regression", "single_label_classification" or
             "multi_label_classification"; None if unknown.
         architecture: `model_type` of the base model.
+        base_licence: Licence that the base model's card names, where that was on this disk.
         tags: Tags of the model, such as "sft".
         data: What it was trained on, in words and numbers.
         settings: How it was trained, by name.
@@ -53,6 +56,7 @@ class About:
     num_labels: int | None = None
     problem_type: str | None = None
     architecture: str | None = None
+    base_licence: str | None = None
     tags: tuple[str, ...] = ()
     data: Mapping[str, Fact] = field(default_factory=dict)
     settings: Mapping[str, Fact] = field(default_factory=dict)
@@ -65,6 +69,7 @@ class About:
             "num_labels": self.num_labels,
             "problem_type": self.problem_type,
             "architecture": self.architecture,
+            "base_licence": self.base_licence,
             "tags": [*self.tags],
             "data": _facts(self.data),
             "settings": _facts(self.settings),
@@ -90,7 +95,7 @@ def is_about(value: Any) -> bool:
     return (
         (labels is None or (_are_texts(labels) and len(labels) == value["num_labels"]))
         and (value["num_labels"] is None or _is_count(value["num_labels"]))
-        and all(isinstance(value[name], str | None) for name in ("architecture", "problem_type"))
+        and all(isinstance(value[name], str | None) for name in ("architecture", "problem_type", "base_licence"))
         and _are_texts(value["tags"])
         and _are_facts(value["data"])
         and _are_facts(value["settings"])
@@ -152,8 +157,20 @@ def about_model(about: About, model: Any, task_type: str | None) -> About:
         num_labels=None if labels is None else len(labels),
         problem_type=_text(getattr(config, "problem_type", None)) if classifies else None,
         architecture=_text(getattr(config, "model_type", None)),
+        base_licence=_licence_of(_text(getattr(base, "name_or_path", None))),
         tags=tuple(map(str, getattr(base, "model_tags", None) or ())),
     )
+
+
+def _licence_of(base: str | None) -> str | None:
+    """Return the licence that the card of a base model on this disk names; None if it is not there, or names none."""
+    card = os.path.join(base or "", "README.md")
+    if not base or not os.path.isfile(card):
+        return None
+    with open(card, encoding="utf-8", errors="replace") as stream:
+        head = stream.read(20_000).split("\n---", 1)[0]
+    found = re.search(r"^license: *[\"']?([\w.+-]+)", head, re.MULTILINE) if head.startswith("---") else None
+    return None if found is None else found[1]
 
 
 def _text(value: Any) -> str | None:

@@ -155,6 +155,8 @@ def make_card(subject: Subject, where: str | None = None) -> str:
     ]
     data = _metadata(subject, base if is_hub_id else None, where or title)
     body = "\n\n".join(filter(None, sections))
+    # Of names that were edited, what UTF-8 does not hold.
+    body = body.encode("utf-8", "replace").decode("utf-8")
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 
@@ -239,24 +241,14 @@ def _summary(subject: Subject, base: str, is_hub_id: bool) -> str:
         rows["outputs"] = f"{subject.about.num_labels}, without names"
     if subject.about.architecture is not None:
         rows["architecture"] = subject.about.architecture
-    if licence := _licence_of(subject.config.get("base_model_name_or_path")):
-        rows["licence of the base model"] = licence
+    if subject.about.base_licence is not None:
+        rows["licence of the base model"] = subject.about.base_licence
     return f"{' '.join(lines)}\n\n{_table(rows)}"
 
 
 def _span(ranks: Sequence[int]) -> str:
     low, high = min(ranks), max(ranks)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _licence_of(base: str | None) -> str | None:
-    """Return the licence that the card of a base model on this disk names; None if it is not there, or names none."""
-    path = Path(base or "") / CARD_FILE
-    if not base or not path.is_file():
-        return None
-    head = path.read_text(encoding="utf-8", errors="replace")[:20_000].split("\n---", 1)[0]
-    found = re.search(r"^license: *[\"']?([\w.+-]+)", head, re.MULTILINE) if head.startswith("---") else None
-    return None if found is None else found[1]
 
 
 def _loading(subject: Subject, base: str, where: str) -> str:

@@ -34,7 +34,9 @@ def tell_of_adapter(
     splits = {**result["reported"], held_out: result["held_out"]}
     examples = result["examples"]
     scores = tuple(Score(name.replace("_", " "), examples.get(name), values) for name, values in splits.items())
-    data: dict[str, Fact] = {"data set": _name_of(trial), "training examples": examples["train"]}
+    data: dict[str, Fact] = {"data set": _name_of(trial)}
+    if "train" in examples:
+        data["training examples"] = examples["train"]
     config = read_config(adapter)
     if not (adapter / STATE_FILE).exists():
         labels = None if label_names is None else len(label_names)
