@@ -115,6 +115,27 @@ def test_where_the_model_had_no_names_there_is_nothing_to_say(
     assert "3, without names" in (tmp_path / "adapter" / CARD_FILE).read_text()
 
 
+def test_a_merged_regression_answers_with_its_number(tmp_path: Path) -> None:
+    """A pipeline squeezes a single output into 0 to 1 unless the model says that it is a regression."""
+    from transformers import BertForSequenceClassification
+
+    base("bert").base_model.save_pretrained(tmp_path / "encoder")
+    options = {"num_labels": 1, "problem_type": "regression"}
+    model = classifier(
+        tmp_path / "adapter", BertForSequenceClassification.from_pretrained(tmp_path / "encoder", **options)
+    )
+    model.get_base_model().classifier.modules_to_save["default"].bias.data += 30
+    model.save_pretrained(tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged")
+    (answer,) = said(str(tmp_path / "merged"), tmp_path / "merged").values()
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "adapter")(["w1 w7 w3"], return_tensors="pt")
+    assert answer == pytest.approx(float(logits(model, tokens)), rel=1e-5)
+    assert answer > 10
+    assert 'num_labels=1, problem_type="regression"' in code_of(tmp_path / "adapter")
+
+
 def test_an_adapter_of_an_older_version_is_told_of(tmp_path: Path) -> None:
     classifier(tmp_path / "adapter")
     (tmp_path / "adapter" / "aroma_state.json").unlink()

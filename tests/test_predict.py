@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from aroma import AromaConfig
 from aroma.cli import main
 from aroma_lab.predict import open_classifier_predictor, predict_file
+from aroma_lab.tasks.sources import stream_rows
 from aroma_lab.tasks.task import Task, save_task
 from models import METHOD, set_ranks
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
@@ -183,7 +184,18 @@ def test_a_language_model_writes_what_plain_peft_writes(tmp_path: Path) -> None:
     assert len({row["prediction"] for row in answered}) > 1
 
 
-def test_rows_are_written_as_they_come_and_only_a_whole_file_gets_its_name(home: Path, tmp_path: Path) -> None:
+def test_rows_are_written_as_they_come_and_only_a_whole_file_gets_its_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        read.append(0)
+        for row in stream_rows(*arguments, **options):
+            read[-1] += 1
+            yield row
+
+    monkeypatch.setattr("aroma_lab.predict.stream_rows", counted)
     many = tmp_path / "many.jsonl"
     write_json_lines(many, [{"text": "w1 w2", "padding": "x" * 500} for _ in range(100)])
     out, seen = tmp_path / "out" / "done.jsonl", []
@@ -195,6 +207,7 @@ def test_rows_are_written_as_they_come_and_only_a_whole_file_gets_its_name(home:
     def watching(stop_at: int) -> Any:
         def advance(done: int) -> None:
             seen.append(done)
+            assert read[-1] == sum(seen), "no row is read before those before it are written"
             (partial,) = out.parent.iterdir()
             assert partial != out, "nothing has the name yet"
             sizes.append(partial.stat().st_size)
