@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, pipeline
 
 from aroma import AromaCallback, AromaConfig, save_adapter, verify_adapter
-from aroma.card import CARD_FILE, MARK, shown_base
+from aroma.about import About
+from aroma.card import CARD_FILE, MARK, Subject, make_card, shown_base
 from aroma.errors import AromaWarning, CheckpointError
 from aroma.export import export_merged, export_uniform, load_with_adapter
 from aroma.tuner import live_adapter
@@ -133,7 +135,7 @@ def test_a_merged_regression_answers_with_its_number(tmp_path: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(tmp_path / "adapter")(["w1 w7 w3"], return_tensors="pt")
     assert answer == pytest.approx(float(logits(model, tokens)), rel=1e-5)
     assert answer > 10
-    assert 'num_labels=1, problem_type="regression"' in code_of(tmp_path / "adapter")
+    assert 'num_labels=1,\n    problem_type="regression",' in code_of(tmp_path / "adapter")
 
 
 def test_an_adapter_of_an_older_version_is_told_of(tmp_path: Path) -> None:
@@ -321,7 +323,7 @@ def test_ways_to_load_a_language_model(tmp_path: Path) -> None:
         ("/home/ann/models/bert/", ("bert", False)),
         ("./bert", ("bert", False)),
         (r"C:\Users\ann\bert", ("bert", False)),
-        ("/home/ann/.cache/huggingface/hub/models--nyu--bert--x/snapshots/0a1b", ("nyu/bert--x", True)),
+        ("/home/ann/.cache/huggingface/hub/models--nyu--bert-x/snapshots/0a1b", ("nyu/bert-x", True)),
         ("~/bert", ("bert", False)),
         ("/home/ann/runs/mrpc/merged", ("mrpc/merged", False)),
         ("a/b/c", ("c", False)),
@@ -330,6 +332,22 @@ def test_ways_to_load_a_language_model(tmp_path: Path) -> None:
 )
 def test_a_base_model_is_told_without_its_path(path: str | None, shown: tuple[str, bool]) -> None:
     assert shown_base(path) == shown
+
+
+def test_names_that_a_stranger_chose_stay_text(tmp_path: Path) -> None:
+    """A card is copied from: what a configuration says becomes neither code nor another row or section."""
+    ranks = {"a.0.b": 1}
+    nasty = '/x/`$(touch /tmp/owned)`"); import evil #\n## Owned | cell'
+    config = {"base_model_name_or_path": nasty, "task_type": "CAUSAL_LM"}
+    about = About(architecture="llama", data={"data set\n## Owned": "a\n## Owned\ud800"})
+    text = make_card(Subject(config, ranks, about))
+    assert "\n## Owned" not in text
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
+    assert not [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import)]
+    for line in re.findall(r"^(?:vllm|llama-cli) .*", text, flags=re.MULTILINE):
+        assert not re.search(r"\$\(", re.sub(r"'[^']*'", "", line)), "quoted for the shell"
+    mapped = {"base_model_name_or_path": "a/b", "auto_mapping": {"base_model_class": "X\nimport evil"}}
+    assert "evil" not in make_card(Subject(mapped, ranks))
 
 
 def test_a_relative_folder_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,17 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
+import peft
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from . import __version__
 from .about import About, Fact
 from .files import write_text
 from .pictures import positions_of
@@ -38,6 +41,9 @@ _GAPS_OF_TEMPLATE = 39
 """How often the empty template of huggingface_hub says so, which PEFT writes."""
 _CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
 """In the path of a model in the hub's cache: its name."""
+
+SERVING_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks that vLLM, TGI and SGLang all serve."""
 
 MODEL_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -110,7 +116,8 @@ class Subject:
     def model_class(self) -> str | None:
         """Name of the class of transformers that loads the base model; None if unknown."""
         named: str | None = (self.config.get("auto_mapping") or {}).get("base_model_class")
-        return MODEL_CLASSES.get(self.task_type, named) if self.task_type is not None else named
+        found = MODEL_CLASSES.get(self.task_type, named) if self.task_type is not None else named
+        return found if found is not None and found.isidentifier() else None
 
 
 def write_card(folder: str | os.PathLike[str], subject: Subject, name: str = CARD_FILE) -> None:
@@ -143,6 +150,7 @@ def make_card(subject: Subject, where: str | None = None) -> str:
         where: The repository that it is for; None for a folder.
     """
     base, is_hub_id = shown_base(subject.config.get("base_model_name_or_path"))
+    base = _plain(base)  # the name of a stranger's folder may hold anything
     title = f"{'Merged model' if subject.kind == 'merged' else 'LoRA adapter'} of {base}"
     sections = [
         f"# {title}\n\n{MARK}",
@@ -165,12 +173,13 @@ def shown_base(name: str | None) -> tuple[str, bool]:
     if not name:
         return "an unnamed model", False
     cached = _CACHED.search(name)
-    if cached is not None:
-        return cached[1].replace("--", "/", 1), True
+    named = name if cached is None else cached[1].replace("--", "/", 1)
     try:
-        validate_repo_id(name)
+        validate_repo_id(named)
     except HFValidationError:
         return _last_part(name), False
+    if cached is not None:
+        return named, True
     is_local = name.startswith(".") or os.path.isdir(name)
     return (_last_part(name), False) if is_local else (name, True)
 
@@ -258,38 +267,28 @@ def _loading(subject: Subject, base: str, where: str) -> str:
 
 def _code(subject: Subject, base: str, where: str) -> Iterator[str]:
     """Yield the ways to load it, those that apply."""
-    uniform, is_lm = subject.kind == "uniform", subject.task_type == "CAUSAL_LM"
+    base_gguf = quote(f"{_last_part(base)}.gguf")
     if subject.kind == "gguf":
-        yield (
-            "llama.cpp, with the base model as GGUF:\n\n"
-            f'```bash\nllama-cli -m {_last_part(base)}.gguf --lora {_gguf_of(subject)} -p "Hello"\n```'
-        )
+        own = next((name for name in sorted(subject.files) if name.endswith(".gguf")), "adapter.gguf")
+        yield f"{_LLAMA_CPP}```bash\nllama-cli -m {base_gguf} --lora {quote(own)} -p Hello\n```"
         return
     if subject.model_class is not None:
         library = "transformers" if subject.kind == "merged" else "PEFT"
         yield f"{library}:\n\n```python\n{_python(subject, base, where)}\n```"
-    if not is_lm or subject.kind == "merged":
+    if subject.task_type != "CAUSAL_LM" or subject.kind == "merged" or subject.config.get("modules_to_save"):
         return
-    rank = subject.rank if uniform else max(subject.ranks.values(), default=0)
-    first = "" if uniform else f"aroma export {where} served --uniform\n"
-    if not subject.config.get("modules_to_save"):
-        folder = where if uniform else "served"
-        most = f"--max-lora-rank {rank}" if uniform else f"--max-lora-rank {_served(rank or 1)}"
-        yield (f"vLLM:\n\n```bash\n{first}vllm serve {base} --enable-lora {most} --lora-modules adapter={folder}\n```")
-        if subject.about.architecture == "llama" and not uniform:
-            yield (
-                "llama.cpp, with the base model as GGUF:\n\n```bash\n"
-                f"aroma export {where} adapter.gguf --gguf\n"
-                f'llama-cli -m {_last_part(base)}.gguf --lora adapter.gguf -p "Hello"\n```'
-            )
+    is_uniform = subject.kind == "uniform"
+    folder, largest = where if is_uniform else "served", max(subject.ranks.values(), default=0)
+    rank = subject.rank or next((served for served in SERVING_RANKS if served >= largest), largest)
+    first = "" if is_uniform else f"aroma export {quote(where)} served --uniform\n"
+    options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter={quote(folder)}"
+    yield f"vLLM:\n\n```bash\n{first}vllm serve {quote(base)} {options}\n```"
+    if subject.about.architecture == "llama" and not is_uniform:
+        convert = f"aroma export {quote(where)} adapter.gguf --gguf"
+        yield f"{_LLAMA_CPP}```bash\n{convert}\nllama-cli -m {base_gguf} --lora adapter.gguf -p Hello\n```"
 
 
-def _gguf_of(subject: Subject) -> str:
-    return next((name for name in sorted(subject.files) if name.endswith(".gguf")), "adapter.gguf")
-
-
-def _served(rank: int) -> int:
-    return next(served for served in (8, 16, 32, 64, 128, 256, rank) if served >= rank)
+_LLAMA_CPP = "llama.cpp, with the base model as GGUF:\n\n"
 
 
 def _python(subject: Subject, base: str, where: str) -> str:
@@ -300,22 +299,23 @@ def _python(subject: Subject, base: str, where: str) -> str:
     tokenizer = where if merged or "tokenizer_config.json" in subject.files else base
     classes = sorted([str(name), *(["AutoTokenizer", "pipeline"] if pipeline else [])])
     lines = [*([] if merged else ["from peft import PeftModel"]), f"from transformers import {', '.join(classes)}", ""]
-    options = ""
+    options = []
     if labels is not None and not merged:
         # The base model does not know them, and may have another number of outputs.
         lines += _labels_in_code(labels)
-        options = ", id2label=dict(enumerate(labels)), label2id={name: index for index, name in enumerate(labels)}"
+        options = ["id2label=dict(enumerate(labels))", "label2id={name: index for index, name in enumerate(labels)}"]
     elif subject.about.num_labels is not None and not merged:
-        options = f", num_labels={subject.about.num_labels}"
-    if subject.about.problem_type in ("regression", "multi_label_classification"):
-        options += f', problem_type="{subject.about.problem_type}"'
+        options = [f"num_labels={subject.about.num_labels}"]
+    if subject.about.problem_type in ("regression", "multi_label_classification") and not merged:
+        options.append(f'problem_type="{subject.about.problem_type}"')
     if merged:
-        lines.append(f'model = {name}.from_pretrained("{where}")')
+        lines.append(f"model = {name}.from_pretrained({json.dumps(where)})")
     else:
-        lines.append(f'base = {name}.from_pretrained("{base}"{options})')
-        lines.append(f'model = PeftModel.from_pretrained(base, "{where}")')
+        given = "".join(f"\n    {option}," for option in [json.dumps(base), *options])
+        lines.append(f"base = {name}.from_pretrained({f'{given}{chr(10)}' if options else json.dumps(base)})")
+        lines.append(f"model = PeftModel.from_pretrained(base, {json.dumps(where)})")
     if pipeline:
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")')
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})")
         lines.append(f'run = pipeline("{pipeline}", model=model, tokenizer=tokenizer)')
     return "\n".join(lines)
 
@@ -334,7 +334,8 @@ def _labels_in_code(labels: Sequence[str]) -> list[str]:
 
 
 def _training(subject: Subject) -> str:
-    rows: dict[str, Fact] = {**subject.about.data, **subject.about.settings}
+    told = {**subject.about.data, **subject.about.settings}
+    rows = {_plain(name): _plain(value) if isinstance(value, str) else value for name, value in told.items()}
     if subject.steps is not None:
         rows["optimizer steps"] = subject.steps
     if subject.method:
@@ -342,9 +343,8 @@ def _training(subject: Subject) -> str:
         rows["growth"] = f"`AromaConfig({given})`"
     if not rows:
         return ""
-    rows["written with"] = ", ".join(
-        f"{name} {version(name)}" for name in ("aroma-peft", "peft", "transformers", "torch")
-    )
+    versions = {"aroma": __version__, "peft": peft.__version__, "transformers": transformers.__version__}
+    rows["written with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"## Data and training\n\n{_table(rows)}"
 
 

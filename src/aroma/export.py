@@ -21,7 +21,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
 from .about import LABELLED_TASKS, About, unnamed
-from .card import CARD_FILE, MODEL_CLASSES, PICTURE_FILE, Subject, files_beside, is_by_hand, write_card
+from .card import CARD_FILE, MODEL_CLASSES, PICTURE_FILE, SERVING_RANKS, Subject, files_beside, is_by_hand, write_card
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value
 from .files import free_bytes, own_file, read_json, told_of, write_json, write_tensors
 from .outputs import new_folder, require_replaceable
@@ -30,9 +30,6 @@ from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, is_whole, write_export_state
-
-SERVING_RANKS = (8, 16, 32, 64, 128, 256)
-"""Ranks that vLLM, TGI and SGLang all serve."""
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
