@@ -25,7 +25,7 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
+COMMANDS = ("demo", "train", "eval", "predict", "generate", "inspect", "export", "push", "bench", "estimate", "lab")
 LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
 
@@ -161,7 +161,7 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
     [
         (["train", "absent.yaml"], "error: recipe='absent.yaml': cannot be read (No such file or directory)"),
         (["inspect", "absent"], "error: adapter='absent': no such folder"),
-        (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': it has no aroma_task.json"),
+        (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': no such folder"),
         (["export", "absent", "out", "--uniform"], "error: adapter='absent': no such folder"),
         (["export", "a", "out", "--uniform", "--dtype", "float16"], "error: --dtype='float16': it has a meaning only"),
         (["export", "a", "out", "--merged", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),
