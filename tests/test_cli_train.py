@@ -69,7 +69,7 @@ def assert_same_tensors(folder, other):
 
 
 def test_a_run_leaves_all_it_came_from(run):
-    files = {"curve.json", "events.jsonl", "history.json", "recipe.yaml", "result.json", "trial.json"}
+    files = {"curve.json", "events.jsonl", "history.json", "recipe.yaml", "report.html", "result.json", "trial.json"}
     assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", *files}
     result = read(run / "result.json")
     assert set(result["reported"]) == {"test"}
@@ -103,10 +103,38 @@ def test_ranks_events_parameters_and_adapter_agree(run):
     assert (result["parameters"]["initial"], result["parameters"]["head"]) == (pairs, head)
 
 
+def test_a_run_ends_with_a_report(run, tmp_path, capsys):
+    page = (run / "report.html").read_text()
+    result, curve = read(run / "result.json"), read(run / "curve.json")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    for name, rank in result["ranks"].items():
+        effective, relative = result["effective_ranks"][name], result["relative_updates"][name]
+        known = f"rank {rank}; effective rank {effective:.2f}" if rank else "rank 0; effective rank –"
+        told = re.escape(f"{known}; ‖ΔW‖ / ‖W0‖ {relative:.2%}")
+        assert re.search(f'data-matrix="{re.escape(name)}"[^>]*aria-label="[^"]*: {told}', page), name
+    drawn = data["charts"]["parameters"]["data"]["parameters"]
+    pairs = [list(pair) for pair in zip(drawn["step"], drawn["parameters"], strict=True)]
+    assert pairs[: len(curve["parameters"])] == curve["parameters"]
+    assert f"{result['reported']['test']['accuracy']:.4f}" in page
+    assert f"{result['guessed']['test']['accuracy']:.4f} for guessing" in page
+    assert "recipe.yaml output=run-again" in page
+    assert "training.max_steps" in page
+    again = tmp_path / "again.html"
+    assert main(["report", str(run), "--out", str(again)]) == 0
+    assert capsys.readouterr().out == f"report: {again}\n"
+    again.write_text("mine")
+    assert main(["report", str(run), "--out", str(again)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert again.read_text() == "mine"
+    assert main(["report", str(run), "--out", str(again), "--force", "--compare", str(run)]) == 0
+    assert "test, run" in again.read_text()
+
+
 def test_a_regression_runs(files, tmp_path):
     out = tmp_path / "run"
     overrides = ["data.task=regression", "data.label=score", "training.max_steps=20", f"output={out}"]
-    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    assert main(["train", str(files / "recipe.yaml"), *overrides, "--no-report"]) == 0
+    assert not (out / "report.html").exists()
     assert set(read(out / "result.json")["reported"]["test"]) == {"pearson", "spearman", "mse"}
     evaluation = evaluate_adapter(out / "adapter", str(files / "test.jsonl"))
     assert evaluation.metrics == pytest.approx(read(out / "result.json")["reported"]["test"], abs=1e-5)

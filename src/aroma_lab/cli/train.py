@@ -72,6 +72,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="YAML file with what differs from the defaults")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as training.seed=1")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in `output`")
+    parser.add_argument("--no-report", action="store_true", help="write no report.html to look at")
     parser.set_defaults(run=run)
 
 
@@ -106,6 +107,19 @@ def run(arguments: argparse.Namespace) -> None:
         _draw_ranks(recipe)
         _print_result(recipe, result)
     processes.destroy_process_group()
+    if processes.is_main_process and not arguments.no_report:
+        _write_report(Path(recipe.output))
+
+
+def _write_report(folder: Path) -> None:
+    from aroma.report.page import report_file
+
+    from ..report.run_page import write_run_page
+    from ..run.files import REPORT
+
+    out = report_file("output", folder / REPORT)
+    write_run_page(folder, out)
+    print(f"report: {out}")
 
 
 def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
