@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, check_resumed_folders
 from .rewarmup import Rewarmup, was_skipped
+from .telling import score_of, scores_at, tell_of_run, with_score
 from .trackers import add_ranks, keep_totals, tell_trackers
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -138,7 +140,11 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             # The model that the Trainer shows is not the one that it compiled.
             compiled=args.torch_compile,
         )
-        self._settle_evidence(args, kwargs.get("train_dataloader"))
+        loader = kwargs.get("train_dataloader")
+        self._settle_evidence(args, loader)
+        live = self.controller.live
+        training, scores = getattr(loader, "dataset", None), self._saved(state).get("scores")
+        live.about = tell_of_run(live.about, args, state, training, self.growth_dataset, scores)
         if state.global_step > 0:
             with self.controller.together():
                 saved = self._saved_state(state)
@@ -201,9 +207,13 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         # Only the step itself knows: accelerate counts every step of a fused optimizer as taken.
         self._fused_step_was_skipped = was_skipped(optimizer)
 
+    def _saved(self, state: TrainerState) -> dict[str, Any]:
+        """Return what `state()` stored in the checkpoint that the run goes on from; nothing for one that begins."""
+        saved: dict[str, Any] = state.stateful_callbacks.get(type(self).__name__) or {}
+        return saved.get("attributes") or {} if state.global_step > 0 else {}
+
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        packed = (saved or {}).get("attributes", {}).get("controller_state")
+        packed = self._saved(state).get("controller_state")
         if packed is None:
             raise CheckpointError(
                 "trainer_state.json: the checkpoint has no state of AromaCallback, so its inner and outer loops are "
@@ -217,13 +227,16 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         Raises:
             NonFiniteError: A component is NaN or infinite; the checkpoint stays incomplete.
         """
-        if self.controller is None:
-            packed = None
-        else:
+        attributes: dict[str, Any] = {"controller_state": None}
+        if self.controller is not None:
             self.controller.require_finite(alone=True)
-            packed = pack(self.controller.state_dict())
-            self._records.write(self.controller.live.saved_to)
-        return {"args": {"early_stop": self.early_stop}, "attributes": {"controller_state": packed}}
+            live = self.controller.live
+            attributes = {
+                "controller_state": pack(self.controller.state_dict()),
+                "scores": live.about.as_json()["scores"],
+            }
+            self._records.write(live.saved_to)
+        return {"args": {"early_stop": self.early_stop}, "attributes": attributes}
 
     # Around every optimizer step -------------------------------------------------------------------------------------
 
@@ -309,6 +322,24 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     "checkpoints are untouched; resume from the last one with a lower learning rate"
                 )
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        metrics: dict[str, Any] | None = None,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the metrics for the adapter's card; after the training, write the report again with them."""
+        score = score_of(metrics or {}, state.global_step, getattr(eval_dataloader, "dataset", None))
+        if self.controller is not None and score is not None:
+            live = self.controller.live
+            live.about = replace(live.about, scores=with_score(live.about.scores, score))
+        if self._report is not None:
+            self._report.write(self.controller, args, state, model)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
@@ -326,15 +357,10 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                         f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA"
                     )
             self.controller.load_state_dict(exported)
+            live, step = self.controller.live, exported["state"]["global_step"]
+            live.about = replace(live.about, scores=scores_at(live.about.scores, state, step))
         if self._report is not None:
             self._report.end(self.controller, args, state, model)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Write the report again, with what an evaluation after the training says."""
-        if self._report is not None:
-            self._report.write(self.controller, args, state, model)
 
     def _is_over(self, state: TrainerState, steps_taken: int) -> bool:
         """Whether the run was over before this step. When such a run is resumed, the Trainer steps before it stops."""
