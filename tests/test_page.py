@@ -347,6 +347,16 @@ def test_an_unfinished_run_gives_what_there_is(tmp_path):
     assert "This run is not finished." in page.text
     assert len(page.grid) == 9
     assert page.data["matrices"][GROWN]["born"]["step"] == BIRTHS[GROWN]
+    curve = {"parameters": [[0, 10]], "total_rank": [], "ranks": [[GROWN, [[0, 0], [3, 1]]]]}
+    log = [{"loss": 1.5, "learning_rate": 0.001, "step": 5}, {"eval_held_out_loss": 1.25, "step": 5}]
+    state = {"log_history": log, "global_step": 5, "max_steps": 100}
+    state["stateful_callbacks"] = {"Recorder": {"attributes": {"curve": curve}}}
+    for step in (5, 10):  # the later one was cut off before its last file
+        (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint-5" / "trainer_state.json").write_text(json.dumps(state))
+    facts = run_facts(folder)
+    assert (facts.steps, facts.planned_steps, facts.loss, facts.eval_loss) == (5, 100, [[5, 1.5]], [[5, 1.25]])
+    assert [tuple(one[:2]) for one in facts.matrices] == [(GROWN, 1)]
     (folder / "events.jsonl").write_text("{}\n")
     with pytest.raises(CheckpointError, match="a file is edited"):
         run_facts(folder)
