@@ -21,9 +21,14 @@ from aroma.report.run import run_page
 
 from ..run.files import TrialFiles
 from ..run.recorder import history_of
-from .runs import read_runs
+from .runs import check, read_runs
 
 _RESTORE = "restore the file, or run the trial again"
+_EVENT = {
+    **{"kind": "a text", "step": "a whole number", "rank": "a whole number"},
+    **{"module?": "a text", "log_evidence?": "a number"},
+}
+"""What a line of `events.jsonl` must have; see `runs.check`."""
 _MACHINE = ("platform", "device", "cpu_count", "threads", "processes")
 
 
@@ -120,9 +125,12 @@ def _events(path: Path) -> list[dict[str, Any]]:
     # A killed run may have left half a line.
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     try:
-        return [json.loads(line) for line in lines]
+        events = [json.loads(line) for line in lines]
     except ValueError as error:
         raise CheckpointError(f"{path}: truncated or edited ({error}); {_RESTORE}") from error
+    for number, event in enumerate(events, 1):
+        check(f"{path}, line {number}", event, _EVENT)
+    return [{"module": None, "log_evidence": None, **event} for event in events]
 
 
 def _told_ranks(events: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
