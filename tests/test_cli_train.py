@@ -1,7 +1,11 @@
 """The commands on a tiny model: train, resume, evaluate, inspect, export."""
 
 import json
+import os
+import re
+import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from aroma import verify_adapter
 from aroma.cli import main
@@ -21,6 +25,7 @@ from aroma_lab.run.trial import Trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.evaluate import evaluate_adapter
 from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.training import trainer as trainer_module
 from full_disk import room_for
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
@@ -166,6 +171,63 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
     cut_short(run, out)
     overrides = ["data.validation_fraction=0.2", f"output={out}", "--resume"]
     assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    assert_same_run(out, run)
+
+
+class InterruptedStep(TrainerCallback):
+    """Ctrl-C in the midst of a step."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupting(monkeypatch, *arguments):
+    """Let every Trainer be interrupted."""
+    made = trainer_module.MethodTrainer.__init__
+
+    def init(self, **options):
+        made(self, **{**options, "callbacks": [*options["callbacks"], InterruptedStep(*arguments)]})
+
+    monkeypatch.setattr(trainer_module.MethodTrainer, "__init__", init)
+
+
+def test_an_interrupt_saves_the_step_and_says_how_to_go_on(files, run, tmp_path, capsys, monkeypatch):
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    command = ["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]
+    with monkeypatch.context() as patch:
+        interrupting(patch, 27)
+        assert main(command) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    said = " ".join(capsys.readouterr().err.split())
+    assert "interrupted: this step is ended and saved" in said
+    assert not (out / "result.json").exists()
+    resumed = [*command, "--resume"]
+    assert f"error: interrupted; checkpoint-27 is saved. Go on with: aroma {shlex.join(resumed)}" in said
+    assert main(resumed) == 0
+    assert_same_run(out, run)
+
+
+def test_a_second_interrupt_stops_at_once(files, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    interrupting(monkeypatch, 27, 2)
+    assert main(["train", str(files / "recipe.yaml"), f"output={out}"]) == 130
+    assert "checkpoint-20 is saved" in " ".join(capsys.readouterr().err.split())
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"checkpoint-20"}
+
+
+def test_an_interrupt_in_the_last_step_changes_nothing(files, run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    interrupting(monkeypatch, STEPS)
+    assert main(["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]) == 0
+    assert_same_run(out, run)
+
+
+def assert_same_run(out, run):
     assert (out / "events.jsonl").read_text() == (run / "events.jsonl").read_text()
     assert_same_tensors(out / "adapter", run / "adapter")
     for name in ("held_out", "reported", "singular_values", "inner_checks"):
@@ -296,20 +358,51 @@ def test_eval_refuses(files, run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_inspect_shows_every_matrix_and_draws(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_inspect_shows_a_summary_a_grid_and_a_picture(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     picture = tmp_path / "pictures" / "ranks.svg"
     assert main(["inspect", str(run / "adapter"), "--plot", str(picture)]) == 0
-    output = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     result = read(run / "result.json")
-    for name, rank in result["ranks"].items():
-        line = next(line for line in output.splitlines() if f" {name} " in line)
-        cells = [cell.strip() for cell in line.strip("│").split("│")]
-        assert cells[2] == str(rank)
-        assert cells[3] == (f"{result['effective_ranks'][name]:.2f}" if rank else "–")
-    assert f"{result['total_rank']}" in output.splitlines()[-4]
-    assert "--max-lora-rank 8" in output
+    ranks = result["ranks"]
+    assert lines[0] == str(run / "adapter")
+    least, most = min(ranks.values()), max(ranks.values())
+    assert lines[1].startswith(f"{len(ranks)} matrices · rank {result['total_rank']} in all, {least} to {most} · ")
+    (head,) = [line.split() for line in lines if line.startswith("rank by layer")]
+    layers = [int(number) for number in head[3:]]
+    grid = {kind: cells for kind, *cells in map(str.split, filter(None, lines)) if "." in kind}
+    for name, rank in ranks.items():
+        layer, kind = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", name).groups()
+        assert grid[kind][layers.index(int(layer))] == str(rank or "·")
+    assert all(len(line) <= 80 for line in lines[1 : lines.index("", 3)])
+    assert any("--max-lora-rank 8" in line for line in lines)
     assert picture.read_text().startswith("<?xml")
+
+
+def test_inspect_shows_one_line_a_matrix_and_json(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = read(run / "result.json")
+    assert main(["inspect", str(run / "adapter"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {matrix["name"]: matrix["rank"] for matrix in told["matrices"]} == result["ranks"]
+    for matrix in told["matrices"]:
+        assert matrix["effective_rank"] == pytest.approx(result["effective_ranks"][matrix["name"]])
+        assert matrix["parameters"] == matrix["rank"] * sum(matrix["shape"])
+    assert (told["total_rank"], told["growth"]) == (result["total_rank"], None)
+    assert main(["inspect", str(run / "adapter"), "--json", str(tmp_path / "ranks.json")]) == 0
+    assert read(tmp_path / "ranks.json") == told
+    capsys.readouterr()
+    for order, key in (("rank", "rank"), ("effective", "effective_rank"), ("parameters", "parameters")):
+        assert main(["inspect", str(run / "adapter"), "--sort", order]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split() for line in lines if "×" in line and "m×n" not in line]
+        ordered = sorted(told["matrices"], key=lambda matrix: -matrix[key])
+        assert [row[:2] + row[3:4] for row in rows] == [
+            [str(matrix["layer"]), matrix["kind"], str(matrix["rank"])] for matrix in ordered
+        ]
+        assert max(len(line) for line in lines if "×" in line) <= 80
+    assert main(["inspect", str(run / "adapter"), "--sort", "evidence"]) == 2
+    assert "sort='evidence': only adapters of growth='evidence' have it" in capsys.readouterr().err
 
 
 def test_exports_predict_the_same(files, run, tmp_path, capsys):

@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("AROMA_DEBUG") == "1" or not (isinstance(error, AromaError) or error.errno):
             raise
         return _report(_in_words(error), code=2)
-    except KeyboardInterrupt:
-        return _report("interrupted; what was saved before is whole", code=130)
+    except KeyboardInterrupt as interrupt:
+        return _report(str(interrupt) or "interrupted; what was saved before is whole", code=130)
     return code or 0
 
 
@@ -70,9 +70,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes options by their whole names: an abbreviation may mean another option tomorrow."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="aroma",
         description="LoRA without choosing ranks: every weight matrix grows its own update and stops by itself.",
         epilog=examples(

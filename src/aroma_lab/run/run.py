@@ -25,6 +25,7 @@ from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
+from ..training.interrupt import saved_when_interrupted
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, hold_out, logits_alone, make_trainer, training_arguments
 from .folder import TrialFolder, step_of
@@ -244,7 +245,8 @@ def _train(run: Run, progress: bool) -> Fit:
         progress=progress and first,
         describe=job.describe,
     )
-    fit.train(run.checkpoint)
+    with saved_when_interrupted(fit.trainer):
+        fit.train(run.checkpoint)
     return fit
 
 

@@ -142,6 +142,54 @@ def _stream_parquet(field: str, file: Path) -> Iterator[Row]:
         raise bad_value(field, str(file), f"not a whole Parquet file ({error}); write it anew", DataError) from error
 
 
+def require_data_file(field: str, path: str) -> Path:
+    """Return the file of that path.
+
+    Raises:
+        DataError: There is none.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise bad_value(field, path, "no such file; give the path of a CSV, TSV, JSONL or Parquet file", DataError)
+    return file
+
+
+def check_columns(field: str, path: str, wanted: Sequence[str]) -> None:
+    """Raise if a CSV, TSV or JSONL file lacks a column; of a file that has all of them, a line is read.
+
+    Raises:
+        DataError: No such file, or a missing column.
+    """
+    file = require_data_file(field, path)
+    names = _first_names(file)
+    if file.suffix.lower() in (".jsonl", ".ndjson"):
+        # Objects may leave out what others have.
+        missing = [name for name in wanted if name not in names]
+        names += [name for name in missing if _is_anywhere(json.dumps(name), file)]
+    if names:
+        _fitting(field, file, names, [wanted], by_position=True)
+
+
+def _is_anywhere(text: str, file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return any(text in line for line in stream)
+
+
+def _first_names(file: Path) -> list[str]:
+    """Return the columns that the first line of a file names; none where it cannot be read, which the reader tells."""
+    suffix = file.suffix.lower()
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            if suffix in (".jsonl", ".ndjson"):
+                row = json.loads(stream.readline() or "{}")
+                return [*row] if isinstance(row, dict) else []
+            if suffix not in (".csv", ".tsv", ".txt"):
+                return []
+            return next(filter(None, csv.reader(stream, **_dialect(file))), [])
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error):
+        return []
+
+
 def _dialect(file: Path) -> dict[str, Any]:
     """Return how a CSV or TSV file is read; and let the fields of all of them have any length."""
     csv.field_size_limit(2**31 - 1)
@@ -154,9 +202,7 @@ def _require_format(field: str, path: str) -> Path:
     Raises:
         DataError: It is not.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise bad_value(field, path, "no such file; give the path of a CSV, TSV, JSONL or Parquet file", DataError)
+    file = require_data_file(field, path)
     if file.suffix.lower() not in FORMATS:
         raise bad_value(field, path, f"unknown format; its name must end in {', '.join(FORMATS)}", DataError)
     return file
