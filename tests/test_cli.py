@@ -25,7 +25,10 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "predict", "generate", "inspect", "export", "push", "bench", "estimate", "lab")
+COMMANDS = (
+    *("demo", "train", "report", "eval", "predict", "generate", "inspect", "export", "push"),
+    *("bench", "estimate", "lab"),
+)
 LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
 
