@@ -128,6 +128,12 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         ("estimate", "roberta-basee"): "the nearest shape is 'roberta-base'",
         ("inspect", "{}/absent"): "absent': no such folder",
         ("export", "{}/absent", "{}/out", "--merged"): "absent': no such folder",
+        ("eval", "{}/absent", "--data", "x.csv"): "absent': no such folder",
+        ("eval", "{}/model", "--data", "absent.csv"): "data='absent.csv': no such file",
+        ("predict", "{}/absent", "x.csv", "--out", "{}/p.csv"): "absent': no such folder",
+        ("predict", "{}/model", "absent.csv", "--out", "{}/p.csv"): "data='absent.csv': no such file",
+        ("generate", "{}/absent", "Hello"): "absent': no such folder",
+        ("push", "{}/absent", "ann/topics"): "absent': no such folder",
         ("demo", "--steps", "0"): "training.max_steps=0: give 1 or more",
         ("demo", "--out", "{}"): "it is not an empty folder, and nothing is overwritten",
     }

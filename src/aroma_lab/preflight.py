@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
 from aroma.errors import bad_value
+from aroma.files import require_adapter_folder
 
 from .specs import MADE_KEYS, Recipe
 from .tasks.sources import check_columns, require_data_file
@@ -46,6 +47,19 @@ def check_sources(recipe: Recipe) -> None:
                     check_columns(f"data.{split}", path, Layout(data.text, data.text_pair, data.label).columns())
     if recipe.model.name is not None:
         require_model("model.name", recipe.model.name)
+
+
+def require_saved(adapter: str, *data: str) -> None:
+    """Raise unless the folder of an adapter or model, and files of data, are there.
+
+    Raises:
+        CheckpointError: No such folder.
+        DataError: No such file.
+    """
+    if adapter not in PACKAGED:
+        require_adapter_folder(adapter)
+    for path in data:
+        require_data_file("data", path)
 
 
 def require_model(field: str, name: str, shapes: Iterable[str] = ()) -> None:

@@ -34,8 +34,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Show, ask, and upload; 1 where the answer is no."""
+    from ..files import require_adapter_folder
     from .quiet import quiet
 
+    require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
     quiet()
     from ..hub import account, plan_upload, push
 

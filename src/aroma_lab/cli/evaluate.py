@@ -10,6 +10,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_force, examples
 from aroma.errors import OutputError, bad_value
 
+from ..preflight import require_saved
 from ..progress import progress_bar
 
 _CLASSIFIER_OPTIONS = ("text", "text_pair", "label")
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
     require_extra("lab")
     files = _new_files(arguments)
+    require_saved(arguments.adapter, *arguments.data)
     from aroma.cli.quiet import quiet
 
     quiet()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aroma.cli.texts import add_force, examples
 from aroma.errors import DataError, bad_value
 
+from ..preflight import require_saved
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Answer, on standard output or into a file."""
     _check(arguments)
+    if arguments.prompt is not None and (arguments.out is not None or arguments.prompt.strip()):
+        require_saved(arguments.adapter)  # an empty prompt is told first
     from aroma.cli.quiet import quiet
 
     quiet()

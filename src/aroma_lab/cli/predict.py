@@ -9,6 +9,7 @@ from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_force, examples
 from aroma.errors import bad_value
 
+from ..preflight import require_saved
 from ..progress import progress_bar
 
 _CLASSIFIER_OPTIONS = ("text_pair", "max_length")
@@ -57,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     new_file("--out", arguments.out, force=arguments.force)  # before PyTorch loads
     require_extra("lab")
+    require_saved(arguments.adapter, arguments.data)
     from aroma.cli.quiet import quiet
 
     quiet()
