@@ -12,7 +12,7 @@ from peft import get_peft_model
 from scipy import stats
 from torch import Tensor, nn
 
-from aroma import AromaConfig, attach
+from aroma import AromaConfig, aroma_layers, attach
 from aroma.algorithm.evidence import (
     directions_that_convince,
     directions_to_keep,
@@ -223,3 +223,24 @@ def test_nothing_is_born_after_the_step_that_is_named() -> None:
         optimizer.step()
         assert (growth.controller.rule.phase == "rest") == (step >= 84)
     assert growth.controller.explanation().endswith("; nothing is born after step 84")
+
+
+def test_a_slot_without_a_component_is_not_counted_as_trained() -> None:
+    """A matrix that is asked nothing evaluates one slot; if it is empty, it gets gradients of zero."""
+    base, x, y = planted([0, 0, 0, 3])
+    model = grown(base, slots=3)
+    optimizer = adam(model)
+    rule = attach(model, optimizer, total_steps=101).controller.rule
+    layers = [*aroma_layers(model).values()]
+    was_empty = []
+    for batch in batches(x, y, 101):
+        optimizer.zero_grad()
+        (model(batch[0]) - batch[1]).square().mean().backward()
+        moving = [int((layer.pair("default")[0].grad != 0).any(0).sum()) for layer in layers]
+        trained = [layer.slots_in_training("default") for layer in layers]
+        asked = rule.phase == "questions"  # gradients that are answers, and that nothing follows
+        assert asked or all(count <= most for count, most in zip(moving, trained, strict=True))
+        optimizer.step()
+        was_empty += [layer.slots_in_use["default"] > layer.slots_in_training("default") for layer in layers]
+    assert any(was_empty), "an empty slot is evaluated in the rest"
+    assert [layer.slots_in_training("default") for layer in layers] == [layer.rank("default") for layer in layers]

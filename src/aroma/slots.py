@@ -80,7 +80,8 @@ class SlotMatrix(GrowingMatrix):
 
     def evaluate_slots(self, least: int = 0) -> None:
         """Let the layer evaluate the slots up to the last in use, and at least so many."""
-        self.layer.slots_in_use[self._adapter_name] = max(least, self.leading_slots)
+        used = self.layer.slots_in_use[self._adapter_name] = max(least, self.leading_slots)
+        self.layer.empty_slots[self._adapter_name] = used - len(self.slots)
 
     def slot_for_birth(self) -> tuple[int, bool]:
         """Return the slot of the next component, and whether its component must be merged first: the oldest one."""

@@ -55,12 +55,13 @@ class AromaLinear(LoraLinear):
         frozen_adapters: Adapters that are outer-converged in this module.
         own_scaling: s of every adapter.
         slots_in_use: How many leading columns of the pair are evaluated, by adapter.
+        empty_slots: How many of them hold no component, and get gradients of zero.
         probes: What is asked of every backward, by adapter; empty while no controller asks.
         stays_in_graph: See above.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live", "slots_in_use", "probes")
+    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live", "slots_in_use", "empty_slots", "probes")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
@@ -68,6 +69,7 @@ class AromaLinear(LoraLinear):
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
         self.slots_in_use: dict[str, int] = {}
+        self.empty_slots: dict[str, int] = {}
         self.probes: dict[str, Probe] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
@@ -94,7 +96,7 @@ class AromaLinear(LoraLinear):
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=config.scale * r, config=config, **kwargs)
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
-        self.slots_in_use[adapter_name] = r
+        self.slots_in_use[adapter_name], self.empty_slots[adapter_name] = r, 0
 
     # The pair and what is known of it -------------------------------------------------------------------------------
 
@@ -122,7 +124,9 @@ class AromaLinear(LoraLinear):
         """Return how many columns of the pair train: none while a trial's batches are asked, which train nothing."""
         probe = self.probes.get(adapter_name)
         is_asked_for_credit = probe is not None and probe.strength < 1
-        return 0 if self.is_frozen(adapter_name) or is_asked_for_credit else self.slots_in_use[adapter_name]
+        if self.is_frozen(adapter_name) or is_asked_for_credit:
+            return 0
+        return self.slots_in_use[adapter_name] - self.empty_slots[adapter_name]
 
     def moved_slots(self, adapter_name: str, b: Tensor) -> list[int]:
         """Return the columns of b (m, r) that add to the update; without slots, all once any has moved."""
