@@ -1,16 +1,14 @@
-"""The README tells the truth of today: its example is a script that runs, its commands exist."""
+"""The README tells the truth of today: its example is a script that runs, its links lead somewhere."""
 
 from __future__ import annotations
 
 import re
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
 
 from aroma import AromaCallback
-from aroma.cli import make_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,24 +30,14 @@ def test_the_output_shown_is_what_the_script_printed() -> None:
     assert blocks("text")[0] in printed
 
 
-def test_the_commands_exist() -> None:
-    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
-    ours = [command[1:] for command in commands if command and command[0] == "aroma"]
-    assert {command[0] for command in ours} == {
-        *("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
-    }
-    for command in ours:
-        make_parser().parse_args(command)
-
-
 def test_the_two_commands_of_a_newcomer_are_there_as_written() -> None:
     assert "python3 -m venv .venv && .venv/bin/pip install -e '.[demo]' && .venv/bin/aroma demo" in README
     assert ".venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest" in README
 
 
 def test_the_links_lead_somewhere() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
-    assert targets
+    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert len(targets) > 20
     assert all((ROOT / target).exists() for target in targets)
 
 
