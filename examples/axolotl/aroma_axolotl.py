@@ -43,9 +43,12 @@ class AromaPlugin(BasePlugin):
         config = AromaConfig(**{"task_type": "CAUSAL_LM", **(cfg.aroma or {})})
         if config_only:
             return None, config
-        if cfg.lora_model_dir:  # saved earlier: for inference, or to be resumed by the Trainer
-            return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference), config
-        return get_peft_model(model, config), config
+        if cfg.lora_model_dir and inference:
+            return PeftModel.from_pretrained(model, cfg.lora_model_dir), config
+        growing = get_peft_model(model, config)
+        if cfg.lora_model_dir:  # grow it further
+            growing.load_adapter(cfg.lora_model_dir, "default", is_trainable=True)
+        return growing, config
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         """Return the callback that steps the growth."""
