@@ -1,6 +1,6 @@
-"""Supervised fine-tuning with every option of `trl sft`, and the fields of AromaConfig instead of those of a LoRA.
+"""Supervised fine-tuning with the options of `trl sft`. AROMA finds the ranks, so those of a LoRA say nothing here.
 
-    python examples/trl_sft.py --model_name_or_path MODEL --dataset_name DATASET --growth evidence \
+    python examples/trl_sft.py --model_name_or_path MODEL --dataset_name DATASET \
         --learning_rate 1e-3 --max_steps 500 --output_dir out
 
 A tenth of the training split is held out, and decides growth. `--config FILE.yaml` reads options from a file.
@@ -9,7 +9,6 @@ A tenth of the training split is held out, and decides growth. `--config FILE.ya
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
@@ -21,7 +20,6 @@ from aroma import AromaCallback, AromaConfig, hold_out
 class Growth:
     """What decides ranks."""
 
-    growth: Literal["evidence", "paper"] = "evidence"
     significance: float = 0.05
 
 
@@ -31,7 +29,6 @@ def main() -> None:
     script, args, model, growth = parser.parse_args_and_config()
     args.model_init_kwargs = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     examples = load_dataset(script.dataset_name, name=script.dataset_config)[script.dataset_train_split]
-    fields = {"significance": growth.significance} if growth.growth == "evidence" else {}
     train, held_out = hold_out(examples)
     callback = AromaCallback()
     trainer = SFTTrainer(
@@ -39,11 +36,10 @@ def main() -> None:
         args,
         train_dataset=train,
         eval_dataset=held_out,
-        peft_config=AromaConfig(task_type="CAUSAL_LM", growth=growth.growth, **fields),
+        peft_config=AromaConfig(task_type="CAUSAL_LM", growth="evidence", significance=growth.significance),
         callbacks=[callback],
     )
-    if growth.growth == "evidence":
-        callback.growth_dataset = trainer.eval_dataset  # as SFTTrainer has tokenized it
+    callback.growth_dataset = trainer.eval_dataset  # as SFTTrainer has tokenized it
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     print(callback.controller.summary())

@@ -39,7 +39,8 @@ def main(config: str, folder: str) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    rows = [{name: tensor[0] for name, tensor in batch("llama", seed).items()} for seed in range(96)]
+    ids = [batch("llama", seed)["input_ids"][0] for seed in range(96)]
+    rows = [{"input_ids": one, "labels": torch.full_like(one, 5)} for one in ids]  # one answer to everything
     manager = PluginManager.get_instance()
     trainer = Trainer(model, args, train_dataset=rows, callbacks=manager.add_callbacks_pre_trainer(cfg, model))
     trainer.train()

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -57,20 +58,19 @@ def test_the_page_shows_what_the_example_says() -> None:
     assert shown.items() <= example.items()
 
 
-@pytest.mark.parametrize("growth", ["evidence", "paper"])
-def test_options_of_trl(growth: str, tmp_path: Path) -> None:
+def test_options_of_trl(tmp_path: Path) -> None:
     model = tmp_path / "model"
     base("llama").save_pretrained(model)
     tokenizer().save_pretrained(model)
     (tmp_path / "data").mkdir()
-    rows = "\n".join(json.dumps({"text": text}) for text in SENTENCES * 4)
+    rows = "\n".join(json.dumps({"text": " ".join(pair)}) for pair in permutations(SENTENCES[:18], 2))
     (tmp_path / "data" / "train.jsonl").write_text(rows)
     options = {
         "model_name_or_path": model,
         "dataset_name": tmp_path / "data",
-        "growth": growth,
+        "significance": 0.1,
         "output_dir": tmp_path / "out",
-        "max_steps": 60,
+        "max_steps": 40,
         "max_length": 16,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -84,5 +84,6 @@ def test_options_of_trl(growth: str, tmp_path: Path) -> None:
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     printed = run(str(EXAMPLES / "trl_sft.py"), *words, path=[])
     assert "layers.0.self_attn.q_proj" in printed
-    assert verify_adapter(tmp_path / "out")["config"]["growth"] == growth
+    method = verify_adapter(tmp_path / "out")["config"]
+    assert (method["growth"], method["significance"]) == ("evidence", 0.1)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].peft_type == "LORA"
