@@ -303,6 +303,7 @@ def test_the_papers_rule_says_why_its_matrices_finished():
     )
 
 
+@pytest.mark.slow
 def test_the_progress_bar_ends_with_the_explanation(tmp_path: Path) -> None:
     stream = io.StringIO()
     callback = AromaCallback(growth_dataset=growth_dataset())

@@ -108,6 +108,7 @@ def test_mixed_precision_runs_on_a_cpu_and_leaves_float32(files, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
     out = tmp_path / "run"
     training = {"checkpoint": "best", "eval_steps": 10, "save_steps": 10, "max_steps": 40, "keep_checkpoints": "null"}
@@ -167,6 +168,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
         assert (out / name).read_text() == (run / name).read_text(), name
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(files, run, tmp_path, capsys):
     out, size = tmp_path / "run", (run / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt").stat().st_size
     arguments = ["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]
