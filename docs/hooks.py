@@ -64,7 +64,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _outside(page: Path, target: str) -> Path | None:
     """Return the file or folder of the repository that a link leads to, if it is no page of the site."""
     path = (page.parent / target).resolve()
-    inside = path.parent == ROOT / "docs" or ROOT / "docs" / "pictures" in path.parents
-    if inside or (path.parent == ROOT and path.name in PAGES) or not path.is_relative_to(ROOT) or not path.exists():
+    if (
+        path.parent == ROOT / "docs"
+        or (path.parent == ROOT and path.name in PAGES)
+        or not path.is_relative_to(ROOT)
+        or not path.exists()
+    ):
         return None
     return path

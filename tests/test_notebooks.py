@@ -50,4 +50,4 @@ def test_instructions(tmp_path: Path) -> None:
     before, after = map(float, re.search(r": ([\d.]+) before, ([\d.]+) after", printed).groups())
     assert after < before / 2
     assert "evidence for another component" in printed
-    assert printed.splitlines()[-2:] == ["Ada asks: is 5 even or odd?", "It is odd ."]
+    assert printed.splitlines()[-2:] == ["Question A: is 5 even or odd?", "It is odd ."]
