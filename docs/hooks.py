@@ -64,11 +64,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _outside(page: Path, target: str) -> Path | None:
     """Return the file or folder of the repository that a link leads to, if it is no page of the site."""
     path = (page.parent / target).resolve()
-    if (
-        path.parent == ROOT / "docs"
-        or (path.parent == ROOT and path.name in PAGES)
-        or not path.is_relative_to(ROOT)
-        or not path.exists()
-    ):
-        return None
-    return path
+    of_site = path.is_relative_to(ROOT / "docs") or (path.parent == ROOT and path.name in PAGES)
+    return path if path.is_relative_to(ROOT) and path.exists() and not of_site else None
