@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # On a disk each of thousands of saved files makes its fsync and its removal wait for milliseconds.
 if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 4 << 30:
-    os.environ["TMPDIR"] = "/dev/shm"
+    os.environ["TMPDIR"] = tempfile.tempdir = "/dev/shm"
 # Trackio reads it when it is imported.
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 

@@ -62,7 +62,7 @@ def test_the_commands_of_the_pages_are_the_parsers() -> None:
     for command in ours:
         make_parser().parse_args(command)
     names = {command[0] for command in ours}
-    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export"}
+    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export", "push"}
     assert names == known, "each command is shown on some page, and no other"
 
 

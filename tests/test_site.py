@@ -98,6 +98,6 @@ def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
 
 def test_pictures_are_small(site: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in site.rglob("*.png") if "assets" not in path.parts}
-    assert len(sizes) >= 6
+    assert len(sizes) >= 5
     assert max(sizes.values()) < 150_000
     assert sum(sizes.values()) < 600_000
