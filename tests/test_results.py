@@ -74,6 +74,14 @@ def test_what_the_page_links_to_is_there() -> None:
     assert all((ROOT / "docs" / target).exists() for target in targets)
 
 
+def test_the_page_in_pictures_says_what_the_run_says() -> None:
+    runs = runs_of(RESULTS / "minilm-six").of("aroma-evidence")
+    run = runs[(runs.task == "trec") & (runs.seed == 0)].iloc[0]
+    page = " ".join((ROOT / "docs" / "how.md").read_text(encoding="utf-8").split())
+    assert f"Its trial left {sum(run.result['ranks'].values())} components, and none was born later" in page
+    assert f"in {run.result['steps']} steps" in page
+
+
 def test_results_are_small() -> None:
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 500_000
 

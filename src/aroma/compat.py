@@ -11,7 +11,7 @@ The functions at the end read the names that a plain attribute access would not 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import CodeType
@@ -86,7 +86,15 @@ TUNER_NAMES = (
             ("_backward_pre_hooks", "the same"),
         )
     ),
-    PrivateName("torch", "torch.nn.modules.module", "_has_any_global_hook", "the same, for hooks of all modules"),
+    *(
+        PrivateName("torch", "torch.nn.modules.module", name, "the same, for hooks of all modules")
+        for name in (
+            "_global_forward_hooks",
+            "_global_forward_pre_hooks",
+            "_global_backward_hooks",
+            "_global_backward_pre_hooks",
+        )
+    ),
     PrivateName("torch", "torch:Tensor", "_is_view", "copy a view before it is written to"),
     # Who traces a call.
     PrivateName("torch", "torch.autograd.forward_ad", "_current_level", "know forward-mode differentiation"),
@@ -315,8 +323,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether calls of all modules are hooked."""
-    any_global_hook: Callable[[], bool] = nn_module._has_any_global_hook
-    return any_global_hook()
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def is_jit_tracing() -> bool:

@@ -136,7 +136,7 @@ class TrainingRecord:
 def _title_of(model: nn.Module) -> str:
     """Return the pretrained model's name, or its class where it has none."""
     base = getattr(model, "get_base_model", lambda: model)()
-    path = PurePath(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)
+    path = PurePath(getattr(getattr(base, "config", None), "name_or_path", "") or type(base).__name__)
     return _base_name(str(path.parent if path.is_absolute() and path.name in _COMMON_NAMES else path))
 
 

@@ -1,0 +1,63 @@
+"""What is published: the two packages, what belongs to them, and nothing else."""
+
+from __future__ import annotations
+
+import tarfile
+import tomllib
+import zipfile
+from email import message_from_bytes
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SOURCES = {
+    path.relative_to(ROOT / "src").as_posix()
+    for path in (ROOT / "src").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+}
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = str(tmp_path_factory.mktemp("dist"))
+    builders = (("wheel", WheelBuilder), ("sdist", SdistBuilder))
+    return {name: Path(next(builder(str(ROOT)).build(directory=out))) for name, builder in builders}
+
+
+def test_the_wheel_has_both_packages_and_nothing_else(archives: dict[str, Path]) -> None:
+    with zipfile.ZipFile(archives["wheel"]) as wheel:
+        names = set(wheel.namelist())
+    of_packages = {name for name in names if ".dist-info/" not in name}
+    assert of_packages == SOURCES
+    assert {"aroma/py.typed", "aroma_lab/language/commonsense.yaml"} <= of_packages
+    assert {PurePosixPath(name).name for name in names - of_packages} == {
+        *("METADATA", "WHEEL", "RECORD", "LICENSE", "entry_points.txt")
+    }
+
+
+def test_the_source_archive_has_what_a_wheel_is_made_of_and_no_data_of_tests(archives: dict[str, Path]) -> None:
+    with tarfile.open(archives["sdist"]) as sdist:
+        names = {PurePosixPath(*PurePosixPath(name).parts[1:]).as_posix() for name in sdist.getnames()}
+    assert {name.removeprefix("src/") for name in names if name.startswith("src/")} == SOURCES
+    assert {name for name in names if not name.startswith("src/")} <= {
+        *("README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "SECURITY.md", "pyproject.toml"),
+        *(".gitignore", "PKG-INFO"),  # hatchling's own
+    }
+    assert archives["sdist"].stat().st_size < 600_000
+
+
+def test_the_metadata_say_what_is_required(archives: dict[str, Path]) -> None:
+    with zipfile.ZipFile(archives["wheel"]) as wheel:
+        path = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
+        metadata = message_from_bytes(wheel.read(path))
+    required = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
+    assert required == set(PROJECT["dependencies"])
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert {"plot", "gguf", "quant", "lab", "language", "postgresql", "demo"} <= set(
+        metadata.get_all("Provides-Extra", [])
+    )

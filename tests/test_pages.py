@@ -1,0 +1,209 @@
+"""Every code block of the docs: Python runs, commands parse, YAML loads. tests/test_docs.py has usage.md."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import aroma
+from aroma import AromaConfig
+from aroma.cli import make_parser
+from aroma_lab.run.recipe import load_recipe
+from models import base, batch
+from trainer_runs import examples, tiny_bert
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]}
+BLOCKS = [
+    (name, language, text)
+    for name, page in sorted(PAGES.items())
+    for language, text in re.findall(r"^```(.*?)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+]
+STRANGERS = {
+    *("pip", "python", "python3", "torchrun", "pytest", "mkdocs"),
+    *("vllm", "text-generation-launcher", "llama-server", "ollama"),  # engines, which do not run here
+}
+
+
+def blocks(language: str, page: str | None = None) -> list[str]:
+    return [text for name, kind, text in BLOCKS if kind == language and page in (None, name)]
+
+
+def commands() -> list[list[str]]:
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    parts = (part for line in lines for part in re.split(r" && | & ", line.replace(".venv/bin/", "")))
+    found = (shlex.split(part, comments=True) for part in parts)
+    return [command for command in found if command and "=" not in command[0]]
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert {language for _, language, _ in BLOCKS} == {"python", "bash", "yaml", "text"}
+
+
+def test_the_commands_of_the_pages_are_the_parsers() -> None:
+    ours = [command[1:] for command in commands() if command[0] == "aroma"]
+    ours += [
+        command[command.index("aroma") + 1 :]
+        for command in commands()
+        if command[0] == "torchrun" and "aroma" in command
+    ]
+    assert len(ours) > 50
+    for command in ours:
+        make_parser().parse_args(command)
+    names = {command[0] for command in ours}
+    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export", "push"}
+    assert names == known, "each command is shown on some page, and no other"
+
+
+def test_the_other_programs_are_known_and_their_files_exist() -> None:
+    for command in commands():
+        assert command[0] in STRANGERS | {"aroma", "ruff", "mypy", "pre-commit"}, command
+        files = [word for word in command if re.match(r"(examples|tests)/.*\.\w+$", word)]
+        assert all((ROOT / file).exists() for file in files), command
+        script = next((ROOT / file for file in files if file.startswith("examples/") and file.endswith(".py")), None)
+        if command[0] in ("python", "torchrun") and script and "trl" not in script.name:
+            options = [
+                word for word in command[command.index(str(script.relative_to(ROOT))) :] if word.startswith("--")
+            ]
+            assert all(f'"{option}"' in script.read_text(encoding="utf-8") for option in options), command
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_the_yaml_loads(text: str) -> None:
+    assert yaml.safe_load(text)
+
+
+def test_the_recipe_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(blocks("yaml", "commandline.md")[0])
+    recipe = load_recipe("recipe.yaml", [])
+    assert (recipe.model.name, recipe.adapter["growth"], recipe.data.label) == ("minilm", "evidence", "stars")
+
+
+# Python --------------------------------------------------------------------------------------------------------------
+
+
+def given(folder: Path) -> dict[str, Any]:
+    """What the pages take as given."""
+    rows = examples(160)
+    args = TrainingArguments(
+        str(folder / "out"),
+        max_steps=40,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    dataset = Dataset.from_dict({name: [row[name].tolist() for row in rows] for name in rows[0]})
+    return {"base": tiny_bert(), "fresh_base": tiny_bert(), "args": args, "dataset": dataset, "Trainer": Trainer}
+
+
+def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str, Any]:
+    for block in blocks("python", page)[:count]:
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_pages_with_python_are_those_that_run() -> None:
+    of_others = {"README.md", "usage.md"}  # test_snippets.py, test_docs.py
+    here = {"index.md", "serving.md", "settings.md", "how.md", "files.md", "precision.md", "distributed.md"}
+    assert {name for name, language, _ in BLOCKS if language == "python"} == of_others | here
+
+
+def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = torch.tensor(given(tmp_path)["dataset"][:4]["input_ids"])
+    names = run("index.md", given(tmp_path))
+    with torch.no_grad():
+        answers = [one.eval()(rows).logits for one in (names["trainer"].model, names["model"], tiny_bert())]
+        served = run("serving.md", given(tmp_path))
+        answers += [served["merged"].eval()(rows).logits]
+    torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers[3], answers[0], rtol=0, atol=1e-5)
+    assert float((answers[2] - answers[0]).abs().max()) > 1e-3
+
+
+def test_choosing_settings(tmp_path: Path) -> None:
+    names = run("settings.md", given(tmp_path))
+    assert (names["config"].growth, names["config"].r) == ("evidence", 1)
+    assert len(names["growth"]) * 9 == len(names["train"])
+
+
+def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = given(tmp_path)
+    run(
+        "how.md",
+        {**names, "model": get_peft_model(names["base"], AromaConfig(growth="evidence", task_type="SEQ_CLS"))},
+    )
+    assert Path("births.png").stat().st_size > 5000
+
+
+def test_resuming_as_on_the_page_of_files_and_of_precisions(tmp_path: Path) -> None:
+    names = given(tmp_path)
+    args = TrainingArguments(
+        **{**names["args"].to_dict(), "save_strategy": "steps", "save_steps": 20, "save_total_limit": 1}
+    )
+    method = {"task_type": "SEQ_CLS", "max_inner_steps": 20}
+    model = get_peft_model(names["base"], AromaConfig(**method))
+    trainer = Trainer(model, args, train_dataset=names["dataset"], callbacks=[aroma.AromaCallback()])
+    trainer.train()
+    folder = aroma.last_complete_checkpoint(args.output_dir)
+    run("files.md", {"trainer": trainer, "aroma": aroma, "args": args})
+    assert trainer.state.global_step == 40
+
+    model = get_peft_model(tiny_bert(), AromaConfig(**method))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    names = {"load_peft_weights": load_peft_weights, "set_peft_model_state_dict": set_peft_model_state_dict}
+    names |= {"attach": aroma.attach, "folder": folder, "model": model, "optimizer": optimizer}
+    run("precision.md", names)
+
+
+@pytest.mark.slow
+def test_fsdp2_in_a_process_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        names: dict[str, Any] = {"base": base("llama").train(), "folder": "out/checkpoint"}
+        exec(
+            "import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp\n"
+            "from peft import get_peft_model\n"
+            "from torch.distributed.checkpoint.state_dict import *\n"
+            "from torch.distributed.fsdp import fully_shard\n"
+            "from aroma import AromaConfig, attach, save_adapter\n",
+            names,
+        )
+        first = blocks("python", "distributed.md")[0]
+        begin, _, end = first.partition("...  # the loop is that of one process\n")
+        assert end
+        exec(begin.replace("scheduler, ", ""), names)
+        for _ in range(60):
+            names["model"](**batch("llama")).loss.backward()
+            names["optimizer"].step()
+            names["optimizer"].zero_grad()
+        exec(end, names)
+        assert aroma.verify_adapter("out")
+        exec(blocks("python", "distributed.md")[1], names)
+        assert aroma.verify_adapter("out/checkpoint")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_other_blocks_on_processes_are_python() -> None:
+    for block in blocks("python", "distributed.md"):  # tests/sharded_runs.py and tests/zero_runs.py make these calls
+        compile(block, "distributed.md", "exec")

@@ -1,0 +1,77 @@
+"""The README's library snippets run as they stand, with what `pip install aroma-peft` brings and nothing more.
+
+`.ci/lowest` runs this file where only the wheel and its lowest dependencies are installed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import aroma
+from aroma import AromaConfig
+from trainer_runs import examples, tiny_bert
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TRAINER, LOOP = BLOCKS
+
+
+def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = examples(160)
+    names = run(
+        TRAINER,
+        {
+            "get_peft_model": get_peft_model,
+            "Trainer": Trainer,
+            "base": tiny_bert(),
+            "collate": None,
+            "train": data,
+            "test": data[:8],
+            "accuracy": None,
+            "args": TrainingArguments(
+                "out/checkpoints",
+                max_steps=40,
+                per_device_train_batch_size=4,
+                learning_rate=1e-2,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+        },
+    )
+    model = names["model"].eval()
+    batch = {key: torch.stack([row[key] for row in data[:8]]) for key in data[0]}
+    with torch.no_grad():
+        expected, start = model(**batch).logits, tiny_bert().eval()(**batch).logits
+        found = PeftModel.from_pretrained(tiny_bert(), "out/adapter").eval()(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert float((start - expected).abs().max()) > 1e-3, "nothing was learnt"
+    assert aroma.verify_adapter("out/adapter")["config"]["growth"] == "evidence"
+
+
+def test_the_lines_for_a_loop() -> None:
+    data = examples(120)
+    model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS"))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    batches = [
+        {key: torch.stack([row[key] for row in data[at : at + 4]]) for key in data[0]} for at in range(0, 120, 4)
+    ]
+    names = {"aroma": aroma, "model": model, "optimizer": optimizer, "batches": batches}
+    names["scheduler"] = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    growth = run(LOOP, names)["growth"]
+    assert growth.controller.total_rank > 0
+    growth.detach()
