@@ -35,6 +35,8 @@ FILES: dict[str, tuple[list[str], str]] = {
     "export OUT": (["export", "a", "OUT", "--gguf"], ".gguf"),
     "eval --json": (["eval", "a", "--data", "x.csv", "--json", "OUT"], ".json"),
     "eval --predictions": (["eval", "a", "--data", "x.csv", "--predictions", "OUT"], ".jsonl"),
+    "predict --out": (["predict", "a", "x.csv", "--out", "OUT"], ".csv"),
+    "report --out": (["report", "r", "--out", "OUT"], ".html"),
     "generate --out": (["generate", "a", "x.jsonl", "--out", "OUT"], ".jsonl"),
     "bench --out": (["bench", "--out", "OUT"], ".json"),
     "bench profile --out": (["bench", "profile", "--out", "OUT"], ".json"),

@@ -71,7 +71,7 @@ def score_of(metrics: Mapping[str, Any], step: int | None = None, examples: Any 
         step: Optimizer step; that of the entry by default.
         examples: The examples.
     """
-    prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "")
+    prefix = next((name.rpartition("_")[0] for name in metrics if name.rpartition("_")[2] == "runtime"), "")
     if not prefix.startswith("eval"):
         return None
     values = {

@@ -62,7 +62,7 @@ def report_file(field: str, path: str | os.PathLike[str], *, force: bool | None 
         OutputError: Something else is there, or nothing can be written there.
     """
     file = Path(path)
-    if file.is_file():
+    if os.path.isfile(file):  # False where even the question fails
         with file.open("rb") as stream:
             force = force or GENERATOR.encode() in stream.read(_HEAD)
     return new_file(field, path, force=force)

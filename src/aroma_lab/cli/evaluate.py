@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
     require_extra("lab")
     files = _new_files(arguments)
-    require_saved(arguments.adapter, *arguments.data)
+    require_saved(arguments.adapter, *(path for path in arguments.data if "=" not in path))
     from aroma.cli.quiet import quiet
 
     quiet()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.texts import add_force, examples
 from aroma.errors import DataError, bad_value
+from aroma.outputs import new_file
 
 from ..preflight import require_saved
 from ..progress import progress_bar
@@ -56,15 +58,17 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Answer, on standard output or into a file."""
     _check(arguments)
-    if arguments.prompt is not None and (arguments.out is not None or arguments.prompt.strip()):
-        require_saved(arguments.adapter)  # an empty prompt is told first
+    out = None if arguments.out is None else new_file("--out", arguments.out, force=arguments.force)
+    if out is None and not arguments.prompt.strip():
+        raise bad_value("PROMPT", arguments.prompt, "it is empty; write something")
+    require_saved(arguments.adapter)
     from aroma.cli.quiet import quiet
 
     quiet()
-    if arguments.out is None:
+    if out is None:
         _answer_one(arguments)
     else:
-        _answer_file(arguments)
+        _answer_file(arguments, out)
 
 
 def _answer_one(arguments: argparse.Namespace) -> None:
@@ -84,14 +88,11 @@ def _answer_one(arguments: argparse.Namespace) -> None:
     )
 
 
-def _answer_file(arguments: argparse.Namespace) -> None:
-    from aroma.outputs import new_file
-
+def _answer_file(arguments: argparse.Namespace, out: Path) -> None:
     from ..language.data import read_records, write_records
     from ..language.generate import generate_batch
     from ..language.model import load_language_task
 
-    out = new_file("--out", arguments.out, force=arguments.force)
     rows = read_records("prompts", arguments.prompt)
     spec = load_language_task(arguments.adapter).language
     places = [f"prompts (row {number})" for number in range(1, len(rows) + 1)]

@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.report.page import report_file, write_page
 
     folder = Path(arguments.run_folder)
+    if arguments.out is not None:
+        report_file("--out", arguments.out, force=arguments.force)
     if not folder.exists():
         raise bad_value("RUN", str(folder), "no such folder; give the output of `aroma train` or `aroma lab run`")
     beside = folder if folder.is_dir() else folder.parent
