@@ -116,6 +116,17 @@ def _replacing(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_LEFTOVERS = (".aroma_state.*.tmp", ".aroma_checkpoint.*.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed saves in `folder` and below; nobody may be writing there."""
+    for pattern in _LEFTOVERS:
+        for leftover in [*folder.rglob(pattern)]:
+            if not leftover.is_dir():
+                leftover.unlink()
+
+
 def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder of an adapter.
 
