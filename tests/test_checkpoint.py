@@ -62,6 +62,18 @@ def test_files_in_folders_are_recorded(tmp_path: Path) -> None:
         (folder / name).write_text(name)
 
 
+def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-7"
+    left = [".aroma_state.json.ab12_x3z.tmp", "other/.aroma_state.safetensors.ab12_x3z.tmp"]
+    kept = ["optimizer.pt", "rng_state.pth", ".notes.tmp", "other/adapter_config.json"]
+    for name in [*left, *kept]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    written(folder, TrainerState(global_step=7))
+    assert verify_checkpoint(folder)["files"].keys() == {*kept, "trainer_state.json"}
+    assert not any((folder / name).exists() for name in left)
+
+
 def written(folder: Path, state: TrainerState, completes: bool = True) -> None:
     """Record a checkpoint as the callback does, around the Trainer's last file."""
     record = record_checkpoint(folder, state)

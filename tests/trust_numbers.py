@@ -6,8 +6,9 @@
         [--kept FILE]
 
 `count` is that of strikes on each kind of save (without it: two at every operation), of damaged checkpoints, or of
-killed runs of each way and number of processes. What is done is kept in FILE, one JSON object a line, so that a command
-that was stopped goes on; without FILE, in the folder of temporary files, by the revision. ZeRO needs DeepSpeed: AROMA_DEEPSPEED is the folder that holds it.
+killed runs of each way and number of processes. What is done is kept in FILE, one JSON object a line, so that a
+command that was stopped goes on; without FILE, among the temporary files, by the revision. ZeRO needs DeepSpeed:
+AROMA_DEEPSPEED is the folder that holds it.
 """
 
 from __future__ import annotations
