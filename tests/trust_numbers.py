@@ -116,12 +116,13 @@ def finished(
         go_on: Yields the entries that are not among those given to it.
     """
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
-    told = [entry for line in lines if (entry := json.loads(line))["seed"] == seed]
-    for entry in go_on({tuple(each[name] for name in names) for each in told}):
-        told.append({**entry, "revision": revision()})
+    entries = [entry for line in lines if (entry := json.loads(line))["seed"] == seed]
+    told = {tuple(entry[name] for name in names): entry for entry in entries}
+    for entry in go_on({*told}):
+        told[tuple(entry[name] for name in names)] = entry = {**entry, "revision": revision()}
         with kept.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(told[-1]) + "\n")
-    return told
+            stream.write(json.dumps(entry) + "\n")
+    return [*told.values()]
 
 
 @cache
