@@ -197,7 +197,7 @@ class Adapter:
                 save_task(Task("classification", ("a", "b", "c"), "text", None, "label", seed), folder)
         self.operations: dict[str, Callable[[], Any]] = {
             "verify_adapter": self._verify,
-            "inspect": lambda: self._command("inspect", str(self.work)),
+            "inspect": lambda: self._command("inspect", str(self.work), "--sort", "name"),
             "export --merged": lambda: self._export("--merged"),
             "export --uniform": lambda: self._export("--uniform"),
         }

@@ -68,6 +68,17 @@ def real_grid(folder: Path, output: str, **changes: Any) -> Path:
     return write_yaml(folder / f"{output}.yaml", grid)
 
 
+def run_undisturbed(grid_file: Path) -> Path:
+    """Run every trial of a grid in this process; return the folder of the runs."""
+    from aroma_lab.run.run import run_trial
+    from aroma_lab.study.grid import expand, load_grid
+
+    runs = grid_file.with_suffix("") / "runs"
+    for trial in expand(load_grid(grid_file)):
+        run_trial(trial, runs / trial.name)
+    return runs
+
+
 def comparable(folder: Path) -> dict[str, Any]:
     """Return the result of a trial without what is of the machine and the moment."""
     volatile = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds"}

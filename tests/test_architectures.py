@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from aroma import Event, aroma_layers, verify_adapter
 from aroma.export import export_merged, load_with_adapter, rank_table
 from models import ARCHITECTURES, adapted, base, batch, grow, logits, ranks
+from quick import slow_but
 
 STEPS = 14
 
@@ -28,7 +29,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 """Methods that between them take every way through the outer check."""
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(["bert", "gpt2", "llama"], ARCHITECTURES))
 def test_train_grow_save_reload(tmp_path: Path, name: str) -> None:
     inputs, unseen = batch(name), batch(name, seed=12)
     model = adapted(name, **LIMITS[name])
@@ -64,7 +65,7 @@ def test_train_grow_save_reload(tmp_path: Path, name: str) -> None:
     assert ranks(again) == ranks(model)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(["roberta", "vit"], ARCHITECTURES))
 def test_what_is_read_of_a_saved_adapter(tmp_path: Path, name: str) -> None:
     model, inputs = adapted(name), batch(name)
     grow(model, inputs, 9)

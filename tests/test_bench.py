@@ -126,6 +126,7 @@ def test_the_cases_are_those_that_were_asked_for():
     ]
 
 
+@pytest.mark.slow
 def test_cases_are_at_their_stage_stay_there_and_share_a_backbone_that_none_of_them_writes():
     base = make_model(SETTINGS)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -319,6 +320,7 @@ for kept in (False, True):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_kept_memory_is_not_mapped_again():
     # The threshold is set, since glibc adapts the size beyond which it maps to what a process frees.
@@ -332,6 +334,7 @@ def test_kept_memory_is_not_mapped_again():
 # The profile ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_case_does_takes_time_and_what_it_does_not_takes_none():
     only = ("lora-r8", "aroma-0", "aroma-8-dropout")
     found = profile(replace(SETTINGS, length=9, only=only))["milliseconds"]

@@ -303,6 +303,7 @@ def test_the_papers_rule_says_why_its_matrices_finished():
     )
 
 
+@pytest.mark.slow
 def test_the_progress_bar_ends_with_the_explanation(tmp_path: Path) -> None:
     stream = io.StringIO()
     callback = AromaCallback(growth_dataset=growth_dataset())
@@ -338,20 +339,28 @@ def test_the_summary_has_the_evidence_that_the_rule_weighs() -> None:
 def test_inspect_shows_evidence_and_steepness(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     loop = Loop().go_on()
     loop.save(tmp_path / "grown")
-    assert main(["inspect", str(tmp_path / "grown")]) == 0
+    assert main(["inspect", str(tmp_path / "grown"), "--sort", "evidence"]) == 0
     output = capsys.readouterr().out
     rule = loop.growth.controller.rule
     assert f"at optimizer step 60: births since the trial {rule.births}, the last at step {rule.last_birth}." in output
     assert f"E of {1 / METHOD['significance']:.3g}" in output
-    for module in loop.growth.controller.summary():
-        line = next(line for line in output.splitlines() if f" {module.name} " in line)
-        cells = [cell.strip() for cell in line.strip("│").split("│")]
+    ordered = sorted(loop.growth.controller.summary(), key=lambda module: -module.log_evidence)
+    lines = [line.split() for line in output.splitlines() if "×" in line and "m×n" not in line]
+    for cells, module in zip(lines, ordered, strict=True):
         evidence = math.exp(module.log_evidence)
-        assert cells[2] == str(module.rank)
-        assert cells[5:] == ["<0.01" if evidence < 0.01 else f"{evidence:.2f}", f"{module.steepness:.1e}"]
+        assert cells[0] == module.name.split(".")[1]
+        assert cells[3] == str(module.rank)
+        assert cells[-2:] == ["<0.01" if evidence < 0.01 else f"{evidence:.2f}", f"{module.steepness:.1e}"]
+
+    assert main(["inspect", str(tmp_path / "grown"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["growth"]["births"] == rule.births
+    assert [(matrix["log_evidence"], matrix["steepness"]) for matrix in told["matrices"]] == [
+        (module.log_evidence, module.steepness) for module in loop.growth.controller.summary()
+    ]
 
     Loop().go_on(until=12).save(tmp_path / "trial")
     assert main(["inspect", str(tmp_path / "trial")]) == 0

@@ -366,6 +366,7 @@ def test_saving_in_the_midst_of_a_step_is_refused(tmp_path: Path) -> None:
         trainer_for(adapted(), tmp_path, AromaCallback(), enable_jit_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_second_training_goes_on_with_directions_of_its_own(tmp_path: Path) -> None:
     trainer = trainer_for(adapted(outer_tolerance=None), tmp_path, AromaCallback())
     trainer.train()

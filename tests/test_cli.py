@@ -1,5 +1,8 @@
 """The command line: light, helpful, and clear about errors."""
 
+import json
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +25,7 @@ HEAVY = (
     "rich",
     "numpy",
 )
-COMMANDS = ("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
+COMMANDS = ("demo", "train", "eval", "predict", "generate", "inspect", "export", "push", "bench", "estimate", "lab")
 LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
 
@@ -62,16 +65,95 @@ def test_each_help_ends_with_examples_that_parse(command, capsys):
         assert make_parser().parse_args(arguments).run
 
 
-def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
+def test_help_of_train_fits_two_screens_and_names_keys_and_defaults_that_exist(capsys):
     from aroma_lab.run.recipe import recipe_help
 
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 2 * 24
+    keys = {key: json.dumps(default) for key, default, _ in recipe_help()}
+    told = re.findall(r"^  ([a-z][a-z_0-9.]*): (\S+)", text, re.MULTILINE)
+    assert len(told) >= 15
+    assert told == [(name, keys[name]) for name, _ in told]
+    assert {*re.findall(r"\b(?:model|data|adapter|training)\.[a-z_0-9]+", text)} - {"training.seed"} <= {*keys}
+
+
+def test_keys_of_train_have_defaults_and_meanings(capsys):
+    from aroma_lab.run.recipe import recipe_help
+
+    with pytest.raises(SystemExit):
+        main(["train", "--keys"])
+    text = capsys.readouterr().out
     assert all(f"\n  {key}: " in text for key, _, _ in recipe_help())
     assert "  training.weight_decay: 0.0\n      Decoupled weight decay" in text
     assert "  training.bf16: false\n" in text
     assert "  adapter.max_inner_steps: null\n" in text
+    with pytest.raises(SystemExit):
+        main(["train", "--keys", "adapter"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert lines
+    assert all(line.startswith("  adapter.") for line in lines)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--keys", "adaptor"])
+    assert "keys='adaptor': a recipe has the sections model, data, " in capsys.readouterr().err
+
+
+ADAPTER_OPTIONS = ["inspect", "a", "--plo", "x.png"]
+
+
+@pytest.mark.parametrize("argv", [ADAPTER_OPTIONS, ["demo", "--st", "3"], ["train", "r.yaml", "--res"], ["--vers"]])
+def test_abbreviated_options_are_refused(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert "unrecognized arguments" in capsys.readouterr().err or argv == ["--vers"]
+
+
+def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,b\n")
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "a", "label": "b"}\n')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "r.yaml").write_text(f"model: {{name: {tmp_path}/model}}\noutput: {tmp_path}/out\n")
+    train = ["train", str(tmp_path / "r.yaml"), "data.train={}/train.csv"]
+    wrong = {
+        ("train", "absent.yaml"): "recipe='absent.yaml': cannot be read",
+        (*train, "data.text=txt"): "it has no column 'txt'; its columns are 'text', 'label'",
+        (*train, "data.train={}/train.jsonl", "data.label=lab"): "it has no column 'lab'",
+        (*train, "data.test={}/absent.csv"): "absent.csv': no such file",
+        (*train, "model.name={}/absent"): "absent': no such folder",
+        (*train, "model.name=robertta-base"): "model.name='robertta-base': neither a folder nor in the hub's cache",
+        ("estimate", "roberta-basee"): "the nearest shape is 'roberta-base'",
+        ("inspect", "{}/absent"): "absent': no such folder",
+        ("export", "{}/absent", "{}/out", "--merged"): "absent': no such folder",
+        ("demo", "--steps", "0"): "training.max_steps=0: give 1 or more",
+        ("demo", "--out", "{}"): "it is not an empty folder, and nothing is overwritten",
+    }
+    program = (
+        "import sys, json, io, contextlib\n"
+        "from aroma.cli import main\n"
+        "for argv in json.loads(sys.stdin.read()):\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(said):\n"
+        "        assert main(argv) == 2, argv\n"
+        "    assert 'torch' not in sys.modules, argv\n"
+        "    print(' '.join(said.getvalue().split()))\n"
+    )
+    asked = [[text.replace("{}", str(tmp_path)) for text in argv] for argv in wrong]
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(asked),
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout.splitlines()
+    for line, message in zip(said, wrong.values(), strict=True):
+        assert message in line
+    # What all objects have together is enough.
+    from aroma_lab.tasks.sources import check_columns
+
+    check_columns("data.train", str(tmp_path / "train.jsonl"), ["text", "label"])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +161,7 @@ def test_help_of_train_lists_all_keys_with_defaults_and_meanings(capsys):
     [
         (["train", "absent.yaml"], "error: recipe='absent.yaml': cannot be read (No such file or directory)"),
         (["inspect", "absent"], "error: adapter='absent': no such folder"),
-        (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': it has no aroma_task.json"),
+        (["eval", "absent", "--data", "x.csv"], "error: adapter='absent': no such folder"),
         (["export", "absent", "out", "--uniform"], "error: adapter='absent': no such folder"),
         (["export", "a", "out", "--uniform", "--dtype", "float16"], "error: --dtype='float16': it has a meaning only"),
         (["export", "a", "out", "--merged", "--rank", "8"], "error: --rank=8: it has a meaning only with --uniform"),

@@ -1,20 +1,31 @@
 """The commands on a tiny model: train, resume, evaluate, inspect, export."""
 
 import json
+import os
+import re
+import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
+from aroma import verify_adapter
 from aroma.cli import main
+from aroma.export import load_with_adapter
 from aroma_lab.run.machine import git_revision
 from aroma_lab.run.recorder import EventLog
+from aroma_lab.run.told import tell_of_adapter
+from aroma_lab.run.trial import Trial
+from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.evaluate import evaluate_adapter
+from aroma_lab.tasks.spec import TaskSpec
+from aroma_lab.training import trainer as trainer_module
 from full_disk import room_for
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
 
@@ -58,7 +69,7 @@ def assert_same_tensors(folder, other):
 
 
 def test_a_run_leaves_all_it_came_from(run):
-    files = {"curve.json", "events.jsonl", "history.json", "recipe.yaml", "result.json", "trial.json"}
+    files = {"curve.json", "events.jsonl", "history.json", "recipe.yaml", "report.html", "result.json", "trial.json"}
     assert {path.name for path in run.iterdir()} == {"adapter", "checkpoints", *files}
     result = read(run / "result.json")
     assert set(result["reported"]) == {"test"}
@@ -92,10 +103,38 @@ def test_ranks_events_parameters_and_adapter_agree(run):
     assert (result["parameters"]["initial"], result["parameters"]["head"]) == (pairs, head)
 
 
+def test_a_run_ends_with_a_report(run, tmp_path, capsys):
+    page = (run / "report.html").read_text()
+    result, curve = read(run / "result.json"), read(run / "curve.json")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    for name, rank in result["ranks"].items():
+        effective, relative = result["effective_ranks"][name], result["relative_updates"][name]
+        known = f"rank {rank}; effective rank {effective:.2f}" if rank else "rank 0; effective rank –"
+        told = re.escape(f"{known}; ‖ΔW‖ / ‖W0‖ {relative:.2%}")
+        assert re.search(f'data-matrix="{re.escape(name)}"[^>]*aria-label="[^"]*: {told}', page), name
+    drawn = data["charts"]["parameters"]["data"]["parameters"]
+    pairs = [list(pair) for pair in zip(drawn["step"], drawn["parameters"], strict=True)]
+    assert pairs[: len(curve["parameters"])] == curve["parameters"]
+    assert f"{result['reported']['test']['accuracy']:.4f}" in page
+    assert f"{result['guessed']['test']['accuracy']:.4f} for guessing" in page
+    assert "recipe.yaml output=run-again" in page
+    assert "training.max_steps" in page
+    again = tmp_path / "again.html"
+    assert main(["report", str(run), "--out", str(again)]) == 0
+    assert capsys.readouterr().out == f"report: {again}\n"
+    again.write_text("mine")
+    assert main(["report", str(run), "--out", str(again)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert again.read_text() == "mine"
+    assert main(["report", str(run), "--out", str(again), "--force", "--compare", str(run)]) == 0
+    assert "test, run" in again.read_text()
+
+
 def test_a_regression_runs(files, tmp_path):
     out = tmp_path / "run"
     overrides = ["data.task=regression", "data.label=score", "training.max_steps=20", f"output={out}"]
-    assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    assert main(["train", str(files / "recipe.yaml"), *overrides, "--no-report"]) == 0
+    assert not (out / "report.html").exists()
     assert set(read(out / "result.json")["reported"]["test"]) == {"pearson", "spearman", "mse"}
     evaluation = evaluate_adapter(out / "adapter", str(files / "test.jsonl"))
     assert evaluation.metrics == pytest.approx(read(out / "result.json")["reported"]["test"], abs=1e-5)
@@ -108,6 +147,7 @@ def test_mixed_precision_runs_on_a_cpu_and_leaves_float32(files, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
     out = tmp_path / "run"
     training = {"checkpoint": "best", "eval_steps": 10, "save_steps": 10, "max_steps": 40, "keep_checkpoints": "null"}
@@ -159,6 +199,63 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
     cut_short(run, out)
     overrides = ["data.validation_fraction=0.2", f"output={out}", "--resume"]
     assert main(["train", str(files / "recipe.yaml"), *overrides]) == 0
+    assert_same_run(out, run)
+
+
+class InterruptedStep(TrainerCallback):
+    """Ctrl-C in the midst of a step."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupting(monkeypatch, *arguments):
+    """Let every Trainer be interrupted."""
+    made = trainer_module.MethodTrainer.__init__
+
+    def init(self, **options):
+        made(self, **{**options, "callbacks": [*options["callbacks"], InterruptedStep(*arguments)]})
+
+    monkeypatch.setattr(trainer_module.MethodTrainer, "__init__", init)
+
+
+def test_an_interrupt_saves_the_step_and_says_how_to_go_on(files, run, tmp_path, capsys, monkeypatch):
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    command = ["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]
+    with monkeypatch.context() as patch:
+        interrupting(patch, 27)
+        assert main(command) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    said = " ".join(capsys.readouterr().err.split())
+    assert "interrupted: this step is ended and saved" in said
+    assert not (out / "result.json").exists()
+    resumed = [*command, "--resume"]
+    assert f"error: interrupted; checkpoint-27 is saved. Go on with: aroma {shlex.join(resumed)}" in said
+    assert main(resumed) == 0
+    assert_same_run(out, run)
+
+
+def test_a_second_interrupt_stops_at_once(files, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    interrupting(monkeypatch, 27, 2)
+    assert main(["train", str(files / "recipe.yaml"), f"output={out}"]) == 130
+    assert "checkpoint-20 is saved" in " ".join(capsys.readouterr().err.split())
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"checkpoint-20"}
+
+
+def test_an_interrupt_in_the_last_step_changes_nothing(files, run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    interrupting(monkeypatch, STEPS)
+    assert main(["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]) == 0
+    assert_same_run(out, run)
+
+
+def assert_same_run(out, run):
     assert (out / "events.jsonl").read_text() == (run / "events.jsonl").read_text()
     assert_same_tensors(out / "adapter", run / "adapter")
     for name in ("held_out", "reported", "singular_values", "inner_checks"):
@@ -167,6 +264,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
         assert (out / name).read_text() == (run / name).read_text(), name
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_run_resumes(files, run, tmp_path, capsys):
     out, size = tmp_path / "run", (run / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt").stat().st_size
     arguments = ["train", str(files / "recipe.yaml"), "data.validation_fraction=0.2", f"output={out}"]
@@ -213,6 +311,45 @@ def test_the_event_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
     assert path.read_text() == ""
 
 
+def test_the_card_says_what_the_run_knows(run, tmp_path):
+    result, adapter = read(run / "result.json"), run / "adapter"
+    text = (adapter / "README.md").read_text()
+    for row in (
+        "| data set | train.jsonl |",
+        "| training examples | 96 |",
+        "| labels | `high`, `low` |",
+        "| learning rate | 0.01 |",
+        f"| optimizer steps | {result['steps']} |",
+    ):
+        assert row in text
+    for split, metrics, count in (("test", result["reported"]["test"], 37), ("validation", result["held_out"], 24)):
+        assert f"| {split} | {count} | {metrics['accuracy']:.4g} | {metrics['macro_f1']:.4g} |" in text
+    assert str(run.parent) not in text
+    assert "(aroma_ranks.png)" in text
+    assert (adapter / "aroma_ranks.png").read_bytes().startswith(b"\x89PNG")
+    verify_adapter(adapter)
+    # What is exported knows it, too, and a pipeline says the labels.
+    assert main(["export", str(adapter), str(tmp_path / "served"), "--uniform"]) == 0
+    assert "| test | 37 |" in (tmp_path / "served" / "README.md").read_text()
+    assert load_with_adapter(tmp_path / "served").config.id2label == {0: "high", 1: "low"}
+
+
+def test_the_card_of_another_method_s_adapter(files, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(files / "model")
+    get_peft_model(base, LoraConfig(r=8, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    options = {"kind": "lora", "method": "lora-r8", "options": {"r": 8}}
+    trial = Trial(name="t/lora-r8/seed-4", model="m", task=TaskSpec("mrpc"), training=TrainSpec(seed=4), **options)
+    scores = {"held_out": {"accuracy": 0.5}, "reported": {"validation": {"accuracy": 0.75}}}
+    result = {"examples": {"train": 90, "held_out": 10, "validation": 40}, "ranks": {"a.0.b": 8}, **scores}
+    tell_of_adapter(tmp_path, trial, result, "held_out", ("no", "yes"))
+    text = (tmp_path / "README.md").read_text()
+    for row in ("| data set | mrpc |", "| lora r | 8 |", "| seed | 4 |", "| validation | 40 | 0.75 |"):
+        assert row in text
+    assert "| held out | 10 | 0.5 |" in text
+    assert "trained in plain PEFT" in text
+    assert str(files) not in text
+
+
 # Evaluating, inspecting, exporting -----------------------------------------------------------------------------------
 
 
@@ -249,20 +386,51 @@ def test_eval_refuses(files, run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_inspect_shows_every_matrix_and_draws(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_inspect_shows_a_summary_a_grid_and_a_picture(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     picture = tmp_path / "pictures" / "ranks.svg"
     assert main(["inspect", str(run / "adapter"), "--plot", str(picture)]) == 0
-    output = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     result = read(run / "result.json")
-    for name, rank in result["ranks"].items():
-        line = next(line for line in output.splitlines() if f" {name} " in line)
-        cells = [cell.strip() for cell in line.strip("│").split("│")]
-        assert cells[2] == str(rank)
-        assert cells[3] == (f"{result['effective_ranks'][name]:.2f}" if rank else "–")
-    assert f"{result['total_rank']}" in output.splitlines()[-4]
-    assert "--max-lora-rank 8" in output
+    ranks = result["ranks"]
+    assert lines[0] == str(run / "adapter")
+    least, most = min(ranks.values()), max(ranks.values())
+    assert lines[1].startswith(f"{len(ranks)} matrices · rank {result['total_rank']} in all, {least} to {most} · ")
+    (head,) = [line.split() for line in lines if line.startswith("rank by layer")]
+    layers = [int(number) for number in head[3:]]
+    grid = {kind: cells for kind, *cells in map(str.split, filter(None, lines)) if "." in kind}
+    for name, rank in ranks.items():
+        layer, kind = re.fullmatch(r"bert\.encoder\.layer\.(\d+)\.(.+)", name).groups()
+        assert grid[kind][layers.index(int(layer))] == str(rank or "·")
+    assert all(len(line) <= 80 for line in lines[1 : lines.index("", 3)])
+    assert any("--max-lora-rank 8" in line for line in lines)
     assert picture.read_text().startswith("<?xml")
+
+
+def test_inspect_shows_one_line_a_matrix_and_json(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = read(run / "result.json")
+    assert main(["inspect", str(run / "adapter"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {matrix["name"]: matrix["rank"] for matrix in told["matrices"]} == result["ranks"]
+    for matrix in told["matrices"]:
+        assert matrix["effective_rank"] == pytest.approx(result["effective_ranks"][matrix["name"]])
+        assert matrix["parameters"] == matrix["rank"] * sum(matrix["shape"])
+    assert (told["total_rank"], told["growth"]) == (result["total_rank"], None)
+    assert main(["inspect", str(run / "adapter"), "--json", str(tmp_path / "ranks.json")]) == 0
+    assert read(tmp_path / "ranks.json") == told
+    capsys.readouterr()
+    for order, key in (("rank", "rank"), ("effective", "effective_rank"), ("parameters", "parameters")):
+        assert main(["inspect", str(run / "adapter"), "--sort", order]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split() for line in lines if "×" in line and "m×n" not in line]
+        ordered = sorted(told["matrices"], key=lambda matrix: -matrix[key])
+        assert [row[:2] + row[3:4] for row in rows] == [
+            [str(matrix["layer"]), matrix["kind"], str(matrix["rank"])] for matrix in ordered
+        ]
+        assert max(len(line) for line in lines if "×" in line) <= 80
+    assert main(["inspect", str(run / "adapter"), "--sort", "evidence"]) == 2
+    assert "sort='evidence': only adapters of growth='evidence' have it" in capsys.readouterr().err
 
 
 def test_exports_predict_the_same(files, run, tmp_path, capsys):

@@ -240,6 +240,7 @@ def trained(folders):
     return folder
 
 
+@pytest.mark.slow
 def test_ranked_and_written_answers_of_a_trained_model_agree(trained, tmp_path):
     loaded = load_for_inference(trained)
     asked = asked_questions(tmp_path, count=30, seed=12)

@@ -66,7 +66,8 @@ def shallow(**method: Any) -> Any:
     return adapted("llama", base("llama", num_hidden_layers=1), **method)
 
 
-@pytest.mark.parametrize("r", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("r", [1, 4])
 def test_ten_growths_take_two_graphs_and_no_break(r: int) -> None:
     graphs = Graphs()
     method = {**ALWAYS_GROW, "r": r}

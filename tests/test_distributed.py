@@ -27,6 +27,8 @@ from distributed_runs import LOOPS, REFUSALS, UNLIKE_MODULES, Loop, ManyRun, ada
 from ranks import launch, torchrun
 from trainer_runs import adapted, assert_same, read_events
 
+pytestmark = pytest.mark.slow
+
 RUNS = distributed_runs.__file__
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference between weights of one process and several, as a share of the largest weight of the tensor."""
@@ -285,7 +287,6 @@ def test_two_processes_in_the_trainer_do_what_one_does(told: Path, tmp_path: Pat
     assert written == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("looked_for", [False, True])
 def test_four_processes_in_the_trainer_do_what_one_does(tmp_path: Path, looked_for: bool) -> None:
     training = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": looked_for}
@@ -294,7 +295,6 @@ def test_four_processes_in_the_trainer_do_what_one_does(tmp_path: Path, looked_f
     assert_does_what_one_does(tmp_path / "many", tmp_path / "one", run, 4)
 
 
-@pytest.mark.slow
 def test_uneven_last_batches_and_an_early_stop(tmp_path: Path) -> None:
     # 80 examples in global batches of 14: the last of an epoch has 10.
     training = {"per_device_train_batch_size": 7, "ddp_find_unused_parameters": False}
@@ -323,7 +323,6 @@ def immortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "moment", "starts"),
     [
@@ -348,7 +347,6 @@ def test_a_killed_rank_ends_the_job_which_resumes_exactly(
         assert read_events(tmp_path / f"events-{who}.jsonl") == read_events(immortal / f"events-{who}.jsonl")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on(tmp_path: Path, before: int, after: int) -> None:
     def of(processes: int, steps: int) -> ManyRun:

@@ -13,6 +13,7 @@ from trl import SFTConfig
 from aroma import AromaConfig
 from aroma.algorithm import evidence
 from models import base
+from quick import slow_but
 from test_sft import tokenizer
 from trainer_runs import examples, growth, tiny_bert
 
@@ -133,7 +134,7 @@ def names_for(section):
     return {"base": base("llama"), "dataset": dataset, "args": args, "tokenizer": tokenizer()}
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", slow_but(["The Trainer", "A loop of your own"], SECTIONS))
 def test_the_scripts_of_the_usage_page_run(section, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = names_for(section)

@@ -31,8 +31,8 @@ def correlation(one: Tensor, other: Tensor, p: float) -> float:
 
 @pytest.mark.parametrize("p", RATES)
 def test_the_rate(p: float) -> None:
-    drawn = masks(p, 40, 500, 501)
-    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    drawn = masks(p, 40, 250, 251)
+    assert ((drawn == 0) | (drawn == 1)).all()
     count = drawn.numel()
     assert abs(float(drawn.double().mean()) - (1 - p)) < 4 * math.sqrt(p * (1 - p) / count)
 

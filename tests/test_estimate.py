@@ -256,7 +256,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "components", "checkpointing", "scratch"), CASES)
+@pytest.mark.parametrize(("name", "dtype", "components", "checkpointing", "scratch"), slow_but(CASES[1:4], CASES))
 def test_what_a_step_keeps_and_its_peak(name, dtype, components, checkpointing, scratch):
     is_lora = components == "lora"
     settings = EstimateSettings(
@@ -283,6 +283,7 @@ def test_what_a_step_keeps_and_its_peak(name, dtype, components, checkpointing, 
     assert measured * (1 - scratch) <= found.peak <= measured * 1.01
 
 
+@pytest.mark.slow
 def test_dropout_keeps_a_byte_a_number():
     settings = EstimateSettings("roberta", dtype="float32", batch_size=2, sequence_length=64, task="classification")
     (small, smaller), (large, larger) = (
@@ -390,6 +391,7 @@ def test_zero_shards_the_optimizer_then_gradients_then_weights():
     assert needs.on("zero3", 1) == needs.on("fsdp2", 1) == one
 
 
+@pytest.mark.slow
 def test_the_fewest_devices_are_enough_and_one_fewer_is_not():
     (needs,) = needs_of([EstimateSettings("llama3-8b", 10, sequence_length=2048, gradient_checkpointing=True)])
     usable = usable_bytes(10)
@@ -520,6 +522,7 @@ def test_the_page_has_the_numbers_of_the_files():
                 assert page.count(f"| {row} |") == 1, row
 
 
+@pytest.mark.slow
 def test_the_files_are_what_the_command_writes_today():
     written = RESULTS["llama3-8b"]
     settings = [EstimateSettings(**one["settings"]) for one in written["estimates"]]

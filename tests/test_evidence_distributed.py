@@ -54,7 +54,6 @@ def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
     assert_as_one_process(told, name, 2)
 
 
-@pytest.mark.slow
 def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
     """Under FSDP2 one of them holds no slot."""
     launch(4, evidence_ranks.__file__, str(tmp_path))

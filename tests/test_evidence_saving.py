@@ -86,6 +86,7 @@ def test_a_newborn_that_has_not_moved_is_not_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(plain, batch("llama")), logits(base("llama"), batch("llama")))
 
 
+@pytest.mark.slow
 def test_it_is_exported(tmp_path: Path) -> None:
     training = loop("llama").go_on()
     said = logits(training.model, batch("llama"))

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
-from aroma import aroma_layers
+from aroma import aroma_layers, verify_adapter
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import SERVING_RANKS, export_merged, export_uniform, load_with_adapter, rank_table, read_adapter
 from aroma.tuner import live_adapter
@@ -69,9 +69,12 @@ def test_the_uniform_export_is_read_by_plain_peft(tmp_path: Path, name: str, ran
         assert shapes.pop(f"base_model.model.{module}.lora_B.weight") == (layer.out_features, expected)
     assert all("classifier" in key for key in shapes), "nothing else but the head"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "aroma_state.json",
     ]
+    verify_adapter(tmp_path / "out")
 
 
 def test_the_uniform_export_of_training_under_way(tmp_path: Path) -> None:

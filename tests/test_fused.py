@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,6 +21,7 @@ from aroma.tuner import AromaLinear, fused
 from aroma.tuner.fused import add_update, linear_with_update
 from aroma.tuner.tracing import is_traced
 from models import adapted, batch, set_ranks
+from quick import slow_but
 
 N, M = 6, 5
 FOLDED = [False, True]
@@ -125,9 +127,10 @@ def test_any_shape_and_layout_of_the_input(name: str, folded: bool) -> None:
         assert gx.shape == x.shape
 
 
-@pytest.mark.parametrize("folded", FOLDED)
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("frozen", "dropout", "folded"),
+    slow_but([(False, 0.0, True), (False, 0.5, False)], product([False, True], [0.0, 0.5], FOLDED)),
+)
 def test_gradcheck(frozen: bool, dropout: float, folded: bool) -> None:
     layer = grown(nn.Linear(N, M), 2, frozen, torch.float64, lora_alpha=3, r=2, lora_dropout=dropout)
     x = torch.randn(2, 3, N, dtype=torch.float64, requires_grad=True)

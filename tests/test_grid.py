@@ -512,9 +512,9 @@ def test_the_chosen_settings_are_run_and_written_and_a_part_is_run_as_if_in_one(
 @pytest.mark.parametrize(
     ("widen", "rates", "chosen"),
     [
-        (0, [1e-4, 2e-4], 2e-4),
+        pytest.param(0, [1e-4, 2e-4], 2e-4, marks=pytest.mark.slow),
         (2, [1e-4, 2e-4, 4e-4, 8e-4], 8e-4),
-        (5, [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3], 8e-4),
+        pytest.param(5, [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3], 8e-4, marks=pytest.mark.slow),
     ],
 )
 def test_a_selection_at_the_edge_of_its_values_tries_further_ones_and_goes_on_where_it_was(out, widen, rates, chosen):

@@ -16,6 +16,7 @@ import pytest
 from aroma_lab.study.grid import load_grid
 from aroma_lab.study.run import run_grid
 from fake_trial import SAVED_EVERY
+from quick import slow_but
 from study_files import (
     FAKE,
     comparable,
@@ -23,6 +24,7 @@ from study_files import (
     grid_values,
     output_of,
     real_grid,
+    run_undisturbed,
     start_command,
     start_machine,
     wait_for_checkpoint,
@@ -99,7 +101,7 @@ def test_the_trial_of_a_killed_process_is_taken_up_again_from_its_checkpoint(gri
     assert finish(grid_file) == (0, 4)
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["", "stopped"])
+@pytest.mark.parametrize("stopped", slow_but([True], [False, True]))
 def test_a_killed_runner_takes_its_trials_along_even_stopped_ones(grid_file, stopped):
     runner = start(grid_file)
     wait_until(lambda: all(f"step {SAVED_EVERY + 1}" in lines(folder) for folder in folders(grid_file)[:2]))
@@ -168,8 +170,8 @@ def test_kills_at_any_moment_lose_nothing_finished(grid_file):
 
 @pytest.mark.slow
 def test_real_trials_end_as_if_runner_and_process_had_not_been_killed(tmp_path):
-    whole, killed, said = real_grid(tmp_path, "whole"), real_grid(tmp_path, "killed"), tmp_path / "said.log"
-    assert start_command("run", str(whole), said=said).wait(300) == 0, said.read_text()
+    whole = run_undisturbed(real_grid(tmp_path, "whole"))
+    killed, said = real_grid(tmp_path, "killed"), tmp_path / "said.log"
     trials = [tmp_path / "killed" / "runs" / "words" / method / "seed-0" for method in ("lora", "aroma")]
 
     runner = start_command("run", str(killed), said=said)
@@ -183,5 +185,5 @@ def test_real_trials_end_as_if_runner_and_process_had_not_been_killed(tmp_path):
     assert not (trials[1] / "result.json").exists()
     assert runner.wait(300) == 0, said.read_text()  # it takes the trial up itself
     for trial in trials:
-        assert comparable(trial) == comparable(tmp_path / "whole" / trial.relative_to(tmp_path / "killed"))
+        assert comparable(trial) == comparable(whole / trial.relative_to(tmp_path / "killed" / "runs"))
         assert not (trial / "checkpoints").exists()

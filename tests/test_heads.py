@@ -20,6 +20,7 @@ from aroma_lab.methods.lora import PeftAdapter
 from aroma_lab.specs import ModelSpec, TrainSpec
 from aroma_lab.tasks.model import count_trainable, load_classifier
 from aroma_lab.training.trainer import make_optimizer
+from quick import slow_but
 from tiny_classifier import save_tokenizer, sentences, write_json_lines
 
 VOCABULARY, STEPS, LABELS = 45, 5, ("a", "b", "c")
@@ -244,12 +245,20 @@ def test_a_quantised_encoder_keeps_its_head_whole(folders, quantization):
 
 @pytest.mark.parametrize(
     ("build", "kind"),
-    [
-        (build, kind)
-        for build in OTHERS
-        for kind in TRAINING
-        if kind in ("lora", "aroma") or build in ("t5", "bert with untrained pooler")
-    ],
+    slow_but(
+        [
+            ("t5", "lora"),
+            ("t5", "relora"),
+            ("bert with untrained pooler", "aroma"),
+            ("bert with untrained pooler", "full"),
+        ],
+        [
+            (build, kind)
+            for build in OTHERS
+            for kind in TRAINING
+            if kind in ("lora", "aroma") or build in ("t5", "bert with untrained pooler")
+        ],
+    ),
 )
 def test_the_whole_head_trains_and_the_backbone_only_where_it_must_and_plain_peft_reloads_it(
     folders, build, kind, tmp_path

@@ -149,6 +149,7 @@ def test_batches_are_those_of_the_seed(material: Path) -> None:
     assert ones != others
 
 
+@pytest.mark.slow
 def test_a_trial_of_lora_ga_scores_on_the_original_base_what_it_scored(material: Path, tmp_path: Path) -> None:
     trial = trial_of(material, "lora_ga")
     result = run_trial(trial, tmp_path / "run")

@@ -172,6 +172,7 @@ def test_micro_batches_are_weighed_by_their_tokens(files: Path) -> None:
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_during_training_is_that_of_the_end(files: Path) -> None:
     source = str(write_json_lines(files / "validation.jsonl", UNEVEN))
     changes: dict[str, Any] = {"data.train": source, "data.validation": source, "data.test": None}
@@ -182,6 +183,7 @@ def test_the_loss_during_training_is_that_of_the_end(files: Path) -> None:
     assert read(out / "result.json")["held_out"]["loss"] == pytest.approx(min(seen), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_rows_learn_the_same(files: Path) -> None:
     # Steps over all examples: packed or not, it is the mean loss of the same tokens.
     changes: dict[str, Any] = {"training.max_steps": 3, "training.warmup_steps": 1, "adapter.max_inner_steps": 2}
@@ -195,6 +197,7 @@ def test_packed_rows_learn_the_same(files: Path) -> None:
     assert len(work_of(trial_of(recipe)).job.train) == 64 / 2  # two of some 46 tokens fit into 128
 
 
+@pytest.mark.slow
 def test_activation_checkpoints_and_the_old_name_of_the_loop_change_nothing(files: Path, finished: Path) -> None:
     kept = run(files, "checkpointed", **{"training.gradient_checkpointing": True, "training.loop": "sft"})
     assert losses(kept) == losses(finished)
@@ -289,6 +292,7 @@ def grid_of(files: Path, out: Path, methods: dict[str, Any], **changes: Any) -> 
 GROWING = {"max_inner_steps": 4, "inner_check_interval": 2, "rewarmup_steps": 1}
 
 
+@pytest.mark.slow
 def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path) -> None:
     methods = {
         "adalora": {"kind": "adalora", "init_r": 3, "target_r": 2},
@@ -310,6 +314,7 @@ def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path)
     assert described["kind"] == "causal_lm"
 
 
+@pytest.mark.slow
 def test_written_answers_can_be_the_score(files: Path, tmp_path: Path) -> None:
     grid = grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora", "r": 2}}, task={"metric": "generated"})
     result = run_trial(expand(grid)[0], tmp_path / "run")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, get_scheduler
 
 import aroma.matrices
 from aroma import AromaCallback, Event, attach
+from quick import slow_but
 from trainer_runs import METHOD, adapted, assert_same, examples, steps_of, trainer_for
 
 STEPS = 40
@@ -235,7 +236,7 @@ def batches() -> Iterator[dict[str, torch.Tensor]]:
         yield {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
 
 
-@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerate"])
+@pytest.mark.parametrize("accelerated", slow_but([True], [False, True]))
 @pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
 def test_used_and_told_in_a_plain_loop(uneven: Any, make: Any, accelerated: bool) -> None:
     model, events, recorder = adapted(**uneven), [], Recorder()

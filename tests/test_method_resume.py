@@ -27,6 +27,7 @@ from aroma_lab.methods import (
     ReLoraComponents,
     ReLoraMerge,
 )
+from quick import slow_but
 
 SETTINGS = BenchSettings(model="tiny", batch_size=4, length=12)
 PLANNED = 16
@@ -116,7 +117,12 @@ def _equal(one, other):
     return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", [*(kind for kind, method in METHODS.items() if method.trains), "lora_ga"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(
+        ["adalora", "relora", "aroma"], [*(kind for kind, method in METHODS.items() if method.trains), "lora_ga"]
+    ),
+)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(kind):
     method, whole = CASES[kind], whole_run(kind)
     for stage in STAGES:

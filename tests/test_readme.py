@@ -36,7 +36,7 @@ def test_the_commands_exist() -> None:
     commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
     ours = [command[1:] for command in commands if command and command[0] == "aroma"]
     assert {command[0] for command in ours} == {
-        *("demo", "train", "eval", "generate", "inspect", "export", "bench", "estimate", "lab")
+        *("demo", "train", "eval", "predict", "generate", "inspect", "export", "push", "bench", "estimate", "lab")
     }
     for command in ours:
         make_parser().parse_args(command)

@@ -63,16 +63,9 @@ OPTIONS = {
 }
 
 
-QUICK = {"bfloat16 pairs", "restored callbacks", "everything awkward"}
-"""Options of the default run; between them they touch all that the others do."""
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [pytest.param(value, id=key, marks=() if key in QUICK else pytest.mark.slow) for key, value in OPTIONS.items()],
-)
-def test_resumed_equals_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -> None:
-    run = Run(**{"steps": 24, **changes})
+@pytest.mark.parametrize("name", slow_but(["everything awkward"], OPTIONS))
+def test_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
+    run = Run(**{"steps": 24, **OPTIONS[name]})
     run.training = {"save_steps": 2, **run.training}
     whole = live(train(tmp_path / "whole", run))
     second = outer_steps(tmp_path / "whole")[1]
@@ -353,6 +346,7 @@ def immortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_within_saves(tmp_path: Path, immortal: Path) -> None:
     # The first save, where there is nothing to go back to; one in between; the last.
     moments = {3: "adapter", 12: "optimizer", 24: "trainer"}

@@ -17,6 +17,7 @@ from study_files import (
     comparable,
     output_of,
     real_grid,
+    run_undisturbed,
     runs_in,
     search_values,
     start_command,
@@ -141,8 +142,7 @@ def test_a_server_that_restarts_is_waited_for_and_one_that_stays_away_is_an_erro
 
 
 def test_a_worker_takes_up_real_trials_of_a_killed_command_and_they_end_bit_equal(tmp_path, storage):
-    whole, said = real_grid(tmp_path, "whole"), tmp_path / "said.log"
-    assert start_command("run", str(whole), said=said).wait(300) == 0, said.read_text()
+    whole, said = run_undisturbed(real_grid(tmp_path, "whole")), tmp_path / "said.log"
     shared = {"storage": storage, "study": "shared", "heartbeat": 2}
     doomed = start_command("run", str(real_grid(tmp_path, "doomed", **shared)), said=said)
     wait_for_checkpoint(tmp_path / "doomed" / "runs" / "words" / "lora" / "seed-0", doomed, said)
@@ -152,7 +152,7 @@ def test_a_worker_takes_up_real_trials_of_a_killed_command_and_they_end_bit_equa
     assert start_command("worker", str(helper), "--idle", "5", said=said).wait(300) == 0, said.read_text()
     assert "Trials that ended here: 2." in said.read_text()
     for trial in ("words/lora/seed-0", "words/aroma/seed-0"):
-        assert comparable(tmp_path / "helper" / "runs" / trial) == comparable(tmp_path / "whole" / "runs" / trial)
+        assert comparable(tmp_path / "helper" / "runs" / trial) == comparable(whole / trial)
     # The first command, run again, finds that nothing is left.
     assert start_command("run", str(tmp_path / "doomed.yaml"), said=said).wait(300) == 0
     assert "0 now, 2 earlier; failed: 0" in said.read_text()

@@ -85,7 +85,6 @@ def test_two_processes_train_what_one_trains(files: Path, many: Path) -> None:
         assert float((tensor - expected[name]).abs().max()) <= 1e-3 * float(expected[name].abs().max()), name
 
 
-@pytest.mark.slow
 def test_it_resumes_as_if_it_had_not_been_interrupted(many: Path, tmp_path: Path) -> None:
     out = shutil.copytree(many, tmp_path / "cut")
     shutil.rmtree(out / "checkpoints" / "checkpoint-24")
@@ -102,7 +101,6 @@ def test_it_resumes_as_if_it_had_not_been_interrupted(many: Path, tmp_path: Path
     assert (ours["held_out"], ours["reported"]) == (theirs["held_out"], theirs["reported"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adalora", "relora_merge"])
 def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one(
     files: Path, tmp_path: Path, method: str
@@ -121,7 +119,6 @@ def test_a_trial_of_another_method_trains_in_two_processes_what_it_trains_in_one
     assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_what_is_refused_is_one_error_in_every_process_and_nothing_is_touched(files: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")

@@ -58,7 +58,7 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(saved[key], expected[key]) for key in saved), name
 
 
-@pytest.mark.parametrize("method", slow_but(["lora", "aroma"], METHODS))
+@pytest.mark.parametrize("method", slow_but(["aroma"], METHODS))
 def test_killed_equals_uninterrupted(material: Path, tmp_path: Path, method: str) -> None:
     # Adapters, head and dropout move; evaluations on the way draw random numbers, too.
     trial = trial_of(material, method, eval_steps=8, bf16=method in ("lora", "aroma"))

@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from .card import CARD_FILE, PICTURE_FILE, Subject, files_beside, is_by_hand, write_card
 from .errors import CheckpointError, ConfigError, bad_value
 from .files import file_digest, remove_leftovers, require_adapter_folder, write_json
 from .folders import replacing_files
-from .saved import read_adapter, require_vouched
+from .saved import read_adapter, read_config, require_vouched
 from .sharding import rank, sharding_of_model, world_size
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-ADAPTER_FILES = ("adapter_config.json", *WEIGHT_FILES, STATE_FILE, STATE_TENSORS_FILE)
+ADAPTER_FILES = ("adapter_config.json", *WEIGHT_FILES, STATE_FILE, STATE_TENSORS_FILE, PICTURE_FILE)
 """Files that belong to one moment of an adapter."""
 RECORD_FILE = "aroma_checkpoint.json"
 RECORD_FORMAT = 1
@@ -54,7 +55,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
 
     Args:
         model: A PeftModel with an AROMA adapter.
-        folder: Where to write; created if missing. Files of other names in it, and a README.md, are left alone.
+        folder: Where to write; created if missing. Files of other names in it, and a README.md
+            that a person wrote, are left alone.
         adapter_name: Adapter to write.
 
     Raises:
@@ -82,9 +84,11 @@ def _write_adapter(model: Any, target: Path, adapter_name: str) -> None:
         if adapter_name != "default":
             for file in (staging / adapter_name).iterdir():
                 shutil.copyfile(file, new / file.name)
-        if (target / "README.md").exists():
-            (new / "README.md").unlink(missing_ok=True)
-        verify_adapter(new)
+        state = verify_adapter(new)
+        if is_by_hand(target / CARD_FILE):
+            (new / CARD_FILE).unlink(missing_ok=True)
+        else:  # anew: the tokenizer may be there already
+            write_card(new, Subject.of(read_config(new), state, files=files_beside(new) | files_beside(target)))
 
 
 def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -125,7 +129,7 @@ def record_checkpoint(folder: str | os.PathLike[str], state: TrainerState) -> di
         The record.
     """
     root = Path(folder)
-    apart = (RECORD_FILE, TRAINER_STATE_FILE, "README.md")
+    apart = (RECORD_FILE, TRAINER_STATE_FILE, CARD_FILE)
     remove_leftovers(root)
     names = [name for name in _files_below(root) if name not in apart and (root / name).is_file()]
     with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter to others

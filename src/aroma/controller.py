@@ -207,6 +207,10 @@ class AromaController:
         pairs = self.matrices.pairs(self.modules)
         return Summary(matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True))
 
+    def relative_updates(self) -> dict[str, float | None]:
+        """Return ‖ΔW‖_F / ‖W0‖_F of every matrix by its name; None where W0 is 0. Sharded: all ranks together."""
+        return self.matrices.relative_updates()
+
     def explanation(self) -> str:
         """Return in one sentence why the matrices grow no more, or what is open; no device is asked.
 

@@ -11,7 +11,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,18 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
+from .about import LABELLED_TASKS, About, unnamed
+from .card import CARD_FILE, MODEL_CLASSES, PICTURE_FILE, SERVING_RANKS, Subject, files_beside, is_by_hand, write_card
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value
 from .files import free_bytes, own_file, read_json, told_of, write_json, write_tensors
 from .outputs import new_folder, require_replaceable
+from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tuner.layout import PEFT_PREFIX
-from .tuner.state import STATE_FILE, is_whole
+from .tuner.state import STATE_FILE, is_whole, write_export_state
 
-SERVING_RANKS = (8, 16, 32, 64, 128, 256)
-"""Ranks that vLLM, TGI and SGLang all serve."""
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
-_MODEL_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,11 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     with _filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
-        _copy_files([Path(folder)], staging, (*_TOKENIZER_FILES, "aroma_task.json"))
+        _copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
+        if adapter.state is not None:
+            write_export_state(staging, adapter.state, config, tensors, uniform)
+        subject = replace(subject_of(adapter, staging), kind="uniform", rank=uniform)
+        write_card(staging, subject)
     return uniform
 
 
@@ -218,31 +215,80 @@ def export_merged(
             "in 16 or 32 bits that it was made from (--base-model)",
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
-    _name_labels(merged.config, Path(folder), adapter.config.get("task_type"))
+    _require_names(merged.config, adapter)
     with _filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
-        _copy_files([Path(folder), Path(base_name)], staging, _TOKENIZER_FILES)
+        _copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
         _copy_files([Path(folder)], staging, ("aroma_task.json",))
+        write_card(staging, replace(subject_of(adapter, staging), kind="merged"))
 
 
-def _name_labels(config: Any, folder: Path, task_type: object) -> None:
-    """Give a classifier's configuration the label names that the adapter was trained with.
+def label_names(adapter: AdapterWeights) -> tuple[str, ...] | None:
+    """Return the names of a classifier's outputs by index, as they were in training; None where there were none.
+
+    `aroma_state.json` has them; older ones of `aroma train` have them in `aroma_task.json`.
+    """
+    if about_of(adapter).labels is not None:
+        return about_of(adapter).labels
+    file = adapter.folder / "aroma_task.json"
+    task = read_json(own_file(adapter.folder, file.name)) if os.path.lexists(file) else {}
+    names = task.get("label_names") if isinstance(task, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
+
+
+def about_of(adapter: AdapterWeights) -> About:
+    """Return what else is known of an adapter; of one that AROMA did not save, nothing."""
+    told = (adapter.state or {}).get("about")
+    return About() if told is None else About.from_json(told)
+
+
+def subject_of(adapter: AdapterWeights, files: Path | None = None) -> Subject:
+    """Return what a card tells of an adapter.
+
+    Args:
+        adapter: The adapter.
+        files: The folder that the card is for; None for the adapter's own.
+    """
+    beside = files_beside(adapter.folder if files is None else files)
+    if adapter.state is not None:
+        subject = Subject.of(adapter.config, adapter.state, files=beside)
+    else:
+        ranks = {name: update.rank for name, update in adapter.updates.items()}
+        subject = Subject(adapter.config, ranks, files=beside)
+    return replace(subject, about=replace(subject.about, labels=label_names(adapter)))
+
+
+def add_picture(folder: str | os.PathLike[str]) -> None:
+    """Draw the ranks of an adapter that AROMA saved beside it, and show them in its card.
+
+    Nothing is done where matplotlib is not installed, or a person wrote the card.
+    """
+    path = Path(folder)
+    if find_spec("matplotlib") is None or is_by_hand(path / CARD_FILE):
+        return
+    adapter = read_adapter(path)
+    rank_picture(rank_rows(adapter), path / PICTURE_FILE)
+    subject = subject_of(adapter)
+    write_card(path, replace(subject, files=subject.files | {PICTURE_FILE}))
+
+
+def _require_names(config: Any, adapter: AdapterWeights) -> None:
+    """Warn where nothing says how the outputs of a classifier are called.
+
+    Where the model that was trained had no names either, there is nothing to say.
 
     Warns:
-        AromaWarning: It does not say them, and the base model has none.
+        AromaWarning: They are called LABEL_0, LABEL_1 and so on, and may have had other names in training.
     """
-    file = folder / "aroma_task.json"
-    task = read_json(own_file(folder, file.name)) if os.path.lexists(file) else {}
-    names = task.get("label_names") if isinstance(task, dict) else None
-    if isinstance(names, list) and len(names) == config.num_labels:
-        config.id2label = dict(enumerate(map(str, names)))
-        config.label2id = {str(name): number for number, name in enumerate(names)}
-    elif task_type in ("SEQ_CLS", "TOKEN_CLS") and set(config.id2label.values()) == {
-        f"LABEL_{number}" for number in range(max(config.num_labels, 2))
-    }:
+    is_known = adapter.state is not None and "about" in adapter.state
+    if (
+        not is_known
+        and adapter.config.get("task_type") in LABELLED_TASKS
+        and tuple(config.id2label.values()) == unnamed(max(config.num_labels, 2))
+    ):
         warnings.warn(
-            f"{file}: it names no labels, so the merged model calls them LABEL_0, LABEL_1 and so on; set id2label and "
-            "label2id in its config.json",
+            f"{adapter.folder}: it names no labels, so the merged model calls them LABEL_0, LABEL_1 and so on; set "
+            "id2label and label2id in its config.json",
             AromaWarning,
             stacklevel=3,
         )
@@ -276,19 +322,24 @@ def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
     base_name = _base_name(adapter, base_model)
     mapping = adapter.config.get("auto_mapping") or {}
     task_type = adapter.config.get("task_type")
-    class_name = _MODEL_CLASSES.get(task_type) if task_type else mapping.get("base_model_class")
+    class_name = MODEL_CLASSES.get(task_type) if task_type else mapping.get("base_model_class")
     model_class: Any = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
-    if class_name not in _MODEL_CLASSES.values() and not (
+    if class_name not in MODEL_CLASSES.values() and not (
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     ):
         raise bad_value(
             "task_type",
             task_type,
-            f"it does not tell the model class; set it in adapter_config.json to one of {sorted(_MODEL_CLASSES)}",
+            f"it does not tell the model class; set it in adapter_config.json to one of {sorted(MODEL_CLASSES)}",
         )
-    labels = _head_size(adapter)
+    names, about = label_names(adapter), about_of(adapter)
+    labels = head_size(adapter) if about.num_labels is None else about.num_labels
     # The adapter brings its head, so that of the base model may have another size.
     options: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    if names is not None and len(names) == labels:
+        options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if about.problem_type is not None:
+        options["problem_type"] = about.problem_type
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
     try:
@@ -342,9 +393,9 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
     return model
 
 
-def _head_size(adapter: AdapterWeights) -> int | None:
+def head_size(adapter: AdapterWeights) -> int | None:
     """Return the number of labels of a saved classification head, the rows of its last weight or bias."""
-    if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    if adapter.config.get("task_type") not in LABELLED_TASKS:
         return None
     rows = {name: tensor.shape[0] for name, tensor in sorted(adapter.others.items()) if tensor.ndim}
     head = [name for name in rows if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]

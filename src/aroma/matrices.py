@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from .errors import CheckpointError, bad_value
 from .events import ModuleSummary
 from .files import tensors_digest
-from .measures import Pair, PairSnapshot, grown_norms, inner_values, outer_value, pair_norms, weight_norms
+from .measures import (
+    Pair,
+    PairSnapshot,
+    grown_norms,
+    inner_values,
+    outer_value,
+    pair_norms,
+    relative_norms,
+    weight_norms,
+)
 from .reset import check_resettable, component_generator, forget_moments, fresh_component, reset_state
 from .sharding import agree, gathered, refuse_missing_pairs, sharding_of_model
 from .spectra import effective_rank, singular_values
@@ -312,6 +321,13 @@ class GrowingMatrices:
         )
         for matrix, norm in zip(self._all, norms, strict=True):
             matrix.weight_norm = norm
+
+    @torch.no_grad()
+    def relative_updates(self) -> dict[str, float | None]:
+        """Return ‖ΔW‖_F / ‖W0‖_F of every matrix by its name; None where W0 is 0."""
+        updates = [matrix.components(pair) for matrix, pair in zip(self._all, self.pairs(self._all), strict=True)]
+        found = relative_norms([matrix.layer.weight_matrix for matrix in self._all], updates)
+        return {matrix.name: one for matrix, one in zip(self._all, found, strict=True)}
 
     def norms(self, matrices: Sequence[GrowingMatrix], *, alone: bool = False) -> list[float]:
         """Return ‖b a‖_F of the components in training.

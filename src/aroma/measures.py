@@ -108,6 +108,21 @@ def weight_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: S
     return _to_host([square.clamp_min(0).sqrt() for square in squares])
 
 
+@torch.no_grad()
+def relative_norms(weights: Sequence[Callable[[], Tensor | Partition]], updates: Sequence[Pair]) -> list[float | None]:
+    """Return ‖B A‖_F / ‖W0‖_F of every module; None where W0 is 0 and its update is not.
+
+    If parameters are sharded, all ranks call this together.
+
+    Args:
+        weights: W0 (m, n) of every module, as for `weight_norms`.
+        updates: The whole updates B (m, R), A (R, n), scale folded in.
+    """
+    nothing = [(B[:, :0], A[:0]) for B, A in updates]
+    norms = zip(pair_norms(updates), weight_norms(weights, nothing), strict=True)
+    return [outer_value(update, weight) for update, weight in norms]
+
+
 def grown_norms(
     weights: Sequence[Callable[[], Tensor | Partition]],
     updates: Sequence[Pair],

@@ -1,7 +1,7 @@
 """The command `aroma`.
 
 Importing this package is light: a command imports PyTorch and what stands on it only when it runs, so that help and
-wrong arguments answer at once. The library has two commands of its own, `inspect` and `export`. The laboratory's are
+wrong arguments answer at once. The library's own commands are `inspect`, `export` and `push`. The laboratory's are
 entry points of the distribution, in the group `aroma.commands`.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import AromaError, AromaWarning
-from . import export, inspect
+from . import export, inspect, push
 from .texts import examples
 
 __all__ = ["main"]
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("AROMA_DEBUG") == "1" or not (isinstance(error, AromaError) or error.errno):
             raise
         return _report(_in_words(error), code=2)
-    except KeyboardInterrupt:
-        return _report("interrupted; what was saved before is whole", code=130)
+    except KeyboardInterrupt as interrupt:
+        return _report(str(interrupt) or "interrupted; what was saved before is whole", code=130)
     return code or 0
 
 
@@ -70,9 +70,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes options by their whole names: an abbreviation may mean another option tomorrow."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="aroma",
         description="LoRA without choosing ranks: every weight matrix grows its own update and stops by itself.",
         epilog=examples(
@@ -93,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _commands() -> list[Any]:
     """Return the modules of all commands, in alphabetical order of their names."""
-    found: dict[str, Any] = {"inspect": inspect, "export": export}
+    found: dict[str, Any] = {"inspect": inspect, "export": export, "push": push}
     found |= {name: import_module(module) for name, module in _entries(COMMAND_GROUP)}
     return [found[name] for name in sorted(found)]
 

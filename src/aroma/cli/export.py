@@ -63,8 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
         new_file("OUT", arguments.out, force=bool(arguments.force))
     else:
         new_folder("OUT", arguments.out)
+    from ..files import require_adapter_folder
     from .quiet import quiet
 
+    require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
     quiet()
     from rich.console import Console
 

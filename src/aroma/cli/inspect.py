@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .extras import require_extra
@@ -18,80 +20,228 @@ if TYPE_CHECKING:
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's `--max-lora-rank` takes."""
 
+ORDERS = ("name", "rank", "effective", "parameters", "evidence")
+"""What matrices can be sorted by: by name as the model has them, else the largest first."""
+
+
+_CORNER = "rank by layer"
+_NONE = "·"
+"""Rank 0 in a grid."""
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "inspect",
-        help="show rank and effective rank of every matrix, as table and picture",
+        help="show the rank of every matrix, as a grid, table, picture or JSON",
         description=(
-            "Show rank and effective rank of every matrix of an adapter, as a table and, if wanted, drawn. Of a run\n"
-            "with growth='evidence' also the evidence for one more component, and how steep its direction was."
+            "Show the ranks of an adapter by layer and kind of matrix. With --sort one line a matrix: rank,\n"
+            "effective rank and parameters; of a run with growth='evidence' also the evidence E for one more\n"
+            "component, and how steep its direction was."
         ),
         epilog=examples(
             "aroma inspect runs/mrpc/adapter",
+            "aroma inspect runs/mrpc/adapter --sort rank",
+            "aroma inspect runs/mrpc/adapter --json",
             "aroma inspect runs/mrpc/checkpoints/checkpoint-500 --plot ranks.svg",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of any plain LoRA adapter, a checkpoint included")
+    parser.add_argument("--sort", choices=ORDERS, help="one line a matrix, in this order")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="all as JSON: a new file, or printed")
     parser.add_argument("--plot", metavar="FILE", help="draw the ranks too: a .png, .svg or .pdf file")
     add_force(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table; draw the picture."""
-    plot = None
+    """Print summary and grid, or the table, or JSON; draw the picture."""
+    from ..outputs import new_file
+
+    plot = out = None
     if arguments.plot is not None:
         require_extra("plot")
-        from ..outputs import new_file
         from ..pictures import require_picture_name
 
         require_picture_name("--plot", arguments.plot)
         plot = new_file("--plot", arguments.plot, force=arguments.force)
+    if arguments.json not in (None, "-"):
+        out = new_file("--json", arguments.json, force=arguments.force)
+    from ..files import require_adapter_folder
     from .quiet import quiet
 
+    require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
     quiet()
-    from rich.console import Console
-
     from ..export import evidence_of, rank_rows
+    from ..files import write_json
     from ..pictures import rank_picture
     from ..saved import read_adapter
 
     adapter = read_adapter(arguments.adapter)
     rows, run = rank_rows(adapter), evidence_of(adapter)
-    Console(markup=False).print(make_table(rows, str(arguments.adapter), run))
-    if run is not None:
-        print(growth_line(run))
-    print(serving_hint(max((row.rank for row in rows), default=0)))
+    if arguments.json == "-":
+        json.dump(as_json(rows, run), sys.stdout, indent=2)
+        print()
+    else:
+        _show(rows, run, str(arguments.adapter), arguments.sort)
+    if out is not None:
+        write_json(out, as_json(rows, run))
     if plot is not None:
         rank_picture(rows, plot)
-        print(f"picture: {arguments.plot}")
+    if arguments.json != "-":
+        for what, file in (("json", out), ("picture", plot)):
+            if file is not None:
+                print(f"{what}: {file}")
 
 
-def make_table(rows: list[RankRow], title: str, run: Mapping[str, Any] | None = None) -> Table:
-    """Return the table of ranks, with totals at its foot; `run` is of growth by evidence, see `evidence_of`."""
+def _show(rows: list[RankRow], run: Mapping[str, Any] | None, title: str, order: str | None) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(title)
+    console.print(summary_line(rows))
+    if run is not None:
+        console.print(growth_line(run))
+    tables = rank_grids(rows, console.width) if order is None else [make_table(sort_rows(rows, run, order), run)]
+    for table in tables:
+        console.print()
+        console.print(table, soft_wrap=False)
+    console.print()
+    console.print(serving_hint(max((row.rank for row in rows), default=0)))
+    if order is None:
+        console.print("One line a matrix: --sort rank.")
+
+
+def summary_line(rows: Sequence[RankRow]) -> str:
+    """Return the totals of an adapter in one line."""
+    if not rows:
+        return "0 matrices"
+    ranks = [row.rank for row in rows]
+    effective = sum(row.effective_rank for row in rows)
+    parameters = sum(map(_parameters, rows))
+    return (
+        f"{len(rows)} matrices · rank {sum(ranks)} in all, {min(ranks)} to {max(ranks)} · effective "
+        f"{effective:.1f} · {parameters:,} parameters"
+    )
+
+
+def rank_grids(rows: Sequence[RankRow], width: int) -> list[Table]:
+    """Return the ranks by kind and layer, as many layers in a table as `width` characters have room for."""
     from rich.table import Table
 
-    total, effective = sum(row.rank for row in rows), sum(row.effective_rank for row in rows)
-    parameters = sum(row.rank * sum(row.shape) for row in rows)
-    table = Table(title=title, show_footer=True)
-    table.add_column("matrix", footer=f"{len(rows)} matrices", overflow="fold")
-    table.add_column("m×n", justify="right")
-    table.add_column("rank", footer=str(total), justify="right")
-    table.add_column("effective rank", footer=f"{effective:.1f}", justify="right")
-    table.add_column("parameters", footer=f"{parameters:,}", justify="right")
+    from ..pictures import positions_of
+
+    positions = positions_of([row.name for row in rows])
+    ranks = {(place.kind, place.layer): row.rank for place, row in zip(positions, rows, strict=True)}
+    kinds = [*dict.fromkeys(kind for kind, _ in ranks)]
+    layers = sorted({layer for _, layer in ranks if layer is not None})
+    alone = [kind for kind in kinds if (kind, None) in ranks]
+    longest = max(map(len, kinds), default=0)
+    cell = max((len(str(number)) for number in [*ranks.values(), *layers]), default=1)
+    fit = max(1, (width - max(longest, len(_CORNER)) - 1) // (cell + 1))
+    blocks = [layers[first : first + fit] for first in range(0, len(layers), fit)]
+    tables = []
+    for block in blocks:
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column(_CORNER, no_wrap=True)
+        for layer in block:
+            table.add_column(str(layer), justify="right", no_wrap=True)
+        for kind in kinds:
+            cells = [ranks.get((kind, layer)) for layer in block]
+            if any(rank is not None for rank in cells):
+                table.add_row(kind, *("" if rank is None else str(rank or _NONE) for rank in cells))
+        tables.append(table)
+    if alone:
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("beside the layers" if layers else "matrix", overflow="fold")
+        table.add_column("rank", justify="right")
+        for kind in alone:
+            table.add_row(kind, str(ranks[kind, None] or _NONE))
+        tables.append(table)
+    return tables
+
+
+def sort_rows(rows: Sequence[RankRow], run: Mapping[str, Any] | None, order: str) -> list[RankRow]:
+    """Return the rows in one of `ORDERS`; equal ones stay as they are.
+
+    Raises:
+        ConfigError: They are to be sorted by evidence, and no run with growth='evidence' left any.
+    """
+    from ..errors import bad_value
+
+    if order == "name":
+        return [*rows]
+    if order == "evidence":
+        if run is None:
+            raise bad_value("--sort", order, "only adapters of growth='evidence' have it; sort by rank")
+        evidence = {matrix["name"]: matrix["log_evidence"] for matrix in run["modules"]}
+        return sorted(rows, key=lambda row: -evidence[row.name])
+    keys = {"rank": lambda row: row.rank, "effective": lambda row: row.effective_rank, "parameters": _parameters}
+    return sorted(rows, key=keys[order], reverse=True)
+
+
+def make_table(rows: Sequence[RankRow], run: Mapping[str, Any] | None = None) -> Table:
+    """Return the table with a line a matrix; `run` is of growth by evidence, see `evidence_of`."""
+    from rich.table import Table
+
+    from ..pictures import positions_of
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("layer", justify="right")
+    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
+    for head in ("m×n", "rank", "effective", "parameters"):
+        table.add_column(head, justify="right", no_wrap=True)
     matrices = {matrix["name"]: matrix for matrix in run["modules"]} if run is not None else {}
     if run is not None:
-        table.add_column(f"E of {1 / run['config']['significance']:.3g}", justify="right")
-        table.add_column("steepness", justify="right")
-    for row in rows:
+        table.add_column(f"E of {1 / run['config']['significance']:.3g}", justify="right", no_wrap=True)
+        table.add_column("steepness", justify="right", no_wrap=True)
+    for row, place in zip(rows, positions_of([row.name for row in rows]), strict=True):
         m, n = row.shape
-        effective_text = f"{row.effective_rank:.2f}" if row.rank else "–"
-        more = _evidence_cells(matrices[row.name]) if run is not None else []
-        table.add_row(row.name, f"{m}×{n}", str(row.rank), effective_text, f"{row.rank * (m + n):,}", *more)
+        table.add_row(
+            "" if place.layer is None else str(place.layer),
+            place.kind,
+            f"{m}×{n}",
+            str(row.rank),
+            f"{row.effective_rank:.2f}" if row.rank else "–",
+            f"{_parameters(row):,}",
+            *(_evidence_cells(matrices[row.name]) if run is not None else []),
+        )
     return table
+
+
+def as_json(rows: Sequence[RankRow], run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return ranks, and the evidence where there is any, JSON-able."""
+    from ..pictures import positions_of
+
+    matrices = {matrix["name"]: matrix for matrix in run["modules"]} if run is not None else {}
+    found = []
+    for row, place in zip(rows, positions_of([row.name for row in rows]), strict=True):
+        evidence = {key: matrices[row.name][key] for key in ("log_evidence", "steepness")} if matrices else {}
+        found.append(
+            {
+                "name": row.name,
+                "layer": place.layer,
+                "kind": place.kind,
+                "shape": [*row.shape],
+                "rank": row.rank,
+                "effective_rank": row.effective_rank,
+                "parameters": _parameters(row),
+                **evidence,
+            }
+        )
+    growth = None if run is None else {key: run[key] for key in ("phase", "global_step", "births", "last_birth")}
+    return {
+        "total_rank": sum(row.rank for row in rows),
+        "effective_rank": sum(row.effective_rank for row in rows),
+        "parameters": sum(map(_parameters, rows)),
+        "growth": growth,
+        "matrices": found,
+    }
+
+
+def _parameters(row: RankRow) -> int:
+    return row.rank * sum(row.shape)
 
 
 def _evidence_cells(matrix: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from ..sharding import own_entries
 from ..tuner import AromaConfig, aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
+from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, check_resumed_folders
 from .rewarmup import Rewarmup, was_skipped
+from .telling import score_of, scores_at, tell_of_run, with_score
 from .trackers import add_ranks, keep_totals, tell_trackers
 
 compat.require_names(compat.TRAINER_NAMES)
@@ -68,6 +71,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             over the data on what is born. It may also be set after the Trainer was made, as for SFTTrainer:
             `callback.growth_dataset = trainer.eval_dataset`. Checkpoints do not hold it.
         growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none.
+        report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
+            evaluation after it: result, loss, births, ranks, evidence, settings. It may replace an earlier report, and
+            no other file. Checkpoints do not hold it.
 
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.
@@ -79,11 +85,13 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         on_event: Callable[[Event], None] | None = None,
         growth_dataset: Any | None = None,
         growth_loss: Loss | None = None,
+        report: str | os.PathLike[str] | None = None,
     ) -> None:
         self.early_stop = early_stop
         self.on_event = on_event
         self.growth_dataset = growth_dataset
         self.growth_loss = growth_loss
+        self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
         self._rewarmup = Rewarmup()
         self._fused_step_was_skipped = False
@@ -134,13 +142,19 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             # The model that the Trainer shows is not the one that it compiled.
             compiled=args.torch_compile,
         )
-        self._settle_evidence(args, kwargs.get("train_dataloader"))
+        loader = kwargs.get("train_dataloader")
+        self._settle_evidence(args, loader)
+        live = self.controller.live
+        training, scores = getattr(loader, "dataset", None), self._saved(state).get("scores")
+        live.about = tell_of_run(live.about, args, state, training, self.growth_dataset, scores)
         if state.global_step > 0:
             with self.controller.together():
                 saved = self._saved_state(state)
             self.controller.load_state_dict(saved)
         if self.on_event is not None:
             self.controller.subscribe(self.on_event)
+        if self._report is not None:
+            self._report.begin(self.controller, state)
         sharding = self.controller.matrices.sharding
         self._steps_within_backward = sharding.steps_within_backward
         self._hook(state, sharding.base_optimizer(optimizer))
@@ -195,9 +209,13 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         # Only the step itself knows: accelerate counts every step of a fused optimizer as taken.
         self._fused_step_was_skipped = was_skipped(optimizer)
 
+    def _saved(self, state: TrainerState) -> dict[str, Any]:
+        """Return what `state()` stored in the checkpoint that the run goes on from; nothing for one that begins."""
+        saved: dict[str, Any] = state.stateful_callbacks.get(type(self).__name__) or {}
+        return saved.get("attributes") or {} if state.global_step > 0 else {}
+
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        packed = (saved or {}).get("attributes", {}).get("controller_state")
+        packed = self._saved(state).get("controller_state")
         if packed is None:
             raise CheckpointError(
                 "trainer_state.json: the checkpoint has no state of AromaCallback, so its inner and outer loops are "
@@ -211,13 +229,16 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         Raises:
             NonFiniteError: A component is NaN or infinite; the checkpoint stays incomplete.
         """
-        if self.controller is None:
-            packed = None
-        else:
+        attributes: dict[str, Any] = {"controller_state": None}
+        if self.controller is not None:
             self.controller.require_finite(alone=True)
-            packed = pack(self.controller.state_dict())
-            self._records.write(self.controller.live.saved_to)
-        return {"args": {"early_stop": self.early_stop}, "attributes": {"controller_state": packed}}
+            live = self.controller.live
+            attributes = {
+                "controller_state": pack(self.controller.state_dict()),
+                "scores": live.about.as_json()["scores"],
+            }
+            self._records.write(live.saved_to)
+        return {"args": {"early_stop": self.early_stop}, "attributes": attributes}
 
     # Around every optimizer step -------------------------------------------------------------------------------------
 
@@ -265,6 +286,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             controller.skip_step()
         elif not self._was_over:
             controller.step()
+        if self._report is not None:
+            self._report.note(controller, state)
         if controller.finished and self.early_stop:
             control.should_training_stop = True
             _finish_as_at_the_last_step(args, control)
@@ -306,22 +329,45 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     "checkpoints are untouched; resume from the last one with a lower learning rate"
                 )
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        metrics: dict[str, Any] | None = None,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the metrics for the adapter's card; after the training, write the report again with them."""
+        score = score_of(metrics or {}, state.global_step, getattr(eval_dataloader, "dataset", None))
+        if self.controller is not None and score is not None:
+            live = self.controller.live
+            live.about = replace(live.about, scores=with_score(live.about.scores, score))
+        if self._report is not None:
+            self._report.write(self.controller, args, state, model)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """After `load_best_model_at_end`, restore ranks, labels and stop flags of the best checkpoint."""
+        """After `load_best_model_at_end`, restore ranks, labels and stop flags of the best checkpoint. Then report."""
         best = state.best_model_checkpoint
         self._records.end()
         self._remove_hooks()
-        if self.controller is None or not args.load_best_model_at_end or best is None:
+        if self.controller is None:
             return
-        with self.controller.together():
-            exported = read_controller_state(best)
-            if exported is None:
-                raise CheckpointError(
-                    f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA"
-                )
-        self.controller.load_state_dict(exported)
+        if args.load_best_model_at_end and best is not None:
+            with self.controller.together():
+                exported = read_controller_state(best)
+                if exported is None:
+                    raise CheckpointError(
+                        f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA"
+                    )
+            self.controller.load_state_dict(exported)
+            live, step = self.controller.live, exported["state"]["global_step"]
+            live.about = replace(live.about, scores=scores_at(live.about.scores, state, step))
+        if self._report is not None:
+            self._report.end(self.controller, args, state, model)
 
     def _is_over(self, state: TrainerState, steps_taken: int) -> bool:
         """Whether the run was over before this step. When such a run is resumed, the Trainer steps before it stops."""

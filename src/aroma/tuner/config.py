@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
 from ..algorithm.evidence import FIRST_STEP, question_count
+from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
 from ..files import write_json
 from .live import take_collected
@@ -372,7 +373,8 @@ class AromaConfig(LoraConfig):
             plain["auto_mapping"] = kwargs["auto_mapping_dict"]
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
-        write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
+        state = write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
+        write_card(save_directory, Subject.of(ordered, state, files=files_beside(save_directory)))
         live.saved_to = str(save_directory)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..about import About
 from ..errors import ConfigError, bad_value
 from ..files import tensors_digest
 from ..sharding import own_entries
@@ -55,6 +56,7 @@ class LiveAdapter:
         seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
         ever_controlled: Whether a controller has ever taken a step.
         dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
+        about: What is told of the adapter wherever it is saved.
         saved_to: The folder that the adapter was last saved to; None before it was.
     """
 
@@ -64,6 +66,7 @@ class LiveAdapter:
         self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
         self.ever_controlled = False
         self.dtype_is_settled = False
+        self.about = About()
         self.saved_to: str | None = None
         self._controller: weakref.ref[Any] | None = None
         self._snapshot: Snapshot | None = None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
+from ..about import About, is_about
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, own_file, read_json, read_tensors, write_bytes, write_json
 from ..folders import settle, sync
@@ -27,6 +28,8 @@ from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .config import AromaConfig
     from .live import LiveAdapter
 
@@ -47,8 +50,8 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 def write_adapter_state(
     folder: str, live: LiveAdapter, plain: PlainAdapter, written: dict[str, Any], exported: dict[str, Any] | None
-) -> None:
-    """Write the state of the adapter that was just saved into `folder` beside it.
+) -> dict[str, Any]:
+    """Write the state of the adapter that was just saved into `folder` beside it, and return it.
 
     Args:
         folder: Where the adapter was saved.
@@ -71,6 +74,7 @@ def write_adapter_state(
         "components": plain.digest,
         "files": _written_files(target, plain),
         "adapter_config": written,
+        "about": live.about.as_json(),
         "controller": run,
     }
     if is_distributed():
@@ -85,6 +89,46 @@ def write_adapter_state(
     for name in state["files"]:
         sync(target / name)
     write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
+    return state
+
+
+def write_export_state(
+    folder: str | os.PathLike[str],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    rank: int,
+) -> None:
+    """Write the state of an export in which every module has one rank, without the run: none goes on from it.
+
+    Args:
+        folder: Holds the export.
+        state: Of the adapter that was exported.
+        config: What was written as adapter_config.json.
+        tensors: What was written as its tensors, of any shape.
+        rank: The rank.
+    """
+    weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    exported = {
+        **{key: value for key, value in state.items() if key not in ("checksum", "processes")},
+        "modules": {name: {**entry, "rank": rank} for name, entry in state["modules"].items()},
+        "components": components_digest(tensors),
+        "files": {weights.name: file_digest(weights)},
+        "adapter_config": config,
+        "controller": None,
+    }
+    write_json(Path(folder) / STATE_FILE, {**exported, "checksum": _checksum(exported)})
+
+
+def tell(folder: str | os.PathLike[str], about: About) -> dict[str, Any]:
+    """Write what became known of a saved adapter since into its state, and return that.
+
+    Raises:
+        CheckpointError: The state is missing or damaged.
+    """
+    state = {**read_state(folder), "about": about.as_json()}
+    write_json(Path(folder) / STATE_FILE, {**state, "checksum": _checksum(state)})
+    return state
 
 
 def warn_uncontrolled(config: AromaConfig) -> None:
@@ -129,6 +173,7 @@ def _require_layout(state: dict[str, Any], path: Path) -> None:
         "components": isinstance(state.get("components"), str),
         "config": isinstance(state.get("config"), dict),
         "adapter_config": isinstance(state.get("adapter_config", {}), dict),
+        "about": "about" not in state or is_about(state["about"]),
         "controller": state.get("controller") is None or _is_run(state["controller"]),
         "files": isinstance(files, dict),
         "modules": isinstance(modules, dict) and bool(modules),

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from aroma.errors import bad_value
 
+from ..preflight import require_model
+
 LABELS = 2
 
 Shapes = Mapping[str, tuple[type[Any], dict[str, Any]]]
@@ -90,6 +92,7 @@ def named_config(model: str, shapes: Shapes) -> Any:
     if model in shapes:
         kind, sizes = shapes[model]
         return kind(**sizes)
+    require_model("model", model, shapes)
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
+
+from ..specs import TrainSpec, check_training
+
+FOLDER = "aroma-demo"
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +28,7 @@ def add_parser(commands: Any) -> None:
         epilog=examples("aroma demo", "aroma demo --out runs/demo --threads 2"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", metavar="DIR", default="aroma-demo", help="new or empty folder (%(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="new or empty folder (aroma-demo, or aroma-demo-2, …)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and components (%(default)s)")
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps (%(default)s)")
@@ -33,12 +40,14 @@ def run(arguments: argparse.Namespace) -> None:
     require_extra("demo")
     from aroma.outputs import new_folder
 
-    new_folder("--out", arguments.out, "give another folder with --out")  # before PyTorch is loaded
+    # Before PyTorch is loaded.
+    loop = {"seed": arguments.seed, "threads": arguments.threads, "max_steps": arguments.steps}
+    check_training(TrainSpec(**loop))
+    out = _unused_folder() if arguments.out is None else arguments.out
+    new_folder("--out", out, "give another folder with --out")
     from aroma.cli.quiet import quiet
 
     quiet()
-    from dataclasses import replace
-
     from rich.console import Console
     from rich.table import Table
 
@@ -47,8 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..tasks.articles import SOURCE
     from ..tasks.model import ENCODER_SOURCE
 
-    training = replace(TRAINING, seed=arguments.seed, threads=arguments.threads, max_steps=arguments.steps)
-    record = run_demo(arguments.out, training, progress=progress_bar, training_bar=True)
+    record = run_demo(out, replace(TRAINING, **loop), progress=progress_bar, training_bar=True)
 
     console, lines = Console(), result_lines(record)
     table = Table("method", title=f"all {record['held_out_articles']} held-out articles", title_justify="left")
@@ -61,9 +69,15 @@ def run(arguments: argparse.Namespace) -> None:
         lines["lora"],
         f"Ranks: {lines['ranks']}.",
         f"Reloaded in plain PEFT, without AROMA: {lines['reloaded']}.",
-        f"Left in {arguments.out}: adapter/, {', '.join(record['pictures'])}, report.md, result.json, events.jsonl "
+        f"Left in {out}: adapter/, {', '.join(record['pictures'])}, report.md, result.json, events.jsonl "
         f"({record['wall_seconds']:.0f} s).",
         f"Model: {ENCODER_SOURCE}.",
         f"Data: {SOURCE}.",
     ):
         console.print(line, highlight=False)
+
+
+def _unused_folder() -> Path:
+    """Return the first of aroma-demo, aroma-demo-2, … that is new or empty."""
+    names = itertools.chain([FOLDER], (f"{FOLDER}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists() or (path.is_dir() and not any(path.iterdir())))

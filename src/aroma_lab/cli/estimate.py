@@ -8,9 +8,11 @@ from typing import Any
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_force, examples
 
+from ..preflight import require_model
 from .bench import new_files, print_lines
 
-_SHAPES = "roberta-base, minilm, gpt2, llama3-8b, llama3-70b, llama3.1-405b"
+SHAPES = ("roberta-base", "minilm", "tiny", "gpt2", "llama3-8b", "llama3-70b", "llama3.1-405b")
+"""Named shapes, which are built without a configuration from anywhere."""
 
 
 def add_parser(commands: Any) -> None:
@@ -34,7 +36,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help=f"shape ({_SHAPES}), or a folder or hub name")
+    add("model", metavar="MODEL", help=f"shape ({', '.join(SHAPES)}), or a folder or hub name")
     add("--adapter", default="aroma", help="aroma or lora (%(default)s)")
     add("--components", metavar="N", type=int, nargs="+", help="finished components of a module (AROMA: 10; LoRA: 0)")
     add("--r", type=int, default=1, help="rank of one component, or of LoRA (%(default)s)")
@@ -57,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Estimate; print the tables; write the JSON file."""
     require_extra("lab")
     files = new_files(arguments, "--json") if arguments.json is not None else []
+    if arguments.model not in SHAPES:
+        require_model("model", arguments.model, SHAPES)
     from aroma.cli.quiet import quiet
 
     quiet()

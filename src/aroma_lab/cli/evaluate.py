@@ -13,7 +13,7 @@ from aroma.errors import OutputError, bad_value
 from ..progress import progress_bar
 
 _CLASSIFIER_OPTIONS = ("text", "text_pair", "label")
-_LANGUAGE_OPTIONS = ("method", "max_length", "max_new_tokens", "limit", "predictions")
+_LANGUAGE_OPTIONS = ("method", "max_new_tokens", "limit", "predictions")
 
 
 def add_parser(commands: Any) -> None:
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
         "model answers the questions of several.",
         epilog=examples(
             "aroma eval runs/mrpc/adapter --data test.jsonl",
-            "aroma eval runs/mrpc/adapter --data other.csv --text first --text-pair second --label same",
+            "aroma eval out/adapter --data other.csv --text first --text-pair second --label same",
             "aroma eval runs/commonsense/adapter --data obqa=openbookqa/test.jsonl --data arc=ARC-Easy/test.jsonl",
             "aroma eval runs/commonsense/adapter --data test.jsonl --method generation --predictions answers.jsonl",
         ),
@@ -34,7 +34,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        help="folder of an adapter that `aroma train` or `demo` saved, or of a language model without one",
+        help="folder of an adapter, or of a language model without one; columns of one that neither `aroma train` nor "
+        "`demo` saved are named with --text and --label",
     )
     parser.add_argument(
         "--data",
@@ -45,6 +46,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--base-model", metavar="NAME", help="hub name or folder, if not the one the adapter names")
     parser.add_argument("--batch-size", type=int, help="examples of one forward pass (32; of language models 8)")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="of an example, if not as in training")
     parser.add_argument("--json", metavar="FILE", help="write the metrics to this new file too")
     add_force(parser)
     classifiers = parser.add_argument_group("classifiers and regressions")
@@ -59,7 +61,6 @@ def add_parser(commands: Any) -> None:
         choices=("likelihood", "generation"),
         help="rank the candidate answers by likelihood (the default), or read the answer out of a generated text",
     )
-    language.add_argument("--max-length", type=int, metavar="TOKENS", help="prompt and answer, if not as in training")
     language.add_argument("--max-new-tokens", type=int, metavar="TOKENS", help="of a generated answer (32)")
     language.add_argument("--limit", type=int, metavar="N", help="ask the first N questions of each file only")
     language.add_argument("--predictions", metavar="FILE", help="write every answer as JSON lines to a new file")
@@ -120,6 +121,7 @@ def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> No
         text=arguments.text,
         text_pair=arguments.text_pair,
         label=arguments.label,
+        max_length=arguments.max_length,
         batch_size=32 if arguments.batch_size is None else arguments.batch_size,
         progress=progress_bar,
     )

@@ -106,21 +106,13 @@ def _answer_file(arguments: argparse.Namespace) -> None:
 
 
 def _prompt_of(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[Turn, ...]:
-    """Return what a row asks: its `prompt`, its messages, or its instruction and perhaps an input."""
-    from ..language.data import turns_of_messages
-    from ..language.template import Turn, instruction_turns
+    """Return what a row asks; see `turns_of_row`."""
+    from ..language.generate import turns_of_row
 
     for key in ("response", "finished"):
         if key in row:
             raise bad_value(where, row[key], f"it has a {key}, which the answer would overwrite", DataError)
-    if spec.messages in row and "prompt" not in row:
-        return turns_of_messages(where, row[spec.messages])
-    prompt = row["prompt"] if "prompt" in row else row.get(spec.instruction)
-    given = "" if "prompt" in row else row.get(spec.input) or ""
-    if not isinstance(prompt, str) or not isinstance(given, str) or not (prompt + given).strip():
-        remedy = f"give a text as prompt or {spec.instruction}, or a list as {spec.messages}"
-        raise bad_value(where, list(row), remedy, DataError)
-    return (Turn("user", prompt),) if "prompt" in row else instruction_turns(prompt, given)
+    return turns_of_row(where, row, spec)
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import examples
+from aroma.errors import ConfigError, bad_value
 
 if TYPE_CHECKING:
     from ..specs import Recipe
@@ -23,12 +25,34 @@ _EXAMPLES = examples(
 )
 
 
-class _HelpWithKeys(argparse.Action):
-    """Prints the help with all keys of a recipe; they are collected only then."""
+_KEYS = """keys of a recipe that most people set, with their defaults:
+  model.name: null                     hub name or local folder of the pretrained model
+  model.quantization: null             nf4 or int8
+  data.task: "classification"          or regression, causal_lm
+  data.train: null                     a CSV, TSV, JSONL or Parquet file; a split, if data.name is a hub data set
+  data.test: null                      evaluated once, after training
+  data.text: "text"                    its column; data.text_pair, data.label
+  data.max_length: 256                 tokens
+  adapter.growth: "paper"              or evidence
+  training.epochs: 3.0                 or training.max_steps
+  training.batch_size: 32              on one device
+  training.learning_rate: 0.0005       of adapters; training.head_learning_rate
+  training.save_steps: 500             steps between checkpoints
+  training.seed: 0
+  training.bf16: false                 mixed precision
+  output: "runs/aroma"                 folder of the run
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.epilog = f"{_describe_keys()}\n\n{_EXAMPLES}"
-        parser.print_help()
+All keys and what they mean: aroma train --keys, or those of a section: aroma train --keys adapter"""
+
+
+class _Keys(argparse.Action):
+    """Prints all keys of a recipe, or those of a section; they are collected only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, section: Any, option: str | None = None) -> None:
+        try:
+            print(_describe_keys(section))
+        except ConfigError as error:
+            parser.error(str(error))
         parser.exit()
 
 
@@ -39,23 +63,29 @@ def add_parser(commands: Any) -> None:
         help="train a classifier, a regression or a language model from a recipe",
         description="Train what a recipe says, from files or the hub: a sequence classifier, a regression, or a\n"
         "causal language model on instructions, chats or plain text.",
+        epilog=f"{_KEYS}\n\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
     )
-    parser.add_argument("-h", "--help", nargs=0, action=_HelpWithKeys, help="show this help and all keys of a recipe")
+    parser.add_argument(
+        "--keys", metavar="SECTION", nargs="?", action=_Keys, help="show all keys of a recipe, and end"
+    )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="YAML file with what differs from the defaults")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as training.seed=1")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in `output`")
+    parser.add_argument("--no-report", action="store_true", help="write no report.html to look at")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
     require_extra("lab")
+    from ..preflight import check_sources
     from ..run.recipe import check_output, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_output(recipe, arguments.resume)  # here, too: before PyTorch is loaded
+    # Here, too: before PyTorch is loaded.
+    check_output(recipe, arguments.resume)
+    check_sources(recipe)
     if recipe.data.task == "causal_lm":
         require_extra("language")
 
@@ -69,10 +99,54 @@ def run(arguments: argparse.Namespace) -> None:
 
     processes = join()
     console = Console(markup=False, soft_wrap=True)
-    result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
+    try:
+        result = run_recipe(recipe, resume=arguments.resume, on_note=console.print)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(_how_to_go_on(arguments, recipe)) from interrupt
     if processes.is_main_process:
+        _draw_ranks(recipe)
         _print_result(recipe, result)
     processes.destroy_process_group()
+    if processes.is_main_process and not arguments.no_report:
+        _write_report(Path(recipe.output))
+
+
+def _write_report(folder: Path) -> None:
+    from aroma.report.page import report_file
+
+    from ..report.run_page import write_run_page
+    from ..run.files import REPORT
+
+    out = report_file("output", folder / REPORT)
+    write_run_page(folder, out)
+    print(f"report: {out}")
+
+
+def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
+    """Return what an interrupted run left, and the command that goes on with it."""
+    from aroma.checkpoint import last_complete_checkpoint
+
+    from ..run.files import TrialFiles
+
+    files = TrialFiles(Path(recipe.output))
+    if not files.trial.exists():
+        return f"interrupted before the training began; {recipe.output} holds nothing"
+    checkpoint = last_complete_checkpoint(files.checkpoints) if files.checkpoints.is_dir() else None
+    left = "no checkpoint yet" if checkpoint is None else f"{Path(checkpoint).name} is saved"
+    command = shlex.join(["aroma", "train", arguments.recipe, *arguments.overrides, "--resume"])
+    return f"interrupted; {left}. Go on with: {command}"
+
+
+def _draw_ranks(recipe: Recipe) -> None:
+    """Put a picture of the ranks into the card of the adapter, if it is one of AROMA."""
+    from aroma.export import add_picture
+    from aroma.tuner.state import STATE_FILE
+
+    from ..run.files import TrialFiles
+
+    adapter = TrialFiles(Path(recipe.output)).adapter
+    if (adapter / STATE_FILE).exists():
+        add_picture(adapter)
 
 
 def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
@@ -95,11 +169,21 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
     console.print(f"adapter: {TrialFiles(Path(recipe.output)).adapter}", soft_wrap=True)
 
 
-def _describe_keys() -> str:
+def _describe_keys(section: str | None) -> str:
+    """Return every key with default and meaning, of one section or of all.
+
+    Raises:
+        ConfigError: There is no such section.
+    """
     from ..run.recipe import recipe_help
 
+    keys = [*recipe_help()]
+    sections = [*dict.fromkeys(key.partition(".")[0] for key, _, _ in keys)]
+    if section not in (None, *sections):
+        raise bad_value("--keys", section, f"a recipe has the sections {', '.join(sections)}")
     lines = ["keys of a recipe, with their defaults:"]
-    for key, default, meaning in recipe_help():
-        lines.append(f"  {key}: {json.dumps(default)}")
-        lines += textwrap.wrap(meaning, width=96, initial_indent="      ", subsequent_indent="      ")
+    for key, default, meaning in keys:
+        if section in (None, key.partition(".")[0]):
+            lines.append(f"  {key}: {json.dumps(default)}")
+            lines += textwrap.wrap(meaning, width=96, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

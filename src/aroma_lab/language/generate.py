@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,8 +14,10 @@ from transformers import GenerationConfig, TextStreamer
 
 from aroma.errors import DataError, bad_value
 
+from ..specs import LanguageSpec
+from .data import turns_of_messages
 from .model import LoadedModel, positions_of
-from .template import Template, Turn
+from .template import Template, Turn, instruction_turns
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,27 @@ def stream(
         if temperature > 0:
             torch.manual_seed(secrets.randbits(63) if seed is None else seed)
         _generate(loaded, [row], min(max_new_tokens, room), _Streamer(template), **sampling)
+
+
+def turns_of_row(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[Turn, ...]:
+    """Return what a row asks: its `prompt`, its messages, or its instruction and perhaps an input.
+
+    Args:
+        where: File and row, for errors.
+        row: The row.
+        spec: Names of the columns.
+
+    Raises:
+        DataError: It asks nothing.
+    """
+    if spec.messages in row and "prompt" not in row:
+        return turns_of_messages(where, row[spec.messages])
+    prompt = row["prompt"] if "prompt" in row else row.get(spec.instruction)
+    given = "" if "prompt" in row else row.get(spec.input) or ""
+    if not isinstance(prompt, str) or not isinstance(given, str) or not (prompt + given).strip():
+        remedy = f"give a text as prompt or {spec.instruction}, or a list as {spec.messages}"
+        raise bad_value(where, list(row), remedy, DataError)
+    return (Turn("user", prompt),) if "prompt" in row else instruction_turns(prompt, given)
 
 
 class _Streamer(TextStreamer):

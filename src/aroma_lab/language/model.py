@@ -163,13 +163,14 @@ def load_language_task(folder: str | os.PathLike[str]) -> LanguageTask:
     return replace(task, model=ModelSpec(str(folder)), fingerprint=None) if whole else task
 
 
-def task_kind(folder: str | os.PathLike[str]) -> str:
-    """Return what a folder is for: `"classification"`, `"regression"`, or `"causal_lm"`.
+def task_kind(folder: str | os.PathLike[str]) -> Literal["classification", "regression", "causal_lm", "unknown"]:
+    """Return what a folder is for: `"classification"`, `"regression"`, `"causal_lm"`, or `"unknown"`.
 
-    A folder without a task is a language model's if PEFT says so, or if it holds a model and no adapter.
+    A folder without a task is a language model's if PEFT says so, or if it holds a model and no adapter. Another
+    adapter without one is unknown: `tasks.saved.open_classifier` tells by its head whether it is a classifier's.
 
     Raises:
-        CheckpointError: It cannot be told, or the task was edited.
+        CheckpointError: It is no adapter, or the task was edited.
     """
     path = Path(folder)
     if (path / TASK_FILE).exists():
@@ -178,6 +179,8 @@ def task_kind(folder: str | os.PathLike[str]) -> str:
             return LANGUAGE_KIND
     elif _is_whole_model(folder) or _is_language_adapter(path):
         return LANGUAGE_KIND
+    elif read_config(folder):
+        return "unknown"
     return load_task(folder).kind
 
 

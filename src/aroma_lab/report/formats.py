@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aroma.report.page import amount as amount
+
 from .statistics import CONFIDENCE
 
 EMPTY = "–"
@@ -188,13 +190,6 @@ def signed_points(difference: float) -> str:
 def plain(value: float) -> str:
     """Return a number with as many digits as it needs, thousands grouped: 110, 112.5, 1,725, 0.0005."""
     return f"{value:,.10g}".replace("-", "−")
-
-
-def amount(count: float) -> str:
-    """Return a number of parameters with three digits: 0, 514, 9.22K, 171K, 1.34M."""
-    rounded = float(f"{count:.3g}")
-    thousands = min(max(0, math.floor(math.log10(rounded or 1) / 3)), 3)
-    return f"{rounded / 1000**thousands:.4g}{['', 'K', 'M', 'B'][thousands]}"
 
 
 def span(values: Sequence[float], words: Callable[[float], str] = plain) -> str:

@@ -8,6 +8,10 @@ RUNS = "runs"
 """Folder, in the output of a grid or a search, of the trials' folders."""
 
 
+REPORT = "report.html"
+"""Name of the page to look at, in the folder of a run or of a grid."""
+
+
 class TrialFiles:
     """Names of what a run leaves in `root`; `checkpoints` of a grid's trial only while it is not finished.
 

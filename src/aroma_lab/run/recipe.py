@@ -50,7 +50,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     adapter = given.pop(_ADAPTER, None)
     if not isinstance(adapter, dict | None):
         raise bad_value(_ADAPTER, adapter, f"it is a section; give it keys, as {_ADAPTER}.r")
-    whole, remedy = "a recipe", "`aroma train --help` lists all keys"
+    whole, remedy = "a recipe", "`aroma train --keys` lists all keys"
     fields = typed_fields(Recipe, given, "", whole, remedy, lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()])
     recipe = Recipe(**fields)
     if not adapter:

@@ -12,6 +12,7 @@ from aroma.errors import NonFiniteError, bad_value
 from aroma.spectra import effective_rank, singular_values, span_overlaps
 
 from ..methods.head import pooler_of
+from ..tasks.classification import ClassifierJob
 from ..tasks.metrics import score
 from ..tasks.model import count_trainable
 from ..training.job import Prediction
@@ -43,6 +44,8 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     events = run.home.events.read_text(encoding="utf-8").splitlines()
     of_rank_one = sum(B.shape[0] + A.shape[1] for B, A in components.values())
     average = curve.average_parameters(run.steps)
+    job = work.job
+    guessed = {split: job.guess(split) for split in predictions} if isinstance(job, ClassifierJob) else {}
     result: dict[str, Any] = {
         "name": trial.name,
         "task": trial.task.name,
@@ -59,6 +62,7 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "held_out": held_out.metrics,
         "held_out_loss": held_out.loss,
         "reported": reported,
+        "guessed": guessed,
         "examples": work.job.examples,
         "notes": list(work.job.notes),
         "steps": steps,
@@ -75,8 +79,10 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "ranks": ranks,  # as the method counts them
         "average_rank": _mean(ranks),
         "total_rank": sum(ranks.values()),
+        "relative_updates": fit.controller.relative_updates() if fit.growth is not None else {},
         "trained_rank": average / of_rank_one if of_rank_one else None,
         "states": {module.name: module.state for module in modules},
+        "explanation": fit.controller.explanation() if fit.growth is not None else None,
         **{name: round(value, 3) for name, value in recorder.usage.total().items()},
         "epoch_seconds": [round(seconds, 4) for seconds in recorder.usage.epochs],
         "inner_checks": inner_checks_of(map(json.loads, events)),

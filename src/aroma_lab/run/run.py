@@ -25,6 +25,7 @@ from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES
 from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
+from ..training.interrupt import saved_when_interrupted
 from ..training.job import Job, TrainerKind
 from ..training.trainer import Fit, hold_out, logits_alone, make_trainer, training_arguments
 from .folder import TrialFolder, step_of
@@ -32,6 +33,7 @@ from .machine import provenance
 from .processes import join, of_first, require_as_many
 from .recorder import EventLog, ProgressFile, Recorder, Usage, history_of
 from .result import result_of
+from .told import tell_of_adapter
 from .trial import Trial
 from .work import Work, work_of
 
@@ -81,6 +83,8 @@ def run_trial(
         processes.wait_for_everyone()
         result = _train_and_evaluate(run, progress)
         if processes.is_main_process:
+            task = getattr(run.work.job, "task", None)
+            tell_of_adapter(home.adapter, trial, result, run.work.held_out, getattr(task, "label_names", None))
             write_json(home.result, result)
     if processes.is_main_process:
         home.clean(keep_checkpoints)
@@ -241,7 +245,8 @@ def _train(run: Run, progress: bool) -> Fit:
         progress=progress and first,
         describe=job.describe,
     )
-    fit.train(run.checkpoint)
+    with saved_when_interrupted(fit.trainer):
+        fit.train(run.checkpoint)
     return fit
 
 

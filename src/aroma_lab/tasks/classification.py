@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import DataCollatorWithPadding
 
@@ -176,6 +177,18 @@ class ClassifierJob:
         prediction = trainer.predict(self.eval_sets[split])
         values = (self.task.kind, prediction.predictions, prediction.label_ids)
         return Prediction(metrics_of(*values), loss_of(*values))
+
+    def guess(self, split: str) -> dict[str, float]:
+        """Return the metrics of a split for who answers without reading: the training set's commonest label, or mean.
+
+        Of labels that are equally common the first counts.
+        """
+        learnt, asked = (np.array(self.parts[name]["labels"]) for name in ("train", split))
+        if self.task.kind == "regression":
+            answers = np.full((len(asked), 1), learnt.astype("float64").mean())
+        else:
+            answers = np.tile(np.bincount(learnt, minlength=len(self.task.label_names or ())), (len(asked), 1))
+        return metrics_of(self.task.kind, answers, asked)
 
     def describe(self, model: Any, adapter: Path) -> None:
         """Write tokenizer and task into the folder of an adapter."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from aroma.errors import bad_value
-from aroma.export import load_with_adapter
 
 from ..progress import Progress, no_progress
-from .classification import encode, load_tokenizer, predict_logits
+from .classification import encode, predict_logits
 from .data import make_examples
 from .metrics import metrics_of
+from .saved import open_classifier
 from .sources import read_file
 from .spec import Layout
-from .task import load_task
 
 
 @dataclass(frozen=True)
@@ -35,36 +36,51 @@ def evaluate_adapter(
     text: str | None = None,
     text_pair: str | None = None,
     label: str | None = None,
+    max_length: int | None = None,
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Evaluate an adapter that a recipe trained on all examples of a file.
+    """Evaluate a classifier or regression on all examples of a file.
 
     Args:
-        folder: The adapter, with its `aroma_task.json`.
+        folder: The adapter.
         data: A CSV, TSV, JSONL or Parquet file.
         base_model: Folder or hub name of the base model; None for the adapter's own.
-        text, text_pair, label: Columns of the file; None for those of the training.
+        text, text_pair, label: Columns of the file; None for those of the training. An adapter without an
+            `aroma_task.json`, as a Trainer saves it, needs text and label. Its labels may be names or their indices.
+        max_length: Most tokens of an example; None for that of the training, see `open_classifier`.
         batch_size: Examples of one forward pass.
         progress: Shows how far the evaluation is.
 
     Raises:
-        CheckpointError: The adapter is missing or damaged.
+        CheckpointError: The adapter is missing or damaged, or its columns are not known.
         ConfigError: The base model cannot be loaded.
         DataError: The file cannot be used.
     """
     if batch_size < 1:
         raise bad_value("batch_size", batch_size, "give 1 or more")
-    task = load_task(folder)
-    layout = Layout(text or task.text, text_pair or task.text_pair, label or task.label)
-    examples = make_examples("data", layout, read_file("data", data, [layout.columns()])[1], task.label_names)
-    tokenizer = load_tokenizer(str(folder), task.max_length)
-    model = load_with_adapter(folder, base_model)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoded = encode(examples, tokenizer, task.max_length)
+    saved = open_classifier(
+        folder, base_model=base_model, text=text, text_pair=text_pair, label=label, max_length=max_length
+    )
+    task = saved.task
+    if saved.is_multi_label:
+        raise bad_value("adapter", str(folder), "an example has several labels, which no metric here counts")
+    layout = Layout(task.text, task.text_pair, task.label)
+    columns = read_file("data", data, [layout.columns()])[1]
+    columns[task.label] = _named(columns[task.label], task.label_names)
+    examples = make_examples("data", layout, columns, task.label_names)
+    model = saved.load()
+    encoded = encode(examples, saved.tokenizer, task.max_length)
     with progress("evaluate", len(examples)) as advance:
-        logits = predict_logits(model, encoded, tokenizer, batch_size, advance)
+        logits = predict_logits(model, encoded, saved.tokenizer, batch_size, advance)
     labels = torch.tensor(list(examples["labels"])).numpy()
     return Evaluation(len(examples), metrics_of(task.kind, logits, labels))
+
+
+def _named(labels: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+    """Return labels as names, where all of them are indices of names, as a Trainer is given them."""
+    texts = {str(label) for label in labels}
+    indices = {str(index): name for index, name in enumerate(names or ())}
+    if names is None or texts <= {*names} or not texts <= {*indices}:
+        return [*labels]
+    return [indices[str(label)] for label in labels]

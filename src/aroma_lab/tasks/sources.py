@@ -10,7 +10,7 @@ import csv
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,8 @@ def read_file(field: str, path: str, choices: Choices, *, skip_damaged: bool = F
     Raises:
         DataError: No such file, an unknown suffix, a damaged line (with its number), a missing column, or no rows.
     """
-    file = Path(path)
+    file = _require_format(field, path)
     suffix = file.suffix.lower()
-    if not file.is_file():
-        raise bad_value(field, path, "no such file; give the path of a CSV, TSV, JSONL or Parquet file", DataError)
-    if suffix not in FORMATS:
-        raise bad_value(field, path, f"unknown format; its name must end in {', '.join(FORMATS)}", DataError)
     try:
         if suffix in (".jsonl", ".ndjson"):
             choice, columns = _read_json_lines(field, file, choices)
@@ -64,16 +60,144 @@ def read_file(field: str, path: str, choices: Choices, *, skip_damaged: bool = F
     return choice, _with_rows(field, path, columns)
 
 
-def _read_table(field: str, file: Path, choices: Choices, skip_damaged: bool) -> tuple[int, Columns]:
+def require_data_file(field: str, path: str) -> Path:
+    """Return the file of that path.
+
+    Raises:
+        DataError: There is none.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise bad_value(field, path, "no such file; give the path of a CSV, TSV, JSONL or Parquet file", DataError)
+    return file
+
+
+def check_columns(field: str, path: str, wanted: Sequence[str]) -> None:
+    """Raise if a file lacks a column; of a file that has all of them, one row is read.
+
+    Raises:
+        DataError: No such file, an unknown suffix, a damaged first line, or a missing column.
+    """
+    _, row = next(stream_rows(field, path, headless=all(map(_is_position, wanted))), ("", {}))
+    names = [*row]
+    if names and Path(path).suffix.lower() in (".jsonl", ".ndjson"):
+        # Objects may leave out what others have.
+        names += [name for name in wanted if name not in row and _is_anywhere(json.dumps(name), Path(path))]
+    if names:
+        _fitting(field, path, names, [wanted], by_position=True)
+
+
+def _is_anywhere(text: str, file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return any(text in line for line in stream)
+
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands in its file, as "line 3", and its values by column name."""
+
+
+def stream_rows(field: str, path: str, *, headless: bool = False) -> Iterator[Row]:
+    """Yield all rows of a local file one by one, with all their columns; its suffix gives the format.
+
+    Values of CSV and TSV are texts, a missing one the empty text.
+
+    Args:
+        field: The argument or option that named it, for errors.
+        path: As for `read_file`.
+        headless: Whether a CSV or TSV file has no header line, so that its columns are `#1`, `#2`, ….
+
+    Raises:
+        DataError: No such file, an unknown suffix, or a damaged line, with its number.
+    """
+    file = _require_format(field, path)
+    suffix = file.suffix.lower()
+    try:
+        if suffix in (".jsonl", ".ndjson"):
+            yield from _stream_json_lines(field, file)
+        elif suffix == ".parquet":
+            yield from _stream_parquet(field, file)
+        else:
+            yield from _stream_table(field, file, headless)
+    except UnicodeDecodeError as error:
+        raise bad_value(field, path, f"not UTF-8 text (byte {error.start}); convert the file", DataError) from error
+
+
+def _stream_table(field: str, file: Path, headless: bool) -> Iterator[Row]:
+    names: list[str] = []
+    last = 0
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, **_dialect(file))
+        try:
+            for line in reader:
+                start, last = last + 1, reader.line_num
+                if not line:
+                    continue
+                if not names:
+                    names = [f"#{number}" for number in range(1, len(line) + 1)] if headless else line
+                    if twice := [name for name in names if names.count(name) > 1]:
+                        raise _damaged(field, file, start, f"two columns are called {twice[0]!r}")
+                    if not headless:
+                        continue
+                if len(line) != len(names):
+                    raise _damaged(field, file, start, "its number of fields is not that of the first line")
+                yield f"line {start}", dict(zip(names, line, strict=True))
+        except csv.Error as error:  # an unclosed quote begins behind the last whole record
+            raise _damaged(field, file, last + 1, str(error)) from error
+
+
+def _stream_json_lines(field: str, file: Path) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _damaged(field, file, number, str(error)) from error
+            if not isinstance(row, dict):
+                raise _damaged(field, file, number, f"a {type(row).__name__}, not an object")
+            yield f"line {number}", row
+
+
+def _stream_parquet(field: str, file: Path) -> Iterator[Row]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as parquet:
+            number = 0
+            for batch in parquet.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except ArrowInvalid as error:
+        raise bad_value(field, str(file), f"not a whole Parquet file ({error}); write it anew", DataError) from error
+
+
+def _dialect(file: Path) -> dict[str, Any]:
+    """Return how a CSV or TSV file is read; and let the fields of all of them have any length."""
     csv.field_size_limit(2**31 - 1)
-    quoting: dict[str, Any] = {"strict": True}
-    if file.suffix.lower() != ".csv":
-        quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    return {"strict": True} if file.suffix.lower() == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+
+
+def _require_format(field: str, path: str) -> Path:
+    """Return the file, if it is there and its suffix is one of `FORMATS`.
+
+    Raises:
+        DataError: It is not.
+    """
+    file = require_data_file(field, path)
+    if file.suffix.lower() not in FORMATS:
+        raise bad_value(field, path, f"unknown format; its name must end in {', '.join(FORMATS)}", DataError)
+    return file
+
+
+def _read_table(field: str, file: Path, choices: Choices, skip_damaged: bool) -> tuple[int, Columns]:
     names: list[str] = []
     rows: list[list[str | None]] = []
     choice, last, skipped = 0, 0, 0
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, **quoting)
+        reader = csv.reader(stream, **_dialect(file))
         try:
             for line in filter(None, reader):
                 last = reader.line_num
@@ -99,17 +223,7 @@ def _read_table(field: str, file: Path, choices: Choices, skip_damaged: bool) ->
 
 
 def _read_json_lines(field: str, file: Path, choices: Choices) -> tuple[int, Columns]:
-    rows = []
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                raise _damaged(field, file, number, str(error)) from error
-            if not isinstance(row, dict):
-                raise _damaged(field, file, number, f"a {type(row).__name__}, not an object")
-            if line.strip():
-                rows.append(row)
+    rows = [row for _, row in _stream_json_lines(field, file)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     choice = _fitting(field, file, names, choices) if rows else 0
     return choice, {name: [row.get(name) for row in rows] for name in choices[choice]}

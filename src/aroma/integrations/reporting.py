@@ -1,0 +1,221 @@
+"""The report of a Trainer's run: what is noted while it trains, and the page at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from ..controller import AromaController
+from ..errors import AromaWarning, OutputError
+from ..events import Event, ModuleSummary
+from ..report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
+from ..report.page import report_file, write_page
+from ..report.run import run_page
+
+_COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What the Trainer adds to the metrics of an evaluation."""
+_PACKAGES = ("aroma-peft", "torch", "transformers", "peft", "accelerate")
+_NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_dir")
+"""Fields that are no one's choice of how to train."""
+_COMMON_NAMES = ("model", "checkpoint", "base", "snapshot")
+"""Names of folders that say nothing of the model in them."""
+_SECRET = re.compile("token|password|secret|api[-_]?key", re.IGNORECASE)
+"""Names of options whose values are left out of what is passed on."""
+
+
+class TrainingRecord:
+    """Notes what a report needs while the Trainer works, and writes the report.
+
+    Args:
+        path: HTML file to write. It may replace an earlier report, and no other file.
+
+    Raises:
+        OutputError: Something else is there, or nothing can be written there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = report_file("report", path)
+        self._events: list[Event] = []
+        self._parameters: list[list[int]] = []
+        self._began = self._resumed_at = 0.0
+        self._found: list[tuple[ModuleSummary, float | None]] = []
+        self._explanation = ""
+
+    def begin(self, controller: AromaController, state: TrainerState) -> None:
+        """Start anew, with the controller of a training that begins or goes on."""
+        self._events, self._parameters, self._found = [], [], []
+        self._began, self._resumed_at = time.monotonic(), state.global_step
+        controller.subscribe(self._events.append)
+        self.note(controller, state)
+
+    def note(self, controller: AromaController, state: TrainerState) -> None:
+        """Note how many parameters of the adapter train after this optimizer step."""
+        name = controller.adapter_name
+        layers = [matrix.layer for matrix in controller.modules]
+        count = sum((one.in_features + one.out_features) * one.slots_in_training(name) for one in layers)
+        if not self._parameters or self._parameters[-1][1] != count:
+            self._parameters.append([state.global_step, count])
+
+    def end(self, controller: AromaController, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Measure the matrices, and write the report; all ranks call this, and the first one writes."""
+        updates = controller.relative_updates()
+        self._found = [(one, updates[one.name]) for one in controller.summary()]
+        self._explanation = controller.explanation()
+        self.write(controller, args, state, model)
+
+    def write(
+        self, controller: AromaController | None, args: TrainingArguments, state: TrainerState, model: nn.Module
+    ) -> None:
+        """Write the report of a training that has ended; of one that has not, nothing.
+
+        Warns:
+            AromaWarning: It cannot be written. What was trained is worth more than its report.
+        """
+        if controller is None or not self._found or not state.is_world_process_zero:
+            return
+        page = run_page(self._facts(controller, args, state, model))
+        try:
+            write_page(self._path, page)
+        except OutputError as error:
+            warnings.warn(f"report: {error}; the training itself is whole", AromaWarning, stacklevel=2)
+
+    def _facts(
+        self, controller: AromaController, args: TrainingArguments, state: TrainerState, model: nn.Module
+    ) -> RunFacts:
+        config, log = controller.config, state.log_history
+        evaluations = _evaluations(log)
+        metric = _metric_of(args, evaluations)
+        losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+        sizes = [one.layer.in_features + one.layer.out_features for one in controller.modules]
+        notes = []
+        if self._resumed_at:
+            notes.append(
+                f"This training was resumed at optimizer step {self._resumed_at:.0f}: births and evidence before it "
+                "are not known here, and the time is that since then."
+            )
+        return RunFacts(
+            title=_title_of(model),
+            about=[f"AROMA, growth by {'evidence' if config.has_slots else 'the paper'}", f"seed {args.seed}"],
+            results=_results(evaluations, log),
+            metric=metric,
+            steps=state.global_step,
+            planned_steps=state.max_steps,
+            seconds=time.monotonic() - self._began,
+            loss=losses,
+            eval_loss=[(step, one["loss"]) for step, one in evaluations.items() if "loss" in one],
+            rate=[(entry["step"], entry["learning_rate"]) for entry in log if "learning_rate" in entry],
+            scores=[(step, "evaluation", one[metric]) for step, one in evaluations.items() if metric in one],
+            parameters=self._parameters,
+            head_parameters=_beside_adapter(controller, model),
+            lora_parameters=LORA_RANK * sum(sizes),
+            matrices=[MatrixFacts(one.name, one.rank, one.effective_rank, update) for one, update in self._found],
+            events=[event.as_dict() for event in self._events],
+            significance=config.significance if config.has_slots else None,
+            explanation=self._explanation,
+            notes=notes,
+            settings={"AromaConfig": _differing(config), "TrainingArguments": _differing(args)},
+            versions=_versions(controller),
+            command=_command(),
+        )
+
+
+def _title_of(model: nn.Module) -> str:
+    """Return the pretrained model's name, or its class where it has none."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    path = PurePath(getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__)
+    return _base_name(str(path.parent if path.is_absolute() and path.name in _COMMON_NAMES else path))
+
+
+def _evaluations(log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Return the metrics of all evaluations by optimizer step."""
+    found: dict[int, dict[str, float]] = {}
+    for entry in log:
+        for key, value in entry.items():
+            name = key.removeprefix("eval_")
+            if name != key and not name.endswith(_COST) and isinstance(value, float | int):
+                found.setdefault(int(entry["step"]), {})[name] = float(value)
+    return found
+
+
+def _metric_of(args: TrainingArguments, evaluations: Mapping[int, Mapping[str, float]]) -> str | None:
+    """Return the metric that is said first: the one that chooses the best model, or the first that is no loss."""
+    names = list(dict.fromkeys(name for one in evaluations.values() for name in one))
+    chosen = (args.metric_for_best_model or "").removeprefix("eval_")
+    return next(
+        (name for name in [chosen, *(n for n in names if not n.endswith("loss")), "loss"] if name in names), None
+    )
+
+
+def _results(evaluations: Mapping[int, Mapping[str, float]], log: Iterable[Mapping[str, Any]]) -> list[Result]:
+    """Return the first and the last evaluation; without any, the mean training loss."""
+    if not evaluations:
+        mean = [entry["train_loss"] for entry in log if "train_loss" in entry]
+        return [Result("training, mean over the run", {"loss": mean[-1]})] if mean else []
+    first, last = min(evaluations), max(evaluations)
+    before = "before training" if first == 0 else f"evaluation at step {first}"
+    lines = [Result(before, evaluations[first], "guess" if first == 0 else "own")] if first != last else []
+    return [*lines, Result(f"evaluation at step {last}", evaluations[last])]
+
+
+def _beside_adapter(controller: AromaController, model: nn.Module) -> int | None:
+    """Return how many parameters train beside the adapter; None where that is not known without gathering."""
+    if controller.matrices.are_sharded:
+        return None
+    own = {id(parameter) for parameter in controller.matrices.parameters}
+    return sum(one.numel() for one in model.parameters() if one.requires_grad and id(one) not in own)
+
+
+def _differing(settings: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are not at their defaults, secrets left out."""
+    written, found = settings.to_dict(), {}
+    for field in dataclasses.fields(settings):
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = made.value if hasattr(made, "value") else made
+        value = written.get(field.name, getattr(settings, field.name))
+        said = isinstance(value, str | int | float | bool | list | tuple | set) and value not in ("", [], (), set())
+        changed = value != default and not (default is None and value is False)
+        if field.init and said and changed and field.name not in _NO_SETTINGS and not _SECRET.search(field.name):
+            found[field.name] = _base_name(value) if isinstance(value, str) else value
+    return found
+
+
+def _versions(controller: AromaController) -> dict[str, Any]:
+    device = controller.matrices.device
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "platform": platform.platform(), "device": named}
+
+
+def _command() -> str | None:
+    """Return the command line of this process, secrets left out; None in a notebook or an interactive session."""
+    if not sys.argv or sys.argv[0] in ("", "-c") or "ipykernel" in sys.modules:
+        return None
+    words = ["python", *(_base_name(word) for word in sys.orig_argv[1:])]
+    for place, word in enumerate(words):
+        if not (word.startswith("-") and _SECRET.search(word)):
+            continue
+        name, equals, _ = word.partition("=")
+        if equals:
+            words[place] = f"{name}=…"
+        elif place + 1 < len(words):
+            words[place + 1] = "…"
+    return shlex.join(words)
+
+
+def _base_name(text: str) -> str:
+    """Return a text as it is, or the last part of a path that begins at the root: it says nothing elsewhere."""
+    return PurePath(text).name if PurePath(text).is_absolute() else text

@@ -1,0 +1,287 @@
+"""The charts of a report, written in Altair, and how they get into `assets/`.
+
+A page holds Vega, which draws, and each chart compiled to Vega; Vega-Lite and Altair are needed only here. Whoever
+changes a chart runs `python -m aroma.report.charts` with the extra `test` installed, and commits what it writes.
+Colours are variables of the page's style sheet, so that one drawing is light or dark.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+ASSETS = Path(__file__).parent / "assets"
+
+VEGA_LITE = "6.4"
+"""What the charts are compiled with; vl-convert holds several."""
+
+VEGA = "6.4.0"
+"""What draws them."""
+
+_HEIGHT, _LOW = 240, 170
+_RUG = 12
+"""Pixels: heights of a chart, of one in half a row, and of the marks of births at its foot."""
+
+_STEP = alt.X(
+    "step:Q",
+    title="optimizer step",
+    scale=alt.Scale(zero=True, nice=False),
+    axis=alt.Axis(grid=False, tickCount=6, format="~s"),
+)
+_TRIAL = alt.Chart(alt.NamedData("trial")).mark_rect(color="var(--band)").encode(x="start:Q", x2="end:Q")
+
+_CONFIG: dict[str, Any] = {
+    "background": "transparent",
+    "font": 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif',
+    "padding": 2,
+    "view": {"stroke": None},
+    "axis": {
+        "domain": False,
+        "ticks": False,
+        "labelColor": "var(--faint)",
+        "labelFontSize": 12,
+        "labelPadding": 6,
+        "titleColor": "var(--faint)",
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "gridColor": "var(--rule)",
+    },
+    "axisX": {"domain": True, "domainColor": "var(--rule)"},
+    "line": {"strokeWidth": 2, "strokeJoin": "round"},
+}
+
+
+def charts() -> dict[str, alt.LayerChart]:
+    """Return every chart by name. Each draws data sets of the page by their names; see `page.py`."""
+    return {
+        "loss": _loss(),
+        "score": _score(),
+        "evidence": _evidence(),
+        "rank": _steps_of("rank", "rank", "rank"),
+        "rate": _rate(),
+        "parameters": _steps_of("parameters", "parameters", "parameters that train"),
+        "methods": _methods(),
+        "budget": _budget(),
+    }
+
+
+def _nearest(base: alt.Chart, tooltip: list[alt.Tooltip], y: str, name: str) -> alt.LayerChart:
+    """Return marks that tell of the step nearest to the pointer."""
+    near = alt.selection_point(
+        name=name, nearest=True, on="pointermove", clear="pointerout", fields=["step"], empty=False
+    )
+    points = base.mark_point(size=60, filled=True, color="var(--line)", opacity=0).encode(
+        x=_STEP, y=alt.Y(y), tooltip=tooltip, opacity=alt.condition(near, alt.value(1), alt.value(0))
+    )
+    return points.add_params(near)
+
+
+def _loss() -> alt.LayerChart:
+    """Loss of the training batches, of evaluations, the trial as a band, and births at the foot."""
+    training, held_out, births = (alt.Chart(alt.NamedData(name)) for name in ("loss", "eval_loss", "births"))
+    y = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5))
+    tip = [alt.Tooltip("step:Q", title="step"), alt.Tooltip("loss:Q", title="loss", format=".4~g")]
+    evaluation = [*tip[:1], alt.Tooltip("loss:Q", title="loss, validation", format=".4~g")]
+    born = [
+        alt.Tooltip("step:Q", title="step"),
+        alt.Tooltip("count:Q", title="births"),
+        alt.Tooltip("names:N", title="in"),
+    ]
+    rug = births.mark_rule(color="var(--born)", strokeWidth=2, opacity=0.8).encode(
+        x=_STEP, y=alt.value(_HEIGHT - _RUG), y2=alt.value(_HEIGHT), tooltip=born
+    )
+    return _sized(
+        alt.layer(
+            _TRIAL,
+            training.mark_line(color="var(--line)").encode(x=_STEP, y=y),
+            held_out.mark_line(color="var(--other)", strokeDash=[4, 3]).encode(x=_STEP, y=y),
+            _nearest(training, tip, "loss:Q", "near"),
+            held_out.mark_point(size=45, filled=True, opacity=1, color="var(--other)").encode(
+                x=_STEP, y=y, tooltip=evaluation
+            ),
+            rug,
+        )
+    )
+
+
+def _score() -> alt.LayerChart:
+    """The score of every evaluation, a line for each set."""
+    base = alt.Chart(alt.NamedData("score"))
+    colour = alt.Color(
+        "set:N",
+        legend=None,
+        scale=alt.Scale(range=["var(--other)", "var(--line)", "var(--born)", "var(--fourth)"]),
+    )
+    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5, format="~g"))
+    tip = [
+        alt.Tooltip("step:Q", title="step"),
+        alt.Tooltip("value:Q", title="score", format=".4~g"),
+        alt.Tooltip("set:N", title="of"),
+    ]
+    return _sized(
+        alt.layer(
+            base.mark_line().encode(x=_STEP, y=y, color=colour),
+            base.mark_point(size=45, filled=True, opacity=1).encode(x=_STEP, y=y, color=colour, tooltip=tip),
+        ),
+        _LOW,
+    )
+
+
+def _evidence() -> alt.LayerChart:
+    """Evidence for one more component of the chosen matrix, its threshold 1/α, and its births."""
+    top = alt.param(name="top", value=20)
+    scale = alt.Scale(
+        type="log", domain=[alt.ExprRef("pow(top, -1.5)"), alt.ExprRef("pow(top, 1.35)")], clamp=True, nice=False
+    )
+    label = (
+        "datum.value > 1.0001 ? '1/α = ' + format(top, '.3~g') : datum.value < 0.9999 ? '1/' + format(top, '.3~g') "
+        ": '1'"
+    )
+    axis = alt.Axis(values=alt.ExprRef("[1 / top, 1, top]"), labelExpr=label)
+    y = alt.Y("evidence:Q", title="evidence E", scale=scale, axis=axis)
+    base = alt.Chart(alt.NamedData("evidence")).transform_calculate(evidence="min(exp(datum.log), top)")
+    born = (
+        alt.Chart(alt.NamedData("born"))
+        .transform_calculate(evidence="top")
+        .mark_point(size=110, filled=True, opacity=1, color="var(--born)")
+    )
+    threshold = (
+        alt.Chart(alt.NamedData("threshold"))
+        .transform_calculate(evidence="top")
+        .mark_rule(color="var(--born)", strokeDash=[6, 3], strokeWidth=1.5)
+    )
+    tip = [alt.Tooltip("step:Q", title="step"), alt.Tooltip("evidence:Q", title="evidence", format=".3~g")]
+    birth = [alt.Tooltip("step:Q", title="birth at step"), alt.Tooltip("merged:N", title="oldest component")]
+    one = alt.datum(1)
+    whole = alt.Chart(alt.NamedData("span")).mark_point(opacity=0).encode(x=_STEP)
+    return _sized(
+        alt.layer(
+            _TRIAL,
+            base.mark_area(color="var(--line)", opacity=0.18).encode(x=_STEP, y=y, y2=one),
+            base.mark_line(color="var(--line)").encode(x=_STEP, y=y),
+            threshold.encode(y=y),
+            _nearest(base, tip, "evidence:Q", "near"),
+            born.encode(x=_STEP, y=y, tooltip=birth),
+            whole,
+        ).add_params(top)
+    )
+
+
+def _rate() -> alt.LayerChart:
+    """The learning rate."""
+    base = alt.Chart(alt.NamedData("rate"))
+    y = alt.Y("rate:Q", title=None, axis=alt.Axis(tickCount=4, format=".1~e"))
+    tip = [alt.Tooltip("step:Q", title="step"), alt.Tooltip("rate:Q", title="rate", format=".3~g")]
+    return _sized(
+        alt.layer(
+            base.mark_area(color="var(--line)", opacity=0.18).encode(x=_STEP, y=y),
+            base.mark_line(color="var(--line)").encode(x=_STEP, y=y),
+            _nearest(base, tip, "rate:Q", "near"),
+        ),
+        _LOW,
+    )
+
+
+def _steps_of(data: str, field: str, title: str) -> alt.LayerChart:
+    """A number that holds from its step on, until the next."""
+    base = alt.Chart(alt.NamedData(data))
+    y = alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4, format="~s"))
+    tip = [alt.Tooltip("step:Q", title="from step"), alt.Tooltip(f"{field}:Q", title=title, format=",")]
+    return _sized(
+        alt.layer(
+            base.mark_area(color="var(--line)", opacity=0.18, interpolate="step-after").encode(x=_STEP, y=y),
+            base.mark_line(color="var(--line)", interpolate="step-after").encode(x=_STEP, y=y),
+            _nearest(base, tip, f"{field}:Q", "near"),
+        ),
+        _LOW,
+    )
+
+
+def _methods() -> alt.LayerChart:
+    """The scores of the methods of a grid on one task: a dot for each seed, a bar for the mean."""
+    seeds, means = (alt.Chart(alt.NamedData(name)) for name in ("seeds", "means"))
+    x = alt.X("points:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5))
+    y = alt.Y("method:N", title=None, sort=None, axis=alt.Axis(labelColor="var(--ink)", labelLimit=130, grid=True))
+    own = alt.condition("datum.own", alt.value("var(--born)"), alt.value("var(--line)"))
+    of_seed = [
+        alt.Tooltip("method:N", title="method"),
+        alt.Tooltip("seed:N", title="seed"),
+        alt.Tooltip("points:Q", title="score", format=".2f"),
+    ]
+    of_mean = [alt.Tooltip("method:N", title="method"), alt.Tooltip("points:Q", title="mean", format=".2f")]
+    chart = alt.layer(
+        seeds.mark_point(size=40, filled=True, opacity=0.45).encode(x=x, y=y, color=own, tooltip=of_seed),
+        means.mark_tick(thickness=3, size=16, opacity=1).encode(x=x, y=y, color=own, tooltip=of_mean),
+    )
+    return chart.properties(width="container", height=alt.Step(22))
+
+
+def _budget() -> alt.LayerChart:
+    """Score against the trained rank on one task: a mark for each method, whiskers of one standard error."""
+    base = alt.Chart(alt.NamedData("budget"))
+    x = alt.X(
+        "trained:Q",
+        title="trained rank, mean over matrices and steps",
+        scale=alt.Scale(type="log", base=2, nice=False, padding=44),
+        axis=alt.Axis(grid=False, tickCount=6, format="~g"),
+    )
+    y = alt.Y("points:Q", title=None, scale=alt.Scale(zero=False, nice=True, padding=12), axis=alt.Axis(tickCount=5))
+    own = alt.condition("datum.own", alt.value("var(--born)"), alt.value("var(--line)"))
+    tip = [
+        alt.Tooltip("method:N", title="method"),
+        alt.Tooltip("points:Q", title="score", format=".2f"),
+        alt.Tooltip("trained:Q", title="trained rank", format=".3~g"),
+    ]
+    whiskers = base.mark_rule(strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q", title=None), y2="high:Q", color=own)
+    names = base.mark_text(align="left", dx=7, dy=-7, fontSize=11).encode(x=x, y=y, text="method:N", color=own)
+    return _sized(
+        alt.layer(
+            whiskers, base.mark_point(size=90, filled=True, opacity=1).encode(x=x, y=y, color=own, tooltip=tip), names
+        )
+    )
+
+
+def _sized(chart: alt.LayerChart, height: int = _HEIGHT) -> alt.LayerChart:
+    return chart.properties(width="container", height=height)
+
+
+def compiled(chart: alt.LayerChart) -> dict[str, Any]:
+    """Return the chart as Vega draws it."""
+    written = chart.configure(**_CONFIG).to_dict()
+    vega: dict[str, Any] = vl_convert.vegalite_to_vega(written, vl_version=VEGA_LITE)
+    vega.pop("$schema")
+    return vega
+
+
+def assets() -> str:
+    """Return the content of `charts.json`."""
+    found = {name: compiled(chart) for name, chart in charts().items()}
+    return json.dumps(found, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
+
+
+def vega() -> bytes:
+    """Return Vega as its makers publish it, from npm."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["npm", "pack", "--silent", f"vega@{VEGA}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as packed:
+            member = packed.extractfile("package/build/vega.min.js")
+            assert member is not None, "a file, no folder"
+            return member.read()
+
+
+def main() -> None:
+    """Write the assets."""
+    (ASSETS / "charts.json").write_text(assets(), encoding="utf-8")
+    (ASSETS / "vega.min.js.gz").write_bytes(gzip.compress(vega(), 9, mtime=0))
+
+
+if __name__ == "__main__":
+    main()

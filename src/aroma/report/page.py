@@ -1,0 +1,172 @@
+"""A page as it is put together and written: one file, which loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import __version__
+from ..files import write_text
+from ..outputs import new_file
+
+ASSETS = Path(__file__).parent / "assets"
+GENERATOR = '<meta name="generator" content="aroma '
+"""What every page of ours says near its beginning."""
+
+_HEAD = 2000
+"""Bytes in which it is looked for."""
+EMPTY = "–"
+
+
+class Table(NamedTuple):
+    """A table of texts.
+
+    Args:
+        head: Titles of the columns.
+        rows: A text for each column; the first names the row.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Chart(NamedTuple):
+    """A chart of a page.
+
+    Args:
+        name: Its name in `charts.py`.
+        label: What it shows, in words that stand for it where it cannot be seen.
+        data: Its data sets by name, each a list of numbers or texts by column.
+        main: The data set that the arrow keys walk through, and its columns across and up.
+        table: The numbers behind it.
+    """
+
+    name: str
+    label: str
+    data: Mapping[str, Mapping[str, Sequence[Any]]]
+    main: tuple[str, str, str]
+    table: Table | None = None
+
+
+def report_file(field: str, path: str | os.PathLike[str], *, force: bool | None = None) -> Path:
+    """Return where a report will be written. It replaces an earlier report, and no other file unless `force`.
+
+    Raises:
+        OutputError: Something else is there, or nothing can be written there.
+    """
+    file = Path(path)
+    if file.is_file():
+        with file.open("rb") as stream:
+            force = force or GENERATOR.encode() in stream.read(_HEAD)
+    return new_file(field, path, force=force)
+
+
+def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **context: Any) -> str:
+    """Return a page.
+
+    Args:
+        template: Name of a template, which extends `page.html`.
+        charts: The charts by the names that the template calls them by.
+        folder: Where the template is.
+        context: What else the template reads; every text is escaped where it is put.
+    """
+    drawn = _drawn()
+    data = {
+        "specs": {chart.name: drawn[chart.name] for chart in charts.values()},
+        "charts": {name: {"spec": one.name, "data": one.data, "main": one.main} for name, one in charts.items()},
+        **context.pop("data", {}),
+    }
+    assets = {name: (ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
+    return str(
+        _environment(folder)
+        .get_template(template)
+        .render(
+            charts=charts,
+            data=data,
+            css=assets["page.css"],
+            js=assets["page.js"],
+            vega=base64.b64encode((ASSETS / "vega.min.js.gz").read_bytes()).decode("ascii"),
+            version=__version__,
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            **context,
+        )
+    )
+
+
+def write_page(path: str | os.PathLike[str], page: str) -> None:
+    """Write a page whole or not at all."""
+    write_text(path, page)
+
+
+@cache
+def _drawn() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ASSETS / "charts.json").read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def _environment(folder: Path) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader([folder, ASSETS]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["show"] = show
+    return environment
+
+
+# Numbers as texts ----------------------------------------------------------------------------------------------------
+
+
+def amount(count: float) -> str:
+    """Return a count with three digits: 514, 9.22K, 171K, 1.34M."""
+    rounded = float(f"{count:.3g}")
+    thousands = min(max(0, math.floor(math.log10(abs(rounded) or 1) / 3)), 3)
+    return f"{rounded / 1000**thousands:.4g}{['', 'K', 'M', 'B'][thousands]}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a number with so many significant digits; a dash for None."""
+    if value is None or not math.isfinite(value):
+        return EMPTY
+    return f"{value:,.{digits}g}".replace("-", "−")
+
+
+def measured(value: float | None) -> str:
+    """Return a metric with four decimals, or as many significant digits where it is very large or small."""
+    if value is None or not math.isfinite(value):
+        return EMPTY
+    return f"{value:.4f}".replace("-", "−") if value == 0 or 1e-3 <= abs(value) < 1e3 else number(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time: `48 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def show(value: object) -> str:
+    """Return a setting as a person writes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float | int):
+        return f"{value:.10g}"
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(show(one) for one in (value if isinstance(value, list | tuple) else sorted(value)))
+    return str(value)

@@ -1,0 +1,369 @@
+"""The page of one run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ..pictures import History, positions_of
+from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps, thinned
+from .page import EMPTY, Chart, Table, amount, duration, measured, number, render
+
+_MOST_POINTS = 800
+"""Points of a line: more than a screen has pixels for, they would only make the page heavy."""
+_MOST_LOOKS = 20_000
+"""Looks at the evidence, over all matrices."""
+_LEAST_LOOKS = 40
+"""Looks that every matrix keeps."""
+_MOST_ROWS = 40
+"""Rows of the table behind a line."""
+_MOST_NAMED = 3
+"""Matrices that a mark of births names."""
+
+
+class Cell(NamedTuple):
+    """A matrix in the grid of ranks.
+
+    Args:
+        name: Name of its module.
+        label: Where it stands, as a person says it.
+        rank: Rank of its update.
+        level: The rank as a share of the largest one.
+        facts: Title and text of what else is known.
+    """
+
+    name: str
+    label: str
+    rank: str
+    level: float
+    facts: Sequence[tuple[str, str]]
+
+
+class Grid(NamedTuple):
+    """The grid of ranks: a row for each kind of matrix, a column for each layer."""
+
+    layers: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell | None]]]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The matrices, row by row."""
+        return [cell for _, row in self.rows for cell in row if cell is not None]
+
+
+def run_page(facts: RunFacts) -> str:
+    """Return the page of a run, as HTML."""
+    histories = facts.histories()
+    threshold = None if facts.significance is None else 1 / facts.significance
+    grid = grid_of(facts.matrices, histories, threshold)
+    charts = _charts(facts, histories)
+    chosen = _most_telling(facts, histories)
+    return render(
+        "run.html",
+        charts,
+        facts=facts,
+        grid=grid,
+        grid_table=_matrix_table(facts, histories),
+        chosen=chosen,
+        tiles=_tiles(facts),
+        results=_results(facts),
+        births=sum(len(one.births) for one in histories.values()),
+        trial=_trial(facts),
+        threshold=threshold,
+        effective=sum(one.effective_rank or 0.0 for one in facts.matrices),
+        data={"matrices": _of_matrices(facts, histories), "threshold": threshold},
+    )
+
+
+# The grid of ranks ---------------------------------------------------------------------------------------------------
+
+
+def grid_of(
+    matrices: Sequence[MatrixFacts],
+    histories: Mapping[str, History] = MappingProxyType({}),
+    threshold: float | None = None,
+    more: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+) -> Grid:
+    """Return the grid of ranks.
+
+    Args:
+        matrices: The matrices, in the order of the model.
+        histories: What is known of their evidence, by module.
+        threshold: Evidence at which a component is born.
+        more: One more thing that is known, its title and text, by module.
+    """
+    places = positions_of([one.name for one in matrices])
+    layers = sorted({place.layer for place in places}, key=lambda layer: (layer is None, layer or 0))
+    kinds = list(dict.fromkeys(place.kind for place in places))
+    most = max((one.rank for one in matrices), default=0) or 1
+    cells: dict[tuple[str, int | None], Cell] = {}
+    for one, (layer, kind) in zip(matrices, places, strict=True):
+        label = kind if layer is None else f"{kind}, layer {layer}"
+        known = _facts_of(one, histories.get(one.name), threshold)
+        known += [more[one.name]] if one.name in more else []
+        cells[kind, layer] = Cell(one.name, label, f"{one.rank:.2g}", one.rank / most, known)
+    heads = ["other" if layer is None else str(layer) for layer in layers]
+    return Grid(heads, [(kind, [cells.get((kind, layer)) for layer in layers]) for kind in kinds])
+
+
+def _facts_of(one: MatrixFacts, history: History | None, threshold: float | None) -> list[tuple[str, str]]:
+    found = [("rank", f"{one.rank:.3g}")]
+    if one.effective_rank is not None:
+        found.append(("effective rank", f"{one.effective_rank:.2f}" if one.rank else EMPTY))
+    if one.relative_update is not None:
+        found.append(("‖ΔW‖ / ‖W0‖", f"{one.relative_update:.2%}"))
+    if history is not None and history.settled is not None:
+        found.append(("left by the trial", str(history.settled)))
+        found.append(("born since", str(len(history.births))))
+    if history is not None and history.evidence and threshold is not None:
+        found.append(("evidence for one more", f"{_evidence_text(history)} of {threshold:.3g}"))
+    return found
+
+
+def _evidence_text(history: History) -> str:
+    evidence = math.exp(history.evidence[-1][1])
+    return f"{evidence:.2f}" if evidence >= 0.01 else "<0.01"
+
+
+def _matrix_table(facts: RunFacts, histories: Mapping[str, History]) -> Table:
+    """Return all that is known of every matrix."""
+    head = ["matrix", "rank", "effective rank", "‖ΔW‖ / ‖W0‖"]
+    head += ["left by the trial", "births at steps", "evidence"] if histories else []
+    rows = []
+    for one in facts.matrices:
+        effective = EMPTY if one.effective_rank is None or not one.rank else f"{one.effective_rank:.2f}"
+        relative = EMPTY if one.relative_update is None else f"{one.relative_update:.2%}"
+        row = [one.name, str(one.rank), effective, relative]
+        if histories:
+            history = histories.get(one.name, History(one.name))
+            row.append(EMPTY if history.settled is None else str(history.settled))
+            row.append(", ".join(map(str, history.births)) or EMPTY)
+            row.append(_evidence_text(history) if history.evidence else EMPTY)
+        rows.append(row)
+    return Table(head, rows)
+
+
+def _most_telling(facts: RunFacts, histories: Mapping[str, History]) -> str | None:
+    """Return the matrix that is shown first: the one with the most births, or the largest rank."""
+    if not facts.matrices:
+        return None
+
+    def weight(one: MatrixFacts) -> tuple[int, float, float]:
+        history = histories.get(one.name)
+        return (0, 0.0, one.rank) if history is None else (len(history.births), history.peak, one.rank)
+
+    return max(facts.matrices, key=weight).name
+
+
+def _of_matrices(facts: RunFacts, histories: Mapping[str, History]) -> dict[str, Any]:
+    """Return by module what the chart of the chosen matrix draws, and says in words."""
+    most = max(_LEAST_LOOKS, _MOST_LOOKS // max(len(histories), 1))
+    found: dict[str, Any] = {}
+    for one in facts.matrices:
+        history = histories.get(one.name)
+        if history is not None:
+            looks = _with_births(history, most)
+            merged = set(history.merges)
+            found[one.name] = {
+                "evidence": {"step": [step for step, _ in looks], "log": [round(value, 2) for _, value in looks]},
+                "born": {
+                    "step": history.births,
+                    "merged": ["merged" if step in merged else "trains on" for step in history.births],
+                },
+                "words": _words_of(history),
+            }
+        elif one.name in facts.ranks:
+            found[one.name] = {
+                "rank": _held(facts.ranks[one.name], facts.steps, "rank"),
+                "words": f"Rank {one.rank} at the end.",
+            }
+    return found
+
+
+def _with_births(history: History, most: int) -> list[tuple[int, float]]:
+    """Return the looks at the evidence, thinned; those at a birth stay."""
+    kept = {*thinned(range(len(history.evidence)), most)}
+    births = set(history.births)
+    return [look for place, look in enumerate(history.evidence) if place in kept or look[0] in births]
+
+
+def _words_of(history: History) -> str:
+    if history.settled is None:
+        return "The trial is not over."
+    left = f"The trial left {history.settled or 'no'} component{'' if history.settled == 1 else 's'}"
+    if history.births:
+        return f"{left}; born since: {len(history.births)}, at step {', '.join(map(str, history.births))}."
+    return f"{left}; none was born since. The most evidence was {math.exp(min(history.peak, 700)):.3g}."
+
+
+# Lines ---------------------------------------------------------------------------------------------------------------
+
+
+def _charts(facts: RunFacts, histories: Mapping[str, History]) -> dict[str, Chart]:
+    """Return the charts that there is something to draw in, by name."""
+    found = {
+        "loss": _loss_chart(facts, histories),
+        "score": _score_chart(facts),
+        "matrix": _matrix_chart(facts, histories),
+        "rate": _rate_chart(facts),
+        "parameters": _parameters_chart(facts),
+    }
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+def _loss_chart(facts: RunFacts, histories: Mapping[str, History]) -> Chart | None:
+    if not facts.loss:
+        return None
+    data = {
+        "loss": _columns(facts.loss, "loss"),
+        "eval_loss": _columns(facts.eval_loss, "loss"),
+        "births": _births(histories),
+        "trial": _trial_columns(facts),
+    }
+    rows = [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
+    return Chart("loss", _loss_words(facts, histories), data, ("loss", "step", "loss"), Table(["step", "loss"], rows))
+
+
+def _score_chart(facts: RunFacts) -> Chart | None:
+    if len(facts.scores) < 2:
+        return None
+    steps, sets, values = zip(*facts.scores, strict=True)
+    name, metric = sets[-1], facts.metric or "score"
+    own = [value for _, one, value in facts.scores if one == name]
+    label = f"{metric} of {name} over the steps: {number(own[0])} at first, {number(own[-1])} at last, "
+    label += f"between {number(min(own))} and {number(max(own))}."
+    data = {"score": {"step": steps, "set": sets, "value": values}}
+    rows = [[str(step), one, number(value)] for step, one, value in thinned(facts.scores, _MOST_ROWS)]
+    return Chart("score", label, data, ("score", "step", "value"), Table(["step", "set", metric], rows))
+
+
+def _matrix_chart(facts: RunFacts, histories: Mapping[str, History]) -> Chart | None:
+    """Return the chart of the matrix that is chosen on the page, which fills it."""
+    data: dict[str, Mapping[str, Sequence[Any]]]
+    if histories:
+        data = {
+            "evidence": {"step": [], "log": []},
+            "born": {"step": [], "merged": []},
+            "threshold": {"at": [1]},
+            "trial": _trial_columns(facts),
+            "span": {"step": [0, facts.steps]},
+        }
+        label = "Evidence for one more component of the chosen matrix over the optimizer steps."
+        return Chart("evidence", label, data, ("evidence", "step", "evidence"))
+    if any(one.name in facts.ranks for one in facts.matrices):
+        data = {"rank": {"step": [], "rank": []}}
+        return Chart("rank", "Rank of the chosen matrix over the optimizer steps.", data, ("rank", "step", "rank"))
+    return None
+
+
+def _rate_chart(facts: RunFacts) -> Chart | None:
+    if not facts.rate:
+        return None
+    rates = [value for _, value in facts.rate]
+    most, last = number(max(rates), 3), number(rates[-1], 3)
+    label = f"Learning rate over the optimizer steps: at most {most}, at last {last}."
+    rows = [[str(step), number(value, 3)] for step, value in thinned(facts.rate, _MOST_ROWS)]
+    data = {"rate": _columns(facts.rate, "rate", digits=6)}
+    return Chart("rate", label, data, ("rate", "step", "rate"), Table(["step", "learning rate"], rows))
+
+
+def _parameters_chart(facts: RunFacts) -> Chart | None:
+    if not facts.parameters:
+        return None
+    counts = [value for _, value in facts.parameters]
+    label = f"Parameters of the adapter that train: {counts[0]:,} at first, {counts[-1]:,} at last, "
+    label += f"{max(counts):,} at most."
+    rows = [[str(step), f"{value:,}"] for step, value in thinned(facts.parameters, _MOST_ROWS)]
+    data = {"parameters": _held(facts.parameters, facts.steps, "parameters")}
+    main = ("parameters", "step", "parameters")
+    return Chart("parameters", label, data, main, Table(["from step", "parameters"], rows))
+
+
+def _columns(rows: Steps, name: str, digits: int = 5) -> dict[str, Sequence[Any]]:
+    """Return pairs of step and number as columns; of very many, means of neighbours."""
+    size = math.ceil(len(rows) / _MOST_POINTS) if rows else 1
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    means = [sum(value for _, value in group) / len(group) for group in groups]
+    return {"step": [group[-1][0] for group in groups], name: [float(f"{mean:.{digits}g}") for mean in means]}
+
+
+def _held(rows: Steps, end: int, name: str) -> dict[str, Sequence[Any]]:
+    """Return a number that holds from its step on as columns, up to the run's end."""
+    kept = thinned(rows, _MOST_POINTS)
+    kept += [[end, kept[-1][1]]] if kept and kept[-1][0] < end else []
+    return {"step": [step for step, _ in kept], name: [value for _, value in kept]}
+
+
+def _births(histories: Mapping[str, History]) -> dict[str, Sequence[Any]]:
+    """Return the births of all matrices, step by step."""
+    counts = Counter(step for one in histories.values() for step in one.births)
+    steps = sorted(counts)
+    names = []
+    for step in steps:
+        there = [name for name, one in histories.items() if step in one.births]
+        more = f" and {len(there) - _MOST_NAMED} more" if len(there) > _MOST_NAMED else ""
+        names.append(", ".join(there[:_MOST_NAMED]) + more)
+    return {"step": steps, "count": [counts[step] for step in steps], "names": names}
+
+
+def _trial(facts: RunFacts) -> int:
+    """Return the step at which the trial of growth by evidence ended; 0 without one."""
+    return min((int(event["step"]) for event in facts.events if event["kind"] == "settled"), default=0)
+
+
+def _trial_columns(facts: RunFacts) -> dict[str, Sequence[Any]]:
+    end = _trial(facts)
+    return {"start": [0], "end": [end]} if end else {"start": [], "end": []}
+
+
+def _loss_words(facts: RunFacts, histories: Mapping[str, History]) -> str:
+    (first, before), (last, after) = facts.loss[0], facts.loss[-1]
+    words = f"Training loss: {number(before)} at step {first}, {number(after)} at step {last}."
+    births = [step for one in histories.values() for step in one.births]
+    if births:
+        words += f" Births: {len(births)}, the first at step {min(births)}, the last at step {max(births)}."
+    return words
+
+
+# What is said in numbers ---------------------------------------------------------------------------------------------
+
+
+def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
+    """Return title, number and remark of what is said largest."""
+    tiles = []
+    own = [one for one in facts.results if one.kind == "own"]
+    if own and facts.metric is not None and facts.metric in own[-1].metrics:
+        value = own[-1].metrics[facts.metric]
+        guess = next((one for one in facts.results if one.kind == "guess" and facts.metric in one.metrics), None)
+        remark = "" if guess is None else f"{measured(guess.metrics[facts.metric])} {guess.name.rpartition(', ')[2]}"
+        tiles.append((f"{facts.metric}, {own[-1].name}", measured(value), remark))
+    if facts.matrices:
+        ranks = [one.rank for one in facts.matrices]
+        spread = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)}"
+        count = f"{len(ranks)} matrices" if len(ranks) > 1 else "1 matrix"
+        tiles.append((f"ranks of {count}", spread, f"{sum(ranks)} in all"))
+    if facts.parameters:
+        last = facts.parameters[-1][1]
+        remark = f"head: {amount(facts.head_parameters)}" if facts.head_parameters else ""
+        if facts.lora_parameters:
+            lora = f"LoRA r={LORA_RANK}: {amount(facts.lora_parameters)}"
+            remark = f"{lora}; {remark}" if remark else lora
+        tiles.append(("adapter parameters that train", amount(last), remark))
+    if facts.seconds is not None:
+        tiles.append(("time", duration(facts.seconds), f"{facts.steps:,} optimizer steps"))
+    elif facts.steps:
+        planned = f"of {facts.planned_steps:,} planned" if facts.planned_steps else ""
+        tiles.append(("optimizer steps", f"{facts.steps:,}", planned))
+    return tiles
+
+
+def _results(facts: RunFacts) -> Table | None:
+    """Return the table of results: a line for each set, and for each thing that it is compared with."""
+    if not facts.results:
+        return None
+    names = list(dict.fromkeys(name for one in facts.results for name in one.metrics))
+    rows = [[one.name, *(measured(one.metrics.get(name)) for name in names)] for one in facts.results]
+    return Table(["set", *names], rows)

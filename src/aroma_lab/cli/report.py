@@ -1,0 +1,65 @@
+"""`aroma report`: one HTML file of a run, or of a grid's comparison."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from aroma.cli.extras import require_extra
+from aroma.cli.texts import add_force, examples
+from aroma.errors import bad_value
+
+from ..run.files import REPORT, TrialFiles
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "report",
+        help="write one HTML file to look at: of a run, or of a grid's comparison",
+        description=(
+            "Write one HTML file that needs no network: of a run its result, loss, births, ranks, evidence, settings\n"
+            "and the command that repeats it; of a grid its tables, the scores of all methods, and the ranks they\n"
+            "found. `aroma train` ends with it. A run that is not finished gives a report of what there is."
+        ),
+        epilog=examples(
+            "aroma report runs/mrpc",
+            "aroma report runs/mrpc --compare runs/mrpc-paper --out mrpc.html",
+            "aroma report results/lab/minilm-six --out six.html",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of a grid or its table of runs")
+    parser.add_argument("--out", metavar="FILE", help=f"HTML file to write (RUN/{REPORT})")
+    parser.add_argument(
+        "--compare", metavar="RUN", nargs="+", default=[], help="other runs whose results are shown beside this one's"
+    )
+    add_force(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the report."""
+    require_extra("lab")
+    from aroma.report.page import report_file, write_page
+
+    folder = Path(arguments.run_folder)
+    if not folder.exists():
+        raise bad_value("RUN", str(folder), "no such folder; give the output of `aroma train` or `aroma lab run`")
+    beside = folder if folder.is_dir() else folder.parent
+    out = report_file("--out", arguments.out or beside / REPORT, force=arguments.force)
+    from aroma.cli.quiet import quiet
+
+    quiet()
+    if TrialFiles(folder).trial.is_file():
+        from ..report.run_page import write_run_page
+
+        write_run_page(folder, out, arguments.compare)
+    else:
+        if arguments.compare:
+            raise bad_value("--compare", " ".join(arguments.compare), "a grid compares its own runs; leave it out")
+        from ..report.grid_page import grid_page
+
+        write_page(out, grid_page(folder))
+    print(f"report: {out}")

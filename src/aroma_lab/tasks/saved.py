@@ -1,0 +1,155 @@
+"""Saved classifiers and regressions, ready to be asked: their task, tokenizer and model, in plain PEFT.
+
+`aroma_task.json` says how the examples of `aroma train` are read. An adapter without one, as a Trainer's, is known by
+its head and by what `aroma_state.json` tells of it; its columns have to be named.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aroma.errors import CheckpointError, bad_value
+from aroma.export import about_of, head_size, label_names, load_with_adapter
+from aroma.saved import AdapterWeights, read_adapter
+
+from .classification import load_tokenizer
+from .task import TASK_FILE, Task, load_task
+
+_LONGEST = 512
+"""Tokens of an example, where neither task nor model says it."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class SavedClassifier:
+    """A classifier or regression that was saved.
+
+    Args:
+        folder: Its adapter.
+        task: How its examples are read, and what its outputs mean. `label_names` of one without names are numbers.
+        base_model: Folder or hub name of the base model; None for the adapter's own.
+        is_multi_label: Whether an example has any number of labels.
+        tokenizer: The tokenizer.
+    """
+
+    folder: str
+    task: Task
+    base_model: str | None
+    is_multi_label: bool
+    tokenizer: Any
+
+    def load(self) -> Any:
+        """Return the model with its adapter, in evaluation mode, on the accelerator if there is one.
+
+        Raises:
+            CheckpointError: The adapter is damaged.
+            ConfigError: The base model cannot be loaded, or is another.
+        """
+        model = load_with_adapter(self.folder, self.base_model)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_classifier(
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    max_length: int | None = None,
+    needs_label: bool = True,
+) -> SavedClassifier:
+    """Return a saved classifier or regression whose model is not loaded yet, so that its data can be looked at first.
+
+    Args:
+        folder: The adapter.
+        base_model: Folder or hub name of the base model; None for the adapter's own.
+        text, text_pair, label: Columns; None for those of the training, where `aroma_task.json` names them.
+        max_length: Most tokens of an example; None for that of the training or, if unknown, as many as the model
+            takes.
+        needs_label: Whether a column of labels is asked for.
+
+    Raises:
+        CheckpointError: The adapter is missing, damaged, or no classifier's; or nothing names its columns.
+        ConfigError: There is no tokenizer, or the model takes fewer tokens than `max_length`.
+    """
+    if max_length is not None and max_length < 3:
+        raise bad_value("--max-length", max_length, "give 3 or more")
+    adapter = read_adapter(folder)
+    if (Path(folder) / TASK_FILE).exists():
+        task = load_task(folder)
+    else:
+        task = _task_of_head(adapter, text, label, needs_label)
+    task = replace(
+        task,
+        text=text or task.text,
+        text_pair=text_pair or task.text_pair,
+        label=label or task.label,
+        max_length=max_length or task.max_length,
+    )
+    source = _tokenizer_source(adapter, base_model)
+    tokenizer = load_tokenizer(source, task.max_length)
+    if task.max_length == 0:
+        known = tokenizer.model_max_length
+        task = replace(task, max_length=known if known < 2**20 else _LONGEST)
+    is_multi_label = about_of(adapter).problem_type == "multi_label_classification"
+    return SavedClassifier(str(folder), task, base_model, is_multi_label, tokenizer)
+
+
+def is_classifier(adapter: AdapterWeights) -> bool:
+    """Whether an adapter is one of a sequence classifier or of a regression."""
+    named = str((adapter.config.get("auto_mapping") or {}).get("base_model_class"))
+    task_type = adapter.config.get("task_type")
+    return task_type == "SEQ_CLS" or (task_type is None and named.endswith("ForSequenceClassification"))
+
+
+def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, needs_label: bool) -> Task:
+    """Return the task of an adapter without `aroma_task.json`; a `max_length` of 0 is not known."""
+    where = str(adapter.folder)
+    if not is_classifier(adapter):
+        remedy = (
+            f"its task_type is {adapter.config.get('task_type')}; give an adapter of a sequence classifier "
+            "(SEQ_CLS), of a regression, or of a language model (CAUSAL_LM)"
+        )
+        raise bad_value("adapter", where, remedy, CheckpointError)
+    given = {"--text": text, **({"--label": label} if needs_label else {})}
+    missing = [option for option, column in given.items() if column is None]
+    if missing:
+        remedy = (
+            f"it has no {TASK_FILE}, as adapters that `aroma train` saves, so its columns are not known; name them "
+            f"with {' and '.join(missing)}"
+        )
+        raise bad_value("adapter", where, remedy, CheckpointError)
+    about = about_of(adapter)
+    outputs = head_size(adapter) if about.num_labels is None else about.num_labels
+    if outputs is None:
+        raise bad_value("adapter", where, "it holds no trained head, so its labels are not known", CheckpointError)
+    if about.problem_type == "regression" or (outputs == 1 and about.problem_type is None):
+        if outputs != 1:
+            remedy = f"a regression of {outputs} numbers; only those of one number can be asked"
+            raise bad_value("adapter", where, remedy, CheckpointError)
+        return Task("regression", None, text or "", None, label or "", 0)
+    names = label_names(adapter) or tuple(map(str, range(outputs)))
+    return Task("classification", names, text or "", None, label or "", 0)
+
+
+def _tokenizer_source(adapter: AdapterWeights, base_model: str | None) -> str:
+    """Return where the tokenizer is: beside the adapter, else with the base model.
+
+    Raises:
+        ConfigError: The base model's folder holds none: transformers would make an empty one.
+    """
+    if any((adapter.folder / name).exists() for name in _TOKENIZERS):
+        return str(adapter.folder)
+    base = base_model or adapter.config.get("base_model_name_or_path") or ""
+    if not base or (os.path.isdir(base) and not any((Path(base) / name).exists() for name in _TOKENIZERS)):
+        remedy = f"neither it nor its base model {base!r} has a tokenizer; tokenizer.save_pretrained(folder) adds it"
+        raise bad_value("adapter", str(adapter.folder), remedy)
+    return base

@@ -1,0 +1,437 @@
+"""Reports: what a page says of made-up runs, what it may hold, where it may go, and where it comes from."""
+
+import gzip
+import hashlib
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from aroma import AromaCallback
+from aroma.cli import main
+from aroma.errors import AromaWarning, CheckpointError, DataError, OutputError
+from aroma.integrations import reporting
+from aroma.measures import relative_norms
+from aroma.report.facts import MatrixFacts, Result, RunFacts, thinned
+from aroma.report.page import ASSETS, measured, report_file
+from aroma.report.run import run_page
+from aroma_lab.report.grid_page import grid_page
+from aroma_lab.report.run_page import run_facts
+from aroma_lab.tasks.classification import ClassifierJob
+from aroma_lab.tasks.task import Task
+from made_up_facts import BIRTHS, GROWN, KINDS, MODULES, event, events, made_up
+from made_up_runs import edit, write_grid, write_run
+from trainer_runs import adapted, trainer_for
+
+VEGA = "8f6a3587cf8d4f42c7e08120e3eb05d067e746d554e39d2dcf52acc0bd5ba28f"
+"""SHA-256 of vega.min.js in vega@6.4.0 of npm."""
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+class Page(HTMLParser):
+    """A page as a browser takes it apart.
+
+    Attributes:
+        elements: Tag and attributes of every element.
+        rows: The texts of the cells of every row of a table.
+        grid: The attributes of every cell of a grid of ranks, by matrix.
+        text: All that is read.
+        data: What its script is given.
+    """
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.rows, self.grid, self.text = [], [], {}, ""
+        self.data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+        self._row = self._in = None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self._in = tag
+        self.elements.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+        if dict(attributes).get("role") == "gridcell":
+            self.grid[dict(attributes).get("data-matrix")] = dict(attributes)
+
+    def handle_data(self, text):
+        if self._in in ("script", "style"):
+            return
+        self.text += text
+        if self._in in ("td", "th"):
+            self.rows[-1][-1] += text.strip()
+
+    def label(self, name):
+        """What stands for a chart where it cannot be seen."""
+        return next(one["aria-label"] for _, one in self.elements if one.get("data-chart") == name)
+
+    def tags(self):
+        return [tag for tag, _ in self.elements]
+
+
+@pytest.fixture(scope="module")
+def html():
+    return run_page(made_up())
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_says_what_the_run_came_to_and_how_to_repeat_it(page):
+    assert ["validation", "0.8125", "0.7000"] in page.rows
+    assert ["test, for guessing", "0.5500", "0.0000"] in page.rows
+    text = " ".join(page.text.split())
+    for said in (
+        "accuracy, test 0.7900 0.5500 for guessing",
+        "ranks of 9 matrices 0–3 8 in all",
+        "1.02K LoRA r=8: 18.4K; head: 130",
+        "3 min 20 s 240 optimizer steps",
+        "No evidence for another component in 9 of 9 matrices; last birth at step 200.",
+        "aroma train reviews.yaml output=reviews-again",
+        "training.learning_rate 0.001",
+        "torch 2.9.0",
+    ):
+        assert said in text.replace(" Copy", ""), said
+
+
+def test_what_cannot_be_seen_is_said(page):
+    words = "Training loss: 1.975 at step 5, 0.8 at step 240. Births: 4, the first at step 80, the last at step 200."
+    assert page.label("loss") == words
+    assert "0.55 at first, 0.8 at last" in page.label("score")
+    assert "0 at first, 1,024 at last, 9,216 at most" in page.label("parameters")
+    assert all(one.get("tabindex") == "0" for _, one in page.elements if one.get("class") == "plot")
+
+
+def test_the_grid_has_every_matrix_in_its_place(page):
+    ranks = {one["module"]: one["rank"] for one in events()}
+    assert list(page.grid) == [f"encoder.layer.{layer}.{kind}" for kind in KINDS for layer in range(3)]
+    labels = {name: cell["aria-label"] for name, cell in page.grid.items()}
+    assert labels[GROWN] == (
+        f"attention.self.value, layer 1: rank {ranks[GROWN]}; effective rank {0.75 * ranks[GROWN]:.2f}; "
+        "‖ΔW‖ / ‖W0‖ 1.23%; left by the trial 0; born since 3; evidence for one more 0.09 of 20"
+    )
+    assert ["output.dense", *(str(ranks[f"encoder.layer.{layer}.output.dense"]) for layer in range(3))] in page.rows
+    levels = {name: float(cell["style"].partition("--level: ")[2]) for name, cell in page.grid.items()}
+    assert levels[GROWN] == 1.0
+    assert {name for name, level in levels.items() if level == 0} == {name for name in ranks if ranks[name] == 0}
+    told = dict(json.loads(page.grid[GROWN]["data-facts"]))
+    assert told["born since"] == "3"
+
+
+def test_the_charts_draw_what_the_events_say(page):
+    births = page.data["charts"]["loss"]["data"]["births"]
+    assert births["step"] == [80, 120, 160, 200]
+    assert births["count"] == [1, 1, 1, 1]
+    assert page.data["charts"]["loss"]["data"]["trial"] == {"start": [0], "end": [40]}
+    grown = page.data["matrices"][GROWN]
+    assert grown["born"] == {"step": BIRTHS[GROWN], "merged": ["trains on"] * 3}
+    assert grown["words"] == "The trial left no components; born since: 3, at step 80, 160, 200."
+    assert max(grown["evidence"]["log"]) == 3.2
+    assert page.data["matrices"][MODULES[5]]["born"]["merged"] == ["merged"]
+    assert page.data["threshold"] == pytest.approx(20)
+    chosen = [attributes["value"] for tag, attributes in page.elements if tag == "option" and "selected" in attributes]
+    assert chosen == [GROWN], "the matrix with the most births is shown first"
+
+
+def test_a_page_loads_nothing_and_is_small(html, page):
+    policy = next(one["content"] for _, one in page.elements if one.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';")
+    assert "connect-src" not in policy
+    assert "http" not in policy
+    assert not [one for _, one in page.elements if {"src", "href"} & one.keys() and one.get("href") != "#content"]
+    assert not re.search(r"url\(|@import", html)
+    assert len(html) < 500e3
+
+
+def test_names_do_nothing_but_stand_there():
+    def titled(text):
+        renamed = {name: f"{text}.layer.{place}.x" for place, name in enumerate(MODULES)}
+        return made_up(
+            title=text,
+            about=[text],
+            metric=text,
+            results=[Result(text, {text: 0.5}), Result(f"{text}, {text}", {text: 0.1}, "guess")],
+            scores=[(1, text, 0.1), (2, text, 0.2)],
+            matrices=[MatrixFacts(renamed[one.name], *one[1:]) for one in made_up().matrices],
+            events=[{**one, "module": renamed[one["module"]]} for one in events()],
+            explanation=text,
+            notes=[text],
+            settings={text: {text: text}},
+            recipe=text,
+            versions={text: text},
+            command=text,
+        )
+
+    harmless, hostile = (Page(run_page(titled(text))) for text in ("plain", HOSTILE))
+    assert hostile.tags() == harmless.tags()
+    assert [sorted(one) for _, one in hostile.elements] == [sorted(one) for _, one in harmless.elements]
+    assert f"{HOSTILE}.layer.0.x" in hostile.data["matrices"]
+
+
+def test_a_page_of_nothing_says_that_much():
+    page = Page(run_page(RunFacts("nothing", notes=["This run is not finished."])))
+    assert "This run is not finished." in page.text
+    assert page.data["charts"] == {}
+    assert "select" not in page.tags()
+
+
+def test_another_rule_shows_ranks_over_time():
+    ranks = {name: [[0, 0], [30, 1]] for name in MODULES}
+    page = Page(run_page(made_up(events=[], significance=None, ranks=ranks)))
+    assert page.data["charts"]["matrix"]["spec"] == "rank"
+    assert page.data["matrices"][GROWN]["rank"] == {"step": [0, 30, 240], "rank": [0, 1, 1]}
+    assert "evidence" not in page.grid[GROWN]["aria-label"]
+
+
+def test_long_runs_are_thinned_but_keep_their_births():
+    looks = [event("settled", 0, GROWN, 0)]
+    looks += [event("born" if step == 7770 else "checked", step, GROWN, 1, 3.2) for step in range(1, 100_000)]
+    loss = [[step, float(step)] for step in range(100_000)]
+    html = run_page(made_up(events=looks, loss=loss, matrices=[MatrixFacts(GROWN, 1)]))
+    page = Page(html)
+    evidence = page.data["matrices"][GROWN]["evidence"]
+    assert len(evidence["step"]) < 21_000
+    assert evidence["step"].count(7770) == 2
+    drawn = page.data["charts"]["loss"]["data"]["loss"]
+    assert len(drawn["step"]) <= 800
+    assert np.mean(drawn["loss"]) == pytest.approx(49_999.5)
+    assert len(html) < 800e3
+
+
+def test_thinned_keeps_both_ends():
+    assert thinned(range(10), 4) == [0, 3, 6, 9]
+    assert thinned([1, 2], 4) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.5, "0.5000"),
+        (0.0, "0.0000"),
+        (-0.25, "−0.2500"),
+        (1e-5, "1e−05"),
+        (12345.6, "1.235e+04"),
+        (math.nan, "–"),
+        (None, "–"),
+    ],
+)
+def test_metrics_are_written_alike(value, text):
+    assert measured(value) == text
+
+
+def test_vega_is_the_published_file_with_its_licence():
+    vega = gzip.decompress((ASSETS / "vega.min.js.gz").read_bytes())
+    assert hashlib.sha256(vega).hexdigest() == VEGA
+    assert "University of Washington Interactive Data Lab" in (ASSETS / "LICENSES.txt").read_text()
+
+
+# Where it may go -----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_replaces_a_report_and_nothing_else(html, tmp_path):
+    mine, report = tmp_path / "notes.html", tmp_path / "report.html"
+    mine.write_text("<html>mine</html>")
+    report.write_text(html)
+    assert report_file("--out", report) == report
+    with pytest.raises(OutputError, match="it exists, and nothing is overwritten"):
+        report_file("--out", mine)
+    assert report_file("--out", mine, force=True) == mine
+    with pytest.raises(OutputError, match="notes"):
+        AromaCallback(report=mine)
+    assert mine.read_text() == "<html>mine</html>"
+
+
+# The Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_leaves_a_report_and_adds_a_later_evaluation(tmp_path):
+    out = tmp_path / "report.html"
+    callback = AromaCallback(report=out)
+    trainer = trainer_for(adapted(), tmp_path / "run", callback, max_steps=12, save_strategy="no", eval_on_start=True)
+    trainer.evaluate()
+    assert not out.exists(), "nothing has been trained"
+    trainer.train()
+    page = Page(out.read_text())
+    dense = {
+        matrix.name: float(matrix.layer.get_delta_weight("default").norm() / matrix.layer.weight_matrix().norm())
+        for matrix in callback.controller.modules
+    }
+    said = {name: dict(json.loads(cell["data-facts"])) for name, cell in page.grid.items()}
+    assert {name: facts["‖ΔW‖ / ‖W0‖"] for name, facts in said.items()} == {
+        name: f"{value:.2%}" for name, value in dense.items()
+    }
+    assert {name: facts["rank"] for name, facts in said.items()} == {
+        name: str(rank) for name, rank in callback.controller.ranks().items()
+    }
+    assert any(float(facts["rank"]) for facts in said.values())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert page.data["charts"]["loss"]["data"]["loss"]["loss"] == pytest.approx(losses, rel=1e-4)
+    metrics = trainer.evaluate()
+    page = Page(out.read_text())
+    text = " ".join(page.text.split())
+    assert "BertForSequenceClassification" in text
+    before = trainer.state.log_history[0]
+    assert before["step"] == 0
+    assert ["before training", measured(before["eval_loss"])] in page.rows
+    assert ["evaluation at step 12", measured(metrics["eval_loss"])] in page.rows
+    assert "max_steps 12" in text
+    assert "AromaConfig" in text
+
+
+def test_a_report_that_cannot_be_written_costs_no_training(tmp_path, monkeypatch):
+    def full(*_):
+        raise OutputError("report.html: cannot be written (No space left on device); make room")
+
+    callback = AromaCallback(report=tmp_path / "report.html")
+    trainer = trainer_for(adapted(), tmp_path / "run", callback, max_steps=4, save_strategy="no")
+    monkeypatch.setattr(reporting, "write_page", full)
+    with pytest.warns(AromaWarning, match="No space left on device.*the training itself is whole"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_secrets_of_the_command_line_are_left_out(monkeypatch):
+    words = ["python", "/home/me/train.py", "--hub_token", "hf_secret", "--api-key=xyz", "--seed", "3"]
+    monkeypatch.setattr(reporting.sys, "orig_argv", words)
+    assert reporting._command() == "python train.py --hub_token '…' '--api-key=…' --seed 3"
+    monkeypatch.setattr(reporting.sys, "argv", [""])
+    assert reporting._command() is None
+
+
+def test_relative_norms_are_those_of_the_dense_matrices():
+    generator = torch.Generator().manual_seed(0)
+    W, B, A = (torch.randn(shape, generator=generator) for shape in ((6, 5), (6, 2), (2, 5)))
+    zero, nothing = torch.zeros(6, 5), (torch.zeros(6, 0), torch.zeros(0, 5))
+    found = relative_norms([lambda: W, lambda: W, lambda: zero, lambda: zero], [(B, A), nothing, (B, A), nothing])
+    assert found[0] == pytest.approx(float((B @ A).norm() / W.norm()), rel=1e-5)
+    assert found[1:] == [0.0, None, 0.0]
+
+
+# Recorded runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorded_run_is_read_with_what_it_is_compared_with(tmp_path):
+    one = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma", trained_rank=2.0, relative_updates={GROWN: 0.5})
+    other = write_run(tmp_path, "mrpc", "lora-r8", 0, reported={"test": {"accuracy": 0.75}})
+    facts = run_facts(one, [other])
+    assert [(line.name, line.metrics.get("accuracy"), line.kind) for line in facts.results[1:]] == [
+        ("test", 0.8, "own"),
+        ("held-out training examples, seed-0", None, "other"),
+        ("test, seed-0", 0.75, "other"),
+    ]
+    assert facts.lora_parameters == 8 * 500
+    assert facts.command == "aroma lab run grid.yaml 'seeds=[0]' --tasks mrpc --methods aroma"
+
+
+def test_an_unfinished_run_gives_what_there_is(tmp_path):
+    folder = write_run(
+        tmp_path, "mrpc", "aroma", 0, kind="aroma", options={"growth": "evidence", "significance": 0.05}
+    )
+    for name in ("result", "curve", "history"):
+        (folder / f"{name}.json").unlink()
+    lines = "".join(json.dumps(one) + "\n" for one in events())
+    (folder / "events.jsonl").write_text(lines + '{"kind": "chec')
+    assert main(["report", str(folder)]) == 0
+    page = Page((folder / "report.html").read_text())
+    assert "This run is not finished." in page.text
+    assert len(page.grid) == 9
+    assert page.data["matrices"][GROWN]["born"]["step"] == BIRTHS[GROWN]
+    (folder / "events.jsonl").write_text("{}\n")
+    with pytest.raises(CheckpointError, match="a file is edited"):
+        run_facts(folder)
+    (folder / "events.jsonl").write_text("what\n")
+    with pytest.raises(CheckpointError, match=r"events\.jsonl: truncated or edited"):
+        run_facts(folder)
+
+
+def test_what_holds_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert "no runs there" in capsys.readouterr().err
+    assert not (tmp_path / "empty" / "report.html").exists()
+
+
+def test_guessing_is_answering_with_the_commonest_label():
+    class Part(dict):
+        pass
+
+    def job(kind, names, train, test):
+        return ClassifierJob(
+            None,
+            Task(kind, names, "text", None, "label", 8),
+            {"train": {"labels": train}, "test": {"labels": test}},
+            None,
+        )
+
+    found = job("classification", ("a", "b", "c"), [2, 2, 1, 0], [2, 0, 2, 1]).guess("test")
+    assert found == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 9, "mcc": 0.0})
+    found = job("regression", None, [1.0, 3.0], [2.0, 4.0]).guess("test")
+    assert found == {"pearson": 0.0, "spearman": 0.0, "mse": 2.0}
+
+
+# A grid --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grid(tmp_path):
+    write_grid(tmp_path, ["lora-r2", "aroma", "never-run"])
+    for seed, (lora, own) in enumerate([(0.8, 0.84), (0.82, 0.83)]):
+        for method, score, kind in (("lora-r2", lora, "lora"), ("aroma", own, "aroma")):
+            more = {"trained_rank": 1.5 if kind == "aroma" else 2.0, "average_rank": 2.0}
+            write_run(
+                tmp_path, "mrpc", method, seed, kind=kind, score=score, reported={"test": {"accuracy": score}}, **more
+            )
+    return tmp_path
+
+
+def test_a_grid_compares_its_methods(grid):
+    failed = write_run(grid, "mrpc", "aroma", 2, kind="aroma")
+    (failed / "result.json").unlink()
+    (failed / "failure.json").write_text(
+        json.dumps({"error": "NonFiniteError", "message": "loss=nan", "traceback": []})
+    )
+    page = Page(grid_page(grid))
+    text = " ".join(page.text.split())
+    assert "best on mrpc 83.50 aroma" in text
+    assert "No finished run yet of the methods never-run." in text
+    assert "NonFiniteError: loss=nan" in text
+    assert ["aroma", "83.50", "0.71", "2"] in page.rows
+    drawn = page.data["charts"]["scores-0"]["data"]
+    assert drawn["seeds"]["points"] == [80.0, 82.0, 84.0, 83.0]
+    assert drawn["means"] == {"method": ["lora-r2", "aroma"], "points": [81.0, 83.5], "own": [False, True]}
+    budget = page.data["charts"]["budget-0"]["data"]["budget"]
+    assert budget["trained"] == [2.0, 1.5]
+    assert budget["high"][1] - budget["low"][1] == pytest.approx(2 * 0.5, abs=1e-3)
+    assert len(page.grid) == 20
+    assert all("over the seeds 2 to 2" in cell["aria-label"] for cell in page.grid.values())
+
+
+def test_a_grid_without_a_finished_run_is_refused(grid):
+    for result in grid.rglob("result.json"):
+        result.unlink()
+    with pytest.raises(DataError, match="no finished run"):
+        grid_page(grid)
+
+
+def test_the_command_writes_a_grids_report_once(grid, capsys):
+    assert main(["report", str(grid)]) == 0
+    assert str(grid / "report.html") in capsys.readouterr().out
+    edit(grid / "runs" / "mrpc" / "aroma" / "seed-0" / "trial.json", lambda trial: trial.update(method=HOSTILE))
+    edit(grid / "runs" / "mrpc" / "aroma" / "seed-0" / "trial.json", lambda trial: trial.update(name="x"))
+    assert main(["report", str(grid)]) == 0, "its own report may be replaced"
+    assert "img" not in Page((grid / "report.html").read_text()).tags()
+    assert main(["report", str(grid), "--compare", "other"]) == 2
+    assert "a grid compares its own runs" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""Reports in a real browser: on a phone and a desktop, light and dark, with pointer and keyboard.
+
+The pictures stay in the folder that the environment variable AROMA_SCREENSHOTS names.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from aroma.report import charts
+from aroma.report.page import ASSETS, write_page
+from aroma.report.run import run_page
+from aroma_lab.report.grid_page import grid_page
+from browser import SIZES, chromium
+from made_up_facts import BIRTHS, GROWN, MODULES, made_up
+
+pytestmark = pytest.mark.slow
+RESULTS = Path(__file__).parent.parent / "results" / "lab" / "minilm-six"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    write_page(folder / "run.html", run_page(made_up()))
+    write_page(folder / "grid.html", grid_page(RESULTS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    return Path(os.environ.get("AROMA_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+
+
+def tip(browser):
+    """The text of the tip; None where there is none."""
+    return browser.run("const tip = document.getElementById('tip'); return tip.hidden ? null : tip.innerText;")
+
+
+def colour(browser, selector, name):
+    """The red, green and blue of a colour as it is drawn, 0 to 255."""
+    script = """
+        const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+        context.fillStyle = getComputedStyle(document.querySelector(arguments[0]))[arguments[1]];
+        context.fillRect(0, 0, 1, 1);
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);"""
+    return browser.run(script, selector, name)
+
+
+def contrast(one, other):
+    """The contrast of two colours as WCAG defines it."""
+
+    def luminance(parts):
+        linear = [part / 3294.6 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return bright / dark
+
+
+@pytest.mark.parametrize("name", ["run", "grid"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_everything_is_drawn_and_nothing_overflows(browser, pages, shots, name, size, scheme):
+    browser.open(pages / f"{name}.html", size, scheme)
+    assert browser.complaints() == []
+    assert browser.overflowing() == []
+    undrawn = (
+        """return [...document.querySelectorAll(".plot")].filter((one) => !one.querySelector("svg path")).length"""
+    )
+    assert browser.run(undrawn) == 0
+    assert browser.run("return performance.getEntriesByType('resource').length") == 0, "it loads nothing"
+    paper, ink = colour(browser, "body", "backgroundColor"), colour(browser, "body", "color")
+    assert (sum(paper) < sum(ink)) == (scheme == "dark")
+    card = colour(browser, "main > section", "backgroundColor")
+    faint = colour(browser, ".about", "color")
+    assert contrast(ink, card) > 7
+    assert min(contrast(faint, card), contrast(faint, paper)) > 4.5
+    painted = "stroke" if name == "run" else "fill"
+    line = colour(browser, f".plot [{painted}='var(--line)']", painted)
+    assert contrast(line, card) > 3, "the lines of the charts follow the scheme"
+    browser.screenshot(shots / f"{name}-{size}-{scheme}.png")
+
+
+def test_pointing_tells(browser, pages):
+    browser.open(pages / "run.html")
+    assert tip(browser) is None
+    browser.hover(browser.find(f'[data-matrix="{GROWN}"]'))
+    told = tip(browser)
+    assert told.startswith("attention.self.value, layer 1")
+    assert "evidence for one more" in told
+    assert "1.23%" in told
+    browser.hover(browser.find('[data-chart="loss"] svg'), right=40)
+    told = tip(browser)
+    assert "step" in told
+    assert "loss" in told
+    browser.hover(browser.find("h1"))
+    assert tip(browser) is None
+
+
+def test_the_grid_is_walked_by_keys_and_chooses_a_matrix(browser, pages):
+    browser.open(pages / "run.html")
+    cell = browser.find(".ranks [tabindex='0']")
+    assert cell.get_attribute("data-matrix") == GROWN, "one stop of the tab key"
+    browser.run("arguments[0].focus()", cell)
+    assert tip(browser).startswith("attention.self.value, layer 1")
+    browser.press("ARROW_RIGHT", "ARROW_DOWN")
+    assert browser.run("return document.activeElement.dataset.matrix") == "encoder.layer.2.output.dense"
+    assert tip(browser).startswith("output.dense, layer 2")
+    browser.press("ARROW_DOWN", "END")
+    assert browser.run("return document.activeElement.dataset.matrix") == "encoder.layer.2.output.dense", "the edge"
+    browser.press("HOME", "ENTER")
+    assert browser.find("#choose").get_property("value") == "encoder.layer.0.output.dense"
+    assert "none was born since" in browser.find("#words").text
+    assert browser.find("[aria-selected='true']").get_attribute("data-matrix") == "encoder.layer.0.output.dense"
+    browser.press("ESCAPE")
+    assert tip(browser) is None
+
+
+def test_a_chosen_matrix_is_drawn(browser, pages):
+    browser.open(pages / "run.html")
+    births = "return document.querySelectorAll('[data-chart=matrix] .mark-symbol path[fill=\"var(--born)\"]').length"
+    assert browser.run(births) == len(BIRTHS[GROWN])
+    browser.run("const one = document.getElementById('choose'); one.focus(); one.value = arguments[0]", MODULES[5])
+    browser.run("document.getElementById('choose').dispatchEvent(new Event('change'))")
+    assert "at step 120." in browser.find("#words").text
+    assert browser.run(births) == 1
+
+
+def test_a_chart_is_walked_by_keys(browser, pages):
+    browser.open(pages / "run.html")
+    browser.run("document.querySelector('[data-chart=loss]').focus()")
+    browser.press("ARROW_RIGHT", "ARROW_RIGHT")
+    assert tip(browser).split() == ["step", "10", "loss", "1.95"]
+    browser.press("END")
+    assert tip(browser).split() == ["step", "240", "loss", "0.8"]
+    browser.open(pages / "grid.html")
+    browser.run("document.querySelector('.plot').focus()")
+    browser.press("HOME")
+    assert "head-only" in tip(browser)
+
+
+def test_a_grid_shows_one_method_at_a_time(browser, pages):
+    browser.open(pages / "grid.html")
+    shown = "return [...document.querySelectorAll('[data-panel]')].map((one) => !one.hidden)"
+    count = len(browser.run(shown))
+    assert count > 1
+    assert browser.run(shown) == [True] + [False] * (count - 1)
+    browser.run(
+        "const one = document.getElementById('panel'); one.value = '1'; one.dispatchEvent(new Event('change'))"
+    )
+    assert browser.run(shown) == [False, True] + [False] * (count - 2)
+
+
+def test_paper_holds_it(browser, pages, shots):
+    browser.open(pages / "run.html")
+    browser.print_media(width=760)
+    assert browser.overflowing() == []
+    browser.screenshot(shots / "run-print.png")
+
+
+def test_the_committed_charts_are_those_of_the_source():
+    assert (ASSETS / "charts.json").read_text(encoding="utf-8") == charts.assets()

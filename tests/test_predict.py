@@ -1,0 +1,350 @@
+"""`aroma predict`, and `aroma eval` of adapters that a Trainer saved: what a person gets for every row of a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from aroma import AromaConfig
+from aroma.cli import main
+from aroma_lab.predict import open_classifier_predictor, predict_file
+from aroma_lab.tasks.sources import stream_rows
+from aroma_lab.tasks.task import Task, save_task
+from models import METHOD, set_ranks
+from tiny_classifier import save_tiny_bert, sentences, write_json_lines
+from tiny_lm import save_tiny_lm, tiny_tokenizer
+
+NAMES = ("low", "middle", "high, or so")
+ROWS = [{**row, "id": number, "note": 'a "b"\nc'} for number, row in enumerate(sentences(11, seed=4))]
+ROWS[3]["text"] = " ".join([str(row["text"]) for row in ROWS[:6]])  # longer than the model takes
+ROWS[5] |= {"text": "w1", "only here": [1, None]}
+
+
+def make_adapter(base: Path, folder: Path, **options: Any) -> Path:
+    """An adapter as a Trainer's user saves it: no aroma_task.json, no tokenizer."""
+    torch.manual_seed(3)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base, **options), AromaConfig(**METHOD, task_type="SEQ_CLS")
+    )
+    set_ranks(model, [2, 0, 1])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.copy_(torch.randn_like(parameter))
+        # Centred, so that rows get different labels.
+        texts = [str(row["text"]) for row in ROWS]
+        batch = AutoTokenizer.from_pretrained(base)(texts, padding=True, truncation=True, return_tensors="pt")
+        model.eval()
+        middle = model(**batch).logits.median(0).values
+        model.get_base_model().classifier.modules_to_save["default"].bias -= middle - 0.05  # no row on the edge
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    save_tiny_bert(folder / "base")
+    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
+    make_adapter(folder / "base", folder / "named", **labels)
+    make_adapter(folder / "base", folder / "nameless", num_labels=3)
+    make_adapter(folder / "base", folder / "regression", num_labels=1, problem_type="regression")
+    make_adapter(folder / "base", folder / "several", problem_type="multi_label_classification", **labels)
+    recipe = make_adapter(folder / "base", folder / "recipe", num_labels=3)
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(recipe)
+    save_task(Task("classification", NAMES, "text", None, "label", 12), recipe)
+    write_json_lines(folder / "rows.jsonl", ROWS)
+    with (folder / "rows.csv").open("w", newline="") as stream:
+        table = csv.DictWriter(stream, ["text", "label", "id", "note"], extrasaction="ignore")
+        table.writeheader()
+        table.writerows(ROWS)
+    return folder
+
+
+def reference(home: Path, name: str, length: int = 32, **options: Any) -> torch.Tensor:
+    """Logits of every row by plain PEFT, each alone."""
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base", **options)
+    model = PeftModel.from_pretrained(base, home / name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    with torch.no_grad():
+        each = [
+            model(**tokenizer(str(row["text"]), truncation=True, max_length=length, return_tensors="pt")).logits[0]
+            for row in ROWS
+        ]
+    return torch.stack(each).double()
+
+
+def predicted(home: Path, out: Path, name: str, data: str, *options: str) -> list[dict[str, Any]]:
+    assert main(["predict", str(home / name), str(home / data), "--out", str(out), "--batch-size", "4", *options]) == 0
+    if out.suffix == ".jsonl":
+        return [json.loads(line) for line in out.read_text().splitlines()]
+    with out.open(newline="") as stream:
+        return [*csv.DictReader(stream)]
+
+
+def test_rows_keep_their_columns_and_get_what_plain_peft_says(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = predicted(home, tmp_path / "out.jsonl", "named", "rows.jsonl", "--text", "text")
+    assert f"11 predictions: {tmp_path / 'out.jsonl'}" in capsys.readouterr().out
+    expected = reference(home, "named", num_labels=3).softmax(-1)
+    assert len({int(index) for index in expected.argmax(-1)}) > 1, "the case tells labels apart"
+    for row, given, probabilities in zip(rows, ROWS, expected.tolist(), strict=True):
+        assert row.pop("probabilities") == pytest.approx(dict(zip(NAMES, probabilities, strict=True)), abs=1e-6)
+        assert row.pop("prediction") == NAMES[probabilities.index(max(probabilities))]
+        assert row == given
+
+    rows = predicted(home, tmp_path / "out.csv", "named", "rows.jsonl", "--text", "text")
+    columns = ["text", "label", "score", "id", "note", "only here", "prediction"]
+    assert [*rows[0]] == columns + [f"probability_{name}" for name in NAMES]
+    for row, given, probabilities in zip(rows, ROWS, expected.tolist(), strict=True):
+        assert [float(row[f"probability_{name}"]) for name in NAMES] == pytest.approx(probabilities, abs=1e-6)
+        assert row["prediction"] == NAMES[probabilities.index(max(probabilities))]
+        assert (row["id"], row["note"]) == (str(given["id"]), given["note"])
+        assert row["only here"] == ("[1, null]" if "only here" in given else "")
+
+
+def test_a_recipe_s_adapter_needs_no_columns_and_cuts_as_in_training(home: Path, tmp_path: Path) -> None:
+    rows = predicted(home, tmp_path / "out.jsonl", "recipe", "rows.csv")
+    expected = reference(home, "recipe", length=12, num_labels=3).softmax(-1).tolist()
+    assert [row["prediction"] for row in rows] == [NAMES[row.index(max(row))] for row in expected]
+    assert [[*row["probabilities"].values()] for row in rows] == [pytest.approx(row, abs=1e-6) for row in expected]
+    assert [row["note"] for row in rows] == [row["note"] for row in ROWS]
+
+
+def test_numbers_indices_and_several_labels(home: Path, tmp_path: Path) -> None:
+    rows = predicted(home, tmp_path / "r.csv", "regression", "rows.csv", "--text", "text")
+    expected = reference(home, "regression", num_labels=1)[:, 0].tolist()
+    assert [float(row["prediction"]) for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert "probability" not in " ".join(rows[0])
+
+    rows = predicted(home, tmp_path / "n.jsonl", "nameless", "rows.csv", "--text", "text")
+    expected = reference(home, "nameless", num_labels=3).argmax(-1).tolist()
+    assert [row["prediction"] for row in rows] == [str(index) for index in expected]
+
+    rows = predicted(home, tmp_path / "s.jsonl", "several", "rows.csv", "--text", "text")
+    shares = reference(home, "several", num_labels=3).sigmoid().tolist()
+    chosen = [[name for name, share in zip(NAMES, row, strict=True) if share >= 0.5] for row in shares]
+    assert [row["prediction"] for row in rows] == chosen
+    assert {len(some) for some in chosen} - {1}, "the case has rows with none or several"
+
+
+def test_pairs_and_files_without_a_header(home: Path, tmp_path: Path) -> None:
+    lines = [["w1 w2", "w7"], ["w9", "w3 w4 w5"]]
+    for suffix, sign in ((".csv", ","), (".tsv", "\t")):
+        (home / f"headless{suffix}").write_text("".join(sign.join(line) + "\n" for line in lines))
+        rows = predicted(
+            home, tmp_path / f"{suffix}.jsonl", "named", f"headless{suffix}", "--text", "#1", "--text-pair", "#2"
+        )
+        assert [[row["#1"], row["#2"]] for row in rows] == lines
+        base = AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=3)
+        model = PeftModel.from_pretrained(base, home / "named").eval()
+        tokenizer = AutoTokenizer.from_pretrained(home / "base")
+        for row, (one, other) in zip(rows, lines, strict=True):
+            expected = model(**tokenizer(one, other, return_tensors="pt")).logits[0].softmax(-1).tolist()
+            assert [*row["probabilities"].values()] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_language_model_writes_what_plain_peft_writes(tmp_path: Path) -> None:
+    base = save_tiny_lm(tmp_path / "base", "llama")
+    config = AromaConfig(**METHOD, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    set_ranks(model, [2, 0, 1])
+    model.save_pretrained(tmp_path / "adapter")
+    rows = [{"question": "apple bird", "id": 1}, {"question": "king", "id": 2}, {"question": "iron a lamp", "id": 3}]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    arguments = [
+        "predict",
+        str(tmp_path / "adapter"),
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "o.jsonl"),
+    ]
+    assert main([*arguments, "--text", "question", "--max-new-tokens", "5", "--batch-size", "2"]) == 0
+    answered = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
+    tokenizer = tiny_tokenizer()
+    for row, given in zip(answered, rows, strict=True):
+        chat = [{"role": "user", "content": given["question"]}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        written = plain.generate(**prompt, max_new_tokens=5, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        said = tokenizer.decode(written, skip_special_tokens=True).strip()
+        assert {name: row[name] for name in given} == given
+        assert said.startswith(row["prediction"])
+        assert (row["prediction"] == said) or row["finished"]
+    assert len({row["prediction"] for row in answered}) > 1
+
+
+def test_rows_are_written_as_they_come_and_only_a_whole_file_gets_its_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        read.append(0)
+        for row in stream_rows(*arguments, **options):
+            read[-1] += 1
+            yield row
+
+    monkeypatch.setattr("aroma_lab.predict.stream_rows", counted)
+    many = tmp_path / "many.jsonl"
+    write_json_lines(many, [{"text": "w1 w2", "padding": "x" * 500} for _ in range(100)])
+    out, seen = tmp_path / "out" / "done.jsonl", []
+
+    class Stopped(Exception):
+        pass
+
+    @contextmanager
+    def watching(stop_at: int) -> Any:
+        def advance(done: int) -> None:
+            seen.append(done)
+            assert read[-1] == sum(seen), "no row is read before those before it are written"
+            (partial,) = out.parent.iterdir()
+            assert partial != out, "nothing has the name yet"
+            sizes.append(partial.stat().st_size)
+            if sum(seen) >= stop_at:
+                raise Stopped
+
+        yield advance
+
+    for stop_at in (60, 10**9):
+        seen, sizes = [], []
+        predictor = open_classifier_predictor(home / "named", text="text", batch_size=2)
+        try:
+            count = predict_file(
+                predictor, str(many), out, batch_size=2, progress=lambda name, total, end=stop_at: watching(end)
+            )
+        except Stopped:
+            assert [*out.parent.iterdir()] == [], "nothing is left of what was interrupted"
+        else:
+            assert count == 100
+    assert max(seen) <= 32, "no more rows are in memory at once, however many there are"
+    assert sizes[0] < sizes[-1]
+    assert sizes[1] > 10_000, "rows reach the disk long before the end"
+    assert len(out.read_text().splitlines()) == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "options", "message"),
+    [
+        ("named", "rows.csv", [], "no aroma_task.json, as adapters that `aroma train` saves, so its columns are not"),
+        (
+            "named",
+            "rows.csv",
+            ["--text", "words"],
+            "data (line 2)='…': no column 'words'; its columns are 'text', 'la",
+        ),
+        ("named", "nothing.csv", ["--text", "text"], "nothing.csv': no such file"),
+        ("named", "empty.csv", ["--text", "text"], "empty.csv': it has no rows; give at least one"),
+        ("named", "header.csv", ["--text", "text"], "header.csv': it has no rows; give at least one"),
+        ("named", "short.csv", ["--text", "text"], "short.csv': line 3: its number of fields is not that of the"),
+        ("named", "broken.jsonl", ["--text", "text"], "broken.jsonl': line 2: "),
+        ("named", "list.jsonl", ["--text", "text"], "list.jsonl': line 1: a list, not an object"),
+        ("named", "gap.csv", ["--text", "text"], "data (line 3)='': a text is missing in column 'text'; fill it in"),
+        ("named", "taken.csv", ["--text", "text"], "it has a column 'prediction', which a prediction would overwrite"),
+        ("named", "data.docx", ["--text", "text"], "data.docx': unknown format; its name must end in .csv, .tsv"),
+        ("named", "latin.csv", ["--text", "text"], "not UTF-8 text"),
+        ("named", "twice.csv", ["--text", "text"], "line 1: two columns are called 'text'"),
+        ("named", "rows.csv", ["--text", "text", "--batch-size", "0"], "--batch-size=0: give 1 or more"),
+        ("named", "rows.csv", ["--text", "text", "--max-new-tokens", "3"], "--max-new-tokens=3: a language model has"),
+        ("named", "rows.csv", ["--text", "text", "--max-length", "99"], "data.max_length=99"),
+        ("named", "rows.csv", ["--text", "text", "--base-model", "no/model"], "no/model"),
+        ("nowhere", "rows.csv", ["--text", "text"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_clear_error(
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    data: str,
+    options: list[str],
+    message: str,
+) -> None:
+    contents = {
+        "empty.csv": b"",
+        "header.csv": b"text,label\n",
+        "short.csv": b"text,label\na,b\nc\n",
+        "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+        "list.jsonl": b"[1]\n",
+        "gap.csv": b"text,label\na,b\n,b\n",
+        "taken.csv": b"text,prediction\na,b\n",
+        "data.docx": b"text\na\n",
+        "latin.csv": "text\nä\n".encode("latin-1"),
+        "twice.csv": b"text,text\na,b\n",
+    }
+    if data in contents:
+        (home / data).write_bytes(contents[data])
+    out = tmp_path / "out.csv"
+    assert main(["predict", str(home / name), str(home / data), "--out", str(out), *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("error: ") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_overwritten_unasked(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.csv"
+    out.write_text("mine")
+    arguments = ["predict", str(home / "named"), str(home / "rows.csv"), "--text", "text", "--out"]
+    assert main([*arguments, str(out)]) == 2
+    assert "out.csv': it exists, and nothing is overwritten; give another name, or --force" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert main([*arguments, str(tmp_path / "out.xlsx")]) == 2
+    assert "unknown format; its name must end in .csv or .jsonl" in capsys.readouterr().err
+    assert main([*arguments, str(out), "--force"]) == 0
+    assert len(out.read_text().splitlines()) > 11
+    image = tmp_path / "image"
+    image.mkdir()
+    for file in (home / "named").iterdir():
+        (image / file.name).write_bytes(file.read_bytes())
+    config = json.loads((image / "adapter_config.json").read_text())
+    (image / "adapter_config.json").write_text(json.dumps({**config, "task_type": "FEATURE_EXTRACTION"}))
+    (image / "aroma_state.json").unlink()
+    assert main(["predict", str(image), str(home / "rows.csv"), "--out", str(tmp_path / "new.csv")]) == 2
+    assert "its task_type is FEATURE_EXTRACTION; give an adapter of a sequence classifier" in capsys.readouterr().err
+
+
+# Evaluation without aroma_task.json ----------------------------------------------------------------------------------
+
+
+def test_eval_of_a_trainer_s_adapter_needs_its_columns_only(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = reference(home, "named", num_labels=3).argmax(-1).tolist()
+    right = [(index + (number % 3 == 0)) % 3 for number, index in enumerate(best)]
+    share = sum(index == wanted for index, wanted in zip(best, right, strict=True)) / len(best)
+    for kind, labels in (("names", [NAMES[index] for index in right]), ("indices", right)):
+        rows = [{"sentence": row["text"], "class": label} for row, label in zip(ROWS, labels, strict=True)]
+        data, told = write_json_lines(tmp_path / f"{kind}.jsonl", rows), tmp_path / f"{kind}.json"
+        arguments = ["eval", str(home / "named"), "--data", str(data), "--json", str(told)]
+        assert main([*arguments, "--text", "sentence"]) == 2
+        assert "name them with --label" in capsys.readouterr().err
+        assert main([*arguments, "--text", "sentence", "--label", "class"]) == 0
+        assert json.loads(told.read_text())["metrics"]["accuracy"] == pytest.approx(share)
+    numbers = reference(home, "regression", num_labels=1)[:, 0].tolist()
+    rows = [{"text": row["text"], "score": 2 * number} for row, number in zip(ROWS, numbers, strict=True)]
+    data = write_json_lines(tmp_path / "numbers.jsonl", rows)
+    arguments = ["eval", str(home / "regression"), "--data", str(data), "--json", str(tmp_path / "n.json")]
+    assert main([*arguments, "--text", "text", "--label", "score"]) == 0
+    assert json.loads((tmp_path / "n.json").read_text())["metrics"]["pearson"] == pytest.approx(1.0)
+    assert main(["eval", str(home / "several"), "--data", str(data), "--text", "text", "--label", "score"]) == 2
+    assert "an example has several labels, which no metric here counts" in capsys.readouterr().err
+
+
+def test_a_base_model_without_a_tokenizer_is_refused(home: Path, tmp_path: Path, capsys: Any) -> None:
+    """transformers would make an empty one, and every word would be unknown."""
+    bare = tmp_path / "bare"
+    AutoModelForSequenceClassification.from_pretrained(home / "base").save_pretrained(bare)
+    arguments = ["predict", str(home / "named"), str(home / "rows.csv"), "--text", "text", "--out"]
+    assert main([*arguments, str(tmp_path / "o.csv"), "--base-model", str(bare)]) == 2
+    assert "has a tokenizer; tokenizer.save_pretrained(folder) adds it" in capsys.readouterr().err
