@@ -107,7 +107,7 @@ def compare(one: str, other: str) -> None:
 
 
 def opened(checkpoint: Path, name: str) -> Any:
-    """What torch saved in a file; where ZeRO-3 pads parameters, it leaves whatever the memory held, which becomes 0."""
+    """What torch saved in a file; where ZeRO-3 pads parameters, it leaves what the memory held, which becomes 0."""
     content = torch.load(checkpoint / name, weights_only=False)
     groups = content.get("optimizer_state_dict", {}).get("fp32_flat_groups") if "optim_states" in name else None
     if groups is not None:
