@@ -119,7 +119,7 @@ def opened(checkpoint: Path, name: str) -> Any:
             for shape in shapes_of_group.values():
                 part = -(-shape.numel() // size)
                 own = min(part, max(0, shape.numel() - rank * part))
-                group[end + own : end + part] = 0
+                group.data[end + own : end + part] = 0
                 end += part
             assert end == len(group)
     return content
