@@ -24,6 +24,7 @@ from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import NamedTuple
 
 TESTS = Path(__file__).parent
 SECONDS = 300
@@ -55,10 +56,19 @@ def processes() -> ForkServerContext:
     return forking("trainer_runs", "trial_runs", "distributed_runs", "sharded_runs")
 
 
-def run_ranks(
-    context: ForkServerContext, count: int, program: str, *arguments: str, grace: float = 2
-) -> tuple[str, list[int]]:
-    """Run a script, or a module, in `count` processes; return what they printed, and their exit codes.
+class Ended(NamedTuple):
+    """How a launch ended."""
+
+    said: str
+    """What the processes printed."""
+    codes: list[int]
+    """Their exit codes."""
+    seconds: float
+    """From the end of the first that failed to the end of the last; 0 if none failed."""
+
+
+def run_ranks(context: ForkServerContext, count: int, program: str, *arguments: str, grace: float = 2) -> Ended:
+    """Run a script, or a module, in `count` processes.
 
     When one has failed, the others have `grace` seconds to see it and end; then they are killed.
     """
@@ -82,22 +92,25 @@ def run_ranks(
             variables = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
             ranks.append(context.Process(target=_rank, args=(variables, str(said), program, arguments)))
             ranks[-1].start()
-        deadline = time.monotonic() + SECONDS
+        deadline, failed = time.monotonic() + SECONDS, 0.0
         waiting = {process.sentinel: process for process in ranks}
         while waiting and (ended := wait([*waiting], max(deadline - time.monotonic(), 0))):
             if any(waiting.pop(sentinel).exitcode for sentinel in ended):
                 # Those that the end of one concerns see it by themselves, and say so.
-                deadline = min(deadline, time.monotonic() + grace)
+                failed = failed or time.monotonic()
+                deadline = min(deadline, failed + grace)
         for process in waiting.values():
             process.kill()
         for process in ranks:
             process.join()
-        return said.read_text() if said.exists() else "", [int(process.exitcode or 0) for process in ranks]
+        seconds = time.monotonic() - failed if failed else 0.0
+        codes = [int(process.exitcode or 0) for process in ranks]
+        return Ended(said.read_text() if said.exists() else "", codes, seconds)
 
 
 def launch(count: int, program: str, *arguments: str, fails: bool = False) -> str:
     """Run a script or module in several processes; return what they said, and how each ended."""
-    said, codes = run_ranks(processes(), count, program, *arguments)
+    said, codes, _ = run_ranks(processes(), count, program, *arguments)
     assert any(codes) == fails, said[-4000:]
     return said + "".join(f"exitcode  : {code}\n" for code in codes)
 
@@ -163,7 +176,7 @@ def _rank(variables: dict[str, str], said: str, program: str, arguments: tuple[s
 def main(preloaded: str, jobs: str) -> None:
     context = forking(preloaded)
     for count, program, *arguments in json.loads(Path(jobs).read_text()):
-        said, codes = run_ranks(context, count, program, *arguments)
+        said, codes, _ = run_ranks(context, count, program, *arguments)
         print(said)
         if any(codes):
             sys.exit(f"{program} {' '.join(arguments)}: exit codes {codes}")

@@ -15,7 +15,7 @@ import shutil
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,18 +159,31 @@ def limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def fuzz(scratch: Path, seed: int, count: int) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Damage `count` checkpoints, of all kinds in turn; return the outcomes by kind, and the bad ones in words."""
+NAMES = (*KINDS, *OWN)
+
+
+def damages(scratch: Path, seed: int, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Damage checkpoints, of all kinds in turn; yield what became of each. `outcome` is None if it could not be done.
+
+    Args:
+        scratch: An empty folder.
+        seed: Decides, with its number, what a damage is.
+        numbers: Which damages.
+    """
     fuzzer = Fuzzer(scratch)
-    names = [*KINDS, *OWN]
-    told: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for number in numbers:
+        name, own = NAMES[number % len(NAMES)], seed * 100_000 + number // len(NAMES)
+        outcome, done = fuzzer.outcome(name, own) or (None, "")
+        yield {"seed": seed, "number": number, "name": name, "own": own, "outcome": outcome, "done": done}
+
+
+def counted(told: Iterable[dict[str, Any]]) -> tuple[dict[str, Counter[str]], list[str]]:
+    """Return the outcomes by kind, and the bad ones in words."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in NAMES}
     bad = []
-    for number in range(count):
-        name, own = names[number % len(names)], seed * 100_000 + number // len(names)
-        if (result := fuzzer.outcome(name, own)) is None:
-            continue
-        outcome, done = result
-        told[name][outcome] += 1
-        if outcome in BAD:
-            bad.append(f"{outcome}: {name} #{own}: {done}")
-    return told, bad
+    for each in told:
+        if each["outcome"] is not None:
+            counts[each["name"]][each["outcome"]] += 1
+        if each["outcome"] in BAD:
+            bad.append("{outcome}: {name} #{own}: {done}".format(**each))
+    return counts, bad

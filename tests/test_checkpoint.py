@@ -15,6 +15,7 @@ from transformers import TrainerState
 from aroma import AromaCallback, last_complete_checkpoint
 from aroma.checkpoint import RECORD_FILE, complete_record, record_checkpoint, verify_checkpoint
 from aroma.errors import CheckpointError
+from aroma.files import replacing
 from trainer_runs import Run, adapted, assert_same, live, on_disk, train, trainer_for
 
 RUN = Run(steps=8, training={"save_steps": 3})
@@ -60,6 +61,24 @@ def test_files_in_folders_are_recorded(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=rf"{name}: sha256=.*use another checkpoint"):
             verify_checkpoint(folder)
         (folder / name).write_text(name)
+
+
+def test_what_a_killed_save_left_is_no_part_of_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-7"
+    left = []
+    for name in ("README.md", "other/aroma_state.safetensors"):
+        with replacing(folder / name) as temporary:  # what a kill here would leave
+            left.append(str(temporary.relative_to(folder)))
+            (tmp_path / temporary.name).touch()
+        shutil.move(tmp_path / temporary.name, temporary)
+        (folder / name).unlink()
+    kept = ["optimizer.pt", "rng_state.pth", ".notes.tmp", "other/adapter_config.json"]
+    for name in [*left, *kept]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    written(folder, TrainerState(global_step=7))
+    assert verify_checkpoint(folder)["files"].keys() == {*kept, "trainer_state.json"}
+    assert not any((folder / name).exists() for name in left)
 
 
 def written(folder: Path, state: TrainerState, completes: bool = True) -> None:

@@ -151,18 +151,23 @@ def test_resuming_in_the_same_process_and_model(tmp_path: Path) -> None:
 # A run that is over --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reset_callbacks", slow_but([False], [False, True]))
-def test_resuming_a_run_that_stopped_early_changes_nothing(tmp_path: Path, reset_callbacks: bool) -> None:
-    run = Run(
-        method={"max_components": 2},
-        training={"restore_callback_states_from_checkpoint": reset_callbacks, "weight_decay": 0.1},
-    )
+@pytest.mark.parametrize(
+    "changes",
+    slow_but(
+        [{}],
+        [{}, {"restore_callback_states_from_checkpoint": True}, {"save_strategy": "epoch", "save_total_limit": 1}],
+    ),
+)
+def test_resuming_a_run_that_stopped_early_changes_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = Run(method={"max_components": 2}, training={"weight_decay": 0.1, **changes})
     whole = live_at_the_end(train(tmp_path, run))
+    left = checkpoints_of(tmp_path)
     end = whole["controller"]["state"]["global_step"]
     assert end < run.steps
     resumed = train(tmp_path, run, last_complete_checkpoint(tmp_path))
     after = live_at_the_end(resumed)
     assert_same(after, whole)
+    assert checkpoints_of(tmp_path) == left
     assert not torch.equal(
         after["weights"]["base_model.model.classifier.modules_to_save.default.weight"],
         after["weights"]["base_model.model.classifier.original_module.weight"],
@@ -170,10 +175,17 @@ def test_resuming_a_run_that_stopped_early_changes_nothing(tmp_path: Path, reset
 
 
 def test_resuming_a_run_at_its_last_step_changes_nothing(tmp_path: Path) -> None:
-    run = Run(steps=13, training={"weight_decay": 0.1})
+    run = Run(steps=13, training={"weight_decay": 0.1, "save_total_limit": 1, "eval_strategy": "steps"})
     whole = live_at_the_end(train(tmp_path, run))
+    left = checkpoints_of(tmp_path)
     resumed = train(tmp_path, run, str(tmp_path / "checkpoint-13"))
     assert_same(live_at_the_end(resumed), whole)
+    assert checkpoints_of(tmp_path) == left, "that of the step too many took the place of the last"
+
+
+def checkpoints_of(out: Path) -> dict[str, bytes]:
+    """All files of all checkpoints in `out`."""
+    return {str(file): file.read_bytes() for file in out.glob("checkpoint-*/**/*") if file.is_file()}
 
 
 def live_at_the_end(trainer: Any) -> dict[str, Any]:

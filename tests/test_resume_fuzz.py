@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 
 import aroma.checkpoint
-from corruptions import KINDS
-from resume_fuzz import OWN, Fuzzer, fuzz
+from resume_fuzz import NAMES, Fuzzer, counted, damages
 
 
 def test_damaged_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
-    told, bad = fuzz(tmp_path, seed=0, count=2 * len({**KINDS, **OWN}))
+    told, bad = counted(damages(tmp_path, 0, range(2 * len(NAMES))))
     assert not bad, "\n".join(bad)
     assert sum(counts["clear error"] for counts in told.values()) > 30
 
 
 @pytest.mark.slow
 def test_many_damaged_checkpoints_are_refused_or_harmless(tmp_path: Path) -> None:
-    told, bad = fuzz(tmp_path, seed=1, count=600)
+    told, bad = counted(damages(tmp_path, 1, range(600)))
     assert not bad, "\n".join(bad)
     assert all(sum(counts.values()) > 5 for name, counts in told.items() if not name.startswith("hostile")), told
     assert sum(counts["equal"] for counts in told.values()) > 5

@@ -21,7 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .card import CARD_FILE, PICTURE_FILE, Subject, files_beside, is_by_hand, write_card
 from .errors import CheckpointError, ConfigError, bad_value
-from .files import file_digest, require_adapter_folder, write_json
+from .files import file_digest, remove_leftovers, require_adapter_folder, write_json
 from .folders import replacing_files
 from .saved import read_adapter, read_config, require_vouched
 from .sharding import rank, sharding_of_model, world_size
@@ -130,6 +130,7 @@ def record_checkpoint(folder: str | os.PathLike[str], state: TrainerState) -> di
     """
     root = Path(folder)
     apart = (RECORD_FILE, TRAINER_STATE_FILE, CARD_FILE)
+    remove_leftovers(root)
     names = [name for name in _files_below(root) if name not in apart and (root / name).is_file()]
     with ThreadPoolExecutor(8) as threads:  # hashing leaves the interpreter to others
         facts = [*threads.map(lambda name: _facts(root / name), names)]

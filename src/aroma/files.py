@@ -116,6 +116,17 @@ def _replacing(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""A name that `replacing` gives to a file until it is whole."""
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed saves in `folder` and below; nobody may be writing there."""
+    for leftover in [*folder.rglob(".*.tmp")]:
+        if _LEFTOVER.fullmatch(leftover.name) and not leftover.is_dir():
+            leftover.unlink()
+
+
 def require_adapter_folder(path: str | os.PathLike[str]) -> Path:
     """Return the folder of an adapter.
 

@@ -97,6 +97,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._fused_step_was_skipped = False
         self._steps_within_backward = False
         self._hooks: list[Any] = []
+        self._was_over = False
         self._records = CheckpointRecords()
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
@@ -131,6 +132,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
         self._remove_hooks()  # of an earlier training that ended with an exception
+        self._was_over = False
         self._records.begin(args, state)
         self.controller = AromaController(
             model,
@@ -279,21 +281,26 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
+        self._was_over = self._is_over(state, state.global_step - 1)
         if skipped:
             controller.skip_step()
-        elif not self._is_over(state, state.global_step - 1):
+        elif not self._was_over:
             controller.step()
         if self._report is not None:
             self._report.note(controller, state)
         if controller.finished and self.early_stop:
             control.should_training_stop = True
             _finish_as_at_the_last_step(args, control)
+        if self._was_over:
+            _leave_it_at_that(control)
         self._guard_checkpoint(state, control, model)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Refuse to write an epoch's checkpoint of broken weights."""
+        if self._was_over:
+            _leave_it_at_that(control)
         self._guard_checkpoint(state, control, model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -440,6 +447,11 @@ def _require_finite_parameters(model: nn.Module, step: int) -> None:
             f"{name}: not finite at the save or evaluation of optimizer step {step}. Training stopped, and earlier "
             "checkpoints are untouched: resume from the last one with a lower learning rate, or look at the data"
         )
+
+
+def _leave_it_at_that(control: TrainerControl) -> None:
+    """Keep the Trainer from saving and evaluating a step that changed nothing: an older checkpoint would go for it."""
+    control.should_save = control.should_evaluate = control.should_log = False
 
 
 def _finish_as_at_the_last_step(args: TrainingArguments, control: TrainerControl) -> None:
