@@ -111,7 +111,9 @@ def test_it_stops_early_and_resuming_a_finished_run_changes_nothing(tmp_path: Pa
         assert growth(trainer).controller.finished
         assert trainer.state.global_step < 12
         runs.append(trainer)
-    verify_adapter(tmp_path / f"checkpoint-{trainer.state.global_step}")
+    last = runs[0].state.global_step
+    verify_adapter(tmp_path / f"checkpoint-{last}")
+    assert not (tmp_path / f"checkpoint-{last + 1}").exists()
     assert_same(dict(runs[1].model.state_dict()), dict(runs[0].model.state_dict()))
     assert_same(*[growth(trainer).controller.state_dict() for trainer in runs])
 
