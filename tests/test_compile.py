@@ -80,6 +80,7 @@ def test_ten_growths_take_two_graphs_and_no_break(r: int) -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_modules_that_freeze_at_different_times_make_no_new_graph() -> None:
     graphs = Graphs()
     attachment, losses, active = run(

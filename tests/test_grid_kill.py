@@ -16,7 +16,6 @@ import pytest
 from aroma_lab.study.grid import load_grid
 from aroma_lab.study.run import run_grid
 from fake_trial import SAVED_EVERY
-from quick import slow_but
 from study_files import (
     FAKE,
     comparable,
@@ -32,7 +31,7 @@ from study_files import (
     write_yaml,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")]
 
 STEPS = 20
 NAMES = [f"mrpc/{method}/seed-{seed}" for seed in (0, 1) for method in "ab"]
@@ -101,7 +100,7 @@ def test_the_trial_of_a_killed_process_is_taken_up_again_from_its_checkpoint(gri
     assert finish(grid_file) == (0, 4)
 
 
-@pytest.mark.parametrize("stopped", slow_but([True], [False, True]))
+@pytest.mark.parametrize("stopped", [False, True])
 def test_a_killed_runner_takes_its_trials_along_even_stopped_ones(grid_file, stopped):
     runner = start(grid_file)
     wait_until(lambda: all(f"step {SAVED_EVERY + 1}" in lines(folder) for folder in folders(grid_file)[:2]))
@@ -117,7 +116,6 @@ def test_a_killed_runner_takes_its_trials_along_even_stopped_ones(grid_file, sto
     assert finish(grid_file) == (4, 0)
 
 
-@pytest.mark.slow
 def test_the_next_runner_waits_for_a_runner_that_is_held_up_and_runs_the_rest(grid_file):
     write_grid(grid_file.parent, pause=0.2)  # the other command starts meanwhile
     runner = start(grid_file)
@@ -145,7 +143,6 @@ def test_an_interrupt_stops_the_trials_first(grid_file):
     assert finish(grid_file) == (4, 0)
 
 
-@pytest.mark.slow
 def test_kills_at_any_moment_lose_nothing_finished(grid_file):
     moments = random.Random(0)
     finished: dict[Path, float] = {}
@@ -168,7 +165,6 @@ def test_kills_at_any_moment_lose_nothing_finished(grid_file):
     assert all(result.stat().st_mtime == written for result, written in finished.items())
 
 
-@pytest.mark.slow
 def test_real_trials_end_as_if_runner_and_process_had_not_been_killed(tmp_path):
     whole = run_undisturbed(real_grid(tmp_path, "whole"))
     killed, said = real_grid(tmp_path, "killed"), tmp_path / "said.log"

@@ -29,6 +29,7 @@ def assert_old_or_new(told: dict[str, list[dict[str, Any]]]) -> None:
                 assert entry["raw"] == "whole", f"{kind}: {entry}, read by anybody, plain PEFT too"
 
 
+@pytest.mark.slow
 def test_saves_struck_at_some_operations() -> None:
     kinds = [*ADAPTERS][1::2] + [*CHECKPOINTS][1:]
     told = strikes(kinds, seed=2, count=2)

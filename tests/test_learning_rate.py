@@ -114,7 +114,7 @@ def rates(optimizer: Any) -> list[float]:
 # In the Trainer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", slow_but(["linear", "warmup_stable_decay"], SCHEDULES))
 @pytest.mark.parametrize(
     "components",
     [pytest.param(None, id="growing"), pytest.param(4, id="the head trains on", marks=pytest.mark.slow)],

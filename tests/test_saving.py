@@ -33,6 +33,7 @@ from aroma.errors import CheckpointError, ConfigError
 from aroma.tuner import live_adapter
 from aroma.tuner.state import read_controller_state
 from models import METHOD, adapted, base, batch, deltas, grow, logits, ranks, set_ranks, train, trainable
+from quick import slow_but
 from trainer_runs import assert_same
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -485,7 +486,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-@pytest.mark.parametrize("steps", [1, 3, 4, 5, 10])
+@pytest.mark.parametrize("steps", slow_but([4], [1, 3, 4, 5, 10]))
 def test_the_state_is_restored_bit_for_bit(tmp_path: Path, method: dict[str, Any], steps: int) -> None:
     model, growth, folder = trained(tmp_path, steps, **method)
     if "outer_tolerance" in method:
@@ -501,7 +502,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("stop", [1, 4, 7, 10])
+@pytest.mark.parametrize("stop", slow_but([7], [1, 4, 7, 10]))
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 def test_a_resumed_loop_is_the_uninterrupted_one(tmp_path: Path, optimizer_name: str, stop: int) -> None:
     method = {"lora_alpha": 3, "outer_tolerance": 0.02, "inner_criterion": "update_change"}

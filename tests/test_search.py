@@ -308,6 +308,7 @@ def test_failed_and_killed_trials_stop_nothing_and_only_killed_ones_are_tried_ag
     assert [runs_in(log)[one.name] for one in outcome.trials] == [1, 1, 3, 2]
 
 
+@pytest.mark.slow
 @EVERY_STORAGE
 def test_the_trial_of_a_machine_that_died_is_taken_up_again(tmp_path, log, kind):
     storage = storage_of(kind, tmp_path)

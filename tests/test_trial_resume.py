@@ -17,13 +17,14 @@ from aroma.files import read_json
 from aroma_lab.run.folder import TrialFolder
 from aroma_lab.run.run import run_trial
 from aroma_lab.training.trainer import EpochLengthSampler
-from quick import slow_but
 from ranks import processes
 from trainer_runs import resealed
 from trial_runs import LAST, METHODS, SAVE_STEPS, die_at, read, save_material, trial_of
 
 COSTS = {"wall_seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "epoch_seconds"}
 """Of a result, what is different in every run."""
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(saved[key], expected[key]) for key in saved), name
 
 
-@pytest.mark.parametrize("method", slow_but(["aroma"], METHODS))
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_equals_uninterrupted(material: Path, tmp_path: Path, method: str) -> None:
     # Adapters, head and dropout move; evaluations on the way draw random numbers, too.
     trial = trial_of(material, method, eval_steps=8, bf16=method in ("lora", "aroma"))
@@ -133,7 +134,7 @@ def test_killed_after_training_equals_uninterrupted(material: Path, tmp_path: Pa
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", [pytest.param("relora_merge", marks=pytest.mark.slow), "aroma"])
+@pytest.mark.parametrize("method", ["relora_merge", "aroma"])
 def test_the_best_checkpoint_is_the_one_reported(material: Path, tmp_path: Path, method: str) -> None:
     trial = trial_of(material, method, checkpoint="best", eval_steps=5, keep_checkpoints=2)
     result = run_trial(trial, tmp_path / "whole")

@@ -263,6 +263,7 @@ def test_every_example_is_evaluated_exactly_once(
     assert seen[True] == Counter(train)
 
 
+@pytest.mark.slow
 def test_every_method_sees_the_same_batches(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders: dict[str, list[list[int]]] = {"lora": [], "full": [], "adalora": []}
     step = Trainer.training_step
@@ -308,6 +309,7 @@ def test_the_average_counts_what_trains_in_each_planned_step() -> None:
     assert curve.total_rank == [[0, 1], [2, 2], [4, 3]]
 
 
+@pytest.mark.slow
 def test_adalora_loses_rank_on_the_way(material: Path, tmp_path: Path) -> None:
     result = run_trial(trial_of(material, "adalora"), tmp_path / "run")
     curve = read(tmp_path / "run" / "curve.json")
@@ -330,6 +332,7 @@ def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Pa
     assert (result["steps"], result["stopped_early"], result["parameters"]["final"]) == (STEPS, False, 0)
 
 
+@pytest.mark.slow
 def test_examples_that_decide_growth_are_not_counted_as_trained_on(material: Path, tmp_path: Path) -> None:
     """Of 96 examples 24 are held out for growth: an epoch has 9 steps, and would have 12 with them."""
     options = {"growth": "evidence", "slots": 2, "significance": 0.5, "growth_share": 0.25}
