@@ -115,11 +115,11 @@ def _is_read(matrix: dict[str, Any]) -> bool:
 
 
 def _tell_of_strangers(adapter: AdapterWeights) -> None:
-    """Warn where it is not known which modules have rank 0, and nothing vouches for the others."""
+    """Warn where nothing vouches for the files, and what only the state says is not known."""
     if adapter.state is None:
         warnings.warn(
             f"{adapter.folder}: no {STATE_FILE}, so nothing vouches for its files, and modules of rank 0 are not "
-            "known; right for an adapter that AROMA did not save",
+            "known, nor what AROMA noted of its task; right for an adapter that AROMA did not save",
             AromaWarning,
             stacklevel=3,
         )
@@ -200,11 +200,15 @@ def export_merged(
         ConfigError: The base model or its class is not known, or the base model is quantised on disk.
         OutputError: `out` is not empty, or cannot be written.
         CheckpointError: The adapter is missing or damaged.
+
+    Warns:
+        AromaWarning: AROMA did not save the adapter.
     """
     adapter = read_adapter(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
+    _tell_of_strangers(adapter)
     base_name = _base_name(adapter, base_model)
     model = _with_base(adapter, base_model)
     if getattr(model.get_base_model(), "is_quantized", False):
