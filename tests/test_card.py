@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,32 +169,43 @@ class Rows(torch.utils.data.Dataset):
         return {name: tensor[index % 4] for name, tensor in batch("bert", index // 4).items()}
 
 
-def test_the_card_of_a_trainers_run(tmp_path: Path) -> None:
+def train(folder: Path, count: int, accuracy: Callable[[Any], float], **training: Any) -> Trainer:
+    """Train a classifier with the Trainer in `folder`/run, and save what grew to `folder`/adapter."""
     model = get_peft_model(named(base("bert")), AromaConfig(**METHOD, task_type="SEQ_CLS"))
     args = TrainingArguments(
-        str(tmp_path / "run"),
-        max_steps=6,
+        str(folder / "run"),
         per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        learning_rate=2e-3,
-        seed=3,
         eval_strategy="steps",
         eval_steps=2,
-        save_steps=3,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        **training,
     )
     trainer = Trainer(
         model,
         args,
-        train_dataset=Rows(40),
+        train_dataset=Rows(count),
         eval_dataset=Rows(12),
-        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        compute_metrics=lambda found: {"accuracy": accuracy(found)},
         callbacks=[AromaCallback(early_stop=False)],
     )
     trainer.train()
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder / "adapter")
+    return trainer
+
+
+def test_the_card_of_a_trainers_run(tmp_path: Path) -> None:
+    trainer = train(
+        tmp_path,
+        40,
+        lambda found: float((found.predictions.argmax(-1) == found.label_ids).mean()),
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        learning_rate=2e-3,
+        seed=3,
+        save_steps=3,
+    )
     evaluated = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry][-1]
     for folder in (tmp_path / "adapter", tmp_path / "run" / "checkpoint-6"):
         text = (folder / CARD_FILE).read_text()
@@ -232,37 +244,22 @@ def test_the_card_of_a_trainers_run(tmp_path: Path) -> None:
     assert (merged.data.library_name, merged.data.tags) == ("transformers", ["aroma", "merged", "lora"])
     assert f"| evaluation set | 12 | {evaluated['eval_loss']:.4g} |" in merged.text
     trainer.evaluate(Rows(8), metric_key_prefix="eval_late")  # after the run, so the next save tells it
-    model.save_pretrained(tmp_path / "again")
+    trainer.model.save_pretrained(tmp_path / "again")
     assert "| late | 8 |" in (tmp_path / "again" / CARD_FILE).read_text()
 
 
 def test_metrics_are_those_of_the_model_that_is_saved(tmp_path: Path) -> None:
     """After load_best_model_at_end they are those of the best."""
     found = iter([0.9, 0.1, 0.2])
-    model = get_peft_model(named(base("bert")), AromaConfig(**METHOD, task_type="SEQ_CLS"))
-    args = TrainingArguments(
-        str(tmp_path / "run"),
+    train(
+        tmp_path,
+        20,
+        lambda _: next(found),
         max_steps=5,
-        per_device_train_batch_size=4,
-        eval_strategy="steps",
-        eval_steps=2,
         save_steps=2,
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
     )
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=Rows(20),
-        eval_dataset=Rows(12),
-        compute_metrics=lambda _: {"accuracy": next(found)},
-        callbacks=[AromaCallback(early_stop=False)],
-    )
-    trainer.train()
-    model.save_pretrained(tmp_path / "adapter")
     assert "| evaluation set | 12 |" in (tmp_path / "adapter" / CARD_FILE).read_text()
     assert "| 0.9 |" in (tmp_path / "adapter" / CARD_FILE).read_text()
     assert "| 0.2 |" in (tmp_path / "run" / "checkpoint-5" / CARD_FILE).read_text()

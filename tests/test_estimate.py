@@ -28,6 +28,7 @@ from aroma.measures import grown_norms, pair_norms
 from aroma.tuner import fused
 from aroma.tuner import layer as aroma_layer
 from aroma_lab.bench.memory import kept_bytes, optimizer_bytes
+from aroma_lab.cli.estimate import SHAPES as NAMED_SHAPES
 from aroma_lab.estimate.devices import DEVICES, GIB, estimate, fit, kinds_of, needs_of, usable_bytes
 from aroma_lab.estimate.memory import (
     PARTS,
@@ -38,7 +39,7 @@ from aroma_lab.estimate.memory import (
     state_bytes,
     step_bytes,
 )
-from aroma_lab.estimate.model import EstimateSettings, build, layers_of, load_config
+from aroma_lab.estimate.model import SHAPES, EstimateSettings, build, layers_of, load_config
 from aroma_lab.estimate.tensors import finished_bytes, take_inventory
 from aroma_lab.run.machine import peak_bytes
 from aroma_lab.specs import ModelSpec
@@ -69,6 +70,10 @@ def grown(name: str, components: int, r: int = 1, model: Any = None) -> Any:
 
 def inventory_of(settings: EstimateSettings) -> Any:
     return take_inventory(build(settings, load_config(settings.model)), settings.dtype)
+
+
+def test_the_command_names_the_shapes_that_there_are():
+    assert (*SHAPES,) == NAMED_SHAPES, "the command knows them before PyTorch is loaded"
 
 
 # What lies there -----------------------------------------------------------------------------------------------------

@@ -336,8 +336,7 @@ def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
             task_type,
             f"it does not tell the model class; set it in adapter_config.json to one of {sorted(MODEL_CLASSES)}",
         )
-    names, about = label_names(adapter), about_of(adapter)
-    labels = head_size(adapter) if about.num_labels is None else about.num_labels
+    names, about, labels = label_names(adapter), about_of(adapter), output_count(adapter)
     # The adapter brings its head, so that of the base model may have another size.
     options: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     if names is not None and len(names) == labels:
@@ -397,7 +396,13 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
     return model
 
 
-def head_size(adapter: AdapterWeights) -> int | None:
+def output_count(adapter: AdapterWeights) -> int | None:
+    """Return the number of outputs of a classifier or regression; None for another model, or where it is not known."""
+    told = about_of(adapter).num_labels
+    return _head_size(adapter) if told is None else told
+
+
+def _head_size(adapter: AdapterWeights) -> int | None:
     """Return the number of labels of a saved classification head, the rows of its last weight or bias."""
     if adapter.config.get("task_type") not in LABELLED_TASKS:
         return None

@@ -15,11 +15,13 @@ from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 from aroma.errors import bad_value
 from aroma.files import require_adapter_folder
 
+from .language.data import joined_files
+from .language.gguf_source import PACKAGED as PACKAGED_LANGUAGE_MODEL
 from .specs import MADE_KEYS, Recipe
 from .tasks.sources import check_columns, require_data_file
 from .tasks.spec import Layout
 
-PACKAGED = ("minilm", "smollm2")
+PACKAGED = ("minilm", PACKAGED_LANGUAGE_MODEL)
 """Models that come with pip."""
 
 _SECONDS = 5.0
@@ -40,7 +42,7 @@ def check_sources(recipe: Recipe) -> None:
             source = getattr(data, split)
             if source is None:
                 continue
-            for path in source.split("+") if speaks and not Path(source).exists() else [source]:
+            for path in joined_files(source) if speaks else [source]:
                 if speaks or data.task in MADE_KEYS:
                     require_data_file(f"data.{split}", path)
                 else:

@@ -25,9 +25,8 @@ from ..events import Event, ModuleSummary
 from ..report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
 from ..report.page import report_file, write_page
 from ..report.run import run_page
+from .telling import EVALUATION_COSTS
 
-_COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-"""What the Trainer adds to the metrics of an evaluation."""
 _PACKAGES = ("aroma-peft", "torch", "transformers", "peft", "accelerate")
 _NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_dir")
 """Fields that are no one's choice of how to train."""
@@ -146,7 +145,7 @@ def _evaluations(log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]
     for entry in log:
         for key, value in entry.items():
             name = key.removeprefix("eval_")
-            if name != key and not name.endswith(_COST) and isinstance(value, float | int):
+            if name != key and not name.endswith(EVALUATION_COSTS) and isinstance(value, float | int):
                 found.setdefault(int(entry["step"]), {})[name] = float(value)
     return found
 

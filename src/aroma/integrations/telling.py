@@ -13,7 +13,7 @@ from ..about import About, Fact, Score
 
 _READERS = ("csv", "json", "parquet", "text", "arrow", "pandas", "generator", "packaged")
 """What `datasets` calls a data set that was read from files, or made: no name that would say anything."""
-_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+EVALUATION_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 """What the Trainer adds to the metrics of an evaluation, which says nothing of the model."""
 
 
@@ -80,7 +80,7 @@ def score_of(metrics: Mapping[str, Any], step: int | None = None, examples: Any 
         if name.startswith(f"{prefix}_")
         and isinstance(value, int | float)
         and math.isfinite(value)
-        and name.removeprefix(f"{prefix}_") not in _COSTS
+        and name.removeprefix(f"{prefix}_") not in EVALUATION_COSTS
     }
     name = prefix.removeprefix("eval").strip("_") or "evaluation set"
     return Score(name, _count(examples), values, metrics.get("step") if step is None else step) if values else None

@@ -81,10 +81,10 @@ def run(arguments: argparse.Namespace) -> None:
     if task_kind(arguments.adapter) == LANGUAGE_KIND:
         from .eval_language import run_language
 
-        _refuse_options(arguments, _CLASSIFIER_OPTIONS, "classifiers and regressions")
+        refuse_options(arguments, _CLASSIFIER_OPTIONS, "only classifiers and regressions have it, and this is none")
         run_language(arguments, files)
     else:
-        _refuse_options(arguments, _LANGUAGE_OPTIONS, "language models")
+        refuse_options(arguments, _LANGUAGE_OPTIONS, "only language models have it, and this is none")
         _run_classifier(arguments, files.get("json"))
 
 
@@ -135,8 +135,8 @@ def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> No
         write_json(json_file, {"data": data, "examples": result.examples, "metrics": result.metrics})
 
 
-def _refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], whose: str) -> None:
+def refuse_options(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    """Raise ConfigError for the first of these options that was given."""
     for name in names:
-        if getattr(arguments, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise bad_value(option, getattr(arguments, name), f"only {whose} have it, and this is none; leave it out")
+        if (value := getattr(arguments, name)) is not None:
+            raise bad_value(f"--{name.replace('_', '-')}", value, f"{why}; leave it out")

@@ -59,28 +59,32 @@ def run(arguments: argparse.Namespace) -> None:
     """Answer, on standard output or into a file."""
     _check(arguments)
     out = None if arguments.out is None else new_file("--out", arguments.out, force=arguments.force)
-    if out is None and not arguments.prompt.strip():
-        raise bad_value("PROMPT", arguments.prompt, "it is empty; write something")
+    prompt = _asked(arguments.prompt) if out is None else ""
     require_saved(arguments.adapter)
     from aroma.cli.quiet import quiet
 
     quiet()
     if out is None:
-        _answer_one(arguments)
+        _answer_one(arguments, prompt)
     else:
         _answer_file(arguments, out)
 
 
-def _answer_one(arguments: argparse.Namespace) -> None:
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    if not prompt.strip():
-        raise bad_value("PROMPT", prompt, "it is empty; write something")
+def _asked(prompt: str) -> str:
+    """Return what the user says: the argument, or what standard input has."""
+    said = sys.stdin.read() if prompt == "-" else prompt
+    if not said.strip():
+        raise bad_value("PROMPT", said, "it is empty; write something")
+    return said.strip()
+
+
+def _answer_one(arguments: argparse.Namespace, prompt: str) -> None:
     from ..language.generate import stream
     from ..language.template import Turn
 
     stream(
         _load(arguments),
-        [Turn("user", prompt.strip())],
+        [Turn("user", prompt)],
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=1.0 if arguments.top_p is None else arguments.top_p,

@@ -7,10 +7,10 @@ from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_force, examples
-from aroma.errors import bad_value
 
 from ..preflight import require_saved
 from ..progress import progress_bar
+from .evaluate import refuse_options
 
 _CLASSIFIER_OPTIONS = ("text_pair", "max_length")
 _LANGUAGE_OPTIONS = ("max_new_tokens",)
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _classifier(arguments: argparse.Namespace, batch_size: int) -> Any:
     from ..predict import open_classifier_predictor
 
-    _refuse(arguments, _LANGUAGE_OPTIONS, "a language model has it, and this is none")
+    refuse_options(arguments, _LANGUAGE_OPTIONS, "a language model has it, and this is none")
     return open_classifier_predictor(
         arguments.adapter,
         base_model=arguments.base_model,
@@ -98,12 +98,6 @@ def _classifier(arguments: argparse.Namespace, batch_size: int) -> Any:
 def _language(arguments: argparse.Namespace, batch_size: int) -> Any:
     from ..predict import LanguagePredictor
 
-    _refuse(arguments, _CLASSIFIER_OPTIONS, "a language model does not have it")
+    refuse_options(arguments, _CLASSIFIER_OPTIONS, "a language model does not have it")
     tokens = 256 if arguments.max_new_tokens is None else arguments.max_new_tokens
     return LanguagePredictor(arguments.adapter, arguments.base_model, arguments.text, tokens, batch_size)
-
-
-def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
-    for name in names:
-        if (value := getattr(arguments, name)) is not None:
-            raise bad_value(f"--{name.replace('_', '-')}", value, f"{why}; leave it out")

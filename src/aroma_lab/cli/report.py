@@ -45,12 +45,12 @@ def run(arguments: argparse.Namespace) -> None:
     from aroma.report.page import report_file, write_page
 
     folder = Path(arguments.run_folder)
-    if arguments.out is not None:
-        report_file("--out", arguments.out, force=arguments.force)
+    out = None if arguments.out is None else report_file("--out", arguments.out, force=arguments.force)
     if not folder.exists():
         raise bad_value("RUN", str(folder), "no such folder; give the output of `aroma train` or `aroma lab run`")
-    beside = folder if folder.is_dir() else folder.parent
-    out = report_file("--out", arguments.out or beside / REPORT, force=arguments.force)
+    if out is None:
+        beside = folder if folder.is_dir() else folder.parent
+        out = report_file("--out", beside / REPORT, force=arguments.force)
     from aroma.cli.quiet import quiet
 
     quiet()

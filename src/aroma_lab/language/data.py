@@ -85,8 +85,12 @@ def load_joined(
     load: Callable[[str, str, LanguageSpec], list[Any]], key: str, path: str, spec: LanguageSpec
 ) -> list[Any]:
     """Return what `load` reads from a file, or from several files joined by `+`, one after another."""
-    paths = [path] if Path(path).exists() else path.split("+")
-    return [example for one in paths for example in load(key, one, spec)]
+    return [example for one in joined_files(path) for example in load(key, one, spec)]
+
+
+def joined_files(path: str) -> list[str]:
+    """Return the paths of several files joined by `+`, or of the one file that there is."""
+    return [path] if Path(path).exists() else path.split("+")
 
 
 def read_records(key: str, path: str) -> list[dict[str, Any]]:

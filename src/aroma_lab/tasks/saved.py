@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from aroma.errors import CheckpointError, bad_value
-from aroma.export import about_of, head_size, label_names, load_with_adapter
+from aroma.export import about_of, label_names, load_with_adapter, output_count
 from aroma.saved import AdapterWeights, read_adapter
 
 from .classification import load_tokenizer
@@ -127,8 +127,7 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
             f"with {' and '.join(missing)}"
         )
         raise bad_value("adapter", where, remedy, CheckpointError)
-    about = about_of(adapter)
-    outputs = head_size(adapter) if about.num_labels is None else about.num_labels
+    about, outputs = about_of(adapter), output_count(adapter)
     if outputs is None:
         raise bad_value("adapter", where, "it holds no trained head, so its labels are not known", CheckpointError)
     if about.problem_type == "regression" or (outputs == 1 and about.problem_type is None):
