@@ -118,7 +118,9 @@ class AromaModel(LoraModel):
         # Before any of the other layers is merged.
         for layer in aroma_layers(self).values():
             layer.refuse_merge_if_quantised()
-        refuse_merge_if_tied(self.model, {name: layer.get_base_layer() for name, layer in aroma_layers(self).items()})
+        refuse_merge_if_tied(
+            self.model, {name: layer.get_base_layer() for name, layer in aroma_layers(self.model).items()}
+        )
         for adapter_name in self.peft_config:
             live = live_adapter(self, adapter_name)
             pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
