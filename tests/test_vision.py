@@ -114,6 +114,7 @@ FAMILIES = {
                 depths=[2, 1],
                 num_heads=[2, 2],
                 window_size=2,
+                drop_path_rate=0.0,  # it is drawn in every forward, and no generator is restored here
                 initializer_range=0.2,
                 num_labels=LABELS,
             )
@@ -151,7 +152,8 @@ FAMILIES = {
         lambda: two_towers("Siglip"),
         captioned,
         [*ATTENTION, "self_attn.out_proj", "patch_embedding", "position_embedding"],
-        {"Linear": 2 * 6, "Conv2d": 1, "Embedding": 2},
+        # The pooling of the eye has an MLP of its own.
+        {"Linear": 2 * 6 + 2, "Conv2d": 1, "Embedding": 2},
         {},
         "logits_per_image",
     ),
