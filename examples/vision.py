@@ -1,10 +1,10 @@
-"""A small vision transformer learns five digits, and is adapted to the other five. `pip install 'aroma-peft[lab]'` first.
+"""A small vision transformer learns five digits, and is adapted to the other five. `pip install 'aroma-peft[lab]'`.
 
 The images are scikit-learn's: 1,797 real digits of 8×8 grey values. The base is trained here, on 0 to 4 alone. Then
 four adaptations to 5 to 9 are compared, with a new head each: the head alone, LoRA of rank 1 and 8, and AROMA, which
 finds the ranks. They have the same steps, learning rate and scale, and adapt the same 13 matrices: all of attention
-and MLP, and the convolution that cuts images into patches. AROMA trains on four fifths of the images; the others decide
-what grows.
+and MLP, and the convolution that cuts images into patches. AROMA trains on four fifths of the images; the others
+decide what grows.
 """
 
 import argparse
@@ -143,9 +143,8 @@ def main():
     base, known = pretrained(options.pretrain_steps)
     print(f"base: {known:.1%} of 0 to 4")
     examples, test = images([5, 6, 7, 8, 9])
-    print(
-        f"adapted to 5 to 9: {len(examples)} training images, {len(test)} test images, {options.steps} steps of 16 images\n"
-    )
+    sizes = f"{len(examples)} training images, {len(test)} test images"
+    print(f"adapted to 5 to 9: {sizes}, {options.steps} steps of 16 images\n")
     print(f"{'method':<12}{'accuracy':>18}{'parameters':>14}")
     for method in ("head alone", "LoRA r=1", "LoRA r=8", "AROMA"):
         results = [trial(method, base, examples, test, options.steps, seed) for seed in range(options.seeds)]

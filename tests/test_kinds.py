@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,6 +236,66 @@ def test_no_matrix_of_the_size_of_the_weight_is_formed(kind: str) -> None:
     assert sizes.largest < views == m * n
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", QUICK)
+def test_a_base_in_16_bits_has_components_in_32(name: str, autocast: bool) -> None:
+    case = CASES[name]
+    net = Net([name])
+    x = net.inputs[name] if name == "embedding" else net.inputs[name].bfloat16()
+    net.layers.bfloat16()
+    (layer,) = aroma_layers(get_peft_model(net, AromaConfig(target_modules=r"layers\..*"))).values()
+    m, n = case.shape
+    layer.finished("default").append(torch.randn(m, 2), torch.randn(2, n))
+    layer.start_pair("default", torch.randn(1, n), torch.randn(m, 1))
+    b, a = layer.pair("default")
+    assert b.dtype == a.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    W = layer.weight_matrix().float() + layer.get_delta_weight("default").reshape(m, n)
+    expected = case.use(x if name == "embedding" else x.float(), W)
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    y.float().square().sum().backward()
+    for parameter in (b, a):
+        assert parameter.grad is not None
+        assert parameter.grad.any()
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_layer_is_copied_scaled_and_used_again(name: str) -> None:
+    layer = layer_of(name, 2)
+    x, base = CASES[name].input(), layer.get_base_layer()
+    expected, update = layer(x), layer(x) - base(x)
+    twin = copy.deepcopy(layer)
+    torch.testing.assert_close(twin(x), expected)
+    layer.set_scale("default", 0.5)
+    torch.testing.assert_close(layer(x), base(x) + 0.5 * update)
+    torch.testing.assert_close(twin(x), expected)
+    layer.delete_adapter("default")
+    for _ in range(2):  # the sides of a matrix are those of its layer, however often PEFT has read them
+        layer.update_layer("other", 1, 4, config=AromaConfig(r=1))
+        assert (layer.out_features, layer.in_features) == CASES[name].shape
+        layer.delete_adapter("other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_compiled(name: str) -> None:
+    layer = layer_of(name, 2)
+    x = CASES[name].input()
+    torch._dynamo.reset()
+    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    b, a = layer.pair("default")
+    for rank in (2, 3):
+        y, expected = whole(x), layer(x)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(y.square().sum(), [b, a]), torch.autograd.grad(expected.square().sum(), [b, a])
+        )
+        layer.finished("default").append(draw(b.shape[0], 1), draw(1, a.shape[1]))
+        assert layer.finished("default").rank == rank + 1
+
+
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +457,20 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path, rule:
     assert ranks[0] == ranks[1] != ranks[2]
     for one, other in zip(aroma_layers(whole).values(), aroma_layers(second).values(), strict=True):
         assert torch.equal(one.get_delta_weight("default"), other.get_delta_weight("default"))
+
+
+def test_the_functions_of_peft() -> None:
+    net = Net([*QUICK])
+    base = copy.deepcopy(net)
+    model = grown(net, **RULES["paper"])
+    train(model, 14)
+    expected = outputs(model.base_model.model, net)
+    with model.disable_adapter():
+        torch.testing.assert_close(outputs(model.base_model.model, net), outputs(base, net), rtol=0, atol=0)
+    torch.testing.assert_close(outputs(model.base_model.model, net), expected, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"^convert_to_lora: PEFT converts linear layers only, and a Conv2d"):
+        convert_to_lora(model, rank=2)
+    torch.testing.assert_close(outputs(model.unload(), net), outputs(base, net), rtol=0, atol=0)
 
 
 def test_an_adapter_of_another_kernel_is_refused(tmp_path: Path) -> None:

@@ -119,7 +119,16 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "usage.md"}  # test_snippets.py, test_docs.py
-    here = {"index.md", "serving.md", "settings.md", "how.md", "files.md", "precision.md", "distributed.md"}
+    here = {
+        "index.md",
+        "serving.md",
+        "settings.md",
+        "how.md",
+        "files.md",
+        "precision.md",
+        "distributed.md",
+        "vision.md",
+    }
     assert {name for name, language, _ in BLOCKS if language == "python"} == of_others | here
 
 
@@ -140,6 +149,11 @@ def test_choosing_settings(tmp_path: Path) -> None:
     names = run("settings.md", given(tmp_path))
     assert (names["config"].growth, names["config"].r) == ("evidence", 1)
     assert len(names["growth"]) * 9 == len(names["train"])
+
+
+def test_images() -> None:
+    layers = aroma.aroma_layers(run("vision.md", {"base": base("vit")})["model"])
+    assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
 
 
 def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

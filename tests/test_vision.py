@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +17,13 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from aroma import AromaConfig, aroma_layers, attach
+import kinds_runs
+from aroma import AromaCallback, AromaConfig, aroma_layers, attach
+from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.export import export_merged, export_uniform, rank_table
 from quick import slow_but
+from ranks import launch
 
 transformers.logging.set_verbosity_error()
 
@@ -268,6 +274,8 @@ def test_export_of_the_merged_model(tmp_path: Path) -> None:
 def test_all_linear_leaves_convolutions_and_embeddings_alone_as_in_peft() -> None:
     model = adapted("clip", "paper", target_modules="all-linear")
     assert {type(layer.get_base_layer()) for layer in aroma_layers(model).values()} == {nn.Linear}
+    excluded = ["head.attention.out_proj"]  # as docs/vision.md says
+    assert aroma_layers(adapted("siglip", "paper", target_modules="all-linear", exclude_modules=excluded))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +289,37 @@ def test_all_linear_leaves_convolutions_and_embeddings_alone_as_in_peft() -> Non
 def test_what_cannot_grow_is_named(name: str, targets: Any, reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"^target_modules='.*': .*{reason}.*exclude_modules$"):
         adapted(name, "paper", target_modules=targets)
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "examples" / "vision.py"
+    words = ["--seeds", "1", "--pretrain-steps", "60", "--steps", "60"]
+    result = subprocess.run([sys.executable, example, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert not result.returncode, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("base: ", "adapted to 5 to 9: 627 training images, 269 test"))]
+    rows = {line[:12].strip(): line.split()[-2:] for line in lines if line.startswith(("head", "LoRA", "AROMA"))}
+    assert {*rows} == {"head alone", "LoRA r=1", "LoRA r=8", "AROMA"}
+    ranks = json.loads(result.stdout[result.stdout.index("{") :])
+    assert len(ranks) == 13
+    saved = {row.name: row.rank for row in rank_table(tmp_path / "out" / "vision" / "adapter-0")}
+    assert saved == ranks
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    launch(2, kinds_runs.__file__, str(tmp_path))
+    for rule, way in kinds_runs.RUNS:
+        found = torch.load(tmp_path / f"{rule}-{way}.pt")
+        alone = kinds_runs.updates(rule, way, tmp_path)
+        for name, update in alone.items():
+            torch.testing.assert_close(found[name], update, rtol=1e-6, atol=1e-9)
+            assert update.any(), "it has grown"
+        one, two = (
+            {row.name: row.rank for row in rank_table(tmp_path / f"{rule}-{way}-{processes}")} for processes in (1, 2)
+        )
+        assert one == two
 
 
 # Embeddings that an output layer shares ------------------------------------------------------------------------------
@@ -315,6 +354,36 @@ def trained_on_words(tied: bool, targets: list[str], kind: str = "llama", **fiel
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_what_else_reads_such_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    language_model(False).save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    targets = ["embed_tokens", "q_proj"]
+    model = get_peft_model(model, AromaConfig(target_modules=targets, task_type="CAUSAL_LM", **RULES["paper"]))
+    rows = [{name: tensor[0] for name, tensor in words(seed).items()} for seed in range(8)]
+    options = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(tmp_path / "out"), report_to=[], disable_tqdm=True, **options)
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, callbacks=[AromaCallback(report=tmp_path / "report.html")]
+    )
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+    assert "embed_tokens" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    assert "embed_tokens" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "adapter"), "--json"]) == 0
+    found = {one["name"]: one["rank"] for one in json.loads(capsys.readouterr().out)["matrices"]}
+    assert found == {name: layer.rank("default") for name, layer in aroma_layers(model).items()}
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "it.gguf"), "--gguf"]) == 2
+    assert "error: target_modules='model.embed_tokens': only self_attn.q_proj" in capsys.readouterr().err
+    out = tmp_path / "estimate.json"
+    assert main(["estimate", str(tmp_path / "base"), "--target-modules", *targets, "--json", str(out)]) == 0
+    (estimate,) = json.loads(out.read_text())["estimates"]
+    assert estimate["settings"]["target_modules"] == targets
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

@@ -274,6 +274,19 @@ class AromaLinear(LoraLinear):
         precise = torch.promote_types(B.dtype, torch.float32)
         return self.kind.weight(B.to(precise) @ A.to(precise))
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can convert the update.
+
+        Raises:
+            ConfigError: It would write tensors of wrong shapes.
+        """
+        if not self.kind.is_matmul:
+            raise ConfigError(
+                f"convert_to_lora: PEFT converts linear layers only, and a {type(self.get_base_layer()).__name__} has "
+                "grown; save the adapter, which is plain LoRA, or run aroma export --uniform for one rank"
+            )
+        return bool(super().supports_lora_conversion(adapter_name))
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active and trainable, as PEFT does, except for frozen pairs."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
