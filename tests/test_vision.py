@@ -247,7 +247,8 @@ def test_grown_saved_reloaded_and_merged(tmp_path: Path, name: str, rule: str) -
     torch.testing.assert_close(answer(model.merge_and_unload(), name), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "rule"), slow_but([("convnext", "evidence")], CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rule"), CASES)
 def test_resumed_exactly(tmp_path: Path, name: str, rule: str) -> None:
     whole, first, second = (adapted(name, rule) for _ in range(3))
     middle = STEPS[rule] - 5
