@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from aroma.saved import read_adapter
 from aroma.sharding import Partition
 from aroma.tuner import AromaLinear
 from aroma.tuner.fused import Probe
+from corruptions import seal
 from quick import slow_but
 from reference import ReferenceAroma, Settings
 from reference_evidence import Reference
@@ -493,6 +495,24 @@ def test_an_adapter_of_another_kernel_is_refused(tmp_path: Path) -> None:
     net.layers["conv2d"] = nn.Conv2d(9, 7, 2).double()  # n = 36, too
     with pytest.raises(CheckpointError, match=r"layers\.conv2d: .*\(\d, 4, 3, 3\).*Conv2d"):
         grown(net, **RULES["paper"]).load_adapter(str(tmp_path), "default")
+
+
+def test_a_form_that_no_run_writes_is_an_error(tmp_path: Path) -> None:
+    model = grown(Net(["conv2d"]), **RULES["paper"])
+    train(model, 8)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "aroma_state.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    kernels: list[Any] = [[4, 3, 4], "4", [36, 1, 1, 1, 1], [-4, -9]]
+    for form in (*({"kernel": kernel} for kernel in kernels), {"embedding": 1}, {}):
+        state = copy.deepcopy(saved)
+        del state["modules"]["layers.conv2d"]["kernel"]
+        state["modules"]["layers.conv2d"].update(form)
+        seal(file, state)
+        with pytest.raises(CheckpointError, match="conv2d"):
+            read_adapter(tmp_path)
+    seal(file, saved)
+    assert [*read_adapter(tmp_path).updates] == ["layers.conv2d"]
 
 
 # Refused -------------------------------------------------------------------------------------------------------------
