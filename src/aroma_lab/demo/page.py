@@ -63,7 +63,7 @@ def demo_facts(
         about=["AROMA", "model all-MiniLM-L6-v2", f"seed {record['training']['seed']}"],
         results=[
             *(Result(name, {"accuracy": value}, "other") for name, value in heads),
-            Result(f"AROMA, all {record['held_out_articles']} held-out articles", dict(record["metrics"])),
+            Result(f"AROMA + head, {record['held_out_articles']} held-out articles", dict(record["metrics"])),
         ],
         metric="accuracy",
         steps=record["steps"],
@@ -79,18 +79,18 @@ def demo_facts(
         events=[{"module": None, "log_evidence": None, **event} for event in events],
         significance=record["adapter"]["significance"] if record["adapter"]["growth"] == "evidence" else None,
         explanation=record["explanation"],
-        notes=_notes(record),
+        measured=_measured(record),
         settings={"AromaConfig": record["adapter"], "training": record["training"]},
         versions={**record["versions"], "source": record["git_revision"] or "installed package"},
-        command=f"aroma demo --seed {record['training']['seed']}",
+        command="aroma demo --seed {seed} --steps {max_steps}".format_map(record["training"]),
     )
 
 
 _POOLINGS = (("the model's own pooling", "pooled"), ("mean pooling", "mean"))
 
 
-def _notes(record: Mapping[str, Any]) -> list[str]:
-    """Return what a reader has to know beside the numbers."""
+def _measured(record: Mapping[str, Any]) -> list[str]:
+    """Return how it was measured, in sentences."""
     lines, pooler = result_lines(record), record["pooler"]
     return [
         f"In a fresh process that cannot import aroma, plain PEFT loads the adapter: {lines['reloaded']}.",
