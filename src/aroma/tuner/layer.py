@@ -217,10 +217,10 @@ class AromaLinear(LoraLinear):
                 parameter.requires_grad_(stays)
 
     def unfreeze(self, adapter_name: str) -> None:
-        """Let the pair train again (a restored checkpoint may be older than the freezing)."""
+        """Let the pair train again, once it is active (a restored checkpoint may be older than the freezing)."""
         self.frozen_adapters.discard(adapter_name)
         for parameter in self.pair(adapter_name):
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(adapter_name in self.active_adapters)
 
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
@@ -316,15 +316,15 @@ class AromaLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (…, n) to (…, m); see the class for the equation.
 
+        With `adapter_names`, one for each row of `x`, every row gets the update of its own adapter; `"__base__"` gets
+        none.
+
         Raises:
-            ConfigError: `adapter_names` asks for a batch of several adapters.
+            ValueError: As many names as rows are needed, and no merged adapter.
         """
         self._check_forward_args(x, *args, **kwargs)
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ConfigError(
-                "adapter_names: a growing adapter does not take batches of several adapters; save it and load it with "
-                "PeftModel.from_pretrained"
-            )
+        if (adapter_names := kwargs.pop("adapter_names", None)) is not None:
+            return self._mixed(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = [] if self.disable_adapters or self.merged else [*filter(self._adds, self.active_adapters)]
@@ -413,19 +413,32 @@ class AromaLinear(LoraLinear):
         """Map `x` (…, n) to (…, m) in operations of PyTorch alone, which compilers and transforms look into."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter_name in adapters:
-            update = self._update(adapter_name)
-            dtype = update.a.dtype
-            inputs = self._cast_input_dtype(x, dtype)
-            if update.A.shape[0]:
-                A, B = update.A.to(dtype), update.B.to(dtype)
-                result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
-            if update.a.shape[0]:
-                dropped = self.lora_dropout[adapter_name](inputs)
-                h = self.lora_A[adapter_name](dropped)
-                if update.probe is not None:
-                    within, asked = answerable(dropped, h, update)
-                    h, result = h + within, result + asked.to(result.dtype)
-                result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
+            result = self._added(result, x, adapter_name)
+        return result
+
+    def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Map `x` (rows, …, n) to (rows, …, m), each row with the update of the adapter that is named for it."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for adapter_name in filter(self._adds, dict.fromkeys(adapter_names)):
+            rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
+            result[rows] = self._added(result[rows], x[rows], adapter_name)
+        return result
+
+    def _added(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added."""
+        update = self._update(adapter_name)
+        dtype = update.a.dtype
+        inputs = self._cast_input_dtype(x, dtype)
+        if update.A.shape[0]:
+            A, B = update.A.to(dtype), update.B.to(dtype)
+            result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
+        if update.a.shape[0]:
+            dropped = self.lora_dropout[adapter_name](inputs)
+            h = self.lora_A[adapter_name](dropped)
+            if update.probe is not None:
+                within, asked = answerable(dropped, h, update)
+                h, result = h + within, result + asked.to(result.dtype)
+            result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------
