@@ -168,10 +168,10 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         "use_rslora": False,
         "inference_mode": True,
     }
-    with _filled_at_once(target, _size_of(tensors)) as staging:
+    with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
-        _copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
+        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
         if adapter.state is not None:
             write_export_state(staging, adapter.state, config, tensors, uniform)
         subject = replace(subject_of(adapter, staging), kind="uniform", rank=uniform)
@@ -220,10 +220,10 @@ def export_merged(
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     _require_names(merged.config, adapter)
-    with _filled_at_once(target, _size_of(merged.state_dict())) as staging:
+    with filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
-        _copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
-        _copy_files([Path(folder)], staging, ("aroma_task.json",))
+        copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
+        copy_files([Path(folder)], staging, ("aroma_task.json",))
         write_card(staging, replace(subject_of(adapter, staging), kind="merged"))
 
 
@@ -449,7 +449,7 @@ def _require_room(target: Path, count: int) -> None:
 
 
 @contextmanager
-def _filled_at_once(target: Path, size: int) -> Iterator[Path]:
+def filled_at_once(target: Path, size: int) -> Iterator[Path]:
     """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
 
     Args:
@@ -470,7 +470,7 @@ def _size_of(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
+def copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
     """Copy the files that match `patterns` from the first of `sources` that has any.
 
     Raises:
