@@ -28,6 +28,7 @@ from .outputs import new_folder, require_replaceable
 from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
+from .tasks import loadable, read_whole
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, is_whole, write_export_state
 
@@ -141,7 +142,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         ConfigError: `rank` is too small, or the adapter's rank is above 256.
         OutputError: `out` is not empty, or cannot be written.
     """
-    adapter = read_adapter(folder)
+    adapter = read_whole(folder)
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
     shapes = adapter.shapes
@@ -173,7 +174,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         write_json(staging / "adapter_config.json", config)
         copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
         if adapter.state is not None:
-            write_export_state(staging, adapter.state, config, tensors, uniform)
+            write_export_state(staging, adapter.state, config, tensors, dict.fromkeys(shapes, uniform))
         subject = replace(subject_of(adapter, staging), kind="uniform", rank=uniform)
         write_card(staging, subject)
     return uniform
@@ -204,7 +205,7 @@ def export_merged(
     Warns:
         AromaWarning: AROMA did not save the adapter.
     """
-    adapter = read_adapter(folder)
+    adapter = read_whole(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
@@ -308,7 +309,7 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     Raises:
         ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
     """
-    return _with_base(read_adapter(folder), base_model)
+    return _with_base(read_whole(folder), base_model)
 
 
 def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
@@ -378,10 +379,10 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
         )
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), loadable(adapter) as folder:
             # PEFT warns of tensors without a place and of places without tensors; here both are errors.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(adapter.folder), config=adapter.lora_config()).eval()
+            model = PeftModel.from_pretrained(base, str(folder), config=adapter.lora_config()).eval()
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error

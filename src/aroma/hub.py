@@ -27,6 +27,7 @@ from .export import TOKENIZER_FILES, rank_rows, subject_of
 from .files import own_file
 from .pictures import rank_picture
 from .saved import read_adapter
+from .tasks import is_task
 from .tuner.state import STATE_FILE
 
 _OTHERS = (CONFIG_NAME, STATE_FILE, "aroma_task.json", *TOKENIZER_FILES)
@@ -77,6 +78,9 @@ def plan_upload(folder: str | os.PathLike[str], repo: str, licence: str | None =
     by_hand = is_by_hand(home / CARD_FILE)
     if licence is not None:
         _check_licence(licence, by_hand)
+    if is_task(home):
+        remedy = f"it answers together with others; write them as one first: aroma export {home} OUT --plain"
+        raise bad_value("ADAPTER", str(folder), remedy)
     state = verify_adapter(home)
     adapter = read_adapter(home)
     try:

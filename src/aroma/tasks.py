@@ -16,7 +16,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +27,14 @@ from .files import own_file, read_json, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import nn
+    from torch import Tensor, nn
 
     from .saved import AdapterWeights
     from .tuner import AromaConfig
 
 TASKS_FILE = "aroma_tasks.json"
+CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+"""As in peft.utils, which loads PyTorch."""
 _FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
 _GROWING = "default"
@@ -99,19 +103,26 @@ class Tasks:
         """
         from peft import get_peft_model
 
+        model: Any = get_peft_model(base, config, adapter_name=_GROWING)
+        self.lay_beneath(model)
+        return model
+
+    def lay_beneath(self, model: Any) -> None:
+        """Lay all tasks beneath the adapter `default` of a `PeftModel` that is about to grow.
+
+        Raises:
+            ConfigError, CheckpointError: See `grow`.
+        """
         from .tuner import aroma_layers
 
-        saved = {task: self._read(task) for task in self._over}
-        model: Any = get_peft_model(base, config, adapter_name=_GROWING)  # type: ignore[arg-type]
-        for task, adapter in saved.items():
+        for task, adapter in [(task, self._read(task)) for task in self._over]:
             _lay(model, task, adapter)
         model.set_adapter(_GROWING)
         for layer in aroma_layers(model).values():
-            layer.beneath[_GROWING] = (*saved,)
+            layer.beneath[_GROWING] = (*self._over,)
             if _GROWING in layer.lora_A:
                 b, a = layer.pair(_GROWING)
                 layer.start_pair(_GROWING, layer.off_beneath(_GROWING, a.detach()), b.detach())
-        return model
 
     def save(self, model: Any, task: str) -> None:
         """Save what a model from `grow` has learnt as a new task.
@@ -185,7 +196,7 @@ class Tasks:
 
         with tempfile.TemporaryDirectory() as scratch:
             self._write(Path(scratch), task, tasks)
-            return PeftModel.from_pretrained(base, scratch)  # type: ignore[arg-type]
+            return PeftModel.from_pretrained(base, scratch)
 
     def export(self, out: str | os.PathLike[str], task: str | None = None, tasks: Sequence[str] | None = None) -> None:
         """Write what `load` loads as one plain LoRA adapter.
@@ -221,16 +232,16 @@ class Tasks:
 
     def _write(self, folder: Path, task: str | None, tasks: Sequence[str] | None) -> None:
         from .files import write_tensors
-        from .tuner.layout import PEFT_PREFIX
+        from .tuner.state import write_export_state
 
         head, chosen = self._chosen(task, tasks)
         joined = _joined(self._read(head), [self._read(name) for name in chosen])
-        tensors = dict(joined.others)
-        for name, update in joined.updates.items():
-            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = update.A
-            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = update.B
+        tensors = _tensors_of(joined)
         joined.lora_config().save_pretrained(str(folder))
-        write_tensors(folder / "adapter_model.safetensors", tensors)
+        write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
+        assert joined.state is not None, "AROMA has saved it"
+        ranks = {name: entry["rank"] for name, entry in joined.state["modules"].items()}
+        write_export_state(folder, joined.state, read_json(folder / CONFIG_NAME), tensors, ranks)
 
     # The folder ------------------------------------------------------------------------------------------------------
 
@@ -242,8 +253,10 @@ class Tasks:
         return task
 
     def _read(self, task: str) -> AdapterWeights:
+        from .checkpoint import verify_adapter
         from .saved import read_adapter
 
+        verify_adapter(self.folder / task)
         return read_adapter(self.folder / task)
 
     def _note(self, over: dict[str, list[str]]) -> None:
@@ -280,7 +293,6 @@ def _lay(model: Any, task: str, adapter: AdapterWeights) -> None:
     from peft import PeftModel, set_peft_model_state_dict
 
     from .tuner import AromaConfig, aroma_layers
-    from .tuner.layout import PEFT_PREFIX
 
     modules = dict(model.get_base_model().named_modules())
     for name, update in adapter.updates.items():
@@ -292,24 +304,99 @@ def _lay(model: Any, task: str, adapter: AdapterWeights) -> None:
             raise ConfigError(f"task {task!r}: {name} is {shape} in the base model, and {update.shape} in the task")
     # Not the method of a subclass, which would give it a head.
     PeftModel.add_adapter(model, task, AromaConfig(target_modules=[*adapter.updates], inference_mode=True))
-    tensors = {}
-    for name, update in adapter.updates.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = update.A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = update.B
-    set_peft_model_state_dict(model, tensors, adapter_name=task)
+    set_peft_model_state_dict(model, _tensors_of(replace(adapter, others={})), adapter_name=task)
     for layer in aroma_layers(model, task).values():
         layer.freeze(task)
 
 
+def read_whole(folder: str | os.PathLike[str]) -> AdapterWeights:
+    """Read a saved adapter as it answers: one of a folder of tasks together with those that it was trained over.
+
+    Raises:
+        CheckpointError, ConfigError: See `read_adapter`.
+    """
+    from .saved import read_adapter
+
+    path = Path(folder)
+    if not is_task(path):
+        return read_adapter(path)
+    tasks = Tasks(path.resolve().parent)
+    names = [*tasks.over(path.resolve().name), path.resolve().name]
+    return _joined(read_adapter(path), [tasks._read(name) for name in names])
+
+
+@contextmanager
+def loadable(adapter: AdapterWeights) -> Iterator[Path]:
+    """Yield a folder from which PEFT loads the tensors of an adapter that was read whole."""
+    if not is_task(adapter.folder):
+        yield adapter.folder
+        return
+    from .files import write_tensors
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_tensors(Path(scratch) / SAFETENSORS_WEIGHTS_NAME, _tensors_of(adapter))
+        yield Path(scratch)
+
+
+def _tensors_of(adapter: AdapterWeights) -> dict[str, Tensor]:
+    """Return an adapter's tensors as its file has them: A (R, n), B (m, R) and others of any shape."""
+    from .tuner.layout import PEFT_PREFIX
+
+    tensors = dict(adapter.others)
+    for name, update in adapter.updates.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = update.A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = update.B
+    return tensors
+
+
+def export_plain(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], tasks: Sequence[str] | None = None
+) -> list[str]:
+    """Write tasks as one plain LoRA adapter, and return their names.
+
+    Args:
+        folder: A folder of tasks, or a task in one.
+        out: Folder to write; must be new or empty.
+        tasks: Of a folder of tasks: whose components are added up; the last one's head is used. None: all.
+
+    Raises:
+        ConfigError: It is neither, or `tasks` are given for one task.
+        OutputError, CheckpointError: See `Tasks.export`.
+    """
+    path = Path(folder).resolve()
+    if os.path.lexists(path / TASKS_FILE):
+        found, task = Tasks(path), None
+        tasks = found.names if tasks is None else tasks
+    elif os.path.lexists(path.parent / TASKS_FILE):
+        found, task = Tasks(path.parent), path.name
+        if tasks is not None:
+            raise bad_value("--tasks", [*tasks], f"{folder} is one task; give the folder that holds it")
+    else:
+        raise bad_value("ADAPTER", str(folder), "it is no folder of tasks, and a saved adapter is plain as it is")
+    found.export(out, task, tasks)
+    return found._chosen(task, tasks)[1]
+
+
+def is_task(folder: str | os.PathLike[str]) -> bool:
+    """Whether an adapter is one of a folder of tasks, and was trained over others."""
+    path = Path(folder).resolve()
+    return os.path.lexists(path.parent / TASKS_FILE) and bool(_read_index(path.parent).get(path.name))
+
+
 def _joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterWeights:
-    """Return one adapter whose updates are the sums of those of `adapters`, with the head of `head`."""
+    """Return one adapter whose updates are the sums of those of `adapters`, with head and state of `head`."""
     import torch
 
     from .saved import AdapterWeights, Update
 
-    updates = {}
+    updates, modules = {}, {}
+    for adapter in adapters:
+        assert adapter.state is not None, "AROMA has saved it"
+        modules.update(adapter.state["modules"])
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.updates):
         own = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
         A = torch.cat([update.A for update in own])
         updates[name] = Update(torch.cat([update.B for update in own], 1), A, float(len(A)))
-    return AdapterWeights(head.folder, head.config, updates, head.others, None)
+    ranked = {name: {**entry, "rank": updates[name].rank if name in updates else 0} for name, entry in modules.items()}
+    state = {**(head.state or {}), "modules": ranked}
+    return AdapterWeights(head.folder, head.config, updates, head.others, state)

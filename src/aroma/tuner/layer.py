@@ -375,7 +375,8 @@ class AromaLinear(LoraLinear):
         _, sizes, rows = torch.linalg.svd(self.components_beneath(adapter_name)[1].double(), full_matrices=False)
         basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
         precise = a.to(basis)
-        return (precise - precise @ basis.T @ basis).to(a)
+        off: Tensor = precise - precise @ basis.T @ basis
+        return off.to(a)
 
     def _adds(self, adapter_name: str) -> bool:
         """Whether an adapter changes the base layer's result."""
