@@ -123,8 +123,9 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "usage.md"}  # test_snippets.py, test_docs.py
-    here = {"index.md", "serving.md", "settings.md", "how.md", "files.md", "precision.md", "distributed.md"}
-    assert {name for name, language, _ in BLOCKS if language == "python"} == of_others | here
+    here = "index serving settings how files precision distributed tasks"
+    pages = {name for name, language, _ in BLOCKS if language == "python"}
+    assert pages == of_others | {f"{page}.md" for page in here.split()}
 
 
 def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +145,13 @@ def test_choosing_settings(tmp_path: Path) -> None:
     names = run("settings.md", given(tmp_path))
     assert (names["config"].growth, names["config"].r) == ("evidence", 1)
     assert len(names["growth"]) * 9 == len(names["train"])
+
+
+def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("tasks.md", {**given(tmp_path), "another_base": tiny_bert()})
+    assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
+    assert not aroma.aroma_layers(names["model"])
 
 
 def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,7 @@ Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,16 +19,14 @@ from torch import Tensor
 from .about import LABELLED_TASKS, About, unnamed
 from .card import CARD_FILE, MODEL_CLASSES, PICTURE_FILE, SERVING_RANKS, Subject, files_beside, is_by_hand, write_card
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value
-from .files import free_bytes, own_file, read_json, told_of, write_json, write_tensors
-from .outputs import new_folder, require_replaceable
+from .files import free_bytes, own_file, read_json, write_json, write_tensors
+from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
 from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tasks import loadable, read_whole
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, is_whole, write_export_state
-
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -431,17 +425,6 @@ def _uniform_rank(adapter: AdapterWeights, wanted: int | None) -> int:
     return rank
 
 
-def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
-    """Return where an export named `out` is put in one step, once it is whole.
-
-    Raises:
-        OutputError: It is not a new or empty folder, or cannot be written.
-    """
-    target = new_folder(field, out)
-    require_replaceable(field, out, target)
-    return target
-
-
 def _require_room(target: Path, count: int) -> None:
     """Raise if `count` bytes do not fit on the disk of `target`: before that much memory is asked for."""
     free = free_bytes(target)
@@ -449,40 +432,6 @@ def _require_room(target: Path, count: int) -> None:
         raise bad_value("out", str(target), f"{count:,} bytes are to be written, and {free:,} are free there")
 
 
-@contextmanager
-def filled_at_once(target: Path, size: int) -> Iterator[Path]:
-    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
-
-    Args:
-        target: The folder.
-        size: Bytes that are put into it, for the error of a full disk.
-    """
-    with told_of(target, size):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            staging = Path(scratch) / target.name
-            staging.mkdir()
-            yield staging
-            os.replace(staging, target)
-
-
 def _size_of(tensors: dict[str, Tensor]) -> int:
     """Return the bytes of tensors, of any shape."""
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files that match `patterns` from the first of `sources` that has any.
-
-    Raises:
-        CheckpointError: One is no regular file, leads out of its folder, or is damaged.
-    """
-    for source in sources:
-        files = {file for pattern in patterns for file in source.glob(pattern)} if source.is_dir() else set()
-        if files:
-            for file in sorted(files):
-                copied = own_file(source, file.name)
-                if file.suffix == ".json":
-                    read_json(copied)
-                shutil.copy2(copied, target / file.name)
-            return

@@ -23,8 +23,9 @@ from peft.utils import CONFIG_NAME
 from .card import CARD_FILE, PICTURE_FILE, is_by_hand, make_card, shown_base
 from .checkpoint import verify_adapter
 from .errors import AromaError, ConfigError, bad_value
-from .export import TOKENIZER_FILES, rank_rows, subject_of
+from .export import rank_rows, subject_of
 from .files import own_file
+from .outputs import TOKENIZER_FILES
 from .pictures import rank_picture
 from .saved import read_adapter
 from .tasks import is_task

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, ConfigError, bad_value
 from .files import own_file, read_json, write_json
+from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -153,7 +154,6 @@ class Tasks:
             CheckpointError: The adapter is damaged.
         """
         from .checkpoint import verify_adapter
-        from .export import filled_at_once
 
         self.require_new(task)
         if [*over] != self.names:
@@ -210,8 +210,6 @@ class Tasks:
             OutputError: `out` is not empty, or cannot be written.
             ConfigError, CheckpointError: See `load`.
         """
-        from .export import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
-
         target = require_new_folder("out", out)
         head, _ = self._chosen(task, tasks)
         with filled_at_once(target, 0) as staging:

@@ -76,7 +76,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--continue", dest="tasks", metavar="FOLDER", help="train over the tasks in a folder, which stay as they are"
     )
-    parser.add_argument("--task", metavar="NAME", help="with --continue: name of the new task in the folder")
+    parser.add_argument("--task", metavar="NAME", help="with --continue: name of this task in the folder")
     parser.add_argument("--no-report", action="store_true", help="write no report.html to look at")
     parser.set_defaults(run=run)
 
