@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -149,9 +150,16 @@ def test_choosing_settings(tmp_path: Path) -> None:
 
 def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = run("tasks.md", {**given(tmp_path), "another_base": tiny_bert()})
+    names = {**given(tmp_path), "another_base": tiny_bert()}
+    names["batches"] = [names["dataset"].with_format("torch")[8 * row : 8 * row + 8] for row in range(8)]
+    *blocks_of_tasks, _ = blocks("python", "tasks.md")
+    run("tasks.md", names, len(blocks_of_tasks))
     assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
     assert not aroma.aroma_layers(names["model"])
+    for name in ("one", "other"):
+        shutil.copytree("adapters/topics", name)
+    exec(blocks("python", "tasks.md")[-1], {**names, "fresh_base": tiny_bert()})
+    assert aroma.verify_adapter("combined")
 
 
 def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
