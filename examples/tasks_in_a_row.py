@@ -92,7 +92,8 @@ class Lora:
             self._add_earlier(base, [*self.pairs])
         model = method.build(base, 0)
         if self.kind == "sequential" and self.pairs:
-            set_peft_model_state_dict(model, self.pairs[[*self.pairs][-1]])
+            # The head is the new task's, and PEFT asks for it, too.
+            set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **self.pairs[[*self.pairs][-1]]})
         return method, model
 
     def end(self, model: Any, task: str) -> dict[str, int]:
