@@ -105,6 +105,7 @@ def trainer_for(
     eval_dataset: Dataset | None = None,
     config: Any = "aroma",
     reward_funcs: Callable[..., list[float]] = reward,
+    ref_model: Any = None,
     **changes: Any,
 ) -> Trainer:
     """A silent trainer.
@@ -119,6 +120,7 @@ def trainer_for(
         eval_dataset: Examples that are not trained on.
         config: `peft_config`; that of AROMA by default.
         reward_funcs: What completions are worth.
+        ref_model: The reference, where it is a model of its own.
         changes: Changes to the trainer's arguments.
     """
     trainer_class, args_class = KINDS[kind]
@@ -145,6 +147,8 @@ def trainer_for(
         task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
         config = AromaConfig(task_type=task, **{**METHODS[growth], **(method or {})})
     more: dict[str, Any] = {"reward_funcs": reward_funcs} if kind in ONLINE else {}
+    if ref_model is not None:
+        more["ref_model"] = ref_model
     trainer = trainer_class(
         model=base(kind) if model is None else model,
         args=args_class(**{**settings, **changes}),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
     from .controller import AromaController
+    from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
     from .events import Event, ModuleSummary
     from .integrations.callback import AromaCallback
@@ -29,12 +30,14 @@ _HOMES = {
     "AromaModel": "tuner",
     "Attachment": "integrations.loop",
     "Event": "events",
+    "LoraTensors": "engines",
     "ModuleSummary": "events",
     "RichProgress": "integrations.progress",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
     "hold_out": "integrations.held_out",
     "last_complete_checkpoint": "checkpoint",
+    "lora_tensors": "engines",
     "save_adapter": "checkpoint",
     "verify_adapter": "checkpoint",
     "verify_checkpoint": "checkpoint",
@@ -48,12 +51,14 @@ __all__ = [
     "AromaModel",
     "Attachment",
     "Event",
+    "LoraTensors",
     "ModuleSummary",
     "RichProgress",
     "aroma_layers",
     "attach",
     "hold_out",
     "last_complete_checkpoint",
+    "lora_tensors",
     "save_adapter",
     "verify_adapter",
     "verify_checkpoint",

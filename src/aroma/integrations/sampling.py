@@ -8,8 +8,8 @@ from typing import Any
 class Samples:
     """Tells which batches of a trainer that samples its examples are new.
 
-    It samples for `batches` batches at once, and trains on all of them `passes` times before it samples again. Only the
-    first pass says something that the model has not been trained on.
+    It samples for `batches` batches at once, and trains on all of them `passes` times before it samples again. Only in
+    the first pass are they something that the model has not been trained on.
 
     Args:
         batches: Batches that are sampled at once.
