@@ -118,7 +118,7 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 
 def test_pages_with_python_are_those_that_run() -> None:
-    of_others = {"README.md", "usage.md"}  # test_snippets.py, test_docs.py
+    of_others = {"README.md", "usage.md", "reinforcement.md"}  # test_snippets.py, test_docs.py, test_trl.py
     here = {"index.md", "serving.md", "settings.md", "how.md", "files.md", "precision.md", "distributed.md"}
     assert {name for name, language, _ in BLOCKS if language == "python"} == of_others | here
 

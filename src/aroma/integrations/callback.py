@@ -177,6 +177,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     "given",
                     "this trainer samples what it trains on, so every batch is new, and decides growth; leave it out",
                 )
+            share_new = self._samples.share_new(args.gradient_accumulation_steps)
+            controller.config.resolve_trial_steps(controller.total_steps, share_new)
             controller.decide_by(None, None)
             return
         held_out = None
@@ -304,7 +306,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         is_new = True
         if self._samples is not None:
             self._samples.count()
-            is_new = self._samples.are_new()
+            is_new = self._samples.end_step()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
         self._was_over = self._is_over(state, state.global_step - 1)
         if skipped:

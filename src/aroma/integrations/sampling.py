@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
 class Samples:
-    """Tells which batches of a trainer that samples its examples are new.
+    """Tells on which optimizer steps a trainer that samples its examples trains on new ones.
 
-    It samples for `batches` batches at once, and trains on all of them `passes` times before it samples again. Only in
-    the first pass are they something that the model has not been trained on.
+    It samples for `batches` batches at once, and trains on all of them `passes` times before it samples again. A batch
+    is new if no earlier optimizer step has trained on it.
 
     Args:
         batches: Batches that are sampled at once.
@@ -18,7 +19,7 @@ class Samples:
 
     def __init__(self, batches: int, passes: int) -> None:
         self._batches, self._passes = batches, passes
-        self._taken = 0
+        self._taken = self._begun = 0
         self._are_new = True
 
     @classmethod
@@ -29,10 +30,23 @@ class Samples:
 
     def count(self) -> None:
         """Note that a batch was trained on."""
-        self._are_new &= self._taken % (self._batches * self._passes) < self._batches
+        round_ = self._batches * self._passes
+        first = self._taken // round_ * round_ + self._taken % self._batches
+        self._are_new &= first >= self._begun
         self._taken += 1
 
-    def are_new(self) -> bool:
-        """Return whether all batches since the last call were."""
-        were_new, self._are_new = self._are_new, True
+    def end_step(self) -> bool:
+        """Note the end of an optimizer step, and return whether all its batches were new."""
+        were_new, self._are_new, self._begun = self._are_new, True, self._taken
         return were_new
+
+    def share_new(self, accumulated: int) -> float:
+        """Return the share of the optimizer steps, of so many batches each, that train on new ones."""
+        steps = math.lcm(self._batches * self._passes, accumulated) // accumulated
+        other = Samples(self._batches, self._passes)
+        found = []
+        for _ in range(steps):
+            for _ in range(accumulated):
+                other.count()
+            found.append(other.end_step())
+        return sum(found) / steps
