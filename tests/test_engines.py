@@ -105,15 +105,14 @@ def test_it_is_what_the_files_hold(tmp_path: Path) -> None:
         assert differing <= {"inference_mode"}
 
 
-def test_what_was_given_away_stays_as_it_was_and_giving_changes_nothing() -> None:
-    torch.manual_seed(0)
-    model, inputs = adapted("llama"), batch("llama")
-    growth, _ = grow(model, inputs, steps=6, total_steps=16)
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("rank", [None, 3 + 1])
+def test_what_was_given_away_stays_as_it_was_and_giving_changes_nothing(rank: int | None, pair: bool) -> None:
+    model = some(pair=pair)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    given = lora_tensors(model)
+    given = lora_tensors(model, rank)
     kept = {name: tensor.clone() for name, tensor in given.tensors.items()}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    growth.detach()
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.add_(1.0)

@@ -283,6 +283,41 @@ def test_grpo_asks_every_sample_once(tmp_path: Path, passes: int, recwarn: pytes
     assert not [warning for warning in recwarn if "learnt by heart" in str(warning.message)]
 
 
+def coin(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that says nothing of the completions."""
+    return torch.randint(2, (len(completion_ids),)).float().tolist()
+
+
+@pytest.mark.slow
+def test_evidence_grows_for_a_reward_and_not_for_a_coin(tmp_path: Path) -> None:
+    found = {}
+    for name, reward in (("coin", coin), ("reward", trl_runs.reward)):
+        trainer = trainer_for(
+            "grpo",
+            tmp_path / name,
+            AromaCallback(),
+            growth="evidence",
+            reward_funcs=reward,
+            method={"significance": 0.05, "duel_factor": 0.5},
+            per_device_train_batch_size=16,
+            save_strategy="no",
+        )
+        trainer.train()
+        found[name] = growth(trainer).controller.total_rank
+    assert found["coin"] <= 2  # one matrix in twenty, of 14
+    assert found["reward"] >= 4
+
+
+def test_without_any_reward_the_papers_rule_finishes_at_rank_0(tmp_path: Path) -> None:
+    trainer = trainer_for(
+        "grpo", tmp_path, AromaCallback(), reward_funcs=lambda completions, **_: [0.0] * len(completions), beta=0.0
+    )
+    trainer.train()
+    controller = growth(trainer).controller
+    assert controller.finished
+    assert (controller.total_rank, trainer.state.global_step) == (0, 4)
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
