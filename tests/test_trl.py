@@ -177,11 +177,14 @@ def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, ki
     assert_same(comparable(again), comparable(trainer))
 
 
-def test_only_that_copy_may_stand_beside_an_adapter_that_grows(tmp_path: Path) -> None:
+def test_an_adapter_of_its_own_is_no_copy(tmp_path: Path) -> None:
     model = grown(tmp_path / "start")
-    for name, config in (("second", model.peft_config["default"]), ("ref", AromaConfig(task_type="CAUSAL_LM"))):
-        with pytest.raises(ConfigError, match=f"adapter_name='{name}': the model already grows the adapter 'default'"):
-            model.add_adapter(name, config)
+    model.add_adapter("second", model.peft_config["default"])
+    model.add_adapter("ref", AromaConfig(task_type="CAUSAL_LM"))
+    assert not model.peft_config["ref"].inference_mode
+    for name in ("second", "ref"):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model, INPUTS), logits(base("dpo"), INPUTS))
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------
