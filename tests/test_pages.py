@@ -123,7 +123,7 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 
 def test_pages_with_python_are_those_that_run() -> None:
-    of_others = {"README.md", "usage.md"}  # test_snippets.py, test_docs.py
+    of_others = {"README.md", "usage.md", "reinforcement.md"}  # test_snippets.py, test_docs.py, test_trl.py
     here = "index serving settings how files precision distributed tasks"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}

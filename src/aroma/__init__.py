@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
     from .combining import combine
     from .controller import AromaController
+    from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
     from .events import Event, ModuleSummary
     from .integrations.callback import AromaCallback
@@ -31,6 +32,7 @@ _HOMES = {
     "AromaModel": "tuner",
     "Attachment": "integrations.loop",
     "Event": "events",
+    "LoraTensors": "engines",
     "ModuleSummary": "events",
     "RichProgress": "integrations.progress",
     "Tasks": "tasks",
@@ -39,6 +41,7 @@ _HOMES = {
     "combine": "combining",
     "hold_out": "integrations.held_out",
     "last_complete_checkpoint": "checkpoint",
+    "lora_tensors": "engines",
     "save_adapter": "checkpoint",
     "verify_adapter": "checkpoint",
     "verify_checkpoint": "checkpoint",
@@ -52,6 +55,7 @@ __all__ = [
     "AromaModel",
     "Attachment",
     "Event",
+    "LoraTensors",
     "ModuleSummary",
     "RichProgress",
     "Tasks",
@@ -60,6 +64,7 @@ __all__ = [
     "combine",
     "hold_out",
     "last_complete_checkpoint",
+    "lora_tensors",
     "save_adapter",
     "verify_adapter",
     "verify_checkpoint",

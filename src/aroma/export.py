@@ -25,7 +25,7 @@ from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tasks import loadable, read_whole
-from .tuner.layout import PEFT_PREFIX
+from .tuner.layout import PEFT_PREFIX, padded, uniform_config
 from .tuner.state import STATE_FILE, is_whole, write_export_state
 
 
@@ -144,25 +144,12 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
     tensors = dict(adapter.others)
     for name, (m, n) in shapes.items():
-        B, A = torch.zeros(m, uniform), torch.zeros(uniform, n)
-        if name in adapter.updates:
-            update = adapter.updates[name]
-            B[:, : update.B.shape[1]], A[: update.A.shape[0]] = update.B, update.A
+        update = adapter.updates.get(name)
+        B, A = (torch.zeros(m, 0), torch.zeros(0, n)) if update is None else (update.B.float(), update.A.float())
+        B, A = padded(B, A, uniform)
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
-    config = {
-        **adapter.config,
-        "r": uniform,
-        "lora_alpha": uniform,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "target_modules": sorted(shapes),
-        "use_rslora": False,
-        "inference_mode": True,
-    }
+    config = uniform_config(adapter.config, shapes, uniform)
     with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)

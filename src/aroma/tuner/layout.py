@@ -8,9 +8,9 @@ scales by 1.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -107,6 +107,36 @@ def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: M
         (state_dict[f"{key}.lora_B.{adapter_name}.weight"], state_dict[f"{key}.lora_A.{adapter_name}.weight"])
         for key in layers
     ]
+
+
+def padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
+    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
+    wide[:, : B.shape[1]], tall[: A.shape[0]] = B, A
+    return wide, tall
+
+
+def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -> dict[str, Any]:
+    """Return the configuration of an adapter whose modules all have one rank, and the scale 1.
+
+    Args:
+        config: Its configuration with ranks of their own, as `adapter_config.json` has it.
+        names: The modules.
+        rank: The rank.
+    """
+    return {
+        **config,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "target_modules": sorted(names),
+        "use_rslora": False,
+        "inference_mode": True,
+    }
 
 
 def components_digest(saved: Mapping[str, Tensor]) -> str:
