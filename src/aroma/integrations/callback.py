@@ -1,4 +1,4 @@
-"""A growing adapter in the Hugging Face Trainer and TRL's SFTTrainer: one callback."""
+"""A growing adapter in the Hugging Face Trainer and TRL's trainers: one callback."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..sharding import own_entries
-from ..tuner import AromaConfig, aroma_layers
+from ..tuner import aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, check_resumed_folders
 from .rewarmup import Rewarmup, was_skipped
+from .sampling import Samples
 from .telling import score_of, scores_at, tell_of_run, with_score
 from .trackers import add_ranks, keep_totals, tell_trackers
 
@@ -70,7 +71,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             its training set is; see `aroma.hold_out`. They decide what stays after the trial, and from the second pass
             over the data on what is born. It may also be set after the Trainer was made, as for SFTTrainer:
             `callback.growth_dataset = trainer.eval_dataset`. Checkpoints do not hold it.
-        growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none.
+        growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none. It may
+            be set later, too: `callback.growth_loss = trainer.compute_loss` for TRL's DPO, KTO and reward trainers.
         report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
             evaluation after it: result, loss, births, ranks, evidence, settings. It may replace an earlier report, and
             no other file. Checkpoints do not hold it.
@@ -98,6 +100,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._steps_within_backward = False
         self._hooks: list[Any] = []
         self._was_over = False
+        self._samples: Samples | None = None
         self._records = CheckpointRecords()
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
@@ -162,9 +165,21 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def _settle_evidence(self, args: TrainingArguments, loader: Any) -> None:
         """Tell the controller which batches decide growth."""
         controller = self._running()
+        self._samples = Samples.of(args)
         if not controller.config.has_slots:
             if self.growth_dataset is not None:
                 raise bad_value("growth_dataset", "given", "only growth='evidence' reads it; leave it out")
+            return
+        if self._samples is not None:
+            if self.growth_dataset is not None:
+                raise bad_value(
+                    "growth_dataset",
+                    "given",
+                    "this trainer samples what it trains on, so every batch is new, and decides growth; leave it out",
+                )
+            share_new = self._samples.share_new(args.gradient_accumulation_steps)
+            controller.config.resolve_trial_steps(controller.total_steps, share_new)
+            controller.decide_by(None, None)
             return
         held_out = None
         if self.growth_dataset is not None:
@@ -180,6 +195,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     self.growth_loss,
                     controller.config.significance,
                 )
+                held_out.require_loss(controller.matrices.model)
         controller.decide_by(held_out, _steps_of_a_pass(loader, args.gradient_accumulation_steps))
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
@@ -267,6 +283,13 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if not isinstance(lr_scheduler, _METRIC_SCHEDULES):
             self._rewarmup.end(optimizer, lr_scheduler)
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count a micro-batch."""
+        if self._samples is not None:
+            self._samples.count()
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -280,12 +303,16 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
+        is_new = True
+        if self._samples is not None:
+            self._samples.count()
+            is_new = self._samples.end_step()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
         self._was_over = self._is_over(state, state.global_step - 1)
         if skipped:
             controller.skip_step()
         elif not self._was_over:
-            controller.step()
+            controller.step(is_new=is_new)
         if self._report is not None:
             self._report.note(controller, state)
         if controller.finished and self.early_stop:
@@ -393,19 +420,24 @@ def _steps_of_a_pass(loader: Any, accumulation: int) -> int | None:
 
 
 def trainable_adapter(model: nn.Module) -> str:
-    """Return the name of the one AROMA adapter of `model` that trains.
+    """Return the name of the AROMA adapter of `model` that is active and trains.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or several are active.
     """
     configs = getattr(model, "peft_config", {})
-    for name, config in configs.items():
-        if isinstance(config, AromaConfig) and not config.inference_mode and aroma_layers(model, name):
-            return str(name)
+    active = {name for layer in aroma_layers(model).values() for name in layer.active_adapters if name in layer.lora_A}
+    names = [str(name) for name in configs if name in active and not configs[name].inference_mode]
+    if len(names) == 1:
+        return names[0]
+    if names:
+        remedy = "a Trainer grows one adapter at a time; call model.set_adapter(NAME) before it is made"
+        raise bad_value("adapter_name", names, remedy)
     raise bad_value(
         "model",
         type(model).__name__,
-        "it has no trainable AROMA adapter; give the Trainer get_peft_model(model, AromaConfig(...))",
+        "it has no active AROMA adapter that trains; give the Trainer get_peft_model(model, AromaConfig(...)), and of "
+        "several adapters activate one with model.set_adapter(NAME)",
     )
 
 

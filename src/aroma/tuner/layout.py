@@ -8,9 +8,9 @@ scales by 1.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -98,14 +98,12 @@ def plain_tensors(
         pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
         ranks[_module_name(key)] = 1
         updates[key] = pair_a.new_zeros(layer.out_features, 1), pair_a.new_zeros(1, layer.in_features)
-    tensors, saved = (
-        {
-            f"{key}.{layers[key].kind.form.name(side, name)}": tensor
-            for key, update in updates.items()
-            for side, tensor in zip("AB", layers[key].kind.form.write(*update), strict=True)
-        }
-        for name in (adapter_name, None)
-    )
+    tensors: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    for key, (B, A) in updates.items():
+        form = layers[key].kind.form
+        tensors |= form.tensors(key, B, A, adapter_name)
+        saved |= form.tensors(key, B, A)
     shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
     forms = {_module_name(key): layer.kind.form for key, layer in layers.items()}
     transposed = any(layer.fan_in_fan_out for layer in layers.values())
@@ -118,6 +116,36 @@ def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: M
         (state_dict[f"{key}.lora_B.{adapter_name}.weight"], state_dict[f"{key}.lora_A.{adapter_name}.weight"])
         for key in layers
     ]
+
+
+def padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
+    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
+    wide[:, : B.shape[1]], tall[: A.shape[0]] = B, A
+    return wide, tall
+
+
+def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -> dict[str, Any]:
+    """Return the configuration of an adapter whose modules all have one rank, and the scale 1.
+
+    Args:
+        config: Its configuration with ranks of their own, as `adapter_config.json` has it.
+        names: The modules.
+        rank: The rank.
+    """
+    return {
+        **config,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "target_modules": sorted(names),
+        "use_rslora": False,
+        "inference_mode": True,
+    }
 
 
 def components_digest(saved: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +28,15 @@ from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
 from .state import warn_uncontrolled
 
+REFERENCE = "ref"
+"""What TRL's trainers call the adapter that they keep as it was before the training."""
+
 
 class AromaModel(LoraModel):
     """Tuner whose adapters grow; made by `peft.get_peft_model(model, AromaConfig(...))`.
+
+    `add_adapter` puts further ones beside the first, over the same frozen weights. Each has components, head, seed and
+    controller of its own. The active one (`set_adapter`) computes and trains, and the others rest.
 
     Args:
         model: Model to adapt; its weights are frozen and never written.
@@ -37,21 +44,10 @@ class AromaModel(LoraModel):
         adapter_name: Name of the adapter.
 
     Raises:
-        ConfigError: A target of a kind that cannot grow, or a second trainable adapter.
+        ConfigError: A target of a kind that cannot grow.
     """
 
     tuner_layer_cls = AromaLinear
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        trainable = [name for name, other in self.peft_config.items() if not other.inference_mode]
-        if len(trainable) > 1:
-            raise bad_value(
-                "adapter_name",
-                trainable[-1],
-                f"the model already grows the adapter {trainable[0]!r}, and only one adapter can grow at a time; "
-                "delete the first, or add the second with inference_mode=True",
-            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put growing layers into `model`.
@@ -59,6 +55,9 @@ class AromaModel(LoraModel):
         Raises:
             ConfigError: No module matches `target_modules`, or one of them cannot grow.
         """
+        original = self._original_of_reference(adapter_name)
+        if original is not None:
+            self.peft_config[adapter_name] = replace(self.peft_config[adapter_name], inference_mode=True)
         wanted = self.peft_config[adapter_name].target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -71,6 +70,18 @@ class AromaModel(LoraModel):
                 "layers_to_transform",
             ) from error
         self._bring_to_life(model, adapter_name)
+        if original is not None:
+            _copy_adapter(model, original, adapter_name)
+
+    def _original_of_reference(self, adapter_name: str) -> str | None:
+        """Return the adapter that a new one is to be a copy of, which does not grow; None for an adapter of its own.
+
+        TRL's trainers keep the adapter as it was before the training under another name, made of the same
+        configuration object, and copy its parameters. They know nothing of finished components.
+        """
+        config = self.peft_config[adapter_name]
+        others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        return others[0] if others and adapter_name == REFERENCE else None
 
     def _bring_to_life(self, model: nn.Module, adapter_name: str) -> None:
         """Give the new layers of an adapter their live state and their first pair, b = 0 (m, r) and a (r, n)."""
@@ -301,6 +312,18 @@ def _base_name(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
     key = key.replace("_orig_mod.", "")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
+
+
+def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
+    """Give the adapter `copy` the components of `original`; its pairs do not train."""
+    live = live_adapter(model, copy)
+    live.seed, live.ever_controlled = live_adapter(model, original).seed, live_adapter(model, original).ever_controlled
+    for layer in aroma_layers(model, copy).values():
+        finished = layer.finished(original)
+        layer.finished(copy).append(finished.B, finished.A)
+        b, a = layer.pair(original)
+        layer.start_pair(copy, a.detach(), b.detach())
+        layer.slots_in_use[copy] = layer.slots_in_use[original]
 
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
