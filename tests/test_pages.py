@@ -124,7 +124,7 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "usage.md", "reinforcement.md"}  # test_snippets.py, test_docs.py, test_trl.py
-    here = "index serving settings how files precision distributed tasks"
+    here = "index serving settings how files precision distributed tasks vision"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 
@@ -160,6 +160,11 @@ def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         shutil.copytree("adapters/topics", name)
     exec(blocks("python", "tasks.md")[-1], {**names, "fresh_base": tiny_bert()})
     assert aroma.verify_adapter("combined")
+
+
+def test_images() -> None:
+    layers = aroma.aroma_layers(run("vision.md", {"base": base("vit")})["model"])
+    assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
 
 
 def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

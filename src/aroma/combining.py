@@ -86,7 +86,7 @@ def combine(
 
 
 def _scaled(adapter: AdapterWeights, factor: float) -> AdapterWeights:
-    updates = {name: Update(update.B * factor, update.A, update.alpha) for name, update in adapter.updates.items()}
+    updates = {name: replace(update, B=update.B * factor) for name, update in adapter.updates.items()}
     return replace(adapter, updates=updates)
 
 

@@ -337,13 +337,13 @@ def loadable(adapter: AdapterWeights) -> Iterator[Path]:
 
 
 def tensors_of(adapter: AdapterWeights) -> dict[str, Tensor]:
-    """Return an adapter's tensors as its file has them: A (R, n), B (m, R) and others of any shape."""
+    """Return an adapter's tensors as its file has them, of any shapes."""
     from .tuner.layout import PEFT_PREFIX
 
     tensors = dict(adapter.others)
     for name, update in adapter.updates.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = update.A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = update.B
+        for side, tensor in zip("AB", update.form.write(update.B, update.A), strict=True):
+            tensors[f"{PEFT_PREFIX}{name}.{update.form.name(side)}"] = tensor
     return tensors
 
 
@@ -394,7 +394,7 @@ def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterW
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.updates):
         own = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
         A = torch.cat([update.A for update in own])
-        updates[name] = Update(torch.cat([update.B for update in own], 1), A, float(len(A)))
+        updates[name] = Update(torch.cat([update.B for update in own], 1), A, float(len(A)), own[0].form)
     ranked = {name: {**entry, "rank": updates[name].rank if name in updates else 0} for name, entry in modules.items()}
     state = {**(head.state or {}), "modules": ranked}
     return AdapterWeights(head.folder, head.config, updates, head.others, state)
