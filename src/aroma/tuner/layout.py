@@ -98,14 +98,12 @@ def plain_tensors(
         pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
         ranks[_module_name(key)] = 1
         updates[key] = pair_a.new_zeros(layer.out_features, 1), pair_a.new_zeros(1, layer.in_features)
-    tensors, saved = (
-        {
-            f"{key}.{layers[key].kind.form.name(side, name)}": tensor
-            for key, update in updates.items()
-            for side, tensor in zip("AB", layers[key].kind.form.write(*update), strict=True)
-        }
-        for name in (adapter_name, None)
-    )
+    tensors: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    for key, (B, A) in updates.items():
+        form = layers[key].kind.form
+        tensors |= form.tensors(key, B, A, adapter_name)
+        saved |= form.tensors(key, B, A)
     shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
     forms = {_module_name(key): layer.kind.form for key, layer in layers.items()}
     transposed = any(layer.fan_in_fan_out for layer in layers.values())
