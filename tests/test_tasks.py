@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from aroma import AromaCallback, AromaConfig, Tasks, aroma_layers, verify_adapter
 from aroma.errors import CheckpointError, ConfigError, OutputError
 from evidence_runs import METHOD as EVIDENCE
+from quick import slow_but
 from trainer_runs import METHOD as PAPER
 from trainer_runs import assert_same, examples, tiny_bert, trainer_for
 
@@ -57,7 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.fixture(scope="module", params=["evidence", "paper"])
+@pytest.fixture(scope="module", params=slow_but(["evidence"], RULES))
 def learnt(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, dict[str, Any]]:

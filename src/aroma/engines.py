@@ -72,6 +72,7 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
     plain = PlainAdapter(
         {name: A.shape[0] for name, (_, A) in updates.items()},
         shapes,
+        {name: layer.kind.form for name, layer in layers.items()},
         trained=True,
         digest="",
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
@@ -83,8 +84,9 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
         config = uniform_config(config, layers, rank)
     tensors = {}
     for name, (B, A) in updates.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A.detach().clone()
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B.detach().clone()
+        form = layers[name].kind.form
+        for side, tensor in zip("AB", form.write(B, A), strict=True):
+            tensors[f"{PEFT_PREFIX}{name}.{form.name(side)}"] = tensor.detach().clone()
     return LoraTensors(config, tensors)
 
 

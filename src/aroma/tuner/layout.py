@@ -16,8 +16,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..files import tensors_digest
 from ..sharding import Factors
+from .forms import Form, is_component
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -33,6 +35,7 @@ class PlainAdapter:
     Args:
         ranks: Rank of every module that has tensors, by module name.
         shapes: (m, n) of every growing module, also with rank 0.
+        forms: Form of every growing module.
         trained: Whether any component in training has moved from its start.
         digest: `components_digest` of the tensors.
         fan_in_fan_out: Whether a base layer stores its weight as (n, m).
@@ -40,6 +43,7 @@ class PlainAdapter:
 
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
+    forms: dict[str, Form]
     trained: bool
     digest: str
     fan_in_fan_out: bool
@@ -76,29 +80,36 @@ def plain_tensors(
             trains may be sharded in it.
 
     Returns:
-        Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R) of every module
-        with R > 0, and what is known of them. If all have rank 0, one module gets a zero component.
+        Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R), or what the form
+        of the layer has instead, of every module with R > 0, and what is known of them. If all have rank 0, one module
+        gets a zero component.
     """
-    tensors: dict[str, Tensor] = {}
+    updates: dict[str, Factors] = {}
     ranks: dict[str, int] = {}
     for key, layer in layers.items():
         B, A = _whole_update(key, layer, adapter_name, state_dict)
         if A.shape[0]:
             ranks[_module_name(key)] = A.shape[0]
-            tensors[f"{key}.lora_A.{adapter_name}.weight"] = A
-            tensors[f"{key}.lora_B.{adapter_name}.weight"] = B
+            updates[key] = B, A
     trained = any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers)
     if not ranks:
         # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
         key, layer = next(iter(layers.items()))
         pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
         ranks[_module_name(key)] = 1
-        tensors[f"{key}.lora_A.{adapter_name}.weight"] = pair_a.new_zeros(1, layer.in_features)
-        tensors[f"{key}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(layer.out_features, 1)
+        updates[key] = pair_a.new_zeros(layer.out_features, 1), pair_a.new_zeros(1, layer.in_features)
+    tensors, saved = (
+        {
+            f"{key}.{layers[key].kind.form.name(side, name)}": tensor
+            for key, update in updates.items()
+            for side, tensor in zip("AB", layers[key].kind.form.write(*update), strict=True)
+        }
+        for name in (adapter_name, None)
+    )
     shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
-    saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
+    forms = {_module_name(key): layer.kind.form for key, layer in layers.items()}
     transposed = any(layer.fan_in_fan_out for layer in layers.values())
-    return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved), transposed)
+    return tensors, PlainAdapter(ranks, shapes, forms, trained, components_digest(saved), transposed)
 
 
 def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:
@@ -140,9 +151,8 @@ def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -
 
 
 def components_digest(saved: Mapping[str, Tensor]) -> str:
-    """Return a digest of the components, A (R, n) and B (m, R), in an adapter file; trained heads do not count."""
-    names = [name for name in saved if ".lora_A." in name or ".lora_B." in name]
-    return tensors_digest({_module_name(name): saved[name] for name in names})
+    """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
+    return tensors_digest({_module_name(name): saved[name] for name in saved if is_component(name)})
 
 
 def finished_tensors(
@@ -156,17 +166,17 @@ def finished_tensors(
     Args:
         layers: Growing layers by their name in the state dict.
         adapter_name: Adapter to load.
-        plain: Saved tensors A (R, n) and B (m, R) by their name in the file, with or without the `base_model.model.`
-            prefix.
+        plain: Saved tensors, A (R, n) and B (m, R) of linear layers, by their name in the file, with or without the
+            `base_model.model.` prefix.
+
+    Raises:
+        CheckpointError: The tensors of a module do not fit it.
     """
     entries: dict[str, Tensor] = {}
     for key, layer in layers.items():
-        A = _saved(plain, f"{key}.lora_A.weight")
-        B = _saved(plain, f"{key}.lora_B.weight")
         b, a = layer.pair(adapter_name)
-        if A is None or B is None:
-            A, B = torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
-        elif not A.any() and not B.any():
+        B, A = _saved_update(key, layer, plain)
+        if not A.any() and not B.any():
             A, B = A[:0], B[:, :0]  # the placeholder of an adapter whose ranks are all 0
         entries[f"{key}.lora_finished.{adapter_name}.A"] = A.to(a.dtype)
         entries[f"{key}.lora_finished.{adapter_name}.B"] = B.to(a.dtype)
@@ -187,6 +197,21 @@ def _whole_update(
     if not moved:
         return B, A
     return torch.cat([B, b[:, moved] * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a[moved]], dim=0)
+
+
+def _saved_update(key: str, layer: AromaLinear, plain: Mapping[str, Tensor]) -> Factors:
+    """Return B (m, R) and A (R, n) of one layer from saved tensors, any shape by name; R = 0 where there are none."""
+    form = layer.kind.form
+    A, B = (_saved(plain, f"{key}.{form.name(side)}") for side in "AB")
+    if A is None or B is None:
+        return torch.zeros(layer.out_features, 0), torch.zeros(0, layer.in_features)
+    factors = form.read(A, B)
+    if factors is None:
+        raise CheckpointError(
+            f"{_module_name(key)}: the saved components, A {tuple(A.shape)} and B {tuple(B.shape)}, are not those of "
+            f"this {type(layer.get_base_layer()).__name__}; load the adapter into the model that it was trained on"
+        )
+    return factors
 
 
 def _module_name(key: str) -> str:

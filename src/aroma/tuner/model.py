@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,6 @@ from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.utils import NoMatchingPeftModuleError
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
@@ -20,13 +21,12 @@ from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
+from .forms import is_component
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
 from .state import warn_uncontrolled
-
-_QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
@@ -44,7 +44,7 @@ class AromaModel(LoraModel):
         adapter_name: Name of the adapter.
 
     Raises:
-        ConfigError: A target that is neither Linear nor Conv1D nor a bitsandbytes layer.
+        ConfigError: A target of a kind that cannot grow.
     """
 
     tuner_layer_cls = AromaLinear
@@ -103,19 +103,12 @@ class AromaModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if isinstance(target, NonDynamicallyQuantizableLinear):
+        if lora_config.ensure_weight_tying and isinstance(target, nn.Embedding):
             raise bad_value(
-                "target_modules",
-                kwargs.get("target_name", ""),
-                "torch.nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it would not "
-                "learn; name it in exclude_modules",
-            )
-        if not (isinstance(target, nn.Linear | Conv1D) or type(target).__name__ in _QUANTISED_LINEAR):
-            raise bad_value(
-                "target_modules",
-                kwargs.get("target_name", ""),
-                f"it is a {type(target).__name__}; AROMA grows torch.nn.Linear, transformers Conv1D and bitsandbytes "
-                "4/8-bit linear layers. Leave it out of target_modules or name it in exclude_modules",
+                "ensure_weight_tying",
+                True,
+                f"{kwargs.get('target_name', '')} would share its components with the output layer, and then neither "
+                "could grow by itself; leave it out, or name the embedding in exclude_modules",
             )
         is_conv1d = isinstance(target, Conv1D)
         return AromaLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=is_conv1d, **kwargs)
@@ -136,6 +129,9 @@ class AromaModel(LoraModel):
         # Before any of the other layers is merged.
         for layer in aroma_layers(self).values():
             layer.refuse_merge_if_quantised()
+        refuse_merge_if_tied(
+            self.model, {name: layer.get_base_layer() for name, layer in aroma_layers(self.model).items()}
+        )
         for adapter_name in self.peft_config:
             live = live_adapter(self, adapter_name)
             pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
@@ -151,7 +147,10 @@ class AromaModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Return the plain LoRA tensors: A (R, n) and B (m, R) of every module with R > 0; all ranks call this."""
+        """Return the plain LoRA tensors, A (R, n) and B (m, R) of a linear layer, of every module with R > 0.
+
+        All ranks call this.
+        """
         layers = _layers_by_key(model, adapter_name)
         _make_whole(model, state_dict)
         _complete(layers, adapter_name, state_dict)
@@ -162,13 +161,14 @@ class AromaModel(LoraModel):
         exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
         live.about = about_model(live.about, model, config.task_type)
         live.collected(config, plain, exported, layers.values(), adapter_name)
+        _hide_internals(layers, state_dict)
         return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AromaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the state-dict entries of a growing adapter for the plain LoRA tensors A (R, n) and B (m, R)."""
+        """Return the state-dict entries of a growing adapter for plain LoRA tensors, as `finished_tensors` has it."""
         layers = _layers_by_key(model, adapter_name)
         live = live_adapter(model, adapter_name)
         entries = finished_tensors(layers, adapter_name, state_dict)
@@ -187,7 +187,7 @@ class AromaModel(LoraModel):
         others = {
             key: shard_like(value, parameters.get(key, value))
             for key, value in state_dict.items()
-            if ".lora_A." not in key and ".lora_B." not in key
+            if not is_component(key)
         }
         return {**others, **entries}
 
@@ -221,6 +221,29 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         adapter_name: Only layers that have this adapter.
     """
     return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
+
+
+def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
+    """Raise if a merge would change a layer that has no adapter, because it shares its weight with one that has.
+
+    Args:
+        model: The model with its adapter.
+        adapted: The base layers of the adapter, by name.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    weights = (dict(module.named_parameters(recurse=False)).get("weight") for module in model.modules())
+    sharing = Counter(map(id, weights))
+    for name, base in adapted.items():
+        if sharing[id(base.weight)] > 1:
+            raise bad_value(
+                "target_modules",
+                name,
+                "another module has the same weight (as an output layer has that of the input embeddings), and "
+                "merging would change both; serve the adapter unmerged, or untie the weights of the base model "
+                "(tie_word_embeddings=False) before it is adapted",
+            )
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:
@@ -273,6 +296,18 @@ def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dic
             state_dict.setdefault(a, torch.zeros(layer.r[adapter_name], layer.in_features))
 
 
+def _hide_internals(layers: dict[str, AromaLinear], state_dict: dict[str, Tensor]) -> None:
+    """Drop, in place, all of the layers but their base layers; tensors of any shape by name.
+
+    PEFT next adds what it finds there of an embedding or an output layer that is a target (save_embedding_layers). It
+    looks through a copy of the state dict that is its own.
+    """
+    for name in [*state_dict]:
+        layer, mark, _ = name.rpartition(".lora_")
+        if mark and layer in layers:
+            del state_dict[name]
+
+
 def _base_name(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
     key = key.replace("_orig_mod.", "")
@@ -292,9 +327,9 @@ def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
 
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
-    """Raise if a saved component, (R, n) or (m, R), belongs to no growing layer: PEFT would drop it silently."""
+    """Raise if a saved component, of any shape, belongs to no growing layer: PEFT would drop it silently."""
     known = {_base_name(key) for key in layers}
-    saved = {_base_name(key).split(".lora_")[0] for key in state_dict if ".lora_A." in key or ".lora_B." in key}
+    saved = {_base_name(key).split(".lora_")[0] for key in state_dict if is_component(key)}
     strangers = sorted(saved - known)
     if strangers:
         raise bad_value(
