@@ -171,6 +171,7 @@ class Factor(nn.Module):
     """
 
     def __init__(self, linear: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Keep the factor of `linear`, and `act`, which takes an input of any shape."""
         super().__init__()
         assert isinstance(linear.weight, nn.Parameter), "PEFT makes linear layers"
         self.weight = linear.weight
