@@ -114,16 +114,12 @@ class Tasks:
         Raises:
             ConfigError, CheckpointError: See `grow`.
         """
-        from .tuner import aroma_layers
+        from .tuner import lay_beneath
 
         for task, adapter in [(task, self._read(task)) for task in self._over]:
             _lay(model, task, adapter)
         model.set_adapter(_GROWING)
-        for layer in aroma_layers(model).values():
-            layer.beneath[_GROWING] = (*self._over,)
-            if _GROWING in layer.lora_A:
-                b, a = layer.pair(_GROWING)
-                layer.start_pair(_GROWING, layer.off_beneath(_GROWING, a.detach()), b.detach())
+        lay_beneath(model, _GROWING, self._over)
 
     def save(self, model: Any, task: str) -> None:
         """Save what a model from `grow` has learnt as a new task.

@@ -394,14 +394,15 @@ class AromaLinear(LoraLinear):
 
     @torch.no_grad()
     def off_beneath(self, adapter_name: str, a: Tensor) -> Tensor:
-        """Return rows a (r, n) without their parts in the span of the rows that lie beneath an adapter."""
+        """Return rows a (r, n) turned off the span of the rows that lie beneath an adapter, as long as they were."""
         if not any(name in self.lora_A for name in self.beneath.get(adapter_name, ())):
             return a
         _, sizes, rows = torch.linalg.svd(self.components_beneath(adapter_name)[1].double(), full_matrices=False)
         basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
         precise = a.to(basis)
         off: Tensor = precise - precise @ basis.T @ basis
-        return off.to(a)
+        length, whole = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (off, precise))
+        return torch.where(length > _RANK_TOLERANCE * whole, off * (whole / length), 0.0).to(a)
 
     def _adds(self, adapter_name: str) -> bool:
         """Whether an adapter changes the base layer's result."""
