@@ -6,6 +6,7 @@ Pairs are small, so checks gather them, all of them in one collective. Base weig
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,26 @@ from .replicas import Entries, Measure, Reduction, Replicas
 
 _ALIGNMENT = 16
 """A tensor of any dtype may begin at a multiple of this many bytes."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What this rank holds of one matrix of a stack (E, m, n): all rows, or none.
+
+    Attributes:
+        values: (m, n), or (0, n).
+        transposed: Whether the matrix that is meant is the transpose.
+        reduction: Over which processes a measure of it is summed.
+    """
+
+    values: Tensor
+    transposed: bool
+    reduction: Reduction
+
+    @property
+    def T(self) -> Slice:
+        """The transpose."""
+        return Slice(self.values, not self.transposed, self.reduction)
 
 
 class Fsdp2(Replicas):
@@ -79,6 +100,11 @@ class Fsdp2(Replicas):
         Returns:
             A scalar tensor, and over which processes it is to be summed.
         """
+        if isinstance(W, Slice):
+            rows = len(W.values)
+            if W.transposed:
+                return measure(W.values.T, B, A[:, :rows]), W.reduction
+            return measure(W.values, B[:rows], A), W.reduction
         if not isinstance(W, DTensor):
             return measure(W, B, A), None
         own = _own_slice(W)
@@ -139,6 +165,14 @@ class Fsdp2(Replicas):
             return None
         own = _own_slice(value)
         return Entries(self.own_entries(value), tuple(value.shape), lambda whole: whole[own])
+
+
+def sharded_slice(stack: Any, index: int) -> Slice:
+    """Return what this rank holds of one matrix of a DTensor (E, m, n)."""
+    own, mesh = _own_slice(stack), stack.device_mesh
+    values = stack.to_local().detach()
+    held = values[index - own.start] if own.start <= index < own.stop else values.new_empty(0, stack.shape[2])
+    return Slice(held, False, (torch.device(mesh.device_type), mesh.get_group()))
 
 
 def sharding_modules(model: nn.Module) -> list[Any]:

@@ -298,8 +298,12 @@ class AromaLinear(LoraLinear):
                     f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight. Nothing was merged into "
                     "this layer; use an earlier checkpoint"
                 )
-            base.weight.data = merged
+            self._replace_base_weight(merged)
             self.merged_adapters.append(adapter_name)
+
+    def _replace_base_weight(self, merged: Tensor) -> None:
+        """Let the base layer have the weight `merged`, of the shape that it has."""
+        self.get_base_layer().weight.data = merged
 
     def refuse_merge_if_quantised(self) -> None:
         """Raise if `merge` cannot merge in place.

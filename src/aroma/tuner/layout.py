@@ -3,12 +3,15 @@
 Ranks differ between modules, so the plain form names every module with a rank above 0 as a target and gives its rank.
 The scale is folded into B, so alpha equals the rank everywhere, and an engine that reads only `r` and `lora_alpha`
 scales by 1.
+
+The matrices of experts have one rank for each parameter in PEFT: the largest, the others are padded with zeros. A
+module of experts is left out where all its ranks are 0.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +19,10 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..files import tensors_digest
 from ..sharding import Factors
+from .experts import MATRICES, experts_of, pack, peft_stems, unpack
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -31,11 +36,13 @@ class PlainAdapter:
     """What the files beside an adapter's collected tensors need to know of them.
 
     Args:
-        ranks: Rank of every module that has tensors, by module name.
-        shapes: (m, n) of every growing module, also with rank 0.
+        ranks: Rank of every matrix that has tensors, by its name; of experts without padding.
+        shapes: (m, n) of every growing matrix, also with rank 0.
         trained: Whether any component in training has moved from its start.
         digest: `components_digest` of the tensors.
         fan_in_fan_out: Whether a base layer stores its weight as (n, m).
+        experts: Parameters that grow, by module of experts, in the order in which PEFT wraps them.
+        padded: Rank of every parameter of experts that has tensors, by its name.
     """
 
     ranks: dict[str, int]
@@ -43,16 +50,22 @@ class PlainAdapter:
     trained: bool
     digest: str
     fan_in_fan_out: bool
+    experts: dict[str, list[str]]
+    padded: dict[str, int]
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
-        r = min(self.ranks.values())
-        patterns = {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank != r}
+        parameters = {f"{module}.{name}" for module, names in self.experts.items() for name in names}
+        modules = {name: rank for name, rank in self.ranks.items() if name.rpartition(".")[0] not in parameters}
+        ranks = modules | self.padded
+        r = min(ranks.values())
+        patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
         return LoraConfig(
             r=r,
             lora_alpha=r,
             lora_dropout=config.lora_dropout,
-            target_modules=sorted(self.ranks),
+            target_modules=sorted(modules),
+            target_parameters=sorted(self.padded) or None,
             rank_pattern=dict(patterns),
             alpha_pattern=dict(patterns),
             fan_in_fan_out=self.fan_in_fan_out,
@@ -77,28 +90,51 @@ def plain_tensors(
 
     Returns:
         Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R) of every module
-        with R > 0, and what is known of them. If all have rank 0, one module gets a zero component.
+        with R > 0, and what is known of them; of experts as PEFT names and packs them. If all have rank 0, one module
+        gets a zero component.
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    experts = experts_of(layers)
+    packed = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
+    updates: dict[str, Factors] = {}
     for key, layer in layers.items():
-        B, A = _whole_update(key, layer, adapter_name, state_dict)
+        B, A = updates[key] = _whole_update(key, layer, adapter_name, state_dict)
         if A.shape[0]:
-            ranks[_module_name(key)] = A.shape[0]
+            ranks[matrix_name(key)] = A.shape[0]
+        if A.shape[0] and key not in packed:
             tensors[f"{key}.lora_A.{adapter_name}.weight"] = A
             tensors[f"{key}.lora_B.{adapter_name}.weight"] = B
     trained = any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers)
-    if not ranks:
+    saved_experts = [module for module, parameters in experts.items() if _has_rank(parameters, updates)]
+    if not tensors and not saved_experts and len(packed) == len(layers):
+        saved_experts = [next(iter(experts))]
+    padded: dict[str, int] = {}
+    for module in saved_experts:
+        stems = peft_stems(module, [*experts[module]])
+        for name, keys in experts[module].items():
+            B, A = pack([updates[key] for key in keys])
+            padded[f"{_module_name(module)}.{name}"] = A.shape[0] // len(keys)
+            tensors[f"{stems[name]}.lora_A.{adapter_name}.weight"] = A
+            tensors[f"{stems[name]}.lora_B.{adapter_name}.weight"] = B
+    if not tensors:
         # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
-        key, layer = next(iter(layers.items()))
+        key, layer = next(item for item in layers.items() if item[0] not in packed)
         pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
         ranks[_module_name(key)] = 1
         tensors[f"{key}.lora_A.{adapter_name}.weight"] = pair_a.new_zeros(1, layer.in_features)
         tensors[f"{key}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(layer.out_features, 1)
-    shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
+    shapes = {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
     saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
-    transposed = any(layer.fan_in_fan_out for layer in layers.values())
-    return tensors, PlainAdapter(ranks, shapes, trained, components_digest(saved), transposed)
+    transposed = any(layer.fan_in_fan_out for key, layer in layers.items() if key not in packed)
+    wrapped = {_module_name(module): [*parameters] for module, parameters in experts.items()}
+    digest = components_digest(saved)
+    return tensors, PlainAdapter(ranks, shapes, trained, digest, transposed, wrapped, padded)
+
+
+def _has_rank(parameters: Mapping[str, Iterable[str]], updates: Mapping[str, Factors]) -> bool:
+    """Return whether a matrix of a module of experts, whose keys are given, has an update B (m, R), A (R, n)."""
+    return any(updates[key][1].shape[0] for keys in parameters.values() for key in keys)
 
 
 def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:
@@ -130,9 +166,12 @@ def finished_tensors(
             prefix.
     """
     entries: dict[str, Tensor] = {}
+    of_experts = _experts_updates(layers, plain)
     for key, layer in layers.items():
         A = _saved(plain, f"{key}.lora_A.weight")
         B = _saved(plain, f"{key}.lora_B.weight")
+        if key in of_experts:
+            B, A = of_experts[key]
         b, a = layer.pair(adapter_name)
         if A is None or B is None:
             A, B = torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
@@ -143,6 +182,34 @@ def finished_tensors(
         entries[f"{key}.lora_A.{adapter_name}.weight"] = a.detach()
         entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros_like(b)
     return entries
+
+
+def _experts_updates(layers: Mapping[str, AromaLinear], plain: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return the updates B_e (m, R_e), A_e (R_e, n) of experts' matrices in the plain tensors, by their keys."""
+    found: dict[str, Factors] = {}
+    for module, parameters in experts_of(layers).items():
+        for name, stem in peft_stems(module, [*parameters]).items():
+            A, B = _saved(plain, f"{stem}.lora_A.weight"), _saved(plain, f"{stem}.lora_B.weight")
+            if A is None or B is None:
+                continue
+            keys = parameters[name]
+            m, n = layers[keys[0]].out_features, layers[keys[0]].in_features
+            if A.shape != (len(A), n) or B.shape != (m, len(A)) or len(A) % len(keys):
+                raise CheckpointError(
+                    f"{_module_name(module)}.{name}: components B {tuple(B.shape)}, A {tuple(A.shape)} do not fit "
+                    f"{len(keys)} experts with {m} outputs and {n} inputs; make the adapter with the target_parameters "
+                    "of the saved one"
+                )
+            found.update(zip(keys, unpack(B, A, len(keys)), strict=True))
+    return found
+
+
+def saved_stems(layers: Mapping[str, AromaLinear]) -> set[str]:
+    """Return the keys under which a saved adapter holds the updates of `layers`."""
+    experts = experts_of(layers)
+    packed = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
+    stems = {stem for module, names in experts.items() for stem in peft_stems(module, [*names]).values()}
+    return {key for key in layers if key not in packed} | stems
 
 
 def _whole_update(
@@ -157,6 +224,11 @@ def _whole_update(
     if not moved:
         return B, A
     return torch.cat([B, b[:, moved] * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a[moved]], dim=0)
+
+
+def matrix_name(key: str) -> str:
+    """Return the name of a growing matrix for its key in a state dict."""
+    return _module_name(key).replace(f".{MATRICES}.", ".")
 
 
 def _module_name(key: str) -> str:

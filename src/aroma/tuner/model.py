@@ -19,9 +19,10 @@ from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
+from .experts import MATRICES, inject_experts
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
+from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
 from .live import LiveAdapter, live_adapter
 from .state import warn_uncontrolled
 
@@ -90,6 +91,11 @@ class AromaModel(LoraModel):
                 module.register_forward_hook(self._graph_keeper)
         self._graph_keeper.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
+
+    def _inject_parameters(
+        self, peft_config: AromaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        return inject_experts(model, adapter_name, peft_config, low_cpu_mem_usage)
 
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -265,13 +271,13 @@ def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dic
 
 def _base_name(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
-    key = key.replace("_orig_mod.", "")
+    key = key.replace("_orig_mod.", "").replace(f".{MATRICES}.", ".")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
 
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
     """Raise if a saved component, (R, n) or (m, R), belongs to no growing layer: PEFT would drop it silently."""
-    known = {_base_name(key) for key in layers}
+    known = {_base_name(key) for key in saved_stems(layers)}
     saved = {_base_name(key).split(".lora_")[0] for key in state_dict if ".lora_A." in key or ".lora_B." in key}
     strangers = sorted(saved - known)
     if strangers:
