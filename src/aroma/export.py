@@ -142,6 +142,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         OutputError: `out` is not empty, or cannot be written.
     """
     adapter = read_adapter(folder)
+    adapter.refuse_experts("export of one rank")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
     shapes = adapter.shapes
@@ -389,7 +390,7 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
     embeddings = {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
     saved = {
         *adapter.others,
-        *(f"{PEFT_PREFIX}{name}.lora_{side}.weight" for name in adapter.updates for side in "AB"),
+        *(f"{PEFT_PREFIX}{name}.lora_{side}.weight" for name in adapter.stems for side in "AB"),
     }
     if surplus := sorted(saved - {*placed} - embeddings):
         raise does_not_fit(f"it has no place for {surplus[0]}")

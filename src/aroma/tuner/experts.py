@@ -247,16 +247,15 @@ def _stacked(matrices: list[ExpertMatrix], adapter_name: str) -> _Stack | None:
     has_gradients = torch.is_grad_enabled()
     # As in `AromaLinear._update`.
     strength = asked[0].strength if asked and (has_gradients or first.training) else 1
-    leaves = _stacked_probes(probes, asked[0]) if asked and has_gradients else (None,) * 5
-    return _Stack(b, a, *leaves, B, A, first.scaling[adapter_name] * strength)
+    u, v, gate, move_b, move_a = _stacked_probes(probes, asked[0]) if asked and has_gradients else (None,) * 5
+    return _Stack(b, a, u, v, gate, move_b, move_a, B, A, first.scaling[adapter_name] * strength)
 
 
-def _stacked_probes(probes: Sequence[Probe | None], like: Probe) -> tuple[Tensor, ...]:
+def _stacked_probes(probes: Sequence[Probe | None], like: Probe) -> list[Tensor]:
     """Return u (E, m, P), v (E, P, n), gate (E, S), Δb (E, m, S) and Δa (E, S, n), zero where nothing is asked."""
-    nothing = [torch.zeros_like(part, requires_grad=False) for part in like[:5]]
-    return tuple(
-        torch.stack([nothing[part] if probe is None else probe[part] for probe in probes]) for part in range(5)
-    )
+    nothing = tuple(map(torch.zeros_like, like[:5]))
+    asked = [nothing if probe is None else probe[:5] for probe in probes]
+    return [torch.stack(parts) for parts in zip(*asked, strict=True)]
 
 
 class _Updated(torch.autograd.Function):
@@ -381,8 +380,8 @@ def _require_stack(key: str, module: nn.Module, parameter: str) -> None:
     if not weight.is_floating_point() or weight.itemsize < 2 or getattr(weight, "quant_state", None) is not None:
         kind = str(weight.dtype).removeprefix("torch.")
         remedy = (
-            f"its experts are quantised ({kind}), and their update is added to the weight itself; load the model in 16 "
-            "or 32 bits (for gpt-oss: Mxfp4Config(dequantize=True)), or leave it out"
+            f"its experts are quantised ({kind}), and their update is added to the weight itself; load the model in "
+            "16 or 32 bits (for gpt-oss: Mxfp4Config(dequantize=True)), or leave it out"
         )
     elif weight.ndim != 3:
         is_layer = parameter == "weight" and hasattr(module, "in_features")
@@ -458,6 +457,4 @@ def peft_stems(module: str, parameters: Sequence[str]) -> dict[str, str]:
         module: Name of the module.
         parameters: Its parameters that grow, in the order of the module.
     """
-    return {
-        name: module + ".base_layer" * (len(parameters) - 1 - place) for place, name in enumerate(parameters)
-    }
+    return {name: module + ".base_layer" * (len(parameters) - 1 - place) for place, name in enumerate(parameters)}

@@ -197,8 +197,8 @@ def _experts_updates(layers: Mapping[str, AromaLinear], plain: Mapping[str, Tens
             if A.shape != (len(A), n) or B.shape != (m, len(A)) or len(A) % len(keys):
                 raise CheckpointError(
                     f"{_module_name(module)}.{name}: components B {tuple(B.shape)}, A {tuple(A.shape)} do not fit "
-                    f"{len(keys)} experts with {m} outputs and {n} inputs; make the adapter with the target_parameters "
-                    "of the saved one"
+                    f"{len(keys)} experts with {m} outputs and {n} inputs; make the adapter with the "
+                    "target_parameters of the saved one"
                 )
             found.update(zip(keys, unpack(B, A, len(keys)), strict=True))
     return found
