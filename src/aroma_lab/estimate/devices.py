@@ -12,8 +12,8 @@ from typing import Any, get_args
 from aroma.errors import bad_value
 
 from .memory import Needs, Strategy, inner_check_bytes, outer_step_bytes, step_bytes
-from .model import EstimateSettings, build, length_of, load_config, require_whole
-from .tensors import finished_bytes, take_inventory
+from .model import EstimateSettings, length_of, load_config, require_whole
+from .tensors import finished_bytes, inventory_of
 
 GIB = 2**30
 
@@ -87,7 +87,7 @@ def needs_of(settings: Sequence[EstimateSettings]) -> list[Needs]:
     """Return what trainings of one model need that differ in their components alone; lengths are filled in."""
     config = load_config(settings[0].model)
     length = length_of(settings[0], config)
-    inventory = take_inventory(build(settings[0], config), settings[0].dtype)
+    inventory = inventory_of(settings[0], config)
     found = []
     for one in settings:
         checks = (inner_check_bytes, outer_step_bytes) if one.adapter == "aroma" else ()

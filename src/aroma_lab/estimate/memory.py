@@ -21,7 +21,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from aroma.criteria import cross_term, inner_product, product_norm_squared
 from aroma.tuner import AromaLinear, fused, layer
 
-from .model import ADAPTER, ATTENTION, EstimateSettings, adapted_layers, build, layers_of, length_of, task_of
+from .model import (
+    ADAPTER,
+    ATTENTION,
+    EstimateSettings,
+    adapted_layers,
+    build,
+    layers_of,
+    leading_layers,
+    length_of,
+    task_of,
+)
 from .tensors import Inventory, TensorSize
 
 Strategy = Literal["one", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -101,11 +111,13 @@ def step_bytes(settings: EstimateSettings, config: Any) -> StepBytes:
     Raises:
         ConfigError: See `build`.
     """
-    layers = layers_of(config)
-    if layers is None or layers <= 3:
+    layers, short = layers_of(config), leading_layers(config) + 2
+    if layers is None or layers <= short + 1:
         return run_step(build(settings, config), settings, config)
-    three, two = (run_step(build(settings, config, count), settings, config) for count in (3, 2))
-    return StepBytes(*(more + (layers - 3) * (more - less) for more, less in zip(three, two, strict=True)))
+    longer, shorter = (run_step(build(settings, config, count), settings, config) for count in (short + 1, short))
+    return StepBytes(
+        *(more + (layers - short - 1) * (more - less) for more, less in zip(longer, shorter, strict=True))
+    )
 
 
 def run_step(model: Any, settings: EstimateSettings, config: Any) -> StepBytes:
@@ -151,15 +163,18 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attend as a fused kernel does, which keeps query, key, value, result and one number a row.
 
-    There is no padding. `query` is (batch, heads, length, size); `key` and `value` may have fewer heads.
+    There is no padding of tokens. `query` is (batch, heads, length, size); `key` and `value` may have fewer heads, and
+    values that are smaller than queries (latent attention) are padded to their size, as for FlashAttention.
 
     Returns:
         The result, (batch, length, heads, size), and no attention weights.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    result = fused_attention(query, key, value, 0.0, causal, attn_mask=None, scale=scaling)[0]
-    return result.transpose(1, 2).contiguous(), None
+    missing = query.shape[-1] - value.shape[-1]
+    padded = F.pad(value, (0, missing)) if missing else value
+    result = fused_attention(query, key, padded, 0.0, causal, attn_mask=None, scale=scaling)[0]
+    return result[..., : value.shape[-1]].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -169,6 +184,11 @@ AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop as a GPU does, which keeps a mask of one byte per number."""
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+def _histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """Return the counts of tokens by expert, (bins,), which have no values here."""
+    return input.new_empty(bins)
 
 
 @contextmanager
@@ -184,6 +204,7 @@ def as_on_a_device() -> Iterator[None]:
         (fused, "autocast_dtype", lambda x: None),
         (fused, "_without_autocast", lambda device: nullcontext()),
         (F, "dropout", _dropout),
+        (torch, "histc", _histc),
     ]
     with ExitStack() as stack:
         for where, name, value in changes:
