@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from unittest.mock import patch
 
 import torch
@@ -191,6 +191,32 @@ def _histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Te
     return input.new_empty(bins)
 
 
+class _GroupedMm(torch.autograd.Function):
+    """Grouped matmuls in a precision of which PyTorch has no tensors without data: it keeps what they keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Map x (S, n) with weight (E, n, m) to (S, m)."""
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.shapes = x.shape, weight.shape
+        return x.new_empty(x.shape[0], weight.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return gradients of x (S, n) and weight (E, n, m) for that of the result (S, m)."""
+        made = [
+            gradient.new_empty(shape) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+        ]
+        return made[0], made[1]
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+    """Map x (S, n) with weight (E, n, m) to (S, m); `offs` (E,) has no values here."""
+    result: Tensor = _GroupedMm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return result
+
+
 @contextmanager
 def as_on_a_device() -> Iterator[None]:
     """Make tensors without data take the same path as real ones.
@@ -204,6 +230,7 @@ def as_on_a_device() -> Iterator[None]:
         (fused, "autocast_dtype", lambda x: None),
         (fused, "_without_autocast", lambda device: nullcontext()),
         (F, "dropout", _dropout),
+        (F, "grouped_mm", _grouped_mm),
         (torch, "histc", _histc),
     ]
     with ExitStack() as stack:
@@ -310,6 +337,12 @@ class Needs:
     step: StepBytes
     finished: int
     between: int
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The strategies that can train it: ZeRO-3 shards no parameters of experts that grow."""
+        grows = bool(self.settings.target_parameters) and self.settings.adapter == "aroma"
+        return tuple(name for name in get_args(Strategy) if not (grows and name == "zero3"))
 
     def on(self, strategy: Strategy, devices: int = 1) -> dict[str, int]:
         """Return the bytes of `PARTS` on the device that holds most of `devices`, and their sum as `total`.

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from aroma.errors import bad_value
+from aroma.errors import ConfigError, bad_value
 from aroma.tuner import AromaConfig
 
 from ..bench.models import SHAPES as ENCODERS
@@ -273,6 +273,8 @@ def build(settings: EstimateSettings, config: Any, layers: int | None = None) ->
         )
         try:
             return get_peft_model(model, adapter, adapter_name=ADAPTER).train()
+        except ConfigError:
+            raise
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise bad_value("target_modules", targets, f"cannot be adapted ({reason})") from error
