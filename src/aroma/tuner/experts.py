@@ -101,7 +101,7 @@ class ExpertMatrix(AromaLinear):
         return part.T if self.fan_in_fan_out else part
 
     def _replace_base_weight(self, merged: Tensor) -> None:
-        # The weight is a view of all experts' parameter.
+        """Write `merged`, of the shape of the weight, into it: it is a view of all experts' parameter."""
         self.get_base_layer().weight.copy_(merged)
 
 

@@ -41,7 +41,7 @@ def check_lora_fields(config: LoraConfig, own: Collection[str]) -> None:
     """
     for name, check in _CHECKS.items():
         value = getattr(config, name)
-        if name == "target_modules" and config.target_parameters and value in ([], (), set()):
+        if name == "target_modules" and _are_names(value) and not value and _are_names(config.target_parameters):
             continue  # parameters alone grow
         remedy = check(value)
         if remedy is not None:

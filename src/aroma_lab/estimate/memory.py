@@ -231,6 +231,7 @@ def as_on_a_device() -> Iterator[None]:
         (fused, "_without_autocast", lambda device: nullcontext()),
         (F, "dropout", _dropout),
         (F, "grouped_mm", _grouped_mm),
+        (torch, "autocast", lambda *_, **__: nullcontext()),
         (torch, "histc", _histc),
     ]
     with ExitStack() as stack:
