@@ -67,6 +67,7 @@ ACCEPTED: dict[str, set[str]] = {
     "inference_mode": SWITCH,
     "r": {"2"},
     "target_modules": {"None", *NAMES, "a bad expression among names"},  # names are compared as they stand
+    "split_modules": {"None", "{}", "mapping"},
     "target_parameters": {"None", "names", "tuple", "set", "a bad expression among names"},
     "exclude_modules": {"None", "[]", *NAMES, "a bad expression among names"},
     "lora_alpha": {"2", "0.5", "2**63"},

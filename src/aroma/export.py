@@ -142,7 +142,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         OutputError: `out` is not empty, or cannot be written.
     """
     adapter = read_adapter(folder)
-    adapter.refuse_experts("export of one rank")
+    adapter.refuse_packed("export of one rank")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
     shapes = adapter.shapes

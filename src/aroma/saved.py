@@ -27,6 +27,7 @@ from .files import own_file, read_json, read_tensors, require_adapter_folder
 from .patterns import Patterns, wrong
 from .tuner.experts import peft_stems, unpack
 from .tuner.layout import PEFT_PREFIX
+from .tuner.parts import split as split_parts
 from .tuner.state import LARGEST_SIDE, STATE_FILE, experts_counts, is_whole, read_state, require_files
 
 _MOVABLE = ("base_model_name_or_path", "revision")
@@ -91,6 +92,7 @@ class AdapterWeights:
         others: Further tensors by their name in the file, such as trained heads (`modules_to_save`); any shape.
         state: Content of `aroma_state.json`; None for an adapter that AROMA did not save.
         experts: How the file holds the updates of experts, by parameter.
+        parts: Rank of the whole update of every module whose parts grow.
     """
 
     folder: Path
@@ -99,28 +101,38 @@ class AdapterWeights:
     others: dict[str, Tensor]
     state: dict[str, Any] | None
     experts: dict[str, ExpertsTensors]
+    parts: dict[str, int]
 
     @property
-    def modules(self) -> dict[str, Update]:
-        """The updates of modules: all but those of experts."""
-        return {name: one for name, one in self.updates.items() if name.rpartition(".")[0] not in self.experts}
+    def modules(self) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of the update of every module; not of experts."""
+        packed = self.experts.keys() | self.parts.keys()
+        alone = {name: one for name, one in self.updates.items() if name.rpartition(".")[0] not in packed}
+        found = {name: (one.rank, one.alpha) for name, one in alone.items()}
+        return found | {name: (rank, float(rank)) for name, rank in self.parts.items()}
 
     @property
     def stems(self) -> list[str]:
         """What the names of all pairs of tensors begin with in the file, without PEFT's prefix."""
         return [*self.modules, *(one.stem for one in self.experts.values())]
 
-    def refuse_experts(self, what: str) -> None:
-        """Raise if the adapter has experts, for which there is no `what`.
+    def refuse_packed(self, what: str) -> None:
+        """Raise if the adapter has experts or parts of modules, for which there is no `what`.
 
         Raises:
-            ConfigError: Naming the first parameter.
+            ConfigError: Naming the first.
         """
         if self.experts:
             raise bad_value(
                 "target_parameters",
                 next(iter(self.experts)),
                 f"there is no {what} for experts of a 3-D parameter; use the adapter in PEFT, or export --merged",
+            )
+        if self.parts:
+            raise bad_value(
+                "split_modules",
+                next(iter(self.parts)),
+                f"there is no {what} for parts of a module; use the adapter in PEFT, or export --merged",
             )
 
     @property
@@ -135,7 +147,7 @@ class AdapterWeights:
 
         PEFT is given it in place of the file's: it would match the patterns there without a limit.
         """
-        ranks = {name: (update.rank, update.alpha) for name, update in self.modules.items()}
+        ranks = dict(self.modules)
         ranks |= {name: (one.rank, one.rank) for name, one in self.experts.items()}
         r = min(rank for rank, _ in ranks.values())
         return LoraConfig(
@@ -182,11 +194,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     _require_numbers(weights, tensors)
     experts, of_experts = _take_experts(weights, tensors, config, (state or {}).get("experts", {}), counts)
     updates, others = _split(weights, tensors, config, may_be_empty=bool(experts))
+    parts = _take_parts(weights, updates, state) if state is not None else {}
     updates = dict(sorted((updates | of_experts).items(), key=lambda item: _natural(item[0])))
     if state is not None:
         _require_modules(weights, updates, state["modules"])
         _require_no_scale(path / CONFIG_NAME, config, updates)
-    return AdapterWeights(path, config, updates, others, state, experts)
+    return AdapterWeights(path, config, updates, others, state, experts, parts)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -416,6 +429,35 @@ def _take_experts(
             if len(own_A):
                 updates[f"{name}.{index}"] = Update(own_B, own_A, float(len(own_A)))
     return found, updates
+
+
+def _take_parts(path: Path, updates: dict[str, Update], state: Mapping[str, Any]) -> dict[str, int]:
+    """Put the updates of parts in place of those of their modules, in `updates`; return the ranks of these.
+
+    Raises:
+        CheckpointError: An update is not one of such parts.
+    """
+    found: dict[str, int] = {}
+    for module, count in state.get("parts", {}).items():
+        if module not in updates:
+            continue
+        whole, sizes = (
+            updates.pop(module),
+            [state["modules"][f"{module}.{place}"]["shape"][0] for place in range(count)],
+        )
+        split = split_parts(whole.B, whole.A, sizes) if len(whole.B) == sum(sizes) else None
+        if split is None or whole.alpha != whole.rank:
+            raise CheckpointError(
+                f"{path}: {module} has no update of parts with {sizes} outputs; the file is damaged, use another "
+                "checkpoint"
+            )
+        found[module] = whole.rank
+        if not whole.A.any() and not whole.B.any():
+            continue  # the placeholder of an adapter whose ranks are all 0
+        for place, (B, A) in enumerate(split):
+            if len(A):
+                updates[f"{module}.{place}"] = Update(B, A, float(len(A)))
+    return found
 
 
 def _split(

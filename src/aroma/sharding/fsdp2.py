@@ -25,22 +25,24 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Slice:
-    """What this rank holds of one matrix of a stack (E, m, n): all rows, or none.
+    """What this rank holds of one matrix (m, n) that is a part of a parameter: some rows, or none.
 
     Attributes:
-        values: (m, n), or (0, n).
+        values: The rows, (own rows, n).
+        start: Number of the first.
         transposed: Whether the matrix that is meant is the transpose.
         reduction: Over which processes a measure of it is summed.
     """
 
     values: Tensor
+    start: int
     transposed: bool
     reduction: Reduction
 
     @property
     def T(self) -> Slice:
         """The transpose."""
-        return Slice(self.values, not self.transposed, self.reduction)
+        return Slice(self.values, self.start, not self.transposed, self.reduction)
 
 
 class Fsdp2(Replicas):
@@ -101,10 +103,10 @@ class Fsdp2(Replicas):
             A scalar tensor, and over which processes it is to be summed.
         """
         if isinstance(W, Slice):
-            rows = len(W.values)
+            own = slice(W.start, W.start + len(W.values))
             if W.transposed:
-                return measure(W.values.T, B, A[:, :rows]), W.reduction
-            return measure(W.values, B[:rows], A), W.reduction
+                return measure(W.values.T, B, A[:, own]), W.reduction
+            return measure(W.values, B[own], A), W.reduction
         if not isinstance(W, DTensor):
             return measure(W, B, A), None
         own = _own_slice(W)
@@ -169,10 +171,27 @@ class Fsdp2(Replicas):
 
 def sharded_slice(stack: Any, index: int) -> Slice:
     """Return what this rank holds of one matrix of a DTensor (E, m, n)."""
-    own, mesh = _own_slice(stack), stack.device_mesh
-    values = stack.to_local().detach()
+    own, values = _own_slice(stack), stack.to_local().detach()
     held = values[index - own.start] if own.start <= index < own.stop else values.new_empty(0, stack.shape[2])
-    return Slice(held, False, (torch.device(mesh.device_type), mesh.get_group()))
+    return Slice(held, 0, False, _reduction(stack))
+
+
+def sharded_rows(weight: Any, start: int, stop: int) -> Slice:
+    """Return what this rank holds of the rows `start` to `stop` of a DTensor (m, n)."""
+    own, values = _own_slice(weight), weight.to_local().detach()
+    first, last = max(start, own.start), min(stop, own.stop)
+    held = values[first - own.start : last - own.start] if first < last else values[:0]
+    return Slice(held, max(first - start, 0), False, _reduction(weight))
+
+
+def sharded_columns(weight: Any, start: int, stop: int) -> Slice:
+    """Return what this rank holds of the columns `start` to `stop` of a DTensor (m, n)."""
+    return Slice(weight.to_local().detach()[:, start:stop], _own_slice(weight).start, False, _reduction(weight))
+
+
+def _reduction(tensor: Any) -> Reduction:
+    mesh = tensor.device_mesh
+    return torch.device(mesh.device_type), mesh.get_group()
 
 
 def sharding_modules(model: nn.Module) -> list[Any]:

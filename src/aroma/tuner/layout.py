@@ -5,7 +5,7 @@ The scale is folded into B, so alpha equals the rank everywhere, and an engine t
 scales by 1.
 
 The matrices of experts have one rank for each parameter in PEFT: the largest, the others are padded with zeros. A
-module of experts is left out where all its ranks are 0.
+module of experts is left out where all its ranks are 0. Parts of a fused weight are joined to one update.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..files import tensors_digest
 from ..sharding import Factors
 from .experts import MATRICES, experts_of, pack, peft_stems, unpack
+from .parts import join, parts_of, split
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -43,6 +44,8 @@ class PlainAdapter:
         fan_in_fan_out: Whether a base layer stores its weight as (n, m).
         experts: Parameters that grow, by module of experts, in the order in which PEFT wraps them.
         padded: Rank of every parameter of experts that has tensors, by its name.
+        parts: Number of the parts that grow, by module.
+        joined: Rank of every module with parts that has tensors, by its name.
     """
 
     ranks: dict[str, int]
@@ -52,11 +55,14 @@ class PlainAdapter:
     fan_in_fan_out: bool
     experts: dict[str, list[str]]
     padded: dict[str, int]
+    parts: dict[str, int]
+    joined: dict[str, int]
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
-        parameters = {f"{module}.{name}" for module, names in self.experts.items() for name in names}
-        modules = {name: rank for name, rank in self.ranks.items() if name.rpartition(".")[0] not in parameters}
+        packed = {f"{module}.{name}" for module, names in self.experts.items() for name in names} | {*self.parts}
+        modules = {name: rank for name, rank in self.ranks.items() if name.rpartition(".")[0] not in packed}
+        modules |= self.joined
         ranks = modules | self.padded
         r = min(ranks.values())
         patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
@@ -95,8 +101,9 @@ def plain_tensors(
     """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    experts = experts_of(layers)
-    packed = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
+    experts, parts = experts_of(layers), parts_of(layers)
+    of_experts = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
+    packed = of_experts | {key for keys in parts.values() for key in keys}
     updates: dict[str, Factors] = {}
     for key, layer in layers.items():
         B, A = updates[key] = _whole_update(key, layer, adapter_name, state_dict)
@@ -107,7 +114,14 @@ def plain_tensors(
             tensors[f"{key}.lora_B.{adapter_name}.weight"] = B
     trained = any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers)
     saved_experts = [module for module, parameters in experts.items() if _has_rank(parameters, updates)]
-    if not tensors and not saved_experts and len(packed) == len(layers):
+    joined: dict[str, int] = {}
+    for module, keys in parts.items():
+        B, A = join([updates[key] for key in keys])
+        if A.shape[0]:
+            joined[_module_name(module)] = A.shape[0]
+            tensors[f"{module}.lora_A.{adapter_name}.weight"] = A
+            tensors[f"{module}.lora_B.{adapter_name}.weight"] = B
+    if not tensors and not saved_experts and experts:
         saved_experts = [next(iter(experts))]
     padded: dict[str, int] = {}
     for module in saved_experts:
@@ -119,17 +133,26 @@ def plain_tensors(
             tensors[f"{stems[name]}.lora_B.{adapter_name}.weight"] = B
     if not tensors:
         # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
-        key, layer = next(item for item in layers.items() if item[0] not in packed)
+        key, layer = next(iter(layers.items()))
+        module = next(iter(parts)) if key in packed else key
+        m = sum(layers[own].out_features for own in parts.get(module, [key]))
+        (joined if key in packed else ranks)[_module_name(module)] = 1
         pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
-        ranks[_module_name(key)] = 1
-        tensors[f"{key}.lora_A.{adapter_name}.weight"] = pair_a.new_zeros(1, layer.in_features)
-        tensors[f"{key}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(layer.out_features, 1)
+        tensors[f"{module}.lora_A.{adapter_name}.weight"] = pair_a.new_zeros(1, layer.in_features)
+        tensors[f"{module}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(m, 1)
     shapes = {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
     saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
-    transposed = any(layer.fan_in_fan_out for key, layer in layers.items() if key not in packed)
-    wrapped = {_module_name(module): [*parameters] for module, parameters in experts.items()}
-    digest = components_digest(saved)
-    return tensors, PlainAdapter(ranks, shapes, trained, digest, transposed, wrapped, padded)
+    return tensors, PlainAdapter(
+        ranks,
+        shapes,
+        trained,
+        components_digest(saved),
+        any(layer.fan_in_fan_out for key, layer in layers.items() if key not in of_experts),
+        {_module_name(module): [*parameters] for module, parameters in experts.items()},
+        padded,
+        {_module_name(module): len(keys) for module, keys in parts.items()},
+        joined,
+    )
 
 
 def _has_rank(parameters: Mapping[str, Iterable[str]], updates: Mapping[str, Factors]) -> bool:
@@ -166,12 +189,12 @@ def finished_tensors(
             prefix.
     """
     entries: dict[str, Tensor] = {}
-    of_experts = _experts_updates(layers, plain)
+    packed = _experts_updates(layers, plain) | _parts_updates(layers, plain)
     for key, layer in layers.items():
         A = _saved(plain, f"{key}.lora_A.weight")
         B = _saved(plain, f"{key}.lora_B.weight")
-        if key in of_experts:
-            B, A = of_experts[key]
+        if key in packed:
+            B, A = packed[key]
         b, a = layer.pair(adapter_name)
         if A is None or B is None:
             A, B = torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
@@ -204,12 +227,29 @@ def _experts_updates(layers: Mapping[str, AromaLinear], plain: Mapping[str, Tens
     return found
 
 
+def _parts_updates(layers: Mapping[str, AromaLinear], plain: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return the updates B_p (m_p, R_p), A_p (R_p, n) of parts of modules in the plain tensors, by their keys."""
+    found: dict[str, Factors] = {}
+    for module, keys in parts_of(layers).items():
+        A, B = _saved(plain, f"{module}.lora_A.weight"), _saved(plain, f"{module}.lora_B.weight")
+        if A is None or B is None or not (A.any() or B.any()):
+            continue
+        sizes, n = [layers[key].out_features for key in keys], layers[keys[0]].in_features
+        updates = split(B, A, sizes) if A.shape == (len(A), n) and B.shape == (sum(sizes), len(A)) else None
+        if updates is None:
+            raise CheckpointError(
+                f"{_module_name(module)}: components B {tuple(B.shape)}, A {tuple(A.shape)} are not those of parts "
+                f"with {sizes} outputs; make the adapter with the split_modules of the saved one"
+            )
+        found.update(zip(keys, updates, strict=True))
+    return found
+
+
 def saved_stems(layers: Mapping[str, AromaLinear]) -> set[str]:
     """Return the keys under which a saved adapter holds the updates of `layers`."""
-    experts = experts_of(layers)
-    packed = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
+    experts, parts = experts_of(layers), parts_of(layers)
     stems = {stem for module, names in experts.items() for stem in peft_stems(module, [*names]).values()}
-    return {key for key in layers if key not in packed} | stems
+    return {key for key in layers if f".{MATRICES}." not in key} | stems | {*parts}
 
 
 def _whole_update(

@@ -7,7 +7,7 @@ PEFT looks at few of them when a configuration is made. Others fail in the midst
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -74,6 +74,25 @@ def check_lora_fields(config: LoraConfig, own: Collection[str]) -> None:
             config.layers_pattern,
             "it says where to count the layers of layers_to_transform; set that too",
         )
+
+
+def check_split(value: Any) -> str | None:
+    """Return what to do about a value of `split_modules`, or None if it can work."""
+    if value is None or (isinstance(value, Mapping) and all(map(_is_split, value.keys(), value.values()))):
+        return None
+    return "give a number of equal parts, or the outputs of each, by name of the module, such as {'c_attn': 3}"
+
+
+def _is_split(name: object, parts: object) -> bool:
+    sizes = parts if isinstance(parts, list | tuple) else [parts]
+    is_enough = len(sizes) > 1 or not isinstance(parts, list | tuple)
+    least = 1 if isinstance(parts, list | tuple) else 2
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and is_enough
+        and all(type(n) is int and least <= n < 2**24 for n in sizes)
+    )
 
 
 # Each returns what to do about a value, or None if it can work -------------------------------------------------------
@@ -172,8 +191,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "base_model_name_or_path": _text,
     "revision": _text,
     "inference_mode": _switch,
-    "target_modules": _modules,
     "target_parameters": _parameters,
+    "target_modules": _modules,
     "exclude_modules": _excluded,
     "fan_in_fan_out": _switch,
     "modules_to_save": _saved_modules,

@@ -24,6 +24,7 @@ from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
 from .live import LiveAdapter, live_adapter
+from .parts import AromaParts, parts_of, sizes_of
 from .state import warn_uncontrolled
 
 _QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
@@ -72,6 +73,12 @@ class AromaModel(LoraModel):
                 "or their endings, or 'all-linear', and look at exclude_modules, modules_to_save and "
                 "layers_to_transform",
             ) from error
+        parts = {_base_name(key) for key in parts_of(_layers_by_key(model, adapter_name))}
+        for wanted in self.peft_config[adapter_name].split_modules or {}:
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in parts):
+                raise bad_value(
+                    "split_modules", wanted, "no module that grows is called so; name it in target_modules"
+                )
         self._bring_to_life(model, adapter_name)
 
     def _bring_to_life(self, model: nn.Module, adapter_name: str) -> None:
@@ -99,6 +106,12 @@ class AromaModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(target, AromaParts) or kwargs.get("target_name", "").endswith(".base_layer"):
+            raise bad_value(
+                "split_modules",
+                kwargs.get("target_name", ""),
+                "an adapter has split it, and a second one cannot be added; add it to a model without the first",
+            )
         if isinstance(target, NonDynamicallyQuantizableLinear):
             raise bad_value(
                 "target_modules",
@@ -113,7 +126,10 @@ class AromaModel(LoraModel):
                 f"it is a {type(target).__name__}; AROMA grows torch.nn.Linear, transformers Conv1D and bitsandbytes "
                 "4/8-bit linear layers. Leave it out of target_modules or name it in exclude_modules",
             )
+        sizes = sizes_of(lora_config, kwargs.get("target_name", ""), target)
         is_conv1d = isinstance(target, Conv1D)
+        if sizes is not None:
+            return AromaParts(target, sizes, adapter_name, config=lora_config, **kwargs)
         return AromaLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

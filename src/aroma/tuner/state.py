@@ -72,6 +72,7 @@ def write_adapter_state(
         "config": live.method(),
         "modules": {name: {"shape": shape, "rank": plain.ranks.get(name, 0)} for name, shape in plain.shapes.items()},
         **({"experts": plain.experts} if plain.experts else {}),
+        **({"parts": plain.parts} if plain.parts else {}),
         "components": plain.digest,
         "files": _written_files(target, plain),
         "adapter_config": written,
@@ -179,6 +180,7 @@ def _require_layout(state: dict[str, Any], path: Path) -> None:
         "files": isinstance(files, dict),
         "modules": isinstance(modules, dict) and bool(modules),
         "experts": _are_experts(state.get("experts", {}), modules),
+        "parts": _are_parts(state.get("parts", {}), modules),
     }
     # Checked one by one, so that a wrong one is named; what is no dict is named as a whole.
     for name, digest in files.items() if isinstance(files, dict) else ():
@@ -214,6 +216,18 @@ def _are_experts(experts: object, modules: object) -> bool:
         and len({*map(str, names)}) == len(names)
         and all(isinstance(name, str) and f"{module}.{name}" in stacks for name in names)
         for module, names in experts.items()
+    )
+
+
+def _are_parts(parts: object, modules: object) -> bool:
+    """Whether modules have numbers of parts, and `modules` all of these."""
+    if not isinstance(parts, dict) or not isinstance(modules, dict):
+        return isinstance(parts, dict)
+    return all(
+        is_whole(count, 1, LARGEST_SIDE)
+        and count <= len(modules)
+        and all(f"{name}.{i}" in modules for i in range(count))
+        for name, count in parts.items()
     )
 
 
