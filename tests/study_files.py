@@ -105,14 +105,20 @@ def start_command(*arguments: str, said: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_checkpoint(trial: Path, command: subprocess.Popen[bytes], said: Path) -> int:
-    """Wait until a trial of a command has a checkpoint, and return the id of the command's child."""
+    """Wait until a trial of a command has a checkpoint, and return the id of its process."""
 
     def has_checkpoint() -> bool:
         assert command.poll() is None, said.read_text()
         return any(trial.glob("checkpoints/checkpoint-*/trainer_state.json"))
 
     wait_until(has_checkpoint, seconds=200)
-    return int(Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()[0])
+    (nursery,) = children(command.pid)
+    return children(nursery)[0]
+
+
+def children(process: int) -> list[int]:
+    """Return the ids of a process's children."""
+    return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def start_machine(file: Path, log: Path, seconds: float = 0, role: str = "run") -> subprocess.Popen[str]:

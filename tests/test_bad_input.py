@@ -214,14 +214,6 @@ def test_a_linear_that_is_never_called() -> None:
     assert list(aroma_layers(model)) == ["out"]
 
 
-def test_a_second_growing_adapter() -> None:
-    model = adapted("bert")
-    with pytest.raises(ConfigError, match=r"adapter_name='other'.*'default'.*inference_mode=True"):
-        model.add_adapter("other", AromaConfig(task_type="SEQ_CLS"))
-    growth, _ = grow(model, batch("bert"), 5)  # the first is as it was
-    assert growth.controller.total_rank > 0
-
-
 def test_a_second_adapter_for_inference_is_welcome() -> None:
     model = adapted("bert")
     model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", inference_mode=True))

@@ -1,6 +1,7 @@
 """The demo: its material and parts at once, the whole of it in the slow suite."""
 
 import hashlib
+import html
 import json
 import resource
 import subprocess
@@ -18,10 +19,12 @@ from aroma import AromaConfig, aroma_layers
 from aroma.cli import main
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError, DataError
+from aroma.report.run import run_page
 from aroma_lab.demo import run as demo
+from aroma_lab.demo.page import demo_facts, result_lines, result_table
 from aroma_lab.methods import Aroma
 from aroma_lab.run.machine import provenance
-from aroma_lab.run.recorder import EventLog
+from aroma_lab.run.recorder import Curve, EventLog
 from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks import articles as bbc
 from aroma_lab.tasks import model as models
@@ -158,7 +161,7 @@ def test_the_program_cannot_import_aroma():
     assert "ModuleNotFoundError: import of aroma halted" in done.stderr
 
 
-def test_the_report_has_all_that_was_promised():
+def test_the_page_has_all_that_was_promised():
     record = {
         "metrics": {"accuracy": 0.97752808},
         "head_only": {"pooled": 0.91011236, "mean": 0.94382022},
@@ -166,10 +169,14 @@ def test_the_report_has_all_that_was_promised():
         "pooler": {"trains": True, "reason": "nothing trained it"},
         "train_articles": 1780,
         "held_out_articles": 445,
-        "modules": {"one": {"rank": 3, "state": "frozen"}, "other": {"rank": 0, "state": "training"}},
+        "modules": {
+            "layer.0.query": {"rank": 3, "effective_rank": 1.7},
+            "layer.1.query": {"rank": 0, "effective_rank": 0.0},
+        },
         "parameters": {"adapter": 41472, "head": 149765, "lora": 331776},
         "agreement": {"examples": 445, "largest_difference": 2.5e-6, "different_predictions": 0},
-        "training": {"seed": 0},
+        "training": {"seed": 0, "max_steps": 300},
+        "adapter": {"growth": "paper", "outer_tolerance": 0.01},
         "max_length": 64,
         "steps": 240,
         "outer_steps": 6,
@@ -178,21 +185,32 @@ def test_the_report_has_all_that_was_promised():
         "wall_seconds": 93.7,
         **provenance(),
     }
-    report = demo.demo_report(record)
+    curve, log = Curve(), [{"step": 5, "loss": 1.25, "learning_rate": 1e-3}, {"step": 240, "loss": 0.25}]
+    curve.note(0, 2000, {"layer.0.query": 0, "layer.1.query": 0})
+    curve.note(120, 1000, {"layer.0.query": 3, "layer.1.query": 0})
+    updates = {"layer.0.query": 0.125, "layer.1.query": 0.0}
+    told = html.unescape(run_page(demo_facts(record, log, curve, [], updates)))
     for text in (
-        "| 91.01% | 1,925 |",
-        "| 94.38% | 1,925 |",
-        "| 97.75% | 41,472 + 149,765 (head, with pooler) |",
+        "Topics of BBC News articles",
+        "head only, the model's own pooling",
+        "0.9775",
+        "0.9101",
+        "12.50%",
+        "1.70",
         "The encoder's pooler trains with the head: nothing trained it.",
-        "LoRA r=8 on the same matrices trains 331,776 adapter parameters",
-        "2 matrices, ranks 0 to 3, in all 3, after 240 optimizer steps; no evidence for another component in 2 of 2",
-        "![ranks](ranks.png)\n\n![births over time](births.png)\n\n**Ranks.**",
+        "o evidence for another component in 2 of 2 matrices; last birth at step 96",
         "445 of 445 predictions equal, max |Δlogit| 2.5e-06",
         "sentence-transformers/all-MiniLM-L6-v2",
         "for non-commercial and research purposes only",
-        f"torch {torch.__version__}",
+        "outer_tolerance",
+        torch.__version__,
     ):
-        assert text in report, text
+        assert text in told, text
+    assert result_table(record)[0][1:] == ("91.01%", "1,925")
+    assert result_table(record)[2][1:] == ("97.75%", "41,472 + 149,765 (head, with pooler)")
+    lines = result_lines(record)
+    assert lines["lora"] == "LoRA r=8 on the same matrices trains 331,776 adapter parameters."
+    assert lines["ranks"].startswith("2 matrices, ranks 0 to 3, in all 3, after 240 optimizer steps; no evidence for")
 
 
 @pytest.mark.parametrize("growth", ["evidence", "paper"])
@@ -249,7 +267,7 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
         "adapter",
         "events.jsonl",
         "ranks.png",
-        "report.md",
+        "report.html",
         "result.json",
     }
     result = json.loads((out / "result.json").read_text())
@@ -270,7 +288,7 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
         "sentence-transformers/all-MiniLM-L6-v2",
         "research purposes",
     ):
-        assert text in (out / "report.md").read_text()
+        assert text in (out / "report.html").read_text()
     assert "445 of 445 predictions equal" in " ".join(capsys.readouterr().out.split())
 
 

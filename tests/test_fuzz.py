@@ -219,7 +219,7 @@ MENDS: dict[str, tuple[str, str, str, str, str, str, str]] = {
         WRONG,
     ),
     "checked copies": (
-        "aroma.export._copy_files",
+        "aroma.export.copy_files",
         "own_file(source, file.name)",
         "file",
         "start",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -119,8 +123,9 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "usage.md"}  # test_snippets.py, test_docs.py
-    here = {"index.md", "serving.md", "settings.md", "how.md", "files.md", "precision.md", "distributed.md"}
-    assert {name for name, language, _ in BLOCKS if language == "python"} == of_others | here
+    here = "index serving settings how files precision distributed tasks"
+    pages = {name for name, language, _ in BLOCKS if language == "python"}
+    assert pages == of_others | {f"{page}.md" for page in here.split()}
 
 
 def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +145,13 @@ def test_choosing_settings(tmp_path: Path) -> None:
     names = run("settings.md", given(tmp_path))
     assert (names["config"].growth, names["config"].r) == ("evidence", 1)
     assert len(names["growth"]) * 9 == len(names["train"])
+
+
+def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("tasks.md", {**given(tmp_path), "another_base": tiny_bert()})
+    assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
+    assert not aroma.aroma_layers(names["model"])
 
 
 def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,36 +186,52 @@ def test_resuming_as_on_the_page_of_files_and_of_precisions(tmp_path: Path) -> N
     run("precision.md", names)
 
 
+IMPORTS = """
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import *
+from torch.distributed.fsdp import fully_shard
+from aroma import AromaConfig, attach, save_adapter
+"""
+
+
 @pytest.mark.slow
 def test_fsdp2_in_a_process_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    train, forms, save, resume, *of_zero = blocks("python", "distributed.md")
+    assert len(of_zero) == 3
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        names: dict[str, Any] = {"base": base("llama").train(), "folder": "out/checkpoint"}
-        exec(
-            "import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp\n"
-            "from peft import get_peft_model\n"
-            "from torch.distributed.checkpoint.state_dict import *\n"
-            "from torch.distributed.fsdp import fully_shard\n"
-            "from aroma import AromaConfig, attach, save_adapter\n",
-            names,
-        )
-        first = blocks("python", "distributed.md")[0]
-        begin, _, end = first.partition("...  # the loop is that of one process\n")
-        assert end
-        exec(begin.replace("scheduler, ", ""), names)
-        for _ in range(60):
-            names["model"](**batch("llama")).loss.backward()
-            names["optimizer"].step()
-            names["optimizer"].zero_grad()
-        exec(end, names)
+        names: dict[str, Any] = {"base": base("llama").train(), "folder": "out/checkpoint", "batches": batches(60)}
+        exec(IMPORTS, names)
+        exec(train, names)
         assert aroma.verify_adapter("out")
-        exec(blocks("python", "distributed.md")[1], names)
+        exec(forms, names)
         assert aroma.verify_adapter("out/checkpoint")
+        exec(save, names)
+        again: dict[str, Any] = {"folder": "out/checkpoint", "torch": torch}
+        exec(IMPORTS, again)
+        again["model"] = get_peft_model(base("llama").train(), AromaConfig(task_type="CAUSAL_LM"))
+        exec("fully_shard(model)", again)
+        exec(resume, again)
+        for one in (names, again):  # both go on
+            one["batches"] = batches(5, seed=1)
+            exec("for batch in batches:" + train.partition("for batch in batches:")[2].rpartition("save_")[0], one)
+        for one, other in zip(names["model"].parameters(), again["model"].parameters(), strict=True):
+            assert torch.equal(one.full_tensor(), other.full_tensor())
     finally:
         dist.destroy_process_group()
 
 
-def test_the_other_blocks_on_processes_are_python() -> None:
-    for block in blocks("python", "distributed.md"):  # tests/sharded_runs.py and tests/zero_runs.py make these calls
-        compile(block, "distributed.md", "exec")
+def batches(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [batch("llama", seed * count + number) for number in range(count)]
+
+
+@pytest.mark.slow
+def test_zero_in_a_process_of_one(tmp_path: Path, deepspeed: dict[str, str]) -> None:
+    (tmp_path / "blocks.json").write_text(json.dumps(blocks("python", "distributed.md")[4:]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command += [str(Path(__file__).parent / "zero_runs.py"), "page", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **deepspeed}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert aroma.verify_adapter(tmp_path / "adapter")

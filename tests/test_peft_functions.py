@@ -152,6 +152,10 @@ ROWS: dict[str, Row] = {
         lambda m, f: bool(peft.find_kappa_target_modules(base("bert"), show_progress=False)["target_modules"]),
         "gives names for `target_modules`",
     ),
+    "add_adapter, load_adapter of growing adapters": Row(
+        lambda m, f: m.add_adapter("b", AromaConfig(task_type="SEQ_CLS")) is None and len(m.peft_config) == 2,
+        "each grows when it is active; [several adapters](usage.md#several-adapters-over-one-model)",
+    ),
     "add_adapter, load_adapter of plain LoRA beside it": Row(
         lambda m, f: m.add_adapter("b", LoraConfig(target_modules=["query"], task_type="SEQ_CLS")),
         refused="Cannot combine adapters with different peft types. Found PeftType.AROMA and PeftType.LORA",
@@ -162,8 +166,9 @@ ROWS: dict[str, Row] = {
         refused="^add_weighted_adapter: ",
         instead=SAVED,
     ),
-    "forward(adapter_names=...)": Row(
-        lambda m, f: m(**batch("bert"), adapter_names=["default"] * 4), refused="^adapter_names: ", instead=SAVED
+    "forward(adapter_names=...), generate(adapter_names=...)": Row(
+        lambda m, f: len(m.eval()(**batch("bert"), adapter_names=["default"] * 4).logits) == 4,
+        "each row of a batch gets the adapter that is named for it",
     ),
     "peft.utils.hotswap.hotswap_adapter": Row(
         lambda m, f: hotswap_adapter(m, str(f), "default"), refused="AROMA", instead=SAVED

@@ -151,7 +151,7 @@ def test_what_is_shown_is_what_is_sent_after_a_yes(
 ) -> None:
     before = {file.name: file.read_bytes() for file in trained.iterdir()}
     asked = answer(monkeypatch, "y")
-    assert main(["push", str(trained), "ann/topics", "--private"]) == 0
+    assert main(["push", str(trained), "ann/topics", "--private", "--license", "apache-2.0"]) == 0
     shown = capsys.readouterr().out
     assert asked == ["Upload? [y/N] "]
     assert hub.created == [{"name": "topics", "organization": "ann", "visibility": "private"}]
@@ -175,6 +175,9 @@ def test_what_is_shown_is_what_is_sent_after_a_yes(
     card = ModelCard(hub.files[CARD_FILE].decode())
     assert 'PeftModel.from_pretrained(base, "ann/topics")' in card.text
     assert f"({PICTURE_FILE})" in card.text
+    assert card.data.license == "apache-2.0"
+    assert "| licence | apache-2.0 |" in card.text
+    assert "| licence | none was given yet |" in before[CARD_FILE].decode()
     assert hub.files[PICTURE_FILE].startswith(b"\x89PNG")
     assert {file.name: file.read_bytes() for file in trained.iterdir()} == before, "nothing here was changed"
 
@@ -207,6 +210,11 @@ def test_without_a_yes_nothing_is_made_or_sent(
 def test_a_card_that_a_person_wrote_goes_as_it_is(trained: Path, hub: Hub, tmp_path: Path, capsys: Any) -> None:
     export_uniform(trained, tmp_path / "served")
     (tmp_path / "served" / CARD_FILE).write_text("# Mine\n")
+    assert main(["push", str(tmp_path / "served"), "ann/served", "--yes", "--license", "mit"]) == 2
+    assert "README.md is yours and goes as it is; write `license: mit` there" in capsys.readouterr().err
+    assert main(["push", str(trained), "ann/topics", "--yes", "--license", "Apache 2"]) == 2
+    assert "--license='Apache 2': the hub names licences like apache-2.0" in capsys.readouterr().err
+    assert not hub.created
     assert main(["push", str(tmp_path / "served"), "ann/served", "--yes"]) == 0
     assert "README.md is yours, and goes as it is" in capsys.readouterr().out
     assert hub.files[CARD_FILE] == b"# Mine\n"

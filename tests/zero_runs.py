@@ -8,6 +8,8 @@ first start, which takes a minute and a C++ compiler.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -303,7 +305,35 @@ def train(out: Path) -> None:
         torch.save(trained(out / f"best-{stage}", 4, deepspeed=config, **BEST), out / f"best-{stage}-{rank()}.pt")
 
 
+# The page on several processes ---------------------------------------------------------------------------------------
+
+
+def page(out: Path) -> None:
+    """Run the blocks of `blocks.json`, in the folder: a training, a save, and how a new process goes on."""
+    train, save, resume = json.loads((out / "blocks.json").read_text())
+    os.chdir(out)
+    Path("zero3.json").write_text(json.dumps(zero(3)))
+    names: dict[str, Any] = {"deepspeed": deepspeed, "attach": attach, "save_adapter": save_adapter, "torch": torch}
+    names |= {
+        "folder": "adapter",
+        "model": adapted(outer_tolerance=1e-9),
+        "batches": [stacked(batch_of(step)) for step in range(4)],
+    }
+    exec(train, names)
+    exec(save, names)
+    at = names["growth"].controller.state_dict()
+    names["growth"].detach()
+    loop = "for batch in batches:"
+    exec(train.partition(loop)[0], names := {**names, "model": adapted(outer_tolerance=1e-9)})
+    names["growth"].detach()
+    exec(resume, names)
+    assert names["growth"].controller.state_dict() == at
+    exec(loop + train.partition(loop)[2], names)
+    assert names["growth"].controller.global_step == 8
+
+
 PARTS: dict[str, Callable[[Path], None]] = {
+    "page": page,
     "loops": loops,
     "loops of four": partial(loops, names=OF_FOUR),
     "checkpoints": checkpoints,

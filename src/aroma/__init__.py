@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach
     from .integrations.progress import RichProgress
+    from .tasks import Tasks
     from .tuner import AromaConfig, AromaModel, aroma_layers
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "Event": "events",
     "ModuleSummary": "events",
     "RichProgress": "integrations.progress",
+    "Tasks": "tasks",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
     "hold_out": "integrations.held_out",
@@ -50,6 +52,7 @@ __all__ = [
     "Event",
     "ModuleSummary",
     "RichProgress",
+    "Tasks",
     "aroma_layers",
     "attach",
     "hold_out",

@@ -76,6 +76,7 @@ class Subject:
         steps: Optimizer steps of its run; None if unknown.
         kind: In which form it was written.
         rank: Of a uniform export, the one rank.
+        licence: Licence that its owner gave it, as the hub names licences; None if none was given.
         files: Names of the files beside the card.
     """
 
@@ -86,6 +87,7 @@ class Subject:
     steps: int | None = None
     kind: Kind = "adapter"
     rank: int | None = None
+    licence: str | None = None
     files: frozenset[str] = frozenset()
 
     @classmethod
@@ -214,6 +216,7 @@ def _metadata(subject: Subject, base: str | None, name: str) -> ModelCardData:
         base_model=base,
         base_model_relation=None if base is None else "finetune" if merged else "adapter",
         library_name="transformers" if merged else "peft",
+        license=subject.licence,
         pipeline_tag=pipeline,
         tags=[*dict.fromkeys([*tags, *subject.about.tags])],
         model_name=name if results else None,
@@ -250,6 +253,7 @@ def _summary(subject: Subject, base: str, is_hub_id: bool) -> str:
         rows["outputs"] = f"{subject.about.num_labels}, without names"
     if subject.about.architecture is not None:
         rows["architecture"] = subject.about.architecture
+    rows["licence"] = subject.licence or "none was given yet"
     if subject.about.base_licence is not None:
         rows["licence of the base model"] = subject.about.base_licence
     return f"{' '.join(lines)}\n\n{_table(rows)}"

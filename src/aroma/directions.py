@@ -8,6 +8,8 @@ micro-batches and processes,
     p ← β p − (1 − β) G v          u ← p off span(b of the slots, earlier u of the matrix), normalised
     q ← β q − (1 − β) Gᵀ u         v ← q off span(a of the slots, earlier v of the matrix), normalised
 
+Where other adapters lie beneath, their b and a belong to the spans.
+
 L is the number of matrices, S of slots, P of directions of a matrix.
 """
 
@@ -62,8 +64,16 @@ class Directions:
         self.b, self.a = self._zeros(count, m, slots), self._zeros(count, slots, n)
         self.move_b, self.move_a = torch.zeros_like(self.b), torch.zeros_like(self.a)
         self.per_norm = self._zeros(count, slots)
+        self._beneath_b, self._beneath_a = self._zeros(count, m, 0), self._zeros(count, 0, n)
         self._span_b, self._span_a = torch.zeros_like(self.b), torch.zeros_like(self.a)
         self.follow(self._zeros(count, m, 0), self._zeros(count, 0, n))
+
+    def stay_off(self, b: Tensor, a: Tensor) -> None:
+        """Keep directions off components that lie beneath, b (L, m, K) and a (L, K, n), padded with zeros."""
+        self._beneath_b, self._beneath_a = b.to(self._like), a.to(self._like)
+        self._span_b = self._zeros(*b.shape[:2], self.b.shape[2] + b.shape[2])
+        self._span_a = self._zeros(a.shape[0], self.a.shape[1] + a.shape[1], a.shape[2])
+        self._settle_spans()
 
     def _zeros(self, *shape: int) -> Tensor:
         return self._like.new_zeros(shape)
@@ -171,8 +181,11 @@ class Directions:
         squares += 2 * (self.move_b * self.b).sum(1) * (self.a * self.move_a).sum(2)
         norms = scale * squares.clamp_min(0).sqrt()
         self.per_norm.copy_(torch.where(norms > 0, 1 / norms, torch.nan))
-        self._span_b.copy_(_orthonormal_basis(self.b.mT).mT)
-        self._span_a.copy_(_orthonormal_basis(self.a))
+        self._settle_spans()
+
+    def _settle_spans(self) -> None:
+        self._span_b.copy_(_orthonormal_basis(torch.cat([self.b, self._beneath_b], 2).mT).mT)
+        self._span_a.copy_(_orthonormal_basis(torch.cat([self.a, self._beneath_a], 1)))
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 

@@ -6,11 +6,7 @@ Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,15 +19,14 @@ from torch import Tensor
 from .about import LABELLED_TASKS, About, unnamed
 from .card import CARD_FILE, MODEL_CLASSES, PICTURE_FILE, SERVING_RANKS, Subject, files_beside, is_by_hand, write_card
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value
-from .files import free_bytes, own_file, read_json, told_of, write_json, write_tensors
-from .outputs import new_folder, require_replaceable
+from .files import free_bytes, own_file, read_json, write_json, write_tensors
+from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
 from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
+from .tasks import loadable, read_whole
 from .tuner.layout import PEFT_PREFIX
 from .tuner.state import STATE_FILE, is_whole, write_export_state
-
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         ConfigError: `rank` is too small, or the adapter's rank is above 256.
         OutputError: `out` is not empty, or cannot be written.
     """
-    adapter = read_adapter(folder)
+    adapter = read_whole(folder)
     adapter.refuse_packed("export of one rank")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
@@ -169,12 +164,12 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         "use_rslora": False,
         "inference_mode": True,
     }
-    with _filled_at_once(target, _size_of(tensors)) as staging:
+    with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
-        _copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
+        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
         if adapter.state is not None:
-            write_export_state(staging, adapter.state, config, tensors, uniform)
+            write_export_state(staging, adapter.state, config, tensors, dict.fromkeys(shapes, uniform))
         subject = replace(subject_of(adapter, staging), kind="uniform", rank=uniform)
         write_card(staging, subject)
     return uniform
@@ -205,7 +200,7 @@ def export_merged(
     Warns:
         AromaWarning: AROMA did not save the adapter.
     """
-    adapter = read_adapter(folder)
+    adapter = read_whole(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
@@ -221,10 +216,10 @@ def export_merged(
         )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     _require_names(merged.config, adapter)
-    with _filled_at_once(target, _size_of(merged.state_dict())) as staging:
+    with filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
-        _copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
-        _copy_files([Path(folder)], staging, ("aroma_task.json",))
+        copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
+        copy_files([Path(folder)], staging, ("aroma_task.json",))
         write_card(staging, replace(subject_of(adapter, staging), kind="merged"))
 
 
@@ -309,7 +304,7 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     Raises:
         ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
     """
-    return _with_base(read_adapter(folder), base_model)
+    return _with_base(read_whole(folder), base_model)
 
 
 def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
@@ -379,10 +374,10 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
         )
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), loadable(adapter) as folder:
             # PEFT warns of tensors without a place and of places without tensors; here both are errors.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(adapter.folder), config=adapter.lora_config()).eval()
+            model = PeftModel.from_pretrained(base, str(folder), config=adapter.lora_config()).eval()
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error
@@ -431,17 +426,6 @@ def _uniform_rank(adapter: AdapterWeights, wanted: int | None) -> int:
     return rank
 
 
-def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
-    """Return where an export named `out` is put in one step, once it is whole.
-
-    Raises:
-        OutputError: It is not a new or empty folder, or cannot be written.
-    """
-    target = new_folder(field, out)
-    require_replaceable(field, out, target)
-    return target
-
-
 def _require_room(target: Path, count: int) -> None:
     """Raise if `count` bytes do not fit on the disk of `target`: before that much memory is asked for."""
     free = free_bytes(target)
@@ -449,40 +433,6 @@ def _require_room(target: Path, count: int) -> None:
         raise bad_value("out", str(target), f"{count:,} bytes are to be written, and {free:,} are free there")
 
 
-@contextmanager
-def _filled_at_once(target: Path, size: int) -> Iterator[Path]:
-    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
-
-    Args:
-        target: The folder.
-        size: Bytes that are put into it, for the error of a full disk.
-    """
-    with told_of(target, size):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            staging = Path(scratch) / target.name
-            staging.mkdir()
-            yield staging
-            os.replace(staging, target)
-
-
 def _size_of(tensors: dict[str, Tensor]) -> int:
     """Return the bytes of tensors, of any shape."""
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files that match `patterns` from the first of `sources` that has any.
-
-    Raises:
-        CheckpointError: One is no regular file, leads out of its folder, or is damaged.
-    """
-    for source in sources:
-        files = {file for pattern in patterns for file in source.glob(pattern)} if source.is_dir() else set()
-        if files:
-            for file in sorted(files):
-                copied = own_file(source, file.name)
-                if file.suffix == ".json":
-                    read_json(copied)
-                shutil.copy2(copied, target / file.name)
-            return

@@ -22,7 +22,8 @@ from .errors import ConfigError, bad_value
 from .export import subject_of
 from .files import replacing
 from .outputs import new_file
-from .saved import AdapterWeights, Update, read_adapter
+from .saved import AdapterWeights, Update
+from .tasks import read_whole
 
 _MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
@@ -53,7 +54,7 @@ def export_gguf(
     """
     target = require_new_file("out", out, overwrite)
     _require_gguf()
-    adapter = read_adapter(folder)
+    adapter = read_whole(folder)
     config = _llama_config(adapter, base_model)
     names = _gguf_names(adapter, config)
     _refuse_others(adapter)

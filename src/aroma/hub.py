@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +23,12 @@ from peft.utils import CONFIG_NAME
 from .card import CARD_FILE, PICTURE_FILE, is_by_hand, make_card, shown_base
 from .checkpoint import verify_adapter
 from .errors import AromaError, ConfigError, bad_value
-from .export import TOKENIZER_FILES, rank_rows, subject_of
+from .export import rank_rows, subject_of
 from .files import own_file
+from .outputs import TOKENIZER_FILES
 from .pictures import rank_picture
 from .saved import read_adapter
+from .tasks import is_task
 from .tuner.state import STATE_FILE
 
 _OTHERS = (CONFIG_NAME, STATE_FILE, "aroma_task.json", *TOKENIZER_FILES)
@@ -56,7 +59,7 @@ class Upload:
         return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def plan_upload(folder: str | os.PathLike[str], repo: str) -> Upload:
+def plan_upload(folder: str | os.PathLike[str], repo: str, licence: str | None = None) -> Upload:
     """Verify an adapter, and return what would be uploaded to `repo`; nothing is sent.
 
     Its card is written anew for the repository, with a picture of ranks where matplotlib is installed, unless a person
@@ -65,12 +68,20 @@ def plan_upload(folder: str | os.PathLike[str], repo: str) -> Upload:
     Args:
         folder: An adapter that AROMA saved or exported with `--uniform`.
         repo: OWNER/NAME; a NAME alone is one of the account that the token belongs to.
+        licence: Licence of the adapter, as the hub names licences; None: the card says that none was given.
 
     Raises:
         CheckpointError: A file is missing, damaged or edited.
-        ConfigError: `repo` is no name of a repository; the hub is offline, out of reach, or does not know the token.
+        ConfigError: `repo` is no name of a repository, or `licence` none of a licence; a person wrote the card, and
+            says there what the licence is; the hub is offline, out of reach, or does not know the token.
     """
     home = Path(folder)
+    by_hand = is_by_hand(home / CARD_FILE)
+    if licence is not None:
+        _check_licence(licence, by_hand)
+    if is_task(home):
+        remedy = f"it answers together with others; write them as one first: aroma export {home} OUT --plain"
+        raise bad_value("ADAPTER", str(folder), remedy)
     state = verify_adapter(home)
     adapter = read_adapter(home)
     try:
@@ -80,11 +91,10 @@ def plan_upload(folder: str | os.PathLike[str], repo: str) -> Upload:
     owned = repo if "/" in repo else f"{account()}/{repo}"
     names = [*state["files"], *(name for name in os.listdir(home) if _belongs(name))]
     files: dict[str, bytes | Path] = {name: own_file(home, name) for name in sorted({*names})}
-    by_hand = is_by_hand(home / CARD_FILE)
     if by_hand:
         files[CARD_FILE] = own_file(home, CARD_FILE)
     else:
-        subject = subject_of(adapter)
+        subject = replace(subject_of(adapter), licence=licence)
         if find_spec("matplotlib") is not None:
             with TemporaryDirectory() as scratch:
                 rank_picture(rank_rows(adapter), Path(scratch) / PICTURE_FILE)
@@ -99,6 +109,16 @@ def plan_upload(folder: str | os.PathLike[str], repo: str) -> Upload:
         base if base and not shown_base(base)[1] else None,
         by_hand,
     )
+
+
+def _check_licence(licence: str, by_hand: bool) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        remedy = "the hub names licences like apache-2.0, mit, llama3.1 or other: https://hf.co/docs/hub/repositories-licenses"
+        raise bad_value("--license", licence, remedy)
+    if by_hand:
+        raise bad_value(
+            "--license", licence, f"{CARD_FILE} is yours and goes as it is; write `license: {licence}` there"
+        )
 
 
 def account() -> str:

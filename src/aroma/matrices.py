@@ -114,8 +114,9 @@ class GrowingMatrix:
         self.layer.start_pair(self._adapter_name, self._fresh(draw))
 
     def _fresh(self, draw: int) -> Tensor:
-        """Return the a (r, n) that outer step `draw` starts with."""
-        return fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
+        """Return the a (r, n) that outer step `draw` starts with, off what lies beneath the adapter."""
+        a = fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
+        return self.layer.off_beneath(self._adapter_name, a)
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 

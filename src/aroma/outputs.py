@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError, bad_value
+from .files import own_file, read_json, told_of
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 
 
 def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = None) -> Path:
@@ -112,3 +118,48 @@ def _require_place(field: str, path: str | os.PathLike[str], target: Path) -> No
         raise bad_value(
             field, str(path), f"{folder} cannot be written to ({error.strerror}); give another place", OutputError
         ) from error
+
+
+def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
+    """Return where an export named `out` is put in one step, once it is whole.
+
+    Raises:
+        OutputError: It is not a new or empty folder, or cannot be written.
+    """
+    target = new_folder(field, out)
+    require_replaceable(field, out, target)
+    return target
+
+
+@contextmanager
+def filled_at_once(target: Path, size: int) -> Iterator[Path]:
+    """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
+
+    Args:
+        target: The folder.
+        size: Bytes that are put into it, for the error of a full disk.
+    """
+    with told_of(target, size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+            staging = Path(scratch) / target.name
+            staging.mkdir()
+            yield staging
+            os.replace(staging, target)
+
+
+def copy_files(sources: list[Path], target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files that match `patterns` from the first of `sources` that has any.
+
+    Raises:
+        CheckpointError: One is no regular file, leads out of its folder, or is damaged.
+    """
+    for source in sources:
+        files = {file for pattern in patterns for file in source.glob(pattern)} if source.is_dir() else set()
+        if files:
+            for file in sorted(files):
+                copied = own_file(source, file.name)
+                if file.suffix == ".json":
+                    read_json(copied)
+                shutil.copy2(copied, target / file.name)
+            return

@@ -222,7 +222,15 @@ class SlotMatrices(GrowingMatrices):
             shapes.append((matrix.layer.out_features, matrix.layer.in_features, self.sharding.device(a), dtype))
         for (m, n, device, dtype), rows in group_by_shape(shapes).items():
             like = torch.empty(0, dtype=dtype, device=device)
-            self._groups.append(Directions(rows, m, n, self._live.config.slots, like))
+            group = Directions(rows, m, n, self._live.config.slots, like)
+            beneath = [self._all[row].layer.components_beneath(self._adapter_name) for row in rows]
+            if most := max(len(A) for _, A in beneath):
+                pad = nn.functional.pad
+                group.stay_off(
+                    torch.stack([pad(B, (0, most - B.shape[1])) for B, _ in beneath]),
+                    torch.stack([pad(A, (0, 0, 0, most - len(A))) for _, A in beneath]),
+                )
+            self._groups.append(group)
 
     def _random_rows(self, group: Directions, purpose: str, count: int, size: int) -> Tensor:
         """Return random orthonormal rows, (L, count, size), drawn on the CPU from the seed of the run."""

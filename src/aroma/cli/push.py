@@ -20,13 +20,15 @@ def add_parser(commands: Any) -> None:
         help="upload an adapter to the Hugging Face hub, after asking",
         description="Verify an adapter, show what would be uploaded to the hub, and upload it if you agree.",
         epilog=examples(
-            "aroma push runs/mrpc/adapter ann/roberta-mrpc --private", "aroma push served ann/served --yes"
+            "aroma push runs/mrpc/adapter ann/roberta-mrpc --private --license apache-2.0",
+            "aroma push served ann/served --yes",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of an adapter that AROMA saved or exported")
     parser.add_argument("repo", metavar="REPO", help="OWNER/NAME, or a NAME of your own account")
     parser.add_argument("--private", action="store_true", help="only you, or your organisation, will see it")
+    parser.add_argument("--license", metavar="NAME", help="licence of the adapter, such as apache-2.0, for its card")
     parser.add_argument("--update", action="store_true", help="add a commit to a repository that exists")
     parser.add_argument("--yes", action="store_true", help="upload without asking")
     parser.set_defaults(run=run)
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..hub import account, plan_upload, push
 
     owner = account()  # before the work: without a token there is nothing to ask
-    upload = plan_upload(arguments.adapter, arguments.repo)
+    upload = plan_upload(arguments.adapter, arguments.repo, arguments.license)
     show(upload, owner, private=arguments.private, update=arguments.update)
     if not arguments.yes and not _agreed():
         print("nothing was uploaded")

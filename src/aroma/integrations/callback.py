@@ -27,7 +27,7 @@ from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..sharding import own_entries
-from ..tuner import AromaConfig, aroma_layers
+from ..tuner import aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
 from .reporting import TrainingRecord
@@ -393,19 +393,24 @@ def _steps_of_a_pass(loader: Any, accumulation: int) -> int | None:
 
 
 def trainable_adapter(model: nn.Module) -> str:
-    """Return the name of the one AROMA adapter of `model` that trains.
+    """Return the name of the AROMA adapter of `model` that is active and trains.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or several are active.
     """
     configs = getattr(model, "peft_config", {})
-    for name, config in configs.items():
-        if isinstance(config, AromaConfig) and not config.inference_mode and aroma_layers(model, name):
-            return str(name)
+    active = {name for layer in aroma_layers(model).values() for name in layer.active_adapters if name in layer.lora_A}
+    names = [str(name) for name in configs if name in active and not configs[name].inference_mode]
+    if len(names) == 1:
+        return names[0]
+    if names:
+        remedy = "a Trainer grows one adapter at a time; call model.set_adapter(NAME) before it is made"
+        raise bad_value("adapter_name", names, remedy)
     raise bad_value(
         "model",
         type(model).__name__,
-        "it has no trainable AROMA adapter; give the Trainer get_peft_model(model, AromaConfig(...))",
+        "it has no active AROMA adapter that trains; give the Trainer get_peft_model(model, AromaConfig(...)), and of "
+        "several adapters activate one with model.set_adapter(NAME)",
     )
 
 

@@ -69,7 +69,8 @@ class RunFacts:
         events: `Event.as_dict()` of every event, in order.
         significance: α of growth by evidence; None without it.
         explanation: Why the matrices grow no more, in one sentence without a full stop.
-        notes: What a reader has to know beside the numbers.
+        notes: What a reader has to know before the numbers.
+        measured: How it was measured, in sentences.
         settings: What differs from the defaults, by section and key.
         recipe: All settings as a file.
         versions: Versions of packages, machine, source.
@@ -96,6 +97,7 @@ class RunFacts:
     significance: float | None = None
     explanation: str | None = None
     notes: Sequence[str] = ()
+    measured: Sequence[str] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: str | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)

@@ -183,7 +183,7 @@ def refuse_missing_pairs(optimizer: Any, pairs: Iterable[tuple[str, Sequence[Ten
                 type(optimizer).__name__,
                 f"it does not hold the trainable pair of {name!r}, so that module would never learn; make the "
                 "optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that requires a "
-                "gradient",
+                "gradient; of several adapters, activate this one first (model.set_adapter)",
             )
 
 

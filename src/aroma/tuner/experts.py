@@ -184,11 +184,12 @@ def _updated(weight: Tensor, matrices: list[ExpertMatrix]) -> Tensor:
     if compat.has_hooks(first):
         # PEFT hands `adapter_names` to tuner layers by hooks.
         raise ConfigError(
-            "adapter_names: a growing adapter does not take batches of several adapters; save it and load it with "
-            "PeftModel.from_pretrained"
+            "adapter_names: experts of a 3-D parameter do not take batches of several adapters; give each adapter a "
+            "batch of its own (set_adapter)"
         )
     _refuse_zero3(weight)
-    for adapter_name in first.active_adapters:
+    named = (name for active in first.active_adapters for name in (*first.beneath.get(active, ()), active))
+    for adapter_name in dict.fromkeys(named):
         if adapter_name in first.lora_A:
             stack = _stacked(matrices, adapter_name)
             if stack is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,10 @@ from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_resul
 
 if TYPE_CHECKING:
     from .live import LiveAdapter
+
+
+_RANK_TOLERANCE = 1e-6
+"""A direction of a span counts where its singular value is above this share of the largest."""
 
 
 class AromaLinear(LoraLinear):
@@ -57,11 +61,15 @@ class AromaLinear(LoraLinear):
         slots_in_use: How many leading columns of the pair are evaluated, by adapter.
         empty_slots: How many of them hold no component, and get gradients of zero.
         probes: What is asked of every backward, by adapter; empty while no controller asks.
+        beneath: By adapter, others that are active whenever it is, and that it leaves as they are.
         stays_in_graph: See above.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live", "slots_in_use", "empty_slots", "probes")
+    other_param_names = (
+        *LoraLinear.other_param_names,
+        *("own_scaling", "live", "slots_in_use", "empty_slots", "probes", "beneath"),
+    )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
@@ -71,6 +79,7 @@ class AromaLinear(LoraLinear):
         self.slots_in_use: dict[str, int] = {}
         self.empty_slots: dict[str, int] = {}
         self.probes: dict[str, Probe] = {}
+        self.beneath: dict[str, tuple[str, ...]] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
@@ -217,10 +226,10 @@ class AromaLinear(LoraLinear):
                 parameter.requires_grad_(stays)
 
     def unfreeze(self, adapter_name: str) -> None:
-        """Let the pair train again (a restored checkpoint may be older than the freezing)."""
+        """Let the pair train again, once it is active (a restored checkpoint may be older than the freezing)."""
         self.frozen_adapters.discard(adapter_name)
         for parameter in self.pair(adapter_name):
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(adapter_name in self.active_adapters)
 
     # What PEFT calls ------------------------------------------------------------------------------------------------
 
@@ -289,8 +298,9 @@ class AromaLinear(LoraLinear):
                 "base layer: its weight is sharded by FSDP2 or ZeRO-3, and no rank can merge into it; save the "
                 "adapter and merge in one process (aroma export --merged)"
             )
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.lora_A:
+        named = check_adapters_to_merge(self, adapter_names)
+        for adapter_name in dict.fromkeys(name for top in named for name in (*self.beneath.get(top, ()), top)):
+            if adapter_name not in self.lora_A or adapter_name in self.merged_adapters:
                 continue
             merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
             if safe_merge and not merged.isfinite().all():
@@ -320,18 +330,18 @@ class AromaLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (…, n) to (…, m); see the class for the equation.
 
+        With `adapter_names`, one for each row of `x`, every row gets the update of its own adapter; `"__base__"` gets
+        none.
+
         Raises:
-            ConfigError: `adapter_names` asks for a batch of several adapters.
+            ValueError: As many names as rows are needed, and no merged adapter.
         """
         self._check_forward_args(x, *args, **kwargs)
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ConfigError(
-                "adapter_names: a growing adapter does not take batches of several adapters; save it and load it with "
-                "PeftModel.from_pretrained"
-            )
+        if (adapter_names := kwargs.pop("adapter_names", None)) is not None:
+            return self._mixed(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [] if self.disable_adapters or self.merged else [*filter(self._adds, self.active_adapters)]
+        adapters = [] if self.disable_adapters or self.merged else self._with_beneath(self.active_adapters)
         if not adapters:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
@@ -347,6 +357,30 @@ class AromaLinear(LoraLinear):
         for update in updates:
             result = add_update(result, flat, update)
         return result.view(*x.shape[:-1], result.shape[-1])
+
+    def _with_beneath(self, adapter_names: Sequence[str]) -> list[str]:
+        """Return those of the adapters that change the base layer's result, with what lies beneath them."""
+        named = (name for active in adapter_names for name in (*self.beneath.get(active, ()), active))
+        return [*filter(self._adds, dict.fromkeys(named))]
+
+    @torch.no_grad()
+    def components_beneath(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Return what lies beneath an adapter, B (m, K) and A (K, n)."""
+        a = self.pair(adapter_name)[1]
+        found = [self.components(name) for name in self.beneath.get(adapter_name, ()) if name in self.lora_A]
+        B = torch.cat([a.new_zeros(self.out_features, 0), *(B.to(a) for B, _ in found)], 1)
+        return B, torch.cat([a.new_zeros(0, self.in_features), *(A.to(a) for _, A in found)])
+
+    @torch.no_grad()
+    def off_beneath(self, adapter_name: str, a: Tensor) -> Tensor:
+        """Return rows a (r, n) without their parts in the span of the rows that lie beneath an adapter."""
+        if not any(name in self.lora_A for name in self.beneath.get(adapter_name, ())):
+            return a
+        _, sizes, rows = torch.linalg.svd(self.components_beneath(adapter_name)[1].double(), full_matrices=False)
+        basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
+        precise = a.to(basis)
+        off: Tensor = precise - precise @ basis.T @ basis
+        return off.to(a)
 
     def _adds(self, adapter_name: str) -> bool:
         """Whether an adapter changes the base layer's result."""
@@ -417,19 +451,33 @@ class AromaLinear(LoraLinear):
         """Map `x` (…, n) to (…, m) in operations of PyTorch alone, which compilers and transforms look into."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for adapter_name in adapters:
-            update = self._update(adapter_name)
-            dtype = update.a.dtype
-            inputs = self._cast_input_dtype(x, dtype)
-            if update.A.shape[0]:
-                A, B = update.A.to(dtype), update.B.to(dtype)
-                result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
-            if update.a.shape[0]:
-                dropped = self.lora_dropout[adapter_name](inputs)
-                h = self.lora_A[adapter_name](dropped)
-                if update.probe is not None:
-                    within, asked = answerable(dropped, h, update)
-                    h, result = h + within, result + asked.to(result.dtype)
-                result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
+            result = self._added(result, x, adapter_name)
+        return result
+
+    def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Map `x` (rows, …, n) to (rows, …, m), each row with the update of the adapter that is named for it."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for named in dict.fromkeys(adapter_names):
+            rows = [row for row, name in enumerate(adapter_names) if name == named]
+            for adapter_name in self._with_beneath([named]):
+                result[rows] = self._added(result[rows], x[rows], adapter_name)
+        return result
+
+    def _added(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added."""
+        update = self._update(adapter_name)
+        dtype = update.a.dtype
+        inputs = self._cast_input_dtype(x, dtype)
+        if update.A.shape[0]:
+            A, B = update.A.to(dtype), update.B.to(dtype)
+            result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
+        if update.a.shape[0]:
+            dropped = self.lora_dropout[adapter_name](inputs)
+            h = self.lora_A[adapter_name](dropped)
+            if update.probe is not None:
+                within, asked = answerable(dropped, h, update)
+                h, result = h + within, result + asked.to(result.dtype)
+            result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------

@@ -33,28 +33,19 @@ _QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
 class AromaModel(LoraModel):
     """Tuner whose adapters grow; made by `peft.get_peft_model(model, AromaConfig(...))`.
 
+    `add_adapter` puts further ones beside the first, over the same frozen weights. Each has components, head, seed and
+    controller of its own. The active one (`set_adapter`) computes and trains, and the others rest.
+
     Args:
         model: Model to adapt; its weights are frozen and never written.
         config: An `AromaConfig`.
         adapter_name: Name of the adapter.
 
     Raises:
-        ConfigError: A target that is neither Linear nor Conv1D nor a bitsandbytes layer, or a second trainable
-            adapter.
+        ConfigError: A target that is neither Linear nor Conv1D nor a bitsandbytes layer.
     """
 
     tuner_layer_cls = AromaLinear
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        trainable = [name for name, other in self.peft_config.items() if not other.inference_mode]
-        if len(trainable) > 1:
-            raise bad_value(
-                "adapter_name",
-                trainable[-1],
-                f"the model already grows the adapter {trainable[0]!r}, and only one adapter can grow at a time; "
-                "delete the first, or add the second with inference_mode=True",
-            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put growing layers into `model`.

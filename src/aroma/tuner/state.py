@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,21 +100,21 @@ def write_export_state(
     state: dict[str, Any],
     config: dict[str, Any],
     tensors: dict[str, Tensor],
-    rank: int,
+    ranks: Mapping[str, int],
 ) -> None:
-    """Write the state of an export in which every module has one rank, without the run: none goes on from it.
+    """Write the state of an export, without the run: none goes on from it.
 
     Args:
         folder: Holds the export.
         state: Of the adapter that was exported.
         config: What was written as adapter_config.json.
         tensors: What was written as its tensors, of any shape.
-        rank: The rank.
+        ranks: Rank of every module.
     """
     weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     exported = {
         **{key: value for key, value in state.items() if key not in ("checksum", "processes")},
-        "modules": {name: {**entry, "rank": rank} for name, entry in state["modules"].items()},
+        "modules": {name: {**entry, "rank": ranks[name]} for name, entry in state["modules"].items()},
         "components": components_digest(tensors),
         "files": {weights.name: file_digest(weights)},
         "adapter_config": config,

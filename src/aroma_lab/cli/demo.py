@@ -51,8 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..demo.run import TRAINING, result_lines, result_table, run_demo
+    from ..demo.page import result_lines, result_table
+    from ..demo.run import TRAINING, run_demo
     from ..progress import progress_bar
+    from ..run.files import REPORT
     from ..tasks.articles import SOURCE
     from ..tasks.model import ENCODER_SOURCE
 
@@ -69,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         lines["lora"],
         f"Ranks: {lines['ranks']}.",
         f"Reloaded in plain PEFT, without AROMA: {lines['reloaded']}.",
-        f"Left in {out}: adapter/, {', '.join(record['pictures'])}, report.md, result.json, events.jsonl "
+        f"Left in {out}: adapter/, {', '.join(record['pictures'])}, {REPORT}, result.json, events.jsonl "
         f"({record['wall_seconds']:.0f} s).",
         f"Model: {ENCODER_SOURCE}.",
         f"Data: {SOURCE}.",

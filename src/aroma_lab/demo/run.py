@@ -18,17 +18,20 @@ import torch
 from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from aroma.errors import CheckpointError, bad_value
-from aroma.files import read_tensors, write_json, write_text
+from aroma.files import read_tensors, write_json
 from aroma.outputs import new_folder
 from aroma.pictures import birth_picture, rank_picture
+from aroma.report.facts import LORA_RANK
+from aroma.report.page import write_page
+from aroma.report.run import run_page
 from aroma.tuner import aroma_layers
 
 from ..methods import Method, make_method
 from ..methods.head import pooler_of
 from ..progress import Progress, no_progress
-from ..run.files import TrialFiles
+from ..run.files import REPORT, TrialFiles
 from ..run.machine import provenance
-from ..run.recorder import EventLog
+from ..run.recorder import Curve, EventLog, Recorder, Usage
 from ..specs import ModelSpec, TrainSpec, check_training
 from ..tasks.articles import SOURCE, TOPICS, Article, columns_of, load_articles, split_articles
 from ..tasks.classification import ClassifierJob, predict_logits
@@ -38,6 +41,7 @@ from ..tasks.model import ENCODER_SOURCE, count_trainable, packaged_encoder
 from ..tasks.spec import HELD_OUT, Layout
 from ..tasks.task import Task
 from ..training.trainer import Fit, hold_out, make_trainer
+from .page import demo_facts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,8 +52,6 @@ if TYPE_CHECKING:
 
 TASK = Task("classification", TOPICS, "text", None, "label", max_length=64)
 """64 tokens of an article are read: headline and first sentences."""
-LORA_RANK = 8
-"""Rank of the LoRA whose parameters are counted for comparison."""
 TOLERANCE = 1e-4
 """Largest difference of two logits that count as equal: float32 sums in another order differ by less."""
 
@@ -107,13 +109,13 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     head, head_only = train_heads(job, training, progress)
     method = make_method("aroma", {**ADAPTER, "component_seed": training.seed})
-    fit, parameters = train_adapters(job, method, head, training, folder, training_bar)
+    fit, parameters, curve = train_adapters(job, method, head, training, folder, training_bar)
     model, encoded = fit.trainer.model.cpu(), job.eval_sets[HELD_OUT]  # on the CPU, as in the fresh process
     with progress("evaluate", len(encoded)) as advance:
         logits = predict_logits(model, encoded, job.tokenizer, training.batch_size, advance)
     method.save(model, folder / "adapter")
     job.describe(model, folder / "adapter")
-    modules = fit.controller.summary()
+    modules, updates = fit.controller.summary(), fit.controller.relative_updates()
     record = {
         "metrics": metrics_of("classification", logits, np.array(encoded["labels"])),
         "head_only": head_only,
@@ -135,7 +137,8 @@ def run_demo(
         "source": {"model": ENCODER_SOURCE, "data": SOURCE},
         **provenance(),
     }
-    write_text(folder / "report.md", demo_report(record))
+    facts = demo_facts(record, fit.trainer.state.log_history, curve, events_of(folder), updates)
+    write_page(folder / REPORT, run_page(facts))
     write_json(folder / "result.json", record)  # last
     return record
 
@@ -210,11 +213,11 @@ def copy_head(head: Any, layer: torch.nn.Linear) -> None:
 
 def train_adapters(
     job: ClassifierJob, method: Method, head: Any, training: TrainSpec, folder: Path, bar: bool
-) -> tuple[Fit, dict[str, int]]:
+) -> tuple[Fit, dict[str, int], Curve]:
     """Train growing adapters, and `head` with them; the events go to `folder`.
 
     Returns:
-        The training, and the numbers of trainable parameters; see `count_parameters`.
+        The training, the numbers of trainable parameters (see `count_parameters`), and how they changed.
     """
     set_seed(training.seed)
     classifier = job.load_model()
@@ -222,6 +225,7 @@ def train_adapters(
     model = method.build(classifier, training.max_steps or 0)
     parameters = count_parameters(model)
     train, growth_examples = hold_out(method, training, job.train)
+    recorder = Recorder(method, Usage())
     with tempfile.TemporaryDirectory() as scratch:
         log = EventLog(TrialFiles(folder).events, upto=0)
         fit = make_trainer(
@@ -232,11 +236,12 @@ def train_adapters(
             scratch,
             train,
             growth_examples=growth_examples,
+            callbacks=[recorder],
             on_event=log,
             progress=bar,
         )
         fit.train()
-    return fit, parameters
+    return fit, parameters, recorder.curve
 
 
 def count_parameters(model: Any) -> dict[str, int]:
@@ -251,11 +256,16 @@ def draw_pictures(controller: AromaController, modules: Sequence[ModuleSummary],
     drawn = {"ranks.png": "rank and effective rank of every matrix"}
     config = controller.config
     if config.growth == "evidence":
-        events = [json.loads(line) for line in TrialFiles(folder).events.read_text(encoding="utf-8").splitlines()]
+        events = events_of(folder)
         title = "Births by evidence on BBC News"
         birth_picture(events, folder / "births.png", config.significance, controller.global_step, title)
         drawn["births.png"] = "when every matrix got its components, and the evidence for them"
     return drawn
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the events of the demo in `folder`."""
+    return [json.loads(line) for line in TrialFiles(folder).events.read_text(encoding="utf-8").splitlines()]
 
 
 # Reloaded in plain PEFT ----------------------------------------------------------------------------------------------
@@ -306,81 +316,3 @@ def check_reload(
         )
         raise bad_value("max |Δlogit|", difference, remedy, CheckpointError)
     return {"examples": len(logits), "largest_difference": difference, "different_predictions": different}
-
-
-# The report ----------------------------------------------------------------------------------------------------------
-
-
-def result_table(record: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return method, accuracy and trainable parameters of each line of the result table."""
-    head, accuracies = f"{record['head_only_parameters']:,}", record["head_only"]
-    what = "head, with pooler" if record["pooler"]["trains"] else "head"
-    adapter = f"{record['parameters']['adapter']:,} + {record['parameters']['head']:,} ({what})"
-    return [
-        ("head only, the model's own pooling", f"{accuracies['pooled']:.2%}", head),
-        ("head only, mean pooling", f"{accuracies['mean']:.2%}", head),
-        ("AROMA + head", f"{record['metrics']['accuracy']:.2%}", adapter),
-    ]
-
-
-def result_lines(record: dict[str, Any]) -> dict[str, str]:
-    """Return a line each on the parameters of a LoRA (`lora`), on the `ranks`, and on the `reloaded` adapter."""
-    modules, agreement = record["modules"].values(), record["agreement"]
-    ranks = [module["rank"] for module in modules]
-    same = agreement["examples"] - agreement["different_predictions"]
-    lora = f"{record['parameters']['lora']:,}"
-    return {
-        "lora": f"LoRA r={LORA_RANK} on the same matrices trains {lora} adapter parameters.",
-        "ranks": f"{len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}, in all {sum(ranks)}, after "
-        f"{record['steps']} optimizer steps; {record['explanation']}",
-        "reloaded": f"{same} of {agreement['examples']} predictions equal, max |Δlogit| "
-        f"{agreement['largest_difference']:.1e}",
-    }
-
-
-def demo_report(record: dict[str, Any]) -> str:
-    """Return the report, in Markdown."""
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in result_table(record))
-    lines = result_lines(record)
-    pictures = "\n\n".join(f"![{shown}]({name})" for name, shown in record["pictures"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"""# AROMA demo: sorting BBC News articles into five topics
-
-| method | accuracy on all {record["held_out_articles"]} held-out articles | trainable parameters |
-|---|---|---|
-{rows}
-
-For comparison: {lines["lora"]}
-
-{pictures}
-
-**Ranks.** {lines["ranks"]}.
-
-**Reloaded without AROMA.** In a fresh process that cannot import `aroma`, plain PEFT loads `adapter/`: \
-{lines["reloaded"]}.
-
-## How it was measured
-
-- {record["train_articles"]:,} articles to train on and {record["held_out_articles"]} held out; the split is fixed, \
-topics in proportion. An article that is in the corpus twice is on one side only.
-- The first {record["max_length"]} tokens of an article are read.
-- A run evaluates the held-out articles once, all of them, after the last step. Settings were chosen on a fifth of \
-the training articles, but held-out results of earlier settings had been seen, and one of them led to a new choice: \
-the accuracy is a demonstration's, not an unbiased estimate.
-- Head only: a linear head on the frozen model's features of the same tokens, trained to convergence, its L2 \
-strength chosen on a fifth of the training articles. The model's own pooling is what a classifier in transformers \
-sees; mean pooling is how this model is meant to be used.
-- AROMA starts from the first of these heads and trains it further, together with the adapters. The encoder's pooler \
-{"trains with the head" if record["pooler"]["trains"] else "is frozen"}: {record["pooler"]["reason"]}.
-- One seed ({record["training"]["seed"]}): a demonstration, not a comparison of methods.
-- {record["wall_seconds"]:.0f} s, CPU threads: {record["threads"]}; {versions}; source: \
-{record["git_revision"] or "installed package"}.
-
-## Sources
-
-- Model: {ENCODER_SOURCE}.
-- Data: {SOURCE}.
-
-`result.json` has every number and setting, `events.jsonl` every decision of the algorithm, `adapter/` the plain LoRA \
-adapter.
-"""

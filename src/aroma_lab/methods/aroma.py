@@ -16,11 +16,12 @@ from transformers import TrainerCallback
 from aroma.algorithm.evidence import flips_to_birth
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
-from aroma.errors import CheckpointError
+from aroma.errors import CheckpointError, bad_value
 from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.held_out import hold_out
 from aroma.integrations.loop import attach
+from aroma.tasks import Tasks
 from aroma.tuner import AromaConfig, aroma_layers
 from aroma.tuner.state import pack, unpack
 
@@ -43,6 +44,8 @@ class Aroma(PeftAdapter):
         growth_share: Share of the training set that decides growth="evidence" and is not trained on.
         options: Further fields of `AromaConfig`; they override the other arguments.
         target_modules: Modules that grow; see `head.find_targets`.
+        tasks: Folder of tasks that lie beneath what grows; see `aroma.Tasks`.
+        over: The tasks that are there.
     """
 
     r: int = 1
@@ -50,6 +53,8 @@ class Aroma(PeftAdapter):
     growth_share: float = 0.1
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     target_modules: list[str] | str | None = None
+    tasks: str | None = None
+    over: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._unplaced()  # an impossible value is refused now, not when the model is built
@@ -78,6 +83,17 @@ class Aroma(PeftAdapter):
         """Name for tables and pictures."""
         return with_dropout("AROMA" if self.r == 1 else f"AROMA r={self.r}", self.dropout)
 
+    def build(self, model: Any, planned_steps: int) -> Any:
+        """Wrap `model` with PEFT, over the tasks that are there; see `Method.build`."""
+        built = super().build(model, planned_steps)
+        if self.tasks is not None:
+            found = Tasks(self.tasks)
+            if found.names != self.over:
+                there, then = (", ".join(names) or "none" for names in (found.names, self.over))
+                raise bad_value("tasks", self.tasks, f"it has {there} now, and had {then} when the run began")
+            found.lay_beneath(built)
+        return built
+
     def config(self, targets: list[str], planned_steps: int) -> AromaConfig:
         """Return the configuration."""
         return AromaConfig(**{"target_modules": targets, **self._config_fields()})
@@ -98,14 +114,14 @@ class Aroma(PeftAdapter):
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return the rank of every module, the component in training included; see `Method.ranks`."""
-        return {name: layer.rank(ADAPTER) for name, layer in aroma_layers(model).items()}
+        return {name: layer.rank(ADAPTER) for name, layer in aroma_layers(model, ADAPTER).items()}
 
     def active_parameters(self, model: Any) -> int:
         """Return the parameters of the components in training; see `Method.active_parameters`.
 
         DistributedDataParallel needs a gradient of frozen ones, too.
         """
-        layers = aroma_layers(model).values()
+        layers = aroma_layers(model, ADAPTER).values()
         return sum((layer.in_features + layer.out_features) * layer.slots_in_training(ADAPTER) for layer in layers)
 
     def hold_out(self, train: Any, passes: float, batch_size: int) -> tuple[Any, Any | None]:
@@ -121,7 +137,7 @@ class Aroma(PeftAdapter):
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
-        updates = {name: layer.components(ADAPTER) for name, layer in aroma_layers(model).items()}
+        updates = {name: layer.components(ADAPTER) for name, layer in aroma_layers(model, ADAPTER).items()}
         return {name: (B.detach().clone(), A.detach().clone()) for name, (B, A) in updates.items()}
 
     def save(self, model: Any, folder: Path) -> None:

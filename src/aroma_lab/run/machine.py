@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@cache
 def git_revision() -> str | None:
     """Return the commit that AROMA's source was checked out at, with `+changes` if it was edited since.
 

@@ -215,7 +215,7 @@ def check_warmup(training: TrainSpec, steps: int) -> None:
 def check_growth(model: Any, steps: int) -> None:
     """Raise ConfigError if a run of `steps` optimizer steps ends before a growing adapter decides anything."""
     for config in getattr(model, "peft_config", {}).values():
-        if isinstance(config, AromaConfig):
+        if isinstance(config, AromaConfig) and not config.inference_mode:
             config.check_length(steps)
 
 

@@ -23,14 +23,15 @@ _POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_N
 def main(arguments: list[str]) -> int:
     """Run the trial described in a file, in a folder; return the exit code."""
     trial_file, folder = arguments
-    keep_freed_memory()
     try:
         threads = read_json(trial_file)["training"].get("threads")
         if threads is not None:  # before any library is loaded
             os.environ.update(dict.fromkeys(_POOLS, str(threads)))
-        from aroma.cli.quiet import quiet
+        load()
+        if threads is not None:  # the process may have been forked from one that had loaded them
+            from threadpoolctl import threadpool_limits
 
-        quiet()
+            threadpool_limits(threads)
         from .processes import join
         from .run import run_trial
         from .trial import load_trial
@@ -45,6 +46,18 @@ def main(arguments: list[str]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def load() -> None:
+    """Import what every trial needs."""
+    keep_freed_memory()
+    from aroma.cli.quiet import quiet
+
+    quiet()
+    from . import run  # noqa: F401
+    from .machine import git_revision
+
+    git_revision()  # of the source that was imported, whatever becomes of the files
 
 
 def _is_own(trial_file: Path, folder: Path) -> bool:

@@ -9,10 +9,16 @@ import runpy
 import signal
 import sys
 
-if __name__ == "__main__":
-    _, parent, *sys.argv = sys.argv
+
+def end_with(parent: int) -> None:
+    """Let the kernel end this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):  # it ended before the call
+        if os.getppid() != parent:  # it ended before the call
             sys.exit("the parent has ended")
+
+
+if __name__ == "__main__":
+    _, parent, *sys.argv = sys.argv
+    end_with(int(parent))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

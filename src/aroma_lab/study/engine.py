@@ -25,6 +25,7 @@ from aroma.files import read_json
 from ..run.files import RUNS, TrialFiles
 from ..run.trial import Trial
 from .grid import KEY, NAME, Grid
+from .nursery import Nursery, can_fork
 from .process import WORKER_MODULE, Running, TrialProcess, take_lock
 from .status import (
     ERROR,
@@ -87,6 +88,7 @@ class Engine:
             )
         except STORAGE_ERRORS as error:
             raise storage_error(grid.storage, error) from error
+        self._nursery: Nursery | None = None
         self._running: list[TrialProcess] = []
         self._ended: list[Ended] = []
         self._last_beat, self._last_contact = -math.inf, time.monotonic()
@@ -95,6 +97,8 @@ class Engine:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._nursery is not None:
+            self._nursery.close()
         if isinstance(self.storage, RDBStorage):
             self.storage.engine.dispose()
         if isinstance(error, STORAGE_ERRORS):
@@ -235,13 +239,27 @@ class Engine:
                 return
             if state == "new" and TrialFiles(folder).trial.exists():
                 shutil.rmtree(folder)  # another trial's, without a result or a checkpoint
-            self._running.append(TrialProcess(trial, attempt._trial_id, self._grid.folder, lock, self._module))
+            nursery = self._nursery_of_trials()
+            self._running.append(
+                TrialProcess(trial, attempt._trial_id, self._grid.folder, lock, self._module, nursery)
+            )
         except BaseException:
             try:
                 self._let_wait(attempt._trial_id)
             finally:
                 os.close(lock)
             raise
+
+    def _nursery_of_trials(self) -> Nursery | None:
+        """Return what forks trials; None where each imports for itself, as a stand-in does, which imports little."""
+        if self._module != WORKER_MODULE or not can_fork():
+            return None
+        if self._nursery is not None and not self._nursery.is_alive:  # as where memory ran out
+            self._nursery.close()
+            self._nursery = None
+        if self._nursery is None:
+            self._nursery = Nursery()
+        return self._nursery
 
     def _beat(self) -> None:
         """Give a sign of life, drop what was given to others, and look for trials that lost their machine."""

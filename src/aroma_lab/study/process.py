@@ -1,7 +1,6 @@
 """A trial in a process of its own, which is alone in its folder and ends with its parent.
 
-The process is a fresh one because libraries size their thread pools from the environment when they are loaded, memory
-is measured per process, and a crash or a kill for lack of memory must not end other trials.
+A crash or a kill for lack of memory must not end other trials, and memory is measured per process.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from aroma.files import read_json, write_json
 
 from ..run.files import RUNS, TrialFiles
 from ..run.trial import Trial, save_trial
+from .nursery import Nursery
 
 WORKER_MODULE = "aroma_lab.run.worker"
 
@@ -70,6 +70,20 @@ class Running(NamedTuple):
     """Optimizer steps planned; None until they are known."""
 
 
+def _fresh(module: str, arguments: list[str], log: Path, lock: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "aroma_lab.study.child", str(os.getpid()), module, *arguments]
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),
+            # Ctrl-C goes to a terminal's whole process group; trials are stopped by their parent.
+            start_new_session=True,
+        )
+
+
 class TrialProcess:
     """A trial that runs in a process of its own.
 
@@ -79,9 +93,18 @@ class TrialProcess:
         output: The output folder.
         lock: The lock of the trial's folder; the process inherits it.
         module: Run as `python -m MODULE TRIAL.json FOLDER`.
+        nursery: Forks the process; without one it is a fresh one.
     """
 
-    def __init__(self, trial: Trial, attempt: int, output: Path, lock: int, module: str = WORKER_MODULE) -> None:
+    def __init__(
+        self,
+        trial: Trial,
+        attempt: int,
+        output: Path,
+        lock: int,
+        module: str = WORKER_MODULE,
+        nursery: Nursery | None = None,
+    ) -> None:
         self.trial, self.attempt, self.lock = trial, attempt, lock
         self._files = TrialFiles(output / RUNS / trial.name)
         self._files.root.mkdir(parents=True, exist_ok=True)
@@ -89,17 +112,12 @@ class TrialProcess:
         for left in (self._files.failure, self._files.progress):  # of an earlier attempt
             left.unlink(missing_ok=True)
         self._began = time.monotonic()
-        command = [sys.executable, "-m", "aroma_lab.study.child", str(os.getpid()), module]
-        with self._files.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*command, str(self._files.trial), str(self._files.root)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(lock,),
-                # Ctrl-C goes to a terminal's whole process group; trials are stopped by their parent.
-                start_new_session=True,
-            )
+        arguments = [str(self._files.trial), str(self._files.root)]
+        self._process = (
+            _fresh(module, arguments, self._files.log, lock)
+            if nursery is None
+            else nursery.start(module, arguments, self._files.log, lock)
+        )
 
     @property
     def seconds(self) -> float:
@@ -112,7 +130,7 @@ class TrialProcess:
 
     def was_killed(self) -> bool:
         """Whether a signal ended the process, which says nothing about the trial."""
-        return self._process.returncode < 0
+        return (self._process.returncode or 0) < 0
 
     def progress(self) -> Running:
         """Return how far the trial is, as its process last wrote."""
@@ -142,7 +160,7 @@ class TrialProcess:
             self._process.wait()
 
     def _write_failure(self) -> None:
-        code = self._process.returncode
+        code = self._process.returncode or 0
         error, message = "WorkerEnded", f"the process ended with code {code} and left no result"
         if code < 0:
             name = signal.Signals(-code).name
