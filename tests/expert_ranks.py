@@ -25,7 +25,7 @@ from distributed_runs import TIMEOUT, whole
 from evidence_ranks import updates
 from evidence_runs import METHOD, WIDTH, Loop, births, rows
 
-EXPERTS, LAYERS, STEPS, TOKENS = 16, 2, 60, 256
+EXPERTS, LAYERS, STEPS, TOKENS = 16, 1, 60, 192
 """With fewer tokens the gradients of an expert span fewer dimensions than it has unused directions, and rounding alone
 decides what the last of these are."""
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
         config: Any = transformers.MixtralConfig(
             hidden_size=WIDTH, intermediate_size=12, num_local_experts=EXPERTS, num_attention_heads=2
         )
-        config._experts_implementation = "eager"
+        config._experts_implementation = "batched_mm"
         self.experts: Any = MixtralExperts(config)
         self.project = nn.Linear(WIDTH, WIDTH, bias=False)
         for parameter in self.parameters():
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """Two blocks."""
+    """Some blocks."""
 
     def __init__(self) -> None:
         super().__init__()
