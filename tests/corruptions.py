@@ -400,7 +400,7 @@ def hostile_state(rng: random.Random, folder: Path, other: Path) -> str | None:
     }
     name = rng.choice(sorted(edits))
     edits[name]()
-    _seal(file, state)
+    seal(file, state)
     return name
 
 
@@ -552,7 +552,7 @@ def hostile_tensors(rng: random.Random, folder: Path, other: Path) -> str | None
     if done is not None and file.is_file():
         state = json.loads(file.read_text(encoding="utf-8"))
         state["files"] = {name: sha256((folder / name).read_bytes()).hexdigest() for name in state["files"]}
-        _seal(file, state)
+        seal(file, state)
     return done
 
 
@@ -574,7 +574,7 @@ def _edit_tensors(
     return f"{file.name}: {name} ({one})"
 
 
-def _seal(file: Path, state: dict[str, Any]) -> None:
+def seal(file: Path, state: dict[str, Any]) -> None:
     """Write aroma_state.json with a checksum that fits."""
     content = {key: value for key, value in state.items() if key != "checksum"}
     checksum = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

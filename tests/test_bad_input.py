@@ -181,10 +181,9 @@ def test_everything_excluded() -> None:
 @pytest.mark.parametrize(
     ("name", "target", "kind"),
     [
-        ("bert", "word_embeddings", "Embedding"),
         ("bert", "LayerNorm", "LayerNorm"),
         ("bert", "attention", "BertAttention"),
-        ("vit", "projection", "Conv2d"),
+        ("vit", "patch_embeddings", "ViTPatchEmbeddings"),
     ],
 )
 def test_an_unsupported_kind_of_layer(name: str, target: str, kind: str) -> None:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aroma import AromaConfig, aroma_layers, save_adapter, verify_adapter
+from aroma import AromaConfig, aroma_layers, lora_tensors, save_adapter, verify_adapter
 from aroma.errors import AromaError, CheckpointError, ConfigError
 from aroma.export import export_merged, export_uniform, rank_table
 from aroma.saved import read_adapter
@@ -293,6 +293,8 @@ def test_one_rank_for_engines_is_refused(tmp_path: Path) -> None:
     model = adapted("mixtral")
     set_ranks(model, [1])
     saved(model, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"target_parameters=.*save the adapter in files"):
+        lora_tensors(model)
     with pytest.raises(ConfigError, match=r"target_parameters.*export --merged"):
         export_uniform(tmp_path / "adapter", tmp_path / "out")
 

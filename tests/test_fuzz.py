@@ -54,10 +54,10 @@ def test_no_damage_is_silently_wrong(adapters: dict[str, Adapter]) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_damages() -> None:
-    findings = fuzz_in_processes(10_000, 2)
+def test_two_thousand_damages() -> None:
+    findings = fuzz_in_processes(2_000, 2)  # ten thousand are a command, whose numbers docs/trust.md has
     assert not [str(finding) for finding in findings if finding.outcome in FAILURES]
-    assert len(findings) > 35_000
+    assert len(findings) > 7_000
 
 
 def test_a_corruption_is_its_seed(adapters: dict[str, Adapter], tmp_path: Path) -> None:

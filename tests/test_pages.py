@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -123,8 +124,8 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 
 def test_pages_with_python_are_those_that_run() -> None:
-    of_others = {"README.md", "usage.md"}  # test_snippets.py, test_docs.py
-    here = "index serving settings how files precision distributed tasks experts"
+    of_others = {"README.md", "usage.md", "reinforcement.md"}  # test_snippets.py, test_docs.py, test_trl.py
+    here = "index serving settings how files precision distributed tasks vision experts"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 
@@ -150,9 +151,21 @@ def test_choosing_settings(tmp_path: Path) -> None:
 
 def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = run("tasks.md", {**given(tmp_path), "another_base": tiny_bert()})
+    names = {**given(tmp_path), "another_base": tiny_bert()}
+    names["batches"] = [names["dataset"].with_format("torch")[8 * row : 8 * row + 8] for row in range(8)]
+    *blocks_of_tasks, _ = blocks("python", "tasks.md")
+    run("tasks.md", names, len(blocks_of_tasks))
     assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
     assert not aroma.aroma_layers(names["model"])
+    for name in ("one", "other"):
+        shutil.copytree("adapters/topics", name)
+    exec(blocks("python", "tasks.md")[-1], {**names, "fresh_base": tiny_bert()})
+    assert aroma.verify_adapter("combined")
+
+
+def test_images() -> None:
+    layers = aroma.aroma_layers(run("vision.md", {"base": base("vit")})["model"])
+    assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
 
 
 def test_experts_and_parts() -> None:

@@ -14,6 +14,7 @@ from aroma import AromaCallback, AromaConfig, aroma_layers, attach, save_adapter
 from aroma.errors import ConfigError
 from aroma.integrations.callback import trainable_adapter
 from evidence_runs import METHOD, STEPS, Net, held_out, loss_of, rows, trainable
+from quick import slow_but
 from trainer_runs import METHOD as PAPER
 from trainer_runs import adapted, assert_same, growth, tiny_bert, trainer_for
 
@@ -78,7 +79,7 @@ def plain_net(changes: dict[str, Any]) -> Any:
     return get_peft_model(Net(), AromaConfig(**fields), autocast_adapter_dtype=False)
 
 
-@pytest.mark.parametrize("rule", ["evidence", "paper"])
+@pytest.mark.parametrize("rule", slow_but(["evidence"], RULES))
 @pytest.mark.parametrize("order", ["in turns", "one after another"])
 def test_each_grows_as_it_would_alone(rule: str, order: str) -> None:
     model = plain_net(RULES[rule])

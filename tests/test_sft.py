@@ -11,29 +11,18 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from aroma import AromaCallback, AromaConfig, aroma_layers, verify_adapter
 from models import METHOD, base, logits
 from trainer_runs import assert_same, growth, live, steps_of
+from trl_runs import WORDS, tokenizer
 
-WORDS = ["<pad>", "<unk>", "<eos>", "the", "a", "cat", "dog", "bird", "sees", "likes", "big", "small", "red", "blue"]
 SENTENCES = [
     f"the {size} {who} {does} a {colour} {whom}"
     for size, who, does, colour, whom in product(*[WORDS[start : start + 2] for start in (10, 5, 8, 12, 6)])
 ]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", model_max_length=16
-    )
 
 
 def trainer_for(out: Path, *callbacks: Any, name: str = "llama", method: Any = None, **changes: Any) -> SFTTrainer:

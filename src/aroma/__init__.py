@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
+    from .combining import combine
     from .controller import AromaController
+    from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
     from .events import Event, ModuleSummary
     from .integrations.callback import AromaCallback
@@ -30,13 +32,16 @@ _HOMES = {
     "AromaModel": "tuner",
     "Attachment": "integrations.loop",
     "Event": "events",
+    "LoraTensors": "engines",
     "ModuleSummary": "events",
     "RichProgress": "integrations.progress",
     "Tasks": "tasks",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
+    "combine": "combining",
     "hold_out": "integrations.held_out",
     "last_complete_checkpoint": "checkpoint",
+    "lora_tensors": "engines",
     "save_adapter": "checkpoint",
     "verify_adapter": "checkpoint",
     "verify_checkpoint": "checkpoint",
@@ -50,13 +55,16 @@ __all__ = [
     "AromaModel",
     "Attachment",
     "Event",
+    "LoraTensors",
     "ModuleSummary",
     "RichProgress",
     "Tasks",
     "aroma_layers",
     "attach",
+    "combine",
     "hold_out",
     "last_complete_checkpoint",
+    "lora_tensors",
     "save_adapter",
     "verify_adapter",
     "verify_checkpoint",

@@ -221,8 +221,11 @@ class AromaController:
 
     # What a loop does ------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[Event]:
+    def step(self, *, is_new: bool = True) -> list[Event]:
         """Count one optimizer step, and let the rule act where that is due.
+
+        Args:
+            is_new: Whether its batches had not been trained on before. If they had, they are no evidence.
 
         Returns:
             The events of this step.
@@ -236,7 +239,7 @@ class AromaController:
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
-        self._gather_evidence()
+        self._gather_evidence(is_new)
         return self.rule.step() + self._ask_held_out()
 
     def decide_by(self, held_out: HeldOut | None, first_pass: int | None) -> None:
@@ -262,11 +265,11 @@ class AromaController:
                 stacklevel=3,
             )
 
-    def _gather_evidence(self) -> None:
+    def _gather_evidence(self, is_new: bool) -> None:
         """Take what this step's backwards say, and, when it is their turn, what held-out examples say."""
         step, first_pass, held_out = self.rule.global_step, self._first_pass, self._held_out
         if held_out is None or first_pass is None or step < first_pass:
-            self.matrices.absorb(record=True)
+            self.matrices.absorb(record=is_new)
             return
         for number in () if self.finished else self.rule.held_out_duels(step - first_pass):
             self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))

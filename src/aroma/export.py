@@ -25,7 +25,8 @@ from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tasks import loadable, read_whole
-from .tuner.layout import PEFT_PREFIX
+from .tuner import refuse_merge_if_tied
+from .tuner.layout import PEFT_PREFIX, padded, uniform_config
 from .tuner.state import STATE_FILE, is_whole, write_export_state
 
 
@@ -140,30 +141,16 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     adapter.refuse_packed("export of one rank")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
-    shapes = adapter.shapes
+    shapes, forms = adapter.shapes, adapter.forms
     uniform = _uniform_rank(adapter, rank)
     _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
     tensors = dict(adapter.others)
     for name, (m, n) in shapes.items():
-        B, A = torch.zeros(m, uniform), torch.zeros(uniform, n)
-        if name in adapter.updates:
-            update = adapter.updates[name]
-            B[:, : update.B.shape[1]], A[: update.A.shape[0]] = update.B, update.A
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B
-    config = {
-        **adapter.config,
-        "r": uniform,
-        "lora_alpha": uniform,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "target_modules": sorted(shapes),
-        "use_rslora": False,
-        "inference_mode": True,
-    }
+        update = adapter.updates.get(name)
+        B, A = (torch.zeros(m, 0), torch.zeros(0, n)) if update is None else (update.B.float(), update.A.float())
+        for side, tensor in zip("AB", forms[name].write(*padded(B, A, uniform)), strict=True):
+            tensors[f"{PEFT_PREFIX}{name}.{forms[name].name(side)}"] = tensor
+    config = uniform_config(adapter.config, shapes, uniform)
     with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
@@ -214,6 +201,9 @@ def export_merged(
             "its weights are quantised on disk, and adding to them would round the update away; give the model "
             "in 16 or 32 bits that it was made from (--base-model)",
         )
+    refuse_merge_if_tied(
+        model, {name: model.get_base_model().get_submodule(name).get_base_layer() for name in adapter.updates}
+    )
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     _require_names(merged.config, adapter)
     with filled_at_once(target, _size_of(merged.state_dict())) as staging:
@@ -382,10 +372,11 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
         reason = " ".join(str(error).split())
         raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error
     placed = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # An adapter may hold whole embeddings; by now those that it targets are within a layer of PEFT.
     embeddings = {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
     saved = {
         *adapter.others,
-        *(f"{PEFT_PREFIX}{name}.lora_{side}.weight" for name in adapter.stems for side in "AB"),
+        *(f"{PEFT_PREFIX}{name}" for name in adapter.tensor_names),
     }
     if surplus := sorted(saved - {*placed} - embeddings):
         raise does_not_fit(f"it has no place for {surplus[0]}")

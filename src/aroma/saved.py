@@ -26,6 +26,7 @@ from .errors import AromaError, AromaWarning, CheckpointError, bad_value, shown_
 from .files import own_file, read_json, read_tensors, require_adapter_folder
 from .patterns import Patterns, wrong
 from .tuner.experts import peft_stems, unpack
+from .tuner.forms import LINEAR, Form, form_of_entry, form_of_tensor, is_component
 from .tuner.layout import PEFT_PREFIX
 from .tuner.parts import split as split_parts
 from .tuner.state import LARGEST_SIDE, STATE_FILE, experts_counts, is_whole, read_state, require_files
@@ -48,11 +49,13 @@ class Update:
         B: (m, R), the scale folded in.
         A: (R, n).
         alpha: What PEFT divides by the rank, or its root with use_rslora, to get the scale.
+        form: How a plain adapter holds it.
     """
 
     B: Tensor
     A: Tensor
     alpha: float
+    form: Form = LINEAR
 
     @property
     def rank(self) -> int:
@@ -112,9 +115,11 @@ class AdapterWeights:
         return found | {name: (rank, float(rank)) for name, rank in self.parts.items()}
 
     @property
-    def stems(self) -> list[str]:
-        """What the names of all pairs of tensors begin with in the file, without PEFT's prefix."""
-        return [*self.modules, *(one.stem for one in self.experts.values())]
+    def tensor_names(self) -> list[str]:
+        """Names of all tensors of components in the file, without PEFT's prefix."""
+        stems = {name: self.updates[name].form if name in self.updates else LINEAR for name in self.modules}
+        stems |= {one.stem: LINEAR for one in self.experts.values()}
+        return [f"{stem}.{form.name(side)}" for stem, form in stems.items() for side in "AB"]
 
     def refuse_packed(self, what: str) -> None:
         """Raise if the adapter has experts or parts of modules, for which there is no `what`.
@@ -141,6 +146,13 @@ class AdapterWeights:
         if self.state is None:
             return {name: update.shape for name, update in self.updates.items()}
         return {name: (entry["shape"][0], entry["shape"][1]) for name, entry in self.state["modules"].items()}
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Form of every module in `shapes`."""
+        if self.state is None:
+            return {name: update.form for name, update in self.updates.items()}
+        return {name: form_of_entry(entry) for name, entry in self.state["modules"].items()}
 
     def lora_config(self) -> LoraConfig:
         """Return a configuration that names modules and ranks one by one.
@@ -476,17 +488,22 @@ def _split(
     others = dict(tensors)
     updates: dict[str, Update] = {}
     for key in tensors:
-        if not key.endswith(".lora_A.weight"):
+        found = form_of_tensor(key, tensors[key])
+        if found is None:
             continue
-        stem = key.removesuffix(".lora_A.weight")
-        A, B = others.pop(key), others.pop(f"{stem}.lora_B.weight", None)
-        if A.ndim != 2:
-            raise CheckpointError(f"{path}: {key} is no matrix, its shape is {tuple(A.shape)}; use another checkpoint")
-        if B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
+        stem, form = found
+        first, second = others.pop(key), others.pop(f"{stem}.{form.name('B')}", None)
+        if first.ndim < 2:
             raise CheckpointError(
-                f"{path}: {stem} has an A of rank {A.shape[0]} and no fitting B; the file is damaged, use another "
+                f"{path}: {key} is no matrix, its shape is {tuple(first.shape)}; use another checkpoint"
+            )
+        factors = None if second is None else form.read(first, second)
+        if factors is None:
+            raise CheckpointError(
+                f"{path}: {stem} has an A of rank {first.shape[0]} and no fitting B; the file is damaged, use another "
                 "checkpoint"
             )
+        B, A = factors
         name = stem.removeprefix(PEFT_PREFIX)
         rank = patterns.value("rank_pattern", name, config.get("r", 8))
         if rank != A.shape[0]:
@@ -496,7 +513,7 @@ def _split(
                 own, "target_modules", config.get("target_modules"), f"{path.name} has {name}, too; one was edited"
             )
         alpha = float(patterns.value("alpha_pattern", name, config.get("lora_alpha", 8)))
-        updates[name] = Update(B.float() * _scale(config, alpha, rank), A.float(), alpha)
+        updates[name] = Update(B.float() * _scale(config, alpha, rank), A.float(), alpha, form)
     stray = next((name for name in others if ".lora_" in name), None)
     if stray is not None:
         raise _stray(path, stray)
@@ -511,11 +528,9 @@ def _split(
 
 
 def _stray(path: Path, name: str) -> AromaError:
-    if name.endswith(".lora_B.weight"):
+    if is_component(name):
         return CheckpointError(f"{path}: {name} has no lora_A beside it; the file is damaged, use another checkpoint")
-    return bad_value(
-        "adapter", name, f"in {path}: it is no part of a plain LoRA adapter of linear layers; give one of those"
-    )
+    return bad_value("adapter", name, f"in {path}: it is no part of a plain LoRA adapter; give one of those")
 
 
 def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -553,8 +568,12 @@ def _scale(config: Mapping[str, Any], alpha: float, rank: int) -> float:
 
 def _require_modules(path: Path, updates: Mapping[str, Update], modules: Mapping[str, Any]) -> None:
     """Raise if shapes and ranks of the tensors are not those of aroma_state.json."""
-    expected = {name: (tuple(entry["shape"]), entry["rank"]) for name, entry in modules.items() if entry["rank"]}
-    found = {name: (update.shape, update.rank) for name, update in updates.items()}
+    expected = {
+        name: (tuple(entry["shape"]), entry["rank"], *form_of_entry(entry).described().items())
+        for name, entry in modules.items()
+        if entry["rank"]
+    }
+    found = {name: (update.shape, update.rank, *update.form.described().items()) for name, update in updates.items()}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             raise CheckpointError(

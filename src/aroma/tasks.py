@@ -114,16 +114,12 @@ class Tasks:
         Raises:
             ConfigError, CheckpointError: See `grow`.
         """
-        from .tuner import aroma_layers
+        from .tuner import lay_beneath
 
         for task, adapter in [(task, self._read(task)) for task in self._over]:
             _lay(model, task, adapter)
         model.set_adapter(_GROWING)
-        for layer in aroma_layers(model).values():
-            layer.beneath[_GROWING] = (*self._over,)
-            if _GROWING in layer.lora_A:
-                b, a = layer.pair(_GROWING)
-                layer.start_pair(_GROWING, layer.off_beneath(_GROWING, a.detach()), b.detach())
+        lay_beneath(model, _GROWING, self._over)
 
     def save(self, model: Any, task: str) -> None:
         """Save what a model from `grow` has learnt as a new task.
@@ -233,13 +229,13 @@ class Tasks:
         from .tuner.state import write_export_state
 
         head, chosen = self._chosen(task, tasks)
-        joined = _joined(self._read(head), [self._read(name) for name in chosen])
-        tensors = _tensors_of(joined)
-        joined.lora_config().save_pretrained(str(folder))
+        whole = joined(self._read(head), [self._read(name) for name in chosen])
+        tensors = tensors_of(whole)
+        whole.lora_config().save_pretrained(str(folder))
         write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
-        assert joined.state is not None, "AROMA has saved it"
-        ranks = {name: entry["rank"] for name, entry in joined.state["modules"].items()}
-        write_export_state(folder, joined.state, read_json(folder / CONFIG_NAME), tensors, ranks)
+        assert whole.state is not None, "AROMA has saved it"
+        ranks = {name: entry["rank"] for name, entry in whole.state["modules"].items()}
+        write_export_state(folder, whole.state, read_json(folder / CONFIG_NAME), tensors, ranks)
 
     # The folder ------------------------------------------------------------------------------------------------------
 
@@ -303,7 +299,7 @@ def _lay(model: Any, task: str, adapter: AdapterWeights) -> None:
             raise ConfigError(f"task {task!r}: {name} is {shape} in the base model, and {update.shape} in the task")
     # Not the method of a subclass, which would give it a head.
     PeftModel.add_adapter(model, task, AromaConfig(target_modules=[*adapter.updates], inference_mode=True))
-    set_peft_model_state_dict(model, _tensors_of(replace(adapter, others={})), adapter_name=task)
+    set_peft_model_state_dict(model, tensors_of(replace(adapter, others={})), adapter_name=task)
     for layer in aroma_layers(model, task).values():
         layer.freeze(task)
 
@@ -321,7 +317,7 @@ def read_whole(folder: str | os.PathLike[str]) -> AdapterWeights:
         return read_adapter(path)
     tasks = Tasks(path.resolve().parent)
     names = [*tasks.over(path.resolve().name), path.resolve().name]
-    return _joined(read_adapter(path), [tasks._read(name) for name in names])
+    return joined(read_adapter(path), [tasks._read(name) for name in names])
 
 
 @contextmanager
@@ -333,18 +329,18 @@ def loadable(adapter: AdapterWeights) -> Iterator[Path]:
     from .files import write_tensors
 
     with tempfile.TemporaryDirectory() as scratch:
-        write_tensors(Path(scratch) / SAFETENSORS_WEIGHTS_NAME, _tensors_of(adapter))
+        write_tensors(Path(scratch) / SAFETENSORS_WEIGHTS_NAME, tensors_of(adapter))
         yield Path(scratch)
 
 
-def _tensors_of(adapter: AdapterWeights) -> dict[str, Tensor]:
-    """Return an adapter's tensors as its file has them: A (R, n), B (m, R) and others of any shape."""
+def tensors_of(adapter: AdapterWeights) -> dict[str, Tensor]:
+    """Return an adapter's tensors as its file has them, of any shapes."""
     from .tuner.layout import PEFT_PREFIX
 
     tensors = dict(adapter.others)
     for name, update in adapter.updates.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = update.A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = update.B
+        for side, tensor in zip("AB", update.form.write(update.B, update.A), strict=True):
+            tensors[f"{PEFT_PREFIX}{name}.{update.form.name(side)}"] = tensor
     return tensors
 
 
@@ -382,7 +378,7 @@ def is_task(folder: str | os.PathLike[str]) -> bool:
     return os.path.lexists(path.parent / TASKS_FILE) and bool(_read_index(path.parent).get(path.name))
 
 
-def _joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterWeights:
+def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterWeights:
     """Return one adapter whose updates are the sums of those of `adapters`, with head and state of `head`."""
     import torch
 
@@ -396,7 +392,7 @@ def _joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> Adapter
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.updates):
         own = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
         A = torch.cat([update.A for update in own])
-        updates[name] = Update(torch.cat([update.B for update in own], 1), A, float(len(A)))
+        updates[name] = Update(torch.cat([update.B for update in own], 1), A, float(len(A)), own[0].form)
     ranked = {name: {**entry, "rank": updates[name].rank if name in updates else 0} for name, entry in modules.items()}
     state = {**(head.state or {}), "modules": ranked}
     return AdapterWeights(head.folder, head.config, updates, head.others, state, {}, {})

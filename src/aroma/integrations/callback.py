@@ -1,4 +1,4 @@
-"""A growing adapter in the Hugging Face Trainer and TRL's SFTTrainer: one callback."""
+"""A growing adapter in the Hugging Face Trainer and TRL's trainers: one callback."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, check_resumed_folders
 from .rewarmup import Rewarmup, was_skipped
+from .sampling import Samples
 from .telling import score_of, scores_at, tell_of_run, with_score
 from .trackers import add_ranks, keep_totals, tell_trackers
 
@@ -70,7 +71,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             its training set is; see `aroma.hold_out`. They decide what stays after the trial, and from the second pass
             over the data on what is born. It may also be set after the Trainer was made, as for SFTTrainer:
             `callback.growth_dataset = trainer.eval_dataset`. Checkpoints do not hold it.
-        growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none.
+        growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none. It may
+            be set later, too: `callback.growth_loss = trainer.compute_loss` for TRL's DPO, KTO and reward trainers.
         report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
             evaluation after it: result, loss, births, ranks, evidence, settings. It may replace an earlier report, and
             no other file. Checkpoints do not hold it.
@@ -98,6 +100,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._steps_within_backward = False
         self._hooks: list[Any] = []
         self._was_over = False
+        self._samples: Samples | None = None
         self._records = CheckpointRecords()
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
@@ -162,9 +165,21 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def _settle_evidence(self, args: TrainingArguments, loader: Any) -> None:
         """Tell the controller which batches decide growth."""
         controller = self._running()
+        self._samples = Samples.of(args)
         if not controller.config.has_slots:
             if self.growth_dataset is not None:
                 raise bad_value("growth_dataset", "given", "only growth='evidence' reads it; leave it out")
+            return
+        if self._samples is not None:
+            if self.growth_dataset is not None:
+                raise bad_value(
+                    "growth_dataset",
+                    "given",
+                    "this trainer samples what it trains on, so every batch is new, and decides growth; leave it out",
+                )
+            share_new = self._samples.share_new(args.gradient_accumulation_steps)
+            controller.config.resolve_trial_steps(controller.total_steps, share_new)
+            controller.decide_by(None, None)
             return
         held_out = None
         if self.growth_dataset is not None:
@@ -180,6 +195,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     self.growth_loss,
                     controller.config.significance,
                 )
+                held_out.require_loss(controller.matrices.model)
         controller.decide_by(held_out, _steps_of_a_pass(loader, args.gradient_accumulation_steps))
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
@@ -267,6 +283,13 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if not isinstance(lr_scheduler, _METRIC_SCHEDULES):
             self._rewarmup.end(optimizer, lr_scheduler)
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count a micro-batch."""
+        if self._samples is not None:
+            self._samples.count()
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -280,12 +303,16 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
+        is_new = True
+        if self._samples is not None:
+            self._samples.count()
+            is_new = self._samples.end_step()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
         self._was_over = self._is_over(state, state.global_step - 1)
         if skipped:
             controller.skip_step()
         elif not self._was_over:
-            controller.step()
+            controller.step(is_new=is_new)
         if self._report is not None:
             self._report.note(controller, state)
         if controller.finished and self.early_stop:

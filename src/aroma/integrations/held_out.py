@@ -12,8 +12,10 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from .. import compat
 from ..algorithm.evidence import flips_to_birth
 from ..errors import bad_value
+from ..evaluation import evaluating
 from ..sharding import world_size
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -59,12 +61,27 @@ class HeldOutDataset:
 
     def loss(self, model: nn.Module, number: int) -> Tensor:
         """Return the scalar loss of this process's batch `number`; after the last batch comes another order."""
+        return _loss_of(self._loss, model, self._batch(number))
+
+    def require_loss(self, model: nn.Module) -> None:
+        """Find out now, not at the end of the trial, that `model` computes no loss of a batch without labels.
+
+        Raises:
+            ConfigError: It does not, and no loss was given.
+        """
+        batch = self._batch(0)
+        if self._loss is not model_loss or (isinstance(batch, Mapping) and any("label" in name for name in batch)):
+            return
+        with torch.no_grad(), evaluating(model):
+            _loss_of(self._loss, model, batch)
+
+    def _batch(self, number: int) -> Any:
         round_, place = divmod(number, self._batches)
         generator = torch.Generator().manual_seed(self._seed + round_)
         order = torch.randperm(len(self._dataset), generator=generator)
         start = (place * world_size() + self._rank) * self._batch_size
         rows = order[start : start + self._batch_size].tolist()
-        return _loss_of(self._loss, model, self._collate([self._dataset[row] for row in rows]))
+        return self._collate([self._dataset[row] for row in rows])
 
 
 class HeldOutBatches:
@@ -177,7 +194,8 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             "growth_loss",
             None,
             f"{type(model).__name__} returns no loss for a held-out batch; give growth_loss=, a function of the model "
-            "and a batch that returns the training loss",
+            "and a batch that returns the training loss (for TRL's trainers of preferences and rewards, "
+            "callback.growth_loss = trainer.compute_loss)",
         )
     return loss
 
@@ -279,4 +297,5 @@ def _feed(digest: Any, value: Any) -> None:
 def _loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
     # Weights that are offloaded are on the meta device, and their hooks bring inputs to where they compute.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    return loss(model, send_to_device(batch, device))
+    with compat.without_metrics(loss):
+        return loss(model, send_to_device(batch, device))

@@ -11,6 +11,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -74,6 +75,11 @@ class Partition:
     start: int
     shape: tuple[int, ...]
     transposed: bool = False
+
+    def flatten(self, start_dim: int) -> Partition:
+        """Return the range as one of a tensor whose dimensions from `start_dim` are one: entries keep their places."""
+        kept = self.shape[:start_dim]
+        return Partition(self.values, self.start, (*kept, math.prod(self.shape[start_dim:])), self.transposed)
 
     @property
     def T(self) -> Partition:

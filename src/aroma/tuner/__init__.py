@@ -4,9 +4,18 @@ from .. import compat
 from .config import AromaConfig
 from .layer import AromaLinear
 from .live import LiveAdapter, live_adapter
-from .model import AromaModel, aroma_layers, register
+from .model import AromaModel, aroma_layers, lay_beneath, refuse_merge_if_tied, register
 
 compat.require_names(compat.TUNER_NAMES)
 register()
 
-__all__ = ["AromaConfig", "AromaLinear", "AromaModel", "LiveAdapter", "aroma_layers", "live_adapter"]
+__all__ = [
+    "AromaConfig",
+    "AromaLinear",
+    "AromaModel",
+    "LiveAdapter",
+    "aroma_layers",
+    "lay_beneath",
+    "live_adapter",
+    "refuse_merge_if_tied",
+]

@@ -311,8 +311,12 @@ class AromaConfig(LoraConfig):
         else:
             self.resolve_inner_steps(total_steps)
 
-    def resolve_trial_steps(self, total_steps: int | None) -> int:
+    def resolve_trial_steps(self, total_steps: int | None, share_new: float = 1.0) -> int:
         """Return how many optimizer steps the trial takes of a run of `total_steps` planned ones.
+
+        Args:
+            total_steps: The planned steps.
+            share_new: Share of the steps that train on what was not trained on before; only those answer questions.
 
         Raises:
             ConfigError: The length is unknown, or too short for a trial and its questions.
@@ -324,7 +328,7 @@ class AromaConfig(LoraConfig):
                 "growth='evidence' begins with a trial, a share of the run; say how long the run is",
             )
         steps = max(round(self.trial_share * total_steps), 2 * FIRST_STEP)
-        least = steps + question_count(steps)
+        least = steps + math.ceil(question_count(steps) / share_new)
         if total_steps <= least:
             raise bad_value(
                 "total_steps",

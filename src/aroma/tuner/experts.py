@@ -30,6 +30,7 @@ from .. import compat
 from ..errors import ConfigError, bad_value
 from ..sharding import Slice, is_partitioned, is_sharded, sharded_slice
 from .fused import Probe
+from .kinds import Kind
 from .layer import AromaLinear
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ class ExpertMatrix(AromaLinear):
     def __init__(self, base_layer: ExpertWeight, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
         self.fan_in_fan_out = base_layer.is_transposed
+
+    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
+        assert isinstance(base_layer, ExpertWeight)
+        kind = Kind(base_layer)
+        kind.is_transposed = base_layer.is_transposed
+        return kind
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, ExpertWeight)

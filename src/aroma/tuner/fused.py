@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import Offsets, draw_offsets, keep_mask
+from .kinds import Kind
 
 
 class Probe(NamedTuple):
@@ -118,25 +119,29 @@ def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
     return node(x, *update.leaves, result, update, dtype)
 
 
-def answerable(x: Tensor, h: Tensor, update: Update) -> tuple[Tensor, Tensor]:
+def answerable(kind: Kind, x: Tensor, h: Tensor, update: Update) -> tuple[Tensor, Tensor]:
     """Return zeros through which a backward answers the probe of `update`, in operations of PyTorch alone.
 
     The pair itself is not read: ZeRO-3 holds it whole only while its modules are called.
 
     Args:
-        x: What pair and probe see of the inputs, (…, n).
-        h: a x, (…, r).
+        kind: What the layer is.
+        x: What pair and probe see of the inputs, (…, n) for a linear layer.
+        h: What the first factor of the pair made of it, (…, r).
         update: An update with a probe.
 
     Returns:
-        What is to be added to h, (…, r), and to the result, (…, m).
+        What is to be added to h, and to the result.
     """
     probe = update.probe
     assert probe is not None, "nothing is asked"
     x, h = x.detach(), h.detach()
-    u, v, gate, move_b, move_a = (_cast(tensor, x.dtype) for tensor in probe[:5])
-    asked = F.linear(F.linear(x, v), u) + F.linear(h * (gate * update.scale), move_b)
-    return F.linear(x, move_a) * gate, asked - asked.detach()
+    u, v, gate, move_b, move_a = (_cast(tensor, x.dtype if x.is_floating_point() else h.dtype) for tensor in probe[:5])
+    # Of every slot the move is s (Δb_k a_k + b_k Δa_k): one factor of it is the pair's, which the input has passed or
+    # will pass.
+    first, second = kind.ordered(move_b * gate, move_a * gate[:, None])
+    asked = kind.product(x, u, v) + kind.second(h, second * update.scale)
+    return kind.first(x, first), asked - asked.detach()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -12,7 +12,6 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .. import compat
@@ -20,6 +19,7 @@ from ..errors import ConfigError, NonFiniteError, bad_value
 from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Probe, Update, add_update, answerable, autocast_dtype, linear_with_update
+from .kinds import Kind, kind_of
 from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
 
 if TYPE_CHECKING:
@@ -31,14 +31,15 @@ _RANK_TOLERANCE = 1e-6
 
 
 class AromaLinear(LoraLinear):
-    """A Linear, Conv1D or bitsandbytes layer whose low-rank update grows.
+    """A layer that is linear in its weight, and whose low-rank update grows; see `kinds` for which ones.
 
     .. code-block:: text
 
         y = W0 x  +  B A x            finished components, frozen, scale folded into B    B (m, R), A (R, n)
                   +  s · b a drop(x)  the component in training, s = lora_alpha / r       b (m, r), a (r, n)
 
-    (section 3.1). W0 is never written. A frozen module has b = a = 0 and costs its finished components only.
+    (section 3.1). For a convolution x is every patch of the input, for an embedding it picks a row (`kinds`). W0 is
+    never written. A frozen module has b = a = 0 and costs its finished components only.
 
     `scaling` is what PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change temporarily; it scales the
     whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
@@ -55,6 +56,9 @@ class AromaLinear(LoraLinear):
     are zero, and the layer evaluates the leading ones up to the last in use.
 
     Attributes:
+        kind: How the layer uses its weight as the matrix W0.
+        in_features: n.
+        out_features: m.
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
         own_scaling: s of every adapter.
@@ -65,6 +69,8 @@ class AromaLinear(LoraLinear):
         stays_in_graph: See above.
     """
 
+    in_features: int
+    out_features: int
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
     other_param_names = (
         *LoraLinear.other_param_names,
@@ -73,6 +79,7 @@ class AromaLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
+        self.kind = self._kind_of(base_layer, kwargs.get("target_name", ""))
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
@@ -85,13 +92,20 @@ class AromaLinear(LoraLinear):
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
+    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
+        """Return the kind of the base layer of the module `name`."""
+        return kind_of(base_layer, name)
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
         """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter.
 
         Raises:
             ConfigError: More slots than the matrix has ranks.
         """
-        r, most = config.pair_rank, min(self.in_features, self.out_features)
+        # PEFT has read channels of a convolution, and rows and size of an embedding.
+        m, n = self.kind.shape(self.in_features, self.out_features)
+        self.out_features, self.in_features = m, n
+        r, most = config.pair_rank, min(m, n)
         if config.has_slots and r > most:
             raise bad_value(
                 "slots",
@@ -104,6 +118,9 @@ class AromaLinear(LoraLinear):
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=config.scale * r, config=config, **kwargs)
+        self.lora_B[adapter_name], self.lora_A[adapter_name] = self.kind.factors(
+            self.lora_B[adapter_name], self.lora_A[adapter_name]
+        )
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
         self.slots_in_use[adapter_name], self.empty_slots[adapter_name] = r, 0
 
@@ -243,8 +260,8 @@ class AromaLinear(LoraLinear):
         """
         base = self.get_base_layer()
         if is_sharded(base.weight):
-            part: Tensor | Partition = sharded_matrix(base.weight)
-            return part.T if self.fan_in_fan_out else part
+            part: Tensor | Partition = self.kind.matrix(sharded_matrix(base.weight))
+            return part
         weight: Tensor
         with align_module_device(base):
             if base.weight.is_meta:
@@ -255,7 +272,8 @@ class AromaLinear(LoraLinear):
             if self.is_quantised:
                 # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
                 weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
-        return weight.T if self.fan_in_fan_out else weight
+        matrix: Tensor = self.kind.matrix(weight)
+        return matrix
 
     @property
     def is_quantised(self) -> bool:
@@ -264,11 +282,23 @@ class AromaLinear(LoraLinear):
         return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ΔW = B A + s b a, computed in float32 or better; (m, n), or (n, m) for Conv1D."""
+        """Return ΔW = B A + s b a, computed in float32 or better, in the shape of the layer's weight."""
         B, A = self.components(adapter)
         precise = torch.promote_types(B.dtype, torch.float32)
-        delta = B.to(precise) @ A.to(precise)
-        return delta.T if self.fan_in_fan_out else delta
+        return self.kind.weight(B.to(precise) @ A.to(precise))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can convert the update.
+
+        Raises:
+            ConfigError: It would write tensors of wrong shapes.
+        """
+        if not self.kind.is_matmul:
+            raise ConfigError(
+                f"convert_to_lora: PEFT converts linear layers only, and a {type(self.get_base_layer()).__name__} has "
+                "grown; save the adapter, which is plain LoRA, or run aroma export --uniform for one rank"
+            )
+        return bool(super().supports_lora_conversion(adapter_name))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active and trainable, as PEFT does, except for frozen pairs."""
@@ -328,7 +358,7 @@ class AromaLinear(LoraLinear):
             )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map `x` (…, n) to (…, m); see the class for the equation.
+        """Map `x`, (…, n) for a linear layer, to (…, m); see the class for the equation.
 
         With `adapter_names`, one for each row of `x`, every row gets the update of its own adapter; `"__base__"` gets
         none.
@@ -345,13 +375,12 @@ class AromaLinear(LoraLinear):
         if not adapters:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        if is_traced(x) or not all(map(self._pair_is_plain, adapters)):
+        if not self.kind.is_matmul or is_traced(x) or not all(map(self._pair_is_plain, adapters)):
             return self._composed(x, adapters, *args, **kwargs)
         updates = [self._update(adapter_name) for adapter_name in adapters]
         if len(updates) == 1 and not args and not kwargs and self._can_replace_base(x, updates[0]):
             base = self.get_base_layer()
-            weight = base.weight.T if self.fan_in_fan_out else base.weight
-            return linear_with_update(x, weight, base.bias, updates[0])
+            return linear_with_update(x, self.kind.matrix(base.weight), base.bias, updates[0])
         flat = x.reshape(-1, x.shape[-1])
         result = self._writable_result(flat, x, *args, **kwargs)
         for update in updates:
@@ -373,14 +402,15 @@ class AromaLinear(LoraLinear):
 
     @torch.no_grad()
     def off_beneath(self, adapter_name: str, a: Tensor) -> Tensor:
-        """Return rows a (r, n) without their parts in the span of the rows that lie beneath an adapter."""
+        """Return rows a (r, n) turned off the span of the rows that lie beneath an adapter, as long as they were."""
         if not any(name in self.lora_A for name in self.beneath.get(adapter_name, ())):
             return a
         _, sizes, rows = torch.linalg.svd(self.components_beneath(adapter_name)[1].double(), full_matrices=False)
         basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
         precise = a.to(basis)
         off: Tensor = precise - precise @ basis.T @ basis
-        return off.to(a)
+        length, whole = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (off, precise))
+        return torch.where(length > _RANK_TOLERANCE * whole, off * (whole / length), 0.0).to(a)
 
     def _adds(self, adapter_name: str) -> bool:
         """Whether an adapter changes the base layer's result."""
@@ -465,19 +495,19 @@ class AromaLinear(LoraLinear):
 
     def _added(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """Return `result` (…, m) with the update of an adapter for `x` (…, n) added."""
-        update = self._update(adapter_name)
+        kind, update = self.kind, self._update(adapter_name)
         dtype = update.a.dtype
-        inputs = self._cast_input_dtype(x, dtype)
+        inputs = self._cast_input_dtype(x, dtype) if x.is_floating_point() else x
         if update.A.shape[0]:
-            A, B = update.A.to(dtype), update.B.to(dtype)
-            result = result + F.linear(F.linear(inputs, A), B).to(result.dtype)
+            result = result + kind.product(inputs, update.B.to(dtype), update.A.to(dtype)).to(result.dtype)
         if update.a.shape[0]:
-            dropped = self.lora_dropout[adapter_name](inputs)
-            h = self.lora_A[adapter_name](dropped)
+            first, second = kind.ordered(self.lora_B[adapter_name], self.lora_A[adapter_name])
+            dropped = self.lora_dropout[adapter_name](inputs) if kind.takes_dropout else inputs
+            h = first(dropped)
             if update.probe is not None:
-                within, asked = answerable(dropped, h, update)
+                within, asked = answerable(kind, dropped, h, update)
                 h, result = h + within, result + asked.to(result.dtype)
-            result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
+            result = result + (second(h) * update.scale).to(result.dtype)
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..files import tensors_digest
 from ..sharding import Factors
 from .experts import MATRICES, experts_of, pack, peft_stems, unpack
+from .forms import LINEAR, Form, is_component
 from .parts import join, parts_of, split
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class PlainAdapter:
     Args:
         ranks: Rank of every matrix that has tensors, by its name; of experts without padding.
         shapes: (m, n) of every growing matrix, also with rank 0.
+        forms: Form of every growing matrix.
         trained: Whether any component in training has moved from its start.
         digest: `components_digest` of the tensors.
         fan_in_fan_out: Whether a base layer stores its weight as (n, m).
@@ -50,13 +52,14 @@ class PlainAdapter:
 
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, int]]
+    forms: dict[str, Form]
     trained: bool
     digest: str
     fan_in_fan_out: bool
-    experts: dict[str, list[str]]
-    padded: dict[str, int]
-    parts: dict[str, int]
-    joined: dict[str, int]
+    experts: dict[str, list[str]] = field(default_factory=dict)
+    padded: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
+    joined: dict[str, int] = field(default_factory=dict)
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
@@ -95,61 +98,63 @@ def plain_tensors(
             trains may be sharded in it.
 
     Returns:
-        Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R) of every module
-        with R > 0, and what is known of them; of experts as PEFT names and packs them. If all have rank 0, one module
-        gets a zero component.
+        Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R), or what the form
+        of the layer has instead, of every module with R > 0, those of experts as PEFT packs them; and what is known of
+        them. If all have rank 0, one module gets a zero component.
     """
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
     experts, parts = experts_of(layers), parts_of(layers)
     of_experts = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
     packed = of_experts | {key for keys in parts.values() for key in keys}
-    updates: dict[str, Factors] = {}
-    for key, layer in layers.items():
-        B, A = updates[key] = _whole_update(key, layer, adapter_name, state_dict)
-        if A.shape[0]:
-            ranks[matrix_name(key)] = A.shape[0]
-        if A.shape[0] and key not in packed:
-            tensors[f"{key}.lora_A.{adapter_name}.weight"] = A
-            tensors[f"{key}.lora_B.{adapter_name}.weight"] = B
-    trained = any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers)
-    saved_experts = [module for module, parameters in experts.items() if _has_rank(parameters, updates)]
+    updates = {key: _whole_update(key, layer, adapter_name, state_dict) for key, layer in layers.items()}
+    ranks = {matrix_name(key): len(A) for key, (_, A) in updates.items() if len(A)}
+    # By what names begin with in the state dict: form and factors.
+    held = {
+        key: (layers[key].kind.form, *update)
+        for key, update in updates.items()
+        if len(update[1]) and key not in packed
+    }
     joined: dict[str, int] = {}
     for module, keys in parts.items():
         B, A = join([updates[key] for key in keys])
-        if A.shape[0]:
-            joined[_module_name(module)] = A.shape[0]
-            tensors[f"{module}.lora_A.{adapter_name}.weight"] = A
-            tensors[f"{module}.lora_B.{adapter_name}.weight"] = B
-    if not tensors and not saved_experts and experts:
-        saved_experts = [next(iter(experts))]
-    padded: dict[str, int] = {}
+        if len(A):
+            joined[_module_name(module)], held[module] = len(A), (LINEAR, B, A)
+    saved_experts = [module for module, parameters in experts.items() if _has_rank(parameters, updates)]
+    if not held and not saved_experts:
+        saved_experts = [*experts][:1]
+    stacked: dict[str, int] = {}
     for module in saved_experts:
         stems = peft_stems(module, [*experts[module]])
         for name, keys in experts[module].items():
             B, A = pack([updates[key] for key in keys])
-            padded[f"{_module_name(module)}.{name}"] = A.shape[0] // len(keys)
-            tensors[f"{stems[name]}.lora_A.{adapter_name}.weight"] = A
-            tensors[f"{stems[name]}.lora_B.{adapter_name}.weight"] = B
-    if not tensors:
+            stacked[f"{_module_name(module)}.{name}"], held[stems[name]] = len(A) // len(keys), (LINEAR, B, A)
+    if not held:
         # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
         key, layer = next(iter(layers.items()))
         module = next(iter(parts)) if key in packed else key
-        m = sum(layers[own].out_features for own in parts.get(module, [key]))
         (joined if key in packed else ranks)[_module_name(module)] = 1
-        pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
-        tensors[f"{module}.lora_A.{adapter_name}.weight"] = pair_a.new_zeros(1, layer.in_features)
-        tensors[f"{module}.lora_B.{adapter_name}.weight"] = pair_a.new_zeros(m, 1)
-    shapes = {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
-    saved = {name.replace(f".{adapter_name}.weight", ".weight"): tensor for name, tensor in tensors.items()}
+        m, like = sum(layers[own].out_features for own in parts.get(module, [key])), updates[key][1]
+        held[module] = (
+            LINEAR if key in packed else layer.kind.form,
+            like.new_zeros(m, 1),
+            like.new_zeros(1, like.shape[1]),
+        )
+    tensors, saved = (
+        {
+            f"{stem}.{form.name(side, name)}": tensor
+            for stem, (form, B, A) in held.items()
+            for side, tensor in zip("AB", form.write(B, A), strict=True)
+        }
+        for name in (adapter_name, None)
+    )
     return tensors, PlainAdapter(
         ranks,
-        shapes,
-        trained,
+        {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()},
+        {matrix_name(key): layer.kind.form for key, layer in layers.items()},
+        any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers),
         components_digest(saved),
         any(layer.fan_in_fan_out for key, layer in layers.items() if key not in of_experts),
         {_module_name(module): [*parameters] for module, parameters in experts.items()},
-        padded,
+        stacked,
         {_module_name(module): len(keys) for module, keys in parts.items()},
         joined,
     )
@@ -157,7 +162,7 @@ def plain_tensors(
 
 def _has_rank(parameters: Mapping[str, Iterable[str]], updates: Mapping[str, Factors]) -> bool:
     """Return whether a matrix of a module of experts, whose keys are given, has an update B (m, R), A (R, n)."""
-    return any(updates[key][1].shape[0] for keys in parameters.values() for key in keys)
+    return any(len(updates[key][1]) for keys in parameters.values() for key in keys)
 
 
 def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:
@@ -168,10 +173,39 @@ def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: M
     ]
 
 
+def padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B (m, R) and A (R, n) with components of zero up to `rank`: (m, rank) and (rank, n)."""
+    wide, tall = B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1])
+    wide[:, : B.shape[1]], tall[: A.shape[0]] = B, A
+    return wide, tall
+
+
+def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -> dict[str, Any]:
+    """Return the configuration of an adapter whose modules all have one rank, and the scale 1.
+
+    Args:
+        config: Its configuration with ranks of their own, as `adapter_config.json` has it.
+        names: The modules.
+        rank: The rank.
+    """
+    return {
+        **config,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "target_modules": sorted(names),
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
 def components_digest(saved: Mapping[str, Tensor]) -> str:
-    """Return a digest of the components, A (R, n) and B (m, R), in an adapter file; trained heads do not count."""
-    names = [name for name in saved if ".lora_A." in name or ".lora_B." in name]
-    return tensors_digest({_module_name(name): saved[name] for name in names})
+    """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
+    return tensors_digest({_module_name(name): saved[name] for name in saved if is_component(name)})
 
 
 def finished_tensors(
@@ -185,20 +219,18 @@ def finished_tensors(
     Args:
         layers: Growing layers by their name in the state dict.
         adapter_name: Adapter to load.
-        plain: Saved tensors A (R, n) and B (m, R) by their name in the file, with or without the `base_model.model.`
-            prefix.
+        plain: Saved tensors, A (R, n) and B (m, R) of linear layers, by their name in the file, with or without the
+            `base_model.model.` prefix.
+
+    Raises:
+        CheckpointError: The tensors of a module do not fit it.
     """
     entries: dict[str, Tensor] = {}
     packed = _experts_updates(layers, plain) | _parts_updates(layers, plain)
     for key, layer in layers.items():
-        A = _saved(plain, f"{key}.lora_A.weight")
-        B = _saved(plain, f"{key}.lora_B.weight")
-        if key in packed:
-            B, A = packed[key]
         b, a = layer.pair(adapter_name)
-        if A is None or B is None:
-            A, B = torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
-        elif not A.any() and not B.any():
+        B, A = packed[key] if key in packed else _saved_update(key, layer, plain)
+        if not A.any() and not B.any():
             A, B = A[:0], B[:, :0]  # the placeholder of an adapter whose ranks are all 0
         entries[f"{key}.lora_finished.{adapter_name}.A"] = A.to(a.dtype)
         entries[f"{key}.lora_finished.{adapter_name}.B"] = B.to(a.dtype)
@@ -269,6 +301,21 @@ def _whole_update(
 def matrix_name(key: str) -> str:
     """Return the name of a growing matrix for its key in a state dict."""
     return _module_name(key).replace(f".{MATRICES}.", ".")
+
+
+def _saved_update(key: str, layer: AromaLinear, plain: Mapping[str, Tensor]) -> Factors:
+    """Return B (m, R) and A (R, n) of one layer from saved tensors, any shape by name; R = 0 where there are none."""
+    form = layer.kind.form
+    A, B = (_saved(plain, f"{key}.{form.name(side)}") for side in "AB")
+    if A is None or B is None:
+        return torch.zeros(layer.out_features, 0), torch.zeros(0, layer.in_features)
+    factors = form.read(A, B)
+    if factors is None:
+        raise CheckpointError(
+            f"{_module_name(key)}: the saved components, A {tuple(A.shape)} and B {tuple(B.shape)}, are not those of "
+            f"this {type(layer.get_base_layer()).__name__}; load the adapter into the model that it was trained on"
+        )
+    return factors
 
 
 def _module_name(key: str) -> str:

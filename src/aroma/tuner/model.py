@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +14,6 @@ from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.utils import NoMatchingPeftModuleError
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
@@ -20,6 +22,7 @@ from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
 from .experts import MATRICES, inject_experts
+from .forms import is_component
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
@@ -27,7 +30,8 @@ from .live import LiveAdapter, live_adapter
 from .parts import AromaParts, parts_of, sizes_of
 from .state import warn_uncontrolled
 
-_QUANTISED_LINEAR = ("Linear8bitLt", "Linear4bit")
+REFERENCE = "ref"
+"""What TRL's trainers call the adapter that they keep as it was before the training."""
 
 
 class AromaModel(LoraModel):
@@ -42,7 +46,7 @@ class AromaModel(LoraModel):
         adapter_name: Name of the adapter.
 
     Raises:
-        ConfigError: A target that is neither Linear nor Conv1D nor a bitsandbytes layer.
+        ConfigError: A target of a kind that cannot grow.
     """
 
     tuner_layer_cls = AromaLinear
@@ -53,6 +57,9 @@ class AromaModel(LoraModel):
         Raises:
             ConfigError: No module matches `target_modules`, or one of them cannot grow.
         """
+        original = self._original_of_reference(adapter_name)
+        if original is not None:
+            self.peft_config[adapter_name] = replace(self.peft_config[adapter_name], inference_mode=True)
         wanted = self.peft_config[adapter_name].target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -71,6 +78,18 @@ class AromaModel(LoraModel):
                     "split_modules", wanted, "no module that grows is called so; name it in target_modules"
                 )
         self._bring_to_life(model, adapter_name)
+        if original is not None:
+            _copy_adapter(model, original, adapter_name)
+
+    def _original_of_reference(self, adapter_name: str) -> str | None:
+        """Return the adapter that a new one is to be a copy of, which does not grow; None for an adapter of its own.
+
+        TRL's trainers keep the adapter as it was before the training under another name, made of the same
+        configuration object, and copy its parameters. They know nothing of finished components.
+        """
+        config = self.peft_config[adapter_name]
+        others = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        return others[0] if others and adapter_name == REFERENCE else None
 
     def _bring_to_life(self, model: nn.Module, adapter_name: str) -> None:
         """Give the new layers of an adapter their live state and their first pair, b = 0 (m, r) and a (r, n)."""
@@ -103,19 +122,12 @@ class AromaModel(LoraModel):
                 kwargs.get("target_name", ""),
                 "an adapter has split it, and a second one cannot be added; add it to a model without the first",
             )
-        if isinstance(target, NonDynamicallyQuantizableLinear):
+        if lora_config.ensure_weight_tying and isinstance(target, nn.Embedding):
             raise bad_value(
-                "target_modules",
-                kwargs.get("target_name", ""),
-                "torch.nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it would not "
-                "learn; name it in exclude_modules",
-            )
-        if not (isinstance(target, nn.Linear | Conv1D) or type(target).__name__ in _QUANTISED_LINEAR):
-            raise bad_value(
-                "target_modules",
-                kwargs.get("target_name", ""),
-                f"it is a {type(target).__name__}; AROMA grows torch.nn.Linear, transformers Conv1D and bitsandbytes "
-                "4/8-bit linear layers. Leave it out of target_modules or name it in exclude_modules",
+                "ensure_weight_tying",
+                True,
+                f"{kwargs.get('target_name', '')} would share its components with the output layer, and then neither "
+                "could grow by itself; leave it out, or name the embedding in exclude_modules",
             )
         sizes = sizes_of(lora_config, kwargs.get("target_name", ""), target)
         is_conv1d = isinstance(target, Conv1D)
@@ -139,6 +151,9 @@ class AromaModel(LoraModel):
         # Before any of the other layers is merged.
         for layer in aroma_layers(self).values():
             layer.refuse_merge_if_quantised()
+        refuse_merge_if_tied(
+            self.model, {name: layer.get_base_layer() for name, layer in aroma_layers(self.model).items()}
+        )
         for adapter_name in self.peft_config:
             live = live_adapter(self, adapter_name)
             pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
@@ -154,7 +169,10 @@ class AromaModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Return the plain LoRA tensors: A (R, n) and B (m, R) of every module with R > 0; all ranks call this."""
+        """Return the plain LoRA tensors, A (R, n) and B (m, R) of a linear layer, of every module with R > 0.
+
+        All ranks call this.
+        """
         layers = _layers_by_key(model, adapter_name)
         _make_whole(model, state_dict)
         _complete(layers, adapter_name, state_dict)
@@ -165,13 +183,14 @@ class AromaModel(LoraModel):
         exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
         live.about = about_model(live.about, model, config.task_type)
         live.collected(config, plain, exported, layers.values(), adapter_name)
+        _hide_internals(layers, state_dict)
         return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AromaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the state-dict entries of a growing adapter for the plain LoRA tensors A (R, n) and B (m, R)."""
+        """Return the state-dict entries of a growing adapter for plain LoRA tensors, as `finished_tensors` has it."""
         layers = _layers_by_key(model, adapter_name)
         live = live_adapter(model, adapter_name)
         entries = finished_tensors(layers, adapter_name, state_dict)
@@ -190,7 +209,7 @@ class AromaModel(LoraModel):
         others = {
             key: shard_like(value, parameters.get(key, value))
             for key, value in state_dict.items()
-            if ".lora_A." not in key and ".lora_B." not in key
+            if not is_component(key)
         }
         return {**others, **entries}
 
@@ -224,6 +243,50 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         adapter_name: Only layers that have this adapter.
     """
     return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
+
+
+def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
+    """Raise if a merge would change a layer that has no adapter, because it shares its weight with one that has.
+
+    Args:
+        model: The model with its adapter.
+        adapted: The base layers of the adapter, by name.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    weights = (dict(module.named_parameters(recurse=False)).get("weight") for module in model.modules())
+    sharing = Counter(map(id, weights))
+    for name, base in adapted.items():
+        if sharing[id(base.weight)] > 1:
+            raise bad_value(
+                "target_modules",
+                name,
+                "another module has the same weight (as an output layer has that of the input embeddings), and "
+                "merging would change both; serve the adapter unmerged, or untie the weights of the base model "
+                "(tie_word_embeddings=False) before it is adapted",
+            )
+
+
+def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> None:
+    """Let adapters of a model be active whenever a new one is, which begins off the span of their components.
+
+    Args:
+        model: The model.
+        adapter_name: The new adapter; no controller has driven it yet.
+        beneath: The adapters that lie beneath it.
+    """
+    names, live = (*beneath,), live_adapter(model, adapter_name)
+    # All mostly have one seed. What the earlier ones have drawn from it lies in their span.
+    live.seed = (live.seed + len(names) * _SEEDS_APART) % 2**31
+    for layer in aroma_layers(model).values():
+        layer.beneath[adapter_name] = names
+    for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
+        _, a = layer.pair(adapter_name)
+        layer.start_pair(adapter_name, layer.off_beneath(adapter_name, _first_component(live, index, a).to(a)))
+
+
+_SEEDS_APART = 1_000_003
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:
@@ -276,16 +339,40 @@ def _complete(layers: dict[str, AromaLinear], adapter_name: str, state_dict: dic
             state_dict.setdefault(a, torch.zeros(layer.r[adapter_name], layer.in_features))
 
 
+def _hide_internals(layers: dict[str, AromaLinear], state_dict: dict[str, Tensor]) -> None:
+    """Drop, in place, all of the layers but their base layers; tensors of any shape by name.
+
+    PEFT next adds what it finds there of an embedding or an output layer that is a target (save_embedding_layers). It
+    looks through a copy of the state dict that is its own.
+    """
+    for name in [*state_dict]:
+        layer, mark, _ = name.rpartition(".lora_")
+        if mark and layer in layers:
+            del state_dict[name]
+
+
 def _base_name(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
     key = key.replace("_orig_mod.", "").replace(f".{MATRICES}.", ".")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
 
 
+def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
+    """Give the adapter `copy` the components of `original`; its pairs do not train."""
+    live = live_adapter(model, copy)
+    live.seed, live.ever_controlled = live_adapter(model, original).seed, live_adapter(model, original).ever_controlled
+    for layer in aroma_layers(model, copy).values():
+        finished = layer.finished(original)
+        layer.finished(copy).append(finished.B, finished.A)
+        b, a = layer.pair(original)
+        layer.start_pair(copy, a.detach(), b.detach())
+        layer.slots_in_use[copy] = layer.slots_in_use[original]
+
+
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
-    """Raise if a saved component, (R, n) or (m, R), belongs to no growing layer: PEFT would drop it silently."""
+    """Raise if a saved component, of any shape, belongs to no growing layer: PEFT would drop it silently."""
     known = {_base_name(key) for key in saved_stems(layers)}
-    saved = {_base_name(key).split(".lora_")[0] for key in state_dict if ".lora_A." in key or ".lora_B." in key}
+    saved = {_base_name(key).split(".lora_")[0] for key in state_dict if is_component(key)}
     strangers = sorted(saved - known)
     if strangers:
         raise bad_value(

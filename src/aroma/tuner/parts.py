@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import bad_value
 from ..sharding import is_partitioned, is_sharded, sharded_columns, sharded_rows
 from .experts import MATRICES
+from .kinds import Kind
 from .layer import AromaLinear
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ class PartMatrix(AromaLinear):
     def __init__(self, base_layer: PartWeight, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
         self.fan_in_fan_out = base_layer.is_transposed
+
+    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
+        assert isinstance(base_layer, PartWeight)
+        kind = Kind(base_layer)
+        kind.is_transposed = base_layer.is_transposed
+        return kind
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, PartWeight)

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, bad_value
 from ..files import file_digest, own_file, read_json, read_tensors, write_bytes, write_json
 from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
+from .forms import form_of_entry
 from .layout import PlainAdapter, components_digest
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ LARGEST_SIDE = 2**24
 """Rows, columns and ranks beyond it are no matrix's, so no memory is asked for on their account."""
 
 _MOST_PROCESSES = 2**16
+_MOST_DIMENSIONS = 4
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -71,7 +73,10 @@ def write_adapter_state(
     state: dict[str, Any] = {
         "format": STATE_FORMAT,
         "config": live.method(),
-        "modules": {name: {"shape": shape, "rank": plain.ranks.get(name, 0)} for name, shape in plain.shapes.items()},
+        "modules": {
+            name: {"shape": shape, "rank": plain.ranks.get(name, 0), **plain.forms[name].described()}
+            for name, shape in plain.shapes.items()
+        },
         **({"experts": plain.experts} if plain.experts else {}),
         **({"parts": plain.parts} if plain.parts else {}),
         "components": plain.digest,
@@ -204,7 +209,17 @@ def _is_module(entry: object) -> bool:
         return False
     shape = entry.get("shape")
     fits = isinstance(shape, list) and len(shape) == 2 and all(is_whole(size, 1, LARGEST_SIDE) for size in shape)
-    return fits and is_whole(entry.get("rank"), 0, LARGEST_SIDE)
+    return fits and is_whole(entry.get("rank"), 0, LARGEST_SIDE) and _has_form(entry)
+
+
+def _has_form(entry: dict[str, Any]) -> bool:
+    """Whether what a module's entry says of its form, if it says anything, goes with its shape."""
+    kernel, embedding = entry.get("kernel", []), entry.get("embedding", True)
+    is_read = isinstance(kernel, list) and all(is_whole(size, 1, LARGEST_SIDE) for size in kernel)
+    if not is_read or len(kernel) > _MOST_DIMENSIONS or embedding is not True:
+        return False
+    m, n = entry["shape"]
+    return form_of_entry(entry).fits((m, n))
 
 
 def _are_experts(experts: object, modules: object) -> bool:

@@ -1,0 +1,126 @@
+"""Several adapters combined into one of the rank that evidence defends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+
+from .algorithm.evidence import QUESTIONS, directions_to_keep
+from .errors import bad_value
+from .integrations.held_out import Loss, model_loss
+from .saved import AdapterWeights, Update
+from .slots import SlotMatrices
+from .tasks import joined, read_whole, tensors_of
+from .tuner import AromaConfig
+from .tuner.live import live_adapter
+
+if TYPE_CHECKING:
+    from .slots import SlotMatrix
+
+_NAME = "default"
+
+
+def combine(
+    base: nn.Module,
+    adapters: Sequence[str | os.PathLike[str]],
+    batches: Iterable[Any],
+    *,
+    weights: Sequence[float] | None = None,
+    significance: float = 0.05,
+    loss: Loss | None = None,
+) -> PeftModel:
+    """Add up adapters that were grown apart, and keep the directions of the sum that save loss on unseen examples.
+
+    It is what ends the trial of growth by evidence (docs/method.md): the sum of every matrix is split into its
+    singular directions, and batches are asked what each of them is worth, with all of them at half strength.
+    `save_adapter` saves the result as plain LoRA; it can also be grown further.
+
+    Args:
+        base: The base model of all adapters; its weights are frozen.
+        adapters: Folders of plain LoRA adapters. The head is that of the first.
+        batches: Batches of examples that none of them was trained on, what the model is called with; 8 at least, and
+            16 tell more.
+        weights: What each adapter is multiplied by; 1 by default.
+        significance: α, the chance that a matrix keeps a direction that it does not need.
+        loss: Loss of the model and a batch; by default what the model returns.
+
+    Returns:
+        The model with the combined adapter, `default`.
+
+    Raises:
+        ConfigError: No adapters, other numbers of weights, adapters of other base models, too few batches, or a sum
+            with more components than a matrix has ranks.
+        CheckpointError: An adapter is missing, damaged or edited.
+    """
+    if not adapters:
+        raise bad_value("adapters", [], "give two or more")
+    factors = [1.0] * len(adapters) if weights is None else [*weights]
+    if len(factors) != len(adapters):
+        raise bad_value("weights", factors, f"give one for each of the {len(adapters)} adapters")
+    read = [_scaled(read_whole(folder), factor) for folder, factor in zip(adapters, factors, strict=True)]
+    whole = joined(read[0], read)
+    model = _model_of(base, whole, significance)
+    live = live_adapter(model, _NAME)
+    live.ever_controlled = True  # what it is, evidence decides here
+    matrices = SlotMatrices(model, _NAME, live, torch.optim.SGD(_pairs(model), lr=0.0))
+    matrices.start()
+    for matrix in matrices.all():
+        _fill(matrix, whole.updates.get(matrix.name))
+    matrices.ask_for_credit()
+    for batch in batches:
+        matrices.weigh_held_out(lambda batch=batch: (loss or model_loss)(model, batch))  # type: ignore[misc]
+    credits = [one for one in matrices.take_credits() if not np.isinf(one).any()]
+    if len(credits) < QUESTIONS[0]:
+        remedy = f"so few decide nothing; give {QUESTIONS[0]} or more with finite losses"
+        raise bad_value("batches", len(credits), remedy)
+    matrices.keep(directions_to_keep(np.stack(credits), significance))
+    matrices.stop_asking()
+    return model
+
+
+def _scaled(adapter: AdapterWeights, factor: float) -> AdapterWeights:
+    updates = {name: replace(update, B=update.B * factor) for name, update in adapter.updates.items()}
+    return replace(adapter, updates=updates)
+
+
+def _model_of(base: nn.Module, whole: AdapterWeights, significance: float) -> Any:
+    """Return a model with as many slots a matrix as the largest sum has components, and the head of the adapter."""
+    config = AromaConfig(
+        growth="evidence",
+        slots=max(min(update.rank, *update.shape) for update in whole.updates.values()),
+        lora_alpha=1,
+        significance=significance,
+        target_modules=[*whole.updates],
+        modules_to_save=whole.config.get("modules_to_save"),
+        task_type=whole.config.get("task_type"),
+    )
+    model = get_peft_model(base, config)
+    set_peft_model_state_dict(model, tensors_of(replace(whole, updates={})))
+    return model
+
+
+def _pairs(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+
+
+@torch.no_grad()
+def _fill(matrix: SlotMatrix | Any, update: Update | None) -> None:
+    """Put the components of a sum into the slots of a matrix."""
+    if update is None:
+        return
+    b, a = (torch.zeros_like(one) for one in matrix.pair)
+    B, A = update.B, update.A
+    if update.rank > min(update.shape):  # more components than ranks: as many do the same
+        u, sizes, v = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
+        B, A = u * sizes, v
+    count = len(A)
+    b[:, :count], a[:count] = B.to(b), A.to(a)
+    matrix.layer.start_pair(_NAME, a, b)
+    matrix.occupy_first(count)

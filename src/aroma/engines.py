@@ -1,0 +1,116 @@
+"""A live adapter for engines that sample while it trains: plain LoRA tensors and a configuration, without files."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import bad_value
+from .sharding import gathered
+from .tuner import aroma_layers
+from .tuner.layout import PEFT_PREFIX, PlainAdapter, padded, uniform_config
+from .tuner.live import LiveAdapter, live_adapter
+from .tuner.state import is_whole
+
+
+class LoraTensors(NamedTuple):
+    """What a saved adapter has in its two files.
+
+    Args:
+        config: `adapter_config.json`, JSON-able.
+        tensors: `adapter_model.safetensors`: `base_model.model.NAME.lora_A.weight` (R, n), `….lora_B.weight` (m, R).
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@torch.no_grad()
+def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = "default") -> LoraTensors:
+    """Return an adapter as it is now as plain LoRA, for vLLM, verl or any engine that takes tensors.
+
+    The scale is folded into B, so that `lora_alpha == r`. All tensors are copies, on the devices of their layers. If
+    parameters are sharded, all ranks call this together.
+
+    Args:
+        model: The model; wrapped, sharded or neither.
+        rank: With a rank, every growing matrix is there, zero-padded to it: names and shapes never change while the
+            adapter grows, so vLLM's `max_lora_rank` need not. Set `max_components` in the configuration, so that no
+            matrix can outgrow it. None: every matrix with a rank above 0 has its own, as in a saved adapter.
+        adapter_name: Name of the adapter.
+
+    Raises:
+        ConfigError: The model has no such adapter; a matrix has a larger rank, or may get one; or the adapter trains
+            other modules, too, which no LoRA tensors hold.
+    """
+    live = live_adapter(model, adapter_name)
+    if live.config.modules_to_save:
+        raise bad_value(
+            "modules_to_save",
+            [*live.config.modules_to_save],
+            "they train, too, and no LoRA tensors hold them; leave them out of the adapter, or save it in files",
+        )
+    for name in ("target_parameters", "split_modules"):
+        if value := getattr(live.config, name):
+            raise bad_value(
+                name,
+                value,
+                "engines read LoRA tensors of whole modules; save the adapter in files, or merge it",
+            )
+    if rank is not None:
+        _require_lasting(live, rank)
+    layers = aroma_layers(model, adapter_name)
+    whole = iter(gathered([parameter for layer in layers.values() for parameter in layer.pair(adapter_name)]))
+    updates = {name: layer.components(adapter_name, (next(whole), next(whole))) for name, layer in layers.items()}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    ranks = {name: A.shape[0] for name, (_, A) in updates.items()}
+    if rank is None and not any(ranks.values()):
+        name = next(iter(ranks))  # an adapter without targets is none; a zero component is the same function
+        ranks[name], updates[name] = 1, padded(*updates[name], 1)
+    if rank is None:
+        updates = {name: update for name, update in updates.items() if ranks[name]}
+    else:
+        for name, found in ranks.items():
+            if found > rank:
+                raise bad_value("rank", rank, f"{name} has rank {found}; give at least that, and set max_components")
+        updates = {name: padded(*update, rank) for name, update in updates.items()}
+    plain = PlainAdapter(
+        {name: A.shape[0] for name, (_, A) in updates.items()},
+        shapes,
+        {name: layer.kind.form for name, layer in layers.items()},
+        trained=True,
+        digest="",
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+    )
+    config: dict[str, Any] = plain.lora_config(live.config).to_dict()
+    config |= {"peft_type": "LORA", "inference_mode": True}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+    if rank is not None:
+        config = uniform_config(config, layers, rank)
+    tensors = {}
+    for name, (B, A) in updates.items():
+        form = layers[name].kind.form
+        for side, tensor in zip("AB", form.write(B, A), strict=True):
+            tensors[f"{PEFT_PREFIX}{name}.{form.name(side)}"] = tensor.detach().clone()
+    return LoraTensors(config, tensors)
+
+
+def _require_lasting(live: LiveAdapter, rank: int) -> None:
+    """Refuse a rank that the adapter may outgrow: in the midst of a training that would be found out too late.
+
+    Raises:
+        ConfigError: Naming `rank` or `max_components`.
+    """
+    if not is_whole(rank, 1, 2**31):
+        raise bad_value("rank", rank, "give the rank that every matrix is padded to, 1 or more; try 16")
+    controller, config = live.controller, live.config
+    most = None if config.max_components is None else config.max_components * config.r
+    if controller is not None and not controller.finished and (most is None or most > rank):
+        raise bad_value(
+            "max_components",
+            config.max_components,
+            f"the adapter still grows, and may come to a rank above {rank}; set it to {max(rank // config.r, 1)} or "
+            "less in AromaConfig, or give a larger rank",
+        )

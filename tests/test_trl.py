@@ -1,0 +1,384 @@
+"""TRL's trainers of preferences, of rewards and by reinforcement: `peft_config=AromaConfig(...)` and the callback."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+import evidence_runs
+import trl_runs
+from aroma import AromaCallback, AromaConfig, aroma_layers, save_adapter, verify_adapter
+from aroma.errors import ConfigError
+from aroma.integrations.held_out import HeldOutDataset
+from aroma.integrations.sampling import Samples
+from models import logits, set_ranks
+from trainer_runs import assert_same, growth, live, steps_of
+from trl_runs import KINDS, METHODS, ONLINE, STEPS, base, examples, trainer_for
+
+INPUTS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+
+WITH_REFERENCE = [kind for kind in KINDS if kind != "reward"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:From optimizer step:UserWarning"),
+]
+
+
+def quick(*fast: str, kinds: Iterable[str] = KINDS) -> list[Any]:
+    """All kinds of trainer, those that are not named only in the slow tests."""
+    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in steps_of(trainer.state.log_history)]
+
+
+def comparable(trainer: Trainer) -> dict[str, Any]:
+    """What `live` has, without what TRL counts anew after a resume, and without times."""
+    found = live(trainer)
+    for entry in found["log"]:
+        entry.pop("num_tokens", None)
+        entry.pop("step_time", None)
+    return found
+
+
+def grown(folder: Path, growth: str = "paper") -> Any:
+    """A model whose saved adapter trains on: all that it learnt is in finished components."""
+    config = {"task_type": "CAUSAL_LM", **METHODS[growth]}
+    if not folder.exists():
+        first = get_peft_model(base("dpo"), AromaConfig(**config))
+        set_ranks(first, [2, 0, 1])
+        save_adapter(first, folder)
+    model = get_peft_model(base("dpo"), AromaConfig(**config))
+    model.load_adapter(str(folder), "default", is_trainable=True)
+    return model
+
+
+# Births, saving, resuming --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", quick("dpo", "grpo"))
+def test_it_grows_resumes_bit_for_bit_and_plain_peft_loads_it(tmp_path: Path, kind: str) -> None:
+    trainer = trainer_for(kind, tmp_path / "whole", AromaCallback())
+    trainer.train()
+    controller = growth(trainer).controller
+    assert controller.global_step == 16
+    ranks = controller.ranks()
+    assert set(ranks) == set(aroma_layers(trainer.model))
+    assert max(ranks.values()) > 1
+    assert steps_of(trainer.state.log_history)[-1]["total_rank"] == controller.total_rank
+
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in ("final", "whole/checkpoint-6", "whole/checkpoint-16"):
+        verify_adapter(tmp_path / folder)
+    loaded = PeftModel.from_pretrained(base(kind), str(tmp_path / "final"))
+    torch.testing.assert_close(logits(loaded, INPUTS), logits(trainer.model, INPUTS))
+    assert not torch.allclose(logits(loaded, INPUTS), logits(base(kind), INPUTS), atol=0.1)
+
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")
+    again = trainer_for(kind, tmp_path / "again", AromaCallback())
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-6"))
+    assert_same(comparable(again), comparable(trainer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS])
+@pytest.mark.parametrize("phase", ["questions", "after a birth"])
+def test_growth_by_evidence_resumes_bit_for_bit(tmp_path: Path, kind: str, phase: str) -> None:
+    """With the gradient checkpointing that TRL has by default."""
+    step = evidence_runs.PHASES[phase]
+
+    def trainer_in(name: str) -> Trainer:
+        return trainer_for(
+            kind, tmp_path / name, AromaCallback(), growth="evidence", save_steps=step, gradient_checkpointing=True
+        )
+
+    whole = trainer_in("whole")
+    whole.train()
+    rule = growth(whole).controller.rule
+    assert rule.births > 0
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    again = trainer_in("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / f"checkpoint-{step}"))
+    assert_same(comparable(again), comparable(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ONLINE])
+def test_held_out_examples_decide_by_the_loss_of_the_trainer(tmp_path: Path, kind: str) -> None:
+    callback = AromaCallback()
+    trainer = trainer_for(
+        kind, tmp_path, callback, growth="evidence", eval_dataset=examples(kind, 24, seed=5), save_strategy="no"
+    )
+    callback.growth_dataset, callback.growth_loss = trainer.eval_dataset, trainer.compute_loss
+    trainer.train()
+    assert callback.controller.global_step == STEPS["evidence"]
+    assert callback.controller.rule.phase == "rest"
+    assert callback.controller.rule.births > 0
+
+
+# The reference model -------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_the_base_model_however_the_adapter_has_grown(tmp_path: Path) -> None:
+    own = trainer_for("dpo", tmp_path / "own", AromaCallback(), max_steps=10, save_strategy="no")
+    own.train()
+    assert min(growth(own).controller.ranks().values()) > 1
+    other = trainer_for(
+        "dpo", tmp_path / "other", AromaCallback(), max_steps=10, save_strategy="no", ref_model=base("dpo")
+    )
+    other.train()
+    assert losses(own)[0] == pytest.approx(0.6931, abs=1e-4)  # log 2: both are the same model
+    assert losses(own)[-1] < 0.68
+    assert losses(own) == pytest.approx(losses(other), abs=1e-6)
+
+
+@pytest.mark.parametrize("growth_rule", ["paper", pytest.param("evidence", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", quick("dpo", kinds=WITH_REFERENCE))
+def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, kind: str, growth_rule: str) -> None:
+    start = grown(tmp_path / "start", growth_rule)
+    before = logits(start, INPUTS)
+    changes: dict[str, Any] = {"config": None, "growth": growth_rule, "save_steps": 6}
+    trainer = trainer_for(kind, tmp_path / "whole", AromaCallback(), model=start, **changes)
+    assert {*trainer.model.peft_config} == {"default", "ref"}
+    trainer.train()
+    model = trainer.model
+    controller = growth(trainer).controller
+    assert controller.adapter_name == "default"
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if ".ref." in name)
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert not held & {id(parameter) for name, parameter in model.named_parameters() if ".ref." in name}
+    after = logits(model, INPUTS)
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model, INPUTS), before, rtol=0, atol=0)
+    model.set_adapter("default")
+    assert not torch.allclose(after, before, atol=0.1)
+
+    step = 6 if growth_rule == "paper" else 36
+    folder = tmp_path / "again" / f"checkpoint-{step}"
+    shutil.copytree(tmp_path / "whole" / folder.name, folder)
+    verify_adapter(folder)
+    verify_adapter(folder / "ref")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base("dpo"), str(folder / "ref")), INPUTS), before)
+    again = trainer_for(
+        kind, tmp_path / "again", AromaCallback(), model=grown(tmp_path / "start", growth_rule), **changes
+    )
+    again.train(resume_from_checkpoint=str(folder))
+    assert_same(comparable(again), comparable(trainer))
+
+
+def test_an_adapter_of_its_own_is_no_copy(tmp_path: Path) -> None:
+    model = grown(tmp_path / "start")
+    model.add_adapter("second", model.peft_config["default"])
+    model.add_adapter("ref", AromaConfig(task_type="CAUSAL_LM"))
+    assert not model.peft_config["ref"].inference_mode
+    for name in ("second", "ref"):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model, INPUTS), logits(base("dpo"), INPUTS))
+
+
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+
+class Generating(TrainerCallback):
+    """Generates after every step, with a cache and without, as the trainer does: in training mode."""
+
+    def __init__(self) -> None:
+        self.ranks: list[int] = []
+        self.texts: set[tuple[int, ...]] = set()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        with torch.no_grad():
+            answers = [generated(model, use_cache) for use_cache in (True, False)]
+        torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+        self.ranks.append(sum(layer.rank("default") for layer in aroma_layers(model).values()))
+        assert all(module.training for module in aroma_layers(model).values())
+
+
+def generated(model: Any, use_cache: bool) -> Tensor:
+    """Logits (steps, batch, vocabulary) of a greedy answer."""
+    told = model.generate(
+        **INPUTS,
+        max_new_tokens=5,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        use_cache=use_cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert (told.past_key_values is not None) == use_cache
+    return torch.stack(told.logits)
+
+
+@pytest.mark.parametrize("growth_rule", ["paper", pytest.param("evidence", marks=pytest.mark.slow)])
+def test_it_generates_between_steps_with_a_cache(tmp_path: Path, growth_rule: str) -> None:
+    generating = Generating()
+    steps = {"max_steps": 10} if growth_rule == "paper" else {}
+    trainer = trainer_for(
+        "grpo", tmp_path / "seen", AromaCallback(), generating, growth=growth_rule, save_strategy="no", **steps
+    )
+    trainer.train()
+    assert len({*generating.ranks}) > 2
+    alone = trainer_for("grpo", tmp_path / "alone", AromaCallback(), growth=growth_rule, save_strategy="no", **steps)
+    alone.train()
+    assert_same(comparable(trainer), comparable(alone))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            generated(trainer.model, True), generated(trainer.model.merge_and_unload(), True), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("batches", "passes", "accumulated", "told"),
+    [
+        (1, 1, 1, [True]),
+        (2, 2, 1, [True, True, False, False]),
+        (2, 3, 2, [True, False, False]),
+        (1, 2, 2, [True]),  # twice in one step
+        (2, 2, 3, [True, False, False, False]),
+    ],
+)
+def test_samples_are_new_until_a_step_has_trained_on_them(
+    batches: int, passes: int, accumulated: int, told: list[bool]
+) -> None:
+    samples = Samples(batches, passes)
+    for is_new in told * 2:
+        for _ in range(accumulated):
+            samples.count()
+        assert samples.end_step() == is_new
+    assert samples.share_new(accumulated) == sum(told) / len(told)
+
+
+@pytest.mark.parametrize("passes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_grpo_asks_every_sample_once(tmp_path: Path, passes: int, recwarn: pytest.WarningsRecorder) -> None:
+    recorded: list[bool] = []
+
+    class Watching(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            matrices = growth(trainer).controller.matrices
+            absorb = matrices.absorb
+            matrices.absorb = lambda *, record: (recorded.append(record), absorb(record=record))
+
+    trainer = trainer_for(
+        "grpo",
+        tmp_path,
+        AromaCallback(),
+        Watching(),
+        growth="evidence",
+        num_iterations=passes,
+        save_strategy="no",
+        max_steps=16 + 8 * passes + 2,  # a trial, and eight questions
+    )
+    trainer.train()
+    assert recorded[:8] == ([True] * 8 if passes == 1 else [True, False] * 4)
+    assert growth(trainer).controller.rule.phase in ("growth", "rest")
+    assert not [warning for warning in recwarn if "learnt by heart" in str(warning.message)]
+
+
+def coin(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that says nothing of the completions."""
+    return torch.randint(2, (len(completion_ids),)).float().tolist()
+
+
+@pytest.mark.slow
+def test_evidence_grows_for_a_reward_and_not_for_a_coin(tmp_path: Path) -> None:
+    found = {}
+    for name, reward in (("coin", coin), ("reward", trl_runs.reward)):
+        trainer = trainer_for(
+            "grpo",
+            tmp_path / name,
+            AromaCallback(),
+            growth="evidence",
+            reward_funcs=reward,
+            method={"significance": 0.05, "duel_factor": 0.5},
+            per_device_train_batch_size=16,
+            save_strategy="no",
+        )
+        trainer.train()
+        found[name] = growth(trainer).controller.total_rank
+    assert found["coin"] <= 2  # one matrix in twenty, of 14
+    assert found["reward"] >= 4
+
+
+def test_without_any_reward_the_papers_rule_finishes_at_rank_0(tmp_path: Path) -> None:
+    trainer = trainer_for(
+        "grpo", tmp_path, AromaCallback(), reward_funcs=lambda completions, **_: [0.0] * len(completions), beta=0.0
+    )
+    trainer.train()
+    controller = growth(trainer).controller
+    assert controller.finished
+    assert (controller.total_rank, trainer.state.global_step) == (0, 4)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def test_examples_held_out_from_what_is_sampled_are_refused_before_any_step(tmp_path: Path) -> None:
+    callback = AromaCallback(growth_dataset=examples("grpo", 24, seed=5))
+    trainer = trainer_for("grpo", tmp_path, callback, growth="evidence")
+    with pytest.raises(ConfigError, match="growth_dataset='given': this trainer samples what it trains on"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_questions_that_samples_cannot_answer_in_time_are_refused_before_any_step(tmp_path: Path) -> None:
+    trainer = trainer_for("grpo", tmp_path, AromaCallback(), growth="evidence", num_iterations=3, max_steps=40)
+    with pytest.raises(ConfigError, match="total_steps=40: the trial and its questions take 40 optimizer steps"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_a_loss_that_the_model_does_not_compute_is_missed_before_any_step(tmp_path: Path, kind: str) -> None:
+    callback = AromaCallback()
+    trainer = trainer_for(kind, tmp_path, callback, growth="evidence", eval_dataset=examples(kind, 24, seed=5))
+    callback.growth_dataset = trainer.eval_dataset
+    with pytest.raises(ConfigError, match=r"growth_loss=None: .*callback\.growth_loss = trainer\.compute_loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_held_out_examples_leave_no_trace_in_the_metrics_of_the_trainer(tmp_path: Path) -> None:
+    trainer: Any = trainer_for("dpo", tmp_path, AromaCallback(), growth="evidence")
+    held_out = HeldOutDataset(trainer.train_dataset, 4, trainer.data_collator, 0, 0, trainer.compute_loss, 0.7)
+    trainer.model.eval()
+    value = held_out.loss(trainer.model, 0)
+    assert value.item() == pytest.approx(0.6931, abs=1e-4)
+    assert not trainer._metrics["eval"]
+    trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]]))
+    assert trainer._metrics["eval"]
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_does_what_it_says(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "reinforcement.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {
+        "preferences": examples("dpo", 280),
+        "prompts": examples("grpo"),
+        "dpo_args": trainer_for("dpo", tmp_path / "dpo", max_steps=30, config=None).args,
+        "grpo_args": trainer_for("grpo", tmp_path / "grpo", max_steps=30, config=None, beta=0.0).args,
+        "reward": trl_runs.reward,
+        "tokenizer": trl_runs.tokenizer(),
+        **{name: base("dpo") for name in ("base", "fresh_base", "another_base")},
+    }
+    for block in blocks:
+        exec(compile(block, "reinforcement.md", "exec"), names)
+        if "callback" in names:
+            assert names["callback"].controller.global_step == 30
+    assert {tensor.shape[tensor.shape.index(16)] for tensor in names["tensors"].values()} == {16}
