@@ -67,6 +67,8 @@ ACCEPTED: dict[str, set[str]] = {
     "inference_mode": SWITCH,
     "r": {"2"},
     "target_modules": {"None", *NAMES, "a bad expression among names"},  # names are compared as they stand
+    "split_modules": {"None", "{}", "mapping"},
+    "target_parameters": {"None", "names", "tuple", "set", "a bad expression among names"},
     "exclude_modules": {"None", "[]", *NAMES, "a bad expression among names"},
     "lora_alpha": {"2", "0.5", "2**63"},
     "lora_dropout": {"0", "0.5"},
@@ -164,6 +166,10 @@ def test_what_is_taken_never_fails_later(name: str, tmp_path: Path) -> None:
         config = AromaConfig(**{"target_modules": ["query", "value"], **WITH.get(name, {}), name: POOL[kind]})
         if (name, kind) in NOTHING_LEFT:
             with pytest.raises(ConfigError, match=r"^target_modules=.*no module of Bert"):
+                get_peft_model(base("bert"), config)
+            continue
+        if name == "target_parameters" and kind != "None":
+            with pytest.raises(ConfigError, match=r"^target_parameters=.*no such parameter"):
                 get_peft_model(base("bert"), config)
             continue
         model = get_peft_model(base("bert"), config)

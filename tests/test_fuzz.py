@@ -201,7 +201,7 @@ MENDS: dict[str, tuple[str, str, str, str, str, str, str]] = {
         TRACEBACK,
     ),
     "a limit of time for patterns": (
-        "aroma.saved._Patterns._matches",
+        "aroma.patterns.Patterns._matches",
         "regex.compile(pattern)",
         "__import__('corruptions').Unlimited(pattern)",
         "foreign",

@@ -26,6 +26,7 @@ from aroma import AromaConfig
 from aroma.cli import make_parser
 from aroma_lab.run.recipe import load_recipe
 from models import base, batch
+from routed import language_model
 from trainer_runs import examples, tiny_bert
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str,
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "usage.md", "reinforcement.md"}  # test_snippets.py, test_docs.py, test_trl.py
-    here = "index serving settings how files precision distributed tasks vision"
+    here = "index serving settings how files precision distributed tasks vision experts"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 
@@ -165,6 +166,22 @@ def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         shutil.copytree("adapters/topics", name)
     exec(blocks("python", "tasks.md")[-1], {**names, "fresh_base": tiny_bert()})
     assert aroma.verify_adapter("combined")
+
+
+def test_experts_and_parts() -> None:
+    first, second = blocks("python", "experts.md")
+    names: dict[str, Any] = {}
+    exec(compile(first, "experts.md", "exec"), names)
+    grown = aroma.aroma_layers(names["get_peft_model"](language_model("qwen3-moe"), names["config"]))
+    assert len(grown) == 2 * 2 * 4
+    exec(compile(second, "experts.md", "exec"), names)
+    grown = aroma.aroma_layers(get_peft_model(base("gpt2"), names["config"]))
+    assert [name.removeprefix("transformer.h.0.attn.") for name in grown][:4] == [
+        "c_attn.0",
+        "c_attn.1",
+        "c_attn.2",
+        "c_proj",
+    ]
 
 
 def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

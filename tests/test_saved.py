@@ -20,7 +20,8 @@ from aroma.checkpoint import verify_adapter
 from aroma.cli import main
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import export_uniform, load_with_adapter, rank_table
-from aroma.saved import read_adapter, read_config, require_simple_patterns
+from aroma.patterns import require_simple_patterns
+from aroma.saved import read_adapter, read_config
 from models import base, batch, logits, saved_base
 from test_export import edit_config, foreign, saved
 
@@ -253,7 +254,7 @@ def test_patterns_are_matched_as_peft_does(tmp_path: Path) -> None:
 def test_patterns_that_take_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, pattern: str, remedy: str
 ) -> None:
-    monkeypatch.setattr("aroma.saved._MATCHING_SECONDS", 0.1)
+    monkeypatch.setattr("aroma.patterns._MATCHING_SECONDS", 0.1)
     foreign(tmp_path, r=2)
     edit_config(tmp_path, **{field: {pattern: 2} if field.endswith("pattern") else pattern})
     begin = time.process_time()

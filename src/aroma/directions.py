@@ -107,7 +107,7 @@ class Directions:
         gu, gv, gate = torch.split(answers, [leaf.numel() for leaf in self._leaves])
         return gu.view(self.u.shape), gv.view(self.v.shape), gate.view(self.gate.shape)
 
-    def steepness(self, answers: Tensor) -> tuple[Tensor, Tensor]:
+    def steepness(self, answers: Tensor, *, of_reached: bool = False) -> tuple[Tensor, Tensor]:
         """Return −uᵀ G v of the directions, (L, P), and steepness of the moves, (L, S).
 
         NaN for matrices whose answers are not finite: in 16 bits a batch may overflow. Without directions, P = 0, no
@@ -115,11 +115,16 @@ class Directions:
 
         Args:
             answers: Of the shape of `self.answers`.
+            of_reached: Whether matrices without any gradient, as an expert without a token, have none: −∞ and NaN.
         """
-        gu, _, gate = self.parts(answers)
+        gu, gv, gate = self.parts(answers)
         is_known = (self._are_finite(answers) & bool(self.v.shape[1]))[:, None]
         z, own = -(self.u * gu).sum(1), -gate * self.per_norm
-        return z.where(is_known, torch.nan), own.where(is_known, torch.nan)
+        z, own = z.where(is_known, torch.nan), own.where(is_known, torch.nan)
+        if of_reached:
+            is_reached = (gu.flatten(1).any(1) | gv.flatten(1).any(1))[:, None]
+            z, own = z.where(is_reached, -torch.inf), own.where(is_reached, torch.nan)
+        return z, own
 
     def _are_finite(self, answers: Tensor) -> Tensor:
         """Return which matrices have finite answers, (L,), in `answers`, shaped (entries,)."""

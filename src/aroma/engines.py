@@ -52,6 +52,13 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
             [*live.config.modules_to_save],
             "they train, too, and no LoRA tensors hold them; leave them out of the adapter, or save it in files",
         )
+    for name in ("target_parameters", "split_modules"):
+        if value := getattr(live.config, name):
+            raise bad_value(
+                name,
+                value,
+                "engines read LoRA tensors of whole modules; save the adapter in files, or merge it",
+            )
     if rank is not None:
         _require_lasting(live, rank)
     layers = aroma_layers(model, adapter_name)

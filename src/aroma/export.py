@@ -138,6 +138,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         OutputError: `out` is not empty, or cannot be written.
     """
     adapter = read_whole(folder)
+    adapter.refuse_packed("export of one rank")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
     shapes, forms = adapter.shapes, adapter.forms
@@ -375,11 +376,7 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
     embeddings = {f"{PEFT_PREFIX}{name}" for name in base.state_dict()}
     saved = {
         *adapter.others,
-        *(
-            f"{PEFT_PREFIX}{name}.{update.form.name(side)}"
-            for name, update in adapter.updates.items()
-            for side in "AB"
-        ),
+        *(f"{PEFT_PREFIX}{name}" for name in adapter.tensor_names),
     }
     if surplus := sorted(saved - {*placed} - embeddings):
         raise does_not_fit(f"it has no place for {surplus[0]}")

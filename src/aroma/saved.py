@@ -11,29 +11,25 @@ import json
 import math
 import os
 import re
-import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import regex
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value, shown_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
+from .patterns import Patterns, wrong
+from .tuner.experts import peft_stems, unpack
 from .tuner.forms import LINEAR, Form, form_of_entry, form_of_tensor, is_component
 from .tuner.layout import PEFT_PREFIX
-from .tuner.state import LARGEST_SIDE, STATE_FILE, is_whole, read_state, require_files
-
-_MATCHING_SECONDS = 5.0
-"""What all patterns of an adapter may take together; of real ones they take milliseconds."""
-
-_LONGEST_PATTERN = 1000
+from .tuner.parts import split as split_parts
+from .tuner.state import LARGEST_SIDE, STATE_FILE, experts_counts, is_whole, read_state, require_files
 
 _MOVABLE = ("base_model_name_or_path", "revision")
 """Fields that a person changes when the base model has moved: the adapter stays what it is, so it is only told."""
@@ -41,7 +37,7 @@ _MOVABLE = ("base_model_name_or_path", "revision")
 _INFORMATIVE = ("peft_version", "inference_mode")
 """Fields that change nothing of what is computed."""
 
-_SETS = ("target_modules", "exclude_modules", "modules_to_save")
+_SETS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
 """Fields whose order says nothing; PEFT writes them from sets."""
 
 
@@ -73,15 +69,33 @@ class Update:
 
 
 @dataclass(frozen=True)
+class ExpertsTensors:
+    """The updates of all experts of one parameter, as the file holds them.
+
+    Args:
+        stem: What the names of its two tensors begin with in the file.
+        rank: The rank of all, padding included.
+        count: E, the number of experts.
+    """
+
+    stem: str
+    rank: int
+    count: int
+
+
+@dataclass(frozen=True)
 class AdapterWeights:
     """A plain LoRA adapter in memory.
 
     Args:
         folder: Where it was read.
         config: Content of `adapter_config.json`.
-        updates: The update of every adapted module by its name in the base model, in the order of layers.
+        updates: The update of every adapted matrix by its name in the base model, in the order of layers; those of
+            experts one by one, if their rank is above 0.
         others: Further tensors by their name in the file, such as trained heads (`modules_to_save`); any shape.
         state: Content of `aroma_state.json`; None for an adapter that AROMA did not save.
+        experts: How the file holds the updates of experts, by parameter.
+        parts: Rank of the whole update of every module whose parts grow.
     """
 
     folder: Path
@@ -89,6 +103,42 @@ class AdapterWeights:
     updates: dict[str, Update]
     others: dict[str, Tensor]
     state: dict[str, Any] | None
+    experts: dict[str, ExpertsTensors]
+    parts: dict[str, int]
+
+    @property
+    def modules(self) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of the update of every module; not of experts."""
+        packed = self.experts.keys() | self.parts.keys()
+        alone = {name: one for name, one in self.updates.items() if name.rpartition(".")[0] not in packed}
+        found = {name: (one.rank, one.alpha) for name, one in alone.items()}
+        return found | {name: (rank, float(rank)) for name, rank in self.parts.items()}
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of all tensors of components in the file, without PEFT's prefix."""
+        stems = {name: self.updates[name].form if name in self.updates else LINEAR for name in self.modules}
+        stems |= {one.stem: LINEAR for one in self.experts.values()}
+        return [f"{stem}.{form.name(side)}" for stem, form in stems.items() for side in "AB"]
+
+    def refuse_packed(self, what: str) -> None:
+        """Raise if the adapter has experts or parts of modules, for which there is no `what`.
+
+        Raises:
+            ConfigError: Naming the first.
+        """
+        if self.experts:
+            raise bad_value(
+                "target_parameters",
+                next(iter(self.experts)),
+                f"there is no {what} for experts of a 3-D parameter; use the adapter in PEFT, or export --merged",
+            )
+        if self.parts:
+            raise bad_value(
+                "split_modules",
+                next(iter(self.parts)),
+                f"there is no {what} for parts of a module; use the adapter in PEFT, or export --merged",
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -109,14 +159,16 @@ class AdapterWeights:
 
         PEFT is given it in place of the file's: it would match the patterns there without a limit.
         """
-        own = {f"^{re.escape(name)}": update for name, update in self.updates.items()}
-        rank = min(update.rank for update in self.updates.values())
+        ranks = dict(self.modules)
+        ranks |= {name: (one.rank, one.rank) for name, one in self.experts.items()}
+        r = min(rank for rank, _ in ranks.values())
         return LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            rank_pattern={key: update.rank for key, update in own.items()},
-            alpha_pattern={key: update.alpha for key, update in own.items()},
-            target_modules=list(self.updates),
+            r=r,
+            lora_alpha=r,
+            rank_pattern={f"^{re.escape(name)}": rank for name, (rank, _) in ranks.items()},
+            alpha_pattern={f"^{re.escape(name)}": alpha for name, (_, alpha) in ranks.items()},
+            target_modules=list(self.modules),
+            target_parameters=list(self.experts) or None,
             use_rslora=bool(self.config.get("use_rslora")),
             fan_in_fan_out=bool(self.config.get("fan_in_fan_out")),
             bias=self.config.get("bias", "none"),
@@ -146,13 +198,20 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     if state is not None:
         _require_saved_config(path / CONFIG_NAME, config, state.get("adapter_config"))
         require_files(path, state)
-    _require_plain(path / CONFIG_NAME, config)
+    counts = experts_counts(state) if state is not None else {}
+    # Only the state tells which tensors belong to which parameter.
+    _require_plain(path / CONFIG_NAME, {**config, "target_parameters": None} if counts else config)
     weights = own_file(path, SAFETENSORS_WEIGHTS_NAME)
-    updates, others = _split(weights, read_tensors(weights), config)
+    tensors = read_tensors(weights)
+    _require_numbers(weights, tensors)
+    experts, of_experts = _take_experts(weights, tensors, config, (state or {}).get("experts", {}), counts)
+    updates, others = _split(weights, tensors, config, may_be_empty=bool(experts))
+    parts = _take_parts(weights, updates, state) if state is not None else {}
+    updates = dict(sorted((updates | of_experts).items(), key=lambda item: _natural(item[0])))
     if state is not None:
         _require_modules(weights, updates, state["modules"])
         _require_no_scale(path / CONFIG_NAME, config, updates)
-    return AdapterWeights(path, config, updates, others, state)
+    return AdapterWeights(path, config, updates, others, state, experts, parts)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -171,7 +230,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         )
     for name in ("base_model_name_or_path", "revision", "task_type", "peft_type"):
         if not isinstance(config.get(name), str | None) or "\0" in (config.get(name) or ""):
-            raise _wrong(path, name, config[name], "give a name")
+            raise wrong(path, name, config[name], "give a name")
     return config
 
 
@@ -212,7 +271,7 @@ def _require_saved_config(path: Path, config: Mapping[str, Any], saved: Mapping[
                 stacklevel=4,
             )
         elif not (name == "task_type" and saved.get(name) is None):
-            raise _wrong(
+            raise wrong(
                 path,
                 name,
                 config.get(name),
@@ -272,7 +331,7 @@ def _require_plain(path: Path, config: Mapping[str, Any]) -> None:
         )
     unknown = [name for name in sorted({*config} - {*_defaults(), "runtime_config"}) if config[name]]
     if unknown:
-        raise _wrong(
+        raise wrong(
             path, unknown[0], config[unknown[0]], "this version of peft does not know it; upgrade peft, or remove it"
         )
     start = config.get("init_lora_weights", True)
@@ -298,7 +357,7 @@ def _require_plain(path: Path, config: Mapping[str, Any]) -> None:
     }
     for name, (fits, remedy) in expected.items():
         if not fits:
-            raise _wrong(path, name, config.get(name), f"{remedy}, or use another checkpoint")
+            raise wrong(path, name, config.get(name), f"{remedy}, or use another checkpoint")
 
 
 def _is_rank(value: object) -> bool:
@@ -319,108 +378,113 @@ def _is_names(value: object, or_text: bool = False) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _wrong(path: Path, field: str, value: object, remedy: str) -> AromaError:
-    return bad_value(f"{path}: {field}", value, remedy, CheckpointError)
-
-
-# Patterns ------------------------------------------------------------------------------------------------------------
-
-
-class _Patterns:
-    """Matches names of modules with the patterns of a file, which may be anything, within a limit of time."""
-
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self._path = path
-        self._config = config
-        self._end = time.monotonic() + _MATCHING_SECONDS
-
-    def value(self, field: str, module: str, otherwise: Any) -> Any:
-        """Return what a pattern field, rank_pattern or alpha_pattern, says of a module, as PEFT reads it."""
-        named, others = self._entries[field]
-        value, place = named.get(module, (otherwise, math.inf))
-        for earlier, key, found in others:
-            if earlier > place:
-                break
-            if self._matches(field, rf"(.*\.)?({key})$", module, key, whole=False):
-                return found
-        return value
-
-    @cached_property
-    def _entries(self) -> dict[str, tuple[dict[str, tuple[Any, float]], list[tuple[int, str, Any]]]]:
-        """Of each field the entries that name one module, as AROMA writes them, and all others; with their places."""
-        found = {}
-        for field in ("rank_pattern", "alpha_pattern"):
-            named: dict[str, tuple[Any, float]] = {}
-            others = []
-            for place, (key, value) in enumerate((self._config.get(field) or {}).items()):
-                name = re.sub(r"\\(.)", r"\1", key[1:])
-                if key == f"^{re.escape(name)}":
-                    named[name] = (value, place)
-                else:
-                    others.append((place, key, value))
-            found[field] = (named, others)
-        return found
-
-    def names(self, field: str, module: str) -> bool:
-        """Whether target_modules or exclude_modules names a module, as PEFT reads it."""
-        named = self._config.get(field)
-        if isinstance(named, str):
-            return named == "all-linear" or self._matches(field, named, module, named, whole=True)
-        return any(module == name or module.endswith(f".{name}") for name in named or ())
-
-    def _matches(self, field: str, pattern: str, module: str, shown: str, whole: bool) -> bool:
-        try:
-            if len(pattern) > _LONGEST_PATTERN:
-                raise ValueError(f"longer than {_LONGEST_PATTERN} characters")
-            compiled = regex.compile(pattern)
-            match = compiled.fullmatch if whole else compiled.match
-            return match(module, timeout=max(self._end - time.monotonic(), 1e-3)) is not None
-        except TimeoutError as error:
-            raise _wrong(
-                self._path, field, shown, "matching it takes too long; name the modules one by one"
-            ) from error
-        except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
-            raise _wrong(self._path, field, shown, f"no regular expression ({error}); name the modules") from error
-
-
-_SIMPLE = re.compile(r"[\w.\\^$-]*")
-
-
-def require_simple_patterns(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Raise unless all names of modules in a configuration are matched in no time, whatever they are matched with.
-
-    For adapters of other kinds, which PEFT reads.
-
-    Raises:
-        CheckpointError: Naming the field.
-    """
-    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
-        value = config.get(field) or []
-        for name in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else [None]:
-            if not (isinstance(name, str) and _SIMPLE.fullmatch(name)):
-                raise _wrong(
-                    Path(folder) / CONFIG_NAME,
-                    field,
-                    name,
-                    "matching it could take forever; name the modules one by one",
-                )
-
-
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
+def _take_experts(
+    path: Path,
+    tensors: dict[str, Tensor],
+    config: Mapping[str, Any],
+    modules: Mapping[str, list[str]],
+    counts: Mapping[str, int],
+) -> tuple[dict[str, ExpertsTensors], dict[str, Update]]:
+    """Take the tensors of experts, of any shape, out of `tensors`; return how they lie there, and their updates.
+
+    Args:
+        path: The file.
+        tensors: All its tensors.
+        config: The configuration beside it.
+        modules: Parameters that grow by module of experts, in the order in which PEFT wraps them.
+        counts: E by parameter.
+
+    Raises:
+        CheckpointError: A tensor is missing, or not as the configuration says.
+    """
+    own = path.parent / CONFIG_NAME
+    patterns = Patterns(own, config)
+    targets = config.get("target_parameters") or []
+    if not _is_names(targets):
+        raise wrong(own, "target_parameters", targets, "give names of parameters, or use another checkpoint")
+    stems = {
+        f"{module}.{name}": stem
+        for module, names in modules.items()
+        for name, stem in peft_stems(module, names).items()
+    }
+    for target in targets:
+        if target not in stems:
+            raise wrong(own, "target_parameters", target, f"{STATE_FILE} does not know it; one was edited")
+    found: dict[str, ExpertsTensors] = {}
+    updates: dict[str, Update] = {}
+    for name in targets:
+        stem, count = stems[name], counts[name]
+        A, B = (tensors.pop(f"{PEFT_PREFIX}{stem}.lora_{side}.weight", None) for side in "AB")
+        if (
+            A is None
+            or B is None
+            or A.ndim != 2
+            or B.ndim != 2
+            or len(A) != B.shape[1]
+            or not len(A)
+            or len(A) % count
+        ):
+            raise CheckpointError(
+                f"{path}: {stem} has no A and B of one rank for {count} experts; the file is damaged, use another "
+                "checkpoint"
+            )
+        rank = len(A) // count
+        for field, otherwise in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
+            said = patterns.value(field, name, otherwise)
+            if said != rank:
+                raise wrong(own, field, said, f"{path.name} has rank {rank} and no scale for {name}; one was edited")
+        found[name] = ExpertsTensors(stem, rank, count)
+        for index, (own_B, own_A) in enumerate(unpack(B.float(), A.float(), count)):
+            if len(own_A):
+                updates[f"{name}.{index}"] = Update(own_B, own_A, float(len(own_A)))
+    return found, updates
+
+
+def _take_parts(path: Path, updates: dict[str, Update], state: Mapping[str, Any]) -> dict[str, int]:
+    """Put the updates of parts in place of those of their modules, in `updates`; return the ranks of these.
+
+    Raises:
+        CheckpointError: An update is not one of such parts.
+    """
+    found: dict[str, int] = {}
+    for module, count in state.get("parts", {}).items():
+        if module not in updates:
+            continue
+        whole, sizes = (
+            updates.pop(module),
+            [state["modules"][f"{module}.{place}"]["shape"][0] for place in range(count)],
+        )
+        split = split_parts(whole.B, whole.A, sizes) if len(whole.B) == sum(sizes) else None
+        if split is None or whole.alpha != whole.rank:
+            raise CheckpointError(
+                f"{path}: {module} has no update of parts with {sizes} outputs; the file is damaged, use another "
+                "checkpoint"
+            )
+        found[module] = whole.rank
+        if not whole.A.any() and not whole.B.any():
+            continue  # the placeholder of an adapter whose ranks are all 0
+        for place, (B, A) in enumerate(split):
+            if len(A):
+                updates[f"{module}.{place}"] = Update(B, A, float(len(A)))
+    return found
+
+
 def _split(
-    path: Path, tensors: dict[str, Tensor], config: Mapping[str, Any]
+    path: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], *, may_be_empty: bool
 ) -> tuple[dict[str, Update], dict[str, Tensor]]:
-    """Return the updates in the order of layers, and all other tensors; any shapes, each checked.
+    """Return the updates of modules, and all other tensors; any shapes, each checked.
+
+    `may_be_empty` says whether there may be no update.
 
     Raises:
         CheckpointError: A tensor is missing, of a wrong kind, not finite, or not as the configuration says.
         ConfigError: A tensor belongs to another kind of adapter.
     """
-    _require_numbers(path, tensors)
     own = path.parent / CONFIG_NAME
-    patterns = _Patterns(own, config)
+    patterns = Patterns(own, config)
     others = dict(tensors)
     updates: dict[str, Update] = {}
     for key in tensors:
@@ -443,9 +507,9 @@ def _split(
         name = stem.removeprefix(PEFT_PREFIX)
         rank = patterns.value("rank_pattern", name, config.get("r", 8))
         if rank != A.shape[0]:
-            raise _wrong(own, "rank_pattern", rank, f"{path.name} has rank {A.shape[0]} for {name}; one was edited")
+            raise wrong(own, "rank_pattern", rank, f"{path.name} has rank {A.shape[0]} for {name}; one was edited")
         if not patterns.names("target_modules", name) or patterns.names("exclude_modules", name):
-            raise _wrong(
+            raise wrong(
                 own, "target_modules", config.get("target_modules"), f"{path.name} has {name}, too; one was edited"
             )
         alpha = float(patterns.value("alpha_pattern", name, config.get("lora_alpha", 8)))
@@ -453,14 +517,14 @@ def _split(
     stray = next((name for name in others if ".lora_" in name), None)
     if stray is not None:
         raise _stray(path, stray)
-    if not updates:
+    if not updates and not may_be_empty:
         raise CheckpointError(f"{path}: no lora_A and lora_B in it; not a LoRA adapter")
     _require_targets(own, config.get("target_modules"), updates)
     prefixed = all(name.startswith(PEFT_PREFIX) for name in tensors)
     if not prefixed and any(name.startswith(PEFT_PREFIX) for name in tensors):
         name = next(name for name in tensors if not name.startswith(PEFT_PREFIX))
         raise CheckpointError(f"{path}: {name} is named otherwise than the rest; use another checkpoint")
-    return dict(sorted(updates.items(), key=lambda item: _natural(item[0]))), others
+    return updates, others
 
 
 def _stray(path: Path, name: str) -> AromaError:
@@ -489,7 +553,7 @@ def _require_targets(path: Path, targets: list[str] | str | None, updates: Itera
         endings = {ending for name in updates for ending in _endings(name)}
         missing = next((target for target in targets if target not in endings), None)
         if missing is not None:
-            raise _wrong(path, "target_modules", missing, f"{SAFETENSORS_WEIGHTS_NAME} has no tensors of it")
+            raise wrong(path, "target_modules", missing, f"{SAFETENSORS_WEIGHTS_NAME} has no tensors of it")
 
 
 def _endings(name: str) -> Iterable[str]:
@@ -522,7 +586,7 @@ def _require_no_scale(path: Path, config: Mapping[str, Any], updates: Mapping[st
     """Raise if an update that AROMA saved has a scale: it folds all scales into B."""
     for name, update in updates.items():
         if update.alpha != update.rank or config.get("use_rslora"):
-            raise _wrong(
+            raise wrong(
                 path, "lora_alpha", update.alpha, f"{name} has rank {update.rank}, and no scale; put that back"
             )
 

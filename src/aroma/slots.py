@@ -376,7 +376,7 @@ class SlotMatrices(GrowingMatrices):
         most = max(group.v.shape[1] for group in self._groups)
         values = []
         for group, own in zip(self._groups, answers, strict=True):
-            unused, moves = group.steepness(own)
+            unused, moves = group.steepness(own, of_reached=self._strength == 1)
             missing = most - unused.shape[1]  # a small matrix has fewer unused directions
             values.append(torch.cat([nn.functional.pad(unused, (0, missing), value=-math.inf), moves], 1))
         self._readings.append((values, [*self._pending]))

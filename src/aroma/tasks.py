@@ -288,6 +288,7 @@ def _lay(model: Any, task: str, adapter: AdapterWeights) -> None:
 
     from .tuner import AromaConfig, aroma_layers
 
+    adapter.refuse_packed("folder of tasks")
     modules = dict(model.get_base_model().named_modules())
     for name, update in adapter.updates.items():
         matrix = modules.get(name)
@@ -385,6 +386,7 @@ def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterW
     updates, modules = {}, {}
     for adapter in adapters:
         assert adapter.state is not None, "AROMA has saved it"
+        adapter.refuse_packed("folder of tasks")
         modules.update(adapter.state["modules"])
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.updates):
         own = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
@@ -392,4 +394,4 @@ def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterW
         updates[name] = replace(own[0], B=torch.cat([update.B for update in own], 1), A=A, alpha=float(len(A)))
     ranked = {name: {**entry, "rank": updates[name].rank if name in updates else 0} for name, entry in modules.items()}
     state = {**(head.state or {}), "modules": ranked}
-    return AdapterWeights(head.folder, head.config, updates, head.others, state)
+    return AdapterWeights(head.folder, head.config, updates, head.others, state, {}, {})

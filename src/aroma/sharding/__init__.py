@@ -1,6 +1,6 @@
 """Several processes, behind one protocol: replicas (DDP), FSDP2 and DeepSpeed's ZeRO."""
 
-from .fsdp2 import sharding_modules
+from .fsdp2 import Slice, sharded_columns, sharded_rows, sharded_slice, sharding_modules
 from .processes import (
     agree,
     is_distributed,
@@ -42,6 +42,7 @@ __all__ = [
     "OptimizerState",
     "Partition",
     "Sharding",
+    "Slice",
     "StepHooks",
     "agree",
     "gathered",
@@ -58,7 +59,10 @@ __all__ = [
     "refuse_together",
     "require_equal_replicas",
     "shard_like",
+    "sharded_columns",
     "sharded_matrix",
+    "sharded_rows",
+    "sharded_slice",
     "sharding_facts",
     "sharding_modules",
     "sharding_of",

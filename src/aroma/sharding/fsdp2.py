@@ -6,6 +6,7 @@ Pairs are small, so checks gather them, all of them in one collective. Base weig
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,28 @@ from .replicas import Entries, Measure, Reduction, Replicas
 
 _ALIGNMENT = 16
 """A tensor of any dtype may begin at a multiple of this many bytes."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What this rank holds of one matrix (m, n) that is a part of a parameter: some rows, or none.
+
+    Attributes:
+        values: The rows, (own rows, n).
+        start: Number of the first.
+        transposed: Whether the matrix that is meant is the transpose.
+        reduction: Over which processes a measure of it is summed.
+    """
+
+    values: Tensor
+    start: int
+    transposed: bool
+    reduction: Reduction
+
+    @property
+    def T(self) -> Slice:
+        """The transpose."""
+        return Slice(self.values, self.start, not self.transposed, self.reduction)
 
 
 class Fsdp2(Replicas):
@@ -79,6 +102,11 @@ class Fsdp2(Replicas):
         Returns:
             A scalar tensor, and over which processes it is to be summed.
         """
+        if isinstance(W, Slice):
+            own = slice(W.start, W.start + len(W.values))
+            if W.transposed:
+                return measure(W.values.T, B, A[:, own]), W.reduction
+            return measure(W.values, B[own], A), W.reduction
         if not isinstance(W, DTensor):
             return measure(W, B, A), None
         own = _own_slice(W)
@@ -139,6 +167,31 @@ class Fsdp2(Replicas):
             return None
         own = _own_slice(value)
         return Entries(self.own_entries(value), tuple(value.shape), lambda whole: whole[own])
+
+
+def sharded_slice(stack: Any, index: int) -> Slice:
+    """Return what this rank holds of one matrix of a DTensor (E, m, n)."""
+    own, values = _own_slice(stack), stack.to_local().detach()
+    held = values[index - own.start] if own.start <= index < own.stop else values.new_empty(0, stack.shape[2])
+    return Slice(held, 0, False, _reduction(stack))
+
+
+def sharded_rows(weight: Any, start: int, stop: int) -> Slice:
+    """Return what this rank holds of the rows `start` to `stop` of a DTensor (m, n)."""
+    own, values = _own_slice(weight), weight.to_local().detach()
+    first, last = max(start, own.start), min(stop, own.stop)
+    held = values[first - own.start : last - own.start] if first < last else values[:0]
+    return Slice(held, max(first - start, 0), False, _reduction(weight))
+
+
+def sharded_columns(weight: Any, start: int, stop: int) -> Slice:
+    """Return what this rank holds of the columns `start` to `stop` of a DTensor (m, n)."""
+    return Slice(weight.to_local().detach()[:, start:stop], _own_slice(weight).start, False, _reduction(weight))
+
+
+def _reduction(tensor: Any) -> Reduction:
+    mesh = tensor.device_mesh
+    return torch.device(mesh.device_type), mesh.get_group()
 
 
 def sharding_modules(model: nn.Module) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import bad_value
-from .fsdp2 import Fsdp2, sharding_modules
+from .fsdp2 import Fsdp2, Slice, sharding_modules
 from .processes import is_engine, is_zero, unwrapped_optimizer
 from .replicas import Factors, Measure, OptimizerState, Reduction, Replicas
 from .zero import Partition, Zero, is_flattened, is_partitioned
@@ -135,12 +135,12 @@ ZERO: Sharding = Zero()
 
 
 def sharding_of(tensor: Any, optimizer: Any = None) -> Sharding:
-    """Return how a tensor (any shape) or `Partition` is held, as `optimizer` has it where one is given."""
+    """Return how a tensor (any shape), `Partition` or `Slice` is held, as `optimizer` has it where one is given."""
     if isinstance(tensor, Partition) or is_partitioned(tensor) or is_flattened(tensor):
         return ZERO
     if optimizer is not None and is_zero(unwrapped_optimizer(optimizer)):
         return ZERO
-    return FSDP2 if isinstance(tensor, DTensor) else REPLICAS
+    return FSDP2 if isinstance(tensor, DTensor | Slice) else REPLICAS
 
 
 def sharding_of_model(model: nn.Module, optimizer: Any = None) -> Sharding:

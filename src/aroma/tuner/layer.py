@@ -19,7 +19,7 @@ from ..errors import ConfigError, NonFiniteError, bad_value
 from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Probe, Update, add_update, answerable, autocast_dtype, linear_with_update
-from .kinds import kind_of
+from .kinds import Kind, kind_of
 from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class AromaLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
-        self.kind = kind_of(base_layer, kwargs.get("target_name", ""))
+        self.kind = self._kind_of(base_layer, kwargs.get("target_name", ""))
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
@@ -91,6 +91,10 @@ class AromaLinear(LoraLinear):
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
+        """Return the kind of the base layer of the module `name`."""
+        return kind_of(base_layer, name)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
         """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter.
@@ -334,8 +338,12 @@ class AromaLinear(LoraLinear):
                     f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight. Nothing was merged into "
                     "this layer; use an earlier checkpoint"
                 )
-            base.weight.data = merged
+            self._replace_base_weight(merged)
             self.merged_adapters.append(adapter_name)
+
+    def _replace_base_weight(self, merged: Tensor) -> None:
+        """Let the base layer have the weight `merged`, of the shape that it has."""
+        self.get_base_layer().weight.data = merged
 
     def refuse_merge_if_quantised(self) -> None:
         """Raise if `merge` cannot merge in place.

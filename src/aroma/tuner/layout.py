@@ -3,13 +3,16 @@
 Ranks differ between modules, so the plain form names every module with a rank above 0 as a target and gives its rank.
 The scale is folded into B, so alpha equals the rank everywhere, and an engine that reads only `r` and `lora_alpha`
 scales by 1.
+
+The matrices of experts have one rank for each parameter in PEFT: the largest, the others are padded with zeros. A
+module of experts is left out where all its ranks are 0. Parts of a fused weight are joined to one update.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +22,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import tensors_digest
 from ..sharding import Factors
-from .forms import Form, is_component
+from .experts import MATRICES, experts_of, pack, peft_stems, unpack
+from .forms import LINEAR, Form, is_component
+from .parts import join, parts_of, split
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -33,12 +38,16 @@ class PlainAdapter:
     """What the files beside an adapter's collected tensors need to know of them.
 
     Args:
-        ranks: Rank of every module that has tensors, by module name.
-        shapes: (m, n) of every growing module, also with rank 0.
-        forms: Form of every growing module.
+        ranks: Rank of every matrix that has tensors, by its name; of experts without padding.
+        shapes: (m, n) of every growing matrix, also with rank 0.
+        forms: Form of every growing matrix.
         trained: Whether any component in training has moved from its start.
         digest: `components_digest` of the tensors.
         fan_in_fan_out: Whether a base layer stores its weight as (n, m).
+        experts: Parameters that grow, by module of experts, in the order in which PEFT wraps them.
+        padded: Rank of every parameter of experts that has tensors, by its name.
+        parts: Number of the parts that grow, by module.
+        joined: Rank of every module with parts that has tensors, by its name.
     """
 
     ranks: dict[str, int]
@@ -47,16 +56,25 @@ class PlainAdapter:
     trained: bool
     digest: str
     fan_in_fan_out: bool
+    experts: dict[str, list[str]] = field(default_factory=dict)
+    padded: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
+    joined: dict[str, int] = field(default_factory=dict)
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
-        r = min(self.ranks.values())
-        patterns = {f"^{re.escape(name)}": rank for name, rank in self.ranks.items() if rank != r}
+        packed = {f"{module}.{name}" for module, names in self.experts.items() for name in names} | {*self.parts}
+        modules = {name: rank for name, rank in self.ranks.items() if name.rpartition(".")[0] not in packed}
+        modules |= self.joined
+        ranks = modules | self.padded
+        r = min(ranks.values())
+        patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
         return LoraConfig(
             r=r,
             lora_alpha=r,
             lora_dropout=config.lora_dropout,
-            target_modules=sorted(self.ranks),
+            target_modules=sorted(modules),
+            target_parameters=sorted(self.padded) or None,
             rank_pattern=dict(patterns),
             alpha_pattern=dict(patterns),
             fan_in_fan_out=self.fan_in_fan_out,
@@ -81,33 +99,64 @@ def plain_tensors(
 
     Returns:
         Tensors `<layer>.lora_A.<adapter>.weight` (R, n) and `<layer>.lora_B.<adapter>.weight` (m, R), or what the form
-        of the layer has instead, of every module with R > 0, and what is known of them. If all have rank 0, one module
-        gets a zero component.
+        of the layer has instead, of every module with R > 0, those of experts as PEFT packs them; and what is known of
+        them. If all have rank 0, one module gets a zero component.
     """
-    updates: dict[str, Factors] = {}
-    ranks: dict[str, int] = {}
-    for key, layer in layers.items():
-        B, A = _whole_update(key, layer, adapter_name, state_dict)
-        if A.shape[0]:
-            ranks[_module_name(key)] = A.shape[0]
-            updates[key] = B, A
-    trained = any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers)
-    if not ranks:
+    experts, parts = experts_of(layers), parts_of(layers)
+    of_experts = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
+    packed = of_experts | {key for keys in parts.values() for key in keys}
+    updates = {key: _whole_update(key, layer, adapter_name, state_dict) for key, layer in layers.items()}
+    ranks = {matrix_name(key): len(A) for key, (_, A) in updates.items() if len(A)}
+    # By what names begin with in the state dict: form and factors.
+    held = {
+        key: (layers[key].kind.form, *update)
+        for key, update in updates.items()
+        if len(update[1]) and key not in packed
+    }
+    joined: dict[str, int] = {}
+    for module, keys in parts.items():
+        B, A = join([updates[key] for key in keys])
+        if len(A):
+            joined[_module_name(module)], held[module] = len(A), (LINEAR, B, A)
+    saved_experts = [module for module, parameters in experts.items() if _has_rank(parameters, updates)]
+    if not held and not saved_experts:
+        saved_experts = [*experts][:1]
+    stacked: dict[str, int] = {}
+    for module in saved_experts:
+        stems = peft_stems(module, [*experts[module]])
+        for name, keys in experts[module].items():
+            B, A = pack([updates[key] for key in keys])
+            stacked[f"{_module_name(module)}.{name}"], held[stems[name]] = len(A) // len(keys), (LINEAR, B, A)
+    if not held:
         # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
         key, layer = next(iter(layers.items()))
-        pair_a = state_dict[f"{key}.lora_A.{adapter_name}.weight"]
-        ranks[_module_name(key)] = 1
-        updates[key] = pair_a.new_zeros(layer.out_features, 1), pair_a.new_zeros(1, layer.in_features)
+        module = next(iter(parts)) if key in packed else key
+        (joined if key in packed else ranks)[_module_name(module)] = 1
+        m, like = sum(layers[own].out_features for own in parts.get(module, [key])), updates[key][1]
+        form = LINEAR if key in packed else layer.kind.form
+        held[module] = form, like.new_zeros(m, 1), like.new_zeros(1, like.shape[1])
     tensors: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
-    for key, (B, A) in updates.items():
-        form = layers[key].kind.form
-        tensors |= form.tensors(key, B, A, adapter_name)
-        saved |= form.tensors(key, B, A)
-    shapes = {_module_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()}
-    forms = {_module_name(key): layer.kind.form for key, layer in layers.items()}
-    transposed = any(layer.fan_in_fan_out for layer in layers.values())
-    return tensors, PlainAdapter(ranks, shapes, forms, trained, components_digest(saved), transposed)
+    for stem, (form, B, A) in held.items():
+        tensors |= form.tensors(stem, B, A, adapter_name)
+        saved |= form.tensors(stem, B, A)
+    return tensors, PlainAdapter(
+        ranks,
+        {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()},
+        {matrix_name(key): layer.kind.form for key, layer in layers.items()},
+        any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers),
+        components_digest(saved),
+        any(layer.fan_in_fan_out for key, layer in layers.items() if key not in of_experts),
+        {_module_name(module): [*parameters] for module, parameters in experts.items()},
+        stacked,
+        {_module_name(module): len(keys) for module, keys in parts.items()},
+        joined,
+    )
+
+
+def _has_rank(parameters: Mapping[str, Iterable[str]], updates: Mapping[str, Factors]) -> bool:
+    """Return whether a matrix of a module of experts, whose keys are given, has an update B (m, R), A (R, n)."""
+    return any(len(updates[key][1]) for keys in parameters.values() for key in keys)
 
 
 def pairs_of(layers: Mapping[str, AromaLinear], adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Factors]:
@@ -171,9 +220,10 @@ def finished_tensors(
         CheckpointError: The tensors of a module do not fit it.
     """
     entries: dict[str, Tensor] = {}
+    packed = _experts_updates(layers, plain) | _parts_updates(layers, plain)
     for key, layer in layers.items():
         b, a = layer.pair(adapter_name)
-        B, A = _saved_update(key, layer, plain)
+        B, A = packed[key] if key in packed else _saved_update(key, layer, plain)
         if not A.any() and not B.any():
             A, B = A[:0], B[:, :0]  # the placeholder of an adapter whose ranks are all 0
         entries[f"{key}.lora_finished.{adapter_name}.A"] = A.to(a.dtype)
@@ -181,6 +231,51 @@ def finished_tensors(
         entries[f"{key}.lora_A.{adapter_name}.weight"] = a.detach()
         entries[f"{key}.lora_B.{adapter_name}.weight"] = torch.zeros_like(b)
     return entries
+
+
+def _experts_updates(layers: Mapping[str, AromaLinear], plain: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return the updates B_e (m, R_e), A_e (R_e, n) of experts' matrices in the plain tensors, by their keys."""
+    found: dict[str, Factors] = {}
+    for module, parameters in experts_of(layers).items():
+        for name, stem in peft_stems(module, [*parameters]).items():
+            A, B = _saved(plain, f"{stem}.lora_A.weight"), _saved(plain, f"{stem}.lora_B.weight")
+            if A is None or B is None:
+                continue
+            keys = parameters[name]
+            m, n = layers[keys[0]].out_features, layers[keys[0]].in_features
+            if A.shape != (len(A), n) or B.shape != (m, len(A)) or len(A) % len(keys):
+                raise CheckpointError(
+                    f"{_module_name(module)}.{name}: components B {tuple(B.shape)}, A {tuple(A.shape)} do not fit "
+                    f"{len(keys)} experts with {m} outputs and {n} inputs; make the adapter with the "
+                    "target_parameters of the saved one"
+                )
+            found.update(zip(keys, unpack(B, A, len(keys)), strict=True))
+    return found
+
+
+def _parts_updates(layers: Mapping[str, AromaLinear], plain: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return the updates B_p (m_p, R_p), A_p (R_p, n) of parts of modules in the plain tensors, by their keys."""
+    found: dict[str, Factors] = {}
+    for module, keys in parts_of(layers).items():
+        A, B = _saved(plain, f"{module}.lora_A.weight"), _saved(plain, f"{module}.lora_B.weight")
+        if A is None or B is None or not (A.any() or B.any()):
+            continue
+        sizes, n = [layers[key].out_features for key in keys], layers[keys[0]].in_features
+        updates = split(B, A, sizes) if A.shape == (len(A), n) and B.shape == (sum(sizes), len(A)) else None
+        if updates is None:
+            raise CheckpointError(
+                f"{_module_name(module)}: components B {tuple(B.shape)}, A {tuple(A.shape)} are not those of parts "
+                f"with {sizes} outputs; make the adapter with the split_modules of the saved one"
+            )
+        found.update(zip(keys, updates, strict=True))
+    return found
+
+
+def saved_stems(layers: Mapping[str, AromaLinear]) -> set[str]:
+    """Return the keys under which a saved adapter holds the updates of `layers`."""
+    experts, parts = experts_of(layers), parts_of(layers)
+    stems = {stem for module, names in experts.items() for stem in peft_stems(module, [*names]).values()}
+    return {key for key in layers if f".{MATRICES}." not in key} | stems | {*parts}
 
 
 def _whole_update(
@@ -195,6 +290,11 @@ def _whole_update(
     if not moved:
         return B, A
     return torch.cat([B, b[:, moved] * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a[moved]], dim=0)
+
+
+def matrix_name(key: str) -> str:
+    """Return the name of a growing matrix for its key in a state dict."""
+    return _module_name(key).replace(f".{MATRICES}.", ".")
 
 
 def _saved_update(key: str, layer: AromaLinear, plain: Mapping[str, Tensor]) -> Factors:

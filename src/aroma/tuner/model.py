@@ -21,11 +21,13 @@ from ..errors import ConfigError, bad_value
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
+from .experts import MATRICES, inject_experts
 from .forms import is_component
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
+from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
 from .live import LiveAdapter, live_adapter
+from .parts import AromaParts, parts_of, sizes_of
 from .state import warn_uncontrolled
 
 REFERENCE = "ref"
@@ -69,6 +71,12 @@ class AromaModel(LoraModel):
                 "or their endings, or 'all-linear', and look at exclude_modules, modules_to_save and "
                 "layers_to_transform",
             ) from error
+        parts = {_base_name(key) for key in parts_of(_layers_by_key(model, adapter_name))}
+        for wanted in self.peft_config[adapter_name].split_modules or {}:
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in parts):
+                raise bad_value(
+                    "split_modules", wanted, "no module that grows is called so; name it in target_modules"
+                )
         self._bring_to_life(model, adapter_name)
         if original is not None:
             _copy_adapter(model, original, adapter_name)
@@ -101,8 +109,19 @@ class AromaModel(LoraModel):
         self._graph_keeper.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
+    def _inject_parameters(
+        self, peft_config: AromaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        return inject_experts(model, adapter_name, peft_config, low_cpu_mem_usage)
+
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(target, AromaParts) or kwargs.get("target_name", "").endswith(".base_layer"):
+            raise bad_value(
+                "split_modules",
+                kwargs.get("target_name", ""),
+                "an adapter has split it, and a second one cannot be added; add it to a model without the first",
+            )
         if lora_config.ensure_weight_tying and isinstance(target, nn.Embedding):
             raise bad_value(
                 "ensure_weight_tying",
@@ -110,7 +129,10 @@ class AromaModel(LoraModel):
                 f"{kwargs.get('target_name', '')} would share its components with the output layer, and then neither "
                 "could grow by itself; leave it out, or name the embedding in exclude_modules",
             )
+        sizes = sizes_of(lora_config, kwargs.get("target_name", ""), target)
         is_conv1d = isinstance(target, Conv1D)
+        if sizes is not None:
+            return AromaParts(target, sizes, adapter_name, config=lora_config, **kwargs)
         return AromaLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -331,7 +353,7 @@ def _hide_internals(layers: dict[str, AromaLinear], state_dict: dict[str, Tensor
 
 def _base_name(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
-    key = key.replace("_orig_mod.", "")
+    key = key.replace("_orig_mod.", "").replace(f".{MATRICES}.", ".")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
 
 
@@ -349,7 +371,7 @@ def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
     """Raise if a saved component, of any shape, belongs to no growing layer: PEFT would drop it silently."""
-    known = {_base_name(key) for key in layers}
+    known = {_base_name(key) for key in saved_stems(layers)}
     saved = {_base_name(key).split(".lora_")[0] for key in state_dict if is_component(key)}
     strangers = sorted(saved - known)
     if strangers:

@@ -11,7 +11,10 @@ from aroma.cli.texts import add_force, examples
 from ..preflight import require_model
 from .bench import new_files, print_lines
 
-SHAPES = ("roberta-base", "minilm", "tiny", "gpt2", "llama3-8b", "llama3-70b", "llama3.1-405b")
+SHAPES = (
+    *("roberta-base", "minilm", "tiny", "gpt2", "llama3-8b", "llama3-70b", "llama3.1-405b"),
+    *("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "kimi-k2"),
+)
 """Named shapes, which are built without a configuration from anywhere."""
 
 
@@ -31,6 +34,8 @@ def add_parser(commands: Any) -> None:
             "aroma estimate llama3-8b --dtype nf4 --device RTX-4090 T4",
             "aroma estimate llama3-8b --adapter lora --r 8 --devices 4",
             "aroma estimate llama3.1-405b --components 1 10 100 --devices 16 --json 405b.json",
+            "aroma estimate deepseek-v3 --dtype nf4 --quantise-experts --gradient-checkpointing --devices 32",
+            "aroma estimate qwen3-30b-a3b --target-parameters experts.gate_up_proj experts.down_proj --devices 8",
             "aroma estimate roberta-base --dtype float32 --batch-size 32 --sequence-length 256 --device-memory 6",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,6 +46,8 @@ def add_parser(commands: Any) -> None:
     add("--components", metavar="N", type=int, nargs="+", help="finished components of a module (AROMA: 10; LoRA: 0)")
     add("--r", type=int, default=1, help="rank of one component, or of LoRA (%(default)s)")
     add("--target-modules", metavar="NAME", nargs="+", default=["all-linear"], help="adapted modules (all-linear)")
+    add("--target-parameters", metavar="NAME", nargs="+", default=[], help="3-D parameters whose experts are adapted")
+    add("--quantise-experts", action="store_true", help="with nf4: 3-D parameters of experts are nf4, too")
     add("--dtype", default="bfloat16", help="base weights: float32, bfloat16, float16, nf4 or int8 (%(default)s)")
     add("--batch-size", type=int, default=1, help="sequences in a batch on one device (%(default)s)")
     add("--sequence-length", type=int, help="tokens in a sequence (2048, or what the model takes if that is less)")
@@ -74,6 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in (*names, "gradient_checkpointing")}
     targets = arguments.target_modules
     given["target_modules"] = "all-linear" if targets == ["all-linear"] else tuple(targets)
+    given["target_parameters"] = tuple(arguments.target_parameters)
+    given["quantise_experts"] = arguments.quantise_experts
     components = arguments.components or [0 if arguments.adapter == "lora" else 10]
     settings = [EstimateSettings(components=count, **given) for count in components]
     kinds = kinds_of(arguments.device, arguments.device_memory)

@@ -7,13 +7,13 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from aroma.errors import bad_value
 
-from .memory import Needs, Strategy, inner_check_bytes, outer_step_bytes, step_bytes
-from .model import EstimateSettings, build, length_of, load_config, require_whole
-from .tensors import finished_bytes, take_inventory
+from .memory import Needs, inner_check_bytes, outer_step_bytes, step_bytes
+from .model import EstimateSettings, length_of, load_config, require_whole
+from .tensors import finished_bytes, inventory_of
 
 GIB = 2**30
 
@@ -71,11 +71,15 @@ def fit(needs: Needs, usable: int) -> dict[str, Any]:
 
     Returns:
         `usable_bytes`; `on_one`, whether one device is enough, and DDP takes any number; `fsdp2` and `zero3`, the
-        smallest numbers of devices that are enough, None if 1024 are not; `fsdp2_bytes`, bytes on each of them.
+        smallest numbers of devices that are enough, None if 1024 are not, or if the strategy cannot train it;
+        `fsdp2_bytes`, bytes on each of them.
     """
     on_one = needs.on("one")["total"] <= usable
     found: dict[str, Any] = {"usable_bytes": usable, "on_one": on_one}
     for strategy in ("fsdp2", "zero3"):
+        if strategy not in needs.strategies:
+            found[strategy] = 1 if on_one else None
+            continue
         # From two devices on, more devices never hold more each.
         enough = partial(lambda name, devices: needs.on(name, devices)["total"] <= usable, strategy)
         fewest = 1 if on_one else bisect_left(range(MOST + 1), True, lo=2, key=enough)
@@ -87,7 +91,7 @@ def needs_of(settings: Sequence[EstimateSettings]) -> list[Needs]:
     """Return what trainings of one model need that differ in their components alone; lengths are filled in."""
     config = load_config(settings[0].model)
     length = length_of(settings[0], config)
-    inventory = take_inventory(build(settings[0], config), settings[0].dtype)
+    inventory = inventory_of(settings[0], config)
     found = []
     for one in settings:
         checks = (inner_check_bytes, outer_step_bytes) if one.adapter == "aroma" else ()
@@ -135,7 +139,7 @@ def _estimate(needs: Needs, devices: int, kinds: Mapping[str, float]) -> dict[st
         },
         "bytes": {
             "one": needs.on("one"),
-            **{strategy: needs.on(strategy, devices) for strategy in get_args(Strategy)[1:] if devices > 1},
+            **{strategy: needs.on(strategy, devices) for strategy in needs.strategies[1:] if devices > 1},
         },
         "fits": [{"device": name, **fit(needs, usable_bytes(memory))} for name, memory in kinds.items()],
     }

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from unittest.mock import patch
 
 import torch
@@ -21,7 +21,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from aroma.criteria import cross_term, inner_product, product_norm_squared
 from aroma.tuner import AromaLinear, fused, layer
 
-from .model import ADAPTER, ATTENTION, EstimateSettings, adapted_layers, build, layers_of, length_of, task_of
+from .model import (
+    ADAPTER,
+    ATTENTION,
+    EstimateSettings,
+    adapted_layers,
+    build,
+    layers_of,
+    leading_layers,
+    length_of,
+    task_of,
+)
 from .tensors import Inventory, TensorSize
 
 Strategy = Literal["one", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -101,11 +111,13 @@ def step_bytes(settings: EstimateSettings, config: Any) -> StepBytes:
     Raises:
         ConfigError: See `build`.
     """
-    layers = layers_of(config)
-    if layers is None or layers <= 3:
+    layers, short = layers_of(config), leading_layers(config) + 2
+    if layers is None or layers <= short + 1:
         return run_step(build(settings, config), settings, config)
-    three, two = (run_step(build(settings, config, count), settings, config) for count in (3, 2))
-    return StepBytes(*(more + (layers - 3) * (more - less) for more, less in zip(three, two, strict=True)))
+    longer, shorter = (run_step(build(settings, config, count), settings, config) for count in (short + 1, short))
+    return StepBytes(
+        *(more + (layers - short - 1) * (more - less) for more, less in zip(longer, shorter, strict=True))
+    )
 
 
 def run_step(model: Any, settings: EstimateSettings, config: Any) -> StepBytes:
@@ -151,15 +163,18 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attend as a fused kernel does, which keeps query, key, value, result and one number a row.
 
-    There is no padding. `query` is (batch, heads, length, size); `key` and `value` may have fewer heads.
+    There is no padding of tokens. `query` is (batch, heads, length, size); `key` and `value` may have fewer heads, and
+    values that are smaller than queries (latent attention) are padded to their size, as for FlashAttention.
 
     Returns:
         The result, (batch, length, heads, size), and no attention weights.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    result = fused_attention(query, key, value, 0.0, causal, attn_mask=None, scale=scaling)[0]
-    return result.transpose(1, 2).contiguous(), None
+    missing = query.shape[-1] - value.shape[-1]
+    padded = F.pad(value, (0, missing)) if missing else value
+    result = fused_attention(query, key, padded, 0.0, causal, attn_mask=None, scale=scaling)[0]
+    return result[..., : value.shape[-1]].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, attend)
@@ -169,6 +184,37 @@ AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Drop as a GPU does, which keeps a mask of one byte per number."""
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+def _histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """Return the counts of tokens by expert, (bins,), which have no values here."""
+    return input.new_empty(bins)
+
+
+class _GroupedMm(torch.autograd.Function):
+    """Grouped matmuls in a precision of which PyTorch has no tensors without data: it keeps what they keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Map x (S, n) with weight (E, n, m) to (S, m)."""
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.shapes = x.shape, weight.shape
+        return x.new_empty(x.shape[0], weight.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return gradients of x (S, n) and weight (E, n, m) for that of the result (S, m)."""
+        made = [
+            gradient.new_empty(shape) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+        ]
+        return made[0], made[1]
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+    """Map x (S, n) with weight (E, n, m) to (S, m); `offs` (E,) has no values here."""
+    result: Tensor = _GroupedMm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return result
 
 
 @contextmanager
@@ -184,6 +230,9 @@ def as_on_a_device() -> Iterator[None]:
         (fused, "autocast_dtype", lambda x: None),
         (fused, "_without_autocast", lambda device: nullcontext()),
         (F, "dropout", _dropout),
+        (F, "grouped_mm", _grouped_mm),
+        (torch, "autocast", lambda *_, **__: nullcontext()),
+        (torch, "histc", _histc),
     ]
     with ExitStack() as stack:
         for where, name, value in changes:
@@ -289,6 +338,12 @@ class Needs:
     step: StepBytes
     finished: int
     between: int
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The strategies that can train it: ZeRO-3 shards no parameters of experts that grow."""
+        grows = bool(self.settings.target_parameters) and self.settings.adapter == "aroma"
+        return tuple(name for name in get_args(Strategy) if not (grows and name == "zero3"))
 
     def on(self, strategy: Strategy, devices: int = 1) -> dict[str, int]:
         """Return the bytes of `PARTS` on the device that holds most of `devices`, and their sum as `total`.

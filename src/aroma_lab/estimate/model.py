@@ -11,19 +11,23 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from aroma.errors import bad_value
+from aroma.errors import ConfigError, bad_value
 from aroma.tuner import AromaConfig
 
 from ..bench.models import SHAPES as ENCODERS
@@ -63,6 +67,38 @@ SHAPES: Shapes = {
     "llama3-8b": _llama(4096, 14336, 32, 32, 8192),
     "llama3-70b": _llama(8192, 28672, 80, 64, 8192),
     "llama3.1-405b": _llama(16384, 53248, 126, 128, 131072),
+    "mixtral-8x7b": (
+        MixtralConfig,
+        {"architectures": ["MixtralForCausalLM"], "max_position_embeddings": 32768},
+    ),
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig,
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "num_hidden_layers": 48,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+        },
+    ),
+    "deepseek-v3": (
+        DeepseekV3Config,
+        {"architectures": ["DeepseekV3ForCausalLM"], "max_position_embeddings": 163840, "num_mtp_layers": 0},
+    ),
+    "kimi-k2": (
+        DeepseekV3Config,
+        {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "vocab_size": 163840,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 64,
+            "n_routed_experts": 384,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "max_position_embeddings": 131072,
+            "num_mtp_layers": 0,
+        },
+    ),
 }
 """Named shapes, with the values of their published configurations."""
 
@@ -80,7 +116,11 @@ class EstimateSettings:
         components: Finished components of every module, each of rank `r`, beside the one in training; 0 for LoRA.
         r: Rank of one component, or of LoRA.
         target_modules: As in `AromaConfig` and `LoraConfig`.
-        dtype: Of the base weights; `"nf4"` and `"int8"` as bitsandbytes stores them, the rest in bfloat16.
+        target_parameters: Likewise: 3-D parameters of experts.
+        dtype: Of the base weights; `"nf4"` and `"int8"` as bitsandbytes stores them, the rest in bfloat16, which
+            includes 3-D parameters of experts.
+        quantise_experts: Whether those are nf4, too, as `bitsandbytes.nn.parametrize.replace_parameter_4bit` makes
+            them: it unpacks all experts of a parameter for each use.
         batch_size: Sequences in a batch on one device, without padding.
         sequence_length: Tokens in a sequence; None for 2048, or what the model takes if that is less.
         optimizer: `"sgd"` is without momentum.
@@ -95,7 +135,9 @@ class EstimateSettings:
     components: int = 10
     r: int = 1
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     dtype: Dtype = "bfloat16"
+    quantise_experts: bool = False
     batch_size: int = 1
     sequence_length: int | None = None
     optimizer: Optimizer = "adamw"
@@ -113,6 +155,13 @@ class EstimateSettings:
             choices: tuple[Any, ...] = get_args(kinds)
             if getattr(self, name) not in choices:
                 raise bad_value(name, getattr(self, name), f"choose one of {', '.join(choices)}")
+        if self.quantise_experts and self.dtype != "nf4":
+            raise bad_value("quantise_experts", True, f"with dtype={self.dtype!r}: experts are packed as nf4 alone")
+        if self.quantise_experts and self.target_parameters:
+            remedy = (
+                "their update is added to the weight itself, so quantised experts cannot grow; leave one of both out"
+            )
+            raise bad_value("quantise_experts", True, remedy)
 
     @property
     def rank(self) -> int:
@@ -198,8 +247,9 @@ def build(settings: EstimateSettings, config: Any, layers: int | None = None) ->
     config = copy.deepcopy(config)
     if layers is not None:
         config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = config.layer_types[:layers]
+        for kinds in _KINDS:
+            if getattr(config, kinds, None) is not None:
+                setattr(config, kinds, getattr(config, kinds)[:layers])
     if config.pad_token_id is None:
         config.pad_token_id = 0  # a classifier of batches needs one
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
@@ -213,13 +263,18 @@ def build(settings: EstimateSettings, config: Any, layers: int | None = None) ->
             raise bad_value("model", settings.model, f"no model for {task} can be made of it ({reason})") from error
         if settings.is_quantised:
             _replace_linears(model)
+        if settings.quantise_experts:
+            _pack_experts(model)
         adapter = (AromaConfig if settings.adapter == "aroma" else LoraConfig)(
             r=settings.r,
             task_type="CAUSAL_LM" if task == "causal-lm" else "SEQ_CLS",
             target_modules=targets if isinstance(targets, str) else [*targets],
+            target_parameters=[*settings.target_parameters] or None,
         )
         try:
             return get_peft_model(model, adapter, adapter_name=ADAPTER).train()
+        except ConfigError:
+            raise
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise bad_value("target_modules", targets, f"cannot be adapted ({reason})") from error
@@ -230,11 +285,21 @@ def adapted_layers(model: nn.Module) -> list[LoraLayer]:
     return [module for module in model.modules() if isinstance(module, LoraLayer) and ADAPTER in module.lora_A]
 
 
+_KINDS = ("layer_types", "mlp_layer_types")
+"""Fields of a configuration that say of every block what kind it is."""
+
+
+def leading_layers(config: Any) -> int:
+    """Return the number of blocks without experts that a mixture of experts begins with."""
+    return getattr(config, "first_k_dense_replace", 0) or 0
+
+
 def layers_of(config: Any) -> int | None:
-    """Return the number of the model's blocks; None if they are not all alike, or if it is not known."""
+    """Return the number of the model's blocks; None if it is not known, or if not all after the leading are alike."""
     layers: int | None = getattr(config, "num_hidden_layers", None)
-    kinds = getattr(config, "layer_types", None)
-    return layers if kinds is None or len(set(kinds)) == 1 else None
+    kinds = [(getattr(config, name, None) or [])[leading_layers(config) :] for name in _KINDS]
+    is_mixed = getattr(config, "mlp_only_layers", None) or (getattr(config, "decoder_sparse_step", 1) or 1) != 1
+    return None if is_mixed or any(len(set(own)) > 1 for own in kinds) else layers
 
 
 class QuantisedLinear(nn.Linear):
@@ -270,3 +335,34 @@ def _replace_linears(model: Any) -> None:
         quantised = QuantisedLinear(n, m, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, quantised)
+
+
+class Unpacking(nn.Module):
+    """Makes all experts of a packed parameter in 16 bits for each use, as bitsandbytes does."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return a copy of `weight`, (E, m, n)."""
+        return torch.empty_like(weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return `weight`, (E, m, n): what is packed has the shape of the original here."""
+        return weight
+
+
+def _pack_experts(model: Any) -> None:
+    """Put packed parameters where a model has 3-D parameters."""
+    for module in [*model.modules()]:
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if parameter.ndim == 3:
+                register_parametrization(module, name, Unpacking(), unsafe=True)
+
+
+def packed_weights(model: nn.Module) -> list[Tensor]:
+    """Return the weights of quantised layers, (m, n), and packed parameters of experts, (E, m, n)."""
+    linears = [module.weight for module in model.modules() if isinstance(module, QuantisedLinear)]
+    experts = [
+        module.original
+        for module in model.modules()
+        if isinstance(module, ParametrizationList) and isinstance(module[0], Unpacking)
+    ]
+    return [*linears, *experts]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor
 from aroma.tuner import AromaLinear
 from aroma.tuner.finished import FinishedComponents
 
-from .model import ADAPTER, EstimateSettings, QuantisedLinear, adapted_layers
+from .model import (
+    ADAPTER,
+    EstimateSettings,
+    adapted_layers,
+    build,
+    layers_of,
+    leading_layers,
+    packed_weights,
+)
 
 
 class TensorSize(NamedTuple):
@@ -43,7 +52,7 @@ class Inventory:
 
     Args:
         parameters: Number of the base model's parameters, including a trained head.
-        modules: (m, n) of every adapted module.
+        modules: (m, n) of every adapted matrix: a module, or an expert of a parameter.
         weights: Frozen parameters; of quantised layers the packed bytes.
         constants: Bytes of scales and code tables of quantised layers.
         buffers: Bytes of the base model's buffers.
@@ -69,6 +78,30 @@ class Inventory:
         return (*self.pairs, *self.head)
 
 
+def inventory_of(settings: EstimateSettings, config: Any) -> Inventory:
+    """List the tensors of the model of `settings`.
+
+    With adapted experts two short models are built, and each further block has what the second has more than the
+    first: the matrices of a large model are tens of thousands of modules.
+    """
+    layers, short = layers_of(config), leading_layers(config) + 1
+    if not settings.target_parameters or layers is None or layers <= short + 1:
+        return take_inventory(build(settings, config), settings.dtype)
+    less, more = (take_inventory(build(settings, config, count), settings.dtype) for count in (short, short + 1))
+    return _continued(less, more, layers - short - 1)
+
+
+def _continued(less: Inventory, more: Inventory, blocks: int) -> Inventory:
+    """Return the inventory of a model that is longer than that of `more` by `blocks` times what `less` has fewer."""
+    changed: dict[str, Any] = {}
+    for name in ("modules", "weights", "pairs", "head"):
+        added = Counter(getattr(more, name)) - Counter(getattr(less, name))
+        changed[name] = getattr(more, name) + tuple(added.elements()) * blocks
+    for name in ("parameters", "constants", "buffers", "root"):
+        changed[name] = getattr(more, name) + blocks * (getattr(more, name) - getattr(less, name))
+    return replace(more, **changed)
+
+
 def take_inventory(model: Any, dtype: str) -> Inventory:
     """List the tensors of a model with an adapter, on the meta device or real; a tied weight counts once.
 
@@ -84,7 +117,7 @@ def take_inventory(model: Any, dtype: str) -> Inventory:
         if isinstance(layer, AromaLinear)
         for buffer in layer.finished(ADAPTER).buffers()
     }
-    quantised = {id(module.weight) for module in model.modules() if isinstance(module, QuantisedLinear)}
+    quantised = {id(weight) for weight in packed_weights(model)}
     sizes: dict[int, TensorSize] = {}
     groups: dict[str, list[TensorSize]] = {"weights": [], "pairs": [], "head": []}
     constants = parameters = 0
@@ -100,7 +133,11 @@ def take_inventory(model: Any, dtype: str) -> Inventory:
     block, blocks = _blocks(model, sizes)
     return Inventory(
         parameters=parameters,
-        modules=tuple((layer.out_features, layer.in_features) for layer in layers),
+        modules=tuple(
+            (layer.out_features, layer.in_features)
+            for layer in layers
+            for _ in range(getattr(layer, "num_experts", 1))
+        ),
         weights=tuple(groups["weights"]),
         constants=constants,
         buffers=_storage_bytes([buffer for buffer in model.buffers() if id(buffer) not in finished]),
@@ -125,7 +162,7 @@ def finished_bytes(inventory: Inventory, settings: EstimateSettings) -> int:
 
 
 def _packed(dtype: str, weight: Tensor) -> TensorSize:
-    """Return the size of the bytes in which bitsandbytes holds a weight (m, n)."""
+    """Return the size of the bytes in which bitsandbytes holds a weight, (m, n) or (E, m, n)."""
     return TensorSize((-(-weight.numel() // 2), 1) if dtype == "nf4" else tuple(weight.shape), 1)
 
 

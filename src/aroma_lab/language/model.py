@@ -14,7 +14,8 @@ import torch
 from aroma.errors import AromaError, CheckpointError, bad_value
 from aroma.export import put_into
 from aroma.files import read_json, require_adapter_folder, write_json
-from aroma.saved import is_plain, read_config, require_simple_patterns
+from aroma.patterns import require_simple_patterns
+from aroma.saved import is_plain, read_config
 from aroma.tasks import read_whole
 from aroma.tuner.layout import PEFT_PREFIX
 

@@ -1,0 +1,128 @@
+"""A toy with 16 experts under FSDP2, for torchrun: both growth rules, experts and parts of a fused weight.
+
+    torchrun --standalone --nproc-per-node 2 tests/expert_ranks.py OUT
+
+Every rank writes what each loop came to into a file of its own in OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from aroma import AromaConfig, save_adapter
+from distributed_runs import TIMEOUT, whole
+from evidence_ranks import updates
+from evidence_runs import METHOD, WIDTH, Loop, births, rows
+
+EXPERTS, LAYERS, STEPS, TOKENS = 16, 1, 60, 192
+"""With fewer tokens the gradients of an expert span fewer dimensions than it has unused directions, and rounding alone
+decides what the last of these are."""
+
+PAPER: dict[str, Any] = {
+    **{"growth": "paper", "inner_check_interval": 2, "inner_tolerance": 0.5, "max_inner_steps": 4},
+    **{"outer_tolerance": 0.02, "component_seed": 5, "rewarmup_steps": 1},
+}
+RULES = {"evidence": METHOD, "paper": PAPER}
+
+
+class Block(nn.Module):
+    """16 experts, of which the signs of four numbers choose one for every token, beside a linear layer."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        config: Any = transformers.MixtralConfig(
+            hidden_size=WIDTH, intermediate_size=12, num_local_experts=EXPERTS, num_attention_heads=2
+        )
+        config._experts_implementation = "batched_mm"
+        self.experts: Any = MixtralExperts(config)
+        self.project = nn.Linear(WIDTH, WIDTH, bias=False)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / WIDTH**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (T, n) to the same shape."""
+        bits = (x[:, :4] > 0).long() * torch.tensor([1, 2, 4, 8])
+        chosen = bits.sum(1, keepdim=True)
+        result: Tensor = x + torch.tanh(self.project(x)) + self.experts(x, chosen, torch.ones_like(x[:, :1]))
+        return result
+
+
+class Toy(nn.Module):
+    """Some blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(6)
+        self.layers = nn.ModuleList(Block(generator) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (T, n) to the same shape."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def toy(rule: str) -> Any:
+    """The toy in float64 with a growing adapter, where rounding is no excuse."""
+    config = AromaConfig(
+        **RULES[rule],
+        target_modules=["project"],
+        split_modules={"project": [10, 6]},
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
+    return get_peft_model(Toy().double(), config, autocast_adapter_dtype=False)
+
+
+def sharded(model: Any) -> Any:
+    """Each block by itself, and the rest as the root."""
+    if dist.is_initialized():
+        for layer in model.base_model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+def loop(rule: str) -> Loop:
+    wrap: Callable[[Any], Any] = sharded
+    return Loop(toy(rule), wrap=wrap, steps=STEPS, size=TOKENS)
+
+
+def ended(training: Loop) -> dict[str, Any]:
+    """What a loop came to, whole on all ranks."""
+    controller = training.growth.controller
+    return {
+        "events": births(training.events),
+        "ranks": [(summary.name, summary.rank) for summary in controller.summary()],
+        "weight norms": [matrix.weight_norm for matrix in controller.modules],
+        "weights": updates(training.model),
+    }
+
+
+def main(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    for rule in RULES:
+        training = loop(rule).go_on()
+        torch.save(whole(ended(training)), out / f"{rule}-{dist.get_rank()}.pt")
+        save_adapter(training.model, out / rule)
+        training.model.eval()
+        with torch.no_grad():
+            said = training.model(rows(12, seed=7, dtype=torch.float64)[0])
+        torch.save(said, out / f"{rule}-said-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
