@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aroma import AromaConfig, Attachment, aroma_layers, attach
+from aroma import AromaConfig, Attachment, aroma_layers, attach, lora_tensors
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.sharding import Partition
+from aroma.tasks import tensors_of
 from aroma.tuner import AromaLinear
 from aroma.tuner.fused import Probe
 from corruptions import seal
@@ -437,6 +439,12 @@ def test_saved_as_plain_lora_that_peft_loads_and_merges(tmp_path: Path, rule: st
     assert {row.name: row.rank for row in rank_table(tmp_path / "adapter")} == ranks
     shapes = {f"layers.{name}": case.shape for name, case in CASES.items()}
     assert {row.name: row.shape for row in rank_table(tmp_path / "adapter")} == shapes
+
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for tensors in (lora_tensors(model).tensors, tensors_of(read_adapter(tmp_path / "adapter"))):
+        assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in saved.items()}
+        for name, tensor in saved.items():
+            torch.testing.assert_close(tensors[name].to(tensor), tensor, rtol=1e-6, atol=1e-7)
 
     def assert_plain(folder: Path) -> None:
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)

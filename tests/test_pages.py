@@ -149,6 +149,11 @@ def test_choosing_settings(tmp_path: Path) -> None:
     assert len(names["growth"]) * 9 == len(names["train"])
 
 
+def test_images() -> None:
+    layers = aroma.aroma_layers(run("vision.md", {"base": base("vit")})["model"])
+    assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
+
+
 def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {**given(tmp_path), "another_base": tiny_bert()}
@@ -161,11 +166,6 @@ def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         shutil.copytree("adapters/topics", name)
     exec(blocks("python", "tasks.md")[-1], {**names, "fresh_base": tiny_bert()})
     assert aroma.verify_adapter("combined")
-
-
-def test_images() -> None:
-    layers = aroma.aroma_layers(run("vision.md", {"base": base("vit")})["model"])
-    assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
 
 
 def test_experts_and_parts() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -191,13 +193,15 @@ def test_an_adapter_of_its_own_is_no_copy(tmp_path: Path) -> None:
 
 
 class Generating(TrainerCallback):
-    """Generates after every step, with a cache and without, as the trainer does: in training mode."""
+    """Generates after every third step, with a cache and without, as the trainer does: in training mode."""
 
     def __init__(self) -> None:
         self.ranks: list[int] = []
         self.texts: set[tuple[int, ...]] = set()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if state.global_step % 3:
+            return
         with torch.no_grad():
             answers = [generated(model, use_cache) for use_cache in (True, False)]
         torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
@@ -229,7 +233,7 @@ def test_it_generates_between_steps_with_a_cache(tmp_path: Path, growth_rule: st
         "grpo", tmp_path / "seen", AromaCallback(), generating, growth=growth_rule, save_strategy="no", **steps
     )
     trainer.train()
-    assert len({*generating.ranks}) > 2
+    assert len({*generating.ranks}) > 1
     alone = trainer_for("grpo", tmp_path / "alone", AromaCallback(), growth=growth_rule, save_strategy="no", **steps)
     alone.train()
     assert_same(comparable(trainer), comparable(alone))
@@ -382,3 +386,29 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
         if "callback" in names:
             assert names["callback"].controller.global_step == 30
     assert {tensor.shape[tensor.shape.index(16)] for tensor in names["tensors"].values()} == {16}
+
+
+@pytest.mark.slow
+def test_the_example_does_what_is_missing_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[1] / "examples" / "trl_grpo.py"
+    example: dict[str, Any] = runpy.run_path(str(script))
+    example["train_base"](tmp_path / "base", example["make_tokenizer"](), steps=3)
+    inside = example["main"].__globals__
+    monkeypatch.setitem(inside, "RATES", (3e-3,))
+    monkeypatch.setitem(inside, "SEEDS", (0,))
+    monkeypatch.setitem(inside, "METHODS", {name: example["METHODS"][name] for name in ("aroma", "lora-1")})
+    monkeypatch.setattr("sys.argv", ["trl_grpo.py", str(tmp_path), "--steps", "30"])
+    example["main"]()
+    files = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    assert {*files} == {
+        f"{kind}.json" for kind in ("choosing-aroma-0.003", "choosing-lora-1-0.003", "aroma-0", "lora-1-0")
+    }
+    told = json.loads((tmp_path / "aroma-0.json").read_text())
+    assert len(told["reward"]) == len(told["total_rank"]) == 30
+    assert told["parameters"] == 0 or told["total_rank"][-1] > 0
+    assert json.loads((tmp_path / "lora-1-0.json").read_text())["parameters"] > 0
+    assert (tmp_path / "reward.png").stat().st_size > 5000
+    (tmp_path / "lora-1-0.json").unlink()
+    example["main"]()
+    after = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    assert {name for name in files if after[name] != files[name]} == {"lora-1-0.json"}

@@ -59,7 +59,6 @@ _DDP = "torch.nn.parallel:DistributedDataParallel"
 
 TUNER_NAMES = (
     # How adapters are made.
-    PrivateName("peft", _TUNER, "_check_new_adapter_config", "refuse a second adapter that trains"),
     PrivateName("peft", _TUNER, "_create_new_module", "make an AromaLinear of a target"),
     PrivateName("peft", _TUNER, "_inject_parameters", "let parameters of experts grow"),
     PrivateName("peft", _TUNER, "_cast_adapter_dtype", "cast pairs once only, since the optimizer holds them"),

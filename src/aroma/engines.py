@@ -89,11 +89,10 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
     if rank is not None:
         config = uniform_config(config, layers, rank)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (B, A) in updates.items():
         form = layers[name].kind.form
-        for side, tensor in zip("AB", form.write(B, A), strict=True):
-            tensors[f"{PEFT_PREFIX}{name}.{form.name(side)}"] = tensor.detach().clone()
+        tensors |= form.tensors(f"{PEFT_PREFIX}{name}", B.detach().clone(), A.detach().clone())
     return LoraTensors(config, tensors)
 
 

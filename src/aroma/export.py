@@ -148,8 +148,8 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     for name, (m, n) in shapes.items():
         update = adapter.updates.get(name)
         B, A = (torch.zeros(m, 0), torch.zeros(0, n)) if update is None else (update.B.float(), update.A.float())
-        for side, tensor in zip("AB", forms[name].write(*padded(B, A, uniform)), strict=True):
-            tensors[f"{PEFT_PREFIX}{name}.{forms[name].name(side)}"] = tensor
+        B, A = padded(B, A, uniform)
+        tensors |= forms[name].tensors(f"{PEFT_PREFIX}{name}", B, A)
     config = uniform_config(adapter.config, shapes, uniform)
     with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)

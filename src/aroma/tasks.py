@@ -334,13 +334,12 @@ def loadable(adapter: AdapterWeights) -> Iterator[Path]:
 
 
 def tensors_of(adapter: AdapterWeights) -> dict[str, Tensor]:
-    """Return an adapter's tensors as its file has them, of any shapes."""
+    """Return an adapter's tensors as its file has them: components in their form, and others of any shape."""
     from .tuner.layout import PEFT_PREFIX
 
     tensors = dict(adapter.others)
     for name, update in adapter.updates.items():
-        for side, tensor in zip("AB", update.form.write(update.B, update.A), strict=True):
-            tensors[f"{PEFT_PREFIX}{name}.{update.form.name(side)}"] = tensor
+        tensors |= update.form.tensors(f"{PEFT_PREFIX}{name}", update.B, update.A)
     return tensors
 
 
@@ -382,7 +381,7 @@ def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterW
     """Return one adapter whose updates are the sums of those of `adapters`, with head and state of `head`."""
     import torch
 
-    from .saved import AdapterWeights, Update
+    from .saved import AdapterWeights
 
     updates, modules = {}, {}
     for adapter in adapters:
@@ -392,7 +391,7 @@ def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterW
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.updates):
         own = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
         A = torch.cat([update.A for update in own])
-        updates[name] = Update(torch.cat([update.B for update in own], 1), A, float(len(A)), own[0].form)
+        updates[name] = replace(own[0], B=torch.cat([update.B for update in own], 1), A=A, alpha=float(len(A)))
     ranked = {name: {**entry, "rank": updates[name].rank if name in updates else 0} for name, entry in modules.items()}
     state = {**(head.state or {}), "modules": ranked}
     return AdapterWeights(head.folder, head.config, updates, head.others, state, {}, {})

@@ -28,6 +28,11 @@ class Form:
         """
         return f"lora_{side}.weight" if adapter_name is None else f"lora_{side}.{adapter_name}.weight"
 
+    def tensors(self, module: str, B: Tensor, A: Tensor, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """Return PEFT's tensors of the factors B (m, R) and A (R, n) of a module, by their names; see `name`."""
+        sides = zip("AB", self.write(B, A), strict=True)
+        return {f"{module}.{self.name(side, adapter_name)}": tensor for side, tensor in sides}
+
     def write(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """Return PEFT's A and B, in this order, of the factors B (m, R) and A (R, n)."""
         return A, B

@@ -171,6 +171,7 @@ class Factor(nn.Module):
     """
 
     def __init__(self, linear: nn.Module, act: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take the parameter (any shape) of `linear`."""
         super().__init__()
         assert isinstance(linear.weight, nn.Parameter), "PEFT makes linear layers"
         self.weight = linear.weight

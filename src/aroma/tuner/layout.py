@@ -138,14 +138,11 @@ def plain_tensors(
             like.new_zeros(m, 1),
             like.new_zeros(1, like.shape[1]),
         )
-    tensors, saved = (
-        {
-            f"{stem}.{form.name(side, name)}": tensor
-            for stem, (form, B, A) in held.items()
-            for side, tensor in zip("AB", form.write(B, A), strict=True)
-        }
-        for name in (adapter_name, None)
-    )
+    tensors: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    for stem, (form, B, A) in held.items():
+        tensors |= form.tensors(stem, B, A, adapter_name)
+        saved |= form.tensors(stem, B, A)
     return tensors, PlainAdapter(
         ranks,
         {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()},

@@ -190,7 +190,7 @@ class AromaModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AromaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the state-dict entries of a growing adapter for plain LoRA tensors, as `finished_tensors` has it."""
+        """Return the state-dict entries of a growing adapter for plain LoRA tensors, of any shape by name."""
         layers = _layers_by_key(model, adapter_name)
         live = live_adapter(model, adapter_name)
         entries = finished_tensors(layers, adapter_name, state_dict)
