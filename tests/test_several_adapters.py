@@ -209,7 +209,7 @@ def test_a_trainer_needs_one_active_adapter() -> None:
         trainable_adapter(model)
     model.set_adapter("other", inference_mode=True)
     model.peft_config["other"].inference_mode = True
-    with pytest.raises(ConfigError, match=r"no active AROMA adapter that trains.*set_adapter"):
+    with pytest.raises(ConfigError, match=r"no trainable AROMA adapter that is active.*set_adapter"):
         trainable_adapter(model)
 
 

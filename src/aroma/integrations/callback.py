@@ -436,8 +436,8 @@ def trainable_adapter(model: nn.Module) -> str:
     raise bad_value(
         "model",
         type(model).__name__,
-        "it has no active AROMA adapter that trains; give the Trainer get_peft_model(model, AromaConfig(...)), and of "
-        "several adapters activate one with model.set_adapter(NAME)",
+        "it has no trainable AROMA adapter that is active; give the Trainer get_peft_model(model, AromaConfig(...)), "
+        "and of several adapters activate one with model.set_adapter(NAME)",
     )
 
 
