@@ -59,7 +59,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", "pretrained model"),
     ({"init_lora_weights": False}, "init_lora_weights=False", "pretrained model"),
     ({"layer_replication": [(0, 2)]}, "layer_replication=[(0, 2)]", "share"),
-    ({"target_parameters": ["w"]}, "target_parameters=['w']", "Linear and Conv1D"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices=[3]", "LoraConfig"),
     ({"rank_pattern": {"query": 4}}, "rank_pattern={'query': 4}", "max_components"),
     ({"alpha_pattern": {"query": 4}}, "alpha_pattern={'query': 4}", "max_components"),

@@ -183,7 +183,7 @@ def test_another_architecture_is_refused_with_the_way_out(tmp_path: Path) -> Non
     [
         ({"modules_to_save": ["lm_head"]}, "adapter"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "adapter"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "target_modules"),
         ({"target_modules": ["lm_head", "q_proj"]}, "target_modules"),
         ({"use_dora": True}, "use_dora"),
     ],
