@@ -284,7 +284,7 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     assert result["agreement"]["different_predictions"] == 0
     assert result["agreement"]["largest_difference"] < 1e-4
     for text in (
-        f"{result['metrics']['accuracy']:.2%}",
+        f"{result['metrics']['accuracy']:.4f}",
         "sentence-transformers/all-MiniLM-L6-v2",
         "research purposes",
     ):

@@ -362,7 +362,9 @@ def test_a_whole_run_of_evidence_is_that_of_the_dense_reference(names: str) -> N
         reference.step(gradients(examples), 0.02, lambda number: [])
     births = [(event.step, event.module) for event in events if event.kind == "born" and event.step > 8]
     assert births == reference.births
-    assert {module for _, module in births} >= {"layers.conv2d", "layers.embedding"}
+    where = {module for _, module in births}
+    assert "layers.embedding" in where
+    assert any("conv" in module for module in where)
     for matrix, expected in zip(growth.controller.modules, reference.matrices, strict=True):
         b, a = matrix.pair
         B, A = matrix.finished

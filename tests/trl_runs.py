@@ -92,7 +92,8 @@ def base(kind: str) -> Any:
     if kind != "reward":
         return models.base("llama")
     torch.manual_seed(1)  # the output is new
-    return AutoModelForSequenceClassification.from_pretrained(models.saved_base("llama"), num_labels=1).eval()
+    options = {"num_labels": 1, "pad_token_id": tokenizer().pad_token_id}  # the trainer sets it, too
+    return AutoModelForSequenceClassification.from_pretrained(models.saved_base("llama"), **options).eval()
 
 
 def trainer_for(
@@ -152,7 +153,8 @@ def trainer_for(
     trainer = trainer_class(
         model=base(kind) if model is None else model,
         args=args_class(**{**settings, **changes}),
-        train_dataset=examples(kind),
+        # TRL's order of the prompts in a second pass is not that of a resumed run.
+        train_dataset=examples(kind, 96 if kind in ONLINE else 48),
         eval_dataset=eval_dataset,
         processing_class=tokenizer(),
         peft_config=config,

@@ -201,9 +201,8 @@ def export_merged(
             "its weights are quantised on disk, and adding to them would round the update away; give the model "
             "in 16 or 32 bits that it was made from (--base-model)",
         )
-    refuse_merge_if_tied(
-        model, {name: model.get_base_model().get_submodule(name).get_base_layer() for name in adapter.updates}
-    )
+    modules = dict(model.get_base_model().named_modules())  # which hold no single experts, nor parts
+    refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates if name in modules})
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     _require_names(merged.config, adapter)
     with filled_at_once(target, _size_of(merged.state_dict())) as staging:
