@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -187,13 +186,7 @@ def saved_base(name: str) -> str:
     torch.manual_seed(1)
     architecture = ARCHITECTURES[name]
     folder = Path(_HOME.name) / name
-    if not folder.exists():
-        # Forked ranks share the folder: it is whole once it has its name.
-        with tempfile.TemporaryDirectory(dir=_HOME.name) as scratch:
-            made = Path(scratch) / name
-            architecture.model_class(architecture.config()).save_pretrained(made)
-            with suppress(OSError):  # another rank was first
-                made.rename(folder)
+    architecture.model_class(architecture.config()).save_pretrained(folder)
     return str(folder)
 
 

@@ -67,6 +67,7 @@ class Matrix:
     heads: list[int] = field(default_factory=list)
     flips: list[int] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
+    idle: list[Tensor] = field(default_factory=list)  # averages of squares of slots that are not in use
 
     @property
     def live(self) -> list[Component]:
@@ -110,6 +111,7 @@ class Reference:
             for matrix, g in zip(self.matrices, G, strict=True):
                 for c in matrix.live:
                     self._adam(c, o.s * g @ c.a, o.s * g.T @ c.b, lr, self.trained)
+                matrix.idle = [0.999 * v for v in matrix.idle]
         decides = not o.holds_out or o.first_pass is None or self.t < o.first_pass
         if self.phase == "questions":
             self._credit(G)
@@ -186,7 +188,7 @@ class Reference:
             stay = [k for k in range(o.S) if (i, k) in chosen]
             live = matrix.live
             v_b, v_a = (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a"))
-            kept = [matrix.singular[k] for k in stay]
+            kept, matrix.idle = [matrix.singular[k] for k in stay], [v_b.clone(), v_a.clone()]
             matrix.slots = [
                 Component(
                     b=math.sqrt(3) * size * u,
@@ -271,15 +273,16 @@ class Reference:
             old = matrix.slots[slot]
             matrix.merged.append(o.s * torch.outer(old.b, old.a))
             matrix.slots[slot] = None
-        mean = lambda values, like: sum(values) / len(values) if values else torch.zeros_like(like)  # noqa: E731
+        idle_b, idle_a = matrix.idle or (torch.zeros_like(matrix.u[0]), torch.zeros_like(v))
+        mean = lambda values, idle: sum(values) / len(values) if values else idle  # noqa: E731
         matrix.slots[slot] = Component(
             b=torch.zeros_like(matrix.u[0]),
             a=v / math.sqrt(3),
             born=matrix.count,
             m_b=torch.zeros_like(matrix.u[0]),
-            v_b=mean([c.v_b for c in others], matrix.u[0]).clone(),
+            v_b=mean([c.v_b for c in others], idle_b).clone(),
             m_a=torch.zeros_like(v),
-            v_a=mean([c.v_a for c in others], v).clone(),
+            v_a=mean([c.v_a for c in others], idle_a).clone(),
         )
         matrix.count += 1
         self.births.append((self.t, matrix.name))
