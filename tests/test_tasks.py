@@ -1,265 +1,365 @@
-"""Tasks one after another: each has its own components, starts off the earlier ones, and leaves them as they are."""
-
-from __future__ import annotations
+"""Tasks: the eight of GLUE in three forms, sets of one's own, splits that stay apart, and every error by name."""
 
 import json
-import shutil
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from dataclasses import replace
 
+import datasets
 import pytest
-import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import TrainerCallback
+from datasets import ClassLabel, Dataset, Features, Value
 
-from aroma import AromaCallback, AromaConfig, Tasks, aroma_layers, verify_adapter
-from aroma.errors import CheckpointError, ConfigError, OutputError
-from aroma.tuner.live import live_adapter
-from evidence_runs import METHOD as EVIDENCE
-from quick import slow_but
-from trainer_runs import METHOD as PAPER
-from trainer_runs import assert_same, examples, tiny_bert, trainer_for
+from aroma.errors import AromaError, ConfigError, DataError
+from aroma_lab.tasks.data import load_task
+from aroma_lab.tasks.glue import GLUE
+from aroma_lab.tasks.spec import TaskSpec
+from tiny_classifier import sentences, write_json_lines
 
-RULES: dict[str, dict[str, Any]] = {
-    "evidence": {**EVIDENCE, "slots": 3},
-    "paper": {**PAPER, "growth": "paper", "outer_tolerance": 1e-6},
+COUNTS = {"train": 30, "validation": 9}
+"""Examples of the little GLUE below; the training ones come out as 24 and 6."""
+
+ORIGINAL_HEADERS = {
+    "sst2": "sentence\tlabel",
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "mnli": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+    "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+    "qnli": "index\tquestion\tsentence\tlabel",
+    "rte": "index\tsentence1\tsentence2\tlabel",
 }
-LABELS = {"first": 3, "second": 4, "third": 3}
-BATCH = torch.arange(1, 33).reshape(4, 8)
+IN_WORDS = ("mnli", "qnli", "rte")
 
 
-def bert(task: str) -> Any:
-    """The same encoder, with a head for the labels of a task."""
-    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model.num_labels = model.config.num_labels = LABELS[task]
-    torch.manual_seed(len(task))
-    model.classifier = torch.nn.Linear(32, LABELS[task])
-    return model
+def rows_of(name, split):
+    """Return rows (first text, second text or None, class index or number) of a little GLUE task."""
+    labels = GLUE[name].label_names
+    rows = []
+    for i in range(COUNTS["train" if split == "train" else "validation"]):
+        second = f'{split} "b {i}' if GLUE[name].layouts[0].text_pair else None
+        rows.append((f'{split} "a {i}', second, i / 8 if labels is None else i % len(labels)))
+    return rows
 
 
-def config(rule: str, seed: int) -> AromaConfig:
-    return AromaConfig(task_type="SEQ_CLS", **{**RULES[rule], "component_seed": seed})
+def splits_of(name):
+    return ["train", *GLUE[name].reported.values()]
 
 
-def learn(model: Any, out: Path, *callbacks: TrainerCallback, resume: str | None = None, **training: Any) -> None:
-    held_out = examples(80, seed=5) if model.peft_config["default"].growth == "evidence" else None
-    growth = AromaCallback(early_stop=False, growth_dataset=held_out)
-    trainer = trainer_for(model, out, growth, *callbacks, **{"max_steps": 60, "save_strategy": "no", **training})
-    trainer.train(resume_from_checkpoint=resume)
+def write_originals(root, name):
+    """Write a task as the original GLUE download has it."""
+    folder = root / GLUE[name].folder
+    folder.mkdir(parents=True)
+    for split in splits_of(name):
+        lines = [] if name == "cola" else [ORIGINAL_HEADERS[name]]
+        for number, row in enumerate(rows_of(name, split)):
+            lines.append(original_line(name, number, *row))
+        (folder / f"{split.replace('validation', 'dev')}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
-def answers(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(BATCH).logits
-    return found
+def original_line(name, number, first, second, label):
+    if name in IN_WORDS:
+        label = GLUE[name].label_names[label]
+    fields = {
+        "cola": ["gj04", label, "" if label else "*", first],
+        "sst2": [first, label],
+        "mrpc": [label, 100 + number, 200 + number, first, second],
+        "stsb": [number, "news", "f", "2012", number, "s", "s", first, second, label],
+        "qqp": [number, number, number + 1, first, second, label],
+        "mnli": [number, 1, "1n", "fiction", "(", "(", "(", "(", first, second, label, label],
+    }.get(name, [number, first, second, label])
+    return "\t".join(map(str, fields))
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+def write_json_folder(root, name, as_words):
+    """Write a task as JSONL with the hub's columns, its labels as words or numbers."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    layout, names = GLUE[name].layouts[0], GLUE[name].label_names
+    for split in splits_of(name):
+        rows = []
+        for first, second, label in rows_of(name, split):
+            row = {layout.text: first, layout.label: names[label] if as_words and names else label}
+            rows.append(row if second is None else {**row, layout.text_pair: second})
+        write_json_lines(folder / f"{split}.jsonl", rows)
+    return folder
 
 
-@pytest.fixture(scope="module", params=slow_but(["evidence"], RULES))
-def learnt(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, dict[str, Any]]:
-    """A folder of three tasks, and what each model answered when it had been trained."""
-    folder, told = tmp_path_factory.mktemp("tasks") / "tasks", {}
-    for task in LABELS:
-        tasks = Tasks(folder)
-        model = tasks.grow(bert(task), config(request.param, 0))
-        before = {name: files(folder / name) for name in tasks.names}
-        learn(model, folder.parent / f"run-{task}")
-        tasks.save(model, task)
-        assert {name: files(folder / name) for name in before} == before
-        told[task] = answers(model)
-    return request.param, folder, told
+@pytest.fixture
+def hub(monkeypatch):
+    """Serve GLUE as the hub has it; return what was asked for."""
+    asked = []
+
+    def load_dataset(source, config, split):
+        asked.append((source, config, split))
+        layout, names = GLUE[config].layouts[0], GLUE[config].label_names
+        rows = rows_of(config, split) if split in splits_of(config) else [("hidden", "hidden", -1)]
+        columns = {layout.text: [row[0] for row in rows], layout.label: [row[2] for row in rows]}
+        features = {layout.text: Value("string")}
+        if layout.text_pair:
+            columns[layout.text_pair] = [row[1] for row in rows]
+            features[layout.text_pair] = Value("string")
+        features[layout.label] = Value("float32") if names is None else ClassLabel(names=list(names))
+        return Dataset.from_dict(columns, Features(features))
+
+    def split_names(source, config):
+        if source != "nyu-mll/glue":
+            raise OSError(f"{source} is not there")
+        return [*splits_of(config), "test"]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.get_dataset_split_names", split_names)
+    return asked
 
 
-def test_no_task_is_forgotten(learnt: tuple[str, Path, dict[str, Any]]) -> None:
-    _, folder, told = learnt
-    tasks = Tasks(folder)
-    assert tasks.names == [*LABELS]
-    assert tasks.over("third") == ["first", "second"]
-    for task in LABELS:
-        model = tasks.load(bert(task), task)
-        assert isinstance(model, PeftModel)
-        assert not aroma_layers(model)
-        torch.testing.assert_close(answers(model), told[task], rtol=0, atol=1e-5)
-        assert verify_adapter(folder / task)
-        assert float((answers(bert(task)) - told[task]).abs().max()) > 1e-2, "it has learnt something"
+def contents(data):
+    """All that was read of a task; two data sets are compared by their rows."""
+    parts = {"train": data.train, "held_out": data.held_out, **data.reported}
+    return data.label_names, data.kind, data.metric, {name: part.to_dict() for name, part in parts.items()}
 
 
-def test_components_are_of_their_task_alone(learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path) -> None:
-    _, folder, told = learnt
-    tasks = Tasks(folder)
-    own, beneath = tasks.load(bert("second"), tasks=["second"]), tasks.load(bert("second"), "second", ["first"])
-    assert float((answers(own) - told["second"]).abs().max()) > 1e-3, "without the first it answers otherwise"
-    weights = [{name: p for name, p in model.named_parameters() if ".lora_" in name} for model in (own, beneath)]
-    whole = dict(tasks.load(bert("second"), "second").named_parameters())
-    for name in weights[0].keys() & weights[1].keys():
-        dim = 0 if "lora_A" in name else 1
-        assert torch.equal(torch.cat([weights[1][name], weights[0][name]], dim), whole[name])
-    tasks.export(tmp_path / "both", "second")
-    torch.testing.assert_close(
-        answers(PeftModel.from_pretrained(bert("second"), tmp_path / "both")), told["second"], rtol=0, atol=1e-5
-    )
-    with pytest.raises(OutputError):
-        tasks.export(tmp_path / "both", "second")
+def load(*arguments, **options):
+    return contents(load_task(TaskSpec(*arguments, **options)))
 
 
-class Starts(TrainerCallback):
-    """Notes, after every step, how far new components are from being orthogonal to what lies beneath them."""
-
-    def __init__(self) -> None:
-        self.seen: set[tuple[str, int]] = set()
-        self.overlaps: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        for layer in aroma_layers(model, "default").values():
-            b, a = (one.detach() for one in layer.pair("default"))
-            beneath = layer.components_beneath("default")[1]
-            for slot in range(len(a)):
-                if not b[:, slot].any() and a[slot].any() and beneath.any():
-                    overlap = beneath @ a[slot] / (beneath.norm(dim=1) * a[slot].norm())
-                    self.overlaps.append(float(overlap.abs().max()))
+# The eight of GLUE ---------------------------------------------------------------------------------------------------
 
 
-def test_components_start_orthogonal_to_those_of_earlier_tasks(
-    learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    rule, folder, _ = learnt
-    starts = Starts()
-    learn(Tasks(folder).grow(bert("first"), config(rule, 7)), tmp_path, starts, max_steps=30)
-    assert len(starts.overlaps) > 10
-    assert max(starts.overlaps) < 1e-5
+@pytest.mark.parametrize("name", GLUE)
+def test_original_files_json_lines_and_the_hub_say_the_same(tmp_path, hub, name):
+    folders = [
+        write_originals(tmp_path / "original", name),
+        write_json_folder(tmp_path / "words", name, as_words=True),
+        write_json_folder(tmp_path / "numbers", name, as_words=False),
+    ]
+    from_hub = load_task(TaskSpec(name, held_out=0.2))
+    assert {asked[:2] for asked in hub} == {("nyu-mll/glue", name)}
+    assert [asked[2] for asked in hub] == splits_of(name)
+    for folder in folders:
+        assert load(name, source=str(folder), held_out=0.2) == contents(from_hub)
+
+    task = GLUE[name]
+    assert from_hub.metric == {"cola": "mcc", "stsb": "pearson"}.get(name, "accuracy")  # as in Table 2
+    assert from_hub.label_names == task.label_names
+    assert from_hub.kind == ("regression" if name == "stsb" else "classification")
+    assert (len(from_hub.train), len(from_hub.held_out)) == (24, 6)
+    assert list(from_hub.reported) == list(task.reported)
+    for label, split in task.reported.items():
+        shown = from_hub.reported[label]
+        seconds = [second for _, second, _ in rows_of(name, split)]
+        assert shown["text"] == [first for first, _, _ in rows_of(name, split)]
+        assert ("pair" in shown.column_names) == (seconds[0] is not None)
+        assert seconds[0] is None or shown["pair"] == seconds
+        assert shown["labels"] == [label for _, _, label in rows_of(name, split)]
 
 
-def test_what_lies_beneath_is_part_of_every_answer_and_never_trains(
-    learnt: tuple[str, Path, dict[str, Any]],
-) -> None:
-    rule, folder, told = learnt
-    shutil.rmtree(folder.parent / "two", ignore_errors=True)
-    shutil.copytree(folder, folder.parent / "two")
-    tasks = Tasks(folder.parent / "two")
-    tasks.remove("third")
-    model = tasks.grow(bert("second"), config(rule, 1))
-    model.base_model.classifier.modules_to_save["default"].load_state_dict(
-        tasks.load(bert("second"), "second").base_model.classifier.modules_to_save["default"].state_dict()
-    )
-    torch.testing.assert_close(answers(model), told["second"], rtol=0, atol=1e-5)
-    training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert training
-    assert all(".default." in name for name in training)
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(merged.eval()(BATCH).logits, told["second"], rtol=0, atol=1e-4)
+def test_folders_of_all_tasks_old_file_names_and_copies_of_the_hub_are_read(tmp_path, hub):
+    for name in ("cola", "mrpc"):
+        write_originals(tmp_path, name)
+    whole = load("mrpc", source=str(tmp_path))
+    assert whole == load("mrpc", str(tmp_path / "MRPC"))
+    (tmp_path / "MRPC" / "train.tsv").rename(tmp_path / "MRPC" / "msr_paraphrase_train.txt")
+    assert load("mrpc", source=str(tmp_path / "MRPC")) == whole
+    assert load("CoLA", source=str(tmp_path))[0] == ("unacceptable", "acceptable")
+    for split in splits_of("rte"):
+        part = datasets.load_dataset("nyu-mll/glue", "rte", split)
+        part.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    assert load("rte", source=str(tmp_path)) == load("rte")
 
 
-def test_a_training_over_earlier_tasks_resumes_to_the_bit(
-    learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    rule, folder, _ = learnt
-    saving = {"save_strategy": "steps", "save_steps": 20}
-    whole, again = (Tasks(folder).grow(bert("first"), config(rule, 7)) for _ in range(2))
-    learn(whole, tmp_path, **saving)
-    learn(again, tmp_path / "again", resume=str(tmp_path / "checkpoint-40"))
-    assert_same(answers(again), answers(whole))
-    for name, layer in aroma_layers(whole, "default").items():
-        assert_same(layer.components("default"), aroma_layers(again, "default")[name].components("default"), name)
+def test_broken_lines_of_the_questions_are_left_out_of_training_and_refused_in_what_is_reported(tmp_path):
+    folder = write_originals(tmp_path, "qqp")
+    spec = TaskSpec("qqp", source=str(folder))
+    whole = contents(load_task(spec))
+    break_a_line(folder / "train.tsv")
+    with pytest.warns(UserWarning, match=r"train\.tsv: 2 damaged lines are left out"):
+        assert contents(load_task(spec)) == whole
+    (folder / "train.tsv").unlink()
+    write_json_folder(tmp_path, "qqp", as_words=False).joinpath("train.jsonl").rename(folder / "train.jsonl")
+    break_a_line(folder / "dev.tsv")
+    with pytest.raises(DataError, match=r"tasks\.qqp\.reported\.validation=.*line 11: its number of fields"):
+        load_task(spec)
 
 
-def test_one_is_removed_and_the_others_stay(learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path) -> None:
-    shutil.copytree(learnt[1], tmp_path / "tasks")
-    tasks = Tasks(tmp_path / "tasks")
-    before = {name: files(tasks.folder / name) for name in ("first", "third")}
-    tasks.remove("second")
-    assert {name: files(tasks.folder / name) for name in before} == before
-    assert Tasks(tasks.folder).names == ["first", "third"]
-    assert Tasks(tasks.folder).over("third") == ["first"]
-    torch.testing.assert_close(answers(tasks.load(bert("first"), "first")), learnt[2]["first"], rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"task='second': .* has first, third; give one of these"):
-        tasks.load(bert("second"), "second")
+def break_a_line(file):
+    """Append a line with a line break in its text, as the original training file has some."""
+    file.write_text(file.read_text(encoding="utf-8") + "9\t9\t9\tcut\nhere\t1\n", encoding="utf-8")
 
 
-def test_an_adapter_that_was_trained_elsewhere_is_added(
-    learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    _, folder, told = learnt
-    tasks = Tasks(tmp_path / "tasks")
-    for task in LABELS:
-        tasks.add(task, folder / task, tasks.names)
-    torch.testing.assert_close(answers(tasks.load(bert("third"))), told["third"], rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"trained over first, and .*train it again"):
-        tasks.add("fourth", folder / "second", ["first"])
+# Sets of one's own ---------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
-    tasks = Tasks(tmp_path / "tasks")
-    model = tasks.grow(tiny_bert(), config("paper", 0))
-    with pytest.raises(ConfigError, match=r"has no tasks yet"):
-        tasks.load(tiny_bert())
-    for name in ("default", "a/b", "../x", "", ".x"):
-        with pytest.raises(ConfigError, match="task="):
-            tasks.save(model, name)
-    tasks.save(model, "one")
-    with pytest.raises(ConfigError, match=r"task='one': .* has it already"):
-        tasks.save(model, "one")
-    with pytest.raises(ConfigError, match=r"task='two': the model grew over other tasks"):
-        tasks.save(model, "two")
-    with pytest.raises(ConfigError, match=r"task 'one': the base model has no bert\.encoder"):
-        tasks.grow(torch.nn.Sequential(torch.nn.Linear(4, 4)), AromaConfig(target_modules=["0"]))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match=r"it has no aroma_tasks\.json"):
-        Tasks(tmp_path / "other")
-    index = tmp_path / "tasks" / "aroma_tasks.json"
-    for damage in ({"format": 2}, {"format": 1, "tasks": 3}, {"format": 1, "tasks": [{"name": "..", "over": []}]}):
-        index.write_text(json.dumps(damage))
-        with pytest.raises(CheckpointError, match=r"aroma_tasks\.json: (format|tasks)="):
-            Tasks(tmp_path / "tasks")
+@pytest.fixture
+def own(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for split, count in (("train", 50), ("validation", 7), ("test", 11)):
+        write_json_lines(folder / f"{split}.jsonl", sentences(count, seed=count))
+    return folder
 
 
-def test_the_dense_reference_of_the_projection() -> None:
-    """Rows off a span, as a least-squares fit says; spans of dependent rows too."""
-    generator = torch.Generator().manual_seed(0)
-    tasks_rows = torch.randn(5, 32, generator=generator, dtype=torch.float64)
-    rows = torch.cat([tasks_rows, tasks_rows[:2] * 3])
-    model = Tasks("nowhere").grow(tiny_bert(), config("paper", 0))
-    layer = next(iter(aroma_layers(model).values()))
-    layer.components_beneath = lambda name: (torch.zeros(32, 7), rows)  # type: ignore[method-assign]
-    layer.beneath["default"] = ("default",)
-    a = torch.randn(3, 32, generator=generator, dtype=torch.float64)
-    expected = a - (torch.linalg.lstsq(tasks_rows.T, a.T).solution.T @ tasks_rows)
-    expected *= a.norm(dim=1, keepdim=True) / expected.norm(dim=1, keepdim=True)
-    assert not layer.off_beneath("default", rows[:2] + rows[3:5]).any(), "in the span nothing is left"
-    torch.testing.assert_close(layer.off_beneath("default", a), expected, rtol=0, atol=1e-10)
+def own_spec(own, **changes):
+    return TaskSpec(**{"name": "own", "source": str(own), **changes})
 
 
-class Glance(torch.nn.Module):
-    """A row of an embedding, a convolution and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.words, self.look, self.say = torch.nn.Embedding(9, 16), torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(16, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        found: Tensor = self.say(self.look(self.words(tokens).reshape(-1, 1, 4, 4)).reshape(len(tokens), -1))
-        return found
+def test_what_is_reported_and_files_without_a_folder(own):
+    data = load_task(own_spec(own))
+    assert {label: len(part) for label, part in data.reported.items()} == {"test": 11}
+    assert (data.kind, data.metric, data.label_names) == ("classification", "accuracy", ("high", "low"))
+    loose = load_task(TaskSpec("own", train=str(own / "train.jsonl"), reported={"test": str(own / "test.jsonl")}))
+    assert contents(loose) == contents(data)
+    (own / "test.jsonl").unlink()
+    assert {label: len(part) for label, part in load_task(own_spec(own)).reported.items()} == {"validation": 7}
 
 
-def test_convolutions_and_embeddings_lie_beneath_too(tmp_path: Path) -> None:
-    tokens, told = torch.arange(4), {}
-    generator = torch.Generator().manual_seed(3)
-    for task in ("one", "two"):
-        tasks = Tasks(tmp_path / "tasks")
-        model = tasks.grow(Glance(), AromaConfig(target_modules=["words", "look", "say"], r=2))
-        live_adapter(model).ever_controlled = True
-        for layer in aroma_layers(model, "default").values():
-            b, _ = layer.pair("default")
-            b.data = torch.randn(b.shape, generator=generator)
-        told[task] = model.eval()(tokens).detach()
-        tasks.save(model, task)
-    for task, expected in told.items():
-        torch.testing.assert_close(tasks.load(Glance(), task)(tokens), expected, rtol=0, atol=1e-4)
-    assert float((told["one"] - told["two"]).abs().max()) > 0.1
+def test_columns_are_mapped_and_numbers_are_a_regression(own, tmp_path):
+    data = load_task(own_spec(own, label="score", kind="regression", metric="spearman"))
+    assert (data.kind, data.metric, data.label_names) == ("regression", "spearman", None)
+    expected = [json.loads(line)["score"] for line in (own / "test.jsonl").read_text().splitlines()]
+    assert data.reported["test"]["labels"] == expected
+    for split in ("train", "test"):  # without a header
+        lines = [f"{i},{'no' if i % 2 else 'yes'},{split} {i}\n" for i in range(20)]
+        (tmp_path / f"{split}.csv").write_text("".join(lines))
+    data = load_task(TaskSpec("own", source=str(tmp_path), text="#3", label="#2"))
+    assert data.reported["test"]["text"] == [f"test {i}" for i in range(20)]
+    assert data.reported["test"]["labels"] == [1, 0] * 10
+
+
+# Splits that stay apart ----------------------------------------------------------------------------------------------
+
+
+def texts_of(examples):
+    return sorted(zip(examples["text"], examples["labels"], strict=True))
+
+
+def test_the_held_out_split_is_of_the_training_data_whole_stratified_and_always_the_same(own):
+    spec = own_spec(own, held_out=0.3)
+    data, again = load_task(spec), load_task(spec)
+    assert contents(data) == contents(again)
+    assert (len(data.train), len(data.held_out)) == (35, 15)
+    rows = [json.loads(line) for line in (own / "train.jsonl").read_text().splitlines()]
+    everything = sorted((row["text"], data.label_names.index(row["label"])) for row in rows)
+    assert sorted(texts_of(data.train) + texts_of(data.held_out)) == everything
+    share = Counter(label for _, label in everything)[0] / 50
+    assert Counter(data.held_out["labels"])[0] == pytest.approx(15 * share, abs=1)
+    other = load_task(replace(spec, split_seed=1))
+    assert texts_of(other.held_out) != texts_of(data.held_out)
+    assert texts_of(other.reported["test"]) == texts_of(data.reported["test"])
+
+
+def test_a_selection_opens_no_reported_file(own):
+    spec = own_spec(own)
+    whole = load_task(spec)
+    (own / "test.jsonl").write_text("not read at all")
+    selected = load_task(spec, reported=False)
+    assert selected.reported == {}
+    assert texts_of(selected.train) == texts_of(whole.train)
+    assert texts_of(selected.held_out) == texts_of(whole.held_out)
+    with pytest.raises(DataError, match="line 1"):
+        load_task(spec)
+
+
+def test_fewer_training_examples_leave_the_held_out_ones_alone(own):
+    whole, few, again, all_of_them = (load_task(own_spec(own, train_examples=count)) for count in (None, 12, 12, 45))
+    assert len(few.train) == 12
+    assert Counter(texts_of(few.train)) <= Counter(texts_of(whole.train))
+    assert few.held_out.to_dict() == whole.held_out.to_dict()
+    assert contents(again) == contents(few)
+    assert contents(all_of_them) == contents(whole)
+
+
+def test_training_examples_under_another_name_are_not_reported(own):
+    lines = (own / "train.jsonl").read_text().splitlines(keepends=True)
+    (own / "dev.jsonl").write_text("".join(lines[10:20]))
+    with pytest.raises(DataError, match=r"reported\.dev='dev': every example of it is a training example too"):
+        load_task(own_spec(own, reported={"dev": "dev"}))
+    (own / "dev.jsonl").write_text("".join(lines[10:20]) + '{"text": "new", "label": "low"}\n')
+    assert len(load_task(own_spec(own, reported={"dev": "dev"})).reported["dev"]) == 11
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"held_out": 0.0},
+        {"held_out": 1},
+        {"max_length": 2},
+        {"train_examples": 0},
+        {"split_seed": -1},
+        {"kind": "ranking"},
+        {"reported": {}},
+        {"reported": {"held_out": "test"}},
+        {"name": "../own"},
+        {"template": "chat"},
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_at_once(changes):
+    (key,) = changes
+    with pytest.raises(ConfigError, match=rf"tasks\.\S*own\.{key}="):
+        TaskSpec(**{"name": "own", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "no/such/folder"}, r"source='no/such/folder': no such folder"),
+        (
+            {"train": "tarin.jsonl"},
+            r"train='tarin\.jsonl': no such file in .*; looked for tarin\.jsonl; it holds both",
+        ),
+        ({"reported": {"x": "tset"}}, r"reported\.x='tset': .*looked for tset, tset\.csv, tset\.tsv"),
+        ({"reported": {"x": "train"}}, r"reported\.x='train': tasks\.own\.train is the same"),
+        ({"reported": {"a": "test", "b": "test.jsonl"}}, r"tasks\.own\.reported\.a is the same"),
+        ({"text": "body"}, r"tasks\.own\.train=.*: it has no column 'body'; its columns are 'text', 'label'"),
+        ({"text": "label"}, r"tasks\.own\.label='label': the label and a text cannot be the same column"),
+        ({"metric": "pearson"}, r"metric='pearson': no metric of a classification; give one of accuracy, f1"),
+        ({"kind": "regression"}, r"tasks\.own\.train \(column 'label', row 1\)='.*': a regression needs"),
+        ({"held_out": 0.01}, r"tasks\.own\.held_out=0\.01: 50 training examples cannot be split so"),
+        ({"train_examples": 46}, r"tasks\.own\.train_examples=46: 45 are left"),
+        ({"train": "both"}, r"train='both': .* has both\.csv, both\.tsv; name the file"),
+        ({"source": "empty"}, r"tasks\.own\.reported=None: there is no split test or validation"),
+        ({"name": "mprc", "source": None}, r"tasks\.mprc\.source=None: .* are cola, sst2.* the nearest is 'mrpc'"),
+        ({"name": "mrpc", "source": "no/such-data"}, r"tasks\.mrpc\.source='no/such-data': cannot be loaded"),
+        ({"name": "rte", "source": None, "train": "tarin"}, r"tasks\.rte\.train='tarin': .*it has train, val"),
+        (
+            {"name": "rte", "source": None, "reported": {"t": "test"}},
+            r"reported\.t \(column 'label', row 1\)=.*hidden",
+        ),
+        (
+            {"name": "stsb", "source": None, "reported": {"t": "test"}},
+            r"reported\.t \(column 'label', row 1\)=.*hidden",
+        ),
+        ({"name": "mnli", "source": None, "metric": "f1"}, r"metric='f1': it is for two classes, and the task has 3"),
+        ({"name": "stsb", "kind": "classification"}, r"kind='classification': GLUE's STS-B is a regression"),
+        (
+            {"name": "rte"},
+            r"tasks\.rte\.train \(column 'label'\)='neutral': rte knows only entailment, not_entailment",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_by_name(own, hub, monkeypatch, changes, message):
+    monkeypatch.chdir(own.parent)
+    (own.parent / "empty").mkdir()
+    for name in ("both.csv", "both.tsv"):
+        (own / name).write_text("text")
+    if changes.get("name") == "rte":
+        rows = [{"sentence1": "a", "sentence2": "b", "label": "neutral"}]
+        write_json_lines(own / "train.jsonl", rows)
+        write_json_lines(own / "validation.jsonl", rows)
+    with pytest.raises(AromaError, match=message):
+        load_task(own_spec(own, **changes))
+
+
+# The articles that come with pip
+
+
+def test_bbc_news_is_a_source_with_a_fixed_split():
+    data = load_task(TaskSpec("bbc", source="bbc-news"))
+    assert (len(data.train) + len(data.held_out), len(data.reported["test"])) == (1780, 445)
+    assert data.label_names == ("business", "entertainment", "politics", "sports", "tech")
+    assert not {*data.train["text"], *data.held_out["text"]} & {*data.reported["test"]["text"]}
+    with pytest.raises(
+        DataError, match=r"tasks\.bbc\.reported\.dev='dev': bbc-news has no such split; it has train and"
+    ):
+        load("bbc", source="bbc-news", reported={"dev": "dev"})
