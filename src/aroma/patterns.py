@@ -62,7 +62,7 @@ class Patterns:
         named = self._config.get(field)
         if isinstance(named, str):
             return named == "all-linear" or self._matches(field, named, module, named, whole=True)
-        return any(module == name or module.endswith(f".{name}") for name in named or ())
+        return any(is_named(module, name) for name in named or ())
 
     def _matches(self, field: str, pattern: str, module: str, shown: str, whole: bool) -> bool:
         try:
@@ -75,6 +75,11 @@ class Patterns:
             raise wrong(self._path, field, shown, "matching it takes too long; name the modules one by one") from error
         except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
             raise wrong(self._path, field, shown, f"no regular expression ({error}); name the modules") from error
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether a list of names, such as target_modules, names a module by `name`: its whole name, or the end of it."""
+    return module == name or module.endswith(f".{name}")
 
 
 _SIMPLE = re.compile(r"[\w.\\^$-]*")

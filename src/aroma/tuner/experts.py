@@ -28,10 +28,10 @@ from torch.func import functional_call
 
 from .. import compat
 from ..errors import ConfigError, bad_value
+from ..patterns import is_named
 from ..sharding import Slice, is_partitioned, is_sharded, sharded_slice
 from .fused import Probe
-from .kinds import Kind
-from .layer import AromaLinear
+from .layer import AromaLinear, BlockMatrix
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -76,18 +76,8 @@ class ExpertWeight(nn.Module):
         return bool(getattr(self._experts[0], "is_transposed", False))
 
 
-class ExpertMatrix(AromaLinear):
+class ExpertMatrix(BlockMatrix):
     """The growing update of one expert's matrix. `AromaExperts` evaluates it; it is never called."""
-
-    def __init__(self, base_layer: ExpertWeight, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        self.fan_in_fan_out = base_layer.is_transposed
-
-    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
-        assert isinstance(base_layer, ExpertWeight)
-        kind = Kind(base_layer)
-        kind.is_transposed = base_layer.is_transposed
-        return kind
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, ExpertWeight)
@@ -105,11 +95,7 @@ class ExpertMatrix(AromaLinear):
         if not is_sharded(base.stack):
             return super().weight_matrix()
         part: Slice = sharded_slice(base.stack, base.index)
-        return part.T if self.fan_in_fan_out else part
-
-    def _replace_base_weight(self, merged: Tensor) -> None:
-        """Write `merged`, of the shape of the weight, into it: it is a view of all experts' parameter."""
-        self.get_base_layer().weight.copy_(merged)
+        return self.kind.matrix(part)
 
 
 class AromaExperts(nn.Module):
@@ -195,8 +181,7 @@ def _updated(weight: Tensor, matrices: list[ExpertMatrix]) -> Tensor:
             "batch of its own (set_adapter)"
         )
     _refuse_zero3(weight)
-    named = (name for active in first.active_adapters for name in (*first.beneath.get(active, ()), active))
-    for adapter_name in dict.fromkeys(named):
+    for adapter_name in first.with_beneath(first.active_adapters):
         if adapter_name in first.lora_A:
             stack = _stacked(matrices, adapter_name)
             if stack is not None:
@@ -333,7 +318,7 @@ def inject_experts(model: nn.Module, adapter_name: str, config: AromaConfig, low
     chosen: list[tuple[str, nn.Module, str]] = []
     for key, module, parameter in _parameters(model):
         name = f"{key}.{parameter}" if key else parameter
-        fitting = [one for one in wanted if name == one or name.endswith(f".{one}")]
+        fitting = [one for one in wanted if is_named(name, one)]
         for one in fitting:
             found[one].append(name)
         if fitting:

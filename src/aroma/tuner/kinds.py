@@ -37,7 +37,7 @@ class Kind:
     """Linear, Conv1D and bitsandbytes layers, and what the other kinds change of them.
 
     Args:
-        base: The layer; nothing of it is kept.
+        is_transposed: Whether the layer's weight is stored as (n, m), as that of Conv1D is.
 
     Attributes:
         form: How a plain adapter holds its components.
@@ -51,8 +51,8 @@ class Kind:
     takes_dropout = True
     b_is_first = False
 
-    def __init__(self, base: nn.Module) -> None:
-        self.is_transposed = isinstance(base, Conv1D)
+    def __init__(self, is_transposed: bool = False) -> None:
+        self.is_transposed = is_transposed
 
     def shape(self, in_features: int, out_features: int) -> tuple[int, int]:
         """Return (m, n) for the sizes that PEFT reads from the layer."""
@@ -99,7 +99,7 @@ class Convolution(Kind):
     is_matmul = False
 
     def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
+        super().__init__()
         assert isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d), "kind_of has chosen"
         self._convolve = next(function for kind, function in _CONVOLUTIONS.items() if isinstance(base, kind))
         self._stride, self._padding = base.stride, base.padding
@@ -140,7 +140,7 @@ class Lookup(Kind):
     b_is_first = True
 
     def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
+        super().__init__()
         assert isinstance(base, nn.Embedding), "kind_of has chosen"
         self._padding = base.padding_idx
         self._shape = base.num_embeddings, base.embedding_dim
@@ -199,7 +199,7 @@ def kind_of(base: nn.Module, name: str = "") -> Kind:
         why = "torch.nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it would not learn"
         raise bad_value("target_modules", name, f"{why}; name it in exclude_modules")
     if isinstance(base, nn.Linear | Conv1D) or type(base).__name__ in _QUANTISED_LINEAR:
-        return Kind(base)
+        return Kind(isinstance(base, Conv1D))
     if isinstance(base, tuple(_CONVOLUTIONS)):
         _refuse(base, name, _wrong_with_convolution(base), [*_CONVOLUTIONS])
         return Convolution(base)

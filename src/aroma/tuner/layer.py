@@ -90,7 +90,7 @@ class AromaLinear(LoraLinear):
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
-        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.fan_in_fan_out = self.kind.is_transposed
 
     def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
         """Return the kind of the base layer of the module `name`."""
@@ -329,7 +329,7 @@ class AromaLinear(LoraLinear):
                 "adapter and merge in one process (aroma export --merged)"
             )
         named = check_adapters_to_merge(self, adapter_names)
-        for adapter_name in dict.fromkeys(name for top in named for name in (*self.beneath.get(top, ()), top)):
+        for adapter_name in self.with_beneath(named):
             if adapter_name not in self.lora_A or adapter_name in self.merged_adapters:
                 continue
             merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
@@ -371,7 +371,8 @@ class AromaLinear(LoraLinear):
             return self._mixed(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [] if self.disable_adapters or self.merged else self._with_beneath(self.active_adapters)
+        named = [] if self.disable_adapters or self.merged else self.with_beneath(self.active_adapters)
+        adapters = [*filter(self._adds, named)]
         if not adapters:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
@@ -387,10 +388,10 @@ class AromaLinear(LoraLinear):
             result = add_update(result, flat, update)
         return result.view(*x.shape[:-1], result.shape[-1])
 
-    def _with_beneath(self, adapter_names: Sequence[str]) -> list[str]:
-        """Return those of the adapters that change the base layer's result, with what lies beneath them."""
+    def with_beneath(self, adapter_names: Sequence[str]) -> list[str]:
+        """Return adapters, each once and after what lies beneath it."""
         named = (name for active in adapter_names for name in (*self.beneath.get(active, ()), active))
-        return [*filter(self._adds, dict.fromkeys(named))]
+        return [*dict.fromkeys(named)]
 
     @torch.no_grad()
     def components_beneath(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -489,7 +490,7 @@ class AromaLinear(LoraLinear):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for named in dict.fromkeys(adapter_names):
             rows = [row for row, name in enumerate(adapter_names) if name == named]
-            for adapter_name in self._with_beneath([named]):
+            for adapter_name in filter(self._adds, self.with_beneath([named])):
                 result[rows] = self._added(result[rows], x[rows], adapter_name)
         return result
 
@@ -554,3 +555,15 @@ def _without_rounding(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.itemsize >= 4 > result.itemsize:
         return tensor.to(result.device)
     return result
+
+
+class BlockMatrix(AromaLinear):
+    """A growing matrix whose base layer's weight is a view of a larger one: an expert's, or a part of a fused one."""
+
+    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
+        """Return the kind of a linear layer whose weight lies as the larger one does."""
+        return Kind(bool(base_layer.is_transposed))
+
+    def _replace_base_weight(self, merged: Tensor) -> None:
+        """Write `merged`, of the shape of the block, into the larger weight."""
+        self.get_base_layer().weight.copy_(merged)

@@ -84,15 +84,9 @@ def check_split(value: Any) -> str | None:
 
 
 def _is_split(name: object, parts: object) -> bool:
-    sizes = parts if isinstance(parts, list | tuple) else [parts]
-    is_enough = len(sizes) > 1 or not isinstance(parts, list | tuple)
-    least = 1 if isinstance(parts, list | tuple) else 2
-    return (
-        isinstance(name, str)
-        and bool(name)
-        and is_enough
-        and all(type(n) is int and least <= n < 2**24 for n in sizes)
-    )
+    # One number is a number of parts, a list has the outputs of each: two parts at least.
+    sizes, least = (parts, 1) if isinstance(parts, list | tuple) and len(parts) > 1 else ([parts], 2)
+    return isinstance(name, str) and bool(name) and all(type(n) is int and least <= n < 2**24 for n in sizes)
 
 
 # Each returns what to do about a value, or None if it can work -------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
 from ..errors import ConfigError, bad_value
+from ..patterns import is_named
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
@@ -32,6 +33,8 @@ from .state import warn_uncontrolled
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
+
+_SEEDS_APART = 1_000_003
 
 
 class AromaModel(LoraModel):
@@ -73,7 +76,7 @@ class AromaModel(LoraModel):
             ) from error
         parts = {_base_name(key) for key in parts_of(_layers_by_key(model, adapter_name))}
         for wanted in self.peft_config[adapter_name].split_modules or {}:
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in parts):
+            if not any(is_named(name, wanted) for name in parts):
                 raise bad_value(
                     "split_modules", wanted, "no module that grows is called so; name it in target_modules"
                 )
@@ -284,9 +287,6 @@ def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> 
     for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
         _, a = layer.pair(adapter_name)
         layer.start_pair(adapter_name, layer.off_beneath(adapter_name, _first_component(live, index, a).to(a)))
-
-
-_SEEDS_APART = 1_000_003
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import bad_value
+from ..patterns import is_named
 from ..sharding import is_partitioned, is_sharded, sharded_columns, sharded_rows
 from .experts import MATRICES
-from .kinds import Kind
-from .layer import AromaLinear
+from .layer import AromaLinear, BlockMatrix
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -68,18 +68,8 @@ class PartWeight(nn.Module):
         )
 
 
-class PartMatrix(AromaLinear):
+class PartMatrix(BlockMatrix):
     """The growing update of one block of outputs."""
-
-    def __init__(self, base_layer: PartWeight, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        self.fan_in_fan_out = base_layer.is_transposed
-
-    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
-        assert isinstance(base_layer, PartWeight)
-        kind = Kind(base_layer)
-        kind.is_transposed = base_layer.is_transposed
-        return kind
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, PartWeight)
@@ -91,12 +81,7 @@ class PartMatrix(AromaLinear):
         if not is_sharded(base.whole.weight):
             return super().weight_matrix()
         part = sharded_columns if self.fan_in_fan_out else sharded_rows
-        found = part(base.whole.weight, base.start, base.stop)
-        return found.T if self.fan_in_fan_out else found
-
-    def _replace_base_weight(self, merged: Tensor) -> None:
-        """Write `merged`, of the shape of the block, into the layer's weight."""
-        self.get_base_layer().weight.copy_(merged)
+        return self.kind.matrix(part(base.whole.weight, base.start, base.stop))
 
 
 class AromaParts(nn.Module):
@@ -161,7 +146,7 @@ def sizes_of(config: AromaConfig, name: str, target: nn.Module) -> list[int] | N
     Raises:
         ConfigError: The module cannot be split so.
     """
-    fitting = [key for key in config.split_modules or {} if name == key or name.endswith(f".{key}")]
+    fitting = [key for key in config.split_modules or {} if is_named(name, key)]
     if not fitting:
         return None
     asked = (config.split_modules or {})[fitting[0]]

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from aroma.errors import bad_value
+from aroma.patterns import is_named
 from aroma.tuner.layout import PEFT_PREFIX
 
 _ATTRIBUTE = "_aroma_head"
@@ -242,9 +243,9 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
     if isinstance(chosen, str):
         return [name for name in names if re.fullmatch(chosen, name)] or _refuse(chosen, names)
     for ending in chosen:
-        if not any(_ends(name, ending) for name in names):
+        if not any(is_named(name, ending) for name in names):
             _refuse(ending, names)
-    return [name for name in names if any(_ends(name, ending) for ending in chosen)] or _refuse(chosen, names)
+    return [name for name in names if any(is_named(name, ending) for ending in chosen)] or _refuse(chosen, names)
 
 
 def _linears(model: nn.Module) -> list[str]:
@@ -252,10 +253,6 @@ def _linears(model: nn.Module) -> list[str]:
     head = head_of(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return [name for name in linears if not head.holds(name)]
-
-
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
 
 
 def _refuse(chosen: Sequence[str] | str, names: list[str]) -> list[str]:
