@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from aroma import AromaCallback, AromaConfig, aroma_layers, verify_adapter
 from models import METHOD, base, logits
 from trainer_runs import assert_same, growth, live, steps_of
-from trl_runs import WORDS, tokenizer
+from trl_runs import SETTINGS, WORDS, tokenizer
 
 SENTENCES = [
     f"the {size} {who} {does} a {colour} {whom}"
@@ -26,24 +26,9 @@ SENTENCES = [
 
 
 def trainer_for(out: Path, *callbacks: Any, name: str = "llama", method: Any = None, **changes: Any) -> SFTTrainer:
-    settings: dict[str, Any] = {
-        "max_steps": 16,
-        "max_length": 16,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_steps": 6,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "seed": 7,
-    }
     trainer = SFTTrainer(
         model=base(name),
-        args=SFTConfig(output_dir=str(out), **{**settings, **changes}),
+        args=SFTConfig(output_dir=str(out), **{**SETTINGS, "max_steps": 16, "max_length": 16, **changes}),
         train_dataset=Dataset.from_dict({"text": SENTENCES}),
         processing_class=tokenizer(),
         peft_config=AromaConfig(task_type="CAUSAL_LM", **{**METHOD, **(method or {})}),

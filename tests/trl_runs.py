@@ -46,6 +46,21 @@ ONLINE = ("grpo", "rloo")
 METHODS: dict[str, dict[str, Any]] = {"paper": models.METHOD, "evidence": evidence_runs.METHOD}
 STEPS = {"paper": 16, "evidence": evidence_runs.STEPS}
 
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "logging_steps": 1,
+    "save_steps": 6,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "seed": 7,
+}
+"""Arguments that all trainers of TRL share here."""
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -125,21 +140,7 @@ def trainer_for(
         changes: Changes to the trainer's arguments.
     """
     trainer_class, args_class = KINDS[kind]
-    settings: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": STEPS[growth],
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_steps": 6,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "seed": 7,
-    }
+    settings: dict[str, Any] = {**SETTINGS, "output_dir": str(out), "max_steps": STEPS[growth]}
     if kind in ONLINE:
         settings |= {"num_generations": 4, "max_completion_length": 4, "beta": 0.02}
     else:
