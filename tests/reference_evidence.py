@@ -274,15 +274,14 @@ class Reference:
             matrix.merged.append(o.s * torch.outer(old.b, old.a))
             matrix.slots[slot] = None
         idle_b, idle_a = matrix.idle or (torch.zeros_like(matrix.u[0]), torch.zeros_like(v))
-        mean = lambda values, idle: sum(values) / len(values) if values else idle  # noqa: E731
         matrix.slots[slot] = Component(
             b=torch.zeros_like(matrix.u[0]),
             a=v / math.sqrt(3),
             born=matrix.count,
             m_b=torch.zeros_like(matrix.u[0]),
-            v_b=mean([c.v_b for c in others], idle_b).clone(),
+            v_b=torch.stack([c.v_b for c in others] or [idle_b]).mean(0),
             m_a=torch.zeros_like(v),
-            v_a=mean([c.v_a for c in others], idle_a).clone(),
+            v_a=torch.stack([c.v_a for c in others] or [idle_a]).mean(0),
         )
         matrix.count += 1
         self.births.append((self.t, matrix.name))
