@@ -527,6 +527,25 @@ def test_the_page_has_the_numbers_of_the_files():
                 assert page.count(f"| {row} |") == 1, row
 
 
+def test_the_page_has_the_numbers_of_the_largest_models():
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    for name in ("llama3.1-405b", "deepseek-v3", "kimi-k2"):
+        result = json.loads((ROOT / "results" / "scale" / "beyond-100b" / f"{name}.json").read_text())
+        assert result["devices"] == 32
+        for one in result["estimates"]:
+            assert one["settings"]["dtype"] == "nf4" and one["settings"]["quantise_experts"]
+        for title, strategy in (("FSDP2", "fsdp2"), ("ZeRO-3", "zero3")):
+            found = [one["bytes"][strategy] for one in result["estimates"]]
+            first = found[0]
+            trains = first["pairs"] + first["head"] + first["gradients"] + first["optimizer"]
+            step = first["kept"] + first["step_extra"] + first["between_extra"]
+            same = (first["weights"], first["constants"], trains, first["gathered"], step)
+            cells = [f"{count / GIB:.2f}" for count in same]
+            cells += [", ".join(f"{one[part] / GIB:.2f}" for one in found) for part in ("finished", "total")]
+            row = " | ".join([name, title, *cells])
+            assert page.count(f"| {row} |") == 1, row
+
+
 @pytest.mark.slow
 def test_the_files_are_what_the_command_writes_today():
     written = RESULTS["llama3-8b"]
