@@ -128,7 +128,7 @@ class Reference:
         if self.phase == "start" and self.t == o.first:
             for matrix in self.matrices:
                 for v in matrix.v:
-                    self._birth(matrix, v, [])
+                    self._birth(matrix, v, [], o.S)
             self.births, self.phase = [], "trial"
         elif self.phase == "trial" and self.t == o.trial:
             self._singular_directions()
@@ -191,8 +191,8 @@ class Reference:
             kept, matrix.idle = [matrix.singular[k] for k in stay], [v_b.clone(), v_a.clone()]
             matrix.slots = [
                 Component(
-                    b=math.sqrt(3) * size * u,
-                    a=v / math.sqrt(3),
+                    b=math.sqrt(3 * len(kept)) * size * u,
+                    a=v / math.sqrt(3 * len(kept)),
                     born=matrix.count + k,
                     m_b=torch.zeros_like(u),
                     v_b=v_b.clone(),
@@ -256,15 +256,19 @@ class Reference:
         self.pending, self.newborn = [], []
         for matrix in self.matrices:
             before, money = matrix.live, [evidence(*won) for won in zip(matrix.heads, matrix.flips, strict=True)]
+            found = []
             for _ in range(min(o.S, o.unused)):
                 k = max(range(o.unused), key=lambda k: money[k])
                 if sum(money) / o.unused >= 1 / o.alpha:
                     money[k] = 1.0
-                    self._birth(matrix, matrix.v[k], before)
-                    matrix.p[k], matrix.q[k] = torch.zeros_like(matrix.p[k]), torch.zeros_like(matrix.q[k])
-                    matrix.heads[k] = matrix.flips[k] = 0
+                    found.append(k)
+            for k in found:
+                self._birth(matrix, matrix.v[k], before, min(len(before) + len(found), o.S))
+                matrix.p[k], matrix.q[k] = torch.zeros_like(matrix.p[k]), torch.zeros_like(matrix.q[k])
+                matrix.heads[k] = matrix.flips[k] = 0
 
-    def _birth(self, matrix: Matrix, v: Tensor, others: list[Component]) -> None:
+    def _birth(self, matrix: Matrix, v: Tensor, others: list[Component], together: int) -> None:
+        """A component along v, of `together` that the matrix then trains."""
         o = self.settings
         if None in matrix.slots:
             slot = matrix.slots.index(None)
@@ -276,7 +280,7 @@ class Reference:
         idle_b, idle_a = matrix.idle or (torch.zeros_like(matrix.u[0]), torch.zeros_like(v))
         matrix.slots[slot] = Component(
             b=torch.zeros_like(matrix.u[0]),
-            a=v / math.sqrt(3),
+            a=v / math.sqrt(3 * together),
             born=matrix.count,
             m_b=torch.zeros_like(matrix.u[0]),
             v_b=torch.stack([c.v_b for c in others] or [idle_b]).mean(0),

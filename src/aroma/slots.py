@@ -433,8 +433,8 @@ class SlotMatrices(GrowingMatrices):
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep these singular directions of every matrix, drop the others, and follow unused directions.
 
-        A direction that stays is split as at its birth: a = v/√3, b = √3 σ u. The first that were dropped are
-        followed.
+        A direction that stays is split as at its birth: a = v/√(3K), b = √(3K) σ u, with K that stay in its matrix. The
+        first that were dropped are followed.
         """
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
@@ -450,8 +450,9 @@ class SlotMatrices(GrowingMatrices):
                 if matrix.is_frozen:
                     continue
                 b, a = torch.zeros_like(pairs[place][0]), torch.zeros_like(pairs[place][1])
-                b[:, : len(stays)] = (math.sqrt(3) * group.sizes[row, stays] * group.u[row][:, stays]).to(b)
-                a[: len(stays)] = (group.v[row, stays] / math.sqrt(3)).to(a)
+                length = row_length(len(stays))
+                b[:, : len(stays)] = (group.sizes[row, stays] / length * group.u[row][:, stays]).to(b)
+                a[: len(stays)] = (length * group.v[row, stays]).to(a)
                 matrix.layer.start_pair(self._adapter_name, a, b)
                 starts += _starts(matrix, range(slots), matrix.slots)
                 matrix.occupy_first(len(stays))
@@ -467,10 +468,10 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def bear(self, births: Sequence[tuple[SlotMatrix, int]]) -> list[SlotMatrix]:
-        """Start a component of each matrix along a direction that is followed: a = v/√3, b = 0.
+        """Start a component of each matrix along a direction that is followed: a = v/√(3K), b = 0.
 
-        The entries of a are then as large as Kaiming's. The optimizer's averages for the slot begin at zero, its
-        averages of squares at those of the slots that were in use.
+        K is the number of components that the matrix then trains. The optimizer's averages for the slot begin at zero,
+        its averages of squares at those of the slots that were in use.
 
         Args:
             births: The matrices, and the number of the direction.
@@ -489,6 +490,8 @@ class SlotMatrices(GrowingMatrices):
             group, row = where[matrix.index]
             b, a = b.detach().clone(), a.detach().clone()
             before, new = matrix.slots, []
+            together = len(before) + len(directions[matrix.index])
+            length = row_length(min(together, self._live.config.slots))
             for direction in directions[matrix.index]:
                 slot, is_taken = matrix.slot_for_birth()
                 if is_taken:
@@ -496,7 +499,7 @@ class SlotMatrices(GrowingMatrices):
                     matrix.layer.finished(self._adapter_name).append(b[:, oldest] * self._scale, a[oldest])
                     merged.append(matrix)
                 b[:, slot] = 0
-                a[slot] = (group.v[row, direction] / math.sqrt(3)).to(a)
+                a[slot] = (length * group.v[row, direction]).to(a)
                 matrix.occupy(slot)
                 new.append(slot)
                 group.forget(row, direction)
@@ -580,6 +583,16 @@ class SlotMatrices(GrowingMatrices):
             for step, pending in enumerate(state["readings"])
         ]
         self._ask()
+
+
+def row_length(components: int) -> float:
+    """Return the length of a that a component begins with, 1/√(3K), where a matrix trains K `components`.
+
+    Adam moves every b as far as any other, whatever its gradient. So K components along directions that are orthogonal
+    would move a matrix √K times as far as one does, and a learning rate that suits one would be too large for many.
+    For K = 1 the entries of a are as large as Kaiming's.
+    """
+    return 1 / math.sqrt(3 * max(components, 1))
 
 
 def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> list[SlotStart]:
