@@ -6,7 +6,7 @@
 The base model is trained first, on sums of which two in three are wrong. Then GRPO rewards right sums. Each method
 gets the best of three learning rates, chosen with another seed by the reward of its last 50 steps, and then three
 seeds. A run takes about a minute of one CPU core. Each leaves a JSON file, and a second start of the same command does
-what is missing.
+what is missing. `table.md` and `reward.png` are made of these files.
 """
 
 from __future__ import annotations
@@ -165,6 +165,30 @@ def run(out: Path, method: str, seed: int, steps: int, learning_rate: float) -> 
     return {**told, "parameters": trained}
 
 
+def runs_of(out: Path, method: str) -> list[dict[str, Any]]:
+    """Return what the runs of a method told, by seed."""
+    return [json.loads(file.read_text()) for file in sorted(out.glob(f"{method}-[0-9].json"))]
+
+
+def tabulate(out: Path) -> None:
+    """Write a table: the mean reward of the last 50 steps by seed, what is right of sums never seen, and sizes."""
+    import pandas as pd
+
+    rows = [
+        {
+            "method": method,
+            "learning rate": runs[0]["learning_rate"],
+            "reward, by seed": ", ".join(f"{sum(run['reward'][-50:]) / 50:.2f}" for run in runs),
+            "right of sums never seen": ", ".join(f"{run['after']:.2f}" for run in runs),
+            "parameters": ", ".join(dict.fromkeys(f"{run['parameters']:,}" for run in runs)),
+        }
+        for method in METHODS
+        if (runs := runs_of(out, method))
+    ]
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+
+
 def draw(out: Path) -> None:
     """Draw reward against steps: mean of the seeds, smoothed over 20 steps, and the ranks that AROMA found."""
     import matplotlib.pyplot as plt
@@ -172,7 +196,7 @@ def draw(out: Path) -> None:
 
     _, (rewards, ranks) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
     for method in METHODS:
-        runs = [json.loads(file.read_text()) for file in sorted(out.glob(f"{method}-[0-9].json"))]
+        runs = runs_of(out, method)
         if not runs:
             continue
         curves = np.array([np.convolve(run["reward"], np.ones(20) / 20, "valid") for run in runs])
@@ -204,7 +228,7 @@ def once(file: Path, *arguments: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train what is missing in a folder, and draw it."""
+    """Train what is missing in a folder; write the table, and draw."""
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the results")
@@ -223,6 +247,7 @@ def main() -> None:
         best = max(tried, key=lambda rate: sum(tried[rate]["reward"][-50:]))
         for seed in SEEDS:
             once(options.out / f"{method}-{seed}.json", method, seed, options.steps, best)
+    tabulate(options.out)
     draw(options.out)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aroma import AromaConfig, aroma_layers, attach
 from aroma.algorithm.evidence import (
+    FIRST_STEP,
     directions_that_convince,
     directions_to_keep,
     flips_to_birth,
@@ -210,6 +211,25 @@ def test_a_matrix_whose_slots_fill_it_is_no_rival_of_slope_zero() -> None:
     unused, moves = matrices.steepness(matrices.answers)
     assert unused.shape == (1, 0)
     assert moves.isnan().all()
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+def test_a_matrix_moves_as_far_with_many_components_as_with_one(slots: int) -> None:
+    """In its first optimizer step, with the same learning rate, but for Adam's ε."""
+
+    def first_moves(slots: int) -> list[Tensor]:
+        base, x, y = planted([0, 4, 1, 3])
+        model = grown(base, slots=slots)
+        optimizer = adam(model)
+        attach(model, optimizer, total_steps=101)
+        for batch in batches(x, y, FIRST_STEP + 1):
+            optimizer.zero_grad()
+            (model(batch[0]) - batch[1]).square().mean().backward()
+            optimizer.step()
+        pairs = [layer.pair("default") for layer in aroma_layers(model).values()]
+        return [(b @ a).norm() for b, a in pairs]
+
+    torch.testing.assert_close(first_moves(slots), first_moves(1), rtol=1e-3, atol=0.0)
 
 
 def test_nothing_is_born_after_the_step_that_is_named() -> None:

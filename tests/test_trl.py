@@ -408,6 +408,7 @@ def test_the_example_does_what_is_missing_and_no_more(tmp_path: Path, monkeypatc
     assert told["parameters"] == 0 or told["total_rank"][-1] > 0
     assert json.loads((tmp_path / "lora-1-0.json").read_text())["parameters"] > 0
     assert (tmp_path / "reward.png").stat().st_size > 5000
+    assert "| lora-1   | 0.003" in (tmp_path / "table.md").read_text()
     (tmp_path / "lora-1-0.json").unlink()
     example["main"]()
     after = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
