@@ -136,6 +136,26 @@ def test_the_page_says_of_what_was_tried_what_the_runs_say() -> None:
     )
 
 
+def test_the_page_says_of_shorter_starts_what_the_runs_say() -> None:
+    text = " ".join(PAGE.split())
+    tried = json.loads((RESULTS / "tried" / "shorter-starts.json").read_text(encoding="utf-8"))
+    runs = pd.DataFrame(tried["runs"])
+    scores = 100 * runs.groupby("task").score.mean()
+    before = (
+        100 * pd.concat([runs_of(RESULTS / name).of("aroma-evidence") for name in GROWN]).groupby("task").score.mean()
+    )
+    assert runs.groupby("task").seed.count()[["noisy", "nothing", "sst2"]].tolist() == [5, 5, 5]
+    assert f"SST-2 {scores.sst2:.2f} ({before.sst2:.2f} in the table)" in text
+    assert f"`noisy` {scores.noisy:.1f} % ({before.noisy:.1f} %)" in text
+    grown = sum(rank > 0 for of_run in runs[runs.task == "nothing"].ranks for rank in of_run)
+    assert f"nothing is planted {grown} of 60 matrices have a component" in text
+    old, new, *_ = tried["loss saved on held-out batches by the trial's updates"].values()
+    worst, best = (pick(one["saved"] for one in old) for pick in (min, max))
+    assert f"between {-worst:.2f} higher and {best:.2f} lower" in text
+    assert f"now it is {min(one['saved'] for one in new):.2f} to {max(one['saved'] for one in new):.2f} lower" in text
+    assert [len(old), len(new)] == [4, 5]
+
+
 @pytest.mark.parametrize(
     ("line", "grid", "task"),
     [
