@@ -533,7 +533,7 @@ def test_the_page_has_the_numbers_of_the_largest_models():
         result = json.loads((ROOT / "results" / "scale" / "beyond-100b" / f"{name}.json").read_text())
         assert result["devices"] == 32
         for one in result["estimates"]:
-            assert one["settings"]["dtype"] == "nf4" and one["settings"]["quantise_experts"]
+            assert (one["settings"]["dtype"], one["settings"]["quantise_experts"]) == ("nf4", True)
         for title, strategy in (("FSDP2", "fsdp2"), ("ZeRO-3", "zero3")):
             found = [one["bytes"][strategy] for one in result["estimates"]]
             first = found[0]
