@@ -433,8 +433,8 @@ class SlotMatrices(GrowingMatrices):
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep these singular directions of every matrix, drop the others, and follow unused directions.
 
-        A direction that stays is split as at its birth: a = v/√(3K), b = √(3K) σ u, where K stay in the matrix. The first
-        that were dropped are followed.
+        A direction that stays is split as at its birth: a = v/√(3K), b = √(3K) σ u, where K stay in the matrix. The
+        first that were dropped are followed.
         """
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
