@@ -213,7 +213,7 @@ class _GroupedMm(torch.autograd.Function):
 
 def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
     """Map x (S, n) with weight (E, n, m) to (S, m); `offs` (E,) has no values here."""
-    result: Tensor = _GroupedMm.apply(x, weight)  # type: ignore[no-untyped-call]
+    result: Tensor = _GroupedMm.apply(x, weight)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 

@@ -307,7 +307,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (…, n) to (…, m)."""
-        y: Tensor = _Dequantising.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _Dequantising.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call, unused-ignore]
         return y
 
 
