@@ -1,6 +1,6 @@
 """Growth by evidence in several processes, for torchrun: plain loops under DistributedDataParallel and FSDP2.
 
-    torchrun --standalone --nproc-per-node 2 tests/evidence_ranks.py OUT
+    torchrun --standalone --nproc-per-node 2 tests/evidence_ranks.py all OUT
 
 Every rank writes what each loop came to into a file of its own in OUT.
 """
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma import aroma_layers, save_adapter
-from distributed_runs import CALM, TIMEOUT, tell_refusals, whole, without_sync
+from distributed_runs import CALM, TIMEOUT, main, tell_refusals, whole, without_sync
 from evidence_runs import (
     Loop,
     Net,
@@ -216,19 +217,26 @@ def broken_held_out(_: Path) -> None:
 REFUSALS = [other_held_out, broken_held_out]
 
 
-def main(out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    for name, (wrap, options) in runs().items():
+OF_FOUR = ("ddp, as it comes", "fsdp2, as it comes", "fsdp2, held out")
+
+
+def loops(out: Path, names: Iterable[str] = tuple(runs())) -> None:
+    for name in names:
+        wrap, options = runs()[name]
         torch.save(whole(ended(Loop(wrap=wrap, **options()).go_on())), out / f"{name}-{dist.get_rank()}.pt")
+
+
+def everything(out: Path) -> None:
+    loops(out)
     torch.save(detached(), out / f"detached-{dist.get_rank()}.pt")
     for name, came_to in resumed(out).items():
         torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
     torch.save(trained(out / "trainer"), out / f"trained-{dist.get_rank()}.pt")
     tell_refusals(out, REFUSALS)
-    dist.destroy_process_group()
 
+
+PARTS: dict[str, Callable[[Path], None]] = {"all": everything, "loops of four": partial(loops, names=OF_FOUR)}
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    main(PARTS, *sys.argv[1:])

@@ -1,6 +1,6 @@
 """Growth by evidence under DeepSpeed's ZeRO, for `ranks`: plain loops, and checkpoints.
 
-    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/evidence_zero.py OUT
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/evidence_zero.py loops OUT
 
 Every rank writes what each loop came to into a file of its own in OUT.
 """
@@ -8,6 +8,8 @@ Every rank writes what each loop came to into a file of its own in OUT.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,12 @@ def options() -> dict[str, Any]:
     return {"steps_per_pass": 34, "growth_batches": held_out()}
 
 
-def loops(out: Path) -> None:
-    for name, config in STAGES.items():
-        torch.save(ended(ZeroLoop(config, **options()).go_on()), out / f"{name}-{dist.get_rank()}.pt")
+OF_FOUR = ("zero 2", "zero 3, nothing stays")
+
+
+def loops(out: Path, names: Iterable[str] = tuple(STAGES)) -> None:
+    for name in names:
+        torch.save(ended(ZeroLoop(STAGES[name], **options()).go_on()), out / f"{name}-{dist.get_rank()}.pt")
     replicas = Loop(wrap=DistributedDataParallel, **options()).go_on()
     torch.save(ended(replicas), out / f"replicas-{dist.get_rank()}.pt")
 
@@ -81,13 +86,19 @@ def checkpoints(out: Path) -> None:
             torch.save(ended(again.go_on()), out / f"resumed-{name}-{step}-{dist.get_rank()}.pt")
 
 
+PARTS: dict[str, Callable[[Path], None]] = {
+    "loops": loops,
+    "loops of four": partial(loops, names=OF_FOUR),
+    "checkpoints": checkpoints,
+}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     deepspeed.init_distributed(timeout=TIMEOUT)
-    where = Path(sys.argv[1])
-    where.mkdir(parents=True, exist_ok=True)
-    loops(where)
-    checkpoints(where)
+    *parts, where = sys.argv[1:]
+    Path(where).mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        PARTS[part](Path(where))
     dist.barrier()
     dist.destroy_process_group()

@@ -45,19 +45,19 @@ def library(folder: Path) -> Path:
 
 
 def strikes(
-    kinds: Iterable[str], seed: int, count: int | None = None, hows: Iterable[str] = HOW
+    kinds: Iterable[str], seed: int = 0, count: int | None = None, every: int = 1
 ) -> dict[str, list[dict[str, Any]]]:
     """Strike saves in a process of its own; return what each strike left, by kind of save.
 
     Args:
         kinds: Of ADAPTERS and CHECKPOINTS.
         seed: Chooses the operations.
-        count: Strikes of each kind; None for every operation.
-        hows: Of HOW.
+        count: Strikes of each kind; None for all of them.
+        every: Strike at every so many-th operation, counted from the last.
     """
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
-            [sys.executable, __file__, json.dumps([*kinds]), str(seed), str(count or 0), json.dumps([*hows]), scratch],
+            [sys.executable, __file__, json.dumps([*kinds]), str(seed), str(count or 0), str(every), scratch],
             env={**os.environ, "LD_PRELOAD": str(library(Path(scratch))), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -77,10 +77,10 @@ class Choice:
 
     seed: int
     count: int
-    hows: list[str]
+    every: int
 
     def of(self, operations: int) -> list[tuple[int, str]]:
-        everything = [(k, how) for k in range(1, operations + 1) for how in self.hows]
+        everything = [(k, how) for k in reversed(range(operations, 0, -self.every)) for how in HOW]
         return random.Random(self.seed).sample(everything, min(self.count or len(everything), len(everything)))
 
 
@@ -261,8 +261,8 @@ def strike_checkpoints(kind: str, choice: Choice, scratch: Path) -> list[dict[st
     return told
 
 
-def main(kinds: str, seed: str, count: str, hows: str, scratch: str) -> None:
-    choice, told = Choice(int(seed), int(count), json.loads(hows)), {}
+def main(kinds: str, seed: str, count: str, every: str, scratch: str) -> None:
+    choice, told = Choice(int(seed), int(count), int(every)), {}
     for number, kind in enumerate(json.loads(kinds)):
         work = strike_adapters if kind in ADAPTERS else strike_checkpoints
         folder = Path(scratch) / str(number)

@@ -96,6 +96,10 @@ MORE_LOOPS: dict[str, Kind] = {
 }
 
 
+OF_FOUR = {name: LOOPS[name] for name in ("root alone", "three rows")}
+"""Both ways to shard. Of three rows one of four processes holds none."""
+
+
 def run_loops(out: Path, loops: dict[str, Kind] = LOOPS) -> None:
     for name, (loop, wrap) in loops.items():
         torch.save(run_loop(loop, wrap), out / f"loop-{name}-{rank()}.pt")
@@ -196,10 +200,9 @@ def state_of_rank_0(out: Path) -> None:
     assert before != together["state"]["adapter_digest"], "what was held for rank 0 is let go at the next step"
 
 
-def resume(out: Path, where: str = "resumed") -> None:
-    for name, late in ((where, False), (f"{where}-late", True)):
-        training = Training(out / "adapter", loads_late=late)
-        torch.save(training.go_on(SAVED_AT, STEPS), out / f"{name}-{rank()}.pt")
+def resume(out: Path, name: str = "resumed", loads_late: bool = False) -> None:
+    training = Training(out / "adapter", loads_late=loads_late)
+    torch.save(training.go_on(SAVED_AT, STEPS), out / f"{name}-{rank()}.pt")
 
 
 def load_shards(out: Path) -> None:
@@ -224,6 +227,7 @@ def load_shards(out: Path) -> None:
 def checkpoints(out: Path) -> None:
     save(out)
     resume(out)
+    resume(out, "resumed-late", loads_late=True)
     load_shards(out)
     state_of_rank_0(out)
 
@@ -415,6 +419,7 @@ if __name__ == "__main__":
     parts = {
         "loops": run_loops,
         "more loops": partial(run_loops, loops=MORE_LOOPS),
+        "loops of four": partial(run_loops, loops=OF_FOUR),
         "all": tell_all,
         "resume": resume,
         "train": train,

@@ -131,27 +131,28 @@ def saved(tmp_path_factory):
     return folder, texts, predict_logits(model, data, tokenizer, 3, lambda done: None)
 
 
-def check(saved, logits, adapter="adapter"):
-    folder, texts, _ = saved
+def reload(saved, adapter="adapter"):
+    folder, texts, logits = saved
     parts = {"held_out": examples(texts, [0] * 7)}
     job = ClassifierJob(ModelSpec(str(folder / "model")), replace(demo.TASK, max_length=8), parts, tokenizer=None)
-    return demo.check_reload(logits, folder / adapter, job, demo.TRAINING, demo.no_progress)
+    return demo.reload(folder / adapter, logits.shape[1], job, demo.TRAINING, demo.no_progress)
 
 
 @pytest.mark.slow
 def test_a_process_that_cannot_import_aroma_predicts_the_same_or_the_demo_stops(saved):
-    agreement = check(saved, saved[2])
+    reloaded = reload(saved)
+    agreement = demo.require_agreement(saved[2], reloaded)
     assert (agreement["examples"], agreement["different_predictions"]) == (7, 0)
     assert agreement["largest_difference"] < 1e-5
     with pytest.raises(CheckpointError, match=r"max \|Δlogit\|=0\.0\d+: plain PEFT predicts 0 of 7 articles"):
-        check(saved, saved[2] + 0.01)
+        demo.require_agreement(saved[2] + 0.01, reloaded)
     (saved[0] / "damaged").mkdir()
     for file in (saved[0] / "adapter").iterdir():
         (saved[0] / "damaged" / file.name).write_bytes(file.read_bytes())
     weights = saved[0] / "damaged" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"damaged': plain PEFT cannot load it \(.*SafetensorError"):
-        check(saved, saved[2], "damaged")
+        reload(saved, "damaged")
 
 
 def test_the_program_cannot_import_aroma():

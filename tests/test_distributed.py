@@ -287,9 +287,9 @@ def test_two_processes_in_the_trainer_do_what_one_does(told: Path, tmp_path: Pat
     assert written == ["rng_state_0.pth", "rng_state_1.pth"]
 
 
-@pytest.mark.parametrize("looked_for", [False, True])
-def test_four_processes_in_the_trainer_do_what_one_does(tmp_path: Path, looked_for: bool) -> None:
-    training = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": looked_for}
+def test_four_processes_in_the_trainer_do_what_one_does(tmp_path: Path) -> None:
+    # The two processes above do not look for unused parameters.
+    training = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": True}
     run = replace(CALM, training=training)
     launch_training(4, tmp_path / "many", run)
     assert_does_what_one_does(tmp_path / "many", tmp_path / "one", run, 4)
@@ -326,10 +326,8 @@ def immortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("rank", "moment", "starts"),
     [
-        (0, "step 11", launch),
         (1, "step 11", torchrun),
         (0, "adapter 12", launch),
-        (0, "optimizer 12", launch),
         (1, "random 12", launch),
         (0, "trainer 12", launch),
     ],

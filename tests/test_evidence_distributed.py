@@ -11,7 +11,7 @@ import torch
 import evidence_ranks
 from aroma import verify_adapter
 from distributed_runs import assert_refused
-from evidence_ranks import SAVED_AT, ended, runs
+from evidence_ranks import OF_FOUR, SAVED_AT, ended, runs
 from evidence_runs import Loop
 from ranks import launch
 from trainer_runs import assert_same
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-9}
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two ranks told of every loop."""
     out = tmp_path_factory.mktemp("evidence")
-    launch(2, evidence_ranks.__file__, str(out))
+    launch(2, evidence_ranks.__file__, "all", str(out))
     return out
 
 
@@ -56,8 +56,8 @@ def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
 
 def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
     """Under FSDP2 one of them holds no slot."""
-    launch(4, evidence_ranks.__file__, str(tmp_path))
-    for name in runs():
+    launch(4, evidence_ranks.__file__, "loops of four", str(tmp_path))
+    for name in OF_FOUR:
         assert_as_one_process(tmp_path, name, 4)
 
 

@@ -30,7 +30,6 @@ from fuzz import (
     Adapter,
     attack,
     fuzz,
-    fuzz_in_processes,
     make_adapters,
 )
 from quick import slow_but
@@ -54,10 +53,13 @@ def test_no_damage_is_silently_wrong(adapters: dict[str, Adapter]) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_damages() -> None:
-    findings = fuzz_in_processes(2_000, 2)  # ten thousand are a command, whose numbers docs/trust.md has
+def test_more_damages_of_every_kind_to_every_adapter(adapters: dict[str, Adapter]) -> None:
+    # Ten thousand are a command, whose numbers docs/trust.md has.
+    numbers = range(8 * len(KINDS), 24 * len(KINDS))
+    findings = [*fuzz([*adapters.values()], numbers)]
     assert not [str(finding) for finding in findings if finding.outcome in FAILURES]
-    assert len(findings) > 7_000
+    assert {finding.harm.kind for finding in findings} == {*KINDS}
+    assert len(findings) > 1_400
 
 
 def test_a_corruption_is_its_seed(adapters: dict[str, Adapter], tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from aroma_lab.study.process import TrialProcess, is_locked, take_lock
 from aroma_lab.study.run import run_grid
 from study_files import children, comparable, real_grid, wait_until
 
+pytestmark = pytest.mark.slow
+"""A nursery imports for ten seconds before it forks the first trial."""
+
 STAND_IN = """
 import os, pathlib, signal, sys, time
 print("begins", *sys.argv[1:], "torch" in sys.modules, os.getsid(0) == os.getpid(), flush=True)
@@ -77,7 +80,6 @@ def test_a_process_is_stopped_and_keeps_its_lock_until_then(nursery: Nursery, tm
     assert not is_locked(tmp_path, "sleep")
 
 
-@pytest.mark.slow
 def test_a_killed_nursery_is_replaced_and_its_trials_go_on(tmp_path: Path) -> None:
     file = real_grid(tmp_path, "grid")
     runs, killed, others = tmp_path / "grid" / "runs", [], children(os.getpid())
@@ -92,23 +94,19 @@ def test_a_killed_nursery_is_replaced_and_its_trials_go_on(tmp_path: Path) -> No
     assert (len(outcome.finished), outcome.failed) == (2, [])
 
 
-@pytest.mark.slow
-def test_a_forked_trial_ends_as_one_in_a_process_of_its_own(tmp_path: Path) -> None:
-    forked, fresh = (load_grid(real_grid(tmp_path, name)) for name in ("forked", "fresh"))
-    nursery = Nursery()
-    try:
-        for grid, where in ((forked, nursery), (fresh, None)):
-            for trial in expand(grid):
-                lock = take_lock(grid.folder, trial.name)
-                assert lock is not None
-                process = TrialProcess(trial, 0, grid.folder, lock, nursery=where)
-                wait_until(process.has_ended, seconds=200)
-                assert process.failure() is None
-                os.close(lock)
-    finally:
-        nursery.close()
-    for one, other in zip(expand(forked), expand(fresh), strict=True):
-        folders = [grid.folder / "runs" / trial.name for grid, trial in ((forked, one), (fresh, other))]
-        assert comparable(folders[0]) == comparable(folders[1])
-        weights = [folder / "adapter" / "adapter_model.safetensors" for folder in folders]
-        assert weights[0].read_bytes() == weights[1].read_bytes()
+def test_a_forked_trial_ends_as_one_in_a_process_of_its_own(nursery: Nursery, tmp_path: Path) -> None:
+    folders = []
+    for name, where in (("forked", nursery), ("fresh", None)):
+        grid = load_grid(real_grid(tmp_path, name))
+        trial = expand(grid)[-1]
+        assert trial.method == "aroma"
+        lock = take_lock(grid.folder, trial.name)
+        assert lock is not None
+        process = TrialProcess(trial, 0, grid.folder, lock, nursery=where)
+        wait_until(process.has_ended, seconds=200)
+        assert process.failure() is None
+        os.close(lock)
+        folders.append(grid.folder / "runs" / trial.name)
+    assert comparable(folders[0]) == comparable(folders[1])
+    weights = [folder / "adapter" / "adapter_model.safetensors" for folder in folders]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

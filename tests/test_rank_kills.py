@@ -10,7 +10,7 @@ from rank_kills import kills
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_of_which_a_rank_is_killed_goes_on_exactly() -> None:
-    asked = [("DDP", 2, [0]), ("DDP", 4, [0]), ("FSDP2", 2, [0]), ("ZeRO-2", 2, [0]), ("ZeRO-3", 2, [0])]
+    asked = [("DDP", 2, [0]), ("FSDP2", 2, [0]), ("ZeRO-2", 2, [0]), ("ZeRO-3", 2, [0])]
     told = [*kills(asked, seed=3)]
     assert [(entry["way"], entry["processes"], [entry["number"]]) for entry in told] == asked
     for entry in told:

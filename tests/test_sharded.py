@@ -7,9 +7,8 @@ one agree.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +24,8 @@ from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.errors import ConfigError
 from aroma.sharding import gathered, sharding_modules, summed
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
-from ranks import launch, torchrun
-from sharded_runs import LOOPS, MORE_LOOPS, REFUSALS, SAVED_AT, STEPS, Training
+from ranks import launch
+from sharded_runs import LOOPS, MORE_LOOPS, OF_FOUR, REFUSALS, SAVED_AT, STEPS, Training
 from test_distributed import assert_close, load
 from tiny_lm import save_tiny_lm
 from trainer_runs import adapted, assert_same, tiny_bert
@@ -87,10 +86,10 @@ def assert_does_what_one_does(found: dict[str, Any], loop: Loop) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "part"), [(2, "more loops"), (4, "loops")])
+@pytest.mark.parametrize(("processes", "part"), [(2, "more loops"), (4, "loops of four")])
 def test_more_loops_and_more_processes(tmp_path: Path, processes: int, part: str) -> None:
     launch(processes, RUNS, part, str(tmp_path))
-    for name, (loop, _) in {"loops": LOOPS, "more loops": MORE_LOOPS}[part].items():
+    for name, (loop, _) in {"loops of four": OF_FOUR, "more loops": MORE_LOOPS}[part].items():
         found = [load(tmp_path / f"loop-{name}-{rank}.pt") for rank in range(processes)]
         for other in found[1:]:
             assert_same(other, found[0])
@@ -317,8 +316,7 @@ EXAMPLE = str(Path(__file__).parents[1] / "examples" / "fsdp2.py")
 def test_the_example_goes_on_where_it_stopped(tmp_path: Path, ways: tuple[str, ...]) -> None:
     options = ("--batch", "2", "--total-steps", "20", *ways)
     once, twice = str(tmp_path / "once"), str(tmp_path / "twice")
-    start = launch if ways else torchrun
-    assert "step 20: loss" in start(2, EXAMPLE, *options, "--steps", "20", "--out", once)
+    assert "step 20: loss" in launch(2, EXAMPLE, *options, "--steps", "20", "--out", once)
     launch(2, EXAMPLE, *options, "--steps", "12", "--out", twice)
     launch(2, EXAMPLE, *options, "--steps", "20", "--out", twice, "--resume")
     assert_same(verified_tensors(Path(twice)), verified_tensors(Path(once)))
@@ -326,19 +324,17 @@ def test_the_example_goes_on_where_it_stopped(tmp_path: Path, ways: tuple[str, .
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ways", [(), ("--four-bit",)])
-def test_the_example_trains_in_one_process_without_a_launcher(tmp_path: Path, ways: tuple[str, ...]) -> None:
+def test_the_example_trains_in_one_process_without_a_launcher(
+    tmp_path: Path, ways: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The lines of the documentation for one GPU, here on a CPU: a folder with model and tokenizer, a text."""
     model = save_tiny_lm(tmp_path / "llama", "llama")
     (tmp_path / "text.txt").write_text("a model learns this text by heart " * 40)
     options = {"--model": model, "--text": tmp_path / "text.txt", "--out": tmp_path / "adapter", "--steps": 20}
-    said = subprocess.run(
-        [sys.executable, EXAMPLE, *(str(part) for option in options.items() for part in option), *ways],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    ).stdout
+    words = [str(part) for option in options.items() for part in option]
+    monkeypatch.setattr(sys, "argv", [EXAMPLE, *words, *ways])
+    runpy.run_path(EXAMPLE, run_name="__main__")
+    said = capsys.readouterr().out
     (first, _), (last, rank) = re.findall(r"^step \d+: loss ([\d.]+), total rank (\d+)$", said, re.MULTILINE)
     assert float(last) < float(first)
     saved = verified_tensors(tmp_path / "adapter")

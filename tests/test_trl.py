@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,7 @@ def test_it_grows_resumes_bit_for_bit_and_plain_peft_loads_it(tmp_path: Path, ki
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS])
-@pytest.mark.parametrize("phase", ["questions", "after a birth"])
+@pytest.mark.parametrize(("kind", "phase"), [*zip(KINDS, cycle(["questions", "after a birth"]), strict=False)])
 def test_growth_by_evidence_resumes_bit_for_bit(tmp_path: Path, kind: str, phase: str) -> None:
     """With the gradient checkpointing that TRL has by default."""
     step = evidence_runs.PHASES[phase]

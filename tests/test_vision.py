@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,16 +292,17 @@ def test_what_cannot_grow_is_named(name: str, targets: Any, reason: str) -> None
 
 
 @pytest.mark.slow
-def test_the_example_runs(tmp_path: Path) -> None:
-    example = Path(__file__).parent.parent / "examples" / "vision.py"
-    words = ["--seeds", "1", "--pretrain-steps", "60", "--steps", "60"]
-    result = subprocess.run([sys.executable, example, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert not result.returncode, result.stderr
-    lines = result.stdout.splitlines()
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = str(Path(__file__).parent.parent / "examples" / "vision.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [example, "--seeds", "1", "--pretrain-steps", "60", "--steps", "60"])
+    runpy.run_path(example, run_name="__main__")
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     assert [line for line in lines if line.startswith(("base: ", "adapted to 5 to 9: 627 training images, 269 test"))]
     rows = {line[:12].strip(): line.split()[-2:] for line in lines if line.startswith(("head", "LoRA", "AROMA"))}
     assert {*rows} == {"head alone", "LoRA r=1", "LoRA r=8", "AROMA"}
-    ranks = json.loads(result.stdout[result.stdout.index("{") :])
+    ranks = json.loads(printed[printed.index("{") :])
     assert len(ranks) == 13
     saved = {row.name: row.rank for row in rank_table(tmp_path / "out" / "vision" / "adapter-0")}
     assert saved == ranks

@@ -106,9 +106,10 @@ def base(kind: str) -> Any:
     """The pretrained model of `models`, with an output for the reward where that is trained."""
     if kind != "reward":
         return models.base("llama")
+    folder = models.saved_base("llama")  # the first call draws
     torch.manual_seed(1)  # the output is new
     options = {"num_labels": 1, "pad_token_id": tokenizer().pad_token_id}  # the trainer sets it, too
-    return AutoModelForSequenceClassification.from_pretrained(models.saved_base("llama"), **options).eval()
+    return AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
 
 
 def trainer_for(

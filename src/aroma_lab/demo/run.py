@@ -125,7 +125,7 @@ def run_demo(
         "held_out_articles": len(held_out),
         "modules": {module.pop("name"): module for module in map(asdict, modules)},
         "parameters": parameters,
-        "agreement": check_reload(logits, folder / "adapter", job, training, progress),
+        "agreement": require_agreement(logits, reload(folder / "adapter", logits.shape[1], job, training, progress)),
         "adapter": method.resolved_options(),
         "training": asdict(training),
         "max_length": TASK.max_length,
@@ -271,26 +271,27 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 # Reloaded in plain PEFT ----------------------------------------------------------------------------------------------
 
 
-def check_reload(
-    logits: NDArray[Any], adapter: Path, job: ClassifierJob, training: TrainSpec, progress: Progress
-) -> dict[str, Any]:
-    """Predict all held-out articles again, in plain PEFT in a process without AROMA, and compare.
+def reload(adapter: Path, labels: int, job: ClassifierJob, training: TrainSpec, progress: Progress) -> NDArray[Any]:
+    """Predict all held-out articles again, in plain PEFT in a process without AROMA.
 
     Args:
-        logits: Predictions of the trained model, (articles, topics).
         adapter: Folder of the saved adapter.
+        labels: Number of topics.
         job: Model and data.
         training: The loop, for its batch size.
         progress: Shows that it runs.
 
+    Returns:
+        Logits, (articles, topics).
+
     Raises:
-        CheckpointError: The process failed, or the predictions differ.
+        CheckpointError: The process failed.
     """
     content = {
         "base_model": job.model.name,
         "adapter": str(adapter),
         "texts": list(job.parts[HELD_OUT]["text"]),
-        "num_labels": logits.shape[1],
+        "num_labels": labels,
         "max_length": job.task.max_length,
         "batch_size": training.batch_size,
         "threads": torch.get_num_threads(),
@@ -305,8 +306,17 @@ def check_reload(
         if done.returncode != 0:
             reason = (done.stderr.strip() or "no error text").splitlines()[-1]
             raise CheckpointError(f"adapter={str(adapter)!r}: plain PEFT cannot load it ({reason})")
-        reloaded = read_tensors(out_file)["logits"].numpy()
+        reloaded: NDArray[Any] = read_tensors(out_file)["logits"].numpy()
         advance(1)
+    return reloaded
+
+
+def require_agreement(logits: NDArray[Any], reloaded: NDArray[Any]) -> dict[str, Any]:
+    """Compare the predictions of the trained model with those of plain PEFT.
+
+    Raises:
+        CheckpointError: They differ.
+    """
     difference = float(abs(logits - reloaded).max())
     different = int((logits.argmax(axis=-1) != reloaded.argmax(axis=-1)).sum())
     if different or difference > TOLERANCE:
