@@ -14,7 +14,10 @@ from torch._dynamo.utils import counters
 from aroma import AromaCallback, AromaController, aroma_layers, attach
 from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
+from evidence_runs import METHOD as EVIDENCE
+from evidence_runs import Loop, births, net
 from models import adapted, base, batch, ranks, train, trainable, unlike
+from routed import RoutedNet, routed
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import growth, tiny_bert, trainer_for
 
@@ -129,6 +132,34 @@ def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_gro
     attachment.controller.matrices.freeze(attachment.controller.modules[0])
     train(compiled, batch("llama"), optimizer, 2)
     assert len(graphs.graphs) == 3
+
+
+def blocks(what: str, **method: Any) -> Any:
+    """Parts of a net's layers, or experts."""
+    if what == "experts":
+        return routed(RoutedNet("batched_mm"), **method)
+    return net(split_modules={"layers.1": [9, 7], "layers.3": 2}, **method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "most"), [("evidence", 5), ("paper", 2)])
+@pytest.mark.parametrize("what", ["experts", "parts"])
+def test_experts_and_parts_that_grow_make_no_new_graph(what: str, rule: str, most: int) -> None:
+    """By evidence the phases have graphs of their own, as those of linear layers have."""
+    method = {**EVIDENCE, "growth": rule}
+    if rule == "paper":
+        fields = {"slots": 8, "significance": 0.05, "duel_factor": 0.5, "inner_check_interval": 2}
+        method |= {**fields, "inner_tolerance": 0.5, "max_inner_steps": 2, "outer_tolerance": 0.02}
+    graphs = Graphs()
+    compiled = Loop(blocks(what, **method), wrap=lambda model: torch.compile(model, backend=graphs)).go_on()
+    plain = Loop(blocks(what, **method)).go_on()
+    assert len(graphs.graphs) <= most
+    assert graphs.breaks == {}
+    assert births(compiled.events) == births(plain.events)
+    assert max(ranks(plain.model).values()) > (8 if rule == "paper" else 1), "no storage is too large to be seen"
+    for name, layer in aroma_layers(plain.model).items():
+        expected, found = (one.get_delta_weight("default") for one in (layer, aroma_layers(compiled.model)[name]))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # Who is compiled -----------------------------------------------------------------------------------------------------

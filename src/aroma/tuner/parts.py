@@ -181,8 +181,10 @@ def split(B: Tensor, A: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tens
     """Undo `join`: B (m, R) and A (R, n) to the updates of parts with so many outputs; None if they are no such parts.
 
     A component belongs to the part in which its column of B is not zero; one whose column is all zero to the part of
-    the component before it.
+    the component before it. Components of zero at the end are padding, and left out.
     """
+    used = (B.any(0) | A.any(1)).nonzero()
+    B, A = B[:, : int(used[-1]) + 1 if len(used) else 0], A[: int(used[-1]) + 1 if len(used) else 0]
     blocks = B.split([*sizes])
     owners, last = [], 0
     for column in torch.stack([block.any(0) for block in blocks], 1).tolist():
