@@ -1,4 +1,4 @@
-"""A toy with 16 experts under FSDP2 and DistributedDataParallel, for torchrun: both growth rules, experts and parts of a fused weight.
+"""A toy with 16 experts under FSDP2 and DDP, for torchrun: both growth rules, experts and parts of a fused weight.
 
     torchrun --standalone --nproc-per-node 2 tests/expert_ranks.py OUT
 

@@ -178,14 +178,17 @@ def test_tasks_are_laid_over_each_other(tmp_path: Path) -> None:
         beneath = layer.components_beneath("default")[1]
         assert len(beneath) == 3 * number
         if number:
-            assert float((layer.pair("default")[1] @ beneath.T).abs().max()) < 1e-5
+            assert float((layer.pair("default")[1].detach() @ beneath.T).abs().max()) < 1e-5
         set_ranks(model, [3, 0, 1] if number else [3], seed=number)
         said.append(logits(model))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This AROMA adapter was trained without its controller")
             tasks.save(model, task)
     for task, expected in zip(tasks.names, said, strict=True):
-        torch.testing.assert_close(logits(tasks.load(language_model("mixtral"), task).eval()), expected)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            loaded = tasks.load(language_model("mixtral"), task).eval()
+        torch.testing.assert_close(logits(loaded), expected)
     tasks.export(tmp_path / "out", "two")
     verify_adapter(tmp_path / "out")
     torch.testing.assert_close(logits(plain(tmp_path / "out", language_model("mixtral"))), said[1])

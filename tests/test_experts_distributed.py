@@ -1,4 +1,4 @@
-"""16 experts under FSDP2 and DistributedDataParallel: two processes do what one does, and save an adapter that plain PEFT loads."""
+"""16 experts under FSDP2 and DDP: two processes do what one does, and save an adapter that plain PEFT loads."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, deepspeed: dict[str, str]) ->
     jobs: list[list[Any]] = [
         [2, RUNS, part, str(out)] for part in ("loops", "checkpoints", "refusals", "replicas", "train")
     ]
-    jobs += [[2, OTHERS, str(out)]]
+    jobs += [[1, OTHERS, "alone", str(out)], [2, OTHERS, "several", str(out)]]
     jobs += [[4, RUNS, "loops of four", str(out / "four")], [1, RUNS, "checkpoints of one", str(out / "one")]]
     (out / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, ranks.__file__, "zero_runs", str(out / "jobs.json")]
@@ -112,7 +112,6 @@ def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
 # Other layers, several adapters, experts and parts -------------------------------------------------------------------
 
 OTHERS = str(Path(__file__).parent / "zero_others.py")
-STAGES_OF_OTHERS = ["zero 1", "zero 2", "zero 3"]
 RULES = ["paper", "evidence"]
 
 
@@ -131,14 +130,21 @@ def assert_did_what_one_does(folder: Path, name: str, alone: dict[str, Any]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("stage", STAGES_OF_OTHERS)
-@pytest.mark.parametrize("what", ["kinds", "adapters"])
-def test_other_layers_and_two_adapters_do_what_they_do_in_one_process(
-    told: Path, what: str, stage: str, rule: str
-) -> None:
-    assert_did_what_one_does(told, f"{what}-{rule}-{stage}", load(told / f"{what}-{rule}-{stage}-alone.pt"))
-    for ending in ("-default", "-other") if what == "adapters" else ("",):
-        verify_adapter(told / f"{what}-{rule}-{stage}{ending}")
+@pytest.mark.parametrize("stage", ["zero 1", "zero 2", "zero 3"])
+def test_convolutions_and_embeddings_grow_as_in_one_process(told: Path, stage: str, rule: str) -> None:
+    assert_did_what_one_does(told, f"kinds-{rule}-{stage}", load(told / f"kinds-{rule}-alone.pt"))
+    verify_adapter(told / f"kinds-{rule}-{stage}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("stage", "order"), [("zero 1", "one after another"), ("zero 2", "in turns"), ("zero 3", "in turns")]
+)
+def test_two_adapters_grow_as_in_one_process(told: Path, stage: str, order: str, rule: str) -> None:
+    assert_did_what_one_does(told, f"adapters-{rule}-{stage}", load(told / f"adapters-{rule}-{order}-alone.pt"))
+    for name in ("default", "other"):
+        verify_adapter(told / f"adapters-{rule}-{stage}-{name}")
 
 
 @pytest.mark.slow

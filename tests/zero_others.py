@@ -1,13 +1,12 @@
 """Under DeepSpeed's ZeRO, for `ranks`: convolutions and embeddings, two adapters, experts and parts of fused weights.
 
-    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/zero_others.py OUT
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 tests/zero_others.py several OUT
 
 Every rank writes what each training came to into files of its own in OUT.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from adapter_ranks import Adapter, came_to, two_adapters
+from adapter_ranks import ORDERS, Adapter, came_to, two_adapters
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from distributed_runs import TIMEOUT, tell_refusals
 from evidence_runs import loss_of, rows, share, trainable
@@ -36,6 +35,7 @@ STAGES = {
     "zero 3": zero(3, **FREE, **NOTHING_STAYS),
 }
 ORDER = {"zero 1": "one after another", "zero 2": "in turns", "zero 3": "in turns"}
+"""In which two adapters train."""
 STEPS = 36
 
 
@@ -169,15 +169,13 @@ def alone(out: Path) -> None:
     """What one process comes to."""
     for rule in RULES:
         torch.save(blocks(rule), out / f"blocks-{rule}-alone.pt")
-        found = kinds(rule)
-        for stage in STAGES:
-            torch.save(found, out / f"kinds-{rule}-{stage}-alone.pt")
-            torch.save(came_to(rule, ORDER[stage], base=plain_base()), out / f"adapters-{rule}-{stage}-alone.pt")
+        torch.save(kinds(rule), out / f"kinds-{rule}-alone.pt")
+        for order in ORDERS:
+            torch.save(came_to(rule, order, base=plain_base()), out / f"adapters-{rule}-{order}-alone.pt")
 
 
-def main(out: Path) -> None:
-    if os.environ["RANK"] == "0":
-        alone(out)  # before there is another
+def several(out: Path) -> None:
+    """What two processes come to."""
     deepspeed.init_distributed(timeout=TIMEOUT)
     rank = dist.get_rank()
     for stage in STAGES:
@@ -196,4 +194,4 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    main(Path(sys.argv[1]))
+    {"alone": alone, "several": several}[sys.argv[1]](Path(sys.argv[2]))
