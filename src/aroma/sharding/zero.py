@@ -226,7 +226,8 @@ class Zero(Replicas):
         if not is_zero(inner):
             return []
         if hasattr(inner, "grad_position"):
-            return [one for one in parameters if inner.get_param_id(one) in inner.grad_position]
+            known = [one for one in parameters if is_partitioned(one)]  # others were added later
+            return [one for one in known if inner.get_param_id(one) in inner.grad_position]
         held = {id(one) for group in getattr(inner, "bit16_groups", ()) for one in group}
         return [one for one in parameters if id(one) in held]
 
