@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from aroma import AromaCallback, AromaController, aroma_layers, attach
+from aroma import AromaCallback, AromaConfig, AromaController, aroma_layers, attach
 from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
 from evidence_runs import METHOD as EVIDENCE
-from evidence_runs import Loop, births, net
-from models import adapted, base, batch, ranks, train, trainable, unlike
-from routed import RoutedNet, routed
+from evidence_runs import STEPS, Loop, Net, births
+from models import METHOD, adapted, base, batch, ranks, train, trainable, unlike
+from routed import PARAMETERS, RoutedNet
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import growth, tiny_bert, trainer_for
 
@@ -137,8 +139,10 @@ def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_gro
 def blocks(what: str, **method: Any) -> Any:
     """Parts of a net's layers, or experts."""
     if what == "experts":
-        return routed(RoutedNet("batched_mm"), **method)
-    return net(split_modules={"layers.1": [9, 7], "layers.3": 2}, **method)
+        base, fields = RoutedNet("batched_mm"), {"target_modules": [], "target_parameters": PARAMETERS}
+    else:
+        base, fields = Net(), {"target_modules": r"layers\.\d+", "split_modules": {"layers.1": [9, 7], "layers.3": 2}}
+    return get_peft_model(base, AromaConfig(**fields, **method), autocast_adapter_dtype=False)
 
 
 @pytest.mark.slow
@@ -146,13 +150,14 @@ def blocks(what: str, **method: Any) -> Any:
 @pytest.mark.parametrize("what", ["experts", "parts"])
 def test_experts_and_parts_that_grow_make_no_new_graph(what: str, rule: str, most: int) -> None:
     """By evidence the phases have graphs of their own, as those of linear layers have."""
-    method = {**EVIDENCE, "growth": rule}
+    method, steps = EVIDENCE, STEPS
     if rule == "paper":
-        fields = {"slots": 8, "significance": 0.05, "duel_factor": 0.5, "inner_check_interval": 2}
-        method |= {**fields, "inner_tolerance": 0.5, "max_inner_steps": 2, "outer_tolerance": 0.02}
+        method = {**METHOD, **ALWAYS_GROW, "growth": "paper"}
+        steps = 12
     graphs = Graphs()
-    compiled = Loop(blocks(what, **method), wrap=lambda model: torch.compile(model, backend=graphs)).go_on()
-    plain = Loop(blocks(what, **method)).go_on()
+    wrap = partial(torch.compile, backend=graphs)
+    compiled = Loop(blocks(what, **method), steps=steps, wrap=wrap).go_on()
+    plain = Loop(blocks(what, **method), steps=steps).go_on()
     assert len(graphs.graphs) <= most
     assert graphs.breaks == {}
     assert births(compiled.events) == births(plain.events)

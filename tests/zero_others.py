@@ -18,7 +18,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from adapter_ranks import ORDERS, Adapter, came_to, two_adapters
+from adapter_ranks import Adapter, came_to, two_adapters
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from distributed_runs import TIMEOUT, tell_refusals
 from evidence_runs import loss_of, rows, share, trainable
@@ -34,8 +34,13 @@ STAGES = {
     "zero 2": zero(2, **FREE),
     "zero 3": zero(3, **FREE, **NOTHING_STAYS),
 }
-ORDER = {"zero 1": "one after another", "zero 2": "in turns", "zero 3": "in turns"}
-"""In which two adapters train."""
+KINDS = [("zero 1", "paper"), ("zero 2", "evidence"), ("zero 3", "paper"), ("zero 3", "evidence")]
+ADAPTERS = [
+    ("zero 1", "paper", "one after another"),
+    ("zero 2", "evidence", "in turns"),
+    ("zero 3", "paper", "one after another"),
+    ("zero 3", "evidence", "in turns"),
+]
 STEPS = 36
 
 
@@ -170,21 +175,21 @@ def alone(out: Path) -> None:
     for rule in RULES:
         torch.save(blocks(rule), out / f"blocks-{rule}-alone.pt")
         torch.save(kinds(rule), out / f"kinds-{rule}-alone.pt")
-        for order in ORDERS:
-            torch.save(came_to(rule, order, base=plain_base()), out / f"adapters-{rule}-{order}-alone.pt")
+    for _, rule, order in ADAPTERS[:2]:
+        torch.save(came_to(rule, order, base=plain_base()), out / f"adapters-{rule}-alone.pt")
 
 
 def several(out: Path) -> None:
     """What two processes come to."""
     deepspeed.init_distributed(timeout=TIMEOUT)
     rank = dist.get_rank()
-    for stage in STAGES:
-        for rule in RULES:
-            torch.save(kinds(rule, stage, out / f"kinds-{rule}-{stage}"), out / f"kinds-{rule}-{stage}-{rank}.pt")
-            found = came_to(rule, ORDER[stage], engines(stage), out / f"adapters-{rule}-{stage}", base=plain_base())
-            torch.save(found, out / f"adapters-{rule}-{stage}-{rank}.pt")
-            if stage == "zero 2":
-                torch.save(blocks(rule, stage, out / f"blocks-{rule}"), out / f"blocks-{rule}-{rank}.pt")
+    for rule in RULES:
+        torch.save(blocks(rule, "zero 2", out / f"blocks-{rule}"), out / f"blocks-{rule}-{rank}.pt")
+    for stage, rule in KINDS:
+        torch.save(kinds(rule, stage, out / f"kinds-{rule}-{stage}"), out / f"kinds-{rule}-{stage}-{rank}.pt")
+    for stage, rule, order in ADAPTERS:
+        found = came_to(rule, order, engines(stage), out / f"adapters-{rule}-{stage}", base=plain_base())
+        torch.save(found, out / f"adapters-{rule}-{stage}-{rank}.pt")
     (out / "others").mkdir(exist_ok=True)
     tell_refusals(out / "others", REFUSALS)
     dist.barrier()

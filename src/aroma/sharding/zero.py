@@ -218,7 +218,7 @@ class Zero(Replicas):
         """Remember that `optimizer` trains `parameters` (any shapes): ZeRO-3 says so of the last engine only."""
         for parameter in parameters:
             if is_partitioned(parameter) and is_zero(unwrapped_optimizer(optimizer)):
-                parameter._aroma_optimizer = unwrapped_optimizer(optimizer)
+                parameter.aroma_optimizer = unwrapped_optimizer(optimizer)
 
     def changed_at_rest(self, optimizer: Any, parameters: Iterable[Any]) -> list[Tensor]:
         """Return those of `parameters` (any shapes) that `optimizer` holds flat copies of: it steps them all."""
@@ -284,7 +284,7 @@ def _z3_optimizer(parameter: Any) -> Any:
 
     Every engine marks all parameters of its model, those of adapters that another engine trains, too.
     """
-    return getattr(parameter, "_aroma_optimizer", getattr(parameter, "_z3_optimizer", None))
+    return getattr(parameter, "aroma_optimizer", getattr(parameter, "_z3_optimizer", None))
 
 
 def _own_range(parameter: Any, optimizer: Any) -> Range | None:
