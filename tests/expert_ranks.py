@@ -1,4 +1,4 @@
-"""A toy with 16 experts under FSDP2, for torchrun: both growth rules, experts and parts of a fused weight.
+"""A toy with 16 experts under FSDP2 and DDP, for torchrun: both growth rules, experts and parts of a fused weight.
 
     torchrun --standalone --nproc-per-node 2 tests/expert_ranks.py OUT
 
@@ -18,6 +18,7 @@ import transformers
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from aroma import AromaConfig, save_adapter
@@ -93,8 +94,15 @@ def sharded(model: Any) -> Any:
     return model
 
 
-def loop(rule: str) -> Loop:
-    wrap: Callable[[Any], Any] = sharded
+def replicated(model: Any) -> Any:
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+REPLICATED_STEPS = 36
+"""After the trial, and after some births."""
+
+
+def loop(rule: str, wrap: Callable[[Any], Any] = sharded) -> Loop:
     return Loop(toy(rule), wrap=wrap, steps=STEPS, size=TOKENS)
 
 
@@ -120,6 +128,8 @@ def main(out: Path) -> None:
         with torch.no_grad():
             said = training.model(rows(12, seed=7, dtype=torch.float64)[0])
         torch.save(said, out / f"{rule}-said-{dist.get_rank()}.pt")
+        replicas = loop(rule, replicated).go_on(REPLICATED_STEPS)
+        torch.save(ended(replicas), out / f"{rule}-replicas-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from aroma import AromaCallback, AromaController, aroma_layers, attach
+from aroma import AromaCallback, AromaConfig, AromaController, aroma_layers, attach
 from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
-from models import adapted, base, batch, ranks, train, trainable, unlike
+from evidence_runs import METHOD as EVIDENCE
+from evidence_runs import STEPS, Loop, Net, births
+from models import METHOD, adapted, base, batch, ranks, train, trainable, unlike
+from routed import PARAMETERS, RoutedNet
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import growth, tiny_bert, trainer_for
 
@@ -129,6 +134,37 @@ def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_gro
     attachment.controller.matrices.freeze(attachment.controller.modules[0])
     train(compiled, batch("llama"), optimizer, 2)
     assert len(graphs.graphs) == 3
+
+
+def blocks(what: str, **method: Any) -> Any:
+    """Parts of a net's layers, or experts."""
+    if what == "experts":
+        base, fields = RoutedNet("batched_mm"), {"target_modules": [], "target_parameters": PARAMETERS}
+    else:
+        base, fields = Net(), {"target_modules": r"layers\.\d+", "split_modules": {"layers.1": [9, 7], "layers.3": 2}}
+    return get_peft_model(base, AromaConfig(**fields, **method), autocast_adapter_dtype=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "most"), [("evidence", 5), ("paper", 2)])
+@pytest.mark.parametrize("what", ["experts", "parts"])
+def test_experts_and_parts_that_grow_make_no_new_graph(what: str, rule: str, most: int) -> None:
+    """By evidence the phases have graphs of their own, as those of linear layers have."""
+    method, steps = EVIDENCE, STEPS
+    if rule == "paper":
+        method = {**METHOD, **ALWAYS_GROW, "growth": "paper"}
+        steps = 12
+    graphs = Graphs()
+    wrap = partial(torch.compile, backend=graphs)
+    compiled = Loop(blocks(what, **method), steps=steps, wrap=wrap).go_on()
+    plain = Loop(blocks(what, **method), steps=steps).go_on()
+    assert len(graphs.graphs) <= most
+    assert graphs.breaks == {}
+    assert births(compiled.events) == births(plain.events)
+    assert max(ranks(plain.model).values()) > (8 if rule == "paper" else 1), "no storage is too large to be seen"
+    for name, layer in aroma_layers(plain.model).items():
+        expected, found = (one.get_delta_weight("default") for one in (layer, aroma_layers(compiled.model)[name]))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # Who is compiled -----------------------------------------------------------------------------------------------------

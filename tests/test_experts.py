@@ -16,14 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aroma import AromaConfig, aroma_layers, lora_tensors, save_adapter, verify_adapter
+from aroma import AromaConfig, Tasks, aroma_layers, lora_tensors, save_adapter, verify_adapter
 from aroma.errors import AromaError, CheckpointError, ConfigError
 from aroma.export import export_merged, export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.tuner.experts import pack, unpack
 from aroma.tuner.fused import Probe
 from evidence_runs import PHASES, Loop, held_out, loss_of, rows
-from models import METHOD, set_ranks
+from models import METHOD, base, set_ranks
 from quick import slow_but
 from routed import EXPERTS, FAMILIES, PARAMETERS, UNUSED, RoutedNet, language_model, routed
 from trainer_runs import assert_same
@@ -138,6 +138,62 @@ def test_a_module_whose_ranks_are_all_zero_is_left_out(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "one/adapter_config.json").read_text())
     assert config["target_parameters"] == [f"model.layers.1.mlp.{name}" for name in sorted(PARAMETERS)]
     torch.testing.assert_close(logits(plain(tmp_path / "one", language_model("mixtral"))), logits(model))
+
+
+def test_one_rank_for_engines(tmp_path: Path) -> None:
+    model = adapted("mixtral")
+    ranks = set_ranks(model, [0, 3, 1, 0, 2])
+    saved(model, tmp_path / "adapter")
+    assert export_uniform(tmp_path / "adapter", tmp_path / "out") == 8
+    verify_adapter(tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
+    assert len(config["target_parameters"]) == 4
+    again = PeftModel.from_pretrained(language_model("mixtral"), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+    table = {row.name: row.rank for row in rank_table(tmp_path / "out")}
+    assert {name: table[name] for name in table if "experts" in name} == {
+        name: rank for name, rank in ranks.items() if "experts" in name
+    }
+    with pytest.raises(ConfigError, match=r"rank=2: a module has rank 3"):
+        export_uniform(tmp_path / "adapter", tmp_path / "small", rank=2)
+    for rank, folder in ((None, "adapter"), (8, "out")):
+        live, files = lora_tensors(model, rank), tmp_path / folder
+        assert_same(live.tensors, load_file(files / "adapter_model.safetensors"))
+        assert (
+            live.config["target_parameters"]
+            == json.loads((files / "adapter_config.json").read_text())["target_parameters"]
+        )
+    with pytest.raises(ConfigError, match=r"rank=2: .*experts\.\w+ has rank 3"):
+        lora_tensors(model, 2)
+
+
+def test_tasks_are_laid_over_each_other(tmp_path: Path) -> None:
+    tasks = Tasks(tmp_path / "tasks")
+    config = AromaConfig(**METHOD, target_modules=["q_proj"], target_parameters=PARAMETERS, task_type="CAUSAL_LM")
+    said = []
+    for number, task in enumerate(("one", "two")):
+        model = tasks.grow(language_model("mixtral"), config).eval()
+        layer = aroma_layers(model)["model.layers.0.mlp.experts.down_proj.1"]
+        beneath = layer.components_beneath("default")[1]
+        assert len(beneath) == 3 * number
+        if number:
+            assert float((layer.pair("default")[1].detach() @ beneath.T).abs().max()) < 1e-5
+        set_ranks(model, [3, 0, 1] if number else [3], seed=number)
+        said.append(logits(model))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This AROMA adapter was trained without its controller")
+            tasks.save(model, task)
+    for task, expected in zip(tasks.names, said, strict=True):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            loaded = tasks.load(language_model("mixtral"), task).eval()
+        torch.testing.assert_close(logits(loaded), expected)
+    tasks.export(tmp_path / "out", "two")
+    verify_adapter(tmp_path / "out")
+    torch.testing.assert_close(logits(plain(tmp_path / "out", language_model("mixtral"))), said[1])
+    with pytest.raises(ConfigError, match=r"task 'one': the base model has no model\.layers\.0\.mlp\.experts"):
+        Tasks(tmp_path / "tasks").grow(base("llama"), AromaConfig(target_modules=["q_proj"]))
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -287,16 +343,6 @@ def test_mixed_batches_are_refused() -> None:
     model = adapted("mixtral", target_modules=[])
     with pytest.raises(ConfigError, match="adapter_names"):
         model(input_ids=TOKENS, adapter_names=["default", "default"])
-
-
-def test_one_rank_for_engines_is_refused(tmp_path: Path) -> None:
-    model = adapted("mixtral")
-    set_ranks(model, [1])
-    saved(model, tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=r"target_parameters=.*save the adapter in files"):
-        lora_tensors(model)
-    with pytest.raises(ConfigError, match=r"target_parameters.*export --merged"):
-        export_uniform(tmp_path / "adapter", tmp_path / "out")
 
 
 def _rank(folder: Path) -> None:

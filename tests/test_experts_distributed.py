@@ -1,4 +1,4 @@
-"""16 experts under FSDP2: two processes do what one does, and save an adapter that plain PEFT loads."""
+"""16 experts under FSDP2 and DDP: two processes do what one does, and save an adapter that plain PEFT loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import PeftModel
 import expert_ranks
 from aroma import verify_adapter
 from evidence_runs import rows
-from expert_ranks import EXPERTS, RULES, Toy, ended, loop
+from expert_ranks import EXPERTS, REPLICATED_STEPS, RULES, Toy, ended, loop
 from ranks import launch
 from trainer_runs import assert_same
 
@@ -28,10 +28,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_two_processes_do_what_one_does(told: Path, rule: str) -> None:
-    first, second = (torch.load(told / f"{rule}-{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.mark.parametrize("way", ["", "-replicas"])
+def test_two_processes_do_what_one_does(told: Path, way: str, rule: str) -> None:
+    first, second = (torch.load(told / f"{rule}{way}-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(first, second)
-    alone = ended(loop(rule).go_on())
+    alone = ended(loop(rule).go_on(REPLICATED_STEPS if way else None))
     assert first["events"] == alone["events"]
     assert first["ranks"] == alone["ranks"]
     assert first["weight norms"] == pytest.approx(alone["weight norms"], rel=1e-9)

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from aroma import AromaConfig, aroma_layers, verify_adapter
+from aroma import AromaConfig, Tasks, aroma_layers, lora_tensors, verify_adapter
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
 from aroma.tuner.parts import join, split
@@ -142,12 +142,37 @@ def test_bad_input_is_one_clear_error(changes: dict[str, Any], words: list[str])
     assert all(word in said for word in words), said
 
 
+def test_one_rank_for_engines(tmp_path: Path) -> None:
+    model, inputs = adapted("gpt2", **SPLITS["gpt2"]), batch("gpt2")
+    ranks = set_ranks(model, [2, 0, 1])
+    saved(model, tmp_path / "adapter")
+    assert export_uniform(tmp_path / "adapter", tmp_path / "out") == 8
+    verify_adapter(tmp_path / "out")
+    table = {row.name: row.rank for row in rank_table(tmp_path / "out")}
+    assert all(table[name] == rank for name, rank in ranks.items() if "c_attn" in name)
+    plain = PeftModel.from_pretrained(base("gpt2"), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(plain, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
+    for rank, folder in ((None, "adapter"), (8, "out")):
+        assert_same(lora_tensors(model, rank).tensors, load_file(tmp_path / folder / "adapter_model.safetensors"))
+
+
+def test_a_folder_of_tasks_is_refused(tmp_path: Path) -> None:
+    tasks, config = Tasks(tmp_path), AromaConfig(**SPLITS["gpt2"], task_type="CAUSAL_LM")
+    model = tasks.grow(base("gpt2"), config)
+    set_ranks(model, [1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This AROMA adapter was trained without its controller")
+        tasks.save(model, "one")
+    with pytest.raises(
+        ConfigError, match=r"split_modules='transformer\.h\.0\.attn\.c_attn': .*leave split_modules out"
+    ):
+        tasks.grow(base("gpt2"), AromaConfig(target_modules=["c_attn"], task_type="CAUSAL_LM"))
+
+
 def test_what_is_no_update_of_parts_is_refused(tmp_path: Path) -> None:
     model = adapted("gpt2", **SPLITS["gpt2"])
     set_ranks(model, [1])
     saved(model, tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=r"split_modules=.*export --merged"):
-        export_uniform(tmp_path / "adapter", tmp_path / "out")
     whole = adapted("gpt2", target_modules=["c_attn"])
     set_ranks(whole, [2])
     saved(whole, tmp_path / "whole")

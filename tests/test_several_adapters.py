@@ -7,63 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
+import adapter_ranks
+from adapter_ranks import RULES, Adapter, changed, plain_net
 from aroma import AromaCallback, AromaConfig, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import ConfigError
+from aroma.export import rank_table
 from aroma.integrations.callback import trainable_adapter
-from evidence_runs import METHOD, STEPS, Net, held_out, loss_of, rows, trainable
+from distributed_runs import assert_refused
+from evidence_runs import METHOD, STEPS, trainable
 from quick import slow_but
+from ranks import launch
 from trainer_runs import METHOD as PAPER
 from trainer_runs import adapted, assert_same, growth, tiny_bert, trainer_for
-
-RULES: dict[str, dict[str, Any]] = {
-    "evidence": METHOD,
-    "paper": {"inner_check_interval": 2, "inner_tolerance": 0.8, "max_inner_steps": 8, "component_seed": 5},
-}
-UNLIKE = {"component_seed": 11, "slots": 2, "significance": 0.5}
-"""What the second adapter has otherwise."""
-
-
-def changed(rule: str) -> dict[str, Any]:
-    known = {"evidence": {"component_seed", "slots", "significance"}, "paper": {"component_seed"}}[rule]
-    return {name: value for name, value in UNLIKE.items() if name in known}
-
-
-class Adapter:
-    """A training of one adapter of a net, step by step."""
-
-    def __init__(self, model: Any, name: str, rate: float, share: int) -> None:
-        model.set_adapter(name)
-        self.model, self.name, self.events = model, name, []
-        self.x, self.y = rows(8 * STEPS, seed=20 + share)
-        self.optimizer = torch.optim.AdamW(trainable(model), lr=rate)
-        options: dict[str, Any] = {}
-        if model.peft_config[name].growth == "evidence":
-            options = {"steps_per_pass": STEPS // 2, "growth_batches": held_out(), "growth_loss": loss_of}
-        self.growth = attach(
-            model, self.optimizer, total_steps=STEPS, adapter_name=name, on_event=self.events.append, **options
-        )
-        self.done = 0
-
-    def step(self) -> None:
-        self.model.set_adapter(self.name)
-        part = slice(8 * self.done, 8 * self.done + 8)
-        self.optimizer.zero_grad()
-        loss_of(self.model, (self.x[part], self.y[part])).backward()
-        self.optimizer.step()
-        self.done += 1
-
-    def came_to(self) -> dict[str, Any]:
-        layers = aroma_layers(self.model, self.name)
-        return {
-            "components": [layer.components(self.name) for layer in layers.values()],
-            "optimizer": self.optimizer.state_dict(),
-            "controller": self.growth.controller.state_dict()["state"]["modules"],
-            "events": [event.as_dict() for event in self.events],
-            "summary": self.growth.controller.summary(),
-        }
 
 
 def alone(rule: str, which: int) -> Adapter:
@@ -72,11 +30,6 @@ def alone(rule: str, which: int) -> Adapter:
     while only.done < STEPS:
         only.step()
     return only
-
-
-def plain_net(changes: dict[str, Any]) -> Any:
-    fields = {"target_modules": r"layers\.\d+", **changes}
-    return get_peft_model(Net(), AromaConfig(**fields), autocast_adapter_dtype=False)
 
 
 @pytest.mark.parametrize("rule", slow_but(["evidence"], RULES))
@@ -105,6 +58,41 @@ def test_each_grows_as_it_would_alone(rule: str, order: str) -> None:
         assert by_itself.growth.controller.total_rank > 0
         assert_same(one.came_to(), by_itself.came_to(), one.name)
     assert_same({name: value for name, value in model.state_dict().items() if "base_layer" in name}, base)
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks told of two adapters, and of wrappers that were made for another one."""
+    out = tmp_path_factory.mktemp("ranks")
+    launch(2, adapter_ranks.__file__, str(out))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("order", adapter_ranks.ORDERS)
+@pytest.mark.parametrize("way", adapter_ranks.WAYS)
+def test_two_processes_do_what_one_does(told: Path, way: str, order: str, rule: str) -> None:
+    first, second = (torch.load(told / f"{way}-{order}-{rule}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_same(first, second)
+    alone = adapter_ranks.came_to(rule, order)
+    for name, one in alone.items():
+        assert first[name]["events"] == one["events"]
+        for matrix, update in one["updates"].items():
+            torch.testing.assert_close(first[name]["updates"][matrix], update, rtol=1e-7, atol=1e-10)
+        folder = told / f"{way}-{order}-{rule}-{name}"
+        verify_adapter(folder)
+        assert {row.name: row.rank for row in rank_table(folder)} == one["ranks"]
+        assert sum(one["ranks"].values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", adapter_ranks.SAYS)
+def test_what_was_wrapped_for_another_adapter_is_refused(told: Path, name: str) -> None:
+    assert_refused(told, name, *adapter_ranks.SAYS[name])
 
 
 # With heads, in the Trainer ------------------------------------------------------------------------------------------

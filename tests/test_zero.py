@@ -59,6 +59,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, deepspeed: dict[str, str]) ->
     jobs: list[list[Any]] = [
         [2, RUNS, part, str(out)] for part in ("loops", "checkpoints", "refusals", "replicas", "train")
     ]
+    jobs += [[1, OTHERS, "alone", str(out)], [2, OTHERS, "several", str(out)]]
     jobs += [[4, RUNS, "loops of four", str(out / "four")], [1, RUNS, "checkpoints of one", str(out / "one")]]
     (out / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, ranks.__file__, "zero_runs", str(out / "jobs.json")]
@@ -106,6 +107,63 @@ def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
     """Though the flat optimizer steps them too, and had moments of them."""
     for rank in (0, 1):
         assert load(told / f"loop-{name}-{rank}.pt")["frozen pairs that moved"] == []
+
+
+# Other layers, several adapters, experts and parts -------------------------------------------------------------------
+
+OTHERS = str(Path(__file__).parent / "zero_others.py")
+ZERO_OTHERS = [("zero 1", "paper"), ("zero 2", "evidence"), ("zero 3", "paper"), ("zero 3", "evidence")]
+"""Two adapters train one after another under the paper's rule, and in turns under the other one."""
+
+
+def assert_did_what_one_does(folder: Path, name: str, alone: dict[str, Any]) -> None:
+    """In float32: the events of one process, and its updates up to rounding."""
+    first, second = (load(folder / f"{name}-{rank}.pt") for rank in (0, 1))
+    assert_same(first, second)
+    for key in [None] if "events" in alone else [*alone]:
+        found, one = (first, alone) if key is None else (first[key], alone[key])
+        assert found["events"] == one["events"]
+        most = max(float(update.abs().max()) for update in one["updates"].values())
+        assert most > 0
+        for matrix, update in one["updates"].items():
+            torch.testing.assert_close(found["updates"][matrix], update, rtol=0, atol=1e-4 * most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "rule"), ZERO_OTHERS)
+def test_convolutions_and_embeddings_grow_as_in_one_process(told: Path, stage: str, rule: str) -> None:
+    assert_did_what_one_does(told, f"kinds-{rule}-{stage}", load(told / f"kinds-{rule}-alone.pt"))
+    verify_adapter(told / f"kinds-{rule}-{stage}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "rule"), ZERO_OTHERS)
+def test_two_adapters_grow_as_in_one_process(told: Path, stage: str, rule: str) -> None:
+    assert_did_what_one_does(told, f"adapters-{rule}-{stage}", load(told / f"adapters-{rule}-alone.pt"))
+    for name in ("default", "other"):
+        verify_adapter(told / f"adapters-{rule}-{stage}-{name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["paper", "evidence"])
+def test_experts_and_parts_do_what_they_do_in_one_process(told: Path, rule: str) -> None:
+    assert_did_what_one_does(told, f"blocks-{rule}", load(told / f"blocks-{rule}-alone.pt"))
+    verify_adapter(told / f"blocks-{rule}")
+
+
+OTHERS_SAY = {
+    "parts_under_zero_3": "split_modules='ZeRO-3': matrices that are parts of a larger weight",
+    "experts_under_zero_3": "target_parameters='ZeRO-3': matrices that are parts of a larger weight",
+    "parts_loaded_in_shards": "split_modules='ZeRO-3': matrices that are parts of a larger weight",
+    "one_engine_for_both": "optimizer='DeepSpeedZeroOptimizer': it holds the pairs of the adapter 'other', too",
+    "one_engine_for_both_under_zero_3": "optimizer='DeepSpeedZeroOptimizer_Stage3': it holds the pairs of the adapter",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS_SAY)
+def test_what_cannot_grow_under_zero_is_refused_on_every_rank(told: Path, name: str) -> None:
+    assert_refused(told / "others", name, "ConfigError", OTHERS_SAY[name])
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

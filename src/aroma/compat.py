@@ -61,6 +61,7 @@ TUNER_NAMES = (
     # How adapters are made.
     PrivateName("peft", _TUNER, "_create_new_module", "make an AromaLinear of a target"),
     PrivateName("peft", _TUNER, "_inject_parameters", "let parameters of experts grow"),
+    PrivateName("peft", _TUNER, "_check_new_adapter_config", "let adapters name other parameters of experts"),
     PrivateName("peft", _TUNER, "_cast_adapter_dtype", "cast pairs once only, since the optimizer holds them"),
     PrivateName("peft", _TUNER, "_check_merge_allowed", "refuse to merge into quantised weights before any is merged"),
     # How adapters are saved and loaded.
@@ -111,6 +112,12 @@ TUNER_NAMES = (
         "_ddp_ignored",
         "know the parameters that DDP leaves alone",
         "read by",
+    ),
+    PrivateName(
+        "torch",
+        "torch.distributed:Reducer",
+        "_get_zeros_like_grad_buckets",
+        "know the parameters whose gradients DDP averages",
     ),
     PrivateName(
         "torch",
@@ -186,7 +193,10 @@ ZERO_3_PARAMETER = _of_deepspeed(
 _ZERO_OPTIONAL = (
     *_of_deepspeed("this rank's entries of a quantised parameter", ds_quant_scale="refuse it"),
     *_of_deepspeed("a parameter with a second copy of its shards", ds_zero_param_process_group="refuse it"),
-    *_of_deepspeed("a parameter that ZeRO-1 or ZeRO-2 trains", _dp_group="refuse shards over some of the processes"),
+    *_of_deepspeed(
+        "a parameter that ZeRO-1 or ZeRO-2 trains",
+        _dp_group="refuse shards over some of the processes",
+    ),
     *_of_deepspeed(
         "an optimizer with an option that AROMA refuses",
         params_in_nvme_and_cpu="refuse parameters in files",
@@ -194,6 +204,7 @@ _ZERO_OPTIONAL = (
         round_robin_gradients="refuse a wrong record of positions",
         zenflow="refuse transposed weights",
         backup_optimizer="refuse two optimizers",
+        bit16_groups="refuse an engine that holds a resting adapter, too",
         overflow="know a step that changed nothing",
     ),
 )
@@ -356,6 +367,17 @@ def hide_from_ddp(model: nn.Module, names: Iterable[str]) -> None:
 def is_ignored_by_ddp(parameter: Tensor) -> bool:
     """Whether DistributedDataParallel leaves a parameter (any shape) alone, so that it may differ between ranks."""
     return hasattr(parameter, "_ddp_ignored")
+
+
+def averaged_by_ddp(wrapper: nn.parallel.DistributedDataParallel) -> list[Tensor]:
+    """Return the parameters (any shapes) whose gradients DistributedDataParallel averages: those that trained then."""
+    buckets = wrapper.reducer._get_zeros_like_grad_buckets()
+    return [parameter for bucket in buckets for parameter in bucket.parameters()]
+
+
+def waits_for_all(wrapper: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether DistributedDataParallel waits in every backward for the gradients of all that it averages."""
+    return not (wrapper.find_unused_parameters or wrapper.static_graph)
 
 
 def is_joined(wrapper: object) -> bool:

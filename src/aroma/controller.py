@@ -113,9 +113,11 @@ class AromaController:
         self._sharding = self.matrices.sharding
         with self.together():
             refuse_sharding(wrapper, optimizer)
+            self._sharding.belongs(optimizer, self.matrices.parameters)
             self.matrices.require_data()
             plan = (plan_rule or _RULES[self.config.growth])(self.config, total_steps)
             self.matrices.require_held_by_optimizer()
+            self.matrices.refuse_other_adapters(wrapper)
             if self.config.has_slots:
                 _refuse_own_rates(optimizer)
         self._held_out: HeldOut | None = None

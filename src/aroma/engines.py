@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from .errors import bad_value
 from .sharding import gathered
-from .tuner import aroma_layers
-from .tuner.layout import PEFT_PREFIX, PlainAdapter, padded, uniform_config
+from .tuner.experts import ExpertMatrix, experts_of
+from .tuner.layout import PEFT_PREFIX, PlainAdapter, packed, uniform_config
 from .tuner.live import LiveAdapter, live_adapter
+from .tuner.model import layers_by_place
+from .tuner.parts import parts_of
 from .tuner.state import is_whole
 
 
@@ -52,47 +54,36 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
             [*live.config.modules_to_save],
             "they train, too, and no LoRA tensors hold them; leave them out of the adapter, or save it in files",
         )
-    for name in ("target_parameters", "split_modules"):
-        if value := getattr(live.config, name):
-            raise bad_value(
-                name,
-                value,
-                "engines read LoRA tensors of whole modules; save the adapter in files, or merge it",
-            )
     if rank is not None:
         _require_lasting(live, rank)
-    layers = aroma_layers(model, adapter_name)
+    layers = layers_by_place(model, adapter_name)
     whole = iter(gathered([parameter for layer in layers.values() for parameter in layer.pair(adapter_name)]))
     updates = {name: layer.components(adapter_name, (next(whole), next(whole))) for name, layer in layers.items()}
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    ranks = {name: A.shape[0] for name, (_, A) in updates.items()}
-    if rank is None and not any(ranks.values()):
-        name = next(iter(ranks))  # an adapter without targets is none; a zero component is the same function
-        ranks[name], updates[name] = 1, padded(*updates[name], 1)
-    if rank is None:
-        updates = {name: update for name, update in updates.items() if ranks[name]}
-    else:
-        for name, found in ranks.items():
-            if found > rank:
-                raise bad_value("rank", rank, f"{name} has rank {found}; give at least that, and set max_components")
-        updates = {name: padded(*update, rank) for name, update in updates.items()}
+    forms = {name: layer.kind.form for name, layer in layers.items()}
+    experts, parts = experts_of(layers), parts_of(layers)
+    own = packed(updates, forms, experts, parts)
+    for name, found in {**own.modules, **own.parameters}.items():
+        if rank is not None and found > rank:
+            raise bad_value("rank", rank, f"{name} has rank {found}; give at least that, and set max_components")
+    form = own if rank is None else packed(updates, forms, experts, parts, rank)
     plain = PlainAdapter(
-        {name: A.shape[0] for name, (_, A) in updates.items()},
-        shapes,
-        {name: layer.kind.form for name, layer in layers.items()},
+        {name: found for name, found in form.modules.items() if name not in parts},
+        {},
+        {},
         trained=True,
         digest="",
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values() if not isinstance(layer, ExpertMatrix)),
+        padded=form.parameters,
+        joined={name: found for name, found in form.modules.items() if name in parts},
     )
     config: dict[str, Any] = plain.lora_config(live.config).to_dict()
     config |= {"peft_type": "LORA", "inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
     if rank is not None:
-        config = uniform_config(config, layers, rank)
+        config = uniform_config(config, form.modules, form.parameters, rank)
     tensors: dict[str, Tensor] = {}
-    for name, (B, A) in updates.items():
-        form = layers[name].kind.form
-        tensors |= form.tensors(f"{PEFT_PREFIX}{name}", B.detach().clone(), A.detach().clone())
+    for stem, (kind, B, A) in form.held.items():
+        tensors |= kind.tensors(f"{PEFT_PREFIX}{stem}", B.detach().clone(), A.detach().clone())
     return LoraTensors(config, tensors)
 
 
@@ -105,11 +96,16 @@ def _require_lasting(live: LiveAdapter, rank: int) -> None:
     if not is_whole(rank, 1, 2**31):
         raise bad_value("rank", rank, "give the rank that every matrix is padded to, 1 or more; try 16")
     controller, config = live.controller, live.config
-    most = None if config.max_components is None else config.max_components * config.r
+    # The ranks of a module's parts add up.
+    together = max(
+        [1, *(count if isinstance(count, int) else len(count) for count in (config.split_modules or {}).values())]
+    )
+    least = config.r * together
+    most = None if config.max_components is None else config.max_components * least
     if controller is not None and not controller.finished and (most is None or most > rank):
         raise bad_value(
             "max_components",
             config.max_components,
-            f"the adapter still grows, and may come to a rank above {rank}; set it to {max(rank // config.r, 1)} or "
+            f"the adapter still grows, and may come to a rank above {rank}; set it to {max(rank // least, 1)} or "
             "less in AromaConfig, or give a larger rank",
         )

@@ -26,7 +26,7 @@ from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
 from .tasks import loadable, read_whole
 from .tuner import refuse_merge_if_tied
-from .tuner.layout import PEFT_PREFIX, padded, uniform_config
+from .tuner.layout import PEFT_PREFIX, uniform_config
 from .tuner.state import STATE_FILE, is_whole, write_export_state
 
 
@@ -138,25 +138,24 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         OutputError: `out` is not empty, or cannot be written.
     """
     adapter = read_whole(folder)
-    adapter.refuse_packed("export of one rank")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
-    shapes, forms = adapter.shapes, adapter.forms
-    uniform = _uniform_rank(adapter, rank)
+    shapes, uniform = adapter.shapes, _uniform_rank(adapter, rank)
     _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
     tensors = dict(adapter.others)
-    for name, (m, n) in shapes.items():
-        update = adapter.updates.get(name)
-        B, A = (torch.zeros(m, 0), torch.zeros(0, n)) if update is None else (update.B.float(), update.A.float())
-        B, A = padded(B, A, uniform)
-        tensors |= forms[name].tensors(f"{PEFT_PREFIX}{name}", B, A)
-    config = uniform_config(adapter.config, shapes, uniform)
+    packed = adapter.packed(uniform)
+    for stem, (form, B, A) in packed.held.items():
+        tensors |= form.tensors(f"{PEFT_PREFIX}{stem}", B.float(), A.float())
+    config = uniform_config(adapter.config, packed.modules, packed.parameters, uniform)
+    # Experts and parts are read back without their padding.
+    ranks = {name: adapter.updates[name].rank if name in adapter.updates else 0 for name in shapes}
+    ranks |= {name: uniform for name in packed.modules if name in shapes}
     with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
         copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
         if adapter.state is not None:
-            write_export_state(staging, adapter.state, config, tensors, dict.fromkeys(shapes, uniform))
+            write_export_state(staging, adapter.state, config, tensors, ranks)
         subject = replace(subject_of(adapter, staging), kind="uniform", rank=uniform)
         write_card(staging, subject)
     return uniform
@@ -402,7 +401,8 @@ def _head_size(adapter: AdapterWeights) -> int | None:
 
 def _uniform_rank(adapter: AdapterWeights, wanted: int | None) -> int:
     """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one."""
-    largest = max(update.rank for update in adapter.updates.values())
+    own = adapter.packed()
+    largest = max([*own.modules.values(), *own.parameters.values()])
     rank = wanted if wanted is not None else next((rank for rank in SERVING_RANKS if largest <= rank), None)
     if rank is None:
         raise bad_value(

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
@@ -27,7 +28,7 @@ from .files import own_file, read_json, read_tensors, require_adapter_folder
 from .patterns import Patterns, wrong
 from .tuner.experts import peft_stems, unpack
 from .tuner.forms import LINEAR, Form, form_of_entry, form_of_tensor, is_component
-from .tuner.layout import PEFT_PREFIX
+from .tuner.layout import PEFT_PREFIX, Packed, packed
 from .tuner.parts import split as split_parts
 from .tuner.state import LARGEST_SIDE, STATE_FILE, experts_counts, is_whole, read_state, require_files
 
@@ -121,24 +122,26 @@ class AdapterWeights:
         stems |= {one.stem: LINEAR for one in self.experts.values()}
         return [f"{stem}.{form.name(side)}" for stem, form in stems.items() for side in "AB"]
 
-    def refuse_packed(self, what: str) -> None:
-        """Raise if the adapter has experts or parts of modules, for which there is no `what`.
-
-        Raises:
-            ConfigError: Naming the first.
-        """
-        if self.experts:
-            raise bad_value(
-                "target_parameters",
-                next(iter(self.experts)),
-                f"there is no {what} for experts of a 3-D parameter; use the adapter in PEFT, or export --merged",
-            )
-        if self.parts:
-            raise bad_value(
-                "split_modules",
-                next(iter(self.parts)),
-                f"there is no {what} for parts of a module; use the adapter in PEFT, or export --merged",
-            )
+    def packed(self, rank: int | None = None) -> Packed:
+        """Return the adapter as its file holds it; with a `rank`, all that could grow padded to it."""
+        state = self.state or {}
+        counts = experts_counts(state) if self.state else {}
+        experts = {
+            module: {
+                name: [f"{module}.{name}.{index}" for index in range(counts[f"{module}.{name}"])] for name in names
+            }
+            for module, names in state.get("experts", {}).items()
+        }
+        parts = {
+            module: [f"{module}.{place}" for place in range(count)] for module, count in state.get("parts", {}).items()
+        }
+        updates = {
+            name: (update.B, update.A)
+            if (update := self.updates.get(name)) is not None
+            else (torch.zeros(m, 0), torch.zeros(0, n))
+            for name, (m, n) in self.shapes.items()
+        }
+        return packed(updates, self.forms, experts, parts, rank)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -212,6 +215,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
         _require_modules(weights, updates, state["modules"])
         _require_no_scale(path / CONFIG_NAME, config, updates)
     return AdapterWeights(path, config, updates, others, state, experts, parts)
+
+
+def experts_tensors(adapter: AdapterWeights) -> dict[str, ExpertsTensors]:
+    """Return how a file of an adapter that was made in memory would hold the updates of experts, by parameter."""
+    state, ranks = adapter.state or {}, adapter.packed().parameters
+    counts = experts_counts(state) if ranks else {}
+    stems = {
+        f"{module}.{name}": stem
+        for module, names in state.get("experts", {}).items()
+        for name, stem in peft_stems(module, names).items()
+    }
+    return {name: ExpertsTensors(stems[name], rank, counts[name]) for name, rank in ranks.items()}
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

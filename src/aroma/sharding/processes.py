@@ -56,14 +56,21 @@ def processes_of_node() -> int:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that DistributedDataParallel, DeepSpeed or torch.compile wraps, or `model` itself."""
-    while True:
-        if isinstance(model, DistributedDataParallel) or is_engine(model):
-            model = model.module  # type: ignore[assignment]
-            continue
-        compiled = compat.compiled_module(model)
-        if compiled is None:
-            return model
-        model = compiled
+    return [*_wrappers(model)][-1]
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield `model`, what it wraps, and so on."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        is_wrapper = isinstance(inner, DistributedDataParallel) or is_engine(inner)
+        inner = inner.module if is_wrapper else compat.compiled_module(inner)  # type: ignore[assignment]
+
+
+def replicas_of(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel that is, or is wrapped by, `model`; None without one."""
+    return next((one for one in _wrappers(model) if isinstance(one, DistributedDataParallel)), None)
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:

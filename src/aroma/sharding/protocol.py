@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .. import compat
 from ..errors import bad_value
 from .fsdp2 import Fsdp2, Slice, sharding_modules
-from .processes import is_engine, is_zero, unwrapped_optimizer
+from .processes import is_engine, is_zero, replicas_of, unwrapped_optimizer
 from .replicas import Factors, Measure, OptimizerState, Reduction, Replicas
 from .zero import Partition, Zero, is_flattened, is_partitioned
 
@@ -110,6 +111,12 @@ class Sharding(Protocol):
     def not_held(self, optimizer: Any, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return those of `parameters` (any shapes) that `optimizer` does not train."""
 
+    def belongs(self, optimizer: Any, parameters: Iterable[Tensor]) -> None:
+        """Remember that `optimizer` trains `parameters` (any shapes), where nothing else tells in a while."""
+
+    def changed_at_rest(self, optimizer: Any, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return those of `parameters` (any shapes) that `optimizer` changes though they get no gradient."""
+
     def optimizer_state(self, optimizer: Any, parameter: Tensor) -> OptimizerState:
         """Return what `optimizer` keeps for `parameter` (any shape): its moments, and this rank's entries of them."""
 
@@ -184,6 +191,55 @@ def refuse_missing_pairs(optimizer: Any, pairs: Iterable[tuple[str, Sequence[Ten
                 f"it does not hold the trainable pair of {name!r}, so that module would never learn; make the "
                 "optimizer after get_peft_model and, if you use it, fully_shard, over every parameter that requires a "
                 "gradient; of several adapters, activate this one first (model.set_adapter)",
+            )
+
+
+def refuse_other_adapters(
+    model: nn.Module,
+    optimizer: Any,
+    adapter_name: str,
+    own: Sequence[Tensor],
+    resting: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Refuse a wrapper or an optimizer that was made while other adapters of the model were active.
+
+    Args:
+        model: The model, wrapped or not.
+        optimizer: The optimizer, wrapped or not.
+        adapter_name: The adapter that is to grow.
+        own: Parameters (any shapes) of its pairs that train.
+        resting: Parameters (any shapes) of the pairs of other adapters that do not train now, with the adapter's name.
+
+    Raises:
+        ConfigError: Naming the adapter that it was made for.
+    """
+    replicas = replicas_of(model)
+    averaged = None if replicas is None else {*map(id, compat.averaged_by_ddp(replicas))}
+    if averaged is not None and any(id(parameter) not in averaged for parameter in own):
+        raise bad_value(
+            "adapter_name",
+            adapter_name,
+            "DistributedDataParallel wrapped the model while this adapter rested, so it averages none of its "
+            "gradients; call model.set_adapter first, and give each adapter a wrapper of its own",
+        )
+    named = [*resting]
+    waited = averaged if replicas is not None and compat.waits_for_all(replicas) else None
+    changed = {*map(id, ZERO.changed_at_rest(optimizer, [parameter for _, parameter in named]))}
+    for name, parameter in named:
+        if id(parameter) in (waited or ()):
+            raise bad_value(
+                "adapter_name",
+                adapter_name,
+                f"DistributedDataParallel wrapped the model while the adapter {name!r} was active, and waits for its "
+                "gradients; call model.set_adapter first, and give each adapter a wrapper of its own",
+            )
+        if id(parameter) in changed:
+            raise bad_value(
+                "optimizer",
+                type(unwrapped_optimizer(optimizer)).__name__,
+                f"it holds the pairs of the adapter {name!r}, too, and would change them while they rest (decay, "
+                "moments); call model.set_adapter before the optimizer is made, and give each adapter an engine of "
+                "its own",
             )
 
 

@@ -165,6 +165,13 @@ class Replicas:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [parameter for parameter in parameters if id(parameter) not in held]
 
+    def belongs(self, optimizer: Any, parameters: Iterable[Tensor]) -> None:
+        """Do nothing: a torch optimizer lists the `parameters` (any shapes) that it trains."""
+
+    def changed_at_rest(self, optimizer: Any, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return those of `parameters` (any shapes) that `optimizer` changes without a gradient: none."""
+        return []
+
     def optimizer_state(self, optimizer: Any, parameter: Tensor) -> OptimizerState:
         """Return what `optimizer` keeps for `parameter` (any shape)."""
         values = optimizer.state.get(parameter, {})

@@ -150,8 +150,8 @@ class Zero(Replicas):
                 parameter.data.copy_(values)
         if not is_flattened(parameter):
             return
-        if hasattr(parameter, "_z3_optimizer"):
-            own = _own_range(parameter, parameter._z3_optimizer)
+        if is_partitioned(parameter):
+            own = _own_range(parameter, _z3_optimizer(parameter))
             assert own is not None, "ZeRO-3 gives every rank a range of every parameter"
             own.of(own.flat).copy_(own.pick(values))
         elif getattr(parameter, "_hp_mapping", None) is not None:
@@ -214,6 +214,23 @@ class Zero(Replicas):
         """Return those of `parameters` (any shapes) that `optimizer` neither trains nor holds flat copies of."""
         return [parameter for parameter in super().not_held(optimizer, parameters) if not is_flattened(parameter)]
 
+    def belongs(self, optimizer: Any, parameters: Iterable[Any]) -> None:
+        """Remember that `optimizer` trains `parameters` (any shapes): ZeRO-3 says so of the last engine only."""
+        for parameter in parameters:
+            if is_partitioned(parameter) and is_zero(unwrapped_optimizer(optimizer)):
+                parameter.aroma_optimizer = unwrapped_optimizer(optimizer)
+
+    def changed_at_rest(self, optimizer: Any, parameters: Iterable[Any]) -> list[Tensor]:
+        """Return those of `parameters` (any shapes) that `optimizer` holds flat copies of: it steps them all."""
+        inner = unwrapped_optimizer(optimizer)
+        if not is_zero(inner):
+            return []
+        if hasattr(inner, "grad_position"):
+            known = [one for one in parameters if is_partitioned(one)]  # others were added later
+            return [one for one in known if inner.get_param_id(one) in inner.grad_position]
+        held = {id(one) for group in getattr(inner, "bit16_groups", ()) for one in group}
+        return [one for one in parameters if id(one) in held]
+
     def optimizer_state(self, optimizer: Any, parameter: Any) -> OptimizerState:
         """Return the ranges of flat moments that `optimizer` keeps for `parameter` (any shape)."""
         if not is_flattened(parameter):
@@ -256,15 +273,23 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def is_flattened(tensor: Tensor) -> bool:
     """Whether the optimizer that trains a parameter (any shape) holds flat copies of it."""
-    optimizer = getattr(tensor, "_z3_optimizer", None)
+    optimizer = _z3_optimizer(tensor)
     if optimizer is not None:  # ZeRO-3 marks all parameters of the model, not only those that train
         return optimizer.get_param_id(tensor) in optimizer.grad_position
     return hasattr(tensor, "_hp_mapping")
 
 
+def _z3_optimizer(parameter: Any) -> Any:
+    """Return the optimizer of ZeRO-3 that trains a parameter (any shape), or that marked it last; None without one.
+
+    Every engine marks all parameters of its model, those of adapters that another engine trains, too.
+    """
+    return getattr(parameter, "aroma_optimizer", getattr(parameter, "_z3_optimizer", None))
+
+
 def _own_range(parameter: Any, optimizer: Any) -> Range | None:
     """Return where this rank's entries of a flattened parameter (any shape) lie in `optimizer`, if it has any."""
-    if hasattr(parameter, "_z3_optimizer"):
+    if is_partitioned(parameter):
         index, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start, stop = _bounds(parameter)
         return Range(tuple(parameter.ds_shape), start, stop, optimizer.fp32_partitioned_groups_flat[index], offset)

@@ -29,9 +29,9 @@ from torch.func import functional_call
 from .. import compat
 from ..errors import ConfigError, bad_value
 from ..patterns import is_named
-from ..sharding import Slice, is_partitioned, is_sharded, sharded_slice
+from ..sharding import Slice, is_sharded, sharded_slice
 from .fused import Probe
-from .layer import AromaLinear, BlockMatrix
+from .layer import AromaLinear, BlockMatrix, refuse_zero3
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -79,6 +79,8 @@ class ExpertWeight(nn.Module):
 class ExpertMatrix(BlockMatrix):
     """The growing update of one expert's matrix. `AromaExperts` evaluates it; it is never called."""
 
+    asked_by = "target_parameters"
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, ExpertWeight)
         rows, columns = module.stack.shape[1:]
@@ -91,7 +93,7 @@ class ExpertMatrix(BlockMatrix):
             ConfigError: The parameter is sharded by ZeRO-3.
         """
         base = self.get_base_layer()
-        _refuse_zero3(base.stack)
+        self.refuse_sharding()
         if not is_sharded(base.stack):
             return super().weight_matrix()
         part: Slice = sharded_slice(base.stack, base.index)
@@ -174,13 +176,13 @@ def _updated(weight: Tensor, matrices: list[ExpertMatrix]) -> Tensor:
         return weight
     if first.merged:
         return weight
+    first.refuse_sharding()  # before what ZeRO-3 hooks is taken for what PEFT does
     if compat.has_hooks(first):
         # PEFT hands `adapter_names` to tuner layers by hooks.
         raise ConfigError(
             "adapter_names: experts of a 3-D parameter do not take batches of several adapters; give each adapter a "
             "batch of its own (set_adapter)"
         )
-    _refuse_zero3(weight)
     for adapter_name in first.with_beneath(first.active_adapters):
         if adapter_name in first.lora_A:
             stack = _stacked(matrices, adapter_name)
@@ -220,21 +222,21 @@ class _Stack(NamedTuple):
 
 def _stacked(matrices: list[ExpertMatrix], adapter_name: str) -> _Stack | None:
     """Return the updates of all experts by one adapter; None where none adds anything."""
-    finished = [matrix.finished(adapter_name) for matrix in matrices]
-    trains = [not matrix.is_frozen(adapter_name) for matrix in matrices]
-    if not any(trains) and not any(one.rank for one in finished):
+    finished = [_finished(matrix, adapter_name) for matrix in matrices]
+    trains = [matrix.evaluates_pair(adapter_name) for matrix in matrices]
+    rank = max(len(own_A) for _, own_A in finished)
+    if not any(trains) and not rank:
         return None
     first = matrices[0]
     pairs = [matrix.pair(adapter_name) for matrix in matrices]
     zero_b, zero_a = (torch.zeros_like(factor, requires_grad=False) for factor in pairs[0])
     b = torch.stack([b if train else zero_b for (b, _), train in zip(pairs, trains, strict=True)])
     a = torch.stack([a if train else zero_a for (_, a), train in zip(pairs, trains, strict=True)])
-    rank = max(one.rank for one in finished)
     B, A = b.new_zeros(len(matrices), b.shape[1], rank), a.new_zeros(len(matrices), rank, a.shape[2])
-    for index, (matrix, one) in enumerate(zip(matrices, finished, strict=True)):
-        if one.rank:
-            B[index, :, : one.rank] = matrix._scaled(one.B, adapter_name)
-            A[index, : one.rank] = one.A
+    for index, (matrix, (own_B, own_A)) in enumerate(zip(matrices, finished, strict=True)):
+        if len(own_A):
+            B[index, :, : len(own_A)] = matrix._scaled(own_B, adapter_name)
+            A[index, : len(own_A)] = own_A
     probes = [matrix.probes.get(adapter_name) for matrix in matrices]
     asked = [probe for probe in probes if probe is not None]
     has_gradients = torch.is_grad_enabled()
@@ -242,6 +244,12 @@ def _stacked(matrices: list[ExpertMatrix], adapter_name: str) -> _Stack | None:
     strength = asked[0].strength if asked and (has_gradients or first.training) else 1
     u, v, gate, move_b, move_a = _stacked_probes(probes, asked[0]) if asked and has_gradients else (None,) * 5
     return _Stack(b, a, u, v, gate, move_b, move_a, B, A, first.scaling[adapter_name] * strength)
+
+
+def _finished(matrix: ExpertMatrix, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return the finished components B (m, K) and A (K, n); in a compiled graph with their padding, as `padded`."""
+    finished = matrix.finished(adapter_name)
+    return finished.padded if torch.compiler.is_compiling() else (finished.B, finished.A)
 
 
 def _stacked_probes(probes: Sequence[Probe | None], like: Probe) -> list[Tensor]:
@@ -368,7 +376,7 @@ def _require_stack(key: str, module: nn.Module, parameter: str) -> None:
     """Raise unless a parameter holds the matrices of experts, in numbers that can be trained."""
     weight = getattr(module, parameter)
     name = f"{key}.{parameter}"
-    _refuse_zero3(weight)
+    refuse_zero3(ExpertMatrix.asked_by, weight)
     remedy = None
     if not weight.is_floating_point() or weight.itemsize < 2 or getattr(weight, "quant_state", None) is not None:
         kind = str(weight.dtype).removeprefix("torch.")
@@ -386,16 +394,6 @@ def _require_stack(key: str, module: nn.Module, parameter: str) -> None:
         remedy = f"it has the shape {tuple(weight.shape)}: there is no matrix in it; leave it out"
     if remedy is not None:
         raise bad_value("target_parameters", name, remedy)
-
-
-def _refuse_zero3(weight: Tensor) -> None:
-    """Raise if ZeRO-3 shards a parameter of experts (any shape): it would gather it only within the module."""
-    if is_partitioned(weight):
-        raise bad_value(
-            "target_parameters",
-            "ZeRO-3",
-            "parameters of experts cannot grow where ZeRO-3 shards them; use FSDP2, ZeRO-1 or ZeRO-2",
-        )
 
 
 # The layout of PEFT --------------------------------------------------------------------------------------------------

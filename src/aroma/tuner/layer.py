@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
-from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
+from ..sharding import Partition, gathered, is_partitioned, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
 from .fused import Probe, Update, add_update, answerable, autocast_dtype, linear_with_update
 from .kinds import Kind, kind_of
@@ -275,6 +275,9 @@ class AromaLinear(LoraLinear):
         matrix: Tensor = self.kind.matrix(weight)
         return matrix
 
+    def refuse_sharding(self) -> None:
+        """Raise if the matrix cannot grow as its weight is sharded: a layer of its own always can."""
+
     @property
     def is_quantised(self) -> bool:
         """Whether bitsandbytes has quantised the base layer's weight."""
@@ -417,10 +420,10 @@ class AromaLinear(LoraLinear):
         """Whether an adapter changes the base layer's result."""
         if adapter_name not in self.lora_A:
             return False
-        trained = self._evaluates_pair(adapter_name) and (self._slots(adapter_name) or self._is_asked(adapter_name))
+        trained = self.evaluates_pair(adapter_name) and (self._slots(adapter_name) or self._is_asked(adapter_name))
         return bool(trained) or self.finished(adapter_name).padded[1].shape[0] > 0
 
-    def _evaluates_pair(self, adapter_name: str) -> bool:
+    def evaluates_pair(self, adapter_name: str) -> bool:
         """Whether the pair is evaluated; a frozen one only in a compiled graph, which then need not change."""
         return (self.stays_in_graph and torch.compiler.is_compiling()) or not self.is_frozen(adapter_name)
 
@@ -438,7 +441,7 @@ class AromaLinear(LoraLinear):
 
     def _update(self, adapter_name: str) -> Update:
         B, A = self.finished(adapter_name).padded
-        evaluated = self._evaluates_pair(adapter_name)
+        evaluated = self.evaluates_pair(adapter_name)
         b, a = self.pair(adapter_name) if evaluated else (B[:, :0], A[:0])
         slots = self._slots(adapter_name) if evaluated else 0
         probe = self.probes.get(adapter_name) if evaluated else None
@@ -558,7 +561,21 @@ def _without_rounding(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 class BlockMatrix(AromaLinear):
-    """A growing matrix whose base layer's weight is a view of a larger one: an expert's, or a part of a fused one."""
+    """A growing matrix whose base layer's weight is a view of a larger one: an expert's, or a part of a fused one.
+
+    Attributes:
+        asked_by: The field of the configuration that asks for it.
+    """
+
+    asked_by: str
+
+    def refuse_sharding(self) -> None:
+        """Raise if the matrix cannot grow as the larger weight is sharded.
+
+        Raises:
+            ConfigError: ZeRO-3 shards it.
+        """
+        refuse_zero3(self.asked_by, self.get_base_layer().weight)
 
     def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
         """Return the kind of a linear layer whose weight lies as the larger one does."""
@@ -567,3 +584,18 @@ class BlockMatrix(AromaLinear):
     def _replace_base_weight(self, merged: Tensor) -> None:
         """Write `merged`, of the shape of the block, into the larger weight."""
         self.get_base_layer().weight.copy_(merged)
+
+
+def refuse_zero3(asked_by: str, weight: Tensor) -> None:
+    """Raise if ZeRO-3 shards a weight (any shape) whose blocks are to grow: only its own module would gather it.
+
+    Raises:
+        ConfigError: Naming the field of the configuration that asks for the blocks.
+    """
+    if is_partitioned(weight):
+        raise bad_value(
+            asked_by,
+            "ZeRO-3",
+            "matrices that are parts of a larger weight (experts, parts of a fused layer) cannot grow where ZeRO-3 "
+            "shards it; use FSDP2, ZeRO-1, ZeRO-2 or DistributedDataParallel, or leave them out",
+        )

@@ -11,7 +11,7 @@ module of experts is left out where all its ranks are 0. Parts of a fused weight
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,58 +103,86 @@ def plain_tensors(
         them. If all have rank 0, one module gets a zero component.
     """
     experts, parts = experts_of(layers), parts_of(layers)
-    of_experts = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
-    packed = of_experts | {key for keys in parts.values() for key in keys}
     updates = {key: _whole_update(key, layer, adapter_name, state_dict) for key, layer in layers.items()}
     ranks = {matrix_name(key): len(A) for key, (_, A) in updates.items() if len(A)}
-    # By what names begin with in the state dict: form and factors.
-    held = {
-        key: (layers[key].kind.form, *update)
-        for key, update in updates.items()
-        if len(update[1]) and key not in packed
-    }
-    joined: dict[str, int] = {}
-    for module, keys in parts.items():
-        B, A = join([updates[key] for key in keys])
-        if len(A):
-            joined[_module_name(module)], held[module] = len(A), (LINEAR, B, A)
-    saved_experts = [module for module, parameters in experts.items() if _has_rank(parameters, updates)]
-    if not held and not saved_experts:
-        saved_experts = [*experts][:1]
-    stacked: dict[str, int] = {}
-    for module in saved_experts:
-        stems = peft_stems(module, [*experts[module]])
-        for name, keys in experts[module].items():
-            B, A = pack([updates[key] for key in keys])
-            stacked[f"{_module_name(module)}.{name}"], held[stems[name]] = len(A) // len(keys), (LINEAR, B, A)
-    if not held:
-        # PEFT refuses an adapter without targets, and a rank of 0; a zero component is the same function.
-        key, layer = next(iter(layers.items()))
-        module = next(iter(parts)) if key in packed else key
-        (joined if key in packed else ranks)[_module_name(module)] = 1
-        m, like = sum(layers[own].out_features for own in parts.get(module, [key])), updates[key][1]
-        form = LINEAR if key in packed else layer.kind.form
-        held[module] = form, like.new_zeros(m, 1), like.new_zeros(1, like.shape[1])
+    form = packed(updates, {key: layer.kind.form for key, layer in layers.items()}, experts, parts)
     tensors: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
-    for stem, (form, B, A) in held.items():
-        tensors |= form.tensors(stem, B, A, adapter_name)
-        saved |= form.tensors(stem, B, A)
+    for stem, (own, B, A) in form.held.items():
+        tensors |= own.tensors(stem, B, A, adapter_name)
+        saved |= own.tensors(stem, B, A)
+    of_experts = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
     return tensors, PlainAdapter(
-        ranks,
+        ranks | {_module_name(key): rank for key, rank in form.modules.items() if key not in parts},
         {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()},
         {matrix_name(key): layer.kind.form for key, layer in layers.items()},
         any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers),
         components_digest(saved),
         any(layer.fan_in_fan_out for key, layer in layers.items() if key not in of_experts),
         {_module_name(module): [*parameters] for module, parameters in experts.items()},
-        stacked,
+        {_module_name(name): rank for name, rank in form.parameters.items()},
         {_module_name(module): len(keys) for module, keys in parts.items()},
-        joined,
+        {_module_name(key): rank for key, rank in form.modules.items() if key in parts},
     )
 
 
-def _has_rank(parameters: Mapping[str, Iterable[str]], updates: Mapping[str, Factors]) -> bool:
+@dataclass(frozen=True)
+class Packed:
+    """The updates of matrices as a plain adapter holds them.
+
+    Args:
+        held: Form, B (m, R) and A (R, n) of every pair of tensors, by what their names begin with.
+        modules: Rank of every module, by its name.
+        parameters: Rank of every parameter of experts, padding included, by its name.
+    """
+
+    held: dict[str, tuple[Form, Tensor, Tensor]]
+    modules: dict[str, int]
+    parameters: dict[str, int]
+
+
+def packed(
+    updates: Mapping[str, Factors],
+    forms: Mapping[str, Form],
+    experts: Mapping[str, Mapping[str, Sequence[str]]],
+    parts: Mapping[str, Sequence[str]],
+    rank: int | None = None,
+) -> Packed:
+    """Put the updates of matrices into the form of a plain adapter; all names are as the caller has them.
+
+    Args:
+        updates: B (m, R) and A (R, n) of every matrix, also with R = 0.
+        forms: Form of every matrix that is neither an expert's nor a part.
+        experts: Names of the matrices of every parameter, by module of experts, both in PEFT's order.
+        parts: Names of the parts of every module.
+        rank: Rank that all modules and parameters get, padded with zeros. None: each has its own, and those of rank 0
+            are left out; if all are, one gets a zero component, since PEFT refuses an adapter without targets.
+    """
+    within = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
+    within |= {key for keys in parts.values() for key in keys}
+    whole = {key: (forms[key], *update) for key, update in updates.items() if key not in within}
+    whole |= {module: (LINEAR, *join([updates[key] for key in keys])) for module, keys in parts.items()}
+    held = {
+        key: (form, B, A) if rank is None else (form, *padded(B, A, rank))
+        for key, (form, B, A) in whole.items()
+        if rank is not None or len(A)
+    }
+    stacks = [module for module in experts if rank is not None or _has_rank(experts[module], updates)]
+    if not held and not stacks:
+        stacks = [*experts][:1]
+    if not held and not stacks:
+        key, (form, B, A) = next(iter(whole.items()))
+        held[key] = (form, *padded(B, A, 1))
+    modules, parameters = {key: len(A) for key, (_, _, A) in held.items()}, {}
+    for module in stacks:
+        stems = peft_stems(module, [*experts[module]])
+        for name, keys in experts[module].items():
+            B, A = pack([updates[key] if rank is None else padded(*updates[key], rank) for key in keys])
+            parameters[f"{module}.{name}"], held[stems[name]] = len(A) // len(keys), (LINEAR, B, A)
+    return Packed(held, modules, parameters)
+
+
+def _has_rank(parameters: Mapping[str, Sequence[str]], updates: Mapping[str, Factors]) -> bool:
     """Return whether a matrix of a module of experts, whose keys are given, has an update B (m, R), A (R, n)."""
     return any(len(updates[key][1]) for keys in parameters.values() for key in keys)
 
@@ -174,12 +202,15 @@ def padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return wide, tall
 
 
-def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -> dict[str, Any]:
-    """Return the configuration of an adapter whose modules all have one rank, and the scale 1.
+def uniform_config(
+    config: Mapping[str, Any], names: Iterable[str], parameters: Iterable[str], rank: int
+) -> dict[str, Any]:
+    """Return the configuration of an adapter whose modules and parameters all have one rank, and the scale 1.
 
     Args:
         config: Its configuration with ranks of their own, as `adapter_config.json` has it.
         names: The modules.
+        parameters: The parameters of experts.
         rank: The rank.
     """
     return {
@@ -192,6 +223,7 @@ def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -
         "layers_to_transform": None,
         "layers_pattern": None,
         "target_modules": sorted(names),
+        "target_parameters": sorted(parameters) or None,
         "use_rslora": False,
         "inference_mode": True,
     }

@@ -112,6 +112,10 @@ class AromaModel(LoraModel):
         self._graph_keeper.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
+    def _check_new_adapter_config(self, config: AromaConfig) -> None:
+        # Not LoraModel's, which wants the same parameters of experts of all adapters: it wraps one within another.
+        super(LoraModel, self)._check_new_adapter_config(config)
+
     def _inject_parameters(
         self, peft_config: AromaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
@@ -248,6 +252,11 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
 
 
+def layers_by_place(model: nn.Module, adapter_name: str) -> dict[str, AromaLinear]:
+    """Return the same by names that tell experts and parts from other layers, for `experts_of` and `parts_of`."""
+    return {_without_wrappers(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
+
+
 def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     """Raise if a merge would change a layer that has no adapter, because it shares its weight with one that has.
 
@@ -352,8 +361,12 @@ def _hide_internals(layers: dict[str, AromaLinear], state_dict: dict[str, Tensor
 
 
 def _base_name(key: str) -> str:
+    return _without_wrappers(key).replace(f".{MATRICES}.", ".")
+
+
+def _without_wrappers(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
-    key = key.replace("_orig_mod.", "").replace(f".{MATRICES}.", ".")
+    key = key.replace("_orig_mod.", "")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
 
 

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import bad_value
 from ..patterns import is_named
-from ..sharding import is_partitioned, is_sharded, sharded_columns, sharded_rows
+from ..sharding import is_sharded, sharded_columns, sharded_rows
 from .experts import MATRICES
-from .layer import AromaLinear, BlockMatrix
+from .layer import AromaLinear, BlockMatrix, refuse_zero3
 
 if TYPE_CHECKING:
     from .config import AromaConfig
@@ -71,13 +71,20 @@ class PartWeight(nn.Module):
 class PartMatrix(BlockMatrix):
     """The growing update of one block of outputs."""
 
+    asked_by = "split_modules"
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, PartWeight)
         return module.whole.weight.shape[0 if module.is_transposed else 1], module.stop - module.start
 
     def weight_matrix(self) -> Any:
-        """Return this block of W0 as (m, n), a view; under FSDP2 what this rank holds of it."""
+        """Return this block of W0 as (m, n), a view; under FSDP2 what this rank holds of it.
+
+        Raises:
+            ConfigError: ZeRO-3 shards the layer.
+        """
         base = self.get_base_layer()
+        self.refuse_sharding()
         if not is_sharded(base.whole.weight):
             return super().weight_matrix()
         part = sharded_columns if self.fan_in_fan_out else sharded_rows
@@ -113,12 +120,7 @@ class AromaParts(nn.Module):
         Raises:
             ConfigError: ZeRO-3 shards the layer.
         """
-        if is_partitioned(self.base_layer.weight):
-            raise bad_value(
-                "split_modules",
-                "ZeRO-3",
-                "parts of a weight cannot grow where ZeRO-3 shards it; use FSDP2, ZeRO-1 or ZeRO-2, or leave it whole",
-            )
+        refuse_zero3(PartMatrix.asked_by, self.base_layer.weight)
         return torch.cat([matrix(x, *args, **kwargs) for matrix in self.aroma_matrices.values()], dim=-1)
 
     def unload_and_optionally_merge_module(
@@ -155,6 +157,7 @@ def sizes_of(config: AromaConfig, name: str, target: nn.Module) -> list[int] | N
             "split_modules", name, f"it is a {type(target).__name__}; only Linear and Conv1D layers can be split"
         )
     weight: Any = target.weight
+    refuse_zero3(PartMatrix.asked_by, weight)
     m: int = weight.shape[1 if isinstance(target, Conv1D) else 0]
     sizes: list[int] = [m // asked] * asked if isinstance(asked, int) else [*asked]
     if sum(sizes) != m:
@@ -178,8 +181,10 @@ def split(B: Tensor, A: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tens
     """Undo `join`: B (m, R) and A (R, n) to the updates of parts with so many outputs; None if they are no such parts.
 
     A component belongs to the part in which its column of B is not zero; one whose column is all zero to the part of
-    the component before it.
+    the component before it. Components of zero at the end are padding, and left out.
     """
+    used = (B.any(0) | A.any(1)).nonzero()
+    B, A = B[:, : int(used[-1]) + 1 if len(used) else 0], A[: int(used[-1]) + 1 if len(used) else 0]
     blocks = B.split([*sizes])
     owners, last = [], 0
     for column in torch.stack([block.any(0) for block in blocks], 1).tolist():

@@ -1,0 +1,193 @@
+"""Two growing adapters of one net: in one process and, for torchrun, under DistributedDataParallel and FSDP2.
+
+    torchrun --standalone --nproc-per-node 2 tests/adapter_ranks.py OUT
+
+Every rank writes what the adapters came to into files of its own in OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from aroma import AromaConfig, aroma_layers, attach, save_adapter
+from distributed_runs import TIMEOUT, tell_refusals
+from evidence_runs import METHOD, STEPS, Net, held_out, loss_of, rows, share, trainable
+
+RULES: dict[str, dict[str, Any]] = {
+    "evidence": METHOD,
+    "paper": {"inner_check_interval": 2, "inner_tolerance": 0.8, "max_inner_steps": 8, "component_seed": 5},
+}
+UNLIKE = {"component_seed": 11, "slots": 2, "significance": 0.5}
+"""What the second adapter has otherwise."""
+
+
+def changed(rule: str) -> dict[str, Any]:
+    known = {"evidence": {"component_seed", "slots", "significance"}, "paper": {"component_seed"}}[rule]
+    return {name: value for name, value in UNLIKE.items() if name in known}
+
+
+class Adapter:
+    """A training of one adapter of a net, step by step."""
+
+    wrapped: Any
+    """What is called: the model, or what makes it one of several processes."""
+
+    def __init__(self, model: Any, name: str, rate: float, share: int) -> None:
+        model.set_adapter(name)
+        self.model, self.name, self.events = model, name, []
+        dtype = next(model.parameters()).dtype
+        self.x, self.y = (part.to(dtype) for part in rows(8 * STEPS, seed=20 + share))
+        self.distribute(rate)
+        options: dict[str, Any] = {}
+        if model.peft_config[name].growth == "evidence":
+            batches = held_out(dtype=dtype)
+            options = {"steps_per_pass": STEPS // 2, "growth_batches": batches, "growth_loss": loss_of}
+        self.growth = attach(
+            self.wrapped, self.optimizer, total_steps=STEPS, adapter_name=name, on_event=self.events.append, **options
+        )
+        self.done = 0
+
+    def distribute(self, rate: float) -> None:
+        """Wrap the model, and make the optimizer."""
+        self.wrapped, self.optimizer = self.model, torch.optim.AdamW(trainable(self.model), lr=rate)
+
+    def step(self) -> None:
+        self.model.set_adapter(self.name)
+        self.learn(share((self.x, self.y), 8 * self.done, 8))
+        self.done += 1
+
+    def learn(self, batch: Any) -> None:
+        """Take one optimizer step on this process's part of a batch."""
+        self.optimizer.zero_grad()
+        loss_of(self.wrapped, batch).backward()
+        self.optimizer.step()
+
+    def came_to(self) -> dict[str, Any]:
+        layers = aroma_layers(self.model, self.name)
+        return {
+            "components": [layer.components(self.name) for layer in layers.values()],
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.growth.controller.state_dict()["state"]["modules"],
+            "events": [event.as_dict() for event in self.events],
+            "summary": self.growth.controller.summary(),
+        }
+
+
+def plain_net(changes: dict[str, Any], base: torch.nn.Module | None = None) -> Any:
+    fields = {"target_modules": r"layers\.\d+", **changes}
+    return get_peft_model(base or Net(), AromaConfig(**fields), autocast_adapter_dtype=False)
+
+
+def two_adapters(rule: str, base: torch.nn.Module | None = None) -> Any:
+    """A net, in float64 by default, with two adapters that have not trained."""
+    model = plain_net(RULES[rule], Net().double() if base is None else base)
+    fields = {"target_modules": r"layers\.\d+", **RULES[rule], **changed(rule)}
+    model.add_adapter("other", AromaConfig(**fields), autocast_adapter_dtype=False)
+    return model
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+ORDERS = ("in turns", "one after another")
+HALF = STEPS // 2
+"""Steps of each adapter: after the trial, in the midst of growth."""
+
+
+class Replicated(Adapter):
+    """With a wrapper of its own."""
+
+    def distribute(self, rate: float) -> None:
+        super().distribute(rate)
+        self.wrapped = DistributedDataParallel(self.model)
+
+
+class Sharded(Adapter):
+    """Over a model that is sharded once, with both adapters in it."""
+
+    def distribute(self, rate: float) -> None:
+        if not isinstance(self.model, FSDPModule):
+            for layer in self.model.base_model.model.layers:
+                fully_shard(layer)
+            fully_shard(self.model)
+        super().distribute(rate)
+
+
+WAYS: dict[str, type[Adapter]] = {"ddp": Replicated, "fsdp2": Sharded}
+
+
+def came_to(
+    rule: str, order: str, way: type[Adapter] = Adapter, out: Path | None = None, **base: Any
+) -> dict[str, Any]:
+    """Train two adapters, and return by their names what each came to; saved in folders that begin with `out`."""
+    model = two_adapters(rule, **base)
+    both = []
+    for number, name in enumerate(("default", "other")):
+        both.append(way(model, name, (0.01, 0.02)[number], number))
+        for _ in range(HALF if order == "one after another" else 0):
+            both[-1].step()
+    for one in both * (HALF if order == "in turns" else 0):
+        one.step()
+    found = {}
+    for one in both:
+        if out is not None:
+            save_adapter(model, f"{out}-{one.name}", one.name)
+        layers = aroma_layers(model, one.name)
+        updates = {name: layer.components(one.name) for name, layer in layers.items()}
+        found[one.name] = {
+            "events": [(event.step, event.module, event.kind, event.rank) for event in one.events],
+            "ranks": {name: len(A) for name, (_, A) in updates.items()},
+            "updates": {name: (B @ A).detach() for name, (B, A) in updates.items()},
+        }
+    return found
+
+
+def wrapped_for_another(_: Path) -> None:
+    """One wrapper for both adapters: it averages the gradients of the first alone."""
+    model = two_adapters("paper")
+    wrapped = DistributedDataParallel(model)
+    model.set_adapter("other")
+    attach(wrapped, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20, adapter_name="other")
+
+
+def wrapped_for_both(_: Path) -> None:
+    """It would wait for gradients of the one that rests."""
+    model = two_adapters("paper")
+    model.base_model.set_adapter(["default", "other"])
+    wrapped = DistributedDataParallel(model)
+    model.set_adapter("default")
+    attach(wrapped, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20)
+
+
+REFUSALS: list[Callable[[Path], None]] = [wrapped_for_another, wrapped_for_both]
+SAYS = {
+    "wrapped_for_another": (
+        "ConfigError",
+        "adapter_name='other': DistributedDataParallel wrapped the model while this",
+    ),
+    "wrapped_for_both": ("ConfigError", "the adapter 'other' was active, and waits for its gradients; call model."),
+}
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    for way, kind in WAYS.items():
+        for order in ORDERS:
+            for rule in RULES:
+                found = came_to(rule, order, kind, out / f"{way}-{order}-{rule}")
+                torch.save(found, out / f"{way}-{order}-{rule}-{dist.get_rank()}.pt")
+    tell_refusals(out, REFUSALS)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
