@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,8 @@ def run(out: Path, method: str, seed: int, steps: int, learning_rate: float) -> 
         layers = aroma_layers(trainer.model)
         sizes = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
         trained = sum(rank * sizes[name] for name, rank in told["ranks"].items())
-    return {**told, "parameters": trained}
+    packages = ("aroma-peft", "torch", "transformers", "peft", "trl")
+    return {**told, "parameters": trained, "versions": {name: version(name) for name in packages}}
 
 
 def runs_of(out: Path, method: str) -> list[dict[str, Any]]:

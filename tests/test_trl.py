@@ -388,6 +388,22 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
     assert {tensor.shape[tensor.shape.index(16)] for tensor in names["tensors"].values()} == {16}
 
 
+def test_the_page_has_the_table_that_the_example_makes_of_its_runs(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    committed = root / "results" / "rl"
+    for file in committed.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    runpy.run_path(str(root / "examples" / "trl_grpo.py"))["tabulate"](tmp_path)
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table == (committed / "table.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "reinforcement.md").read_text(encoding="utf-8")
+    assert table in page
+    late = [json.loads((committed / f"aroma-{seed}.json").read_text())["total_rank"] for seed in range(3)]
+    after_the_trial = sorted(ranks[60] for ranks in late)
+    assert f"leaves {after_the_trial[0]} to {after_the_trial[-1]} components in 14 matrices" in page
+    assert {ranks[-1] - ranks[60] for ranks in late} == {1, 2}
+
+
 @pytest.mark.slow
 def test_the_example_does_what_is_missing_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).parents[1] / "examples" / "trl_grpo.py"
