@@ -1,7 +1,9 @@
 """Five real tasks one after another on one encoder, in three orders: what is forgotten, and what it costs.
 
-    python examples/tasks_in_a_row.py --data ../shared/data --out runs/tasks     # what has finished is skipped
-    python examples/tasks_in_a_row.py --out runs/tasks --draw results/tasks      # one file, a table, a picture
+    python examples/tasks_in_a_row.py results/tasks --data ../shared/data --steps 160
+
+Each sequence leaves a JSON file in the folder, and a second start of the same command does what is missing. `table.md`
+and `ranks.png` are made of these files.
 
 The methods are those of the literature on continual learning, with the packaged MiniLM:
 
@@ -201,18 +203,18 @@ def run(method: str, order: tuple[str, ...], options: argparse.Namespace) -> dic
     )
     return {
         **{"method": method, "order": [*order], "steps": options.steps, "seed": options.seed, "rates": rates},
-        **{"after": after, "final": final, "ranks": ranks, "parameters": parameters, "seconds": seconds},
+        **{"after": after, "final": final, "ranks": {task: [*of.values()] for task, of in ranks.items()}},
+        **{"parameters": parameters, "seconds": seconds},
         **provenance(),
     }
 
 
-def draw(found: list[dict[str, Any]], folder: Path) -> None:
-    """Write one file of all sequences, the table, and the picture of ranks."""
+def draw(folder: Path) -> None:
+    """Write the table of all sequences in a folder, and the picture of ranks."""
     import pandas as pd
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "sequences.json", found)
+    found = [read_json(file) for file in sorted(folder.glob("*.json"))]
     rows = [
         {
             "method": one["method"],
@@ -239,7 +241,7 @@ def draw(found: list[dict[str, Any]], folder: Path) -> None:
     grown = [one for one in found if one["method"] == "aroma"]
     figure = Figure(figsize=(3 * max(len(grown), 1), 3), layout="constrained")
     for axes, one in zip(figure.subplots(1, max(len(grown), 1), sharey=True, squeeze=False)[0], grown, strict=False):
-        axes.bar(one["order"], [sum(one["ranks"][task].values()) for task in one["order"]], color="#0b5394")
+        axes.bar(one["order"], [sum(one["ranks"][task]) for task in one["order"]], color="#0b5394")
         axes.tick_params(axis="x", rotation=60)
         axes.set_title(f"first {one['order'][0]}", fontsize=9)
     figure.supylabel("components of all 36 matrices", fontsize=9)
@@ -247,20 +249,16 @@ def draw(found: list[dict[str, Any]], folder: Path) -> None:
 
 
 def main() -> None:
-    """Run what has no result yet, or draw."""
+    """Run what has no result yet; write the table, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--data", default="../shared/data", help="folder with trec/, sst2/, banking77/ and mrpc/")
-    parser.add_argument("--out", default="runs/tasks", type=Path, help="folder for a file of each sequence")
     parser.add_argument("--methods", nargs="+", default=["aroma", "o-lora", "sequential", "separate"])
     parser.add_argument("--orders", type=int, default=len(ORDERS), help="of three")
     parser.add_argument("--steps", type=int, default=320, help="optimizer steps of a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--examples", type=int, help="evaluate so many of a test set (all)")
-    parser.add_argument("--draw", metavar="FOLDER", type=Path, help="write table and picture of what is in --out")
     options = parser.parse_args()
-    if options.draw is not None:
-        draw([read_json(file) for file in sorted(options.out.glob("*.json"))], options.draw)
-        return
     quiet()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -269,6 +267,7 @@ def main() -> None:
             file = options.out / f"{method}-{number}.json"
             if not file.exists() and not (method == "separate" and number):  # no order changes it
                 write_json(file, json.loads(json.dumps(run(method, order, options))))
+    draw(options.out)
 
 
 if __name__ == "__main__":

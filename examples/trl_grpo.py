@@ -214,7 +214,7 @@ def draw(out: Path) -> None:
     rewards.legend(fontsize=8)
     ranks.set(xlabel="optimizer step", ylabel="sum of all ranks", title="AROMA's total rank, by seed")
     plt.tight_layout()
-    plt.savefig(out / "reward.png", dpi=110)
+    plt.savefig(out / "reward.png", dpi=80)
 
 
 def once(file: Path, *arguments: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -154,6 +156,38 @@ def test_the_page_says_of_shorter_starts_what_the_runs_say() -> None:
     assert f"between {-worst:.2f} higher and {best:.2f} lower" in text
     assert f"now it is {min(one['saved'] for one in new):.2f} to {max(one['saved'] for one in new):.2f} lower" in text
     assert [len(old), len(new)] == [4, 5]
+
+
+TASKS = ROOT / "results" / "tasks"
+
+
+def test_the_page_of_tasks_has_the_table_that_the_example_makes_of_its_runs(tmp_path: Path) -> None:
+    for file in TASKS.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "tasks_in_a_row.py"))["draw"](tmp_path)
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table == (TASKS / "table.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.shared
+def test_the_example_of_tasks_does_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "tasks_in_a_row.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "ORDERS", (("trec", "banking77"),))
+    words = [str(tmp_path), "--data", str(ROOT.parent / "shared" / "data"), "--steps", "40", "--examples", "60"]
+    monkeypatch.setattr("sys.argv", ["tasks_in_a_row.py", *words, "--methods", "aroma", "o-lora"])
+    with pytest.warns(UserWarning, match="examples are trained on, too"):  # TREC has some questions twice
+        main()
+    for method in ("aroma", "o-lora"):
+        told = json.loads((tmp_path / f"{method}-0.json").read_text())
+        assert {*told["after"]} == {*told["final"]} == {*told["ranks"]} == {"trec", "banking77"}
+        assert told["final"]["banking77"] == told["after"]["banking77"], "nothing was learnt after the last task"
+        assert {len(ranks) for ranks in told["ranks"].values()} == {36}
+        assert "git_revision" in told
+    assert {file.name for file in tmp_path.iterdir()} == {"aroma-0.json", "o-lora-0.json", "table.md", "ranks.png"}
+    before = (tmp_path / "aroma-0.json").stat().st_mtime_ns
+    main()
+    assert (tmp_path / "aroma-0.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(

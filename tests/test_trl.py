@@ -312,7 +312,7 @@ def test_evidence_grows_for_a_reward_and_not_for_a_coin(tmp_path: Path) -> None:
         trainer.train()
         found[name] = growth(trainer).controller.total_rank
     assert found["coin"] <= 2  # one matrix in twenty, of 14
-    assert found["reward"] >= 4
+    assert found["reward"] >= 3
 
 
 def test_without_any_reward_the_papers_rule_finishes_at_rank_0(tmp_path: Path) -> None:
