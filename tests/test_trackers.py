@@ -159,7 +159,8 @@ def test_log_summary_inspect_and_what_is_saved_say_one_rank(rule: str, tmp_path:
 
 
 def _by_evidence() -> Any:
-    return get_peft_model(tiny_bert(), AromaConfig(growth="evidence", slots=3, trial_share=0.3, task_type="SEQ_CLS"))
+    fields: dict[str, Any] = {"growth": "evidence", "significance": 0.5}  # something stays after the trial
+    return get_peft_model(tiny_bert(), AromaConfig(**fields, slots=3, trial_share=0.3, task_type="SEQ_CLS"))
 
 
 # Who sees what -------------------------------------------------------------------------------------------------------
