@@ -237,6 +237,7 @@ def draw(folder: Path) -> None:
         },
         index=table.index,
     )
+    told.insert(0, "orders", pd.Series([one["method"] for one in found]).value_counts())
     (folder / "table.md").write_text(told.to_markdown(stralign="right") + "\n", encoding="utf-8")
     grown = [one for one in found if one["method"] == "aroma"]
     figure = Figure(figsize=(3 * max(len(grown), 1), 3), layout="constrained")
