@@ -193,10 +193,7 @@ ZERO_3_PARAMETER = _of_deepspeed(
 _ZERO_OPTIONAL = (
     *_of_deepspeed("this rank's entries of a quantised parameter", ds_quant_scale="refuse it"),
     *_of_deepspeed("a parameter with a second copy of its shards", ds_zero_param_process_group="refuse it"),
-    *_of_deepspeed(
-        "a parameter that ZeRO-1 or ZeRO-2 trains",
-        _dp_group="refuse shards over some of the processes",
-    ),
+    *_of_deepspeed("a parameter that ZeRO-1 or ZeRO-2 trains", _dp_group="refuse shards over some of the processes"),
     *_of_deepspeed(
         "an optimizer with an option that AROMA refuses",
         params_in_nvme_and_cpu="refuse parameters in files",

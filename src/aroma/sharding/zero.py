@@ -216,9 +216,11 @@ class Zero(Replicas):
 
     def belongs(self, optimizer: Any, parameters: Iterable[Any]) -> None:
         """Remember that `optimizer` trains `parameters` (any shapes): ZeRO-3 says so of the last engine only."""
-        for parameter in parameters:
-            if is_partitioned(parameter) and is_zero(unwrapped_optimizer(optimizer)):
-                parameter.aroma_optimizer = unwrapped_optimizer(optimizer)
+        inner = unwrapped_optimizer(optimizer)
+        if not is_zero(inner):
+            return
+        for parameter in filter(is_partitioned, parameters):
+            parameter.aroma_optimizer = inner
 
     def changed_at_rest(self, optimizer: Any, parameters: Iterable[Any]) -> list[Tensor]:
         """Return those of `parameters` (any shapes) that `optimizer` holds flat copies of: it steps them all."""

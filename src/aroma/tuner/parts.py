@@ -184,7 +184,8 @@ def split(B: Tensor, A: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tens
     the component before it. Components of zero at the end are padding, and left out.
     """
     used = (B.any(0) | A.any(1)).nonzero()
-    B, A = B[:, : int(used[-1]) + 1 if len(used) else 0], A[: int(used[-1]) + 1 if len(used) else 0]
+    count = int(used[-1]) + 1 if len(used) else 0
+    B, A = B[:, :count], A[:count]
     blocks = B.split([*sizes])
     owners, last = [], 0
     for column in torch.stack([block.any(0) for block in blocks], 1).tolist():
