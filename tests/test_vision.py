@@ -298,14 +298,28 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("sys.argv", [example, "--seeds", "1", "--pretrain-steps", "60", "--steps", "60"])
     runpy.run_path(example, run_name="__main__")
     printed = capsys.readouterr().out
-    lines = printed.splitlines()
-    assert [line for line in lines if line.startswith(("base: ", "adapted to 5 to 9: 627 training images, 269 test"))]
-    rows = {line[:12].strip(): line.split()[-2:] for line in lines if line.startswith(("head", "LoRA", "AROMA"))}
-    assert {*rows} == {"head alone", "LoRA r=1", "LoRA r=8", "AROMA"}
-    ranks = json.loads(printed[printed.index("{") :])
+    assert "adapted to 5 to 9: 627 training images, 269 test images, 60 steps of 16 images" in printed
+    out = tmp_path / "out" / "vision"
+    written = json.loads((out / "digits.json").read_text())
+    assert [run["method"] for run in written["runs"]] == ["head alone", "LoRA r=1", "LoRA r=8", "AROMA"]
+    assert {"versions", "git_revision", "steps"} <= {*written}
+    for run in written["runs"]:
+        assert f"{run['method']}, seed 0: {run['accuracy']:.1%}" in printed
+    assert (out / "digits.md").read_text() in printed
+    ranks = written["runs"][-1]["ranks"]
     assert len(ranks) == 13
-    saved = {row.name: row.rank for row in rank_table(tmp_path / "out" / "vision" / "adapter-0")}
-    assert saved == ranks
+    assert {row.name: row.rank for row in rank_table(out / "digits-0")} == ranks
+    with pytest.raises(SystemExit):
+        runpy.run_path(example, run_name="__main__")
+    assert "digits.json exists: give another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", ["digits", "mnist"])
+def test_the_page_shows_the_tables_of_the_committed_runs(images: str) -> None:
+    root = Path(__file__).parents[1]
+    runs = json.loads((root / "results" / "vision" / f"{images}.json").read_text())["runs"]
+    table = runpy.run_path(str(root / "examples" / "vision.py"))["table"](runs)
+    assert table in (root / "docs" / "vision.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
