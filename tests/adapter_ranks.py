@@ -10,16 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
-from distributed_runs import TIMEOUT, tell_refusals
+from distributed_runs import TIMEOUT, tell_refusals, whole
+from evidence_ranks import copied
 from evidence_runs import METHOD, STEPS, Net, held_out, loss_of, rows, share, trainable
 
 RULES: dict[str, dict[str, Any]] = {
@@ -35,26 +37,37 @@ def changed(rule: str) -> dict[str, Any]:
     return {name: value for name, value in UNLIKE.items() if name in known}
 
 
+class Saved(NamedTuple):
+    """A training of one adapter that can go on."""
+
+    folder: Path
+    optimizer: dict[str, Any]
+    done: int
+
+
 class Adapter:
     """A training of one adapter of a net, step by step."""
 
     wrapped: Any
     """What is called: the model, or what makes it one of several processes."""
 
-    def __init__(self, model: Any, name: str, rate: float, share: int) -> None:
+    def __init__(self, model: Any, name: str, rate: float, share: int, saved: Saved | None = None) -> None:
         model.set_adapter(name)
         self.model, self.name, self.events = model, name, []
         dtype = next(model.parameters()).dtype
         self.x, self.y = (part.to(dtype) for part in rows(8 * STEPS, seed=20 + share))
         self.distribute(rate)
         options: dict[str, Any] = {}
+        if saved is not None:
+            set_optimizer_state_dict(self.model, self.optimizer, saved.optimizer)
+            options = {"resume_from": str(saved.folder)}
         if model.peft_config[name].growth == "evidence":
             batches = held_out(dtype=dtype)
-            options = {"steps_per_pass": STEPS // 2, "growth_batches": batches, "growth_loss": loss_of}
+            options |= {"steps_per_pass": STEPS // 2, "growth_batches": batches, "growth_loss": loss_of}
         self.growth = attach(
             self.wrapped, self.optimizer, total_steps=STEPS, adapter_name=name, on_event=self.events.append, **options
         )
-        self.done = 0
+        self.done = 0 if saved is None else saved.done
 
     def distribute(self, rate: float) -> None:
         """Wrap the model, and make the optimizer."""
@@ -70,6 +83,11 @@ class Adapter:
         self.optimizer.zero_grad()
         loss_of(self.wrapped, batch).backward()
         self.optimizer.step()
+
+    def save(self, folder: Path) -> Saved:
+        save_adapter(self.model, folder, self.name)
+        # Without the tensors that the next steps change in place.
+        return Saved(folder, copied(get_optimizer_state_dict(self.model, self.optimizer)), self.done)
 
     def came_to(self) -> dict[str, Any]:
         layers = aroma_layers(self.model, self.name)
@@ -150,6 +168,32 @@ def came_to(
     return found
 
 
+def resumed(rule: str, way: type[Adapter], out: Path) -> list[dict[str, Any]]:
+    """Return what the second adapter came to without a stop, and what it came to in a model made anew from files."""
+    model = two_adapters(rule)
+    first = way(model, "default", 0.01, 0)
+    for _ in range(HALF):
+        first.step()
+    save_adapter(model, f"{out}-default")
+    second = way(model, "other", 0.02, 1)
+    for _ in range(HALF // 2):
+        second.step()
+    saved = second.save(Path(f"{out}-other"))
+    anew = two_adapters(rule)
+    for name in ("default", "other"):
+        anew.load_adapter(f"{out}-{name}", name, is_trainable=True)
+    again = way(anew, "other", 0.02, 1, saved)
+    found = []
+    for one in (second, again):
+        one.events.clear()
+        for _ in range(HALF):
+            one.step()
+        resting = aroma_layers(one.model, "default").values()
+        components = [layer.components("default") for layer in resting]
+        found.append(copied(whole({"second": one.came_to(), "first": components})))
+    return found
+
+
 def wrapped_for_another(_: Path) -> None:
     """One wrapper for both adapters: it averages the gradients of the first alone."""
     model = two_adapters("paper")
@@ -184,6 +228,8 @@ def main(out: Path) -> None:
             for rule in RULES:
                 found = came_to(rule, order, kind, out / f"{way}-{order}-{rule}")
                 torch.save(found, out / f"{way}-{order}-{rule}-{dist.get_rank()}.pt")
+        for rule in RULES:
+            torch.save(resumed(rule, kind, out / f"{way}-resumed-{rule}"), out / f"{way}-{rule}-{dist.get_rank()}.pt")
     tell_refusals(out, REFUSALS)
     dist.destroy_process_group()
 

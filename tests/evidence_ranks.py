@@ -153,7 +153,7 @@ def resumed(out: Path) -> dict[str, dict[str, Any]]:
         save_adapter(loop.model, folder)
         optimizer = get_optimizer_state_dict(loop.model, loop.optimizer)
         # Without the slots that the next steps change in place.
-        optimizer = _copied(optimizer)
+        optimizer = copied(optimizer)
         came_to[f"uninterrupted-{step}"] = ended(loop.go_on())
         model = double()
         model.load_adapter(str(folder), "default", is_trainable=True)
@@ -165,11 +165,12 @@ def resumed(out: Path) -> dict[str, dict[str, Any]]:
     return came_to
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """Return a value whose tensors share nothing with the given one's."""
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: copied(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_copied(item) for item in value]
+        return [copied(item) for item in value]
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -90,6 +90,16 @@ def test_two_processes_do_what_one_does(told: Path, way: str, order: str, rule: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("way", adapter_ranks.WAYS)
+def test_two_processes_resume_the_second_one_to_the_bit(told: Path, way: str, rule: str) -> None:
+    for rank in (0, 1):
+        uninterrupted, resumed = torch.load(told / f"{way}-{rule}-{rank}.pt", weights_only=False)
+        assert uninterrupted["second"]["events"], "something happened after the stop"
+        assert_same(resumed, uninterrupted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", adapter_ranks.SAYS)
 def test_what_was_wrapped_for_another_adapter_is_refused(told: Path, name: str) -> None:
     assert_refused(told, name, *adapter_ranks.SAYS[name])
