@@ -26,7 +26,7 @@ class Settings:
     first: int = 8
     trial: int = 20
     questions: int = 10  # half of the trial's steps
-    share_kept: float = 0.95
+    share_kept: float = 0.99
     interval: int = 4
     unused: int = 4
     last: int = 10**9  # step after which nothing is born
@@ -171,14 +171,13 @@ class Reference:
         every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
         candidates = []
         for i in range(len(self.matrices)):
-            p = []
-            for k in range(o.S):
-                x = every[:, i, k]
-                p.append((float(stats.ttest_1samp(x, 0, alternative="greater").pvalue), k, float(x.mean())))
-            for place, (chance, k, credit) in enumerate(sorted(p)):
-                if chance >= o.alpha / (o.S - place):
-                    break
-                candidates.append((credit, i, k))
+            tests = [stats.ttest_1samp(every[:, i, k], 0, alternative="greater") for k in range(o.S)]
+            whole = stats.ttest_1samp(every[:, i].sum(1), 0, alternative="greater").pvalue < o.alpha / 2
+            alone = True
+            for place, k in enumerate(sorted(range(o.S), key=lambda k: float(tests[k].pvalue))):
+                alone = alone and tests[k].pvalue < o.alpha / 2 / (o.S - place)
+                if alone or (whole and tests[k].statistic > 1):
+                    candidates.append((float(every[:, i, k].mean()), i, k))
         carried, chosen = 0.0, set()
         for credit, i, k in sorted(candidates, reverse=True):
             if carried < o.share_kept * sum(credit for credit, _, _ in candidates):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aroma import AromaConfig, aroma_layers, attach
 from aroma.algorithm.evidence import (
     FIRST_STEP,
+    candidates,
     directions_that_convince,
     directions_to_keep,
     flips_to_birth,
@@ -75,21 +76,21 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 
 
 @pytest.mark.parametrize(
-    ("slots", "kappa", "holds_out", "first_pass"),
+    ("slots", "kappa", "noise", "holds_out", "first_pass"),
     [
-        pytest.param(3, 0.25, False, None, id="plain", marks=pytest.mark.slow),
-        pytest.param(2, 0.1, False, None, id="merges"),
-        pytest.param(1, 0.1, False, None, id="one slot", marks=pytest.mark.slow),
-        pytest.param(3, 0.25, True, 60, id="held out later"),
-        pytest.param(3, 0.25, True, 15, id="held out always", marks=pytest.mark.slow),
-        pytest.param(3, 0.25, True, None, id="held out for the trial alone", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, 0.6, False, None, id="plain", marks=pytest.mark.slow),
+        pytest.param(2, 0.1, 0.6, False, None, id="merges"),
+        pytest.param(1, 0.1, 0.1, False, None, id="one slot", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, 0.6, True, 60, id="held out later"),
+        pytest.param(3, 0.25, 0.4, True, 15, id="held out always", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, 0.6, True, None, id="held out for the trial alone", marks=pytest.mark.slow),
     ],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(
-    slots: int, kappa: float, holds_out: bool, first_pass: int | None
+    slots: int, kappa: float, noise: float, holds_out: bool, first_pass: int | None
 ) -> None:
     steps = 200
-    base, x, y = planted([0, 4, 1, 3])
+    base, x, y = planted([0, 4, 1, 3], noise=noise)
     held = batches(x[300:], y[300:], 60, seed=9)
     data = batches(x[:300], y[:300], steps)
     weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
@@ -149,9 +150,9 @@ def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:
 
 @pytest.mark.parametrize(("significance", "kept"), [(1e-20, [0]), (0.05, [0]), (0.95, [0, 1])])
 def test_whatever_the_significance_what_costs_loss_never_stays(significance: float, kept: list[int]) -> None:
-    # Surely useful, useful on average, harmful on average, surely harmful.
+    # Surely useful, useful on average, harmful on average, surely harmful; as a whole they cost loss.
     noise = np.tile([1.0, -1.0], 8)
-    credits = np.stack([1 + 1e-9 * noise, 0.2 + noise, -0.2 + noise, -1 + 1e-9 * noise], 1)[:, None, :]
+    credits = np.stack([1 + 1e-9 * noise, 0.3 + noise, -0.3 + noise, -2 + 1e-9 * noise], 1)[:, None, :]
     assert directions_to_keep(credits, significance) == [kept]
 
 
@@ -172,10 +173,23 @@ def test_chances_are_those_of_students_t(degrees: int) -> None:
     np.testing.assert_allclose(upper_tail(t, degrees), stats.t.sf(t, degrees), rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("significance", [0.01, 0.05, 0.3])
+def test_weak_directions_are_candidates_where_all_of_them_together_save_loss(significance: float) -> None:
+    generator = np.random.default_rng(0)
+    credits = generator.normal(size=(16, 500, 8)) + generator.uniform(0, 0.4, (500, 1))
+    whole = stats.ttest_1samp(credits.sum(2), 0, alternative="greater").pvalue < significance / 2
+    weak = stats.ttest_1samp(credits, 0).statistic > 1
+    assert 0.1 < whole.mean() < 0.9
+    expected = (weak & whole[:, None]) | saves_loss(credits, significance / 2)
+    assert (candidates(credits, significance) == expected).all()
+    alone = saves_loss(credits, significance)[whole].sum()
+    assert candidates(credits, significance)[whole].sum() > 1.5 * alone, "few of them show it by themselves"
+
+
 def test_a_matrix_that_needs_nothing_keeps_something_with_probability_alpha() -> None:
     noise = np.random.default_rng(0).normal(size=(16, 4000, 8))
-    share = saves_loss(noise, 0.05).any(1).mean()
-    assert 0.03 < share < 0.06
+    assert 0.03 < saves_loss(noise, 0.05).any(1).mean() < 0.06
+    assert 0.03 < candidates(noise, 0.05).any(1).mean() < 0.06
     assert (noise.mean(0) > 1.7531 * noise.std(0, ddof=1) / 4).any(1).mean() > 0.3, "each direction by itself at 5 %"
 
 

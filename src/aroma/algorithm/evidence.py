@@ -10,9 +10,10 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
 
     credit_k = −s σ_k u_kᵀ G_½ v_k             the loss that the direction saves: the midpoint rule for the integral
                                                of the gradient from strength 0 to 1, exact for a quadratic loss
-    candidates: directions of any matrix whose mean credit is positive at significance α (Student's t, with
-                Holm's correction for the directions of its matrix)
-    stay:       the fewest candidates that carry 95 % of the credit of all of them
+    candidates: where the update of a matrix saves loss as a whole, Σ_k credit_k > 0 at significance α/2 (Student's t),
+                directions whose mean credit exceeds its standard error; and in any matrix, those that are positive
+                by themselves at α/2 with Holm's correction
+    stay:       the fewest candidates that carry 99 % of the credit of all of them
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
@@ -54,7 +55,7 @@ FIRST_STEP = 8
 UNUSED = 4
 """Unused directions of a matrix that duel at once."""
 
-SHARE_KEPT = 0.95
+SHARE_KEPT = 0.99
 """Share of what the candidates save that must be carried by the directions that stay."""
 
 QUESTIONS = (8, 16)
@@ -482,16 +483,16 @@ def question_count(trial_steps: int) -> int:
 def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
     """Return for every matrix which directions stay.
 
-    Those are candidates that save loss at significance α. The fewest of them all stay that carry 95 % of what the
-    candidates save together. Noise that was learnt by heart has a negative credit; where nothing is there to learn,
-    nothing stays, but in one of 1/α matrices.
+    Those are candidates, and the fewest of them all stay that carry 99 % of what the candidates save together. Noise
+    that was learnt by heart has a negative credit; where nothing is there to learn, nothing stays, but in one of 1/α
+    matrices.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
         significance: α.
     """
     known = np.nan_to_num(credits)
-    saved = np.where(saves_loss(known, significance), known.mean(0), 0.0)
+    saved = np.where(candidates(known, significance), known.mean(0), 0.0)
     order = np.argsort(-saved, axis=None, kind="stable")
     ranked = saved.reshape(-1)[order]
     carried_before = np.cumsum(ranked) - ranked
@@ -500,8 +501,24 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
 
 
+def candidates(credits: np.ndarray, significance: float) -> np.ndarray:
+    """Return which directions may stay, (matrices, S).
+
+    A matrix has two ways to show that it needs components, at α/2 each, so that one that needs none has candidates
+    with a chance of at most α. Its whole update saves loss: then many directions may do so that are too weak to show
+    it by themselves, and those stay whose mean credit exceeds its standard error. Or single directions save loss.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S).
+        significance: α.
+    """
+    _, whole = _t_test(credits.sum(2))
+    t, _ = _t_test(credits)
+    return (t > 1) & (whole < significance / 2)[:, None] | saves_loss(credits, significance / 2)
+
+
 def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
-    """Return which directions save loss at significance α, (matrices, S).
+    """Return which directions save loss by themselves at significance α, (matrices, S).
 
     By Holm's procedure within each matrix: the direction with the largest t is held to α / S, the next one to
     α / (S − 1), and so on up to the first that fails. The chance that any of a matrix's directions passes without
@@ -511,17 +528,22 @@ def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
         credits: What every direction saves, by batch, (batches, matrices, S).
         significance: α.
     """
-    batches, _, slots = credits.shape
-    saved, error = credits.mean(0), credits.std(0, ddof=1) / math.sqrt(batches)
-    t = np.divide(saved, error, out=np.where(saved > 0, np.inf, -np.inf), where=error > 0)
-    # Above a half, α would let in directions that cost loss.
-    chance = np.where(saved > 0, upper_tail(t, batches - 1), 1.0)
+    t, chance = _t_test(credits)
     order = np.argsort(-t, axis=1, kind="stable")
-    levels = significance / np.arange(slots, 0, -1)
+    levels = significance / np.arange(credits.shape[2], 0, -1)
     passes = np.logical_and.accumulate(np.take_along_axis(chance, order, 1) < levels, axis=1)
     found = np.zeros_like(passes)
     np.put_along_axis(found, order, passes, 1)
     return found
+
+
+def _t_test(credits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return t and its chance where nothing is saved, over the first dimension, (batches, …)."""
+    batches = len(credits)
+    saved, error = credits.mean(0), credits.std(0, ddof=1) / math.sqrt(batches)
+    t = np.divide(saved, error, out=np.where(saved > 0, np.inf, -np.inf), where=error > 0)
+    # Above a half, α would let in directions that cost loss.
+    return t, np.where(saved > 0, upper_tail(t, batches - 1), 1.0)
 
 
 def upper_tail(t: np.ndarray, degrees: int) -> np.ndarray:
