@@ -208,8 +208,8 @@ def whole(value: Any) -> Any:
     """A state dict with its sharded tensors whole, on all ranks."""
     if isinstance(value, dict):
         return {name: whole(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [whole(item) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(whole(item) for item in value)
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
