@@ -92,15 +92,11 @@ def test_material_that_is_missing_or_changed_is_refused(tmp_path, monkeypatch):
 # Parts ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_head_only_baseline_is_trained_to_convergence_and_the_adapters_start_from_it():
+def test_the_head_only_baseline_is_trained_to_convergence():
     generator = np.random.default_rng(0)
     labels = np.arange(300) % 3
     features = np.eye(3)[labels] * 0.05 + generator.normal(size=(300, 3)) * 0.01  # separable, but only just
-    head, layer = demo.fit_head(features[:200], list(labels[:200])), torch.nn.Linear(3, 3)
-    assert head.score(features[200:], labels[200:]) > 0.97
-    demo.copy_head(head, layer)
-    predicted = layer(torch.from_numpy(features).float()).argmax(dim=-1).numpy()
-    assert (predicted == labels).mean() == head.score(features, labels)
+    assert demo.fit_head(features[:200], list(labels[:200])).score(features[200:], labels[200:]) > 0.97
     shuffled = demo.fit_head(features[:200], list(generator.permutation(labels[:200])))
     assert shuffled.score(features[200:], labels[200:]) < 0.6
 
@@ -180,7 +176,6 @@ def test_the_page_has_all_that_was_promised():
         "adapter": {"growth": "paper", "outer_tolerance": 0.01},
         "max_length": 64,
         "steps": 240,
-        "outer_steps": 6,
         "explanation": "no evidence for another component in 2 of 2 matrices; last birth at step 96",
         "pictures": {"ranks.png": "ranks", "births.png": "births over time"},
         "wall_seconds": 93.7,
@@ -262,10 +257,11 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     out = tmp_path / "demo"
     before = cpu_seconds()
     assert main(["demo", "--out", str(out)]) == 0
-    # Three minutes on two cores; processor time, so that a busy machine does not fail it.
-    assert cpu_seconds() - before < 2 * 180
+    # Two minutes on two cores; processor time, so that a busy machine does not fail it.
+    assert cpu_seconds() - before < 2 * 120
     assert {path.name for path in out.iterdir()} == {
         "adapter",
+        "births.png",
         "events.jsonl",
         "ranks.png",
         "report.html",
@@ -275,13 +271,13 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     assert result["held_out_articles"] == 445
     assert result["head_only"]["mean"] > result["head_only"]["pooled"] > 0.85
     assert result["metrics"]["accuracy"] > result["head_only"]["pooled"] + 0.02
-    assert result["outer_steps"] >= 4
     ranks = [module["rank"] for module in result["modules"].values()]
     assert len(ranks) == 36, "the pooler trains whole, with the head"
     assert result["pooler"]["trains"]
     assert result["parameters"]["head"] == result["head_only_parameters"] + 384 * 385
     assert len(set(ranks)) >= 3
-    assert sum(module["state"] == "frozen" for module in result["modules"].values()) >= 10
+    assert 0 < sum(ranks) < 2 * 36
+    assert ranks.count(0) >= 10, "most matrices need nothing"
     assert result["agreement"]["different_predictions"] == 0
     assert result["agreement"]["largest_difference"] < 1e-4
     for text in (

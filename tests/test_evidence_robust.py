@@ -452,8 +452,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", slow_but(["AdamW", "Adafactor"], OPTIMIZERS))
 def test_a_newborn_takes_no_larger_steps_than_its_siblings(name: str) -> None:
-    loop = Loop(net(duel_factor=1e9), OPTIMIZERS[name], steps=600).go_on(300)
-    matrices = [matrix for matrix in loop.growth.controller.modules if 0 < len(matrix.slots) < 3]
+    loop = Loop(net(duel_factor=1e9, slots=8), OPTIMIZERS[name], steps=600).go_on(300)
+    matrices = [matrix for matrix in loop.growth.controller.modules if 0 < len(matrix.slots) < 8]
     assert matrices, "some have siblings, and room"
     old = {matrix.name: matrix.slots for matrix in matrices}
     loop.growth.controller.matrices.bear([(matrix, 0) for matrix in matrices])

@@ -514,7 +514,8 @@ def candidates(credits: np.ndarray, significance: float) -> np.ndarray:
     """
     _, whole = _t_test(credits.sum(2))
     t, _ = _t_test(credits)
-    return (t > 1) & (whole < significance / 2)[:, None] | saves_loss(credits, significance / 2)
+    found: np.ndarray = (t > 1) & (whole < significance / 2)[:, None] | saves_loss(credits, significance / 2)
+    return found
 
 
 def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:

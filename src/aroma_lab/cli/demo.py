@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "demo",
-        help="grow adapters on real news articles, offline, in about three minutes",
+        help="grow adapters on real news articles, offline, in about two minutes",
         description=(
             "Grow adapters in a pretrained sentence encoder on 1,780 BBC News articles, evaluate on all 445 held-out\n"
             "ones, and reload the adapter in plain PEFT. Needs no network and no GPU."
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="new or empty folder (aroma-demo, or aroma-demo-2, …)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and components (%(default)s)")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=110, help="optimizer steps (%(default)s)")
     parser.set_defaults(run=run)
 
 
