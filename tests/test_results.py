@@ -131,7 +131,7 @@ def of_evidence(name: str) -> pd.DataFrame:
 
 def gained(task: str, before: str, after: str = SHIPPED) -> str:
     """Return the paired difference between two rules, ± its standard error, in points."""
-    old, new = (of_evidence(name).query("task == @task").set_index("seed").score for name in (before, after))
+    old, new = (of_evidence(name).set_index(["task", "seed"]).score[task] for name in (before, after))
     difference = 100 * (new - old).dropna()
     sign = "+" if difference.mean() > 0 else "−"
     return f"{sign}{abs(difference.mean()):.2f} ± {difference.sem():.2f}"
