@@ -118,7 +118,7 @@ def saved(tmp_path_factory):
             layer.lora_B["default"].weight.fill_(0.3)
     controller.outer_step()
     sizes = sum(layer.in_features + layer.out_features for layer in aroma_layers(model).values())
-    assert demo.count_parameters(model) == {"adapter": sizes, "head": 34 + 16 * 17, "lora": 8 * sizes}  # with pooler
+    assert demo.count_parameters(model) == {"adapter": 0, "head": 34 + 16 * 17, "lora": 8 * sizes}  # with pooler
     Aroma().save(model, folder / "adapter")
     tokenizer = load_tokenizer(str(folder / "model"), 8)
     tokenizer.save_pretrained(folder / "adapter")
@@ -205,7 +205,7 @@ def test_the_page_has_all_that_was_promised():
     assert result_table(record)[0][1:] == ("91.01%", "1,925")
     assert result_table(record)[2][1:] == ("97.75%", "41,472 + 149,765 (head, with pooler)")
     lines = result_lines(record)
-    assert lines["lora"] == "LoRA r=8 on the same matrices trains 331,776 adapter parameters."
+    assert lines["lora"] == "LoRA r=8 on the same matrices has 331,776 adapter parameters."
     assert lines["ranks"].startswith("2 matrices, ranks 0 to 3, in all 3, after 240 optimizer steps; no evidence for")
 
 
@@ -274,6 +274,7 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     ranks = [module["rank"] for module in result["modules"].values()]
     assert len(ranks) == 36, "the pooler trains whole, with the head"
     assert result["pooler"]["trains"]
+    assert 0 < result["parameters"]["adapter"] < result["parameters"]["lora"] / 4
     assert result["parameters"]["head"] == result["head_only_parameters"] + 384 * 385
     assert len(set(ranks)) >= 3
     assert 0 < sum(ranks) < 2 * 36

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     console, lines = Console(), result_lines(record)
     table = Table("method", title=f"all {record['held_out_articles']} held-out articles", title_justify="left")
     table.add_column("accuracy", justify="right")
-    table.add_column("trainable", justify="right")
+    table.add_column("parameters", justify="right")
     for row in result_table(record):
         table.add_row(*row)
     console.print(table)

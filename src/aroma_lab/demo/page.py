@@ -13,7 +13,7 @@ from ..tasks.model import ENCODER_SOURCE
 
 
 def result_table(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return method, accuracy and trainable parameters of each line of the result table."""
+    """Return method, accuracy and parameters, beside those of the base, of each line of the result table."""
     head, accuracies = f"{record['head_only_parameters']:,}", record["head_only"]
     what = "head, with pooler" if record["pooler"]["trains"] else "head"
     adapter = f"{record['parameters']['adapter']:,} + {record['parameters']['head']:,} ({what})"
@@ -31,7 +31,7 @@ def result_lines(record: Mapping[str, Any]) -> dict[str, str]:
     same = agreement["examples"] - agreement["different_predictions"]
     lora = f"{record['parameters']['lora']:,}"
     return {
-        "lora": f"LoRA r={LORA_RANK} on the same matrices trains {lora} adapter parameters.",
+        "lora": f"LoRA r={LORA_RANK} on the same matrices has {lora} adapter parameters.",
         "ranks": f"{len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}, in all {sum(ranks)}, after "
         f"{record['steps']} optimizer steps; {record['explanation']}",
         "reloaded": f"{same} of {agreement['examples']} predictions equal, max |Δlogit| "

@@ -101,7 +101,7 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     head_only_parameters, head_only = train_heads(job, training, progress)
     method = make_method("aroma", {**ADAPTER, "component_seed": training.seed})
-    fit, parameters, curve = train_adapters(job, method, training, folder, training_bar)
+    fit, curve = train_adapters(job, method, training, folder, training_bar)
     model, encoded = fit.trainer.model.cpu(), job.eval_sets[HELD_OUT]  # on the CPU, as in the fresh process
     with progress("evaluate", len(encoded)) as advance:
         logits = predict_logits(model, encoded, job.tokenizer, training.batch_size, advance)
@@ -116,7 +116,7 @@ def run_demo(
         "train_articles": len(train),
         "held_out_articles": len(held_out),
         "modules": {module.pop("name"): module for module in map(asdict, modules)},
-        "parameters": parameters,
+        "parameters": count_parameters(fit.trainer.model),
         "agreement": require_agreement(logits, reload(folder / "adapter", logits.shape[1], job, training, progress)),
         "adapter": method.resolved_options(),
         "training": asdict(training),
@@ -201,15 +201,14 @@ def fit_head(features: NDArray[Any], labels: Sequence[int]) -> Any:
 
 def train_adapters(
     job: ClassifierJob, method: Method, training: TrainSpec, folder: Path, bar: bool
-) -> tuple[Fit, dict[str, int], Curve]:
+) -> tuple[Fit, Curve]:
     """Train growing adapters and a new head; the events go to `folder`.
 
     Returns:
-        The training, the numbers of trainable parameters (see `count_parameters`), and how they changed.
+        The training, and how the numbers of trainable parameters changed.
     """
     set_seed(training.seed)
     model = method.build(job.load_model(), training.max_steps or 0)
-    parameters = count_parameters(model)
     train, growth_examples = hold_out(method, training, job.train)
     recorder = Recorder(method, Usage())
     with tempfile.TemporaryDirectory() as scratch:
@@ -230,13 +229,14 @@ def train_adapters(
             # A hundred articles are in the corpus twice. Those that train do not decide what grows.
             warnings.filterwarnings("ignore", "growth_dataset: ")
             fit.train()
-    return fit, parameters, recorder.curve
+    return fit, recorder.curve
 
 
 def count_parameters(model: Any) -> dict[str, int]:
-    """Return the numbers of parameters that train at any one time, and those of a LoRA on the same matrices."""
-    sizes = [layer.in_features + layer.out_features for layer in aroma_layers(model).values()]
-    return {**count_trainable(model), "lora": LORA_RANK * sum(sizes)}
+    """Return the numbers of parameters that the adapter has, that train in the head, and of a LoRA on the matrices."""
+    sizes = {layer: layer.in_features + layer.out_features for layer in aroma_layers(model).values()}
+    adapter = sum(layer.rank("default") * size for layer, size in sizes.items())
+    return {**count_trainable(model), "adapter": adapter, "lora": LORA_RANK * sum(sizes.values())}
 
 
 def draw_pictures(controller: AromaController, modules: Sequence[ModuleSummary], folder: Path) -> dict[str, str]:
