@@ -257,8 +257,8 @@ def test_the_demo_keeps_its_promises(tmp_path, capsys):
     out = tmp_path / "demo"
     before = cpu_seconds()
     assert main(["demo", "--out", str(out)]) == 0
-    # Two minutes on two cores; processor time, so that a busy machine does not fail it.
-    assert cpu_seconds() - before < 2 * 120
+    # Two and a half minutes on two cores; processor time, so that a busy machine does not fail it.
+    assert cpu_seconds() - before < 2 * 150
     assert {path.name for path in out.iterdir()} == {
         "adapter",
         "births.png",
