@@ -190,7 +190,7 @@ def resumed(rule: str, way: type[Adapter], out: Path) -> list[dict[str, Any]]:
             one.step()
         resting = aroma_layers(one.model, "default").values()
         components = [layer.components("default") for layer in resting]
-        found.append(copied(whole({"second": one.came_to(), "first": components})))
+        found.append(whole({"second": one.came_to(), "first": components}))
     return found
 
 

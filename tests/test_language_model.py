@@ -221,8 +221,9 @@ def test_smollm2_is_sane(tmp_path, monkeypatch):
     ]
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    said = tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :])
+    answers = [one.generate(**inputs, max_new_tokens=20, do_sample=False) for one in (model, direct)]
+    assert torch.equal(*answers)
+    said = tokenizer.decode(answers[0][0, inputs["input_ids"].shape[1] :])
     assert said == "The capital of France is Paris.<|im_end|>"
 
 

@@ -181,11 +181,8 @@ def test_the_page_says_of_shorter_starts_what_the_runs_say() -> None:
     text = " ".join(PAGE.split())
     tried = json.loads((RESULTS / "tried" / "shorter-starts.json").read_text(encoding="utf-8"))
     now, before = scores_of("shorter-starts"), scores_of("longer-starts")
-    assert of_evidence("shorter-starts").groupby("task").seed.count()[["noisy", "nothing", "sst2"]].tolist() == [
-        5,
-        5,
-        5,
-    ]
+    seeds = of_evidence("shorter-starts").groupby("task").seed.count()
+    assert seeds[["noisy", "nothing", "sst2"]].tolist() == [5, 5, 5]
     assert f"SST-2 {now.sst2:.2f} (before {before.sst2:.2f})" in text
     assert f"`noisy` {now.noisy:.1f} % ({before.noisy:.1f} %)" in text
     assert f"nothing is planted {grown('shorter-starts')} of 60 matrices have a component" in text

@@ -58,7 +58,7 @@ TOLERANCE = 1e-4
 
 ADAPTER = {"target_modules": "all-linear", "growth": "evidence"}
 TRAINING = TrainSpec(
-    max_steps=110,  # each article once
+    max_steps=110,  # little more than each article once
     batch_size=16,
     learning_rate=3e-3,
     warmup_steps=10,
@@ -157,10 +157,8 @@ def train_heads(job: ClassifierJob, training: TrainSpec, progress: Progress) -> 
         )
     heads = {name: fit_head(features, job.parts["train"]["labels"]) for name, features in train.items()}
     labels = list(job.parts[HELD_OUT]["labels"])
-    pooled, accuracies = (
-        heads["pooled"],
-        {name: float(head.score(held_out[name], labels)) for name, head in heads.items()},
-    )
+    pooled = heads["pooled"]
+    accuracies = {name: float(head.score(held_out[name], labels)) for name, head in heads.items()}
     return pooled.coef_.size + pooled.intercept_.size, accuracies
 
 
