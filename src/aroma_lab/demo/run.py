@@ -1,4 +1,4 @@
-"""The demo: a real encoder learns to sort real news articles, offline, in about three minutes on two cores."""
+"""The demo: a real encoder learns to sort real news articles, offline, in about two minutes on two cores."""
 
 from __future__ import annotations
 
