@@ -147,11 +147,7 @@ def warm() -> None:
     adapted(**METHOD)
     dropout._banks(METHOD["lora_dropout"], torch.device("cpu"))
     if "DS_ACCELERATOR" in os.environ:
-        from deepspeed.accelerator import get_accelerator
-
         import zero_runs  # noqa: F401
-
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 
 if __name__ == "__main__":

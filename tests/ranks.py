@@ -130,15 +130,9 @@ def torchrun(count: int, program: str, *arguments: str, fails: bool = False) -> 
     return done.stdout
 
 
-COMPILE_DEEPSPEED = """
-from deepspeed.accelerator import get_accelerator
-get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-"""
-
-
 @cache
 def deepspeed_environment() -> dict[str, str]:
-    """Return what processes need in their environment to find DeepSpeed, its collectives for CPUs compiled.
+    """Return what processes need in their environment to find DeepSpeed.
 
     It is looked for beside the other packages, or in the folder that `AROMA_DEEPSPEED` names: with it among the
     others, the Trainer of every other test would import it too. `.ci/run` installs it into such a folder.
@@ -150,9 +144,6 @@ def deepspeed_environment() -> dict[str, str]:
     found = {"DS_ACCELERATOR": "cpu"}
     if folder:
         found["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-    found["PATH"] = os.pathsep.join([str(Path(folder, "bin")), str(Path(sys.executable).parent), os.environ["PATH"]])
-    # By one process, before two wait for each other.
-    subprocess.run([sys.executable, "-c", COMPILE_DEEPSPEED], env={**os.environ, **found}, check=True, timeout=500)
     return found
 
 

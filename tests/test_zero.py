@@ -30,7 +30,7 @@ from test_distributed import assert_close, load
 from trainer_runs import assert_same, tiny_bert
 
 pytestmark = pytest.mark.timeout(1500)
-"""The first test waits for a compiler and for all launches."""
+"""The first test waits for all launches."""
 
 RUNS = str(Path(__file__).parent / "zero_runs.py")
 
