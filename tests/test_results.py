@@ -177,6 +177,23 @@ def test_the_page_says_of_what_was_tried_what_the_runs_say() -> None:
     )
 
 
+def test_the_page_says_of_smaller_updates_what_the_runs_say() -> None:
+    text = " ".join(PAGE.split())
+    ranks = {name: of_evidence(name).groupby("task").trained_rank.mean() for name in ("four-slots", "less-credit")}
+    for name, task, label in (
+        ("four-slots", "trec", "TREC"),
+        ("four-slots", "banking77", "BANKING77"),
+        ("four-slots", "sst2", "SST-2"),
+        ("less-credit", "trec", "TREC"),
+        ("less-credit", "banking77", "BANKING77"),
+    ):
+        assert of_evidence(name).groupby("task").seed.count()[task] == 3
+        assert f"{label} {gained(task, SHIPPED, name)} at {ranks[name][task]:.2f}" in text, name
+    assert f"SST-2 {gained('sst2', SHIPPED, 'half-the-trial')} (two seeds)" in text
+    assert f"SST-2 {gained('sst2', SHIPPED, 'fitted-averages')}, three seeds" in text
+    assert f"SST-2 {gained('sst2', SHIPPED, 'balanced-split')}, three seeds" in text
+
+
 def test_the_page_says_of_shorter_starts_what_the_runs_say() -> None:
     text = " ".join(PAGE.split())
     tried = json.loads((RESULTS / "tried" / "shorter-starts.json").read_text(encoding="utf-8"))
