@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import os
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-
-from aroma.files import write_bytes
 
 from .measure import Result
 
@@ -107,13 +103,6 @@ def _text(frame: pd.DataFrame, formats: dict[str, str]) -> str:
 
 
 # The picture ---------------------------------------------------------------------------------------------------------
-
-
-def write_picture(result: Result, path: str | os.PathLike[str]) -> None:
-    """Draw the result and write it to `path`, a .png, .svg or .pdf file."""
-    buffer = io.BytesIO()
-    draw(result).savefig(buffer, format=os.fspath(path).rpartition(".")[2], dpi=100)
-    write_bytes(path, buffer.getvalue())
 
 
 def draw(result: Result) -> Figure:

@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     quiet()
     from aroma.files import write_json
+    from aroma.pictures import save_picture
 
     from ..bench import report
     from ..bench.measure import measure
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     compiled = arguments.device == "cuda" if arguments.compile is None else arguments.compile
     result = measure(_settings(arguments, compiled=compiled, peak=arguments.peak), progress=progress_bar)
     write_json(out, result)
-    report.write_picture(result, picture)
+    save_picture(report.draw(result), picture)
     comparison = [report.comparison_table(result)] if result["comparisons"] else []
     print_lines([report.case_table(result), *comparison, *report.notes(result), f"Left: {out}, {picture}."])
 
