@@ -122,10 +122,14 @@ SHIPPED = "shipped"
 
 @cache
 def of_evidence(name: str) -> pd.DataFrame:
-    """Return task, seed, score, trained_rank and ranks of the runs by the rule as it ships, or as was tried."""
+    """Return task, seed, score, trained_rank and ranks of the runs by the rule as it ships, or as was tried.
+
+    On real text at the rates of what was tried beside it.
+    """
     if name == SHIPPED:
-        found = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN])
-        return found.assign(ranks=[[*result["ranks"].values()] for result in found.result])
+        found = runs_of(RESULTS / "planted-nets").of("aroma-evidence")
+        planted = found.assign(ranks=[[*result["ranks"].values()] for result in found.result])
+        return pd.concat([planted, of_evidence("rates-before")])
     return pd.DataFrame(json.loads((RESULTS / "tried" / f"{name}.json").read_text(encoding="utf-8"))["runs"])
 
 
