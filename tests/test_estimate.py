@@ -1,5 +1,6 @@
 """`aroma estimate`: estimates equal what real models on the CPU hold and need, and what PyTorch shards and reduces."""
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -230,7 +231,11 @@ def real_step(config: Any, settings: EstimateSettings) -> tuple[Any, Any]:
 
 
 def measured_peak(work: Any) -> int:
-    """Most bytes that PyTorch's allocator has given out at a time while `work` runs, scratch of kernels included."""
+    """Most bytes that PyTorch's allocator has given out at a time while `work` runs, scratch of kernels included.
+
+    Memory of before that is freed meanwhile does not count: not what `work` frees, and not the garbage of an earlier
+    test, whose collection can fall within.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     todo = [*profiler.profiler.kineto_results.experimental_event_tree()]
@@ -239,12 +244,28 @@ def measured_peak(work: Any) -> int:
         event = todo.pop()
         todo += event.children
         if event.tag == _EventType.Allocation:
-            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    live = peak = 0
-    for _, size in sorted(sizes, key=lambda one: one[0]):
-        live += size
-        peak = max(peak, live)
+            sizes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    live, peak = {}, 0
+    for _, address, size in sorted(sizes, key=lambda one: one[0]):
+        if size > 0:
+            live[address] = size
+            peak = max(peak, sum(live.values()))
+        else:
+            live.pop(address, None)
     return peak
+
+
+def test_the_measured_peak_knows_nothing_of_garbage_of_before():
+    class Cycle:
+        def __init__(self):
+            self.itself, self.tensor = self, torch.zeros(4000)
+
+    def work():
+        gc.collect()
+        torch.zeros(100_000)
+
+    measured_peak(Cycle)  # memory that a profile has seen is given back in a later one
+    assert measured_peak(work) == 400_000
 
 
 # name, dtype, finished components or "lora", checkpointing, and by what share the peak may be underestimated: CPU
