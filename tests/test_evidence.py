@@ -213,7 +213,7 @@ def test_an_update_of_a_lower_rank_has_no_further_directions() -> None:
     b, a = torch.randn(2, 6, 4, generator=generator), torch.randn(2, 4, 5, generator=generator)
     b[0, :, 2:] = 0
     a[0, 2:] = 0  # as where max_components=2
-    sizes = singular_directions(b, a)[1]
+    sizes = singular_directions(b.mT, a)[1]
     assert (sizes > 0).tolist() == [[True, True, False, False], [True] * 4]
 
 

@@ -10,7 +10,8 @@ micro-batches and processes,
 
 Where other adapters lie beneath, their b and a belong to the spans.
 
-L is the number of matrices, S of slots, P of directions of a matrix.
+L is the number of matrices, S of slots, P of directions of a matrix. Everything is kept in rows, left factors
+transposed, so that sums run along memory.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ class Directions:
 
     Attributes:
         rows: As given.
-        u: Left directions, (L, m, P).
+        u: Left directions, (L, P, m).
         v: Right directions, (L, P, n).
-        p: Averages of −G v, (L, m, P).
+        p: Averages of −G v, (L, P, m).
         q: Averages of −uᵀ G, (L, P, n).
         sizes: Singular values σ where the directions are singular ones, (L, P); zeros elsewhere.
         gate: Zeros, (L, S).
         answers: Gradients of all u, v and gate, one after the other, (entries,): processes add them up at once.
-        b: The slots at the last `note_moves`, (L, m, S).
+        b: The slots at the last `note_moves`, (L, S, m).
         a: Likewise, (L, S, n).
-        move_b: Δb, (L, m, S).
+        move_b: Δb, (L, S, m).
         move_a: Δa, (L, S, n).
         per_norm: 1 / ‖Δ_k‖_F, (L, S); NaN where there is no move, or none is known.
     """
@@ -54,6 +55,7 @@ class Directions:
     _LOOKED_AT = ("b", "a", "move_b", "move_a")
     KEPT = _FOLLOWED + _LOOKED_AT
     """What a checkpoint holds; the rest follows from it."""
+    _LEFT = ("u", "p", "b", "move_b")
 
     def __init__(self, rows: Sequence[int], m: int, n: int, slots: int, like: Tensor) -> None:
         """Begin with zeros that are like `like` (any shape)."""
@@ -61,18 +63,17 @@ class Directions:
         self._like = like
         count = len(self.rows)
         self.gate = self._zeros(count, slots)
-        self.b, self.a = self._zeros(count, m, slots), self._zeros(count, slots, n)
+        self.b, self.a = self._zeros(count, slots, m), self._zeros(count, slots, n)
         self.move_b, self.move_a = torch.zeros_like(self.b), torch.zeros_like(self.a)
         self.per_norm = self._zeros(count, slots)
-        self._beneath_b, self._beneath_a = self._zeros(count, m, 0), self._zeros(count, 0, n)
-        self._span_b, self._span_a = torch.zeros_like(self.b), torch.zeros_like(self.a)
-        self.follow(self._zeros(count, m, 0), self._zeros(count, 0, n))
+        self._used = 0
+        self._beneath_b, self._beneath_a = self._zeros(count, 0, m), self._zeros(count, 0, n)
+        self._settle_spans()
+        self.follow(self._zeros(count, 0, m), self._zeros(count, 0, n))
 
     def stay_off(self, b: Tensor, a: Tensor) -> None:
         """Keep directions off components that lie beneath, b (L, m, K) and a (L, K, n), padded with zeros."""
-        self._beneath_b, self._beneath_a = b.to(self._like), a.to(self._like)
-        self._span_b = self._zeros(*b.shape[:2], self.b.shape[2] + b.shape[2])
-        self._span_a = self._zeros(a.shape[0], self.a.shape[1] + a.shape[1], a.shape[2])
+        self._beneath_b, self._beneath_a = b.mT.to(self._like), a.to(self._like)
         self._settle_spans()
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -84,7 +85,7 @@ class Directions:
         """Ask about these directions from now on.
 
         Args:
-            u: Left directions, (L, m, P).
+            u: Left directions, (L, P, m).
             v: Right directions, (L, P, n).
             sizes: Singular values, (L, P), where they are singular directions.
         """
@@ -99,11 +100,16 @@ class Directions:
 
     def leaves_of(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return u (m, P), v (P, n) and gate (S,) of one matrix as leaves that share the memory of these."""
-        u, v, gate = (leaf[row].detach().requires_grad_() for leaf in self._leaves)
-        return u, v, gate
+        u, v, gate = (tensor[row].detach() for tensor in self._leaves)
+        return u.mT.requires_grad_(), v.requires_grad_(), gate.requires_grad_()
 
-    def parts(self, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parts of a tensor like `answers`, (entries,): G v (L, m, P), uᵀ G (L, P, n) and slopes (L, S)."""
+    def answers_of(self, row: int, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a tensor like `answers`, (entries,), says of `leaves_of(row)`, in their shapes; views."""
+        gu, gv, gate = (part[row] for part in self._parts(answers))
+        return gu.mT, gv, gate
+
+    def _parts(self, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parts of a tensor like `answers`, (entries,): G v (L, P, m), uᵀ G (L, P, n) and slopes (L, S)."""
         gu, gv, gate = torch.split(answers, [leaf.numel() for leaf in self._leaves])
         return gu.view(self.u.shape), gv.view(self.v.shape), gate.view(self.gate.shape)
 
@@ -117,9 +123,9 @@ class Directions:
             answers: Of the shape of `self.answers`.
             of_reached: Whether matrices without any gradient, as an expert without a token, have none: −∞ and NaN.
         """
-        gu, gv, gate = self.parts(answers)
+        gu, gv, gate = self._parts(answers)
         is_known = (self._are_finite(answers) & bool(self.v.shape[1]))[:, None]
-        z, own = -(self.u * gu).sum(1), -gate * self.per_norm
+        z, own = -(self.u * gu).sum(2), -gate * self.per_norm
         z, own = z.where(is_known, torch.nan), own.where(is_known, torch.nan)
         if of_reached:
             is_reached = (gu.flatten(1).any(1) | gv.flatten(1).any(1))[:, None]
@@ -128,7 +134,8 @@ class Directions:
 
     def _are_finite(self, answers: Tensor) -> Tensor:
         """Return which matrices have finite answers, (L,), in `answers`, shaped (entries,)."""
-        return torch.stack([part.flatten(1).isfinite().all(1) for part in self.parts(answers)]).all(0)
+        largest = [_largest(part.flatten(1)) for part in self._parts(answers)]
+        return torch.stack(largest).isfinite().all(0)
 
     # How directions follow the gradient ------------------------------------------------------------------------------
 
@@ -139,19 +146,16 @@ class Directions:
             answers: Of the shape of `self.answers`, with any number of directions P.
             memory: β.
         """
-        gu, gv, _ = self.parts(answers)
+        gu, gv, _ = self._parts(answers)
         is_known = self._are_finite(answers)[:, None, None]
-        gu, gv = gu.where(is_known, 0.0), gv.where(is_known, 0.0)
-        self.p.mul_(memory).sub_(gu, alpha=1 - memory)
-        self.q.mul_(memory).sub_(gv, alpha=1 - memory)
-        free_p = self.p - self._span_b @ (self._span_b.mT @ self.p)
-        free_q = self.q - (self.q @ self._span_a.mT) @ self._span_a
-        orthonormalise(free_p.mT, self.u.mT)
-        orthonormalise(free_q, self.v)
+        for average, part in ((self.p, gu), (self.q, gv)):
+            average.mul_(memory).sub_(part.where(is_known, 0.0), alpha=1 - memory)
+        orthonormalise(_off(self.p, self._span_b), self.u)
+        orthonormalise(_off(self.q, self._span_a), self.v)
 
     def forget(self, row: int, direction: int) -> None:
         """Begin anew to average gradients for one direction of one matrix."""
-        self.p[row, :, direction], self.q[row, direction] = 0, 0
+        self.p[row, direction], self.q[row, direction] = 0, 0
 
     # What the slots span, and how they move --------------------------------------------------------------------------
 
@@ -159,16 +163,18 @@ class Directions:
         """Take the slots as they are now; how they differ from the last ones is their move.
 
         Args:
-            b: Slots of all matrices, (L, m, S).
-            a: Likewise, (L, S, n).
-            known: Whether a slot holds the component that it held last time, (L, S).
+            b: Slots of all matrices up to the last that any of them has in use, transposed, (L, K, m).
+            a: Likewise, (L, K, n).
+            known: Whether a slot holds the component that it held last time, (L, K).
             scale: s.
         """
-        b, a = b.to(self._like), a.to(self._like)
-        self.move_b.copy_(torch.where(known[:, None, :], b - self.b, 0.0))
-        self.move_a.copy_(torch.where(known[:, :, None], a - self.a, 0.0))
-        self.b.copy_(b)
-        self.a.copy_(a)
+        before, self._used = self._used, b.shape[1]
+        for kept, move, now in ((self.b, self.move_b, b), (self.a, self.move_a, a)):
+            kept, move, now = kept[:, : self._used], move[:, : self._used], now.to(self._like)
+            move.copy_(torch.where(known[:, :, None], now - kept, 0.0))
+            kept.copy_(now)
+        for name in self._LOOKED_AT:
+            getattr(self, name)[:, self._used : before] = 0
         self.settle(scale)
 
     def settle(self, scale: float) -> None:
@@ -176,49 +182,49 @@ class Directions:
 
         ‖s (Δb a + b Δa)‖² = s² (‖Δb‖² ‖a‖² + ‖b‖² ‖Δa‖² + 2 ⟨Δb, b⟩ ⟨a, Δa⟩) for one column and row.
         """
-        squares = self.move_b.square().sum(1) * self.a.square().sum(2)
-        squares += self.b.square().sum(1) * self.move_a.square().sum(2)
-        squares += 2 * (self.move_b * self.b).sum(1) * (self.a * self.move_a).sum(2)
+        b, a, move_b, move_a = (getattr(self, name)[:, : self._used] for name in self._LOOKED_AT)
+        squares = _dot(move_b, move_b) * _dot(a, a) + _dot(b, b) * _dot(move_a, move_a)
+        squares += 2 * _dot(move_b, b) * _dot(move_a, a)
         norms = scale * squares.clamp_min(0).sqrt()
-        self.per_norm.copy_(torch.where(norms > 0, 1 / norms, torch.nan))
+        self.per_norm.fill_(torch.nan)
+        self.per_norm[:, : self._used] = torch.where(norms > 0, 1 / norms, torch.nan)
         self._settle_spans()
 
     def _settle_spans(self) -> None:
-        self._span_b.copy_(_orthonormal_basis(torch.cat([self.b, self._beneath_b], 2).mT).mT)
-        self._span_a.copy_(_orthonormal_basis(torch.cat([self.a, self._beneath_a], 1)))
+        self._span_b = _orthonormal_basis(torch.cat([self.b[:, : self._used], self._beneath_b], 1))
+        self._span_a = _orthonormal_basis(torch.cat([self.a[:, : self._used], self._beneath_a], 1))
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds, copies by name; of b, a and their moves only up to the last slot in use."""
-        used = self.a.any(2).any(0) | self.move_a.any(2).any(0)
-        count = int(used.nonzero()[-1]) + 1 if used.any() else 0
-        kept = {name: getattr(self, name).clone() for name in self._FOLLOWED}
-        slots = {name: self._slots(name, count).clone() for name in self._LOOKED_AT}
-        return {**kept, **slots}
+        """Return what a checkpoint holds, copies by name, left factors upright; of slots and moves those in use."""
+        kept = {name: getattr(self, name) for name in self._FOLLOWED}
+        kept |= {name: getattr(self, name)[:, : self._used] for name in self._LOOKED_AT}
+        return {
+            name: self._turned(name, tensor).clone(memory_format=torch.contiguous_format)
+            for name, tensor in kept.items()
+        }
 
     def restore(self, tensors: dict[str, Tensor], scale: float) -> None:
         """Restore `state()`, tensors of any shapes by name; `scale` is s."""
+        tensors = {name: self._turned(name, tensor) for name, tensor in tensors.items()}
         self.follow(tensors["u"], tensors["v"], tensors["sizes"])
-        for name in self._FOLLOWED:
-            getattr(self, name).copy_(tensors[name])
-        count = tensors["a"].shape[1]
+        self.p.copy_(tensors["p"])
+        self.q.copy_(tensors["q"])
+        self._used = tensors["a"].shape[1]
         for name in self._LOOKED_AT:
-            getattr(self, name).zero_()
-            self._slots(name, count).copy_(tensors[name])
+            getattr(self, name).zero_()[:, : self._used] = tensors[name]
         self.settle(scale)
 
-    def _slots(self, name: str, count: int) -> Tensor:
-        """Return the first `count` slots of b (L, m, S), a (L, S, n) or their moves, by name: a view."""
-        whole: Tensor = getattr(self, name)
-        return whole[:, :count] if name in ("a", "move_a") else whole[:, :, :count]
+    def _turned(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.mT if name in self._LEFT else tensor
 
 
 def singular_directions(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return u (L, m, S), σ (L, S) and v (L, S, n) of b a, for b (L, m, S) and a (L, S, n); the largest σ first."""
-    left, right = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().mT)
+    """Return uᵀ (L, S, m), σ (L, S) and v (L, S, n) of b a, for bᵀ (L, S, m) and a (L, S, n); the largest σ first."""
+    left, right = torch.linalg.qr(b.mT.double()), torch.linalg.qr(a.mT.double())
     u, sizes, vt = torch.linalg.svd(left[1] @ right[1].mT)
-    return (left[0] @ u).to(b), sizes.to(b), (vt @ right[0].mT).to(b)
+    return (left[0] @ u).mT.to(b), sizes.to(b), (vt @ right[0].mT).to(b)
 
 
 def orthonormalise(rows: Tensor, directions: Tensor) -> None:
@@ -227,9 +233,27 @@ def orthonormalise(rows: Tensor, directions: Tensor) -> None:
         free = rows[:, row]
         for earlier in range(row):
             other = directions[:, earlier]
-            free = free - (free * other).sum(1, keepdim=True) * other
+            free = torch.addcmul(free, _dot(free, other)[:, None], other, value=-1)
         norm = torch.linalg.vector_norm(free, dim=1, keepdim=True)
         directions[:, row] = torch.where(norm > 0, free / norm, directions[:, row])
+
+
+def _off(rows: Tensor, basis: Tensor) -> Tensor:
+    """Return rows (L, P, n) without what lies in the span of an orthonormal basis, (L, R, n)."""
+    return torch.baddbmm(rows, rows @ basis.mT, basis, alpha=-1)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Return inner products over the last dimension, (…, n) and (…, n): a product that keeps no factor in between."""
+    return (left[..., None, :] @ right[..., :, None])[..., 0, 0]
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Return the largest magnitude of every row, (L,), of (L, entries); NaN where one is, 0 of no entries."""
+    if not rows.shape[1]:
+        return rows.new_zeros(len(rows))
+    largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=1)
+    return largest
 
 
 def _orthonormal_basis(rows: Tensor) -> Tensor:

@@ -209,8 +209,8 @@ class SlotMatrices(GrowingMatrices):
         self._make_groups()
         slots = self._live.config.slots
         for group in self._groups:
-            m, n = group.b.shape[1], group.a.shape[2]
-            group.follow(self._random_rows(group, "u", slots, m).mT, self._random_rows(group, "v", slots, n))
+            m, n = group.b.shape[2], group.a.shape[2]
+            group.follow(self._random_rows(group, "u", slots, m), self._random_rows(group, "v", slots, n))
         self._ask()
 
     def _make_groups(self) -> None:
@@ -261,7 +261,7 @@ class SlotMatrices(GrowingMatrices):
                 matrix.evaluate_slots()
                 u, v, gate = group.leaves_of(row)
                 matrix.layer.probes[self._adapter_name] = Probe(
-                    u, v, gate, group.move_b[row], group.move_a[row], self._strength
+                    u, v, gate, group.move_b[row].mT, group.move_a[row], self._strength
                 )
 
     def stop_asking(self) -> None:
@@ -337,11 +337,10 @@ class SlotMatrices(GrowingMatrices):
 
     def _asked(self, group: Directions, answers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every leaf (any shape) that a layer has, and its part of `answers`, (entries,)."""
-        parts = group.parts(answers)
         for row, place in enumerate(group.rows):
             probe = self._all[place].layer.probes.get(self._adapter_name)
             if probe is not None:
-                yield from zip(probe[:3], (part[row] for part in parts), strict=True)
+                yield from zip(probe[:3], group.answers_of(row, answers), strict=True)
 
     @torch.no_grad()
     def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
@@ -411,7 +410,7 @@ class SlotMatrices(GrowingMatrices):
         """From now on ask about the singular directions of the updates, with all of them at half strength."""
         pairs = self.pairs(self._all)
         for group in self._groups:
-            b, a = self._stacked(group, pairs)
+            b, a = self._stacked(group, pairs, self._live.config.slots)
             u, sizes, v = singular_directions(b, a)
             group.follow(u, v, sizes)
         self._strength, self._readings = 0.5, []
@@ -440,7 +439,7 @@ class SlotMatrices(GrowingMatrices):
         pairs = self.pairs(self._all)
         starts: list[SlotStart] = []
         for group in self._groups:
-            m, n, slots = group.b.shape[1], group.a.shape[2], self._live.config.slots
+            m, n, slots = group.b.shape[2], group.a.shape[2], self._live.config.slots
             unused = min(UNUSED, min(m, n) - slots)
             next_u, next_v = (
                 self._random_rows(group, f"next {side}", unused, size) for side, size in (("u", m), ("v", n))
@@ -451,15 +450,15 @@ class SlotMatrices(GrowingMatrices):
                     continue
                 b, a = torch.zeros_like(pairs[place][0]), torch.zeros_like(pairs[place][1])
                 length = row_length(len(stays))
-                b[:, : len(stays)] = (group.sizes[row, stays] / length * group.u[row][:, stays]).to(b)
+                b[:, : len(stays)] = (group.sizes[row, stays] / length * group.u[row, stays].mT).to(b)
                 a[: len(stays)] = (length * group.v[row, stays]).to(a)
                 matrix.layer.start_pair(self._adapter_name, a, b)
                 starts += _starts(matrix, range(slots), matrix.slots)
                 matrix.occupy_first(len(stays))
                 dropped = [k for k in range(slots) if k not in stays and group.sizes[row, k] > 0][:unused]
-                next_u[row, : len(dropped)] = group.u[row][:, dropped].mT
+                next_u[row, : len(dropped)] = group.u[row, dropped]
                 next_v[row, : len(dropped)] = group.v[row, dropped]
-            group.follow(next_u.mT, next_v)
+            group.follow(next_u, next_v)
         start_slots(self._optimizer, starts)
         self.release_pairs()
         self._ask()
@@ -513,7 +512,7 @@ class SlotMatrices(GrowingMatrices):
         """Ask about nothing while the slots train in the trial."""
         self._readings = []
         for group in self._groups:
-            group.follow(group.u[:, :, :0], group.v[:, :0])
+            group.follow(group.u[:, :0], group.v[:, :0])
         self._ask()
 
     @torch.no_grad()
@@ -525,16 +524,18 @@ class SlotMatrices(GrowingMatrices):
             for place, matrix in enumerate(self._all)
         ]
         for group in self._groups:
-            mask = torch.tensor([known[place] for place in group.rows], dtype=torch.bool, device=group.b.device)
-            group.note_moves(*self._stacked(group, pairs), mask, self._scale)
+            used = max(self._all[place].leading_slots for place in group.rows)
+            rows = [known[place][:used] for place in group.rows]
+            mask = torch.tensor(rows, dtype=torch.bool, device=group.b.device)
+            group.note_moves(*self._stacked(group, pairs, used), mask, self._scale)
         self._noted = [[*matrix.born] for matrix in self._all]
         self._pending = [sum(known[matrix.index]) < len(matrix.slots) for matrix in self._all]
 
-    def _stacked(self, group: Directions, pairs: Sequence[Pair]) -> Pair:
-        """Return the slots of a group of all `pairs`, b (m, S) and a (S, n): (L, m, S) and (L, S, n)."""
+    def _stacked(self, group: Directions, pairs: Sequence[Pair], count: int) -> Pair:
+        """Return the first slots of a group of all `pairs`, b (m, S) and a (S, n): bᵀ (L, K, m) and a (L, K, n)."""
         own = [pairs[place] for place in group.rows]
-        return torch.stack([b.detach().to(group.b) for b, _ in own]), torch.stack(
-            [a.detach().to(group.a) for _, a in own]
+        return torch.stack([b.detach()[:, :count].mT.to(group.b) for b, _ in own]), torch.stack(
+            [a.detach()[:count].to(group.a) for _, a in own]
         )
 
     def require_resettable(self) -> None:
