@@ -438,6 +438,7 @@ def test_every_field_of_the_configuration_is_an_option_of_aroma():
         ({"growth": "evidence", "growth_share": 0.2}, 600, 0.5, 120),
         ({"growth": "evidence"}, 600, 1, 0),  # 60 examples are 3 batches of 16, and 7 could decide
         ({"growth": "evidence"}, 600, 3, 60),  # refused before training: see test_held_out.py
+        ({"growth": "evidence", "growth_share": 0}, 600, 3, 0),
         ({"growth": "paper"}, 1200, 3, 0),
     ],
 )
@@ -457,6 +458,7 @@ def test_growth_by_evidence_holds_out_what_can_decide(options, examples, passes,
         ("aroma", {"resett": "zero"}, r"options\.resett='zero': .* the nearest is 'options\.reset'"),
         ("aroma", {"reset": "half"}, r"options\.reset='half': give one of prune, zero, none"),
         ("aroma", {"max_inner_steps": 3}, "max_inner_steps=3: it is smaller than inner_check_interval=10"),
+        ("aroma", {"growth_share": 1}, r"growth_share=1\.0: give a share in \[0, 1\), such as 0\.1"),
         ("lora", {"r": "many"}, r"options\.r='many': give a whole number"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
         ("houlsby", {"size": 0}, "size=0: the bottleneck has at least one neuron"),

@@ -41,7 +41,8 @@ class Aroma(PeftAdapter):
     Args:
         r: Rank of one component.
         dropout: Dropout on the input of the component in training; `lora_dropout` in `AromaConfig`.
-        growth_share: Share of the training set that decides growth="evidence" and is not trained on.
+        growth_share: Share of the training set that decides growth="evidence" and is not trained on. 0: training
+            batches decide, also those that have been trained on, as a task asks where there is only to be memorised.
         options: Further fields of `AromaConfig`; they override the other arguments.
         target_modules: Modules that grow; see `head.find_targets`.
         tasks: Folder of tasks that lie beneath what grows; see `aroma.Tasks`.
@@ -58,6 +59,8 @@ class Aroma(PeftAdapter):
 
     def __post_init__(self) -> None:
         self._unplaced()  # an impossible value is refused now, not when the model is built
+        if not 0 <= self.growth_share < 1:
+            raise bad_value("growth_share", self.growth_share, "give a share in [0, 1), such as 0.1; 0 holds out none")
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
@@ -130,7 +133,7 @@ class Aroma(PeftAdapter):
         In a run of one pass, too few to decide are trained on instead: there every training batch is unseen, too.
         """
         config = self._unplaced()
-        if config.growth != "evidence":
+        if config.growth != "evidence" or self.growth_share == 0:
             return train, None
         too_few = len(train) * self.growth_share < flips_to_birth(config.significance) * batch_size
         return (train, None) if passes <= 1 and too_few else hold_out(train, self.growth_share)
