@@ -337,10 +337,10 @@ class SlotMatrices(GrowingMatrices):
 
     def _asked(self, group: Directions, answers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every leaf (any shape) that a layer has, and its part of `answers`, (entries,)."""
-        for row, place in enumerate(group.rows):
+        for place, parts in zip(group.rows, group.answers_by_row(answers), strict=True):
             probe = self._all[place].layer.probes.get(self._adapter_name)
             if probe is not None:
-                yield from zip(probe[:3], group.answers_of(row, answers), strict=True)
+                yield from zip(probe[:3], parts, strict=True)
 
     @torch.no_grad()
     def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
