@@ -20,13 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.language.data import load_examples
+from aroma_lab.language.job import LanguageJob
 from aroma_lab.language.model import fingerprint_of, load_for_inference
 from aroma_lab.language.template import Template, Turn
 from aroma_lab.run.recipe import make_recipe, run_recipe, trial_of
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.work import work_of
-from aroma_lab.specs import LanguageSpec
+from aroma_lab.specs import LanguageSpec, ModelSpec
 from aroma_lab.study.grid import expand, make_grid
+from aroma_lab.tasks.spec import TaskSpec
 from quick import slow_but
 from tiny_lm import questions, save_tiny_lm, tiny_tokenizer, write_json_lines
 
@@ -324,9 +326,74 @@ def test_written_answers_can_be_the_score(files: Path, tmp_path: Path) -> None:
 
 def test_questions_that_are_trained_on_are_not_reported(files: Path, tmp_path: Path) -> None:
     grid = grid_of(files, tmp_path / "grid", {"lora": {"kind": "lora"}}, task={"reported": {"all": "train.jsonl"}})
-    with pytest.raises(DataError, match=r"reported\.all='train.jsonl': every question of it is a training example"):
+    with pytest.raises(DataError, match=r"reported\.all='train.jsonl': every example of it is a training example"):
         run_trial(expand(grid)[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+TEXTS = {"kind": "causal_lm", "train": "train.jsonl", "reported": {"test": "test.jsonl"}}
+
+
+@pytest.mark.slow
+def test_a_task_of_instructions_is_scored_by_the_probability_of_unseen_tokens(files: Path, tmp_path: Path) -> None:
+    methods = {"pretrained": {"kind": "pretrained"}, "lora": {"kind": "lora", "r": 2}}
+    trials = expand(grid_of(files, tmp_path / "grid", methods, task=TEXTS))
+    before, after = (run_trial(trial, tmp_path / trial.method) for trial in trials)
+    assert after["metric"] == "token_probability"
+    assert after["examples"] == {"train": 50, "held_out": 20, "test": 23}
+    for result in (before, after):
+        found = result["reported"]["test"]
+        assert result["score"] == found["token_probability"] == pytest.approx(math.exp(-found["loss"]))
+        assert found["perplexity"] == pytest.approx(1 / result["score"])
+    assert after["score"] > before["score"]
+
+
+def texts_of(spec: dict[str, Any], files: Path, **options: Any) -> Any:
+    task = TaskSpec("texts", **{"held_out": 0.25, "max_length": 32, **spec})
+    return LanguageJob.of_texts(task, ModelSpec(str(files / "model")), **options)
+
+
+def test_a_task_of_plain_text_reads_its_column(files: Path, tmp_path: Path) -> None:
+    texts = [f"bird {number} sings" for number in range(8)]
+    for split, some in (("train", texts), ("test", ["fish swim"])):
+        rows = [{"instruction": "no", "output": "no", "body": text} for text in some]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    spec = {"kind": "causal_lm", "source": str(tmp_path), "text": "body", "train_examples": 5, "held_out_examples": 1}
+    job = texts_of(spec, files)
+    assert {split: len(part) for split, part in job.parts.items()} == {"train": 5, "held_out": 1, "test": 1}
+    assert job.parts["test"][0].text == "fish swim"
+    assert not {one.text for one in job.parts["train"]} & {one.text for one in job.parts["held_out"]}
+    assert set(texts_of(spec, files, reported=False).parts) == {"train", "held_out"}
+
+
+def test_news_articles_are_a_task_of_plain_text(files: Path) -> None:
+    job = texts_of({"kind": "causal_lm", "source": "bbc-news", "train_examples": 3, "held_out_examples": 2}, files)
+    assert {split: len(part) for split, part in job.parts.items()} == {"train": 3, "held_out": 2, "test": 445}
+    split = {"train": "train/tech", "reported": {"test": "test/tech"}}
+    tech = texts_of({"kind": "causal_lm", "source": "bbc-news", **split}, files)
+    assert {split: len(part) for split, part in tech.parts.items()} == {"train": 240, "held_out": 81, "test": 80}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"label": "topic"}, "label='topic': a task of kind causal_lm has no such column; leave it out"),
+        ({"source": "./nowhere"}, r"source='\./nowhere': no such folder; give a folder of data files, or a hub name"),
+        ({"train": "nope.jsonl"}, "no such file"),
+        ({"train": "train.jsonl", "reported": {"again": "train.jsonl"}}, r"again=.*: every example of it is"),
+        (
+            {"source": "bbc-news", "reported": {"dev": "dev"}},
+            r"reported\.dev='dev': bbc-news has no such split; it has",
+        ),
+        (
+            {"source": "bbc-news", "train": "train/war"},
+            r"train='train/war': bbc-news has no such split; .* train/tech",
+        ),
+    ],
+)
+def test_a_wrong_task_of_texts_is_refused(spec: dict[str, Any], message: str, files: Path) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        texts_of({"kind": "causal_lm", "source": str(files), **spec}, files)
 
 
 # After training ------------------------------------------------------------------------------------------------------

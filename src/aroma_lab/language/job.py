@@ -1,4 +1,4 @@
-"""Language models as jobs for the training loop: a recipe's examples, and a grid's commonsense task."""
+"""Language models as jobs for the training loop: a recipe's examples, and a grid's tasks for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from aroma.cli.extras import require_extra
 from aroma.errors import DataError, bad_value
 
 from ..specs import DataSpec, LanguageSpec, ModelSpec
-from ..tasks.metrics import METRICS
+from ..tasks.articles import BBC_NEWS, TOPICS, load_articles, split_articles
+from ..tasks.data import hub_name
+from ..tasks.metrics import language_metric
 from ..tasks.sources import hub_splits
 from ..tasks.spec import HELD_OUT, TaskSpec
 from ..training.job import Objective, Prediction, TrainerKind
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LanguageJob:
-    """A recipe of a language model; it implements `Job`.
+    """A recipe of a language model, or a grid's task of kind `causal_lm`; it implements `Job`.
 
     Args:
         model: The pretrained model.
@@ -63,6 +65,34 @@ class LanguageJob:
         """
         require_extra("language")
         return cls(model, max_length, parts, Template(load_lm_tokenizer(model, max_length), language))
+
+    @classmethod
+    def of_texts(cls, spec: TaskSpec, model: ModelSpec, *, reported: bool = True) -> LanguageJob:
+        """Read the examples of a task of kind `causal_lm`.
+
+        Args:
+            spec: The task.
+            model: The pretrained model.
+            reported: Whether the reported sets are read; False: none of their files is opened.
+
+        Raises:
+            ConfigError: A tokenizer that cannot be loaded, or a package that is missing.
+            DataError: Examples that cannot be used, or reported ones that are all trained on.
+        """
+        require_extra("language")
+        language = LanguageSpec(
+            format="auto" if spec.text is None else "text", text=spec.text or "text", template=spec.template
+        )
+        trained = _examples_of(spec, "train", spec.train or "train", language)
+        train, held_out = hold_out(trained, spec.held_out, spec.split_seed, spec.field("held_out"))
+        parts = {
+            "train": _draw(spec, "train_examples", train),
+            HELD_OUT: _draw(spec, "held_out_examples", held_out),
+        }
+        for label, split in (spec.reported or {"test": "test"}).items() if reported else ():
+            parts[label] = _examples_of(spec, f"reported.{label}", split, language)
+            _refuse_trained(spec, label, split, parts[label], trained)
+        return cls.make(model, language, spec.max_length, parts)
 
     @cached_property
     def objective(self) -> Objective:
@@ -189,6 +219,41 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int, key: str) -> t
     return [examples[i] for i in sorted(kept)], [examples[i] for i in sorted(held_out)]
 
 
+# A grid's tasks ------------------------------------------------------------------------------------------------------
+
+
+def _examples_of(spec: TaskSpec, key: str, split: str, language: LanguageSpec) -> list[Example]:
+    """Read a split of a task's source: of the hub, of the BBC News articles, or files that are joined by `+`."""
+    where, folder = spec.field(key), Path(spec.source or "")
+    if spec.source == BBC_NEWS and not folder.is_dir():
+        there = dict(zip(("train", "test"), split_articles(load_articles()), strict=True))
+        name, _, topic = split.partition("/")
+        if name not in there or topic not in ("", *TOPICS):
+            remedy = f"{BBC_NEWS} has no such split; it has train and test, and of a topic such as train/{TOPICS[-1]}"
+            raise spec.bad(key, split, remedy, DataError)
+        return [Example((), one.text, one.name) for one in there[name] if topic in ("", one.topic)]
+    if spec.source is not None and not folder.is_dir():
+        return load_hub_examples(where, split, hub_name(spec, spec.source), spec.config, language)
+    files = [file if Path(file).suffix else f"{file}.jsonl" for file in split.split("+")]
+    return load_joined(load_examples, where, "+".join(str(folder / file) for file in files), language)
+
+
+def _refuse_trained(spec: TaskSpec, label: str, given: str, reported: Sequence[Any], trained: Sequence[Any]) -> None:
+    if set(reported) <= set(trained):
+        remedy = "every example of it is a training example too; report examples that are not trained on"
+        raise spec.bad(f"reported.{label}", given, remedy, DataError)
+
+
+def _draw(spec: TaskSpec, key: str, examples: list[Any]) -> list[Any]:
+    """Return as many of the examples as the task's `key` says, in their order."""
+    wanted = getattr(spec, key)
+    if wanted is None:
+        return examples
+    if wanted > len(examples):
+        raise spec.bad(key, wanted, f"there are {len(examples)}; give at most so many, or null", DataError)
+    return [examples[i] for i in sorted(random.Random(spec.split_seed).sample(range(len(examples)), wanted))]
+
+
 # A commonsense task --------------------------------------------------------------------------------------------------
 
 
@@ -223,9 +288,7 @@ class QuestionsJob(LanguageJob):
             DataError: Examples that cannot be used, or reported questions that are trained on.
         """
         require_extra("language")
-        metric = spec.metric or METRICS["commonsense"][0]
-        if metric not in METRICS["commonsense"]:
-            raise spec.bad("metric", metric, f"no metric of commonsense; give {', '.join(METRICS['commonsense'])}")
+        metric = language_metric(spec)
         language = LanguageSpec(template=spec.template)
 
         def read(key: str, files: str) -> list[Question]:
@@ -238,9 +301,7 @@ class QuestionsJob(LanguageJob):
         questions = {HELD_OUT: held_out}
         for label, file in (spec.reported or {}).items() if reported else ():
             questions[label] = read(f"reported.{label}", file)
-            if set(questions[label]) <= set(trained):
-                remedy = "every question of it is a training example too; report questions that are not trained on"
-                raise spec.bad(f"reported.{label}", file, remedy, DataError)
+            _refuse_trained(spec, label, file, questions[label], trained)
         parts = {
             split: [Example((*one.turns, Turn("assistant", one.output))) for one in some]
             for split, some in (("train", train), (HELD_OUT, held_out))
@@ -276,13 +337,3 @@ class QuestionsJob(LanguageJob):
 
         loaded, questions = LoadedModel(trainer.model, self.template), self.questions[split]
         return evaluate_questions(loaded, questions, scoring, batch_size=self.batch_size, max_length=self.max_length)
-
-
-def _draw(spec: TaskSpec, key: str, examples: list[Any]) -> list[Any]:
-    """Return as many of the examples as the task's `key` says, in their order."""
-    wanted = getattr(spec, key)
-    if wanted is None:
-        return examples
-    if wanted > len(examples):
-        raise spec.bad(key, wanted, f"there are {len(examples)}; give at most so many, or null", DataError)
-    return [examples[i] for i in sorted(random.Random(spec.split_seed).sample(range(len(examples)), wanted))]

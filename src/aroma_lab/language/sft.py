@@ -57,7 +57,9 @@ class MethodSFTTrainer(ExactResume, SFTTrainer):
 
 @torch.no_grad()
 def token_loss(model: Any, data: Dataset, collator: Any, batch_size: int) -> dict[str, float]:
-    """Return `loss`, the mean of -ln p over all learned tokens of a set in nats, and `perplexity`, e to the loss.
+    """Return `loss`, the mean of -ln p over all learned tokens of a set in nats, and what it comes to a token.
+
+    `perplexity` is e to the loss, and `token_probability` 1 over it: the geometric mean of p.
 
     Args:
         model: A causal language model; it runs where it is, and is left in its mode.
@@ -89,7 +91,8 @@ def token_loss(model: Any, data: Dataset, collator: Any, batch_size: int) -> dic
     if not tokens:
         raise bad_value("rows", len(data), "none of their tokens is learned; give examples with responses", DataError)
     loss = total / tokens
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"loss": loss, "perplexity": perplexity, "token_probability": 1 / perplexity}
 
 
 def sft_arguments(**options: Any) -> SFTConfig:

@@ -12,10 +12,10 @@ from ..specs import MADE, MADE_KEYS, DataSpec, ModelSpec
 from ..tasks import memory, planted
 from ..tasks.classification import ClassifierJob
 from ..tasks.data import load_splits, load_task, names_of
-from ..tasks.metrics import CHOICE_METRIC
+from ..tasks.metrics import CHOICE_METRIC, language_metric
 from ..tasks.model import packaged_encoder
 from ..tasks.sources import read_file, read_hub
-from ..tasks.spec import HELD_OUT, TaskSpec
+from ..tasks.spec import HELD_OUT, LANGUAGE_KINDS, TaskSpec
 from ..tasks.task import Task
 from ..training.job import Job, Objective
 from .trial import Trial
@@ -67,19 +67,26 @@ def work_of(trial: Trial) -> Work:
         return _work_of_data(trial, trial.data if reported else replace(trial.data, test=None), model)
     if trial.task.kind in MADE_KEYS:
         return _work_of_made(trial, trial.task, trial.task.kind, HELD_OUT, name)
-    if trial.task.kind == "commonsense":
+    if trial.task.kind in LANGUAGE_KINDS:
         if trial.training.train_pooler != "auto":
             remedy = "a language model has no pooler; leave it out"
             raise bad_value("training.train_pooler", trial.training.train_pooler, remedy)
-        from ..language.job import QuestionsJob
-
-        questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
-        return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
+        return _work_of_language(trial, model, reported)
     data = load_task(trial.task, reported=reported)
     task = Task.of_layout(data.kind, data.label_names, data.layout, trial.task.max_length)
     parts = {"train": data.train, HELD_OUT: data.held_out, **data.reported}
     job = ClassifierJob.make(model, task, parts, trial.training.train_pooler)
     return Work(job, data.metric, HELD_OUT, data.metric, job.evaluated)
+
+
+def _work_of_language(trial: Trial, model: ModelSpec, reported: bool) -> Work:
+    from ..language.job import LanguageJob, QuestionsJob
+
+    if trial.task.kind == "causal_lm":
+        job = LanguageJob.of_texts(trial.task, model, reported=reported)
+        return Work(job, language_metric(trial.task), HELD_OUT, "loss", (HELD_OUT,))
+    questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
+    return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
 
 
 def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:

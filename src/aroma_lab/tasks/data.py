@@ -277,10 +277,20 @@ def _find_source(spec: TaskSpec, glue: GlueTask | None) -> _Source:
     if folder.is_dir():
         inner = [folder / name for name in (glue.folder, key) if (folder / name).is_dir()] if glue else []
         return _Source(spec, glue, inner[0] if inner and not _has_split(folder, "train") else folder)
-    # A hub name is NAME or OWNER/NAME.
-    if folder.is_file() or spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1:
-        raise spec.bad("source", spec.source, "no such folder; give a folder of data files, or a hub name", DataError)
-    return _Source(spec, glue, None, spec.source, spec.config or (key if glue and spec.source == HUB else None))
+    return _Source(
+        spec, glue, None, hub_name(spec, spec.source), spec.config or (key if glue and spec.source == HUB else None)
+    )
+
+
+def hub_name(spec: TaskSpec, source: str) -> str:
+    """Return the source of a task, which is no folder, if it can be a name on the hub: NAME or OWNER/NAME.
+
+    Raises:
+        DataError: It looks like a path.
+    """
+    if Path(source).is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise spec.bad("source", source, "no such folder; give a folder of data files, or a hub name", DataError)
+    return source
 
 
 def _reported(spec: TaskSpec, source: _Source) -> dict[str, str]:

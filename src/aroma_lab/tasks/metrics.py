@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "mcc"),
     "regression": ("pearson", "spearman"),
+    "causal_lm": ("token_probability",),
     "commonsense": ("accuracy", "accuracy_normalised", "generated"),
 }
 """Metrics that can be the score of a task, by kind; 1 is perfect in all of them."""
@@ -54,6 +55,19 @@ def resolve_metric(spec: TaskSpec, kind: str, default: str | None, label_names: 
         raise spec.bad("metric", metric, f"no metric of a {kind}; give one of {', '.join(METRICS[kind])}")
     if metric == "f1" and label_names is not None and len(label_names) != 2:
         raise spec.bad("metric", metric, f"it is for two classes, and the task has {len(label_names)}; give macro_f1")
+    return metric
+
+
+def language_metric(spec: TaskSpec) -> str:
+    """Return the metric that scores a task for a language model: its own, or the first of its kind.
+
+    Raises:
+        ConfigError: The metric does not exist for this kind.
+    """
+    known = METRICS[spec.kind or ""]
+    metric = spec.metric or known[0]
+    if metric not in known:
+        raise spec.bad("metric", metric, f"no metric of {spec.kind}; give {', '.join(known)}")
     return metric
 
 

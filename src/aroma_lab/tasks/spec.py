@@ -11,6 +11,9 @@ from ..specs import MADE_KEYS, MadeTask
 HELD_OUT = "held_out"
 """Name, in results, of the examples held out from the training data; no reported split can have it."""
 
+LANGUAGE_KINDS = ("causal_lm", "commonsense")
+"""Kinds of tasks for a causal language model."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -42,15 +45,17 @@ class TaskSpec(MadeTask):
     reported: dict[str, str] | None = None
     """Label by label, the split or file that is reported, as `{test: test.jsonl}`; null: GLUE's validation sets (of
     MNLI matched and mismatched), and of other tasks the test split, or the validation split where there is no test."""
-    kind: Literal["classification", "regression", "commonsense", "planted_net", "planted_encoder", "memory"] | None = (
-        None
-    )
-    """`classification` (one label a text), `regression` (one number a text), `commonsense` (questions with candidates
-    in the form of LLM-Adapters, for a language model), or `planted_net`, `planted_encoder` and `memory`, whose right
-    answer is known, see `data.task` of a recipe; null: GLUE's, else a classification."""
+    kind: (
+        Literal["classification", "regression", "causal_lm", "commonsense", "planted_net", "planted_encoder", "memory"]
+        | None
+    ) = None
+    """`classification` (one label a text), `regression` (one number a text), `causal_lm` (instructions, chats or plain
+    text that a language model is to predict), `commonsense` (questions with candidates in the form of LLM-Adapters,
+    for a language model), or `planted_net`, `planted_encoder` and `memory`, whose right answer is known, see
+    `data.task` of a recipe; null: GLUE's, else a classification."""
     text: str | None = None
     """Column of the text; `#4` is the fourth column of a CSV or TSV file without a header line; null: GLUE's, else
-    `text`."""
+    `text`. Of causal_lm the column of plain text; null: instructions, chats or `text`, whichever the file has."""
     text_pair: str | None = None
     """Column of the second text of a pair; null: GLUE's, else single texts."""
     label: str | None = None
@@ -58,7 +63,8 @@ class TaskSpec(MadeTask):
     metric: str | None = None
     """What the score is: `accuracy`, `f1` (of the second of two classes), `macro_f1`, `mcc`, `pearson` or `spearman`;
     null: GLUE's as in the paper, else accuracy or Pearson's correlation. Of commonsense: `accuracy` (by likelihood),
-    `accuracy_normalised` (by likelihood a token), or `generated` (of what the model writes)."""
+    `accuracy_normalised` (by likelihood a token), or `generated` (of what the model writes). Of causal_lm:
+    `token_probability`, 1 / perplexity."""
     max_length: int = 256
     """Most tokens of an example, or of both texts of a pair; the rest is cut off."""
     held_out: float = 0.1
@@ -73,7 +79,8 @@ class TaskSpec(MadeTask):
     """How a language model's prompt is written: by the tokenizer's `chat` template, `plain`, or `auto`: chat where
     there is a template."""
     held_out_examples: int | None = None
-    """Of a commonsense task, keep so many of the held-out examples at most; null: all. What is reported is whole."""
+    """Of a task for a language model, keep so many of the held-out examples at most; null: all. What is reported is
+    whole."""
 
     def __post_init__(self) -> None:
         least = {"max_length": 3, "train_examples": 1, "held_out_examples": 1, "split_seed": 0}
@@ -82,8 +89,8 @@ class TaskSpec(MadeTask):
                 raise self.bad(key, value, f"give {minimum} or more")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise self.bad("name", self.name, "it names folders; write it with letters, digits, '-', '_' and '.'")
-        if self.kind not in (None, "classification", "regression", "commonsense", *MADE_KEYS):
-            kinds = f"classification, regression, commonsense, {', '.join(MADE_KEYS)}, or null"
+        if self.kind not in (None, "classification", "regression", *LANGUAGE_KINDS, *MADE_KEYS):
+            kinds = f"classification, regression, {', '.join((*LANGUAGE_KINDS, *MADE_KEYS))}, or null"
             raise self.bad("kind", self.kind, f"give {kinds}")
         self.check_made(self.kind)
         if self.kind in MADE_KEYS:
@@ -94,8 +101,11 @@ class TaskSpec(MadeTask):
             ("template", self.template, "auto"),
             ("held_out_examples", self.held_out_examples, None),
         ):
-            if value != common and self.kind != "commonsense":
-                raise self.bad(key, value, "only tasks of kind commonsense have it; leave it out")
+            if value != common and self.kind not in LANGUAGE_KINDS:
+                raise self.bad(key, value, f"only tasks of kind {' and '.join(LANGUAGE_KINDS)} have it; leave it out")
+        for key in ("text_pair", "label"):
+            if self.kind == "causal_lm" and (value := getattr(self, key)) is not None:
+                raise self.bad(key, value, "a task of kind causal_lm has no such column; leave it out")
         if self.reported is not None and (not self.reported or {"train", HELD_OUT} & self.reported.keys()):
             remedy = f"name splits or files by label, or null; 'train' and {HELD_OUT!r} mean training examples"
             raise self.bad("reported", self.reported, remedy)
