@@ -129,6 +129,18 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     assert f"{gain.sst2:.2f} and {gain.banking77:.2f} points above the table" in text
 
 
+def test_the_page_says_of_rates_on_mrpc_what_the_runs_say() -> None:
+    text, runs = (
+        " ".join(PAGE.split()),
+        pd.DataFrame(json.loads((RESULTS / "tried" / "rates-on-mrpc.json").read_text())["runs"]),
+    )
+    short = 100 * runs[runs.max_steps == 160].groupby("method").held_out.max()
+    assert f"most {short['lora-r1']:.1f} % of the held-out pairs right" in text
+    assert f"head-only has {short['head-only']:.1f} %" in text
+    long = {run.learning_rate: 100 * run.reported["test"] for run in runs[runs.max_steps == 320].itertuples()}
+    assert f"r = 8 has {long[0.001]:.1f} % of the test set at a rate of 0.001, and {long[0.003]:.1f} %," in text
+
+
 SHIPPED = "shipped"
 
 
