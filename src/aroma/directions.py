@@ -218,6 +218,7 @@ class Directions:
         self.settle(scale)
 
     def _turned(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of that name, (L, …, …), in rows if it is upright and upright if it is in rows."""
         return tensor.mT if name in self._LEFT else tensor
 
 
