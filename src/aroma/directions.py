@@ -218,7 +218,7 @@ class Directions:
         self.settle(scale)
 
     def _turned(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of that name in rows if it is upright, and upright if it is in rows: (L, m, K) or (L, K, m)."""
+        """Return a tensor of that name turned from upright to rows, or back: (L, m, K) or (L, K, m)."""
         return tensor.mT if name in self._LEFT else tensor
 
 
