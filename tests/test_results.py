@@ -141,10 +141,8 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
 
 
 def test_the_page_says_of_rates_on_mrpc_what_the_runs_say() -> None:
-    text, runs = (
-        " ".join(PAGE.split()),
-        pd.DataFrame(json.loads((RESULTS / "tried" / "rates-on-mrpc.json").read_text())["runs"]),
-    )
+    text = " ".join(PAGE.split())
+    runs = pd.DataFrame(json.loads((RESULTS / "tried" / "rates-on-mrpc.json").read_text(encoding="utf-8"))["runs"])
     short = 100 * runs[runs.max_steps == 160].groupby("method").held_out.max()
     assert f"most {short['lora-r1']:.1f} % of the held-out pairs right" in text
     assert f"head-only has {short['head-only']:.1f} %" in text

@@ -13,8 +13,7 @@ from aroma.cli.extras import require_extra
 from aroma.errors import DataError, bad_value
 
 from ..specs import DataSpec, LanguageSpec, ModelSpec
-from ..tasks.articles import BBC_NEWS, TOPICS, load_articles, split_articles
-from ..tasks.data import hub_name
+from ..tasks.data import Articles, Source, find_source, reported_splits
 from ..tasks.metrics import language_metric
 from ..tasks.sources import hub_splits
 from ..tasks.spec import HELD_OUT, TaskSpec
@@ -83,14 +82,15 @@ class LanguageJob:
         language = LanguageSpec(
             format="auto" if spec.text is None else "text", text=spec.text or "text", template=spec.template
         )
-        trained = _examples_of(spec, "train", spec.train or "train", language)
+        source = find_source(spec, None)
+        trained = _examples_of(source, "train", source.train, language)
         train, held_out = hold_out(trained, spec.held_out, spec.split_seed, spec.field("held_out"))
         parts = {
             "train": _draw(spec, "train_examples", train),
             HELD_OUT: _draw(spec, "held_out_examples", held_out),
         }
-        for label, split in (spec.reported or {"test": "test"}).items() if reported else ():
-            parts[label] = _examples_of(spec, f"reported.{label}", split, language)
+        for label, split in reported_splits(spec, source).items() if reported else ():
+            parts[label] = _examples_of(source, f"reported.{label}", split, language)
             _refuse_trained(spec, label, split, parts[label], trained)
         return cls.make(model, language, spec.max_length, parts)
 
@@ -222,20 +222,14 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int, key: str) -> t
 # A grid's tasks ------------------------------------------------------------------------------------------------------
 
 
-def _examples_of(spec: TaskSpec, key: str, split: str, language: LanguageSpec) -> list[Example]:
-    """Read a split of a task's source: of the hub, of the BBC News articles, or files that are joined by `+`."""
-    where, folder = spec.field(key), Path(spec.source or "")
-    if spec.source == BBC_NEWS and not folder.is_dir():
-        there = dict(zip(("train", "test"), split_articles(load_articles()), strict=True))
-        name, _, topic = split.partition("/")
-        if name not in there or topic not in ("", *TOPICS):
-            remedy = f"{BBC_NEWS} has no such split; it has train and test, and of a topic such as train/{TOPICS[-1]}"
-            raise spec.bad(key, split, remedy, DataError)
-        return [Example((), one.text, one.name) for one in there[name] if topic in ("", one.topic)]
-    if spec.source is not None and not folder.is_dir():
-        return load_hub_examples(where, split, hub_name(spec, spec.source), spec.config, language)
-    files = [file if Path(file).suffix else f"{file}.jsonl" for file in split.split("+")]
-    return load_joined(load_examples, where, "+".join(str(folder / file) for file in files), language)
+def _examples_of(source: Source, key: str, split: str, language: LanguageSpec) -> list[Example]:
+    """Read a split of a task's source; in a folder, files or splits that are joined by `+`."""
+    where = source.spec.field(key)
+    if isinstance(source, Articles):
+        return [Example((), article.text, article.name) for article in source.articles(key, split)]
+    if source.folder is None:
+        return load_hub_examples(where, split, source.name, source.config, language)
+    return load_joined(load_examples, where, "+".join(source.locate(key, one) for one in split.split("+")), language)
 
 
 def _refuse_trained(spec: TaskSpec, label: str, given: str, reported: Sequence[Any], trained: Sequence[Any]) -> None:

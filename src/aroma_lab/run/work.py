@@ -82,11 +82,12 @@ def work_of(trial: Trial) -> Work:
 def _work_of_language(trial: Trial, model: ModelSpec, reported: bool) -> Work:
     from ..language.job import LanguageJob, QuestionsJob
 
+    metric = language_metric(trial.task)
     if trial.task.kind == "causal_lm":
         job = LanguageJob.of_texts(trial.task, model, reported=reported)
-        return Work(job, language_metric(trial.task), HELD_OUT, "loss", (HELD_OUT,))
-    questions = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
-    return Work(questions, questions.metric, HELD_OUT, "loss", (HELD_OUT,))
+    else:
+        job = QuestionsJob.of_task(trial.task, model, trial.training.batch_size, reported=reported)
+    return Work(job, metric, HELD_OUT, "loss", (HELD_OUT,))
 
 
 def _work_of_data(trial: Trial, data: DataSpec, model: ModelSpec) -> Work:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from aroma.errors import AromaError, DataError, bad_value
 
 from ..specs import DataSpec
-from .articles import BBC_NEWS, columns_of, load_articles, split_articles
+from .articles import BBC_NEWS, TOPICS, Article, columns_of, load_articles, split_articles
 from .glue import GLUE, HUB, GlueTask, glue_key, glue_task
 from .metrics import resolve_metric
 from .sources import FORMATS, Columns, hub_splits, read_file, read_hub
@@ -120,8 +120,8 @@ def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
         kind = "regression" if glue.label_names is None else "classification"
         if spec.kind not in (None, kind):
             raise spec.bad("kind", spec.kind, f"GLUE's {glue.folder} is a {kind}; leave it out")
-    source = _find_source(spec, glue)
-    shown = {f"reported.{label}": split for label, split in _reported(spec, source).items()}
+    source = find_source(spec, glue)
+    shown = {f"reported.{label}": split for label, split in reported_splits(spec, source).items()}
     seen: dict[str, str] = {}
     for key, split in {"train": source.train, **shown}.items():
         other = seen.setdefault(source.locate(key, split), key)
@@ -179,7 +179,7 @@ def _glue_words(spec: TaskSpec, key: str, column: str, labels: list[Any], names:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Files of a folder, or (`folder` is None) a data set of the hub."""
 
     spec: TaskSpec
@@ -190,6 +190,7 @@ class _Source:
 
     @property
     def train(self) -> str:
+        """The split that is trained on."""
         return self.spec.train or "train"
 
     @cached_property
@@ -204,6 +205,7 @@ class _Source:
         return layouts
 
     def has(self, split: str) -> bool:
+        """Return whether there is a split of this name."""
         if self.folder is None:
             return split in hub_splits(self.name, self.config, self.spec.field("source"))
         return _has_split(self.folder, split)
@@ -232,6 +234,7 @@ class _Source:
         return str((folder / found[0]).resolve())
 
     def read(self, key: str, split: str) -> tuple[Layout, Columns]:
+        """Return the columns of a split, and what they mean."""
         choices, where = [layout.columns() for layout in self.layouts], self.spec.field(key)
         if self.folder is None:
             choice, columns = read_hub(where, split, self.name, self.config, choices, self.spec.field("source"))
@@ -242,27 +245,51 @@ class _Source:
         return self.layouts[choice], columns
 
 
-class _Articles(_Source):
-    """The BBC News articles that come with pip."""
+class Articles(Source):
+    """The BBC News articles that come with pip; a split may be of a topic, as `train/tech`."""
 
     def has(self, split: str) -> bool:
-        return split in ("train", "test")
+        """Return whether there is a split of this name."""
+        name, _, topic = split.partition("/")
+        return name in ("train", "test") and topic in ("", *TOPICS)
 
     def locate(self, key: str, split: str) -> str:
+        """Return the split.
+
+        Raises:
+            DataError: There is none of this name.
+        """
         if not self.has(split):
-            raise self.spec.bad(key, split, f"{BBC_NEWS} has no such split; it has train and test", DataError)
+            remedy = f"{BBC_NEWS} has no such split; it has train and test, and of a topic such as train/{TOPICS[-1]}"
+            raise self.spec.bad(key, split, remedy, DataError)
         return split
 
-    def read(self, key: str, split: str) -> tuple[Layout, Columns]:
+    def articles(self, key: str, split: str) -> list[Article]:
+        """Return the articles of a split.
+
+        Raises:
+            DataError: There is no such split.
+        """
+        name, _, topic = self.locate(key, split).partition("/")
         train, test = split_articles(load_articles())
-        return Layout("text", None, "label"), columns_of(train if self.locate(key, split) == "train" else test)
+        return [one for one in (train if name == "train" else test) if topic in ("", one.topic)]
+
+    def read(self, key: str, split: str) -> tuple[Layout, Columns]:
+        """Return text and topic of the articles of a split."""
+        return Layout("text", None, "label"), columns_of(self.articles(key, split))
 
 
-def _find_source(spec: TaskSpec, glue: GlueTask | None) -> _Source:
+def find_source(spec: TaskSpec, glue: GlueTask | None) -> Source:
+    """Return where the examples of a task are; `glue` is what is known of it if it is GLUE's.
+
+    Raises:
+        ConfigError: Nothing says where.
+        DataError: There is no such folder.
+    """
     key = glue_key(spec.name)
     if spec.source is None:
         if spec.train is not None and Path(spec.train).suffix.lower() in FORMATS:
-            return _Source(spec, glue, Path())
+            return Source(spec, glue, Path())
         if glue is None:
             nearest = difflib.get_close_matches(key, list(GLUE), n=1, cutoff=0.0)[0]
             remedy = (
@@ -270,30 +297,25 @@ def _find_source(spec: TaskSpec, glue: GlueTask | None) -> _Source:
                 "folder of data files or a hub name, or the file names as train and reported"
             )
             raise spec.bad("source", None, remedy)
-        return _Source(spec, glue, None, HUB, spec.config or key)
+        return Source(spec, glue, None, HUB, spec.config or key)
     folder = Path(spec.source)
     if spec.source == BBC_NEWS and not folder.is_dir():
-        return _Articles(spec, glue, None)
+        return Articles(spec, glue, None)
     if folder.is_dir():
         inner = [folder / name for name in (glue.folder, key) if (folder / name).is_dir()] if glue else []
-        return _Source(spec, glue, inner[0] if inner and not _has_split(folder, "train") else folder)
-    return _Source(
-        spec, glue, None, hub_name(spec, spec.source), spec.config or (key if glue and spec.source == HUB else None)
-    )
+        return Source(spec, glue, inner[0] if inner and not _has_split(folder, "train") else folder)
+    # A hub name is NAME or OWNER/NAME.
+    if folder.is_file() or spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1:
+        raise spec.bad("source", spec.source, "no such folder; give a folder of data files, or a hub name", DataError)
+    return Source(spec, glue, None, spec.source, spec.config or (key if glue and spec.source == HUB else None))
 
 
-def hub_name(spec: TaskSpec, source: str) -> str:
-    """Return the source of a task, which is no folder, if it can be a name on the hub: NAME or OWNER/NAME.
+def reported_splits(spec: TaskSpec, source: Source) -> dict[str, str]:
+    """Return the splits that are reported, by label: the task's, GLUE's, or the test or validation split.
 
     Raises:
-        DataError: It looks like a path.
+        DataError: There are none.
     """
-    if Path(source).is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise spec.bad("source", source, "no such folder; give a folder of data files, or a hub name", DataError)
-    return source
-
-
-def _reported(spec: TaskSpec, source: _Source) -> dict[str, str]:
     splits = spec.reported or (dict(source.glue.reported) if source.glue else None)
     if splits is None:
         splits = next(({split: split} for split in ("test", "validation") if source.has(split)), None)

