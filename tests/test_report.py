@@ -158,7 +158,7 @@ def test_regret_is_the_distance_to_the_best_fixed_rank_seed_by_seed(tmp_path):
     of_ranks(tmp_path, "dear", "lora-r1", (0.60, 0.60), 1.0)
     of_ranks(tmp_path, "dear", "lora-r4", (0.60, 0.60), 4.0)
     of_ranks(tmp_path, "dear", "aroma", (0.90, 0.90), 1.1, kind="aroma")
-    rows = table(tmp_path, "regret").values.set_index("task")
+    rows = table(tmp_path, "regret").values.set_index("task").drop("average")
     assert rows.best.to_dict() == {"easy": "lora-r1", "hard": "lora-r4", "dear": "lora-r1"}, (
         "the smaller one of equals"
     )
@@ -169,6 +169,57 @@ def test_regret_is_the_distance_to_the_best_fixed_rank_seed_by_seed(tmp_path):
         shutil.rmtree(tmp_path / "runs" / task / "aroma")
     with pytest.raises(ConfigError, match=r"--kind='regret': no task of .* has runs of AROMA and of LoRA"):
         table(tmp_path, "regret")
+
+
+def of_trying(output, task, method, outcomes):
+    for number, (score, loss) in enumerate(outcomes):
+        label = f"select/{task}/{method}/learning_rate={number}"
+        folder = write_run(output, task, method, 100 + number, purpose="select", score=score, held_out_loss=loss)
+        place = output / "runs" / label
+        place.parent.mkdir(parents=True, exist_ok=True)
+        edit(folder / "trial.json", lambda trial, label=label: trial.update(name=label))
+        folder.rename(place)
+
+
+def test_regret_is_told_for_the_rank_that_trying_all_of_them_finds(tmp_path):
+    for task, scores in (("easy", (0.80, 0.70)), ("hard", (0.50, 0.60))):
+        for method, trained, score in zip(("lora-r1", "lora-r4"), (1.0, 4.0), scores, strict=True):
+            of_ranks(tmp_path, task, method, (score, score + 0.04), trained)
+        of_ranks(tmp_path, task, "aroma", (0.70, 0.76), 0.9, kind="aroma")
+    for seed in (0, 1):  # another method, though the best
+        write_run(tmp_path, "hard", "lora-ga", seed, score=0.99, trained_rank=4.0, options={"init": "lora_ga"})
+    assert "chosen" not in table(tmp_path, "regret").values, "nothing was tried on held-out examples"
+    of_trying(tmp_path, "easy", "lora-r1", [(0.5, 1.0), (0.75, 0.9)])
+    of_trying(tmp_path, "easy", "lora-r4", [(0.75, 0.8), (0.7, 0.1)])
+    of_trying(tmp_path, "hard", "lora-r4", [(0.5, 1.0)])
+    rows = table(tmp_path, "regret").values.set_index("task")
+    assert rows.loc["easy", "chosen"] == "lora-r4", "of equal scores the one with the lower loss"
+    assert rows.loc["easy", "chosen_difference"] == pytest.approx(0.01)
+    assert rows.loc["easy", "chosen_error"] == pytest.approx(statistics.stdev([0.0, 0.02]) / 2**0.5)
+    assert pd.isna(rows.loc["hard", "chosen"]), "not all of them were tried"
+    assert pd.isna(rows.loc["average", "chosen_difference"])
+    of_trying(tmp_path, "hard", "lora-r1", [(0.6, 1.0)])
+    rows = table(tmp_path, "regret").values.set_index("task")
+    assert rows.loc["hard", "chosen"] == "lora-r1"
+    assert rows.loc["average", "chosen_difference"] == pytest.approx((0.01 + 0.21) / 2)
+
+
+def test_the_last_row_of_a_regret_table_is_the_average_against_any_one_rank(tmp_path):
+    for task, scores in (("easy", (0.80, 0.70)), ("hard", (0.50, 0.62))):
+        for method, trained, score in zip(("lora-r1", "lora-r4"), (1.0, 4.0), scores, strict=True):
+            of_ranks(tmp_path, task, method, (score, score + 0.04), trained)
+        of_ranks(tmp_path, task, "aroma", (0.70, 0.76), 0.9, kind="aroma")
+    of_ranks(tmp_path, "easy", "lora-r2", (0.99, 0.99), 2.0)  # has not run on all tasks
+    row = table(tmp_path, "regret").values.set_index("task").loc["average"]
+    assert (row.best, row.best_mean, row["mean"]) == ("lora-r4", pytest.approx(0.68), pytest.approx(0.73))
+    assert row.difference == pytest.approx(0.05)
+    easy, hard = (0.0, 0.02), (0.08, 0.10)
+    errors = [statistics.stdev(differences) / 2**0.5 for differences in (easy, hard)]
+    assert row.error == pytest.approx(sum(error**2 for error in errors) ** 0.5 / 2)
+    assert row.met
+    assert row.trained == pytest.approx(0.9)
+    shutil.rmtree(tmp_path / "runs" / "hard" / "aroma")
+    assert "average" not in table(tmp_path, "regret").values.task.tolist(), "one task alone has no average"
 
 
 def test_the_average_of_sets_is_within_a_run_and_its_difference_seed_by_seed():

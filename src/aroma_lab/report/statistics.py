@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,22 +93,27 @@ def margins(frame: pd.DataFrame, value: str, floor: str, methods: Sequence[str],
     return pd.DataFrame({"difference": differences.mean(), "needed": error * quantile, "pairs": pairs})
 
 
-def regrets(frame: pd.DataFrame, growing: Sequence[str], fixed: Sequence[str]) -> pd.DataFrame:
-    """Return how methods that find their ranks fare against the best of the fixed ranks, task by task.
+def regrets(
+    frame: pd.DataFrame, growing: Sequence[str], fixed: Sequence[str], chosen: Mapping[str, str]
+) -> pd.DataFrame:
+    """Return how methods that find their ranks fare against fixed ranks, task by task.
 
-    The best is the one with the highest mean reported score, the smaller one of equals: nobody could have known it.
-    Its own luck counts for it, so a regret is rather too large than too small.
+    They are compared with two of them. The *best* has the highest mean reported score, and is the smaller one of
+    equals: nobody could have known it, and its own luck counts for it, so that a regret is rather too large than too
+    small. The *chosen* one is what a person finds who tries all of them on held-out examples; see `chosen_by_trying`.
 
     Args:
         frame: Runs with their `task`, `method`, `seed`, `score` and `trained_rank`.
         growing: Methods that find their ranks.
         fixed: Methods with fixed ranks.
+        chosen: The chosen one of each task, where there is one.
 
     Returns:
         A row for each task and growing method that has runs of a seed in common with the best: `task`, `method`,
-        `best`, `trained` and `best_trained` (mean trained ranks), `difference` (mean over the seeds in common),
-        `error` (its standard error, NaN for a single seed), `pairs`, and `met`: whether the score is at most one
-        standard error below, at no more trained parameters.
+        `trained` (mean trained rank), `best`, `best_trained`, `difference` (mean over the seeds in common), `error`
+        (its standard error, NaN for a single seed), `pairs`, and `met`: whether the score is at most one standard
+        error below, at no more trained parameters. Then `chosen` (None where there is none), `chosen_difference`,
+        `chosen_error`.
     """
     rows = []
     for task, of_task in frame.groupby("task", sort=False):
@@ -118,16 +124,102 @@ def regrets(frame: pd.DataFrame, growing: Sequence[str], fixed: Sequence[str]) -
         best, best_trained = str(means.index[0]), float(means.trained_rank.iloc[0])
         scores = of_task.pivot_table(index="seed", columns="method", values="score")
         for method in growing:
-            if method not in scores:
-                continue
-            found = scores[method].sub(scores[best]).dropna()
-            if len(found):
+            difference, error, pairs = _mean_difference(scores, method, best)
+            if pairs:
                 trained = float(of_task[of_task.method == method].trained_rank.mean())
-                error = float(found.std() / np.sqrt(len(found)))
-                met = bool(found.mean() >= -error and trained <= best_trained)
-                rows.append((task, method, best, trained, best_trained, float(found.mean()), error, len(found), met))
-    columns = ["task", "method", "best", "trained", "best_trained", "difference", "error", "pairs", "met"]
-    return pd.DataFrame(rows, columns=columns)
+                met = difference >= -error and trained <= best_trained
+                tried = chosen.get(str(task))
+                over_tried = _mean_difference(scores, method, tried)[:2]
+                own = (task, method, trained)
+                rows.append((*own, best, best_trained, difference, error, pairs, met, tried, *over_tried))
+    columns = ["task", "method", "trained", "best", "best_trained", "difference", "error", "pairs", "met"]
+    return pd.DataFrame(rows, columns=[*columns, "chosen", "chosen_difference", "chosen_error"])
+
+
+def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str]) -> dict[str, str]:
+    """Return the method of each task that its runs on held-out training examples prefer.
+
+    The highest score wins; of equal ones the lowest loss, then the first of `methods`. A task on which one of them was
+    not tried has none.
+
+    Args:
+        selecting: Runs that chose settings, with their `task`, `method`, `score` and `result`.
+        methods: The methods to choose from.
+    """
+    found = {}
+    tried = selecting[selecting.method.isin(methods)]
+    losses = [result.get("held_out_loss") for result in tried.result]
+    tried = tried.assign(loss=losses, place=tried.method.map([*methods].index))
+    for task, of_task in tried.groupby("task", sort=False):
+        if {*of_task.method} == {*methods}:
+            best = of_task.sort_values(["score", "loss", "place"], ascending=[False, True, True], kind="stable")
+            found[str(task)] = str(best.method.iloc[0])
+    return found
+
+
+def averages(frame: pd.DataFrame, regret: pd.DataFrame, method: str, fixed: Sequence[str]) -> dict[str, Any] | None:
+    """Return how a method that finds its ranks fares on the average of its tasks, against any one fixed rank.
+
+    Args:
+        frame: Runs, as in `regrets`.
+        regret: What `regrets` returned.
+        method: The method.
+        fixed: Methods with fixed ranks; those that have not run on all of the tasks do not compete.
+
+    Returns:
+        `mean`, `trained` and `count` (fewest runs of a task) of the method; `best` (the fixed rank with the highest
+        average), `best_mean`, `best_trained` and `best_count`; `difference` and `error` (of the mean over tasks: tasks
+        are taken as given, seeds are drawn); `chosen_difference` and `chosen_error`, likewise against what was chosen
+        on each task, NaN where one has none. None with fewer than two tasks.
+    """
+    own = regret[regret.method == method]
+    by_task = frame[frame.task.isin(own.task)].groupby(["method", "task"])
+    means = by_task[["score", "trained_rank"]].mean().groupby("method").agg(["mean", "count"])
+    runs = by_task.size().groupby("method").min()
+    complete = means[means["score", "count"] == len(own)]
+    others = complete[complete.index.isin(fixed)]
+    if len(own) < 2 or others.empty:
+        return None
+    best = str(others["score", "mean"].idxmax())
+    differences = []
+    for task in own.task:
+        scores = frame[frame.task == task].pivot_table(index="seed", columns="method", values="score")
+        differences.append(_mean_difference(scores, method, best)[:2])
+    difference, error = _mean_of_means(differences)
+    chosen, chosen_error = _mean_of_means(list(zip(own.chosen_difference, own.chosen_error, strict=True)))
+    return {
+        "mean": float(complete["score", "mean"][method]),
+        "count": int(runs[method]),
+        "trained": float(complete["trained_rank", "mean"][method]),
+        "best": best,
+        "best_mean": float(others["score", "mean"][best]),
+        "best_count": int(runs[best]),
+        "best_trained": float(others["trained_rank", "mean"][best]),
+        "difference": difference,
+        "error": error,
+        "chosen_difference": chosen,
+        "chosen_error": chosen_error,
+    }
+
+
+def _mean_difference(scores: pd.DataFrame, method: str, other: str | None) -> tuple[float, float, int]:
+    """Return the mean difference of two methods, its standard error and the seeds in common.
+
+    Args:
+        scores: By seed, with a column for each method.
+        method: The one.
+        other: The other.
+    """
+    if method not in scores or other not in scores:
+        return math.nan, math.nan, 0
+    found = scores[method].sub(scores[other]).dropna()
+    return float(found.mean()), float(found.std() / np.sqrt(max(len(found), 1))), len(found)
+
+
+def _mean_of_means(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the mean of independent means, and its standard error."""
+    differences, errors = np.array(found).T
+    return float(differences.mean()), float(np.sqrt((errors**2).sum()) / len(errors))
 
 
 def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:

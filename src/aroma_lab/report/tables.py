@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 from aroma.errors import bad_value
 from aroma.pictures import positions_of
 
-from .formats import Table, amount, counted, decimals, listing, plain, points, signed_points, span
+from .formats import EMPTY, Table, amount, counted, decimals, listing, plain, points, signed_points, span
 from .learnt import not_learnt
 from .protocol import (
     common_notes,
@@ -24,13 +24,15 @@ from .protocol import (
     stopped_early,
 )
 from .runs import Run, Runs, check, rows_of
-from .statistics import paired_differences, regrets, spread
+from .statistics import averages, chosen_by_trying, paired_differences, regrets, spread
 
 DEFAULT_BASELINE = "lora-r8"
 """Method that others are compared with if it has run and no other was named."""
 _WITHOUT_BASELINE = ("ranks", "regret", "reset", "inner")
 _RANK_TRAINED = "trainable parameters, averaged over the planned steps, over those of rank 1 in all matrices"
 """What captions say of `trained_rank`."""
+_AVERAGE = "Average"
+"""The task of the row of a table that is of all tasks."""
 _NOT_LEARNT = ", not learnt"
 """Ends the title of a column of scores that no method is marked in; see `not_learnt`."""
 _UNPARSEABLE = "unparseable"
@@ -183,38 +185,64 @@ def ranks_table(runs: Runs) -> Table:
 
 
 def regret_table(runs: Runs) -> Table:
-    """Return what it costs not to have known the best fixed rank of each task."""
-    growing, fixed = runs.finished_methods("aroma"), runs.finished_methods("lora")
+    """Return what it costs not to have known the best fixed rank of each task, and not to have tried them all."""
+    growing = runs.finished_methods("aroma")
+    # LoRA from a start that data gives is another method.
+    fixed = [one for one in runs.finished_methods("lora") if "init" not in runs.of(one).trial.iloc[0]["options"]]
     unlearnt = not_learnt(runs.reported)
     frame = runs.reported[~runs.reported.task.isin(unlearnt)]
-    found = regrets(frame, growing, fixed)
+    found = regrets(frame, growing, fixed, chosen_by_trying(runs.selecting, fixed))
     if found.empty:
         remedy = f"no task of {runs.source} has runs of AROMA and of LoRA with a seed in common; run both"
         raise bad_value("--kind", "regret", remedy)
     order = found.assign(place=found.task.map(runs.tasks.index)).sort_values("place", kind="stable")
-    table = Table(order.method.tolist(), len(runs.seeds))
-    table.add("task", order.task.tolist(), task=order.task)
     cells = list(zip(order.method, order.best, order.task, strict=True))
     scores = [[spread(runs.of(task=task), "score", [one]) for one in pair] for *pair, task in cells]
-    own, best = (pd.concat(column) for column in zip(*scores, strict=True))
-    table.spread("score", ["mean", "std", "seeds"], own, points)
-    table.numbers("rank trained", "trained", order.trained.tolist(), decimals)
-    table.add("best fixed", order.best.tolist(), best=order.best)
-    table.spread("its score", ["best_mean", "best_std", "best_seeds"], best, points)
-    texts = [
-        signed_points(difference) + ("" if np.isnan(error) else f" ± {points(error)}")
-        for difference, error in zip(order.difference, order.error, strict=True)
-    ]
-    table.add("difference", texts, difference=order.difference, error=order.error, pairs=order.pairs)
-    table.add("no worse, no dearer", ["yes" if met else "no" for met in order.met], met=order.met)
+    own, best = (pd.concat(column).reset_index(drop=True) for column in zip(*scores, strict=True))
+    rows = order.drop(columns=["place", "best_trained"]).reset_index(drop=True)
+    rows = rows.join(own).join(best.add_prefix("best_"))
+    over_tasks = [_average_row(frame, found, method, fixed) for method in growing]
+    rows = pd.concat([rows, *(row for row in over_tasks if row is not None)], ignore_index=True)
+    table = Table(rows.method.tolist(), len(runs.seeds))
+    table.add("task", rows.task.tolist(), task=rows.task)
+    table.spread("score", ["mean", "std", "seeds"], rows, points)
+    table.numbers("rank trained", "trained", rows.trained.tolist(), decimals)
+    table.add("best fixed", rows.best.tolist(), best=rows.best)
+    others = rows[["best_mean", "best_std", "best_count"]].set_axis(["mean", "std", "count"], axis="columns")
+    table.spread("its score", ["best_mean", "best_std", "best_seeds"], others, points)
+    texts = [*map(_difference_text, rows.difference, rows.error)]
+    table.add("difference", texts, difference=rows.difference, error=rows.error, pairs=rows.pairs)
+    table.add("no worse, no dearer", ["yes" if met else "no" for met in rows.met], met=rows.met)
+    if rows.chosen_difference.notna().any():
+        table.add("chosen by trying", rows.chosen.fillna(EMPTY).tolist(), chosen=rows.chosen)
+        texts = [*map(_difference_text, rows.chosen_difference, rows.chosen_error)]
+        values = {key: rows[key] for key in ("chosen_difference", "chosen_error")}
+        table.add("difference to it", texts, **values)
     table.notes = list(unlearnt.values())
     table.caption = (
         "Best fixed: the LoRA with the highest mean on the reported examples, which nobody could have known before. "
         "Difference: of runs of the same seed, mean ± standard error. No worse, no dearer: at most one standard error "
-        f"below it, at no more trained parameters. Rank trained: {_RANK_TRAINED}. {seeds_sentence(runs)} "
-        f"Scores in points (100 × metric). {protocol(runs)}"
+        "below it, at no more trained parameters. Chosen by trying: the LoRA that the runs on held-out training "
+        f"examples prefer. {_AVERAGE}: over the tasks; best fixed is the one rank with the highest average. "
+        f"Rank trained: {_RANK_TRAINED}. {seeds_sentence(runs)} Scores in points (100 × metric). {protocol(runs)}"
     )
     return table
+
+
+def _average_row(frame: pd.DataFrame, found: pd.DataFrame, method: str, fixed: Sequence[str]) -> pd.DataFrame | None:
+    """Return the row of a method's average over tasks; None with fewer than two of them."""
+    average = averages(frame, found, method, fixed)
+    if average is None:
+        return None
+    met = average["difference"] >= -average["error"] and average["trained"] <= average["best_trained"]
+    own = {"task": _AVERAGE.lower(), "method": method, "met": met, "chosen": None}
+    return pd.DataFrame([{**average, **own, "std": np.nan, "best_std": np.nan}])
+
+
+def _difference_text(difference: float, error: float) -> str:
+    if np.isnan(difference):
+        return EMPTY
+    return signed_points(difference) + ("" if np.isnan(error) else f" ± {points(error)}")
 
 
 def reset_table(runs: Runs) -> Table:
