@@ -17,7 +17,7 @@ TABLES = {
     "paired": "the difference to the baseline on each task: better, tied or worse",
     "sets": "each reported set and their average, with the difference of the average (Table 3)",
     "ranks": "mean rank found and trained and, where ranks were planted, how well they were found",
-    "regret": "what finds its ranks against LoRA's fixed ranks on each task: the best, and the one that trying all finds",
+    "regret": "what finds its ranks against the best fixed rank, and the one that trying all of them finds",
     "reset": "AROMA's scores, ranks and effective ranks by what a merge resets (Table 4)",
     "time": "seconds of an epoch, and their ratios (Table 5)",
     "inner": "after how many steps the inner criterion fires, by kind of matrix",
