@@ -143,6 +143,18 @@ def test_ranks_are_held_against_planted_ones_where_these_are_known(tmp_path):
     assert "spearman" not in raw(FROZEN, "ranks"), "nothing is planted there"
 
 
+def test_ranks_come_with_the_loss_on_examples_that_chose_settings(tmp_path):
+    for seed, loss in enumerate((0.25, 0.5)):
+        write_run(tmp_path, "task", "lora", seed, average_rank=2.0, trained_rank=2.0, held_out_loss=loss)
+        write_run(tmp_path, "task", "other", seed, average_rank=2.0, trained_rank=2.0)
+    rows = raw(tmp_path, "ranks")
+    assert rows.held_out_loss_mean["lora"] == 0.375
+    assert rows.held_out_loss_std["lora"] == pytest.approx(statistics.stdev([0.25, 0.5]))
+    shown = table(tmp_path, "ranks").shown.set_index("method")["held-out loss"]
+    assert shown.to_dict() == {"lora": "0.375 ± 0.177", "other": formats.EMPTY}
+    assert "no run was trained on them" in table(tmp_path, "ranks").caption
+
+
 def of_ranks(output, task, method, scores, trained, kind="lora"):
     for seed, score in enumerate(scores):
         write_run(output, task, method, seed, kind=kind, score=score, trained_rank=trained)

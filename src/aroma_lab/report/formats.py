@@ -181,6 +181,11 @@ def decimals(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
+def thousandths(value: float) -> str:
+    """Return a number with three decimals and a true minus sign."""
+    return f"{value:.3f}".replace("-", "−")
+
+
 def signed_points(difference: float) -> str:
     """Return a difference of scores in points with its sign; what rounds to zero has none."""
     words = f"{100 * difference:+.2f}"

@@ -12,7 +12,7 @@ import pandas as pd
 from aroma.errors import bad_value
 from aroma.pictures import positions_of
 
-from .formats import EMPTY, Table, amount, counted, decimals, listing, plain, points, signed_points, span
+from .formats import EMPTY, Table, amount, counted, decimals, listing, plain, points, signed_points, span, thousandths
 from .learnt import not_learnt
 from .protocol import (
     common_notes,
@@ -163,11 +163,20 @@ def ranks_table(runs: Runs) -> Table:
     fits: dict[str, Any] = (
         {key: [one.get(key) for one in planted] for key in ("spearman", "pearson", "grew")} if any(planted) else {}
     )
-    frame = runs.reported.assign(**fits)
-    titles = {"score": "score", "average_rank": "rank found", "trained_rank": "rank trained"}
-    for key, title in {**titles, **{key: key for key in fits}}.items():
+    losses = [result.get("held_out_loss") for result in runs.reported.result]
+    frame = runs.reported.assign(held_out_loss=pd.Series(losses, dtype=float, index=runs.reported.index), **fits)
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "score": ("score", points),
+        "average_rank": ("rank found", decimals),
+        "trained_rank": ("rank trained", decimals),
+        # What is planted is scored by its squared error already.
+        **(
+            {"held_out_loss": ("held-out loss", thousandths)} if not fits and frame.held_out_loss.notna().any() else {}
+        ),
+        **{key: (key, points if key == "grew" else decimals) for key in fits},
+    }
+    for key, (title, words) in columns.items():
         one_by_one = [spread(frame[frame.task == task], key, [method]) for method, task in cells]
-        words = points if key in ("score", "grew") else decimals
         heads = [f"{key}_{name}" for name in ("mean", "std", "seeds")]
         # A method without ranks has runs, and no values.
         found = pd.concat(one_by_one).assign(count=[len(runs.of(*cell)) for cell in cells])
@@ -176,6 +185,8 @@ def ranks_table(runs: Runs) -> Table:
         f"Rank found: at the end, mean over the matrices; rank trained: {_RANK_TRAINED}. {seeds_sentence(runs)} "
         f"Scores in points (100 × metric). {protocol(runs)}"
     )
+    if "held_out_loss" in columns:
+        table.caption += " Held-out loss: on the examples that chose the settings; no run was trained on them."
     if fits:
         table.caption += (
             " Spearman and Pearson: correlations of found and planted ranks over the matrices; grew: share of the "
