@@ -129,6 +129,14 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     for rank in (1, 2):
         by_news = 100 * (by_seed["aroma-evidence"] - by_seed[f"lora-r{rank}"])["bbc-news"]
         assert f"r = {rank} ({by_news.mean():.2f} ± {by_news.sem():.2f})".replace("(-", "(−") in text
+    of_news = 100 * six.reported[six.reported.task == "bbc-news"].groupby("method").score.mean()
+    losses = {key: value for key, value in held_out_losses().groupby("method") if key in labels}
+    of_news_loss = {key: value.xs("bbc-news", level="task").mean() for key, value in losses.items()}
+    assert (
+        f"r = 4 has {of_news['lora-r4']:.2f} % and a held-out loss of {of_news_loss['lora-r4']:.3f}, evidence "
+        f"{of_news_loss['aroma-evidence']:.3f}" in text
+    )
+    assert of_news_loss["aroma-evidence"] < of_news_loss["lora-r1"], "docs/limits.md says so"
     rates = json.loads((RESULTS / "tried" / "rates-on-sst2.json").read_text(encoding="utf-8"))
     tried = {(one["learning_rate"], one["head_learning_rate"]): one["held_out_score"] for one in rates["choosing"]}
     assert max(tried, key=lambda pair: tried[pair]) == (0.01, 0.006)
@@ -148,6 +156,71 @@ def test_the_page_says_of_rates_on_mrpc_what_the_runs_say() -> None:
     assert f"head-only has {short['head-only']:.1f} %" in text
     long = {run.learning_rate: 100 * run.reported["test"] for run in runs[runs.max_steps == 320].itertuples()}
     assert f"r = 8 has {long[0.001]:.1f} % of the test set at a rate of 0.001, and {long[0.003]:.1f} %," in text
+
+
+def held_out_losses() -> pd.Series:
+    """Return the loss on held-out examples of the reported runs of real text, by method, task and seed."""
+    reported = runs_of(RESULTS / "minilm-six").reported
+    loss = [result["held_out_loss"] for result in reported.result]
+    return reported.assign(loss=loss).set_index(["method", "task", "seed"]).loss.sort_index()
+
+
+def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
+    text = " ".join(PAGE.split())
+    rows = make_table(runs_of(RESULTS / "minilm-six"), "regret").values
+    rows = rows[rows.method == "aroma-evidence"].set_index("task")
+    said = {
+        task: f"{100 * abs(row.chosen_difference):.2f} ± {100 * row.chosen_error:.2f}" for task, row in rows.iterrows()
+    }
+    assert rows.loc["average", "chosen_difference"] > 0
+    assert f"gets {said['average']} points less than growth by evidence" in text
+    assert f"**Evidence is {said['average']} points above what trying finds.**" in text
+    assert rows.chosen.dropna().to_dict() == {
+        "banking77": "lora-r8",
+        "sst2": "lora-r8",
+        "trec": "lora-r16",
+        "bbc-news": "lora-r1",
+    }
+    assert f"{said['sst2']} below on SST-2 and {said['trec']} above on TREC" in text
+    losses = held_out_losses()
+    average = losses.groupby(["method", "task"]).mean().groupby("method").mean()
+    ranks = [2, 8, 4, 16, 1]
+    shown = [f"{average[f'lora-r{rank}']:.3f}" for rank in ranks]
+    assert (
+        f"{average['aroma-evidence']:.3f}, where r = 2 has {shown[0]}, r = 8 {shown[1]}, r = 4 {shown[2]}, "
+        f"r = 16 {shown[3]} and r = 1 {shown[4]}." in text
+    )
+    assert average.drop("head-only").idxmin() == "aroma-evidence"
+    by_task = (losses["aroma-evidence"] - losses["lora-r2"]).groupby("task")
+    error = (by_task.sem() ** 2).sum() ** 0.5 / by_task.ngroups
+    assert f"r = 2 ({by_task.mean().mean():.3f} ± {error:.3f})".replace("(-", "(−") in text
+
+
+def test_the_page_says_of_scaled_updates_and_of_bbc_news_what_the_runs_say() -> None:
+    text = " ".join(PAGE.split())
+    tried = of_evidence("scaled-updates")
+    planted = 100 * tried[tried.task == "minilm"].set_index("of").score
+    assert f"{planted['scaled']:.2f} % is explained in place of {planted['short rows']:.2f} % (one seed" in text
+    nets, six = of_evidence(SHIPPED), runs_of(RESULTS / "minilm-six").of("aroma-evidence")
+    before = pd.concat([nets[nets.task.isin(["graded", "noisy"])], six]).set_index(["task", "seed"]).score
+
+    def gain(task: str, rate: float) -> str:
+        runs = tried[(tried["of"] == "scaled") & (tried.learning_rate == rate) & (tried.task == task)]
+        difference = 100 * (runs.set_index(["task", "seed"]).score - before).dropna()
+        sign = "+" if difference.mean() > 0.005 else "−" if difference.mean() < -0.005 else ""
+        return f"{sign}{abs(difference.mean()):.2f} ± {difference.sem():.2f}"
+
+    assert f"at 0.02 `graded` {gain('graded', 0.02)} and `noisy` {gain('noisy', 0.02)} (two seeds)" in text
+    assert f"`noisy` {gain('noisy', 0.01)} and {gain('noisy', 0.03)}." in text
+    assert f"SST-2 {gain('sst2', 0.003)}, TREC {gain('trec', 0.003)} (three seeds)" in text
+    assert f"BBC News {gain('bbc-news', 0.003)} (two)" in text
+    news = of_evidence("bbc-news").groupby("of").score.agg(["mean", "count"])
+    assert f"with a tenth fewer r = 4 has {100 * news['mean']['fewer examples']:.2f} % (three seeds)" in text
+    assert (
+        f"training batches of the first pass has {100 * news['mean']['nothing held out']:.2f} % (three seeds)" in text
+    )
+    assert f"trial kept {100 * news['mean']['all kept']:.2f} % (two)" in text
+    assert news["count"].to_dict() == {"fewer examples": 3, "nothing held out": 3, "all kept": 2}
 
 
 SHIPPED = "shipped"
