@@ -196,6 +196,38 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
     assert f"r = 2 ({by_task.mean().mean():.3f} ± {error:.3f})".replace("(-", "(−") in text
 
 
+def test_the_page_says_of_a_review_what_the_runs_say() -> None:
+    text, tried = " ".join(PAGE.split()), of_evidence("review")
+    before = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])
+
+    def compared(of: str) -> pd.DataFrame:
+        runs = tried[tried["of"] == of].set_index(["task", "seed"])
+        gain, fewer = 100 * (runs.score - before.score), before.trained_rank - runs.trained_rank
+        return pd.DataFrame(
+            {"gain": gain, "fewer": fewer, "rank": runs.trained_rank, "old": before.trained_rank}
+        ).dropna()
+
+    def said(of: str, task: str) -> str:
+        gain = compared(of).gain[task]
+        return f"{'+' if gain.mean() > 0 else '−'}{abs(gain.mean()):.2f} ± {gain.sem():.2f}"
+
+    review, fewer = compared("costs loss"), compared("costs loss").fewer.astype(float).groupby("task").mean()
+    noisy = review.loc["noisy"].astype(float).mean()
+    assert f"`noisy` {said('costs loss', 'noisy')} at {noisy['rank']:.2f} trained components in place of " in text
+    assert f"in place of {noisy.old:.2f} (two seeds)" in text
+    for task, label in (("trec", "TREC"), ("banking77", "BANKING77"), ("sst2", "SST-2")):
+        assert review.gain[task].count() == 3
+        assert f"{label} {said('costs loss', task)}" in text
+    assert f"with {fewer.trec:.2f}, {fewer.banking77:.2f} and {fewer.sst2:.2f} fewer" in text
+    assert f"as at the end of the trial, TREC {said('again', 'trec')}" in text
+    assert f"`graded` {said('two looks', 'graded')}" in text
+    found = compared("two looks").gain["sst2"]
+    assert f"SST-2 −{abs(found[0]):.2f} and +{found[1]:.2f} (one seed each)" in text
+    assert all(
+        run["of"] != "two looks" or run["grew"] == 0 for run in tried.to_dict("records") if run["task"] == "nothing"
+    )
+
+
 def test_the_page_says_of_scaled_updates_and_of_bbc_news_what_the_runs_say() -> None:
     text = " ".join(PAGE.split())
     tried = of_evidence("scaled-updates")
