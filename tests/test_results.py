@@ -175,6 +175,12 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
     assert rows.loc["average", "chosen_difference"] > 0
     assert f"gets {said['average']} points less than growth by evidence" in text
     assert f"**Evidence is {said['average']} points above what trying finds.**" in text
+    in_short = f"{100 * rows.loc['average', 'chosen_difference']:.1f}"
+    for page, words in (
+        ("README.md", f"on average {in_short} above the rank"),
+        ("docs/limits.md", f"{in_short} behind"),
+    ):
+        assert words in " ".join((ROOT / page).read_text(encoding="utf-8").split())
     assert rows.chosen.dropna().to_dict() == {
         "banking77": "lora-r8",
         "sst2": "lora-r8",
