@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from aroma_lab.report.formats import markdown, to_csv
+from aroma_lab.report.formats import markdown, signed_points, to_csv
 from aroma_lab.report.runs import Runs, read_runs
 from aroma_lab.report.tables import make_table
 from aroma_lab.tasks.model import packaged_encoder
@@ -208,14 +208,13 @@ def test_the_page_says_of_a_review_what_the_runs_say() -> None:
 
     def compared(of: str) -> pd.DataFrame:
         runs = tried[tried["of"] == of].set_index(["task", "seed"])
-        gain, fewer = 100 * (runs.score - before.score), before.trained_rank - runs.trained_rank
+        gain, fewer = runs.score - before.score, before.trained_rank - runs.trained_rank
         return pd.DataFrame(
             {"gain": gain, "fewer": fewer, "rank": runs.trained_rank, "old": before.trained_rank}
         ).dropna()
 
     def said(of: str, task: str) -> str:
-        gain = compared(of).gain[task]
-        return f"{'+' if gain.mean() > 0 else '−'}{abs(gain.mean()):.2f} ± {gain.sem():.2f}"
+        return in_points(compared(of).gain[task])
 
     review, fewer = compared("costs loss"), compared("costs loss").fewer.astype(float).groupby("task").mean()
     noisy = review.loc["noisy"].astype(float).mean()
@@ -228,7 +227,7 @@ def test_the_page_says_of_a_review_what_the_runs_say() -> None:
     assert f"as at the end of the trial, TREC {said('again', 'trec')}" in text
     assert f"`graded` {said('two looks', 'graded')}" in text
     found = compared("two looks").gain["sst2"]
-    assert f"SST-2 −{abs(found[0]):.2f} and +{found[1]:.2f} (one seed each)" in text
+    assert f"SST-2 {signed_points(found[0])} and {signed_points(found[1])} (one seed each)" in text
     assert all(
         run["of"] != "two looks" or run["grew"] == 0 for run in tried.to_dict("records") if run["task"] == "nothing"
     )
@@ -244,9 +243,7 @@ def test_the_page_says_of_scaled_updates_and_of_bbc_news_what_the_runs_say() -> 
 
     def gain(task: str, rate: float) -> str:
         runs = tried[(tried["of"] == "scaled") & (tried.learning_rate == rate) & (tried.task == task)]
-        difference = 100 * (runs.set_index(["task", "seed"]).score - before).dropna()
-        sign = "+" if difference.mean() > 0.005 else "−" if difference.mean() < -0.005 else ""
-        return f"{sign}{abs(difference.mean()):.2f} ± {difference.sem():.2f}"
+        return in_points(runs.set_index(["task", "seed"]).score - before)
 
     assert f"at 0.02 `graded` {gain('graded', 0.02)} and `noisy` {gain('noisy', 0.02)} (two seeds)" in text
     assert f"`noisy` {gain('noisy', 0.01)} and {gain('noisy', 0.03)}." in text
@@ -280,9 +277,13 @@ def of_evidence(name: str) -> pd.DataFrame:
 def gained(task: str, before: str, after: str = SHIPPED) -> str:
     """Return the paired difference between two rules, ± its standard error, in points."""
     old, new = (of_evidence(name).set_index(["task", "seed"]).score[task] for name in (before, after))
-    difference = 100 * (new - old).dropna()
-    sign = "+" if difference.mean() > 0 else "−"
-    return f"{sign}{abs(difference.mean()):.2f} ± {difference.sem():.2f}"
+    return in_points(new - old)
+
+
+def in_points(difference: pd.Series) -> str:
+    """Return the mean of differences of scores, ± its standard error, in points; what rounds to zero has no sign."""
+    found = difference.dropna().astype(float)
+    return f"{signed_points(found.mean())} ± {100 * found.sem():.2f}"
 
 
 def grown(name: str) -> int:

@@ -127,7 +127,7 @@ def regrets(
             difference, error, pairs = _mean_difference(scores, method, best)
             if pairs:
                 trained = float(of_task[of_task.method == method].trained_rank.mean())
-                met = difference >= -error and trained <= best_trained
+                met = _is_met(difference, error, trained, best_trained)
                 tried = chosen.get(str(task))
                 over_tried = _mean_difference(scores, method, tried)[:2]
                 own = (task, method, trained)
@@ -168,9 +168,9 @@ def averages(frame: pd.DataFrame, regret: pd.DataFrame, method: str, fixed: Sequ
 
     Returns:
         `mean`, `trained` and `count` (fewest runs of a task) of the method; `best` (the fixed rank with the highest
-        average), `best_mean`, `best_trained` and `best_count`; `difference` and `error` (of the mean over tasks: tasks
-        are taken as given, seeds are drawn); `chosen_difference` and `chosen_error`, likewise against what was chosen
-        on each task, NaN where one has none. None with fewer than two tasks.
+        average), `best_mean` and `best_count`; `met`, as in `regrets`; `difference` and `error` (of the
+        mean over tasks: tasks are taken as given, seeds are drawn); `chosen_difference` and `chosen_error`, likewise
+        against what was chosen on each task, NaN where one has none. None with fewer than two tasks.
     """
     own = regret[regret.method == method]
     by_task = frame[frame.task.isin(own.task)].groupby(["method", "task"])
@@ -187,19 +187,25 @@ def averages(frame: pd.DataFrame, regret: pd.DataFrame, method: str, fixed: Sequ
         differences.append(_mean_difference(scores, method, best)[:2])
     difference, error = _mean_of_means(differences)
     chosen, chosen_error = _mean_of_means(list(zip(own.chosen_difference, own.chosen_error, strict=True)))
+    trained, best_trained = (float(complete["trained_rank", "mean"][one]) for one in (method, best))
     return {
         "mean": float(complete["score", "mean"][method]),
         "count": int(runs[method]),
-        "trained": float(complete["trained_rank", "mean"][method]),
+        "trained": trained,
         "best": best,
         "best_mean": float(others["score", "mean"][best]),
         "best_count": int(runs[best]),
-        "best_trained": float(others["trained_rank", "mean"][best]),
+        "met": _is_met(difference, error, trained, best_trained),
         "difference": difference,
         "error": error,
         "chosen_difference": chosen,
         "chosen_error": chosen_error,
     }
+
+
+def _is_met(difference: float, error: float, trained: float, best_trained: float) -> bool:
+    """Return whether a score is at most one standard error below the best one, at no more trained parameters."""
+    return difference >= -error and trained <= best_trained
 
 
 def _mean_difference(scores: pd.DataFrame, method: str, other: str | None) -> tuple[float, float, int]:

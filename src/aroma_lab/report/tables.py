@@ -245,8 +245,7 @@ def _average_row(frame: pd.DataFrame, found: pd.DataFrame, method: str, fixed: S
     average = averages(frame, found, method, fixed)
     if average is None:
         return None
-    met = average["difference"] >= -average["error"] and average["trained"] <= average["best_trained"]
-    own = {"task": _AVERAGE.lower(), "method": method, "met": met, "chosen": None}
+    own = {"task": _AVERAGE.lower(), "method": method, "chosen": None}
     return pd.DataFrame([{**average, **own, "std": np.nan, "best_std": np.nan}])
 
 
