@@ -217,9 +217,10 @@ def test_the_page_says_of_a_review_what_the_runs_say() -> None:
         return in_points(compared(of).gain[task])
 
     review, fewer = compared("costs loss"), compared("costs loss").fewer.astype(float).groupby("task").mean()
-    noisy = review.loc["noisy"].astype(float).mean()
-    assert f"`noisy` {said('costs loss', 'noisy')} at {noisy['rank']:.2f} trained components in place of " in text
-    assert f"in place of {noisy.old:.2f} (two seeds)" in text
+    assert review.groupby("task").gain.count()[["graded", "noisy", "nothing"]].tolist() == [5, 5, 5]
+    assert f"`graded` {said('costs loss', 'graded')}, `noisy` {said('costs loss', 'noisy')}" in text
+    grew = tried[(tried["of"] == "costs loss") & (tried.task == "nothing")].grew.sum()
+    assert f"where nothing is planted {grew:.0f} of 60 matrices grow" in text
     for task, label in (("trec", "TREC"), ("banking77", "BANKING77"), ("sst2", "SST-2")):
         assert review.gain[task].count() == 3
         assert f"{label} {said('costs loss', task)}" in text
