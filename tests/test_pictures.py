@@ -323,6 +323,8 @@ def test_a_budget_has_a_line_through_the_fixed_ranks_and_a_mark_for_what_finds_i
     assert [one.get_ydata()[0] for one in across] == pytest.approx([35])
     assert axes.get_xscale() == "log"
     assert len(draw("budget", tmp_path, methods=["aroma"]).axes) == 1
+    write_run(tmp_path, "nothing to compare with", "aroma", 0, kind="aroma", score=0.1, trained_rank=1.0)
+    assert len(draw("budget", tmp_path).axes) == 1
 
 
 # Which runs

@@ -90,7 +90,9 @@ def test_the_page_in_pictures_says_what_the_run_says() -> None:
 
 
 def test_results_are_small() -> None:
-    assert sum(path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()) < 1_000_000
+    sizes = [path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()]
+    assert max(sizes) < 200_000
+    assert sum(sizes) < 1_500_000
 
 
 def test_generated_answers_are_counted_as_their_files_say() -> None:
@@ -100,6 +102,38 @@ def test_generated_answers_are_counted_as_their_files_say() -> None:
         sets = json.loads(file.read_text(encoding="utf-8"))["sets"].values()
         right = sum(round(one["metrics"]["generated"] * one["examples"]) for one in sets)
         assert f"| {file.stem} | {right} | {sum(one['unparseable'] for one in sets)} |" in PAGE
+
+
+def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
+    text, nets = " ".join(PAGE.split()), runs_of(RESULTS / "planted-nets")
+    ranks = make_table(nets, "ranks").values.set_index(["method", "task"])
+    regret = make_table(nets, "regret").values
+    regret = regret[regret.method == "aroma-evidence"].set_index("task")
+    found, scores = ranks.loc["aroma-evidence"], 100 * ranks.score_mean
+
+    def correlation(task: str) -> str:
+        return f"{found.spearman_mean[task]:.2f} (`{task}`)"
+
+    assert f"rank correlations of {correlation('graded')} and {correlation('noisy')}" in text
+    assert f"rank correlations of {correlation('graded-b4')} and {correlation('noisy-b4')}" in text
+    below = [
+        f"{-100 * regret.difference[task]:.2f} ± {100 * regret.error[task]:.2f}" for task in ("graded-b4", "noisy-b4")
+    ]
+    size = [f"{found.trained_rank_mean[task]:.2f}" for task in ("graded-b4", "noisy-b4")]
+    assert (
+        f"{below[0]} points below r = 8, at {size[0]} trained components, and {below[1]} below it, at {size[1]}"
+        in text
+    )
+    assert {*regret.best[["graded-b4", "noisy-b4"]]} == {"lora-r8"}
+    even = [f"{scores[method, 'uniform']:.1f}" for method in ("aroma-evidence", "lora-r2", "lora-r4")]
+    assert f"{even[0]} % at {found.trained_rank_mean.uniform:.2f}, r = 2 {even[1]} %, and r = 4 {even[2]} %." in text
+    assert f"evidence leaves {100 - scores['aroma-evidence', 'graded']:.1f} % of the error unexplained" in text
+    assert f"LoRA leaves {100 - scores['lora-r4', 'graded']:.1f} % with 4" in text
+    paper = ranks.loc["aroma-paper"].drop("nothing", errors="ignore")
+    ends, right = (paper[key].dropna() for key in ("average_rank_mean", "spearman_mean"))
+    assert f"with {ends.min():.0f} to {ends.max():.0f} components on average" in text
+    assert f"(rank correlations of {right.min():.2f} to {right.max():.2f})" in text
+    assert f"explains {100 * paper.score_mean.min():.0f} to {100 * paper.score_mean.max():.0f} %." in text
 
 
 def test_the_page_says_of_real_text_what_the_runs_say() -> None:

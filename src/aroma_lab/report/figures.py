@@ -300,18 +300,20 @@ def memory_figure(shown: Shown) -> Figure:
 def budget_figure(shown: Shown) -> Figure:
     """Return a panel for each task: score against trained rank, a line through the fixed ranks of LoRA.
 
-    A mark is the mean over a method's seeds, and its whiskers are one standard error of both long. Methods that adapt
+    A task on which no LoRA has run has a panel only if none has. A mark is the mean over a method's seeds, and its whiskers are one standard error of both long. Methods that adapt
     no matrices have no trained rank, and are a line across.
     """
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     frame = shown.frame.assign(trained=pd.to_numeric(shown.frame.trained_rank), points=100 * shown.frame.score)
-    columns = min(len(shown.tasks), 3)
-    rows = math.ceil(len(shown.tasks) / columns)
+    compared = {*frame[frame.kind == "lora"].task}
+    tasks = [task for task in shown.tasks if task in compared] or shown.tasks
+    columns = min(len(tasks), 3)
+    rows = math.ceil(len(tasks) / columns)
     figure = new_figure(1.6 + 4.2 * columns, 1 + 3.4 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     drawn: dict[str, Any] = {}
-    for axes, task in itertools.zip_longest(panels, shown.tasks):
+    for axes, task in itertools.zip_longest(panels, tasks):
         if task is None:
             axes.set_axis_off()
             continue
