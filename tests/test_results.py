@@ -453,6 +453,8 @@ def test_the_example_of_tasks_does_what_is_missing(tmp_path: Path, monkeypatch: 
     [
         ("nets with planted ranks, explained", "planted-nets", "graded"),
         ("the same with noise", "planted-nets", "noisy"),
+        ("the first in batches of 4, not 16", "planted-nets", "graded-b4"),
+        ("the second in batches of 4", "planted-nets", "noisy-b4"),
         ("TREC, accuracy", "minilm-six", "trec"),
         ("BANKING77, accuracy", "minilm-six", "banking77"),
         ("SST-2, accuracy", "minilm-six", "sst2"),
