@@ -236,6 +236,64 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
     assert f"r = 2 ({by_task.mean().mean():.3f} ± {error:.3f})".replace("(-", "(−") in text
 
 
+LABELS = {
+    "graded": "`graded`",
+    "noisy": "`noisy`",
+    "graded-b4": "`graded-b4`",
+    "noisy-b4": "`noisy-b4`",
+    "uniform": "`uniform`",
+    "trec": "TREC",
+    "banking77": "BANKING77",
+    "sst2": "SST-2",
+    "bbc-news": "BBC News",
+}
+
+
+def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
+    text, tried = " ".join(PAGE.split()), of_evidence("mean-of-the-trial")
+    shipped = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])
+    whole = tried[tried["of"] == "mean, a sixteenth, 32 questions"].set_index(["task", "seed"])
+    complete = [task for task, runs in whole.groupby("task") if len(runs) == 5 and task != "nothing"]
+    assert {*complete} == {*LABELS}
+    assert {*whole.loc["bbc-news"].learning_rate} == {0.01}
+    for task in complete:
+        then, so = shipped.loc[task], whole.loc[task]
+        scores = " | ".join(f"{100 * runs.score.mean():.2f}" for runs in (then, so))
+        ranks = " | ".join(f"{runs.trained_rank.mean():.2f}" for runs in (then, so))
+        assert f"| {LABELS[task]} | {scores} | {in_points(so.score - then.score)} | {ranks} |" in text
+
+    def found(runs: pd.DataFrame) -> float:
+        return sum(map(sum, runs.loc["uniform"].ranks)) / 60
+
+    then = sum(sum(result["ranks"].values()) for result in shipped.loc["uniform"].result) / 60
+    assert f"ends with {found(whole):.2f} components where 2 are planted, not {then:.2f})" in text
+    of_rates = json.loads((RESULTS / "tried" / "mean-of-the-trial.json").read_text(encoding="utf-8"))["choosing"]
+    before = json.loads((RESULTS / "planted-nets" / "selection.json").read_text(encoding="utf-8"))
+    at = [
+        {values["training.learning_rate"]: score for values, score in tried}
+        for tried in (of_rates["graded-b4"], before["graded-b4"]["aroma-evidence"]["tried"])
+    ]
+    assert f"at 0.03 `graded-b4` explains {100 * at[0][0.03]:.1f} % in place of nothing at all" in text
+    assert at[1][0.03] < 0
+    scores = 100 * tried.groupby(["of", "task", "method"]).score.mean()
+    kept, ninety, eighth, sixteenth = (
+        scores[f"mean, {of}"].xs("aroma-evidence", level="method")
+        for of in ("99 %", "90 %", "an eighth", "a sixteenth")
+    )
+    assert f"99 % of the credit explain {kept.graded:.1f} % of `graded` and {kept.noisy:.1f} % of `noisy`" in text
+    assert f"TREC {kept.trec:.1f}. 90 %: {ninety.graded:.1f} %, {ninety.noisy:.1f} %, TREC {ninety.trec:.1f}" in text
+    assert f"SST-2 {ninety.sst2:.1f}. An eighth: {eighth.graded:.1f} %, {eighth.noisy:.1f} %" in text
+    assert f"TREC {eighth.trec:.1f}. A sixteenth: {sixteenth.graded:.1f} %, {sixteenth.noisy:.1f} %" in text
+    assert f"TREC {sixteenth.trec:.1f}. Where every matrix needs rank 8" in text
+    flat = scores.xs("flat8", level="task")
+    one, other = (flat[f"mean, {of}", "aroma-evidence"] for of in ("an eighth", "a sixteenth"))
+    old, lora = (flat["before the mean", method] for method in ("aroma-evidence", "lora-r8"))
+    assert (
+        f"an eighth explains {one:.1f} %, a sixteenth {other:.1f} %, the shipped rule {old:.1f} % (one seed)" in text
+    )
+    assert f"LoRA r = 8 {lora:.1f} %." in text
+
+
 def test_the_page_says_of_a_review_what_the_runs_say() -> None:
     text, tried = " ".join(PAGE.split()), of_evidence("review")
     before = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])

@@ -300,8 +300,9 @@ def memory_figure(shown: Shown) -> Figure:
 def budget_figure(shown: Shown) -> Figure:
     """Return a panel for each task: score against trained rank, a line through the fixed ranks of LoRA.
 
-    A task on which no LoRA has run has a panel only if none has. A mark is the mean over a method's seeds, and its whiskers are one standard error of both long. Methods that adapt
-    no matrices have no trained rank, and are a line across.
+    A task on which no LoRA has run has a panel only if none has. A mark is the mean over a method's seeds, and its
+    whiskers are one standard error of both long. Methods that adapt no matrices have no trained rank, and are a
+    line across.
     """
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
