@@ -129,10 +129,14 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
     assert f"{even[0]} % at {found.trained_rank_mean.uniform:.2f}, r = 2 {even[1]} %, and r = 4 {even[2]} %." in text
     assert f"evidence leaves {100 - scores['aroma-evidence', 'graded']:.1f} % of the error unexplained" in text
     assert f"LoRA leaves {100 - scores['lora-r4', 'graded']:.1f} % with 4" in text
-    paper = ranks.loc["aroma-paper"].drop("nothing", errors="ignore")
+    paper = ranks.loc["aroma-paper"].drop("nothing")
     ends, right = (paper[key].dropna() for key in ("average_rank_mean", "spearman_mean"))
     assert f"with {ends.min():.0f} to {ends.max():.0f} components on average" in text
     assert f"(rank correlations of {right.min():.2f} to {right.max():.2f})" in text
+    assert (
+        f"Where nothing is planted, {100 * ranks.grew_mean['aroma-paper', 'nothing']:.0f} % of the matrices grow."
+        in text
+    )
     assert f"explains {100 * paper.score_mean.min():.0f} to {100 * paper.score_mean.max():.0f} %." in text
 
 
