@@ -1,0 +1,66 @@
+"""The committed results and the pages that show them, for the tests that hold one to the other."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from aroma_lab.report.formats import signed_points
+from aroma_lab.report.runs import Runs, read_runs
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "lab"
+GROWN = ("planted-nets", "minilm-six")
+
+
+def page_of(name: str) -> str:
+    """Return a page of the documentation as one line, with single spaces."""
+    return " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
+
+
+@cache
+def runs_of(folder: Path) -> Runs:
+    return read_runs(folder)
+
+
+SHIPPED = "shipped"
+
+
+@cache
+def of_evidence(name: str) -> pd.DataFrame:
+    """Return task, seed, score, trained_rank and ranks of the runs by the rule as it ships, or as was tried.
+
+    On real text at the rates of what was tried beside it.
+    """
+    if name == SHIPPED:
+        found = runs_of(RESULTS / "planted-nets").of("aroma-evidence")
+        planted = found.assign(ranks=[[*result["ranks"].values()] for result in found.result])
+        return pd.concat([planted, of_evidence("rates-before")])
+    return pd.DataFrame(json.loads((RESULTS / "tried" / f"{name}.json").read_text(encoding="utf-8"))["runs"])
+
+
+def gained(task: str, before: str, after: str = SHIPPED) -> str:
+    """Return the paired difference between two rules, ± its standard error, in points."""
+    old, new = (of_evidence(name).set_index(["task", "seed"]).score[task] for name in (before, after))
+    return in_points(new - old)
+
+
+def in_points(difference: pd.Series) -> str:
+    """Return the mean of differences of scores, ± its standard error, in points; what rounds to zero has no sign."""
+    found = difference.dropna().astype(float)
+    return f"{signed_points(found.mean())} ± {100 * found.sem():.2f}"
+
+
+def grown(name: str) -> int:
+    """Return how many of the matrices for which nothing is planted have a component at the end."""
+    found = of_evidence(name)
+    return sum(rank > 0 for of_run in found[found.task == "nothing"].ranks for rank in of_run)
+
+
+def scores_of(name: str) -> pd.Series:
+    """Return the mean score of every task, in points."""
+    scores: pd.Series = 100 * of_evidence(name).groupby("task").score.mean()
+    return scores

@@ -1,0 +1,186 @@
+"""docs/tried.md says of what was tried what its runs in results/lab/tried/ say."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+
+from aroma_lab.report.formats import signed_points
+from published import GROWN, RESULTS, SHIPPED, gained, grown, in_points, of_evidence, page_of, runs_of, scores_of
+
+TEXT = page_of("tried.md")
+
+LABELS = {
+    "graded": "`graded`",
+    "noisy": "`noisy`",
+    "graded-b4": "`graded-b4`",
+    "noisy-b4": "`noisy-b4`",
+    "uniform": "`uniform`",
+    "trec": "TREC",
+    "banking77": "BANKING77",
+    "sst2": "SST-2",
+    "bbc-news": "BBC News",
+}
+
+
+def test_the_page_says_what_the_test_of_a_whole_update_brought() -> None:
+    now, before = scores_of(SHIPPED), scores_of("shorter-starts")
+    assert f"SST-2 {now.sst2:.2f} instead of {before.sst2:.2f} ({gained('sst2', 'shorter-starts')})" in TEXT
+    assert f"`noisy` {now.noisy:.1f} % instead of {before.noisy:.1f} % ({gained('noisy', 'shorter-starts')})" in TEXT
+    assert f"`graded` loses {gained('graded', 'longer-starts').removeprefix('−')}" in TEXT
+    assert f"TREC {gained('trec', 'longer-starts')}, BANKING77 {gained('banking77', 'longer-starts')}" in TEXT
+    assert f"nothing is planted, {grown(SHIPPED)} of 60 matrices" in TEXT
+    assert f"they cost 0.{gained('graded', SHIPPED, 'no-cut-off').partition('.')[2]}" in TEXT
+    assert of_evidence("no-cut-off").groupby("task").seed.count().to_dict() == {"graded": 4, "sst2": 2}
+
+
+def test_the_page_says_of_what_was_tried_what_the_runs_say() -> None:
+    for name in ("longer-starts", "single-directions", "benjamini-hochberg"):
+        assert set(of_evidence(name).groupby("task").seed.count()) == {5}
+    before, single, pooled = map(scores_of, ("longer-starts", "single-directions", "benjamini-hochberg"))
+    assert f"{grown('single-directions')} of 60 matrices grow instead of {grown('longer-starts')}" in TEXT
+    assert f"`noisy` it explains {single.noisy:.1f} % ({before.noisy:.1f} %)" in TEXT
+    rank = of_evidence("single-directions").groupby("task").trained_rank.mean()
+    assert f"TREC has {single.trec:.2f} ({before.trec:.2f}) at {rank.trec:.2f} trained components" in TEXT
+    assert f"BANKING77 {single.banking77:.2f} ({before.banking77:.2f}) at {rank.banking77:.2f}" in TEXT
+    assert (
+        f"{grown('benjamini-hochberg')} of 60 matrices grow, `noisy` {pooled.noisy:.1f} %, TREC {pooled.trec:.2f}"
+        in TEXT
+    )
+
+
+def test_the_page_says_of_smaller_updates_what_the_runs_say() -> None:
+    ranks = {name: of_evidence(name).groupby("task").trained_rank.mean() for name in ("four-slots", "less-credit")}
+    for name, task, label in (
+        ("four-slots", "trec", "TREC"),
+        ("four-slots", "banking77", "BANKING77"),
+        ("four-slots", "sst2", "SST-2"),
+        ("less-credit", "trec", "TREC"),
+        ("less-credit", "banking77", "BANKING77"),
+    ):
+        assert of_evidence(name).groupby("task").seed.count()[task] == 3
+        assert f"{label} {gained(task, SHIPPED, name)} at {ranks[name][task]:.2f}" in TEXT, name
+    assert f"SST-2 {gained('sst2', SHIPPED, 'half-the-trial')} (two seeds)" in TEXT
+    assert f"SST-2 {gained('sst2', SHIPPED, 'fitted-averages')}, three seeds" in TEXT
+    assert f"SST-2 {gained('sst2', SHIPPED, 'balanced-split')}, three seeds" in TEXT
+
+
+def test_the_page_says_of_moves_what_the_runs_say() -> None:
+    tasks = json.loads((RESULTS / "tried" / "moves.json").read_text(encoding="utf-8"))["tasks"]
+    first = {task: int(100 * found["downhill"][0]["downhill"]) for task, found in tasks.items()}
+    assert f"On TREC it does on {first['trec']} % of the 32 batches" in TEXT
+    assert f"on BANKING77 on {first['banking77']} %" in TEXT
+    assert all(abs(found["downhill"][-1]["downhill"] - 0.5) < 0.05 for found in tasks.values())
+    (trec, trec_end), (banking, banking_end) = (
+        (dict(tasks[task]["loss"])[40], dict(tasks[task]["loss"])[320]) for task in ("trec", "banking77")
+    )
+    assert f"falls from {trec:.2f} to {trec_end:.2f}, and from {banking:.2f} to {banking_end:.2f}." in TEXT
+
+
+def test_the_page_says_of_shorter_starts_what_the_runs_say() -> None:
+    tried = json.loads((RESULTS / "tried" / "shorter-starts.json").read_text(encoding="utf-8"))
+    now, before = scores_of("shorter-starts"), scores_of("longer-starts")
+    seeds = of_evidence("shorter-starts").groupby("task").seed.count()
+    assert seeds[["noisy", "nothing", "sst2"]].tolist() == [5, 5, 5]
+    assert f"SST-2 {now.sst2:.2f} (before {before.sst2:.2f})" in TEXT
+    assert f"`noisy` {now.noisy:.1f} % ({before.noisy:.1f} %)" in TEXT
+    assert f"nothing is planted {grown('shorter-starts')} of 60 matrices have a component" in TEXT
+    assert f"({grown('longer-starts')})" in TEXT
+    old, new, *_ = tried["loss saved on held-out batches by the trial's updates"].values()
+    worst, best = (pick(one["saved"] for one in old) for pick in (min, max))
+    assert f"between {-worst:.2f} higher and {best:.2f} lower" in TEXT
+    assert f"now it is {min(one['saved'] for one in new):.2f} to {max(one['saved'] for one in new):.2f} lower" in TEXT
+    assert [len(old), len(new)] == [4, 5]
+
+
+def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
+    tried = of_evidence("mean-of-the-trial")
+    shipped = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])
+    whole = tried[tried["of"] == "mean, a sixteenth, 32 questions"].set_index(["task", "seed"])
+    complete = [task for task, runs in whole.groupby("task") if len(runs) == 5 and task != "nothing"]
+    assert {*complete} == {*LABELS}
+    assert {*whole.loc["bbc-news"].learning_rate} == {0.01}
+    for task in complete:
+        then, so = shipped.loc[task], whole.loc[task]
+        scores = " | ".join(f"{100 * runs.score.mean():.2f}" for runs in (then, so))
+        ranks = " | ".join(f"{runs.trained_rank.mean():.2f}" for runs in (then, so))
+        assert f"| {LABELS[task]} | {scores} | {in_points(so.score - then.score)} | {ranks} |" in TEXT
+
+    def found(runs: pd.DataFrame) -> float:
+        return sum(map(sum, runs.loc["uniform"].ranks)) / 60
+
+    then = sum(sum(result["ranks"].values()) for result in shipped.loc["uniform"].result) / 60
+    assert f"ends with {found(whole):.2f} components where 2 are planted, not {then:.2f})" in TEXT
+    of_rates = json.loads((RESULTS / "tried" / "mean-of-the-trial.json").read_text(encoding="utf-8"))["choosing"]
+    before = json.loads((RESULTS / "planted-nets" / "selection.json").read_text(encoding="utf-8"))
+    at = [
+        {values["training.learning_rate"]: score for values, score in tried}
+        for tried in (of_rates["graded-b4"], before["graded-b4"]["aroma-evidence"]["tried"])
+    ]
+    assert f"at 0.03 `graded-b4` explains {100 * at[0][0.03]:.1f} % in place of nothing at all" in TEXT
+    assert at[1][0.03] < 0
+    scores = 100 * tried.groupby(["of", "task", "method"]).score.mean()
+    kept, ninety, eighth, sixteenth = (
+        scores[f"mean, {of}"].xs("aroma-evidence", level="method")
+        for of in ("99 %", "90 %", "an eighth", "a sixteenth")
+    )
+    assert f"99 % of the credit explain {kept.graded:.1f} % of `graded` and {kept.noisy:.1f} % of `noisy`" in TEXT
+    assert f"TREC {kept.trec:.1f}. 90 %: {ninety.graded:.1f} %, {ninety.noisy:.1f} %, TREC {ninety.trec:.1f}" in TEXT
+    assert f"SST-2 {ninety.sst2:.1f}. An eighth: {eighth.graded:.1f} %, {eighth.noisy:.1f} %" in TEXT
+    assert f"TREC {eighth.trec:.1f}. A sixteenth: {sixteenth.graded:.1f} %, {sixteenth.noisy:.1f} %" in TEXT
+    assert f"TREC {sixteenth.trec:.1f}. Where every matrix needs rank 8" in TEXT
+    flat = scores.xs("flat8", level="task")
+    one, other = (flat[f"mean, {of}", "aroma-evidence"] for of in ("an eighth", "a sixteenth"))
+    old, lora = (flat["before the mean", method] for method in ("aroma-evidence", "lora-r8"))
+    assert (
+        f"an eighth explains {one:.1f} %, a sixteenth {other:.1f} %, the shipped rule {old:.1f} % (one seed)" in TEXT
+    )
+    assert f"LoRA r = 8 {lora:.1f} %." in TEXT
+
+
+def test_the_page_says_of_a_review_what_the_runs_say() -> None:
+    tried = of_evidence("review")
+    before = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])
+
+    def compared(of: str) -> pd.DataFrame:
+        runs = tried[tried["of"] == of].set_index(["task", "seed"])
+        gain, fewer = runs.score - before.score, before.trained_rank - runs.trained_rank
+        return pd.DataFrame({"gain": gain, "fewer": fewer}).dropna()
+
+    def said(of: str, task: str) -> str:
+        return in_points(compared(of).gain[task])
+
+    review, fewer = compared("costs loss"), compared("costs loss").fewer.astype(float).groupby("task").mean()
+    assert review.groupby("task").gain.count()[["graded", "noisy", "nothing"]].tolist() == [5, 5, 5]
+    assert f"`graded` {said('costs loss', 'graded')}, `noisy` {said('costs loss', 'noisy')}" in TEXT
+    grew = tried[(tried["of"] == "costs loss") & (tried.task == "nothing")].grew.sum()
+    assert f"where nothing is planted {grew:.0f} of 60 matrices grow" in TEXT
+    for task, label in (("trec", "TREC"), ("banking77", "BANKING77"), ("sst2", "SST-2")):
+        assert review.gain[task].count() == 3
+        assert f"{label} {said('costs loss', task)}" in TEXT
+    assert f"with {fewer.trec:.2f}, {fewer.banking77:.2f} and {fewer.sst2:.2f} fewer" in TEXT
+    assert f"as at the end of the trial, TREC {said('again', 'trec')}" in TEXT
+    assert f"`graded` {said('two looks', 'graded')}" in TEXT
+    found = compared("two looks").gain["sst2"]
+    assert f"SST-2 {signed_points(found[0])} and {signed_points(found[1])} (one seed each)" in TEXT
+    assert all(
+        run["of"] != "two looks" or run["grew"] == 0 for run in tried.to_dict("records") if run["task"] == "nothing"
+    )
+
+
+def test_the_page_says_of_scaled_updates_what_the_runs_say() -> None:
+    tried = of_evidence("scaled-updates")
+    planted = 100 * tried[tried.task == "minilm"].set_index("of").score
+    assert f"{planted['scaled']:.2f} % is explained in place of {planted['short rows']:.2f} % (one seed" in TEXT
+    nets, six = of_evidence(SHIPPED), runs_of(RESULTS / "minilm-six").of("aroma-evidence")
+    before = pd.concat([nets[nets.task.isin(["graded", "noisy"])], six]).set_index(["task", "seed"]).score
+
+    def gain(task: str, rate: float) -> str:
+        runs = tried[(tried["of"] == "scaled") & (tried.learning_rate == rate) & (tried.task == task)]
+        return in_points(runs.set_index(["task", "seed"]).score - before)
+
+    assert f"at 0.02 `graded` {gain('graded', 0.02)} and `noisy` {gain('noisy', 0.02)} (two seeds)" in TEXT
+    assert f"`noisy` {gain('noisy', 0.01)} and {gain('noisy', 0.03)}." in TEXT
+    assert f"SST-2 {gain('sst2', 0.003)}, TREC {gain('trec', 0.003)} (three seeds)" in TEXT
+    assert f"BBC News {gain('bbc-news', 0.003)} (two)" in TEXT
