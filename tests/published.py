@@ -13,7 +13,7 @@ from aroma_lab.report.runs import Runs, read_runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "lab"
-GROWN = ("planted-nets", "minilm-six")
+GROWN = ("planted-nets", "planted-minilm", "minilm-six")
 
 
 def page_of(name: str) -> str:
