@@ -33,7 +33,7 @@ def test_the_output_shown_is_what_the_script_printed() -> None:
     assert places == sorted(places)
     ranks = [int(rank) for line in printed for rank in re.findall(r"'total_rank': (\d+)", line)]
     accuracy = float(re.findall(r"'eval_accuracy': ([\d.]+)", printed[-1])[0])
-    assert f"Rank {ranks[-1]} in all 36 matrices together, where LoRA r = 8 has {36 * 8}" in README
+    assert f"The matrices have rank {ranks[-1]} together; LoRA r = 8 would have {36 * 8}." in README
     assert f"{100 * accuracy:.1f} % of 445 unseen articles" in README
     page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert f"This run tried {ranks[0]} components in 36 matrices, and ended with {ranks[-1]}." in page

@@ -371,7 +371,7 @@ def test_settings_and_choices_that_were_not_kept_to_are_noted(grid):
     assert re.search(r"Different training.batch_size on rte: 32 \(\S.*\); 16 \(lora-r8\)\.", notes)
     assert "seed on" not in notes
     assert "Not with the chosen values: rte/lora-r8/seed-1." in notes
-    assert f"The choice looked at reported examples: select/mrpc/lora-r8/{place.name}." in notes
+    assert f"Runs that chose settings also evaluated reported examples: select/mrpc/lora-r8/{place.name}." in notes
     assert "none of them saw" not in found.caption
     assert "Without a choice on held-out examples, with the given values: rte/aroma/seed-0, rte/aroma/" in notes
     edge = "The optimum of head-only on rte is at the edge of what was tried: add training.learning_rate=0.004."

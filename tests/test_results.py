@@ -133,6 +133,41 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
     assert f"explains {100 * paper.score_mean.min():.0f} to {100 * paper.score_mean.max():.0f} %." in TEXT
 
 
+def test_the_page_says_of_single_matrices_what_the_runs_say() -> None:
+    runs = runs_of(RESULTS / "planted-nets").of("aroma-evidence").set_index("task")
+    pairs = {
+        task: [
+            (planted["ranks"][name], found)
+            for result in runs.result[[task]]
+            for planted in [result["planted"]]
+            for name, found in result["ranks"].items()
+        ]
+        for task in ("graded", "noisy", "uniform")
+    }
+    mixed = pairs["graded"] + pairs["noisy"]
+    nothing = [found for planted, found in mixed if not planted]
+    assert f"mostly gets nothing ({nothing.count(0)} of {len(nothing)})" in TEXT
+    assert max(found - planted for planted, found in mixed) == 4
+    assert max(found - planted for planted, found in pairs["uniform"]) == 5
+    others = [found - planted for planted, found in mixed if planted]
+    assert sum(0 <= more <= 3 for more in others) > 0.7 * len(others)
+
+
+def test_the_page_says_of_what_is_elsewhere_what_its_runs_say() -> None:
+    rewards = {
+        method: [json.loads(path.read_text())["after"] for path in (ROOT / "results" / "rl").glob(f"{method}-?.json")]
+        for method in ("aroma", "lora-8")
+    }
+    low, high = ([f"{pick(values):.2f}" for pick in (min, max)] for values in rewards.values())
+    assert f"Evidence is right on {' to '.join(low)} of new sums, LoRA r = 8 on {' to '.join(high)}" in TEXT
+    scores = []
+    for name in ("digits", "mnist"):
+        runs = pd.DataFrame(json.loads((ROOT / "results" / "vision" / f"{name}.json").read_text())["runs"])
+        scores.append(100 * runs.groupby("method").accuracy.mean())
+    aroma, lora = ([f"{of[method]:.1f} %" for of in scores] for method in ("AROMA", "LoRA r=8"))
+    assert f"Evidence has {' and '.join(aroma)}, LoRA r = 8 {' and '.join(lora)}" in TEXT
+
+
 def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
     runs = runs_of(RESULTS / "planted-minilm")
     ranks = make_table(runs, "ranks").values.set_index("method")
@@ -160,13 +195,19 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     six = runs_of(RESULTS / "minilm-six")
     scores = six.reported.groupby(["method", "task"]).score.mean().groupby("method").mean()
     labels = {"aroma-evidence": "evidence", **{f"lora-r{r}": f"r = {r}" for r in (1, 2, 4, 8, 16)}}  # on all four
-    ahead = [100 * (scores[name] - scores["aroma-evidence"]) for name in ("lora-r8", "lora-r2")]
-    assert f"it is above r = 1, 4 and 16, and {ahead[0]:.2f} and {ahead[1]:.2f} points below r = 8 and r = 2." in TEXT
-    assert all(scores[name] < scores["aroma-evidence"] for name in ("lora-r1", "lora-r4", "lora-r16"))
+    by_seed = six.reported.pivot_table("score", ["task", "seed"], "method")
+    ahead = {
+        name: over_tasks(by_seed["aroma-evidence"] - by_seed[name]) for name in labels if name != "aroma-evidence"
+    }
+    assert ahead["lora-r1"][0] > ahead["lora-r1"][1]
+    assert all(abs(ahead[f"lora-r{r}"][0]) < ahead[f"lora-r{r}"][1] for r in (4, 8, 16))
+    assert (
+        "above r = 1, level with r = 4, 8 and 16, and "
+        f"{-100 * ahead['lora-r2'][0]:.2f} ± {100 * ahead['lora-r2'][1]:.2f} points below r = 2." in TEXT
+    )
     (best, score), *others = scores[[*labels]].sort_values(ascending=False).items()
     listed = [f"{labels[name]} {100 * value:.2f}" for name, value in others]
     assert f"{labels[best]} has {100 * score:.2f}, {', '.join(listed[:-1])} and {listed[-1]}." in TEXT
-    by_seed = six.reported.pivot_table("score", ["task", "seed"], "method")
     above = (100 * (by_seed["aroma-evidence"] - by_seed["aroma-paper"])).groupby("task").agg(["mean", "sem"])
     said = {task: f"{one['mean']:.2f} ± {one['sem']:.2f}".replace("-", "−") for task, one in above.iterrows()}
     assert f"{said['trec']} points above it on TREC, {said['sst2']} on SST-2, {said['bbc-news']} on BBC News" in TEXT
@@ -190,7 +231,12 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
         f"r = 4 has {of_news['lora-r4']:.2f} % and a held-out loss of {of_news_loss['lora-r4']:.3f}, evidence "
         f"{of_news_loss['aroma-evidence']:.3f}" in TEXT
     )
-    assert of_news_loss["aroma-evidence"] < of_news_loss["lora-r1"], "docs/limits.md says so"
+    assert all(abs(of_news_loss["aroma-evidence"] - of_news_loss[f"lora-r{r}"]) < 0.005 for r in (1, 2))
+    behind = [100 * (by_seed["aroma-evidence"] - by_seed[f"lora-r{r}"])["bbc-news"].mean() for r in (2, 4)]
+    assert (
+        f"level with r = 1, {-behind[0]:.1f} points below r = 2 and {-behind[1]:.1f} below r = 4. Its loss was "
+        "that of r = 1 and r = 2." in page_of("limits.md")
+    )
     rates = json.loads((RESULTS / "tried" / "rates-on-sst2.json").read_text(encoding="utf-8"))
     tried = {(one["learning_rate"], one["head_learning_rate"]): one["held_out_score"] for one in rates["choosing"]}
     assert max(tried, key=lambda pair: tried[pair]) == (0.01, 0.006)
@@ -221,6 +267,12 @@ def test_the_page_says_of_few_examples_what_the_runs_say() -> None:
     assert news["count"].to_dict() == {"fewer examples": 3, "nothing held out": 3, "all kept": 2}
 
 
+def over_tasks(difference: pd.Series) -> tuple[float, float]:
+    """Return the mean over tasks of a difference by task and seed, and its standard error."""
+    by_task = difference.groupby("task")
+    return float(by_task.mean().mean()), float((by_task.sem() ** 2).sum() ** 0.5 / by_task.ngroups)
+
+
 def held_out_losses() -> pd.Series:
     """Return the loss on held-out examples of the reported runs of real text, by method, task and seed."""
     reported = runs_of(RESULTS / "minilm-six").reported
@@ -235,14 +287,11 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
         task: f"{100 * abs(row.chosen_difference):.2f} ± {100 * row.chosen_error:.2f}" for task, row in rows.iterrows()
     }
     assert rows.loc["average", "chosen_difference"] > 0
-    assert f"gets {said['average']} points less than growth by evidence" in TEXT
-    assert f"**Evidence is {said['average']} points above what trying finds.**" in TEXT
-    in_short = f"{100 * rows.loc['average', 'chosen_difference']:.1f}"
-    for page, words in (
-        ("README.md", f"on average {in_short} above the rank"),
-        ("docs/limits.md", f"{in_short} behind"),
-    ):
-        assert words in " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    without_trec = rows.drop(["average", "trec"]).chosen_difference.mean()
+    assert without_trec < 0, "TREC alone makes it positive"
+    assert f"in short runs on held-out examples (+{said['average']})" in TEXT
+    assert f"**Evidence is level with what trying finds** (+{said['average']}; TREC alone makes it positive)" in TEXT
+    assert f"(+{said['average']}; TREC alone makes it positive)" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert rows.chosen.dropna().to_dict() == {
         "banking77": "lora-r8",
         "sst2": "lora-r8",
@@ -259,9 +308,8 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
         f"r = 16 {shown[3]} and r = 1 {shown[4]}." in TEXT
     )
     assert average.drop("head-only").idxmin() == "aroma-evidence"
-    by_task = (losses["aroma-evidence"] - losses["lora-r2"]).groupby("task")
-    error = (by_task.sem() ** 2).sum() ** 0.5 / by_task.ngroups
-    assert f"r = 2 ({by_task.mean().mean():.3f} ± {error:.3f})".replace("(-", "(−") in TEXT
+    mean, error = over_tasks(losses["aroma-evidence"] - losses["lora-r2"])
+    assert f"r = 2 ({mean:.3f} ± {error:.3f})".replace("(-", "(−") in TEXT
 
 
 TASKS = ROOT / "results" / "tasks"
@@ -311,6 +359,7 @@ def test_the_example_of_tasks_does_what_is_missing(tmp_path: Path, monkeypatch: 
         ("the same with noise", "planted-nets", "noisy"),
         ("the first in batches of 4, not 16", "planted-nets", "graded-b4"),
         ("the second in batches of 4", "planted-nets", "noisy-b4"),
+        ("rank 2 in every matrix", "planted-nets", "uniform"),
         ("an encoder with planted updates (three seeds)", "planted-minilm", "minilm"),
         ("TREC, accuracy", "minilm-six", "trec"),
         ("BANKING77, accuracy", "minilm-six", "banking77"),

@@ -29,7 +29,8 @@ def test_the_page_says_what_the_test_of_a_whole_update_brought() -> None:
     assert f"SST-2 {now.sst2:.2f} instead of {before.sst2:.2f} ({gained('sst2', 'shorter-starts')})" in TEXT
     assert f"`noisy` {now.noisy:.1f} % instead of {before.noisy:.1f} % ({gained('noisy', 'shorter-starts')})" in TEXT
     assert f"`graded` loses {gained('graded', 'longer-starts').removeprefix('−')}" in TEXT
-    assert f"TREC {gained('trec', 'longer-starts')}, BANKING77 {gained('banking77', 'longer-starts')}" in TEXT
+    trec = f"TREC {gained('trec', 'longer-starts')} (at a head rate of 0.002, not 0.006)"
+    assert f"{trec}, BANKING77 {gained('banking77', 'longer-starts')}" in TEXT
     assert f"nothing is planted, {grown(SHIPPED)} of 60 matrices" in TEXT
     assert f"they cost 0.{gained('graded', SHIPPED, 'no-cut-off').partition('.')[2]}" in TEXT
     assert of_evidence("no-cut-off").groupby("task").seed.count().to_dict() == {"graded": 4, "sst2": 2}
@@ -42,7 +43,10 @@ def test_the_page_says_of_what_was_tried_what_the_runs_say() -> None:
     assert f"{grown('single-directions')} of 60 matrices grow instead of {grown('longer-starts')}" in TEXT
     assert f"`noisy` it explains {single.noisy:.1f} % ({before.noisy:.1f} %)" in TEXT
     rank = of_evidence("single-directions").groupby("task").trained_rank.mean()
-    assert f"TREC has {single.trec:.2f} ({before.trec:.2f}) at {rank.trec:.2f} trained components" in TEXT
+    assert (
+        f"TREC has {single.trec:.2f} ({before.trec:.2f}, at a head rate of 0.006, not 0.002) at {rank.trec:.2f} "
+        in TEXT
+    )
     assert f"BANKING77 {single.banking77:.2f} ({before.banking77:.2f}) at {rank.banking77:.2f}" in TEXT
     assert (
         f"{grown('benjamini-hochberg')} of 60 matrices grow, `noisy` {pooled.noisy:.1f} %, TREC {pooled.trec:.2f}"
@@ -86,7 +90,7 @@ def test_the_page_says_of_shorter_starts_what_the_runs_say() -> None:
     assert f"SST-2 {now.sst2:.2f} (before {before.sst2:.2f})" in TEXT
     assert f"`noisy` {now.noisy:.1f} % ({before.noisy:.1f} %)" in TEXT
     assert f"nothing is planted {grown('shorter-starts')} of 60 matrices have a component" in TEXT
-    assert f"({grown('longer-starts')})" in TEXT
+    assert f"(at a rate of 0.01; before {grown('longer-starts')}, at 0.0005)" in TEXT
     old, new, *_ = tried["loss saved on held-out batches by the trial's updates"].values()
     worst, best = (pick(one["saved"] for one in old) for pick in (min, max))
     assert f"between {-worst:.2f} higher and {best:.2f} lower" in TEXT
@@ -130,6 +134,11 @@ def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
     assert f"SST-2 {ninety.sst2:.1f}. An eighth: {eighth.graded:.1f} %, {eighth.noisy:.1f} %" in TEXT
     assert f"TREC {eighth.trec:.1f}. A sixteenth: {sixteenth.graded:.1f} %, {sixteenth.noisy:.1f} %" in TEXT
     assert f"TREC {sixteenth.trec:.1f}. Where every matrix needs rank 8" in TEXT
+    more = tried[tried["of"] == "mean, an eighth, 37 questions"].groupby("task")[["score", "trained_rank"]].mean()
+    assert (
+        f"{100 * more.score['graded-b4']:.2f} % of `graded-b4` at {more.trained_rank['graded-b4']:.2f} trained "
+        f"components, and {100 * more.score['noisy-b4']:.2f} % of `noisy-b4`" in TEXT
+    )
     flat = scores.xs("flat8", level="task")
     one, other = (flat[f"mean, {of}", "aroma-evidence"] for of in ("an eighth", "a sixteenth"))
     old, lora = (flat["before the mean", method] for method in ("aroma-evidence", "lora-r8"))

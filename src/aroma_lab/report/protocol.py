@@ -189,7 +189,7 @@ def _choices(runs: Runs, idle: Iterable[str]) -> list[str]:
         *(f"{what}: {', '.join(values)}." for what, values in chosen.items()),
         *_note("Not with the chosen values: {}.", _who(unlike)),
         *_note("Without a choice on held-out examples, with the given values: {}.", _who(without)),
-        *_note("The choice looked at reported examples: {}.", _who(ahead)),
+        *_note("Runs that chose settings also evaluated reported examples: {}.", _who(ahead)),
     ]
 
 
