@@ -193,3 +193,19 @@ def test_the_page_says_of_scaled_updates_what_the_runs_say() -> None:
     assert f"`noisy` {gain('noisy', 0.01)} and {gain('noisy', 0.03)}." in TEXT
     assert f"SST-2 {gain('sst2', 0.003)}, TREC {gain('trec', 0.003)} (three seeds)" in TEXT
     assert f"BBC News {gain('bbc-news', 0.003)} (two)" in TEXT
+
+    rows = tried[tried["of"] == "slow rows"].set_index(["task", "seed"])
+    gains = {task: in_points(runs.score - before) for task, runs in rows.groupby("task")}
+    assert (
+        f"TREC {gains['trec']}, BBC News {gains['bbc-news']}, SST-2 {gains['sst2']}, BANKING77 {gains['banking77']}."
+        in TEXT
+    )
+    encoder = runs_of(RESULTS / "planted-minilm").reported
+    encoder = encoder[encoder.seed < 2].groupby("method")[["score", "trained_rank"]].mean()
+    slow = rows.groupby("task")[["score", "trained_rank"]].mean()
+    assert f"{100 * slow.score.minilm:.2f} % at {slow.trained_rank.minilm:.2f} trained components (two seeds" in TEXT
+    shipped = encoder.loc["aroma-evidence"]
+    assert f"{100 * shipped.score:.2f} % at {shipped.trained_rank:.2f} there" in TEXT
+    assert f"LoRA r = 8 {100 * encoder.score['lora-r8']:.2f} %" in TEXT
+    few = [f"{100 * slow.score[task]:.2f} % of `{task}`" for task in ("graded-b4", "noisy-b4")]
+    assert f"at 0.01, {few[0]} and {few[1]} (two seeds)" in TEXT
