@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import get_peft_model
+from torch import Tensor, nn
 from transformers import Trainer
 
-from aroma import AromaCallback, AromaConfig, hold_out
+from aroma import AromaCallback, AromaConfig, Event, hold_out
 from aroma.errors import ConfigError
-from aroma.integrations.held_out import without_trained
-from evidence_runs import METHOD
+from aroma.integrations.held_out import HeldOutDataset, without_trained
+from evidence_runs import METHOD, bert, bert_trainer, growth_dataset
 from trainer_runs import arguments, examples, tiny_bert
 
 
@@ -38,6 +40,49 @@ def test_columns_that_no_model_reads_are_dropped_as_the_trainer_drops_them(tmp_p
     assert controller is not None
     assert controller.rule.phase not in ("start", "trial", "questions")
     assert controller.global_step == 40
+
+
+def test_a_batch_is_what_an_optimizer_step_takes(tmp_path: Path) -> None:
+    """So accumulated gradients are decided on as many examples as a large batch."""
+    settled: list[dict[str, tuple[int, float | None]]] = []
+    for accumulated in (1, 2, 4):
+        events: list[Event] = []
+        model = bert(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double())
+        sizes = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
+        bert_trainer(tmp_path, events, model, {"growth_dataset": growth_dataset()}, **sizes).train()
+        settled.append({event.module: (event.rank, event.value) for event in events if event.kind == "settled"})
+    whole, *others = settled
+    assert whole
+    assert any(rank for rank, _ in whole.values())
+    for parts in others:
+        assert {name: rank for name, (rank, _) in parts.items()} == {name: rank for name, (rank, _) in whole.items()}
+        assert [value for _, value in parts.values()] == pytest.approx([value for _, value in whole.values()])
+
+
+def seen(batch_size: int, accumulated: int, number: int, questions: int = 8) -> list[list[int]]:
+    """Return the rows of 40 in each micro-batch of a held-out batch."""
+    found: list[list[int]] = []
+
+    def note(model: nn.Module, batch: list[int]) -> Tensor:
+        found.append(batch)
+        return torch.zeros(())
+
+    held_out = HeldOutDataset(range(40), batch_size, accumulated, questions, list, 0, 0, note, 0.7)
+    for _ in held_out.losses(nn.Linear(1, 1), number):
+        pass
+    return found
+
+
+def test_micro_batches_are_parts_of_a_batch() -> None:
+    for number in (0, 3, 11):
+        (whole,) = seen(4, 1, number)
+        parts = seen(2, 2, number)
+        assert [len(part) for part in parts] == [2, 2]
+        assert [*parts[0], *parts[1]] == whole
+
+
+def test_few_examples_make_more_batches_rather_than_large_ones() -> None:
+    assert [len(seen(2, 8, 0, questions)) for questions in (2, 4, 8, 16, 40)] == [8, 5, 2, 1, 1]
 
 
 @pytest.mark.parametrize("text", ["as there", "another"])

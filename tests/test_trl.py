@@ -355,9 +355,9 @@ def test_a_loss_that_the_model_does_not_compute_is_missed_before_any_step(tmp_pa
 
 def test_held_out_examples_leave_no_trace_in_the_metrics_of_the_trainer(tmp_path: Path) -> None:
     trainer: Any = trainer_for("dpo", tmp_path, AromaCallback(), growth="evidence")
-    held_out = HeldOutDataset(trainer.train_dataset, 4, trainer.data_collator, 0, 0, trainer.compute_loss, 0.7)
+    held_out = HeldOutDataset(trainer.train_dataset, 4, 1, 8, trainer.data_collator, 0, 0, trainer.compute_loss, 0.7)
     trainer.model.eval()
-    value = held_out.loss(trainer.model, 0)
+    (value,) = held_out.losses(trainer.model, 0)
     assert value.item() == pytest.approx(0.6931, abs=1e-4)
     assert not trainer._metrics["eval"]
     trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def combine(
         _fill(matrix, whole.updates.get(matrix.name))
     matrices.ask_for_credit()
     for batch in batches:
-        matrices.weigh_held_out(lambda batch=batch: (loss or model_loss)(model, batch))  # type: ignore[misc]
+        matrices.weigh_held_out(map(partial(loss or model_loss, model), [batch]))
     credits = [one for one in matrices.take_credits() if not np.isinf(one).any()]
     if len(credits) < QUESTIONS[0]:
         remedy = f"so few decide nothing; give {QUESTIONS[0]} or more with finite losses"

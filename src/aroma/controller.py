@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -45,8 +45,8 @@ RulePlan = Callable[[Any], GrowthRule]
 class HeldOut(Protocol):
     """Batches of examples that are not trained on, and their loss."""
 
-    def loss(self, model: nn.Module, number: int) -> Tensor:
-        """Return the scalar loss of batch `number`, counted from 0; every process has its own batch."""
+    def losses(self, model: nn.Module, number: int) -> Iterable[Tensor]:
+        """Yield the scalar losses of the micro-batches of batch `number`, from 0; every process has its own."""
 
 
 _COMPILED_GROWTHS = 8
@@ -274,7 +274,7 @@ class AromaController:
             self.matrices.absorb(record=is_new)
             return
         for number in () if self.finished else self.rule.held_out_duels(step - first_pass):
-            self.matrices.weigh_held_out(partial(held_out.loss, self.matrices.model, number))
+            self.matrices.weigh_held_out(held_out.losses(self.matrices.model, number))
         self.matrices.absorb(record=False)
 
     def _ask_held_out(self) -> list[Event]:
@@ -284,7 +284,7 @@ class AromaController:
             return events
         while numbers := self.rule.held_out_questions():
             for number in numbers:
-                self.matrices.weigh_held_out(partial(self._held_out.loss, self.matrices.model, number))
+                self.matrices.weigh_held_out(self._held_out.losses(self.matrices.model, number))
             events += self.rule.answer()
         return events
 

@@ -5,7 +5,7 @@ A growth rule acts on these (`aroma.algorithm.Matrices`). They know layers, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -307,8 +307,8 @@ class GrowingMatrices:
     def discard(self) -> None:
         """Forget what the backwards of a skipped step answered; nothing is asked."""
 
-    def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
-        """Ask held-out examples; nothing is asked. `loss` returns a scalar."""
+    def weigh_held_out(self, losses: Iterable[Tensor]) -> None:
+        """Ask held-out examples; nothing is asked. `losses` are scalars."""
 
     def stop_asking(self) -> None:
         """Ask no backward any more; nothing is asked."""

@@ -7,7 +7,7 @@ micro-batches add up as everywhere, no hook is needed, and no m×n matrix is for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -343,31 +343,34 @@ class SlotMatrices(GrowingMatrices):
                 yield from zip(probe[:3], parts, strict=True)
 
     @torch.no_grad()
-    def weigh_held_out(self, loss: Callable[[], Tensor]) -> None:
-        """Ask held-out examples; they train nothing. A batch whose loss is not finite says nothing of any matrix.
+    def weigh_held_out(self, losses: Iterable[Tensor]) -> None:
+        """Ask a batch of held-out examples; they train nothing. If its loss is not finite, it says nothing.
 
         Args:
-            loss: Returns the loss of a batch of them, a scalar, at the model as it is.
+            losses: The loss of each of its micro-batches, a scalar, at the model as it is. They count alike. One is
+                asked before the next is computed.
         """
         answers = [torch.zeros_like(group.answers) for group in self._groups]
         asked = [pair for group, own in zip(self._groups, answers, strict=True) for pair in self._asked(group, own)]
         if not asked:
             return
+        values = []
         with torch.enable_grad(), evaluating(self.model):
-            value = loss()
-            with refuse_together(self.device):
-                _require_loss(value)
-            # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
-            found = torch.autograd.grad(value.reshape(()), [leaf for leaf, _ in asked], allow_unused=True)
-        with refuse_together(self.device):
-            _require_reached(found)
-        for (_, part), gradient in zip(asked, found, strict=True):
-            if gradient is not None:
-                part.copy_(gradient)
+            for value in losses:
+                with refuse_together(self.device):
+                    _require_loss(value)
+                # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
+                found = torch.autograd.grad(value.reshape(()), [leaf for leaf, _ in asked], allow_unused=True)
+                with refuse_together(self.device):
+                    _require_reached(found)
+                values.append(value.detach().reshape(()))
+                for (_, part), gradient in zip(asked, found, strict=True):
+                    if gradient is not None:
+                        part.add_(gradient)
         # A loss may overflow where its gradient does not.
-        is_broken = ~value.detach().reshape(()).isfinite()
+        is_broken = ~torch.stack(values).isfinite().all()
         for own in answers:
-            _average(own.masked_fill_(is_broken.to(own.device), torch.nan))
+            _average(own.div_(len(values)).masked_fill_(is_broken.to(own.device), torch.nan))
         self._record(answers)
 
     def _record(self, answers: Sequence[Tensor]) -> None:

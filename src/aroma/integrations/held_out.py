@@ -28,9 +28,14 @@ _MOST_ROWS = 50_000
 class HeldOutDataset:
     """Batches of a data set, in a random order that depends on a seed alone; each process has its own.
 
+    A batch has as many micro-batches as an optimizer step accumulates. It has fewer where the examples would not do
+    for the batches that end the trial.
+
     Args:
         dataset: The examples, by index.
-        batch_size: Examples of a batch of one process.
+        batch_size: Examples of a micro-batch of one process.
+        accumulated: Micro-batches of an optimizer step.
+        questions: Batches that end the trial.
         collate: Makes a batch of a list of examples.
         seed: Seed of the order.
         rank: Number of this process.
@@ -45,6 +50,8 @@ class HeldOutDataset:
         self,
         dataset: Any,
         batch_size: int,
+        accumulated: int,
+        questions: int,
         collate: Callable[[list[Any]], Any],
         seed: int,
         rank: int,
@@ -55,13 +62,16 @@ class HeldOutDataset:
         self._batch_size = batch_size
         self._loss = loss or model_loss
         together = batch_size * world_size()
+        self._micro_batches = max(min(len(dataset) // (together * questions), accumulated), 1)
+        together *= self._micro_batches
         self._batches = len(dataset) // together
         said = f"{len(dataset)} examples, {self._batches} batches of {together}"
         require_enough(self._batches, "growth_dataset", said, significance)
 
-    def loss(self, model: nn.Module, number: int) -> Tensor:
-        """Return the scalar loss of this process's batch `number`; after the last batch comes another order."""
-        return _loss_of(self._loss, model, self._batch(number))
+    def losses(self, model: nn.Module, number: int) -> Iterator[Tensor]:
+        """Yield the scalar losses of this process's batch `number`; after the last batch comes another order."""
+        for micro_batch in range(self._micro_batches):
+            yield _loss_of(self._loss, model, self._micro_batch(number, micro_batch))
 
     def require_loss(self, model: nn.Module) -> None:
         """Find out now, not at the end of the trial, that `model` computes no loss of a batch without labels.
@@ -69,17 +79,17 @@ class HeldOutDataset:
         Raises:
             ConfigError: It does not, and no loss was given.
         """
-        batch = self._batch(0)
+        batch = self._micro_batch(0, 0)
         if self._loss is not model_loss or (isinstance(batch, Mapping) and any("label" in name for name in batch)):
             return
         with torch.no_grad(), evaluating(model):
             _loss_of(self._loss, model, batch)
 
-    def _batch(self, number: int) -> Any:
+    def _micro_batch(self, number: int, micro_batch: int) -> Any:
         round_, place = divmod(number, self._batches)
         generator = torch.Generator().manual_seed(self._seed + round_)
         order = torch.randperm(len(self._dataset), generator=generator)
-        start = (place * world_size() + self._rank) * self._batch_size
+        start = ((place * world_size() + self._rank) * self._micro_batches + micro_batch) * self._batch_size
         rows = order[start : start + self._batch_size].tolist()
         return self._collate([self._dataset[row] for row in rows])
 
@@ -109,8 +119,8 @@ class HeldOutBatches:
         if isinstance(batches, Sized):
             require_enough(len(batches), "growth_batches", f"{len(batches)} batches", significance)
 
-    def loss(self, model: nn.Module, number: int) -> Tensor:
-        """Return the scalar loss of batch `number`; those before it are passed over.
+    def losses(self, model: nn.Module, number: int) -> Iterator[Tensor]:
+        """Yield the scalar loss of batch `number`, which is one micro-batch; those before it are passed over.
 
         Raises:
             ConfigError: The batches have ended, and cannot be iterated again.
@@ -121,7 +131,7 @@ class HeldOutBatches:
                 self._next()
             batch = self._next()
             self._random = torch.get_rng_state()
-        return _loss_of(self._loss, model, batch)
+        yield _loss_of(self._loss, model, batch)
 
     def _next(self) -> Any:
         self._taken += 1
