@@ -45,6 +45,10 @@ RulePlan = Callable[[Any], GrowthRule]
 class HeldOut(Protocol):
     """Batches of examples that are not trained on, and their loss."""
 
+    @property
+    def count(self) -> int | None:
+        """Number of batches without an example in common; None if nobody knows."""
+
     def losses(self, model: nn.Module, number: int) -> Iterable[Tensor]:
         """Yield the scalar losses of the micro-batches of batch `number`, from 0; every process has its own."""
 
@@ -256,6 +260,8 @@ class AromaController:
             UserWarning: The run is longer than the first pass, and nothing is held out.
         """
         self._held_out, self._first_pass = held_out, first_pass
+        if isinstance(self.rule, EvidenceRule):
+            self.rule.held_out_batches = None if held_out is None else held_out.count
         if not self.config.has_slots or held_out is not None or first_pass is None:
             return
         if self.total_steps is None or self.total_steps > first_pass:

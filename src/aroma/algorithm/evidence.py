@@ -3,7 +3,7 @@
 W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
 it says is out of sample.
 
-**The trial.** For the first tenth of the run every matrix trains as many components as it has slots. Then up to 16
+**The trial.** For the first tenth of the run every matrix trains as many components as it has slots. Then up to 64
 batches are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
 
 .. code-block:: text
@@ -58,15 +58,19 @@ UNUSED = 4
 SHARE_KEPT = 0.99
 """Share of what the candidates save that must be carried by the directions that stay."""
 
-QUESTIONS = (8, 16)
-"""Fewest and most batches that are asked at the end of the trial: half as many as it has steps. None is trained on."""
+QUESTIONS = (8, 64)
+"""Fewest and most batches that are asked at the end of the trial: half as many as it has steps, but none twice unless
+there are fewer than eight. None is trained on."""
 
 TOLD_INTERVAL = 40
 """Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
 trains is finite."""
 
 HELD_OUT_INTERVAL = 9
-"""Optimizer steps between batches of held-out examples, once the training examples have all been seen."""
+"""Fewest optimizer steps between batches of held-out examples, once the training examples have all been seen."""
+
+HELD_OUT_SHARE = 0.12
+"""Held-out batches of a run, at most, as a share of its optimizer steps; the questions are asked anyhow."""
 
 _THETAS = (np.arange(1, 200) / 200) / 2 + 0.5
 """Grid of the mixture: probabilities of heads above one half."""
@@ -95,8 +99,14 @@ class EvidenceSettings:
 
     @property
     def questions(self) -> int:
-        """Batches that are asked at the end of the trial."""
+        """Batches that are asked at the end of the trial, if as many are at hand."""
         return question_count(self.trial_steps)
+
+    def held_out_interval(self, first_pass: int) -> int:
+        """Return the optimizer steps between held-out batches that duel, after a first pass of `first_pass` steps."""
+        left = HELD_OUT_SHARE * (self.last_step + self.trial_steps) - self.questions
+        duelling = self.last_step - max(first_pass, self.trial_steps)
+        return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(left, 1)))
 
 
 class Reading(NamedTuple):
@@ -193,6 +203,8 @@ class EvidenceRule(Generic[E]):
         max_inner_steps: Always 0.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
+        held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held out,
+            or nobody knows.
         tell: Called with events as they happen.
     """
 
@@ -212,6 +224,7 @@ class EvidenceRule(Generic[E]):
         self.phase = "start"
         self.births = 0
         self.last_birth: int | None = None
+        self.held_out_batches: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -229,7 +242,7 @@ class EvidenceRule(Generic[E]):
         if self.phase in ("start", "trial"):
             stage = f"trial {self.global_step}/{self._settings.trial_steps}"
         elif self.phase == "questions":
-            stage = f"asking {len(self._credits)}/{self._settings.questions}"
+            stage = f"asking {len(self._credits)}/{self._questions}"
         else:
             last = "" if self.last_birth is None else f", last at step {self.last_birth}"
             stage = f"births {self.births}{last}"
@@ -286,8 +299,8 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        number, rest = divmod(step, HELD_OUT_INTERVAL)
-        return () if rest or self.phase != "growth" else (max(self._asked, self._settings.questions) + number,)
+        number, rest = divmod(step, self._settings.held_out_interval(first_pass=self.global_step - step))
+        return () if rest or self.phase != "growth" else (max(self._asked, self._questions) + number,)
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open at the end of the trial."""
@@ -297,7 +310,7 @@ class EvidenceRule(Generic[E]):
             # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
             self._credits = []
         first = self._asked  # later others are asked, in place of those that overflowed
-        self._asked += self._settings.questions - len(self._credits)
+        self._asked += self._questions - len(self._credits)
         return range(first, self._asked)
 
     def answer(self) -> list[Event]:
@@ -328,13 +341,19 @@ class EvidenceRule(Generic[E]):
         self._matrices.ask_for_credit()
         return []
 
+    @property
+    def _questions(self) -> int:
+        """Batches that are asked: an example that is asked twice would count for two."""
+        most = self._settings.questions
+        return most if self.held_out_batches is None else min(most, max(QUESTIONS[0], self.held_out_batches))
+
     def _answered(self) -> list[Event]:
         """Note what the batches said; after the last one, drop what does not save loss."""
         matrices = self._matrices.all()
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
                 self._credits.append(credits)
-        if len(self._credits) < self._settings.questions:
+        if len(self._credits) < self._questions:
             return []
         credits = np.stack(self._credits)
         kept = directions_to_keep(credits, self._settings.significance)

@@ -64,9 +64,9 @@ class HeldOutDataset:
         together = batch_size * world_size()
         self._micro_batches = max(min(len(dataset) // (together * questions), accumulated), 1)
         together *= self._micro_batches
-        self._batches = len(dataset) // together
-        said = f"{len(dataset)} examples, {self._batches} batches of {together}"
-        require_enough(self._batches, "growth_dataset", said, significance)
+        self.count = len(dataset) // together
+        said = f"{len(dataset)} examples, {self.count} batches of {together}"
+        require_enough(self.count, "growth_dataset", said, significance)
 
     def losses(self, model: nn.Module, number: int) -> Iterator[Tensor]:
         """Yield the scalar losses of this process's batch `number`; after the last batch comes another order."""
@@ -86,7 +86,7 @@ class HeldOutDataset:
             _loss_of(self._loss, model, batch)
 
     def _micro_batch(self, number: int, micro_batch: int) -> Any:
-        round_, place = divmod(number, self._batches)
+        round_, place = divmod(number, self.count)
         generator = torch.Generator().manual_seed(self._seed + round_)
         order = torch.randperm(len(self._dataset), generator=generator)
         start = ((place * world_size() + self._rank) * self._micro_batches + micro_batch) * self._batch_size
@@ -112,12 +112,13 @@ class HeldOutBatches:
 
     def __init__(self, batches: Iterable[Any], loss: Loss | None, rank: int, significance: float) -> None:
         self._batches = batches
+        self.count = len(batches) if isinstance(batches, Sized) else None
         self._loss = loss or model_loss
         self._iterator: Iterator[Any] | None = None
         self._taken = 0
         self._random = torch.Generator().manual_seed(rank).get_state()
-        if isinstance(batches, Sized):
-            require_enough(len(batches), "growth_batches", f"{len(batches)} batches", significance)
+        if self.count is not None:
+            require_enough(self.count, "growth_batches", f"{self.count} batches", significance)
 
     def losses(self, model: nn.Module, number: int) -> Iterator[Tensor]:
         """Yield the scalar loss of batch `number`, which is one micro-batch; those before it are passed over.
