@@ -102,9 +102,14 @@ class EvidenceSettings:
         """Batches that are asked at the end of the trial, if as many are at hand."""
         return question_count(self.trial_steps)
 
-    def held_out_interval(self, first_pass: int) -> int:
-        """Return the optimizer steps between held-out batches that duel, after a first pass of `first_pass` steps."""
-        left = HELD_OUT_SHARE * (self.last_step + self.trial_steps) - self.questions
+    def held_out_interval(self, first_pass: int, asked: int) -> int:
+        """Return the optimizer steps between held-out batches that duel.
+
+        Args:
+            first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
+            asked: Held-out batches that are asked at the end of the trial.
+        """
+        left = HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked
         duelling = self.last_step - max(first_pass, self.trial_steps)
         return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(left, 1)))
 
@@ -299,7 +304,7 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        number, rest = divmod(step, self._settings.held_out_interval(first_pass=self.global_step - step))
+        number, rest = divmod(step, self._settings.held_out_interval(self.global_step - step, self._questions))
         return () if rest or self.phase != "growth" else (max(self._asked, self._questions) + number,)
 
     def held_out_questions(self) -> Sequence[int]:
