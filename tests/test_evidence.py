@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aroma import AromaConfig, aroma_layers, attach
 from aroma.algorithm.evidence import (
     FIRST_STEP,
+    EvidenceSettings,
     candidates,
     directions_that_convince,
     directions_to_keep,
@@ -82,7 +83,7 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
         pytest.param(2, 0.1, 0.6, False, None, id="merges"),
         pytest.param(1, 0.1, 0.1, False, None, id="one slot", marks=pytest.mark.slow),
         pytest.param(3, 0.25, 0.6, True, 60, id="held out later"),
-        pytest.param(3, 0.25, 0.4, True, 15, id="held out always", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, True, 15, id="held out always", marks=pytest.mark.slow),
         pytest.param(3, 0.25, 0.6, True, None, id="held out for the trial alone", marks=pytest.mark.slow),
     ],
 )
@@ -94,7 +95,9 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     held = batches(x[300:], y[300:], 60, seed=9)
     data = batches(x[:300], y[:300], steps)
     weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
-    settings = Settings(S=slots, kappa=kappa, first_pass=first_pass, holds_out=holds_out, last=steps - 20)
+    given = {"S": slots, "kappa": kappa, "first_pass": first_pass, "holds_out": holds_out, "last": steps - 20}
+    alpha, interval = (0.2, 12) if first_pass == 15 else (0.05, 9)  # few batches duel then
+    settings = Settings(alpha=alpha, held_out_interval=interval, **given)
     reference = Reference(weights, settings)
     net = Net()
 
@@ -104,7 +107,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(
         loss = (net(batch[0]) - batch[1]).square().mean()
         return [*torch.autograd.grad(loss, [layer.weight for layer in net.layers])]
 
-    model = grown(base, slots=slots, duel_factor=kappa)
+    model = grown(base, slots=slots, duel_factor=kappa, significance=alpha)
     optimizer = adam(model)
     events = []
     growth = attach(
@@ -244,6 +247,19 @@ def test_a_matrix_moves_as_far_with_many_components_as_with_one(slots: int) -> N
         return [(b @ a).norm() for b, a in pairs]
 
     torch.testing.assert_close(first_moves(slots), first_moves(1), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("passes", [1.5, 3, 10])
+@pytest.mark.parametrize("steps", [200, 320, 640, 1_000, 100_000])
+def test_held_out_batches_are_a_small_share_of_a_run(steps: int, passes: float) -> None:
+    trial = max(steps // 10, 16)
+    settings = EvidenceSettings(0.05, 0.5, 8, trial, (steps - trial) // 4 * 4, None)
+    first_pass = int(steps / passes)
+    interval = settings.held_out_interval(first_pass, settings.questions)
+    duels = math.ceil((settings.last_step - max(first_pass, trial)) / interval)
+    assert interval >= 9
+    assert settings.questions + duels <= 0.12 * steps + 1
+    assert duels >= min(12, (settings.last_step - first_pass) // 9), "a birth takes seven"
 
 
 def test_nothing_is_born_after_the_step_that_is_named() -> None:

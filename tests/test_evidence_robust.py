@@ -145,8 +145,9 @@ def test_batches_that_overflow_say_nothing_and_stop_nothing() -> None:
 
 
 def asking(*overflowing: int) -> Loop:
-    """A run that asks held-out batches alone: 0 to 7 at step 16, 10 at step 22, and so on every ninth step."""
-    return Loop(steps=2 * STEPS, steps_per_pass=3, growth_batches=held_out(overflowing=overflowing))
+    """A run that asks held-out batches alone: 0 to 7 at step 16, 10 at step 25, and so on every eleventh step."""
+    batches = held_out(overflowing=overflowing)
+    return Loop(net(trial_share=1 / 15), steps=4 * STEPS, steps_per_pass=3, growth_batches=batches)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,15 @@ def test_held_out_batches_that_overflow_stop_nothing(overflowing: tuple[int, ...
     assert_grew(loop.go_on())
 
 
+@pytest.mark.parametrize(("count", "asked"), [(9, 9), (7, 8), (40, 12), (None, 12)])
+def test_a_batch_is_not_asked_twice(count: int | None, asked: int) -> None:
+    """But for the eight that decide at least."""
+    batches = iter(held_out()) if count is None else held_out(count)
+    loop = Loop(steps=240, steps_per_pass=3, growth_batches=batches).go_on(24)
+    assert any(event.kind == "settled" for event in loop.events)
+    assert loop.growth.controller.rule.state()["asked"] == asked
+
+
 def test_held_out_examples_spare_the_training_its_questions() -> None:
     """Without them eight training batches are asked and not trained on; with them every step trains."""
     still = []
@@ -181,15 +191,15 @@ def test_held_out_examples_spare_the_training_its_questions() -> None:
 
 
 def test_a_held_out_batch_that_overflows_says_nothing() -> None:
-    """Step 22 asks the first one after the trial, and step 31 the next."""
+    """Step 25 asks the first one after the trial, and step 36 the next."""
     first, later = (
-        min(event.step for event in asking(*overflowing).go_on().events if event.kind == "born" and event.step > 17)
+        min(event.step for event in asking(*overflowing).go_on(60).events if event.kind == "born" and event.step > 17)
         for overflowing in ((), (10,))
     )
-    assert first < 31 <= later
+    assert first < 36 <= later
 
 
-@pytest.mark.parametrize(("overflowing", "asked"), [((1, 2, 3, 4), 16), ((10, 11, 12, 13), 49)])
+@pytest.mark.parametrize(("overflowing", "asked"), [((1, 2, 3, 4), 16), ((10, 11, 12, 13), 58)])
 def test_four_held_out_batches_in_a_row_that_overflow_stop_the_run(overflowing: tuple[int, ...], asked: int) -> None:
     loop = asking(*overflowing).go_on(asked - 1)
     with pytest.raises(
