@@ -7,7 +7,18 @@ import json
 import pandas as pd
 
 from aroma_lab.report.formats import signed_points
-from published import GROWN, RESULTS, SHIPPED, gained, grown, in_points, of_evidence, page_of, runs_of, scores_of
+from published import (
+    RESULTS,
+    SHIPPED,
+    gained,
+    grown,
+    in_points,
+    of_evidence,
+    page_of,
+    runs_of,
+    scores_of,
+    with_sixteen_questions,
+)
 
 TEXT = page_of("tried.md")
 
@@ -100,7 +111,7 @@ def test_the_page_says_of_shorter_starts_what_the_runs_say() -> None:
 
 def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
     tried = of_evidence("mean-of-the-trial")
-    shipped = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])
+    shipped = with_sixteen_questions()
     whole = tried[tried["of"] == "mean, a sixteenth, 32 questions"].set_index(["task", "seed"])
     complete = [task for task, runs in whole.groupby("task") if len(runs) == 5 and task != "nothing"]
     assert {*complete} == {*LABELS}
@@ -114,14 +125,12 @@ def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
     def found(runs: pd.DataFrame) -> float:
         return sum(map(sum, runs.loc["uniform"].ranks)) / 60
 
-    then = sum(sum(result["ranks"].values()) for result in shipped.loc["uniform"].result) / 60
-    assert f"ends with {found(whole):.2f} components where 2 are planted, not {then:.2f})" in TEXT
-    of_rates = json.loads((RESULTS / "tried" / "mean-of-the-trial.json").read_text(encoding="utf-8"))["choosing"]
-    before = json.loads((RESULTS / "planted-nets" / "selection.json").read_text(encoding="utf-8"))
-    at = [
-        {values["training.learning_rate"]: score for values, score in tried}
-        for tried in (of_rates["graded-b4"], before["graded-b4"]["aroma-evidence"]["tried"])
+    assert f"ends with {found(whole):.2f} components where 2 are planted, not {found(shipped):.2f})" in TEXT
+    of_rates = [
+        json.loads((RESULTS / "tried" / f"{name}.json").read_text(encoding="utf-8"))["choosing"]["graded-b4"]
+        for name in ("mean-of-the-trial", "sixteen-questions")
     ]
+    at = [{values["training.learning_rate"]: score for values, score in found} for found in of_rates]
     assert f"at 0.03 `graded-b4` explains {100 * at[0][0.03]:.1f} % in place of nothing at all" in TEXT
     assert at[1][0.03] < 0
     scores = 100 * tried.groupby(["of", "task", "method"]).score.mean()
@@ -150,7 +159,7 @@ def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
 
 def test_the_page_says_of_a_review_what_the_runs_say() -> None:
     tried = of_evidence("review")
-    before = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])
+    before = with_sixteen_questions()
 
     def compared(of: str) -> pd.DataFrame:
         runs = tried[tried["of"] == of].set_index(["task", "seed"])
@@ -182,8 +191,7 @@ def test_the_page_says_of_scaled_updates_what_the_runs_say() -> None:
     tried = of_evidence("scaled-updates")
     planted = 100 * tried[tried.task == "minilm"].set_index("of").score
     assert f"{planted['scaled']:.2f} % is explained in place of {planted['short rows']:.2f} % (one seed" in TEXT
-    nets, six = of_evidence(SHIPPED), runs_of(RESULTS / "minilm-six").of("aroma-evidence")
-    before = pd.concat([nets[nets.task.isin(["graded", "noisy"])], six]).set_index(["task", "seed"]).score
+    before = with_sixteen_questions().score
 
     def gain(task: str, rate: float) -> str:
         runs = tried[(tried["of"] == "scaled") & (tried.learning_rate == rate) & (tried.task == task)]
