@@ -148,7 +148,7 @@ def test_the_page_says_of_single_matrices_what_the_runs_say() -> None:
     nothing = [found for planted, found in mixed if not planted]
     assert f"mostly gets nothing ({nothing.count(0)} of {len(nothing)})" in TEXT
     assert max(found - planted for planted, found in mixed) == 4
-    assert max(found - planted for planted, found in pairs["uniform"]) == 5
+    assert 3.5 < sum(found for _, found in pairs["uniform"]) / len(pairs["uniform"]) < 4.5, "about four"
     others = [found - planted for planted, found in mixed if planted]
     assert sum(0 <= more <= 3 for more in others) > 0.7 * len(others)
 
@@ -231,11 +231,11 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
         f"r = 4 has {of_news['lora-r4']:.2f} % and a held-out loss of {of_news_loss['lora-r4']:.3f}, evidence "
         f"{of_news_loss['aroma-evidence']:.3f}" in TEXT
     )
-    assert all(abs(of_news_loss["aroma-evidence"] - of_news_loss[f"lora-r{r}"]) < 0.005 for r in (1, 2))
-    behind = [100 * (by_seed["aroma-evidence"] - by_seed[f"lora-r{r}"])["bbc-news"].mean() for r in (2, 4)]
+    assert min(of_news_loss, key=lambda name: of_news_loss[name]) == "aroma-evidence"
+    behind = [-100 * (by_seed["aroma-evidence"] - by_seed[f"lora-r{r}"])["bbc-news"].mean() for r in (1, 2, 4)]
     assert (
-        f"level with r = 1, {-behind[0]:.1f} points below r = 2 and {-behind[1]:.1f} below r = 4. Its loss was "
-        "that of r = 1 and r = 2." in page_of("limits.md")
+        f"was {behind[0]:.1f} points below r = 1, {behind[1]:.1f} below r = 2 and {behind[2]:.1f} below r = 4. "
+        "Its loss was the lowest of all." in page_of("limits.md")
     )
     rates = json.loads((RESULTS / "tried" / "rates-on-sst2.json").read_text(encoding="utf-8"))
     tried = {(one["learning_rate"], one["head_learning_rate"]): one["held_out_score"] for one in rates["choosing"]}

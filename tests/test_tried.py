@@ -8,6 +8,7 @@ import pandas as pd
 
 from aroma_lab.report.formats import signed_points
 from published import (
+    GROWN,
     RESULTS,
     SHIPPED,
     gained,
@@ -155,6 +156,19 @@ def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
         f"an eighth explains {one:.1f} %, a sixteenth {other:.1f} %, the shipped rule {old:.1f} % (one seed)" in TEXT
     )
     assert f"LoRA r = 8 {lora:.1f} %." in TEXT
+
+
+def test_the_page_says_of_more_questions_what_the_runs_say() -> None:
+    then = of_evidence("sixteen-questions").set_index(["task", "seed"])
+    now = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in GROWN]).set_index(["task", "seed"])
+    tasks = [task for task in LABELS if task in then.index]
+    assert {*tasks} == {"graded", "noisy", "graded-b4", "noisy-b4", "uniform", "bbc-news"}
+    for task in tasks:
+        before, after = then.loc[task], now.loc[task]
+        assert len(before) == len(after) == 5
+        scores = " | ".join(f"{100 * runs.score.mean():.2f}" for runs in (before, after))
+        ranks = " | ".join(f"{runs.trained_rank.mean():.2f}" for runs in (before, after))
+        assert f"| {LABELS[task]} | {scores} | {in_points(after.score - before.score)} | {ranks} |" in TEXT
 
 
 def test_the_page_says_of_a_review_what_the_runs_say() -> None:
