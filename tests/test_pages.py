@@ -100,9 +100,9 @@ def test_the_recipe_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # Python --------------------------------------------------------------------------------------------------------------
 
 
-def given(folder: Path) -> dict[str, Any]:
-    """What the pages take as given."""
-    rows = examples(160)
+def given(folder: Path, count: int = 160) -> dict[str, Any]:
+    """What the pages take as given, `count` examples among it."""
+    rows = examples(count)
     args = TrainingArguments(
         str(folder / "out"),
         max_steps=40,
@@ -133,7 +133,7 @@ def test_pages_with_python_are_those_that_run() -> None:
 def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = torch.tensor(given(tmp_path)["dataset"][:4]["input_ids"])
-    names = run("index.md", given(tmp_path))
+    names = run("index.md", given(tmp_path, count=320))  # a tenth is enough to decide
     with torch.no_grad():
         answers = [one.eval()(rows).logits for one in (names["trainer"].model, names["model"], tiny_bert())]
         served = run("serving.md", given(tmp_path))
