@@ -138,6 +138,13 @@ def detached() -> dict[str, Any]:
     return {"weights": updates(loop.model), "steps": loop.done}
 
 
+def unequal() -> dict[str, Any]:
+    """One rank has a held-out batch more than the other, and fewer than there are questions."""
+    batches = held_out(dtype=PRECISE)[: 9 + dist.get_rank()]
+    loop = Loop(double(), wrap=replicated, steps=240, steps_per_pass=3, growth_batches=batches).go_on(30)
+    return {"asked": loop.growth.controller.rule.state()["asked"], "weights": updates(loop.model)}
+
+
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 SAVED_AT = (5, 37)
@@ -230,6 +237,7 @@ def loops(out: Path, names: Iterable[str] = tuple(runs())) -> None:
 def everything(out: Path) -> None:
     loops(out)
     torch.save(detached(), out / f"detached-{dist.get_rank()}.pt")
+    torch.save(unequal(), out / f"unequal-{dist.get_rank()}.pt")
     for name, came_to in resumed(out).items():
         torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
     torch.save(trained(out / "trainer"), out / f"trained-{dist.get_rank()}.pt")

@@ -76,6 +76,12 @@ def test_replicas_go_on_after_the_controller_was_taken_away(told: Path) -> None:
     assert one["steps"] == 8
 
 
+def test_ranks_with_unequal_numbers_of_held_out_batches_ask_alike(told: Path) -> None:
+    one, other = ends(told, "unequal")
+    assert_same(one, other)
+    assert one["asked"] == 9
+
+
 def test_the_trainer_does_what_it_does_alone(told: Path, tmp_path: Path) -> None:
     """Each rank has its own held-out batches, of the same examples in all."""
     one, other = ends(told, "trained")
