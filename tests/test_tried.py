@@ -36,6 +36,14 @@ LABELS = {
 }
 
 
+def compared(task: str, before: pd.DataFrame, after: pd.DataFrame) -> str:
+    """Return the line of a table of the page: scores, their paired difference, and trained ranks by two rules."""
+    old, new = before.loc[task], after.loc[task]
+    scores = " | ".join(f"{100 * runs.score.mean():.2f}" for runs in (old, new))
+    ranks = " | ".join(f"{runs.trained_rank.mean():.2f}" for runs in (old, new))
+    return f"| {LABELS[task]} | {scores} | {in_points(new.score - old.score)} | {ranks} |"
+
+
 def test_the_page_says_what_the_test_of_a_whole_update_brought() -> None:
     now, before = scores_of(SHIPPED), scores_of("shorter-starts")
     assert f"SST-2 {now.sst2:.2f} instead of {before.sst2:.2f} ({gained('sst2', 'shorter-starts')})" in TEXT
@@ -118,10 +126,7 @@ def test_the_page_says_of_the_mean_of_the_trial_what_the_runs_say() -> None:
     assert {*complete} == {*LABELS}
     assert {*whole.loc["bbc-news"].learning_rate} == {0.01}
     for task in complete:
-        then, so = shipped.loc[task], whole.loc[task]
-        scores = " | ".join(f"{100 * runs.score.mean():.2f}" for runs in (then, so))
-        ranks = " | ".join(f"{runs.trained_rank.mean():.2f}" for runs in (then, so))
-        assert f"| {LABELS[task]} | {scores} | {in_points(so.score - then.score)} | {ranks} |" in TEXT
+        assert compared(task, shipped, whole) in TEXT
 
     def found(runs: pd.DataFrame) -> float:
         return sum(map(sum, runs.loc["uniform"].ranks)) / 60
@@ -164,26 +169,23 @@ def test_the_page_says_of_more_questions_what_the_runs_say() -> None:
     tasks = [task for task in LABELS if task in then.index]
     assert {*tasks} == {"graded", "noisy", "graded-b4", "noisy-b4", "uniform", "bbc-news"}
     for task in tasks:
-        before, after = then.loc[task], now.loc[task]
-        assert len(before) == len(after) == 5
-        scores = " | ".join(f"{100 * runs.score.mean():.2f}" for runs in (before, after))
-        ranks = " | ".join(f"{runs.trained_rank.mean():.2f}" for runs in (before, after))
-        assert f"| {LABELS[task]} | {scores} | {in_points(after.score - before.score)} | {ranks} |" in TEXT
+        assert len(then.loc[task]) == len(now.loc[task]) == 5
+        assert compared(task, then, now) in TEXT
 
 
 def test_the_page_says_of_a_review_what_the_runs_say() -> None:
     tried = of_evidence("review")
     before = with_sixteen_questions()
 
-    def compared(of: str) -> pd.DataFrame:
+    def gains(of: str) -> pd.DataFrame:
         runs = tried[tried["of"] == of].set_index(["task", "seed"])
         gain, fewer = runs.score - before.score, before.trained_rank - runs.trained_rank
         return pd.DataFrame({"gain": gain, "fewer": fewer}).dropna()
 
     def said(of: str, task: str) -> str:
-        return in_points(compared(of).gain[task])
+        return in_points(gains(of).gain[task])
 
-    review, fewer = compared("costs loss"), compared("costs loss").fewer.astype(float).groupby("task").mean()
+    review, fewer = gains("costs loss"), gains("costs loss").fewer.astype(float).groupby("task").mean()
     assert review.groupby("task").gain.count()[["graded", "noisy", "nothing"]].tolist() == [5, 5, 5]
     assert f"`graded` {said('costs loss', 'graded')}, `noisy` {said('costs loss', 'noisy')}" in TEXT
     grew = tried[(tried["of"] == "costs loss") & (tried.task == "nothing")].grew.sum()
@@ -194,7 +196,7 @@ def test_the_page_says_of_a_review_what_the_runs_say() -> None:
     assert f"with {fewer.trec:.2f}, {fewer.banking77:.2f} and {fewer.sst2:.2f} fewer" in TEXT
     assert f"as at the end of the trial, TREC {said('again', 'trec')}" in TEXT
     assert f"`graded` {said('two looks', 'graded')}" in TEXT
-    found = compared("two looks").gain["sst2"]
+    found = gains("two looks").gain["sst2"]
     assert f"SST-2 {signed_points(found[0])} and {signed_points(found[1])} (one seed each)" in TEXT
     assert all(
         run["of"] != "two looks" or run["grew"] == 0 for run in tried.to_dict("records") if run["task"] == "nothing"
