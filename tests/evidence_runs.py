@@ -37,6 +37,18 @@ METHOD: dict[str, Any] = {
 WIDTH, LAYERS = 16, 4
 
 
+def keep_followed(loop: Any) -> None:
+    """Let a loop keep the directions that its matrices followed last: the end of growth drops them."""
+    matrices = loop.growth.controller.matrices
+    stop = matrices.stop_following
+
+    def keep() -> None:
+        loop.followed = [side.clone() for group in matrices._groups for side in (group.u, group.v)]
+        stop()
+
+    matrices.stop_following = keep
+
+
 # A small net in a plain loop -----------------------------------------------------------------------------------------
 
 
@@ -120,6 +132,7 @@ class Loop:
         self.growth = attach(
             self.wrapped, self.optimizer, total_steps=self.steps, on_event=self.events.append, **given
         )
+        keep_followed(self)
         return self.growth
 
     def batch(self, step: int) -> Rows:
@@ -249,6 +262,7 @@ class ModelLoop:
         self.optimizer = optimizer(trainable(model))
         self.events: list[Event] = []
         self.growth = attach(model, self.optimizer, total_steps=STEPS, on_event=self.events.append, **growth)
+        keep_followed(self)
         self.done = 0
 
     def go_on(self, until: int = STEPS) -> ModelLoop:

@@ -45,8 +45,10 @@ from trainer_runs import assert_same
 
 
 def followed(loop: Any) -> list[Tensor]:
-    """The directions and moves that are followed now."""
-    return [tensor for group in loop.growth.controller.matrices._groups for tensor in (group.u, group.v)]
+    """The directions that were followed last, in the growth of the matrices."""
+    assert loop.growth.controller.rule.phase == "rest"
+    assert all(side.numel() for side in loop.followed)
+    return list(loop.followed)
 
 
 def noted(loop: Any) -> list[Any]:
@@ -104,15 +106,16 @@ class Scaler:
     Args:
         overflows: Numbers of the batches that do.
         clip: Largest norm of the gradients.
+        doubles: After so many steps without an overflow the scale is twice as large.
     """
 
-    def __init__(self, overflows: tuple[int, ...] = (), clip: float | None = None) -> None:
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10_000)
+    def __init__(self, overflows: tuple[int, ...] = (), clip: float | None = None, doubles: int = 10_000) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=doubles)
         self.overflows, self.clip = overflows, clip
 
     def run(self, optimizer: Callable[[Any], Any] = lambda p: torch.optim.SGD(p, lr=0.3)) -> Loop:
         loop = Loop(optimizer=optimizer)
-        loop.attach()
+        loop.attach(scaler=self.scaler)
         for number in range(STEPS):
             loop.optimizer.zero_grad()
             loss = loss_of(loop.model, loop.batch(number))
@@ -125,11 +128,15 @@ class Scaler:
         return loop
 
 
-def test_a_gradient_scaler_changes_no_birth() -> None:
+@pytest.mark.parametrize("doubles", [3, 19, 10_000])
+def test_a_gradient_scaler_changes_nothing(doubles: int) -> None:
+    """Nor does a scale that changes within the first steps, the questions or the averages of unused directions."""
     plain = Loop(optimizer=lambda p: torch.optim.SGD(p, lr=0.3)).go_on()
-    loop = Scaler().run()
+    loop = Scaler(doubles=doubles).run()
     assert_grew(plain)
     assert_same_growth(loop, plain)
+    assert_same(followed(loop), followed(plain))
+    assert loop.growth.summary() == plain.growth.summary()
     assert_same(dict(loop.model.state_dict()), dict(plain.model.state_dict()))
 
 
@@ -255,7 +262,8 @@ def test_a_penalty_of_gradients_grows_too() -> None:
     assert_grew(Loop(backward=penalised).go_on())
     plain, kept = Loop().go_on(), Loop(backward=graphed).go_on()
     assert_same_growth(kept, plain)
-    assert_same(followed(kept), followed(plain))
+    for one, other in zip(followed(kept), followed(plain), strict=True):
+        torch.testing.assert_close(one, other)  # sums of another order
 
 
 # Checkpointed activations --------------------------------------------------------------------------------------------
@@ -596,15 +604,19 @@ def test_a_probe_that_no_gradient_reaches_is_refused_at_the_first_step(way: str)
 
 
 @pytest.mark.parametrize(
-    ("where", "step"), [*product(["examples"], [2, 12, 20, 37]), *product(["component"], [12, 20, 37])]
+    ("where", "step"),
+    [*product(["examples"], [2, 12, 20, 37]), *product(["component"], [12, 20, 37]), *product("pq", [2, 37])],
 )
 def test_nan_stops_the_run(where: str, step: int) -> None:
-    """In any phase, within a few steps, or at the end of the trial."""
+    """In any phase, within a few steps, or at the end of the trial; so does one in what the directions follow."""
     loop = Loop().go_on(step)
+    group = loop.growth.controller.matrices._groups[0]
     if where == "examples":
         loop.x[loop.size * step :] = torch.nan
-    else:
+    elif where == "component":
         loop.growth.controller.modules[1].pair[1].data[:] = torch.nan
+    else:
+        getattr(group, where)[1, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="earlier checkpoints are untouched"):
         loop.go_on(max(step + 9, 17))
 
@@ -635,6 +647,6 @@ def test_nan_in_a_component_stops_a_run_that_asks_nothing(phase: str, share: flo
     loop = Loop(net(trial_share=share), steps=250).go_on(step)
     assert loop.growth.controller.rule.phase == phase
     loop.growth.controller.modules[1].pair[1].data[:] = torch.nan
-    said = rf"^layers\.\d: its components in training are not finite .* regular check of optimizer step {found_at}\."
+    said = rf"^layers\.\d: its components in training, .* not finite .* regular check of optimizer step {found_at}\."
     with pytest.raises(NonFiniteError, match=said):
         loop.go_on(step + 40)

@@ -227,11 +227,12 @@ class AromaController:
 
     # What a loop does ------------------------------------------------------------------------------------------------
 
-    def step(self, *, is_new: bool = True) -> list[Event]:
+    def step(self, *, is_new: bool = True, loss_scale: float = 1.0) -> list[Event]:
         """Count one optimizer step, and let the rule act where that is due.
 
         Args:
             is_new: Whether its batches had not been trained on before. If they had, they are no evidence.
+            loss_scale: By what a gradient scaler multiplied its loss.
 
         Returns:
             The events of this step.
@@ -245,7 +246,7 @@ class AromaController:
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
-        self._gather_evidence(is_new)
+        self._gather_evidence(is_new, loss_scale)
         return self.rule.step() + self._ask_held_out()
 
     def decide_by(self, held_out: HeldOut | None, first_pass: int | None) -> None:
@@ -276,15 +277,15 @@ class AromaController:
                 stacklevel=3,
             )
 
-    def _gather_evidence(self, is_new: bool) -> None:
+    def _gather_evidence(self, is_new: bool, loss_scale: float) -> None:
         """Take what this step's backwards say, and, when it is their turn, what held-out examples say."""
         step, first_pass, held_out = self.rule.global_step, self._first_pass, self._held_out
         if held_out is None or first_pass is None or step < first_pass:
-            self.matrices.absorb(record=is_new)
+            self.matrices.absorb(record=is_new, loss_scale=loss_scale)
             return
         for number in () if self.finished else self.rule.held_out_duels(step - first_pass):
             self.matrices.weigh_held_out(held_out.losses(self.matrices.model, number))
-        self.matrices.absorb(record=False)
+        self.matrices.absorb(record=False, loss_scale=loss_scale)
 
     def _ask_held_out(self) -> list[Event]:
         """Let held-out examples say at once what stays after the trial, so that no training step is spent on it."""

@@ -154,6 +154,11 @@ class Directions:
         orthonormalise(_off(self.p, self._span_b), self.u)
         orthonormalise(_off(self.q, self._span_a), self.v)
 
+    def broken_rows(self) -> list[int]:
+        """Return the rows of whose averages one is not finite, and would be so for good; the device is asked."""
+        sums = torch.stack([self.p.flatten(1).sum(1), self.q.flatten(1).sum(1)])
+        return [row for row, is_finite in enumerate(sums.isfinite().all(0).tolist()) if not is_finite]
+
     def forget(self, row: int, direction: int) -> None:
         """Begin anew to average gradients for one direction of one matrix."""
         self.p[row, direction], self.q[row, direction] = 0, 0

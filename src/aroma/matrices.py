@@ -301,7 +301,7 @@ class GrowingMatrices:
         """Begin the run: measure ‖W0 + s B A‖_F of every matrix."""
         self.measure_weights()
 
-    def absorb(self, *, record: bool) -> None:
+    def absorb(self, *, record: bool, loss_scale: float) -> None:
         """Take what the backwards of a step answered; nothing is asked."""
 
     def discard(self) -> None:

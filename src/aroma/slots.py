@@ -193,6 +193,12 @@ class SlotMatrices(GrowingMatrices):
     def _scale(self) -> float:
         return self._live.config.scale
 
+    def norms(self, matrices: Sequence[GrowingMatrix], *, alone: bool = False) -> list[float]:
+        """Return ‖b a‖_F of what trains; NaN where what the directions of a matrix follow is not finite."""
+        broken = {group.rows[row] for group in self._groups for row in group.broken_rows()}
+        found = super().norms(matrices, alone=alone)
+        return [math.nan if matrix.index in broken else norm for matrix, norm in zip(matrices, found, strict=True)]
+
     # The beginning ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -270,11 +276,12 @@ class SlotMatrices(GrowingMatrices):
         self._ask()
 
     @torch.no_grad()
-    def absorb(self, *, record: bool) -> None:
+    def absorb(self, *, record: bool, loss_scale: float) -> None:
         """Take what the backwards of an optimizer step answered, the mean over all processes.
 
         Args:
             record: Whether the step's batch is evidence: it was not trained on before.
+            loss_scale: By what its loss was multiplied. A duel would not notice, but averages over steps would.
 
         Raises:
             ConfigError: No backward has reached a growing layer since it was asked.
@@ -283,7 +290,7 @@ class SlotMatrices(GrowingMatrices):
             return
         self._collect_answers()
         for group in self._groups:
-            _average(group.answers)
+            _average(group.answers.div_(loss_scale))
         if record:
             self._record([group.answers for group in self._groups])
         for group in self._groups:

@@ -333,6 +333,7 @@ class EvidenceRule(Generic[E]):
         raise ConfigError("outer_step: growth='evidence' has no inner loops; a component is born by evidence alone")
 
     def _start_trial(self) -> list[Event]:
+        self._check_components("first directions'")
         self.phase = "trial"
         slots = range(self._settings.slots)
         births = self._within_limit([(matrix, slot) for matrix in self._matrices.active() for slot in slots])
@@ -452,7 +453,8 @@ class EvidenceRule(Generic[E]):
     def require_finite(self, matrices: Sequence[Any], norms: Sequence[float], check: str) -> None:
         """Raise for the first matrix whose components are not finite; see `GrowthRule`."""
         when = f"{check} check of optimizer step {self.global_step}"
-        require_finite(matrices, norms, "its components in training are", when, TOLD_INTERVAL)
+        what = "its components in training, or what its unused directions follow, are"
+        require_finite(matrices, norms, what, when, TOLD_INTERVAL)
 
     def _event(self, kind: EventKind, matrix: E, value: float | None = None) -> Event:
         return Event(

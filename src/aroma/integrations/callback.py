@@ -27,13 +27,13 @@ from ..algorithm.evidence import question_count
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
-from ..sharding import own_entries
+from ..sharding import own_entries, unwrapped_optimizer
 from ..tuner import aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
 from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, check_resumed_folders
-from .rewarmup import Rewarmup, was_skipped
+from .rewarmup import Rewarmup, loss_scale, was_skipped
 from .sampling import Samples
 from .telling import score_of, scores_at, tell_of_run, with_score
 from .trackers import add_ranks, keep_totals, tell_trackers
@@ -97,6 +97,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
         self._rewarmup = Rewarmup()
+        self._loss_scale = 1.0
         self._fused_step_was_skipped = False
         self._steps_within_backward = False
         self._hooks: list[Any] = []
@@ -261,6 +262,12 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
 
     # Around every optimizer step -------------------------------------------------------------------------------------
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
+    ) -> None:
+        """Note by what the step's loss is multiplied, before the step itself may change that."""
+        self._loss_scale = loss_scale(unwrapped_optimizer(optimizer), getattr(optimizer, "scaler", None))
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
     ) -> None:
@@ -315,7 +322,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if skipped:
             controller.skip_step()
         elif not self._was_over:
-            controller.step(is_new=is_new)
+            controller.step(is_new=is_new, loss_scale=self._loss_scale)
         if self._report is not None:
             self._report.note(controller, state)
         if controller.finished and self.early_stop:

@@ -15,7 +15,7 @@ from ..reset import makes_state_only
 from ..sharding import rank
 from ..tuner.state import read_controller_state
 from .held_out import HeldOutBatches, Loss
-from .rewarmup import Rewarmup, was_skipped
+from .rewarmup import Rewarmup, loss_scale, was_skipped
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -27,10 +27,14 @@ class Attachment(AbstractContextManager["Attachment"]):
         controller: The `AromaController`.
     """
 
-    def __init__(self, controller: AromaController, optimizer: Any, scheduler: Any | None) -> None:
+    def __init__(
+        self, controller: AromaController, optimizer: Any, scheduler: Any | None, scaler: Any | None = None
+    ) -> None:
         self.controller = controller
         self._rewarmup = Rewarmup()
         self._counts = True
+        self._scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+        self._loss_scale = 1.0
         # accelerate wraps both: only the real optimizer has hooks, and only the real scheduler a last rate.
         self._scheduler = getattr(scheduler, "scheduler", scheduler)
         self._hook = controller.matrices.sharding.hook_step(optimizer, self._before_step, self._after_step)
@@ -56,6 +60,7 @@ class Attachment(AbstractContextManager["Attachment"]):
     def _before_step(self, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
         self._counts = not makes_state_only(optimizer, keywords)
         if self._counts:
+            self._loss_scale = loss_scale(optimizer, self._scaler)
             self._rewarmup.begin(optimizer, self.controller.lr_factor)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
@@ -65,7 +70,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         if was_skipped(optimizer):
             self.controller.skip_step()
         else:
-            self.controller.step()
+            self.controller.step(loss_scale=self._loss_scale)
 
 
 def attach(
@@ -80,6 +85,7 @@ def attach(
     steps_per_pass: int | None = None,
     growth_batches: Iterable[Any] | None = None,
     growth_loss: Loss | None = None,
+    scaler: Any | None = None,
 ) -> Attachment:
     """Let the adapter of `model` grow in a plain loop. All of it happens inside `optimizer.step()`.
 
@@ -123,6 +129,8 @@ def attach(
         growth_batches: With growth="evidence", batches of examples that are not trained on, as a list or a DataLoader.
             They decide what stays after the trial, and from the second pass on what is born.
         growth_loss: Loss of a model and such a batch, where the model itself returns none.
+        scaler: With growth="evidence", the `torch.amp.GradScaler` that scales the loss, if one does; an optimizer that
+            accelerate prepared brings it along, and one of DeepSpeed scales by itself.
 
     Raises:
         ConfigError: As `AromaController`.
@@ -148,4 +156,4 @@ def attach(
         controller.load_state_dict(exported)
     if on_event is not None:
         controller.subscribe(on_event)
-    return Attachment(controller, optimizer, scheduler)
+    return Attachment(controller, optimizer, scheduler, scaler)
