@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.integrations.progress import RichProgress
 from aroma.pictures import birth_picture, draw_births, histories_of
+from aroma.report.run import run_page
 from evidence_runs import METHOD, WIDTH, Loop, bert, growth_dataset, net
 from evidence_runs import STEPS as STEPS_OF_A_RUN
+from made_up_facts import GROWN, event, events, made_up
 from trainer_runs import trainer_for
 
 KINDS = ("attention.query", "attention.value", "output.dense")
@@ -365,6 +368,23 @@ def test_inspect_shows_evidence_and_steepness(
     Loop().go_on(until=12).save(tmp_path / "trial")
     assert main(["inspect", str(tmp_path / "trial")]) == 0
     assert "its trial was not over at optimizer step 12." in capsys.readouterr().out
+
+
+def test_evidence_beyond_any_float_is_saved_shown_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A matrix that is full goes on winning: after a thousand batches in a row E is beyond 1e308."""
+    loop = Loop(net(max_components=1)).go_on()
+    full = loop.growth.controller.modules[0]
+    full.heads = full.flips = [2000] * len(full.heads)
+    full.log_evidence, full.steepness = log_evidence(2000, 2000), 5e4
+    assert full.log_evidence > 1000
+    loop.save(tmp_path)
+    assert main(["inspect", str(tmp_path), "--sort", "evidence"]) == 0
+    assert re.search(r"\b0 .* 1e\+304 +5\.0e\+04", capsys.readouterr().out)
+    looks = [event("checked", 240 + place, GROWN, 1, 700.0 * place) for place in (1, 2, 3)]
+    assert "1e+304 of" in run_page(made_up(events=[*events(), *looks]))
+    assert draw_births([*events(), *looks], 0.05, 400).axes
 
 
 def test_a_matrix_without_an_unused_direction_has_no_evidence_and_no_steepness(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,8 +24,7 @@ class Event:
         inner_step: Optimizer steps t taken in that inner loop.
         module: Name of the matrix's module; None for `"finished"`.
         value: Under Algorithm 1 the left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`. For
-            `"settled"` the loss that the components save; where training batches were asked under a loss scaler
-            (float16), in units of the scaled loss. None where undefined.
+            `"settled"` the loss that the components save. None where undefined.
         rank: Rank of the matrix's finished components after the event, under growth by evidence of all components;
             their sum for `"finished"`.
         converged: Whether the matrix bears the inner label after the event.
@@ -102,3 +102,9 @@ def _of_kind(matrices: list[ModuleSummary]) -> tuple[str, str, str, str, str]:
     effective = sum(matrix.effective_rank for matrix in matrices)
     frozen = sum(matrix.state == "frozen" for matrix in matrices)
     return str(len(ranks)), spread, str(sum(ranks)), f"{effective:.1f}", str(frozen)
+
+
+def evidence_text(log_evidence: float) -> str:
+    """Return E as a person reads it; where `max_components` is reached, E may be too large for a float."""
+    evidence = math.exp(min(log_evidence, 700))
+    return "<0.01" if evidence < 0.01 else f"{evidence:.2f}" if evidence < 1e4 else f"{evidence:.0e}"

@@ -6,6 +6,7 @@ Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -107,7 +108,7 @@ def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
 def _is_read(matrix: dict[str, Any]) -> bool:
     """Whether the evidence of a matrix is there."""
     numbers = [matrix.get("steepness") or 0.0, matrix.get("log_evidence")]
-    return isinstance(matrix.get("name"), str) and all(isinstance(x, int | float) and abs(x) < 700 for x in numbers)
+    return isinstance(matrix.get("name"), str) and all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in numbers)
 
 
 def _tell_of_strangers(adapter: AdapterWeights) -> None:

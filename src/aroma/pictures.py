@@ -340,7 +340,7 @@ def _draw_evidence(axes: Axes, matrix: History, label: str, scene: _Scene) -> No
     axes.axhline(1, color=FAINT, linewidth=0.8)
     axes.axhline(top, color=_BORN, linewidth=1.2, linestyle=(0, (5, 2)))
     at = [step for step, _ in matrix.evidence]
-    values = [min(max(math.exp(value), floor), top) for _, value in matrix.evidence]
+    values = [max(math.exp(min(value, scene.threshold)), floor) for _, value in matrix.evidence]
     axes.fill_between(at, values, 1, color=_EVIDENCE, alpha=0.2, linewidth=0)
     axes.plot(at, values, color=_EVIDENCE, linewidth=1.6)
     for steps, look in ((matrix.births, _BIRTH), (matrix.merges, _MERGE)):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..events import evidence_text
 from .extras import require_extra
 from .texts import add_force, examples
 
@@ -248,8 +248,7 @@ def _evidence_cells(matrix: Mapping[str, Any]) -> list[str]:
     """Return the evidence for one more component, and the steepness of the unused direction; dashes where unknown."""
     if matrix["steepness"] is None:
         return ["–", "–"]
-    evidence = math.exp(matrix["log_evidence"])
-    return [f"{evidence:.2f}" if evidence >= 0.01 else "<0.01", f"{matrix['steepness']:.1e}"]
+    return [evidence_text(matrix["log_evidence"]), f"{matrix['steepness']:.1e}"]
 
 
 def growth_line(run: Mapping[str, Any]) -> str:

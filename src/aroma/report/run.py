@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ..events import evidence_text
 from ..pictures import History, positions_of
 from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps, thinned
 from .page import EMPTY, Chart, Table, amount, duration, measured, number, render
@@ -119,13 +120,8 @@ def _facts_of(one: MatrixFacts, history: History | None, threshold: float | None
         found.append(("left by the trial", str(history.settled)))
         found.append(("born since", str(len(history.births))))
     if history is not None and history.evidence and threshold is not None:
-        found.append(("evidence for one more", f"{_evidence_text(history)} of {threshold:.3g}"))
+        found.append(("evidence for one more", f"{evidence_text(history.evidence[-1][1])} of {threshold:.3g}"))
     return found
-
-
-def _evidence_text(history: History) -> str:
-    evidence = math.exp(history.evidence[-1][1])
-    return f"{evidence:.2f}" if evidence >= 0.01 else "<0.01"
 
 
 def _matrix_table(facts: RunFacts, histories: Mapping[str, History]) -> Table:
@@ -141,7 +137,7 @@ def _matrix_table(facts: RunFacts, histories: Mapping[str, History]) -> Table:
             history = histories.get(one.name, History(one.name))
             row.append(EMPTY if history.settled is None else str(history.settled))
             row.append(", ".join(map(str, history.births)) or EMPTY)
-            row.append(_evidence_text(history) if history.evidence else EMPTY)
+            row.append(evidence_text(history.evidence[-1][1]) if history.evidence else EMPTY)
         rows.append(row)
     return Table(head, rows)
 
@@ -196,7 +192,7 @@ def _words_of(history: History) -> str:
     left = f"The trial left {history.settled or 'no'} component{'' if history.settled == 1 else 's'}"
     if history.births:
         return f"{left}; born since: {len(history.births)}, at step {', '.join(map(str, history.births))}."
-    return f"{left}; none was born since. The most evidence was {math.exp(min(history.peak, 700)):.3g}."
+    return f"{left}; none was born since. The most evidence was {evidence_text(history.peak)}."
 
 
 # Lines ---------------------------------------------------------------------------------------------------------------
