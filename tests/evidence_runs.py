@@ -40,7 +40,7 @@ WIDTH, LAYERS = 16, 4
 def keep_followed(loop: Any) -> None:
     """Let a loop keep the directions that its matrices followed last: the end of growth drops them."""
     matrices = loop.growth.controller.matrices
-    stop = matrices.stop_following
+    stop = getattr(matrices, "stop_following", None)  # the paper's rule follows none
 
     def keep() -> None:
         loop.followed = [side.clone() for group in matrices._groups for side in (group.u, group.v)]

@@ -247,7 +247,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def set_ranks(model: nn.Module, ranks: list[int], pair: bool = False, seed: int = 7) -> dict[str, int]:
+def set_ranks(
+    model: nn.Module, ranks: list[int], pair: bool = False, seed: int = 7, adapter: str = "default"
+) -> dict[str, int]:
     """Give the modules random finished components of the ranks in turn, and with `pair` a moved pair to every module.
 
     Returns the rank of every module, the pair included.
@@ -255,15 +257,15 @@ def set_ranks(model: nn.Module, ranks: list[int], pair: bool = False, seed: int 
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=generator)
     result = {}
-    for index, (name, layer) in enumerate(aroma_layers(model).items()):
+    for index, (name, layer) in enumerate(aroma_layers(model, adapter).items()):
         m, n = layer.out_features, layer.in_features
         rank = ranks[index % len(ranks)]
         if rank:
-            layer.finished("default").append(0.2 * draw(m, rank), 0.2 * draw(rank, n))
+            layer.finished(adapter).append(0.2 * draw(m, rank), 0.2 * draw(rank, n))
         if pair:
-            b, a = layer.pair("default")
-            layer.start_pair("default", 0.2 * draw(*a.shape), 0.2 * draw(*b.shape))
-        result[name] = rank + pair * layer.r["default"]
+            b, a = layer.pair(adapter)
+            layer.start_pair(adapter, 0.2 * draw(*a.shape), 0.2 * draw(*b.shape))
+        result[name] = rank + pair * layer.r[adapter]
     return result
 
 

@@ -311,6 +311,12 @@ def merged(_: Path) -> None:
     as_one(adapted()).merge_adapter()
 
 
+def saved_into_a_file(out: Path) -> None:
+    """Rank 0 alone would see that, and the others would wait for its part of the gathering."""
+    (out / "taken").touch()
+    save_adapter(as_one(adapted()), out / "taken")
+
+
 REFUSALS = [
     by_tensor_parallelism,
     hybrid,
@@ -325,6 +331,7 @@ REFUSALS = [
     broken_head,
     unannounced_save,
     merged,
+    saved_into_a_file,
 ]
 
 

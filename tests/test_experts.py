@@ -79,6 +79,18 @@ def test_experts_of_different_ranks_are_plain_lora(tmp_path: Path, family: str) 
     assert {name: layer.rank("default") for name, layer in aroma_layers(grown).items()} == ranks
 
 
+def test_adapters_that_grow_other_parameters_of_a_module_are_saved_apart(tmp_path: Path) -> None:
+    """PEFT wraps parameters in the order of the module, whichever grew first."""
+    model = adapted("mixtral", target_parameters=["experts.down_proj"])
+    model.add_adapter("later", AromaConfig(**METHOD, target_modules=["q_proj"], target_parameters=PARAMETERS))
+    model.set_adapter("later")
+    set_ranks(model, [0, 3, 1, 0, 2], pair=True, adapter="later")
+    said = logits(model)
+    saved(model, tmp_path)
+    verify_adapter(tmp_path / "later")
+    torch.testing.assert_close(logits(plain(tmp_path / "later", language_model("mixtral"))), said, rtol=1e-4, atol=1e-4)
+
+
 def test_merging_and_leaving(tmp_path: Path) -> None:
     model = adapted("gpt-oss")
     base = logits(model)

@@ -213,6 +213,7 @@ SAYS = {
     "broken_head": ("NonFiniteError", "classifier.modules_to_save.default.weight: not finite"),
     "unannounced_save": ("CheckpointError", "list AromaCallback behind the callbacks that set should_save"),
     "merged": ("ConfigError", "no rank can merge into it; save the adapter"),
+    "saved_into_a_file": ("CheckpointError", "taken"),
 }
 
 

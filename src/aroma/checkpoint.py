@@ -21,10 +21,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .card import CARD_FILE, PICTURE_FILE, Subject, files_beside, is_by_hand, write_card
 from .errors import CheckpointError, ConfigError, bad_value
-from .files import file_digest, remove_leftovers, require_adapter_folder, write_json
+from .files import file_digest, remove_leftovers, require_adapter_folder, told_of, write_json
 from .folders import replacing_files
 from .saved import read_adapter, read_config, require_vouched
-from .sharding import rank, sharding_of_model, world_size
+from .sharding import rank, refuse_together, sharding_of_model, world_size
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state
 
 if TYPE_CHECKING:
@@ -62,33 +62,37 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
     Raises:
         CheckpointError: The written files do not fit together, or `folder` is a file.
     """
-    if not sharding_of_model(model).must_gather(model.parameters()):
-        _write_adapter(model, Path(folder), adapter_name)
-        return
-    try:
-        if dist.get_rank() == 0:
-            _write_adapter(model, Path(folder), adapter_name)
-        else:
-            with tempfile.TemporaryDirectory() as nothing:
-                model.save_pretrained(nothing, selected_adapters=[adapter_name], is_main_process=False)
-    finally:  # so that no rank waits for one that failed
-        dist.barrier()
-
-
-def _write_adapter(model: Any, target: Path, adapter_name: str) -> None:
+    sharding, target = sharding_of_model(model), Path(folder)
     with ExitStack() as stack:
-        new = stack.enter_context(replacing_files(target, ADAPTER_FILES))
+        if not sharding.must_gather(model.parameters()):
+            _write_adapter(model, target, stack.enter_context(replacing_files(target, ADAPTER_FILES)), adapter_name)
+            return
+        stack.callback(dist.barrier)  # last: until rank 0 has written, or failed
+        is_first = dist.get_rank() == 0
+        # Before any rank gathers: it would wait for a first one that has no place to write to.
+        with refuse_together(sharding.device(next(model.parameters()))), told_of(target):
+            place = replacing_files(target, ADAPTER_FILES) if is_first else tempfile.TemporaryDirectory()
+            new = Path(stack.enter_context(place))
+        if is_first:
+            _write_adapter(model, target, new, adapter_name)
+        else:
+            model.save_pretrained(new, selected_adapters=[adapter_name], is_main_process=False)
+
+
+def _write_adapter(model: Any, target: Path, new: Path, adapter_name: str) -> None:
+    """Write an adapter into `new`, with the card that it is to have in `target`."""
+    with ExitStack() as stack:
         # PEFT gives every adapter but "default" a folder of its own.
         staging = new if adapter_name == "default" else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model.save_pretrained(staging, selected_adapters=[adapter_name])
         if adapter_name != "default":
             for file in (staging / adapter_name).iterdir():
                 shutil.copyfile(file, new / file.name)
-        state = verify_adapter(new)
-        if is_by_hand(target / CARD_FILE):
-            (new / CARD_FILE).unlink(missing_ok=True)
-        else:  # anew: the tokenizer may be there already
-            write_card(new, Subject.of(read_config(new), state, files=files_beside(new) | files_beside(target)))
+    state = verify_adapter(new)
+    if is_by_hand(target / CARD_FILE):
+        (new / CARD_FILE).unlink(missing_ok=True)
+    else:  # anew: the tokenizer may be there already
+        write_card(new, Subject.of(read_config(new), state, files=files_beside(new) | files_beside(target)))
 
 
 def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -122,15 +122,13 @@ class AromaExperts(nn.Module):
             count = getattr(self.base_layer, parameter).shape[0]
             weights = [ExpertWeight(self.base_layer, parameter, index) for index in range(count)]
             made = [ExpertMatrix(weight, adapter_name, config=config, **kwargs) for weight in weights]
-            self.aroma_matrices[parameter] = nn.ModuleList(made)
+            grown = {**self.aroma_matrices, parameter: nn.ModuleList(made)}
+            # An adapter that came before may grow later parameters alone; PEFT wraps them in the order of the module.
+            names = [name for name, _ in self.base_layer.named_parameters(recurse=False) if name in grown]
+            self.aroma_matrices = nn.ModuleDict({name: grown[name] for name in names})
             return
         for matrix in self.matrices(parameter):
             matrix.update_layer(adapter_name, config=config, **kwargs)
-
-    @property
-    def parameter_names(self) -> list[str]:
-        """Names of the parameters that grow, in the order in which PEFT wraps them."""
-        return [name for name, _ in self.base_layer.named_parameters(recurse=False) if name in self.aroma_matrices]
 
     def matrices(self, parameter: str) -> list[ExpertMatrix]:
         """Return the matrices of a parameter, by number of the expert."""
