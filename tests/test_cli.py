@@ -11,7 +11,6 @@ import pytest
 
 from aroma import __version__
 from aroma.cli import main, make_parser, parse
-from aroma.cli.inspect import serving_hint
 
 HEAVY = (
     "torch",
@@ -242,13 +241,6 @@ def test_wrong_arguments_end_with_usage_and_code_2(arguments, capsys):
     assert "usage: aroma" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("largest", "flag"), [(0, 1), (1, 1), (2, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
-def test_the_serving_hint_is_a_value_that_vllm_takes(largest, flag):
-    assert serving_hint(largest).endswith(f"--max-lora-rank {flag}.")
-
-
-def test_above_what_vllm_serves_the_hint_is_to_merge():
-    assert "--merged" in serving_hint(513)
 
 
 def test_the_module_runs_as_a_program():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 from aroma import aroma_layers, verify_adapter
+from aroma.cli.inspect import serving_hint
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import SERVING_RANKS, export_merged, export_uniform, load_with_adapter, rank_table, read_adapter
 from aroma.tuner import live_adapter
@@ -49,7 +50,9 @@ def saved(folder: Path, name: str, ranks: list[int], pair: bool = False, **chang
 )
 def test_the_uniform_export_is_read_by_plain_peft(tmp_path: Path, name: str, ranks: list[int], expected: int) -> None:
     model, inputs = saved(tmp_path / "adapter", name, ranks), batch(name)
+    hint = serving_hint(read_adapter(tmp_path / "adapter"))
     assert export_uniform(tmp_path / "adapter", tmp_path / "out") == expected
+    assert hint.endswith(f"--max-lora-rank {expected}.")
     loaded = PeftModel.from_pretrained(base(name), tmp_path / "out")
     # In float64: what is on file is the same, and in float32 the order of sums, which the machine chooses, would tell.
     torch.testing.assert_close(logits(loaded.double(), inputs), logits(model.double(), inputs), rtol=1e-9, atol=1e-12)
@@ -105,6 +108,7 @@ def test_a_rank_that_no_engine_serves(tmp_path: Path) -> None:
     saved(tmp_path / "adapter", "bert", [257], target_modules=["0.attention.self.query"])
     with pytest.raises(ConfigError, match=r"rank=257: above 256.*--merged"):
         export_uniform(tmp_path / "adapter", tmp_path / "out")
+    assert "`aroma export --merged`" in serving_hint(read_adapter(tmp_path / "adapter"))
     assert export_uniform(tmp_path / "adapter", tmp_path / "out", rank=257) == 257
 
 

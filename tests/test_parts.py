@@ -13,8 +13,10 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from aroma import AromaConfig, Tasks, aroma_layers, lora_tensors, verify_adapter
+from aroma.cli.inspect import serving_hint
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
+from aroma.saved import read_adapter
 from aroma.tuner.parts import join, split
 from evidence_runs import PHASES, STEPS, Loop, Net, loss_of, net, rows
 from models import adapted, base, batch, logits, set_ranks
@@ -39,12 +41,17 @@ def test_parts_of_different_ranks_are_plain_lora(tmp_path: Path, name: str) -> N
     torch.testing.assert_close(logits(model, inputs), logits(base(name), inputs))
     names = [layer for layer in aroma_layers(model) if layer.endswith(("c_attn.0", "c_attn.1", "q_proj.2"))]
     assert len(names) == (4 if name == "gpt2" else 2)
-    ranks = set_ranks(model, [0, 2, 1, 0, 3], pair=True)
+    ranks = set_ranks(model, [0, 5, 3, 2, 4], pair=True)
     said = logits(model, inputs)
     assert (said - logits(base(name), inputs)).abs().max() > 0.1
     saved(model, tmp_path)
     verify_adapter(tmp_path)
     assert {row.name: row.rank for row in rank_table(tmp_path)} == ranks
+    served = export_uniform(tmp_path, tmp_path / "served")
+    assert max(ranks.values()) < 8 < served, "ranks of parts add up"
+    assert serving_hint(read_adapter(tmp_path)).endswith(f"--max-lora-rank {served}.")
+    if name == "llama":
+        assert f"--max-lora-rank {served} " in (tmp_path / "README.md").read_text(encoding="utf-8")
     plain = PeftModel.from_pretrained(base(name), tmp_path).eval()
     torch.testing.assert_close(logits(plain, inputs), said, rtol=1e-4, atol=1e-4)
     again = adapted(name, **SPLITS[name])

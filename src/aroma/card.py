@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,7 @@ class Subject:
         rank: Of a uniform export, the one rank.
         licence: Licence that its owner gave it, as the hub names licences; None if none was given.
         files: Names of the files beside the card.
+        parts: Names of the modules whose parts are the matrices.
     """
 
     config: Mapping[str, Any]
@@ -89,15 +91,16 @@ class Subject:
     rank: int | None = None
     licence: str | None = None
     files: frozenset[str] = frozenset()
+    parts: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], state: Mapping[str, Any], **more: Any) -> Subject:
+    def of(cls, config: Mapping[str, Any], state: Mapping[str, Any], files: frozenset[str]) -> Subject:
         """Return what the files of a saved adapter say.
 
         Args:
             config: Content of `adapter_config.json`.
             state: Content of `aroma_state.json`.
-            more: Further fields.
+            files: Names of the files beside the card.
         """
         run = state.get("controller") or {}
         return cls(
@@ -106,8 +109,18 @@ class Subject:
             about=About.from_json(state["about"]) if "about" in state else About(),
             method=state["config"],
             steps=run.get("global_step"),
-            **more,
+            files=files,
+            parts=frozenset(state.get("parts", {})),
         )
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a module; those of its parts add up."""
+        together: Counter[str] = Counter()
+        for name, rank in self.ranks.items():
+            module = name.rpartition(".")[0]
+            together[module if module in self.parts else name] += rank
+        return max(together.values(), default=0)
 
     @property
     def task_type(self) -> str | None:
@@ -282,11 +295,12 @@ def _code(subject: Subject, base: str, where: str) -> Iterator[str]:
     if subject.task_type != "CAUSAL_LM" or subject.kind == "merged" or subject.config.get("modules_to_save"):
         return
     is_uniform = subject.kind == "uniform"
-    folder, largest = where if is_uniform else "served", max(subject.ranks.values(), default=0)
-    rank = subject.rank or next((served for served in SERVING_RANKS if served >= largest), largest)
-    first = "" if is_uniform else f"aroma export {quote(where)} served --uniform\n"
-    options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter={quote(folder)}"
-    yield f"vLLM:\n\n```bash\n{first}vllm serve {quote(base)} {options}\n```"
+    folder, largest = where if is_uniform else "served", subject.largest_rank
+    rank = subject.rank or next((served for served in SERVING_RANKS if served >= largest), None)
+    if rank is not None:
+        first = "" if is_uniform else f"aroma export {quote(where)} served --uniform\n"
+        options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter={quote(folder)}"
+        yield f"vLLM:\n\n```bash\n{first}vllm serve {quote(base)} {options}\n```"
     if subject.about.architecture == "llama" and not is_uniform:
         convert = f"aroma export {quote(where)} adapter.gguf --gguf"
         yield f"{_LLAMA_CPP}```bash\n{convert}\nllama-cli -m {base_gguf} --lora adapter.gguf -p Hello\n```"

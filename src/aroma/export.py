@@ -107,8 +107,8 @@ def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
 
 def _is_read(matrix: dict[str, Any]) -> bool:
     """Whether the evidence of a matrix is there."""
-    numbers = [matrix.get("steepness") or 0.0, matrix.get("log_evidence")]
-    return isinstance(matrix.get("name"), str) and all(isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in numbers)
+    numbers, most = [matrix.get("steepness") or 0.0, matrix.get("log_evidence")], sys.float_info.max
+    return isinstance(matrix.get("name"), str) and all(isinstance(x, int | float) and abs(x) <= most for x in numbers)
 
 
 def _tell_of_strangers(adapter: AdapterWeights) -> None:
@@ -141,10 +141,10 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     adapter = read_whole(folder)
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
-    shapes, uniform = adapter.shapes, _uniform_rank(adapter, rank)
+    shapes, uniform = adapter.shapes, uniform_rank(adapter, rank)
     _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
     tensors = dict(adapter.others)
-    packed = adapter.packed(uniform)
+    packed = adapter.padded(uniform)
     for stem, (form, B, A) in packed.held.items():
         tensors |= form.tensors(f"{PEFT_PREFIX}{stem}", B.float(), A.float())
     config = uniform_config(adapter.config, packed.modules, packed.parameters, uniform)
@@ -400,10 +400,14 @@ def _head_size(adapter: AdapterWeights) -> int | None:
     return min(rows.values(), default=None)
 
 
-def _uniform_rank(adapter: AdapterWeights, wanted: int | None) -> int:
-    """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one."""
-    own = adapter.packed()
-    largest = max([*own.modules.values(), *own.parameters.values()])
+def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
+    """Return the rank to pad to: `wanted`, or the smallest served rank that holds the largest one.
+
+    Raises:
+        ConfigError: It is too small, or above what engines serve.
+    """
+    ranks = [rank for rank, _ in adapter.modules.values()]
+    largest = max([1, *ranks, *(one.rank for one in adapter.experts.values())])
     rank = wanted if wanted is not None else next((rank for rank in SERVING_RANKS if largest <= rank), None)
     if rank is None:
         raise bad_value(

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -122,8 +122,8 @@ class AdapterWeights:
         stems |= {one.stem: LINEAR for one in self.experts.values()}
         return [f"{stem}.{form.name(side)}" for stem, form in stems.items() for side in "AB"]
 
-    def packed(self, rank: int | None = None) -> Packed:
-        """Return the adapter as its file holds it; with a `rank`, all that could grow padded to it."""
+    def padded(self, rank: int) -> Packed:
+        """Return all that could grow padded to `rank`, as a file holds it."""
         state = self.state or {}
         counts = experts_counts(state) if self.state else {}
         experts = {
@@ -219,14 +219,19 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
 
 def experts_tensors(adapter: AdapterWeights) -> dict[str, ExpertsTensors]:
     """Return how a file of an adapter that was made in memory would hold the updates of experts, by parameter."""
-    state, ranks = adapter.state or {}, adapter.packed().parameters
-    counts = experts_counts(state) if ranks else {}
-    stems = {
-        f"{module}.{name}": stem
-        for module, names in state.get("experts", {}).items()
-        for name, stem in peft_stems(module, names).items()
-    }
-    return {name: ExpertsTensors(stems[name], rank, counts[name]) for name, rank in ranks.items()}
+    state = adapter.state or {}
+    modules: dict[str, list[str]] = state.get("experts", {})
+    counts = experts_counts(state) if modules else {}
+    found: dict[str, ExpertsTensors] = {}
+    for module, names in modules.items():
+        stems, own = peft_stems(module, names), {}
+        for name in names:
+            parameter = f"{module}.{name}"
+            ranks = [state["modules"][f"{parameter}.{index}"]["rank"] for index in range(counts[parameter])]
+            own[parameter] = ExpertsTensors(stems[name], max(ranks), counts[parameter])
+        if any(one.rank for one in own.values()) or not (adapter.updates or found):
+            found |= {parameter: replace(one, rank=max(one.rank, 1)) for parameter, one in own.items()}
+    return found
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..export import RankRow
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's `--max-lora-rank` takes."""
+    from ..saved import AdapterWeights
 
 ORDERS = ("name", "rank", "effective", "parameters", "evidence")
 """What matrices can be sorted by: by name as the model has them, else the largest first."""
@@ -80,11 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     adapter = read_adapter(arguments.adapter)
     rows, run = rank_rows(adapter), evidence_of(adapter)
+    hint = serving_hint(adapter)
     if arguments.json == "-":
         json.dump(as_json(rows, run), sys.stdout, indent=2)
         print()
     else:
-        _show(rows, run, str(arguments.adapter), arguments.sort)
+        _show(rows, run, str(arguments.adapter), arguments.sort, hint)
     if out is not None:
         write_json(out, as_json(rows, run))
     if plot is not None:
@@ -95,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{what}: {file}")
 
 
-def _show(rows: list[RankRow], run: Mapping[str, Any] | None, title: str, order: str | None) -> None:
+def _show(rows: list[RankRow], run: Mapping[str, Any] | None, title: str, order: str | None, hint: str) -> None:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -108,7 +107,7 @@ def _show(rows: list[RankRow], run: Mapping[str, Any] | None, title: str, order:
         console.print()
         console.print(table, soft_wrap=False)
     console.print()
-    console.print(serving_hint(max((row.rank for row in rows), default=0)))
+    console.print(hint)
     if order is None:
         console.print("One line a matrix: --sort rank.")
 
@@ -259,9 +258,13 @@ def growth_line(run: Mapping[str, Any]) -> str:
     return f"Growth by evidence, at optimizer step {run['global_step']}: births since the trial {run['births']}{last}."
 
 
-def serving_hint(largest: int) -> str:
-    """Return what a serving engine has to be told of an adapter whose largest rank is `largest`."""
-    fitting = [rank for rank in VLLM_RANKS if rank >= largest]
-    if not fitting:
-        return f"Largest rank {largest}: above what vLLM serves; use `aroma export --merged`."
-    return f"Largest rank {largest}. To serve with vLLM: `aroma export --uniform`, then --max-lora-rank {fitting[0]}."
+def serving_hint(adapter: AdapterWeights) -> str:
+    """Return what a serving engine has to be told of an adapter."""
+    from ..errors import ConfigError
+    from ..export import uniform_rank
+
+    try:
+        rank = uniform_rank(adapter)
+    except ConfigError as error:
+        return f"To serve: `aroma export --merged` ({error})."
+    return f"To serve with vLLM: `aroma export --uniform`, then --max-lora-rank {rank}."
