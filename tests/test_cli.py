@@ -241,8 +241,6 @@ def test_wrong_arguments_end_with_usage_and_code_2(arguments, capsys):
     assert "usage: aroma" in capsys.readouterr().err
 
 
-
-
 def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "aroma.cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"aroma {__version__}\n"

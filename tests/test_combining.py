@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from aroma import aroma_layers, combine, save_adapter
 from aroma.algorithm.evidence import directions_to_keep
@@ -136,7 +136,14 @@ def test_a_sum_of_more_components_than_ranks(apart: list[Path]) -> None:
         torch.testing.assert_close(one.get_delta_weight("default"), other.get_delta_weight("default"))
 
 
-def test_what_cannot_be(apart: list[Path]) -> None:
+def test_what_cannot_be(apart: list[Path], tmp_path: Path) -> None:
+    get_peft_model(Net(), LoraConfig(target_modules=r"layers\.\d+")).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"^adapters=.*: AROMA did not save it.*give adapters of AROMA"):
+        combined([tmp_path])
+    with pytest.raises(
+        ConfigError, match=r"^base='Net': the adapters have an update of layers\.3, \(16, 16\), and it has no"
+    ):
+        combine(Net(layers=3), apart, held_out(16), loss=loss_of)
     with pytest.raises(ConfigError, match="adapters="):
         combined([])
     with pytest.raises(ConfigError, match=r"weights=\[1\.0\]: give one for each of the 2 adapters"):

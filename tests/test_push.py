@@ -219,6 +219,9 @@ def test_a_card_that_a_person_wrote_goes_as_it_is(trained: Path, hub: Hub, tmp_p
     assert "README.md is yours, and goes as it is" in capsys.readouterr().out
     assert hub.files[CARD_FILE] == b"# Mine\n"
     assert PICTURE_FILE not in hub.files
+    (tmp_path / "served" / PICTURE_FILE).write_bytes(b"png")
+    assert main(["push", str(tmp_path / "served"), "ann/served", "--yes", "--update"]) == 0
+    assert hub.files[PICTURE_FILE] == b"png", "a card that began as ours shows it"
 
 
 def test_a_name_that_is_taken_and_an_update(

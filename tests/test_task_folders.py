@@ -193,6 +193,18 @@ def test_an_adapter_that_was_trained_elsewhere_is_added(
         tasks.add("fourth", folder / "second", ["first"])
 
 
+def test_two_that_use_a_folder_see_what_the_other_saved(tmp_path: Path) -> None:
+    one, other = Tasks(tmp_path / "tasks"), Tasks(tmp_path / "tasks")
+    model = one.grow(tiny_bert(), config("paper", 0))
+    one.save(model, "first")
+    with pytest.raises(ConfigError, match=r"task='second': the model grew over other tasks than first"):
+        other.save(model, "second")
+    other.save(other.grow(tiny_bert(), config("paper", 1)), "second")
+    assert Tasks(tmp_path / "tasks").names == other.names == ["first", "second"]
+    one.remove("second")
+    assert Tasks(tmp_path / "tasks").names == one.names == ["first"]
+
+
 def test_what_cannot_be(tmp_path: Path) -> None:
     tasks = Tasks(tmp_path / "tasks")
     model = tasks.grow(tiny_bert(), config("paper", 0))
@@ -204,8 +216,11 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     tasks.save(model, "one")
     with pytest.raises(ConfigError, match=r"task='one': .* has it already"):
         tasks.save(model, "one")
-    with pytest.raises(ConfigError, match=r"task='two': the model grew over other tasks"):
+    with pytest.raises(ConfigError, match=r"task='two': the model grew over other tasks than one, which"):
         tasks.save(model, "two")
+    shutil.copytree(tmp_path / "tasks" / "one", tmp_path / "tasks" / "killed")
+    with pytest.raises(ConfigError, match=r"task='killed': .*aroma_tasks\.json does not name it; delete it"):
+        tasks.require_new("killed")
     with pytest.raises(ConfigError, match=r"task 'one': the base model has no bert\.encoder"):
         tasks.grow(torch.nn.Sequential(torch.nn.Linear(4, 4)), AromaConfig(target_modules=["0"]))
     (tmp_path / "other").mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from .algorithm.evidence import QUESTIONS, directions_to_keep
 from .errors import bad_value
-from .integrations.held_out import Loss, model_loss
+from .integrations.held_out import Loss, loss_of, model_loss
 from .saved import AdapterWeights, Update
 from .slots import SlotMatrices
 from .tasks import joined, read_whole, tensors_of
@@ -45,9 +45,9 @@ def combine(
 
     Args:
         base: The base model of all adapters; its weights are frozen.
-        adapters: Folders of plain LoRA adapters. The head is that of the first.
+        adapters: Folders of adapters that AROMA saved. The head is that of the first.
         batches: Batches of examples that none of them was trained on, what the model is called with; 8 at least, and
-            16 tell more.
+            16 tell more. They are moved to the model's device.
         weights: What each adapter is multiplied by; 1 by default.
         significance: α, the chance that a matrix keeps a direction that it does not need.
         loss: Loss of the model and a batch; by default what the model returns.
@@ -56,8 +56,8 @@ def combine(
         The model with the combined adapter, `default`.
 
     Raises:
-        ConfigError: No adapters, other numbers of weights, adapters of other base models, too few batches, or a sum
-            with more components than a matrix has ranks.
+        ConfigError: No adapters, one that AROMA did not save, other numbers of weights, adapters of other base models,
+            or too few batches.
         CheckpointError: An adapter is missing, damaged or edited.
     """
     if not adapters:
@@ -72,11 +72,12 @@ def combine(
     live.ever_controlled = True  # what it is, evidence decides here
     matrices = SlotMatrices(model, _NAME, live, torch.optim.SGD(_pairs(model), lr=0.0))
     matrices.start()
+    _require_base(base, whole, {matrix.name: matrix for matrix in matrices.all()})
     for matrix in matrices.all():
         _fill(matrix, whole.updates.get(matrix.name))
     matrices.ask_for_credit()
     for batch in batches:
-        matrices.weigh_held_out(map(partial(loss or model_loss, model), [batch]))
+        matrices.weigh_held_out(map(partial(loss_of, loss or model_loss, model), [batch]))
     credits = [one for one in matrices.take_credits() if not np.isinf(one).any()]
     if len(credits) < QUESTIONS[0]:
         remedy = f"so few decide nothing; give {QUESTIONS[0]} or more with finite losses"
@@ -105,6 +106,20 @@ def _model_of(base: nn.Module, whole: AdapterWeights, significance: float) -> An
     model = get_peft_model(base, config)
     set_peft_model_state_dict(model, tensors_of(replace(whole, updates={})))
     return model
+
+
+def _require_base(base: nn.Module, whole: AdapterWeights, matrices: Mapping[str, SlotMatrix | Any]) -> None:
+    """Refuse adapters of another base model.
+
+    Raises:
+        ConfigError: Naming a matrix that `base` lacks, or that has another shape there.
+    """
+    for name, update in whole.updates.items():
+        layer = matrices[name].layer if name in matrices else None
+        found = None if layer is None else (layer.out_features, layer.in_features)
+        if found != update.shape:
+            remedy = f"the adapters have an update of {name}, {update.shape}, and it has {found or 'no such matrix'}"
+            raise bad_value("base", type(base).__name__, f"{remedy}; give the model that they were trained on")
 
 
 def _pairs(model: nn.Module) -> list[nn.Parameter]:

@@ -144,7 +144,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     shapes, uniform = adapter.shapes, uniform_rank(adapter, rank)
     _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
     tensors = dict(adapter.others)
-    packed = adapter.padded(uniform)
+    packed = adapter.packed(uniform)
     for stem, (form, B, A) in packed.held.items():
         tensors |= form.tensors(f"{PEFT_PREFIX}{stem}", B.float(), A.float())
     config = uniform_config(adapter.config, packed.modules, packed.parameters, uniform)

@@ -92,7 +92,7 @@ def plan_upload(folder: str | os.PathLike[str], repo: str, licence: str | None =
     names = [*state["files"], *(name for name in os.listdir(home) if _belongs(name))]
     files: dict[str, bytes | Path] = {name: own_file(home, name) for name in sorted({*names})}
     if by_hand:
-        files[CARD_FILE] = own_file(home, CARD_FILE)
+        files |= {name: own_file(home, name) for name in (CARD_FILE, PICTURE_FILE) if os.path.lexists(home / name)}
     else:
         subject = replace(subject_of(adapter), licence=licence)
         if find_spec("matplotlib") is not None:

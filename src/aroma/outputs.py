@@ -132,12 +132,12 @@ def require_new_folder(field: str, out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def filled_at_once(target: Path, size: int) -> Iterator[Path]:
+def filled_at_once(target: Path, size: int | None) -> Iterator[Path]:
     """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
 
     Args:
         target: The folder.
-        size: Bytes that are put into it, for the error of a full disk.
+        size: Bytes that are put into it, for the error of a full disk; None if unknown.
     """
     with told_of(target, size):
         target.parent.mkdir(parents=True, exist_ok=True)

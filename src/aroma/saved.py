@@ -122,8 +122,8 @@ class AdapterWeights:
         stems |= {one.stem: LINEAR for one in self.experts.values()}
         return [f"{stem}.{form.name(side)}" for stem, form in stems.items() for side in "AB"]
 
-    def padded(self, rank: int) -> Packed:
-        """Return all that could grow padded to `rank`, as a file holds it."""
+    def packed(self, rank: int | None = None) -> Packed:
+        """Return the adapter as its file holds it; with a `rank`, all that could grow padded to it."""
         state = self.state or {}
         counts = experts_counts(state) if self.state else {}
         experts = {

@@ -86,8 +86,13 @@ class Tasks:
         if not _NAME.fullmatch(task) or task == _GROWING:
             remedy = f"give letters, digits, _, - and ., beginning with a letter or digit, and not {_GROWING!r}"
             raise bad_value("task", task, remedy)
-        if task in self._over or os.path.lexists(self.folder / task):
+        if task in self._over:
             raise bad_value("task", task, f"{self.folder} has it already; give another name, or remove it first")
+        if os.path.lexists(self.folder / task):  # a save that was killed, or another's
+            remedy = (
+                f"{self.folder / task} is there, and {TASKS_FILE} does not name it; delete it, or give another name"
+            )
+            raise bad_value("task", task, remedy)
 
     # A new task ------------------------------------------------------------------------------------------------------
 
@@ -130,10 +135,16 @@ class Tasks:
         from .checkpoint import save_adapter
         from .tuner import aroma_layers
 
+        self._look_again()
         self.require_new(task)
         beneath = {layer.beneath.get(_GROWING) for layer in aroma_layers(model, _GROWING).values()}
         if beneath != {(*self._over,)}:
-            raise bad_value("task", task, "the model grew over other tasks; take it from grow() of this very folder")
+            raise bad_value(
+                "task",
+                task,
+                f"the model grew over other tasks than {', '.join(self._over) or 'none'}, which {self.folder} has now; "
+                "take it from grow() of this very folder (aroma.save_adapter keeps what this one has learnt)",
+            )
         save_adapter(model, self.folder / task, _GROWING)
         self._note({**self._over, task: self.names})
 
@@ -151,6 +162,7 @@ class Tasks:
         """
         from .checkpoint import verify_adapter
 
+        self._look_again()
         self.require_new(task)
         if [*over] != self.names:
             remedy = f"it was trained over {', '.join(over) or 'none'}, and {self.folder} has {', '.join(self.names)}"
@@ -170,6 +182,7 @@ class Tasks:
         Raises:
             ConfigError: There is no such task.
         """
+        self._look_again()
         self._note({name: over for name, over in self._over.items() if name != self._known(task)})
         shutil.rmtree(self.folder / task)
 
@@ -208,7 +221,7 @@ class Tasks:
         """
         target = require_new_folder("out", out)
         head, _ = self._chosen(task, tasks)
-        with filled_at_once(target, 0) as staging:
+        with filled_at_once(target, None) as staging:
             self._write(staging, task, tasks)
             copy_files([self.folder / head], staging, (*TOKENIZER_FILES, "aroma_task.json"))
 
@@ -238,6 +251,10 @@ class Tasks:
         write_export_state(folder, whole.state, read_json(folder / CONFIG_NAME), tensors, ranks)
 
     # The folder ------------------------------------------------------------------------------------------------------
+
+    def _look_again(self) -> None:
+        """Read which tasks the folder has now: another process may have saved or removed one."""
+        self._over = _read_index(self.folder)
 
     def _known(self, task: str) -> str:
         if task not in self._over:
@@ -415,7 +432,9 @@ def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterW
     updates, modules = {}, {}
     experts: dict[str, list[str]] = {}
     for adapter in adapters:
-        assert adapter.state is not None, "AROMA has saved it"
+        if adapter.state is None:
+            remedy = "AROMA did not save it, so its modules and their shapes are not known; give adapters of AROMA"
+            raise bad_value("adapters", str(adapter.folder), remedy)
         _refuse_parts(adapter)
         modules.update(adapter.state["modules"])
         for module, names in adapter.state.get("experts", {}).items():

@@ -71,7 +71,7 @@ class HeldOutDataset:
     def losses(self, model: nn.Module, number: int) -> Iterator[Tensor]:
         """Yield the scalar losses of this process's batch `number`; after the last batch comes another order."""
         for micro_batch in range(self._micro_batches):
-            yield _loss_of(self._loss, model, self._micro_batch(number, micro_batch))
+            yield loss_of(self._loss, model, self._micro_batch(number, micro_batch))
 
     def require_loss(self, model: nn.Module) -> None:
         """Find out now, not at the end of the trial, that `model` computes no loss of a batch without labels.
@@ -83,7 +83,7 @@ class HeldOutDataset:
         if self._loss is not model_loss or (isinstance(batch, Mapping) and any("label" in name for name in batch)):
             return
         with torch.no_grad(), evaluating(model):
-            _loss_of(self._loss, model, batch)
+            loss_of(self._loss, model, batch)
 
     def _micro_batch(self, number: int, micro_batch: int) -> Any:
         round_, place = divmod(number, self.count)
@@ -132,7 +132,7 @@ class HeldOutBatches:
                 self._next()
             batch = self._next()
             self._random = torch.get_rng_state()
-        yield _loss_of(self._loss, model, batch)
+        yield loss_of(self._loss, model, batch)
 
     def _next(self) -> Any:
         self._taken += 1
@@ -305,7 +305,8 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
 
 
-def _loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+def loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """Return the scalar loss of a batch, which is moved to where the model computes."""
     # Weights that are offloaded are on the meta device, and their hooks bring inputs to where they compute.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     with compat.without_metrics(loss):

@@ -205,9 +205,9 @@ def _command() -> str | None:
         return None
     words = ["python", *(_base_name(word) for word in sys.orig_argv[1:])]
     for place, word in enumerate(words):
-        if not (word.startswith("-") and _SECRET.search(word)):
-            continue
         name, equals, _ = word.partition("=")
+        if not _SECRET.search(name) or not (equals or word.startswith("-")):
+            continue
         if equals:
             words[place] = f"{name}=…"
         elif place + 1 < len(words):
