@@ -253,13 +253,13 @@ def test_a_symlink_to_the_same_content_is_the_file(copied: Path) -> None:
 
 
 def test_a_record_made_to_point_elsewhere_is_refused(copied: Path) -> None:
-    from aroma.checkpoint import _checksum
+    from aroma.tuner.state import checksum_of
 
     file = copied / "checkpoint-6" / RECORD_FILE
     for name in ("../checkpoint-3/optimizer.pt", "/dev/zero"):
         record = json.loads(file.read_text())
         record["files"][name] = {"bytes": 0, "sha256": "0" * 64}
-        file.write_text(json.dumps({**record, "checksum": _checksum(record)}))
+        file.write_text(json.dumps({**record, "checksum": checksum_of(record)}))
         with pytest.raises(CheckpointError, match="it lies elsewhere"):
             verify_checkpoint(file.parent)
 

@@ -104,7 +104,7 @@ MENDS: dict[str, tuple[str, str, str, str, str, str, str]] = {
         WRONG,
     ),
     "the checksum of the state": (
-        "aroma.tuner.state._require_checksum",
+        "aroma.tuner.state.require_checksum",
         "if state.get",
         "if False and state.get",
         "evidence",

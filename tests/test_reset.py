@@ -35,6 +35,10 @@ OPTIMIZERS: dict[str, Callable[[list], Any]] = {
     "AdamW amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Adamax": torch.optim.Adamax,
+    "Adadelta": torch.optim.Adadelta,
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9),
@@ -92,7 +96,7 @@ def assert_same_bits(before: Any, after: Any) -> None:
 def moments(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield every moment by name as the optimizer sees it, i.e. an 8-bit one dequantized by bitsandbytes."""
     for key, value in state.items():
-        if key in ("step", "RMS") or key.startswith(("qmap", "absmax")):
+        if key in ("step", "mu_product", "RMS") or key.startswith(("qmap", "absmax")):
             continue
         if value.dtype == torch.uint8:
             number = key.removeprefix("state")
@@ -137,6 +141,7 @@ def test_prune_zeroes_most_entries_and_keeps_the_rest_and_the_step(optimizer_nam
         state = optimizer.state.get(param, {})
         assert state.keys() == old.keys()
         assert_same_bits(old.get("step", 3), state.get("step", 3))
+        assert_same_bits(old.get("mu_product", 3), state.get("mu_product", 3))
         old_moments = dict(moments(old))
         assert len(old_moments) == MOMENTS.get(optimizer_name, 2)
         for key, moment in moments(state):
@@ -177,6 +182,7 @@ def test_zero_clears_moments_and_step(optimizer_name: str) -> None:
     for param in params[: len(SHAPES)]:
         state = optimizer.state.get(param, {})
         assert float(state.get("step", 0)) == 0
+        assert float(state.get("mu_product", 1)) == 1
         assert not any(moment.any() for _, moment in moments(state))
 
 

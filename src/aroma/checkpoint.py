@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from .files import file_digest, remove_leftovers, require_adapter_folder, told_o
 from .folders import replacing_files
 from .saved import read_adapter, read_config, require_vouched
 from .sharding import rank, refuse_together, sharding_of_model, world_size
-from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, read_state
+from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, checksum_of, read_state, require_checksum
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -162,7 +161,7 @@ def complete_record(folder: str | os.PathLike[str], record: dict[str, Any]) -> N
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_json(folder / RECORD_FILE, {**record, "checksum": _checksum(record)})
+    write_json(folder / RECORD_FILE, {**record, "checksum": checksum_of(record)})
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -259,9 +258,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if record.get("format") != RECORD_FORMAT:
         remedy = f"this aroma reads format {RECORD_FORMAT}; upgrade aroma-peft, or use another checkpoint"
         raise bad_value(f"{file}: format", record.get("format"), remedy, CheckpointError)
-    if record.get("checksum") != _checksum(record):
-        remedy = "it does not fit the content, so the file was edited; use another checkpoint"
-        raise bad_value(f"{file}: checksum", record.get("checksum"), remedy, CheckpointError)
+    require_checksum(record, str(file))
     facts = record.get("files")
     fits = isinstance(facts, dict) and all(isinstance(fact, dict) and fact.keys() == _FACTS for fact in facts.values())
     if not fits or not isinstance(record.get("step"), int):
@@ -335,9 +332,4 @@ def _as_written(state: TrainerState) -> dict[str, Any]:
 
 def _settled(state: dict[str, Any]) -> str:
     """Return a digest of a `trainer_state.json`, callbacks left out."""
-    return _checksum({**state, "stateful_callbacks": None})
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    content = {key: value for key, value in content.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return checksum_of({**state, "stateful_callbacks": None})

@@ -24,8 +24,8 @@ RESET_KINDS = ("prune", "zero", "none")
 
 _MOMENTS = frozenset(
     {
-        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),  # torch Adam, AdamW
-        *("momentum_buffer", "square_avg", "grad_avg", "sum"),  # torch SGD, RMSprop, Adagrad
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # torch Adam, AdamW, NAdam, RAdam, Adamax
+        *("momentum_buffer", "square_avg", "grad_avg", "sum", "acc_delta"),  # torch SGD, RMSprop, Adagrad, Adadelta
         *("row_var", "col_var", "variance"),  # torch Adafactor
         *("exp_avg_sq_row", "exp_avg_sq_col"),  # transformers Adafactor
         *("state1", "state2"),  # bitsandbytes
@@ -38,7 +38,7 @@ _AVERAGES = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "state1"})
 _SQUARES_FIRST = ("rmsprop", "adagrad")
 """Optimizers of bitsandbytes, by their `optimizer_name`, whose state1 is an average of squares."""
 
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance")
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "acc_delta", "variance")
 """Averages of squares shaped as their parameter, the only ones that are sharded."""
 
 _ROWS = frozenset({"row_var", "exp_avg_sq_row"})
@@ -46,6 +46,9 @@ _ROWS = frozenset({"row_var", "exp_avg_sq_row"})
 
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. All parameters share qmap, so it is never written."""
+
+_COUNTS = {"step": 0, "mu_product": 1}
+"""Counts of steps, by what they begin with; NAdam's is the product of the momenta so far."""
 
 _SCRATCH = frozenset({"RMS", "unorm_vec"})
 """The optimizer recomputes these at every step, so there is nothing to reset."""
@@ -117,9 +120,9 @@ def reset_state(optimizer: Any, param: Tensor, kind: str, prune_ratio: float, ge
     `"none"` changes nothing. A parameter without state has nothing to reset yet.
 
     Args:
-        optimizer: torch's Adam, AdamW, SGD, RMSprop (not centered), Adagrad or Adafactor, transformers' Adafactor, or
-            a bitsandbytes optimizer of 32 or 8 bits; wrapped by accelerate or not. Under DeepSpeed's ZeRO those that
-            keep moments shaped as their parameters.
+        optimizer: torch's Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop, Adagrad, Adadelta or Adafactor,
+            transformers' Adafactor, or a bitsandbytes optimizer of 32 or 8 bits; wrapped by accelerate or not. Under
+            DeepSpeed's ZeRO those that keep moments shaped as their parameters.
         param: The parameter (any shape), as the optimizer holds it.
         kind: `"prune"`, `"zero"` or `"none"`.
         prune_ratio: Share of entries that `"prune"` zeroes, in [0, 1].
@@ -210,11 +213,6 @@ def start_slots(optimizer: Any, starts: Sequence[SlotStart]) -> None:
                 moment.write(start.slots, total / len(start.others))
 
 
-def check_startable(optimizer: Any, param: Tensor) -> None:
-    """Raise what `start_slots` would raise, and change nothing; `param` has any shape."""
-    _resettable_moments(optimizer, param, "prune")
-
-
 def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
     """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
 
@@ -269,13 +267,14 @@ def _moment_keys(optimizer: Any, state: OptimizerState) -> list[str]:
 
 def _require_known(optimizer: Any, state: OptimizerState) -> None:
     codebooks = {name for key, names in _CODEBOOKS.items() if key in state.values for name in names}
-    known = {"step"} | _MOMENTS | _SCRATCH | codebooks
+    known = {*_COUNTS} | _MOMENTS | _SCRATCH | codebooks
     for key in sorted(state.values):
         if key not in known:
             raise _refusal(optimizer, state, key, "which AROMA does not know how to reset")
-    step = state.values.get("step", 0)
-    if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
-        raise _refusal(optimizer, state, "step", "which is not a step count")
+    for name, first in _COUNTS.items():
+        count = state.values.get(name, first)
+        if not isinstance(count, int | float) and not (isinstance(count, Tensor) and count.numel() == 1):
+            raise _refusal(optimizer, state, name, "which is not a step count")
 
 
 def _read_moment(optimizer: Any, state: OptimizerState, key: str) -> _Moment:
@@ -397,7 +396,7 @@ _BLOCK_SIZES = (256, 2048, 4096, 1024, 512, 128, 64)
 
 
 def _slot_moments(optimizer: Any, start: SlotStart) -> list[_SlotMoment]:
-    """Return this rank's moments of a parameter that count its slots, or raise what `check_startable` raises."""
+    """Return this rank's moments of a parameter that count its slots, or raise what `check_resettable` raises."""
     state = _state_of(optimizer, start.parameter)
     moments = _resettable_moments(optimizer, start.parameter, "prune")
     if not state.values or state.is_elsewhere:
@@ -504,11 +503,11 @@ def _clear(moment: _Moment) -> None:
 
 
 def _clear_step(state: dict[str, Any]) -> None:
-    step = state.get("step")
-    if isinstance(step, Tensor):
-        step.zero_()
-    elif step is not None:
-        state["step"] = 0
+    for name, first in _COUNTS.items():
+        if isinstance(state.get(name), Tensor):
+            state[name].fill_(first)
+        elif name in state:
+            state[name] = first
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -539,10 +538,10 @@ def _refusal(optimizer: Any, state: OptimizerState, key: str, why: str) -> Reset
     value = state.values.get(key)
     kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
     # Of a flat optimizer the moments of frozen components are zeroed whatever `reset` is.
-    without = "" if state.is_flat else "set reset='none', or "
+    without = "" if state.is_flat else " (growth='paper' also takes reset='none', which leaves it alone)"
     return ResetError(
-        f"optimizer={_name(optimizer)}: it keeps state {key!r} of {kind}, {why}; {without}use another optimizer, "
-        "e.g. torch.optim.AdamW"
+        f"optimizer={_name(optimizer)}: it keeps state {key!r} of {kind}, {why}; use another optimizer, e.g. "
+        f"torch.optim.AdamW{without}"
     )
 
 

@@ -22,7 +22,7 @@ from .evaluation import evaluating
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair, group_by_shape
-from .reset import SlotStart, check_startable, component_generator, start_slots
+from .reset import SlotStart, component_generator, start_slots
 from .sharding import is_distributed, refuse_together, world_size
 from .spectra import effective_rank, singular_values
 from .tuner import AromaLinear
@@ -547,16 +547,6 @@ class SlotMatrices(GrowingMatrices):
         return torch.stack([b.detach()[:, :count].mT.to(group.b) for b, _ in own]), torch.stack(
             [a.detach()[:count].to(group.a) for _, a in own]
         )
-
-    def require_resettable(self) -> None:
-        """Raise where a birth would fail for want of an optimizer state that is understood.
-
-        Raises:
-            ResetError: Naming the state.
-        """
-        for matrix in self.active():
-            for parameter in matrix.pair:
-                check_startable(self._optimizer, parameter)
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 

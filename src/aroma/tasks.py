@@ -142,7 +142,7 @@ class Tasks:
             raise bad_value(
                 "task",
                 task,
-                f"the model grew over other tasks than {', '.join(self._over) or 'none'}, which {self.folder} has now; "
+                f"the model grew over other tasks than {', '.join(self._over) or 'none'}, which the folder has now; "
                 "take it from grow() of this very folder (aroma.save_adapter keeps what this one has learnt)",
             )
         save_adapter(model, self.folder / task, _GROWING)

@@ -96,7 +96,7 @@ def write_adapter_state(
     # Last, because it vouches for the other files.
     for name in state["files"]:
         sync(target / name)
-    write_json(target / STATE_FILE, {**state, "checksum": _checksum(state)})
+    write_json(target / STATE_FILE, {**state, "checksum": checksum_of(state)})
     return state
 
 
@@ -125,7 +125,7 @@ def write_export_state(
         "adapter_config": config,
         "controller": None,
     }
-    write_json(Path(folder) / STATE_FILE, {**exported, "checksum": _checksum(exported)})
+    write_json(Path(folder) / STATE_FILE, {**exported, "checksum": checksum_of(exported)})
 
 
 def tell(folder: str | os.PathLike[str], about: About) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def tell(folder: str | os.PathLike[str], about: About) -> dict[str, Any]:
         CheckpointError: The state is missing or damaged.
     """
     state = {**read_state(folder), "about": about.as_json()}
-    write_json(Path(folder) / STATE_FILE, {**state, "checksum": _checksum(state)})
+    write_json(Path(folder) / STATE_FILE, {**state, "checksum": checksum_of(state)})
     return state
 
 
@@ -168,7 +168,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise bad_value(
             f"{path}: format", found, f"this aroma reads format {STATE_FORMAT}; upgrade aroma-peft", CheckpointError
         )
-    _require_checksum(state, str(path))
+    require_checksum(state, str(path))
     _require_layout(state, path)
     return state
 
@@ -357,7 +357,7 @@ def pack(exported: dict[str, Any]) -> dict[str, Any]:
     """
     run, blob = _encode(exported)
     packed = {"state": run, "tensors": base64.b64encode(blob).decode("ascii")}
-    return {**packed, "checksum": _checksum(packed)}
+    return {**packed, "checksum": checksum_of(packed)}
 
 
 def unpack(packed: dict[str, Any]) -> dict[str, Any]:
@@ -366,7 +366,7 @@ def unpack(packed: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: The packed state was edited.
     """
-    _require_checksum(packed, "trainer_state.json: stateful_callbacks.AromaCallback")
+    require_checksum(packed, "trainer_state.json: stateful_callbacks.AromaCallback")
     return _decode(packed["state"], base64.b64decode(packed["tensors"]))
 
 
@@ -384,13 +384,19 @@ def _decode(run: Any, blob: bytes) -> dict[str, Any]:
     return {"state": run, "tensors": load(blob) if blob else {}}
 
 
-def _checksum(state: dict[str, Any]) -> str:
+def checksum_of(state: dict[str, Any]) -> str:
+    """Return the checksum that a JSON object bears under that name."""
     content = {key: value for key, value in state.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _require_checksum(state: dict[str, Any], where: str) -> None:
-    if state.get("checksum") != _checksum(state):
+def require_checksum(state: dict[str, Any], where: str) -> None:
+    """Raise unless a JSON object, from `where`, bears its own checksum.
+
+    Raises:
+        CheckpointError: It was edited.
+    """
+    if state.get("checksum") != checksum_of(state):
         raise bad_value(
             f"{where}: checksum",
             state.get("checksum"),
