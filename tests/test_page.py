@@ -295,7 +295,7 @@ def test_a_report_that_cannot_be_written_costs_no_training(tmp_path, monkeypatch
 
     callback = AromaCallback(report=tmp_path / "report.html")
     trainer = trainer_for(adapted(), tmp_path / "run", callback, max_steps=4, save_strategy="no")
-    monkeypatch.setattr(reporting, "write_page", full)
+    monkeypatch.setattr(reporting, "write_text", full)
     with pytest.warns(AromaWarning, match="No space left on device.*the training itself is whole"):
         trainer.train()
     assert trainer.state.global_step == 4

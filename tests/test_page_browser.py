@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from aroma.files import write_text
 from aroma.report import charts
-from aroma.report.page import ASSETS, write_page
+from aroma.report.page import ASSETS
 from aroma.report.run import run_page
 from aroma_lab.report.grid_page import grid_page
 from browser import SIZES, chromium
@@ -28,8 +29,8 @@ def browser():
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    write_page(folder / "run.html", run_page(made_up()))
-    write_page(folder / "grid.html", grid_page(RESULTS))
+    write_text(folder / "run.html", run_page(made_up()))
+    write_text(folder / "grid.html", grid_page(RESULTS))
     return folder
 
 

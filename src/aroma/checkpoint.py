@@ -70,8 +70,10 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
         is_first = dist.get_rank() == 0
         # Before any rank gathers: it would wait for a first one that has no place to write to.
         with refuse_together(sharding.device(next(model.parameters()))), told_of(target):
-            place = replacing_files(target, ADAPTER_FILES) if is_first else tempfile.TemporaryDirectory()
-            new = Path(stack.enter_context(place))
+            if is_first:
+                new = stack.enter_context(replacing_files(target, ADAPTER_FILES))
+            else:
+                new = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if is_first:
             _write_adapter(model, target, new, adapter_name)
         else:

@@ -261,12 +261,13 @@ class AromaController:
             UserWarning: The run is longer than the first pass, and nothing is held out.
         """
         self._held_out, self._first_pass = held_out, first_pass
-        if isinstance(self.rule, EvidenceRule):
-            count = None if held_out is None else held_out.count
-            # A rank that asked more batches than the others would wait for them.
-            agreed = of_first_rank(-1 if count is None else count, self.matrices.device)
-            self.rule.held_out_batches = None if agreed < 0 else agreed
-        if not self.config.has_slots or held_out is not None or first_pass is None:
+        if not self.config.has_slots:
+            return
+        count = None if held_out is None else held_out.count
+        # A rank that asked more batches than the others would wait for them.
+        agreed = of_first_rank(-1 if count is None else count, self.matrices.device)
+        self.rule.held_out_batches = None if agreed < 0 else agreed
+        if held_out is not None or first_pass is None:
             return
         if self.total_steps is None or self.total_steps > first_pass:
             warnings.warn(

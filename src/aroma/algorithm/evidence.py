@@ -247,7 +247,7 @@ class EvidenceRule(Generic[E]):
         if self.phase in ("start", "trial"):
             stage = f"trial {self.global_step}/{self._settings.trial_steps}"
         elif self.phase == "questions":
-            stage = f"asking {len(self._credits)}/{self._questions}"
+            stage = f"asking {len(self._credits)}/{self.questions}"
         else:
             last = "" if self.last_birth is None else f", last at step {self.last_birth}"
             stage = f"births {self.births}{last}"
@@ -304,8 +304,8 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        number, rest = divmod(step, self._settings.held_out_interval(self.global_step - step, self._questions))
-        return () if rest or self.phase != "growth" else (max(self._asked, self._questions) + number,)
+        number, rest = divmod(step, self._settings.held_out_interval(self.global_step - step, self.questions))
+        return () if rest or self.phase != "growth" else (max(self._asked, self.questions) + number,)
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open at the end of the trial."""
@@ -315,7 +315,7 @@ class EvidenceRule(Generic[E]):
             # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
             self._credits = []
         first = self._asked  # later others are asked, in place of those that overflowed
-        self._asked += self._questions - len(self._credits)
+        self._asked += self.questions - len(self._credits)
         return range(first, self._asked)
 
     def answer(self) -> list[Event]:
@@ -348,7 +348,7 @@ class EvidenceRule(Generic[E]):
         return []
 
     @property
-    def _questions(self) -> int:
+    def questions(self) -> int:
         """Batches that are asked: an example that is asked twice would count for two."""
         most = self._settings.questions
         return most if self.held_out_batches is None else min(most, max(QUESTIONS[0], self.held_out_batches))
@@ -359,7 +359,7 @@ class EvidenceRule(Generic[E]):
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
                 self._credits.append(credits)
-        if len(self._credits) < self._questions:
+        if len(self._credits) < self.questions:
             return []
         credits = np.stack(self._credits)
         kept = directions_to_keep(credits, self._settings.significance)

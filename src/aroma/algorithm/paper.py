@@ -65,6 +65,9 @@ class PaperRule(Generic[M]):
         tell: Called with events as they happen.
     """
 
+    questions = 0
+    held_out_batches: int | None = None
+
     def __init__(self, settings: PaperSettings, matrices: Matrices[M]) -> None:
         self._settings = settings
         self._matrices = matrices

@@ -105,6 +105,8 @@ class GrowthRule(Protocol):
         outer_number: Number p of the current outer step, counted from 1.
         max_inner_steps: Most optimizer steps of one inner loop, T_in.
         tell: Called with events as they happen, while matrices and counts are still those that they tell of.
+        held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held out,
+            or nobody knows.
     """
 
     global_step: int
@@ -112,6 +114,11 @@ class GrowthRule(Protocol):
     outer_number: int
     max_inner_steps: int
     tell: Callable[[Sequence[Event]], None]
+    held_out_batches: int | None
+
+    @property
+    def questions(self) -> int:
+        """Number of batches that are asked at the end of a trial; 0 where there is none."""
 
     @property
     def finished(self) -> bool:

@@ -23,7 +23,6 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
-from ..algorithm.evidence import question_count
 from ..controller import AromaController
 from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
@@ -192,7 +191,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     examples,
                     args.per_device_train_batch_size,
                     args.gradient_accumulation_steps,
-                    question_count(controller.config.resolve_trial_steps(controller.total_steps)),
+                    controller.rule.questions,
                     getattr(loader, "collate_fn", default_data_collator),
                     args.data_seed if args.data_seed is not None else args.seed,
                     args.process_index,

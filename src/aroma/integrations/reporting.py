@@ -22,8 +22,9 @@ from transformers import TrainerState, TrainingArguments
 from ..controller import AromaController
 from ..errors import AromaWarning, OutputError
 from ..events import Event, ModuleSummary
+from ..files import write_text
 from ..report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
-from ..report.page import report_file, write_page
+from ..report.page import report_file
 from ..report.run import run_page
 from .telling import EVALUATION_COSTS
 
@@ -88,7 +89,7 @@ class TrainingRecord:
             return
         page = run_page(self._facts(controller, args, state, model))
         try:
-            write_page(self._path, page)
+            write_text(self._path, page)
         except OutputError as error:
             warnings.warn(f"report: {error}; the training itself is whole", AromaWarning, stacklevel=2)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..files import write_text
 from ..outputs import new_file
 
 ASSETS = Path(__file__).parent / "assets"
@@ -98,11 +97,6 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
             **context,
         )
     )
-
-
-def write_page(path: str | os.PathLike[str], page: str) -> None:
-    """Write a page whole or not at all."""
-    write_text(path, page)
 
 
 @cache

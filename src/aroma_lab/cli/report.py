@@ -42,7 +42,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the report."""
     require_extra("lab")
-    from aroma.report.page import report_file, write_page
+    from aroma.files import write_text
+    from aroma.report.page import report_file
 
     folder = Path(arguments.run_folder)
     out = None if arguments.out is None else report_file("--out", arguments.out, force=arguments.force)
@@ -63,5 +64,5 @@ def run(arguments: argparse.Namespace) -> None:
             raise bad_value("--compare", " ".join(arguments.compare), "a grid compares its own runs; leave it out")
         from ..report.grid_page import grid_page
 
-        write_page(out, grid_page(folder))
+        write_text(out, grid_page(folder))
     print(f"report: {out}")

@@ -19,11 +19,10 @@ import torch
 from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
 from aroma.errors import CheckpointError, bad_value
-from aroma.files import read_tensors, write_json
+from aroma.files import read_tensors, write_json, write_text
 from aroma.outputs import new_folder
 from aroma.pictures import birth_picture, rank_picture
 from aroma.report.facts import LORA_RANK
-from aroma.report.page import write_page
 from aroma.report.run import run_page
 from aroma.tuner import aroma_layers
 
@@ -129,7 +128,7 @@ def run_demo(
         **provenance(),
     }
     facts = demo_facts(record, fit.trainer.state.log_history, curve, events_of(folder), updates)
-    write_page(folder / REPORT, run_page(facts))
+    write_text(folder / REPORT, run_page(facts))
     write_json(folder / "result.json", record)  # last
     return record
 

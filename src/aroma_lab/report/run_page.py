@@ -14,9 +14,8 @@ from typing import Any
 import yaml
 
 from aroma.errors import AromaError, CheckpointError
-from aroma.files import read_json
+from aroma.files import read_json, write_text
 from aroma.report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
-from aroma.report.page import write_page
 from aroma.report.run import run_page
 
 from ..run.files import TrialFiles
@@ -36,7 +35,7 @@ def write_run_page(
     folder: str | os.PathLike[str], out: str | os.PathLike[str], compare: Sequence[str | os.PathLike[str]] = ()
 ) -> None:
     """Write the report of a run to `out`; see `run_facts`."""
-    write_page(out, run_page(run_facts(folder, compare)))
+    write_text(out, run_page(run_facts(folder, compare)))
 
 
 def run_facts(folder: str | os.PathLike[str], compare: Sequence[str | os.PathLike[str]] = ()) -> RunFacts:
