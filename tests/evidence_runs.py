@@ -128,7 +128,9 @@ class Loop:
         self.done = 0
 
     def attach(self, **options: Any) -> Attachment:
-        given = {"growth_loss": loss_of, **self.options, **options}
+        given = {**self.options, **options}
+        if "growth_batches" in given:
+            given.setdefault("growth_loss", loss_of)
         self.growth = attach(
             self.wrapped, self.optimizer, total_steps=self.steps, on_event=self.events.append, **given
         )

@@ -117,7 +117,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(
         on_event=events.append,
         steps_per_pass=first_pass,
         growth_batches=held if holds_out else None,
-        growth_loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        growth_loss=(lambda model, batch: (model(batch[0]) - batch[1]).square().mean()) if holds_out else None,
     )
     for batch in data:
         optimizer.zero_grad()
@@ -250,16 +250,18 @@ def test_a_matrix_moves_as_far_with_many_components_as_with_one(slots: int) -> N
 
 
 @pytest.mark.parametrize("passes", [1.5, 3, 10])
-@pytest.mark.parametrize("steps", [200, 320, 640, 1_000, 100_000])
+@pytest.mark.parametrize("steps", [75, *range(80, 200, 10), 320, 640, 1_000, 100_000])
 def test_held_out_batches_are_a_small_share_of_a_run(steps: int, passes: float) -> None:
     trial = max(steps // 10, 16)
     settings = EvidenceSettings(0.05, 0.5, 8, trial, (steps - trial) // 4 * 4, None)
     first_pass = int(steps / passes)
     interval = settings.held_out_interval(first_pass, settings.questions)
-    duels = math.ceil((settings.last_step - max(first_pass, trial)) / interval)
+    duelling = settings.last_step - max(first_pass, trial)
+    duels = math.ceil(duelling / interval)
+    assert settings.questions + duels <= 0.12 * steps
     assert interval >= 9
-    assert settings.questions + duels <= 0.12 * steps + 1
-    assert duels >= min(12, (settings.last_step - first_pass) // 9), "a birth takes seven"
+    if steps >= 200:
+        assert duels >= min(12, duelling // 9), "a birth takes seven"
 
 
 def test_nothing_is_born_after_the_step_that_is_named() -> None:

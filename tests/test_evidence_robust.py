@@ -550,19 +550,55 @@ def test_held_out_batches_that_cannot_decide_are_refused_before_training() -> No
     with pytest.raises(ConfigError, match=r"^steps_per_pass=0: "):
         Loop(steps_per_pass=0).attach()
     paper = models.adapted("llama")
-    with pytest.raises(ConfigError, match=r"^growth_batches='given': only growth='evidence' reads them"):
+    with pytest.raises(ConfigError, match=r"^growth_batches='given': only growth='evidence' reads it"):
         attach(paper, torch.optim.SGD(trainable(paper), lr=0.1), total_steps=99, growth_batches=held_out())
 
 
-def test_a_loss_without_a_graph_is_refused() -> None:
-    loop = Loop(
-        steps_per_pass=3, growth_batches=held_out(), growth_loss=lambda model, data: loss_of(model, data).detach()
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"growth_batches": 5}, r"^growth_batches='int': it cannot be iterated; give a list of batches"),
+        ({"growth_batches": iter(held_out(3))}, r"^growth_batches='3 batches': it takes 7 batches"),
+        ({"growth_loss": lambda m, b: loss_of(m, b).detach()}, r"^growth_loss='shape \(\), requires_grad=False': "),
+        ({"growth_loss": lambda m, b: m(b[0])}, r"^growth_loss='shape \(8, 16\), requires_grad=True': "),
+        ({"growth_loss": lambda m, b: 0.5}, r"^growth_loss='float': it must return one number"),
+        ({"growth_loss": None}, r"^growth_loss='model_loss': it fails on a held-out batch \(TypeError: .*tuple"),
+        ({"growth_batches": None, "growth_loss": loss_of}, r"^growth_loss='given': it is that of growth_batches"),
+        ({"steps_per_pass": "3"}, r"^steps_per_pass='3': .*a whole number"),
+        ({"steps_per_pass": 2.5}, r"^steps_per_pass=2\.5: "),
+        ({"total_steps": "60"}, r"^total_steps='60': give the number"),
+    ],
+)
+def test_what_cannot_decide_is_refused_before_training(given: dict[str, Any], said: str) -> None:
+    model = net(significance=0.05)
+    options = {"growth_batches": held_out(), "growth_loss": loss_of, "total_steps": 200, **given}
+    with pytest.raises(ConfigError, match=said):
+        attach(model, torch.optim.SGD(trainable(model), lr=0.1), **options)
+
+
+def test_batches_of_an_iterator_are_those_of_a_list() -> None:
+    """Though the first are drawn beforehand, to see whether they are enough and have a loss."""
+    by_list, by_iterator = (
+        Loop(net(significance=0.05), steps=200, steps_per_pass=40, growth_batches=batches).go_on(120)
+        for batches in (held_out(), iter(held_out()))
     )
-    with pytest.raises(ConfigError, match=r"^growth_loss='shape \(\), requires_grad=False': "):
-        loop.go_on()
-    loop = Loop(steps_per_pass=3, growth_batches=held_out(), growth_loss=lambda model, data: model(data[0]))
-    with pytest.raises(ConfigError, match=r"^growth_loss='shape \(8, 16\), requires_grad=True': "):
-        loop.go_on()
+    assert by_list.growth.controller.rule.state()["asked"] == 10
+    assert_same(by_iterator.came_to(), by_list.came_to())
+
+
+def test_a_run_in_which_too_few_batches_decide_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"significance=0\.05: a birth takes 7 batches, and 4 decide after the trial"):
+        Loop(net(significance=0.05), steps=100, steps_per_pass=10, growth_batches=held_out()).attach()
+    with pytest.warns(UserWarning, match=r"From optimizer step 40 on, growth is decided on examples .* trained on"):
+        Loop(net(significance=0.05), steps=100, steps_per_pass=40).attach()
+
+
+def test_pairs_that_need_no_gradient_are_refused_before_training() -> None:
+    loop = Loop()
+    for parameter in trainable(loop.model):
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"the pair of 'layers\.0' needs no gradient.*is_trainable=True"):
+        loop.attach()
 
 
 @pytest.mark.parametrize("way", ["autograd.grad", "functional", "no backward", "reentrant without inputs"])

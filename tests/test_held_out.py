@@ -10,13 +10,16 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer
 
 from aroma import AromaCallback, AromaConfig, Event, hold_out
 from aroma.errors import ConfigError
-from aroma.integrations.held_out import HeldOutDataset, without_trained
+from aroma.integrations.held_out import HeldOutDataset
+from aroma.integrations.overlap import without_trained
 from evidence_runs import METHOD, bert, bert_trainer, growth_dataset
-from trainer_runs import arguments, examples, tiny_bert
+from trainer_runs import adapted, arguments, examples, tiny_bert, trainer_for
 
 
 def tokenized(count: int = 160, **changes: Any) -> Dataset:
@@ -26,9 +29,9 @@ def tokenized(count: int = 160, **changes: Any) -> Dataset:
     return Dataset.from_dict({**columns, "text": [f"text {row}" for row in range(count)]})
 
 
-def train(out: Path, training: Any, growth: Any, steps: int = 40) -> AromaCallback:
+def train(out: Path, training: Any, growth: Any, steps: int = 60, **options: Any) -> AromaCallback:
     model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS", **METHOD))
-    callback = AromaCallback(growth_dataset=growth)
+    callback = AromaCallback(growth_dataset=growth, **options)
     settings = arguments(out, max_steps=steps, save_strategy="no")
     Trainer(model, settings, train_dataset=training, callbacks=[callback]).train()
     return callback
@@ -39,7 +42,7 @@ def test_columns_that_no_model_reads_are_dropped_as_the_trainer_drops_them(tmp_p
     controller = train(tmp_path, training, growth).controller
     assert controller is not None
     assert controller.rule.phase not in ("start", "trial", "questions")
-    assert controller.global_step == 40
+    assert controller.global_step == 60
 
 
 def test_a_batch_is_what_an_optimizer_step_takes(tmp_path: Path) -> None:
@@ -103,6 +106,69 @@ def test_examples_that_the_data_have_twice_are_left_out_with_a_warning() -> None
     assert without_trained(growth, training) is growth
 
 
+class Blurred(TorchDataset[Any]):
+    """Examples that are never the same twice, as pictures that are cropped at random."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = examples(count)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return {**self.rows[index], "noise": torch.randn(3)}
+
+
+def test_parts_of_a_data_set_are_compared_by_their_indices() -> None:
+    source = Blurred(60)
+    training, growth = hold_out(source)
+    assert without_trained(growth, training) is growth
+    shared = Subset(source, [*growth.indices, training.indices[4]])
+    with pytest.warns(UserWarning, match=r"1 of 7 examples .* \(its row 6 is row 4 of the training set\)"):
+        left = without_trained(shared, training)
+    assert len(left) == 6
+    with pytest.raises(ConfigError, match=r"growth_dataset='6 examples': its row 0 is row \d+ of the training set"):
+        without_trained(growth, source)
+    inner = Subset(Subset(source, range(20, 60)), range(10))
+    assert len(without_trained(inner, Subset(source, range(25)))) == 5
+
+
+@pytest.mark.parametrize(
+    ("growth", "said"),
+    [
+        ([], r"^growth_dataset='empty': hold out some"),
+        (examples(6, seed=11), r"^growth_dataset='6 examples, 0 batches of 8': it takes 7 batches"),
+        (iter(examples(6)), r"^growth_dataset='list_iterator': it has no length, or no items by index"),
+        (DataLoader(examples(6)), r"^growth_dataset='DataLoader': .* give a datasets\.Dataset, a list"),
+    ],
+)
+def test_examples_that_cannot_decide_are_refused_before_training(tmp_path: Path, growth: Any, said: str) -> None:
+    model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS", **{**METHOD, "significance": 0.05}))
+    trainer = bert_trainer(tmp_path, model=model, growth={"growth_dataset": growth})
+    with pytest.raises(ConfigError, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_loss_that_fails_is_told_before_training(tmp_path: Path) -> None:
+    def wrong(model: nn.Module, batch: Any) -> Tensor:
+        loss: Tensor = model(**batch).los
+        return loss
+
+    training, growth = hold_out(tokenized(), share=0.2)
+    with pytest.raises(
+        ConfigError, match=r"^growth_loss='wrong': it fails on a held-out batch \(AttributeError: .*los"
+    ):
+        train(tmp_path, training, growth, growth_loss=wrong)
+    with pytest.raises(ConfigError, match=r"^growth_loss='float': it must return one number"):
+        train(tmp_path, training, growth, growth_loss=lambda model, batch: float(model(**batch).loss))
+    with pytest.raises(ConfigError, match=r"^growth_loss='given': it is that of growth_dataset, which is missing"):
+        train(tmp_path, training, None, growth_loss=wrong)
+    paper = AromaCallback(growth_loss=wrong)
+    with pytest.raises(ConfigError, match=r"^growth_loss='given': only growth='evidence' reads it"):
+        trainer_for(adapted(tiny_bert()), tmp_path, paper).train()
+
+
 def test_examples_that_are_not_prepared_are_refused(tmp_path: Path) -> None:
     training, growth = hold_out(tokenized())
     with pytest.raises(ConfigError, match=r"columns text, labels.*training set has input_ids; prepare both") as error:
@@ -116,6 +182,6 @@ def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
     texts = [[list(part["text"]) for part in pair] for pair in parts]
     assert texts[0] == texts[1] != texts[2]
     assert all(len(growth) == 10 and sorted(train + growth) == sorted(rows["text"]) for train, growth in texts)
-    for share in (0, 1, -0.1, 0.001):
-        with pytest.raises(ConfigError, match=f"share={share}: of 50 examples it leaves one part empty"):
+    for share in (0, 1, -0.1, 0.001, "0.1", None):
+        with pytest.raises(ConfigError, match=f"share={share!r}: of 50 examples it leaves one part empty"):
             hold_out(rows, share=share)

@@ -273,7 +273,7 @@ def test_grpo_asks_every_sample_once(tmp_path: Path, passes: int, recwarn: pytes
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             matrices = growth(trainer).controller.matrices
             absorb = matrices.absorb
-            matrices.absorb = lambda *, record: (recorded.append(record), absorb(record=record))
+            matrices.absorb = lambda **given: (recorded.append(given["record"]), absorb(**given))
 
     trainer = trainer_for(
         "grpo",

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from . import compat
 from .algorithm import GrowthRule, PaperRule
-from .algorithm.evidence import CHECK_INTERVAL, EvidenceRule, EvidenceSettings
+from .algorithm.evidence import CHECK_INTERVAL, EvidenceRule, EvidenceSettings, flips_to_birth
 from .algorithm.paper import PaperSettings
-from .errors import CheckpointError, bad_value
+from .errors import AromaWarning, CheckpointError, bad_value
 from .events import Event, Summary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair
@@ -37,6 +37,7 @@ from .slots import SlotMatrices
 from .tuner import AromaConfig, aroma_layers
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
+from .tuner.state import is_whole
 
 RulePlan = Callable[[Any], GrowthRule]
 """Makes a growth rule of the matrices of a run."""
@@ -105,6 +106,8 @@ class AromaController:
                 type(model).__name__,
                 f"it has no AROMA adapter {adapter_name!r}; make one with get_peft_model(model, AromaConfig(...))",
             )
+        if total_steps is not None and not is_whole(total_steps, 1, 2**62):
+            raise bad_value("total_steps", total_steps, "give the number of optimizer steps that are planned")
         self.adapter_name = adapter_name
         self.optimizer = optimizer
         self.total_steps = total_steps
@@ -258,6 +261,7 @@ class AromaController:
             first_pass: Optimizer steps of the first pass; None if no example comes twice.
 
         Warns:
+            AromaWarning: Too few batches decide for any birth after the trial.
             UserWarning: The run is longer than the first pass, and nothing is held out.
         """
         self._held_out, self._first_pass = held_out, first_pass
@@ -267,6 +271,14 @@ class AromaController:
         # A rank that asked more batches than the others would wait for them.
         agreed = of_first_rank(-1 if count is None else count, self.matrices.device)
         self.rule.held_out_batches = None if agreed < 0 else agreed
+        found, alpha = self.rule.duels(first_pass, held_out=held_out is not None), self.config.significance
+        if found < flips_to_birth(alpha):
+            warnings.warn(
+                f"significance={alpha}: a birth takes {flips_to_birth(alpha)} batches, and {found} decide after the "
+                "trial, so nothing will be born then. Train longer, or in fewer passes over more data",
+                AromaWarning,
+                stacklevel=3,
+            )
         if held_out is not None or first_pass is None:
             return
         if self.total_steps is None or self.total_steps > first_pass:

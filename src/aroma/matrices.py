@@ -450,11 +450,19 @@ class GrowingMatrices:
                 )
 
     def require_held_by_optimizer(self) -> None:
-        """Raise for a pair that the optimizer does not hold, so that it would never learn.
+        """Raise for a pair that needs no gradient, or that the optimizer does not hold, so that it would never learn.
 
         Raises:
             ConfigError: Naming the first.
         """
+        for matrix in self.active():
+            if not all(parameter.requires_grad for parameter in matrix.pair):
+                raise bad_value(
+                    "model",
+                    type(self.model).__name__,
+                    f"the pair of {matrix.name!r} needs no gradient, so it would never learn; load the adapter with "
+                    f"is_trainable=True, or call model.set_adapter({self._adapter_name!r})",
+                )
         refuse_missing_pairs(self._optimizer, [(matrix.name, matrix.pair) for matrix in self.active()])
 
     def refuse_other_adapters(self, wrapper: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .algorithm.evidence import UNUSED, Reading
 from .directions import Directions, orthonormalise, singular_directions
 from .errors import bad_value
-from .evaluation import evaluating
+from .evaluation import evaluating, require_loss
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair, group_by_shape
@@ -365,7 +365,7 @@ class SlotMatrices(GrowingMatrices):
         with torch.enable_grad(), evaluating(self.model):
             for value in losses:
                 with refuse_together(self.device):
-                    _require_loss(value)
+                    require_loss(value)
                 # Not backward(): hooks of DistributedDataParallel and gradients of what trains must not notice.
                 found = torch.autograd.grad(value.reshape(()), [leaf for leaf, _ in asked], allow_unused=True)
                 with refuse_together(self.device):
@@ -599,13 +599,6 @@ def row_length(components: int) -> float:
 def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> list[SlotStart]:
     """Return `slots` of both factors, with which the optimizer is to begin anew; `others` were in use."""
     return [SlotStart(parameter, slots, dim, others) for parameter, dim in zip(matrix.pair, (1, 0), strict=True)]
-
-
-def _require_loss(loss: Tensor) -> None:
-    """Raise unless the loss of held-out examples is a scalar with a graph."""
-    if loss.numel() != 1 or not loss.requires_grad:
-        kind = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-        raise bad_value("growth_loss", kind, "it must return one number that the model was asked for with gradients")
 
 
 def _require_reached(gradients: Sequence[Tensor | None]) -> None:

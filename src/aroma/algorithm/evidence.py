@@ -103,15 +103,15 @@ class EvidenceSettings:
         return question_count(self.trial_steps)
 
     def held_out_interval(self, first_pass: int, asked: int) -> int:
-        """Return the optimizer steps between held-out batches that duel.
+        """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
 
         Args:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
             asked: Held-out batches that are asked at the end of the trial.
         """
-        left = HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked
+        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked)
         duelling = self.last_step - max(first_pass, self.trial_steps)
-        return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(left, 1)))
+        return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
 
 
 class Reading(NamedTuple):
@@ -304,15 +304,25 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        number, rest = divmod(step, self._settings.held_out_interval(self.global_step - step, self.questions))
-        return () if rest or self.phase != "growth" else (max(self._asked, self.questions) + number,)
+        interval = self._settings.held_out_interval(self.global_step - step, self.questions)
+        if step % interval or self.phase != "growth":
+            return ()
+        return (max(self._asked, self.questions) + step // interval,)
+
+    def duels(self, first_pass: int | None, *, held_out: bool) -> int:
+        """Return how many batches let duel in the whole run; see `GrowthRule`."""
+        first, last = self._settings.trial_steps + (0 if held_out else self.questions), self._settings.last_step
+        if first_pass is None or not held_out:
+            return max(last - first, 0)
+        interval, later = self._settings.held_out_interval(first_pass, self.questions), last - max(first_pass, first)
+        return max(min(first_pass, last) - first, 0) + max(later, 0) // interval
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open at the end of the trial."""
         if self.phase != "questions":
             return ()
         if not self._asked:
-            # All of them: the loss of training batches may be scaled, and credits of both kinds do not add up.
+            # Of a run that is resumed with held-out examples, others may have answered, and do not count.
             self._credits = []
         first = self._asked  # later others are asked, in place of those that overflowed
         self._asked += self.questions - len(self._credits)

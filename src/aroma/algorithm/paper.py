@@ -168,6 +168,10 @@ class PaperRule(Generic[M]):
         """Return the numbers of the held-out batches to be asked: none."""
         return ()
 
+    def duels(self, first_pass: int | None, *, held_out: bool) -> int:
+        """Return how many batches may bear components by evidence: none."""
+        return 0
+
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches to be asked: none."""
         return ()

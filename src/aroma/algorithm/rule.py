@@ -146,6 +146,14 @@ class GrowthRule(Protocol):
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches to be asked now, `step` optimizer steps after the first pass."""
 
+    def duels(self, first_pass: int | None, *, held_out: bool) -> int:
+        """Return how many batches may bear components after the trial; 0 where there is none.
+
+        Args:
+            first_pass: Optimizer steps of the first pass; None if no example comes twice.
+            held_out: Whether held-out examples decide after it.
+        """
+
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches to be asked before the next step; then call `answer`."""
 

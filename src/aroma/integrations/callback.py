@@ -29,7 +29,8 @@ from ..events import Event
 from ..sharding import own_entries, unwrapped_optimizer
 from ..tuner import aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from .held_out import HeldOutDataset, Loss, with_columns_of, without_trained
+from .held_out import HeldOutDataset, Loss
+from .overlap import require_indexed, with_columns_of, without_trained
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, check_resumed_folders
 from .rewarmup import Rewarmup, loss_scale, was_skipped
@@ -167,9 +168,12 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Tell the controller which batches decide growth."""
         controller = self._running()
         self._samples = Samples.of(args)
+        given = [name for name in ("growth_dataset", "growth_loss") if getattr(self, name) is not None]
+        if given and not controller.config.has_slots:
+            raise bad_value(given[0], "given", "only growth='evidence' reads it; leave it out")
+        if given == ["growth_loss"]:
+            raise bad_value("growth_loss", "given", "it is that of growth_dataset, which is missing; give both")
         if not controller.config.has_slots:
-            if self.growth_dataset is not None:
-                raise bad_value("growth_dataset", "given", "only growth='evidence' reads it; leave it out")
             return
         if self._samples is not None:
             if self.growth_dataset is not None:
@@ -186,6 +190,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if self.growth_dataset is not None:
             with controller.together():
                 training = getattr(loader, "dataset", None)
+                require_indexed(self.growth_dataset)
                 examples = without_trained(with_columns_of(training, self.growth_dataset), training)
                 held_out = HeldOutDataset(
                     examples,
@@ -198,7 +203,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     self.growth_loss,
                     controller.config.significance,
                 )
-                held_out.require_loss(controller.matrices.model)
+            held_out.require_loss(controller.matrices.model, controller.matrices.device)
         controller.decide_by(held_out, _steps_of_a_pass(loader, args.gradient_accumulation_steps))
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .. import compat
 from ..algorithm.evidence import flips_to_birth
-from ..errors import bad_value
-from ..evaluation import evaluating
-from ..sharding import world_size
+from ..errors import AromaError, bad_value
+from ..evaluation import evaluating, require_loss
+from ..sharding import refuse_together, world_size
+from .overlap import rows_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Maps a model and a batch to a scalar loss."""
-
-_MOST_ROWS = 50_000
-"""Most rows of the training set, and of the held-out ones, that are compared."""
 
 
 class HeldOutDataset:
@@ -73,17 +70,9 @@ class HeldOutDataset:
         for micro_batch in range(self._micro_batches):
             yield loss_of(self._loss, model, self._micro_batch(number, micro_batch))
 
-    def require_loss(self, model: nn.Module) -> None:
-        """Find out now, not at the end of the trial, that `model` computes no loss of a batch without labels.
-
-        Raises:
-            ConfigError: It does not, and no loss was given.
-        """
-        batch = self._micro_batch(0, 0)
-        if self._loss is not model_loss or (isinstance(batch, Mapping) and any("label" in name for name in batch)):
-            return
-        with torch.no_grad(), evaluating(model):
-            loss_of(self._loss, model, batch)
+    def require_loss(self, model: nn.Module, device: torch.device) -> None:
+        """Find out now, not at the end of the trial, whether a batch has a loss; see `_require_loss_of`."""
+        _require_loss_of(self._loss, model, self._micro_batch(0, 0), device)
 
     def _micro_batch(self, number: int, micro_batch: int) -> Any:
         round_, place = divmod(number, self.count)
@@ -112,13 +101,43 @@ class HeldOutBatches:
 
     def __init__(self, batches: Iterable[Any], loss: Loss | None, rank: int, significance: float) -> None:
         self._batches = batches
-        self.count = len(batches) if isinstance(batches, Sized) else None
         self._loss = loss or model_loss
         self._iterator: Iterator[Any] | None = None
         self._taken = 0
         self._random = torch.Generator().manual_seed(rank).get_state()
-        if self.count is not None:
-            require_enough(self.count, "growth_batches", f"{self.count} batches", significance)
+        if not isinstance(batches, Iterable):
+            remedy = "it cannot be iterated; give a list of batches or a DataLoader"
+            raise bad_value("growth_batches", type(batches).__name__, remedy)
+        self.count = _length_of(batches)
+        least, said = flips_to_birth(significance), f"{self.count} batches"
+        if self.count is None:
+            if world_size() > 1:
+                remedy = (
+                    "without a length a process could run out of them before the others; give a list or a DataLoader"
+                )
+                raise bad_value("growth_batches", type(batches).__name__, remedy)
+            with self._drawing():
+                first = [*islice(iterator := iter(batches), least)]
+            self._iterator, said = chain(first, iterator), f"{len(first)} batches"
+        require_enough(len(first) if self.count is None else self.count, "growth_batches", said, significance)
+
+    def require_loss(self, model: nn.Module, device: torch.device) -> None:
+        """Find out now, not at the end of the trial, whether a batch has a loss; see `_require_loss_of`."""
+        with self._drawing(keep=False):
+            iterator = iter(self._batches) if self._iterator is None else self._iterator
+            first = next(iterator)
+        if self._iterator is not None:
+            self._iterator = chain([first], iterator)
+        _require_loss_of(self._loss, model, first, device)
+
+    @contextmanager
+    def _drawing(self, *, keep: bool = True) -> Iterator[None]:
+        """Draw random numbers from the stream of its own; without `keep` the same ones come again."""
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(self._random)
+            yield
+            if keep:
+                self._random = torch.get_rng_state()
 
     def losses(self, model: nn.Module, number: int) -> Iterator[Tensor]:
         """Yield the scalar loss of batch `number`, which is one micro-batch; those before it are passed over.
@@ -126,12 +145,10 @@ class HeldOutBatches:
         Raises:
             ConfigError: The batches have ended, and cannot be iterated again.
         """
-        with torch.random.fork_rng([]):
-            torch.set_rng_state(self._random)
+        with self._drawing():
             while self._taken < number:
                 self._next()
             batch = self._next()
-            self._random = torch.get_rng_state()
         yield loss_of(self._loss, model, batch)
 
     def _next(self) -> Any:
@@ -147,6 +164,40 @@ class HeldOutBatches:
                 "growth_batches", "exhausted", "give a list or a DataLoader, which can be iterated again when it ends"
             )
         return batch
+
+
+def _length_of(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches; None for an iterator, and for a DataLoader of a stream."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
+
+
+def _require_loss_of(loss: Loss, model: nn.Module, batch: Any, device: torch.device) -> None:
+    """Raise where a held-out batch has no loss that gradients can be asked of; all ranks call this together.
+
+    Labels vouch for the loss of a model that computes one.
+
+    Raises:
+        ConfigError: The model computes none, or `growth_loss` fails or returns something else.
+    """
+    if loss is model_loss and isinstance(batch, Mapping) and any("label" in name for name in batch):
+        return
+    error: AromaError | None = None
+    try:
+        with torch.enable_grad(), evaluating(model):
+            require_loss(loss_of(loss, model, batch))
+    except AromaError as raised:
+        error = raised
+    except (TypeError, ValueError, LookupError, AttributeError) as raised:
+        said = f"it fails on a held-out batch ({type(raised).__name__}: {str(raised)[:200]})"
+        remedy = "give a function of the model and such a batch that returns the training loss"
+        error = bad_value("growth_loss", getattr(loss, "__name__", type(loss).__name__), f"{said}; {remedy}")
+        error.__cause__ = raised
+    with refuse_together(device):
+        if error is not None:
+            raise error
 
 
 def require_enough(batches: int, field: str, said: str, significance: float) -> None:
@@ -184,12 +235,13 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
     Raises:
         ConfigError: A share that leaves one of them empty.
     """
-    held = round(len(dataset) * share) if 0 < share < 1 else 0
+    is_share = isinstance(share, int | float) and 0 < share < 1
+    held = round(len(dataset) * share) if is_share else 0
     if not 0 < held < len(dataset):
         raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; give a share like 0.1")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     train, growth = sorted(order[held:]), sorted(order[:held])
-    return _rows_of(dataset, train), _rows_of(dataset, growth)
+    return rows_of(dataset, train), rows_of(dataset, growth)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -209,100 +261,6 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             "callback.growth_loss = trainer.compute_loss)",
         )
     return loss
-
-
-def with_columns_of(training: Any, held_out: Any) -> Any:
-    """Return held-out examples with the columns of the training set, from which the Trainer drops what no model reads.
-
-    Raises:
-        ConfigError: They lack one.
-    """
-    kept, own = (getattr(dataset, "column_names", None) for dataset in (training, held_out))
-    if not isinstance(kept, list) or not isinstance(own, list):
-        return held_out
-    missing = [name for name in kept if name not in own]
-    if missing:
-        raise bad_value(
-            "growth_dataset",
-            f"columns {', '.join(own)}",
-            f"the training set has {', '.join(missing)}; prepare both in the same way. SFTTrainer prepares what it is "
-            "given: give it these examples as eval_dataset, and set callback.growth_dataset = trainer.eval_dataset",
-        )
-    return held_out.select_columns(kept)
-
-
-def without_trained(held_out: Any, training: Any) -> Any:
-    """Return the held-out examples that are not trained on: of the others all looks steep that is learnt by heart.
-
-    Data sets have examples twice, and a split by chance parts some of them. The first 50,000 rows are compared.
-
-    Raises:
-        ConfigError: There are none, both sets are the same, or they share more than half of the held-out examples.
-
-    Warns:
-        UserWarning: They share fewer, which are left out.
-    """
-    if not len(held_out):
-        raise bad_value("growth_dataset", "empty", "hold out some examples, as aroma.hold_out does")
-    shared = {} if held_out is training else _shared_rows(held_out, training)
-    if not shared and held_out is not training:
-        return held_out
-    row, trained = next(iter(shared.items()), (0, 0))
-    said = f"its row {row} is row {trained} of the training set" if shared else "it is the training set"
-    if held_out is training or 2 * len(shared) > len(held_out):
-        raise bad_value(
-            "growth_dataset",
-            f"{len(held_out)} examples",
-            f"{said}; growth must be decided on examples that are not trained on: split them first, "
-            "train, growth = aroma.hold_out(dataset)",
-        )
-    warnings.warn(
-        f"growth_dataset: {len(shared)} of {len(held_out)} examples are trained on, too ({said}). They are left out",
-        stacklevel=2,
-    )
-    return _rows_of(held_out, [row for row in range(len(held_out)) if row not in shared])
-
-
-def _shared_rows(held_out: Any, training: Any) -> dict[int, int]:
-    """Return which row of the training set each shared row of the held-out examples is."""
-    if not hasattr(training, "__getitem__") or not hasattr(training, "__len__"):
-        return {}
-    known = {_digest(training[row]): row for row in reversed(range(min(len(training), _MOST_ROWS)))}
-    found = {row: known.get(_digest(held_out[row])) for row in range(min(len(held_out), _MOST_ROWS))}
-    return {row: trained for row, trained in found.items() if trained is not None}
-
-
-def _rows_of(dataset: Any, rows: list[int]) -> Any:
-    return dataset.select(rows) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, rows)
-
-
-def _digest(example: Any) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    _feed(digest, example)
-    return digest.digest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Feed an example, so that lists, arrays and tensors of the same numbers are alike."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.is_floating_point() else value.numpy()
-    elif isinstance(value, Sequence) and value and isinstance(value[0], int | float):
-        value = np.asarray(value)
-    if isinstance(value, Mapping):
-        for key in sorted(value):
-            digest.update(f"{key}:".encode())
-            _feed(digest, value[key])
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for item in value:
-            digest.update(b",")
-            _feed(digest, item)
-    elif isinstance(value, np.ndarray | np.number) and value.dtype.kind in "biuf":
-        digest.update(np.asarray(value, dtype=np.float32 if value.dtype.kind == "f" else np.int64).tobytes())
-    elif isinstance(value, int | float):
-        _feed(digest, np.asarray(value))
-    else:
-        digest.update(repr(value).encode())
 
 
 def loss_of(loss: Loss, model: nn.Module, batch: Any) -> Tensor:

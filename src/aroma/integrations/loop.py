@@ -13,7 +13,7 @@ from ..errors import CheckpointError, bad_value
 from ..events import Event, Summary
 from ..reset import makes_state_only
 from ..sharding import rank
-from ..tuner.state import read_controller_state
+from ..tuner.state import is_whole, read_controller_state
 from .held_out import HeldOutBatches, Loss
 from .rewarmup import Rewarmup, loss_scale, was_skipped
 
@@ -137,14 +137,19 @@ def attach(
         CheckpointError: `resume_from` holds no state of a run, or a damaged one.
     """
     controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
-    if growth_batches is not None and not controller.config.has_slots:
-        raise bad_value("growth_batches", "given", "only growth='evidence' reads them; leave them out")
-    if steps_per_pass is not None and steps_per_pass < 1:
-        raise bad_value("steps_per_pass", steps_per_pass, "a pass over the training set takes at least one step")
+    of_evidence = {"steps_per_pass": steps_per_pass, "growth_batches": growth_batches, "growth_loss": growth_loss}
+    given = [name for name, value in of_evidence.items() if value is not None]
+    if given and not controller.config.has_slots:
+        raise bad_value(given[0], "given", "only growth='evidence' reads it; leave it out")
+    if growth_loss is not None and growth_batches is None:
+        raise bad_value("growth_loss", "given", "it is that of growth_batches, which are missing; give both")
+    if steps_per_pass is not None and not is_whole(steps_per_pass, 1, 2**62):
+        raise bad_value("steps_per_pass", steps_per_pass, "a pass over the training set takes a whole number of steps")
     held_out = None
     if growth_batches is not None:
         with controller.together():
             held_out = HeldOutBatches(growth_batches, growth_loss, rank(), controller.config.significance)
+        held_out.require_loss(controller.matrices.model, controller.matrices.device)
     controller.decide_by(held_out, steps_per_pass)
     if resume_from is not None:
         with controller.together():
