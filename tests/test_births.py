@@ -307,6 +307,16 @@ def test_the_papers_rule_says_why_its_matrices_finished():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_trainers_own_bar_ends_with_the_explanation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hidden: bool
+) -> None:
+    callback = AromaCallback(growth_dataset=growth_dataset())
+    trainer_for(bert(), tmp_path, callback, max_steps=STEPS_OF_A_RUN, save_strategy="no", disable_tqdm=hidden).train()
+    assert callback.controller is not None
+    assert (f"{callback.controller.explanation()}.\n" in capsys.readouterr().out) == (not hidden)
+
+
 def test_the_progress_bar_ends_with_the_explanation(tmp_path: Path) -> None:
     stream = io.StringIO()
     callback = AromaCallback(growth_dataset=growth_dataset())

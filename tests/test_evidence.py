@@ -26,6 +26,7 @@ from aroma.algorithm.evidence import (
     upper_tail,
 )
 from aroma.directions import Directions, singular_directions
+from aroma.tuner.fused import Probe
 from reference_evidence import Reference, Settings, evidence
 
 WIDTH, LAYERS = 16, 4
@@ -275,6 +276,34 @@ def test_nothing_is_born_after_the_step_that_is_named() -> None:
         optimizer.step()
         assert (growth.controller.rule.phase == "rest") == (step >= 84)
     assert growth.controller.explanation().endswith("; nothing is born after step 84")
+
+
+def test_slots_not_in_use_are_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are multiplied by as many rows as there are components, and by those of the four unused directions."""
+    linear, rows = nn.functional.linear, []
+
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.append(weight.shape[0])
+        return linear(x, weight, bias)
+
+    base, x, y = planted([0, 4, 1, 3])
+    model = grown(base, slots=8)
+    growth = attach(model, adam(model), total_steps=101)
+    monkeypatch.setattr("torch.nn.functional.linear", counting)
+    for used, asked in ((1, False), (2, False), (2, True), (8, False)):
+        for matrix in growth.controller.matrices.all():
+            matrix.occupy_first(used)
+            m, n = matrix.layer.out_features, matrix.layer.in_features
+            if not asked:
+                matrix.layer.probes.clear()
+                continue
+            leaves = [torch.randn(m, 4), torch.randn(4, n), torch.zeros(used)]
+            leaves = [leaf.double().requires_grad_() for leaf in leaves]
+            moves = torch.zeros(m, used).double(), torch.zeros(used, n).double()
+            matrix.layer.probes["default"] = Probe(*leaves, *moves, 1.0)
+        rows.clear()
+        (model(x[:5]) - y[:5]).square().mean().backward()
+        assert min(rows) == used + 4 * asked
 
 
 def test_a_slot_without_a_component_is_not_counted_as_trained() -> None:

@@ -513,6 +513,16 @@ def test_a_copy_of_the_model_is_asked_nothing() -> None:
     assert_same(followed(copied), followed(plain))
 
 
+def test_births_and_merges_replace_nothing_that_the_optimizer_holds() -> None:
+    loop = Loop().go_on(38)
+    held = [(id(p), p.data_ptr(), p.shape) for group in loop.optimizer.param_groups for p in group["params"]]
+    for _ in range(4):
+        bear_everywhere(loop.growth)
+    assert all(matrix.rank for matrix in loop.growth.controller.modules), "some have merged"
+    loop.go_on()
+    assert [(id(p), p.data_ptr(), p.shape) for p in trainable(loop.model)] == held
+
+
 def test_unknown_state_is_refused_at_the_first_step() -> None:
     class Strange(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:

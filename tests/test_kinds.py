@@ -16,6 +16,7 @@ from peft import PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -209,22 +210,31 @@ def test_a_backward_answers_what_the_dense_gradient_says(name: str) -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """Notes the size of the largest tensor that an operation returns."""
+    """Notes the size of the largest tensor that an operation returns, views of `known` apart."""
 
-    largest = 0
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.largest, self.known = 0, known.untyped_storage().data_ptr()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        sizes = [tensor.numel() for tensor in tensors if tensor.untyped_storage().data_ptr() != self.known]
         self.largest = max([self.largest, *sizes])
         return result
 
 
-@pytest.mark.parametrize("kind", ["convolution", "embedding"])
+BIG: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: nn.Linear(96, 128), lambda: torch.randn(12, 96)),
+    "convolution": (lambda: nn.Conv2d(64, 128, 3), lambda: torch.randn(1, 64, 4, 4)),
+    "embedding": (lambda: nn.Embedding(500, 64), lambda: torch.randint(0, 500, (2, 3))),
+}
+"""Layers with more entries than what they are given and return."""
+
+
+@pytest.mark.parametrize("kind", BIG)
 def test_no_matrix_of_the_size_of_the_weight_is_formed(kind: str) -> None:
-    is_table = kind == "embedding"
-    base = nn.Embedding(500, 64) if is_table else nn.Conv2d(64, 128, 3)
-    x = torch.randint(0, 500, (2, 3)) if is_table else torch.randn(1, 64, 4, 4)
+    base, x = (make() for make in BIG[kind])
     model = grown(nn.ModuleDict({"layers": nn.ModuleDict({"it": base})}), growth="evidence", slots=3)
     (layer,) = aroma_layers(model).values()
     m, n = layer.out_features, layer.in_features
@@ -234,11 +244,13 @@ def test_no_matrix_of_the_size_of_the_weight_is_formed(kind: str) -> None:
     for leaf in leaves:
         leaf.requires_grad_()
     layer.probes["default"] = Probe(*leaves, torch.randn(m, 3), torch.randn(3, n), 1.0)
-    with Sizes() as sizes:
+    with Sizes(base.weight) as sizes:  # which makes the layer call PyTorch's operations one by one
         layer(x).square().sum().backward()
     assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
-    views = base.weight.numel()  # of the frozen weight itself, which forward and backward of the base layer read
-    assert sizes.largest < views == m * n
+    assert sizes.largest < base.weight.numel() == m * n
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:  # as in any training
+        layer(x).square().sum().backward()
+    assert 0 < max(event.self_cpu_memory_usage for event in profiler.events()) < 4 * m * n
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm.auto import tqdm
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -391,12 +392,14 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """After `load_best_model_at_end`, restore ranks, labels and stop flags of the best checkpoint. Then report."""
+        """Say why growth ended; after `load_best_model_at_end`, go back to the best checkpoint. Then report."""
         best = state.best_model_checkpoint
         self._records.end()
         self._remove_hooks()
         if self.controller is None:
             return
+        if state.is_world_process_zero and not args.disable_tqdm:
+            tqdm.write(f"{self.controller.explanation()}.")
         if args.load_best_model_at_end and best is not None:
             with self.controller.together():
                 exported = read_controller_state(best)
