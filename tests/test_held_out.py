@@ -185,3 +185,5 @@ def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
     for share in (0, 1, -0.1, 0.001, "0.1", None):
         with pytest.raises(ConfigError, match=f"share={share!r}: of 50 examples it leaves one part empty"):
             hold_out(rows, share=share)
+    with pytest.raises(ConfigError, match=r"^dataset='list_iterator': it has no length"):
+        hold_out(iter(examples(6)))

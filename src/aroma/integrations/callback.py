@@ -191,7 +191,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if self.growth_dataset is not None:
             with controller.together():
                 training = getattr(loader, "dataset", None)
-                require_indexed(self.growth_dataset)
+                require_indexed("growth_dataset", self.growth_dataset)
                 examples = without_trained(with_columns_of(training, self.growth_dataset), training)
                 held_out = HeldOutDataset(
                     examples,

@@ -16,7 +16,7 @@ from ..algorithm.evidence import flips_to_birth
 from ..errors import AromaError, bad_value
 from ..evaluation import evaluating, require_loss
 from ..sharding import refuse_together, world_size
-from .overlap import rows_of
+from .overlap import require_indexed, rows_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Maps a model and a batch to a scalar loss."""
@@ -233,8 +233,9 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
         What to train on, and the held-out examples, for `AromaCallback(growth_dataset=...)`.
 
     Raises:
-        ConfigError: A share that leaves one of them empty.
+        ConfigError: A share that leaves one of them empty, or a stream.
     """
+    require_indexed("dataset", dataset)
     is_share = isinstance(share, int | float) and 0 < share < 1
     held = round(len(dataset) * share) if is_share else 0
     if not 0 < held < len(dataset):

@@ -17,15 +17,15 @@ _MOST_ROWS = 50_000
 """Most rows of the training set, and of the held-out ones, whose content is compared."""
 
 
-def require_indexed(held_out: Any) -> None:
-    """Raise unless held-out examples have a length and items by index.
+def require_indexed(field: str, examples: Any) -> None:
+    """Raise unless examples, given as `field`, have a length and items by index.
 
     Raises:
         ConfigError: They have not, as a stream or a DataLoader.
     """
-    if not (hasattr(held_out, "__len__") and hasattr(held_out, "__getitem__")):
+    if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
         remedy = "it has no length, or no items by index; give a datasets.Dataset, a list or a torch Dataset"
-        raise bad_value("growth_dataset", type(held_out).__name__, remedy)
+        raise bad_value(field, type(examples).__name__, remedy)
 
 
 def with_columns_of(training: Any, held_out: Any) -> Any:
