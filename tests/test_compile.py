@@ -17,7 +17,7 @@ from aroma import AromaCallback, AromaConfig, AromaController, aroma_layers, att
 from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
 from evidence_runs import METHOD as EVIDENCE
-from evidence_runs import STEPS, Loop, Net, births
+from evidence_runs import STEPS, Loop, Net, bert, bert_trainer, births, growth_dataset
 from models import METHOD, adapted, base, batch, ranks, train, trainable, unlike
 from routed import PARAMETERS, RoutedNet
 from trainer_runs import adapted as adapted_bert
@@ -218,4 +218,22 @@ def test_the_trainer_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert made == [False, True]
     assert runs[0] == runs[1] > 100
     assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_the_trainer_compiles_what_grows_by_evidence(tmp_path: Path) -> None:
+    """Held-out batches are asked of the model that is not compiled."""
+    ranks = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch._dynamo.reset()
+        counters.clear()
+        model = bert(tiny_bert(problem_type="single_label_classification"))
+        held = {"growth_dataset": growth_dataset()}
+        trainer = bert_trainer(tmp_path / str(len(ranks)), None, model, held, save_strategy="no", **changes)
+        trainer.train()
+        ranks.append(growth(trainer).controller.ranks())
+    assert ranks[0] == ranks[1]
+    assert sum(ranks[0].values()) > 0
+    assert 0 < counters["stats"]["unique_graphs"] <= 5, "one for what is asked in each phase"
     assert not counters["graph_break"]
