@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer
 
 from aroma import AromaCallback, AromaConfig, aroma_layers
+from aroma_lab.run.machine import provenance
 
 SYMBOLS = ["<pad>", "<eos>", "+", "=", *"0123456789"]
 LARGEST = 20
@@ -163,8 +164,9 @@ def run(out: Path, method: str, seed: int, steps: int, learning_rate: float) -> 
         layers = aroma_layers(trainer.model)
         sizes = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
         trained = sum(rank * sizes[name] for name, rank in told["ranks"].items())
-    packages = ("aroma-peft", "torch", "transformers", "peft", "trl")
-    return {**told, "parameters": trained, "versions": {name: version(name) for name in packages}}
+    made_with = provenance()
+    made_with["versions"]["trl"] = version("trl")
+    return {**told, "parameters": trained, **made_with}
 
 
 def runs_of(out: Path, method: str) -> list[dict[str, Any]]:

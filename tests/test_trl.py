@@ -416,14 +416,16 @@ def test_the_example_does_what_is_missing_and_no_more(tmp_path: Path, monkeypatc
     monkeypatch.setitem(inside, "RATES", (3e-3,))
     monkeypatch.setitem(inside, "SEEDS", (0,))
     monkeypatch.setitem(inside, "METHODS", {name: example["METHODS"][name] for name in ("aroma", "lora-1")})
-    monkeypatch.setattr("sys.argv", ["trl_grpo.py", str(tmp_path), "--steps", "30"])
+    monkeypatch.setattr("sys.argv", ["trl_grpo.py", str(tmp_path), "--steps", "60"])
     example["main"]()
     files = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     assert {*files} == {
         f"{kind}.json" for kind in ("choosing-aroma-0.003", "choosing-lora-1-0.003", "aroma-0", "lora-1-0")
     }
     told = json.loads((tmp_path / "aroma-0.json").read_text())
-    assert len(told["reward"]) == len(told["total_rank"]) == 30
+    assert len(told["reward"]) == len(told["total_rank"]) == 60
+    assert {"git_revision", "device"} <= told.keys()
+    assert "trl" in told["versions"]
     assert told["parameters"] == 0 or told["total_rank"][-1] > 0
     assert json.loads((tmp_path / "lora-1-0.json").read_text())["parameters"] > 0
     assert (tmp_path / "reward.png").stat().st_size > 5000
