@@ -188,6 +188,12 @@ def test_methods_train_on_a_net_through_the_one_runner(kind: str, options: dict[
         assert result["planted"]["grew"] == sum(grew) / len(grew)
 
 
+def test_a_trial_that_chooses_is_scored_on_what_is_held_out(tmp_path: Path) -> None:
+    """The fresh inputs of a made task are at hand in any trial, and what is reported must not choose."""
+    result = run_trial(replace(net_trial("lora", {"r": 2}), purpose="select"), tmp_path / "run")
+    assert result["score"] == result["held_out"]["explained"] != result["reported"]["fresh"]["explained"]
+
+
 def test_a_recipe_trains_on_a_net(tmp_path: Path) -> None:
     data = {"task": "planted_net", **SMALL}
     loop = {"max_steps": 6, "batch_size": 4, "warmup_steps": 1, "save_steps": None}

@@ -215,7 +215,7 @@ def test_an_adapter_that_rests_is_refused() -> None:
     model = adapted()
     model.add_adapter("other", AromaConfig(task_type="SEQ_CLS", **PAPER))
     optimizer = torch.optim.AdamW(trainable(model))
-    with pytest.raises(ConfigError, match=r"does not hold.*set_adapter"):
+    with pytest.raises(ConfigError, match=r"needs no gradient.*set_adapter"):
         attach(model, optimizer, total_steps=20, adapter_name="other")
 
 

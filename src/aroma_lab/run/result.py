@@ -35,6 +35,8 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     steps = fit.trainer.state.global_step
     held_out = predictions[work.held_out]
     reported = {split: one.metrics for split, one in predictions.items() if split != work.held_out}
+    # Made tasks are always evaluated on fresh examples too. A recipe may have none but those that validate.
+    is_reported = bool(reported) and trial.purpose == "report"
     curve, model = recorder.curve, fit.trainer.model
     ranks = method.ranks(model)
     # Only a growing adapter has components of a rank of its own; the update of another is a sum of rank-one terms.
@@ -56,8 +58,7 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "seed": trial.training.seed,
         "purpose": trial.purpose,
         "metric": work.metric,
-        # A recipe without test examples reports those that it was validated on.
-        "score": score(work.metric, reported or {work.held_out: held_out.metrics}),
+        "score": score(work.metric, reported if is_reported else {work.held_out: held_out.metrics}),
         "checkpoint": trial.training.checkpoint,
         "held_out": held_out.metrics,
         "held_out_loss": held_out.loss,
