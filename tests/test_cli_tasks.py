@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def test_a_task_answers_together_with_those_beneath_it(learnt: Path, tmp_path: P
         assert told > 0.8
         assert accuracy_of(learnt, f"tasks/{task}", task, capsys) == pytest.approx(told, abs=1e-9)
         assert verify_adapter(learnt / "tasks" / task)
+
+
+def test_a_task_whose_run_was_killed_before_it_was_added_is_added(learnt: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(learnt, folder)
+    for file in ("second.yaml", "run-second/trial.json", "run-second/recipe.yaml"):
+        path = folder / file
+        path.write_text(path.read_text().replace(str(learnt), str(folder)))
+    command = ["train", str(folder / "second.yaml"), "--continue", str(folder / "tasks"), "--no-report", "--resume"]
+    tasks = Tasks(folder / "tasks")
+    before = (folder / "tasks" / "second" / "adapter_model.safetensors").read_bytes()
+    tasks.remove("second")
+    assert main([*command, "--task", "second"]) == 0
+    assert Tasks(folder / "tasks").over("second") == ["first"]
+    assert (folder / "tasks" / "second" / "adapter_model.safetensors").read_bytes() == before
+    assert main([*command, "--task", "2024"]) == 2, "another name is another run, and a number is a name"
 
 
 def test_tasks_are_exported_as_one_plain_adapter(learnt: Path, tmp_path: Path, capsys: Any) -> None:

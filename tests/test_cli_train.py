@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from aroma import verify_adapter
 from aroma.cli import main
 from aroma.export import load_with_adapter
+from aroma_lab.run.folder import TrialFolder
 from aroma_lab.run.machine import git_revision
 from aroma_lab.run.recorder import EventLog
 from aroma_lab.run.told import tell_of_adapter
@@ -234,6 +235,7 @@ def test_an_interrupt_saves_the_step_and_says_how_to_go_on(files, run, tmp_path,
     said = " ".join(capsys.readouterr().err.split())
     assert "interrupted: this step is ended and saved" in said
     assert not (out / "result.json").exists()
+    assert TrialFolder(out).checkpoint() == str(out / "checkpoints" / "checkpoint-27"), "what goes on from there"
     resumed = [*command, "--resume"]
     assert f"error: interrupted; checkpoint-27 is saved. Go on with: aroma {shlex.join(resumed)}" in said
     assert main(resumed) == 0

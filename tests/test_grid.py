@@ -277,6 +277,8 @@ def test_beyond_an_edge_the_values_go_on_as_they_came(values, value, further):
 def test_an_edge_is_one_of_numbers_alone():
     tried = [{"a": 1, "b": "x", "c": True, "d": 0.1}, {"a": 2, "b": "y", "c": False, "d": 0.1}]
     assert edges(tried, tried[1]) == {"a": 4}
+    lists = [{"a": one, "t": targets} for one, targets in ((1, ["query"]), (2, ["query", "key"]))]
+    assert edges(lists, lists[1]) == {"a": 4}
     assert edges(tried, {}) == {}
 
 
@@ -293,6 +295,15 @@ def test_a_selection_is_widened_one_key_at_a_time_and_never_beyond_its_bound():
     assert widened(grid, both, outcomes) == [], "two that failed: nothing lies at an edge any more"
     assert widened(grid, both, outcomes | {further[0].trial.name: (2.0, 0.0)}) == [], "the bound"
     assert widened(whole_grid(select={**select, "widen": 0}), tried, outcomes) == []
+
+
+def test_a_selection_ends_where_no_value_lies_beyond():
+    key = "training.min_lr_ratio"
+    grid = whole_grid(
+        tasks={"mrpc": None}, methods={"lora": {"kind": "lora"}}, select={"over": {key: [0.1, 1.0]}, "widen": 1}
+    )
+    tried = candidates(grid)
+    assert widened(grid, tried, {trial.name: (values[key], 0.0) for trial, values in tried}) == []
 
 
 @pytest.mark.parametrize(

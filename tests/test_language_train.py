@@ -314,6 +314,8 @@ def test_methods_train_and_are_scored_on_whole_sets(files: Path, tmp_path: Path)
     assert set(result["reported"]["easy"]) >= {"accuracy", "accuracy_normalised"}
     described = read(tmp_path / "aroma" / "adapter" / "aroma_task.json")
     assert described["kind"] == "causal_lm"
+    # Of the weights that the adapter is for, to which ReLoRA has added meanwhile.
+    assert read(tmp_path / "relora_merge" / "adapter" / "aroma_task.json")["fingerprint"] == described["fingerprint"]
 
 
 @pytest.mark.slow

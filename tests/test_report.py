@@ -23,7 +23,7 @@ from aroma_lab.cli import lab_report
 from aroma_lab.report import figures, formats
 from aroma_lab.report.formats import FORMATS, SUFFIXES, Table
 from aroma_lab.report.learnt import not_learnt
-from aroma_lab.report.runs import TABLE, collect_runs, read_runs, rows_of
+from aroma_lab.report.runs import TABLE, collect_runs, join_runs, read_runs, rows_of
 from aroma_lab.report.statistics import CHANCE, margins, paired_differences, spread
 from aroma_lab.report.tables import KINDS, inner_loops, make_table
 from made_up_runs import edit, write_grid, write_run
@@ -191,6 +191,23 @@ def of_trying(output, task, method, outcomes):
         place.parent.mkdir(parents=True, exist_ok=True)
         edit(folder / "trial.json", lambda trial, label=label: trial.update(name=label))
         folder.rename(place)
+
+
+def test_a_rank_of_which_some_seeds_failed_is_not_the_best(tmp_path):
+    scores = (0.80, 0.82, 0.84)
+    of_ranks(tmp_path, "mrpc", "lora-r8", scores, 8.0)
+    of_ranks(tmp_path, "mrpc", "grown", scores, 2.0, kind="aroma")
+    of_ranks(tmp_path, "mrpc", "lora-r2", (0.9,), 2.0)
+    row = table(tmp_path, "regret").values.iloc[0]
+    assert (row.best, row.difference) == ("lora-r8", 0.0)
+
+
+def test_parts_of_a_grid_are_joined_run_by_run(tmp_path):
+    for machine, seeds in (("a", (0, 1)), ("b", (1, 2))):
+        for seed in seeds:
+            write_run(tmp_path / machine, "mrpc", "lora", seed, score=0.5 + (machine == "b") / 10)
+    joined = join_runs([read_runs(tmp_path / machine) for machine in "ab"]).reported
+    assert joined.sort_values("seed").score.tolist() == [0.5, 0.6, 0.6], "of seed 1 the later part's"
 
 
 def test_regret_is_told_for_the_rank_that_trying_all_of_them_finds(tmp_path):

@@ -349,11 +349,11 @@ def check_training(training: TrainSpec) -> None:
     for minimum, names in _MINIMA.items():
         for name in names:
             value = getattr(training, name)
-            if value is not None and value < minimum:
+            if value is not None and not minimum <= value < math.inf:
                 raise bad_value(f"training.{name}", value, f"give {minimum} or more")
     for name in ("learning_rate", "head_learning_rate", "epochs"):
         value = getattr(training, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise bad_value(f"training.{name}", value, "give a positive number")
     if not 0 <= training.min_lr_ratio <= 1:
         raise bad_value("training.min_lr_ratio", training.min_lr_ratio, "give a share of the peak, in [0, 1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aroma.cli.quiet import quiet
-from aroma.errors import ConfigError
+from aroma.errors import AromaWarning
 
 from ..run.machine import peak_bytes
 from .cases import FLOOR, Contender, select_cases
@@ -55,21 +56,20 @@ def optimizer_bytes(optimizer: Any) -> int:
     return sum(_storages(_state_tensors(optimizer)).values())
 
 
-def peak_resident_bytes(settings: BenchSettings, key: str) -> int:
+def peak_resident_bytes(settings: BenchSettings, key: str) -> int | None:
     """Return the peak resident memory of a fresh process that trains one case for two steps.
 
-    Raises:
-        ConfigError: The process failed, for example because memory ran out.
+    Warns:
+        AromaWarning: The process failed, for example because memory ran out; then it is None.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=quiet) as process:
         try:
             return process.submit(_train_two_steps, settings, key).result()
         except (RuntimeError, MemoryError) as error:
-            remedy = "leave the case out, or leave peaks out with --no-peak"
-            raise ConfigError(
-                f"{key}: the process that measures its peak memory failed ({error}); {remedy}"
-            ) from error
+            said = f"{key}: the process that measures its peak memory failed ({error}), so it has none"
+            warnings.warn(said, AromaWarning, stacklevel=2)
+            return None
 
 
 def _train_two_steps(settings: BenchSettings, key: str) -> int:

@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..run.recipe import check_output, load_recipe
 
     given = {"tasks": arguments.tasks, "task": arguments.task}
-    arguments.overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
+    arguments.overrides += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     # Here, too: before PyTorch is loaded.
     check_output(recipe, arguments.resume)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,8 @@ from aroma.cli.extras import require_extra
 from aroma.errors import DataError, bad_value
 
 from ..specs import DataSpec, LanguageSpec, ModelSpec
-from ..tasks.data import Articles, Source, find_source, reported_splits
+from ..tasks.data import Articles, Source, find_source, recipe_sources, reported_splits
 from ..tasks.metrics import language_metric
-from ..tasks.sources import hub_splits
 from ..tasks.spec import HELD_OUT, TaskSpec
 from ..training.job import Objective, Prediction, TrainerKind
 from .data import (
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from .evaluate import QuestionEvaluation, Scoring
 
 
-@dataclass(frozen=True)
+@dataclass
 class LanguageJob:
     """A recipe of a language model, or a grid's task of kind `causal_lm`; it implements `Job`.
 
@@ -52,6 +51,7 @@ class LanguageJob:
     max_length: int
     parts: Mapping[str, Sequence[Example]]
     template: Template
+    _fingerprint: str | None = field(default=None, init=False)
 
     @classmethod
     def make(
@@ -147,6 +147,7 @@ class LanguageJob:
             from .sft import require_packing_works
 
             require_packing_works(model)
+        self._fingerprint = fingerprint_of(model)  # now: ReLoRA adds to the weights, and its adapter is for these
         return model
 
     def predict(self, trainer: Any, split: str) -> Prediction:
@@ -160,7 +161,7 @@ class LanguageJob:
     def describe(self, model: Any, adapter: Path) -> None:
         """Write task and tokenizer, with the chat template of the training, into the folder of an adapter."""
         self.template.tokenizer.save_pretrained(adapter)
-        LanguageTask(self.template.spec, self.max_length, self.model, fingerprint_of(model)).save(adapter)
+        LanguageTask(self.template.spec, self.max_length, self.model, self._fingerprint).save(adapter)
 
     @cached_property
     def _encoded(self) -> dict[str, tuple[Dataset, EncodeReport]]:
@@ -183,18 +184,12 @@ def read_parts(data: DataSpec, language: LanguageSpec) -> dict[str, list[Example
     Raises:
         DataError: Data that cannot be used as described, or too few for a validation split.
     """
-    sources = {"train": data.train, "validation": data.validation, "test": data.test}
-    if data.name is not None:
-        sources["train"] = data.train or "train"
-        if data.validation is None and "validation" in hub_splits(data.name, data.config):
-            sources["validation"] = "validation"
     parts = {}
-    for split, source in sources.items():
-        key = f"data.{split}"
-        if source is not None and data.name is not None:
-            parts[split] = load_hub_examples(key, source, data.name, data.config, language)
-        elif source is not None:
-            parts[split] = load_joined(load_examples, key, source, language)
+    for split, source in recipe_sources(data).items():
+        if data.name is not None:
+            parts[split] = load_hub_examples(f"data.{split}", source, data.name, data.config, language)
+        else:
+            parts[split] = load_joined(load_examples, f"data.{split}", source, language)
     if "validation" not in parts:
         train, held_out = hold_out(
             parts["train"], data.validation_fraction, data.split_seed, "data.validation_fraction"
@@ -251,7 +246,7 @@ def _draw(spec: TaskSpec, key: str, examples: list[Any]) -> list[Any]:
 # A commonsense task --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class QuestionsJob(LanguageJob):
     """A grid's task of kind `commonsense`: answers are learned, and scored on whole sets of questions.
 

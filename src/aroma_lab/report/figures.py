@@ -21,7 +21,7 @@ from aroma.pictures import FAINT, INK, MatrixRank, draw_births, draw_ranks, new_
 from ..run.files import TrialFiles
 from .formats import counted
 from .learnt import not_learnt
-from .runs import Run, check, read_runs, rows_of
+from .runs import Run, check, has_fixed_rank, read_runs, rows_of
 from .style import fit_axis, looks, matching_module, paper_modules, short_name, style_axes, write_title
 
 if TYPE_CHECKING:
@@ -306,8 +306,12 @@ def budget_figure(shown: Shown) -> Figure:
     """
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    frame = shown.frame.assign(trained=pd.to_numeric(shown.frame.trained_rank), points=100 * shown.frame.score)
-    compared = {*frame[frame.kind == "lora"].task}
+    frame = shown.frame.assign(
+        trained=pd.to_numeric(shown.frame.trained_rank),
+        points=100 * shown.frame.score,
+        fixed=shown.frame.trial.map(has_fixed_rank),
+    )
+    compared = {*frame[frame.fixed].task}
     tasks = [task for task in shown.tasks if task in compared] or shown.tasks
     columns = min(len(tasks), 3)
     rows = math.ceil(len(tasks) / columns)
@@ -322,7 +326,7 @@ def budget_figure(shown: Shown) -> Figure:
         style_axes(axes, _title_of(shown, task), "trained rank, mean over matrices and steps", _unit(of_task))
         drawn |= _draw_budgets(axes, shown, of_task)
         axes.set_xscale("log", base=2)
-        ranks = sorted({round(rank) for rank in of_task.trained[of_task.kind == "lora"].dropna()})
+        ranks = sorted({round(rank) for rank in of_task.trained[of_task.fixed].dropna()})
         axes.xaxis.set(major_locator=FixedLocator(ranks or [1]), minor_locator=NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
@@ -348,7 +352,7 @@ def _draw_budgets(axes: Axes, shown: Shown, frame: pd.DataFrame) -> dict[str, An
         )
         look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 8, "linestyle": "none", "zorder": 3}
         marks[method] = axes.errorbar(x, y, up, across, elinewidth=0.9, **look)
-        if runs.kind.iloc[0] == "lora":
+        if runs.fixed.iloc[0]:
             curve.append((x, y))
     if curve:
         axes.plot(*np.transpose(sorted(curve)), color=FAINT, linewidth=1.2, zorder=1)

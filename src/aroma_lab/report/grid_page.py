@@ -111,7 +111,8 @@ def _tiles(runs: Runs, tasks: Sequence[str]) -> list[tuple[str, str, str]]:
     """Return title, number and remark: how many runs there are, and the method with the best score of each task."""
     failed = len(runs.in_state("failed"))
     tiles = [("finished runs", str(len(runs.reported)), f"{failed} failed" if failed else "none failed")]
-    for task in tasks[:5]:
+    unlearnt = not_learnt(runs.reported)
+    for task in [task for task in tasks if task not in unlearnt][:5]:
         frame = runs.of(task=task)
         counts = frame.groupby("method").score.count()
         # A mean over the seeds that survived is not comparable with one over all.
@@ -149,7 +150,7 @@ def _scores(runs: Runs, task: str) -> Chart:
         [str(one.Index), points(one.mean), EMPTY if math.isnan(one.std) else points(one.std), str(one.count)]
         for one in _named(means)
     ]
-    best = means["mean"].idxmax()
+    best = means["mean"][means["count"] == means["count"].max()].idxmax()
     label = f"Scores on {task}: {', '.join(f'{row[0]} {row[1]}' for row in rows)}. The best mean is {best}'s."
     data = {
         "seeds": _columns(method=frame.method, seed=frame.seed, points=_rounded(frame.score), own=own),

@@ -187,16 +187,20 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
     return runs
 
 
+def has_fixed_rank(trial: Mapping[str, Any]) -> bool:
+    """Whether a trial is one of plain LoRA: from a start that data gives it is another method."""
+    return bool(trial["kind"] == "lora" and trial["options"].get("init", "kaiming") == "kaiming")
+
+
 def join_runs(parts: Sequence[Runs]) -> Runs:
-    """Join parts of one grid that were run apart: what a later part has of a task and method replaces earlier runs."""
-    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    """Join parts of one grid that were run apart; of runs of one name that of the later part is taken."""
+    rows: dict[str, Mapping[str, Any]] = {}
     selection: dict[str, dict[str, Any]] = {}
     for part in parts:
-        own = {(row["task"], row["method"]) for row in part.rows}
-        rows |= {key: [row for row in part.rows if (row["task"], row["method"]) == key] for key in own}
+        rows |= {str(row["name"]): row for row in part.rows}
         for task, chosen in part.selection.items():
             selection[task] = selection.get(task, {}) | chosen
-    joined = sorted((row for some in rows.values() for row in some), key=lambda row: str(row["name"]))
+    joined = [rows[name] for name in sorted(rows)]
     return Runs(parts[-1].source, joined, selection, parts[-1].grid)
 
 

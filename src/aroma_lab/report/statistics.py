@@ -117,9 +117,12 @@ def regrets(
     """
     rows = []
     for task, of_task in frame.groupby("task", sort=False):
-        means = of_task[of_task.method.isin(fixed)].groupby("method")[["score", "trained_rank"]].mean()
+        by_method = of_task[of_task.method.isin(fixed)].groupby("method")
+        means, counts = by_method[["score", "trained_rank"]].mean(), by_method.size()
         if means.empty:
             continue
+        # A mean over the seeds that survived is not comparable with one over all.
+        means = means[counts == counts.max()]
         means = means.sort_values(["score", "trained_rank"], ascending=[False, True])
         best, best_trained = str(means.index[0]), float(means.trained_rank.iloc[0])
         scores = of_task.pivot_table(index="seed", columns="method", values="score")
@@ -178,6 +181,7 @@ def averages(frame: pd.DataFrame, regret: pd.DataFrame, method: str, fixed: Sequ
     runs = by_task.size().groupby("method").min()
     complete = means[means["score", "count"] == len(own)]
     others = complete[complete.index.isin(fixed)]
+    others = others[runs[others.index] == runs[others.index].max()]
     if len(own) < 2 or others.empty:
         return None
     best = str(others["score", "mean"].idxmax())

@@ -23,7 +23,7 @@ from .protocol import (
     seeds_sentence,
     stopped_early,
 )
-from .runs import Run, Runs, check, rows_of
+from .runs import Run, Runs, check, has_fixed_rank, rows_of
 from .statistics import averages, chosen_by_trying, paired_differences, regrets, spread
 
 DEFAULT_BASELINE = "lora-r8"
@@ -198,8 +198,7 @@ def ranks_table(runs: Runs) -> Table:
 def regret_table(runs: Runs) -> Table:
     """Return what it costs not to have known the best fixed rank of each task, and not to have tried them all."""
     growing = runs.finished_methods("aroma")
-    # LoRA from a start that data gives is another method.
-    fixed = [one for one in runs.finished_methods("lora") if "init" not in runs.of(one).trial.iloc[0]["options"]]
+    fixed = [one for one in runs.finished_methods("lora") if has_fixed_rank(runs.of(one).trial.iloc[0])]
     unlearnt = not_learnt(runs.reported)
     frame = runs.reported[~runs.reported.task.isin(unlearnt)]
     found = regrets(frame, growing, fixed, chosen_by_trying(runs.selecting, fixed))

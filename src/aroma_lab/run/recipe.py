@@ -109,7 +109,8 @@ def check_output(recipe: Recipe, resume: bool) -> None:
     if recipe.tasks is not None and recipe.task is not None:
         Tasks(recipe.tasks).require_new(recipe.task)
     files = TrialFiles(Path(recipe.output))
-    if resume and files.result.exists():
+    is_to_be_added = recipe.tasks is not None and recipe.task is not None  # a kill may come before that
+    if resume and files.result.exists() and not is_to_be_added:
         raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
     if not (resume and files.trial.exists()):
         remedy = "it holds no run to resume; give another" if resume else "give another, or --resume this run"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from aroma.errors import CheckpointError
 from aroma.files import read_json, write_json
 
 from ..run.files import RUNS, TrialFiles
@@ -134,7 +135,10 @@ class TrialProcess:
 
     def progress(self) -> Running:
         """Return how far the trial is, as its process last wrote."""
-        content = read_json(self._files.progress) if self._files.progress.exists() else {}
+        try:
+            content = read_json(self._files.progress)
+        except CheckpointError:  # not written yet, or removed by a trial that ends at this moment
+            content = {}
         return Running(self.trial.name, int(content.get("step", 0)), content.get("planned"))
 
     def failure(self) -> str | None:

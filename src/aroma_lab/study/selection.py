@@ -9,7 +9,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
+
+from aroma.errors import AromaError
 
 from ..run.trial import Trial
 from .grid import OVER, Chosen, Grid, Settings, make_trial, overridden
@@ -65,7 +68,8 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
                 added = {point[key] for point in points} - set(listed[key])
                 point = {**entry["chosen"], key: value}
                 if grid.select is not None and len(added) < grid.select.widen and point not in points:
-                    found += _of_pair(grid, task, method, [point])
+                    with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
+                        found += _of_pair(grid, task, method, [point])
     return found
 
 
@@ -78,9 +82,9 @@ def edges(tried: Sequence[Settings], chosen: Settings) -> dict[str, float]:
     """
     found = {}
     for key, value in chosen.items():
-        numbers: set[Any] = {one.get(key) for one in tried}
+        numbers: list[Any] = [one.get(key) for one in tried]
         if all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
-            found[key] = beyond(sorted(numbers), value)
+            found[key] = beyond(sorted({*numbers}), value)
     return {key: further for key, further in found.items() if further is not None}
 
 

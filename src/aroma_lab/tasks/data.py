@@ -46,19 +46,13 @@ def load_splits(spec: DataSpec) -> dict[str, Dataset]:
             lacks, an invalid number, or too few examples for a validation split.
     """
     layout = Layout(spec.text, spec.text_pair, spec.label)
-    sources = {"train": spec.train, "validation": spec.validation, "test": spec.test}
-    if spec.name is not None:
-        sources["train"] = spec.train or "train"
-        if spec.validation is None and "validation" in hub_splits(spec.name, spec.config):
-            sources["validation"] = "validation"
     raw: dict[str, Columns] = {}
-    for split, source in sources.items():
-        if source is not None:
-            where, choices = f"data.{split}", [layout.columns()]
-            if spec.name is None:
-                _, raw[split] = read_file(where, source, choices)
-            else:
-                _, raw[split] = read_hub(where, source, spec.name, spec.config, choices)
+    for split, source in recipe_sources(spec).items():
+        where, choices = f"data.{split}", [layout.columns()]
+        if spec.name is None:
+            _, raw[split] = read_file(where, source, choices)
+        else:
+            _, raw[split] = read_hub(where, source, spec.name, spec.config, choices)
     names = None
     if spec.task == "classification":
         names = class_names("data.train", spec.label, raw["train"][spec.label])
@@ -71,6 +65,24 @@ def load_splits(spec: DataSpec) -> dict[str, Dataset]:
             **{name: splits[name] for name in splits if name == "test"},
         }
     return splits
+
+
+def recipe_sources(spec: DataSpec) -> dict[str, str]:
+    """Return the file, or the split on the hub, of every split of a recipe that has one.
+
+    Raises:
+        DataError: Examples that are trained on are to validate, or to be reported.
+    """
+    sources = {"train": spec.train, "validation": spec.validation, "test": spec.test}
+    if spec.name is not None:
+        sources["train"] = spec.train or "train"
+        if spec.validation is None and "validation" in hub_splits(spec.name, spec.config):
+            sources["validation"] = "validation"
+    for split in ("validation", "test"):
+        if sources[split] is not None and sources[split] == sources["train"]:
+            remedy = "these are the training examples; give others, or leave it out"
+            raise bad_value(f"data.{split}", sources[split], remedy, DataError)
+    return {split: source for split, source in sources.items() if source is not None}
 
 
 # The data of an experiment's task ------------------------------------------------------------------------------------

@@ -62,5 +62,12 @@ class _Stop(TrainerCallback):
     ) -> TrainerControl:
         if self.asked:
             self.step = state.global_step
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        # Not before: a checkpoint that says that the training is over is not resumed.
+        control.should_training_stop |= self.step == state.global_step
         return control
