@@ -94,7 +94,7 @@ class Adapter:
         return {
             "components": [layer.components(self.name) for layer in layers.values()],
             "optimizer": self.optimizer.state_dict(),
-            "controller": self.growth.controller.state_dict()["state"]["modules"],
+            "controller": self.growth.controller.state_dict(),
             "events": [event.as_dict() for event in self.events],
             "summary": self.growth.controller.summary(),
         }
@@ -118,6 +118,8 @@ def two_adapters(rule: str, base: torch.nn.Module | None = None) -> Any:
 ORDERS = ("in turns", "one after another")
 HALF = STEPS // 2
 """Steps of each adapter: after the trial, in the midst of growth."""
+SAVED_AT = 26
+"""Steps after which the second one is saved; it still grows when it is compared."""
 
 
 class Replicated(Adapter):
@@ -176,7 +178,7 @@ def resumed(rule: str, way: type[Adapter], out: Path) -> list[dict[str, Any]]:
         first.step()
     save_adapter(model, f"{out}-default")
     second = way(model, "other", 0.02, 1)
-    for _ in range(HALF // 2):
+    for _ in range(SAVED_AT):
         second.step()
     saved = second.save(Path(f"{out}-other"))
     anew = two_adapters(rule)
@@ -186,7 +188,7 @@ def resumed(rule: str, way: type[Adapter], out: Path) -> list[dict[str, Any]]:
     found = []
     for one in (second, again):
         one.events.clear()
-        for _ in range(HALF):
+        for _ in range(HALF // 2):
             one.step()
         resting = aroma_layers(one.model, "default").values()
         components = [layer.components("default") for layer in resting]

@@ -131,11 +131,15 @@ def updates(model: Any) -> dict[str, Tensor]:
 
 
 def detached() -> dict[str, Any]:
-    """Training goes on after the controller was taken away while no slot was in use."""
-    loop = Loop(double(), wrap=replicated).go_on(4)
-    loop.growth.detach()
-    loop.go_on(8)
-    return {"weights": updates(loop.model), "steps": loop.done}
+    """Training goes on after the controller was taken away: while no slot was in use, and after the trial."""
+    found: dict[str, Any] = {}
+    for step in (4, 30):
+        loop = Loop(double(), wrap=replicated).go_on(step)
+        loop.growth.detach()
+        before = updates(loop.model)
+        loop.go_on(step + 4)
+        found |= {f"before {step}": before, f"after {step}": updates(loop.model)}
+    return found
 
 
 def unequal() -> dict[str, Any]:

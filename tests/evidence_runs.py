@@ -22,8 +22,13 @@ from trainer_runs import examples, tiny_bert, trainer_for
 STEPS = 60
 """Optimizer steps of a run: first directions, trial, questions, and some births."""
 
-PHASES = {"start": 5, "trial": 12, "questions": 20, "growth": 37, "after a birth": 48}
-"""An optimizer step within each phase of a run of STEPS; none but the last is a multiple of four."""
+PHASES = {"start": 5, "trial": 12, "questions": 20, "growth": 37, "after births": 41, "rest": 48}
+"""An optimizer step within each phase of a run of STEPS; only the last is a multiple of four. Births at 44 follow."""
+
+LONG = 4 * STEPS
+LONG_METHOD: dict[str, Any] = {"trial_share": 1 / 15}
+"""A run that is as far at the PHASES, but grows for longer: of STEPS there is room for one held-out batch after the
+trial. What would be asked from step 17 on is asked at step 16, of held-out batches."""
 
 METHOD: dict[str, Any] = {
     "growth": "evidence",
@@ -249,6 +254,7 @@ class ModelLoop:
         name: Its architecture.
         step: Takes the gradients of a batch; loss.backward() by default.
         optimizer: Makes the optimizer.
+        steps: Planned steps.
         growth: Further arguments of `attach`.
     """
 
@@ -258,12 +264,13 @@ class ModelLoop:
         name: str,
         step: Callable[[Any, Any], None] = lambda model, batch: model(**batch).loss.backward(),
         optimizer: Callable[[list[nn.Parameter]], Any] = lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        steps: int = STEPS,
         **growth: Any,
     ) -> None:
         self.model, self.name, self.step = model, name, step
         self.optimizer = optimizer(trainable(model))
         self.events: list[Event] = []
-        self.growth = attach(model, self.optimizer, total_steps=STEPS, on_event=self.events.append, **growth)
+        self.growth = attach(model, self.optimizer, total_steps=steps, on_event=self.events.append, **growth)
         keep_followed(self)
         self.done = 0
 

@@ -65,15 +65,18 @@ def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
 def test_a_sharded_run_resumes_exactly(told: Path, step: int) -> None:
     verify_adapter(told / f"saved-{step}")
     for uninterrupted, resumed in zip(ends(told, f"uninterrupted-{step}"), ends(told, f"resumed-{step}"), strict=True):
+        assert any(kind == "born" and when > step for when, _, kind in resumed["events"]), "it is to grow on"
         resumed["events"] = [event for event in uninterrupted["events"] if event[0] <= step] + resumed["events"]
         assert_same(resumed, uninterrupted)
 
 
 def test_replicas_go_on_after_the_controller_was_taken_away(told: Path) -> None:
-    """DistributedDataParallel waits for a gradient of every pair, and no slot of these was in use yet."""
+    """DistributedDataParallel waits for a gradient of every pair, also of those of which no slot was in use yet."""
     one, other = ends(told, "detached")
     assert_same(one, other)
-    assert one["steps"] == 8
+    assert not any(update.any() for update in one["after 4"].values())
+    moved = [not torch.equal(update, one["before 30"][name]) for name, update in one["after 30"].items()]
+    assert any(moved)
 
 
 def test_ranks_with_unequal_numbers_of_held_out_batches_ask_alike(told: Path) -> None:

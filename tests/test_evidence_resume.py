@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import TrainerCallback
 
 from aroma.errors import CheckpointError, ConfigError
 from evidence_runs import (
+    LONG,
+    LONG_METHOD,
     PHASES,
     STEPS,
     Loop,
@@ -36,14 +39,20 @@ def shuffled() -> DataLoader[Any]:
     return DataLoader(TensorDataset(*rows(200, seed=2)), batch_size=8, shuffle=True)
 
 
+def long() -> dict[str, Any]:
+    """What makes a loop one in which held-out batches decide births."""
+    return {"steps": LONG, "model": net(**LONG_METHOD)}
+
+
 OPTIONS: dict[str, Any] = {
     "first pass alone": dict,
-    "held out in every phase": lambda: {"steps_per_pass": 3, "growth_batches": held_out()},
-    "held out in growth, shuffled": lambda: {
-        "steps_per_pass": 34,
-        "growth_batches": shuffled(),
+    "held out in every phase": lambda: {**long(), "steps_per_pass": 3, "growth_batches": held_out()},
+    "held out in growth, shuffled": lambda: {**long(), "steps_per_pass": 34, "growth_batches": shuffled()},
+    "held out, some overflow": lambda: {
+        **long(),
+        "steps_per_pass": 3,
+        "growth_batches": held_out(overflowing=(2, 11, 12, 13)),  # 11 to 13 duel one after the other
     },
-    "held out, some overflow": lambda: {"steps_per_pass": 3, "growth_batches": held_out(overflowing=(2, 16, 17, 18))},
     "one slot": lambda: {"model": net(slots=1)},
     "dropout, no exact scale": lambda: {"model": net(lora_dropout=0.2, lora_alpha=3)},
     "bfloat16": lambda: {"model": net(Net().bfloat16(), lora_alpha=3)},
@@ -59,13 +68,18 @@ OPTIONS: dict[str, Any] = {
 def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     torch.manual_seed(3)
     whole, states = Loop(**OPTIONS[name]()), {}
-    for phase, step in PHASES.items():
+    phases = {**PHASES, "rest": 50} if name == "held out, some overflow" else PHASES
+    for phase, step in phases.items():
         whole.go_on(step).save(tmp_path / phase)
         states[phase] = torch.get_rng_state()
+        if phase == "after births":
+            assert whole.growth.controller.rule.phase == "growth"
+    if name == "held out, some overflow":
+        assert whole.growth.controller.rule.state()["overflows"] == 3
     expected = whole.go_on().came_to()
-    assert {event.kind for event in whole.events} >= {"born", "settled"}
-    assert any(event.step > PHASES["growth"] for event in whole.events), "it is to grow after the questions"
-    for phase, step in PHASES.items():
+    born = [event.step for event in whole.events if event.kind == "born"]
+    assert min(born) < PHASES["after births"] < max(born), "it is to grow after it was saved"
+    for phase, step in phases.items():
         torch.manual_seed(99)
         resumed = Loop.resumed(tmp_path / phase, step, **OPTIONS[name]())
         torch.set_rng_state(states[phase])
@@ -111,12 +125,17 @@ class _Any(torch.optim.AdamW):
 def test_an_adapter_of_another_moment_is_refused(tmp_path: Path) -> None:
     loop = Loop().go_on(PHASES["growth"])
     loop.save(tmp_path / "early")
-    loop.go_on(PHASES["after a birth"]).save(tmp_path / "late")
-    (tmp_path / "early" / "adapter_model.safetensors").write_bytes(
+    shutil.copytree(tmp_path / "early", tmp_path / "mixed")
+    loop.go_on(PHASES["after births"]).save(tmp_path / "late")
+    (tmp_path / "mixed" / "adapter_model.safetensors").write_bytes(
         (tmp_path / "late" / "adapter_model.safetensors").read_bytes()
     )
-    with pytest.raises(CheckpointError):
-        Loop.resumed(tmp_path / "early", PHASES["growth"])
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: "):
+        Loop.resumed(tmp_path / "mixed", PHASES["growth"])
+    late = net()
+    late.load_adapter(str(tmp_path / "late"), "default", is_trainable=True)
+    with pytest.raises(CheckpointError, match="components are not those"):
+        Loop(late).attach(resume_from=str(tmp_path / "early"))
 
 
 def test_a_saved_adapter_can_grow_further(tmp_path: Path) -> None:
@@ -155,15 +174,16 @@ class SaveAt(TrainerCallback):
 
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "training batches": ({}, {}),
-    "growth dataset": ({"growth": {"growth_dataset": growth_dataset()}}, {}),
+    "growth dataset": ({"growth": {"growth_dataset": growth_dataset()}, "max_steps": LONG}, LONG_METHOD),
     "everything awkward": (
         {
             "growth": {"growth_dataset": growth_dataset(320)},
+            "max_steps": LONG,
             "gradient_accumulation_steps": 2,
             "per_device_train_batch_size": 4,
             "gradient_checkpointing": True,
         },
-        {"lora_dropout": 0.1, "lora_alpha": 3},
+        {"lora_dropout": 0.1, "lora_alpha": 3, **LONG_METHOD},
     ),
     "bfloat16 pairs": ({}, {"half": True, "lora_alpha": 3}),
     "bfloat16 autocast": ({"bf16": True}, {"lora_alpha": 3}),
@@ -174,7 +194,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("name", "phases"),
     [
-        ("growth dataset", ["questions", "after a birth"]),
+        ("growth dataset", ["trial", "after births"]),
         *(pytest.param(name, [*PHASES], marks=pytest.mark.slow) for name in TRAININGS),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{len(value)} phases",
@@ -182,19 +202,20 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_the_trainer_resumes_to_the_bit(tmp_path: Path, name: str, phases: list[str]) -> None:
     training, method = TRAININGS[name]
     events: list[Any] = []
-    saving = {"callbacks": [SaveAt(PHASES.values())], "save_steps": STEPS}
+    steps = training.get("max_steps", STEPS)
+    saving = {"callbacks": [SaveAt(PHASES.values())], "save_steps": steps}
     whole = bert_trainer(tmp_path / "whole", events, bert(**method), **saving, **training)
     whole.train()
     expected = live(whole)
-    assert {event.kind for event in events} >= {"born", "settled"}
-    assert any(event.step > PHASES["growth"] for event in events), "it is to grow after the questions"
+    born = [event.step for event in events if event.kind == "born"]
+    assert min(born) < PHASES["after births"] < max(born), "it is to grow after it was saved"
     for step in (PHASES[phase] for phase in phases):
         again: list[Any] = []
         resumed = bert_trainer(tmp_path / f"{step}", again, bert(**method), **saving, **training)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same(live(resumed), expected, f"from step {step}")
         assert births(again) == [event for event in births(events) if event[0] > step]
-        last = f"checkpoint-{STEPS}"
+        last = f"checkpoint-{steps}"
         assert_same(on_disk(tmp_path / f"{step}" / last), on_disk(tmp_path / "whole" / last), f"from step {step}")
 
 

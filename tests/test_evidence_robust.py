@@ -23,6 +23,8 @@ import models
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from aroma.errors import ConfigError, NonFiniteError
 from evidence_runs import (
+    LONG,
+    LONG_METHOD,
     METHOD,
     STEPS,
     Loop,
@@ -270,13 +272,13 @@ def test_a_penalty_of_gradients_grows_too() -> None:
 
 
 def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop:
-    model = grown(name, base(name).double(), lora_dropout=dropout)
+    model = grown(name, base(name).double(), lora_dropout=dropout, **LONG_METHOD)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
     torch.manual_seed(4)
     batches = {"steps_per_pass": 3, "growth_batches": model_batches(name)}
-    return ModelLoop(model, name, **batches).go_on()
+    return ModelLoop(model, name, steps=LONG, **batches).go_on(LONG)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
@@ -298,6 +300,7 @@ def test_checkpointing_changes_nothing(name: str, reentrant: bool, monkeypatch: 
     plain, other = checkpointed(name, None, dropout), checkpointed(name, reentrant, dropout)
     assert len(modes) >= 2 * 8, "each of both layers, for each of 8 questions"
     assert set(modes) == {False}
+    assert_grew(plain)
     assert_same_growth(other, plain)
     for one, two in zip(followed(other), followed(plain), strict=True):
         torch.testing.assert_close(one, two)

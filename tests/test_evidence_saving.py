@@ -49,7 +49,7 @@ def test_saved_at_any_moment_it_is_plain_lora(tmp_path: Path, name: str) -> None
         if moment == "growth":
             for _ in range(4):
                 bear_everywhere(training.growth)
-        if moment == "after a birth":
+        if moment == "after births":
             holes(training)
         said = logits(model, inputs)
         folder = tmp_path / moment

@@ -64,5 +64,6 @@ def test_it_resumes_exactly(told: Path, name: str, step: int) -> None:
     for uninterrupted, resumed in zip(
         ends(told, f"uninterrupted-{name}-{step}", 2), ends(told, f"resumed-{name}-{step}", 2), strict=True
     ):
+        assert any(kind == "born" and when > step for when, _, kind in resumed["events"]), "it is to grow on"
         resumed["events"] = [event for event in uninterrupted["events"] if event[0] <= step] + resumed["events"]
         assert_same(resumed, uninterrupted)

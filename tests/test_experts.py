@@ -22,7 +22,7 @@ from aroma.export import export_merged, export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.tuner.experts import pack, unpack
 from aroma.tuner.fused import Probe
-from evidence_runs import PHASES, Loop, held_out, loss_of, rows
+from evidence_runs import LONG, LONG_METHOD, PHASES, Loop, held_out, loss_of, rows
 from models import METHOD, base, set_ranks
 from quick import slow_but
 from routed import EXPERTS, FAMILIES, PARAMETERS, UNUSED, RoutedNet, language_model, routed
@@ -272,7 +272,10 @@ def test_gradients_are_those_of_the_dense_gradient(implementation: str, transpos
 
 RULES: dict[str, Callable[[], dict[str, Any]]] = {
     "evidence": lambda: {"model": routed()},
-    "evidence, held out": lambda: {"model": routed(), "steps_per_pass": 3, "growth_batches": held_out()},
+    "evidence, held out": lambda: {
+        "model": routed(**LONG_METHOD),
+        **{"steps": LONG, "steps_per_pass": 3, "growth_batches": held_out()},
+    },
     "paper": lambda: {
         "model": routed(
             growth="paper",
@@ -291,6 +294,8 @@ def test_an_expert_without_tokens_does_not_grow_and_a_run_resumes_to_the_bit(tmp
     whole = Loop(**RULES[rule]())
     whole.go_on(PHASES["growth"]).save(tmp_path / "saved")
     expected = whole.go_on().came_to()
+    if rule.startswith("evidence"):
+        assert max(event.step for event in whole.events if event.kind == "born") > PHASES["growth"]
     ranks = {name: layer.rank("default") for name, layer in aroma_layers(whole.model).items()}
     unused = {name for name in ranks if name.endswith(f".{UNUSED}")}
     assert len(unused) == 2

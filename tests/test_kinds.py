@@ -414,7 +414,7 @@ def test_the_part_of_a_convolution_that_zero_3_leaves_a_process_is_one_of_the_ma
 
 RULES: dict[str, dict[str, Any]] = {
     "paper": {"r": 2, "max_inner_steps": 6, "inner_check_interval": 2, "outer_tolerance": 1e-4, "rewarmup_steps": 2},
-    "evidence": {"growth": "evidence", "slots": 3, "duel_factor": 0.2},
+    "evidence": {"growth": "evidence", "slots": 3, "duel_factor": 0.01, "significance": 0.7},
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.tuner.parts import join, split
+from corruptions import seal
 from evidence_runs import PHASES, STEPS, Loop, Net, loss_of, net, rows
 from models import adapted, base, batch, logits, set_ranks
 from quick import slow_but
@@ -190,7 +193,12 @@ def test_what_is_no_update_of_parts_is_refused(tmp_path: Path) -> None:
     tensors = load_file(copy / "adapter_model.safetensors")
     tensors = {name: tensor + 1 if "lora_B" in name else tensor for name, tensor in tensors.items()}
     save_file(tensors, copy / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="sha256"):
+        verify_adapter(copy)
+    state = json.loads((copy / "aroma_state.json").read_text())
+    state["files"]["adapter_model.safetensors"] = sha256((copy / "adapter_model.safetensors").read_bytes()).hexdigest()
+    seal(copy / "aroma_state.json", state)
+    with pytest.raises(CheckpointError, match=r"has no update of parts with .* outputs; the file is damaged"):
         verify_adapter(copy)
 
 

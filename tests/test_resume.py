@@ -412,5 +412,6 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
 
 def test_the_options_differ_from_the_defaults() -> None:
     known = AromaConfig().__dict__
-    assert all(name in known for changes in OPTIONS.values() for name in changes.get("method", {}))
+    given = [item for changes in OPTIONS.values() for item in changes.get("method", {}).items()]
+    assert all(known[name] != value for name, value in given)
     assert set(METHOD) <= set(known)
