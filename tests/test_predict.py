@@ -154,7 +154,9 @@ def test_pairs_and_files_without_a_header(home: Path, tmp_path: Path) -> None:
             assert [*row["probabilities"].values()] == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_language_model_writes_what_plain_peft_writes(tmp_path: Path) -> None:
+def test_a_language_model_writes_what_plain_peft_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = save_tiny_lm(tmp_path / "base", "llama")
     config = AromaConfig(**METHOD, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -182,6 +184,11 @@ def test_a_language_model_writes_what_plain_peft_writes(tmp_path: Path) -> None:
         assert said.startswith(row["prediction"])
         assert (row["prediction"] == said) or row["finished"]
     assert len({row["prediction"] for row in answered}) > 1
+    # Before the first answer, not after all those before it.
+    write_json_lines(tmp_path / "rows.jsonl", [*rows, {"question": " ".join(["king"] * 500), "id": 4}])
+    monkeypatch.setattr("aroma_lab.language.generate.generate_batch", None)
+    assert main([*arguments, "--text", "question", "--max-new-tokens", "5", "--force"]) == 2
+    assert "data (line 4)" in capsys.readouterr().err
 
 
 def test_rows_are_written_as_they_come_and_only_a_whole_file_gets_its_name(

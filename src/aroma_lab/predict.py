@@ -40,7 +40,13 @@ Values = dict[str, Any]
 
 
 class Predictor(Protocol):
-    """What answers rows."""
+    """What answers rows.
+
+    Attributes:
+        checks_when_loaded: Whether `check` sees more once the model is loaded.
+    """
+
+    checks_when_loaded: bool
 
     @property
     def fields(self) -> list[str]:
@@ -89,6 +95,8 @@ def predict_file(
     target = new_file("--out", out, force=force)
     count, columns = _survey(predictor, data, headless)
     predictor.load()
+    if predictor.checks_when_loaded:
+        _survey(predictor, data, headless)
     columns += predictor.fields
     with (
         replacing(target) as temporary,
@@ -168,6 +176,8 @@ class ClassifierPredictor:
     saved: SavedClassifier
     batch_size: int = 32
     _model: Any = None
+
+    checks_when_loaded = False
 
     @property
     def fields(self) -> list[str]:
@@ -284,10 +294,16 @@ class LanguagePredictor:
         return [PREDICTION, "finished"]
 
     headless = False
+    checks_when_loaded = True
 
     def check(self, where: str, row: Values) -> None:
-        """Raise DataError for a row that asks nothing."""
-        self._turns(where, row)
+        """Raise DataError for a row that asks nothing, and once the model is loaded for one that leaves it no room."""
+        from .language.generate import require_room
+
+        turns = self._turns(where, row)
+        if self._loaded is not None:
+            model, template = self._loaded
+            require_room(model, [*template.prompt(turns, where), *template.lead], self.max_new_tokens, where)
 
     def load(self) -> None:
         """Load the model."""

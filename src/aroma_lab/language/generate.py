@@ -65,7 +65,7 @@ def generate_batch(
             raise bad_value(field, value, "give 1 or more")
     rows = [[*prompt, *template.lead] for prompt in prompts]
     for number, row in enumerate(rows, start=1):
-        _require_room(model, row, max_new_tokens, f"prompt {number}")
+        require_room(model, row, max_new_tokens, f"prompt {number}")
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     written: dict[int, Generation] = {}
     training = model.training
@@ -108,7 +108,7 @@ def stream(
     """
     model, template = loaded
     row = [*template.prompt(turns), *template.lead]
-    room = _require_room(model, row, 1, "prompt")
+    room = require_room(model, row, 1, "prompt")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     with torch.random.fork_rng():
         if temperature > 0:
@@ -184,7 +184,7 @@ def _only_these_settings(model: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
-def _require_room(model: Any, row: Sequence[int], wanted: int, field: str) -> int:
+def require_room(model: Any, row: Sequence[int], wanted: int, field: str) -> int:
     """Return how many tokens a model can take after a prompt; DataError for fewer than wanted."""
     positions = positions_of(model.config)
     room = 2**31 if positions is None else positions - len(row)
