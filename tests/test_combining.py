@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,25 @@ def test_a_sum_of_more_components_than_ranks(apart: list[Path]) -> None:
     once = combined(apart[:1])
     for one, other in zip(aroma_layers(many).values(), aroma_layers(once).values(), strict=True):
         torch.testing.assert_close(one.get_delta_weight("default"), other.get_delta_weight("default"))
+
+
+def save_with(folder: Path, grown: Collection[str]) -> Path:
+    """Save an adapter of which only the matrices `grown` have a component."""
+    model = net(component_seed=8)
+    for name, layer in aroma_layers(model).items():
+        b, _ = layer.pair("default")
+        b.data.fill_(0.1 if name in grown else 0.0)
+    live_adapter(model).ever_controlled = True
+    save_adapter(model, folder)
+    return folder
+
+
+def test_matrices_that_have_nothing_stay_as_they_are(tmp_path: Path) -> None:
+    *_, last = aroma_layers(net())
+    model = combined([save_with(tmp_path / "last", [last])] * 2)
+    assert [*aroma_layers(model)] == [last]
+    with pytest.raises(ConfigError, match=r"^adapters=\[.*nothing.*\]: none has a component; give adapters that"):
+        combined([save_with(tmp_path / "nothing", [])])
 
 
 def test_what_cannot_be(apart: list[Path], tmp_path: Path) -> None:

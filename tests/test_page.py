@@ -360,7 +360,7 @@ def test_an_unfinished_run_gives_what_there_is(tmp_path):
     assert (facts.steps, facts.planned_steps, facts.loss, facts.eval_loss) == (5, 100, [[5, 1.5]], [[5, 1.25]])
     assert [tuple(one[:2]) for one in facts.matrices] == [(GROWN, 1)]
     (folder / "events.jsonl").write_text("{}\n")
-    with pytest.raises(CheckpointError, match=r"events\.jsonl, line 1: edited.*kind, step, rank missing"):
+    with pytest.raises(CheckpointError, match=r"events\.jsonl, line 1: edited.*kind, step, outer_step, rank missing"):
         run_facts(folder)
     (folder / "events.jsonl").write_text("what\n")
     with pytest.raises(CheckpointError, match=r"events\.jsonl: truncated or edited"):

@@ -191,7 +191,11 @@ def test_births_are_those_of_the_one_method_that_grows_by_evidence(grid, tmp_pat
     own = Path(shutil.copytree(grid, tmp_path / "own"))
     options = {"growth": "evidence", "significance": 0.01}
     rows = [{"kind": "settled", "step": 20, "log_evidence": 0.0}, {"kind": "born", "step": 60, "log_evidence": 4.7}]
-    events = [{**row, "module": module, "rank": 1 + place} for place, row in enumerate(rows) for module in MODULES]
+    events = [
+        {**row, "outer_step": 1, "module": module, "rank": 1 + place}
+        for place, row in enumerate(rows)
+        for module in MODULES
+    ]
     for seed in (3, 4):
         run = write_run(own, "mrpc", "grown", seed, kind="aroma", options=options)
         (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events[: len(MODULES) + seed]))
@@ -212,7 +216,9 @@ def test_births_are_those_of_the_one_method_that_grows_by_evidence(grid, tmp_pat
     with pytest.raises(CheckpointError, match=r"events\.jsonl: truncated or edited"):
         draw("births", run)
     (run / "events.jsonl").write_text('{"kind": "settled", "module": "a"}\n')
-    with pytest.raises(CheckpointError, match=r"events\.jsonl: edited, or of another version: step, rank missing"):
+    with pytest.raises(
+        CheckpointError, match=r"events\.jsonl, line 1: edited, or of another version: step, outer_step, rank missing"
+    ):
         draw("births", run)
 
 

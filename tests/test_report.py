@@ -593,7 +593,7 @@ def test_the_inner_criterion_is_counted_loop_by_loop(grid):
     folder = grid / "runs/mrpc/aroma/seed-0"
     events = [("checked", 3, 1), ("merged", 1, 0), ("frozen", 2, 0), ("merged", 1, 1)]
     lines = [
-        {"kind": kind, "outer_step": outer, "module": f"encoder.layer.{layer}.output.dense"}
+        {"kind": kind, "step": 200, "outer_step": outer, "rank": 1, "module": f"encoder.layer.{layer}.output.dense"}
         for kind, outer, layer in events
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
@@ -739,7 +739,7 @@ def test_growth_by_evidence_has_no_inner_loops(tmp_path):
     with pytest.raises(ConfigError, match="no run with inner checks has finished"):
         make_table(read_runs(tmp_path), "inner")
     folder = write_run(tmp_path, "mrpc", "paper", 0, kind="aroma", options={"growth": "paper"})
-    merged = {"kind": "merged", "outer_step": 1, "module": "layer.0.q"}
+    merged = {"kind": "merged", "step": 5, "outer_step": 1, "rank": 1, "module": "layer.0.q"}
     (folder / "events.jsonl").write_text(f"{json.dumps(merged)}\n{json.dumps({**merged, 'log_evidence': 3.1})}\n")
     (run,) = rows_of(read_runs(tmp_path).of("paper"))
     assert run.ended == [(1, "layer.0.q")]

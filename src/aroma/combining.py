@@ -18,7 +18,7 @@ from .errors import bad_value
 from .integrations.held_out import Loss, loss_of, model_loss
 from .saved import AdapterWeights, Update
 from .slots import SlotMatrices
-from .tasks import joined, read_whole, tensors_of
+from .tasks import joined, read_whole
 from .tuner import AromaConfig
 from .tuner.live import live_adapter
 
@@ -67,6 +67,10 @@ def combine(
         raise bad_value("weights", factors, f"give one for each of the {len(adapters)} adapters")
     read = [_scaled(read_whole(folder), factor) for folder, factor in zip(adapters, factors, strict=True)]
     whole = joined(read[0], read)
+    # An adapter whose ranks are all 0 has one of zeros in its file, which PEFT asks for.
+    whole = replace(whole, updates={name: one for name, one in whole.updates.items() if one.B.any() and one.A.any()})
+    if not whole.updates:
+        raise bad_value("adapters", [*map(str, adapters)], "none has a component; give adapters that learnt something")
     model = _model_of(base, whole, significance)
     live = live_adapter(model, _NAME)
     live.ever_controlled = True  # what it is, evidence decides here
@@ -104,7 +108,7 @@ def _model_of(base: nn.Module, whole: AdapterWeights, significance: float) -> An
         task_type=whole.config.get("task_type"),
     )
     model = get_peft_model(base, config)
-    set_peft_model_state_dict(model, tensors_of(replace(whole, updates={})))
+    set_peft_model_state_dict(model, whole.others)
     return model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from aroma.pictures import FAINT, INK, MatrixRank, draw_births, draw_ranks, new_
 from ..run.files import TrialFiles
 from .formats import counted
 from .learnt import not_learnt
-from .runs import Run, check, has_fixed_rank, read_runs, rows_of
+from .runs import Run, check, has_fixed_rank, read_events, read_runs, rows_of
 from .style import fit_axis, looks, matching_module, paper_modules, short_name, style_axes, write_title
 
 if TYPE_CHECKING:
@@ -168,14 +167,7 @@ def _events(run: Run) -> list[dict[str, Any]]:
         raise bad_value(
             "FOLDER", run.where, "the events of this run are not kept there; give the output folder of the grid"
         )
-    try:
-        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise CheckpointError(f"{path}: truncated or edited ({error}); run the trial again") from error
-    fields = {"kind": "a text", "step": "a whole number", "rank": "a whole number"}
-    for event in events:
-        check(path, event, {**fields, "module": "anything", "log_evidence?": "a number"})
-    return [{"log_evidence": None, **event} for event in events]
+    return read_events(path, remedy="run the trial again")
 
 
 def cosines_figure(shown: Shown) -> Figure:

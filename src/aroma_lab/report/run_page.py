@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -20,14 +19,9 @@ from aroma.report.run import run_page
 
 from ..run.files import TrialFiles
 from ..run.recorder import history_of
-from .runs import check, read_runs
+from .runs import read_events, read_runs
 
 _RESTORE = "restore the file, or run the trial again"
-_EVENT = {
-    **{"kind": "a text", "step": "a whole number", "rank": "a whole number"},
-    **{"module?": "a text", "log_evidence?": "a number"},
-}
-"""What a line of `events.jsonl` must have; see `runs.check`."""
 _MACHINE = ("platform", "device", "cpu_count", "threads", "processes")
 
 
@@ -68,7 +62,8 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
     options, training = trial["options"], trial["training"]
     method = str(trial["method"])
     metric = result.get("metric")
-    events = _events(files.events)
+    is_finished = row["state"] == "finished"
+    events = read_events(files.events, is_finished, _RESTORE) if files.events.is_file() else []
     ranks = curve.get("ranks") or _told_ranks(events)
     facts = RunFacts(
         title=str(row["task"]) if trial.get("data") is None else files.root.resolve().name,
@@ -116,20 +111,6 @@ def _course(files: TrialFiles, row: Mapping[str, Any]) -> tuple[dict[str, Any], 
     recorded = state.get("stateful_callbacks", {}).get("Recorder", {}).get("attributes", {}).get("curve", {})
     curve = {**recorded, "ranks": dict(recorded.get("ranks", ())), "planned_steps": state.get("max_steps")}
     return history_of(state["log_history"], [split]), curve, int(state["global_step"])
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    # A killed run may have left half a line.
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    try:
-        events = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise CheckpointError(f"{path}: truncated or edited ({error}); {_RESTORE}") from error
-    for number, event in enumerate(events, 1):
-        check(f"{path}, line {number}", event, _EVENT)
-    return [{"module": None, "log_evidence": None, **event} for event in events]
 
 
 def _told_ranks(events: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:

@@ -62,6 +62,10 @@ _SCHEMAS: Mapping[str, Any] = {
     "failure": dict.fromkeys(("error", "message"), "anything"),
     "curve": dict.fromkeys(("parameters", "total_rank", "ranks"), "anything"),
     "history": {"evaluations": "a list"},
+    "event": {
+        **{"kind": "a text", "step": "a whole number", "outer_step": "a whole number", "rank": "a whole number"},
+        **{"module?": "a text", "log_evidence?": "a number"},
+    },
     "grid": {"methods?": {...: "anything"}, "tasks?": {...: "anything"}, "seeds?": ["a whole number"]},
     "selection": {...: {...: {"chosen?": "a mapping", "tried?": [("a mapping", "anything")]}}},
 }
@@ -296,14 +300,32 @@ def _read_folder(folder: Path, root: Path) -> dict[str, Any]:
     return _row(parts, message, folder.relative_to(root).as_posix(), str(folder))
 
 
-def _read_ended(path: Path) -> list[tuple[int, str]]:
+def read_events(path: Path, is_finished: bool = True, remedy: str = _OF_RUN) -> list[dict[str, Any]]:
+    """Return the events of a run, as `events.jsonl` has them.
+
+    Args:
+        path: The file.
+        is_finished: Whether the run has ended; one that was killed may have left half a line.
+        remedy: What to do about a bad file.
+
+    Raises:
+        CheckpointError: The file is truncated or edited.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
-        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        # Growth by evidence has no inner loops; it merges to make room.
-        loops = (event for event in events if event.get("log_evidence") is None)
-        return [(event["outer_step"], event["module"]) for event in loops if event["kind"] in ("merged", "frozen")]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: truncated or edited ({error}); {_OF_RUN}") from error
+        events = [json.loads(line) for line in lines if is_finished or line.endswith("\n")]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: truncated or edited ({error}); {remedy}") from error
+    for number, event in enumerate(events, 1):
+        check(f"{path}, line {number}", event, _SCHEMAS["event"], remedy)
+    return [{"module": None, "log_evidence": None, **event} for event in events]
+
+
+def _read_ended(path: Path) -> list[tuple[int, str]]:
+    """Return outer step and module of every inner loop that ended."""
+    # Growth by evidence has no inner loops; it merges to make room.
+    loops = [event for event in read_events(path) if event["log_evidence"] is None] if path.exists() else []
+    return [(event["outer_step"], event["module"]) for event in loops if event["kind"] in ("merged", "frozen")]
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
