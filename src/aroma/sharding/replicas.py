@@ -93,6 +93,7 @@ class Replicas:
 
     has_flat_optimizer = False
     steps_within_backward = False
+    remembers_forwards = False
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
