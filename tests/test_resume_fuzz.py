@@ -40,8 +40,6 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
         ("_require_file", "truncated", range(12), "unrelated traceback"),
         # What nobody saved is loaded in place of the adapter.
         ("_LOADED", "file that nobody saved", range(6), "unrelated traceback"),
-        # The checksum of the record.
-        ("require_checksum", "json value of another type", range(12), "unrelated traceback"),
     ],
 )
 @pytest.mark.slow
@@ -55,7 +53,6 @@ def test_the_fuzzer_finds_what_a_mend_prevents(
     without: dict[str, Any] = {
         "_require_file": lambda *_: None,
         "_LOADED": Never(),
-        "require_checksum": lambda *_: None,
     }
     with monkeypatch.context() as patch:
         patch.setattr(aroma.checkpoint, mend, without[mend])
