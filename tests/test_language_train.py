@@ -176,7 +176,7 @@ def test_micro_batches_are_weighed_by_their_tokens(files: Path) -> None:
 
 @pytest.mark.slow
 def test_the_loss_during_training_is_that_of_the_end(files: Path) -> None:
-    train, validation = (str(write_json_lines(files / name, UNEVEN)) for name in ("train.jsonl", "validation.jsonl"))
+    train, validation = (str(write_json_lines(files / name, UNEVEN)) for name in ("traced.jsonl", "validation.jsonl"))
     changes: dict[str, Any] = {"data.train": train, "data.validation": validation, "data.test": None}
     changes |= {"training.eval_steps": 10, "training.max_steps": 20, "training.checkpoint": "best"}
     out = run(files, "traced", **changes)
