@@ -133,6 +133,15 @@ def test_parts_of_a_data_set_are_compared_by_their_indices() -> None:
     assert len(without_trained(inner, Subset(source, range(25)))) == 5
 
 
+def test_a_long_comparison_shows_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    training, growth = (Dataset.from_dict({"x": [*rows]}) for rows in (range(300), range(300, 310)))
+    without_trained(growth, training)
+    assert capsys.readouterr().err == "", "it is over at once"
+    monkeypatch.setattr("aroma.integrations.overlap._PATIENCE", 0.0)
+    without_trained(growth, training)
+    assert "comparing the training set with held-out examples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("growth", "said"),
     [

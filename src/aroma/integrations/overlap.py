@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 
 from ..errors import bad_value
+from ..sharding import rank
 
 _MOST_ROWS = 50_000
 """Most rows of the training set, and of the held-out ones, whose content is compared."""
+_PATIENCE = 3.0
+"""Seconds without a progress bar; texts take less, images may take minutes."""
 
 
 def require_indexed(field: str, examples: Any) -> None:
@@ -85,7 +89,15 @@ def _shared_rows(held_out: Any, training: Any) -> dict[int, int]:
     """Return which row of the training set each shared row of the held-out examples is."""
     if not hasattr(training, "__getitem__") or not hasattr(training, "__len__"):
         return {}
-    known = {_digest(training[row]): row for row in reversed(range(min(len(training), _MOST_ROWS)))}
+    rows = tqdm(
+        reversed(range(min(len(training), _MOST_ROWS))),
+        "comparing the training set with held-out examples",
+        min(len(training), _MOST_ROWS),
+        leave=False,
+        delay=_PATIENCE,
+        disable=rank() != 0,
+    )
+    known = {_digest(training[row]): row for row in rows}
     found = {row: known.get(_digest(held_out[row])) for row in range(min(len(held_out), _MOST_ROWS))}
     found |= _shared_indices(held_out, training)
     return {row: trained for row, trained in found.items() if trained is not None}
