@@ -335,6 +335,16 @@ def test_survivors_of_a_failure_do_not_win_a_column():
 # The caption's protocol, and the notes on what was not alike
 
 
+def test_the_caption_does_not_call_held_out_what_is_trained_on(grid):
+    for path in grid.glob("**/result.json"):
+        edit(path, lambda content: content["examples"].pop("held_out", None))
+    found = table(grid, "ranks")
+    assert "by the score on what is trained on, in runs of 200 steps" in found.caption
+    for title, words in (("held-out loss", "no run was trained on them"), ("held-out loss", "held-out training")):
+        assert title not in found.shown.columns
+        assert words not in found.caption
+
+
 def test_the_caption_says_how_it_was_measured(grid):
     for words in (
         "over 3 seeds (0, 1, 2)",

@@ -22,6 +22,7 @@ TABLES = [
     RESULTS / "minilm-six" / "tables" / "inner.csv",
     RESULTS / "smollm2-commonsense" / "tables" / "sets.csv",
     *(RESULTS / grid / "tables" / f"{kind}.csv" for grid in GROWN for kind in ("ranks", "regret")),
+    *(RESULTS / grid / "tables" / "ranks.csv" for grid in ("memory", "smollm2-news")),
 ]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 TEXT = page_of("results.md")
@@ -49,7 +50,7 @@ def test_the_page_shows_a_table_as_it_is(path: Path) -> None:
     assert f"(../results/lab/{name_of(path.with_suffix('.md'))})" in PAGE
 
 
-@pytest.mark.parametrize("grid", ["smollm2-commonsense", *GROWN])
+@pytest.mark.parametrize("grid", ["smollm2-commonsense", "smollm2-news", "memory", *GROWN])
 def test_every_run_says_what_it_was_made_with(grid: str) -> None:
     rows = runs_of(RESULTS / grid).rows
     for row in rows:
@@ -189,6 +190,29 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
     )
     fixed = [f"{100 * tried.score[method, 0.003]:.1f} %" for method in ("lora-r4", "lora-r8")]
     assert f"LoRA r = 4 has {fixed[0]} there and r = 8 {fixed[1]}." in TEXT
+
+
+def test_the_page_says_of_memory_what_the_runs_say() -> None:
+    means = make_table(runs_of(RESULTS / "memory"), "ranks").values.set_index("task")
+    found, recalled = means.average_rank_mean, 100 * means.score_mean
+    most = int(found.idxmax()[1:])
+    assert f"from {found.n100:.0f} for 100 pairs to {found.max():.0f} for {most:,}" in TEXT
+    assert f"and {found.n10000:.0f} for 10,000" in TEXT
+    *others, last = (f"{recalled[f'n{pairs}']:.0f}" for pairs in (100, 300, 1000, 3000, 10000))
+    assert f"{', '.join(others)} and {last} %" in TEXT
+    chosen = json.loads((RESULTS / "memory" / "selection.json").read_text(encoding="utf-8"))
+    assert {one["aroma-evidence"]["chosen"]["training.learning_rate"] for one in chosen.values()} == {0.003}
+    assert "The rate is 0.003 for each N" in TEXT
+
+
+def test_the_page_says_of_a_language_model_what_the_runs_say() -> None:
+    scores = make_table(runs_of(RESULTS / "smollm2-news"), "ranks").values.set_index("method").score_mean
+    before, fixed, grown = (f"{1 / scores[method]:.2f}" for method in ("pretrained", "lora-r8", "aroma-evidence"))
+    assert f"is {before} before, {fixed} after LoRA r = 8, and {grown} after growth by evidence" in TEXT
+    runs = runs_of(RESULTS / "smollm2-news").reported
+    size = {row.method: row.result["parameters"]["average"] / 1e6 for row in runs.itertuples()}
+    assert f"({size['aroma-evidence']:.2f} M on average against {size['lora-r8']:.2f} M)" in TEXT
+    assert size["aroma-evidence"] == pytest.approx(size["lora-r8"] / 2, rel=0.05), "half of the trained parameters"
 
 
 def test_the_page_says_of_real_text_what_the_runs_say() -> None:

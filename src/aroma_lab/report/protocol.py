@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -145,9 +145,16 @@ def _selection_sentence(runs: Runs) -> str:
     if len(frame):
         seeds = ", ".join(map(str, sorted(set(frame.seed))))
         how = f", in runs of {span(frame.planned_steps.tolist())} steps with seed {seeds}"
+        if not all(frame.result.map(holds_out)):
+            return f"Chosen for each task and method by the score on what is trained on{how}: {text}."
         if not any(frame.result.map(lambda result: result.get("reported"))):
             how += "; none of them saw a reported example"
     return f"Chosen for each task and method by the score on held-out training examples{how}: {text}."
+
+
+def holds_out(result: Mapping[str, Any]) -> bool:
+    """Whether the run of a result kept examples apart; where pairs are learnt by heart there is nothing to keep."""
+    return bool(result["examples"].keys() & {"held_out", "validation"})
 
 
 def _entries(runs: Runs) -> dict[tuple[str, str], dict[str, Any]]:

@@ -17,6 +17,7 @@ from .learnt import not_learnt
 from .protocol import (
     common_notes,
     difference_sentence,
+    holds_out,
     interval_notes,
     parameters_sentence,
     protocol,
@@ -163,7 +164,7 @@ def ranks_table(runs: Runs) -> Table:
     fits: dict[str, Any] = (
         {key: [one.get(key) for one in planted] for key in ("spearman", "pearson", "grew")} if any(planted) else {}
     )
-    losses = [result.get("held_out_loss") for result in runs.reported.result]
+    losses = [result.get("held_out_loss") if holds_out(result) else None for result in runs.reported.result]
     frame = runs.reported.assign(held_out_loss=pd.Series(losses, dtype=float, index=runs.reported.index), **fits)
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         "score": ("score", points),
