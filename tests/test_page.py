@@ -336,6 +336,13 @@ def test_a_recorded_run_is_read_with_what_it_is_compared_with(tmp_path):
     assert facts.command == "aroma lab run grid.yaml 'seeds=[0]' --tasks mrpc --methods aroma"
 
 
+def test_a_run_that_holds_nothing_out_does_not_say_that_it_does(tmp_path):
+    folder = write_run(tmp_path, "n100", "aroma", 0, kind="aroma", examples={"train": 100, "pairs": 100})
+    assert run_facts(folder).results[0].name == "what is trained on"
+    other = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma")
+    assert run_facts(other).results[0].name == "held-out training examples"
+
+
 def test_an_unfinished_run_gives_what_there_is(tmp_path):
     folder = write_run(
         tmp_path, "mrpc", "aroma", 0, kind="aroma", options={"growth": "evidence", "significance": 0.05}

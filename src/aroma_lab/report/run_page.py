@@ -19,6 +19,7 @@ from aroma.report.run import run_page
 
 from ..run.files import TrialFiles
 from ..run.recorder import history_of
+from .protocol import holds_out
 from .runs import read_events, read_runs
 
 _RESTORE = "restore the file, or run the trial again"
@@ -127,7 +128,9 @@ def _results(trial: Mapping[str, Any], result: Mapping[str, Any]) -> list[Result
     """Return a line for each set, and for who answers without reading."""
     if not result:
         return []
-    held_out = "validation" if trial.get("data") is not None else "held-out training examples"
+    held_out = "held-out training examples" if holds_out(result) else "what is trained on"
+    if trial.get("data") is not None:
+        held_out = "validation"
     lines = [Result(held_out, result.get("held_out", {}))]
     lines += [Result(split, metrics) for split, metrics in result["reported"].items()]
     guessed = result.get("guessed") or {}
