@@ -151,7 +151,7 @@ def unequal() -> dict[str, Any]:
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
-SAVED_AT = (5, 37)
+SAVED_AT, ZERO_SAVED_AT = (5, 37), (5, 29)
 """Before there are components, and in the midst of growth."""
 
 
@@ -229,6 +229,7 @@ def broken_held_out(_: Path) -> None:
 REFUSALS = [other_held_out, broken_held_out]
 
 
+ZERO_OF_FOUR = ("zero 2", "zero 3, nothing stays")
 OF_FOUR = ("ddp, as it comes", "fsdp2, as it comes", "fsdp2, held out")
 
 

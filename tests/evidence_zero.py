@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aroma import save_adapter
 from distributed_runs import TIMEOUT
-from evidence_ranks import ended
+from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED_AT, ended
 from evidence_runs import Loop, held_out, loss_of
 from zero_runs import NOTHING_STAYS, zero
 
@@ -32,8 +32,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "zero 2, offloaded": zero(2, zero_offload_optimizer={"device": "cpu"}),
     "zero 3, offloaded": zero(3, zero_offload_optimizer={"device": "cpu"}),
 }
-SAVED_AT = (5, 29)
-"""Before there are components, and in the midst of growth."""
 
 
 class ZeroLoop(Loop):
@@ -61,9 +59,6 @@ def options() -> dict[str, Any]:
     return {"steps_per_pass": 34, "growth_batches": held_out()}
 
 
-OF_FOUR = ("zero 2", "zero 3, nothing stays")
-
-
 def loops(out: Path, names: Iterable[str] = tuple(STAGES)) -> None:
     for name in names:
         torch.save(ended(ZeroLoop(STAGES[name], **options()).go_on()), out / f"{name}-{dist.get_rank()}.pt")
@@ -73,7 +68,7 @@ def loops(out: Path, names: Iterable[str] = tuple(STAGES)) -> None:
 
 def checkpoints(out: Path) -> None:
     for name in ("zero 2", "zero 3, nothing stays"):
-        for step in SAVED_AT:
+        for step in ZERO_SAVED_AT:
             loop = ZeroLoop(STAGES[name], **options()).go_on(step)
             folder = out / f"saved-{name}-{step}"
             if "3" in name or dist.get_rank() == 0:
@@ -88,7 +83,7 @@ def checkpoints(out: Path) -> None:
 
 PARTS: dict[str, Callable[[Path], None]] = {
     "loops": loops,
-    "loops of four": partial(loops, names=OF_FOUR),
+    "loops of four": partial(loops, names=ZERO_OF_FOUR),
     "checkpoints": checkpoints,
 }
 

@@ -14,14 +14,13 @@ import torch
 
 import ranks
 from aroma import verify_adapter
+from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED_AT
 from trainer_runs import assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 RUNS = str(Path(__file__).parent / "evidence_zero.py")
 NAMES = ["zero 1", "zero 2", "zero 3", "zero 3, nothing stays", "zero 2, offloaded", "zero 3, offloaded"]
-OF_FOUR = ["zero 2", "zero 3, nothing stays"]
-SAVED_AT = (5, 29)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def ends(told: Path, name: str, count: int) -> list[dict[str, Any]]:
     return [torch.load(told / f"{name}-{rank}.pt", weights_only=True) for rank in range(count)]
 
 
-@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in NAMES), *((name, 4) for name in OF_FOUR)])
+@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in NAMES), *((name, 4) for name in ZERO_OF_FOUR)])
 def test_it_does_what_replicas_do(told: Path, name: str, count: int) -> None:
     """Of four ranks some hold no entry of a pair."""
     folder = told if count == 2 else told / "four"
@@ -57,7 +56,7 @@ def test_it_does_what_replicas_do(told: Path, name: str, count: int) -> None:
         torch.testing.assert_close(update, replicas["weights"][matrix], **close)
 
 
-@pytest.mark.parametrize("step", SAVED_AT)
+@pytest.mark.parametrize("step", ZERO_SAVED_AT)
 @pytest.mark.parametrize("name", ["zero 2", "zero 3, nothing stays"])
 def test_it_resumes_exactly(told: Path, name: str, step: int) -> None:
     verify_adapter(told / f"saved-{name}-{step}")

@@ -282,6 +282,11 @@ def _loading(subject: Subject, base: str, where: str) -> str:
     return "\n\n".join(["## How to load it", *parts]) if parts else ""
 
 
+def served_rank(largest: int) -> int | None:
+    """Return the smallest rank that engines serve and that holds the rank `largest`; None above all."""
+    return next((rank for rank in SERVING_RANKS if rank >= largest), None)
+
+
 def _code(subject: Subject, base: str, where: str) -> Iterator[str]:
     """Yield the ways to load it, those that apply."""
     base_gguf = quote(f"{_last_part(base)}.gguf")
@@ -296,7 +301,7 @@ def _code(subject: Subject, base: str, where: str) -> Iterator[str]:
         return
     is_uniform = subject.kind == "uniform"
     folder, largest = where if is_uniform else "served", subject.largest_rank
-    rank = subject.rank or next((served for served in SERVING_RANKS if served >= largest), None)
+    rank = subject.rank or served_rank(largest)
     if rank is not None:
         first = "" if is_uniform else f"aroma export {quote(where)} served --uniform\n"
         options = f"--enable-lora --max-lora-rank {rank} --lora-modules adapter={quote(folder)}"

@@ -18,7 +18,17 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
 from .about import LABELLED_TASKS, About, unnamed
-from .card import CARD_FILE, MODEL_CLASSES, PICTURE_FILE, SERVING_RANKS, Subject, files_beside, is_by_hand, write_card
+from .card import (
+    CARD_FILE,
+    MODEL_CLASSES,
+    PICTURE_FILE,
+    SERVING_RANKS,
+    Subject,
+    files_beside,
+    is_by_hand,
+    served_rank,
+    write_card,
+)
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value
 from .files import free_bytes, own_file, read_json, write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
@@ -408,7 +418,7 @@ def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
     """
     ranks = [rank for rank, _ in adapter.modules.values()]
     largest = max([1, *ranks, *(one.rank for one in adapter.experts.values())])
-    rank = wanted if wanted is not None else next((rank for rank in SERVING_RANKS if largest <= rank), None)
+    rank = wanted if wanted is not None else served_rank(largest)
     if rank is None:
         raise bad_value(
             "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"

@@ -30,7 +30,7 @@ from ..events import Event
 from ..sharding import own_entries, unwrapped_optimizer
 from ..tuner import aroma_layers
 from ..tuner.state import pack, read_controller_state, unpack
-from .held_out import HeldOutDataset, Loss
+from .held_out import HeldOutDataset, Loss, refuse_unread
 from .overlap import require_indexed, with_columns_of, without_trained
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, check_resumed_folders
@@ -169,11 +169,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Tell the controller which batches decide growth."""
         controller = self._running()
         self._samples = Samples.of(args)
-        given = [name for name in ("growth_dataset", "growth_loss") if getattr(self, name) is not None]
-        if given and not controller.config.has_slots:
-            raise bad_value(given[0], "given", "only growth='evidence' reads it; leave it out")
-        if given == ["growth_loss"]:
-            raise bad_value("growth_loss", "given", "it is that of growth_dataset, which is missing; give both")
+        of_evidence = {"growth_dataset": self.growth_dataset, "growth_loss": self.growth_loss}
+        refuse_unread("growth_dataset", of_evidence, has_slots=controller.config.has_slots)
         if not controller.config.has_slots:
             return
         if self._samples is not None:

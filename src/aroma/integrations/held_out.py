@@ -202,6 +202,24 @@ def _require_loss_of(loss: Loss, model: nn.Module, batch: Any, device: torch.dev
             raise error
 
 
+def refuse_unread(examples: str, given: Mapping[str, Any], *, has_slots: bool) -> None:
+    """Refuse what is given and not read: by the paper's rule all, by growth by evidence a loss without `examples`.
+
+    Args:
+        examples: Name of the argument that holds the held-out examples.
+        given: Values of the arguments that only growth by evidence reads, by name; None where not given.
+        has_slots: Whether evidence decides.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    names = [name for name, value in given.items() if value is not None]
+    if names and not has_slots:
+        raise bad_value(names[0], "given", "only growth='evidence' reads it; leave it out")
+    if "growth_loss" in names and examples not in names:
+        raise bad_value("growth_loss", "given", f"it is that of {examples}, which is missing; give both")
+
+
 def require_enough(batches: int, field: str, said: str, significance: float) -> None:
     """Refuse fewer held-out batches than a birth takes.
 

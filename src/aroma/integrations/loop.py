@@ -14,7 +14,7 @@ from ..events import Event, Summary
 from ..reset import makes_state_only
 from ..sharding import rank
 from ..tuner.state import is_whole, read_controller_state
-from .held_out import HeldOutBatches, Loss
+from .held_out import HeldOutBatches, Loss, refuse_unread
 from .rewarmup import Rewarmup, loss_scale, was_skipped
 
 
@@ -138,11 +138,7 @@ def attach(
     """
     controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
     of_evidence = {"steps_per_pass": steps_per_pass, "growth_batches": growth_batches, "growth_loss": growth_loss}
-    given = [name for name, value in of_evidence.items() if value is not None]
-    if given and not controller.config.has_slots:
-        raise bad_value(given[0], "given", "only growth='evidence' reads it; leave it out")
-    if growth_loss is not None and growth_batches is None:
-        raise bad_value("growth_loss", "given", "it is that of growth_batches, which are missing; give both")
+    refuse_unread("growth_batches", of_evidence, has_slots=controller.config.has_slots)
     if steps_per_pass is not None and not is_whole(steps_per_pass, 1, 2**62):
         raise bad_value("steps_per_pass", steps_per_pass, "a pass over the training set takes a whole number of steps")
     held_out = None

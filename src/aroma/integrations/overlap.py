@@ -90,9 +90,8 @@ def _shared_rows(held_out: Any, training: Any) -> dict[int, int]:
     if not hasattr(training, "__getitem__") or not hasattr(training, "__len__"):
         return {}
     rows = tqdm(
-        reversed(range(min(len(training), _MOST_ROWS))),
+        range(min(len(training), _MOST_ROWS) - 1, -1, -1),
         "comparing the training set with held-out examples",
-        min(len(training), _MOST_ROWS),
         leave=False,
         delay=_PATIENCE,
         disable=rank() != 0,
