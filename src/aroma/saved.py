@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -219,19 +219,15 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
 
 def experts_tensors(adapter: AdapterWeights) -> dict[str, ExpertsTensors]:
     """Return how a file of an adapter that was made in memory would hold the updates of experts, by parameter."""
-    state = adapter.state or {}
-    modules: dict[str, list[str]] = state.get("experts", {})
-    counts = experts_counts(state) if modules else {}
-    found: dict[str, ExpertsTensors] = {}
+    modules: dict[str, list[str]] = (adapter.state or {}).get("experts", {})
+    if not adapter.state or not modules:
+        return {}
+    counts = experts_counts(adapter.state)
+    stems: dict[str, str] = {}
     for module, names in modules.items():
-        stems, own = peft_stems(module, names), {}
-        for name in names:
-            parameter = f"{module}.{name}"
-            ranks = [state["modules"][f"{parameter}.{index}"]["rank"] for index in range(counts[parameter])]
-            own[parameter] = ExpertsTensors(stems[name], max(ranks), counts[parameter])
-        if any(one.rank for one in own.values()) or not (adapter.updates or found):
-            found |= {parameter: replace(one, rank=max(one.rank, 1)) for parameter, one in own.items()}
-    return found
+        stems |= {f"{module}.{name}": stem for name, stem in peft_stems(module, names).items()}
+    ranks = adapter.packed().parameters
+    return {name: ExpertsTensors(stems[name], rank, counts[name]) for name, rank in ranks.items()}
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
