@@ -22,7 +22,7 @@ TABLES = [
     RESULTS / "minilm-six" / "tables" / "inner.csv",
     RESULTS / "smollm2-commonsense" / "tables" / "sets.csv",
     *(RESULTS / grid / "tables" / f"{kind}.csv" for grid in GROWN for kind in ("ranks", "regret")),
-    *(RESULTS / grid / "tables" / "ranks.csv" for grid in ("memory", "smollm2-news")),
+    *(RESULTS / grid / "tables" / "ranks.csv" for grid in ("memory", "mrpc", "smollm2-news")),
 ]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 TEXT = page_of("results.md")
@@ -50,7 +50,7 @@ def test_the_page_shows_a_table_as_it_is(path: Path) -> None:
     assert f"(../results/lab/{name_of(path.with_suffix('.md'))})" in PAGE
 
 
-@pytest.mark.parametrize("grid", ["smollm2-commonsense", "smollm2-news", "memory", *GROWN])
+@pytest.mark.parametrize("grid", ["smollm2-commonsense", "smollm2-news", "memory", "mrpc", *GROWN])
 def test_every_run_says_what_it_was_made_with(grid: str) -> None:
     rows = runs_of(RESULTS / grid).rows
     for row in rows:
@@ -279,6 +279,16 @@ def test_the_page_says_of_rates_on_mrpc_what_the_runs_say() -> None:
     assert f"head-only has {short['head-only']:.1f} %" in TEXT
     long = {run.learning_rate: 100 * run.reported["test"] for run in runs[runs.max_steps == 320].itertuples()}
     assert f"r = 8 has {long[0.001]:.1f} % of the test set at a rate of 0.001, and {long[0.003]:.1f} %," in TEXT
+
+
+def test_the_page_says_of_mrpc_what_the_runs_say() -> None:
+    scores = 100 * make_table(runs_of(RESULTS / "mrpc"), "ranks").values.set_index("method").score_mean
+    gains = sorted(scores.drop("head-only") - scores["head-only"])
+    assert f"each of the three ranks is above head-only, by {gains[0]:.1f} to {gains[-1]:.1f} points" in TEXT
+    tried = of_evidence("trial-that-goes-on")
+    shipped = sorted(100 * tried[(tried.task == "mrpc") & (tried["of"] == "shipped")].score)
+    assert f"it has {shipped[0]:.1f} to {shipped[-1]:.1f} % right (three seeds)" in TEXT
+    assert len(shipped) == 3
 
 
 def test_the_page_says_of_few_examples_what_the_runs_say() -> None:

@@ -233,3 +233,78 @@ def test_the_page_says_of_scaled_updates_what_the_runs_say() -> None:
     assert f"LoRA r = 8 {100 * encoder.score['lora-r8']:.2f} %" in TEXT
     few = [f"{100 * slow.score[task]:.2f} % of `{task}`" for task in ("graded-b4", "noisy-b4")]
     assert f"at 0.01, {few[0]} and {few[1]} (two seeds)" in TEXT
+
+
+def with_the_table(tried: pd.DataFrame) -> pd.DataFrame:
+    """Return runs by task and seed, with score, trained rank and rank correlation of the tables' runs beside theirs."""
+    table = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in ("minilm-six", "planted-nets")])
+    table = table.assign(spearman=[(one.get("planted") or {}).get("spearman") for one in table.result])
+    table = table.set_index(["task", "seed"])[["score", "trained_rank", "spearman"]]
+    return tried.set_index(["task", "seed"]).join(table, rsuffix="_of_table")
+
+
+def lies_below(runs: pd.DataFrame) -> str:
+    return in_points(runs.score - runs.score_of_table)
+
+
+def test_the_page_says_of_a_trial_that_goes_on_what_the_runs_say() -> None:
+    tried = of_evidence("trial-that-goes-on")
+    mrpc = tried[tried.task == "mrpc"]
+    assert {*mrpc.learning_rate} == {0.001}
+    late, shipped = (mrpc[mrpc["of"] == name].sort_values("seed") for name in ("doubled", "shipped"))
+    assert [*late.seed] == [*shipped.seed] == [0, 1, 2]
+    said = [" and ".join(", ".join(f"{100 * one:.1f}" for one in runs.score).rsplit(", ", 1)) for runs in (late, shipped)]
+    assert f"{said[0]} % of the test set are right after that, and {said[1]} % by the shipped rule" in TEXT
+    left = sorted(map(sum, shipped.ranks))
+    assert f"{left[0]} to {left[-1]} components are left" in TEXT
+    beside = with_the_table(tried[tried["of"] == "doubled"])
+    assert f"it takes away {lies_below(beside.loc['bbc-news']).removeprefix('−')} (five seeds)" in TEXT
+    assert f"SST-2 {lies_below(beside.loc['sst2'])} (two seeds)" in TEXT
+    assert beside.groupby("task").score.count()[["bbc-news", "nothing", "sst2"]].tolist() == [5, 5, 2]
+    grew = sum(rank > 0 for ranks in beside.loc["nothing"].ranks for rank in ranks)
+    assert f"{grew} of 60 matrices have a component, as before" in TEXT
+
+
+def test_the_page_says_of_the_loss_at_every_strength_what_was_measured() -> None:
+    runs = json.loads((RESULTS / "tried" / "strengths.json").read_text(encoding="utf-8"))["runs"]
+    news = runs[0]
+    losses = [*news["held_out_loss_by_strength"].values()]
+    assert news["task"] == "bbc-news"
+    assert [*news["held_out_loss_by_strength"]] == ["0.0", "0.25", "0.5", "0.75", "1.0"]
+    assert f"{', '.join(f'{loss:.3f}' for loss in losses[:-1])} and {losses[-1]:.3f} on 16 held-out" in TEXT
+    assert f"They save {losses[0] - losses[-1]:.2f}. The slope in the middle says that they cost" in TEXT
+    assert f"that they cost {-news['credit_at_half']:.2f}, and {news['directions_that_stay']} of 288" in TEXT
+    for run in runs:
+        first, *_, last = run["held_out_loss_by_strength"].values()
+        if run["task"] != "bbc-news":
+            assert abs(first - last - run["credit_at_half"]) < 0.02
+
+
+def test_the_page_says_of_a_quarter_of_the_strength_what_the_runs_say() -> None:
+    tried = of_evidence("quarter-strength")
+    assert {*tried.groupby(["of", "task", "learning_rate"]).seed.count()} == {5}
+    quarter, both = (tried[tried["of"] == name] for name in ("quarter", "quarter, doubled"))
+    chosen = with_the_table(quarter[(quarter.learning_rate == 0.003) | (quarter.task == "nothing")])
+    fast = with_the_table(quarter[(quarter.learning_rate == 0.01) & (quarter.task != "nothing")])
+
+    def means(runs: pd.DataFrame, suffix: str = "") -> tuple[float, float, float]:
+        score, rank, found = (runs[f"{name}{suffix}"].mean() for name in ("score", "trained_rank", "spearman"))
+        return 100 * score, rank, found
+
+    news = chosen.loc["bbc-news"]
+    gain = lies_below(news).removeprefix("+")
+    ranks = f"{news.trained_rank.mean():.2f} trained components in place of {news.trained_rank_of_table.mean():.2f}"
+    assert f"BBC News gains {gain} at {ranks}" in TEXT
+    score, rank, found = means(fast.loc["graded-b4"])
+    assert f"explains {score:.1f} % at {rank:.2f} trained components with a rank correlation of {found:.2f};" in TEXT
+    score, rank, found = means(fast.loc["graded-b4"], "_of_table")
+    assert f"the table has {score:.1f} % at {rank:.2f} and {found:.2f}, at 0.003." in TEXT
+    assert f"`noisy-b4` explains {means(fast.loc['noisy-b4'])[0]:.1f} % at 0.01" in TEXT
+    beside = with_the_table(both[both.task == "noisy-b4"])
+    score, rank, found = means(beside)
+    assert f"explains {score:.1f} % at {rank:.2f} with a rank correlation of {found:.2f};" in TEXT
+    score, rank, found = means(beside, "_of_table")
+    assert f"the table has {score:.1f} % at {rank:.2f} and {found:.2f}. At" in TEXT
+    assert f"`graded-b4` gains {lies_below(chosen.loc['graded-b4']).removeprefix('+')}" in TEXT
+    assert f"`noisy-b4` loses {lies_below(chosen.loc['noisy-b4']).removeprefix('−')}." in TEXT
+    assert (chosen.loc["nothing"].score == chosen.loc["nothing"].score_of_table).all()
