@@ -121,7 +121,7 @@ class AromaConfig(LoraConfig):
         trial_share (`float`, *optional*, defaults to 0.1): Share of the planned optimizer steps that the trial takes,
             in which every matrix trains as many components as it has slots.
         trial_doublings (`int`, *optional*, defaults to 0): How often the trial may be doubled while unseen examples
-            say neither that all updates together save loss nor that they cost it. 2 suits a task on which learning
+            say neither that all updates together save loss nor that they cost it. 2 may help where learning
             begins late.
         duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
             steep as what trains. A smaller one lets matrices grow sooner.
