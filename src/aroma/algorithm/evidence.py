@@ -107,14 +107,15 @@ class EvidenceSettings:
         """Batches that are asked at the end of the trial, if as many are at hand."""
         return question_count(self.trial_steps)
 
-    def held_out_interval(self, first_pass: int, asked: int, doublings: int = 0) -> int:
+    def held_out_interval(self, first_pass: int, questions: int, doublings: int = 0) -> int:
         """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
 
         Args:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
-            asked: Held-out batches that are asked in the whole trial.
-            doublings: How often the trial was doubled.
+            questions: Held-out batches that are asked at the end of the trial.
+            doublings: How often the trial was doubled; before that, half of the questions were asked each time.
         """
+        asked = questions + doublings * (questions // 2)
         room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked)
         duelling = self.last_step - max(first_pass, self.trial_steps << doublings)
         return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
@@ -312,8 +313,7 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        in_all = self.questions + self.doublings * (self.questions // 2)
-        interval = self._settings.held_out_interval(self.global_step - step, in_all, self.doublings)
+        interval = self._settings.held_out_interval(self.global_step - step, self.questions, self.doublings)
         if step % interval or self.phase != "growth":
             return ()
         return (max(self._asked, self.questions) + step // interval,)
