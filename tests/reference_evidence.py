@@ -211,6 +211,8 @@ class Reference:
             carried += credit
         for i, matrix in enumerate(self.matrices):
             stay = [k for k in range(o.S) if (i, k) in chosen]
+            if not stay and stats.ttest_1samp(every[:, i].sum(1), 0).statistic > -1:
+                stay = [max(range(o.S), key=lambda k: float(every[:, i, k].mean()))]
             live = matrix.live
             v_b, v_a = (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a"))
             kept, matrix.idle = [matrix.singular[k] for k in stay], [v_b.clone(), v_a.clone()]

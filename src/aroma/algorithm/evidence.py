@@ -13,7 +13,8 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
     candidates: where the update of a matrix saves loss as a whole, Σ_k credit_k > 0 at significance α/2 (Student's t),
                 directions whose mean credit exceeds its standard error; and in any matrix, those that are positive
                 by themselves at α/2 with Holm's correction
-    stay:       the fewest candidates that carry 99 % of the credit of all of them
+    stay:       the fewest candidates that carry 99 % of the credit of all of them; and in a matrix where that is none,
+                the direction with the largest credit, unless the update as a whole costs more than its standard error
 
 Where learning begins late, a tenth of the run is too early to decide. So a trial may go on: while the batches say
 neither that all updates together save loss nor that they cost it, it is doubled, at most `trial_doublings` times.
@@ -32,7 +33,8 @@ each unused direction duels with what trains:
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
-(Ville's inequality for the mixture). So α is the chance that a matrix gets a component that it does not need.
+(Ville's inequality for the mixture). So α is the chance that a matrix gets a second component that it does not need.
+The first is there from the start, and goes where it costs loss.
 """
 
 from __future__ import annotations
@@ -567,8 +569,10 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     """Return for every matrix which directions stay.
 
     Those are candidates, and the fewest of them all stay that carry 99 % of what the candidates save together. Noise
-    that was learnt by heart has a negative credit; where nothing is there to learn, nothing stays, but in one of 1/α
-    matrices.
+    that was learnt by heart has a negative credit, so where nothing is there to learn, nothing stays.
+
+    Where learning begins late, little is known of any matrix. There LoRA with r = 1 is the floor: a matrix of which
+    nothing else stays keeps the direction with the largest credit, unless its update costs loss.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
@@ -581,7 +585,22 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     carried_before = np.cumsum(ranked) - ranked
     stays = np.zeros(saved.size, dtype=bool)
     stays[order[(ranked > 0) & (carried_before < SHARE_KEPT * ranked.sum())]] = True
-    return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
+    stays = stays.reshape(saved.shape)
+    undecided = ~stays.any(1) & ~costs_loss(known)
+    best = np.where(np.isnan(credits[0]), -np.inf, known.mean(0)).argmax(1)
+    stays[undecided, best[undecided]] = True
+    return [[int(k) for k in row.nonzero()[0]] for row in stays]
+
+
+def costs_loss(credits: np.ndarray) -> np.ndarray:
+    """Return of which matrices the update as a whole costs more than its standard error, or is none, (matrices,).
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S).
+    """
+    t, _ = _t_test(credits.sum(2))
+    found: np.ndarray = t <= -1
+    return found
 
 
 def candidates(credits: np.ndarray, significance: float) -> np.ndarray:
