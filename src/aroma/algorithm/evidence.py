@@ -585,11 +585,11 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     carried_before = np.cumsum(ranked) - ranked
     stays = np.zeros(saved.size, dtype=bool)
     stays[order[(ranked > 0) & (carried_before < SHARE_KEPT * ranked.sum())]] = True
-    stays = stays.reshape(saved.shape)
-    undecided = ~stays.any(1) & ~costs_loss(known)
+    by_matrix = stays.reshape(saved.shape)
+    undecided = ~by_matrix.any(1) & ~costs_loss(known)
     best = np.where(np.isnan(credits[0]), -np.inf, known.mean(0)).argmax(1)
-    stays[undecided, best[undecided]] = True
-    return [[int(k) for k in row.nonzero()[0]] for row in stays]
+    by_matrix[undecided, best[undecided]] = True
+    return [[int(k) for k in row.nonzero()[0]] for row in by_matrix]
 
 
 def costs_loss(credits: np.ndarray) -> np.ndarray:
