@@ -20,6 +20,7 @@ from aroma.algorithm.evidence import (
     directions_that_convince,
     directions_to_keep,
     flips_to_birth,
+    keep_one_if_undecided,
     log_evidence,
     log_mean,
     saves_loss,
@@ -176,12 +177,13 @@ def test_a_matrix_keeps_its_best_direction_unless_its_update_costs_loss() -> Non
     credits[:, ::3, 3] = np.nan  # no such direction
     credits[:, ::40] = np.nan  # none at all
     t = stats.ttest_1samp(np.nansum(credits, 2), 0).statistic
-    kept = directions_to_keep(credits, 1e-9)  # nothing convinces
+    kept = keep_one_if_undecided([[]] * 400, credits)
     spared = [place for place, directions in enumerate(kept) if directions]
     assert spared == [place for place in range(400) if place % 40 and t[place] > -1]
     assert 0.2 < len(spared) / 400 < 0.8
     for place in spared:
         assert kept[place] == [int(np.nanargmax(credits[:, place].mean(0)))]
+    assert keep_one_if_undecided([[2, 3]] * 400, credits) == [[2, 3]] * 400
 
 
 @pytest.mark.parametrize("significance", [0.01, 0.05, 0.3])

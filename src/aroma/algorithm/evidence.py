@@ -408,7 +408,7 @@ class EvidenceRule(Generic[E]):
         if len(self._credits) < self.questions:
             return []
         credits = np.stack(self._credits)
-        kept = directions_to_keep(credits, self._settings.significance)
+        kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
         self._matrices.keep(kept)
         self._matrices.note_moves()
         self._credits = []
@@ -566,13 +566,11 @@ def says_nothing(credits: np.ndarray, significance: float) -> bool:
 
 
 def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
-    """Return for every matrix which directions stay.
+    """Return for every matrix which directions save loss surely enough to stay.
 
     Those are candidates, and the fewest of them all stay that carry 99 % of what the candidates save together. Noise
-    that was learnt by heart has a negative credit, so where nothing is there to learn, nothing stays.
-
-    Where learning begins late, little is known of any matrix. There LoRA with r = 1 is the floor: a matrix of which
-    nothing else stays keeps the direction with the largest credit, unless its update costs loss.
+    that was learnt by heart has a negative credit; where nothing is there to learn, nothing stays, but in one of 1/α
+    matrices.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
@@ -585,22 +583,22 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     carried_before = np.cumsum(ranked) - ranked
     stays = np.zeros(saved.size, dtype=bool)
     stays[order[(ranked > 0) & (carried_before < SHARE_KEPT * ranked.sum())]] = True
-    by_matrix = stays.reshape(saved.shape)
-    undecided = ~by_matrix.any(1) & ~costs_loss(known)
-    best = np.where(np.isnan(credits[0]), -np.inf, known.mean(0)).argmax(1)
-    by_matrix[undecided, best[undecided]] = True
-    return [[int(k) for k in row.nonzero()[0]] for row in by_matrix]
+    return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
 
 
-def costs_loss(credits: np.ndarray) -> np.ndarray:
-    """Return of which matrices the update as a whole costs more than its standard error, or is none, (matrices,).
+def keep_one_if_undecided(kept: Sequence[list[int]], credits: np.ndarray) -> list[list[int]]:
+    """Return `kept`, with the best direction of every matrix of which nothing stays, unless its update costs loss.
+
+    Where learning begins late, the batches say little of any matrix. So LoRA with r = 1 is the floor. A matrix goes
+    below it if its update as a whole costs more than the standard error of that, or if it has none.
 
     Args:
-        credits: What every direction saves, by batch, (batches, matrices, S).
+        kept: The directions that stay, by matrix.
+        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
     """
-    t, _ = _t_test(credits.sum(2))
-    found: np.ndarray = t <= -1
-    return found
+    t, _ = _t_test(np.nan_to_num(credits).sum(2))
+    best = np.where(np.isnan(credits[0]), -np.inf, credits.mean(0)).argmax(1)
+    return [own or [int(best[place])] * bool(t[place] > -1) for place, own in enumerate(kept)]
 
 
 def candidates(credits: np.ndarray, significance: float) -> np.ndarray:

@@ -114,8 +114,8 @@ class AromaConfig(LoraConfig):
         prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
         rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
             back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
-        significance (`float`, *optional*, defaults to 0.05): α, the chance that a matrix gets a component that saves
-            no loss, in (0, 1).
+        significance (`float`, *optional*, defaults to 0.05): α, the chance that a matrix gets a second component
+            that saves no loss, in (0, 1). The first stays unless it costs loss.
         slots (`int`, *optional*, defaults to 8): S, how many components of a matrix train at once. A component beyond
             them merges the oldest.
         trial_share (`float`, *optional*, defaults to 0.1): Share of the planned optimizer steps that the trial takes,
@@ -175,7 +175,7 @@ class AromaConfig(LoraConfig):
         default=50, metadata={"help": "Optimizer steps of re-warm-up at the start of every later inner loop."}
     )
     significance: float = field(
-        default=0.05, metadata={"help": "growth='evidence': chance of a component that saves no loss."}
+        default=0.05, metadata={"help": "growth='evidence': chance of a second component that saves no loss."}
     )
     slots: int = field(default=8, metadata={"help": "growth='evidence': components of a matrix that train at once."})
     trial_share: float = field(
