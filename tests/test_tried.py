@@ -268,6 +268,34 @@ def test_the_page_says_of_a_trial_that_goes_on_what_the_runs_say() -> None:
     assert f"{grew} of 60 matrices have a component, as before" in TEXT
 
 
+def test_the_page_says_of_a_line_search_what_was_measured() -> None:
+    along = json.loads((RESULTS / "tried" / "along-the-trial.json").read_text(encoding="utf-8"))
+    assert along["strengths"] == [0, 0.25, 0.5, 0.75, 1]
+    rows = pd.DataFrame(along["measurements"]).set_index(["task", "step"])
+    best = rows.held_out_loss.map(lambda losses: along["strengths"][losses.index(min(losses))])
+    saved = pd.DataFrame(
+        rows.held_out_loss.map(lambda losses: [losses[0] - loss for loss in losses]).tolist(), rows.index
+    )
+    noisy = saved.loc["noisy-b4"]
+    assert (noisy[4] > 0).tolist() == [step > 300 for step in noisy.index], "a fifth of 1,500 steps"
+    assert (noisy[1] > 0).all()
+    assert {*best["bbc-news"][lambda found: found.index >= 24]} == {0.25, 0.5}
+    assert {*best["trec"][lambda found: found.index >= 32]} == {0.75}
+    tried = of_evidence("line-search").set_index(["of", "task", "seed"])
+    assert {*tried.groupby(["of", "task"]).score.count()} == {3}
+    assert {*tried.learning_rate} == {0.01} == {*without_floor().learning_rate[["noisy", "graded"]]}
+    stay = sorted(tried.directions_that_stay["line search", "noisy-b4"])
+    assert f"{stay[0]} to {stay[-1]} directions stay, where 30 are planted" in TEXT
+    of_task = 100 * tried.score.groupby(["of", "task"]).mean()
+    searched, quarter = (of_task[name, "noisy-b4"] for name in ("line search", "quarter"))
+    assert f"explains {searched:.1f} % all the same ({quarter:.1f} % at a quarter)" in TEXT
+    before = without_floor().score
+    lost = [in_points(before["noisy"] - tried.score[name, "noisy"]) for name in ("line search", "quarter")]
+    graded = in_points(tried.score["line search", "graded"] - before["graded"])
+    assert f"`noisy` loses {lost[0].lstrip('+')}, as more" in TEXT
+    assert f"and {lost[1].lstrip('+')} at a quarter; `graded` {graded} (three seeds each, at 0.01)" in TEXT
+
+
 def test_the_page_says_of_the_loss_at_every_strength_what_was_measured() -> None:
     runs = json.loads((RESULTS / "tried" / "strengths.json").read_text(encoding="utf-8"))["runs"]
     news = runs[0]
