@@ -25,7 +25,6 @@ class Settings:
     S: int = 8
     first: int = 8
     trial: int = 20
-    doublings: int = 0  # how often the trial may be doubled
     questions: int = 10  # half of the trial's steps
     share_kept: float = 0.99
     interval: int = 4
@@ -34,7 +33,6 @@ class Settings:
     held_out_interval: int = 9
     first_pass: int | None = None
     holds_out: bool = False
-    held_out_batches: int | None = None  # how many have no example in common
     seed: int = 0
 
 
@@ -104,8 +102,6 @@ class Reference:
         self.pending: list[list[tuple[list[float], list[float]]]] = []
         self.newborn: list[list[bool]] = []
         self.credits: list[list[list[float]]] = []
-        self.doubled = 0
-        self.asked = 0  # number of the next held-out question
 
     # One optimizer step: Adam on the live components, then the rule.
     def step(self, G: Sequence[Tensor], lr: float, held_out: Callable[[int], Sequence[Tensor]]) -> None:
@@ -120,8 +116,7 @@ class Reference:
         if self.phase == "questions":
             self._credit(G)
         elif self.phase == "growth" and not decides and (self.t - o.first_pass) % o.held_out_interval == 0:
-            number = max(self.asked, o.questions) + (self.t - o.first_pass) // o.held_out_interval
-            self._read(held_out(number), before=False)
+            self._read(held_out(o.questions + (self.t - o.first_pass) // o.held_out_interval), before=False)
         elif self.phase == "growth" and decides:
             self._read(G, before=True)
         if self.phase in ("start", "growth"):
@@ -135,42 +130,21 @@ class Reference:
                 for v in matrix.v:
                     self._birth(matrix, v, [], o.S)
             self.births, self.phase = [], "trial"
-        elif self.phase == "trial" and self.t == o.trial * 2**self.doubled:
+        elif self.phase == "trial" and self.t == o.trial:
             self._singular_directions()
             self.phase, self.strength = "questions", 0.5
             if o.holds_out:
-                self._ask(o.questions // 2 if self._may_go_on() else o.questions, held_out)
-                if not (self._may_go_on() and self._nothing_is_said()):
-                    self._ask(o.questions - len(self.credits), held_out)
+                for number in range(o.questions):
+                    self._credit(held_out(number))
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
             self._look()
             if self.t >= o.last:
                 self.phase = "rest"
-        is_half_asked = self.phase == "questions" and len(self.credits) == o.questions // 2
-        if is_half_asked and self._may_go_on() and self._nothing_is_said():
-            self.doubled += 1
-            self.credits, self.phase, self.strength = [], "trial", 1.0
-            while o.held_out_batches and self.asked % o.held_out_batches:
-                self.asked += 1
         if self.phase == "questions" and len(self.credits) == o.questions:
             self._settle()
             self._look()
             self.phase, self.strength = "growth", 1.0
-
-    def _ask(self, count: int, held_out: Callable[[int], Sequence[Tensor]]) -> None:
-        for _ in range(count):
-            self._credit(held_out(self.asked))
-            self.asked += 1
-
-    def _may_go_on(self) -> bool:
-        o = self.settings
-        return self.doubled < o.doublings and o.trial * 2 ** (self.doubled + 1) <= o.last
-
-    def _nothing_is_said(self) -> bool:
-        saved = torch.tensor(self.credits, dtype=torch.float64).sum((1, 2))
-        ways = [stats.ttest_1samp(saved, 0, alternative=way).pvalue for way in ("greater", "less")]
-        return min(ways) >= self.settings.alpha
 
     def _look(self) -> None:
         for matrix in self.matrices:

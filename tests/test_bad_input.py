@@ -78,9 +78,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"growth": "evidence", "slots": 2.5}, "slots=2.5", "try 8"),
     ({"growth": "evidence", "trial_share": 0}, "trial_share=0", "try 0.1"),
     ({"growth": "evidence", "trial_share": 1}, "trial_share=1", "try 0.1"),
-    ({"growth": "evidence", "trial_doublings": -1}, "trial_doublings=-1", "try 0 or 2"),
-    ({"growth": "evidence", "trial_doublings": 0.5}, "trial_doublings=0.5", "try 0 or 2"),
-    ({"trial_doublings": 2}, "trial_doublings=2", "growth='evidence'"),
     ({"growth": "evidence", "duel_factor": -1}, "duel_factor=-1", "positive"),
     ({"growth": "evidence", "probe_memory": 1}, "probe_memory=1", "[0, 1)"),
 ]

@@ -100,7 +100,6 @@ ACCEPTED: dict[str, set[str]] = {
     "significance": {"0.5"},
     "slots": {"2"},
     "trial_share": {"0.5"},
-    "trial_doublings": {"0", "2"},
     "duel_factor": {"2", "0.5", "2**63"},
     "probe_memory": {"0", "0.5"},
     "component_seed": {"None", "0", "2"},
@@ -111,7 +110,7 @@ ACCEPTED: dict[str, set[str]] = {
 }
 """Which of the pool a field takes; one that is not named here takes None alone, its default."""
 
-EVIDENCE = ("significance", "slots", "trial_share", "trial_doublings", "duel_factor", "probe_memory")
+EVIDENCE = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
 WITH: dict[str, dict[str, Any]] = {name: {"growth": "evidence"} for name in EVIDENCE}
 """What else a configuration says so that a field is read."""
 

@@ -90,7 +90,7 @@ def test_the_readme_rounds_the_same_numbers():
 
 def test_the_page_on_the_method_has_the_constants_of_the_rule():
     page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
-    for name in ("significance", "slots", "trial_share", "trial_doublings", "duel_factor", "probe_memory"):
+    for name in ("significance", "slots", "trial_share", "duel_factor", "probe_memory"):
         assert re.search(rf"\| `{name}` \| (?:\S+ = )?{getattr(AromaConfig, name)} \|", page), name
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",

@@ -88,30 +88,6 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
         assert births(resumed.events) == [event for event in births(whole.events) if event[0] > step]
 
 
-@pytest.mark.parametrize("holds_out", [False, True])
-def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool) -> None:
-    """At this significance nothing ever convinces, so the trial is doubled, to 32 steps; a third one has no room."""
-
-    def options() -> dict[str, Any]:
-        growth = {"steps_per_pass": 3, "growth_batches": held_out()} if holds_out else {}
-        return {"model": net(significance=1e-9, trial_doublings=2), **growth}
-
-    whole = Loop(**options())
-    seen, steps = {}, (18, 25, 35, 42)
-    for step in steps:
-        whole.go_on(step).save(tmp_path / str(step))
-        seen[step] = (whole.growth.controller.rule.doublings, whole.growth.controller.rule.phase)
-    if holds_out:
-        assert seen == {18: (1, "trial"), 25: (1, "trial"), 35: (1, "growth"), 42: (1, "growth")}
-    else:
-        assert seen == {18: (0, "questions"), 25: (1, "trial"), 35: (1, "questions"), 42: (1, "growth")}
-    expected = whole.go_on().came_to()
-    assert {event.step for event in whole.events if event.kind == "settled"} == {32 if holds_out else 40}
-    for step in steps:
-        resumed = Loop.resumed(tmp_path / str(step), step, **options()).go_on()
-        assert_same(resumed.came_to(), expected, str(step))
-
-
 def test_held_out_batches_leave_the_random_numbers_of_the_training_alone() -> None:
     """A DataLoader that shuffles draws when it begins, and so does every round of it."""
     drawn = []

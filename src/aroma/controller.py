@@ -553,7 +553,6 @@ def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
         trial_steps=trial,
         last_step=((total_steps or 0) - trial) // CHECK_INTERVAL * CHECK_INTERVAL,
         max_components=config.max_components,
-        trial_doublings=config.trial_doublings,
     )
     return partial(EvidenceRule, settings)
 

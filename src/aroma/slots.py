@@ -519,8 +519,8 @@ class SlotMatrices(GrowingMatrices):
         return merged
 
     def stop_following(self) -> None:
-        """Ask about nothing while the slots train in the trial, at full strength."""
-        self._strength, self._readings = 1.0, []
+        """Ask about nothing while the slots train in the trial."""
+        self._readings = []
         for group in self._groups:
             group.follow(group.u[:, :0], group.v[:, :0])
         self._ask()

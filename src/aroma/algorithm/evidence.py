@@ -16,9 +16,6 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
     stay:       the fewest candidates that carry 99 % of the credit of all of them; and in a matrix where that is none,
                 the direction with the largest credit, unless the update as a whole costs more than its standard error
 
-Where learning begins late, a tenth of the run is too early to decide. So a trial may go on: while the batches say
-neither that all updates together save loss nor that they cost it, it is doubled, at most `trial_doublings` times.
-
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
 each unused direction duels with what trains:
@@ -93,7 +90,6 @@ class EvidenceSettings:
         last_step: Optimizer step after which nothing is born, one at which the evidence is looked at: what comes later
             hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
-        trial_doublings: How often the trial may be doubled while the batches say nothing.
     """
 
     significance: float
@@ -102,24 +98,21 @@ class EvidenceSettings:
     trial_steps: int
     last_step: int
     max_components: int | None
-    trial_doublings: int = 0
 
     @property
     def questions(self) -> int:
         """Batches that are asked at the end of the trial, if as many are at hand."""
         return question_count(self.trial_steps)
 
-    def held_out_interval(self, first_pass: int, questions: int, doublings: int = 0) -> int:
+    def held_out_interval(self, first_pass: int, questions: int) -> int:
         """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
 
         Args:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
             questions: Held-out batches that are asked at the end of the trial.
-            doublings: How often the trial was doubled; before that, half of the questions were asked each time.
         """
-        asked = questions + doublings * (questions // 2)
-        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked)
-        duelling = self.last_step - max(first_pass, self.trial_steps << doublings)
+        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - questions)
+        duelling = self.last_step - max(first_pass, self.trial_steps)
         return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
 
 
@@ -215,7 +208,6 @@ class EvidenceRule(Generic[E]):
         inner_step: Always 0: there are no inner loops.
         outer_number: Always 1.
         max_inner_steps: Always 0.
-        doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
         held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held out,
@@ -237,7 +229,6 @@ class EvidenceRule(Generic[E]):
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
         self.phase = "start"
-        self.doublings = 0
         self.births = 0
         self.last_birth: int | None = None
         self.held_out_batches: int | None = None
@@ -256,7 +247,7 @@ class EvidenceRule(Generic[E]):
     def status(self) -> list[str]:
         """Where the run stands, for one line of progress."""
         if self.phase in ("start", "trial"):
-            stage = f"trial {self.global_step}/{self._trial_steps}"
+            stage = f"trial {self.global_step}/{self._settings.trial_steps}"
         elif self.phase == "questions":
             stage = f"asking {len(self._credits)}/{self.questions}"
         else:
@@ -301,7 +292,7 @@ class EvidenceRule(Generic[E]):
         elif self.phase == "start":
             events = self._start_trial() if self.global_step == FIRST_STEP else []
         elif self.phase == "trial":
-            events = self._end_trial() if self.global_step >= self._trial_steps else []
+            events = self._end_trial() if self.global_step >= self._settings.trial_steps else []
         elif self.phase == "growth" and self.global_step % CHECK_INTERVAL == 0:
             events = self._weigh(self._matrices.take_readings())
             self._matrices.note_moves()
@@ -315,7 +306,7 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        interval = self._settings.held_out_interval(self.global_step - step, self.questions, self.doublings)
+        interval = self._settings.held_out_interval(self.global_step - step, self.questions)
         if step % interval or self.phase != "growth":
             return ()
         return (max(self._asked, self.questions) + step // interval,)
@@ -336,9 +327,7 @@ class EvidenceRule(Generic[E]):
             # Of a run that is resumed with held-out examples, others may have answered, and do not count.
             self._credits = []
         first = self._asked  # later others are asked, in place of those that overflowed
-        half = self.questions // 2
-        wanted = half if self._may_go_on and len(self._credits) < half else self.questions
-        self._asked += wanted - len(self._credits)
+        self._asked += self.questions - len(self._credits)
         return range(first, self._asked)
 
     def answer(self) -> list[Event]:
@@ -370,26 +359,6 @@ class EvidenceRule(Generic[E]):
         self._matrices.ask_for_credit()
         return []
 
-    def _go_on(self) -> list[Event]:
-        """Let the components of the trial train on: it is too early to decide."""
-        self._credits = []
-        if self.held_out_batches:
-            # The next questions come from another order of the examples, so that none is asked twice among them.
-            self._asked += -self._asked % self.held_out_batches
-        self.doublings += 1
-        self.phase = "trial"
-        self._matrices.stop_following()
-        return []
-
-    @property
-    def _trial_steps(self) -> int:
-        return self._settings.trial_steps << self.doublings
-
-    @property
-    def _may_go_on(self) -> bool:
-        is_early = 2 * self._trial_steps <= self._settings.last_step
-        return is_early and self.doublings < self._settings.trial_doublings
-
     @property
     def questions(self) -> int:
         """Batches that are asked: an example that is asked twice would count for two."""
@@ -402,9 +371,6 @@ class EvidenceRule(Generic[E]):
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
                 self._credits.append(credits)
-        is_half_asked = len(self._credits) == self.questions // 2
-        if self._may_go_on and is_half_asked and says_nothing(np.stack(self._credits), self._settings.significance):
-            return self._go_on()
         if len(self._credits) < self.questions:
             return []
         credits = np.stack(self._credits)
@@ -523,7 +489,6 @@ class EvidenceRule(Generic[E]):
             "phase": self.phase,
             "overflows": self._overflows,
             "asked": self._asked,
-            "doublings": self.doublings,
             "births": self.births,
             "last_birth": self.last_birth,
             "credits": [[[_number(x) for x in row] for row in credits] for credits in self._credits],
@@ -532,7 +497,6 @@ class EvidenceRule(Generic[E]):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
         self.global_step, self.phase = state["global_step"], state["phase"]
-        self.doublings = state["doublings"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked = state["overflows"], state["asked"]
         self._credits = [np.array(credits, dtype=float) for credits in state["credits"]]
@@ -552,17 +516,6 @@ def question_count(trial_steps: int) -> int:
     """Return how many batches are asked after a trial of so many optimizer steps."""
     fewest, most = QUESTIONS
     return min(max(trial_steps // 2, fewest), most)
-
-
-def says_nothing(credits: np.ndarray, significance: float) -> bool:
-    """Return whether the batches say neither that all updates together save loss nor that they cost it.
-
-    Args:
-        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
-        significance: α, for each of the two.
-    """
-    together = np.nan_to_num(credits).sum((1, 2))
-    return all(float(_t_test(sign * together)[1]) >= significance for sign in (1, -1))
 
 
 def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:

@@ -58,7 +58,7 @@ _PAPER_FIELDS = (
 _MOST_LIKELY_MEANT = 8
 """The largest rank of a component that is in use; a larger one is likely that of a LoraConfig, of a whole matrix."""
 
-_EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "trial_doublings", "duel_factor", "probe_memory")
+_EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
 """Fields that only growth by evidence reads."""
 
 FIELDS_OF_RULE = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
@@ -120,9 +120,6 @@ class AromaConfig(LoraConfig):
             them merges the oldest.
         trial_share (`float`, *optional*, defaults to 0.1): Share of the planned optimizer steps that the trial takes,
             in which every matrix trains as many components as it has slots.
-        trial_doublings (`int`, *optional*, defaults to 0): How often the trial may be doubled while unseen examples
-            say neither that all updates together save loss nor that they cost it. 2 may help where learning
-            begins late.
         duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
             steep as what trains. A smaller one lets matrices grow sooner.
         probe_memory (`float`, *optional*, defaults to 0.97): β. An unused direction averages about 1 / (1 - β)
@@ -181,10 +178,6 @@ class AromaConfig(LoraConfig):
     trial_share: float = field(
         default=0.1, metadata={"help": "growth='evidence': share of the run in which all slots train."}
     )
-    trial_doublings: int = field(
-        default=0,
-        metadata={"help": "growth='evidence': how often the trial may be doubled while nothing is learnt."},
-    )
     duel_factor: float = field(
         default=0.5,
         metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},
@@ -235,7 +228,6 @@ class AromaConfig(LoraConfig):
         _require_int("slots", self.slots, 1, "at least one component of a matrix trains; try 8")
         if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
             raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
-        _require_int("trial_doublings", self.trial_doublings, 0, "a trial is doubled a number of times; try 0 or 2")
         _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 0.5")
         if not _is_number(self.probe_memory) or not 0 <= self.probe_memory < 1:
             raise bad_value("probe_memory", self.probe_memory, "give a number in [0, 1); try 0.97")
