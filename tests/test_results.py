@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from aroma_lab.report.formats import markdown, to_csv
 from aroma_lab.report.tables import make_table
 from aroma_lab.tasks.model import packaged_encoder
-from published import GROWN, RESULTS, ROOT, of_evidence, page_of, runs_of, scores_of
+from published import GROWN, RESULTS, ROOT, in_points, of_evidence, page_of, runs_of, scores_of
 
 TABLES = [
     RESULTS / "minilm-six" / "tables" / "inner.csv",
@@ -282,13 +282,26 @@ def test_the_page_says_of_rates_on_mrpc_what_the_runs_say() -> None:
 
 
 def test_the_page_says_of_mrpc_what_the_runs_say() -> None:
-    scores = 100 * make_table(runs_of(RESULTS / "mrpc"), "ranks").values.set_index("method").score_mean
-    gains = sorted(scores.drop("head-only") - scores["head-only"])
+    table = make_table(runs_of(RESULTS / "mrpc"), "ranks").values.set_index("method")
+    scores = 100 * table.score_mean
+    gains = sorted(scores.drop(["head-only", "aroma-evidence"]) - scores["head-only"])
     assert f"each of the three ranks is above head-only, by {gains[0]:.1f} to {gains[-1]:.1f} points" in TEXT
     tried = of_evidence("trial-that-goes-on")
     shipped = sorted(100 * tried[(tried.task == "mrpc") & (tried["of"] == "shipped")].score)
-    assert f"it has {shipped[0]:.1f} to {shipped[-1]:.1f} % right (three seeds)" in TEXT
+    assert f"it had {shipped[0]:.1f} to {shipped[-1]:.1f} % right (three seeds, at a rate of 0.001)" in TEXT
     assert len(shipped) == 3
+    by_seed = runs_of(RESULTS / "mrpc").reported.pivot_table("score", "seed", "method")
+    ahead = {r: by_seed["aroma-evidence"] - by_seed[f"lora-r{r}"] for r in (1, 4, 16)}
+    one, four, sixteen = map(in_points, ahead.values())
+    assert f"{one} points against r = 1, {four} against r = 4, {sixteen} against r = 16, at" in TEXT
+    assert all(abs(found.mean()) < 1.96 * found.sem() for found in ahead.values()), "level with each"
+    assert f"at {table.trained_rank_mean['aroma-evidence']:.2f} trained components. Its trial" in TEXT
+    runs = runs_of(RESULTS / "mrpc").of("aroma-evidence")
+    left = runs.assign(left=[sum(one["ranks"].values()) for one in runs.result]).sort_values("left")
+    (_, worst), many = next(left.iterrows()), left.iloc[1:]
+    right = f"{100 * many.score.min():.1f} to {100 * many.score.max():.1f} % right"
+    assert f"{many.left.min()} to {many.left.max()} components are left, with {right}" in TEXT
+    assert f"{worst.left} are left, with {100 * worst.score:.1f} %." in TEXT
 
 
 def test_the_page_says_of_few_examples_what_the_runs_say() -> None:
