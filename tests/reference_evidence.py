@@ -30,9 +30,9 @@ class Settings:
     interval: int = 4
     unused: int = 4
     last: int = 10**9  # step after which nothing is born
-    held_out_interval: int = 9
     first_pass: int | None = None
     holds_out: bool = False
+    held_out_batches: int | None = None  # how many have no example in common
     seed: int = 0
 
 
@@ -102,6 +102,10 @@ class Reference:
         self.pending: list[list[tuple[list[float], list[float]]]] = []
         self.newborn: list[list[bool]] = []
         self.credits: list[list[list[float]]] = []
+        self.at_base: list[list[list[float]]] = []  # the same at strength 0
+        self.opens = False  # whether the questions may still say that the trial goes on
+        self.doubled = 0
+        self.asked = 0  # number of the next held-out question
 
     # One optimizer step: Adam on the live components, then the rule.
     def step(self, G: Sequence[Tensor], lr: float, held_out: Callable[[int], Sequence[Tensor]]) -> None:
@@ -115,8 +119,10 @@ class Reference:
         decides = not o.holds_out or o.first_pass is None or self.t < o.first_pass
         if self.phase == "questions":
             self._credit(G)
-        elif self.phase == "growth" and not decides and (self.t - o.first_pass) % o.held_out_interval == 0:
-            self._read(held_out(o.questions + (self.t - o.first_pass) // o.held_out_interval), before=False)
+            self._look_at_the_opening()
+        elif self.phase == "growth" and not decides and (self.t - o.first_pass) % self._interval() == 0:
+            number = max(self.asked, o.questions) + (self.t - o.first_pass) // self._interval()
+            self._read(held_out(number), before=False)
         elif self.phase == "growth" and decides:
             self._read(G, before=True)
         if self.phase in ("start", "growth"):
@@ -130,12 +136,14 @@ class Reference:
                 for v in matrix.v:
                     self._birth(matrix, v, [], o.S)
             self.births, self.phase = [], "trial"
-        elif self.phase == "trial" and self.t == o.trial:
+        elif self.phase == "trial" and self.t == o.trial * 2**self.doubled:
             self._singular_directions()
             self.phase, self.strength = "questions", 0.5
-            if o.holds_out:
-                for number in range(o.questions):
-                    self._credit(held_out(number))
+            self.opens = self.doubled < 2 and 2 * o.trial * 2**self.doubled <= o.last
+            while o.holds_out and self.phase == "questions" and len(self.credits) < o.questions:
+                self._credit(held_out(self.asked))
+                self.asked += 1
+                self._look_at_the_opening()
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
             self._look()
@@ -145,6 +153,34 @@ class Reference:
             self._settle()
             self._look()
             self.phase, self.strength = "growth", 1.0
+
+    def _interval(self) -> int:
+        """Optimizer steps between held-out batches that duel: with those of the trial they are 12 % of the run."""
+        o = self.settings
+        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions))
+        return max(9, math.ceil((o.last - max(o.first_pass or 0, o.trial * 2**self.doubled)) / max(left, 1)))
+
+    def _look_at_the_opening(self) -> None:
+        """A quarter of the batches at half strength; if they do not say that loss is saved, as many at strength 0."""
+        o, quarter = self.settings, max(4, self.settings.questions // 4)
+        if self.opens and self.strength == 0.5 and len(self.credits) == quarter:
+            if self._together(self.credits):
+                self.opens = False
+            else:
+                self.strength = 0.0
+        elif self.strength == 0 and len(self.at_base) == quarter:
+            if self._together(self.at_base):
+                self.doubled += 1
+                self.credits, self.phase, self.strength = [], "trial", 1.0
+                while o.held_out_batches and self.asked % o.held_out_batches:
+                    self.asked += 1
+            else:
+                self.opens, self.strength = False, 0.5
+            self.at_base = []
+
+    def _together(self, credits: list[list[list[float]]]) -> bool:
+        saved = torch.tensor(credits, dtype=torch.float64).sum((1, 2))
+        return bool(stats.ttest_1samp(saved, 0, alternative="greater").pvalue < self.settings.alpha)
 
     def _look(self) -> None:
         for matrix in self.matrices:
@@ -159,7 +195,7 @@ class Reference:
 
     def _credit(self, G: Sequence[Tensor]) -> None:
         s = self.settings.s
-        self.credits.append(
+        (self.at_base if self.strength == 0 else self.credits).append(
             [
                 [float(-(s * size * g * torch.outer(u, v)).sum()) for u, size, v in matrix.singular]
                 for matrix, g in zip(self.matrices, G, strict=True)

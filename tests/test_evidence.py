@@ -79,18 +79,20 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 
 
 @pytest.mark.parametrize(
-    ("slots", "kappa", "noise", "holds_out", "first_pass"),
+    ("slots", "kappa", "noise", "holds_out", "first_pass", "lr"),
     [
-        pytest.param(3, 0.25, 0.6, False, None, id="plain", marks=pytest.mark.slow),
-        pytest.param(2, 0.1, 0.6, False, None, id="merges"),
-        pytest.param(1, 0.1, 0.1, False, None, id="one slot", marks=pytest.mark.slow),
-        pytest.param(3, 0.1, 0.6, True, 60, id="held out later"),
-        pytest.param(3, 0.1, 0.2, True, 15, id="held out always", marks=pytest.mark.slow),
-        pytest.param(3, 0.25, 0.6, True, None, id="held out for the trial alone", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, 0.6, False, None, 1e-2, id="plain", marks=pytest.mark.slow),
+        pytest.param(2, 0.1, 0.6, False, None, 1e-2, id="merges"),
+        pytest.param(1, 0.1, 0.1, False, None, 1e-2, id="one slot", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, True, 60, 1e-2, id="held out later"),
+        pytest.param(3, 0.1, 0.2, True, 15, 1e-2, id="held out always", marks=pytest.mark.slow),
+        pytest.param(3, 0.25, 0.6, True, None, 1e-2, id="held out for the trial alone", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, False, None, 6e-2, id="swings", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, True, 100, 6e-2, id="swings, held out"),
     ],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(
-    slots: int, kappa: float, noise: float, holds_out: bool, first_pass: int | None
+    slots: int, kappa: float, noise: float, holds_out: bool, first_pass: int | None, lr: float
 ) -> None:
     steps = 200
     base, x, y = planted([0, 4, 1, 3], noise=noise)
@@ -98,8 +100,9 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     data = batches(x[:300], y[:300], steps)
     weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
     given = {"S": slots, "kappa": kappa, "first_pass": first_pass, "holds_out": holds_out, "last": steps - 20}
-    alpha, interval = (0.2, 12) if first_pass == 15 else (0.05, 9)  # few batches duel then
-    settings = Settings(alpha=alpha, held_out_interval=interval, **given)
+    given |= {"held_out_batches": len(held) if holds_out else None}
+    alpha = 0.2 if first_pass == 15 else 0.05  # few batches duel then
+    settings = Settings(alpha=alpha, **given)
     reference = Reference(weights, settings)
     net = Net()
 
@@ -110,7 +113,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(
         return [*torch.autograd.grad(loss, [layer.weight for layer in net.layers])]
 
     model = grown(base, slots=slots, duel_factor=kappa, significance=alpha)
-    optimizer = adam(model)
+    optimizer = adam(model, lr)
     events = []
     growth = attach(
         model,
@@ -125,10 +128,12 @@ def test_a_whole_run_is_that_of_the_dense_reference(
         optimizer.zero_grad()
         (model(batch[0]) - batch[1]).square().mean().backward()
         optimizer.step()
-        reference.step(gradients(batch), 1e-2, lambda number: gradients(held[number]))
+        reference.step(gradients(batch), lr, lambda number: gradients(held[number % len(held)]))
     births = [(event.step, event.module) for event in events if event.kind == "born" and event.step > 8]
     assert births == reference.births
     assert len(births) > 1
+    assert growth.controller.rule.doublings == reference.doubled
+    assert reference.doubled == 2 or lr == 1e-2, "the components are to swing"
     settled = {event.module: event.rank for event in events if event.kind == "settled"}
     assert len(settled) == LAYERS
     assert min(settled.values()) < slots or slots == 1

@@ -416,14 +416,14 @@ class SlotMatrices(GrowingMatrices):
     # The trial -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def ask_for_credit(self) -> None:
-        """From now on ask about the singular directions of the updates, with all of them at half strength."""
+    def ask_for_credit(self, strength: float = 0.5) -> None:
+        """From now on ask about the singular directions of the updates, with all of them at `strength`."""
         pairs = self.pairs(self._all)
         for group in self._groups:
             b, a = self._stacked(group, pairs, self._live.config.slots)
             u, sizes, v = singular_directions(b, a)
             group.follow(u, v, sizes)
-        self._strength, self._readings = 0.5, []
+        self._strength, self._readings = strength, []
         self._ask()
 
     def take_credits(self) -> list[np.ndarray]:
@@ -519,8 +519,8 @@ class SlotMatrices(GrowingMatrices):
         return merged
 
     def stop_following(self) -> None:
-        """Ask about nothing while the slots train in the trial."""
-        self._readings = []
+        """Ask about nothing while the slots train in the trial, at full strength."""
+        self._strength, self._readings = 1.0, []
         for group in self._groups:
             group.follow(group.u[:, :0], group.v[:, :0])
         self._ask()

@@ -16,6 +16,11 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
     stay:       the fewest candidates that carry 99 % of the credit of all of them; and in a matrix where that is none,
                 the direction with the largest credit, unless the update as a whole costs more than its standard error
 
+A trial ends when there is something to decide. Where the first quarter of the batches does not say at α that all
+updates together save loss, as many are asked with the updates at strength 0. If these say at α that the updates point
+downhill there, something is being learnt, but the components swing further than they have come, as at the highest rate
+and in small batches. Then the trial is doubled, twice at most.
+
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
 each unused direction duels with what trains:
@@ -40,7 +45,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -57,12 +62,18 @@ FIRST_STEP = 8
 UNUSED = 4
 """Unused directions of a matrix that duel at once."""
 
+DOUBLINGS = 2
+"""How often the trial is doubled at most, while its updates point downhill and do not save loss yet."""
+
 SHARE_KEPT = 0.99
 """Share of what the candidates save that must be carried by the directions that stay."""
 
 QUESTIONS = (8, 64)
 """Fewest and most batches that are asked at the end of the trial: half as many as it has steps, but none twice unless
 there are fewer than eight. None is trained on."""
+
+FEWEST_OPENING = 4
+"""Fewest batches that say whether the trial goes on: a quarter of the questions."""
 
 TOLD_INTERVAL = 40
 """Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
@@ -104,15 +115,16 @@ class EvidenceSettings:
         """Batches that are asked at the end of the trial, if as many are at hand."""
         return question_count(self.trial_steps)
 
-    def held_out_interval(self, first_pass: int, questions: int) -> int:
+    def held_out_interval(self, first_pass: int, asked: int, trial_steps: int) -> int:
         """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
 
         Args:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
-            questions: Held-out batches that are asked at the end of the trial.
+            asked: Held-out batches that are asked in and after the trial.
+            trial_steps: Its length in the end.
         """
-        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - questions)
-        duelling = self.last_step - max(first_pass, self.trial_steps)
+        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked)
+        duelling = self.last_step - max(first_pass, trial_steps)
         return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
 
 
@@ -147,6 +159,9 @@ class EvidenceMatrix(Matrix, Protocol):
     steepness: float | None
 
 
+Stage = Literal["opening", "base", "rest"]
+"""Which questions are asked: the first, at half strength; as many at strength 0; those left, at half strength."""
+
 E = TypeVar("E", bound=EvidenceMatrix)
 
 
@@ -179,8 +194,8 @@ class EvidenceMatrices(Protocol[E]):
     def stop_following(self) -> None:
         """Follow no unused direction for now."""
 
-    def ask_for_credit(self) -> None:
-        """From now on ask the batches, at half strength, what every singular direction of the updates saves."""
+    def ask_for_credit(self, strength: float = 0.5) -> None:
+        """From now on ask the batches, with all updates at `strength`, what every singular direction of them saves."""
 
     def take_credits(self) -> list[np.ndarray]:
         """Return credit_k by batch since the last call, (matrices, S).
@@ -208,6 +223,7 @@ class EvidenceRule(Generic[E]):
         inner_step: Always 0: there are no inner loops.
         outer_number: Always 1.
         max_inner_steps: Always 0.
+        doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
         held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held out,
@@ -223,12 +239,15 @@ class EvidenceRule(Generic[E]):
     def __init__(self, settings: EvidenceSettings, matrices: EvidenceMatrices[E]) -> None:
         self._settings = settings
         self._matrices = matrices
+        self._stage: Stage = "opening"
         self._credits: list[np.ndarray] = []
+        self._base_credits: list[np.ndarray] = []
         self._overflows = 0
         self._asked = 0
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
         self.phase = "start"
+        self.doublings = 0
         self.births = 0
         self.last_birth: int | None = None
         self.held_out_batches: int | None = None
@@ -247,7 +266,7 @@ class EvidenceRule(Generic[E]):
     def status(self) -> list[str]:
         """Where the run stands, for one line of progress."""
         if self.phase in ("start", "trial"):
-            stage = f"trial {self.global_step}/{self._settings.trial_steps}"
+            stage = f"trial {self.global_step}/{self._trial_steps}"
         elif self.phase == "questions":
             stage = f"asking {len(self._credits)}/{self.questions}"
         else:
@@ -292,7 +311,7 @@ class EvidenceRule(Generic[E]):
         elif self.phase == "start":
             events = self._start_trial() if self.global_step == FIRST_STEP else []
         elif self.phase == "trial":
-            events = self._end_trial() if self.global_step >= self._settings.trial_steps else []
+            events = self._end_trial() if self.global_step >= self._trial_steps else []
         elif self.phase == "growth" and self.global_step % CHECK_INTERVAL == 0:
             events = self._weigh(self._matrices.take_readings())
             self._matrices.note_moves()
@@ -306,17 +325,19 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        interval = self._settings.held_out_interval(self.global_step - step, self.questions)
+        asked = max(self._asked, self.questions)
+        interval = self._settings.held_out_interval(self.global_step - step, asked, self._trial_steps)
         if step % interval or self.phase != "growth":
             return ()
-        return (max(self._asked, self.questions) + step // interval,)
+        return (asked + step // interval,)
 
     def duels(self, first_pass: int | None, *, held_out: bool) -> int:
         """Return how many batches let duel in the whole run; see `GrowthRule`."""
         first, last = self._settings.trial_steps + (0 if held_out else self.questions), self._settings.last_step
         if first_pass is None or not held_out:
             return max(last - first, 0)
-        interval, later = self._settings.held_out_interval(first_pass, self.questions), last - max(first_pass, first)
+        interval = self._settings.held_out_interval(first_pass, self.questions, first)
+        later = last - max(first_pass, first)
         return max(min(first_pass, last) - first, 0) + max(later, 0) // interval
 
     def held_out_questions(self) -> Sequence[int]:
@@ -325,9 +346,9 @@ class EvidenceRule(Generic[E]):
             return ()
         if not self._asked:
             # Of a run that is resumed with held-out examples, others may have answered, and do not count.
-            self._credits = []
+            self._credits, self._base_credits = [], []
         first = self._asked  # later others are asked, in place of those that overflowed
-        self._asked += self.questions - len(self._credits)
+        self._asked += self._missing
         return range(first, self._asked)
 
     def answer(self) -> list[Event]:
@@ -356,8 +377,22 @@ class EvidenceRule(Generic[E]):
     def _end_trial(self) -> list[Event]:
         self.phase = "questions"
         self._check_components("trial's last")
+        may_go_on = self.doublings < DOUBLINGS and 2 * self._trial_steps <= self._settings.last_step
+        self._stage = "opening" if may_go_on else "rest"
         self._matrices.ask_for_credit()
         return []
+
+    @property
+    def _trial_steps(self) -> int:
+        return self._settings.trial_steps << self.doublings
+
+    @property
+    def _missing(self) -> int:
+        """Answers that the stage of the questions still waits for."""
+        if self._stage == "rest":
+            return self.questions - len(self._credits)
+        opening = max(FEWEST_OPENING, self.questions // 4)
+        return opening - len(self._base_credits if self._stage == "base" else self._credits)
 
     @property
     def questions(self) -> int:
@@ -367,22 +402,49 @@ class EvidenceRule(Generic[E]):
 
     def _answered(self) -> list[Event]:
         """Note what the batches said; after the last one, drop what does not save loss."""
-        matrices = self._matrices.all()
+        answers = self._base_credits if self._stage == "base" else self._credits
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
-                self._credits.append(credits)
-        if len(self._credits) < self.questions:
+                answers.append(credits)
+        if self._missing > 0:
             return []
+        if self._stage == "rest":
+            return self._settle()
+        saves = saves_together(np.stack(answers), self._settings.significance)
+        if self._stage == "opening" and not saves:
+            self._stage = "base"
+            self._matrices.ask_for_credit(0.0)
+        elif self._stage == "base" and saves:
+            self._go_on()
+        elif self._stage == "base":
+            self._stage = "rest"
+            self._matrices.ask_for_credit()
+        else:
+            self._stage = "rest"
+        return []
+
+    def _go_on(self) -> None:
+        """Let the components of the trial train on: they point downhill, and swing too far to be judged."""
+        self._credits, self._base_credits = [], []
+        if self.held_out_batches:
+            # The next questions come from another order of the examples, so that none is asked twice among them.
+            self._asked += -self._asked % self.held_out_batches
+        self.doublings += 1
+        self.phase = "trial"
+        self._matrices.stop_following()
+
+    def _settle(self) -> list[Event]:
+        """Drop what does not save loss."""
         credits = np.stack(self._credits)
         kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
         self._matrices.keep(kept)
         self._matrices.note_moves()
-        self._credits = []
+        self._credits, self._base_credits = [], []
         self.phase = "growth"
         saved = np.nan_to_num(credits).mean(0)
         return [
             self._event("settled", matrix, value=float(saved[index, [*kept[index]]].sum()))
-            for index, matrix in enumerate(matrices)
+            for index, matrix in enumerate(self._matrices.all())
             if not matrix.is_frozen
         ]
 
@@ -489,17 +551,23 @@ class EvidenceRule(Generic[E]):
             "phase": self.phase,
             "overflows": self._overflows,
             "asked": self._asked,
+            "doublings": self.doublings,
+            "stage": self._stage,
             "births": self.births,
             "last_birth": self.last_birth,
-            "credits": [[[_number(x) for x in row] for row in credits] for credits in self._credits],
+            "credits": _as_lists(self._credits),
+            "base_credits": _as_lists(self._base_credits),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
         self.global_step, self.phase = state["global_step"], state["phase"]
+        self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked = state["overflows"], state["asked"]
-        self._credits = [np.array(credits, dtype=float) for credits in state["credits"]]
+        self._credits, self._base_credits = (
+            [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
+        )
 
 
 def _money(matrix: EvidenceMatrix) -> list[float]:
@@ -507,15 +575,28 @@ def _money(matrix: EvidenceMatrix) -> list[float]:
     return [*map(log_evidence, matrix.heads, matrix.flips)]
 
 
-def _number(value: float) -> float | None:
+def _as_lists(answers: Sequence[np.ndarray]) -> list[list[list[float | None]]]:
     # JSON has no NaN; numpy reads None as NaN.
-    return None if math.isnan(value) else float(value)
+    return [[[None if math.isnan(x) else float(x) for x in row] for row in credits] for credits in answers]
 
 
 def question_count(trial_steps: int) -> int:
     """Return how many batches are asked after a trial of so many optimizer steps."""
     fewest, most = QUESTIONS
     return min(max(trial_steps // 2, fewest), most)
+
+
+def saves_together(credits: np.ndarray, significance: float) -> bool:
+    """Return whether the batches say at significance α that all updates together save loss.
+
+    With the updates at strength 0 that is whether they point downhill there.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
+        significance: α.
+    """
+    _, chance = _t_test(np.nan_to_num(credits).sum((1, 2)))
+    return float(chance) < significance
 
 
 def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
