@@ -87,6 +87,7 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
         pytest.param(3, 0.1, 0.2, True, 60, 1e-2, id="held out later"),
         pytest.param(3, 0.1, 0.2, True, 15, 1e-2, id="held out always", marks=pytest.mark.slow),
         pytest.param(3, 0.25, 0.6, True, None, 1e-2, id="held out for the trial alone", marks=pytest.mark.slow),
+        pytest.param(3, 0.02, 1.5, True, 60, 1e-2, id="not downhill", marks=pytest.mark.slow),
         pytest.param(3, 0.1, 0.2, False, None, 6e-2, id="swings", marks=pytest.mark.slow),
         pytest.param(3, 0.1, 0.2, True, 100, 6e-2, id="swings, held out"),
     ],

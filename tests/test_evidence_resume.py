@@ -88,6 +88,32 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
         assert births(resumed.events) == [event for event in births(whole.events) if event[0] > step]
 
 
+@pytest.mark.parametrize("holds_out", [False, True])
+def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool) -> None:
+    """At this rate the components swing, so the trial is doubled, to 32 steps; a third one has no room."""
+
+    def options() -> dict[str, Any]:
+        growth = {"steps_per_pass": 3, "growth_batches": held_out()} if holds_out else {}
+        model = net(significance=0.05)
+        return {"model": model, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.1), **growth}
+
+    whole = Loop(**options())
+    seen, steps = [], (18, 22, 30, 36, 42)
+    for step in steps:
+        whole.go_on(step).save(tmp_path / str(step))
+        rule = whole.growth.controller.rule
+        seen.append((rule.doublings, rule.phase, rule.state()["stage"]))
+    late = [(1, "growth", "rest")] * 2 if holds_out else [(1, "questions", "rest"), (1, "growth", "rest")]
+    early = [(1, "trial"), (1, "trial")] if holds_out else [(0, "opening"), (0, "base")]
+    assert [(doublings, phase if holds_out else stage) for doublings, phase, stage in seen[:2]] == early
+    assert seen[-2:] == late
+    expected = whole.go_on().came_to()
+    assert {event.step for event in whole.events if event.kind == "settled"} == {32 if holds_out else 40}
+    for step in steps:
+        resumed = Loop.resumed(tmp_path / str(step), step, **options()).go_on()
+        assert_same(resumed.came_to(), expected, str(step))
+
+
 def test_held_out_batches_leave_the_random_numbers_of_the_training_alone() -> None:
     """A DataLoader that shuffles draws when it begins, and so does every round of it."""
     drawn = []
