@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aroma import AromaConfig, aroma_layers, attach
 from aroma.algorithm.evidence import (
+    FEWEST_OPENING,
     FIRST_STEP,
     EvidenceSettings,
     candidates,
@@ -272,17 +273,24 @@ def test_a_matrix_moves_as_far_with_many_components_as_with_one(slots: int) -> N
 
 
 @pytest.mark.parametrize("passes", [1.5, 3, 10])
-@pytest.mark.parametrize("steps", [75, *range(80, 200, 10), 320, 640, 1_000, 100_000])
-def test_held_out_batches_are_a_small_share_of_a_run(steps: int, passes: float) -> None:
+@pytest.mark.parametrize(
+    ("steps", "doublings"),
+    [
+        *((steps, 0) for steps in (75, *range(80, 200, 10), 320, 640, 1_000, 100_000)),
+        *((steps, doublings) for steps in (250, 320, 640, 1_000, 100_000) for doublings in (1, 2)),
+    ],
+)
+def test_held_out_batches_are_a_small_share_of_a_run(steps: int, doublings: int, passes: float) -> None:
     trial = max(steps // 10, 16)
     settings = EvidenceSettings(0.05, 0.5, 8, trial, (steps - trial) // 4 * 4, None)
     first_pass = int(steps / passes)
-    interval = settings.held_out_interval(first_pass, settings.questions)
-    duelling = settings.last_step - max(first_pass, trial)
+    asked = settings.questions + doublings * 2 * max(FEWEST_OPENING, settings.questions // 4)
+    interval = settings.held_out_interval(first_pass, asked, trial << doublings)
+    duelling = settings.last_step - max(first_pass, trial << doublings)
     duels = math.ceil(duelling / interval)
-    assert settings.questions + duels <= 0.12 * steps
+    assert asked + duels <= 0.12 * steps
     assert interval >= 9
-    if steps >= 200:
+    if steps >= 200 and not doublings:
         assert duels >= min(12, duelling // 9), "a birth takes seven"
 
 
