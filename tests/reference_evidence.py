@@ -139,7 +139,7 @@ class Reference:
         elif self.phase == "trial" and self.t == o.trial * 2**self.doubled:
             self._singular_directions()
             self.phase, self.strength = "questions", 0.5
-            self.opens = self.doubled < 2 and 2 * o.trial * 2**self.doubled <= o.last
+            self.opens = self.doubled < 2 and 4 * o.trial * 2**self.doubled <= o.last + o.trial
             while o.holds_out and self.phase == "questions" and len(self.credits) < o.questions:
                 self._credit(held_out(self.asked))
                 self.asked += 1

@@ -90,12 +90,12 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("holds_out", [False, True])
 def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool) -> None:
-    """At this rate the components swing, so the trial is doubled, to 32 steps; a third one has no room."""
+    """At this rate the components swing, so the trial is doubled, to 32 steps; 64 are more than half of the run."""
 
     def options() -> dict[str, Any]:
         growth = {"steps_per_pass": 3, "growth_batches": held_out()} if holds_out else {}
         model = net(significance=0.05)
-        return {"model": model, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.1), **growth}
+        return {"model": model, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.1), "steps": 80, **growth}
 
     whole = Loop(**options())
     seen, steps = [], (18, 22, 30, 36, 42)

@@ -268,6 +268,45 @@ def test_the_page_says_of_a_trial_that_goes_on_what_the_runs_say() -> None:
     assert f"{grew} of 60 matrices have a component, as before" in TEXT
 
 
+def test_the_page_says_of_the_end_of_the_trial_what_the_runs_say() -> None:
+    then = without_floor()
+    runs = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in ("planted-nets", "minilm-six")])
+    now = runs.set_index(["task", "seed"])
+    for task in LABELS:
+        assert len(now.loc[task]) == len(then.loc[task]) == 5
+        assert compared(task, then, now) in TEXT
+    right = now.result.map(lambda one: (one.get("planted") or {}).get("spearman"))
+    pairs = [(right[task].mean(), then.spearman[task].mean()) for task in ("noisy-b4", "graded-b4")]
+    (noisy, before), (graded, earlier) = pairs
+    assert (
+        f"Rank correlations are {noisy:.2f} on `noisy-b4`, in place of {before:.2f}, and {graded:.2f} on `graded-b4`, "
+        f"in place of {earlier:.2f}" in TEXT
+    )
+    ranks = [rank for one in now.loc["nothing"].result for rank in one["ranks"].values()]
+    assert f"nothing is planted {sum(rank > 0 for rank in ranks)} of {len(ranks)} matrices have a component." in TEXT
+    tried = of_evidence("overshoot").set_index(["of", "task", "seed"])
+    costing = tried.loc["costing", "noisy-b4"]
+    assert f"`noisy-b4` explains {said(costing.score.sort_index())} % (three seeds, 0.01)" in TEXT
+
+
+def test_the_page_says_of_the_floor_what_the_runs_say() -> None:
+    tried = of_evidence("floor").set_index(["task", "seed"])
+    assert {*tried.groupby("task").score.count()} == {5}
+    before = without_floor()
+    for task, label in (("noisy", "`noisy` gains"), ("trec", "TREC"), ("sst2", "SST-2")):
+        assert f"{label} {in_points(tried.score[task] - before.score[task]).lstrip('+')}" in TEXT
+        assert tried.learning_rate[task].tolist() == before.learning_rate[task].tolist()
+    assert f"BBC News loses {in_points(before.score['bbc-news'] - tried.score['bbc-news']).lstrip('+')}" in TEXT
+    assert {*tried.head_learning_rate["bbc-news"]} == {0.006}
+    assert {*before.head_learning_rate["bbc-news"]} == {0.002}
+    assert f"On MRPC {100 * tried.score['mrpc'].mean():.1f} % of the test set are right" in TEXT
+    grew = sum(rank > 0 for ranks in tried.ranks["nothing"] for rank in ranks)
+    assert f"nothing is planted {grew} of 60 matrices have a component, as before" in TEXT
+    other = of_evidence("other-floors").set_index(["of", "task", "seed"]).score["costs at α", "noisy"]
+    assert len(other) == 4
+    assert f"`noisy` has {in_points(tried.score['noisy'] - other).lstrip('+')} less (four seeds)" in TEXT
+
+
 def test_the_page_says_of_a_line_search_what_was_measured() -> None:
     along = json.loads((RESULTS / "tried" / "along-the-trial.json").read_text(encoding="utf-8"))
     assert along["strengths"] == [0, 0.25, 0.5, 0.75, 1]

@@ -19,7 +19,7 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
 A trial ends when there is something to decide. Where the first quarter of the batches does not say at α that all
 updates together save loss, as many are asked with the updates at strength 0. If these say at α that the updates point
 downhill there, something is being learnt, but the components swing further than they have come, as at the highest rate
-and in small batches. Then the trial is doubled, twice at most.
+and in small batches. Then the trial is doubled, twice at most, up to half of the run.
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
@@ -63,7 +63,7 @@ UNUSED = 4
 """Unused directions of a matrix that duel at once."""
 
 DOUBLINGS = 2
-"""How often the trial is doubled at most, while its updates point downhill and do not save loss yet."""
+"""How often the trial is doubled at most, up to half of the run, while its updates point downhill and save no loss."""
 
 SHARE_KEPT = 0.99
 """Share of what the candidates save that must be carried by the directions that stay."""
@@ -377,7 +377,8 @@ class EvidenceRule(Generic[E]):
     def _end_trial(self) -> list[Event]:
         self.phase = "questions"
         self._check_components("trial's last")
-        may_go_on = self.doublings < DOUBLINGS and 2 * self._trial_steps <= self._settings.last_step
+        run = self._settings.last_step + self._settings.trial_steps
+        may_go_on = self.doublings < DOUBLINGS and 2 * self._trial_steps <= run / 2
         self._stage = "opening" if may_go_on else "rest"
         self._matrices.ask_for_credit()
         return []
