@@ -192,6 +192,15 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
     assert f"LoRA r = 4 has {fixed[0]} there and r = 8 {fixed[1]}." in TEXT
 
 
+def test_the_page_says_of_the_rule_before_what_was_counted() -> None:
+    rows = pd.DataFrame(json.loads((RESULTS / "tried" / "nothing-kept.json").read_text(encoding="utf-8"))["runs"])
+    counts = rows.set_index("grid").nothing_kept
+    encoder = counts["planted-minilm"]
+    assert f"[{encoder.min()} to {encoder.max()} of the 36 matrices](" in TEXT
+    assert {*counts["memory"]} == {0}
+    assert len(counts["memory"]) == 15
+
+
 def test_the_page_says_of_memory_what_the_runs_say() -> None:
     means = make_table(runs_of(RESULTS / "memory"), "ranks").values.set_index("task")
     found, recalled = means.average_rank_mean, 100 * means.score_mean
