@@ -119,6 +119,7 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
         in TEXT
     )
     assert {*regret.best[["graded-b4", "noisy-b4"]]} == {"lora-r8"}
+    assert all(scores["aroma-evidence", task] > scores["lora-r4", task] for task in ("graded-b4", "noisy-b4"))
     even = [f"{scores[method, 'uniform']:.1f}" for method in ("aroma-evidence", "lora-r2", "lora-r4")]
     assert f"{even[0]} % at {found.trained_rank_mean.uniform:.2f}, r = 2 {even[1]} %, and r = 4 {even[2]} %." in TEXT
     assert f"evidence leaves {100 - scores['aroma-evidence', 'graded']:.1f} % of the error unexplained" in TEXT
