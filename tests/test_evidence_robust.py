@@ -272,9 +272,7 @@ def test_a_penalty_of_gradients_grows_too() -> None:
 
 
 def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop:
-    # Surely so that the trial ends where it is a tenth: what swings for longer tells apart what rounding does.
-    changes = {"significance": 0.95, **LONG_METHOD}
-    model = grown(name, base(name).double(), lora_dropout=dropout, **changes)
+    model = grown(name, base(name).double(), lora_dropout=dropout, **LONG_METHOD)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -305,7 +303,8 @@ def test_checkpointing_changes_nothing(name: str, reentrant: bool, monkeypatch: 
     assert_grew(plain)
     assert_same_growth(other, plain)
     for one, two in zip(followed(other), followed(plain), strict=True):
-        torch.testing.assert_close(one, two)
+        # Entries of unit vectors. Power iteration makes more of the rounding of a reentrant forward, which is another.
+        torch.testing.assert_close(one, two, rtol=0.0, atol=1e-5 if reentrant else 1e-7)
     for module in other.model.modules():
         assert "forward" not in vars(module)
     assert vars(other.model.config).get("use_cache") == vars(plain.model.config).get("use_cache")
