@@ -416,13 +416,17 @@ class SlotMatrices(GrowingMatrices):
     # The trial -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def ask_for_credit(self, strength: float = 0.5) -> None:
-        """From now on ask about the singular directions of the updates, with all of them at `strength`."""
+    def ask_for_credit(self) -> None:
+        """From now on ask about the singular directions of the updates, with all of them at half strength."""
         pairs = self.pairs(self._all)
         for group in self._groups:
             b, a = self._stacked(group, pairs, self._live.config.slots)
             u, sizes, v = singular_directions(b, a)
             group.follow(u, v, sizes)
+        self.ask_at(0.5)
+
+    def ask_at(self, strength: float) -> None:
+        """From now on ask about the same directions with all updates at `strength`."""
         self._strength, self._readings = strength, []
         self._ask()
 

@@ -194,8 +194,11 @@ class EvidenceMatrices(Protocol[E]):
     def stop_following(self) -> None:
         """Follow no unused direction for now."""
 
-    def ask_for_credit(self, strength: float = 0.5) -> None:
-        """From now on ask the batches, with all updates at `strength`, what every singular direction of them saves."""
+    def ask_for_credit(self) -> None:
+        """From now on ask the batches, at half strength, what every singular direction of the updates saves."""
+
+    def ask_at(self, strength: float) -> None:
+        """From now on ask about the same directions with all updates at `strength`."""
 
     def take_credits(self) -> list[np.ndarray]:
         """Return credit_k by batch since the last call, (matrices, S).
@@ -414,12 +417,12 @@ class EvidenceRule(Generic[E]):
         saves = saves_together(np.stack(answers), self._settings.significance)
         if self._stage == "opening" and not saves:
             self._stage = "base"
-            self._matrices.ask_for_credit(0.0)
+            self._matrices.ask_at(0.0)
         elif self._stage == "base" and saves:
             self._go_on()
         elif self._stage == "base":
             self._stage = "rest"
-            self._matrices.ask_for_credit()
+            self._matrices.ask_at(0.5)
         else:
             self._stage = "rest"
         return []
