@@ -47,7 +47,7 @@ def test_the_source_archive_has_what_a_wheel_is_made_of_and_no_data_of_tests(arc
         *("README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "SECURITY.md", "pyproject.toml"),
         *(".gitignore", "PKG-INFO"),  # hatchling's own
     }
-    assert archives["sdist"].stat().st_size < 750_000
+    assert archives["sdist"].stat().st_size < 700_000
 
 
 def test_the_metadata_say_what_is_required(archives: dict[str, Path]) -> None:

@@ -264,7 +264,7 @@ def compiled(chart: alt.LayerChart) -> dict[str, Any]:
 def assets() -> str:
     """Return the content of `charts.json`."""
     found = {name: compiled(chart) for name, chart in charts().items()}
-    return json.dumps(found, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
+    return json.dumps(found, ensure_ascii=False, sort_keys=True, indent=0, separators=(",", ":")) + "\n"
 
 
 def vega() -> bytes:
