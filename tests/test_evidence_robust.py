@@ -278,7 +278,12 @@ def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop
         model.enable_input_require_grads()
     torch.manual_seed(4)
     batches = {"steps_per_pass": 3, "growth_batches": model_batches(name)}
-    return ModelLoop(model, name, steps=LONG, **batches).go_on(LONG)
+
+    def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """With a small eps Adam makes steps of what is rounding alone, which a reentrant forward has of its own."""
+        return torch.optim.AdamW(parameters, lr=0.01, eps=1e-4)
+
+    return ModelLoop(model, name, steps=LONG, optimizer=adam, **batches).go_on(LONG)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
@@ -303,8 +308,7 @@ def test_checkpointing_changes_nothing(name: str, reentrant: bool, monkeypatch: 
     assert_grew(plain)
     assert_same_growth(other, plain)
     for one, two in zip(followed(other), followed(plain), strict=True):
-        # Entries of unit vectors. Power iteration makes more of the rounding of a reentrant forward, which is another.
-        torch.testing.assert_close(one, two, rtol=0.0, atol=1e-5 if reentrant else 1e-7)
+        torch.testing.assert_close(one, two)
     for module in other.model.modules():
         assert "forward" not in vars(module)
     assert vars(other.model.config).get("use_cache") == vars(plain.model.config).get("use_cache")
