@@ -86,7 +86,7 @@ def test_the_page_in_pictures_says_what_the_run_says() -> None:
 def test_results_are_small() -> None:
     sizes = [path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()]
     assert max(sizes) < 200_000
-    assert sum(sizes) < 2_000_000
+    assert sum(sizes) < 1_500_000
 
 
 def test_generated_answers_are_counted_as_their_files_say() -> None:
