@@ -150,7 +150,8 @@ def test_the_page_says_of_single_matrices_what_the_runs_say() -> None:
     nothing = [found for planted, found in mixed if not planted]
     assert f"mostly gets nothing ({nothing.count(0)} of {len(nothing)})" in TEXT
     assert max(found - planted for planted, found in mixed) == 4
-    assert 3.5 < sum(found for _, found in pairs["uniform"]) / len(pairs["uniform"]) < 4.5, "about four"
+    close = [2 <= found <= 4 for _, found in pairs["uniform"]]
+    assert f"In `uniform` {sum(close)} of {len(close)} have the two that are planted, or one or two more" in TEXT
     others = [found - planted for planted, found in mixed if planted]
     assert sum(0 <= more <= 3 for more in others) > 0.7 * len(others)
 
