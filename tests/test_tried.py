@@ -401,3 +401,47 @@ def test_the_page_says_of_a_quarter_of_the_strength_what_the_runs_say() -> None:
     assert f"`graded-b4` gains {above_the_table(chosen.loc['graded-b4']).removeprefix('+')}" in TEXT
     assert f"`noisy-b4` loses {above_the_table(chosen.loc['noisy-b4']).removeprefix('−')}." in TEXT
     assert (chosen.loc["nothing"].score == chosen.loc["nothing"].score_of_table.round(6)).all()
+
+
+def released(grid: str) -> pd.DataFrame:
+    """Return the runs of a table by task and seed, by the rule as it is."""
+    runs = runs_of(RESULTS / grid).of("aroma-evidence").copy()
+    runs["ranks"] = runs.result.map(lambda result: [*result["ranks"].values()])
+    return runs.set_index(["task", "seed"])[["score", "average_rank", "ranks"]]
+
+
+def test_the_page_says_of_half_of_the_updates_what_the_runs_say() -> None:
+    tried = of_evidence("half-of-the-updates").set_index(["task", "seed"])
+    news = tried.loc["bbc-news"]
+    score, trained = 100 * news.score.mean(), news.trained_rank.mean()
+    assert f"BBC News has {score:.2f} % at {trained:.2f} trained components (five seeds" in TEXT
+    assert (len(news), {*news.learning_rate}, {*news.head_learning_rate}) == (5, {0.003}, {0.002})
+    nets, pairs = released("planted-nets"), released("mrpc")
+    gains = {
+        task: in_points(tried.score[task] - before.score[task])
+        for task, before in (("noisy-b4", nets), ("mrpc", pairs))
+    }
+    assert f"three seeds each: `noisy-b4` {gains['noisy-b4']}, MRPC {gains['mrpc']}, and" in TEXT
+    for task in ("graded-b4", "noisy"):
+        assert tried.score[task].round(6).tolist() == nets.score[task][:3].round(6).tolist()
+    assert {task: len(tried.loc[task]) for task in ("noisy-b4", "mrpc", "noisy")} == dict.fromkeys(
+        ("noisy-b4", "mrpc", "noisy"), 3
+    )
+
+
+def test_the_page_says_of_a_rate_that_falls_what_the_runs_say() -> None:
+    tried = of_evidence("cooling").set_index(["task", "seed"])
+    nets, pairs = released("planted-nets"), released("mrpc")
+    lost = {
+        task: in_points(tried.score[task] - nets.score[task]) for task in ("noisy", "graded", "graded-b4", "noisy-b4")
+    }
+    assert f"`noisy` loses {lost['noisy'].removeprefix('−')}, and" in TEXT
+    seeds = tried.loc["graded"].index
+    found = tried.ranks["graded"], nets.ranks["graded"][seeds]
+    ranks = [sum(map(sum, of_runs)) / 12 / len(seeds) for of_runs in found]
+    assert f"ends with {ranks[0]:.1f} components in place of {ranks[1]:.1f}, at {lost['graded']}." in TEXT
+    assert f"`graded-b4` {lost['graded-b4']}, `noisy-b4` {lost['noisy-b4']}." in TEXT
+    news, mrpc = (100 * tried.score[task] for task in ("bbc-news", "mrpc"))
+    assert f"BBC News has {news.mean():.2f} % (four seeds" in TEXT
+    assert len(news) == 4
+    assert f"MRPC {mrpc[0]:.1f} % in place of {100 * pairs.score['mrpc', 0]:.1f} (one)" in TEXT
