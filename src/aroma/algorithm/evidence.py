@@ -16,10 +16,15 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
     stay:       the fewest candidates that carry 99 % of the credit of all of them; and in a matrix where that is none,
                 the direction with the largest credit, unless the update as a whole costs more than its standard error
 
-A trial ends when there is something to decide. Where the first quarter of the batches does not say at α that all
-updates together save loss, as many are asked with the updates at strength 0. If these say at α that the updates point
-downhill there, something is being learnt, but the components swing further than they have come, as at the highest rate
-and in small batches. Then the trial is doubled, twice at most, up to half of the run.
+At the highest rate, and in small batches, the components swing. So the first quarter of the batches says how far.
+Where it does not say at α that all updates together save loss, as many are asked with the updates at strength 0:
+
+.. code-block:: text
+
+    at ½ they save loss                        all updates are judged, as above
+    at 0 they point downhill, at ½ they cost   the trial is doubled, twice at most, up to half of the run
+    at 0 they point downhill, else             half of every update is judged, at strength ¼, and that half stays
+    neither                                    all updates are judged: nothing is to be learnt, or not yet
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
@@ -63,7 +68,7 @@ UNUSED = 4
 """Unused directions of a matrix that duel at once."""
 
 DOUBLINGS = 2
-"""How often the trial is doubled at most, up to half of the run, while its updates point downhill and save no loss."""
+"""How often the trial is doubled at most, up to half of the run, while its updates point downhill and cost loss."""
 
 SHARE_KEPT = 0.99
 """Share of what the candidates save that must be carried by the directions that stay."""
@@ -73,7 +78,7 @@ QUESTIONS = (8, 64)
 there are fewer than eight. None is trained on."""
 
 FEWEST_OPENING = 4
-"""Fewest batches that say whether the trial goes on: a quarter of the questions."""
+"""Fewest batches that say how far the updates swing: a quarter of the questions."""
 
 TOLD_INTERVAL = 40
 """Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
@@ -160,7 +165,7 @@ class EvidenceMatrix(Matrix, Protocol):
 
 
 Stage = Literal["opening", "base", "rest"]
-"""Which questions are asked: the first, at half strength; as many at strength 0; those left, at half strength."""
+"""Which questions are asked: the first, at half strength; as many at strength 0; those that decide what stays."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -206,8 +211,8 @@ class EvidenceMatrices(Protocol[E]):
         NaN where there is no direction, infinite where the batch overflowed.
         """
 
-    def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep these singular directions of every matrix, drop the others, and follow unused directions."""
+    def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
+        """Keep `share` of these singular directions of every matrix, drop the others, and follow unused directions."""
 
     def note_moves(self) -> None:
         """Note how every component has moved since the last call: that is Δ_k from now on."""
@@ -243,6 +248,7 @@ class EvidenceRule(Generic[E]):
         self._settings = settings
         self._matrices = matrices
         self._stage: Stage = "opening"
+        self._share = 1.0
         self._credits: list[np.ndarray] = []
         self._base_credits: list[np.ndarray] = []
         self._overflows = 0
@@ -378,13 +384,15 @@ class EvidenceRule(Generic[E]):
         return [self._event("born", matrix) for matrix, slot in births if slot == 0]
 
     def _end_trial(self) -> list[Event]:
-        self.phase = "questions"
         self._check_components("trial's last")
-        run = self._settings.last_step + self._settings.trial_steps
-        may_go_on = self.doublings < DOUBLINGS and 2 * self._trial_steps <= run / 2
-        self._stage = "opening" if may_go_on else "rest"
+        self.phase, self._stage, self._share = "questions", "opening", 1.0
         self._matrices.ask_for_credit()
         return []
+
+    @property
+    def _may_go_on(self) -> bool:
+        run = self._settings.last_step + self._settings.trial_steps
+        return self.doublings < DOUBLINGS and 2 * self._trial_steps <= run / 2
 
     @property
     def _trial_steps(self) -> int:
@@ -414,38 +422,50 @@ class EvidenceRule(Generic[E]):
             return []
         if self._stage == "rest":
             return self._settle()
-        saves = saves_together(np.stack(answers), self._settings.significance)
-        if self._stage == "opening" and not saves:
-            self._stage = "base"
-            self._matrices.ask_at(0.0)
-        elif self._stage == "base" and saves:
-            self._go_on()
-        elif self._stage == "base":
-            self._stage = "rest"
-            self._matrices.ask_at(0.5)
+        if self._stage == "opening":
+            self._read_opening()
         else:
-            self._stage = "rest"
+            self._read_base()
         return []
 
-    def _go_on(self) -> None:
-        """Let the components of the trial train on: they point downhill, and swing too far to be judged."""
+    def _read_opening(self) -> None:
+        """Go on to judge all updates where they save loss together; else ask whether they point downhill at least."""
+        if saves_together(np.stack(self._credits), self._settings.significance):
+            self._stage = "rest"
+        else:
+            self._stage = "base"
+            self._matrices.ask_at(0.0)
+
+    def _read_base(self) -> None:
+        """Let the trial go on, or judge half of the updates, or all of them."""
+        points_downhill = saves_together(np.stack(self._base_credits), self._settings.significance)
+        costs = saves_together(-np.stack(self._credits), self._settings.significance)
+        if points_downhill:
+            self._forget_answers()
+        if points_downhill and costs and self._may_go_on:
+            self.doublings += 1
+            self.phase = "trial"
+            self._matrices.stop_following()
+            return
+        self._stage = "rest"
+        self._share = 0.5 if points_downhill else 1.0
+        self._matrices.ask_at(self._share / 2)
+
+    def _forget_answers(self) -> None:
         self._credits, self._base_credits = [], []
         if self.held_out_batches:
             # The next questions come from another order of the examples, so that none is asked twice among them.
             self._asked += -self._asked % self.held_out_batches
-        self.doublings += 1
-        self.phase = "trial"
-        self._matrices.stop_following()
 
     def _settle(self) -> list[Event]:
         """Drop what does not save loss."""
         credits = np.stack(self._credits)
         kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
-        self._matrices.keep(kept)
+        self._matrices.keep(kept, self._share)
         self._matrices.note_moves()
         self._credits, self._base_credits = [], []
         self.phase = "growth"
-        saved = np.nan_to_num(credits).mean(0)
+        saved = self._share * np.nan_to_num(credits).mean(0)
         return [
             self._event("settled", matrix, value=float(saved[index, [*kept[index]]].sum()))
             for index, matrix in enumerate(self._matrices.all())
@@ -557,6 +577,7 @@ class EvidenceRule(Generic[E]):
             "asked": self._asked,
             "doublings": self.doublings,
             "stage": self._stage,
+            "share": self._share,
             "births": self.births,
             "last_birth": self.last_birth,
             "credits": _as_lists(self._credits),
@@ -566,7 +587,7 @@ class EvidenceRule(Generic[E]):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
         self.global_step, self.phase = state["global_step"], state["phase"]
-        self.doublings, self._stage = state["doublings"], state["stage"]
+        self.doublings, self._stage, self._share = state["doublings"], state["stage"], state["share"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked = state["overflows"], state["asked"]
         self._credits, self._base_credits = (
