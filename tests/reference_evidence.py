@@ -164,22 +164,24 @@ class Reference:
     def _look_at_the_opening(self) -> None:
         """A quarter of the batches at half strength; if they do not say that loss is saved, as many at strength 0."""
         o, quarter = self.settings, max(4, self.settings.questions // 4)
+        costs = downhill = False
         if self.opens and self.strength == 0.5 and len(self.credits) == quarter:
             if self._together(self.credits, "greater"):
                 self.opens = False
-            else:
+            elif self.doubled < 2:
                 self.strength = 0.0
+            else:  # it was said before
+                downhill = True
         elif self.strength == 0 and len(self.at_base) == quarter:
             downhill, costs = self._together(self.at_base, "greater"), self._together(self.credits, "less")
-            longer = self.doubled < 2 and 4 * o.trial * 2**self.doubled <= o.last + o.trial
             self.opens, self.strength, self.at_base = False, 0.5, []
-            if downhill:
-                self.share, self.strength, self.credits = 0.5, 0.25, []
-                while o.held_out_batches and self.asked % o.held_out_batches:
-                    self.asked += 1
-                if costs and longer:
-                    self.doubled += 1
-                    self.phase, self.strength = "trial", 1.0
+        if downhill:
+            self.opens, self.share, self.strength, self.credits = False, 0.5, 0.25, []
+            while o.held_out_batches and self.asked % o.held_out_batches:
+                self.asked += 1
+        if costs and downhill and self.doubled < 2 and 4 * o.trial * 2**self.doubled <= o.last + o.trial:
+            self.doubled += 1
+            self.phase, self.strength = "trial", 1.0
 
     def _together(self, credits: list[list[list[float]]], alternative: str) -> bool:
         saved = torch.tensor(credits, dtype=torch.float64).sum((1, 2))

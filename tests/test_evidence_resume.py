@@ -90,26 +90,33 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("holds_out", [False, True])
 def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool) -> None:
-    """At this rate the components swing, so the trial is doubled, to 32 steps; 64 are more than half of the run."""
+    """At this rate the components swing: the trial is doubled, to 32 steps, and then half of each is judged."""
 
     def options() -> dict[str, Any]:
         growth = {"steps_per_pass": 3, "growth_batches": held_out()} if holds_out else {}
         model = net(significance=0.05)
-        return {"model": model, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.1), "steps": 80, **growth}
+        return {"model": model, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.15), "steps": 80, **growth}
 
+    way = [
+        (18, (0, "questions", "opening", 1.0)),
+        (22, (0, "questions", "base", 1.0)),
+        (28, (1, "trial", "base", 1.0)),
+        (34, (1, "questions", "opening", 1.0)),
+        (38, (1, "questions", "base", 1.0)),
+        (44, (1, "questions", "rest", 0.5)),
+        (52, (1, "growth", "rest", 0.5)),
+    ]
+    if holds_out:  # they answer between two steps
+        way = [(28, (1, "trial", "base", 1.0)), (34, (1, "growth", "rest", 0.5))]
     whole = Loop(**options())
-    seen, steps = [], (18, 22, 30, 36, 42)
-    for step in steps:
+    for step, expected_stage in way:
         whole.go_on(step).save(tmp_path / str(step))
         rule = whole.growth.controller.rule
-        seen.append((rule.doublings, rule.phase, rule.state()["stage"]))
-    late = [(1, "growth", "rest")] * 2 if holds_out else [(1, "questions", "rest"), (1, "growth", "rest")]
-    early = [(1, "trial"), (1, "trial")] if holds_out else [(0, "opening"), (0, "base")]
-    assert [(doublings, phase if holds_out else stage) for doublings, phase, stage in seen[:2]] == early
-    assert seen[-2:] == late
+        state = rule.state()
+        assert (rule.doublings, rule.phase, state["stage"], state["share"]) == expected_stage
     expected = whole.go_on().came_to()
-    assert {event.step for event in whole.events if event.kind == "settled"} == {32 if holds_out else 40}
-    for step in steps:
+    assert {event.step for event in whole.events if event.kind == "settled"} == {32 if holds_out else 48}
+    for step, _ in way:
         resumed = Loop.resumed(tmp_path / str(step), step, **options()).go_on()
         assert_same(resumed.came_to(), expected, str(step))
 

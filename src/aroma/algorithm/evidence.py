@@ -432,6 +432,8 @@ class EvidenceRule(Generic[E]):
         """Go on to judge all updates where they save loss together; else ask whether they point downhill at least."""
         if saves_together(np.stack(self._credits), self._settings.significance):
             self._stage = "rest"
+        elif self.doublings == DOUBLINGS:
+            self._judge_half()  # they pointed downhill twice
         else:
             self._stage = "base"
             self._matrices.ask_at(0.0)
@@ -440,16 +442,22 @@ class EvidenceRule(Generic[E]):
         """Let the trial go on, or judge half of the updates, or all of them."""
         points_downhill = saves_together(np.stack(self._base_credits), self._settings.significance)
         costs = saves_together(-np.stack(self._credits), self._settings.significance)
-        if points_downhill:
-            self._forget_answers()
         if points_downhill and costs and self._may_go_on:
+            self._forget_answers()
             self.doublings += 1
             self.phase = "trial"
             self._matrices.stop_following()
-            return
-        self._stage = "rest"
-        self._share = 0.5 if points_downhill else 1.0
-        self._matrices.ask_at(self._share / 2)
+        elif points_downhill:
+            self._judge_half()
+        else:
+            self._stage = "rest"
+            self._matrices.ask_at(0.5)
+
+    def _judge_half(self) -> None:
+        """Ask about half of the updates, in its middle: the whole of them lies beyond the least loss."""
+        self._forget_answers()
+        self._stage, self._share = "rest", 0.5
+        self._matrices.ask_at(0.25)
 
     def _forget_answers(self) -> None:
         self._credits, self._base_credits = [], []
