@@ -291,7 +291,7 @@ def test_grpo_asks_every_sample_once(tmp_path: Path, passes: int, recwarn: pytes
         growth="evidence",
         num_iterations=passes,
         save_strategy="no",
-        max_steps=16 + 8 * passes + 2,  # a trial, and eight questions
+        max_steps=16 + 16 * passes + 2,  # a trial, eight questions, and as many before where updates swing
     )
     trainer.train()
     assert recorded[:8] == ([True] * 8 if passes == 1 else [True, False] * 4)
