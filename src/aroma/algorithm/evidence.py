@@ -21,10 +21,9 @@ Where it does not say at α that all updates together save loss, as many are ask
 
 .. code-block:: text
 
-    at ½ they save loss                        all updates are judged, as above
-    at 0 they point downhill, at ½ they cost   the trial is doubled, twice at most, up to half of the run
-    at 0 they point downhill, else             half of every update is judged, at strength ¼, and that half stays
-    neither                                    all updates are judged: nothing is to be learnt, or not yet
+    downhill at 0, and at ½ they cost loss   the trial is doubled, twice at most, up to half of the run
+    downhill at 0, else                      half of every update is judged, at strength ¼, and that half stays
+    neither                                  all are judged: nothing is to be learnt, or not yet
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
@@ -165,7 +164,7 @@ class EvidenceMatrix(Matrix, Protocol):
 
 
 Stage = Literal["opening", "base", "rest"]
-"""Which questions are asked: the first, at half strength; as many at strength 0; those that decide what stays."""
+"""Which questions are asked: the first, at strength ½; as many at 0; those that decide what stays."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -429,7 +428,7 @@ class EvidenceRule(Generic[E]):
         return []
 
     def _read_opening(self) -> None:
-        """Go on to judge all updates where they save loss together; else ask whether they point downhill at least."""
+        """Judge all updates where they save loss together; else ask whether they point downhill at least."""
         if saves_together(np.stack(self._credits), self._settings.significance):
             self._stage = "rest"
         elif self.doublings == DOUBLINGS:
