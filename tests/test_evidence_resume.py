@@ -98,22 +98,21 @@ def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool
         return {"model": model, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.15), "steps": 80, **growth}
 
     way = [
-        (18, (0, "questions", "opening", 1.0)),
-        (22, (0, "questions", "base", 1.0)),
-        (28, (1, "trial", "base", 1.0)),
-        (34, (1, "questions", "opening", 1.0)),
-        (38, (1, "questions", "base", 1.0)),
-        (44, (1, "questions", "rest", 0.5)),
-        (52, (1, "growth", "rest", 0.5)),
+        (18, (0, "questions", "opening")),
+        (22, (0, "questions", "base")),
+        (28, (1, "trial", "base")),
+        (34, (1, "questions", "opening")),
+        (38, (1, "questions", "base")),
+        (44, (1, "questions", "half")),
+        (52, (1, "growth", "half")),
     ]
     if holds_out:  # they answer between two steps
-        way = [(28, (1, "trial", "base", 1.0)), (34, (1, "growth", "rest", 0.5))]
+        way = [(28, (1, "trial", "base")), (34, (1, "growth", "half"))]
     whole = Loop(**options())
     for step, expected_stage in way:
         whole.go_on(step).save(tmp_path / str(step))
         rule = whole.growth.controller.rule
-        state = rule.state()
-        assert (rule.doublings, rule.phase, state["stage"], state["share"]) == expected_stage
+        assert (rule.doublings, rule.phase, rule.state()["stage"]) == expected_stage
     expected = whole.go_on().came_to()
     assert {event.step for event in whole.events if event.kind == "settled"} == {32 if holds_out else 48}
     for step, _ in way:

@@ -8,7 +8,6 @@ import re
 import runpy
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -267,9 +266,10 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
         f"was {behind[0]:.1f} points below r = 1, {behind[1]:.1f} below r = 2 and {behind[2]:.1f} below r = 4; "
         f"at other rates {beside.mean():.1f} below r = 4." in page_of("limits.md")
     )
+    tried = six.selecting[(six.selecting.task == "bbc-news") & (six.selecting.method == "aroma-evidence")]
     choosing = {
-        tuple(trial["training"][name] for name in ("learning_rate", "head_learning_rate")): result
-        for trial, result in choices("bbc-news")
+        (run.trial["training"]["learning_rate"], run.trial["training"]["head_learning_rate"]): run.result
+        for run in tried.itertuples()
     }
     taken, left = choosing[0.001, 0.018], choosing[0.003, 0.002]
     assert round(178 * (taken["score"] - left["score"])) == 3
@@ -333,13 +333,6 @@ def over_tasks(difference: pd.Series) -> tuple[float, float]:
     """Return the mean over tasks of a difference by task and seed, and its standard error."""
     by_task = difference.groupby("task")
     return float(by_task.mean().mean()), float((by_task.sem() ** 2).sum() ** 0.5 / by_task.ngroups)
-
-
-def choices(task: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return trial and result of the runs that chose the rates of growth by evidence on a task."""
-    table = pd.read_parquet(RESULTS / "minilm-six" / "runs.parquet")
-    chosen = table[table.selects & (table.task == task) & (table.method == "aroma-evidence")]
-    return [(json.loads(run.trial), json.loads(run.result)) for run in chosen.itertuples()]
 
 
 def held_out_losses() -> pd.Series:

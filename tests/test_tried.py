@@ -399,7 +399,7 @@ def released(grid: str) -> pd.DataFrame:
     """Return the runs of a table by task and seed, by the rule as it is."""
     runs = runs_of(RESULTS / grid).of("aroma-evidence").copy()
     runs["ranks"] = runs.result.map(lambda result: [*result["ranks"].values()])
-    return runs.set_index(["task", "seed"])[["score", "average_rank", "ranks"]]
+    return runs.set_index(["task", "seed"])[["score", "ranks"]]
 
 
 def test_the_page_says_of_a_trial_of_which_nothing_is_known_what_the_runs_say() -> None:

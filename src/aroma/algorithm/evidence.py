@@ -163,8 +163,8 @@ class EvidenceMatrix(Matrix, Protocol):
     steepness: float | None
 
 
-Stage = Literal["opening", "base", "rest"]
-"""Which questions are asked: the first, at strength ½; as many at 0; those that decide what stays."""
+Stage = Literal["opening", "base", "whole", "half"]
+"""Which questions are asked: the first, at strength ½; as many at 0; those that decide what stays, of what."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -247,7 +247,6 @@ class EvidenceRule(Generic[E]):
         self._settings = settings
         self._matrices = matrices
         self._stage: Stage = "opening"
-        self._share = 1.0
         self._credits: list[np.ndarray] = []
         self._base_credits: list[np.ndarray] = []
         self._overflows = 0
@@ -384,7 +383,7 @@ class EvidenceRule(Generic[E]):
 
     def _end_trial(self) -> list[Event]:
         self._check_components("trial's last")
-        self.phase, self._stage, self._share = "questions", "opening", 1.0
+        self.phase, self._stage = "questions", "opening"
         self._matrices.ask_for_credit()
         return []
 
@@ -400,7 +399,7 @@ class EvidenceRule(Generic[E]):
     @property
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
-        if self._stage == "rest":
+        if self._stage in ("whole", "half"):
             return self.questions - len(self._credits)
         opening = max(FEWEST_OPENING, self.questions // 4)
         return opening - len(self._base_credits if self._stage == "base" else self._credits)
@@ -419,18 +418,18 @@ class EvidenceRule(Generic[E]):
                 answers.append(credits)
         if self._missing > 0:
             return []
-        if self._stage == "rest":
-            return self._settle()
         if self._stage == "opening":
             self._read_opening()
-        else:
+        elif self._stage == "base":
             self._read_base()
+        else:
+            return self._settle()
         return []
 
     def _read_opening(self) -> None:
         """Judge all updates where they save loss together; else ask whether they point downhill at least."""
         if saves_together(np.stack(self._credits), self._settings.significance):
-            self._stage = "rest"
+            self._stage = "whole"
         elif self.doublings == DOUBLINGS:
             self._judge_half()  # they pointed downhill twice
         else:
@@ -449,13 +448,13 @@ class EvidenceRule(Generic[E]):
         elif points_downhill:
             self._judge_half()
         else:
-            self._stage = "rest"
+            self._stage = "whole"
             self._matrices.ask_at(0.5)
 
     def _judge_half(self) -> None:
         """Ask about half of the updates, in its middle: the whole of them lies beyond the least loss."""
         self._forget_answers()
-        self._stage, self._share = "rest", 0.5
+        self._stage = "half"
         self._matrices.ask_at(0.25)
 
     def _forget_answers(self) -> None:
@@ -468,11 +467,12 @@ class EvidenceRule(Generic[E]):
         """Drop what does not save loss."""
         credits = np.stack(self._credits)
         kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
-        self._matrices.keep(kept, self._share)
+        share = 0.5 if self._stage == "half" else 1.0
+        self._matrices.keep(kept, share)
         self._matrices.note_moves()
         self._credits, self._base_credits = [], []
         self.phase = "growth"
-        saved = self._share * np.nan_to_num(credits).mean(0)
+        saved = share * np.nan_to_num(credits).mean(0)
         return [
             self._event("settled", matrix, value=float(saved[index, [*kept[index]]].sum()))
             for index, matrix in enumerate(self._matrices.all())
@@ -584,7 +584,6 @@ class EvidenceRule(Generic[E]):
             "asked": self._asked,
             "doublings": self.doublings,
             "stage": self._stage,
-            "share": self._share,
             "births": self.births,
             "last_birth": self.last_birth,
             "credits": _as_lists(self._credits),
@@ -594,7 +593,7 @@ class EvidenceRule(Generic[E]):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` returned."""
         self.global_step, self.phase = state["global_step"], state["phase"]
-        self.doublings, self._stage, self._share = state["doublings"], state["stage"], state["share"]
+        self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked = state["overflows"], state["asked"]
         self._credits, self._base_credits = (
