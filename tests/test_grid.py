@@ -213,14 +213,27 @@ def test_the_best_score_is_chosen_of_equal_ones_the_lower_loss_and_never_a_faile
     tried = candidates(grid)
     one, two, three = (f"select/mrpc/lora/learning_rate={n}.0" for n in (1, 2, 3))
     even, worse, lower = (0.5, -0.7), (0.4, -0.1), (0.5, -0.6)
-    assert choose(tried, {one: even, two: worse, three: lower})["mrpc"]["lora"]["chosen"] == {RATE: 3.0}
-    selection = choose(tried, {one: even, three: even})
+    assert choose(grid, tried, {one: even, two: worse, three: lower})["mrpc"]["lora"]["chosen"] == {RATE: 3.0}
+    selection = choose(grid, tried, {one: even, three: even})
     all_tried = [[{RATE: 1.0}, 0.5], [{RATE: 2.0}, None], [{RATE: 3.0}, 0.5]]
     assert selection["mrpc"]["lora"] == {"chosen": {RATE: 1.0}, "tried": all_tried}
     assert selection["mrpc"]["head"]["chosen"] is None
     trials = expand(grid, chosen_settings(selection))
     assert [trial.name for trial in trials] == ["mrpc/lora/seed-0", "mrpc/lora/seed-1"]
     assert {(trial.training.learning_rate, trial.training.max_steps) for trial in trials} == {(1.0, 10)}
+
+
+def test_by_loss_the_lowest_loss_is_chosen_of_equal_ones_the_best_score():
+    grid = whole_grid(tasks={"mrpc": None}, select={"over": {RATE: [1, 2, 3]}, "by": "loss", "widen": 1})
+    tried = candidates(grid)
+    names = [f"select/mrpc/lora/learning_rate={n}.0" for n in (1, 2, 3)]
+    outcomes = dict(zip(names, [(0.9, -0.7), (0.5, -0.3), (0.6, -0.3)], strict=True))
+    all_tried = [[{RATE: 1.0}, 0.7], [{RATE: 2.0}, 0.3], [{RATE: 3.0}, 0.3]]
+    assert choose(grid, tried, outcomes)["mrpc"]["lora"] == {"chosen": {RATE: 3.0}, "tried": all_tried}
+    assert [values for _, values in widened(grid, tried, outcomes)] == [{RATE: 4.5}], "at the edge by loss"
+    outcomes[names[2]] = (0.6, -0.31)
+    assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 2.0}
+    assert make_grid(grid.as_dict()) == grid
 
 
 HEAD_RATE = "training.head_learning_rate"
@@ -241,7 +254,7 @@ def test_a_grid_lists_several_pairs_of_rates_and_its_selection_picks_the_best_pa
     assert points["rte", "lora"] == [(0.5, 2e-3), (0.5, 6e-3)]
     scores = {"select/mrpc/lora/learning_rate=0.003,head_learning_rate=0.002": (0.9, 0.0)}
     outcomes = {trial.name: scores.get(trial.name, (0.5, 0.0)) for trial, _ in tried}
-    chosen = chosen_settings(choose(tried, outcomes))
+    chosen = chosen_settings(choose(grid, tried, outcomes))
     assert chosen["mrpc"]["lora"] == {RATE: 3e-3, HEAD_RATE: 2e-3}
     assert chosen["mrpc"]["head"] == {HEAD_RATE: 2e-3}
     for trial in expand(grid, chosen):
@@ -310,6 +323,7 @@ def test_a_selection_ends_where_no_value_lies_beyond():
     ("select", "message"),
     [
         ({"over": {RATE: [1e-3]}, "widen": -1}, "select.widen=-1: give 0 or more"),
+        ({"over": {RATE: [1e-3]}, "by": "f1"}, "select.by='f1': give one of score, loss"),
         ({"over": {RATE: None}}, f"select.over.{RATE}=None: give a list of values to try"),
         (
             {"over": {RATE: [1e-3]}, "overrides": [{"method": "lora", "over": {HEAD_RATE: [1e-3]}}]},

@@ -183,8 +183,8 @@ def test_regret_is_the_distance_to_the_best_fixed_rank_seed_by_seed(tmp_path):
         table(tmp_path, "regret")
 
 
-def of_trying(output, task, method, outcomes):
-    for number, (score, loss) in enumerate(outcomes):
+def of_trying(output, task, method, outcomes, first=0):
+    for number, (score, loss) in enumerate(outcomes, first):
         label = f"select/{task}/{method}/learning_rate={number}"
         folder = write_run(output, task, method, 100 + number, purpose="select", score=score, held_out_loss=loss)
         place = output / "runs" / label
@@ -231,6 +231,11 @@ def test_regret_is_told_for_the_rank_that_trying_all_of_them_finds(tmp_path):
     rows = table(tmp_path, "regret").values.set_index("task")
     assert rows.loc["hard", "chosen"] == "lora-r1"
     assert rows.loc["average", "chosen_difference"] == pytest.approx((0.01 + 0.21) / 2)
+    of_trying(tmp_path, "easy", "lora-r1", [(0.2, 0.05)], first=2)
+    assert table(tmp_path, "regret").values.set_index("task").loc["easy", "chosen"] == "lora-r4"
+    (tmp_path / "grid.yaml").write_text("select: {by: loss}\n")
+    rows = table(tmp_path, "regret").values.set_index("task")
+    assert rows.loc[["easy", "hard"], "chosen"].tolist() == ["lora-r1", "lora-r1"], "by loss, as its settings"
 
 
 def test_the_last_row_of_a_regret_table_is_the_average_against_any_one_rank(tmp_path):
@@ -340,6 +345,8 @@ def test_the_caption_does_not_call_held_out_what_is_trained_on(grid):
         edit(path, lambda content: content["examples"].pop("held_out", None))
     found = table(grid, "ranks")
     assert "by the score on what is trained on, in runs of 200 steps" in found.caption
+    (grid / "grid.yaml").write_text("select: {by: loss}\n")
+    assert "by the loss on what is trained on, in runs of 200 steps" in table(grid, "ranks").caption
     for title, words in (("held-out loss", "no run was trained on them"), ("held-out loss", "held-out training")):
         assert title not in found.shown.columns
         assert words not in found.caption

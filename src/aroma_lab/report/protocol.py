@@ -146,10 +146,10 @@ def _selection_sentence(runs: Runs) -> str:
         seeds = ", ".join(map(str, sorted(set(frame.seed))))
         how = f", in runs of {span(frame.planned_steps.tolist())} steps with seed {seeds}"
         if not all(frame.result.map(holds_out)):
-            return f"Chosen for each task and method by the score on what is trained on{how}: {text}."
+            return f"Chosen for each task and method by the {runs.chose_by} on what is trained on{how}: {text}."
         if not any(frame.result.map(lambda result: result.get("reported"))):
             how += "; none of them saw a reported example"
-    return f"Chosen for each task and method by the score on held-out training examples{how}: {text}."
+    return f"Chosen for each task and method by the {runs.chose_by} on held-out training examples{how}: {text}."
 
 
 def holds_out(result: Mapping[str, Any]) -> bool:

@@ -118,6 +118,11 @@ class Runs:
         """Finished runs that chose settings on held-out training examples, by name."""
         return _frame(row for row in self.rows if row["state"] == "finished" and row["selects"])
 
+    @property
+    def chose_by(self) -> str:
+        """What the best run of a selection has most or least of: `"score"` or `"loss"`; see `grid.Selection`."""
+        return str((self.grid.get("select") or {}).get("by", "score"))
+
     def in_state(self, state: str) -> pd.DataFrame:
         """Return the runs of both purposes that are `finished`, `failed` or `unfinished`, by name."""
         return _frame(row for row in self.rows if row["state"] == state)

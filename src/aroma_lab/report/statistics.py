@@ -139,23 +139,25 @@ def regrets(
     return pd.DataFrame(rows, columns=[*columns, "chosen", "chosen_difference", "chosen_error"])
 
 
-def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str]) -> dict[str, str]:
+def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str = "score") -> dict[str, str]:
     """Return the method of each task that its runs on held-out training examples prefer.
 
-    The highest score wins; of equal ones the lowest loss, then the first of `methods`. A task on which one of them was
-    not tried has none.
+    By score the highest wins; of equal ones the lowest loss, then the first of `methods`; by loss likewise. A task on
+    which one of them was not tried has none.
 
     Args:
         selecting: Runs that chose settings, with their `task`, `method`, `score` and `result`.
         methods: The methods to choose from.
+        by: `"score"` or `"loss"`.
     """
-    found = {}
+    found, order = {}, ["score", "loss"] if by == "score" else ["loss", "score"]
     tried = selecting[selecting.method.isin(methods)]
     losses = [result.get("held_out_loss") for result in tried.result]
     tried = tried.assign(loss=losses, place=tried.method.map([*methods].index))
     for task, of_task in tried.groupby("task", sort=False):
         if {*of_task.method} == {*methods}:
-            best = of_task.sort_values(["score", "loss", "place"], ascending=[False, True, True], kind="stable")
+            ascending = [key != "score" for key in order]
+            best = of_task.sort_values([*order, "place"], ascending=[*ascending, True], kind="stable")
             found[str(task)] = str(best.method.iloc[0])
     return found
 

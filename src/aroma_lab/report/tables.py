@@ -202,7 +202,7 @@ def regret_table(runs: Runs) -> Table:
     fixed = [one for one in runs.finished_methods("lora") if has_fixed_rank(runs.of(one).trial.iloc[0])]
     unlearnt = not_learnt(runs.reported)
     frame = runs.reported[~runs.reported.task.isin(unlearnt)]
-    found = regrets(frame, growing, fixed, chosen_by_trying(runs.selecting, fixed))
+    found = regrets(frame, growing, fixed, chosen_by_trying(runs.selecting, fixed, runs.chose_by))
     if found.empty:
         remedy = f"no task of {runs.source} has runs of AROMA and of LoRA with a seed in common; run both"
         raise bad_value("--kind", "regret", remedy)

@@ -60,6 +60,8 @@ class Selection:
 
     Args:
         over: Values to try, by dotted key; every combination is tried.
+        by: What the best of them has: the highest `"score"`, or the lowest `"loss"`, which says more where few
+            examples are held out. The other decides between equal ones.
         seed: Seed of all these runs.
         training: Training settings that differ in them, such as a smaller `max_steps`.
         overrides: Further settings of some of them, and as `over` other values to try; later ones win.
@@ -68,6 +70,7 @@ class Selection:
     """
 
     over: dict[str, list[Any]]
+    by: Literal["score", "loss"] = "score"
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
@@ -311,7 +314,7 @@ def _overrides(
 
 
 def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterable[str]) -> Selection:
-    types = {"over": _MAPPING, "seed": int, "training": _MAPPING, "overrides": _NESTED["overrides"], "widen": int}
+    types = {**get_type_hints(Selection), "over": _MAPPING, "training": _MAPPING, "overrides": _NESTED["overrides"]}
     given = typed_fields(types, values, "select")
     over = _values_to_try(given.get("over") or {}, "select.over")
     if not over:
@@ -329,7 +332,7 @@ def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterabl
         for key in entry.get(OVER, {}).keys() - over.keys():
             remedy = f"it replaces a list of select.over, which has {', '.join(over)}; name it there"
             raise bad_value(f"select.overrides[{index}].{OVER}.{key}", entry[OVER][key], remedy)
-    return Selection(over, given.get("seed", 0), training, overrides, given.get("widen", 0))
+    return Selection(**{**given, "over": over, "training": training, "overrides": overrides})
 
 
 def _values_to_try(given: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -153,8 +153,8 @@ def _select(grid: Grid, tried: Sequence[Candidate], status: Status, outcome: Gri
     everything = _all_candidates(grid, status)
     pairs = {(trial.task.name, trial.method) for trial, _ in everything if begun(trial)}
     everything = [one for one in everything if (one.trial.task.name, one.trial.method) in pairs]
-    write_json(grid.folder / SELECTION_FILE, _choose(everything, status))
-    chosen = chosen_settings(_choose(tried, status))
+    write_json(grid.folder / SELECTION_FILE, _choose(grid, everything, status))
+    chosen = chosen_settings(_choose(grid, tried, status))
     for task, method in {(one.trial.task.name, one.trial.method): None for one in tried}:
         if method not in chosen[task]:
             first = next(one for one in outcome.failed if one.name.startswith(f"select/{task}/{method}/"))
@@ -169,9 +169,9 @@ def _states(grid: Grid, status: Status) -> list[tuple[Trial, State]]:
     tried = _all_candidates(grid, status)
     states = [(trial, status.state(trial)) for trial, _ in tried]
     if all(state in ("finished", "failed") for _, state in states):
-        chosen = chosen_settings(_choose(tried, status)) if tried else None
+        chosen = chosen_settings(_choose(grid, tried, status)) if tried else None
         return states + [(trial, status.state(trial)) for trial in expand(grid, chosen)]
-    assumed = chosen_settings(choose(tried, {trial.name: (0.0, 0.0) for trial, _ in tried}))
+    assumed = chosen_settings(choose(grid, tried, {trial.name: (0.0, 0.0) for trial, _ in tried}))
     return states + [(trial, "new") for trial in expand(grid, assumed)]
 
 
@@ -194,8 +194,8 @@ def _widened(grid: Grid, tried: Sequence[Candidate], status: Status) -> list[Can
     return widened(grid, ended, _outcomes(ended, status))
 
 
-def _choose(tried: Sequence[Candidate], status: Status) -> dict[str, dict[str, Any]]:
-    return choose(tried, _outcomes(tried, status))
+def _choose(grid: Grid, tried: Sequence[Candidate], status: Status) -> dict[str, dict[str, Any]]:
+    return choose(grid, tried, _outcomes(tried, status))
 
 
 def _outcomes(tried: Sequence[Candidate], status: Status) -> dict[str, tuple[float, float]]:

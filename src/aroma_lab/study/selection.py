@@ -59,7 +59,7 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
         tried: All candidates so far.
         outcomes: Score and negative loss, by name of the trial; of those that have ended, a failed one has none.
     """
-    selection, found = choose(tried, outcomes), []
+    selection, found = choose(grid, tried, outcomes), []
     for task, methods in selection.items():
         for method, entry in methods.items():
             listed = tried_values(grid, task, method)
@@ -120,27 +120,36 @@ def _of_pair(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> 
     return found
 
 
-def choose(tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, Any]]:
+def choose(
+    grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]
+) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json`: what was chosen per task and method, and all that was tried.
 
-    The highest score wins; of equal ones, which are common after few steps on few examples, the lowest loss, then the
-    first.
+    By score the highest wins; of equal ones, which are common after few steps on few examples, the lowest loss, then
+    the first. By loss it is the other way round.
 
     Args:
+        grid: The grid, whose selection says by which of the two.
         tried: The candidates.
         outcomes: Score and negative loss, by name of the trial; a failed one has none.
 
     Returns:
-        `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or None], ...]}}}`.
+        `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or loss or None], ...]}}}`.
     """
+    by_loss = grid.select is not None and grid.select.by == "loss"
     selection: dict[str, dict[str, Any]] = {}
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for trial, values in tried:
         pair, outcome = (trial.task.name, trial.method), outcomes.get(trial.name)
         entry = selection.setdefault(pair[0], {}).setdefault(pair[1], {"chosen": None, "tried": []})
-        entry["tried"].append([values, None if outcome is None else outcome[0]])
-        if outcome is not None and (pair not in best or outcome > best[pair]):
-            best[pair], entry["chosen"] = outcome, values
+        if outcome is None:
+            entry["tried"].append([values, None])
+            continue
+        score, negative_loss = outcome
+        entry["tried"].append([values, -negative_loss if by_loss else score])
+        ranking = (negative_loss, score) if by_loss else outcome
+        if pair not in best or ranking > best[pair]:
+            best[pair], entry["chosen"] = ranking, values
     return selection
 
 
