@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from aroma import AromaConfig, aroma_layers, attach
 from aroma.algorithm.evidence import (
     FEWEST_OPENING,
     FIRST_STEP,
+    EvidenceRule,
     EvidenceSettings,
     candidates,
     directions_that_convince,
@@ -28,6 +30,7 @@ from aroma.algorithm.evidence import (
     upper_tail,
 )
 from aroma.directions import Directions, singular_directions
+from aroma.errors import ConfigError
 from aroma.tuner.fused import Probe
 from reference_evidence import Reference, Settings, evidence
 
@@ -305,6 +308,66 @@ def test_held_out_batches_are_a_small_share_of_a_run(steps: int, doublings: int,
     assert interval >= 9
     if steps >= 200 and not quarters:
         assert duels >= min(12, duelling // 9), "a birth takes seven"
+
+
+class Answers:
+    """Matrices, one of them, whose batches say the same whenever they are asked at the same strength."""
+
+    known_rank = 1
+
+    def __init__(self, answers: dict[float, float]) -> None:
+        self.answers, self.strength, self.judged = answers, 0.5, 0.0
+        self.matrices = [
+            SimpleNamespace(name="a", component_count=1, is_frozen=False, log_evidence=0.0, steepness=None)
+        ]
+        self.random = np.random.default_rng(0)
+
+    def active(self) -> list[Any]:
+        return self.matrices
+
+    all = active
+
+    def ask_for_credit(self) -> None:
+        self.strength = 0.5
+
+    def ask_at(self, strength: float) -> None:
+        self.strength = strength
+
+    def take_credits(self) -> list[np.ndarray]:
+        return [self.random.normal(self.answers.get(self.strength, 0.0), 1.0, (1, 1))]
+
+    def keep(self, kept: Any, share: float) -> None:
+        self.judged = self.strength
+
+    def bear(self, births: Any) -> list[Any]:
+        return []
+
+    def norms(self, matrices: Any) -> list[float]:
+        return [1.0] * len(matrices)
+
+    def stop_following(self) -> None: ...
+
+    def note_moves(self) -> None: ...
+
+
+@pytest.mark.parametrize("first", [-99.0, 0.0, 99.0], ids=["costs", "says nothing", "saves"])
+@pytest.mark.parametrize("base", [-99.0, 99.0], ids=["uphill", "downhill"])
+def test_the_questions_of_a_run_that_is_long_enough_come_to_their_end(first: float, base: float) -> None:
+    config = AromaConfig(growth="evidence")
+    for total in [*range(33, 80), *range(80, 2000, 13)]:
+        trial = config.resolve_trial_steps(total)
+        matrices = Answers({0.5: first, 0.0: base})
+        last_step = (total - trial) // 4 * 4
+        rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 8, trial, last_step, None), matrices)
+        while rule.phase != "growth":
+            rule.step()
+        assert rule.global_step <= total
+        if first:
+            half = base > 0 and first < 0
+            assert matrices.judged == (0.25 if half else 0.5)
+            assert (rule.doublings > 0) == (half and 4 * trial <= last_step + trial)
+    with pytest.raises(ConfigError, match="total_steps=32: the trial and its questions take up to 32 optimizer steps"):
+        config.resolve_trial_steps(32)
 
 
 def test_nothing_is_born_after_the_step_that_is_named() -> None:

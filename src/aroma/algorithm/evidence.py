@@ -401,8 +401,7 @@ class EvidenceRule(Generic[E]):
         """Answers that the stage of the questions still waits for."""
         if self._stage in ("whole", "half"):
             return self.questions - len(self._credits)
-        opening = max(FEWEST_OPENING, self.questions // 4)
-        return opening - len(self._base_credits if self._stage == "base" else self._credits)
+        return opening_count(self.questions) - len(self._base_credits if self._stage == "base" else self._credits)
 
     @property
     def questions(self) -> int:
@@ -615,6 +614,11 @@ def question_count(trial_steps: int) -> int:
     """Return how many batches are asked after a trial of so many optimizer steps."""
     fewest, most = QUESTIONS
     return min(max(trial_steps // 2, fewest), most)
+
+
+def opening_count(questions: int) -> int:
+    """Return how many of so many questions say how far the updates swing."""
+    return max(FEWEST_OPENING, questions // 4)
 
 
 def saves_together(credits: np.ndarray, significance: float) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..algorithm.evidence import FIRST_STEP, question_count
+from ..algorithm.evidence import FIRST_STEP, opening_count, question_count
 from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
 from ..files import write_json
@@ -328,12 +328,13 @@ class AromaConfig(LoraConfig):
                 "growth='evidence' begins with a trial, a share of the run; say how long the run is",
             )
         steps = max(round(self.trial_share * total_steps), 2 * FIRST_STEP)
-        least = steps + math.ceil(question_count(steps) / share_new)
+        questions = question_count(steps)
+        least = steps + math.ceil((questions + 2 * opening_count(questions)) / share_new)
         if total_steps <= least:
             raise bad_value(
                 "total_steps",
                 total_steps,
-                f"the trial and its questions take {least} optimizer steps; train longer",
+                f"the trial and its questions take up to {least} optimizer steps; train longer",
             )
         return steps
 

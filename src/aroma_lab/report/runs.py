@@ -80,7 +80,10 @@ _NESTED = {
 }
 """Columns of the table of runs that are JSON, and what they must have."""
 _PARTS = tuple(key.removesuffix("?") for key in _NESTED)
-_ONLY_OF_REPORTED = ("curve", "evaluations", "ended", "effective_ranks", "inner_checks")
+_ONLY_OF_REPORTED = (
+    *("curve", "evaluations", "ended"),
+    *("effective_ranks", "inner_checks", "relative_updates", "states", "explanation"),
+)
 """What the table of runs keeps of reported runs alone."""
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
