@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import nn
 
 from aroma import AromaCallback, AromaConfig, attach
-from aroma.algorithm.evidence import EvidenceRule, EvidenceSettings, Reading, log_evidence, log_mean
+from aroma.algorithm.duels import Reading, log_evidence, log_mean
+from aroma.algorithm.evidence import EvidenceRule, EvidenceSettings
 from aroma.algorithm.paper import PaperRule, PaperSettings
 from aroma.cli import main
 from aroma.errors import ConfigError

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from aroma import aroma_layers, combine, save_adapter
-from aroma.algorithm.evidence import directions_to_keep
+from aroma.algorithm.questions import directions_to_keep
 from aroma.errors import ConfigError
 from aroma.saved import read_adapter
 from aroma.tuner.live import live_adapter

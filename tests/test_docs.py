@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from aroma import AromaConfig
-from aroma.algorithm import evidence
+from aroma.algorithm import duels, evidence, questions
 from models import base
 from quick import slow_but
 from test_sft import tokenizer
@@ -94,13 +94,13 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
         assert re.search(rf"\| `{name}` \| (?:\S+ = )?{getattr(AromaConfig, name)} \|", page), name
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",
-        f"and up to {evidence.QUESTIONS[1]} batches are asked",
-        "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*evidence.QUESTIONS),
-        f"carry {evidence.SHARE_KEPT * 100:.0f} % of the credit",
+        f"and up to {questions.QUESTIONS[1]} batches are asked",
+        "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*questions.QUESTIONS),
+        f"carry {questions.SHARE_KEPT * 100:.0f} % of the credit",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
         f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps, or more rarely",
         f"{100 * evidence.HELD_OUT_SHARE:.0f} % of the steps at most",
-        f"{('six', 'seven', 'eight')[evidence.flips_to_birth(AromaConfig.significance) - 6]} of all four",
+        f"{('six', 'seven', 'eight')[duels.flips_to_birth(AromaConfig.significance) - 6]} of all four",
     ):
         assert text in page, text
     assert f"| `checked` | every {evidence.TOLD_INTERVAL} steps" in USAGE

@@ -14,18 +14,13 @@ from scipy import stats
 from torch import Tensor, nn
 
 from aroma import AromaConfig, aroma_layers, attach
-from aroma.algorithm.evidence import (
+from aroma.algorithm.duels import directions_that_convince, flips_to_birth, log_evidence, log_mean
+from aroma.algorithm.evidence import FIRST_STEP, EvidenceRule, EvidenceSettings
+from aroma.algorithm.questions import (
     FEWEST_OPENING,
-    FIRST_STEP,
-    EvidenceRule,
-    EvidenceSettings,
     candidates,
-    directions_that_convince,
     directions_to_keep,
-    flips_to_birth,
     keep_one_if_undecided,
-    log_evidence,
-    log_mean,
     saves_loss,
     upper_tail,
 )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import compat
 from .algorithm import GrowthRule, PaperRule
-from .algorithm.evidence import CHECK_INTERVAL, EvidenceRule, EvidenceSettings, flips_to_birth
+from .algorithm.duels import flips_to_birth
+from .algorithm.evidence import CHECK_INTERVAL, EvidenceRule, EvidenceSettings
 from .algorithm.paper import PaperSettings
 from .errors import AromaWarning, CheckpointError, bad_value
 from .events import Event, Summary

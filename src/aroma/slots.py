@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .algorithm.evidence import UNUSED, Reading
+from .algorithm.duels import Reading
+from .algorithm.evidence import UNUSED
 from .directions import Directions, orthonormalise, singular_directions
 from .errors import bad_value
 from .evaluation import evaluating, require_loss

@@ -48,13 +48,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from ..errors import ConfigError
 from ..events import Event, EventKind
+from .duels import Reading, directions_that_convince, duel, log_evidence, log_mean
+from .questions import (
+    QUESTIONS,
+    directions_to_keep,
+    keep_one_if_undecided,
+    opening_count,
+    question_count,
+    saves_together,
+)
 from .rule import Matrix, not_finite, require_finite
 
 CHECK_INTERVAL = 4
@@ -69,16 +77,6 @@ UNUSED = 4
 DOUBLINGS = 2
 """How often the trial is doubled at most, up to half of the run, while its updates point downhill and cost loss."""
 
-SHARE_KEPT = 0.99
-"""Share of what the candidates save that must be carried by the directions that stay."""
-
-QUESTIONS = (8, 64)
-"""Fewest and most batches that are asked at the end of the trial: half as many as it has steps, but none twice unless
-there are fewer than eight. None is trained on."""
-
-FEWEST_OPENING = 4
-"""Fewest batches that say how far the updates swing: a quarter of the questions."""
-
 TOLD_INTERVAL = 40
 """Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
 trains is finite."""
@@ -88,9 +86,6 @@ HELD_OUT_INTERVAL = 9
 
 HELD_OUT_SHARE = 0.12
 """Held-out batches of a run, at most, as a share of its optimizer steps; the questions are asked anyhow."""
-
-_THETAS = (np.arange(1, 200) / 200) / 2 + 0.5
-"""Grid of the mixture: probabilities of heads above one half."""
 
 
 @dataclass(frozen=True)
@@ -130,21 +125,6 @@ class EvidenceSettings:
         room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked)
         duelling = self.last_step - max(first_pass, trial_steps)
         return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
-
-
-class Reading(NamedTuple):
-    """What one batch says of all matrices, in module order.
-
-    Args:
-        unused: z, the steepness of the unused directions, (matrices, P); NaN where the batch overflowed,
-            −∞ where there is no such direction.
-        moves: Steepness along the moves of the components, (matrices, S); NaN where there is none, or none known.
-        pending: Whether a matrix has a component of which no move is known yet, (matrices,).
-    """
-
-    unused: np.ndarray
-    moves: np.ndarray
-    pending: np.ndarray
 
 
 class EvidenceMatrix(Matrix, Protocol):
@@ -608,185 +588,3 @@ def _money(matrix: EvidenceMatrix) -> list[float]:
 def _as_lists(answers: Sequence[np.ndarray]) -> list[list[list[float | None]]]:
     # JSON has no NaN; numpy reads None as NaN.
     return [[[None if math.isnan(x) else float(x) for x in row] for row in credits] for credits in answers]
-
-
-def question_count(trial_steps: int) -> int:
-    """Return how many batches are asked after a trial of so many optimizer steps."""
-    fewest, most = QUESTIONS
-    return min(max(trial_steps // 2, fewest), most)
-
-
-def opening_count(questions: int) -> int:
-    """Return how many of so many questions say how far the updates swing."""
-    return max(FEWEST_OPENING, questions // 4)
-
-
-def saves_together(credits: np.ndarray, significance: float) -> bool:
-    """Return whether the batches say at significance α that all updates together save loss.
-
-    With the updates at strength 0 that is whether they point downhill there.
-
-    Args:
-        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
-        significance: α.
-    """
-    _, chance = _t_test(np.nan_to_num(credits).sum((1, 2)))
-    return float(chance) < significance
-
-
-def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
-    """Return for every matrix which directions save loss surely enough to stay.
-
-    Those are candidates, and the fewest of them all stay that carry 99 % of what the candidates save together. Noise
-    that was learnt by heart has a negative credit; where nothing is there to learn, nothing stays, but in one of 1/α
-    matrices.
-
-    Args:
-        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
-        significance: α.
-    """
-    known = np.nan_to_num(credits)
-    saved = np.where(candidates(known, significance), known.mean(0), 0.0)
-    order = np.argsort(-saved, axis=None, kind="stable")
-    ranked = saved.reshape(-1)[order]
-    carried_before = np.cumsum(ranked) - ranked
-    stays = np.zeros(saved.size, dtype=bool)
-    stays[order[(ranked > 0) & (carried_before < SHARE_KEPT * ranked.sum())]] = True
-    return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
-
-
-def keep_one_if_undecided(kept: Sequence[list[int]], credits: np.ndarray) -> list[list[int]]:
-    """Return `kept`, with the best direction of every matrix of which nothing stays, unless its update costs loss.
-
-    Where learning begins late, the batches say little of any matrix. So LoRA with r = 1 is the floor. A matrix goes
-    below it if its update as a whole costs more than the standard error of that, or if it has none.
-
-    Args:
-        kept: The directions that stay, by matrix.
-        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
-    """
-    t, _ = _t_test(np.nan_to_num(credits).sum(2))
-    best = np.where(np.isnan(credits[0]), -np.inf, credits.mean(0)).argmax(1)
-    return [own or [int(best[place])] * bool(t[place] > -1) for place, own in enumerate(kept)]
-
-
-def candidates(credits: np.ndarray, significance: float) -> np.ndarray:
-    """Return which directions may stay, (matrices, S).
-
-    A matrix has two ways to show that it needs components, at α/2 each, so that one that needs none has candidates
-    with a chance of at most α. Its whole update saves loss: then many directions may do so that are too weak to show
-    it by themselves, and those stay whose mean credit exceeds its standard error. Or single directions save loss.
-
-    Args:
-        credits: What every direction saves, by batch, (batches, matrices, S).
-        significance: α.
-    """
-    _, whole = _t_test(credits.sum(2))
-    t, _ = _t_test(credits)
-    found: np.ndarray = (t > 1) & (whole < significance / 2)[:, None] | saves_loss(credits, significance / 2)
-    return found
-
-
-def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
-    """Return which directions save loss by themselves at significance α, (matrices, S).
-
-    By Holm's procedure within each matrix: the direction with the largest t is held to α / S, the next one to
-    α / (S − 1), and so on up to the first that fails. The chance that any of a matrix's directions passes without
-    saving loss is α.
-
-    Args:
-        credits: What every direction saves, by batch, (batches, matrices, S).
-        significance: α.
-    """
-    t, chance = _t_test(credits)
-    order = np.argsort(-t, axis=1, kind="stable")
-    levels = significance / np.arange(credits.shape[2], 0, -1)
-    passes = np.logical_and.accumulate(np.take_along_axis(chance, order, 1) < levels, axis=1)
-    found = np.zeros_like(passes)
-    np.put_along_axis(found, order, passes, 1)
-    return found
-
-
-def _t_test(credits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return t and its chance where nothing is saved, over the first dimension, (batches, …)."""
-    batches = len(credits)
-    saved, error = credits.mean(0), credits.std(0, ddof=1) / math.sqrt(batches)
-    t = np.divide(saved, error, out=np.where(saved > 0, np.inf, -np.inf), where=error > 0)
-    # Above a half, α would let in directions that cost loss.
-    return t, np.where(saved > 0, upper_tail(t, batches - 1), 1.0)
-
-
-def upper_tail(t: np.ndarray, degrees: int) -> np.ndarray:
-    """Return P(T > t), any shape, for Student's t; Abramowitz and Stegun, 26.7.3 and 26.7.4, which are exact."""
-    theta = np.arctan(t / math.sqrt(degrees))
-    cosine, term = np.cos(theta), np.sin(theta)
-    inside = np.zeros_like(theta)
-    if degrees % 2:
-        term = 2 / math.pi * term * cosine
-        inside = 2 / math.pi * theta
-    for power in range(degrees % 2 + 2, degrees + 1, 2):
-        inside = inside + term
-        term = term * cosine**2 * (power - 1) / power
-    return (1 - inside) / 2
-
-
-def duel(reading: Reading, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every unused direction whether it won the batch, and whether it was judged at all.
-
-    A matrix is not judged while the move of one of its components is unknown, or by a batch that overflowed; none is
-    judged while components train of which no move is known.
-
-    Args:
-        reading: What the batch says of all matrices.
-        factor: κ.
-
-    Returns:
-        Heads and judged, boolean, (matrices, P).
-    """
-    known = ~np.isnan(reading.moves)
-    if not known.any() and reading.pending.any():
-        nothing = np.zeros(reading.unused.shape, dtype=bool)
-        return nothing, nothing
-    values = np.where(known, reading.moves, 0.0)
-    everywhere = values.sum() / max(known.sum(), 1)  # where nothing trains, any descent wins
-    counts = known.sum(1)
-    own = np.where(counts > 0, values.sum(1) / np.maximum(counts, 1), everywhere)
-    rival = np.maximum(own, everywhere)[:, None]
-    judged = ~reading.pending[:, None] & np.isfinite(reading.unused)
-    return judged & (reading.unused > 0) & (reading.unused > factor * rival), judged
-
-
-@lru_cache(maxsize=4096)
-def log_evidence(heads: int, flips: int) -> float:
-    """Return log E of `heads` among `flips`: the mean over θ in (½, 1) of (2θ)^heads (2(1 − θ))^tails."""
-    exponents = heads * np.log(2 * _THETAS) + (flips - heads) * np.log(2 - 2 * _THETAS)
-    top = exponents.max()
-    return float(top + np.log(np.exp(exponents - top).mean()))
-
-
-def log_mean(logarithms: Sequence[float]) -> float:
-    """Return the logarithm of the mean of what `logarithms` are of."""
-    top = max(logarithms)
-    return top + math.log(sum(math.exp(value - top) for value in logarithms) / len(logarithms))
-
-
-def directions_that_convince(logarithms: Sequence[float], threshold: float) -> list[int]:
-    """Return the directions of a matrix along which components are born, those that won most first.
-
-    A birth takes the money of its direction: 1 is left of it.
-
-    Args:
-        logarithms: log E of every direction alone.
-        threshold: −log α, over 0.
-    """
-    left, found = [*logarithms], []
-    while log_mean(left) >= threshold:
-        found.append(max(range(len(left)), key=left.__getitem__))
-        left[found[-1]] = 0.0
-    return found
-
-
-def flips_to_birth(significance: float) -> int:
-    """Return how many batches in a row all unused directions of a matrix must win for a birth at `significance`."""
-    threshold = -math.log(significance)
-    return next(flips for flips in range(1, 10_000) if log_evidence(flips, flips) >= threshold)

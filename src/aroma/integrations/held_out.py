@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .. import compat
-from ..algorithm.evidence import flips_to_birth
+from ..algorithm.duels import flips_to_birth
 from ..errors import AromaError, bad_value
 from ..evaluation import evaluating, require_loss
 from ..sharding import refuse_together, sharding_of_model, world_size

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..algorithm.evidence import FIRST_STEP, opening_count, question_count
+from ..algorithm.evidence import FIRST_STEP
+from ..algorithm.questions import opening_count, question_count
 from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
 from ..files import write_json

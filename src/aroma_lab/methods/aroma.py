@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback
 
-from aroma.algorithm.evidence import flips_to_birth
+from aroma.algorithm.duels import flips_to_birth
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError, bad_value

@@ -1,0 +1,141 @@
+"""The questions at the end of the trial of growth by evidence: how many, and what the answers say.
+
+A batch answers with credit_k, the loss that direction k of an update saves; `evidence.py` says what is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+QUESTIONS = (8, 64)
+"""Fewest and most batches that are asked at the end of the trial: half as many as it has steps, but none twice unless
+there are fewer than eight. None is trained on."""
+
+FEWEST_OPENING = 4
+"""Fewest batches that say how far the updates swing: a quarter of the questions."""
+
+SHARE_KEPT = 0.99
+"""Share of what the candidates save that must be carried by the directions that stay."""
+
+
+def question_count(trial_steps: int) -> int:
+    """Return how many batches are asked after a trial of so many optimizer steps."""
+    fewest, most = QUESTIONS
+    return min(max(trial_steps // 2, fewest), most)
+
+
+def opening_count(questions: int) -> int:
+    """Return how many of so many questions say how far the updates swing."""
+    return max(FEWEST_OPENING, questions // 4)
+
+
+def saves_together(credits: np.ndarray, significance: float) -> bool:
+    """Return whether the batches say at significance α that all updates together save loss.
+
+    With the updates at strength 0 that is whether they point downhill there.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
+        significance: α.
+    """
+    _, chance = _t_test(np.nan_to_num(credits).sum((1, 2)))
+    return float(chance) < significance
+
+
+def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
+    """Return for every matrix which directions save loss surely enough to stay.
+
+    Those are candidates, and the fewest of them all stay that carry 99 % of what the candidates save together. Noise
+    that was learnt by heart has a negative credit; where nothing is there to learn, nothing stays, but in one of 1/α
+    matrices.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
+        significance: α.
+    """
+    known = np.nan_to_num(credits)
+    saved = np.where(candidates(known, significance), known.mean(0), 0.0)
+    order = np.argsort(-saved, axis=None, kind="stable")
+    ranked = saved.reshape(-1)[order]
+    carried_before = np.cumsum(ranked) - ranked
+    stays = np.zeros(saved.size, dtype=bool)
+    stays[order[(ranked > 0) & (carried_before < SHARE_KEPT * ranked.sum())]] = True
+    return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
+
+
+def keep_one_if_undecided(kept: Sequence[list[int]], credits: np.ndarray) -> list[list[int]]:
+    """Return `kept`, with the best direction of every matrix of which nothing stays, unless its update costs loss.
+
+    Where learning begins late, the batches say little of any matrix. So LoRA with r = 1 is the floor. A matrix goes
+    below it if its update as a whole costs more than the standard error of that, or if it has none.
+
+    Args:
+        kept: The directions that stay, by matrix.
+        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
+    """
+    t, _ = _t_test(np.nan_to_num(credits).sum(2))
+    best = np.where(np.isnan(credits[0]), -np.inf, credits.mean(0)).argmax(1)
+    return [own or [int(best[place])] * bool(t[place] > -1) for place, own in enumerate(kept)]
+
+
+def candidates(credits: np.ndarray, significance: float) -> np.ndarray:
+    """Return which directions may stay, (matrices, S).
+
+    A matrix has two ways to show that it needs components, at α/2 each, so that one that needs none has candidates
+    with a chance of at most α. Its whole update saves loss: then many directions may do so that are too weak to show
+    it by themselves, and those stay whose mean credit exceeds its standard error. Or single directions save loss.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S).
+        significance: α.
+    """
+    _, whole = _t_test(credits.sum(2))
+    t, _ = _t_test(credits)
+    found: np.ndarray = (t > 1) & (whole < significance / 2)[:, None] | saves_loss(credits, significance / 2)
+    return found
+
+
+def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
+    """Return which directions save loss by themselves at significance α, (matrices, S).
+
+    By Holm's procedure within each matrix: the direction with the largest t is held to α / S, the next one to
+    α / (S − 1), and so on up to the first that fails. The chance that any of a matrix's directions passes without
+    saving loss is α.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S).
+        significance: α.
+    """
+    t, chance = _t_test(credits)
+    order = np.argsort(-t, axis=1, kind="stable")
+    levels = significance / np.arange(credits.shape[2], 0, -1)
+    passes = np.logical_and.accumulate(np.take_along_axis(chance, order, 1) < levels, axis=1)
+    found = np.zeros_like(passes)
+    np.put_along_axis(found, order, passes, 1)
+    return found
+
+
+def _t_test(credits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return t and its chance where nothing is saved, over the first dimension, (batches, …)."""
+    batches = len(credits)
+    saved, error = credits.mean(0), credits.std(0, ddof=1) / math.sqrt(batches)
+    t = np.divide(saved, error, out=np.where(saved > 0, np.inf, -np.inf), where=error > 0)
+    # Above a half, α would let in directions that cost loss.
+    return t, np.where(saved > 0, upper_tail(t, batches - 1), 1.0)
+
+
+def upper_tail(t: np.ndarray, degrees: int) -> np.ndarray:
+    """Return P(T > t), any shape, for Student's t; Abramowitz and Stegun, 26.7.3 and 26.7.4, which are exact."""
+    theta = np.arctan(t / math.sqrt(degrees))
+    cosine, term = np.cos(theta), np.sin(theta)
+    inside = np.zeros_like(theta)
+    if degrees % 2:
+        term = 2 / math.pi * term * cosine
+        inside = 2 / math.pi * theta
+    for power in range(degrees % 2 + 2, degrees + 1, 2):
+        inside = inside + term
+        term = term * cosine**2 * (power - 1) / power
+    return (1 - inside) / 2
