@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import runpy
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,6 +321,26 @@ def test_the_page_shows_the_tables_of_the_committed_runs(images: str) -> None:
     runs = json.loads((root / "results" / "vision" / f"{images}.json").read_text())["runs"]
     table = runpy.run_path(str(root / "examples" / "vision.py"))["table"](runs)
     assert table in (root / "docs" / "vision.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_of_images_what_the_runs_say() -> None:
+    root = Path(__file__).parents[1]
+    runs = {
+        images: json.loads((root / "results" / "vision" / f"{images}.json").read_text())["runs"]
+        for images in ("digits", "mnist")
+    }
+    found = [rank for of in runs.values() for run in of for rank in run.get("ranks", {}).values()]
+    page = (root / "docs" / "vision.md").read_text(encoding="utf-8")
+    assert f"AROMA found ranks from {min(found)} to {max(found)}." in page
+
+    def mean(images: str, method: str, key: str = "accuracy") -> float:
+        return statistics.mean(run[key] for run in runs[images] if run["method"] == method)
+
+    assert abs(mean("digits", "AROMA") - mean("digits", "LoRA r=8")) < 0.004, "level: one image"
+    assert mean("mnist", "LoRA r=1") < mean("mnist", "AROMA") < mean("mnist", "LoRA r=8")
+    for images in runs:
+        share = mean(images, "AROMA", "parameters") / mean(images, "LoRA r=8", "parameters")
+        assert round(4 * share) == 1, "a quarter"
 
 
 @pytest.mark.slow
