@@ -416,6 +416,26 @@ def test_the_page_of_tasks_has_the_table_that_the_example_makes_of_its_runs(tmp_
     assert table in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 
+def test_the_page_of_tasks_says_what_its_runs_say() -> None:
+    runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in TASKS.glob("*.json")}
+    grown = [run for name, run in runs.items() if name.startswith("aroma")]
+    alone = runs["separate-0"]["after"]
+    page = page_of("tasks.md")
+    after = pd.DataFrame([run["after"] for run in grown])
+    assert f"is {100 * (pd.Series(alone) - after.mean()).mean():.1f} points below that as" in page
+    behind = sorted(100 * (alone["sst2"] - after.sst2))
+    kept = sorted(sum(run["ranks"]["sst2"]) for run in grown)
+    assert f"{behind[0]:.1f} to {behind[-1]:.1f} points below, with {kept[0]} to {kept[-1]} components in 36" in page
+
+    def forgotten(method: str) -> str:
+        several = [run for name, run in runs.items() if name.startswith(method)]
+        lost = [run["after"][task] - run["final"][task] for run in several for task in run["after"]]
+        return f"{100 * sum(lost) / len(lost):.0f}"
+
+    taken = [forgotten(method) for method in ("aroma", "o-lora", "sequential")]
+    assert f"take {taken[0]} points off, {taken[1]} off O-LoRA, and {taken[2]} off the one LoRA that goes on." in page
+
+
 @pytest.mark.shared
 def test_the_example_of_tasks_does_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main = runpy.run_path(str(ROOT / "examples" / "tasks_in_a_row.py"))["main"]
