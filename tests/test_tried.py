@@ -286,8 +286,8 @@ def test_the_page_says_of_the_end_of_the_trial_what_the_runs_say() -> None:
     mrpc = pairs_then()
     floor = of_evidence("floor").set_index(["task", "seed"]).score["mrpc"]
     assert (
-        f"On MRPC {100 * mrpc.mean():.2f} % are right, at rates of 0.003 and 0.000667; trials of a tenth, judged whole, "
-        f"have {100 * floor.mean():.2f}." in TEXT
+        f"On MRPC {100 * mrpc.mean():.2f} % are right, at rates of 0.003 and 0.000667; trials of a tenth, judged "
+        f"whole, have {100 * floor.mean():.2f}." in TEXT
     )
     sooner = of_evidence("goes-on-sooner").set_index(["task", "seed"]).score
     lost = [in_points(now.score["noisy-b4"] - sooner["noisy-b4"]), in_points(mrpc - sooner["mrpc"])]
