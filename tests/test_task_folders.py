@@ -130,7 +130,7 @@ def test_components_start_orthogonal_to_those_of_earlier_tasks(
 ) -> None:
     rule, folder, _ = learnt
     starts = Starts()
-    learn(Tasks(folder).grow(bert("first"), config(rule, 7)), tmp_path, starts, max_steps=30)
+    learn(Tasks(folder).grow(bert("first"), config(rule, 7)), tmp_path, starts, max_steps=36)
     assert len(starts.overlaps) > 10
     assert max(starts.overlaps) < 1e-5
 
