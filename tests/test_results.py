@@ -8,6 +8,7 @@ import re
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -310,11 +311,7 @@ def test_the_page_says_of_choosing_by_score_what_the_runs_say() -> None:
     one, sixteen, four = both("banking77", "lora-r1"), both("banking77", "lora-r16"), both("bbc-news", "lora-r4")
     assert f"r = 1 on BANKING77 had {one[0]}, r = 16 {sixteen[0]}, now {one[1]} and {sixteen[1]};" in TEXT
     assert f"r = 4 on BBC News had {four[0]}, now {four[1]}." in TEXT
-    tried = six.selecting[(six.selecting.task == "bbc-news") & (six.selecting.method == "aroma-evidence")]
-    choosing = {
-        (run.trial["training"]["learning_rate"], run.trial["training"]["head_learning_rate"]): run.result
-        for run in tried.itertuples()
-    }
+    choosing = choosing_rates("minilm-six", "bbc-news")
     by_score, by_loss = choosing[0.001, 0.018], choosing[0.003, 0.000222]
     assert round(178 * (by_score["score"] - by_loss["score"])) == 1
     assert f"a held-out loss of {by_score['held_out_loss']:.3f} in place of {by_loss['held_out_loss']:.3f}" in TEXT
@@ -356,13 +353,7 @@ def test_the_page_says_of_mrpc_what_the_runs_say() -> None:
     assert len(shipped) == 3
     then = of_evidence("chosen-by-score").set_index(["task", "method"]).loc[("mrpc", "aroma-evidence")]
     assert f"0.003 and 0.000667 chosen, and evidence had {100 * sum(then.scores) / 5:.2f} %" in TEXT
-    tried = runs_of(RESULTS / "mrpc").selecting
-    losses = {
-        (run.trial["training"]["learning_rate"], run.trial["training"]["head_learning_rate"]): run.result[
-            "held_out_loss"
-        ]
-        for run in tried[tried.method == "aroma-evidence"].itertuples()
-    }
+    losses = {rates: result["held_out_loss"] for rates, result in choosing_rates("mrpc", "mrpc").items()}
     low, taken = losses[0.003, 0.000667], losses[0.001, 0.000667]
     assert f"a held-out loss of {low:.3f} there, in place of {taken:.3f}" in TEXT
     below = f"it is {-100 * (by_seed['aroma-evidence'] - by_seed['lora-r1']).mean():.1f} points below r = 1."
@@ -384,6 +375,15 @@ def over_tasks(difference: pd.Series) -> tuple[float, float]:
     """Return the mean over tasks of a difference by task and seed, and its standard error."""
     by_task = difference.groupby("task")
     return float(by_task.mean().mean()), float((by_task.sem() ** 2).sum() ** 0.5 / by_task.ngroups)
+
+
+def choosing_rates(grid: str, task: str) -> dict[tuple[float, float], dict[str, Any]]:
+    """Return the results of the runs that chose the rates of growth by evidence, by those of adapter and head."""
+    tried = runs_of(RESULTS / grid).selecting
+    return {
+        (run.trial["training"]["learning_rate"], run.trial["training"]["head_learning_rate"]): run.result
+        for run in tried[(tried.task == task) & (tried.method == "aroma-evidence")].itertuples()
+    }
 
 
 def held_out_losses() -> pd.Series:

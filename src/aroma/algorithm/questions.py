@@ -32,6 +32,12 @@ def opening_count(questions: int) -> int:
     return max(FEWEST_OPENING, questions // 4)
 
 
+def most_asked(trial_steps: int) -> int:
+    """Return the most batches that are asked after a trial: before those that decide, twice as many as open."""
+    questions = question_count(trial_steps)
+    return questions + 2 * opening_count(questions)
+
+
 def saves_together(credits: np.ndarray, significance: float) -> bool:
     """Return whether the batches say at significance α that all updates together save loss.
 

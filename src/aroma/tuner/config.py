@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
 from ..algorithm.evidence import FIRST_STEP
-from ..algorithm.questions import opening_count, question_count
+from ..algorithm.questions import most_asked
 from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
 from ..files import write_json
@@ -329,8 +329,7 @@ class AromaConfig(LoraConfig):
                 "growth='evidence' begins with a trial, a share of the run; say how long the run is",
             )
         steps = max(round(self.trial_share * total_steps), 2 * FIRST_STEP)
-        questions = question_count(steps)
-        least = steps + math.ceil((questions + 2 * opening_count(questions)) / share_new)
+        least = steps + math.ceil(most_asked(steps) / share_new)
         if total_steps <= least:
             raise bad_value(
                 "total_steps",

@@ -10,6 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap, t
 
+from ..study.selection import preference
+from .runs import Run, rows_of
+
 RESAMPLES = 10_000
 """Resamples of a bootstrap."""
 CONFIDENCE = 0.95
@@ -139,26 +142,27 @@ def regrets(
     return pd.DataFrame(rows, columns=[*columns, "chosen", "chosen_difference", "chosen_error"])
 
 
-def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str = "score") -> dict[str, str]:
+def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str) -> dict[str, str]:
     """Return the method of each task that its runs on held-out training examples prefer.
 
-    By score the highest wins; of equal ones the lowest loss, then the first of `methods`; by loss likewise. A task on
+    The best run wins, as `selection.preference` orders them; of equal ones that of the first of `methods`. A task on
     which one of them was not tried has none.
 
     Args:
         selecting: Runs that chose settings, with their `task`, `method`, `score` and `result`.
         methods: The methods to choose from.
-        by: `"score"` or `"loss"`.
+        by: `Selection.by`.
     """
-    found, order = {}, ["score", "loss"] if by == "score" else ["loss", "score"]
+
+    def preferred(run: Run) -> tuple[float, float]:
+        return preference(run.score, run.result.get("held_out_loss", math.inf), by)
+
+    found = {}
     tried = selecting[selecting.method.isin(methods)]
-    losses = [result.get("held_out_loss") for result in tried.result]
-    tried = tried.assign(loss=losses, place=tried.method.map([*methods].index))
     for task, of_task in tried.groupby("task", sort=False):
         if {*of_task.method} == {*methods}:
-            ascending = [key != "score" for key in order]
-            best = of_task.sort_values([*order, "place"], ascending=[*ascending, True], kind="stable")
-            found[str(task)] = str(best.method.iloc[0])
+            in_order = sorted(rows_of(of_task), key=lambda run: methods.index(run.method))
+            found[str(task)] = max(in_order, key=preferred).method
     return found
 
 

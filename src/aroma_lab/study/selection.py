@@ -125,18 +125,17 @@ def choose(
 ) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json`: what was chosen per task and method, and all that was tried.
 
-    By score the highest wins; of equal ones, which are common after few steps on few examples, the lowest loss, then
-    the first. By loss it is the other way round.
+    The best wins, as `preference` orders them; of equal ones the first.
 
     Args:
-        grid: The grid, whose selection says by which of the two.
+        grid: The grid, whose selection says by what.
         tried: The candidates.
         outcomes: Score and negative loss, by name of the trial; a failed one has none.
 
     Returns:
         `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or loss or None], ...]}}}`.
     """
-    by_loss = grid.select is not None and grid.select.by == "loss"
+    by = "score" if grid.select is None else grid.select.by
     selection: dict[str, dict[str, Any]] = {}
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for trial, values in tried:
@@ -145,12 +144,26 @@ def choose(
         if outcome is None:
             entry["tried"].append([values, None])
             continue
-        score, negative_loss = outcome
-        entry["tried"].append([values, -negative_loss if by_loss else score])
-        ranking = (negative_loss, score) if by_loss else outcome
-        if pair not in best or ranking > best[pair]:
-            best[pair], entry["chosen"] = ranking, values
+        score, loss = outcome[0], -outcome[1]
+        entry["tried"].append([values, loss if by == "loss" else score])
+        preferred = preference(score, loss, by)
+        if pair not in best or preferred > best[pair]:
+            best[pair], entry["chosen"] = preferred, values
     return selection
+
+
+def preference(score: float, loss: float, by: str) -> tuple[float, float]:
+    """Return what is largest for the best run of a selection.
+
+    By score the highest wins; of equal ones, which are common after few steps on few examples, the lowest loss. By
+    loss it is the other way round.
+
+    Args:
+        score: Score on held-out examples.
+        loss: Loss on them.
+        by: `Selection.by`.
+    """
+    return (-loss, score) if by == "loss" else (score, -loss)
 
 
 def chosen_settings(selection: Mapping[str, Mapping[str, Any]]) -> Chosen:
