@@ -306,8 +306,28 @@ def test_a_selection_is_widened_one_key_at_a_time_and_never_beyond_its_bound():
     assert {trial.purpose for trial, _ in further} == {"select"}
     both = [*tried, *further]
     assert widened(grid, both, outcomes) == [], "two that failed: nothing lies at an edge any more"
-    assert widened(grid, both, outcomes | {further[0].trial.name: (2.0, 0.0)}) == [], "the bound"
+    beside = widened(grid, both, outcomes | {further[0].trial.name: (2.0, 0.0)})
+    assert {values[RATE] for _, values in beside} == {4e-3}, "the bound"
+    assert [values[HEAD_RATE] for _, values in beside] == [1e-3, 4e-3]
     assert widened(whole_grid(select={**select, "widen": 0}), tried, outcomes) == []
+
+
+def test_a_widened_selection_compares_its_best_values_with_all_next_to_them():
+    select = {"over": {RATE: [1e-3, 2e-3, 4e-3], HEAD_RATE: [1e-3, 2e-3]}, "by": "loss", "widen": 1}
+    grid = whole_grid(tasks={"mrpc": None}, methods={"lora": {"kind": "lora"}}, select=select)
+    losses = {(2e-3, 2e-3): 0.6, (2e-3, 4e-3): 0.5, (4e-3, 4e-3): 0.4, (1e-3, 4e-3): 0.7}
+    tried, rounds = candidates(grid), []
+    while True:
+        pairs = {one.trial.name: (one.values[RATE], one.values[HEAD_RATE]) for one in tried}
+        outcomes = {name: (0.5, -losses.get(pair, 1.0)) for name, pair in pairs.items()}
+        further = widened(grid, tried, outcomes)
+        if not further:
+            break
+        rounds.append([(values[RATE], values[HEAD_RATE]) for _, values in further])
+        tried = [*tried, *further]
+    way = [[(2e-3, 4e-3)], [(1e-3, 4e-3), (4e-3, 4e-3)], [(8e-3, 4e-3)]]
+    assert rounds == way, "to the best, and around it"
+    assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 4e-3, HEAD_RATE: 4e-3}
 
 
 def test_a_selection_ends_where_no_value_lies_beyond():

@@ -66,7 +66,7 @@ class Selection:
         training: Training settings that differ in them, such as a smaller `max_steps`.
         overrides: Further settings of some of them, and as `over` other values to try; later ones win.
         widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of what
-            was tried; see `selection.widened`.
+            was tried; the best is compared with all values next to it then. See `selection.widened`.
     """
 
     over: dict[str, list[Any]]

@@ -1,7 +1,7 @@
 """Settings chosen on held-out training data, per task and method.
 
 An optimum at the edge of what was tried says nothing about what lies beyond. `beyond` gives the next value, which
-tables ask for and a selection with `widen` tries by itself.
+tables ask for and a selection with `widen` tries by itself, as it tries all values next to the best.
 """
 
 from __future__ import annotations
@@ -48,28 +48,33 @@ def tried_values(grid: Grid, task: str, method: str) -> dict[str, list[Any]]:
 
 
 def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
-    """Return what a selection tries next because its best values lie at the edge of what it has tried.
+    """Return what a selection tries next because its best values are not compared yet with those next to them.
 
-    For each task and method whose candidates have all ended, and each number that lies at an edge, there is one more
-    candidate: the chosen values, with this number replaced by the one `beyond` it. A key gets at most `select.widen`
-    values more than the grid lists for it.
+    For each task and method whose candidates have all ended, and each number, there are at most two more candidates:
+    the chosen values, with this number replaced by the next smaller and the next larger one of those tried, or by the
+    one `beyond` an edge. A key gets at most `select.widen` values more than the grid lists for it.
 
     Args:
         grid: The grid.
         tried: All candidates so far.
         outcomes: Score and negative loss, by name of the trial; of those that have ended, a failed one has none.
     """
+    assert grid.select is not None, "nothing is tried without a selection"
     selection, found = choose(grid, tried, outcomes), []
     for task, methods in selection.items():
         for method, entry in methods.items():
             listed = tried_values(grid, task, method)
-            points = [values for values, _ in entry["tried"]]
-            for key, value in edges(points, entry["chosen"] or {}).items():
-                added = {point[key] for point in points} - set(listed[key])
-                point = {**entry["chosen"], key: value}
-                if grid.select is not None and len(added) < grid.select.widen and point not in points:
-                    with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
-                        found += _of_pair(grid, task, method, [point])
+            points, chosen = [values for values, _ in entry["tried"]], entry["chosen"] or {}
+            for key, value in chosen.items():
+                numbers = _numbers(points, key)
+                further = [one for one in (beyond(numbers, value),) if one is not None]
+                if len(set(numbers) - set(listed[key])) >= grid.select.widen:
+                    further = []
+                for other in [*_next_to(numbers, value), *further]:
+                    point = {**chosen, key: other}
+                    if point not in points:
+                        with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
+                            found += _of_pair(grid, task, method, [point])
     return found
 
 
@@ -80,11 +85,7 @@ def edges(tried: Sequence[Settings], chosen: Settings) -> dict[str, float]:
         tried: All combinations of values that were tried.
         chosen: The best of them.
     """
-    found = {}
-    for key, value in chosen.items():
-        numbers: list[Any] = [one.get(key) for one in tried]
-        if all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
-            found[key] = beyond(sorted({*numbers}), value)
+    found = {key: beyond(_numbers(tried, key), value) for key, value in chosen.items()}
     return {key: further for key, further in found.items() if further is not None}
 
 
@@ -102,6 +103,21 @@ def beyond(values: Sequence[float], value: float) -> float | None:
         further = round(further)
     changes_sign = further < 0 <= values[0] or further <= 0 < values[0]
     return None if changes_sign or further in values else further
+
+
+def _numbers(tried: Sequence[Settings], key: str) -> list[Any]:
+    """Return the numbers that were tried for a key, ascending; none for a key of which any value is no number."""
+    values: list[Any] = [one.get(key) for one in tried]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return sorted({*values}) if numbers else []
+
+
+def _next_to(numbers: Sequence[float], value: float) -> Sequence[float]:
+    """Return the next smaller and the next larger of ascending numbers, where there are such."""
+    if value not in numbers:
+        return []
+    place = numbers.index(value)
+    return [*numbers[max(place - 1, 0) : place], *numbers[place + 1 : place + 2]]
 
 
 def _points(over: Mapping[str, Sequence[Any]]) -> list[Settings]:
