@@ -109,6 +109,16 @@ def test_a_table_of_runs_keeps_what_made_each_run(collected):
     )
 
 
+def test_a_table_of_runs_has_four_digits_of_the_measures_of_matrices(tmp_path):
+    rows = list(read_runs(FROZEN).rows)
+    measures = {"effective_ranks": {"query": 3.78089972601, "key": 1.0}, "relative_updates": {"key": 0.0218335412}}
+    rows[0] = rows[0] | {"result": rows[0]["result"] | measures}
+    collect_runs(replace(read_runs(FROZEN), rows=rows), tmp_path / TABLE)
+    (kept,) = (row["result"] for row in read_runs(tmp_path / TABLE).rows if row["name"] == rows[0]["name"])
+    assert kept["effective_ranks"] == {"query": 3.781, "key": 1.0}
+    assert kept["relative_updates"] == {"key": 0.02183}
+
+
 def test_the_baseline_decides_the_difference(grid):
     assert raw(FROZEN).difference["aroma"] == -raw(FROZEN, baseline="aroma").difference["lora-r8"] != 0
     single = raw(FROZEN).loc["aroma-no-reset"]

@@ -80,10 +80,9 @@ _NESTED = {
 }
 """Columns of the table of runs that are JSON, and what they must have."""
 _PARTS = tuple(key.removesuffix("?") for key in _NESTED)
-_ONLY_OF_REPORTED = (
-    *("curve", "evaluations", "ended"),
-    *("effective_ranks", "inner_checks", "relative_updates", "states", "explanation"),
-)
+_OF_MATRICES = ("effective_ranks", "relative_updates")
+"""Measures by matrix in a result, of which the table of runs keeps four digits."""
+_ONLY_OF_REPORTED = ("curve", "evaluations", "ended", "inner_checks", "states", "explanation", *_OF_MATRICES)
 """What the table of runs keeps of reported runs alone."""
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
@@ -220,7 +219,8 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     """Write all runs into one Parquet file, from which every table and figure but the cosines comes out the same.
 
     Settings, versions, metrics, ranks, curves, evaluations and inner checks are kept; events, losses and adapters are
-    not. Of runs that chose a setting no table or figure shows more than that and what they were made with.
+    not. Of runs that chose a setting no table or figure shows more than that and what they were made with. Measures of
+    single matrices, which are most of what a run says, have four digits.
     """
     frame = _frame(runs.rows).drop(columns="where")
     for part in _PARTS:
@@ -235,7 +235,13 @@ def _as_json(part: str, value: Any, selects: bool) -> str | None:
         return None
     if selects and part == "result":
         value = {key: one for key, one in value.items() if key not in _ONLY_OF_REPORTED}
+    if part == "result":
+        value = value | {key: _four_digits(value[key]) for key in _OF_MATRICES if key in value}
     return json.dumps(value, ensure_ascii=False)
+
+
+def _four_digits(measures: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{measure:.4g}") for name, measure in measures.items()}
 
 
 def rows_of(frame: pd.DataFrame) -> list[Run]:
