@@ -212,7 +212,7 @@ def test_the_best_score_is_chosen_of_equal_ones_the_lower_loss_and_never_a_faile
     grid = whole_grid(tasks={"mrpc": None}, select={"over": {RATE: [1, 2, 3]}})
     tried = candidates(grid)
     one, two, three = (f"select/mrpc/lora/learning_rate={n}.0" for n in (1, 2, 3))
-    even, worse, lower = (0.5, -0.7), (0.4, -0.1), (0.5, -0.6)
+    even, worse, lower = (0.5, 0.7), (0.4, 0.1), (0.5, 0.6)
     assert choose(grid, tried, {one: even, two: worse, three: lower})["mrpc"]["lora"]["chosen"] == {RATE: 3.0}
     selection = choose(grid, tried, {one: even, three: even})
     all_tried = [[{RATE: 1.0}, 0.5], [{RATE: 2.0}, None], [{RATE: 3.0}, 0.5]]
@@ -227,11 +227,11 @@ def test_by_loss_the_lowest_loss_is_chosen_of_equal_ones_the_best_score():
     grid = whole_grid(tasks={"mrpc": None}, select={"over": {RATE: [1, 2, 3]}, "by": "loss", "widen": 1})
     tried = candidates(grid)
     names = [f"select/mrpc/lora/learning_rate={n}.0" for n in (1, 2, 3)]
-    outcomes = dict(zip(names, [(0.9, -0.7), (0.5, -0.3), (0.6, -0.3)], strict=True))
+    outcomes = dict(zip(names, [(0.9, 0.7), (0.5, 0.3), (0.6, 0.3)], strict=True))
     all_tried = [[{RATE: 1.0}, 0.7], [{RATE: 2.0}, 0.3], [{RATE: 3.0}, 0.3]]
     assert choose(grid, tried, outcomes)["mrpc"]["lora"] == {"chosen": {RATE: 3.0}, "tried": all_tried}
     assert [values for _, values in widened(grid, tried, outcomes)] == [{RATE: 4.5}], "at the edge by loss"
-    outcomes[names[2]] = (0.6, -0.31)
+    outcomes[names[2]] = (0.6, 0.31)
     assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 2.0}
     assert make_grid(grid.as_dict()) == grid
 
@@ -319,7 +319,7 @@ def test_a_widened_selection_compares_its_best_values_with_all_next_to_them():
     tried, rounds = candidates(grid), []
     while True:
         pairs = {one.trial.name: (one.values[RATE], one.values[HEAD_RATE]) for one in tried}
-        outcomes = {name: (0.5, -losses.get(pair, 1.0)) for name, pair in pairs.items()}
+        outcomes = {name: (0.5, losses.get(pair, 1.0)) for name, pair in pairs.items()}
         further = widened(grid, tried, outcomes)
         if not further:
             break

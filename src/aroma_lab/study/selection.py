@@ -57,7 +57,7 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
     Args:
         grid: The grid.
         tried: All candidates so far.
-        outcomes: Score and negative loss, by name of the trial; of those that have ended, a failed one has none.
+        outcomes: Score and loss, by name of the trial; of those that have ended, a failed one has none.
     """
     assert grid.select is not None, "nothing is tried without a selection"
     selection, found = choose(grid, tried, outcomes), []
@@ -146,7 +146,7 @@ def choose(
     Args:
         grid: The grid, whose selection says by what.
         tried: The candidates.
-        outcomes: Score and negative loss, by name of the trial; a failed one has none.
+        outcomes: Score and loss, by name of the trial; a failed one has none.
 
     Returns:
         `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or loss or None], ...]}}}`.
@@ -160,7 +160,7 @@ def choose(
         if outcome is None:
             entry["tried"].append([values, None])
             continue
-        score, loss = outcome[0], -outcome[1]
+        score, loss = outcome
         entry["tried"].append([values, loss if by == "loss" else score])
         preferred = preference(score, loss, by)
         if pair not in best or preferred > best[pair]:

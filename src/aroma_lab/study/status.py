@@ -202,13 +202,13 @@ class Status:
         return failure_message(file.parent), file
 
     def outcome(self, trial: Trial) -> tuple[float, float] | None:
-        """Return the score of a trial, and its negative loss; None if it has none."""
+        """Return the score of a trial, and its loss; None if it has none."""
         file, found = self.files(trial).result, self.of(trial)
         if file.exists():
             result = read_json(file)
-            return result["score"], -result[LOSS]
+            return result["score"], result[LOSS]
         if self.shared and found is not None and found.score is not None:
-            return found.score, -found.attributes[LOSS]
+            return found.score, found.attributes[LOSS]
         return None
 
     def require_same_settings(self, wanted: Iterable[Mapping[str, Any]]) -> None:
