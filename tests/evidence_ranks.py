@@ -36,7 +36,7 @@ from evidence_runs import (
     loss_of,
     net,
 )
-from trainer_runs import growth, tiny_bert
+from trainer_runs import assert_same, growth, tiny_bert
 
 PRECISE = torch.float64
 
@@ -188,26 +188,42 @@ def copied(value: Any) -> Any:
 # The Trainer ---------------------------------------------------------------------------------------------------------
 
 
-def trained(out: Path) -> dict[str, Any]:
-    """What a Trainer comes to whose batches and held-out batches are shared."""
-    several = {"ddp_backend": "gloo", "ddp_timeout": 60} if "RANK" in os.environ else {}
+TRAINER_SAVED_AT = 30
+
+
+def trained(out: Path, resume: str | None = None, dtype: torch.dtype = PRECISE, **several: Any) -> dict[str, Any]:
+    """What a Trainer comes to whose batches and held-out batches are shared by `several` processes."""
     events: list[Any] = []
     trainer = bert_trainer(
         out,
         events,
-        bert(tiny_bert(**CALM).double()),
+        bert(tiny_bert(**CALM).to(dtype)),
         {"growth_dataset": growth_dataset()},
-        save_strategy="no",
+        save_steps=TRAINER_SAVED_AT,
         per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
         **several,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     controller = growth(trainer).controller
     return {
         "events": births(events),
         "noted": [(matrix.born, matrix.heads, matrix.flips) for matrix in controller.modules],
         "weights": updates(controller.matrices.model),
+        "wrapped": type(trainer.model_wrapped).__name__,
     }
+
+
+def trained_and_resumed(out: Path, **training: Any) -> dict[str, dict[str, Any]]:
+    """What a Trainer comes to without a stop, and resumed."""
+    checkpoint = str(out / f"checkpoint-{TRAINER_SAVED_AT}")
+    return {"evidence": trained(out, **training), "evidence-again": trained(out, checkpoint, **training)}
+
+
+def assert_resumed(end: dict[str, Any], again: dict[str, Any]) -> None:
+    """Assert that a Trainer that was resumed came to what one came to without a stop."""
+    later = [event for event in end["events"] if event[0] > TRAINER_SAVED_AT]
+    assert (again["events"], again["noted"]) == (later, end["noted"])
+    assert_same(again["weights"], end["weights"])
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -245,7 +261,8 @@ def everything(out: Path) -> None:
     torch.save(unequal(), out / f"unequal-{dist.get_rank()}.pt")
     for name, came_to in resumed(out).items():
         torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
-    torch.save(trained(out / "trainer"), out / f"trained-{dist.get_rank()}.pt")
+    came_to = trained(out / "trainer", ddp_backend="gloo", ddp_timeout=60)
+    torch.save(came_to, out / f"trained-{dist.get_rank()}.pt")
     tell_refusals(out, REFUSALS)
 
 

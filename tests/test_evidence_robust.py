@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise, product
@@ -21,7 +22,7 @@ from transformers import Adafactor, BitsAndBytesConfig, LlamaForCausalLM
 
 import models
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
-from aroma.errors import ConfigError, NonFiniteError
+from aroma.errors import AromaWarning, ConfigError, NonFiniteError
 from evidence_runs import (
     LONG,
     LONG_METHOD,
@@ -623,6 +624,15 @@ def test_a_run_in_which_too_few_batches_decide_is_told() -> None:
         Loop(net(significance=0.05), steps=100, steps_per_pass=40).attach()
 
 
+def test_a_loop_that_does_not_say_how_long_a_pass_is_is_told_what_that_means() -> None:
+    with pytest.warns(AromaWarning, match=r"steps_per_pass is not given, so every batch counts as .*total_steps"):
+        Loop(net(significance=0.05), steps=100).attach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AromaWarning)
+        warnings.filterwarnings("ignore", "significance=")
+        Loop(net(significance=0.05), steps=100, steps_per_pass=100).attach()
+
+
 def test_pairs_that_need_no_gradient_are_refused_before_training() -> None:
     loop = Loop()
     for parameter in trainable(loop.model):
@@ -671,6 +681,18 @@ def test_a_probe_that_no_gradient_reaches_is_refused_at_the_first_step(way: str)
         loop = Loop(model)
     with pytest.raises(ConfigError, match=r"no gradient has reached a growing layer.*loss\.backward\(\)"):
         loop.go_on(1)
+
+
+def test_matrices_that_no_gradient_reaches_are_named_at_the_first_step() -> None:
+    class Cut(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for index, layer in enumerate(self.layers):
+                x = layer(x).detach() if index == 0 else layer(x)
+            return x
+
+    said = r"No gradient reaches 1 of 4 matrices, the first of them layers\.0, .*exclude_modules"
+    with pytest.warns(AromaWarning, match=said):
+        Loop(net(Cut())).go_on(1)
 
 
 @pytest.mark.parametrize(

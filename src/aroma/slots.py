@@ -7,6 +7,7 @@ micro-batches add up as everywhere, no hook is needed, and no m×n matrix is for
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from .algorithm.duels import Reading
 from .algorithm.evidence import UNUSED
 from .directions import Directions, orthonormalise, singular_directions
-from .errors import bad_value
+from .errors import AromaWarning, bad_value
 from .evaluation import evaluating, require_loss
 from .events import ModuleSummary
 from .matrices import GrowingMatrices, GrowingMatrix
 from .measures import Pair, group_by_shape
 from .reset import SlotStart, component_generator, start_slots
-from .sharding import is_distributed, refuse_together, world_size
+from .sharding import is_distributed, rank, refuse_together, world_size
 from .spectra import effective_rank, singular_values
 from .tuner import AromaLinear
 from .tuner.fused import Probe
@@ -179,6 +180,7 @@ class SlotMatrices(GrowingMatrices):
         super().__init__(model, adapter_name, live, optimizer)
         self._asks = True
         self._is_answered = False
+        self._has_warned = False
         self._strength = 1.0
         self._groups: list[Directions] = []
         self._noted: list[list[int | None]] = [[*matrix.born] for matrix in self._all]
@@ -311,11 +313,11 @@ class SlotMatrices(GrowingMatrices):
 
     def _collect_answers(self) -> None:
         """Bring the gradients of all leaves into the answers; at the first call, refuse a model that gives none."""
-        found = [self._collect(group) for group in self._groups]
+        reached = {place for group in self._groups for place in self._collect(group)}
         if self._is_answered or not self.active():
             return
         with refuse_together(self.device):
-            if not any(found):
+            if not reached:
                 raise bad_value(
                     "model",
                     type(self.model).__name__,
@@ -325,30 +327,42 @@ class SlotMatrices(GrowingMatrices):
                     "gradient checkpointing: model.enable_input_require_grads(), or use_reentrant=False)",
                 )
         self._is_answered = True
+        asked = {place for group in self._groups for place, _, _ in self._asked(group, group.answers)}
+        if asked - reached and not self._has_warned and rank() == 0:
+            self._has_warned = True
+            names = [self._all[place].name for place in sorted(asked - reached)]
+            warnings.warn(
+                f"No gradient reaches {len(names)} of {len(asked)} matrices, the first of them {names[0]}, so that "
+                "they learn nothing. Let the graph reach them, or leave them out by target_modules or exclude_modules",
+                AromaWarning,
+                stacklevel=2,
+            )
 
-    def _collect(self, group: Directions) -> bool:
+    def _collect(self, group: Directions) -> set[int]:
         """Bring gradients that autograd has put elsewhere into the answers, and let it use those from now on.
 
         It does so at the first backward, and with create_graph at every one.
 
         Returns:
-            Whether a leaf had a gradient.
+            The places of the matrices of which a leaf had a gradient.
         """
-        is_answered = False
-        for leaf, gradient in self._asked(group, group.answers):
+        reached = set()
+        for place, leaf, gradient in self._asked(group, group.answers):
             found = leaf.grad
-            is_answered |= found is not None
+            if found is not None:
+                reached.add(place)
             if found is None or found.data_ptr() != gradient.data_ptr():
                 gradient.zero_() if found is None else gradient.copy_(found.detach())
                 leaf.grad = gradient
-        return is_answered
+        return reached
 
-    def _asked(self, group: Directions, answers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every leaf (any shape) that a layer has, and its part of `answers`, (entries,)."""
+    def _asked(self, group: Directions, answers: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield a matrix's place, each leaf (any shape) that its layer has, and its part of `answers`, (entries,)."""
         for place, parts in zip(group.rows, group.answers_by_row(answers), strict=True):
             probe = self._all[place].layer.probes.get(self._adapter_name)
             if probe is not None:
-                yield from zip(probe[:3], parts, strict=True)
+                for leaf, part in zip(probe[:3], parts, strict=True):
+                    yield place, leaf, part
 
     @torch.no_grad()
     def weigh_held_out(self, losses: Iterable[Tensor]) -> None:
@@ -359,7 +373,11 @@ class SlotMatrices(GrowingMatrices):
                 asked before the next is computed.
         """
         answers = [torch.zeros_like(group.answers) for group in self._groups]
-        asked = [pair for group, own in zip(self._groups, answers, strict=True) for pair in self._asked(group, own)]
+        asked = [
+            (leaf, part)
+            for group, own in zip(self._groups, answers, strict=True)
+            for _, leaf, part in self._asked(group, own)
+        ]
         if not asked:
             return
         values = []

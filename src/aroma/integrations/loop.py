@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..controller import AromaController
-from ..errors import CheckpointError, bad_value
+from ..errors import AromaWarning, CheckpointError, bad_value
 from ..events import Event, Summary
 from ..reset import makes_state_only
 from ..sharding import rank
@@ -124,8 +125,8 @@ def attach(
         resume_from: Folder of a saved adapter whose run goes on.
         on_event: Called with every event.
         adapter_name: Name of the adapter.
-        steps_per_pass: With growth="evidence", optimizer steps of one pass over the training set; None if no example
-            comes twice.
+        steps_per_pass: With growth="evidence", optimizer steps of one pass over the training set; `total_steps` if no
+            example comes twice.
         growth_batches: With growth="evidence", batches of examples that are not trained on, as a list or a DataLoader.
             They decide what stays after the trial, and from the second pass on what is born.
         growth_loss: Loss of a model and such a batch, where the model itself returns none.
@@ -135,6 +136,9 @@ def attach(
     Raises:
         ConfigError: As `AromaController`.
         CheckpointError: `resume_from` holds no state of a run, or a damaged one.
+
+    Warns:
+        AromaWarning: growth="evidence" without `steps_per_pass`, or as `AromaController.decide_by`.
     """
     controller = AromaController(model, optimizer, total_steps=total_steps, adapter_name=adapter_name)
     of_evidence = {"steps_per_pass": steps_per_pass, "growth_batches": growth_batches, "growth_loss": growth_loss}
@@ -146,6 +150,13 @@ def attach(
         with controller.together():
             held_out = HeldOutBatches(growth_batches, growth_loss, rank(), controller.config.significance)
         held_out.require_loss(controller.matrices.model, controller.matrices.device)
+    if controller.config.has_slots and steps_per_pass is None:
+        warnings.warn(
+            "steps_per_pass is not given, so every batch counts as one that was not trained on before. Give the "
+            "optimizer steps of one pass over the training set; if no example comes twice, total_steps",
+            AromaWarning,
+            stacklevel=2,
+        )
     controller.decide_by(held_out, steps_per_pass)
     if resume_from is not None:
         with controller.together():

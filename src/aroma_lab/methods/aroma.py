@@ -158,7 +158,8 @@ class GrowthHooks(Hooks):
 
     def __init__(self, model: Any, optimizer: Any, planned_steps: int) -> None:
         self._model = model
-        self._attachment = attach(model, optimizer, total_steps=planned_steps)
+        one_pass = planned_steps if model.peft_config[ADAPTER].has_slots else None
+        self._attachment = attach(model, optimizer, total_steps=planned_steps, steps_per_pass=one_pass)
 
     @property
     def controller(self) -> AromaController:
