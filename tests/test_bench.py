@@ -241,6 +241,11 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
     assert 0 < cost["uncheck_ms"] < cost["check_ms"] < cost["outer_ms"]
     assert cost["amortised_ms"] == pytest.approx(0.9 * cost["uncheck_ms"] + 0.1 * cost["check_ms"])
     assert cost["outer_fraction"] == cost["outer_ms"] / cost["step_ms"]
+    cost = result["controller_by_evidence"]
+    assert cost["look_interval"] == 4
+    assert 0 < cost["quiet_ms"] < cost["look_ms"]
+    assert cost["amortised_ms"] == pytest.approx(0.75 * cost["quiet_ms"] + 0.25 * cost["look_ms"])
+    assert cost["amortised_fraction"] == cost["amortised_ms"] / cost["step_ms"]
 
 
 def test_the_picture_has_a_row_a_case_and_says_which_peaks_are_missing(result):

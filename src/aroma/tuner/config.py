@@ -106,7 +106,8 @@ class AromaConfig(LoraConfig):
             component is kept.
         min_components (`int`, *optional*, defaults to 0): A module keeps this many components whatever equation (6)
             says. The paper's released code behaves like 1.
-        max_components (`int`, *optional*): A module with this many components is frozen.
+        max_components (`int`, *optional*): A module with this many components gets no more; the paper's rule freezes
+            it.
         inner_criterion (`str`, *optional*, defaults to `"norm_change"`): `"norm_change"` is equation (5), the relative
             change of the norm; `"update_change"` is the relative norm of the change.
         reset (`str`, *optional*, defaults to `"prune"`): What happens to the optimizer state of (b, a) after a merge:
@@ -159,7 +160,7 @@ class AromaConfig(LoraConfig):
         default=0, metadata={"help": "Components that a module keeps whatever the outer check says."}
     )
     max_components: int | None = field(
-        default=None, metadata={"help": "A module with this many components is frozen."}
+        default=None, metadata={"help": "A module with this many components gets no more."}
     )
     inner_criterion: Literal["norm_change", "update_change"] = field(
         default="norm_change",

@@ -41,7 +41,7 @@ class Probe(NamedTuple):
         gate: (r,). Its gradient is ⟨G, s (Δb_k a_k + b_k Δa_k)⟩, the slope of the loss along the move of every slot.
         move_b: Δb, (m, r).
         move_a: Δa, (r, n).
-        strength: What the pair is scaled by while it is asked, in (0, 1].
+        strength: What the pair is scaled by while it is asked, in [0, 1].
     """
 
     u: Tensor

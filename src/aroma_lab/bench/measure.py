@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now
 
+from aroma.algorithm.evidence import CHECK_INTERVAL
 from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
@@ -44,7 +45,7 @@ _CHECK_INTERVAL = 2
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 Result = dict[str, Any]
-"""What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, controller."""
+"""What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, costs of controllers."""
 
 
 def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
@@ -71,8 +72,9 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
             advance(1)
     with progress("taking turns", len(contenders) * (settings.rounds + settings.warmup_rounds)) as advance:
         times = take_turns(contenders, settings.rounds, settings.warmup_rounds, advance)
-    with progress("controller", CONTROLLER_REPEATS) as advance:
+    with progress("controller", 2 * CONTROLLER_REPEATS) as advance:
         controller = controller_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
+        by_evidence = evidence_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
     for one, size in zip(contenders, sizes, strict=True):
         size |= {"optimizer_bytes": optimizer_bytes(one.optimizer), "peak_bytes": None}
     if settings.peak:
@@ -87,6 +89,7 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
         "cases": case_results(cases, times, sizes),
         "comparisons": comparisons(cases, times, [size["kept_bytes"] for size in sizes]),
         "controller": controller,
+        "controller_by_evidence": by_evidence,
     }
 
 
@@ -233,6 +236,37 @@ def controller_cost(
         "amortised_ms": amortised_ms,
         "amortised_fraction": amortised_ms / found["step_ms"],
         "outer_fraction": found["outer_ms"] / found["step_ms"],
+    }
+
+
+def evidence_cost(
+    base: Any, batch: dict[str, Tensor], seed: int, repeats: int, on_repeat: Callable[[int], None] = lambda done: None
+) -> dict[str, float]:
+    """Train a model with one component in every module by evidence, and time its controller for `repeats` looks.
+
+    Returns:
+        Medians in milliseconds: `step_ms`, an ordinary step without its controller; `quiet_ms` and `look_ms`, the
+        controller in a step without and with a look at the evidence. And `look_interval`, steps between two looks;
+        `amortised_ms` and `amortised_fraction`, the controller per step on average, and over an ordinary step.
+    """
+    (case,) = (case for case in select_cases(["evidence-1"], compiled=False) if case.key != FLOOR)
+    contender = Contender(case, base, batch, seed)
+    contender.hooks.detach()  # to time the controller apart from the optimizer
+    contender.forward_backward()  # the first pass claims memory
+    controller = contender.hooks.controller
+    times: dict[str, list[float]] = {name: [] for name in ("step_ms", "quiet_ms", "look_ms")}
+    for _ in range(repeats):
+        for step in range(1, CHECK_INTERVAL + 1):
+            times["step_ms"].append(_ms(contender.forward_backward) + _ms(contender.optimizer_step))
+            times["quiet_ms" if step < CHECK_INTERVAL else "look_ms"].append(_ms(controller.step))
+        on_repeat(1)
+    found = {name: statistics.median(one) for name, one in times.items()}
+    amortised_ms = found["quiet_ms"] + (found["look_ms"] - found["quiet_ms"]) / CHECK_INTERVAL
+    return {
+        **found,
+        "look_interval": CHECK_INTERVAL,
+        "amortised_ms": amortised_ms,
+        "amortised_fraction": amortised_ms / found["step_ms"],
     }
 
 
