@@ -54,12 +54,18 @@ def test_ratios_and_bytes(file):
     assert [row[:5] for row in rows_of(file)[2:]] == expected
 
 
-def test_what_growth_by_evidence_does_between_steps():
-    cases = cases_of("roberta-base-evidence.json")
-    beyond = {key: case["step"]["median"] - case["forward_backward"]["median"] for key, case in cases.items()}
-    own, step = beyond["evidence-1"] - beyond["lora-r8"], cases["evidence-1"]["step"]["median"]
-    assert f"takes {1000 * own:.0f} ms more than one of LoRA r = 8," in " ".join(SPEED.split())
-    assert f"as many parameters: {100 * own / step:.1f} % of it" in SPEED
+def test_what_growth_by_evidence_costs_in_whole_steps_and_between_them():
+    cases, said = cases_of("roberta-base-evidence.json"), " ".join(SPEED.split())
+    one, eight, lora = (f"{cases[key]['step_ratio']['median']:.3f}" for key in ("evidence-1", "evidence-8", "lora-r8"))
+    assert f"ratios of {one} and {eight} with one and with eight components, {lora} with LoRA r = 8." in said
+    assert float(one) <= 1.10
+    assert eight < lora
+    more = cases["evidence-8"]["kept_bytes"] / cases["lora-r8"]["kept_bytes"] - 1
+    assert f"of which it keeps {100 * more:.1f} % more" in said
+    own = json.loads((BENCH / "roberta-base-rule.json").read_text())["controller_by_evidence"]
+    share = f"{100 * own['amortised_fraction']:.2f} %"
+    assert f"takes {own['amortised_ms']:.1f} ms a step on average, {share} of it" in said
+    assert own["amortised_fraction"] <= 0.005
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     result = json.loads((BENCH / "roberta-base-evidence.json").read_text())["comparisons"]
     over = {one["key"]: f"{one['forward_backward_ratio']['median']:.2f}" for one in result}
