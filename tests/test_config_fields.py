@@ -256,8 +256,34 @@ def test_a_field_that_peft_will_have_is_refused_unless_unset(monkeypatch: pytest
 
 
 def test_every_own_field_is_checked_under_both_rules() -> None:
-    """A field of the other rule is refused too where its value could not work anyway."""
     for rule, names in FIELDS_OF_RULE.items():
         for name in names:
             with pytest.raises(ConfigError, match=f"^{name}="):
                 AromaConfig(**{"growth": rule, name: object()})
+
+
+WORKABLE: dict[str, dict[str, Any]] = {
+    "paper": {
+        "inner_tolerance": 0.5,
+        "inner_check_interval": 5,
+        "max_inner_steps": 70,
+        "outer_tolerance": 0.1,
+        "min_components": 1,
+        "inner_criterion": "update_change",
+        "reset": "none",
+        "prune_ratio": 0.5,
+        "rewarmup_steps": 3,
+    },
+    "evidence": {"significance": 0.1, "slots": 4, "trial_share": 0.2, "duel_factor": 2.0, "probe_memory": 0.5},
+}
+"""By rule a value for each field that it alone reads."""
+
+
+@pytest.mark.parametrize("rule", WORKABLE)
+def test_what_only_one_rule_reads_is_refused_under_the_other_by_name(rule: str) -> None:
+    (other,) = set(WORKABLE) - {rule}
+    assert set(WORKABLE[rule]) == set(FIELDS_OF_RULE[rule]) - set(FIELDS_OF_RULE[other])
+    for name, value in WORKABLE[rule].items():
+        assert getattr(AromaConfig(**{"growth": rule, name: value}), name) == value
+        with pytest.raises(ConfigError, match=f"^{name}=.*growth='{other}' does not read it.*growth='{rule}'"):
+            AromaConfig(**{"growth": other, name: value})
