@@ -292,6 +292,8 @@ def test_the_page_says_of_the_end_of_the_trial_what_the_runs_say() -> None:
     sooner = of_evidence("goes-on-sooner").set_index(["task", "seed"]).score
     lost = [in_points(now.score["noisy-b4"] - sooner["noisy-b4"]), in_points(mrpc - sooner["mrpc"])]
     assert f"`noisy-b4` has {lost[0].lstrip('+')} less, and MRPC {lost[1].lstrip('+')} (five seeds each)" in TEXT
+    gained = in_points(sooner["graded-b4"] - now.score["graded-b4"]).lstrip("+")
+    assert f"(five seeds each); `graded-b4` has {gained} more." in TEXT
     assert {*sooner.groupby("task").count()} == {5}
     costing = of_evidence("overshoot").set_index(["of", "task", "seed"]).loc["costing", "noisy-b4"]
     assert f"`noisy-b4` explains {said(costing.score.sort_index())} % (three seeds, 0.01)" in TEXT
@@ -405,9 +407,10 @@ def released(grid: str) -> pd.DataFrame:
 
 def pairs_then() -> pd.Series:
     """Return the scores on MRPC by seed of the rule as it is, at the rates of what was tried: 0.003 and 0.000667."""
-    runs = of_evidence("chosen-by-score").set_index(["task", "method"]).loc[("mrpc", "aroma-evidence")]
-    assert (runs.learning_rate, runs.head_learning_rate) == (0.003, 0.000667)
-    return pd.Series(runs.scores, index=runs.seeds)
+    runs = runs_of(RESULTS / "mrpc").of("aroma-evidence").set_index("seed")
+    rates = {(trial["training"]["learning_rate"], trial["training"]["head_learning_rate"]) for trial in runs.trial}
+    assert rates == {(0.003, 0.000667)}
+    return runs.score
 
 
 def test_the_page_says_of_a_trial_of_which_nothing_is_known_what_the_runs_say() -> None:
