@@ -134,6 +134,8 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
     ]
     assert regret.difference["graded-b4"] < 0 < regret.difference["noisy-b4"]
     size = [f"{found.trained_rank_mean[task]:.2f}" for task in ("graded-b4", "noisy-b4")]
+    faster = of_evidence("rates-on-graded-b4")
+    assert f"at 0.01 it has [{100 * faster.score.mean():.2f} % at {faster.trained_rank.mean():.2f}](" in TEXT
     assert (
         f"{apart[0]} points below r = 8 on `graded-b4`, at {size[0]} trained components, and {apart[1]} above it on "
         f"`noisy-b4`, at {size[1]}" in TEXT
