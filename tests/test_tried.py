@@ -455,6 +455,27 @@ def test_the_page_says_of_random_first_directions_what_the_runs_say() -> None:
     assert f"Rank correlations are {listed}" in TEXT
 
 
+def test_the_page_says_of_births_what_the_runs_say() -> None:
+    without = of_evidence("no-births").set_index(["task", "seed"])
+    nets = at_one_rate()
+    assert {*without.learning_rate} == {0.01}
+    assert {*without.groupby("task").score.count()} == {5}
+    brought = {task: nets.score[task] - without.score[task] for task in without.index.unique("task")}
+    noisy, noisy_b4, graded_b4 = (
+        in_points(brought[task]).removeprefix("+") for task in ("noisy", "noisy-b4", "graded-b4")
+    )
+    assert f"`noisy` {noisy}, `noisy-b4` {noisy_b4} and `graded-b4` {graded_b4};" in TEXT
+    assert all(abs(brought[task]).max() < 1e-4 for task in ("graded", "uniform"))
+    trained = [
+        f"{nets.trained_rank[task].mean():.2f} in place of {without.trained_rank[task].mean():.2f}"
+        for task in ("noisy", "noisy-b4", "graded-b4")
+    ]
+    assert f"Trained components are {', '.join(trained[:2])} and {trained[2]}." in TEXT
+    right = make_table(runs_of(RESULTS / "planted-nets"), "ranks").values.set_index(["method", "task"]).spearman_mean
+    found = f"{right['aroma-evidence', 'noisy-b4']:.2f}, and {without.spearman['noisy-b4'].mean():.2f} without births"
+    assert f"On `noisy-b4` the rank correlation is {found}." in TEXT
+
+
 def test_the_page_says_of_a_rate_that_falls_what_the_runs_say() -> None:
     tried = of_evidence("cooling").set_index(["task", "seed"])
     nets = at_one_rate()
