@@ -239,14 +239,16 @@ def test_the_page_says_of_memory_what_the_runs_say() -> None:
 
 def test_the_page_says_of_a_language_model_what_the_runs_say() -> None:
     scores = make_table(runs_of(RESULTS / "smollm2-news"), "ranks").values.set_index("method").score_mean
-    before, fixed, grown = (f"{1 / scores[method]:.2f}" for method in ("pretrained", "lora-r8", "aroma-evidence"))
-    assert f"is {before} before, {fixed} after LoRA r = 8, and {grown} after growth by evidence" in TEXT
+    methods = ("pretrained", "lora-r1", "lora-r8", "aroma-evidence")
+    before, one, eight, grown = (f"{1 / scores[method]:.2f}" for method in methods)
+    fixed = f"{one} after LoRA r = 1, {eight} after LoRA r = 8"
+    assert f"is {before} before, {fixed}, and {grown} after growth by evidence" in TEXT
     runs = runs_of(RESULTS / "smollm2-news").reported
     size = {row.method: row.result["parameters"]["average"] / 1e6 for row in runs.itertuples()}
     assert f"({size['aroma-evidence']:.2f} M on average against {size['lora-r8']:.2f} M)" in TEXT
     assert size["aroma-evidence"] < size["lora-r8"] / 2
     as_it_is, earlier = 1 / of_evidence("rates-on-news").score
-    assert f"At 0.003, the rate of LoRA, it is {as_it_is:.2f}" in TEXT
+    assert f"At 0.003, the rate of LoRA r = 8, it is {as_it_is:.2f}" in TEXT
     assert f"the rule before its last two changes had {earlier:.2f} there." in TEXT
     chosen = json.loads((RESULTS / "smollm2-news" / "selection.json").read_text(encoding="utf-8"))["news"]
     rates = {method: chosen[method]["chosen"]["training.learning_rate"] for method in ("lora-r8", "aroma-evidence")}
@@ -388,7 +390,7 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
     (aims,) = re.findall(r"### The aims\n.*?\n(\|.*?)\n\n", PAGE, re.DOTALL)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in aims.splitlines()[2:]]
     score, average, paper, found, error, nothing, _ = (cell[1:] for cell in cells)
-    labels = {task: f"`{task}`" for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")}
+    labels = {task: f"`{task}`" for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform", "nothing")}
     labels |= {"minilm": "the encoder", "trec": "TREC", "sst2": "SST-2", "bbc-news": "BBC News"}
     labels |= {"banking77": "BANKING77", "mrpc": "MRPC"}
     grids = {name: runs_of(RESULTS / name) for name in ("planted-nets", "planted-minilm", "minilm-six", "mrpc")}
@@ -411,7 +413,7 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
         said = labels[task] if is_better else f"{labels[task]} ({in_points(difference)})"
         assert said in paper[not is_better], task
     ranks = pd.concat([make_table(runs, "ranks").values for runs in grids.values()]).set_index(["method", "task"])
-    planted = [task for task in labels if labels[task].startswith("`")]
+    planted = [task for task in labels if labels[task].startswith("`") and task != "nothing"]
     for task in planted[:4]:
         is_found = bool(ranks.spearman_mean["aroma-evidence", task] >= 0.9)
         assert [labels[task] in cell for cell in found] == [is_found, not is_found], task
@@ -424,6 +426,11 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
     grew = [rank > 0 for result in results for rank in result["ranks"].values()]
     assert nothing[0] == f"{sum(grew)} of {len(grew)}"
     assert sum(grew) <= len(grew) / 10
+    costs = [
+        f"{-100 * ranks.score_mean[method, 'nothing']:.2f}" for method in ("aroma-evidence", "lora-r1", "lora-r8")
+    ]
+    assert f"That costs {costs[0]} points; LoRA learns noise by heart there, and loses {costs[1]} (r = 1) to" in TEXT
+    assert f"to {costs[2]} points (r = 8)." in TEXT
 
 
 def test_the_page_says_of_few_examples_what_the_runs_say() -> None:
