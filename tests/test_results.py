@@ -277,6 +277,23 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
         f"{said['trec']} points above it on TREC, {said['sst2']} on SST-2 and {said['bbc-news']} on BBC News" in TEXT
     )
     assert f"level with it on BANKING77 ({said['banking77']})" in TEXT
+    beside = {
+        name: over_tasks((by_seed["aroma-evidence"] - by_seed[name]).dropna()) for name in ("adalora-r8", "full")
+    }
+    assert by_seed[[*beside]].groupby("task").count().to_numpy().tolist() == [[3, 3]] * 4
+    ada, full = (f"{100 * abs(mean):.2f} ± {100 * error:.2f}" for mean, error in beside.values())
+    assert beside["adalora-r8"][0] > 0 > beside["full"][0]
+    trained = six.of("adalora-r8").trained_rank
+    assert 8.5 < trained.min() < trained.max() < 9.5
+    assert f"evidence is {ada} points above AdaLoRA, which trains nine components a matrix, and {full} below" in TEXT
+    on_sst2 = 100 * (by_seed["full"] - by_seed["aroma-evidence"])["sst2"].dropna()
+    assert f"which is ahead on SST-2 ({on_sst2.mean():.2f} ± {on_sst2.sem():.2f})." in TEXT
+    starts = {name: by_seed[name].dropna() for name in ("lora-r8-eva", "lora-r8-ga")}
+    assert [len(one["trec"]) for one in starts.values()] == [3, 3]
+    eva, ga = (f"{100 * one['trec'].mean():.2f} %" for one in starts.values())
+    own, grown = (f"{100 * scores.trec[name]:.2f} %" for name in ("lora-r8", "aroma-evidence"))
+    assert f"has {eva} (EVA) and {ga} (LoRA-GA) on TREC, three seeds of each;" in TEXT
+    assert f"from its own start it has {own}, and evidence has {grown}." in TEXT
     in_banking = six.of(task="banking77")
     behind = 100 * (by_seed["lora-r1"] - by_seed["aroma-evidence"])["banking77"]
     assert f"r = 1 is {behind.mean():.2f} ± {behind.sem():.2f} points ahead, too," in TEXT
