@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -327,15 +327,19 @@ class SlotMatrices(GrowingMatrices):
                     "gradient checkpointing: model.enable_input_require_grads(), or use_reentrant=False)",
                 )
         self._is_answered = True
+        self._warn_of_unreached(reached)
+
+    def _warn_of_unreached(self, reached: Collection[int]) -> None:
+        """Name, once, the matrices that are asked and are not among those `reached` by a gradient."""
         asked = {place for group in self._groups for place, _, _ in self._asked(group, group.answers)}
-        if asked - reached and not self._has_warned and rank() == 0:
+        names = [self._all[place].name for place in sorted(asked.difference(reached))]
+        if names and not self._has_warned and rank() == 0:
             self._has_warned = True
-            names = [self._all[place].name for place in sorted(asked - reached)]
             warnings.warn(
                 f"No gradient reaches {len(names)} of {len(asked)} matrices, the first of them {names[0]}, so that "
                 "they learn nothing. Let the graph reach them, or leave them out by target_modules or exclude_modules",
                 AromaWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _collect(self, group: Directions) -> set[int]:
