@@ -289,11 +289,11 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     on_sst2 = 100 * (by_seed["full"] - by_seed["aroma-evidence"])["sst2"].dropna()
     assert f"which is ahead on SST-2 ({on_sst2.mean():.2f} ± {on_sst2.sem():.2f})." in TEXT
     starts = {name: by_seed[name].dropna() for name in ("lora-r8-eva", "lora-r8-ga")}
-    assert [len(one["trec"]) for one in starts.values()] == [3, 3]
-    eva, ga = (f"{100 * one['trec'].mean():.2f} %" for one in starts.values())
-    own, grown = (f"{100 * scores.trec[name]:.2f} %" for name in ("lora-r8", "aroma-evidence"))
-    assert f"has {eva} (EVA) and {ga} (LoRA-GA) on TREC, three seeds of each;" in TEXT
-    assert f"from its own start it has {own}, and evidence has {grown}." in TEXT
+    for task, place in (("trec", "TREC"), ("banking77", "BANKING77")):
+        assert [len(one[task]) for one in starts.values()] == [3, 3]
+        eva, ga = (f"{100 * one[task].mean():.2f} %" for one in starts.values())
+        own, grown = (f"{100 * scores[task][name]:.2f} %" for name in ("lora-r8", "aroma-evidence"))
+        assert f"{eva} (EVA) and {ga} (LoRA-GA) on {place}; from its own start {own}, and evidence {grown}" in TEXT
     in_banking = six.of(task="banking77")
     behind = 100 * (by_seed["lora-r1"] - by_seed["aroma-evidence"])["banking77"]
     assert f"r = 1 is {behind.mean():.2f} ± {behind.sem():.2f} points ahead, too," in TEXT
