@@ -253,9 +253,14 @@ def test_overrides_may_stand_behind_options(command):
     assert arguments.overrides == ["a=1", "b=2", "c=3"]
 
 
-@pytest.mark.parametrize(
-    "argv", [["lab", "run", "g.yaml", "--lst", "a=1"], ["inspect", "x", "a=1"], ["train", "r", "--resume", "b"]]
-)
+def test_what_has_no_value_behind_an_option_is_refused_as_before_it(capsys):
+    assert parse(["train", "r.yaml", "--resume", "b"]).overrides == ["b"]
+    assert main(["train", "r.yaml", "--resume", "b"]) == main(["train", "r.yaml", "b"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == second
+
+
+@pytest.mark.parametrize("argv", [["lab", "run", "g.yaml", "--lst", "a=1"], ["inspect", "x", "a=1"]])
 def test_what_is_no_override_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(argv)

@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed arguments; KEY=VALUE may also stand behind options, where argparse itself gives up."""
     parser = make_parser()
     arguments, left = parser.parse_known_args(argv)
-    if any(text.startswith("-") or "=" not in text for text in left) or (left and "overrides" not in arguments):
+    if any(text.startswith("-") for text in left) or (left and "overrides" not in arguments):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         arguments.overrides = [*arguments.overrides, *left]
