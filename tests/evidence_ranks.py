@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -217,6 +217,13 @@ def trained_and_resumed(out: Path, **training: Any) -> dict[str, dict[str, Any]]
     """What a Trainer comes to without a stop, and resumed."""
     checkpoint = str(out / f"checkpoint-{TRAINER_SAVED_AT}")
     return {"evidence": trained(out, **training), "evidence-again": trained(out, checkpoint, **training)}
+
+
+def assert_same_growth(ends: Sequence[dict[str, Any]], other: dict[str, Any]) -> None:
+    """Assert that all ranks came to the same, and decided as another Trainer, births after its checkpoint included."""
+    assert_same(ends[0], ends[1])
+    assert any(kind == "born" and step > TRAINER_SAVED_AT for step, _, kind in other["events"])
+    assert (ends[0]["events"], ends[0]["noted"]) == (other["events"], other["noted"])
 
 
 def assert_resumed(end: dict[str, Any], again: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-import evidence_ranks
 import ranks
 from aroma import verify_adapter
 from aroma.errors import ConfigError, ResetError
@@ -27,7 +26,7 @@ from aroma.integrations.rewarmup import was_skipped
 from aroma.reset import check_resettable, forget_moments, reset_state
 from aroma.sharding import Partition, refuse_sharding, summed, unwrapped_optimizer
 from distributed_runs import CALM, assert_refused, batch_of, stacked
-from evidence_ranks import assert_resumed
+from evidence_ranks import assert_resumed, assert_same_growth
 from test_distributed import assert_close, load
 from trainer_runs import assert_same, tiny_bert
 
@@ -277,10 +276,8 @@ def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
 def test_the_trainer_grows_by_evidence_as_it_does_with_replicas(told: Path, stage: str) -> None:
     ends = [load(told / f"evidence-{stage}-{rank}.pt") for rank in (0, 1)]
     replicas = load(told / "evidence-replicas-0.pt")
-    assert_same(ends[0], ends[1])
+    assert_same_growth(ends, replicas)
     assert ends[0]["wrapped"] == "DeepSpeedEngine"
-    assert any(kind == "born" and step > evidence_ranks.TRAINER_SAVED_AT for step, _, kind in replicas["events"])
-    assert (ends[0]["events"], ends[0]["noted"]) == (replicas["events"], replicas["noted"])
     assert_close(ends[0]["weights"], replicas["weights"])
 
 

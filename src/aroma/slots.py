@@ -331,9 +331,11 @@ class SlotMatrices(GrowingMatrices):
 
     def _warn_of_unreached(self, reached: Collection[int]) -> None:
         """Name, once, the matrices that are asked and are not among those `reached` by a gradient."""
+        if self._has_warned or rank() > 0:
+            return
         asked = {place for group in self._groups for place, _, _ in self._asked(group, group.answers)}
         names = [self._all[place].name for place in sorted(asked.difference(reached))]
-        if names and not self._has_warned and rank() == 0:
+        if names:
             self._has_warned = True
             warnings.warn(
                 f"No gradient reaches {len(names)} of {len(asked)} matrices, the first of them {names[0]}, so that "

@@ -171,8 +171,7 @@ def all_cases() -> list[Case]:
         aroma = Aroma(dropout=dropout, options=_NEVER_ENDS)
         cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]
     finished: tuple[FrozenModules, ...] = ("half", "lower", "all")
-    evidence = Aroma(options=_NEVER_BEARS)
-    cases += [Case(f"evidence-{live}", evidence, live=live) for live in (0, 1, 8)]
+    cases += [evidence_case(live) for live in (0, 1, 8)]
     return cases + [Case(f"aroma-{name}", Aroma(options=_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
 
 
@@ -192,6 +191,11 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
     if compiled:
         cases += [dataclasses.replace(case, key=f"{case.key}-compiled", compiled=True) for case in cases]
     return cases
+
+
+def evidence_case(live: int) -> Case:
+    """Return growth by evidence with so many components in training in every module, to which none is born."""
+    return Case(f"evidence-{live}", Aroma(options=_NEVER_BEARS), live=live)
 
 
 def growing_case(check_interval: int) -> Case:

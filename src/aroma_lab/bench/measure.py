@@ -31,7 +31,7 @@ from aroma.tuner import AromaConfig
 from ..methods import Aroma, Lora, encoder_linears
 from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
-from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
+from .cases import FLOOR, Case, Contender, evidence_case, growing_case, make_contenders, select_cases
 from .memory import kept_bytes, optimizer_bytes, peak_of
 from .models import BenchSettings, make_batch, make_model
 
@@ -230,12 +230,10 @@ def controller_cost(
         on_repeat(1)
     found = {name: statistics.median(one) for name, one in times.items()}
     interval = AromaConfig.inner_check_interval
-    amortised_ms = found["uncheck_ms"] + (found["check_ms"] - found["uncheck_ms"]) / interval
     return {
         **found,
         "check_interval": interval,
-        "amortised_ms": amortised_ms,
-        "amortised_fraction": amortised_ms / found["step_ms"],
+        **_amortised(found["uncheck_ms"], found["check_ms"], interval, found["step_ms"]),
         "outer_fraction": found["outer_ms"] / found["step_ms"],
     }
 
@@ -250,8 +248,7 @@ def evidence_cost(
         controller in a step without and with a look at the evidence. And `look_interval`, steps between two looks;
         `amortised_ms` and `amortised_fraction`, the controller per step on average, and over an ordinary step.
     """
-    (case,) = (case for case in select_cases(["evidence-1"], compiled=False) if case.key != FLOOR)
-    contender = Contender(case, base, batch, seed)
+    contender = Contender(evidence_case(live=1), base, batch, seed)
     contender.forward_backward()  # the first pass claims memory
     controller, own = contender.hooks.controller, list[float]()
     step = controller.step
@@ -265,13 +262,14 @@ def evidence_cost(
             times["quiet_ms" if number < CHECK_INTERVAL else "look_ms"].append(own[-1])
         on_repeat(1)
     found = {name: statistics.median(one) for name, one in times.items()}
-    amortised_ms = found["quiet_ms"] + (found["look_ms"] - found["quiet_ms"]) / CHECK_INTERVAL
-    return {
-        **found,
-        "look_interval": CHECK_INTERVAL,
-        "amortised_ms": amortised_ms,
-        "amortised_fraction": amortised_ms / found["step_ms"],
-    }
+    amortised = _amortised(found["quiet_ms"], found["look_ms"], CHECK_INTERVAL, found["step_ms"])
+    return {**found, "look_interval": CHECK_INTERVAL, **amortised}
+
+
+def _amortised(quiet_ms: float, busy_ms: float, interval: int, step_ms: float) -> dict[str, float]:
+    """Return what a controller that is busy once in `interval` steps costs per step, and over an ordinary step."""
+    amortised_ms = quiet_ms + (busy_ms - quiet_ms) / interval
+    return {"amortised_ms": amortised_ms, "amortised_fraction": amortised_ms / step_ms}
 
 
 def _ms(work: Callable[[], Any]) -> float:

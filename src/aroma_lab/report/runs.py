@@ -233,10 +233,9 @@ def _as_json(part: str, value: Any, selects: bool) -> str | None:
     """Return one of the `_PARTS` of a run as the table of runs holds it."""
     if value is None or (selects and part in _ONLY_OF_REPORTED):
         return None
-    if selects and part == "result":
-        value = {key: one for key, one in value.items() if key not in _ONLY_OF_REPORTED}
     if part == "result":
-        value = value | {key: _four_digits(value[key]) for key in _OF_MATRICES if key in value}
+        kept = {key: one for key, one in value.items() if not (selects and key in _ONLY_OF_REPORTED)}
+        value = kept | {key: _four_digits(kept[key]) for key in _OF_MATRICES if key in kept}
     return json.dumps(value, ensure_ascii=False)
 
 

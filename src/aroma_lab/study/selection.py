@@ -63,19 +63,34 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
     selection, found = choose(grid, tried, outcomes), []
     for task, methods in selection.items():
         for method, entry in methods.items():
-            listed = tried_values(grid, task, method)
-            points, chosen = [values for values, _ in entry["tried"]], entry["chosen"] or {}
-            for key, value in chosen.items():
-                numbers = _numbers(points, key)
-                further = [one for one in (beyond(numbers, value),) if one is not None]
-                if len(set(numbers) - set(listed[key])) >= grid.select.widen:
-                    further = []
-                for other in [*_next_to(numbers, value), *further]:
-                    point = {**chosen, key: other}
-                    if point not in points:
-                        with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
-                            found += _of_pair(grid, task, method, [point])
+            points = [values for values, _ in entry["tried"]]
+            beside = _beside(points, entry["chosen"] or {}, tried_values(grid, task, method), grid.select.widen)
+            for point in beside:
+                with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
+                    found += _of_pair(grid, task, method, [point])
     return found
+
+
+def _beside(
+    points: Sequence[Settings], chosen: Settings, listed: Mapping[str, Sequence[Any]], most: int
+) -> list[Settings]:
+    """Return what is next to the chosen values, one number apart, and is not among the `points` that were tried.
+
+    Args:
+        points: All combinations of values that were tried.
+        chosen: The best of them.
+        listed: The values of each key with which the selection began.
+        most: How many more values than those a key may get.
+    """
+    found = []
+    for key, value in chosen.items():
+        numbers = _numbers(points, key)
+        others = _next_to(numbers, value)
+        further = beyond(numbers, value)
+        if further is not None and len(set(numbers).difference(listed[key])) < most:
+            others.append(further)
+        found += [{**chosen, key: other} for other in others]
+    return [point for point in found if point not in points]
 
 
 def edges(tried: Sequence[Settings], chosen: Settings) -> dict[str, float]:
@@ -112,7 +127,7 @@ def _numbers(tried: Sequence[Settings], key: str) -> list[Any]:
     return sorted({*values}) if numbers else []
 
 
-def _next_to(numbers: Sequence[float], value: float) -> Sequence[float]:
+def _next_to(numbers: Sequence[Any], value: Any) -> list[Any]:
     """Return the next smaller and the next larger of ascending numbers, where there are such."""
     if value not in numbers:
         return []
