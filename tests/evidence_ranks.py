@@ -155,24 +155,25 @@ SAVED_AT, ZERO_SAVED_AT = (5, 37), (5, 29)
 """Before there are components, and in the midst of growth."""
 
 
-def resumed(out: Path) -> dict[str, dict[str, Any]]:
-    """Save sharded trainings, and resume them; the weights are loaded before they are sharded."""
-    came_to = {}
+def resumed(out: Path, way: str) -> dict[str, dict[str, Any]]:
+    """Save trainings of several processes, and resume them; the weights are loaded before they are sharded."""
+    came_to, wrap = {}, WRAPS[way]
     for step in SAVED_AT:
-        loop = Loop(double(), wrap=sharded).go_on(step)
-        folder = out / f"saved-{step}"
-        save_adapter(loop.model, folder)
+        loop = Loop(double(), wrap=wrap).go_on(step)
+        folder = out / f"saved-{way}-{step}"
+        if way == "fsdp2" or dist.get_rank() == 0:
+            save_adapter(loop.model, folder)
         optimizer = get_optimizer_state_dict(loop.model, loop.optimizer)
         # Without the slots that the next steps change in place.
         optimizer = copied(optimizer)
-        came_to[f"uninterrupted-{step}"] = ended(loop.go_on())
+        came_to[f"uninterrupted-{way}-{step}"] = ended(loop.go_on())
         model = double()
         model.load_adapter(str(folder), "default", is_trainable=True)
-        again = Loop(model, wrap=sharded)
+        again = Loop(model, wrap=wrap)
         set_optimizer_state_dict(again.model, again.optimizer, optimizer)
         again.attach(resume_from=str(folder))
         again.done = step
-        came_to[f"resumed-{step}"] = ended(again.go_on())
+        came_to[f"resumed-{way}-{step}"] = ended(again.go_on())
     return came_to
 
 
@@ -189,6 +190,14 @@ def copied(value: Any) -> Any:
 
 
 TRAINER_SAVED_AT = 30
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": TRAINER_SAVED_AT,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,
+}
+"""Arguments with which a run ends with its first checkpoint, whose loss is higher than that of the last."""
 
 
 def trained(out: Path, resume: str | None = None, dtype: torch.dtype = PRECISE, **several: Any) -> dict[str, Any]:
@@ -210,13 +219,18 @@ def trained(out: Path, resume: str | None = None, dtype: torch.dtype = PRECISE, 
         "noted": [(matrix.born, matrix.heads, matrix.flips) for matrix in controller.modules],
         "weights": updates(controller.matrices.model),
         "wrapped": type(trainer.model_wrapped).__name__,
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
     }
 
 
 def trained_and_resumed(out: Path, **training: Any) -> dict[str, dict[str, Any]]:
-    """What a Trainer comes to without a stop, and resumed."""
+    """What a Trainer comes to without a stop, resumed, and where it goes back to its best checkpoint."""
     checkpoint = str(out / f"checkpoint-{TRAINER_SAVED_AT}")
-    return {"evidence": trained(out, **training), "evidence-again": trained(out, checkpoint, **training)}
+    return {
+        "evidence": trained(out, **training),
+        "evidence-again": trained(out, checkpoint, **training),
+        "evidence-best": trained(out / "best", **training, **BEST),
+    }
 
 
 def assert_same_growth(ends: Sequence[dict[str, Any]], other: dict[str, Any]) -> None:
@@ -224,6 +238,12 @@ def assert_same_growth(ends: Sequence[dict[str, Any]], other: dict[str, Any]) ->
     assert_same(ends[0], ends[1])
     assert any(kind == "born" and step > TRAINER_SAVED_AT for step, _, kind in other["events"])
     assert (ends[0]["events"], ends[0]["noted"]) == (other["events"], other["noted"])
+
+
+def assert_went_back(ends: Sequence[dict[str, Any]], other: dict[str, Any]) -> None:
+    """Assert that all ranks ended with the first checkpoint, as another Trainer, though more was born later."""
+    assert_same_growth(ends, other)
+    assert ends[0]["best"] == other["best"] == f"checkpoint-{TRAINER_SAVED_AT}"
 
 
 def assert_resumed(end: dict[str, Any], again: dict[str, Any]) -> None:
@@ -253,6 +273,7 @@ REFUSALS = [other_held_out, broken_held_out]
 
 
 ZERO_OF_FOUR = ("zero 2", "zero 3, nothing stays")
+ZERO_SAVED = ("zero 1", *ZERO_OF_FOUR)
 OF_FOUR = ("ddp, as it comes", "fsdp2, as it comes", "fsdp2, held out")
 
 
@@ -266,7 +287,7 @@ def everything(out: Path) -> None:
     loops(out)
     torch.save(detached(), out / f"detached-{dist.get_rank()}.pt")
     torch.save(unequal(), out / f"unequal-{dist.get_rank()}.pt")
-    for name, came_to in resumed(out).items():
+    for name, came_to in (item for way in WRAPS for item in resumed(out, way).items()):
         torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
     came_to = trained(out / "trainer", ddp_backend="gloo", ddp_timeout=60)
     torch.save(came_to, out / f"trained-{dist.get_rank()}.pt")

@@ -127,7 +127,7 @@ class Loop:
         self.wrapped = wrap(self.model)
         self.optimizer = optimizer(trainable(self.model))
         self.steps, self.size, self.backward, self.options = steps, size, backward, growth
-        dtype = next(self.model.parameters()).dtype
+        dtype = next(value.dtype for value in self.model.parameters() if value.is_floating_point())
         self.x, self.y = (part.to(dtype) for part in rows(size * steps))
         self.events: list[Event] = []
         self.done = 0

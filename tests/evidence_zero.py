@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aroma import save_adapter
 from distributed_runs import TIMEOUT
-from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED_AT, ended
+from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED, ZERO_SAVED_AT, ended
 from evidence_runs import Loop, held_out, loss_of
 from zero_runs import NOTHING_STAYS, zero
 
@@ -67,7 +67,7 @@ def loops(out: Path, names: Iterable[str] = tuple(STAGES)) -> None:
 
 
 def checkpoints(out: Path) -> None:
-    for name in ("zero 2", "zero 3, nothing stays"):
+    for name in ZERO_SAVED:
         for step in ZERO_SAVED_AT:
             loop = ZeroLoop(STAGES[name], **options()).go_on(step)
             folder = out / f"saved-{name}-{step}"

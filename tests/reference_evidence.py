@@ -284,6 +284,8 @@ class Reference:
     def _weigh(self) -> None:
         o = self.settings
         for row, newborn in zip(self.pending, self.newborn, strict=True):
+            for matrix, (z, _) in zip(self.matrices, row, strict=True):
+                matrix.steepness = max(z)
             every = [x for _, own in row for x in own]
             if not every and any(newborn):
                 continue

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aroma import AromaConfig, aroma_layers
 from aroma.algorithm.evidence import UNUSED
 from aroma.cli import main
-from aroma.tuner.fused import Update, linear_with_update
+from aroma.tuner.fused import Probe, Update, linear_with_update
 from aroma_lab.bench.cases import Contender, all_cases, select_cases
 from aroma_lab.bench.measure import Times, case_results, comparisons, measure, take_turns
 from aroma_lab.bench.memory import kept_bytes, optimizer_bytes, peak_resident_bytes
@@ -283,15 +283,22 @@ class Touched(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize(("m", "n", "counted"), [(7, 31, "inputs"), (31, 7, "outputs")])
-def test_the_layer_makes_four_passes_over_its_activations(m, n, counted):
-    """Matmuls of the layer touch activations as often as the frozen matrix's own, and `PASSES` times more."""
+def test_the_layer_makes_four_passes_over_its_activations(m, n, counted, asked):
+    """Matmuls of the layer touch activations as often as the frozen matrix's own, and `PASSES` times more.
+
+    What growth by evidence asks of a backward rides on them.
+    """
     tokens = 3
     x, weight = torch.randn(tokens, n, requires_grad=True), torch.randn(m, n)
     a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
+    leaves = [torch.randn(m, 4), torch.randn(4, n), torch.zeros(1)]
+    probe = Probe(*[leaf.requires_grad_() for leaf in leaves], b.detach(), a.detach(), 1.0) if asked else None
     with Touched(tokens * (n if counted == "inputs" else m)) as activations:
-        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0, len(a))
+        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0, len(a), probe)
         linear_with_update(x, weight, None, update).sum().backward()
+    assert probe is None or all(leaf.grad is not None for leaf in leaves)
     of_the_matrix = 2  # x is read and gx written; y is written and gy read
     assert activations.count == of_the_matrix + PASSES
 

@@ -152,6 +152,10 @@ def test_a_whole_run_is_that_of_the_dense_reference(
         update = B @ A + 4.0 * b @ a
         torch.testing.assert_close(update.detach(), expected.W(4.0) - expected.W0, rtol=1e-6, atol=1e-9)
         assert (matrix.heads, matrix.flips) == (expected.heads, expected.flips)
+        assert matrix.steepness == pytest.approx(expected.steepness)
+    told = [event for event in events if event.kind == "checked" and event.step > 80]
+    assert told
+    assert all(event.steepness for event in told)
 
 
 def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:

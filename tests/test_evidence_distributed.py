@@ -11,7 +11,7 @@ import torch
 import evidence_ranks
 from aroma import verify_adapter
 from distributed_runs import assert_refused
-from evidence_ranks import OF_FOUR, SAVED_AT, ended, runs
+from evidence_ranks import OF_FOUR, SAVED_AT, WRAPS, ended, runs
 from evidence_runs import Loop
 from ranks import launch
 from trainer_runs import assert_same
@@ -62,9 +62,11 @@ def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", SAVED_AT)
-def test_a_sharded_run_resumes_exactly(told: Path, step: int) -> None:
-    verify_adapter(told / f"saved-{step}")
-    for uninterrupted, resumed in zip(ends(told, f"uninterrupted-{step}"), ends(told, f"resumed-{step}"), strict=True):
+@pytest.mark.parametrize("way", WRAPS)
+def test_it_resumes_exactly(told: Path, way: str, step: int) -> None:
+    verify_adapter(told / f"saved-{way}-{step}")
+    both = (ends(told, f"{kind}-{way}-{step}") for kind in ("uninterrupted", "resumed"))
+    for uninterrupted, resumed in zip(*both, strict=True):
         assert any(kind == "born" and when > step for when, _, kind in resumed["events"]), "it is to grow on"
         resumed["events"] = [event for event in uninterrupted["events"] if event[0] <= step] + resumed["events"]
         assert_same(resumed, uninterrupted)

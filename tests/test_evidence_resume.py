@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ from evidence_runs import (
     LONG_METHOD,
     PHASES,
     STEPS,
+    WIDTH,
     Loop,
     Net,
     bert,
@@ -44,6 +46,20 @@ def long() -> dict[str, Any]:
     return {"steps": LONG, "model": net(**LONG_METHOD)}
 
 
+def quantised(bits: int) -> Net:
+    """The net with weights as bitsandbytes stores them."""
+    model = Net()
+    for index, layer in enumerate(model.layers):
+        of_few_bits = (
+            bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+            if bits == 4
+            else bnb.nn.Linear8bitLt(WIDTH, WIDTH, bias=False, has_fp16_weights=False)
+        )
+        of_few_bits.load_state_dict(layer.state_dict())
+        model.layers[index] = of_few_bits.to("cpu")  # which quantises it
+    return model
+
+
 OPTIONS: dict[str, Any] = {
     "first pass alone": dict,
     "held out in every phase": lambda: {**long(), "steps_per_pass": 3, "growth_batches": held_out()},
@@ -58,12 +74,14 @@ OPTIONS: dict[str, Any] = {
     "bfloat16": lambda: {"model": net(Net().bfloat16(), lora_alpha=3)},
     "float64": lambda: {"model": net(Net().double())},
     "SGD": lambda: {"optimizer": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9)},
+    "4-bit base": lambda: {"model": net(quantised(4))},
+    "8-bit base": lambda: {"model": net(quantised(8))},
 }
 
 
 @pytest.mark.parametrize(
     "name",
-    slow_but(["held out in growth, shuffled", "bfloat16"], OPTIONS),
+    slow_but(["held out in growth, shuffled", "bfloat16", "4-bit base"], OPTIONS),
 )
 def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     torch.manual_seed(3)

@@ -200,6 +200,22 @@ def test_held_out_examples_spare_the_training_its_questions() -> None:
     assert still == [7, 0]
 
 
+@pytest.mark.parametrize("steps_per_pass", [3, 150])
+def test_a_run_asks_few_held_out_batches(steps_per_pass: int) -> None:
+    """At most 12 % of its steps, and those that are asked at the end of the trial anyhow."""
+    steps, asked = 320, []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        asked.append(batch)
+        return loss_of(model, batch)
+
+    held = held_out(60)
+    model = net(significance=0.05)
+    loop = Loop(model, steps=steps, steps_per_pass=steps_per_pass, growth_batches=held, growth_loss=loss).go_on()
+    questions = loop.growth.controller.rule.state()["asked"]
+    assert 0 < questions < len(asked) <= 0.12 * steps
+
+
 def test_a_held_out_batch_that_overflows_says_nothing() -> None:
     """Step 25 asks the first one after the trial, and step 36 the next."""
     first, later = (

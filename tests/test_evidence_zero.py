@@ -14,7 +14,7 @@ import torch
 
 import ranks
 from aroma import verify_adapter
-from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED_AT
+from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED, ZERO_SAVED_AT
 from trainer_runs import assert_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -57,7 +57,7 @@ def test_it_does_what_replicas_do(told: Path, name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("step", ZERO_SAVED_AT)
-@pytest.mark.parametrize("name", ["zero 2", "zero 3, nothing stays"])
+@pytest.mark.parametrize("name", ZERO_SAVED)
 def test_it_resumes_exactly(told: Path, name: str, step: int) -> None:
     verify_adapter(told / f"saved-{name}-{step}")
     for uninterrupted, resumed in zip(

@@ -148,6 +148,7 @@ def test_a_long_comparison_shows_progress(monkeypatch: pytest.MonkeyPatch, capsy
         ([], r"^growth_dataset='empty': hold out some"),
         (examples(6, seed=11), r"^growth_dataset='6 examples, 0 batches of 8': it takes 7 batches"),
         (iter(examples(6)), r"^growth_dataset='list_iterator': it has no length, or no items by index"),
+        (0.1, r"^growth_dataset=0\.1: it takes examples, and no share; train, growth = aroma\.hold_out\(dataset, 0"),
         (DataLoader(examples(6)), r"^growth_dataset='DataLoader': .* give a datasets\.Dataset, a list"),
     ],
 )

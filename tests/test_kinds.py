@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aroma import AromaConfig, Attachment, aroma_layers, attach, lora_tensors
+import evidence_runs
+from aroma import AromaConfig, Attachment, Event, aroma_layers, attach, lora_tensors
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
 from aroma.saved import read_adapter
@@ -251,6 +252,27 @@ def test_no_matrix_of_the_size_of_the_weight_is_formed(kind: str) -> None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:  # as in any training
         layer(x).square().sum().backward()
     assert 0 < max(event.self_cpu_memory_usage for event in profiler.events()) < 4 * m * n
+
+
+def test_the_rule_forms_no_matrix_of_the_size_of_a_weight() -> None:
+    """Neither for the first directions nor for singular ones, births, merges and moves."""
+    width, steps = 160, 60
+    model = grown(evidence_runs.Net(width, layers=2), **evidence_runs.METHOD)
+    optimizer = torch.optim.SGD(evidence_runs.trainable(model), lr=0.1)
+    events: list[Event] = []
+    growth = attach(model, optimizer, total_steps=steps, on_event=events.append)
+    largest, merged = 0, []
+    for x, y in zip(*(part.split(8) for part in evidence_runs.rows(8 * steps, width=width)), strict=True):
+        optimizer.zero_grad()
+        evidence_runs.loss_of(model, (x, y)).backward()
+        with Sizes(torch.empty(0)) as sizes:
+            optimizer.step()
+            if growth.controller.rule.phase == "growth":
+                merged += growth.controller.matrices.bear([(matrix, 0) for matrix in growth.controller.modules])
+        largest = max(largest, sizes.largest)
+    assert merged
+    assert {event.kind for event in events} >= {"born", "settled"}
+    assert 0 < largest < width**2
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -26,7 +26,7 @@ from aroma.integrations.rewarmup import was_skipped
 from aroma.reset import check_resettable, forget_moments, reset_state
 from aroma.sharding import Partition, refuse_sharding, summed, unwrapped_optimizer
 from distributed_runs import CALM, assert_refused, batch_of, stacked
-from evidence_ranks import assert_resumed, assert_same_growth
+from evidence_ranks import assert_resumed, assert_same_growth, assert_went_back
 from test_distributed import assert_close, load
 from trainer_runs import assert_same, tiny_bert
 
@@ -272,7 +272,7 @@ def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_the_trainer_grows_by_evidence_as_it_does_with_replicas(told: Path, stage: str) -> None:
     ends = [load(told / f"evidence-{stage}-{rank}.pt") for rank in (0, 1)]
     replicas = load(told / "evidence-replicas-0.pt")
@@ -282,10 +282,19 @@ def test_the_trainer_grows_by_evidence_as_it_does_with_replicas(told: Path, stag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_the_trainer_resumes_growth_by_evidence_exactly(told: Path, stage: str) -> None:
     for rank in (0, 1):
         assert_resumed(*(load(told / f"{kind}-{stage}-{rank}.pt") for kind in ("evidence", "evidence-again")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_the_trainer_goes_back_to_the_best_checkpoint_of_growth_by_evidence(told: Path, stage: str) -> None:
+    ends = [load(told / f"evidence-best-{stage}-{rank}.pt") for rank in (0, 1)]
+    replicas = load(told / "evidence-best-replicas-0.pt")
+    assert_went_back(ends, replicas)
+    assert_close(ends[0]["weights"], replicas["weights"])
 
 
 @pytest.mark.slow

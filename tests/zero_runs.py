@@ -292,21 +292,24 @@ def train_replicas(out: Path) -> None:
         came_to = trained(out / f"replicas-{name}", 4, ddp_backend="gloo", ddp_timeout=60, **changes)
         torch.save(came_to, out / f"{name}-replicas-{rank()}.pt")
     replicas = {"dtype": torch.float32, "ddp_backend": "gloo", "ddp_timeout": 60}
-    torch.save(evidence_ranks.trained(out / "replicas-evidence", **replicas), out / f"evidence-replicas-{rank()}.pt")
+    for name, changes in (("evidence", {}), ("evidence-best", evidence_ranks.BEST)):
+        came_to = evidence_ranks.trained(out / f"replicas-{name}", **replicas, **changes)
+        torch.save(came_to, out / f"{name}-replicas-{rank()}.pt")
 
 
 def train(out: Path) -> None:
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         config = {
             **zero(stage, zero_stage3_gather_16bit_weights_on_model_save=True),
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
         }
-        torch.save(trained(out / str(stage), 4, deepspeed=config), out / f"end-{stage}-{rank()}.pt")
-        again = trained(out / str(stage), 4, str(out / str(stage) / "checkpoint-8"), deepspeed=config)
-        torch.save(again, out / f"again-{stage}-{rank()}.pt")
-        torch.save(trained(out / f"best-{stage}", 4, deepspeed=config, **BEST), out / f"best-{stage}-{rank()}.pt")
+        if stage > 1:
+            torch.save(trained(out / str(stage), 4, deepspeed=config), out / f"end-{stage}-{rank()}.pt")
+            again = trained(out / str(stage), 4, str(out / str(stage) / "checkpoint-8"), deepspeed=config)
+            torch.save(again, out / f"again-{stage}-{rank()}.pt")
+            torch.save(trained(out / f"best-{stage}", 4, deepspeed=config, **BEST), out / f"best-{stage}-{rank()}.pt")
         by_evidence = {"dtype": torch.float32, "deepspeed": config}
         for name, came_to in evidence_ranks.trained_and_resumed(out / f"evidence-{stage}", **by_evidence).items():
             torch.save(came_to, out / f"{name}-{stage}-{rank()}.pt")

@@ -133,7 +133,7 @@ class SlotMatrix(GrowingMatrix):
         }
 
     def restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor], draw: int, pair: Pair) -> None:
-        """Restore `state()`, and take the components that trained out of the loaded finished ones.
+        """Restore `state()`, and take what trained out of the finished components, where it was loaded there.
 
         Args:
             state: What `state()` returned.
@@ -149,6 +149,8 @@ class SlotMatrix(GrowingMatrix):
             setattr(self, name, [*value] if isinstance(value, list) else value)
         b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
         moved = len(self.layer.moved_slots(self._adapter_name, b)) if b.shape[1] else 0
+        if self.rank == state["rank"]:
+            moved = 0  # torch or DeepSpeed has loaded the slots themselves, and no adapter
         self.require_loaded_rank(state["rank"] + moved)
         self.layer.finished(self._adapter_name).pop(moved)
         if state["frozen"]:

@@ -226,7 +226,9 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     for part in _PARTS:
         values = zip(frame[part], frame.selects, strict=True)
         frame[part] = [_as_json(part, one, selects) for one, selects in values]
-    write_bytes(path, frame.to_parquet(index=False, compression="zstd", compression_level=19))
+    # Statistics would repeat the least and the greatest text of every column.
+    packing = {"compression": "zstd", "compression_level": 19, "write_statistics": False}
+    write_bytes(path, frame.to_parquet(index=False, **packing))
 
 
 def _as_json(part: str, value: Any, selects: bool) -> str | None:
