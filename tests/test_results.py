@@ -450,9 +450,10 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
         is_said(error, task, is_half)
     long = of_evidence("longer-encoder").pivot_table("score", "seed", "of")
     left = 100 * (1 - long.mean())
-    assert f"{left['evidence']:.2f} % in place of {left['r = 8']:.2f} ({WORDS[len(long)]} seeds)" in longer[
-        bool(left["evidence"] > left["r = 8"])
-    ]
+    assert (
+        f"{left['evidence']:.2f} % in place of {left['r = 8']:.2f} ({WORDS[len(long)]} seeds)"
+        in longer[bool(left["evidence"] > left["r = 8"])]
+    )
     results = grids["planted-nets"].of("aroma-evidence", task="nothing").result
     grew = [rank > 0 for result in results for rank in result["ranks"].values()]
     assert nothing[0] == f"{sum(grew)} of {len(grew)}"
