@@ -7,7 +7,6 @@ import json
 import pandas as pd
 
 from aroma_lab.report.formats import signed_points
-from aroma_lab.report.tables import make_table
 from published import (
     RESULTS,
     SHIPPED,
