@@ -300,8 +300,8 @@ def test_the_page_says_of_35_nets_how_a_trial_ends_best() -> None:
     right = {way: f"{100 * runs.score.mean():.2f}" for way, runs in noisy.items()}
     found = {way: f"{runs.spearman.mean():.2f}" for way, runs in noisy.items()}
     assert (
-        f"trials of a tenth explain {right['a tenth']} % with a rank correlation of {found['a tenth']}, and those that "
-        f"go on {right['goes on']} % with {found['goes on']}." in TEXT
+        f"trials of a tenth explain {right['a tenth']} % with a rank correlation of {found['a tenth']}, and those "
+        f"that go on {right['goes on']} % with {found['goes on']}." in TEXT
     )
     more = in_points(noisy["half"].score - noisy["goes on"].score).lstrip("+")
     assert f"it is {right['half']} %, {more} more, and {found['half']}:" in TEXT

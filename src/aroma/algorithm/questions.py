@@ -75,8 +75,8 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
 def keep_one_if_undecided(kept: Sequence[list[int]], credits: np.ndarray) -> list[list[int]]:
     """Return `kept`, with the best direction of every matrix of which nothing stays, unless its update costs loss.
 
-    Where learning begins late, the batches say little of any matrix, so it keeps as much as LoRA with r = 1 has. It keeps
-    none if its update as a whole costs more than the standard error of that, or if it has none.
+    Where learning begins late, the batches say little of any matrix, so it keeps as much as LoRA with r = 1 has. It
+    keeps none if its update as a whole costs more than the standard error of that, or if it has none.
 
     Args:
         kept: The directions that stay, by matrix.
