@@ -103,7 +103,8 @@ class Reference:
         self.newborn: list[list[bool]] = []
         self.credits: list[list[list[float]]] = []
         self.at_base: list[list[list[float]]] = []  # the same at strength 0
-        self.opens = False  # whether it is open still when the trial ends
+        self.opens = False  # whether it is open still how much of the updates is judged, and when
+        self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
         self.asked = 0  # number of the next held-out question
 
@@ -139,7 +140,7 @@ class Reference:
         elif self.phase == "trial" and self.t == o.trial * 2**self.doubled:
             self._singular_directions()
             self.phase, self.strength = "questions", 0.5
-            self.opens = self.doubled < 2 and 4 * o.trial * 2**self.doubled <= o.last + o.trial
+            self.opens, self.share = True, 1.0
             while o.holds_out and self.phase == "questions" and len(self.credits) < o.questions:
                 self._credit(held_out(self.asked))
                 self.asked += 1
@@ -163,23 +164,28 @@ class Reference:
     def _look_at_the_opening(self) -> None:
         """A quarter of the batches at half strength; if they do not say that loss is saved, as many at strength 0."""
         o, quarter = self.settings, max(4, self.settings.questions // 4)
+        costs = downhill = False
         if self.opens and self.strength == 0.5 and len(self.credits) == quarter:
-            if self._together(self.credits):
+            if self._together(self.credits, "greater"):
                 self.opens = False
-            else:
+            elif self.doubled < 2:
                 self.strength = 0.0
+            else:  # it was said before
+                downhill = True
         elif self.strength == 0 and len(self.at_base) == quarter:
-            downhill = self._together(self.at_base)
+            downhill, costs = self._together(self.at_base, "greater"), self._together(self.credits, "less")
             self.opens, self.strength, self.at_base = False, 0.5, []
-            if downhill:
-                self.doubled += 1
-                self.phase, self.strength, self.credits = "trial", 1.0, []
-                while o.held_out_batches and self.asked % o.held_out_batches:
-                    self.asked += 1
+        if downhill:
+            self.opens, self.share, self.strength, self.credits = False, 0.5, 0.25, []
+            while o.held_out_batches and self.asked % o.held_out_batches:
+                self.asked += 1
+        if costs and downhill and self.doubled < 2 and 4 * o.trial * 2**self.doubled <= o.last + o.trial:
+            self.doubled += 1
+            self.phase, self.strength = "trial", 1.0
 
-    def _together(self, credits: list[list[list[float]]]) -> bool:
+    def _together(self, credits: list[list[list[float]]], alternative: str) -> bool:
         saved = torch.tensor(credits, dtype=torch.float64).sum((1, 2))
-        return bool(stats.ttest_1samp(saved, 0, alternative="greater").pvalue < self.settings.alpha)
+        return bool(stats.ttest_1samp(saved, 0, alternative=alternative).pvalue < self.settings.alpha)
 
     def _look(self) -> None:
         for matrix in self.matrices:
@@ -227,7 +233,7 @@ class Reference:
             kept, matrix.idle = [matrix.singular[k] for k in stay], [v_b.clone(), v_a.clone()]
             matrix.slots = [
                 Component(
-                    b=math.sqrt(3 * len(kept)) * size * u,
+                    b=math.sqrt(3 * len(kept)) * self.share * size * u,
                     a=v / math.sqrt(3 * len(kept)),
                     born=matrix.count + k,
                     m_b=torch.zeros_like(u),

@@ -82,7 +82,7 @@ class Coins:
     def take_credits(self) -> list[np.ndarray]:
         return [np.ones((len(self.matrices), self.slots))]
 
-    def keep(self, kept: Any) -> None:
+    def keep(self, kept: Any, share: float) -> None:
         for matrix in self.matrices:
             matrix.component_count = self.settled
 

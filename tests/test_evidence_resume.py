@@ -108,7 +108,7 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("holds_out", [False, True])
 def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool) -> None:
-    """At this rate the components swing: the trial is doubled, to 32 steps of 80, and no more."""
+    """At this rate the components swing: the trial is doubled, to 32 steps, and then half of each is judged."""
 
     def options() -> dict[str, Any]:
         growth = {"steps_per_pass": 3, "growth_batches": held_out()} if holds_out else {}
@@ -119,18 +119,20 @@ def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool
         (18, (0, "questions", "opening")),
         (22, (0, "questions", "base")),
         (28, (1, "trial", "base")),
-        (38, (1, "questions", "judging")),
-        (52, (1, "growth", "judging")),
+        (34, (1, "questions", "opening")),
+        (38, (1, "questions", "base")),
+        (44, (1, "questions", "half")),
+        (52, (1, "growth", "half")),
     ]
     if holds_out:  # they answer between two steps
-        way = [(28, (1, "trial", "base")), (34, (1, "growth", "judging"))]
+        way = [(28, (1, "trial", "base")), (34, (1, "growth", "half"))]
     whole = Loop(**options())
     for step, expected_stage in way:
         whole.go_on(step).save(tmp_path / str(step))
         rule = whole.growth.controller.rule
         assert (rule.doublings, rule.phase, rule.state()["stage"]) == expected_stage
     expected = whole.go_on().came_to()
-    assert {event.step for event in whole.events if event.kind == "settled"} == {32 if holds_out else 40}
+    assert {event.step for event in whole.events if event.kind == "settled"} == {32 if holds_out else 48}
     for step, _ in way:
         resumed = Loop.resumed(tmp_path / str(step), step, **options()).go_on()
         assert_same(resumed.came_to(), expected, str(step))

@@ -470,10 +470,10 @@ class SlotMatrices(GrowingMatrices):
         return [np.nan_to_num(numbers[:, :slots], nan=np.inf) * size for numbers, _ in self._take()]
 
     @torch.no_grad()
-    def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep these singular directions of every matrix, drop the others, and follow unused directions.
+    def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
+        """Keep `share` of these singular directions of every matrix, drop the others, and follow unused directions.
 
-        A direction that stays is split as at its birth: a = v/√(3K), b = √(3K) σ u, where K stay in the matrix.
+        A direction that stays is split as at its birth: a = v/√(3K), b = √(3K) share σ u, where K stay in the matrix.
         The first that were dropped are followed.
         """
         self._strength, self._readings = 1.0, []
@@ -491,7 +491,7 @@ class SlotMatrices(GrowingMatrices):
                     continue
                 b, a = torch.zeros_like(pairs[place][0]), torch.zeros_like(pairs[place][1])
                 length = row_length(len(stays))
-                b[:, : len(stays)] = (group.sizes[row, stays] / length * group.u[row, stays].mT).to(b)
+                b[:, : len(stays)] = (share * group.sizes[row, stays] / length * group.u[row, stays].mT).to(b)
                 a[: len(stays)] = (length * group.v[row, stays]).to(a)
                 matrix.layer.start_pair(self._adapter_name, a, b)
                 starts += _starts(matrix, range(slots), matrix.slots)

@@ -16,10 +16,14 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
     stay:       the fewest candidates that carry 99 % of the credit of all of them; and in a matrix where that is none,
                 the direction with the largest credit, unless the update as a whole costs more than its standard error
 
-At the highest rate, and in small batches, the components swing further than they have come. So where the first quarter
-of the batches does not say at α that all updates together save loss, as many are asked with the updates at strength 0.
-If the updates point downhill there, the trial is doubled, twice at most, up to half of the run. Else the rest of the
-batches is asked: nothing is to be learnt, or not yet.
+At the highest rate, and in small batches, the components swing. So the first quarter of the batches says how far.
+Where it does not say at α that all updates together save loss, as many are asked with the updates at strength 0:
+
+.. code-block:: text
+
+    downhill at 0, and at ½ they cost loss   the trial is doubled, twice at most, up to half of the run
+    downhill at 0, else                      half of every update is judged, at strength ¼, and that half stays
+    neither                                  all are judged: nothing is to be learnt, or not yet
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
 earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
@@ -71,7 +75,7 @@ UNUSED = 4
 """Unused directions of a matrix that duel at once."""
 
 DOUBLINGS = 2
-"""How often the trial is doubled at most, up to half of the run, while its updates point downhill and save no loss."""
+"""How often the trial is doubled at most, up to half of the run, while its updates point downhill and cost loss."""
 
 TOLD_INTERVAL = 40
 """Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
@@ -139,8 +143,8 @@ class EvidenceMatrix(Matrix, Protocol):
     steepness: float | None
 
 
-Stage = Literal["opening", "base", "judging"]
-"""Which questions are asked: the first, at strength ½; as many at 0; the rest, at ½, which decides what stays."""
+Stage = Literal["opening", "base", "whole", "half"]
+"""Which questions are asked: the first, at strength ½; as many at 0; those that decide what stays, of what."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -186,8 +190,8 @@ class EvidenceMatrices(Protocol[E]):
         NaN where there is no direction, infinite where the batch overflowed.
         """
 
-    def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep these singular directions of every matrix, drop the others, and follow unused directions."""
+    def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
+        """Keep `share` of these singular directions of every matrix, drop the others, and follow unused directions."""
 
     def note_moves(self) -> None:
         """Note how every component has moved since the last call: that is Δ_k from now on."""
@@ -359,7 +363,7 @@ class EvidenceRule(Generic[E]):
 
     def _end_trial(self) -> list[Event]:
         self._check_components("trial's last")
-        self.phase, self._stage = "questions", "opening" if self._may_go_on else "judging"
+        self.phase, self._stage = "questions", "opening"
         self._matrices.ask_for_credit()
         return []
 
@@ -375,7 +379,7 @@ class EvidenceRule(Generic[E]):
     @property
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
-        if self._stage == "judging":
+        if self._stage in ("whole", "half"):
             return self.questions - len(self._credits)
         return opening_count(self.questions) - len(self._base_credits if self._stage == "base" else self._credits)
 
@@ -402,26 +406,38 @@ class EvidenceRule(Generic[E]):
         return []
 
     def _read_opening(self) -> None:
-        """Judge the updates where they save loss together; else ask whether they point downhill at least."""
+        """Judge all updates where they save loss together; else ask whether they point downhill at least."""
         if saves_together(np.stack(self._credits), self._settings.significance):
-            self._stage = "judging"
+            self._stage = "whole"
+        elif self.doublings == DOUBLINGS:
+            self._judge_half()  # they pointed downhill twice
         else:
             self._stage = "base"
             self._matrices.ask_at(0.0)
 
     def _read_base(self) -> None:
-        """Let the trial go on where the updates point downhill; else judge them."""
-        if saves_together(np.stack(self._base_credits), self._settings.significance):
-            self._go_on()
+        """Let the trial go on, or judge half of the updates, or all of them."""
+        points_downhill = saves_together(np.stack(self._base_credits), self._settings.significance)
+        costs = saves_together(-np.stack(self._credits), self._settings.significance)
+        if points_downhill and costs and self._may_go_on:
+            self._forget_answers()
+            self.doublings += 1
+            self.phase = "trial"
+            self._matrices.stop_following()
+        elif points_downhill:
+            self._judge_half()
         else:
-            self._stage = "judging"
+            self._stage = "whole"
             self._matrices.ask_at(0.5)
 
-    def _go_on(self) -> None:
-        self.doublings += 1
-        self.phase = "trial"
+    def _judge_half(self) -> None:
+        """Ask about half of the updates, in its middle: the whole of them lies beyond the least loss."""
+        self._forget_answers()
+        self._stage = "half"
+        self._matrices.ask_at(0.25)
+
+    def _forget_answers(self) -> None:
         self._credits, self._base_credits = [], []
-        self._matrices.stop_following()
         if self.held_out_batches:
             # The next questions come from another order of the examples, so that none is asked twice among them.
             self._asked += -self._asked % self.held_out_batches
@@ -430,11 +446,12 @@ class EvidenceRule(Generic[E]):
         """Drop what does not save loss."""
         credits = np.stack(self._credits)
         kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
-        self._matrices.keep(kept)
+        share = 0.5 if self._stage == "half" else 1.0
+        self._matrices.keep(kept, share)
         self._matrices.note_moves()
         self._credits, self._base_credits = [], []
         self.phase = "growth"
-        saved = np.nan_to_num(credits).mean(0)
+        saved = share * np.nan_to_num(credits).mean(0)
         return [
             self._event("settled", matrix, value=float(saved[index, [*kept[index]]].sum()))
             for index, matrix in enumerate(self._matrices.all())

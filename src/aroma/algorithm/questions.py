@@ -33,9 +33,9 @@ def opening_count(questions: int) -> int:
 
 
 def most_asked(trial_steps: int) -> int:
-    """Return the most batches that are asked after a trial: those that decide, and as many as open at strength 0."""
+    """Return the most batches that are asked after a trial: before those that decide, twice as many as open."""
     questions = question_count(trial_steps)
-    return questions + opening_count(questions)
+    return questions + 2 * opening_count(questions)
 
 
 def saves_together(credits: np.ndarray, significance: float) -> bool:
