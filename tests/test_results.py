@@ -23,12 +23,12 @@ TABLES = [
     RESULTS / "minilm-six" / "tables" / "inner.csv",
     RESULTS / "smollm2-commonsense" / "tables" / "sets.csv",
     *(RESULTS / grid / "tables" / f"{kind}.csv" for grid in GROWN for kind in ("ranks", "regret")),
-    *(RESULTS / grid / "tables" / "ranks.csv" for grid in ("memory", "mrpc", "smollm2-news")),
+    *(RESULTS / grid / "tables" / "ranks.csv" for grid in ("memory", "mrpc", "rte", "smollm2-news")),
 ]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 TEXT = page_of("results.md")
 RANKS = [f"lora-r{rank}" for rank in (1, 2, 4, 8, 16)]
-WORDS = {2: "two", 3: "three"}
+WORDS = {1: "one seed", 2: "two seeds", 3: "three seeds"}
 
 
 def name_of(path: Path) -> str:
@@ -53,7 +53,7 @@ def test_the_page_shows_a_table_as_it_is(path: Path) -> None:
     assert f"(../results/lab/{name_of(path.with_suffix('.md'))})" in PAGE
 
 
-@pytest.mark.parametrize("grid", ["smollm2-commonsense", "smollm2-news", "memory", "mrpc", *GROWN])
+@pytest.mark.parametrize("grid", ["smollm2-commonsense", "smollm2-news", "memory", "mrpc", "rte", *GROWN])
 def test_every_run_says_what_it_was_made_with(grid: str) -> None:
     rows = runs_of(RESULTS / grid).rows
     for row in rows:
@@ -88,7 +88,9 @@ def test_the_page_in_pictures_says_what_the_run_says() -> None:
     assert f"the others ended with {others[0]} to {others[-1]} components" in page
 
 
-@pytest.mark.parametrize("name", ["memory", "minilm-six", "mrpc", "planted-minilm", "planted-nets", "smollm2-news"])
+@pytest.mark.parametrize(
+    "name", ["memory", "minilm-six", "mrpc", "planted-minilm", "planted-nets", "rte", "smollm2-news"]
+)
 def test_what_was_chosen_was_compared_with_all_next_to_it(name: str) -> None:
     """But with what lies beyond the edge of what a grid may try."""
     selection = json.loads((RESULTS / name / "selection.json").read_text(encoding="utf-8"))
@@ -218,6 +220,12 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
     )
     fixed = [f"{100 * tried.score[method, 0.003]:.1f} %" for method in ("lora-r4", "lora-r8")]
     assert f"LoRA r = 4 has {fixed[0]} there and r = 8 {fixed[1]}." in TEXT
+    long = of_evidence("longer-encoder").groupby("of").agg({"score": ["mean", "count"], "trained_rank": "mean"})
+    left = 100 * (1 - long.score["mean"])
+    assert (
+        f"it leaves {left['evidence']:.2f} % at {long.trained_rank['mean']['evidence']:.2f} trained components, and r = 8 "
+        f"{left['r = 8']:.2f} % ({WORDS[long.score['count'].min()]}, at the rates of the shorter runs," in TEXT
+    )
 
 
 def test_the_page_says_of_the_rule_before_what_was_counted() -> None:
@@ -366,6 +374,10 @@ def test_the_page_says_of_choosing_by_score_what_the_runs_say() -> None:
     assert f"one run of 320 steps ends at {100 * rates['runs'][0]['score']:.2f}" in TEXT
 
 
+def test_rte_is_not_learnt() -> None:
+    assert "rte (accuracy), not learnt" in markdown(make_table(runs_of(RESULTS / "rte"), "main"))
+
+
 def test_the_page_says_of_rates_on_mrpc_what_the_runs_say() -> None:
     runs = pd.DataFrame(json.loads((RESULTS / "tried" / "rates-on-mrpc.json").read_text(encoding="utf-8"))["runs"])
     short = 100 * runs[runs.max_steps == 160].groupby("method").held_out.max()
@@ -457,7 +469,7 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
     long = of_evidence("longer-encoder").pivot_table("score", "seed", "of")
     left = 100 * (1 - long.mean())
     assert (
-        f"{left['evidence']:.2f} % in place of {left['r = 8']:.2f} ({WORDS[len(long)]} seeds)"
+        f"{left['evidence']:.2f} % in place of {left['r = 8']:.2f} ({WORDS[len(long)]})"
         in longer[bool(left["evidence"] > left["r = 8"])]
     )
     results = grids["planted-nets"].of("aroma-evidence", task="nothing").result
