@@ -372,6 +372,21 @@ def test_the_page_says_of_choosing_by_score_what_the_runs_say() -> None:
     assert f"one run of 320 steps ends at {100 * rates['runs'][0]['score']:.2f}" in TEXT
 
 
+def test_the_page_on_settings_says_of_the_default_scale_what_the_runs_say() -> None:
+    tried = of_evidence("default-scale").set_index(["task", "seed"])
+    beside = runs_of(RESULTS / "minilm-six").of("aroma-evidence").set_index(["task", "seed"]).score
+    said = {
+        task: (f"{100 * tried.score[task].mean():.2f} %", in_points(tried.score[task] - beside[task]))
+        for task in ("trec", "banking77")
+    }
+    assert {*tried.learning_rate} == {0.001}
+    assert {*tried.groupby("task").score.count()} == {5}
+    (trec, lost), (banking, gained) = said.values()
+    assert f"0.001 was the best, with {trec} on TREC ({lost}) and {banking} on BANKING77 ({gained};" in page_of(
+        "settings.md"
+    )
+
+
 def test_rte_is_not_learnt() -> None:
     assert "rte (accuracy), not learnt" in markdown(make_table(runs_of(RESULTS / "rte"), "main"))
 
