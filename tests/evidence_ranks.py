@@ -287,8 +287,9 @@ def everything(out: Path) -> None:
     loops(out)
     torch.save(detached(), out / f"detached-{dist.get_rank()}.pt")
     torch.save(unequal(), out / f"unequal-{dist.get_rank()}.pt")
-    for name, came_to in (item for way in WRAPS for item in resumed(out, way).items()):
-        torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
+    for way in WRAPS:
+        for name, came_to in resumed(out, way).items():
+            torch.save(came_to, out / f"{name}-{dist.get_rank()}.pt")
     came_to = trained(out / "trainer", ddp_backend="gloo", ddp_timeout=60)
     torch.save(came_to, out / f"trained-{dist.get_rank()}.pt")
     tell_refusals(out, REFUSALS)

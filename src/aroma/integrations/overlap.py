@@ -27,11 +27,11 @@ def require_indexed(field: str, examples: Any) -> None:
     Raises:
         ConfigError: They have not, as a stream or a DataLoader.
     """
+    if isinstance(examples, int | float):
+        remedy = f"it takes examples, and no share; train, growth = aroma.hold_out(dataset, {examples})"
+        raise bad_value(field, examples, remedy)
     if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
         remedy = "it has no length, or no items by index; give a datasets.Dataset, a list or a torch Dataset"
-        if isinstance(examples, int | float):
-            remedy = f"it takes examples, and no share; train, growth = aroma.hold_out(dataset, {examples})"
-            raise bad_value(field, examples, remedy)
         raise bad_value(field, type(examples).__name__, remedy)
 
 
