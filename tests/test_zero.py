@@ -251,7 +251,7 @@ def test_an_engine_in_stages_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_the_trainer_does_what_it_does_with_replicas(told: Path, stage: str) -> None:
     ends = [load(told / f"end-{stage}-{rank}.pt") for rank in (0, 1)]
     replicas = load(told / "end-replicas-0.pt")
@@ -263,7 +263,7 @@ def test_the_trainer_does_what_it_does_with_replicas(told: Path, stage: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
     for rank in (0, 1):
         end, again = (load(told / f"{kind}-{stage}-{rank}.pt") for kind in ("end", "again"))
@@ -298,7 +298,7 @@ def test_the_trainer_goes_back_to_the_best_checkpoint_of_growth_by_evidence(told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_the_trainer_goes_back_to_the_best_checkpoint(told: Path, stage: str) -> None:
     """Of a moment when modules trained that are frozen at the end; DeepSpeed loads it, and no adapter is."""
     ends = [load(told / f"best-{stage}-{rank}.pt") for rank in (0, 1)]
@@ -311,7 +311,7 @@ def test_the_trainer_goes_back_to_the_best_checkpoint(told: Path, stage: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_the_trainer_saves_whole_adapters(told: Path, stage: str) -> None:
     for checkpoint in ("checkpoint-8", "checkpoint-16"):
         folder = told / stage / checkpoint

@@ -305,11 +305,10 @@ def train(out: Path) -> None:
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
         }
-        if stage > 1:
-            torch.save(trained(out / str(stage), 4, deepspeed=config), out / f"end-{stage}-{rank()}.pt")
-            again = trained(out / str(stage), 4, str(out / str(stage) / "checkpoint-8"), deepspeed=config)
-            torch.save(again, out / f"again-{stage}-{rank()}.pt")
-            torch.save(trained(out / f"best-{stage}", 4, deepspeed=config, **BEST), out / f"best-{stage}-{rank()}.pt")
+        torch.save(trained(out / str(stage), 4, deepspeed=config), out / f"end-{stage}-{rank()}.pt")
+        again = trained(out / str(stage), 4, str(out / str(stage) / "checkpoint-8"), deepspeed=config)
+        torch.save(again, out / f"again-{stage}-{rank()}.pt")
+        torch.save(trained(out / f"best-{stage}", 4, deepspeed=config, **BEST), out / f"best-{stage}-{rank()}.pt")
         by_evidence = {"dtype": torch.float32, "deepspeed": config}
         for name, came_to in evidence_ranks.trained_and_resumed(out / f"evidence-{stage}", **by_evidence).items():
             torch.save(came_to, out / f"{name}-{stage}-{rank()}.pt")
