@@ -21,12 +21,11 @@ class Settings:
     s: float = 4.0
     alpha: float = 0.05
     kappa: float = 1.0
-    beta: float = 0.97
     S: int = 8
     first: int = 8
     trial: int = 20
     questions: int = 10  # half of the trial's steps
-    share_kept: float = 0.99
+    least: float = 0.25  # of the average credit
     interval: int = 4
     unused: int = 4
     last: int = 10**9  # step after which nothing is born
@@ -34,6 +33,10 @@ class Settings:
     holds_out: bool = False
     held_out_batches: int | None = None  # how many have no example in common
     seed: int = 0
+
+    @property
+    def beta(self) -> float:
+        return 1 - 1 / self.trial
 
 
 @dataclass
@@ -219,11 +222,8 @@ class Reference:
                 alone = alone and tests[k].pvalue < o.alpha / 2 / (o.S - place)
                 if alone or (whole and tests[k].statistic > 1):
                     candidates.append((float(every[:, i, k].mean()), i, k))
-        carried, chosen = 0.0, set()
-        for credit, i, k in sorted(candidates, reverse=True):
-            if carried < o.share_kept * sum(credit for credit, _, _ in candidates):
-                chosen.add((i, k))
-            carried += credit
+        average = sum(credit for credit, _, _ in candidates) / (len(self.matrices) * o.S)
+        chosen = {(i, k) for credit, i, k in candidates if credit >= o.least * average}
         for i, matrix in enumerate(self.matrices):
             stay = [k for k in range(o.S) if (i, k) in chosen]
             if not stay and stats.ttest_1samp(every[:, i].sum(1), 0).statistic > -1:

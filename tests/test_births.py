@@ -99,7 +99,9 @@ class Coins:
 def run(chances: dict[str, float], steps: int = STEPS, settled: int = 2, slots: int = 4, most: int | None = None):
     """Return the rule after a run over coins, its events as dicts, and its lines of progress."""
     matrices = Coins(chances, settled, slots)
-    settings = EvidenceSettings(0.05, 1.0, slots, trial_steps=20, last_step=steps - 20, max_components=most)
+    settings = EvidenceSettings(
+        0.05, 1.0, slots, trial_steps=20, memory=0.97, last_step=steps - 20, max_components=most
+    )
     rule: Any = EvidenceRule(settings, matrices)
     events, lines = [], []
     for _ in range(steps):

@@ -101,7 +101,7 @@ ACCEPTED: dict[str, set[str]] = {
     "slots": {"2"},
     "trial_share": {"0.5"},
     "duel_factor": {"2", "0.5", "2**63"},
-    "probe_memory": {"0", "0.5"},
+    "probe_memory": {"None", "0", "0.5"},
     "component_seed": {"None", "0", "2"},
     # Whatever PEFT has beyond: its default alone.
     "megatron_core": set(),

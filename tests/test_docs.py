@@ -96,13 +96,13 @@ def test_the_readme_rounds_the_same_numbers():
 
 def test_the_page_on_the_method_has_the_constants_of_the_rule():
     page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
-    for name in ("significance", "slots", "trial_share", "duel_factor", "probe_memory"):
+    for name in ("significance", "slots", "trial_share", "duel_factor"):
         assert re.search(rf"\| `{name}` \| (?:\S+ = )?{getattr(AromaConfig, name)} \|", page), name
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",
         f"and up to {questions.QUESTIONS[1]} batches are asked",
         "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*questions.QUESTIONS),
-        f"carry {questions.SHARE_KEPT * 100:.0f} % of the credit",
+        f"a share of {questions.LEAST_OF_AVERAGE} of the average",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
         f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps, or more rarely",
         f"{100 * evidence.HELD_OUT_SHARE:.0f} % of the steps at most",

@@ -173,6 +173,9 @@ class SlotMatrices(GrowingMatrices):
         adapter_name: The adapter that grows.
         live: Its live state.
         optimizer: Optimizer that holds the pairs; wrapped by accelerate or not, or DeepSpeed's.
+
+    Attributes:
+        memory: β, with which unused directions follow the gradient; the rule sets it.
     """
 
     matrix_class = SlotMatrix
@@ -180,6 +183,7 @@ class SlotMatrices(GrowingMatrices):
 
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
         super().__init__(model, adapter_name, live, optimizer)
+        self.memory = 0.0
         self._asks = True
         self._is_answered = False
         self._has_warned = False
@@ -300,7 +304,7 @@ class SlotMatrices(GrowingMatrices):
             self._record([group.answers for group in self._groups])
         for group in self._groups:
             if self._strength == 1:
-                group.turn(group.answers, self._live.config.probe_memory)
+                group.turn(group.answers, self.memory)
             group.answers.zero_()
 
     def discard(self) -> None:

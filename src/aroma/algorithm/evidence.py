@@ -13,8 +13,9 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
     candidates: where the update of a matrix saves loss as a whole, Σ_k credit_k > 0 at significance α/2 (Student's t),
                 directions whose mean credit exceeds its standard error; and in any matrix, those that are positive
                 by themselves at α/2 with Holm's correction
-    stay:       the fewest candidates that carry 99 % of the credit of all of them; and in a matrix where that is none,
-                the direction with the largest credit, unless the update as a whole costs more than its standard error
+    stay:       the candidates with a quarter or more of the average credit, over all directions, of which those that
+                are no candidates have none; and in a matrix where that is none, the direction with the largest credit,
+                unless the update as a whole costs more than its standard error
 
 At the highest rate, and in small batches, the components swing. So the first quarter of the batches says how far.
 Where it does not say at α that all updates together save loss, as many are asked with the updates at strength 0:
@@ -26,8 +27,8 @@ Where it does not say at α that all updates together save loss, as many are ask
     neither                                  all are judged: nothing is to be learnt, or not yet
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
-earlier gradients. The steepness of a direction D is how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch
-each unused direction duels with what trains:
+earlier gradients, as many as the trial has steps. The steepness of a direction D is how fast the loss falls along it:
+−⟨G, D⟩ / ‖D‖_F. On every batch each unused direction duels with what trains:
 
 .. code-block:: text
 
@@ -97,6 +98,7 @@ class EvidenceSettings:
         duel_factor: κ > 0.
         slots: S, components of a matrix in the trial, and the most that train at once.
         trial_steps: Optimizer steps of the trial, those of the first directions included.
+        memory: β, in [0, 1): what an average of gradients keeps of itself at each step.
         last_step: Optimizer step after which nothing is born, one at which the evidence is looked at: what comes later
             hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
@@ -106,6 +108,7 @@ class EvidenceSettings:
     duel_factor: float
     slots: int
     trial_steps: int
+    memory: float
     last_step: int
     max_components: int | None
 
@@ -150,7 +153,13 @@ E = TypeVar("E", bound=EvidenceMatrix)
 
 
 class EvidenceMatrices(Protocol[E]):
-    """All growing matrices of a run, with their unused directions."""
+    """All growing matrices of a run, with their unused directions.
+
+    Attributes:
+        memory: β, with which the directions follow the gradient; the rule sets it.
+    """
+
+    memory: float
 
     @property
     def known_rank(self) -> int:
@@ -226,6 +235,7 @@ class EvidenceRule(Generic[E]):
     def __init__(self, settings: EvidenceSettings, matrices: EvidenceMatrices[E]) -> None:
         self._settings = settings
         self._matrices = matrices
+        matrices.memory = settings.memory
         self._stage: Stage = "opening"
         self._credits: list[np.ndarray] = []
         self._base_credits: list[np.ndarray] = []

@@ -17,8 +17,8 @@ there are fewer than eight. None is trained on."""
 FEWEST_OPENING = 4
 """Fewest batches that say how far the updates swing: a quarter of the questions."""
 
-SHARE_KEPT = 0.99
-"""Share of what the candidates save that must be carried by the directions that stay."""
+LEAST_OF_AVERAGE = 0.25
+"""What a direction must save to stay, as a share of what one saves on average."""
 
 
 def question_count(trial_steps: int) -> int:
@@ -54,9 +54,10 @@ def saves_together(credits: np.ndarray, significance: float) -> bool:
 def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
     """Return for every matrix which directions save loss surely enough to stay.
 
-    Those are candidates, and the fewest of them all stay that carry 99 % of what the candidates save together. Noise
-    that was learnt by heart has a negative credit; where nothing is there to learn, nothing stays, but in one of 1/α
-    matrices.
+    Those are candidates that save a quarter or more of what a direction saves on average; one that is no candidate
+    counts as saving nothing. Before the others have converged, a direction that is not needed saves a little in their
+    place. Noise that was learnt by heart has a negative credit; where nothing is there to learn, nothing stays, but
+    in one of 1/α matrices.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
@@ -64,12 +65,9 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     """
     known = np.nan_to_num(credits)
     saved = np.where(candidates(known, significance), known.mean(0), 0.0)
-    order = np.argsort(-saved, axis=None, kind="stable")
-    ranked = saved.reshape(-1)[order]
-    carried_before = np.cumsum(ranked) - ranked
-    stays = np.zeros(saved.size, dtype=bool)
-    stays[order[(ranked > 0) & (carried_before < SHARE_KEPT * ranked.sum())]] = True
-    return [[int(k) for k in row.nonzero()[0]] for row in stays.reshape(saved.shape)]
+    average = saved.sum() / max(np.isfinite(credits[0]).sum(), 1)
+    stays = (saved > 0) & (saved >= LEAST_OF_AVERAGE * average)
+    return [[int(k) for k in row.nonzero()[0]] for row in stays]
 
 
 def keep_one_if_undecided(kept: Sequence[list[int]], credits: np.ndarray) -> list[list[int]]:

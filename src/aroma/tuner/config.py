@@ -124,8 +124,8 @@ class AromaConfig(LoraConfig):
             in which every matrix trains as many components as it has slots.
         duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
             steep as what trains. A smaller one lets matrices grow sooner.
-        probe_memory (`float`, *optional*, defaults to 0.97): β. An unused direction averages about 1 / (1 - β)
-            gradients.
+        probe_memory (`float`, *optional*): β, in [0, 1). An unused direction averages about 1 / (1 - β) gradients.
+            `None`: as many as the trial has optimizer steps.
         component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
             the adapter is made, so that `set_seed` decides it.
 
@@ -184,8 +184,11 @@ class AromaConfig(LoraConfig):
         default=0.5,
         metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},
     )
-    probe_memory: float = field(
-        default=0.97, metadata={"help": "growth='evidence': memory of the unused directions, in [0, 1)."}
+    probe_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "growth='evidence': memory of the unused directions, in [0, 1); None: as long as the trial."
+        },
     )
     component_seed: int | None = field(
         default=None, metadata={"help": "Seed of new components; None: torch.initial_seed()."}
@@ -231,8 +234,8 @@ class AromaConfig(LoraConfig):
         if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
             raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
         _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 0.5")
-        if not _is_number(self.probe_memory) or not 0 <= self.probe_memory < 1:
-            raise bad_value("probe_memory", self.probe_memory, "give a number in [0, 1); try 0.97")
+        if self.probe_memory is not None and (not _is_number(self.probe_memory) or not 0 <= self.probe_memory < 1):
+            raise bad_value("probe_memory", self.probe_memory, "give a number in [0, 1), or leave it out")
 
     def _check_component(self) -> None:
         _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
