@@ -53,6 +53,11 @@ def without_floor() -> pd.DataFrame:
     return of_evidence("no-floor").set_index(["task", "seed"])
 
 
+def with_short_memory() -> pd.DataFrame:
+    """Return what `without_floor` does, of the rule before directions remembered longer."""
+    return of_evidence("short-memory").set_index(["task", "seed"]).sort_index()
+
+
 def gained(task: str, before: str, after: str = SHIPPED) -> str:
     """Return the paired difference between two rules, ± its standard error, in points."""
     old, new = (of_evidence(name).set_index(["task", "seed"]).score[task] for name in (before, after))

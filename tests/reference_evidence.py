@@ -36,7 +36,7 @@ class Settings:
 
     @property
     def beta(self) -> float:
-        return 1 - 1 / self.trial
+        return min(1 - 1 / self.trial, self.alpha ** (1 / (9 * self.held_out_batches)) if self.held_out_batches else 1)
 
 
 @dataclass

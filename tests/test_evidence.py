@@ -187,11 +187,28 @@ def test_what_saves_less_than_a_quarter_of_the_average_goes_however_sure_it_is()
     assert directions_to_keep(1e3 * credits, 0.05) == [[0, 1, 2], [0], []], "the scale of the loss says nothing"
 
 
-@pytest.mark.parametrize(("given", "memory"), [({}, 1 - 1 / 30), ({"probe_memory": 0.5}, 0.5)])
-def test_a_direction_remembers_as_many_gradients_as_the_trial_has_steps(given: dict[str, Any], memory: float) -> None:
-    model = grown(Net(), **given)
-    matrices: Any = attach(model, adam(model), total_steps=300).controller.matrices
-    assert matrices.memory == memory
+@pytest.mark.parametrize("significance", [0.05, 0.2])
+@pytest.mark.parametrize(("batches_held_out", "is_short"), [(None, False), (7, True), (200, False)])
+def test_a_direction_remembers_the_trial_but_not_what_will_be_asked_again(
+    batches_held_out: int | None, is_short: bool, significance: float
+) -> None:
+    x = torch.zeros(1, WIDTH, dtype=torch.float64)
+
+    def memory(**fields: Any) -> float:
+        model = grown(Net(), significance=significance, **fields)
+        held = None if batches_held_out is None else [(x, x)] * batches_held_out
+        of_run = {"total_steps": 1500, "steps_per_pass": 1500 if held is None else 400, "growth_batches": held}
+        growth = attach(model, adam(model), growth_loss=lambda model, batch: model(batch[0]).sum(), **of_run)
+        matrices: Any = growth.controller.matrices
+        return matrices.memory
+
+    assert memory(probe_memory=0.5) == 0.5
+    found = memory()
+    assert (found < 1 - 1 / 150) == is_short
+    if is_short:  # one batch of seven every nine steps
+        assert found**63 == pytest.approx(significance)
+    else:
+        assert found == 1 - 1 / 150
 
 
 def test_a_matrix_keeps_its_best_direction_unless_its_update_costs_loss() -> None:

@@ -552,7 +552,7 @@ def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
         duel_factor=config.duel_factor,
         slots=config.slots,
         trial_steps=trial,
-        memory=1 - 1 / trial if config.probe_memory is None else config.probe_memory,
+        memory=config.probe_memory,
         last_step=((total_steps or 0) - trial) // CHECK_INTERVAL * CHECK_INTERVAL,
         max_components=config.max_components,
     )

@@ -27,7 +27,7 @@ Where it does not say at α that all updates together save loss, as many are ask
     neither                                  all are judged: nothing is to be learnt, or not yet
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
-earlier gradients, as many as the trial has steps. The steepness of a direction D is how fast the loss falls along it:
+earlier gradients, as many as the trial has steps, or fewer where little is held out. The steepness of a direction D is how fast the loss falls along it:
 −⟨G, D⟩ / ‖D‖_F. On every batch each unused direction duels with what trains:
 
 .. code-block:: text
@@ -98,7 +98,7 @@ class EvidenceSettings:
         duel_factor: κ > 0.
         slots: S, components of a matrix in the trial, and the most that train at once.
         trial_steps: Optimizer steps of the trial, those of the first directions included.
-        memory: β, in [0, 1): what an average of gradients keeps of itself at each step.
+        memory: β, in [0, 1): what an average of gradients keeps of itself at each step; None: see `memory_with`.
         last_step: Optimizer step after which nothing is born, one at which the evidence is looked at: what comes later
             hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
@@ -108,7 +108,7 @@ class EvidenceSettings:
     duel_factor: float
     slots: int
     trial_steps: int
-    memory: float
+    memory: float | None
     last_step: int
     max_components: int | None
 
@@ -116,6 +116,23 @@ class EvidenceSettings:
     def questions(self) -> int:
         """Batches that are asked at the end of the trial, if as many are at hand."""
         return question_count(self.trial_steps)
+
+    def memory_with(self, held_out_batches: int | None) -> float:
+        """Return β: a direction averages as many gradients as the trial has steps, or fewer where little is held out.
+
+        When the same examples duel again, at most α of that average is to be left. Else they would vote on one
+        direction several times, and a direction that suits them by chance would convince.
+
+        Args:
+            held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held
+                out, or it is not known.
+        """
+        if self.memory is not None:
+            return self.memory
+        longest = 1 - 1 / self.trial_steps
+        if held_out_batches is None:
+            return longest
+        return min(longest, self.significance ** (1 / (HELD_OUT_INTERVAL * held_out_batches)))
 
     def held_out_interval(self, first_pass: int, asked: int, trial_steps: int) -> int:
         """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
@@ -222,8 +239,6 @@ class EvidenceRule(Generic[E]):
         doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
-        held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held out,
-            or nobody knows.
         tell: Called with events as they happen.
     """
 
@@ -235,7 +250,6 @@ class EvidenceRule(Generic[E]):
     def __init__(self, settings: EvidenceSettings, matrices: EvidenceMatrices[E]) -> None:
         self._settings = settings
         self._matrices = matrices
-        matrices.memory = settings.memory
         self._stage: Stage = "opening"
         self._credits: list[np.ndarray] = []
         self._base_credits: list[np.ndarray] = []
@@ -247,7 +261,17 @@ class EvidenceRule(Generic[E]):
         self.doublings = 0
         self.births = 0
         self.last_birth: int | None = None
-        self.held_out_batches: int | None = None
+        self.held_out_batches = None
+
+    @property
+    def held_out_batches(self) -> int | None:
+        """How many batches of held-out examples have no example in common; None if nothing is, or nobody knows."""
+        return self._held_out_batches
+
+    @held_out_batches.setter
+    def held_out_batches(self, count: int | None) -> None:
+        self._held_out_batches = count
+        self._matrices.memory = self._settings.memory_with(count)
 
     @property
     def finished(self) -> bool:

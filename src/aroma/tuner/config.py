@@ -125,7 +125,7 @@ class AromaConfig(LoraConfig):
         duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
             steep as what trains. A smaller one lets matrices grow sooner.
         probe_memory (`float`, *optional*): β, in [0, 1). An unused direction averages about 1 / (1 - β) gradients.
-            `None`: as many as the trial has optimizer steps.
+            `None`: as many as the trial has optimizer steps, or fewer where few examples are held out.
         component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
             the adapter is made, so that `set_seed` decides it.
 
