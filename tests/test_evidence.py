@@ -197,8 +197,10 @@ def test_a_direction_remembers_the_trial_but_not_what_will_be_asked_again(
     def memory(**fields: Any) -> float:
         model = grown(Net(), significance=significance, **fields)
         held = None if batches_held_out is None else [(x, x)] * batches_held_out
-        of_run = {"total_steps": 1500, "steps_per_pass": 1500 if held is None else 400, "growth_batches": held}
-        growth = attach(model, adam(model), growth_loss=lambda model, batch: model(batch[0]).sum(), **of_run)
+        of_run: dict[str, Any] = {"total_steps": 1500, "steps_per_pass": 1500}
+        if held is not None:
+            of_run |= {"growth_batches": held, "growth_loss": lambda model, batch: model(batch[0]).sum()}
+        growth = attach(model, adam(model), **of_run)
         matrices: Any = growth.controller.matrices
         return matrices.memory
 

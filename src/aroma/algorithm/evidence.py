@@ -27,8 +27,8 @@ Where it does not say at α that all updates together save loss, as many are ask
     neither                                  all are judged: nothing is to be learnt, or not yet
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
-earlier gradients, as many as the trial has steps, or fewer where little is held out. The steepness of a direction D is how fast the loss falls along it:
-−⟨G, D⟩ / ‖D‖_F. On every batch each unused direction duels with what trains:
+earlier gradients: as many as the trial has steps, or fewer where little is held out. The steepness of a direction D is
+how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch each unused direction duels with what trains:
 
 .. code-block:: text
 
@@ -132,7 +132,8 @@ class EvidenceSettings:
         longest = 1 - 1 / self.trial_steps
         if held_out_batches is None:
             return longest
-        return min(longest, self.significance ** (1 / (HELD_OUT_INTERVAL * held_out_batches)))
+        steps_to_next_time = HELD_OUT_INTERVAL * held_out_batches
+        return min(longest, math.exp(math.log(self.significance) / steps_to_next_time))
 
     def held_out_interval(self, first_pass: int, asked: int, trial_steps: int) -> int:
         """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
