@@ -103,6 +103,8 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
         f"and up to {questions.QUESTIONS[1]} batches are asked",
         "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*questions.QUESTIONS),
         f"a share of {questions.LEAST_OF_AVERAGE} of the average",
+        "| `probe_memory` | none |",
+        f"of which at most one duels in {evidence.HELD_OUT_INTERVAL} steps, β = α^(1 / {evidence.HELD_OUT_INTERVAL}H)",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
         f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps, or more rarely",
         f"{100 * evidence.HELD_OUT_SHARE:.0f} % of the steps at most",

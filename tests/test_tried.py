@@ -6,6 +6,8 @@ import json
 
 import pandas as pd
 
+from aroma import AromaConfig
+from aroma.algorithm.evidence import HELD_OUT_INTERVAL
 from aroma_lab.report.formats import signed_points
 from published import (
     GROWN,
@@ -274,10 +276,11 @@ def test_the_page_says_of_a_trial_that_goes_on_what_the_runs_say() -> None:
 
 def by_seed(name: str) -> pd.DataFrame:
     """Return runs that are written as one row for all seeds of a task: one for each, by variant, task and seed."""
-    tried = of_evidence(name)
-    columns = ["seed", "score", "trained_rank", "spearman"]
-    whole = tried.explode([column for column in columns if column in tried and tried[column].notna().all()])
-    return whole.set_index(["of", "task", "seed"]).sort_index()
+    rows = []
+    for runs in of_evidence(name).to_dict("records"):
+        own = {column: values for column, values in runs.items() if isinstance(values, list)}
+        rows += [runs | dict(zip(own, values, strict=True)) for values in zip(*own.values(), strict=True)]
+    return pd.DataFrame(rows).set_index(["of", "task", "seed"]).sort_index()
 
 
 def the_rule() -> pd.DataFrame:
@@ -288,11 +291,11 @@ def the_rule() -> pd.DataFrame:
 
 VARIANTS = {
     "quarter, 33": "a quarter of the average stays; 33 gradients",
-    "half, 33": "a half; 33 gradients",
-    "quarter, 75": "a quarter; half as many gradients as the trial has steps",
-    "quarter, 150": "a quarter; as many, as it is now",
-    "quarter, 300": "a quarter; twice as many",
-    "eighth, 150": "an eighth; as many",
+    "half, 33": "a half; 33",
+    "quarter, 75": "a quarter; 75",
+    "quarter, 150": "a quarter; 150",
+    "quarter, 300": "a quarter; 300",
+    "eighth, 150": "an eighth; 150",
 }
 
 
@@ -319,6 +322,14 @@ def test_the_page_says_of_memories_and_cuts_what_the_runs_say() -> None:
             for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
         ]
         assert " ".join(f"| {line} | {' | '.join(gains)} |".split()) in TEXT
+    grew, still = sum(tried.grew["quarter, 150", "nothing"]), 0
+    for ranks in the_rule().result["nothing"].map(lambda one: one["ranks"]):
+        still += sum(rank > 0 for rank in ranks.values())
+    assert f"batches of 16, {grew} of 60 matrices grow where nothing is planted. There 9 batches" in TEXT
+    assert f"in batches of four, and {still} of 60 matrices grow." in TEXT
+    memories = [AromaConfig.significance ** (1 / (HELD_OUT_INTERVAL * count)) for count in (9, 37)]  # of 16, of four
+    few, many = (f"{1 / (1 - memory):.0f}" for memory in memories)
+    assert f"That is {few} gradients there, {many} in batches of four" in TEXT
     flat = [f"{100 * tried.score[variant, 'flat8'].mean():.2f}" for variant in ("before", "quarter, 33", "half, 33")]
     assert f"explains {flat[1]} % in place of {flat[0]} %, and a half {flat[2]} %" in TEXT
     texts, then = tried.loc["quarter, 33"], with_short_memory().score
