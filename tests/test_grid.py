@@ -16,7 +16,7 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
 from aroma_lab.study.run import list_grid, run_grid
-from aroma_lab.study.selection import beyond, candidates, choose, chosen_settings, edges, widened
+from aroma_lab.study.selection import beyond, candidates, choose, chosen_settings, edges, finals, widened
 from fake_trial import score_of
 from study_files import (
     DECAY,
@@ -330,6 +330,36 @@ def test_a_widened_selection_compares_its_best_values_with_all_next_to_them():
     assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 4e-3, HEAD_RATE: 4e-3}
 
 
+def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_them():
+    select = {"over": {RATE: [1, 2, 3]}, "by": "loss", "seed": 100, "again": [101, 102]}
+    grid = whole_grid(tasks={"mrpc": None}, methods={"lora": {"kind": "lora"}}, select=select)
+    assert make_grid(grid.as_dict()) == grid
+    tried = candidates(grid)
+    outcomes = {trial.name: (0.5, loss) for (trial, _), loss in zip(tried, (0.1, 0.3, 0.2), strict=True)}
+    assert finals(grid, tried[:1], {}) == [], "one that failed is not run again"
+    further = finals(grid, tried, outcomes)
+    assert [(values[RATE], trial.training.seed) for trial, values in further] == [
+        (rate, seed) for seed in (101, 102) for rate in (1.0, 3.0)
+    ]
+    assert [trial.name for trial, _ in further[:2]] == [
+        f"select/mrpc/lora/learning_rate={rate},seed=101" for rate in (1.0, 3.0)
+    ]
+    for trial, values in further:
+        first = next(one for one, same in tried if same == values)
+        assert trial.as_dict() == {
+            **first.as_dict(),
+            "name": trial.name,
+            "training": {**first.as_dict()["training"], "seed": trial.training.seed},
+        }
+    tried = [*tried, *further]
+    outcomes |= {trial.name: (0.5, 1.0 if values[RATE] == 1 else 0.4) for trial, values in further}
+    assert finals(grid, tried, outcomes) == []
+    means = [[{RATE: 1.0}, pytest.approx(0.7)], [{RATE: 2.0}, 0.3], [{RATE: 3.0}, pytest.approx(1 / 3)]]
+    assert choose(grid, tried, outcomes)["mrpc"]["lora"] == {"chosen": {RATE: 3.0}, "tried": means}
+    del outcomes[further[-1].trial.name]  # it has failed
+    assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 1.0}
+
+
 def test_a_selection_ends_where_no_value_lies_beyond():
     key = "training.min_lr_ratio"
     grid = whole_grid(
@@ -343,6 +373,8 @@ def test_a_selection_ends_where_no_value_lies_beyond():
     ("select", "message"),
     [
         ({"over": {RATE: [1e-3]}, "widen": -1}, "select.widen=-1: give 0 or more"),
+        ({"over": {RATE: [1e-3]}, "seed": 1, "again": [2, 1]}, "select.again=[2, 1]: give different seeds"),
+        ({"over": {RATE: [1e-3]}, "again": [-2]}, "select.again=[-2]: give different seeds, 0 or more"),
         ({"over": {RATE: [1e-3]}, "by": "f1"}, "select.by='f1': give one of score, loss"),
         ({"over": {RATE: None}}, f"select.over.{RATE}=None: give a list of values to try"),
         (

@@ -67,6 +67,8 @@ class Selection:
         overrides: Further settings of some of them, and as `over` other values to try; later ones win.
         widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of what
             was tried; the best is compared with all values next to it then. See `selection.widened`.
+        again: Further seeds with which the two best are run, too; the mean over all seeds decides between them. Else
+            one run of each decides, which may be lucky or collapse.
     """
 
     over: dict[str, list[Any]]
@@ -75,6 +77,7 @@ class Selection:
     training: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
     widen: int = 0
+    again: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -326,6 +329,9 @@ def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterabl
     for key in ("seed", "widen"):
         if given.get(key, 0) < 0:
             raise bad_value(f"select.{key}", given[key], "give 0 or more")
+    seeds = [given.get("seed", 0), *given.get("again", ())]
+    if len({*seeds}) < len(seeds) or min(seeds) < 0:
+        raise bad_value("select.again", [*seeds[1:]], "give different seeds, 0 or more, other than select.seed")
     training = section_of(check_settings({"training": given.get("training")}, "select."), "training")
     overrides = _overrides("select.overrides", given.get("overrides"), tasks, methods, selects=True)
     for index, entry in enumerate(overrides):

@@ -16,7 +16,7 @@ from ..run.trial import Trial
 from .engine import Engine, Watch
 from .grid import Chosen, Grid, attributes_of, check_methods, check_tasks, expand
 from .process import WORKER_MODULE, tidy
-from .selection import Candidate, candidates, choose, chosen_settings, widened
+from .selection import Candidate, candidates, choose, chosen_settings, finals, widened
 from .status import ROUND, State, Status, require_no_conflicts
 
 GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
@@ -80,7 +80,7 @@ def run_grid(
         write_text(grid.folder / GRID_FILE, _HEADER + resolved)
         outcome = GridOutcome([], [], [])
         _run_stage(engine, first, retry_failed, outcome)
-        while further := _widened(part, tried, engine.status()):
+        while further := _due(part, tried, engine.status()):
             tried = [*tried, *further]
             _run_stage(engine, [trial for trial, _ in further], retry_failed, outcome)
         if tried:
@@ -176,22 +176,23 @@ def _states(grid: Grid, status: Status) -> list[tuple[Trial, State]]:
 
 
 def _all_candidates(grid: Grid, status: Status) -> list[Candidate]:
-    """Return what a selection tries, with what it was widened by so far and the candidates that are due next."""
+    """Return what a selection tries, with what it was widened by so far, its finals, and those due next."""
     tried = candidates(grid)
-    while further := _widened(grid, tried, status):
+    while further := _due(grid, tried, status):
         tried += further
     return tried
 
 
-def _widened(grid: Grid, tried: Sequence[Candidate], status: Status) -> list[Candidate]:
+def _due(grid: Grid, tried: Sequence[Candidate], status: Status) -> list[Candidate]:
     """Return the next candidates of the tasks and methods whose candidates have all ended."""
-    if grid.select is None or not grid.select.widen:
+    if grid.select is None:
         return []
     open_pairs = {
         (trial.task.name, trial.method) for trial, _ in tried if status.state(trial) not in ("finished", "failed")
     }
     ended = [one for one in tried if (one.trial.task.name, one.trial.method) not in open_pairs]
-    return widened(grid, ended, _outcomes(ended, status))
+    outcomes = _outcomes(ended, status)
+    return (widened(grid, ended, outcomes) if grid.select.widen else []) or finals(grid, ended, outcomes)
 
 
 def _choose(grid: Grid, tried: Sequence[Candidate], status: Status) -> dict[str, dict[str, Any]]:

@@ -10,12 +10,16 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from aroma.errors import AromaError
 
 from ..run.trial import Trial
 from .grid import OVER, Chosen, Grid, Settings, make_trial, overridden
+
+FINALISTS = 2
+"""How many of the best are run with further seeds, where `select.again` names some."""
 
 
 class Candidate(NamedTuple):
@@ -69,6 +73,28 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
                 with suppress(AromaError):  # no value lies beyond this one, as with a share of 1
                     found += _of_pair(grid, task, method, [point])
     return found
+
+
+def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
+    """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
+
+    Args:
+        grid: The grid.
+        tried: All candidates so far.
+        outcomes: Score and loss, by name of the trial; of those that have ended, a failed one has none.
+    """
+    select = grid.select
+    assert select is not None, "nothing is tried without a selection"
+    first = [one for one in tried if one.trial.training.seed == select.seed and one.trial.name in outcomes]
+    first.sort(key=lambda one: preference(*outcomes[one.trial.name], select.by), reverse=True)
+    found: list[Candidate] = []
+    for task, method in dict.fromkeys((one.trial.task.name, one.trial.method) for one in first):
+        points = [values for trial, values in first if (trial.task.name, trial.method) == (task, method)]
+        for seed in select.again:
+            for point in points[:FINALISTS]:
+                found += _of_pair(grid, task, method, [point], seed)
+    known = {one.trial.name for one in tried}
+    return [one for one in found if one.trial.name not in known]
 
 
 def _beside(
@@ -139,14 +165,20 @@ def _points(over: Mapping[str, Sequence[Any]]) -> list[Settings]:
     return [dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())]
 
 
-def _of_pair(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
-    """Return a candidate for each combination of values that is tried for a task and a method."""
+def _of_pair(
+    grid: Grid, task: str, method: str, points: Sequence[Settings], seed: int | None = None
+) -> list[Candidate]:
+    """Return a candidate for each combination of values that is tried for a task and a method.
+
+    With `seed` they are those of the finals.
+    """
     assert grid.select is not None, "its callers check it"
     training = {f"training.{key}": value for key, value in grid.select.training.items()}
     settings, found = training | overridden(grid.select.overrides, task, method), []
     for label, values in zip(_labels(points), points, strict=True):
-        name = f"select/{task}/{method}/{label}"
-        trial = make_trial(grid, task, method, grid.select.seed, name, settings | values, "select")
+        name = f"select/{task}/{method}/{label}" + ("" if seed is None else f",seed={seed}")
+        own = grid.select.seed if seed is None else seed
+        trial = make_trial(grid, task, method, own, name, settings | values, "select")
         found.append(Candidate(trial, values))
     return found
 
@@ -156,7 +188,8 @@ def choose(
 ) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json`: what was chosen per task and method, and all that was tried.
 
-    The best wins, as `preference` orders them; of equal ones the first.
+    The best wins, as `preference` orders them; of equal ones the first. Of what was run with further seeds the means
+    count, and then the best of those wins.
 
     Args:
         grid: The grid, whose selection says by what.
@@ -167,19 +200,27 @@ def choose(
         `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or loss or None], ...]}}}`.
     """
     by = "score" if grid.select is None else grid.select.by
-    selection: dict[str, dict[str, Any]] = {}
-    best: dict[tuple[str, str], tuple[float, float]] = {}
+    runs: dict[tuple[str, str], list[tuple[Settings, list[tuple[float, float] | None]]]] = {}
     for trial, values in tried:
-        pair, outcome = (trial.task.name, trial.method), outcomes.get(trial.name)
-        entry = selection.setdefault(pair[0], {}).setdefault(pair[1], {"chosen": None, "tried": []})
-        if outcome is None:
-            entry["tried"].append([values, None])
-            continue
-        score, loss = outcome
-        entry["tried"].append([values, loss if by == "loss" else score])
-        preferred = preference(score, loss, by)
-        if pair not in best or preferred > best[pair]:
-            best[pair], entry["chosen"] = preferred, values
+        of_pair = runs.setdefault((trial.task.name, trial.method), [])
+        same = next((outcomes_so_far for other, outcomes_so_far in of_pair if other == values), None)
+        if same is None:
+            of_pair.append((values, same := []))
+        same.append(outcomes.get(trial.name))
+    selection: dict[str, dict[str, Any]] = {}
+    for (task, method), of_pair in runs.items():
+        entry: dict[str, Any] = {"chosen": None, "tried": []}
+        best: tuple[int, tuple[float, float]] | None = None
+        for values, found in of_pair:
+            if None in found:  # a setting that fails with one seed is none to choose
+                entry["tried"].append([values, None])
+                continue
+            score, loss = (fmean(numbers) for numbers in zip(*filter(None, found), strict=True))
+            entry["tried"].append([values, loss if by == "loss" else score])
+            preferred = len(found), preference(score, loss, by)
+            if best is None or preferred > best:
+                best, entry["chosen"] = preferred, values
+        selection.setdefault(task, {})[method] = entry
     return selection
 
 
