@@ -58,6 +58,15 @@ def with_short_memory() -> pd.DataFrame:
     return of_evidence("short-memory").set_index(["task", "seed"]).sort_index()
 
 
+def by_seed(name: str) -> pd.DataFrame:
+    """Return runs that are written as one row for all seeds of a task: one for each, by variant, task and seed."""
+    rows = []
+    for runs in of_evidence(name).to_dict("records"):
+        own = {column: values for column, values in runs.items() if isinstance(values, list)}
+        rows += [runs | dict(zip(own, values, strict=True)) for values in zip(*own.values(), strict=True)]
+    return pd.DataFrame(rows).set_index(["of", "task", "seed"]).sort_index()
+
+
 def gained(task: str, before: str, after: str = SHIPPED) -> str:
     """Return the paired difference between two rules, ± its standard error, in points."""
     old, new = (of_evidence(name).set_index(["task", "seed"]).score[task] for name in (before, after))

@@ -353,11 +353,15 @@ def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_th
         }
     tried = [*tried, *further]
     outcomes |= {trial.name: (0.5, 1.0 if values[RATE] == 1 else 0.4) for trial, values in further}
+    last = finals(grid, tried, outcomes)
+    assert {values[RATE] for _, values in last} == {2.0}, "the first has collapsed"
+    tried = [*tried, *last]
+    outcomes |= {trial.name: (0.5, 0.6) for trial, _ in last}
     assert finals(grid, tried, outcomes) == []
-    means = [[{RATE: 1.0}, pytest.approx(0.7)], [{RATE: 2.0}, 0.3], [{RATE: 3.0}, pytest.approx(1 / 3)]]
+    means = [[{RATE: 1.0}, pytest.approx(0.7)], [{RATE: 2.0}, pytest.approx(0.5)], [{RATE: 3.0}, pytest.approx(1 / 3)]]
     assert choose(grid, tried, outcomes)["mrpc"]["lora"] == {"chosen": {RATE: 3.0}, "tried": means}
     del outcomes[further[-1].trial.name]  # it has failed
-    assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 1.0}
+    assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 2.0}
 
 
 def test_a_selection_ends_where_no_value_lies_beyond():

@@ -67,7 +67,7 @@ class Selection:
         overrides: Further settings of some of them, and as `over` other values to try; later ones win.
         widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of what
             was tried; the best is compared with all values next to it then. See `selection.widened`.
-        again: Further seeds with which the two best are run, too; the mean over all seeds decides between them. Else
+        again: Further seeds with which the two best are run, too, and what is best by the mean after that. Without any
             one run of each decides, which may be lucky or collapse.
     """
 

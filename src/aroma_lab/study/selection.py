@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -78,6 +79,8 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
 def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
     """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
 
+    What is best by its mean so far may be another after them, and is due then.
+
     Args:
         grid: The grid.
         tried: All candidates so far.
@@ -85,16 +88,38 @@ def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[
     """
     select = grid.select
     assert select is not None, "nothing is tried without a selection"
-    first = [one for one in tried if one.trial.training.seed == select.seed and one.trial.name in outcomes]
-    first.sort(key=lambda one: preference(*outcomes[one.trial.name], select.by), reverse=True)
     found: list[Candidate] = []
-    for task, method in dict.fromkeys((one.trial.task.name, one.trial.method) for one in first):
-        points = [values for trial, values in first if (trial.task.name, trial.method) == (task, method)]
-        for seed in select.again:
-            for point in points[:FINALISTS]:
-                found += _of_pair(grid, task, method, [point], seed)
+    for (task, method), runs in _by_values(tried, outcomes).items():
+        ended = [(preference(mean[0], mean[1], select.by), values) for values, mean in runs if mean is not None]
+        best = [values for _, values in sorted(ended, key=itemgetter(0), reverse=True)[:FINALISTS]]
+        for seed, values in itertools.product(select.again, best):
+            found += _of_pair(grid, task, method, [values], seed)
     known = {one.trial.name for one in tried}
     return [one for one in found if one.trial.name not in known]
+
+
+def _by_values(
+    tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]
+) -> dict[tuple[str, str], list[tuple[Settings, tuple[float, float] | None]]]:
+    """Return all values that were tried, with the mean of score and loss over seeds, by task and method.
+
+    None where a run has failed: what fails with one seed is not to be chosen.
+    """
+    found: dict[tuple[str, str], list[tuple[Settings, list[tuple[float, float] | None]]]] = {}
+    for trial, values in tried:
+        of_pair = found.setdefault((trial.task.name, trial.method), [])
+        runs = next((runs for same, runs in of_pair if same == values), None)
+        if runs is None:
+            of_pair.append((values, runs := []))
+        runs.append(outcomes.get(trial.name))
+    return {pair: [(values, _mean(runs)) for values, runs in of_pair] for pair, of_pair in found.items()}
+
+
+def _mean(runs: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    ended = [run for run in runs if run is not None]
+    if len(ended) < len(runs):
+        return None
+    return fmean(score for score, _ in ended), fmean(loss for _, loss in ended)
 
 
 def _beside(
@@ -189,7 +214,7 @@ def choose(
     """Return the content of `selection.json`: what was chosen per task and method, and all that was tried.
 
     The best wins, as `preference` orders them; of equal ones the first. Of what was run with further seeds the means
-    count, and then the best of those wins.
+    count.
 
     Args:
         grid: The grid, whose selection says by what.
@@ -200,25 +225,14 @@ def choose(
         `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or loss or None], ...]}}}`.
     """
     by = "score" if grid.select is None else grid.select.by
-    runs: dict[tuple[str, str], list[tuple[Settings, list[tuple[float, float] | None]]]] = {}
-    for trial, values in tried:
-        of_pair = runs.setdefault((trial.task.name, trial.method), [])
-        same = next((outcomes_so_far for other, outcomes_so_far in of_pair if other == values), None)
-        if same is None:
-            of_pair.append((values, same := []))
-        same.append(outcomes.get(trial.name))
     selection: dict[str, dict[str, Any]] = {}
-    for (task, method), of_pair in runs.items():
+    for (task, method), runs in _by_values(tried, outcomes).items():
         entry: dict[str, Any] = {"chosen": None, "tried": []}
-        best: tuple[int, tuple[float, float]] | None = None
-        for values, found in of_pair:
-            if None in found:  # a setting that fails with one seed is none to choose
-                entry["tried"].append([values, None])
-                continue
-            score, loss = (fmean(numbers) for numbers in zip(*filter(None, found), strict=True))
-            entry["tried"].append([values, loss if by == "loss" else score])
-            preferred = len(found), preference(score, loss, by)
-            if best is None or preferred > best:
+        best: tuple[float, float] | None = None
+        for values, mean in runs:
+            entry["tried"].append([values, mean if mean is None else mean[by == "loss"]])
+            preferred = None if mean is None else preference(mean[0], mean[1], by)
+            if preferred is not None and (best is None or preferred > best):
                 best, entry["chosen"] = preferred, values
         selection.setdefault(task, {})[method] = entry
     return selection
