@@ -336,7 +336,8 @@ def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_th
     assert make_grid(grid.as_dict()) == grid
     tried = candidates(grid)
     outcomes = {trial.name: (0.5, loss) for (trial, _), loss in zip(tried, (0.1, 0.3, 0.2), strict=True)}
-    assert finals(grid, tried[:1], {}) == [], "one that failed is not run again"
+    assert finals(grid, tried[:1], outcomes) == [], "there is nothing to decide"
+    assert len(finals(grid, tried, {tried[0].trial.name: (0.5, 0.1)})) == 2, "what failed is not run again"
     further = finals(grid, tried, outcomes)
     assert [(values[RATE], trial.training.seed) for trial, values in further] == [
         (rate, seed) for seed in (101, 102) for rate in (1.0, 3.0)

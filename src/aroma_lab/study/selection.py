@@ -79,7 +79,8 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
 def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
     """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
 
-    What is best by its mean so far may be another after them, and is due then.
+    What is best by its mean so far may be another after them, and is due then. Where one combination of values alone was
+    tried, there is nothing to decide.
 
     Args:
         grid: The grid.
@@ -92,7 +93,7 @@ def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[
     for (task, method), runs in _by_values(tried, outcomes).items():
         ended = [(preference(mean[0], mean[1], select.by), values) for values, mean in runs if mean is not None]
         best = [values for _, values in sorted(ended, key=itemgetter(0), reverse=True)[:FINALISTS]]
-        for seed, values in itertools.product(select.again, best):
+        for seed, values in itertools.product(select.again, best if len(runs) > 1 else []):
             found += _of_pair(grid, task, method, [values], seed)
     known = {one.trial.name for one in tried}
     return [one for one in found if one.trial.name not in known]
