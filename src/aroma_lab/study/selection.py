@@ -79,8 +79,8 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
 def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
     """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
 
-    What is best by its mean so far may be another after them, and is due then. Where one combination of values alone was
-    tried, there is nothing to decide.
+    What is best by its mean so far may be another after them, and is due then. Where one combination of values alone
+    was tried, there is nothing to decide.
 
     Args:
         grid: The grid.
