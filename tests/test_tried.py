@@ -288,7 +288,7 @@ VARIANTS = {
     "quarter, 150": "a quarter; 150",
     "quarter, 300": "a quarter; 300",
     "eighth, 150": "an eighth; 150",
-    "as it is": "a quarter; 27, and 111 in batches of four, as it is",
+    "as it is": "a quarter; 28, and 112 in batches of four, as it is",
 }
 
 
