@@ -346,8 +346,8 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
     )
     behind = {task: points.removeprefix("−") for task, points in said.items()}
     assert (
-        f"with the best of the five on TREC, and below it on SST-2 ({behind['sst2']}), BBC News ({behind['bbc-news']}) "
-        f"and BANKING77 ({behind['banking77']}), at a sixth to a quarter of its size." in TEXT
+        f"with the best of the five on TREC, and below it on SST-2 ({behind['sst2']}), BBC News "
+        f"({behind['bbc-news']}) and BANKING77 ({behind['banking77']}), at a sixth to a quarter of its size." in TEXT
     )
     assert [task for task, row in rows.iterrows() if abs(row.difference) < row.error] == ["trec"]
     sizes = rows.trained / rows.best.str.removeprefix("lora-r").astype(int)
