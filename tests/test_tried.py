@@ -315,7 +315,7 @@ def test_the_page_says_of_memories_and_cuts_what_the_runs_say() -> None:
             for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
         ]
         assert " ".join(f"| {line} | {' | '.join(gains)} |".split()) in TEXT
-    grew, still = sum(tried.grew["quarter, 150", "nothing"]), 0
+    grew, still = int(tried.grew["quarter, 150", "nothing"].sum()), 0
     for ranks in the_rule().result["nothing"].map(lambda one: one["ranks"]):
         still += sum(rank > 0 for rank in ranks.values())
     assert f"batches of 16, {grew} of 60 matrices grow where nothing is planted. There 9 batches" in TEXT
