@@ -78,18 +78,21 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
 
 
 @pytest.mark.parametrize(
-    ("slots", "kappa", "noise", "holds_out", "first_pass", "lr", "way"),
+    ("slots", "kappa", "noise", "holds_out", "first_pass", "lr", "way", "trial"),
     [
-        pytest.param(3, 0.25, 0.6, False, None, 1e-2, (0, 1), id="plain", marks=pytest.mark.slow),
-        pytest.param(2, 0.1, 0.6, False, None, 1e-2, (0, 0.5), id="merges"),
-        pytest.param(1, 0.1, 0.1, False, None, 1e-2, (0, 1), id="one slot", marks=pytest.mark.slow),
-        pytest.param(3, 0.1, 0.2, True, 60, 1e-2, (0, 1), id="held out later"),
-        pytest.param(3, 0.1, 0.2, True, 15, 1e-2, (0, 1), id="held out always", marks=pytest.mark.slow),
-        pytest.param(3, 0.25, 0.6, True, None, 1e-2, (0, 0.5), id="held out for the trial", marks=pytest.mark.slow),
-        pytest.param(3, 0.02, 1.5, True, 60, 1e-2, (0, 1), id="not downhill", marks=pytest.mark.slow),
-        pytest.param(3, 0.1, 0.2, True, 100, 6e-2, (1, 0.5), id="swings", marks=pytest.mark.slow),
-        pytest.param(3, 0.1, 0.2, False, None, 8e-2, (2, 0.5), id="swings for long", marks=pytest.mark.slow),
-        pytest.param(3, 0.1, 0.2, True, 100, 8e-2, (2, 0.5), id="swings, held out"),
+        pytest.param(3, 0.25, 0.6, False, None, 1e-2, (0, 1), 20, id="plain", marks=pytest.mark.slow),
+        pytest.param(2, 0.1, 0.6, False, None, 1e-2, (0, 0.5), 20, id="merges"),
+        pytest.param(1, 0.1, 0.1, False, None, 1e-2, (0, 1), 20, id="one slot", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, True, 60, 1e-2, (0, 1), 20, id="held out later"),
+        pytest.param(4, 0.02, 0.2, True, 100, 1e-2, (0, 1), 40, id="little is held out"),
+        pytest.param(3, 0.1, 0.2, True, 15, 1e-2, (0, 1), 20, id="held out always", marks=pytest.mark.slow),
+        pytest.param(
+            3, 0.25, 0.6, True, None, 1e-2, (0, 0.5), 20, id="held out for the trial", marks=pytest.mark.slow
+        ),
+        pytest.param(3, 0.02, 1.5, True, 60, 1e-2, (0, 1), 20, id="not downhill", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, True, 100, 6e-2, (1, 0.5), 20, id="swings", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, False, None, 8e-2, (2, 0.5), 20, id="swings for long", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.2, True, 100, 8e-2, (2, 0.5), 20, id="swings, held out"),
     ],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(
@@ -100,15 +103,19 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     first_pass: int | None,
     lr: float,
     way: tuple[int, float],
+    trial: int,
 ) -> None:
-    """`way`: how often the trial is doubled, and which share of the updates is judged."""
-    steps = 200
+    """`way`: how often the trial is doubled, and which share of the updates is judged.
+
+    After a trial of 40 steps the nine batches that are held out decide how long a direction remembers.
+    """
+    steps, few = 200, trial == 40
     base, x, y = planted([0, 4, 1, 3], noise=noise)
-    held = batches(x[300:], y[300:], 60, seed=9)
+    held = batches(x[300:], y[300:], 9 if few else 60, seed=9)
     data = batches(x[:300], y[:300], steps)
     weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
-    given = {"S": slots, "kappa": kappa, "first_pass": first_pass, "holds_out": holds_out, "last": steps - 20}
-    given |= {"held_out_batches": len(held) if holds_out else None}
+    given = {"S": slots, "kappa": kappa, "first_pass": first_pass, "holds_out": holds_out, "last": steps - trial}
+    given |= {"trial": trial, "questions": 9 if few else 10, "held_out_batches": len(held) if holds_out else None}
     alpha = 0.2 if first_pass == 15 else 0.05  # few batches duel then
     settings = Settings(alpha=alpha, **given)
     reference = Reference(weights, settings)
@@ -120,7 +127,8 @@ def test_a_whole_run_is_that_of_the_dense_reference(
         loss = (net(batch[0]) - batch[1]).square().mean()
         return [*torch.autograd.grad(loss, [layer.weight for layer in net.layers])]
 
-    model = grown(base, slots=slots, duel_factor=kappa, significance=alpha)
+    assert few == (holds_out and alpha ** (1 / (9 * len(held))) < 1 - 1 / trial)
+    model = grown(base, slots=slots, duel_factor=kappa, significance=alpha, trial_share=trial / steps)
     optimizer = adam(model, lr)
     events = []
     growth = attach(

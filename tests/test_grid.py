@@ -16,7 +16,7 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
 from aroma_lab.study.run import list_grid, run_grid
-from aroma_lab.study.selection import beyond, candidates, choose, chosen_settings, edges, finals, widened
+from aroma_lab.study.selection import beyond, candidates, choose, chosen_settings, edges, finals, first_of, widened
 from fake_trial import score_of
 from study_files import (
     DECAY,
@@ -337,7 +337,7 @@ def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_th
     tried = candidates(grid)
     outcomes = {trial.name: (0.5, loss) for (trial, _), loss in zip(tried, (0.1, 0.3, 0.2), strict=True)}
     assert finals(grid, tried[:1], outcomes) == [], "there is nothing to decide"
-    assert len(finals(grid, tried, {tried[0].trial.name: (0.5, 0.1)})) == 2, "what failed is not run again"
+    assert finals(grid, tried, {tried[0].trial.name: (0.5, 0.1)}) == [], "the others have failed"
     further = finals(grid, tried, outcomes)
     assert [(values[RATE], trial.training.seed) for trial, values in further] == [
         (rate, seed) for seed in (101, 102) for rate in (1.0, 3.0)
@@ -365,6 +365,16 @@ def test_the_two_best_are_run_with_further_seeds_and_the_mean_decides_between_th
     assert choose(grid, tried, outcomes)["mrpc"]["lora"]["chosen"] == {RATE: 2.0}
 
 
+def test_runs_with_further_seeds_have_names_of_their_own():
+    over = {"options.target": ["a" * 50, "a" * 50 + "b"]}  # folder names hold 40 characters of each
+    grid = whole_grid(tasks={"mrpc": None}, select={"over": over, "again": [7]})
+    tried = candidates(grid)
+    further = finals(grid, tried, {trial.name: (0.5, 0.1) for trial, _ in tried})
+    names = {trial.name for trial, _ in [*tried, *further]}
+    assert len(names) == 4 * len(grid.methods)
+    assert all(first_of(trial.name) in {one.trial.name for one in tried} for trial, _ in further)
+
+
 def test_a_selection_ends_where_no_value_lies_beyond():
     key = "training.min_lr_ratio"
     grid = whole_grid(
@@ -379,6 +389,7 @@ def test_a_selection_ends_where_no_value_lies_beyond():
     [
         ({"over": {RATE: [1e-3]}, "widen": -1}, "select.widen=-1: give 0 or more"),
         ({"over": {RATE: [1e-3]}, "seed": 1, "again": [2, 1]}, "select.again=[2, 1]: give different seeds"),
+        ({"over": {RATE: [1e-3]}, "again": 101}, "select.again=101: give a list of whole numbers"),
         ({"over": {RATE: [1e-3]}, "again": [-2]}, "select.again=[-2]: give different seeds, 0 or more"),
         ({"over": {RATE: [1e-3]}, "by": "f1"}, "select.by='f1': give one of score, loss"),
         ({"over": {RATE: None}}, f"select.over.{RATE}=None: give a list of values to try"),
@@ -616,13 +627,30 @@ def test_a_selection_at_the_edge_of_its_values_tries_further_ones_and_goes_on_wh
     assert json.loads((out / "selection.json").read_text())["mrpc"]["a"] == selection
 
 
+def test_the_best_of_a_selection_are_run_with_further_seeds_and_what_has_finished_is_skipped(out):
+    rates = (1e-4, 5e-4, 2e-3)
+    assert sorted(rates, key=score_of) == [2e-3, 1e-4, 5e-4]
+    grid = fake_grid(out, methods={"a": {"kind": "x"}}, select={"over": {RATE: [*rates]}, "again": [1, 2]})
+    further = {f"select/mrpc/a/learning_rate={rate},seed={seed}" for rate in rates[:2] for seed in (1, 2)}
+    finished = {*run(grid).finished}
+    assert further < finished
+    assert len(finished) == len(rates) + len(further) + 2
+    assert trial_json(out, "mrpc/a/seed-1")["training"]["learning_rate"] == 5e-4
+    assert [state for _, state in list_grid(grid)] == ["finished"] * len(finished)
+    assert {*run(grid).skipped} == finished
+    shutil.rmtree(out / "runs" / min(further))
+    assert run(grid).finished == [min(further)]
+
+
 def test_a_method_without_a_chosen_setting_is_reported(out):
     methods = {"bad": BAD, "good": {"kind": "x"}}
     outcome = run(fake_grid(out, methods=methods, select={"over": {RATE: [5e-4, 1e-3]}}))
     failed = {failure.name: failure for failure in outcome.failed}
     reported = [f"mrpc/bad/seed-{seed}" for seed in (0, 1)]
     assert sorted(failed) == [*reported, *(f"select/mrpc/bad/learning_rate={rate}" for rate in (0.0005, 0.001))]
-    assert "no run of its selection finished (DataError: no such file)" in failed[reported[0]].message
+    assert (
+        "no setting of its selection finished with every seed (DataError: no such file)" in failed[reported[0]].message
+    )
     assert failed[reported[0]].path.exists()
     assert {"mrpc/good/seed-0", "mrpc/good/seed-1"} < set(outcome.finished)
 

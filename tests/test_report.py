@@ -246,6 +246,14 @@ def test_regret_is_told_for_the_rank_that_trying_all_of_them_finds(tmp_path):
     (tmp_path / "grid.yaml").write_text("select: {by: loss}\n")
     rows = table(tmp_path, "regret").values.set_index("task")
     assert rows.loc[["easy", "hard"], "chosen"].tolist() == ["lora-r1", "lora-r1"], "by loss, as its settings"
+    for place in [*(tmp_path / "runs" / "select" / "easy" / "lora-r1").iterdir()]:
+        further = place.with_name(f"{place.name},seed=101")
+        shutil.copytree(place, further)
+        name = str(further.relative_to(tmp_path / "runs"))
+        edit(further / "trial.json", lambda trial, name=name: trial.update(name=name))
+        edit(further / "result.json", lambda result: result.update(held_out_loss=2.0))
+    rows = table(tmp_path, "regret").values.set_index("task")
+    assert rows.loc["easy", "chosen"] == "lora-r4", "by the mean over seeds"
 
 
 def test_the_last_row_of_a_regret_table_is_the_average_against_any_one_rank(tmp_path):

@@ -39,6 +39,8 @@ def combine(
 ) -> PeftModel:
     """Add up adapters that were grown apart, and keep the directions of the sum that save loss on unseen examples.
 
+    A direction has to save a quarter or more of what one saves on average.
+
     It is what ends the trial of growth by evidence (docs/method.md): the sum of every matrix is split into its
     singular directions, and batches are asked what each of them is worth, with all of them at half strength.
     `save_adapter` saves the result as plain LoRA; it can also be grown further.

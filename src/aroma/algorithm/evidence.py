@@ -120,7 +120,7 @@ class EvidenceSettings:
     def memory_with(self, held_out_batches: int | None) -> float:
         """Return β: a direction averages as many gradients as the trial has steps, or fewer where little is held out.
 
-        When the same examples duel again, at most α of that average is to be left. Else they would vote on one
+        When the same examples duel again, on average at most α of it is to be left. Else they would vote on one
         direction several times, and a direction that suits them by chance would convince.
 
         Args:
@@ -478,7 +478,7 @@ class EvidenceRule(Generic[E]):
             self._asked += -self._asked % self.held_out_batches
 
     def _settle(self) -> list[Event]:
-        """Drop what does not save loss."""
+        """Drop what does not surely save loss, or little."""
         credits = np.stack(self._credits)
         kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
         share = 0.5 if self._stage == "half" else 1.0

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap, t
 
-from ..study.selection import preference
+from ..study.selection import first_of, preference
 from .runs import Run, rows_of
 
 RESAMPLES = 10_000
@@ -145,8 +147,8 @@ def regrets(
 def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str) -> dict[str, str]:
     """Return the method of each task that its runs on held-out training examples prefer.
 
-    The best run wins, as `selection.preference` orders them; of equal ones that of the first of `methods`. A task on
-    which one of them was not tried has none.
+    The best settings win, as `selection.preference` orders them, by their mean over seeds; of equal ones those of the
+    first of `methods`. A task on which one of them was not tried has none.
 
     Args:
         selecting: Runs that chose settings, with their `task`, `method`, `score` and `result`.
@@ -154,15 +156,17 @@ def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str) -
         by: `Selection.by`.
     """
 
-    def preferred(run: Run) -> tuple[float, float]:
-        return preference(run.score, run.result.get("held_out_loss", math.inf), by)
+    def preferred(runs: Sequence[Run]) -> tuple[float, float]:
+        losses = [run.result.get("held_out_loss", math.inf) for run in runs]
+        return preference(fmean(run.score for run in runs), fmean(losses), by)
 
     found = {}
     tried = selecting[selecting.method.isin(methods)]
     for task, of_task in tried.groupby("task", sort=False):
         if {*of_task.method} == {*methods}:
-            in_order = sorted(rows_of(of_task), key=lambda run: methods.index(run.method))
-            found[str(task)] = max(in_order, key=preferred).method
+            in_order = sorted(rows_of(of_task), key=lambda run: (methods.index(run.method), first_of(run.name)))
+            settings = [[*runs] for _, runs in groupby(in_order, key=lambda run: first_of(run.name))]
+            found[str(task)] = max(settings, key=preferred)[0].method
     return found
 
 

@@ -67,8 +67,8 @@ class Selection:
         overrides: Further settings of some of them, and as `over` other values to try; later ones win.
         widen: How many further values of a number are tried, at most, as long as the best one lies at the edge of what
             was tried; the best is compared with all values next to it then. See `selection.widened`.
-        again: Further seeds with which the two best are run, too, and what is best by the mean after that. Without any
-            one run of each decides, which may be lucky or collapse.
+        again: Further seeds with which the two best are run, too, and then what is best by the mean. Without any, one
+            run of each decides, which may be lucky or collapse.
     """
 
     over: dict[str, list[Any]]
@@ -317,8 +317,8 @@ def _overrides(
 
 
 def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterable[str]) -> Selection:
-    types = {**get_type_hints(Selection), "over": _MAPPING, "training": _MAPPING, "overrides": _NESTED["overrides"]}
-    given = typed_fields(types, values, "select")
+    own = {"over": _MAPPING, "training": _MAPPING, "overrides": _NESTED["overrides"], "again": list[int]}
+    given = typed_fields({**get_type_hints(Selection), **own}, values, "select")
     over = _values_to_try(given.get("over") or {}, "select.over")
     if not over:
         example = "{training.learning_rate: [5.0e-4, 1.0e-3]}"
@@ -338,7 +338,8 @@ def _selection(values: Mapping[str, Any], tasks: Iterable[str], methods: Iterabl
         for key in entry.get(OVER, {}).keys() - over.keys():
             remedy = f"it replaces a list of select.over, which has {', '.join(over)}; name it there"
             raise bad_value(f"select.overrides[{index}].{OVER}.{key}", entry[OVER][key], remedy)
-    return Selection(**{**given, "over": over, "training": training, "overrides": overrides})
+    made = {"over": over, "training": training, "overrides": overrides, "again": tuple(given.get("again", ()))}
+    return Selection(**{**given, **made})
 
 
 def _values_to_try(given: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def _select(grid: Grid, tried: Sequence[Candidate], status: Status, outcome: Gri
     for task, method in {(one.trial.task.name, one.trial.method): None for one in tried}:
         if method not in chosen[task]:
             first = next(one for one in outcome.failed if one.name.startswith(f"select/{task}/{method}/"))
-            message = f"not run, because no run of its selection finished ({first.message})"
+            message = f"not run, because no setting of its selection finished with every seed ({first.message})"
             missing = [f"{task}/{method}/seed-{seed}" for seed in grid.seeds]
             outcome.failed.extend(Failure(name, message, first.path) for name in missing)
     return chosen

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from operator import itemgetter
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ from .grid import OVER, Chosen, Grid, Settings, make_trial, overridden
 
 FINALISTS = 2
 """How many of the best are run with further seeds, where `select.again` names some."""
+
+
+_FURTHER = ",seed="
+"""Stands in the name of a run between that of the first run of its settings and a further seed."""
 
 
 class Candidate(NamedTuple):
@@ -80,7 +85,7 @@ def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[
     """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
 
     What is best by its mean so far may be another after them, and is due then. Where one combination of values alone
-    was tried, there is nothing to decide.
+    has finished, there is nothing to decide.
 
     Args:
         grid: The grid.
@@ -90,13 +95,20 @@ def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[
     select = grid.select
     assert select is not None, "nothing is tried without a selection"
     found: list[Candidate] = []
-    for (task, method), runs in _by_values(tried, outcomes).items():
+    for pair, runs in _by_values(tried, outcomes).items():
         ended = [(preference(mean[0], mean[1], select.by), values) for values, mean in runs if mean is not None]
         best = [values for _, values in sorted(ended, key=itemgetter(0), reverse=True)[:FINALISTS]]
-        for seed, values in itertools.product(select.again, best if len(runs) > 1 else []):
-            found += _of_pair(grid, task, method, [values], seed)
+        for seed, values in itertools.product(select.again, best if len(ended) > 1 else []):
+            first = next(trial for trial, same in tried if (trial.task.name, trial.method, same) == (*pair, values))
+            training = replace(first.training, seed=seed)
+            found.append(Candidate(replace(first, name=f"{first.name}{_FURTHER}{seed}", training=training), values))
     known = {one.trial.name for one in tried}
     return [one for one in found if one.trial.name not in known]
+
+
+def first_of(name: str) -> str:
+    """Return the name of the first run with the settings of a run of a selection, of any seed."""
+    return name.partition(_FURTHER)[0]
 
 
 def _by_values(
@@ -191,20 +203,14 @@ def _points(over: Mapping[str, Sequence[Any]]) -> list[Settings]:
     return [dict(zip(over, point, strict=True)) for point in itertools.product(*over.values())]
 
 
-def _of_pair(
-    grid: Grid, task: str, method: str, points: Sequence[Settings], seed: int | None = None
-) -> list[Candidate]:
-    """Return a candidate for each combination of values that is tried for a task and a method.
-
-    With `seed` they are those of the finals.
-    """
+def _of_pair(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
+    """Return a candidate for each combination of values that is tried for a task and a method."""
     assert grid.select is not None, "its callers check it"
     training = {f"training.{key}": value for key, value in grid.select.training.items()}
     settings, found = training | overridden(grid.select.overrides, task, method), []
     for label, values in zip(_labels(points), points, strict=True):
-        name = f"select/{task}/{method}/{label}" + ("" if seed is None else f",seed={seed}")
-        own = grid.select.seed if seed is None else seed
-        trial = make_trial(grid, task, method, own, name, settings | values, "select")
+        name = f"select/{task}/{method}/{label}"
+        trial = make_trial(grid, task, method, grid.select.seed, name, settings | values, "select")
         found.append(Candidate(trial, values))
     return found
 
