@@ -195,9 +195,9 @@ BEST: dict[str, Any] = {
     "eval_steps": TRAINER_SAVED_AT,
     "load_best_model_at_end": True,
     "metric_for_best_model": "loss",
-    "greater_is_better": True,
+    "greater_is_better": False,
 }
-"""Arguments with which a run ends with its first checkpoint, whose loss is higher than that of the last."""
+"""Arguments with which a run ends with its first checkpoint, whose loss is lower than that of the last."""
 
 
 def trained(out: Path, resume: str | None = None, dtype: torch.dtype = PRECISE, **several: Any) -> dict[str, Any]:
