@@ -58,7 +58,7 @@ def with_short_memory() -> pd.DataFrame:
     return of_evidence("short-memory").set_index(["task", "seed"]).sort_index()
 
 
-def by_seed(name: str) -> pd.DataFrame:
+def each_seed_of(name: str) -> pd.DataFrame:
     """Return runs that are written as one row for all seeds of a task: one for each, by variant, task and seed."""
     rows = []
     for runs in of_evidence(name).to_dict("records"):

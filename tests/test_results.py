@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from aroma_lab.report.formats import markdown, to_csv
 from aroma_lab.report.tables import make_table
 from aroma_lab.tasks.model import packaged_encoder
-from published import GROWN, RESULTS, ROOT, by_seed, in_points, of_evidence, page_of, runs_of, with_short_memory
+from published import GROWN, RESULTS, ROOT, each_seed_of, in_points, of_evidence, page_of, runs_of, with_short_memory
 
 TABLES = [
     RESULTS / "minilm-six" / "tables" / "inner.csv",
@@ -141,7 +141,7 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
         f"{apart[0].removeprefix('-')} points below r = 8 on `graded-b4`, at {size[0]} trained components, and level "
         f"with it on `noisy-b4` ({apart[1]}), at {size[1]}." in TEXT
     )
-    faster = by_seed("memory-and-cut").loc["as it is", "graded-b4"]
+    faster = each_seed_of("memory-and-cut").loc["as it is", "graded-b4"]
     assert f"at 0.01 it has [{100 * faster.score.mean():.2f} % at {faster.trained_rank.mean():.2f}](" in TEXT
     assert f"finds the ranks, with a rank correlation of {faster.spearman.mean():.2f}." in TEXT
     chosen = json.loads((RESULTS / "planted-nets" / "selection.json").read_text(encoding="utf-8"))["graded-b4"]
@@ -149,7 +149,7 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
     assert (
         f"chose 0.003 ({100 * right[0.003]:.2f} %, and {100 * right[0.01]:.2f} % at 0.01, in one run of each)" in TEXT
     )
-    many = by_seed("swing-mean").loc["as it is", "noisy-b4"].score
+    many = each_seed_of("swing-mean").loc["as it is", "noisy-b4"].score
     assert f"over {len(many)} nets it explains {100 * many.mean():.2f} % there" in TEXT
     assert {*regret.best[["graded-b4", "noisy-b4"]]} == {"lora-r8"}
     assert all(scores["aroma-evidence", task] > scores["lora-r4", task] for task in ("graded-b4", "noisy-b4"))
@@ -404,7 +404,7 @@ def test_the_page_says_of_choosing_by_score_what_the_runs_say() -> None:
         for trial in six.of("aroma-evidence", task="bbc-news").trial
     }
     assert reported == (0.003, 0.006)
-    earlier = 100 * by_seed("memory-and-cut").score["quarter, 33", "bbc-news"].mean()
+    earlier = 100 * each_seed_of("memory-and-cut").score["quarter, 33", "bbc-news"].mean()
     assert f"chosen for the rule before, it has {earlier:.2f} %." in TEXT
     rates = json.loads((RESULTS / "tried" / "rates-on-sst2.json").read_text(encoding="utf-8"))
     tried = {(one["learning_rate"], one["head_learning_rate"]): one["held_out_score"] for one in rates["choosing"]}

@@ -13,7 +13,7 @@ from published import (
     GROWN,
     RESULTS,
     SHIPPED,
-    by_seed,
+    each_seed_of,
     gained,
     grown,
     in_points,
@@ -41,6 +41,9 @@ LABELS = {
     "mrpc": "MRPC",
     "minilm": "the encoder",
 }
+
+FEW = ("graded-b4", "noisy-b4")
+TEXTS = ("trec", "banking77", "sst2", "bbc-news", "mrpc")
 
 
 def compared(task: str, before: pd.DataFrame, after: pd.DataFrame) -> str:
@@ -303,11 +306,8 @@ def test_the_page_says_of_a_longer_memory_what_the_runs_say() -> None:
     assert f"Rank correlations are {ranks[0]}, and {ranks[1]}" in TEXT
 
 
-FEW = ("graded-b4", "noisy-b4")
-
-
 def test_the_page_says_of_memories_and_cuts_what_the_runs_say() -> None:
-    tried, before = by_seed("memory-and-cut"), at_one_rate().score
+    tried, before = each_seed_of("memory-and-cut"), at_one_rate().score
     for variant, line in VARIANTS.items():
         runs = tried.loc[variant]
         gains = [
@@ -315,9 +315,8 @@ def test_the_page_says_of_memories_and_cuts_what_the_runs_say() -> None:
             for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
         ]
         assert " ".join(f"| {line} | {' | '.join(gains)} |".split()) in TEXT
-    grew, still = int(tried.grew["quarter, 150", "nothing"].sum()), 0
-    for ranks in the_rule().result["nothing"].map(lambda one: one["ranks"]):
-        still += sum(rank > 0 for rank in ranks.values())
+    grew = int(tried.grew["quarter, 150", "nothing"].sum())
+    still = sum(rank > 0 for result in the_rule().result["nothing"] for rank in result["ranks"].values())
     assert f"batches of 16, {grew} of 60 matrices grow where nothing is planted. There 9 batches" in TEXT
     assert f"in batches of four, and {still} of 60 matrices grow." in TEXT
     memories = [AromaConfig.significance ** (1 / (HELD_OUT_INTERVAL * count)) for count in (9, 37)]  # of 16, of four
@@ -330,11 +329,8 @@ def test_the_page_says_of_memories_and_cuts_what_the_runs_say() -> None:
     assert f"{', '.join(gained_there)}." in TEXT
 
 
-TEXTS = ("trec", "banking77", "sst2", "bbc-news", "mrpc")
-
-
 def test_the_page_says_of_the_mean_where_components_swing_what_the_runs_say() -> None:
-    tried = by_seed("swing-mean")
+    tried = each_seed_of("swing-mean")
     mean, now = (tried.loc[way, "noisy-b4"] for way in ("mean", "as it is"))
     assert len(mean) == len(now) == 35
     assert (

@@ -192,7 +192,7 @@ def _due(grid: Grid, tried: Sequence[Candidate], status: Status) -> list[Candida
     }
     ended = [one for one in tried if (one.trial.task.name, one.trial.method) not in open_pairs]
     outcomes = _outcomes(ended, status)
-    return (widened(grid, ended, outcomes) if grid.select.widen else []) or finals(grid, ended, outcomes)
+    return widened(grid, ended, outcomes) or finals(grid, ended, outcomes)
 
 
 def _choose(grid: Grid, tried: Sequence[Candidate], status: Status) -> dict[str, dict[str, Any]]:

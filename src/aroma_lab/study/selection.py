@@ -23,7 +23,6 @@ from .grid import OVER, Chosen, Grid, Settings, make_trial, overridden
 FINALISTS = 2
 """How many of the best are run with further seeds, where `select.again` names some."""
 
-
 _FURTHER = ",seed="
 """Stands in the name of a run between that of the first run of its settings and a further seed."""
 
@@ -96,9 +95,9 @@ def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[
     assert select is not None, "nothing is tried without a selection"
     found: list[Candidate] = []
     for pair, runs in _by_values(tried, outcomes).items():
-        ended = [(preference(mean[0], mean[1], select.by), values) for values, mean in runs if mean is not None]
-        best = [values for _, values in sorted(ended, key=itemgetter(0), reverse=True)[:FINALISTS]]
-        for seed, values in itertools.product(select.again, best if len(ended) > 1 else []):
+        ranked = _ranked(runs, select.by)
+        best = ranked[:FINALISTS] if len(ranked) > 1 else []
+        for seed, values in itertools.product(select.again, best):
             first = next(trial for trial, same in tried if (trial.task.name, trial.method, same) == (*pair, values))
             training = replace(first.training, seed=seed)
             found.append(Candidate(replace(first, name=f"{first.name}{_FURTHER}{seed}", training=training), values))
@@ -133,6 +132,12 @@ def _mean(runs: Sequence[tuple[float, float] | None]) -> tuple[float, float] | N
     if len(ended) < len(runs):
         return None
     return fmean(score for score, _ in ended), fmean(loss for _, loss in ended)
+
+
+def _ranked(runs: Sequence[tuple[Settings, tuple[float, float] | None]], by: str) -> list[Settings]:
+    """Return the values of `_by_values`, the best first, without those of which a run has failed."""
+    ended = [(preference(mean[0], mean[1], by), values) for values, mean in runs if mean is not None]
+    return [values for _, values in sorted(ended, key=itemgetter(0), reverse=True)]
 
 
 def _beside(
@@ -234,14 +239,9 @@ def choose(
     by = "score" if grid.select is None else grid.select.by
     selection: dict[str, dict[str, Any]] = {}
     for (task, method), runs in _by_values(tried, outcomes).items():
-        entry: dict[str, Any] = {"chosen": None, "tried": []}
-        best: tuple[float, float] | None = None
-        for values, mean in runs:
-            entry["tried"].append([values, mean if mean is None else mean[by == "loss"]])
-            preferred = None if mean is None else preference(mean[0], mean[1], by)
-            if preferred is not None and (best is None or preferred > best):
-                best, entry["chosen"] = preferred, values
-        selection.setdefault(task, {})[method] = entry
+        found = [[values, None if mean is None else mean[by == "loss"]] for values, mean in runs]
+        chosen = next(iter(_ranked(runs, by)), None)
+        selection.setdefault(task, {})[method] = {"chosen": chosen, "tried": found}
     return selection
 
 
