@@ -16,7 +16,17 @@ from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.grid import check_methods, expand, load_grid, make_grid
 from aroma_lab.study.run import list_grid, run_grid
-from aroma_lab.study.selection import beyond, candidates, choose, chosen_settings, edges, finals, first_of, widened
+from aroma_lab.study.selection import (
+    beyond,
+    candidates,
+    choose,
+    chosen_settings,
+    edges,
+    finals,
+    first_of,
+    widened,
+    write_selection,
+)
 from fake_trial import score_of
 from study_files import (
     DECAY,
@@ -625,6 +635,24 @@ def test_a_selection_at_the_edge_of_its_values_tries_further_ones_and_goes_on_wh
     assert {name for name, state in list_grid(grid) if state == "new"} >= {last}
     assert run(grid).finished == [last]
     assert json.loads((out / "selection.json").read_text())["mrpc"]["a"] == selection
+
+
+@pytest.mark.parametrize("selection", [{}, {"mrpc": {}}])
+def test_a_selection_of_nothing_is_json_all_the_same(tmp_path, selection):
+    write_selection(tmp_path / "selection.json", selection)
+
+    assert json.loads((tmp_path / "selection.json").read_text()) == selection
+
+
+def test_what_was_chosen_has_a_line_for_each_method(tmp_path):
+    entry = {"chosen": {"training.learning_rate": 0.01}, "tried": [[{"training.learning_rate": 0.01}, None]]}
+    selection = {"mrpc": {"a": entry, "b": entry | {"chosen": None}}, "rte": {"a": entry}}
+
+    write_selection(tmp_path / "selection.json", selection)
+
+    text = (tmp_path / "selection.json").read_text()
+    assert json.loads(text) == selection
+    assert sum("tried" in line for line in text.splitlines()) == text.count("tried") == 3
 
 
 def test_the_best_of_a_selection_are_run_with_further_seeds_and_what_has_finished_is_skipped(out):

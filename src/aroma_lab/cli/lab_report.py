@@ -155,14 +155,15 @@ def run_collect(arguments: argparse.Namespace) -> None:
     selection, grid = (_new_file(str(out.parent / name), arguments) if is_joined else None for name in _OF_GRID)
     import yaml
 
-    from aroma.files import write_json, write_text
+    from aroma.files import write_text
 
     from ..report.runs import collect_runs, join_runs, read_runs
+    from ..study.selection import write_selection
 
     runs = join_runs([read_runs(folder) for folder in arguments.folders])
     collect_runs(runs, out)
     if selection is not None and grid is not None:
-        write_json(selection, runs.selection)
+        write_selection(selection, runs.selection)
         write_text(grid, yaml.safe_dump(runs.grid, sort_keys=False))
     print(f"{len(runs.rows)} runs, {out.stat().st_size / 1e3:.0f} kB: {out}")
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from aroma.errors import bad_value
-from aroma.files import write_json, write_text
+from aroma.files import write_text
 from aroma.outputs import open_folder
 
 from ..run.trial import Trial
 from .engine import Engine, Watch
 from .grid import Chosen, Grid, attributes_of, check_methods, check_tasks, expand
 from .process import WORKER_MODULE, tidy
-from .selection import Candidate, candidates, choose, chosen_settings, finals, widened
+from .selection import Candidate, candidates, choose, chosen_settings, finals, widened, write_selection
 from .status import ROUND, State, Status, require_no_conflicts
 
 GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
@@ -153,7 +153,7 @@ def _select(grid: Grid, tried: Sequence[Candidate], status: Status, outcome: Gri
     everything = _all_candidates(grid, status)
     pairs = {(trial.task.name, trial.method) for trial, _ in everything if begun(trial)}
     everything = [one for one in everything if (one.trial.task.name, one.trial.method) in pairs]
-    write_json(grid.folder / SELECTION_FILE, _choose(grid, everything, status))
+    write_selection(grid.folder / SELECTION_FILE, _choose(grid, everything, status))
     chosen = chosen_settings(_choose(grid, tried, status))
     for task, method in {(one.trial.task.name, one.trial.method): None for one in tried}:
         if method not in chosen[task]:

@@ -7,15 +7,18 @@ tables ask for and a selection with `widen` tries by itself, as it tries all val
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import itemgetter
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from aroma.errors import AromaError
+from aroma.files import write_text
 
 from ..run.trial import Trial
 from .grid import OVER, Chosen, Grid, Settings, make_trial, overridden
@@ -243,6 +246,15 @@ def choose(
         chosen = next(iter(_ranked(runs, by)), None)
         selection.setdefault(task, {})[method] = {"chosen": chosen, "tried": found}
     return selection
+
+
+def write_selection(path: Path, selection: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what `choose` returned to `path` as JSON, atomically, with a line for each task and method."""
+    tasks = []
+    for task, methods in selection.items():
+        lines = [f"  {json.dumps(method)}: {json.dumps(entry, allow_nan=False)}" for method, entry in methods.items()]
+        tasks.append(f" {json.dumps(task)}: {{\n" + ",\n".join(lines) + "\n }")
+    write_text(path, "{\n" + ",\n".join(tasks) + "\n}\n")
 
 
 def preference(score: float, loss: float, by: str) -> tuple[float, float]:
