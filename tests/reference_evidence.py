@@ -233,8 +233,8 @@ class Reference:
             kept, matrix.idle = [matrix.singular[k] for k in stay], [v_b.clone(), v_a.clone()]
             matrix.slots = [
                 Component(
-                    b=math.sqrt(3 * len(kept)) * self.share * size * u,
-                    a=v / math.sqrt(3 * len(kept)),
+                    b=math.sqrt(1.5 * len(kept)) * self.share * size * u,
+                    a=v / math.sqrt(1.5 * len(kept)),
                     born=matrix.count + k,
                     m_b=torch.zeros_like(u),
                     v_b=v_b.clone(),
@@ -324,7 +324,7 @@ class Reference:
         idle_b, idle_a = matrix.idle or (torch.zeros_like(matrix.u[0]), torch.zeros_like(v))
         matrix.slots[slot] = Component(
             b=torch.zeros_like(matrix.u[0]),
-            a=v / math.sqrt(3 * together),
+            a=v / math.sqrt(1.5 * together),
             born=matrix.count,
             m_b=torch.zeros_like(matrix.u[0]),
             v_b=torch.stack([c.v_b for c in others] or [idle_b]).mean(0),
