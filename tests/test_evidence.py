@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from scipy import stats
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from aroma.algorithm.questions import (
 )
 from aroma.directions import Directions, singular_directions
 from aroma.errors import ConfigError
+from aroma.slots import row_length
 from aroma.tuner.fused import Probe
 from reference_evidence import Reference, Settings, evidence
 
@@ -454,6 +455,31 @@ def test_slots_not_in_use_are_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> 
         assert min(rows) == used + 4 * asked
 
 
+def test_a_step_moves_a_matrix_as_far_as_one_of_lora_with_r_8_and_lora_alpha_16() -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(512, 512, bias=False)), torch.randn(64, 512)
+    target = base(x).detach() + torch.randn(64, 512)
+
+    def moved(config: LoraConfig | AromaConfig, steps: int) -> float:
+        model = get_peft_model(nn.Sequential(nn.Linear(512, 512, bias=False)), config)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=1e-3, betas=(0.0, 0.0))  # every entry moves by the rate
+        if isinstance(config, AromaConfig):
+            attach(model, optimizer, total_steps=200)
+        unit, before = torch.eye(512), None
+        for _ in range(steps):
+            before = model(unit).detach()
+            optimizer.zero_grad()
+            (model(x) - target).square().mean().backward()
+            optimizer.step()
+        return float((model(unit) - before).norm())
+
+    lora = moved(LoraConfig(r=8, lora_alpha=16, target_modules=["0"]), 1)
+    trial = moved(AromaConfig(growth="evidence", target_modules=["0"]), FIRST_STEP + 1)
+    assert trial == pytest.approx(lora, rel=0.02)
+    assert [math.sqrt(k) * row_length(k) for k in range(1, 9)] == pytest.approx([math.sqrt(2 / 3)] * 8)
+
+
 def test_a_slot_without_a_component_is_not_counted_as_trained() -> None:
     """A matrix that is asked nothing evaluates one slot; if it is empty, it gets gradients of zero."""
     base, x, y = planted([0, 0, 0, 3])
@@ -472,4 +498,5 @@ def test_a_slot_without_a_component_is_not_counted_as_trained() -> None:
         optimizer.step()
         was_empty += [layer.slots_in_use["default"] > layer.slots_in_training("default") for layer in layers]
     assert any(was_empty), "an empty slot is evaluated in the rest"
-    assert [layer.slots_in_training("default") for layer in layers] == [layer.rank("default") for layer in layers]
+    in_slots = [min(layer.rank("default"), 3) for layer in layers]  # a birth beyond three merges the oldest
+    assert [layer.slots_in_training("default") for layer in layers] == in_slots
