@@ -58,6 +58,11 @@ def with_short_memory() -> pd.DataFrame:
     return of_evidence("short-memory").set_index(["task", "seed"]).sort_index()
 
 
+def with_short_rows() -> pd.DataFrame:
+    """Return score, trained_rank, spearman and grew by task and seed of the rule before rows became longer."""
+    return each_seed_of("longer-rows").loc["before"]
+
+
 def each_seed_of(name: str) -> pd.DataFrame:
     """Return runs that are written as one row for all seeds of a task: one for each, by variant, task and seed."""
     rows = []

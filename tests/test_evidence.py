@@ -480,6 +480,16 @@ def test_a_step_moves_a_matrix_as_far_as_one_of_lora_with_r_8_and_lora_alpha_16(
     assert [math.sqrt(k) * row_length(k) for k in range(1, 9)] == pytest.approx([math.sqrt(2 / 3)] * 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_component_in_the_span_of_others_is_no_direction(dtype: torch.dtype) -> None:
+    b, a = torch.randn(1, 2, 16, dtype=dtype), torch.randn(1, 2, 12, dtype=dtype)
+    mixed = torch.tensor([[0.3, 0.7]], dtype=dtype)
+
+    _, sizes, _ = singular_directions(torch.cat([b, mixed @ b], 1), torch.cat([a, mixed @ a], 1))
+
+    assert [bool(size) for size in sizes[0]] == [True, True, False]
+
+
 def test_a_slot_without_a_component_is_not_counted_as_trained() -> None:
     """A matrix that is asked nothing evaluates one slot; if it is empty, it gets gradients of zero."""
     base, x, y = planted([0, 0, 0, 3])

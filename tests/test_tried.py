@@ -22,6 +22,7 @@ from published import (
     runs_of,
     scores_of,
     with_short_memory,
+    with_short_rows,
     with_sixteen_questions,
     without_floor,
 )
@@ -278,6 +279,54 @@ def test_the_page_says_of_a_trial_that_goes_on_what_the_runs_say() -> None:
     assert f"{grew} of 60 matrices have a component, as before" in TEXT
 
 
+ROWS = {
+    "√2, 1": "√2 | 1",
+    "2, 1/√2": "2 | 1/√2",
+    "2, 1": "2 | 1",
+    "√8, 1/√8": "√8 | 1/√8",
+    "√8, ½": "√8 | ½",
+    "√8, 1/√2": "√8 | 1/√2",
+    "√8, 1": "√8 | 1",
+    "1/√K, 0.01": "√K | 1/√K",
+    "1/√K, 0.015": "√K | 1/√K, at 0.015",
+    "1/√K, 0.02": "√K | 1/√K, at 0.02",
+}
+
+
+def test_the_page_says_of_longer_rows_what_the_runs_say() -> None:
+    before, now = with_short_rows(), the_rule()
+    for task in LABELS:
+        assert len(now.loc[task]) == len(before.loc[task]) == (3 if task == "minilm" else 5)
+        assert compared(task, before, now) in TEXT
+    ranks = {task: now.result[task].map(lambda one: one["planted"]["spearman"]).mean() for task in FEW}
+    was = before.spearman.groupby("task").mean()
+    found = [f"{ranks[task]:.2f} on `{task}`, in place of {was[task]:.2f}" for task in FEW]
+    assert f"Rank correlations are {found[0]}, and {found[1]}" in TEXT
+    grew = sum(rank > 0 for result in now.result["nothing"] for rank in result["ranks"].values())
+    assert (
+        f"where nothing is planted {grew} of 60 matrices grow, in place of {int(before.grew['nothing'].sum())}" in TEXT
+    )
+
+
+def test_the_page_says_of_rows_and_scales_what_the_runs_say() -> None:
+    tried = each_seed_of("longer-rows")
+    before = each_seed_of("memory-and-cut").loc["as it is"].score
+    for variant, line in ROWS.items():
+        runs = tried.loc[variant].score
+        gains = [
+            in_points(runs[task] - before[task]) for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
+        ]
+        assert " ".join(f"| {line} | {' | '.join(gains)} |".split()) in TEXT
+    table = with_short_rows().score
+    encoder = [in_points(tried.loc[variant].score["minilm"] - table["minilm"]) for variant in ("√2, 1", "√8, 1/√8")]
+    assert f"encoder, at 0.003, √2 has {encoder[0]} (three seeds), and √8 with 1/√8 {encoder[1]} (two)" in TEXT
+    fast = tried.loc["√2, 1"].score
+    assert (
+        f"SST-2 {in_points(fast['sst2'] - table['sst2'])}, TREC {in_points(fast['trec'] - table['trec'])} (four)"
+        in TEXT
+    )
+
+
 def the_rule() -> pd.DataFrame:
     """Return the runs of the tables by task and seed, by the rule as it is."""
     runs = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in (*GROWN, "mrpc")])
@@ -296,12 +345,11 @@ VARIANTS = {
 
 
 def test_the_page_says_of_a_longer_memory_what_the_runs_say() -> None:
-    before, now = with_short_memory(), the_rule()
+    before, now = with_short_memory(), with_short_rows()
     for task in LABELS:
         assert len(now.loc[task]) == len(before.loc[task]) == (3 if task == "minilm" else 5)
         assert compared(task, before, now) in TEXT
-    found = {task: now.result[task].map(lambda one: one["planted"]["spearman"]).mean() for task in FEW}
-    was = before.spearman.groupby("task").mean()
+    found, was = now.spearman.groupby("task").mean(), before.spearman.groupby("task").mean()
     ranks = [f"{found[task]:.2f} on `{task}`, in place of {was[task]:.2f}" for task in FEW]
     assert f"Rank correlations are {ranks[0]}, and {ranks[1]}" in TEXT
 
@@ -316,7 +364,7 @@ def test_the_page_says_of_memories_and_cuts_what_the_runs_say() -> None:
         ]
         assert " ".join(f"| {line} | {' | '.join(gains)} |".split()) in TEXT
     grew = int(tried.grew["quarter, 150", "nothing"].sum())
-    still = sum(rank > 0 for result in the_rule().result["nothing"] for rank in result["ranks"].values())
+    still = int(with_short_rows().grew["nothing"].sum())
     assert f"batches of 16, {grew} of 60 matrices grow where nothing is planted. There 9 batches" in TEXT
     assert f"in batches of four, and {still} of 60 matrices grow." in TEXT
     memories = [AromaConfig.significance ** (1 / (HELD_OUT_INTERVAL * count)) for count in (9, 37)]  # of 16, of four

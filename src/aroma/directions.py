@@ -228,9 +228,14 @@ class Directions:
 
 
 def singular_directions(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uᵀ (L, S, m), σ (L, S) and v (L, S, n) of b a, for bᵀ (L, S, m) and a (L, S, n); the largest σ first."""
+    """Return uᵀ (L, S, m), σ (L, S) and v (L, S, n) of b a, for bᵀ (L, S, m) and a (L, S, n); the largest σ first.
+
+    A σ that is rounding error is 0: where components lie in the span of others, there are fewer directions.
+    """
     left, right = torch.linalg.qr(b.mT.double()), torch.linalg.qr(a.mT.double())
     u, sizes, vt = torch.linalg.svd(left[1] @ right[1].mT)
+    least = torch.finfo(b.dtype).eps * sizes.shape[1] * sizes[:, :1]
+    sizes = sizes.masked_fill(sizes <= least, 0.0)
     return (left[0] @ u).mT.to(b), sizes.to(b), (vt @ right[0].mT).to(b)
 
 
