@@ -477,8 +477,8 @@ class SlotMatrices(GrowingMatrices):
     def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
         """Keep `share` of these singular directions of every matrix, drop the others, and follow unused directions.
 
-        A direction that stays is split as at its birth: a = ℓ v, b = share σ u / ℓ, with ℓ = √(2/3K) where K stay in the
-        matrix. The first that were dropped are followed.
+        A direction that stays is split as at its birth: a = ℓ v, b = share σ u / ℓ, with ℓ = √(2/3K) where K stay in
+        the matrix. The first that were dropped are followed.
         """
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
