@@ -382,6 +382,13 @@ def test_the_caption_says_how_it_was_measured(grid):
         "With 3 seeds such an interval is narrower than it should be.",
     ):
         assert words in table(FROZEN).caption
+    first = next(grid.glob("runs/select/mrpc/*/*"))
+    again = shutil.copytree(first, first.with_name(f"{first.name},seed=101"))
+    for name in ("trial.json", "result.json"):
+        edit(again / name, lambda content: content.update(name=f"{content['name']},seed=101"))
+    edit(again / "trial.json", lambda content: content["training"].update(seed=101))
+    further = "in runs of 200 steps with seed 100, and of the best with 101, whose mean counts; none of them"
+    assert further in table(grid).caption
     (grid / "selection.json").unlink()
     for trial in grid.glob("runs/mrpc/*/*/trial.json"):
         edit(trial, lambda content: content["training"].update(checkpoint="best"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..study.selection import edges
+from ..study.selection import edges, first_of
 from .formats import amount, counted, listing, show, span
 from .runs import Runs, rows_of
 from .statistics import CONFIDENCE, FEW_SEEDS, RESAMPLES
@@ -143,8 +143,11 @@ def _selection_sentence(runs: Runs) -> str:
     text = "; ".join(f"{key} among {listing(list(dict.fromkeys(map(show, among[key]))))}" for key in keys)
     frame, how = runs.selecting, ""
     if len(frame):
-        seeds = ", ".join(map(str, sorted(set(frame.seed))))
+        is_first = frame.name.map(first_of) == frame.name
+        seeds, further = (listing(list(map(str, sorted(set(frame.seed[which]))))) for which in (is_first, ~is_first))
         how = f", in runs of {span(frame.planned_steps.tolist())} steps with seed {seeds}"
+        if further:
+            how += f", and of the best with {further}, whose mean counts"
         if not all(frame.result.map(holds_out)):
             return f"Chosen for each task and method by the {runs.chose_by} on what is trained on{how}: {text}."
         if not any(frame.result.map(lambda result: result.get("reported"))):
