@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from aroma_lab.report.formats import markdown, to_csv
 from aroma_lab.report.tables import make_table
 from aroma_lab.tasks.model import packaged_encoder
-from published import GROWN, RESULTS, ROOT, each_seed_of, in_points, of_evidence, page_of, runs_of, with_short_memory
+from published import GROWN, RESULTS, ROOT, in_points, of_evidence, page_of, runs_of, with_short_memory
 
 TABLES = [
     RESULTS / "minilm-six" / "tables" / "inner.csv",
@@ -131,28 +131,19 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
 
     assert f"rank correlations of {correlation('graded')} and {correlation('noisy')}" in TEXT
     assert f"rank correlations of {correlation('graded-b4')} and {correlation('noisy-b4')}" in TEXT
+    few = ("graded-b4", "noisy-b4")
+    assert all(abs(regret.difference[task]) < regret.error[task] for task in few)
     apart = [
-        f"{100 * regret.difference[task]:+.2f} ± {100 * regret.error[task]:.2f}" for task in ("graded-b4", "noisy-b4")
+        f"{100 * regret.difference[task]:+.2f} ± {100 * regret.error[task]:.2f}".replace("-", "−") for task in few
     ]
-    assert regret.difference["graded-b4"] < -regret.error["graded-b4"]
-    assert abs(regret.difference["noisy-b4"]) < regret.error["noisy-b4"]
-    size = [f"{found.trained_rank_mean[task]:.2f}" for task in ("graded-b4", "noisy-b4")]
+    size = [f"{found.trained_rank_mean[task]:.2f}" for task in few]
     assert (
-        f"{apart[0].removeprefix('-')} points below r = 8 on `graded-b4`, at {size[0]} trained components, and level "
-        f"with it on `noisy-b4` ({apart[1]}), at {size[1]}." in TEXT
+        f"level with r = 8: {apart[0]} points on `graded-b4`, at {size[0]} trained components, and {apart[1]} on "
+        f"`noisy-b4`, at {size[1]}." in TEXT
     )
-    faster = each_seed_of("memory-and-cut").loc["as it is", "graded-b4"]
-    assert f"at 0.01 it has [{100 * faster.score.mean():.2f} % at {faster.trained_rank.mean():.2f}](" in TEXT
-    assert f"finds the ranks, with a rank correlation of {faster.spearman.mean():.2f}." in TEXT
-    chosen = json.loads((RESULTS / "planted-nets" / "selection.json").read_text(encoding="utf-8"))["graded-b4"]
-    right = {values["training.learning_rate"]: score for values, score in chosen["aroma-evidence"]["tried"]}
-    assert (
-        f"chose 0.003 ({100 * right[0.003]:.2f} %, and {100 * right[0.01]:.2f} % at 0.01, in one run of each)" in TEXT
-    )
-    many = each_seed_of("swing-mean").loc["as it is", "noisy-b4"].score
-    assert f"over {len(many)} nets it explains {100 * many.mean():.2f} % there" in TEXT
-    assert {*regret.best[["graded-b4", "noisy-b4"]]} == {"lora-r8"}
-    assert all(scores["aroma-evidence", task] > scores["lora-r4", task] for task in ("graded-b4", "noisy-b4"))
+    assert f"level with r = 8 ({apart[0]} points with little noise, {apart[1]} with much), at about half" in TEXT
+    assert {*regret.best[[*few]]} == {"lora-r8"}
+    assert all(scores["aroma-evidence", task] > scores["lora-r4", task] for task in few)
     even = [f"{scores[method, 'uniform']:.1f}" for method in ("aroma-evidence", "lora-r2", "lora-r4")]
     assert f"{even[0]} % at {found.trained_rank_mean.uniform:.2f}, r = 2 {even[1]} %, and r = 4 {even[2]} %." in TEXT
     assert f"evidence leaves {100 - scores['aroma-evidence', 'graded']:.1f} % of the error unexplained" in TEXT
@@ -181,14 +172,14 @@ def test_the_page_says_of_single_matrices_what_the_runs_say() -> None:
     }
     mixed = pairs["graded"] + pairs["noisy"]
     nothing = [found for planted, found in mixed if not planted]
-    assert f"mostly gets nothing ({nothing.count(0)} of {len(nothing)})" in TEXT
+    assert f"gets nothing ({nothing.count(0)} of {len(nothing)}) or one or two" in TEXT
     others = [found - planted for planted, found in mixed if planted]
-    near = sum(0 <= more <= 3 for more in others) / len(others)
-    assert f"Of the others {100 * near:.0f} % are right or have one to three components too many" in TEXT
-    assert (min(others), max(found - planted for planted, found in mixed)) == (-4, 3)
+    near = sum(0 <= more <= 2 for more in others) / len(others)
+    assert f"Of the others {100 * near:.0f} % are right or have one or two components too many" in TEXT
+    assert (min(others), max(found - planted for planted, found in mixed)) == (-2, 2)
     even = [found for _, found in pairs["uniform"]]
-    assert f"In `uniform` {even.count(2)} of {len(even)} have the two that are planted, the others one or two" in TEXT
-    assert {*even} == {2, 3, 4}
+    assert f"In `uniform` {even.count(2)} of {len(even)} have the two that are planted, the others one more." in TEXT
+    assert {*even} == {2, 3}
 
 
 def test_the_page_says_of_what_is_elsewhere_what_its_runs_say() -> None:
@@ -285,12 +276,11 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     by_seed = six.reported.pivot_table("score", ["task", "seed"], "method")
     ahead = {name: over_tasks(by_seed["aroma-evidence"] - by_seed[name]) for name in labels if name in by_seed}
     said = {name: f"{100 * abs(mean):.2f} ± {100 * error:.2f}" for name, (mean, error) in ahead.items()}
-    assert best == "lora-r2"
-    assert f"of five fixed ranks, {said['lora-r2']} points below the best of them, r = 2." in TEXT
-    beside = [f"{said[f'lora-r{r}']} below r = {r}" for r in (2, 4, 16, 8)]
-    assert f"Evidence is {', '.join(beside)} and {said['lora-r1']} above r = 1." in TEXT
-    assert ahead["lora-r1"][0] > 0
-    assert all(-ahead[f"lora-r{r}"][1] < ahead[f"lora-r{r}"][0] < 0 for r in (2, 4, 8, 16))
+    assert best == "aroma-evidence"
+    assert f"of five fixed ranks, {said['lora-r2']} points above the best of them, r = 2." in TEXT
+    beside = [f"{said[f'lora-r{r}']} above r = {r}" for r in (2, 4, 16, 8, 1)]
+    assert f"Evidence is {', '.join(beside[:-1])} and {beside[-1]}." in TEXT
+    assert all(0 < ahead[f"lora-r{r}"][0] < ahead[f"lora-r{r}"][1] for r in (2, 4, 8, 16)), "which is level"
     gained = (100 * (by_seed["aroma-evidence"] - by_seed["aroma-paper"])).groupby("task").agg(["mean", "sem"])
     said = {task: f"{one['mean']:.2f} ± {one['sem']:.2f}".replace("-", "−") for task, one in gained.iterrows()}
     assert (
@@ -298,14 +288,18 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     )
     assert f"level with it on BANKING77 ({said['banking77']})" in TEXT
     beside = {
-        name: over_tasks((by_seed["aroma-evidence"] - by_seed[name]).dropna()) for name in ("adalora-r8", "full")
+        name: over_tasks((by_seed["aroma-evidence"] - by_seed[name]).dropna())
+        for name in ("adalora-r8", "bitfit", "full")
     }
-    assert by_seed[[*beside]].groupby("task").count().to_numpy().tolist() == [[3, 3]] * 4
-    ada, full = (f"{100 * abs(mean):.2f} ± {100 * error:.2f}" for mean, error in beside.values())
-    assert beside["adalora-r8"][0] > 0 > beside["full"][0]
+    assert by_seed[[*beside]].groupby("task").count().to_numpy().tolist() == [[3, 3, 3]] * 4
+    ada, bitfit, full = (f"{100 * abs(mean):.2f} ± {100 * error:.2f}" for mean, error in beside.values())
+    assert min(beside["adalora-r8"][0], beside["bitfit"][0]) > 0 > beside["full"][0]
     trained = six.of("adalora-r8").trained_rank
     assert 8.5 < trained.min() < trained.max() < 9.5
-    assert f"evidence is {ada} points above AdaLoRA, which trains nine components a matrix, and {full} below" in TEXT
+    assert (
+        f"evidence is {ada} points above AdaLoRA, which trains nine components a matrix, {bitfit} above BitFit, and "
+        f"{full} below full fine-tuning" in TEXT
+    )
     on_sst2 = 100 * (by_seed["full"] - by_seed["aroma-evidence"])["sst2"].dropna()
     assert f"which is ahead on SST-2 ({on_sst2.mean():.2f} ± {on_sst2.sem():.2f})." in TEXT
     starts = {name: by_seed[name].dropna() for name in ("lora-r8-eva", "lora-r8-ga")}
@@ -346,16 +340,16 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
     )
     behind = {task: points.removeprefix("−") for task, points in said.items()}
     assert (
-        f"with the best of the five on TREC, and below it on SST-2 ({behind['sst2']}), BBC News "
-        f"({behind['bbc-news']}) and BANKING77 ({behind['banking77']}), at a sixth to a quarter of its size." in TEXT
+        f"with the best of the five on TREC and BBC News, and below it on SST-2 ({behind['sst2']}) and BANKING77 "
+        f"({behind['banking77']}), at less than a quarter of its size." in TEXT
     )
-    assert [task for task, row in rows.iterrows() if abs(row.difference) < row.error] == ["trec"]
+    assert {task for task, row in rows.iterrows() if abs(row.difference) < row.error} == {"trec", "bbc-news"}
     sizes = rows.trained / rows.best.str.removeprefix("lora-r").astype(int)
-    assert all(0.165 < size < 0.255 for size in sizes.drop("trec")), sizes
+    assert all(sizes[["sst2", "banking77"]] < 0.25), sizes
     best = {"banking77": "lora-r16", "sst2": "lora-r16", "trec": "lora-r2", "bbc-news": "lora-r8"}
     assert rows.best.to_dict() == best
     most = -100 * rows.difference.min()
-    assert f"was ahead by up to {most:.1f} points on three, and level with it on one" in page_of("limits.md")
+    assert f"was ahead by up to {most:.1f} points on two, and level with it on two" in page_of("limits.md")
     trec = runs_of(RESULTS / "minilm-six").of(task="trec").groupby("method").score.mean().filter(regex=r"lora-r\d+$")
     assert trec.sort_values().index[1] == "lora-r16", "the worst but one"
 
@@ -398,14 +392,12 @@ def test_the_page_says_of_choosing_by_score_what_the_runs_say() -> None:
     reported = six.reported[six.reported.method != "head-only"]
     assert reported.score.min() > 0.8, "no reported run collapses"
     losses = {rates: result["held_out_loss"] for rates, result in choosing_rates("minilm-six", "bbc-news").items()}
-    assert sorted(losses, key=lambda rates: losses[rates])[:3] == [(0.01, 0.006), (0.01, 0.002), (0.003, 0.006)]
+    assert min(losses, key=lambda rates: losses[rates]) == (0.003, 0.002)
     (reported,) = {
         (trial["training"]["learning_rate"], trial["training"]["head_learning_rate"])
         for trial in six.of("aroma-evidence", task="bbc-news").trial
     }
-    assert reported == (0.003, 0.006)
-    earlier = 100 * each_seed_of("memory-and-cut").score["quarter, 33", "bbc-news"].mean()
-    assert f"chosen for the rule before, it has {earlier:.2f} %." in TEXT
+    assert reported == (0.003, 0.002)
     rates = json.loads((RESULTS / "tried" / "rates-on-sst2.json").read_text(encoding="utf-8"))
     tried = {(one["learning_rate"], one["head_learning_rate"]): one["held_out_score"] for one in rates["choosing"]}
     assert max(tried, key=lambda pair: tried[pair]) == (0.01, 0.006)
@@ -505,8 +497,14 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
             said = labels[task] if is_better else f"{labels[task]} ({in_points(ahead['aroma-paper'][task])})"
             assert said in paper[not is_better], task
     means = [f"{100 * one.difference:.2f} ± {100 * one.error:.2f}" for one in rows.loc["average"].itertuples()]
-    assert average[0] == f"nets, {means[0]} above r = 8"
-    assert average[1].startswith(f"four texts, {means[1].removeprefix('-')} below r = 2; ")
+    short = [rank for rank in RANKS if rank != "lora-r16"]  # which the encoder has not run with
+    assert by_seed[short].groupby("task").mean().mean().idxmax() == "lora-r8"
+    whole = "{:.2f} ± {:.2f}".format(*(100 * one for one in over_tasks(ahead["lora-r8"])))
+    assert average[0] == (
+        f"nets, {means[0]} above r = 8; four texts, {means[1]} above r = 2, which is level; all twelve tasks, {whole} "
+        "above r = 8"
+    )
+    assert len(labels) == 12
     texts = ["banking77", "bbc-news", "mrpc", "sst2", "trec"]
     best = by_seed.loc[texts, RANKS].groupby("task").mean().mean().idxmax()
     apart, doubt = over_tasks(ahead[best].loc[texts])
@@ -598,8 +596,8 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
     more = said["average"].removeprefix("−")
     assert f"in short runs on held-out examples has {more} more on average." in TEXT
     assert (
-        f"level with them on SST-2 ({said['sst2']}), not below on TREC ({said['trec']}), and below on BBC News "
-        f"({said['bbc-news']}) and BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
+        f"level with them on SST-2 ({said['sst2']}) and BBC News ({said['bbc-news']}), above on TREC "
+        f"({said['trec']}), and below on BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
     )
     assert rows.chosen.dropna().to_dict() == {
         "banking77": "lora-r16",
