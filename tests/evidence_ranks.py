@@ -206,7 +206,7 @@ def trained(out: Path, resume: str | None = None, dtype: torch.dtype = PRECISE, 
     trainer = bert_trainer(
         out,
         events,
-        bert(tiny_bert(**CALM).to(dtype)),
+        bert(tiny_bert(**CALM).to(dtype), lora_alpha=3),
         {"growth_dataset": growth_dataset()},
         save_steps=TRAINER_SAVED_AT,
         per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),

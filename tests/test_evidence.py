@@ -91,7 +91,7 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
             3, 0.25, 0.6, True, None, 1e-2, (0, 0.5), 20, id="held out for the trial", marks=pytest.mark.slow
         ),
         pytest.param(3, 0.02, 1.5, True, 80, 1e-2, (0, 1), 20, id="not downhill", marks=pytest.mark.slow),
-        pytest.param(3, 0.1, 0.2, True, 100, 6e-2, (1, 0.5), 20, id="swings", marks=pytest.mark.slow),
+        pytest.param(3, 0.1, 0.1, True, 100, 6e-2, (1, 0.5), 20, id="swings", marks=pytest.mark.slow),
         pytest.param(3, 0.1, 0.2, False, None, 8e-2, (2, 0.5), 20, id="swings for long", marks=pytest.mark.slow),
         pytest.param(3, 0.1, 0.2, True, 100, 8e-2, (2, 0.5), 20, id="swings, held out"),
     ],

@@ -223,7 +223,7 @@ class SaveAt(TrainerCallback):
 
 
 TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "training batches": ({}, {}),
+    "training batches": ({}, {"significance": 0.95}),
     "growth dataset": ({"growth": {"growth_dataset": growth_dataset()}, "max_steps": LONG}, LONG_METHOD),
     "everything awkward": (
         {

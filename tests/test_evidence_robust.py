@@ -289,7 +289,7 @@ def test_a_penalty_of_gradients_grows_too() -> None:
 
 
 def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop:
-    model = grown(name, base(name).double(), lora_dropout=dropout, **LONG_METHOD)
+    model = grown(name, base(name).double(), lora_dropout=dropout, lora_alpha=3, **LONG_METHOD)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
