@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pandas as pd
+import pytest
 
 from aroma import AromaConfig
 from aroma.algorithm.evidence import HELD_OUT_INTERVAL
@@ -43,6 +45,7 @@ LABELS = {
     "minilm": "the encoder",
 }
 
+NETS = ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
 FEW = ("graded-b4", "noisy-b4")
 TEXTS = ("trec", "banking77", "sst2", "bbc-news", "mrpc")
 
@@ -279,6 +282,33 @@ def test_the_page_says_of_a_trial_that_goes_on_what_the_runs_say() -> None:
     assert f"{grew} of 60 matrices have a component, as before" in TEXT
 
 
+def the_rule() -> pd.DataFrame:
+    """Return the runs of the tables by task and seed, by the rule as it is; spearman and grew as `with_short_rows`."""
+    runs = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in (*GROWN, "mrpc")])
+    spearman = [(result.get("planted") or {}).get("spearman") for result in runs.result]
+    grew = [sum(rank > 0 for rank in result["ranks"].values()) for result in runs.result]
+    return runs.assign(spearman=spearman, grew=grew).set_index(["task", "seed"]).sort_index()
+
+
+@pytest.mark.parametrize(("before", "now"), [(with_short_rows, the_rule), (with_short_memory, with_short_rows)])
+def test_the_page_says_of_a_change_with_rates_of_its_own_what_the_runs_say(
+    before: Callable[[], pd.DataFrame], now: Callable[[], pd.DataFrame]
+) -> None:
+    old, new = before(), now()
+    for task in LABELS:
+        assert len(new.loc[task]) == len(old.loc[task]) == (3 if task == "minilm" else 5)
+        assert compared(task, old, new) in TEXT
+    was, found = (runs.spearman.astype(float).groupby("task").mean() for runs in (old, new))
+    ranks = [f"{found[task]:.2f} on `{task}`, in place of {was[task]:.2f}" for task in FEW]
+    assert f"Rank correlations are {ranks[0]}, and {ranks[1]}" in TEXT
+
+
+def on_nets(line: str, scores: pd.Series, before: pd.Series) -> str:
+    """Return a line of a table of the page: differences of scores on the nets, empty where a task was not run."""
+    gains = [in_points(scores[task] - before[task]) if task in scores.index else "" for task in NETS]
+    return " ".join(f"| {line} | {' | '.join(gains)} |".split())
+
+
 ROWS = {
     "√2, 1": "√2 | 1",
     "2, 1/√2": "2 | 1/√2",
@@ -293,30 +323,13 @@ ROWS = {
 }
 
 
-def test_the_page_says_of_longer_rows_what_the_runs_say() -> None:
-    before, now = with_short_rows(), the_rule()
-    for task in LABELS:
-        assert len(now.loc[task]) == len(before.loc[task]) == (3 if task == "minilm" else 5)
-        assert compared(task, before, now) in TEXT
-    ranks = {task: now.result[task].map(lambda one: one["planted"]["spearman"]).mean() for task in FEW}
-    was = before.spearman.groupby("task").mean()
-    found = [f"{ranks[task]:.2f} on `{task}`, in place of {was[task]:.2f}" for task in FEW]
-    assert f"Rank correlations are {found[0]}, and {found[1]}" in TEXT
-    grew = sum(rank > 0 for result in now.result["nothing"] for rank in result["ranks"].values())
-    assert (
-        f"where nothing is planted {grew} of 60 matrices grow, in place of {int(before.grew['nothing'].sum())}" in TEXT
-    )
-
-
 def test_the_page_says_of_rows_and_scales_what_the_runs_say() -> None:
     tried = each_seed_of("longer-rows")
     before = each_seed_of("memory-and-cut").loc["as it is"].score
     for variant, line in ROWS.items():
-        runs = tried.loc[variant].score
-        gains = [
-            in_points(runs[task] - before[task]) for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
-        ]
-        assert " ".join(f"| {line} | {' | '.join(gains)} |".split()) in TEXT
+        assert on_nets(line, tried.loc[variant].score, before) in TEXT
+    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (the_rule(), with_short_rows()))
+    assert f"where nothing is planted {grew} of 60 matrices grow, in place of {grew_before}" in TEXT
     table = with_short_rows().score
     encoder = [in_points(tried.loc[variant].score["minilm"] - table["minilm"]) for variant in ("√2, 1", "√8, 1/√8")]
     assert f"encoder, at 0.003, √2 has {encoder[0]} (three seeds), and √8 with 1/√8 {encoder[1]} (two)" in TEXT
@@ -325,12 +338,6 @@ def test_the_page_says_of_rows_and_scales_what_the_runs_say() -> None:
         f"SST-2 {in_points(fast['sst2'] - table['sst2'])}, TREC {in_points(fast['trec'] - table['trec'])} (four)"
         in TEXT
     )
-
-
-def the_rule() -> pd.DataFrame:
-    """Return the runs of the tables by task and seed, by the rule as it is."""
-    runs = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in (*GROWN, "mrpc")])
-    return runs.set_index(["task", "seed"]).sort_index()
 
 
 VARIANTS = {
@@ -344,25 +351,10 @@ VARIANTS = {
 }
 
 
-def test_the_page_says_of_a_longer_memory_what_the_runs_say() -> None:
-    before, now = with_short_memory(), with_short_rows()
-    for task in LABELS:
-        assert len(now.loc[task]) == len(before.loc[task]) == (3 if task == "minilm" else 5)
-        assert compared(task, before, now) in TEXT
-    found, was = now.spearman.groupby("task").mean(), before.spearman.groupby("task").mean()
-    ranks = [f"{found[task]:.2f} on `{task}`, in place of {was[task]:.2f}" for task in FEW]
-    assert f"Rank correlations are {ranks[0]}, and {ranks[1]}" in TEXT
-
-
 def test_the_page_says_of_memories_and_cuts_what_the_runs_say() -> None:
     tried, before = each_seed_of("memory-and-cut"), at_one_rate().score
     for variant, line in VARIANTS.items():
-        runs = tried.loc[variant]
-        gains = [
-            in_points(runs.score[task] - before[task]) if task in runs.index else ""
-            for task in ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
-        ]
-        assert " ".join(f"| {line} | {' | '.join(gains)} |".split()) in TEXT
+        assert on_nets(line, tried.loc[variant].score, before) in TEXT
     grew = int(tried.grew["quarter, 150", "nothing"].sum())
     still = int(with_short_rows().grew["nothing"].sum())
     assert f"batches of 16, {grew} of 60 matrices grow where nothing is planted. There 9 batches" in TEXT

@@ -478,7 +478,7 @@ class EvidenceRule(Generic[E]):
             self._asked += -self._asked % self.held_out_batches
 
     def _settle(self) -> list[Event]:
-        """Drop what does not surely save loss, or little."""
+        """Drop what does not surely save loss, and what saves little."""
         credits = np.stack(self._credits)
         kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
         share = 0.5 if self._stage == "half" else 1.0
