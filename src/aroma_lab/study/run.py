@@ -153,8 +153,9 @@ def _select(grid: Grid, tried: Sequence[Candidate], status: Status, outcome: Gri
     everything = _all_candidates(grid, status)
     pairs = {(trial.task.name, trial.method) for trial, _ in everything if begun(trial)}
     everything = [one for one in everything if (one.trial.task.name, one.trial.method) in pairs]
-    write_selection(grid.folder / SELECTION_FILE, _choose(grid, everything, status))
-    chosen = chosen_settings(_choose(grid, tried, status))
+    selection = _choose(grid, everything, status)
+    write_selection(grid.folder / SELECTION_FILE, selection)
+    chosen = chosen_settings(selection)
     for task, method in {(one.trial.task.name, one.trial.method): None for one in tried}:
         if method not in chosen[task]:
             first = next(one for one in outcome.failed if one.name.startswith(f"select/{task}/{method}/"))
