@@ -109,7 +109,8 @@ class Reference:
         self.opens = False  # whether it is open still how much of the updates is judged, and when
         self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
-        self.asked = 0  # number of the next held-out question
+        self.asked = 0  # held-out questions so far
+        self.next = 0  # number of the next one
 
     # One optimizer step: Adam on the live components, then the rule.
     def step(self, G: Sequence[Tensor], lr: float, held_out: Callable[[int], Sequence[Tensor]]) -> None:
@@ -125,7 +126,7 @@ class Reference:
             self._credit(G)
             self._look_at_the_opening()
         elif self.phase == "growth" and not decides and (self.t - o.first_pass) % self._interval() == 0:
-            number = max(self.asked, o.questions) + (self.t - o.first_pass) // self._interval()
+            number = max(self.next, o.questions) + (self.t - o.first_pass) // self._interval()
             self._read(held_out(number), before=False)
         elif self.phase == "growth" and decides:
             self._read(G, before=True)
@@ -145,8 +146,8 @@ class Reference:
             self.phase, self.strength = "questions", 0.5
             self.opens, self.share = True, 1.0
             while o.holds_out and self.phase == "questions" and len(self.credits) < o.questions:
-                self._credit(held_out(self.asked))
-                self.asked += 1
+                self._credit(held_out(self.next))
+                self.asked, self.next = self.asked + 1, self.next + 1
                 self._look_at_the_opening()
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
@@ -180,8 +181,8 @@ class Reference:
             self.opens, self.strength, self.at_base = False, 0.5, []
         if downhill:
             self.opens, self.share, self.strength, self.credits = False, 0.5, 0.25, []
-            while o.held_out_batches and self.asked % o.held_out_batches:
-                self.asked += 1
+            while o.held_out_batches and self.next % o.held_out_batches:
+                self.next += 1
         if costs and downhill and self.doubled < 2 and 4 * o.trial * 2**self.doubled <= o.last + o.trial:
             self.doubled += 1
             self.phase, self.strength = "trial", 1.0

@@ -360,9 +360,11 @@ class Answers:
     known_rank = 1
 
     def __init__(self, answers: dict[float, float]) -> None:
-        self.answers, self.strength, self.judged = answers, 0.5, 0.0
+        self.answers, self.strength, self.judged, self.due = answers, 0.5, 0.0, 1
         self.matrices = [
-            SimpleNamespace(name="a", component_count=1, is_frozen=False, log_evidence=0.0, steepness=None)
+            SimpleNamespace(
+                name="a", component_count=1, is_frozen=False, log_evidence=0.0, steepness=None, heads=[0], flips=[0]
+            )
         ]
         self.random = np.random.default_rng(0)
 
@@ -377,8 +379,11 @@ class Answers:
     def ask_at(self, strength: float) -> None:
         self.strength = strength
 
+    def take_readings(self) -> list[Any]:
+        return []
+
     def take_credits(self) -> list[np.ndarray]:
-        return [self.random.normal(self.answers.get(self.strength, 0.0), 1.0, (1, 1))]
+        return [self.random.normal(self.answers.get(self.strength, 0.0), 1.0, (1, 1)) for _ in range(self.due)]
 
     def keep(self, kept: Any, share: float) -> None:
         self.judged = self.strength
@@ -412,6 +417,31 @@ def test_the_questions_of_a_run_that_is_long_enough_come_to_their_end(first: flo
             assert (rule.doublings > 0) == (half and 4 * trial <= last_step + trial)
     with pytest.raises(ConfigError, match="total_steps=32: the trial and its questions take up to 32 optimizer steps"):
         config.resolve_trial_steps(32)
+
+
+@pytest.mark.parametrize(("steps", "held_out"), [(1_000, 50), (3_000, 100)])
+@pytest.mark.parametrize("swings", [False, True])
+def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out: int, swings: bool) -> None:
+    """Where updates swing, the questions come from another order of the examples; what is passed over costs nothing."""
+    matrices = Answers({0.5: -99.0 if swings else 99.0, 0.0: 99.0})
+    settings = EvidenceSettings(0.05, 0.5, 8, steps // 10, 0.97, steps * 9 // 10, None)
+    rule: Any = EvidenceRule(settings, matrices)
+    rule.held_out_batches, first_pass = held_out, steps // 10
+    asked: list[int] = []
+    duels: list[int] = []
+    for step in range(steps):
+        if step >= first_pass:
+            duels += rule.held_out_duels(step - first_pass)
+        rule.step()
+        while numbers := rule.held_out_questions():
+            asked += numbers
+            matrices.due = len(numbers)
+            rule.answer()
+    assert len({*asked, *duels}) == len(asked) + len(duels), "no batch is asked twice in one order"
+    assert len(asked) + len(duels) <= 0.12 * steps
+    assert len(duels) >= 10
+    assert abs(len(duels) - rule.duels(first_pass, held_out=True)) <= 1, "what a warning would say"
+    assert rule.doublings == 2 * swings
 
 
 def test_nothing_is_born_after_the_step_that_is_named() -> None:

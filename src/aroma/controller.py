@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -272,14 +273,7 @@ class AromaController:
         # A rank that asked more batches than the others would wait for them.
         agreed = of_first_rank(-1 if count is None else count, self.matrices.device)
         self.rule.held_out_batches = None if agreed < 0 else agreed
-        found, alpha = self.rule.duels(first_pass, held_out=held_out is not None), self.config.significance
-        if found < flips_to_birth(alpha):
-            warnings.warn(
-                f"significance={alpha}: a birth takes {flips_to_birth(alpha)} batches, and {found} decide after the "
-                "trial, so nothing will be born then. Train longer, or in fewer passes over more data",
-                AromaWarning,
-                stacklevel=3,
-            )
+        self._tell_if_too_few_decide(math.inf, stacklevel=4)
         if held_out is not None or first_pass is None:
             return
         if self.total_steps is None or self.total_steps > first_pass:
@@ -289,6 +283,21 @@ class AromaController:
                 "train, growth = aroma.hold_out(dataset), and give growth_dataset=growth to AromaCallback "
                 "(growth_batches= to attach)",
                 stacklevel=3,
+            )
+
+    def _duels(self) -> int:
+        return self.rule.duels(self._first_pass, held_out=self._held_out is not None)
+
+    def _tell_if_too_few_decide(self, before: float, stacklevel: int) -> None:
+        """Warn where too few batches decide for a birth, and more would have done so `before`."""
+        alpha = self.config.significance
+        least, found = flips_to_birth(alpha), self._duels()
+        if found < least <= before:
+            warnings.warn(
+                f"significance={alpha}: a birth takes {least} batches, and {found} decide after the "
+                "trial, so nothing will be born then. Train longer, or in fewer passes over more data",
+                AromaWarning,
+                stacklevel=stacklevel,
             )
 
     def _gather_evidence(self, is_new: bool, loss_scale: float) -> None:
@@ -306,10 +315,12 @@ class AromaController:
         events: list[Event] = []
         if self._held_out is None:
             return events
+        expected = self._duels()
         while numbers := self.rule.held_out_questions():
             for number in numbers:
                 self.matrices.weigh_held_out(self._held_out.losses(self.matrices.model, number))
             events += self.rule.answer()
+        self._tell_if_too_few_decide(expected, stacklevel=2)  # a trial that goes on leaves fewer
         return events
 
     def skip_step(self) -> None:

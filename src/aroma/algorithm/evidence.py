@@ -256,6 +256,7 @@ class EvidenceRule(Generic[E]):
         self._base_credits: list[np.ndarray] = []
         self._overflows = 0
         self._asked = 0
+        self._next_number = 0  # of a held-out batch; some are passed over
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
         self.phase = "start"
@@ -351,14 +352,14 @@ class EvidenceRule(Generic[E]):
         interval = self._settings.held_out_interval(self.global_step - step, asked, self._trial_steps)
         if step % interval or self.phase != "growth":
             return ()
-        return (asked + step // interval,)
+        return (max(self._next_number, self.questions) + step // interval,)
 
     def duels(self, first_pass: int | None, *, held_out: bool) -> int:
         """Return how many batches let duel in the whole run; see `GrowthRule`."""
-        first, last = self._settings.trial_steps + (0 if held_out else self.questions), self._settings.last_step
+        first, last = self._trial_steps + (0 if held_out else self.questions), self._settings.last_step
         if first_pass is None or not held_out:
             return max(last - first, 0)
-        interval = self._settings.held_out_interval(first_pass, self.questions, first)
+        interval = self._settings.held_out_interval(first_pass, max(self._asked, self.questions), first)
         later = last - max(first_pass, first)
         return max(min(first_pass, last) - first, 0) + max(later, 0) // interval
 
@@ -369,9 +370,10 @@ class EvidenceRule(Generic[E]):
         if not self._asked:
             # Of a run that is resumed with held-out examples, others may have answered, and do not count.
             self._credits, self._base_credits = [], []
-        first = self._asked  # later others are asked, in place of those that overflowed
-        self._asked += self._missing
-        return range(first, self._asked)
+        first, missing = self._next_number, self._missing  # later others are asked, in place of those that overflowed
+        self._next_number += missing
+        self._asked += missing
+        return range(first, self._next_number)
 
     def answer(self) -> list[Event]:
         """Take what held-out batches answered at the end of the trial; see `GrowthRule`."""
@@ -475,7 +477,7 @@ class EvidenceRule(Generic[E]):
         self._credits, self._base_credits = [], []
         if self.held_out_batches:
             # The next questions come from another order of the examples, so that none is asked twice among them.
-            self._asked += -self._asked % self.held_out_batches
+            self._next_number += -self._next_number % self.held_out_batches
 
     def _settle(self) -> list[Event]:
         """Drop what does not surely save loss, and what saves little."""
@@ -596,6 +598,7 @@ class EvidenceRule(Generic[E]):
             "phase": self.phase,
             "overflows": self._overflows,
             "asked": self._asked,
+            "next_number": self._next_number,
             "doublings": self.doublings,
             "stage": self._stage,
             "births": self.births,
@@ -609,7 +612,7 @@ class EvidenceRule(Generic[E]):
         self.global_step, self.phase = state["global_step"], state["phase"]
         self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
-        self._overflows, self._asked = state["overflows"], state["asked"]
+        self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )
