@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
@@ -131,6 +135,39 @@ def test_parts_of_a_data_set_are_compared_by_their_indices() -> None:
         without_trained(growth, source)
     inner = Subset(Subset(source, range(20, 60)), range(10))
     assert len(without_trained(inner, Subset(source, range(25)))) == 5
+
+
+def images(count: int, seed: int) -> Dataset:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8), dtype=np.uint8)
+    rows = {"image": [Image.fromarray(one) for one in pixels], "label": [row % 2 for row in range(count)]}
+    return Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+
+def test_images_are_compared_by_their_pixels() -> None:
+    training, growth = hold_out(images(200, seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert without_trained(growth, training) is growth
+    with pytest.raises(ConfigError, match=r"growth_dataset='40 examples': its row 0 is row 7 of the training set"):
+        without_trained(images(200, seed=0).select(range(7, 47)), images(200, seed=0))
+
+
+def test_examples_are_compared_before_a_transform_that_augments() -> None:
+    source = Dataset.from_dict({"x": [*range(60)]}).with_transform(lambda rows: {"x": torch.rand(len(rows["x"]))})
+    with pytest.raises(ConfigError, match=r"growth_dataset='40 examples': its row 0 is row 0 of the training set"):
+        without_trained(source.select(range(40)), source)
+
+
+def test_examples_without_content_are_not_compared() -> None:
+    rows = [{"x": object()} for _ in range(20)]
+    with pytest.warns(UserWarning, match="objects of type object, which have no content to compare"):
+        assert without_trained(rows[15:], rows[:15]) == rows[15:]
+    source = [*rows]
+    with (
+        pytest.warns(UserWarning, match="no content to compare"),
+        pytest.raises(ConfigError, match=r"its row 0 is row 3 of the training set"),
+    ):
+        without_trained(Subset(source, [3, 4]), Subset(source, range(10)))
 
 
 def test_a_long_comparison_shows_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

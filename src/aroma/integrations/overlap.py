@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,13 +60,14 @@ def without_trained(held_out: Any, training: Any) -> Any:
     """Return the held-out examples that are not trained on: of the others all looks steep that is learnt by heart.
 
     Data sets have examples twice, and a split by chance parts some of them. The content of the first 50,000 rows of
-    each is compared, and of parts of one data set (`torch.utils.data.Subset`) all indices are. A stream is not.
+    each is compared, of a `datasets.Dataset` before its transform, and of parts of one data set
+    (`torch.utils.data.Subset`) all indices are. A stream is not.
 
     Raises:
         ConfigError: There are none, both sets are the same, or they share more than half of the held-out examples.
 
     Warns:
-        UserWarning: They share fewer, which are left out.
+        UserWarning: They share fewer, which are left out; or they hold objects that have no content to compare.
     """
     if not len(held_out):
         raise bad_value("growth_dataset", "empty", "hold out some examples, as aroma.hold_out does")
@@ -92,6 +94,24 @@ def _shared_rows(held_out: Any, training: Any) -> dict[int, int]:
     """Return which row of the training set each shared row of the held-out examples is."""
     if not hasattr(training, "__getitem__") or not hasattr(training, "__len__"):
         return {}
+    try:
+        found = _same_content(_untransformed(held_out), _untransformed(training))
+    except _NoContentError as error:
+        found = {}
+        warnings.warn(
+            f"growth_dataset: its examples hold objects of type {error}, which have no content to compare, so nobody "
+            "knows whether some are trained on; hold them out with aroma.hold_out(dataset)",
+            stacklevel=3,
+        )
+    return found | _shared_indices(held_out, training)
+
+
+def _same_content(held_out: Any, training: Any) -> dict[int, int]:
+    """Return the same of rows of the same content.
+
+    Raises:
+        _NoContentError: Examples of which nobody knows.
+    """
     rows = tqdm(
         range(min(len(training), _MOST_ROWS) - 1, -1, -1),
         "comparing the training set with held-out examples",
@@ -101,8 +121,12 @@ def _shared_rows(held_out: Any, training: Any) -> dict[int, int]:
     )
     known = {_digest(training[row]): row for row in rows}
     found = {row: known.get(_digest(held_out[row])) for row in range(min(len(held_out), _MOST_ROWS))}
-    found |= _shared_indices(held_out, training)
     return {row: trained for row, trained in found.items() if trained is not None}
+
+
+def _untransformed(dataset: Any) -> Any:
+    """Return a `datasets.Dataset` without its format: a transform that augments never gives the same row twice."""
+    return dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
 
 
 def _shared_indices(held_out: Any, training: Any) -> dict[int, int]:
@@ -128,6 +152,10 @@ def rows_of(dataset: Any, rows: list[int]) -> Any:
     return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
 
 
+class _NoContentError(Exception):
+    """A value that says nothing of itself but where it lies in memory."""
+
+
 def _digest(example: Any) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     _feed(digest, example)
@@ -135,7 +163,11 @@ def _digest(example: Any) -> bytes:
 
 
 def _feed(digest: Any, value: Any) -> None:
-    """Feed an example, so that lists, arrays and tensors of the same numbers are alike."""
+    """Feed an example, so that lists, arrays and tensors of the same numbers are alike.
+
+    Raises:
+        _NoContentError: Part of it has none.
+    """
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.float().numpy() if value.is_floating_point() else value.numpy()
@@ -153,5 +185,13 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(np.asarray(value, dtype=np.float32 if value.dtype.kind == "f" else np.int64).tobytes())
     elif isinstance(value, int | float):
         _feed(digest, np.asarray(value))
+    elif isinstance(value, np.ndarray):
+        _feed(digest, value.tolist())
+    elif hasattr(value, "tobytes"):  # as images of PIL have
+        digest.update(f"{getattr(value, 'mode', '')}{getattr(value, 'size', '')}".encode())
+        digest.update(value.tobytes())
     else:
-        digest.update(repr(value).encode())
+        said = repr(value)
+        if not isinstance(value, str | bytes) and re.search(r" at 0x[0-9a-f]+", said):
+            raise _NoContentError(type(value).__name__)
+        digest.update(said.encode())
