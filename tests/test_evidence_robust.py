@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -581,7 +581,7 @@ def test_unknown_state_is_refused_at_the_first_step() -> None:
         ({"significance": 0}, r"^significance=0: .*in \(0, 1\)"),
         ({"significance": 1.0}, r"^significance=1\.0: .*in \(0, 1\)"),
         ({"slots": 0}, r"^slots=0: "),
-        ({"slots": 17}, r"^slots=17: a matrix of 16×16 has rank 16 at most; set slots=16"),
+        ({"slots": 17}, r"^slots=17: \S+ is 16×16, and has rank 16 at most; set slots=16, or leave it out with excl"),
         ({"inner_tolerance": 0.5}, r"^inner_tolerance=0\.5: growth='evidence' does not read it"),
     ],
 )
@@ -631,6 +631,27 @@ def test_batches_of_an_iterator_are_those_of_a_list() -> None:
     )
     assert by_list.growth.controller.rule.state()["asked"] == 10
     assert_same(by_iterator.came_to(), by_list.came_to())
+
+
+class Again:
+    """Batches of which nobody knows how many there are, and that can be iterated again."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("count", [9, 12])
+def test_an_iterator_begins_anew_when_it_ends(count: int) -> None:
+    """It cannot be iterated again, so its batches are kept."""
+    again, once = (
+        Loop(net(significance=0.05), steps=200, steps_per_pass=20, growth_batches=batches).go_on(200)
+        for batches in (Again(held_out(count)), (batch for batch in held_out(count)))
+    )
+    assert again.growth.controller.rule.state()["asked"] >= 10, "with the duels more than there are"
+    assert_same(once.came_to(), again.came_to())
 
 
 def test_a_run_in_which_too_few_batches_decide_is_told() -> None:

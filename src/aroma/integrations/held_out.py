@@ -83,8 +83,14 @@ class HeldOutDataset:
         return self._collate([self._dataset[row] for row in rows])
 
 
+_MOST_KEPT = 256
+"""Batches of an iterator that come again when it ends: all of a held-out set, and not all of an endless stream."""
+
+
 class HeldOutBatches:
-    """Batches from an iterable of a plain loop; one that can be iterated again begins anew when it ends.
+    """Batches from an iterable of a plain loop, which begin anew when they end.
+
+    Those of an iterator, as of a generator, are kept for that, the first 256 of them.
 
     What it draws, as a DataLoader that shuffles does, comes from a stream of its own: a resumed run sees the same
     batches, and a training draws the same random numbers with them and without.
@@ -103,6 +109,7 @@ class HeldOutBatches:
         self._batches = batches
         self._loss = loss or model_loss
         self._iterator: Iterator[Any] | None = None
+        self._kept: list[Any] = []
         self._taken = 0
         self._random = torch.Generator().manual_seed(rank).get_state()
         if not isinstance(batches, Iterable):
@@ -143,7 +150,7 @@ class HeldOutBatches:
         """Yield the scalar loss of batch `number`, which is one micro-batch; those before it are passed over.
 
         Raises:
-            ConfigError: The batches have ended, and cannot be iterated again.
+            ConfigError: The batches have ended, and say that they can be iterated again, but give none.
         """
         with self._drawing():
             while self._taken < number:
@@ -157,8 +164,12 @@ class HeldOutBatches:
         self._iterator = iter(self._batches) if self._iterator is None else self._iterator
         batch = next(self._iterator, ended)
         if batch is ended:
+            if isinstance(self._batches, Iterator):
+                self._batches = self._kept
             self._iterator = iter(self._batches)
             batch = next(self._iterator, ended)
+        elif isinstance(self._batches, Iterator) and len(self._kept) < _MOST_KEPT:
+            self._kept.append(batch)
         if batch is ended:
             raise bad_value(
                 "growth_batches", "exhausted", "give a list or a DataLoader, which can be iterated again when it ends"

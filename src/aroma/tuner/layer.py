@@ -79,7 +79,8 @@ class AromaLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
-        self.kind = self._kind_of(base_layer, kwargs.get("target_name", ""))
+        self._target_name: str = kwargs.get("target_name", "")
+        self.kind = self._kind_of(base_layer, self._target_name)
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
@@ -110,8 +111,8 @@ class AromaLinear(LoraLinear):
             raise bad_value(
                 "slots",
                 r,
-                f"a matrix of {self.out_features}×{self.in_features} has rank {most} at most; set slots={most}, or "
-                "leave the matrix out of target_modules",
+                f"{self._target_name or 'a matrix'} is {self.out_features}×{self.in_features}, and has rank {most} at "
+                f"most; set slots={most}, or leave it out with exclude_modules, if others are to have more",
             )
         if "lora_finished" not in self._modules:
             self.lora_finished = nn.ModuleDict()
