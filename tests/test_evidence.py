@@ -422,7 +422,7 @@ def test_the_questions_of_a_run_that_is_long_enough_come_to_their_end(first: flo
 @pytest.mark.parametrize(("steps", "held_out"), [(1_000, 50), (3_000, 100)])
 @pytest.mark.parametrize("swings", [False, True])
 def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out: int, swings: bool) -> None:
-    """Where updates swing, the questions come from another order of the examples; what is passed over costs nothing."""
+    """Where updates swing, questions come from another order of the examples: what is passed over costs nothing."""
     matrices = Answers({0.5: -99.0 if swings else 99.0, 0.0: 99.0})
     settings = EvidenceSettings(0.05, 0.5, 8, steps // 10, 0.97, steps * 9 // 10, None)
     rule: Any = EvidenceRule(settings, matrices)

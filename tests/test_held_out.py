@@ -186,6 +186,7 @@ def test_a_long_comparison_shows_progress(monkeypatch: pytest.MonkeyPatch, capsy
         (examples(6, seed=11), r"^growth_dataset='6 examples, 0 batches of 8': it takes 7 batches"),
         (iter(examples(6)), r"^growth_dataset='list_iterator': it has no length, or no items by index"),
         (0.1, r"^growth_dataset=0\.1: it takes examples, and no share; train, growth = aroma\.hold_out\(dataset, 0"),
+        ({"train": examples(6)}, r"^growth_dataset='dict': it has splits \(train\)"),
         (DataLoader(examples(6)), r"^growth_dataset='DataLoader': .* give a datasets\.Dataset, a list"),
     ],
 )
@@ -232,5 +233,13 @@ def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
     for share in (0, 1, -0.1, 0.001, "0.1", None):
         with pytest.raises(ConfigError, match=f"share={share!r}: of 50 examples it leaves one part empty"):
             hold_out(rows, share=share)
+    for seed in (-1, 1.5, "x", None, True):
+        with pytest.raises(ConfigError, match=rf"^seed={seed!r}: give a whole number"):
+            hold_out(rows, seed=seed)
     with pytest.raises(ConfigError, match=r"^dataset='list_iterator': it has no length"):
         hold_out(iter(examples(6)))
+    splits = datasets.DatasetDict(train=rows, test=rows)
+    with pytest.raises(
+        ConfigError, match=r"^dataset='DatasetDict': it has splits \(train, test\), .* dataset\['train'\]"
+    ):
+        hold_out(splits)

@@ -16,6 +16,7 @@ from ..algorithm.duels import flips_to_birth
 from ..errors import AromaError, bad_value
 from ..evaluation import evaluating, require_loss
 from ..sharding import refuse_together, sharding_of_model, world_size
+from ..tuner.state import is_whole
 from .overlap import require_indexed, rows_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -264,11 +265,13 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
         What to train on, and the held-out examples, for `AromaCallback(growth_dataset=...)`.
 
     Raises:
-        ConfigError: A share that leaves one of them empty, or a stream.
+        ConfigError: A share that leaves one of them empty, a seed that is none, several splits, or a stream.
     """
     require_indexed("dataset", dataset)
     is_share = isinstance(share, int | float) and 0 < share < 1
     held = round(len(dataset) * share) if is_share else 0
+    if not is_whole(seed, 0, 2**63):
+        raise bad_value("seed", seed, "give a whole number, 0 or more")
     if not 0 < held < len(dataset):
         raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; give a share like 0.1")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -31,6 +31,10 @@ def require_indexed(field: str, examples: Any) -> None:
     if isinstance(examples, int | float):
         remedy = f"it takes examples, and no share; train, growth = aroma.hold_out(dataset, {examples})"
         raise bad_value(field, examples, remedy)
+    if isinstance(examples, Mapping):
+        splits = [*map(str, examples)]
+        remedy = f"it has splits ({', '.join(splits)}), and no items by index; give one of them"
+        raise bad_value(field, type(examples).__name__, f"{remedy}, as dataset[{splits[0]!r}]" if splits else remedy)
     if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
         remedy = "it has no length, or no items by index; give a datasets.Dataset, a list or a torch Dataset"
         raise bad_value(field, type(examples).__name__, remedy)
