@@ -750,6 +750,24 @@ def test_nan_stops_the_run(where: str, step: int) -> None:
         loop.go_on(max(step + 9, 17))
 
 
+def test_a_held_out_batch_whose_loss_overflows_says_nothing_though_its_gradient_is_finite() -> None:
+    """Nothing at the end of the trial, where another is asked, and nothing in a duel."""
+
+    def overflowing(model: Any, batch: Rows) -> Tensor:
+        loss = loss_of(model, batch)
+        return loss + torch.where(batch[0].sum() == broken, torch.inf, 0.0)
+
+    batches = held_out()
+    plain, other = (
+        Loop(net(significance=0.05), steps=200, steps_per_pass=20, growth_batches=given, growth_loss=overflowing)
+        for given in (batches, [batches[0], *batches])
+    )
+    broken = batches[0][0].sum()
+    loops = [loop.go_on(60) for loop in (plain, other)]
+    asked = [loop.growth.controller.rule.state()["asked"] for loop in loops]
+    assert asked == [loops[0].growth.controller.rule.questions + 1, loops[1].growth.controller.rule.questions + 2]
+
+
 def test_batches_that_are_asked_leave_the_optimizer_alone() -> None:
     loop = Loop(net(target_modules=r"layers\.[012]", modules_to_save=["layers.3"]))
     loop.go_on(1)

@@ -158,6 +158,14 @@ def test_examples_are_compared_before_a_transform_that_augments() -> None:
         without_trained(source.select(range(40)), source)
 
 
+def test_rows_beyond_the_first_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aroma.integrations.overlap._MOST_ROWS", 12)
+    training, growth = (Dataset.from_dict({"x": rows}) for rows in ([*range(20)], [*range(40, 60), 15, 3]))
+    assert without_trained(growth, training) is growth
+    with pytest.warns(UserWarning, match=r"1 of 3 examples are trained on, too \(its row 2 is row 3"):
+        assert len(without_trained(growth.select([0, 20, 21]), training)) == 2
+
+
 def test_examples_without_content_are_not_compared() -> None:
     rows = [{"x": object()} for _ in range(20)]
     with pytest.warns(UserWarning, match="objects of type object, which have no content to compare"):

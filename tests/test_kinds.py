@@ -213,14 +213,14 @@ def test_a_backward_answers_what_the_dense_gradient_says(name: str) -> None:
 class Sizes(TorchDispatchMode):
     """Notes the size of the largest tensor that an operation returns, views of `known` apart."""
 
-    def __init__(self, known: Tensor) -> None:
+    def __init__(self, *known: Tensor) -> None:
         super().__init__()
-        self.largest, self.known = 0, known.untyped_storage().data_ptr()
+        self.largest, self.known = 0, {tensor.untyped_storage().data_ptr() for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        sizes = [tensor.numel() for tensor in tensors if tensor.untyped_storage().data_ptr() != self.known]
+        sizes = [tensor.numel() for tensor in tensors if tensor.untyped_storage().data_ptr() not in self.known]
         self.largest = max([self.largest, *sizes])
         return result
 
@@ -254,18 +254,24 @@ def test_no_matrix_of_the_size_of_the_weight_is_formed(kind: str) -> None:
     assert 0 < max(event.self_cpu_memory_usage for event in profiler.events()) < 4 * m * n
 
 
-def test_the_rule_forms_no_matrix_of_the_size_of_a_weight() -> None:
-    """Neither for the first directions nor for singular ones, births, merges and moves."""
+@pytest.mark.parametrize("holds_out", [False, True])
+def test_the_rule_forms_no_matrix_of_the_size_of_a_weight(holds_out: bool) -> None:
+    """Neither for the first directions nor for singular ones, births, merges, moves and held-out batches."""
     width, steps = 160, 60
     model = grown(evidence_runs.Net(width, layers=2), **evidence_runs.METHOD)
     optimizer = torch.optim.SGD(evidence_runs.trainable(model), lr=0.1)
     events: list[Event] = []
-    growth = attach(model, optimizer, total_steps=steps, on_event=events.append)
+    held_out: dict[str, Any] = {}
+    if holds_out:
+        batches = [*zip(*(part.split(8) for part in evidence_runs.rows(80, width=width)), strict=True)]
+        held_out = {"growth_batches": batches, "growth_loss": evidence_runs.loss_of, "steps_per_pass": 40}
+    growth = attach(model, optimizer, total_steps=steps, on_event=events.append, **held_out)
+    weights = [layer.base_layer.weight for layer in aroma_layers(model).values()]
     largest, merged = 0, []
     for x, y in zip(*(part.split(8) for part in evidence_runs.rows(8 * steps, width=width)), strict=True):
         optimizer.zero_grad()
         evidence_runs.loss_of(model, (x, y)).backward()
-        with Sizes(torch.empty(0)) as sizes:
+        with Sizes(*weights) as sizes:
             optimizer.step()
             if growth.controller.rule.phase == "growth":
                 merged += growth.controller.matrices.bear([(matrix, 0) for matrix in growth.controller.modules])
