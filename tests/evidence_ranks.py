@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from aroma import aroma_layers, save_adapter
 from distributed_runs import CALM, TIMEOUT, main, tell_refusals, whole, without_sync
 from evidence_runs import (
+    LONG,
+    LONG_METHOD,
     Loop,
     Net,
     Rows,
@@ -65,7 +67,10 @@ def adafactor(parameters: Any) -> Any:
 LOOPS: dict[str, Callable[[], dict[str, Any]]] = {
     "as it comes": lambda: {"model": double()},
     "micro-batches": lambda: {"model": double(), "backward": in_parts},
-    "held out": lambda: {"model": double(), "steps_per_pass": 3, "growth_batches": held_out(dtype=PRECISE)},
+    "held out": lambda: {
+        "model": double(**LONG_METHOD),
+        **{"steps": LONG, "steps_per_pass": 3, "growth_batches": held_out(20, dtype=PRECISE)},
+    },
     "one slot, merged again and again": lambda: {"model": double(slots=1)},
     "momentum": lambda: {"model": double(), "optimizer": momentum},
     "bounded": lambda: {"model": double(max_components=4)},

@@ -54,6 +54,15 @@ def test_two_processes_do_what_one_does(told: Path, name: str) -> None:
     assert_as_one_process(told, name, 2)
 
 
+@pytest.mark.parametrize("way", WRAPS)
+def test_held_out_batches_duel_again_and_again(told: Path, way: str) -> None:
+    """In the run above, and more of them than there are."""
+    for end in ends(told, f"{way}, held out"):
+        duels = max(max(flips) for _, _, flips in end["noted"])
+        assert duels >= 7
+        assert end["rule"]["asked"] + duels > 20, "they come in a second order"
+
+
 def test_four_processes_do_what_one_does(tmp_path: Path) -> None:
     """Under FSDP2 one of them holds no slot."""
     launch(4, evidence_ranks.__file__, "loops of four", str(tmp_path))
