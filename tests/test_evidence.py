@@ -444,6 +444,26 @@ def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out
     assert rule.doublings == 2 * swings
 
 
+def test_the_first_components_lie_along_the_top_directions_of_the_gradient() -> None:
+    """Of a gradient that stays as it is, with singular values each half of the one before."""
+    torch.manual_seed(0)
+    m, n = 10, 12
+    U, V = torch.linalg.qr(torch.randn(m, m)).Q, torch.linalg.qr(torch.randn(n, m)).Q
+    G = U * 2.0 ** -torch.arange(m) @ V.T
+    base = nn.Sequential(nn.Linear(n, m, bias=False))
+    model = get_peft_model(base, AromaConfig(growth="evidence", target_modules=["0"], slots=3))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    attach(model, optimizer, total_steps=400, steps_per_pass=400)
+    for _ in range(FIRST_STEP):
+        optimizer.zero_grad()
+        (model(torch.eye(n)) * G.T).sum().backward()
+        optimizer.step()
+    b, a = aroma_layers(model)["0"].pair("default")
+    assert not b.any()
+    along = (nn.functional.normalize(a.detach()) @ V).abs()
+    assert min(along[0, 0], along[1, 1]) > 0.99
+
+
 def test_nothing_is_born_after_the_step_that_is_named() -> None:
     base, x, y = planted([0, 4, 1, 3])
     model = grown(base, slots=3)
