@@ -66,7 +66,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
 
     Args:
         early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
-            `False`, what else is trainable (a classification head) trains on to the end.
+            `False`, what else is trainable (a classification head) trains on to the end. With growth="evidence" all
+            train to the end.
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
         growth_dataset (*optional*): With `growth="evidence"`, examples that the Trainer does not train on, prepared as
