@@ -504,6 +504,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=3e-4),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "Muon": lambda p: torch.optim.Muon(p, lr=1e-2),
+    "Lion": lambda p: bitsandbytes.optim.Lion(p, lr=1e-3),
     "AdamW8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3, min_8bit_size=16),
     "RMSprop32bit": lambda p: bitsandbytes.optim.RMSprop32bit(p, lr=3e-4),
 }
