@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -38,7 +39,13 @@ def of_evidence(name: str) -> pd.DataFrame:
     if name == SHIPPED:
         then = of_evidence("sixteen-questions")
         return pd.concat([then[then.task != "bbc-news"], of_evidence("rates-before")])
-    return pd.DataFrame(json.loads((RESULTS / "tried" / f"{name}.json").read_text(encoding="utf-8"))["runs"])
+    rows: list[dict[str, Any]] = []
+    for runs in json.loads((RESULTS / "tried" / f"{name}.json").read_text(encoding="utf-8"))["runs"]:
+        # Most files have one row for all seeds of a task, and lists of what differs between them.
+        own = {column: values for column, values in runs.items() if isinstance(values, list)}
+        each = zip(*own.values(), strict=True) if isinstance(runs.get("seed"), list) else []
+        rows += [runs | dict(zip(own, values, strict=True)) for values in each] or [runs]
+    return pd.DataFrame(rows)
 
 
 def with_sixteen_questions() -> pd.DataFrame:
@@ -64,12 +71,8 @@ def with_short_rows() -> pd.DataFrame:
 
 
 def each_seed_of(name: str) -> pd.DataFrame:
-    """Return runs that are written as one row for all seeds of a task: one for each, by variant, task and seed."""
-    rows = []
-    for runs in of_evidence(name).to_dict("records"):
-        own = {column: values for column, values in runs.items() if isinstance(values, list)}
-        rows += [runs | dict(zip(own, values, strict=True)) for values in zip(*own.values(), strict=True)]
-    return pd.DataFrame(rows).set_index(["of", "task", "seed"]).sort_index()
+    """Return what was tried by variant, task and seed."""
+    return of_evidence(name).set_index(["of", "task", "seed"]).sort_index()
 
 
 def gained(task: str, before: str, after: str = SHIPPED) -> str:
