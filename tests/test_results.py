@@ -107,7 +107,7 @@ def test_what_was_chosen_was_compared_with_all_next_to_it(name: str) -> None:
     for where, entry in entries.items():
         points = [values for values, _ in entry["tried"]]
         assert bool(edges(points, entry["chosen"])) == (where in AT_AN_EDGE), where
-        assert AT_AN_EDGE.get(where, "") in PAGE
+        assert AT_AN_EDGE.get(where, "") in TEXT
         for key, value in entry["chosen"].items():
             numbers = sorted({point[key] for point in points})
             place = numbers.index(value)
@@ -261,9 +261,9 @@ def test_the_page_says_of_memory_what_the_runs_say() -> None:
 
 def test_the_page_says_of_a_language_model_what_the_runs_say() -> None:
     scores = make_table(runs_of(RESULTS / "smollm2-news"), "ranks").values.set_index("method").score_mean
-    methods = ("pretrained", "lora-r1", "lora-r8", "aroma-evidence")
-    before, one, eight, grown = (f"{1 / scores[method]:.2f}" for method in methods)
-    fixed = f"{one} after LoRA r = 1, {eight} after LoRA r = 8"
+    methods = ("pretrained", "lora-r1", "lora-r8", "lora-r32", "aroma-evidence")
+    before, one, eight, most, grown = (f"{1 / scores[method]:.2f}" for method in methods)
+    fixed = f"{one} after LoRA r = 1, {eight} after LoRA r = 8, {most} after r = 32"
     assert f"is {before} before, {fixed}, and {grown} after growth by evidence" in TEXT
     runs = runs_of(RESULTS / "smollm2-news").reported
     size = {row.method: row.result["parameters"]["average"] / 1e6 for row in runs.itertuples()}
