@@ -382,6 +382,18 @@ def test_two_callbacks_are_refused_before_they_freeze_each_other(tmp_path: Path)
         trainer.train()
 
 
+def test_one_callback_that_is_listed_twice_is_refused_and_may_train_again(tmp_path: Path) -> None:
+    callback = AromaCallback()
+    trainer = trainer_for(adapted(), tmp_path, callback)
+    trainer.add_callback(callback)
+    with pytest.raises(ConfigError, match=r"callbacks='AromaCallback': the same one is listed twice"):
+        trainer.train()
+    trainer.callback_handler.callbacks.remove(callback)
+    trainer.train()
+    assert callback.controller is not None
+    assert callback.controller.global_step == trainer.state.global_step > 0
+
+
 def test_saving_in_the_midst_of_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^enable_jit_checkpoint=True: .*last_complete_checkpoint"):
         trainer_for(adapted(), tmp_path, AromaCallback(), enable_jit_checkpoint=True)

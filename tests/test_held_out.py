@@ -241,6 +241,8 @@ def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
     for share in (0, 1, -0.1, 0.001, "0.1", None):
         with pytest.raises(ConfigError, match=f"share={share!r}: of 50 examples it leaves one part empty"):
             hold_out(rows, share=share)
+    with pytest.raises(ConfigError, match=r"share=0\.1: of 4 examples it leaves one part empty; there are too few"):
+        hold_out(tokenized(4))
     for seed in (-1, 1.5, "x", None, True):
         with pytest.raises(ConfigError, match=rf"^seed={seed!r}: give a whole number"):
             hold_out(rows, seed=seed)

@@ -622,3 +622,64 @@ def test_the_page_says_of_a_rate_that_falls_what_the_runs_say() -> None:
     assert f"BBC News has {news.mean():.2f} % (four seeds" in TEXT
     assert len(news) == 4
     assert f"MRPC {mrpc[0]:.1f} % in place of {100 * pairs_then()[0]:.1f} (one)" in TEXT
+
+
+def table_of(grid: str, *tasks: str) -> pd.DataFrame:
+    """Return the runs of growth by evidence in a table, by task and seed."""
+    runs = runs_of(RESULTS / grid).of("aroma-evidence").set_index(["task", "seed"])
+    return runs.loc[[*tasks], ["score", "trained_rank"]]
+
+
+def as_it_is() -> pd.DataFrame:
+    """Return the runs of the rule as it is, by task and seed."""
+    text = table_of("minilm-six", "trec", "banking77", "sst2", "bbc-news")
+    return pd.concat([table_of("planted-nets", *NETS), table_of("planted-minilm", "minilm"), text])
+
+
+def test_the_page_says_of_the_cut_what_the_runs_say() -> None:
+    tried = each_seed_of("the-cut").loc["nothing is cut"]
+    now = as_it_is()
+    for task in (*NETS, "minilm", "trec", "banking77", "sst2", "bbc-news"):
+        seeds = tried.loc[task].index
+        assert len(seeds) == (5 if task in NETS else 3)
+        before = now.loc[[(task, seed) for seed in seeds]]
+        assert compared(task, before, tried) in TEXT
+    eight = runs_of(RESULTS / "planted-minilm").of("lora-r8").set_index("seed").score
+    ahead, lost = in_points(tried.score["minilm"] - eight), in_points(tried.score["noisy"] - now.score["noisy"])
+    assert f"{ahead} against r = 8" in TEXT
+    said = f"kept it is {ahead} points against r = 8 there, but on `noisy` {lost} against what it has"
+    assert said in page_of("results.md")
+    text = [(tried.score[task] - now.score[task]).dropna() for task in ("trec", "banking77", "sst2", "bbc-news")]
+    mean = sum(one.mean() for one in text) / 4
+    error = sum(one.sem() ** 2 for one in text) ** 0.5 / 4
+    assert f"On the average of the four texts it is {signed_points(mean)} ± {100 * error:.2f}" in TEXT
+
+
+def test_the_page_says_of_overshoots_what_the_runs_say() -> None:
+    asked = of_evidence("overshoot-or-by-heart").set_index("task")
+    counts = asked[["cost", "directions", "save_on_seen", "cost_on_seen"]].astype(int)
+    net, encoder = counts.loc["noisy"], counts.loc["minilm"]
+    said = f"{net.cost} of {net.directions} directions on `noisy`, and {encoder.cost} of {encoder.directions} in the"
+    assert f"{said} encoder" in TEXT
+    assert f"{net.save_on_seen} of the {net.cost} save loss, and none costs any" in TEXT
+    assert net.cost_on_seen == 0
+    assert f"{encoder.cost_on_seen} of the {encoder.cost} cost loss there, too" in TEXT
+    for task, label in (("sst2", "on SST-2"), ("mrpc", "on MRPC"), ("graded-b4", "on `graded-b4`")):
+        assert f"{asked.cost_on_seen[task]} of {asked.cost[task]} {label}" in TEXT
+    tried = each_seed_of("the-cut").loc["what overshoots stays"]
+    now = as_it_is()
+    gains = {task: in_points(tried.score[task] - now.score[task]) for task in (*NETS, "minilm")}
+    listed = ", ".join(f"`{task}` {gains[task]}" for task in NETS)
+    assert f"In the encoder that is worth {gains['minilm']} (three seeds, " in TEXT
+    assert f"On nets: {listed} (five seeds)" in TEXT
+    assert f"{tried.grew['nothing'].sum():.0f} of 60 matrices grow where nothing is planted" in TEXT
+
+
+def test_the_page_says_of_a_last_squeeze_what_the_runs_say() -> None:
+    tried = each_seed_of("the-cut").loc["a last squeeze"]
+    now = as_it_is()
+    listed = ", ".join(f"`{task}` {in_points(tried.score[task] - now.score[task])}" for task in NETS)
+    assert f"{listed} (five seeds)" in TEXT
+    assert {*tried.loc["uniform"]["rank"]} == {2.0}
+    found = {task: f"{tried.spearman[task].mean():.2f} on `{task}`" for task in ("graded-b4", "noisy-b4")}
+    assert f"{found['graded-b4']} and {found['noisy-b4']}" in TEXT

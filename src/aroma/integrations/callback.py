@@ -98,6 +98,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self.growth_loss = growth_loss
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
+        self._training: TrainerState | None = None
         self._rewarmup = Rewarmup()
         self._loss_scale = 1.0
         self._fused_step_was_skipped = False
@@ -138,6 +139,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         **kwargs: Any,
     ) -> None:
         """Attach a controller; on resume, give it the state of the checkpoint."""
+        if self._training is state:  # each training has a state of its own
+            raise bad_value("callbacks", type(self).__name__, "the same one is listed twice; give it once")
+        self._training = state
         self._remove_hooks()  # of an earlier training that ended with an exception
         self._was_over = False
         self._records.begin(args, state)
@@ -392,6 +396,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     ) -> None:
         """Say why growth ended; after `load_best_model_at_end`, go back to the best checkpoint. Then report."""
         best = state.best_model_checkpoint
+        self._training = None
         self._records.end()
         self._remove_hooks()
         if self.controller is None:

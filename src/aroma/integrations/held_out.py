@@ -227,7 +227,7 @@ def refuse_unread(examples: str, given: Mapping[str, Any], *, has_slots: bool) -
     """
     names = [name for name, value in given.items() if value is not None]
     if names and not has_slots:
-        raise bad_value(names[0], "given", "only growth='evidence' reads it; leave it out")
+        raise bad_value(names[0], "given", "only growth='evidence' reads it; set that in AromaConfig, or leave it out")
     if "growth_loss" in names and examples not in names:
         raise bad_value("growth_loss", "given", f"it is that of {examples}, which is missing; give both")
 
@@ -273,7 +273,8 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
     if not is_whole(seed, 0, 2**63):
         raise bad_value("seed", seed, "give a whole number, 0 or more")
     if not 0 < held < len(dataset):
-        raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; give a share like 0.1")
+        remedy = "give a share like 0.1" if len(dataset) >= 10 else "there are too few to hold any out"
+        raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; {remedy}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     train, growth = sorted(order[held:]), sorted(order[:held])
     return rows_of(dataset, train), rows_of(dataset, growth)

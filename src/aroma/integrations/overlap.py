@@ -85,7 +85,7 @@ def without_trained(held_out: Any, training: Any) -> Any:
             "growth_dataset",
             f"{len(held_out)} examples",
             f"{said}; growth must be decided on examples that are not trained on: split them first, "
-            "train, growth = aroma.hold_out(dataset)",
+            "train, growth = aroma.hold_out(dataset), and before that drop rows that come more than once",
         )
     warnings.warn(
         f"growth_dataset: {len(shared)} of {len(held_out)} examples are trained on, too ({said}). They are left out",

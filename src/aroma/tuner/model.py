@@ -70,9 +70,9 @@ class AromaModel(LoraModel):
             raise bad_value(
                 "target_modules",
                 wanted,
-                f"no module of {type(model).__name__} is left to grow; give names as model.named_modules() lists them "
-                "or their endings, or 'all-linear', and look at exclude_modules, modules_to_save and "
-                "layers_to_transform",
+                f"no module of {type(model).__name__} is left to grow; give a list of names as model.named_modules() "
+                "lists them or their endings (a string is a regular expression for whole names), or 'all-linear', and "
+                "look at exclude_modules, modules_to_save and layers_to_transform",
             ) from error
         parts = {_base_name(key) for key in parts_of(_layers_by_key(model, adapter_name))}
         for wanted in self.peft_config[adapter_name].split_modules or {}:

@@ -44,10 +44,10 @@ def add_parser(commands: Any) -> None:
         "print a table of a grid's runs",
         "Print a table of the runs that `aroma lab run` left: mean ± standard deviation over seeds, with the\n"
         f"protocol in its caption and every failed run below it.\n\nkinds:\n{_listed(TABLES)}",
-        "aroma lab table results/lab/minilm",
-        "aroma lab table results/lab/minilm --kind time --baseline lora-r1",
+        "aroma lab table results/lab/minilm-six",
+        "aroma lab table results/lab/minilm-six --kind time --baseline lora-r1",
         "aroma lab table results/lab/smollm2-commonsense --kind sets --metric accuracy_normalised",
-        "aroma lab table results/lab/minilm --format latex --out table.tex",
+        "aroma lab table results/lab/minilm-six --format latex --out table.tex",
     )
     table.add_argument("folder", metavar="FOLDER", help="the grid's output folder, or its table of runs")
     table.add_argument("--kind", choices=tuple(TABLES), default="main", help="what the table is of (%(default)s)")
@@ -67,9 +67,9 @@ def add_parser(commands: Any) -> None:
         "figure",
         "draw a figure of finished runs",
         f"Draw a figure of finished runs.\n\nkinds:\n{_listed(FIGURES)}",
-        "aroma lab figure curves results/lab/minilm --task mrpc --methods lora-r8 aroma --out figure1.svg",
-        "aroma lab figure cosines results/lab/minilm --task mrpc --methods aroma-no-reset aroma --out figure4.pdf",
-        "aroma lab figure pareto results/lab/minilm",
+        "aroma lab figure curves results/lab/minilm-six --task trec --methods lora-r8 aroma-paper --out curves.svg",
+        "aroma lab figure cosines RUN OTHER-RUN --out figure4.pdf",
+        "aroma lab figure pareto results/lab/minilm-six",
     )
     figure.add_argument("kind", metavar="KIND", choices=tuple(FIGURES), help=", ".join(FIGURES))
     figure.add_argument(
@@ -95,8 +95,8 @@ def add_parser(commands: Any) -> None:
         "out, so cosines and births still need the run folders.\n\n"
         "Of several parts of one grid, what a later part has of a task and method replaces earlier runs. What they\n"
         "chose and were asked, selection.json and grid.yaml, is then written beside the table.",
-        "aroma lab collect results/lab/minilm",
-        "aroma lab collect results/lab/minilm --out minilm.parquet",
+        "aroma lab collect results/lab/minilm-six",
+        "aroma lab collect results/lab/minilm-six --out minilm.parquet",
         "aroma lab collect machine-a machine-b --out both/runs.parquet",
     )
     collect.add_argument("folders", metavar="FOLDER", nargs="+", help="the grid's output folder, or its parts")
