@@ -268,6 +268,15 @@ def test_the_end_says_what_is_open(grown):
     )
 
 
+def test_the_end_says_that_nothing_was_kept():
+    rule, _, _ = run(dict.fromkeys(NAMES, 0.2), settled=0)
+    assert rule.explanation == (
+        "no matrix has a component, as none saves loss on unseen examples: there is nothing to learn, or the learning "
+        "rate is too high; no evidence for another component in 12 of 12 matrices; no birth since the trial; "
+        "nothing is born after step 180"
+    )
+
+
 def test_the_end_says_where_the_limit_is_reached_and_where_the_trial_was_cut_short():
     rule, _, _ = run({**dict.fromkeys(NAMES, 0.2), NAMES[4]: 0.97}, most=4)
     assert rule.explanation == (

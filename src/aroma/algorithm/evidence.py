@@ -314,6 +314,9 @@ class EvidenceRule(Generic[E]):
             parts.append(f"some in {len(hopeful)}, the most in {nearest.name} (E = {needed})")
         if full:
             parts.append(f"max_components={most} is reached in {len(full)}")
+        if not self._matrices.known_rank:
+            nothing = "no matrix has a component, as none saves loss on unseen examples"
+            parts = [f"{nothing}: there is nothing to learn, or the learning rate is too high", *parts]
         last = "no birth since the trial" if self.last_birth is None else f"last birth at step {self.last_birth}"
         until = f"; nothing is born after step {self._settings.last_step}" if self.phase == "rest" else ""
         return "; ".join([*parts, last]) + until
