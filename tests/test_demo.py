@@ -231,6 +231,12 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_too_few_steps_are_refused_before_anything_is_trained(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--steps", "5"]) == 2
+    assert "--steps=5: the trial and its questions take up to 32 optimizer steps" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_second_demo_takes_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
     class Asked(Exception):
         pass

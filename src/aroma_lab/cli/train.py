@@ -171,7 +171,9 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"{result['steps']} steps in {result['wall_seconds']:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "
-        f"{result['total_rank']} · {frozen} of {len(ranks)} matrices finished"
+        f"{result['total_rank']}"
+        # By evidence all train to the end.
+        + (f" · {frozen} of {len(ranks)} matrices finished" if recipe.adapter.get("growth") != "evidence" else "")
     )
     console.print(f"adapter: {TrialFiles(Path(recipe.output)).adapter}", soft_wrap=True)
     if recipe.tasks is not None:

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
-from aroma.errors import CheckpointError, bad_value
+from aroma.errors import CheckpointError, ConfigError, bad_value
 from aroma.files import read_tensors, write_json, write_text
 from aroma.outputs import new_folder
 from aroma.pictures import birth_picture, rank_picture
 from aroma.report.facts import LORA_RANK
 from aroma.report.run import run_page
-from aroma.tuner import aroma_layers
+from aroma.tuner import AromaConfig, aroma_layers
 
 from ..methods import Method, make_method
 from ..methods.head import pooler_of
@@ -55,7 +55,7 @@ TASK = Task("classification", TOPICS, "text", None, "label", max_length=64)
 TOLERANCE = 1e-4
 """Largest difference of two logits that count as equal: float32 sums in another order differ by less."""
 
-ADAPTER = {"target_modules": "all-linear", "growth": "evidence"}
+ADAPTER: dict[str, Any] = {"target_modules": "all-linear", "growth": "evidence"}
 TRAINING = TrainSpec(
     max_steps=110,  # little more than each article once
     batch_size=16,
@@ -84,13 +84,14 @@ def run_demo(
         The content of `result.json`.
 
     Raises:
-        ConfigError: A number of the loop is out of range.
+        ConfigError: A number of the loop is out of range, or its steps are too few for a trial.
         OutputError: `out` is not empty, or cannot be written to.
         DataError: A package of the demo is missing or has changed.
         CheckpointError: The saved adapter does not predict the same in plain PEFT.
     """
     began = time.monotonic()
     check_training(training)
+    _require_enough_steps(training)
     folder = new_folder("--out", out, "give another folder with --out")
     train, held_out = split_articles(load_articles())
     parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}  # held-out articles are only reported on
@@ -131,6 +132,14 @@ def run_demo(
     write_text(folder / REPORT, run_page(facts))
     write_json(folder / "result.json", record)  # last
     return record
+
+
+def _require_enough_steps(training: TrainSpec) -> None:
+    """Refuse too few steps before the head alone is trained, which takes as long as the rest."""
+    try:
+        AromaConfig(**ADAPTER).resolve_trial_steps(training.max_steps)
+    except ConfigError as error:
+        raise bad_value("--steps", training.max_steps, str(error).partition(": ")[2]) from error
 
 
 def as_examples(articles: list[Article]) -> Dataset:
