@@ -280,3 +280,17 @@ def test_a_length_beyond_the_model_and_a_missing_model_are_refused(tmp_path):
         check_positions(str(folder), allowed)
         with pytest.raises(ConfigError, match=rf"data\.max_length={allowed + 1}: .* takes at most {allowed} tokens"):
             check_positions(str(folder), allowed + 1)
+
+
+@pytest.mark.parametrize(
+    ("known", "given", "said"),
+    [
+        (("0", "1"), ["sports", "1"], "'sports': labels .* they have 0, 1. .* has their names: .*id2label"),
+        (("0", "1"), ["10", "9"], "'9, 10': labels .* they have 0, 1. Mend the labels$"),
+        (("no", "yes"), ["maybe", "yes"], "'maybe': labels .* they have no, yes. Mend the labels$"),
+    ],
+)
+def test_labels_that_a_model_lacks_are_listed(known: tuple[str, str], given: list[str], said: str) -> None:
+    columns = {"text": ["a", "b"], "label": given}
+    with pytest.raises(DataError, match=said):
+        make_examples("examples", Layout("text", None, "label"), columns, known)

@@ -417,16 +417,23 @@ def _numbers(field: str, column: str, values: Sequence[Any], between: tuple[floa
 def _class_indices(field: str, column: str, values: Sequence[Any], label_names: Sequence[str]) -> list[int]:
     _require_none_missing(field, column, values, "a label is missing (a test set with hidden labels cannot be used)")
     index = {name: number for number, name in enumerate(label_names)}
-    unseen = sorted({str(label) for label in values} - set(index), key=_sort_key(label_names))
+    unseen = {str(label) for label in values} - set(index)
     if unseen:
+        listed = ", ".join(sorted(unseen, key=_sort_key([*label_names, *unseen])))
         remedy = f"labels that the training examples lack; they have {', '.join(label_names)}. Mend the labels"
-        raise bad_value(f"{field} (column {column!r})", ", ".join(unseen), remedy, DataError)
+        if _are_numbers(label_names) and not _are_numbers(unseen):
+            remedy += ", or train a model that has their names: from_pretrained(..., id2label=..., label2id=...)"
+        raise bad_value(f"{field} (column {column!r})", listed, remedy, DataError)
     return [index[str(label)] for label in values]
 
 
 def _sort_key(names: Collection[str]) -> Callable[[str], Any]:
     """Sort by value if all names are whole numbers, else as texts."""
-    return int if all(re.fullmatch(r"-?\d+", name) for name in names) else str
+    return int if _are_numbers(names) else str
+
+
+def _are_numbers(names: Collection[str]) -> bool:
+    return all(re.fullmatch(r"-?\d+", name) for name in names)
 
 
 def _require_none_missing(field: str, column: str, values: Sequence[Any], what: str) -> None:
