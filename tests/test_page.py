@@ -416,6 +416,12 @@ def grid(tmp_path):
     return tmp_path
 
 
+def test_the_best_is_that_of_the_methods_with_the_most_seeds_and_says_so(grid):
+    write_run(grid, "mrpc", "never-run", 0, kind="full", score=0.9, reported={"test": {"accuracy": 0.9}})
+    text = " ".join(Page(grid_page(grid)).text.split())
+    assert "best on mrpc 83.50 aroma, of those with 2 seeds" in text
+
+
 def test_a_grid_compares_its_methods(grid):
     failed = write_run(grid, "mrpc", "aroma", 2, kind="aroma")
     (failed / "result.json").unlink()

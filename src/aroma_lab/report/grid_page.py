@@ -116,8 +116,11 @@ def _tiles(runs: Runs, tasks: Sequence[str]) -> list[tuple[str, str, str]]:
         frame = runs.of(task=task)
         counts = frame.groupby("method").score.count()
         # A mean over the seeds that survived is not comparable with one over all.
-        means = frame.groupby("method").score.mean()[counts == counts.max()]
-        tiles.append((f"best on {task}", points(float(means.max())), str(means.idxmax())))
+        means = frame.groupby("method").score.mean()
+        compared = means[counts == counts.max()]
+        beaten = means.max() > compared.max()
+        of_them = f", of those with {counted(int(counts.max()), 'seed')}" if beaten else ""
+        tiles.append((f"best on {task}", points(float(compared.max())), f"{compared.idxmax()}{of_them}"))
     return tiles
 
 

@@ -182,7 +182,7 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
     elif path.is_file() or (folder / TABLE).is_file():
         rows = _read_table(path if path.is_file() else folder / TABLE)
     else:
-        remedy = f"no runs there, and no {TABLE}; give the output folder of `aroma lab run`"
+        remedy = f"no runs there, and no {TABLE}; give the output folder of `aroma lab run` or `aroma train`"
         raise bad_value("folder", str(source), remedy)
     rows.sort(key=lambda row: str(row["name"]))
     selection, grid = (
