@@ -12,7 +12,7 @@ from aroma.errors import AromaError, CheckpointError, ConfigError
 from aroma.pictures import SUFFIXES, MatrixRank, draw_ranks, positions_of, rank_picture, save_picture
 from aroma_lab.report.figures import draw_figure, pareto_front
 from aroma_lab.report.runs import TABLE, collect_runs, read_runs
-from aroma_lab.report.style import matching_module, paper_modules
+from aroma_lab.report.style import looks, matching_module, paper_modules
 from made_up_runs import MODULES, NO_RANKS, UNTRAINED, edit, write_adapter, write_grid, write_run
 
 FIRST, DEEP = "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.3.attention.self.value"
@@ -480,3 +480,11 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_picture(Broken(), tmp_path / "ranks.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_of_aroma_and_ranks_of_lora_look_the_same_in_grids_with_other_methods() -> None:
+    own = ["lora-r1", "lora-r8", "aroma-evidence", "aroma-paper"]
+    grids = [own, ["head-only", *own, "bitfit"], ["full", "lora-r8-eva", *own]]
+    for part in ("palette", "dashes", "markers"):
+        assert len({str([looks(grid)[part][method] for method in own]) for grid in grids}) == 1
+    assert len({*looks(grids[1])["palette"].values()}) == 6

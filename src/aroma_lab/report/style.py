@@ -25,10 +25,17 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return `palette`, `dashes` and `markers` as seaborn takes them, by method.
 
-    A method of a grid looks the same whatever others are shown with it.
+    A method of a grid looks the same whatever others are shown with it. AROMA's own come first and LoRA's ranks next,
+    so that these look the same in most grids.
     """
     parts = {"palette": _COLOURS, "dashes": _DASHES, "markers": _MARKERS}
-    return {name: {m: part[i % len(part)] for i, m in enumerate(methods)} for name, part in parts.items()}
+    ordered = sorted(methods, key=_family)
+    return {name: {m: part[i % len(part)] for i, m in enumerate(ordered)} for name, part in parts.items()}
+
+
+def _family(method: str) -> int:
+    families = (r"aroma.*", r"lora-r\d+")
+    return next((place for place, family in enumerate(families) if re.fullmatch(family, method)), len(families))
 
 
 def write_title(figure: Figure, title: str, remarks: str) -> None:
