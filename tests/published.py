@@ -81,6 +81,12 @@ def gained(task: str, before: str, after: str = SHIPPED) -> str:
     return in_points(new - old)
 
 
+def over_tasks(difference: pd.Series) -> tuple[float, float]:
+    """Return the mean over tasks of a difference by task and seed, and its standard error."""
+    by_task = difference.groupby("task")
+    return float(by_task.mean().mean()), float((by_task.sem() ** 2).sum() ** 0.5 / by_task.ngroups)
+
+
 def in_points(difference: pd.Series) -> str:
     """Return the mean of differences of scores, ± its standard error, in points; what rounds to zero has no sign."""
     found = difference.dropna().astype(float)

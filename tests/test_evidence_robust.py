@@ -663,6 +663,20 @@ def test_a_run_in_which_too_few_batches_decide_is_told() -> None:
         Loop(net(significance=0.05), steps=100, steps_per_pass=40).attach()
 
 
+def test_a_trial_that_goes_on_and_leaves_too_few_batches_to_decide_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the first questions say that the updates cost loss, and that they point downhill at strength 0."""
+    answers = iter([False, True, True] * 2)
+    monkeypatch.setattr("aroma.algorithm.evidence.saves_together", lambda credits, alpha: next(answers, False))
+    loop = Loop(net(significance=0.05), steps=200, steps_per_pass=20, growth_batches=held_out())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AromaWarning)
+        loop.go_on(79)
+    with pytest.warns(AromaWarning, match=r"a birth takes 7 batches, and [0-6] decide after the trial") as told:
+        loop.go_on()
+    assert sum("decide after the trial" in str(one.message) for one in told) == 1
+    assert loop.growth.controller.rule.doublings == 2
+
+
 def test_a_loop_that_does_not_say_how_long_a_pass_is_is_told_what_that_means() -> None:
     with pytest.warns(AromaWarning, match=r"steps_per_pass is not given, so every batch counts as .*total_steps"):
         Loop(net(significance=0.05), steps=100).attach()

@@ -19,7 +19,17 @@ from aroma_lab.report.formats import markdown, to_csv
 from aroma_lab.report.tables import make_table
 from aroma_lab.study.selection import edges
 from aroma_lab.tasks.model import packaged_encoder
-from published import GROWN, RESULTS, ROOT, in_points, of_evidence, page_of, runs_of, with_short_memory
+from published import (
+    GROWN,
+    RESULTS,
+    ROOT,
+    in_points,
+    of_evidence,
+    over_tasks,
+    page_of,
+    runs_of,
+    with_short_memory,
+)
 
 TABLES = [
     RESULTS / "minilm-six" / "tables" / "inner.csv",
@@ -577,12 +587,6 @@ def test_the_page_says_of_few_examples_what_the_runs_say() -> None:
     )
     assert f"trial kept {100 * news['mean']['all kept']:.2f} % (two)" in TEXT
     assert news["count"].to_dict() == {"fewer examples": 3, "nothing held out": 3, "all kept": 2}
-
-
-def over_tasks(difference: pd.Series) -> tuple[float, float]:
-    """Return the mean over tasks of a difference by task and seed, and its standard error."""
-    by_task = difference.groupby("task")
-    return float(by_task.mean().mean()), float((by_task.sem() ** 2).sum() ** 0.5 / by_task.ngroups)
 
 
 def choosing_rates(grid: str, task: str) -> dict[tuple[float, float], dict[str, Any]]:

@@ -20,6 +20,7 @@ from published import (
     grown,
     in_points,
     of_evidence,
+    over_tasks,
     page_of,
     runs_of,
     scores_of,
@@ -624,22 +625,10 @@ def test_the_page_says_of_a_rate_that_falls_what_the_runs_say() -> None:
     assert f"MRPC {mrpc[0]:.1f} % in place of {100 * pairs_then()[0]:.1f} (one)" in TEXT
 
 
-def table_of(grid: str, *tasks: str) -> pd.DataFrame:
-    """Return the runs of growth by evidence in a table, by task and seed."""
-    runs = runs_of(RESULTS / grid).of("aroma-evidence").set_index(["task", "seed"])
-    return runs.loc[[*tasks], ["score", "trained_rank"]]
-
-
-def as_it_is() -> pd.DataFrame:
-    """Return the runs of the rule as it is, by task and seed."""
-    text = table_of("minilm-six", "trec", "banking77", "sst2", "bbc-news")
-    return pd.concat([table_of("planted-nets", *NETS), table_of("planted-minilm", "minilm"), text])
-
-
 def test_the_page_says_of_the_cut_what_the_runs_say() -> None:
     tried = each_seed_of("the-cut").loc["nothing is cut"]
-    now = as_it_is()
-    for task in (*NETS, "minilm", "trec", "banking77", "sst2", "bbc-news"):
+    now = the_rule()
+    for task in (*NETS, "minilm", *TEXTS[:4]):
         seeds = tried.loc[task].index
         assert len(seeds) == (5 if task in NETS else 3)
         before = now.loc[[(task, seed) for seed in seeds]]
@@ -649,9 +638,7 @@ def test_the_page_says_of_the_cut_what_the_runs_say() -> None:
     assert f"{ahead} against r = 8" in TEXT
     said = f"kept it is {ahead} points against r = 8 there, but on `noisy` {lost} against what it has"
     assert said in page_of("results.md")
-    text = [(tried.score[task] - now.score[task]).dropna() for task in ("trec", "banking77", "sst2", "bbc-news")]
-    mean = sum(one.mean() for one in text) / 4
-    error = sum(one.sem() ** 2 for one in text) ** 0.5 / 4
+    mean, error = over_tasks((tried.score - now.score).dropna().loc[[*TEXTS[:4]]])
     assert f"On the average of the four texts it is {signed_points(mean)} ± {100 * error:.2f}" in TEXT
 
 
@@ -667,7 +654,7 @@ def test_the_page_says_of_overshoots_what_the_runs_say() -> None:
     for task, label in (("sst2", "on SST-2"), ("mrpc", "on MRPC"), ("graded-b4", "on `graded-b4`")):
         assert f"{asked.cost_on_seen[task]} of {asked.cost[task]} {label}" in TEXT
     tried = each_seed_of("the-cut").loc["what overshoots stays"]
-    now = as_it_is()
+    now = the_rule()
     gains = {task: in_points(tried.score[task] - now.score[task]) for task in (*NETS, "minilm")}
     listed = ", ".join(f"`{task}` {gains[task]}" for task in NETS)
     assert f"In the encoder that is worth {gains['minilm']} (three seeds, " in TEXT
@@ -677,7 +664,7 @@ def test_the_page_says_of_overshoots_what_the_runs_say() -> None:
 
 def test_the_page_says_of_a_last_squeeze_what_the_runs_say() -> None:
     tried = each_seed_of("the-cut").loc["a last squeeze"]
-    now = as_it_is()
+    now = the_rule()
     listed = ", ".join(f"`{task}` {in_points(tried.score[task] - now.score[task])}" for task in NETS)
     assert f"{listed} (five seeds)" in TEXT
     assert {*tried.loc["uniform"]["rank"]} == {2.0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -131,6 +130,7 @@ class AromaController:
                 _refuse_own_rates(optimizer)
         self._held_out: HeldOut | None = None
         self._first_pass: int | None = None
+        self._has_told_of_few = False
         self._hooks: list[Any] = []
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
@@ -273,7 +273,7 @@ class AromaController:
         # A rank that asked more batches than the others would wait for them.
         agreed = of_first_rank(-1 if count is None else count, self.matrices.device)
         self.rule.held_out_batches = None if agreed < 0 else agreed
-        self._tell_if_too_few_decide(math.inf, stacklevel=4)
+        self._tell_if_too_few_decide(stacklevel=4)
         if held_out is not None or first_pass is None:
             return
         if self.total_steps is None or self.total_steps > first_pass:
@@ -285,14 +285,12 @@ class AromaController:
                 stacklevel=3,
             )
 
-    def _duels(self) -> int:
-        return self.rule.duels(self._first_pass, held_out=self._held_out is not None)
-
-    def _tell_if_too_few_decide(self, before: float, stacklevel: int) -> None:
-        """Warn where too few batches decide for a birth, and more would have done so `before`."""
+    def _tell_if_too_few_decide(self, stacklevel: int) -> None:
+        """Warn, once, where too few batches decide for a birth."""
         alpha = self.config.significance
-        least, found = flips_to_birth(alpha), self._duels()
-        if found < least <= before:
+        least, found = flips_to_birth(alpha), self.rule.duels(self._first_pass, held_out=self._held_out is not None)
+        if found < least and not self._has_told_of_few:
+            self._has_told_of_few = True
             warnings.warn(
                 f"significance={alpha}: a birth takes {least} batches, and {found} decide after the "
                 "trial, so nothing will be born then. Train longer, or in fewer passes over more data",
@@ -315,12 +313,12 @@ class AromaController:
         events: list[Event] = []
         if self._held_out is None:
             return events
-        expected = self._duels()
         while numbers := self.rule.held_out_questions():
             for number in numbers:
                 self.matrices.weigh_held_out(self._held_out.losses(self.matrices.model, number))
             events += self.rule.answer()
-        self._tell_if_too_few_decide(expected, stacklevel=2)  # a trial that goes on leaves fewer
+        if events:  # the trial has ended; one that went on leaves fewer
+            self._tell_if_too_few_decide(stacklevel=2)
         return events
 
     def skip_step(self) -> None:

@@ -351,8 +351,7 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        asked = max(self._asked, self.questions)
-        interval = self._settings.held_out_interval(self.global_step - step, asked, self._trial_steps)
+        interval = self._held_out_interval(self.global_step - step)
         if step % interval or self.phase != "growth":
             return ()
         return (max(self._next_number, self.questions) + step // interval,)
@@ -362,9 +361,11 @@ class EvidenceRule(Generic[E]):
         first, last = self._trial_steps + (0 if held_out else self.questions), self._settings.last_step
         if first_pass is None or not held_out:
             return max(last - first, 0)
-        interval = self._settings.held_out_interval(first_pass, max(self._asked, self.questions), first)
         later = last - max(first_pass, first)
-        return max(min(first_pass, last) - first, 0) + max(later, 0) // interval
+        return max(min(first_pass, last) - first, 0) + max(later, 0) // self._held_out_interval(first_pass)
+
+    def _held_out_interval(self, first_pass: int) -> int:
+        return self._settings.held_out_interval(first_pass, max(self._asked, self.questions), self._trial_steps)
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open at the end of the trial."""

@@ -113,15 +113,17 @@ def _tiles(runs: Runs, tasks: Sequence[str]) -> list[tuple[str, str, str]]:
     tiles = [("finished runs", str(len(runs.reported)), f"{failed} failed" if failed else "none failed")]
     unlearnt = not_learnt(runs.reported)
     for task in [task for task in tasks if task not in unlearnt][:5]:
-        frame = runs.of(task=task)
-        counts = frame.groupby("method").score.count()
-        # A mean over the seeds that survived is not comparable with one over all.
-        means = frame.groupby("method").score.mean()
-        compared = means[counts == counts.max()]
-        beaten = means.max() > compared.max()
-        of_them = f", of those with {counted(int(counts.max()), 'seed')}" if beaten else ""
-        tiles.append((f"best on {task}", points(float(compared.max())), f"{compared.idxmax()}{of_them}"))
+        means = runs.of(task=task).groupby("method").score.agg(["mean", "count"])
+        best = _best(means)
+        beaten = means["mean"].max() > means["mean"][best]
+        of_them = f", of those with {counted(int(means['count'][best]), 'seed')}" if beaten else ""
+        tiles.append((f"best on {task}", points(float(means["mean"][best])), f"{best}{of_them}"))
     return tiles
+
+
+def _best(means: pd.DataFrame) -> str:
+    """Return the method with the best of `mean`, of those with the largest `count` of seeds, which alone compare."""
+    return str(means["mean"][means["count"] == means["count"].max()].idxmax())
 
 
 def _shown(table: LabTable) -> dict[str, Any]:
@@ -153,8 +155,7 @@ def _scores(runs: Runs, task: str) -> Chart:
         [str(one.Index), points(one.mean), EMPTY if math.isnan(one.std) else points(one.std), str(one.count)]
         for one in _named(means)
     ]
-    best = means["mean"][means["count"] == means["count"].max()].idxmax()
-    label = f"Scores on {task}: {', '.join(f'{row[0]} {row[1]}' for row in rows)}. The best mean is {best}'s."
+    label = f"Scores on {task}: {', '.join(f'{row[0]} {row[1]}' for row in rows)}. The best mean is {_best(means)}'s."
     data = {
         "seeds": _columns(method=frame.method, seed=frame.seed, points=_rounded(frame.score), own=own),
         "means": _columns(
