@@ -16,7 +16,9 @@ from aroma_lab.tasks.model import packaged_encoder
 set_seed(0)
 name = str(packaged_encoder())  # or a hub name: "sentence-transformers/all-MiniLM-L6-v2"
 tokenizer = AutoTokenizer.from_pretrained(name)
-base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(TOPICS))
+base = AutoModelForSequenceClassification.from_pretrained(
+    name, id2label=dict(enumerate(TOPICS)), label2id={topic: label for label, topic in enumerate(TOPICS)}
+)
 train, test = (
     [
         {**tokenizer(article.text, truncation=True, max_length=64), "labels": TOPICS.index(article.topic)}

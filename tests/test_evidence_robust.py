@@ -732,8 +732,11 @@ def test_a_probe_that_no_gradient_reaches_is_refused_at_the_first_step(way: str)
         model = net(Own())
         model.base_model.model.bias.requires_grad_(True)  # what the loss reaches
         loop = Loop(model)
+    loop.attach()
+    before = [parameter.clone() for parameter in loop.model.parameters()]
     with pytest.raises(ConfigError, match=r"no gradient has reached a growing layer.*loss\.backward\(\)"):
         loop.go_on(1)
+    assert all(map(torch.equal, before, loop.model.parameters()))  # not even the rest of the model has trained
 
 
 def test_matrices_that_no_gradient_reaches_are_named_at_the_first_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from aroma import AromaConfig, AromaController, attach, save_adapter
-from aroma.errors import CheckpointError, ConfigError
+from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
 from aroma.files import read_tensors, write_tensors
 from models import adapted, batch, ranks, train, trainable
@@ -60,6 +61,53 @@ def test_a_controller_that_is_never_stepped_does_not_count(tmp_path: Path) -> No
     train(model, batch("bert"), optimizer_of(model), 3)
     with pytest.warns(UserWarning, match="trained without its controller"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_training_without_a_controller_is_told_after_its_first_step(tmp_path: Path) -> None:
+    """Once; a training that grows, or has not stepped yet, is told nothing."""
+    forgotten, grown = adapted("bert"), adapted("bert")
+    optimizer = optimizer_of(forgotten)
+    train(forgotten, batch("bert"), optimizer, 1)
+    with pytest.warns(UserWarning, match="trained without its controller") as told:
+        train(forgotten, batch("bert"), optimizer, 5)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(forgotten, batch("bert"), optimizer, 2)
+        attach(grown, optimizer := optimizer_of(grown), total_steps=40)
+        train(grown, batch("bert"), optimizer, 3)
+        save_adapter(grown, tmp_path / "adapter")
+        loaded = adapted("bert")
+        loaded(**batch("bert")).loss.backward()
+        loaded.load_adapter(str(tmp_path / "adapter"), "default", is_trainable=True)
+        loaded(**batch("bert")).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("fields", "warns"),
+    [
+        ({"task_type": None}, True),
+        ({"task_type": None, "modules_to_save": ["pooler"]}, True),
+        ({"task_type": "SEQ_CLS"}, False),
+        ({"task_type": None, "modules_to_save": ["classifier"]}, False),
+        ({"task_type": None, "target_modules": ["query", "classifier"]}, False),
+        ({"task_type": None, "inference_mode": True}, False),
+    ],
+)
+def test_a_head_that_stays_at_its_random_start_is_named(fields: dict[str, Any], warns: bool) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapted("bert", **fields)
+    heads = [warning for warning in told if "task_type=None: the weights of the head 'classifier'" in str(warning)]
+    assert bool(heads) == warns
+
+
+def test_a_misspelt_target_is_named() -> None:
+    with pytest.warns(AromaWarning, match=r"no module of BertForSequenceClassification is called 'kay', 'qurey', so"):
+        adapted("bert", target_modules=["qurey", "value", "kay"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AromaWarning)
+        adapted("bert", target_modules=["query", "encoder.layer.0.attention.self.value"], layers_to_transform=[0])
 
 
 def test_a_merge_says_so_too() -> None:

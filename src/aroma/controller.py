@@ -321,6 +321,17 @@ class AromaController:
             self._tell_if_too_few_decide(stacklevel=2)
         return events
 
+    def require_answers(self) -> None:
+        """Refuse a model in which no gradient reaches what grows, before the optimizer changes anything.
+
+        `step()` finds out, too. Before an optimizer step its backwards have to be over, so one with a closure has to
+        wait. All ranks call together.
+
+        Raises:
+            ConfigError: Growth by evidence asks, and no backward of this step has reached a growing layer.
+        """
+        self.matrices.require_answers()
+
     def skip_step(self) -> None:
         """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""
         self.matrices.discard()

@@ -304,6 +304,9 @@ class GrowingMatrices:
     def absorb(self, *, record: bool, loss_scale: float) -> None:
         """Take what the backwards of a step answered; nothing is asked."""
 
+    def require_answers(self) -> None:
+        """Refuse a model in which no backward answers; nothing is asked."""
+
     def discard(self) -> None:
         """Forget what the backwards of a skipped step answered; nothing is asked."""
 

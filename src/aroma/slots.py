@@ -293,11 +293,11 @@ class SlotMatrices(GrowingMatrices):
             loss_scale: By what its loss was multiplied. A duel would not notice, but averages over steps would.
 
         Raises:
-            ConfigError: No backward has reached a growing layer since it was asked.
+            ConfigError: As `require_answers`, which a loop calls before the step if it can.
         """
         if not self._is_asking:
             return
-        self._collect_answers()
+        self.require_answers()
         for group in self._groups:
             _average(group.answers.div_(loss_scale))
         if record:
@@ -317,8 +317,14 @@ class SlotMatrices(GrowingMatrices):
     def _is_asking(self) -> bool:
         return self._asks and any(group.v.shape[1] for group in self._groups)
 
-    def _collect_answers(self) -> None:
-        """Bring the gradients of all leaves into the answers; at the first call, refuse a model that gives none."""
+    def require_answers(self) -> None:
+        """Bring the gradients of all leaves into the answers; at the first call, refuse a model that gives none.
+
+        Raises:
+            ConfigError: No backward has reached a growing layer since it was asked.
+        """
+        if not self._is_asking:
+            return
         reached = {place for group in self._groups for place in self._collect(group)}
         if self._is_answered or not self.active():
             return

@@ -278,9 +278,10 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
     ) -> None:
-        """Scale the learning rate by the re-warm-up."""
+        """Refuse a model that no gradient reaches; scale the learning rate by the re-warm-up."""
         if self._steps_within_backward:
             return
+        self._running().require_answers()
         if self._is_over(state, state.global_step):
             # Without gradients the step changes nothing.
             optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -58,9 +58,11 @@ class Attachment(AbstractContextManager["Attachment"]):
         """Detach."""
         self.detach()
 
-    def _before_step(self, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
+    def _before_step(self, optimizer: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
         self._counts = not makes_state_only(optimizer, keywords)
         if self._counts:
+            if not any(map(callable, [*arguments, *keywords.values()])):  # a closure makes its backwards in the step
+                self.controller.require_answers()
             self._loss_scale = loss_scale(optimizer, self._scaler)
             self._rewarmup.begin(optimizer, self.controller.lr_factor)
 

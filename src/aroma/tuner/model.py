@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,11 +14,12 @@ from peft import PeftModel
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.utils import NoMatchingPeftModuleError
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
-from ..errors import ConfigError, bad_value
+from ..errors import AromaWarning, ConfigError, bad_value
 from ..patterns import is_named
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
@@ -27,9 +29,8 @@ from .forms import is_component
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
-from .live import LiveAdapter, live_adapter
+from .live import LiveAdapter, UncontrolledWatch, live_adapter, warn_uncontrolled
 from .parts import AromaParts, parts_of, sizes_of
-from .state import warn_uncontrolled
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
@@ -75,12 +76,13 @@ class AromaModel(LoraModel):
                 "look at exclude_modules, modules_to_save and layers_to_transform",
             ) from error
         parts = {_base_name(key) for key in parts_of(_layers_by_key(model, adapter_name))}
-        for wanted in self.peft_config[adapter_name].split_modules or {}:
-            if not any(is_named(name, wanted) for name in parts):
-                raise bad_value(
-                    "split_modules", wanted, "no module that grows is called so; name it in target_modules"
-                )
+        for split in self.peft_config[adapter_name].split_modules or {}:
+            if not any(is_named(name, split) for name in parts):
+                raise bad_value("split_modules", split, "no module that grows is called so; name it in target_modules")
+        _tell_of_unmatched(model, wanted)
         self._bring_to_life(model, adapter_name)
+        if wanted in (None, "all-linear") or not _grows_a_head(model):
+            _tell_of_frozen_head(model, self.peft_config[adapter_name])
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 
@@ -105,11 +107,12 @@ class AromaModel(LoraModel):
                 layer.start_pair(adapter_name, _first_component(live, index, a))
             layer.slots_in_use[adapter_name] = live.config.r
         if not hasattr(self, "_graph_keeper"):
-            self._graph_keeper = GraphKeeper()
+            self._graph_keeper, self._watch = GraphKeeper(), UncontrolledWatch()
             # PEFT calls one or the other, depending on the task.
             for module in (self, model):
                 module.register_forward_hook(self._graph_keeper)
-        self._graph_keeper.layers = [*aroma_layers(model).values()]
+                module.register_forward_hook(self._watch)
+        self._graph_keeper.layers = self._watch.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
     def _check_new_adapter_config(self, config: AromaConfig) -> None:
@@ -296,6 +299,54 @@ def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> 
     for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
         _, a = layer.pair(adapter_name)
         layer.start_pair(adapter_name, layer.off_beneath(adapter_name, _first_component(live, index, a).to(a)))
+
+
+def _tell_of_unmatched(model: nn.Module, wanted: Any) -> None:
+    """Warn of names in `target_modules` that no module has: where others have theirs, PEFT passes over them.
+
+    Warns:
+        AromaWarning: Naming them.
+    """
+    if not isinstance(wanted, list | tuple | set):
+        return
+    names = [name for name, _ in model.named_modules()]
+    unmatched = sorted(own for own in wanted if not any(is_named(name, own) for name in names))
+    if unmatched:
+        warnings.warn(
+            f"target_modules: no module of {type(model).__name__} is called {', '.join(map(repr, unmatched))}, so "
+            "nothing grows there; take the names from model.named_modules()",
+            AromaWarning,
+            stacklevel=3,
+        )
+
+
+def _tell_of_frozen_head(model: nn.Module, config: AromaConfig) -> None:
+    """Warn where the weights of a classification head are frozen: PEFT trains them only if it knows the task.
+
+    Warns:
+        AromaWarning: `task_type` is missing, and `modules_to_save` names no head.
+    """
+    heads = _heads(model)
+    trained = {*(config.modules_to_save or ())}
+    if not heads or config.task_type is not None or config.inference_mode or trained.intersection(heads):
+        return
+    name = next(iter(heads))
+    warnings.warn(
+        f"task_type=None: the weights of the head {name!r} of {type(model).__name__} are frozen as all others are, so "
+        f"a new head keeps its random start. Give AromaConfig task_type='SEQ_CLS', or modules_to_save=[{name!r}]",
+        AromaWarning,
+        stacklevel=2,
+    )
+
+
+def _grows_a_head(model: nn.Module) -> bool:
+    return any(isinstance(module, AromaLinear) for head in _heads(model).values() for module in head.modules())
+
+
+def _heads(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what PEFT takes for a classification head, by name."""
+    found = {name: getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
+    return {name: head for name, head in found.items() if isinstance(head, nn.Module)}
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +27,12 @@ from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
 from .forms import form_of_entry
 from .layout import PlainAdapter, components_digest
+from .live import LiveAdapter, warn_uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .config import AromaConfig
-    from .live import LiveAdapter
 
 STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
@@ -137,21 +136,6 @@ def tell(folder: str | os.PathLike[str], about: About) -> dict[str, Any]:
     state = {**read_state(folder), "about": about.as_json()}
     write_json(Path(folder) / STATE_FILE, {**state, "checksum": checksum_of(state)})
     return state
-
-
-def warn_uncontrolled(config: AromaConfig) -> None:
-    """Warn that an adapter was trained without a controller, so that it did not grow.
-
-    Warns:
-        UserWarning: Always.
-    """
-    warnings.warn(
-        "This AROMA adapter was trained without its controller, as a plain LoRA of rank "
-        f"{config.pair_rank}: no component was ever checked or added. Give the Trainer "
-        "`callbacks=[AromaCallback()]`, or call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a "
-        "loop of your own.",
-        stacklevel=3,
-    )
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
