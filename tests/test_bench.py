@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -420,3 +422,24 @@ def test_an_error_is_one_line_and_nothing_is_written(arguments, message, tmp_pat
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(
         ("there.json", "pictured.png"), "kept"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_bench_that_is_killed_leaves_no_process_behind() -> None:
+    script = (
+        "import os, time\n"
+        "from aroma_lab.bench.memory import fresh_process\n"
+        "if __name__ == '__main__':\n"
+        "    process = fresh_process()\n"
+        "    print(process.submit(os.getpid).result(), flush=True)\n"
+        "    process.submit(time.sleep, 600).result()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        child = Path("/proc", command.stdout.readline().strip())
+        assert child.exists()
+        command.terminate()
+    end = time.monotonic() + 30
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < end, "the child outlives its parent"
+        time.sleep(0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from aroma.cli.quiet import quiet
 from aroma.errors import AromaWarning
 
 from ..run.machine import peak_bytes
+from ..study.child import end_with
 from .cases import FLOOR, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
@@ -62,14 +64,24 @@ def peak_resident_bytes(settings: BenchSettings, key: str) -> int | None:
     Warns:
         AromaWarning: The process failed, for example because memory ran out; then it is None.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=quiet) as process:
+    with fresh_process() as process:
         try:
             return process.submit(_train_two_steps, settings, key).result()
         except (RuntimeError, MemoryError) as error:
             said = f"{key}: the process that measures its peak memory failed ({error}), so it has none"
             warnings.warn(said, AromaWarning, stacklevel=2)
             return None
+
+
+def fresh_process() -> ProcessPoolExecutor:
+    """Return a process that has nothing of this one; on Linux it ends when this one is killed."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    end_with(parent)
+    quiet()
 
 
 def _train_two_steps(settings: BenchSettings, key: str) -> int:
