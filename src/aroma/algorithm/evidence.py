@@ -287,15 +287,14 @@ class EvidenceRule(Generic[E]):
 
     @property
     def status(self) -> list[str]:
-        """Where the run stands, for one line of progress."""
+        """Where the run stands, for one line of progress; what matters less comes last, where a terminal cuts it."""
+        components = f"components {self._matrices.known_rank} in {len(self._matrices.all())} matrices"
         if self.phase in ("start", "trial"):
-            stage = f"trial {self.global_step}/{self._trial_steps}"
-        elif self.phase == "questions":
-            stage = f"asking {len(self._credits)}/{self.questions}"
-        else:
-            last = "" if self.last_birth is None else f", last at step {self.last_birth}"
-            stage = f"births {self.births}{last}"
-        return [stage, f"components {self._matrices.known_rank} in {len(self._matrices.all())} matrices"]
+            return [f"trial {self.global_step}/{self._trial_steps}", components]
+        if self.phase == "questions":
+            return [f"asking {len(self._credits)}/{self.questions}", components]
+        last = "" if self.last_birth is None else f", last at step {self.last_birth}"
+        return [components, f"births {self.births}{last}"]
 
     @property
     def explanation(self) -> str:

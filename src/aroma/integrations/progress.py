@@ -10,6 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .callback import AromaCallback
 
+_WIDE = 120
+"""Columns of a terminal that hold the whole line with a long bar."""
+
 
 class RichProgress(TrainerCallback):
     """Shows one line while the Trainer works, rank 0 alone; give the Trainer `disable_tqdm=True` with it.
@@ -26,13 +29,14 @@ class RichProgress(TrainerCallback):
         self._growth = growth
         self._loss: float | None = None
         self._title = title
+        console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= _WIDE else 8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(compact=True),
-            console=console or Console(stderr=True),
+            console=console,
         )
 
     def on_train_begin(

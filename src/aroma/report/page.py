@@ -63,7 +63,8 @@ def report_file(field: str, path: str | os.PathLike[str], *, force: bool | None 
     file = Path(path)
     if os.path.isfile(file):  # False where even the question fails
         with file.open("rb") as stream:
-            force = force or GENERATOR.encode() in stream.read(_HEAD)
+            if GENERATOR.encode() in stream.read(_HEAD):
+                force = True
     return new_file(field, path, force=force)
 
 
