@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 
-from aroma.errors import CheckpointError, ConfigError
+from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from evidence_runs import (
     LONG,
     LONG_METHOD,
@@ -104,6 +104,15 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
         resumed.go_on()
         assert_same(resumed.came_to(), expected, phase)
         assert births(resumed.events) == [event for event in births(whole.events) if event[0] > step]
+
+
+def test_a_run_that_is_resumed_with_other_held_out_batches_says_so(tmp_path: Path) -> None:
+    given: dict[str, Any] = {**long(), "steps_per_pass": 3}
+    Loop(**given, growth_batches=held_out(40)).go_on(20).save(tmp_path)
+    Loop.resumed(tmp_path, 20, **given, growth_batches=held_out(40))  # the same: a warning would be an error
+    for other, said in (({"growth_batches": held_out(20)}, "20 held-out batches"), ({}, "no held-out batches")):
+        with pytest.warns(AromaWarning, match=f"{said} decide from here on, and 40 did"):
+            Loop.resumed(tmp_path, 20, **given, **other)
 
 
 @pytest.mark.parametrize("holds_out", [False, True])

@@ -47,13 +47,14 @@ The first is there from the start, and goes where it costs loss.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import AromaWarning, ConfigError
 from ..events import Event, EventKind
 from .duels import Reading, directions_that_convince, duel, log_evidence, log_mean
 from .questions import (
@@ -602,6 +603,7 @@ class EvidenceRule(Generic[E]):
             "overflows": self._overflows,
             "asked": self._asked,
             "next_number": self._next_number,
+            "held_out_batches": self.held_out_batches,
             "doublings": self.doublings,
             "stage": self._stage,
             "births": self.births,
@@ -611,7 +613,20 @@ class EvidenceRule(Generic[E]):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state()` returned."""
+        """Go on from what `state()` returned.
+
+        Warns:
+            AromaWarning: Another number of batches is held out, or none, so the run decides otherwise than it would have.
+        """
+        then = state.get("held_out_batches", self.held_out_batches)
+        if then != self.held_out_batches:
+            now, before = ("no" if count is None else count for count in (self.held_out_batches, then))
+            warnings.warn(
+                f"{now} held-out batches decide from here on, and {before} did in the run that is resumed, so it will "
+                "not grow as it would have; give it the same held-out examples",
+                AromaWarning,
+                stacklevel=2,
+            )
         self.global_step, self.phase = state["global_step"], state["phase"]
         self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
