@@ -227,6 +227,12 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
         f"leaves {left['aroma-evidence']:.1f} % of the error unexplained at {found.trained_rank_mean:.2f} trained "
         f"components, LoRA {left['lora-r4']:.1f} % with 4 and {left['lora-r8']:.1f} % with 8." in TEXT
     )
+    sixteen = [runs.of(method=name).set_index("seed").score for name in ("aroma-evidence", "lora-r16")]
+    behind = 100 * (sixteen[1] - sixteen[0])
+    assert f"With 16, at a rate of 0.001, LoRA leaves {left['lora-r16']:.1f} %" in TEXT
+    assert f"evidence does not differ ({behind.mean():.2f} ± {behind.sem():.2f} points)" in TEXT
+    assert abs(behind.mean()) < behind.sem()
+    assert runs.selection["minilm"]["lora-r16"]["chosen"] == {"training.learning_rate": 0.001}
     assert left["lora-r4"] / 2 < left["aroma-evidence"] < left["lora-r4"]
     assert found.trained_rank_mean < 4
     assert f"(rank correlation {found.spearman_mean:.2f}): {100 * found.grew_mean:.0f} % of the matrices grow" in TEXT
