@@ -616,7 +616,7 @@ class EvidenceRule(Generic[E]):
         """Go on from what `state()` returned.
 
         Warns:
-            AromaWarning: Another number of batches is held out, or none, so the run decides otherwise than it would have.
+            AromaWarning: Another number of batches is held out, or none, so the run will decide otherwise.
         """
         then = state.get("held_out_batches", self.held_out_batches)
         if then != self.held_out_batches:

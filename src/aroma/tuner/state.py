@@ -32,7 +32,6 @@ from .live import LiveAdapter, warn_uncontrolled
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .config import AromaConfig
 
 STATE_FILE = "aroma_state.json"
 STATE_TENSORS_FILE = "aroma_state.safetensors"
