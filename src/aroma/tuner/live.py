@@ -220,7 +220,7 @@ class UncontrolledWatch:
             return
         layer = self.layers[0]
         for name in layer.active_adapters:
-            b, _ = layer.pair(name) if name in layer.lora_A else (None, None)
+            b = layer.pair(name)[0] if name in layer.lora_A else None
             # What is sharded is not looked at: that would take all ranks.
             if b is None or type(b) is not nn.Parameter or layer.live[name].ever_controlled or not b.requires_grad:
                 continue
