@@ -476,8 +476,11 @@ def test_the_page_says_of_mrpc_what_the_runs_say() -> None:
     level = [r for r in ahead if abs(difference[f"lora-r{r}"].mean()) < difference[f"lora-r{r}"].sem()]
     assert level == [1, 4, 8]
     assert f"It is {in_points(difference['aroma-paper'])} points above the paper's rule" in TEXT
-    others = {name: in_points(difference[name]) for name in ("adalora-r8", "bitfit")}
-    assert f"against it evidence has {others['adalora-r8']}, and against BitFit {others['bitfit']} (three" in TEXT
+    others = {name: in_points(difference[name]) for name in ("adalora-r8", "full", "bitfit")}
+    assert (
+        f"against it evidence has {others['adalora-r8']}, against full fine-tuning {others['full']}, and against BitFit "
+        f"{others['bitfit']} (three seeds" in TEXT
+    )
     assert {*by_seed[[*others]].count()} == {3}
     gain = in_points(difference["head-only"])
     assert f"it is {gain.removeprefix('+')} points above its head alone" in TEXT
