@@ -187,6 +187,11 @@ def share(data: Rows, start: int, count: int) -> Rows:
     return x, y
 
 
+def long() -> dict[str, Any]:
+    """What makes a loop one in which held-out batches decide births."""
+    return {"steps": LONG, "model": net(**LONG_METHOD)}
+
+
 def held_out(
     count: int = 40, size: int = 8, dtype: torch.dtype = torch.float32, overflowing: Sequence[int] = ()
 ) -> list[Rows]:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from aroma import save_adapter
 from distributed_runs import TIMEOUT
 from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED, ZERO_SAVED_AT, ended
-from evidence_runs import Loop, held_out, loss_of
+from evidence_runs import Loop, held_out, long, loss_of
 from zero_runs import NOTHING_STAYS, zero
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ class ZeroLoop(Loop):
 
 
 def options() -> dict[str, Any]:
-    return {"steps_per_pass": 34, "growth_batches": held_out()}
+    return {**long(), "steps_per_pass": 34, "growth_batches": held_out()}
 
 
 def loops(out: Path, names: Iterable[str] = tuple(STAGES)) -> None:

@@ -27,6 +27,7 @@ from evidence_runs import (
     births,
     growth_dataset,
     held_out,
+    long,
     net,
     rows,
 )
@@ -39,11 +40,6 @@ from trainer_runs import assert_same, growth, live, on_disk, tiny_bert
 def shuffled() -> DataLoader[Any]:
     """Held-out batches in an order that is drawn, as a user's DataLoader has it."""
     return DataLoader(TensorDataset(*rows(200, seed=2)), batch_size=8, shuffle=True)
-
-
-def long() -> dict[str, Any]:
-    """What makes a loop one in which held-out batches decide births."""
-    return {"steps": LONG, "model": net(**LONG_METHOD)}
 
 
 def quantised(bits: int) -> Net:
