@@ -344,9 +344,7 @@ def test_a_run_that_holds_nothing_out_does_not_say_that_it_does(tmp_path):
 
 
 def test_an_unfinished_run_gives_what_there_is(tmp_path):
-    folder = write_run(
-        tmp_path, "mrpc", "aroma", 0, kind="aroma", options={"growth": "evidence", "significance": 0.05}
-    )
+    folder = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma", options={"growth": "evidence"})
     for name in ("result", "curve", "history"):
         (folder / f"{name}.json").unlink()
     lines = "".join(json.dumps(one) + "\n" for one in events())

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from aroma import AromaConfig
 from aroma.errors import AromaError, CheckpointError
 from aroma.files import read_json, write_text
 from aroma.report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
@@ -84,7 +85,7 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
         matrices=_matrices(result, ranks),
         ranks=ranks,
         events=events,
-        significance=options["significance"] if options.get("growth") == "evidence" else None,
+        significance=_significance(options),
         explanation=result.get("explanation"),
         notes=[*_state_notes(row, steps), *result.get("notes", ())],
         settings=_settings(files, trial),
@@ -94,6 +95,13 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
     )
     others = [one for other in compare for one in _named(other)]
     return replace(facts, results=[*facts.results, *others])
+
+
+def _significance(options: Mapping[str, Any]) -> float | None:
+    """Return α; a grid's trial has only the options that the grid gives."""
+    if options.get("growth", AromaConfig.growth) != "evidence":
+        return None
+    return float(options.get("significance", AromaConfig.significance))
 
 
 def _course(files: TrialFiles, row: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any], int]:
