@@ -478,8 +478,8 @@ def test_the_page_says_of_mrpc_what_the_runs_say() -> None:
     assert f"It is {in_points(difference['aroma-paper'])} points above the paper's rule" in TEXT
     others = {name: in_points(difference[name]) for name in ("adalora-r8", "full", "bitfit")}
     assert (
-        f"against it evidence has {others['adalora-r8']}, against full fine-tuning {others['full']}, and against BitFit "
-        f"{others['bitfit']} (three seeds" in TEXT
+        f"against it evidence has {others['adalora-r8']}, against full fine-tuning {others['full']}, and against "
+        f"BitFit {others['bitfit']} (three seeds" in TEXT
     )
     assert {*by_seed[[*others]].count()} == {3}
     gain = in_points(difference["head-only"])

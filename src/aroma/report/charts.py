@@ -225,7 +225,10 @@ def _methods() -> alt.LayerChart:
 
 
 def _budget() -> alt.LayerChart:
-    """Score against the trained rank on one task: a mark for each method, whiskers of one standard error."""
+    """Score against the trained rank on one task: a mark for each method, whiskers of one standard error.
+
+    The names are written beside the marks by Vega itself, see `_NAMES`.
+    """
     base = alt.Chart(alt.NamedData("budget"))
     x = alt.X(
         "trained:Q",
@@ -241,29 +244,50 @@ def _budget() -> alt.LayerChart:
         alt.Tooltip("trained:Q", title="trained rank", format=".3~g"),
     ]
     whiskers = base.mark_rule(strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q", title=None), y2="high:Q", color=own)
-    names = base.mark_text(align="left", dx=7, dy=-7, fontSize=11).encode(x=x, y=y, text="method:N", color=own)
-    return _sized(
-        alt.layer(
-            whiskers, base.mark_point(size=90, filled=True, opacity=1).encode(x=x, y=y, color=own, tooltip=tip), names
-        )
-    )
+    methods = base.mark_point(size=90, filled=True, opacity=1).encode(x=x, y=y, color=own, tooltip=tip)
+    return _sized(alt.layer(whiskers, methods))
 
 
 def _sized(chart: alt.LayerChart, height: int = _HEIGHT) -> alt.LayerChart:
     return chart.properties(width="container", height=height)
 
 
-def compiled(chart: alt.LayerChart) -> dict[str, Any]:
-    """Return the chart as Vega draws it."""
+_NAMES: dict[str, Any] = {
+    "type": "text",
+    "from": {"data": "layer_1_marks"},
+    "encode": {
+        "update": {
+            "text": {"field": "datum.method"},
+            "fontSize": {"value": 11},
+            "fill": [{"test": "datum.datum.own", "value": "var(--born)"}, {"value": "var(--line)"}],
+        }
+    },
+    "transform": [
+        {
+            "type": "label",
+            "size": {"signal": "[width, height]"},
+            "anchor": ["top-right", "bottom-right", "top-left", "bottom-left", "right", "left", "top", "bottom"],
+            "offset": [3],
+            "padding": 40,
+        }
+    ],
+}
+"""A name beside every method's mark, none over another, which Vega-Lite cannot say; one without room is left out."""
+
+
+def compiled(name: str, chart: alt.LayerChart) -> dict[str, Any]:
+    """Return the chart of that name as Vega draws it."""
     written = chart.configure(**_CONFIG).to_dict()
     vega: dict[str, Any] = vl_convert.vegalite_to_vega(written, vl_version=VEGA_LITE)
     vega.pop("$schema")
+    if name == "budget":
+        vega["marks"].append(_NAMES)
     return vega
 
 
 def assets() -> str:
     """Return the content of `charts.json`."""
-    found = {name: compiled(chart) for name, chart in charts().items()}
+    found = {name: compiled(name, chart) for name, chart in charts().items()}
     return json.dumps(found, ensure_ascii=False, sort_keys=True, indent=0, separators=(",", ":")) + "\n"
 
 

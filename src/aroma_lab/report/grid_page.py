@@ -114,16 +114,20 @@ def _tiles(runs: Runs, tasks: Sequence[str]) -> list[tuple[str, str, str]]:
     unlearnt = not_learnt(runs.reported)
     for task in [task for task in tasks if task not in unlearnt][:5]:
         means = runs.of(task=task).groupby("method").score.agg(["mean", "count"])
-        best = _best(means)
-        beaten = means["mean"].max() > means["mean"][best]
-        of_them = f", of those with {counted(int(means['count'][best]), 'seed')}" if beaten else ""
-        tiles.append((f"best on {task}", points(float(means["mean"][best])), f"{best}{of_them}"))
+        tiles.append((f"best on {task}", points(float(means["mean"][_best(means)])), _named_best(means)))
     return tiles
 
 
 def _best(means: pd.DataFrame) -> str:
     """Return the method with the best of `mean`, of those with the largest `count` of seeds, which alone compare."""
     return str(means["mean"][means["count"] == means["count"].max()].idxmax())
+
+
+def _named_best(means: pd.DataFrame) -> str:
+    """Return the same with the number of seeds, where one with fewer has a better mean."""
+    best = _best(means)
+    is_beaten = means["mean"].max() > means["mean"][best]
+    return f"{best}, of those with {counted(int(means['count'][best]), 'seed')}" if is_beaten else best
 
 
 def _shown(table: LabTable) -> dict[str, Any]:
@@ -155,7 +159,8 @@ def _scores(runs: Runs, task: str) -> Chart:
         [str(one.Index), points(one.mean), EMPTY if math.isnan(one.std) else points(one.std), str(one.count)]
         for one in _named(means)
     ]
-    label = f"Scores on {task}: {', '.join(f'{row[0]} {row[1]}' for row in rows)}. The best mean is {_best(means)}'s."
+    scores = ", ".join(f"{row[0]} {row[1]}" for row in rows)
+    label = f"Scores on {task}: {scores}. The best mean: {_named_best(means)}."
     data = {
         "seeds": _columns(method=frame.method, seed=frame.seed, points=_rounded(frame.score), own=own),
         "means": _columns(
