@@ -126,6 +126,15 @@ def test_what_was_chosen_was_compared_with_all_next_to_it(name: str) -> None:
                 assert {**entry["chosen"], key: other} in points, (entry["chosen"], key, other)
 
 
+def test_results_are_json_that_any_reader_takes() -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for path in (ROOT / "results").rglob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+
 def test_results_are_small() -> None:
     sizes = [path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()]
     assert max(sizes) < 200_000
