@@ -111,7 +111,8 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
         f"{('six', 'seven', 'eight')[duels.flips_to_birth(AromaConfig.significance) - 6]} of all four",
     ):
         assert text in page, text
-    assert f"| `checked` | every {evidence.TOLD_INTERVAL} steps" in USAGE
+    said = f"every {evidence.TOLD_INTERVAL} steps from then on, in runs of 900 or fewer some twenty times in all"
+    assert f"| `checked` | {said} |" in USAGE
     assert f"| `born` | step {evidence.FIRST_STEP}," in USAGE
 
 

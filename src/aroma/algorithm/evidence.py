@@ -80,8 +80,11 @@ DOUBLINGS = 2
 """How often the trial is doubled at most, up to half of the run, while its updates point downhill and cost loss."""
 
 TOLD_INTERVAL = 40
-"""Optimizer steps between events that tell of the evidence where nothing was decided, and between checks that what
-trains is finite."""
+"""Optimizer steps between checks that what trains is finite; at most so many between events that tell of the evidence
+where nothing was decided."""
+
+TOLD_TIMES = 20
+"""How often the evidence is told of in a short run, so that a picture shows how it went."""
 
 HELD_OUT_INTERVAL = 9
 """Fewest optimizer steps between batches of held-out examples, once the training examples have all been seen."""
@@ -117,6 +120,12 @@ class EvidenceSettings:
     def questions(self) -> int:
         """Batches that are asked at the end of the trial, if as many are at hand."""
         return question_count(self.trial_steps)
+
+    @property
+    def told_interval(self) -> int:
+        """Optimizer steps between events that tell of the evidence, a multiple of those between looks at it."""
+        looks = self.last_step // (TOLD_TIMES * CHECK_INTERVAL)
+        return min(max(looks, 1) * CHECK_INTERVAL, TOLD_INTERVAL)
 
     def memory_with(self, held_out_batches: int | None) -> float:
         """Return β: a direction averages as many gradients as the trial has steps, or fewer where little is held out.
@@ -519,7 +528,7 @@ class EvidenceRule(Generic[E]):
             # No more than there are slots: a component would be merged before it has ever trained.
             ready = directions_that_convince(found, threshold)
             births += [(matrix, direction) for direction in ready[: self._settings.slots]]
-        is_told = self.global_step % TOLD_INTERVAL == 0
+        is_told = self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
         return checked + self._bear(self._within_limit(births))
 
