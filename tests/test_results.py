@@ -134,7 +134,6 @@ def test_results_are_json_that_any_reader_takes() -> None:
         json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-
 def test_results_are_small() -> None:
     sizes = [path.stat().st_size for path in (ROOT / "results").rglob("*") if path.is_file()]
     assert max(sizes) < 200_000

@@ -662,6 +662,28 @@ def test_the_page_says_of_overshoots_what_the_runs_say() -> None:
     assert f"{tried.grew['nothing'].sum():.0f} of 60 matrices grow where nothing is planted" in TEXT
 
 
+def test_the_page_says_of_parts_that_stay_what_the_runs_say() -> None:
+    ways = [
+        each_seed_of("the-cut").loc[of]
+        for of in ("what overshoots stays in part", "what costs on trained batches, too, stays in part")
+    ]
+    now = the_rule()
+    for task in (*NETS, "minilm", "trec", "banking77", "sst2"):
+        cells = []
+        for tried in ways:
+            if task not in tried.index.get_level_values("task"):
+                cells += ["", ""]
+                continue
+            assert len(tried.loc[task]) == (5 if task in NETS else 3)
+            gain = in_points((tried.score - now.score).dropna().loc[task])
+            cells += [f" {gain}", f" {tried.trained_rank[task].mean():.2f}"]
+        assert f"| {LABELS[task]} |{' |'.join(cells)} |" in TEXT
+    first, second = (f"{tried.grew['nothing'].sum():.0f}" for tried in ways)
+    assert f"Where nothing is planted {first} and {second} of 60 matrices grow." in TEXT
+    eight = runs_of(RESULTS / "planted-minilm").of("lora-r8").set_index("seed").score
+    assert f"the first has {in_points(ways[0].score['minilm'] - eight)} against r = 8" in TEXT
+
+
 def test_the_page_says_of_a_last_squeeze_what_the_runs_say() -> None:
     tried = each_seed_of("the-cut").loc["a last squeeze"]
     now = the_rule()
