@@ -6,7 +6,6 @@ A configuration is data; everything else that an adapter needs is here. All grow
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -194,54 +193,4 @@ def live_adapter(model: nn.Module, adapter_name: str = "default") -> LiveAdapter
         adapter_name,
         f"{type(model).__name__} has no AROMA adapter of that name; make one with "
         "get_peft_model(model, AromaConfig(...))",
-    )
-
-
-# An adapter that nobody lets grow ------------------------------------------------------------------------------------
-
-
-class UncontrolledWatch:
-    """Forward hook of a model that tells, after the first optimizer step, that an adapter trains without a controller.
-
-    To find out when it is saved would be to find out when the training is over. A pair (b, a) begins with b = 0, so it
-    has trained where b is another.
-
-    Attributes:
-        layers: The growing layers of the model.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[AromaLinear] = []
-        self._versions: dict[str, int] = {}
-
-    def __call__(self, model: nn.Module, *_: Any) -> None:
-        """Look at one layer; the device is asked only after b was written to."""
-        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.layers:
-            return
-        layer = self.layers[0]
-        for name in layer.active_adapters:
-            b = layer.pair(name)[0] if name in layer.lora_A else None
-            # What is sharded is not looked at: that would take all ranks.
-            if b is None or type(b) is not nn.Parameter or layer.live[name].ever_controlled or not b.requires_grad:
-                continue
-            is_written = self._versions.get(name, b._version) != b._version
-            self._versions[name] = b._version
-            if is_written and b.numel() and b.any():
-                self.layers = []  # to say it once is enough
-                warn_uncontrolled(layer.live[name].config)
-                return
-
-
-def warn_uncontrolled(config: AromaConfig) -> None:
-    """Warn that an adapter was trained without a controller, so that it did not grow.
-
-    Warns:
-        UserWarning: Always.
-    """
-    warnings.warn(
-        "This AROMA adapter was trained without its controller, as a plain LoRA of rank "
-        f"{config.pair_rank}: no component was ever checked or added. Give the Trainer "
-        "`callbacks=[AromaCallback()]`, or call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a "
-        "loop of your own.",
-        stacklevel=3,
     )

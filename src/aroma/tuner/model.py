@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,12 +13,11 @@ from peft import PeftModel
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.utils import NoMatchingPeftModuleError
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
-from ..errors import AromaWarning, ConfigError, bad_value
+from ..errors import ConfigError, bad_value
 from ..patterns import is_named
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
@@ -29,7 +27,8 @@ from .forms import is_component
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
-from .live import LiveAdapter, UncontrolledWatch, live_adapter, warn_uncontrolled
+from .live import LiveAdapter, live_adapter
+from .misuse import UncontrolledWatch, tell_of_frozen_head, tell_of_unmatched, warn_uncontrolled
 from .parts import AromaParts, parts_of, sizes_of
 
 REFERENCE = "ref"
@@ -79,10 +78,9 @@ class AromaModel(LoraModel):
         for split in self.peft_config[adapter_name].split_modules or {}:
             if not any(is_named(name, split) for name in parts):
                 raise bad_value("split_modules", split, "no module that grows is called so; name it in target_modules")
-        _tell_of_unmatched(model, wanted)
+        tell_of_unmatched(model, wanted)
         self._bring_to_life(model, adapter_name)
-        if wanted in (None, "all-linear") or not _grows_a_head(model):
-            _tell_of_frozen_head(model, self.peft_config[adapter_name])
+        tell_of_frozen_head(model, self.peft_config[adapter_name], wanted)
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 
@@ -299,54 +297,6 @@ def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> 
     for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
         _, a = layer.pair(adapter_name)
         layer.start_pair(adapter_name, layer.off_beneath(adapter_name, _first_component(live, index, a).to(a)))
-
-
-def _tell_of_unmatched(model: nn.Module, wanted: Any) -> None:
-    """Warn of names in `target_modules` that no module has: where others have theirs, PEFT passes over them.
-
-    Warns:
-        AromaWarning: Naming them.
-    """
-    if not isinstance(wanted, list | tuple | set):
-        return
-    names = [name for name, _ in model.named_modules()]
-    unmatched = sorted(own for own in wanted if not any(is_named(name, own) for name in names))
-    if unmatched:
-        warnings.warn(
-            f"target_modules: no module of {type(model).__name__} is called {', '.join(map(repr, unmatched))}, so "
-            "nothing grows there; take the names from model.named_modules()",
-            AromaWarning,
-            stacklevel=3,
-        )
-
-
-def _tell_of_frozen_head(model: nn.Module, config: AromaConfig) -> None:
-    """Warn where the weights of a classification head are frozen: PEFT trains them only if it knows the task.
-
-    Warns:
-        AromaWarning: `task_type` is missing, and `modules_to_save` names no head.
-    """
-    heads = _heads(model)
-    trained = {*(config.modules_to_save or ())}
-    if not heads or config.task_type is not None or config.inference_mode or trained.intersection(heads):
-        return
-    name = next(iter(heads))
-    warnings.warn(
-        f"task_type=None: the weights of the head {name!r} of {type(model).__name__} are frozen as all others are, so "
-        f"a new head keeps its random start. Give AromaConfig task_type='SEQ_CLS', or modules_to_save=[{name!r}]",
-        AromaWarning,
-        stacklevel=2,
-    )
-
-
-def _grows_a_head(model: nn.Module) -> bool:
-    return any(isinstance(module, AromaLinear) for head in _heads(model).values() for module in head.modules())
-
-
-def _heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what PEFT takes for a classification head, by name."""
-    found = {name: getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
-    return {name: head for name, head in found.items() if isinstance(head, nn.Module)}
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:

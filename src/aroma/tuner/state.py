@@ -27,7 +27,8 @@ from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
 from .forms import form_of_entry
 from .layout import PlainAdapter, components_digest
-from .live import LiveAdapter, warn_uncontrolled
+from .live import LiveAdapter
+from .misuse import warn_uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
