@@ -98,6 +98,7 @@ TUNER_NAMES = (
         )
     ),
     PrivateName("torch", "torch:Tensor", "_is_view", "copy a view before it is written to"),
+    PrivateName("torch", "torch:Tensor", "_version", "know a pair that trains without a controller"),
     # Who traces a call.
     PrivateName("torch", "torch.autograd.forward_ad", "_current_level", "know forward-mode differentiation"),
     PrivateName("torch", "torch:_C", "_len_torch_dispatch_stack", "know dispatch modes"),
