@@ -279,10 +279,6 @@ WORKABLE: dict[str, dict[str, Any]] = {
 """By rule a value for each field that it alone reads."""
 
 
-def test_a_file_of_the_other_rule_may_hold_what_was_the_default() -> None:
-    assert AromaConfig(growth="paper", probe_memory=0.97).probe_memory == 0.97  # null in files that are written now
-
-
 @pytest.mark.parametrize("rule", WORKABLE)
 def test_what_only_one_rule_reads_is_refused_under_the_other_by_name(rule: str) -> None:
     (other,) = set(WORKABLE) - {rule}

@@ -62,9 +62,6 @@ _MOST_LIKELY_MEANT = 8
 _EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
 """Fields that only growth by evidence reads."""
 
-_FORMER_DEFAULTS = {"probe_memory": 0.97}
-"""Defaults of before, which files of adapters hold that grew by the other rule."""
-
 FIELDS_OF_RULE = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
 """Fields that decide a run under each rule: a resumed run must have the same values as its checkpoint."""
 
@@ -218,7 +215,7 @@ class AromaConfig(LoraConfig):
         defaults = {item.name: item.default for item in fields(self)}
         other = _PAPER_FIELDS if self.growth == "evidence" else _EVIDENCE_FIELDS
         for name in other:
-            if getattr(self, name) not in (defaults[name], _FORMER_DEFAULTS.get(name, defaults[name])):
+            if getattr(self, name) != defaults[name]:
                 rule = "paper" if self.growth == "evidence" else "evidence"
                 raise bad_value(
                     name,
