@@ -186,6 +186,22 @@ def task_kind(folder: str | os.PathLike[str]) -> Literal["classification", "regr
     return load_task(folder).kind
 
 
+def base_model_of(adapter: str, name: str | None) -> str | None:
+    """Return where the base model of an adapter is, for `aroma export`; None where PEFT's own record will do.
+
+    PEFT records the folder that a GGUF file was converted to, which other machines do not have.
+
+    Args:
+        adapter: Folder of the adapter.
+        name: The base model that the user named, or None.
+    """
+    if name is not None:
+        return model_source(ModelSpec(name))
+    if (Path(adapter) / TASK_FILE).exists() and task_kind(adapter) == LANGUAGE_KIND:
+        return model_source(load_language_task(adapter).model)
+    return None
+
+
 def _is_whole_model(folder: str | os.PathLike[str]) -> bool:
     """Return whether `folder` holds a model without an adapter, or is the name of the packaged model."""
     path = Path(folder)
