@@ -611,7 +611,7 @@ def test_held_out_batches_that_cannot_decide_are_refused_before_training() -> No
         ({"growth_loss": lambda m, b: loss_of(m, b).detach()}, r"^growth_loss='shape \(\), requires_grad=False': "),
         ({"growth_loss": lambda m, b: m(b[0])}, r"^growth_loss='shape \(8, 16\), requires_grad=True': "),
         ({"growth_loss": lambda m, b: 0.5}, r"^growth_loss='float': it must return one number"),
-        ({"growth_loss": None}, r"^growth_loss='model_loss': it fails on a held-out batch \(TypeError: .*tuple"),
+        ({"growth_loss": None}, r"^growth_batches='tuple': PeftModel fails .*\(TypeError: .*give growth_loss="),
         ({"growth_batches": None, "growth_loss": loss_of}, r"^growth_loss='given': it is that of growth_batches"),
         ({"steps_per_pass": "3"}, r"^steps_per_pass='3': .*a whole number"),
         ({"steps_per_pass": 2.5}, r"^steps_per_pass=2\.5: "),

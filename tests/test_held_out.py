@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from aroma import AromaCallback, AromaConfig, Event, hold_out
-from aroma.errors import ConfigError
+from aroma.errors import AromaWarning, ConfigError
 from aroma.integrations.held_out import HeldOutDataset
 from aroma.integrations.overlap import without_trained
 from evidence_runs import METHOD, bert, bert_trainer, growth_dataset
@@ -187,11 +187,27 @@ def test_a_long_comparison_shows_progress(monkeypatch: pytest.MonkeyPatch, capsy
     assert "comparing the training set with held-out examples" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("count", "batches", "size"), [(90, 8, 11), (8, 8, 1), (256, 8, 32), (300, 9, 32)])
+def test_few_held_out_examples_make_smaller_batches(count: int, batches: int, size: int) -> None:
+    """Else a thousand rows could not decide growth in batches of 32."""
+    held = HeldOutDataset([*range(count)], 32, 1, 16, len, 0, 0, lambda _, batch: torch.tensor(batch), 0.05)
+    assert held.count == batches
+    assert [int(loss) for loss in held.losses(nn.Linear(1, 1), 0)] == [size]
+
+
 @pytest.mark.parametrize(
     ("growth", "said"),
     [
+        (
+            [{"text": "abc", "labels": 1}] * 40,
+            r"^growth_dataset='dict': PeftModel.*\(ValueError: .*prepare them as the",
+        ),
+        (
+            [{**row, "labels": 7} for row in examples(40, seed=11)],
+            r"PeftModel.* fails on a batch of them \(IndexError: ",
+        ),
         ([], r"^growth_dataset='empty': hold out some"),
-        (examples(6, seed=11), r"^growth_dataset='6 examples, 0 batches of 8': it takes 7 batches"),
+        (examples(6, seed=11), r"^growth_dataset='6 examples, 6 batches of 1': it takes 7 batches"),
         (iter(examples(6)), r"^growth_dataset='list_iterator': it has no length, or no items by index"),
         (0.1, r"^growth_dataset=0\.1: it takes examples, and no share; train, growth = aroma\.hold_out\(dataset, 0"),
         ({"train": examples(6)}, r"^growth_dataset='dict': it has splits \(train\)"),
@@ -253,3 +269,17 @@ def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
         ConfigError, match=r"^dataset='DatasetDict': it has splits \(train, test\), .* dataset\['train'\]"
     ):
         hold_out(splits)
+
+
+class StopsEarly(TrainerCallback):
+    """Ends the training after ten optimizer steps, as a person or a limit of time may."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 10
+
+
+def test_a_training_that_ends_within_its_trial_says_so(tmp_path: Path) -> None:
+    callback = AromaCallback(growth_dataset=growth_dataset())
+    trainer = trainer_for(bert(), tmp_path, callback, StopsEarly(), max_steps=60, save_strategy="no")
+    with pytest.warns(AromaWarning, match=r"trial is not over at step 10: .* has all 3 components of the trial"):
+        trainer.train()

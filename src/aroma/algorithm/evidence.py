@@ -291,6 +291,11 @@ class EvidenceRule(Generic[E]):
         return not self._matrices.active()
 
     @property
+    def is_in_trial(self) -> bool:
+        """Whether it is not decided yet which components of the trial stay."""
+        return self.phase not in ("growth", "rest")
+
+    @property
     def lr_factor(self) -> float:
         """0 while batches are asked, which are not trained on; else 1."""
         return 0.0 if self.phase == "questions" else 1.0
@@ -309,7 +314,7 @@ class EvidenceRule(Generic[E]):
     @property
     def explanation(self) -> str:
         """Why the matrices grow no more, or what is open, in one sentence without a full stop."""
-        if self.phase not in ("growth", "rest"):
+        if self.is_in_trial:
             return f"the trial is not over at step {self.global_step}: which components stay is not decided"
         most = self._settings.max_components
         matrices = self._matrices.active()
@@ -528,7 +533,8 @@ class EvidenceRule(Generic[E]):
             # No more than there are slots: a component would be merged before it has ever trained.
             ready = directions_that_convince(found, threshold)
             births += [(matrix, direction) for direction in ready[: self._settings.slots]]
-        is_told = self.global_step % self._settings.told_interval == 0
+        is_last = self.global_step >= self._settings.last_step
+        is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
         return checked + self._bear(self._within_limit(births))
 

@@ -137,6 +137,10 @@ class GrowthRule(Protocol):
         """Why the matrices grow no more, or what is open, in one sentence without a full stop."""
 
     @property
+    def is_in_trial(self) -> bool:
+        """Whether matrices still train components of which it is not decided whether they stay."""
+
+    @property
     def draw(self) -> int:
         """Number that seeds what the components in training drew when they began."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
 from ..controller import AromaController
-from ..errors import CheckpointError, NonFiniteError, bad_value
+from ..errors import AromaWarning, CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..sharding import own_entries, unwrapped_optimizer
 from ..tuner import aroma_layers
@@ -414,6 +415,13 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             self.controller.load_state_dict(exported)
             live, step = self.controller.live, exported["state"]["global_step"]
             live.about = replace(live.about, scores=scores_at(live.about.scores, state, step))
+        if self.controller.rule.is_in_trial:
+            warnings.warn(
+                f"{self.controller.explanation()}, so that every matrix has all {self.controller.config.slots} "
+                "components of the trial; train on from a checkpoint before the adapter is used",
+                AromaWarning,
+                stacklevel=2,
+            )
         if self._report is not None:
             self._report.end(self.controller, args, state, model)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..algorithm.duels import flips_to_birth
+from ..algorithm.questions import QUESTIONS
 from ..errors import AromaError, bad_value
 from ..evaluation import evaluating, require_loss
 from ..sharding import refuse_together, sharding_of_model, world_size
@@ -27,7 +28,7 @@ class HeldOutDataset:
     """Batches of a data set, in a random order that depends on a seed alone; each process has its own.
 
     A batch has as many micro-batches as an optimizer step accumulates. It has fewer where the examples would not do
-    for the batches that end the trial.
+    for the batches that end the trial, and fewer examples where there would not be batches enough for a birth.
 
     Args:
         dataset: The examples, by index.
@@ -59,6 +60,9 @@ class HeldOutDataset:
         self._dataset, self._collate, self._seed, self._rank = dataset, collate, seed, rank
         self._batch_size = batch_size
         self._loss = loss or model_loss
+        least = max(flips_to_birth(significance), QUESTIONS[0])
+        if len(dataset) < least * batch_size * world_size():
+            self._batch_size = batch_size = max(len(dataset) // (least * world_size()), 1)
         together = batch_size * world_size()
         self._micro_batches = max(min(len(dataset) // (together * questions), accumulated), 1)
         together *= self._micro_batches
@@ -73,7 +77,16 @@ class HeldOutDataset:
 
     def require_loss(self, model: nn.Module, device: torch.device) -> None:
         """Find out now, not at the end of the trial, whether a batch has a loss; see `_require_loss_of`."""
-        _require_loss_of(self._loss, model, self._micro_batch(0, 0), device)
+        _require_loss_of("growth_dataset", self._loss, model, self._first(), device)
+
+    def _first(self) -> Any:
+        """Return the first batch; raise `ConfigError` where the collator fails on it."""
+        try:
+            return self._micro_batch(0, 0)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            said = f"no batch can be made of them ({type(error).__name__}: {str(error)[:200]})"
+            remedy = f"{said}; prepare them as the training set is"
+            raise bad_value("growth_dataset", f"{len(self._dataset)} examples", remedy) from error
 
     def _micro_batch(self, number: int, micro_batch: int) -> Any:
         round_, place = divmod(number, self.count)
@@ -136,7 +149,7 @@ class HeldOutBatches:
             first = next(iterator)
         if self._iterator is not None:
             self._iterator = chain([first], iterator)
-        _require_loss_of(self._loss, model, first, device)
+        _require_loss_of("growth_batches", self._loss, model, first, device)
 
     @contextmanager
     def _drawing(self, *, keep: bool = True) -> Iterator[None]:
@@ -186,17 +199,18 @@ def _length_of(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _require_loss_of(loss: Loss, model: nn.Module, batch: Any, device: torch.device) -> None:
+def _require_loss_of(field: str, loss: Loss, model: nn.Module, batch: Any, device: torch.device) -> None:
     """Raise where a held-out batch has no loss that gradients can be asked of; all ranks call this together.
 
-    Labels vouch for the loss of a model that computes one. Under ZeRO-3 the end of the trial finds out.
+    Under ZeRO-3 the end of the trial finds out. Of several processes labels vouch for the loss of a model.
 
     Raises:
-        ConfigError: The model computes none, or `growth_loss` fails or returns something else.
+        ConfigError: The model computes none or fails, or `growth_loss` fails or returns something else.
     """
     if sharding_of_model(model).remembers_forwards:
         return
-    if loss is model_loss and isinstance(batch, Mapping) and any("label" in name for name in batch):
+    is_labelled = isinstance(batch, Mapping) and any("label" in name for name in batch)
+    if loss is model_loss and is_labelled and world_size() > 1:
         return
     error: AromaError | None = None
     try:
@@ -204,10 +218,16 @@ def _require_loss_of(loss: Loss, model: nn.Module, batch: Any, device: torch.dev
             require_loss(loss_of(loss, model, batch))
     except AromaError as raised:
         error = raised
-    except (TypeError, ValueError, LookupError, AttributeError) as raised:
-        said = f"it fails on a held-out batch ({type(raised).__name__}: {str(raised)[:200]})"
-        remedy = "give a function of the model and such a batch that returns the training loss"
-        error = bad_value("growth_loss", getattr(loss, "__name__", type(loss).__name__), f"{said}; {remedy}")
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as raised:
+        said = f"({type(raised).__name__}: {str(raised)[:200]})"
+        if loss is model_loss:
+            remedy = f"{type(model).__name__} fails on a batch of them {said}; prepare them as the "
+            remedy += "training set is, or give growth_loss="
+            error = bad_value(field, type(batch).__name__, remedy)
+        else:
+            remedy = "give a function of the model and such a batch that returns the training loss"
+            name = getattr(loss, "__name__", type(loss).__name__)
+            error = bad_value("growth_loss", name, f"it fails on a held-out batch {said}; {remedy}")
         error.__cause__ = raised
     with refuse_together(device):
         if error is not None:

@@ -121,7 +121,7 @@ def curves_figure(shown: Shown) -> Figure:
     *panels, corner = figure.subplots(2, 3).flat
     for axes, letter, (title, of_run) in zip(panels, "abcde", series.items(), strict=False):
         _draw_lines(axes, shown, f"({letter}) {title}", of_run)
-    fit_axis(panels[0], "y", [0, *(curve["parameters"][0][1] for curve in shown.frame.curve)])
+    fit_axis(panels[0], "y", [0, *(max(count for _, count in curve["parameters"]) for curve in shown.frame.curve)])
     handles, labels = panels[0].get_legend_handles_labels()
     counts = [f"{label} ({counted(len(shown.of(label)), 'seed')})" for label in labels]
     corner.legend(handles, counts, loc="upper left", fontsize=9, frameon=False, handlelength=4)

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
-from aroma.errors import bad_value
+from aroma.errors import ConfigError, bad_value
 from aroma.files import read_json, write_json, write_text
 from aroma.sharding import refuse_together
 from aroma.tuner import AromaConfig
@@ -215,8 +215,15 @@ def check_warmup(training: TrainSpec, steps: int) -> None:
 def check_growth(model: Any, steps: int) -> None:
     """Raise ConfigError if a run of `steps` optimizer steps ends before a growing adapter decides anything."""
     for config in getattr(model, "peft_config", {}).values():
-        if isinstance(config, AromaConfig) and not config.inference_mode:
+        if not isinstance(config, AromaConfig) or config.inference_mode:
+            continue
+        try:
             config.check_length(steps)
+        except ConfigError as error:
+            if not config.has_slots:
+                raise
+            remedy = f"{str(error).partition(': ')[2]}: raise it or training.epochs, or lower training.batch_size"
+            raise bad_value("training.max_steps", steps, remedy) from error
 
 
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:
