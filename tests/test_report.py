@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 import statistics
@@ -774,6 +775,19 @@ def test_a_damaged_table_of_runs_is_named(collected, tmp_path):
     frame.to_parquet(path)
     with pytest.raises(CheckpointError, match=r"runs\.parquet, runs/.*, result: .* score missing; .*lab collect"):
         read_runs(tmp_path)
+
+
+def test_growth_by_evidence_is_in_no_table_of_the_papers_rule(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "mrpc", "grown", seed, kind="aroma", options={"growth": "evidence"})
+        write_run(tmp_path, "mrpc", "published", seed, kind="aroma")
+        write_run(tmp_path, "mrpc", "lora", seed, kind="lora")
+    runs = read_runs(tmp_path)
+    assert list(make_table(runs, "reset").values.method) == ["published"]
+    times = make_table(runs, "time", baseline="lora").values.set_index("method")
+    paper = times.filter(regex="^paper_over_lora").iloc[:, 0]
+    assert math.isnan(paper["grown"])
+    assert not math.isnan(paper["published"])
 
 
 def test_growth_by_evidence_has_no_inner_loops(tmp_path):
