@@ -255,12 +255,23 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
     )
     fixed = [f"{100 * tried.score[method, 0.003]:.1f} %" for method in ("lora-r4", "lora-r8")]
     assert f"LoRA r = 4 has {fixed[0]} there and r = 8 {fixed[1]}." in TEXT
-    long = of_evidence("longer-encoder").groupby("of").agg({"score": ["mean", "count"], "trained_rank": "mean"})
-    left = 100 * (1 - long.score["mean"])
-    assert (
-        f"it leaves {left['evidence']:.2f} % at {long.trained_rank['mean']['evidence']:.2f} trained components, and "
-        f"r = 8 {left['r = 8']:.2f} % ({WORDS[long.score['count'].min()]}, at the rates of the shorter runs," in TEXT
+    long = (
+        of_evidence("longer-encoder")
+        .groupby("of")
+        .agg({"score": ["mean", "count"], "trained_rank": "mean", "spearman": "mean"})
     )
+    left, size = 100 * (1 - long.score["mean"]), long.trained_rank["mean"]
+    assert {*long.score["count"]} == {2}
+    assert (
+        f"it leaves {left['evidence']:.2f} % at {size['evidence']:.2f} trained components, less than a third" in TEXT
+    )
+    assert left["evidence"] < left["r = 4"] / 3
+    assert size["evidence"] < 4
+    fixed = {r: f"{left[f'r = {r}']:.2f} %" for r in (2, 4, 8)}
+    assert f"with r = 4: {fixed[4]}. With r = 2 that is {fixed[2]}, and with r = 8 {fixed[8]} (two seeds" in TEXT
+    assert f"with a rank correlation of {long.spearman['mean']['evidence']:.2f}." in TEXT
+    before = "evidence, short rows and memory"
+    assert f"a short memory left {left[before]:.2f} % at {size[before]:.2f}." in TEXT
 
 
 def test_the_page_says_of_the_rule_before_what_was_counted() -> None:
