@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,11 +23,10 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma.files import write_json
-from aroma.tuner import AromaConfig
 from aroma_lab.methods import make_method
 from aroma_lab.run import worker
 from aroma_lab.run.recorder import Curve, history_of, inner_checks_of
-from aroma_lab.run.run import check_growth, check_warmup, planned_steps, run_trial, seeded_options
+from aroma_lab.run.run import check_warmup, planned_steps, run_trial, seeded_options
 from aroma_lab.run.trial import differing_keys, load_trial, save_trial
 from aroma_lab.specs import TrainSpec
 from aroma_lab.tasks.classification import encode, load_tokenizer
@@ -428,10 +426,12 @@ def test_a_run_has_to_outlast_its_warm_up_and_its_first_check() -> None:
     check_warmup(spec, steps)
     with pytest.raises(ConfigError, match=r"training\.warmup_steps=12: the run of 12 optimizer steps"):
         check_warmup(spec, 12)
-    model = SimpleNamespace(peft_config={"default": AromaConfig(inner_check_interval=5, max_inner_steps=10)})
-    check_growth(model, steps)
+    method = make_method("aroma", {"inner_check_interval": 5, "max_inner_steps": 10})
+    method.check_steps(steps)
     with pytest.raises(ConfigError, match="inner_check_interval=5: it is longer than the run of 4"):
-        check_growth(model, 4)
+        method.check_steps(4)
+    with pytest.raises(ConfigError, match=r"training\.max_steps=20: the trial and its questions take up to 32"):
+        make_method("aroma", {"growth": "evidence"}).check_steps(20)
 
 
 # The worker ----------------------------------------------------------------------------------------------------------

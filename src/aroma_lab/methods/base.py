@@ -175,6 +175,9 @@ class Method(ABC):
         """
         return {}
 
+    def check_steps(self, steps: int) -> None:  # noqa: B027 — most methods take any
+        """Raise ConfigError if a run of `steps` optimizer steps is too short for the method."""
+
     def hold_out(self, train: Any, passes: float, batch_size: int) -> tuple[Any, Any | None]:
         """Split the training set into what is trained on, and what the method asks; most methods train on all of it.
 

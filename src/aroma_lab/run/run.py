@@ -16,10 +16,9 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
-from aroma.errors import ConfigError, bad_value
+from aroma.errors import bad_value
 from aroma.files import read_json, write_json, write_text
 from aroma.sharding import refuse_together
-from aroma.tuner import AromaConfig
 
 from ..methods import METHODS, Method, make_method
 from ..methods.base import INITIALIZATION_BATCHES
@@ -147,12 +146,12 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
         check_warmup(training, steps)
+        method.check_steps(steps)
     if training.threads is not None:
         torch.set_num_threads(training.threads)
     found = provenance()
     set_seed(training.seed)
     model = method.build(work.job.load_model(), steps)
-    check_growth(model, steps)
     if method.data_option is not None and checkpoint is None:
         model.to(processes.device)
         method.initialize(model, draw_batches(train, work, training, processes.device))
@@ -210,20 +209,6 @@ def check_warmup(training: TrainSpec, steps: int) -> None:
     if training.warmup_steps >= steps:
         remedy = f"the run of {steps} optimizer steps ends before the warm-up; lower it, or train longer"
         raise bad_value("training.warmup_steps", training.warmup_steps, remedy)
-
-
-def check_growth(model: Any, steps: int) -> None:
-    """Raise ConfigError if a run of `steps` optimizer steps ends before a growing adapter decides anything."""
-    for config in getattr(model, "peft_config", {}).values():
-        if not isinstance(config, AromaConfig) or config.inference_mode:
-            continue
-        try:
-            config.check_length(steps)
-        except ConfigError as error:
-            if not config.has_slots:
-                raise
-            remedy = f"{str(error).partition(': ')[2]}: raise it or training.epochs, or lower training.batch_size"
-            raise bad_value("training.max_steps", steps, remedy) from error
 
 
 def _train_and_evaluate(run: Run, progress: bool) -> dict[str, Any]:

@@ -428,11 +428,17 @@ def check_methods(trials: Iterable[Trial]) -> None:
     """
     from ..methods import make_method
 
-    for trial in {json.dumps([trial.kind, trial.options], sort_keys=True): trial for trial in trials}.values():
+    alike = {
+        json.dumps([trial.kind, trial.options, trial.training.max_steps], sort_keys=True): trial for trial in trials
+    }
+    for trial in alike.values():
         try:
-            make_method(trial.kind, trial.options)
+            method = make_method(trial.kind, trial.options)
+            if trial.training.max_steps is not None:  # else the examples say how long a run is
+                method.check_steps(trial.training.max_steps)
         except AromaError as error:
-            raise ConfigError(f"methods.{trial.method}: {error}") from error
+            place = ", in select" if trial.purpose == "select" else ""
+            raise ConfigError(f"methods.{trial.method}{place}: {error}") from error
 
 
 def check_tasks(trials: Iterable[Trial]) -> None:
