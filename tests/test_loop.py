@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers.integrations.peft
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from peft import PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -147,6 +148,7 @@ def test_accelerate_grows_alike() -> None:
 
 
 def test_accumulated_micro_batches_are_one_step() -> None:
+    GradientState._reset_state()  # a Trainer that ended within its data leaves them open
     model = adapted("llama")
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
