@@ -432,13 +432,14 @@ def check_methods(trials: Iterable[Trial]) -> None:
         json.dumps([trial.kind, trial.options, trial.training.max_steps], sort_keys=True): trial for trial in trials
     }
     for trial in alike.values():
+        label = f"methods.{trial.method}"
         try:
             method = make_method(trial.kind, trial.options)
             if trial.training.max_steps is not None:  # else the examples say how long a run is
+                label += ", in select" if trial.purpose == "select" else ""
                 method.check_steps(trial.training.max_steps)
         except AromaError as error:
-            place = ", in select" if trial.purpose == "select" else ""
-            raise ConfigError(f"methods.{trial.method}{place}: {error}") from error
+            raise ConfigError(f"{label}: {error}") from error
 
 
 def check_tasks(trials: Iterable[Trial]) -> None:
