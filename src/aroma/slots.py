@@ -299,6 +299,7 @@ class SlotMatrices(GrowingMatrices):
             return
         self.require_answers()
         for group in self._groups:
+            self._collect(group)
             _average(group.answers.div_(loss_scale))
         if record:
             self._record([group.answers for group in self._groups])
@@ -318,16 +319,14 @@ class SlotMatrices(GrowingMatrices):
         return self._asks and any(group.v.shape[1] for group in self._groups)
 
     def require_answers(self) -> None:
-        """Bring the gradients of all leaves into the answers; at the first call, refuse a model that gives none.
+        """Refuse a model that gives no answer, until it has given the first one.
 
         Raises:
             ConfigError: No backward has reached a growing layer since it was asked.
         """
-        if not self._is_asking:
+        if self._is_answered or not self._is_asking or not self.active():
             return
         reached = {place for group in self._groups for place in self._collect(group)}
-        if self._is_answered or not self.active():
-            return
         with refuse_together(self.device):
             if not reached:
                 raise bad_value(
