@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from aroma import AromaConfig
 from aroma.errors import AromaError, CheckpointError
 from aroma.files import read_json, write_text
 from aroma.report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
@@ -21,7 +20,7 @@ from aroma.report.run import run_page
 from ..run.files import TrialFiles
 from ..run.recorder import history_of
 from .protocol import holds_out
-from .runs import read_events, read_runs
+from .runs import option_of, read_events, read_runs
 
 _RESTORE = "restore the file, or run the trial again"
 _MACHINE = ("platform", "device", "cpu_count", "threads", "processes")
@@ -61,7 +60,7 @@ def run_facts(folder: str | os.PathLike[str], compare: Sequence[str | os.PathLik
 def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os.PathLike[str]]) -> RunFacts:
     trial, result = row["trial"], row.get("result") or {}
     history, curve, steps = _course(files, row)
-    options, training = trial["options"], trial["training"]
+    training = trial["training"]
     method = str(trial["method"])
     metric = result.get("metric")
     is_finished = row["state"] == "finished"
@@ -85,7 +84,7 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
         matrices=_matrices(result, ranks),
         ranks=ranks,
         events=events,
-        significance=_significance(options),
+        significance=option_of(trial, "significance") if option_of(trial, "growth") == "evidence" else None,
         explanation=result.get("explanation"),
         notes=[*_state_notes(row, steps), *result.get("notes", ())],
         settings=_settings(files, trial),
@@ -95,13 +94,6 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
     )
     others = [one for other in compare for one in _named(other)]
     return replace(facts, results=[*facts.results, *others])
-
-
-def _significance(options: Mapping[str, Any]) -> float | None:
-    """Return α; a grid's trial has only the options that the grid gives."""
-    if options.get("growth", AromaConfig.growth) != "evidence":
-        return None
-    return float(options.get("significance", AromaConfig.significance))
 
 
 def _course(files: TrialFiles, row: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any], int]:

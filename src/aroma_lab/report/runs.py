@@ -250,6 +250,13 @@ def rows_of(frame: pd.DataFrame) -> list[Run]:
     return list(frame.itertuples(index=False))
 
 
+def option_of(trial: Mapping[str, Any], name: str) -> Any:
+    """Return an option of AROMA of a trial, its default if it was not given."""
+    from aroma.tuner.config import AromaConfig  # here alone, since it loads PyTorch
+
+    return trial["options"].get(name, getattr(AromaConfig, name))
+
+
 def check(where: object, value: Any, schema: Any, remedy: str = _OF_RUN) -> None:
     """Raise unless `value`, read at `where`, is what `schema` says.
 

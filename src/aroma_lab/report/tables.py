@@ -24,7 +24,7 @@ from .protocol import (
     seeds_sentence,
     stopped_early,
 )
-from .runs import Run, Runs, check, has_fixed_rank, rows_of
+from .runs import Run, Runs, check, has_fixed_rank, option_of, rows_of
 from .statistics import averages, chosen_by_trying, paired_differences, regrets, spread
 
 DEFAULT_BASELINE = "lora-r8"
@@ -262,7 +262,7 @@ def reset_table(runs: Runs) -> Table:
         said = f"no run of kind aroma has finished in {runs.source} that grows by the paper's rule; run some first"
         raise bad_value("--kind", "reset", said)
     table = Table(methods, len(runs.seeds))
-    resets = ["/".join({_option(trial, "reset"): None for trial in runs.of(method).trial}) for method in methods]
+    resets = ["/".join({option_of(trial, "reset"): None for trial in runs.of(method).trial}) for method in methods]
     table.add("reset", resets, reset=resets)
     unlearnt = not_learnt(runs.reported)
     table.notes = list(unlearnt.values())
@@ -376,9 +376,9 @@ def inner_loops(run: Run) -> pd.DataFrame:
 
 def predicted_step(trial: Mapping[str, Any]) -> float | None:
     """Return the inner step near which a linearly growing norm meets criterion (5); None where it is not used."""
-    if _option(trial, "growth") == "evidence":
+    if option_of(trial, "growth") == "evidence":
         return None
-    tolerance, interval = _option(trial, "inner_tolerance"), _option(trial, "inner_check_interval")
+    tolerance, interval = option_of(trial, "inner_tolerance"), option_of(trial, "inner_check_interval")
     # The norm grows from c(t − ΔT) to ct, by the share ΔT / (t − ΔT), which is less than ε once t > ΔT (1 + 1/ε).
     return round(interval * (1 + 1 / tolerance), 6) if tolerance else None
 
@@ -470,19 +470,12 @@ def _examples(runs: Runs) -> list[str]:
     return lines
 
 
-def _option(trial: Mapping[str, Any], name: str) -> Any:
-    """Return an option of AROMA, its default if it was not given."""
-    from aroma.tuner.config import AromaConfig  # here alone, since it loads PyTorch
-
-    return trial["options"].get(name, getattr(AromaConfig, name))
-
-
 def _by_papers_rule(runs: Runs) -> list[str]:
     """Return the methods of kind aroma that grow as the paper has it: they alone reset, as its tables have it."""
     return [
         method
         for method in runs.finished_methods("aroma")
-        if all(_option(trial, "growth") == "paper" for trial in runs.of(method).trial)
+        if all(option_of(trial, "growth") == "paper" for trial in runs.of(method).trial)
     ]
 
 
