@@ -305,23 +305,36 @@ class AromaConfig(LoraConfig):
         """Rank of the pair that every matrix trains: r, or all slots."""
         return self.slots if self.has_slots else self.r
 
-    def check_length(self, total_steps: int | None) -> None:
+    def check_length(self, total_steps: int | None, field: str = "total_steps", remedy: str = "train longer") -> None:
         """Raise if a run of `total_steps` planned optimizer steps is too short to decide anything.
+
+        Args:
+            total_steps: The planned steps.
+            field: What gave them, which an error names where the trial takes too many.
+            remedy: What to do about it then.
 
         Raises:
             ConfigError: Naming the field.
         """
         if self.has_slots:
-            self.resolve_trial_steps(total_steps)
+            self.resolve_trial_steps(total_steps, field=field, remedy=remedy)
         else:
             self.resolve_inner_steps(total_steps)
 
-    def resolve_trial_steps(self, total_steps: int | None, share_new: float = 1.0) -> int:
+    def resolve_trial_steps(
+        self,
+        total_steps: int | None,
+        share_new: float = 1.0,
+        field: str = "total_steps",
+        remedy: str = "train longer",
+    ) -> int:
         """Return how many optimizer steps the trial takes of a run of `total_steps` planned ones.
 
         Args:
             total_steps: The planned steps.
             share_new: Share of the steps that train on what was not trained on before; only those answer questions.
+            field: As in `check_length`.
+            remedy: Likewise.
 
         Raises:
             ConfigError: The length is unknown, or too short for a trial and its questions.
@@ -335,11 +348,8 @@ class AromaConfig(LoraConfig):
         steps = max(round(self.trial_share * total_steps), 2 * FIRST_STEP)
         least = steps + math.ceil(most_asked(steps) / share_new)
         if total_steps <= least:
-            raise bad_value(
-                "total_steps",
-                total_steps,
-                f"the trial and its questions take up to {least} optimizer steps; train longer",
-            )
+            said = f"the trial and its questions take up to {least} optimizer steps; {remedy}"
+            raise bad_value(field, total_steps, said)
         return steps
 
     def resolve_inner_steps(self, total_steps: int | None) -> int:

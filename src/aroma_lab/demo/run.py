@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
-from aroma.errors import CheckpointError, ConfigError, bad_value
+from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_tensors, write_json, write_text
 from aroma.outputs import new_folder
 from aroma.pictures import birth_picture, rank_picture
@@ -91,7 +91,8 @@ def run_demo(
     """
     began = time.monotonic()
     check_training(training)
-    _require_enough_steps(training)
+    # Before the head alone is trained, which takes as long as the rest.
+    AromaConfig(**ADAPTER).check_length(training.max_steps, "--steps")
     folder = new_folder("--out", out, "give another folder with --out")
     train, held_out = split_articles(load_articles())
     parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}  # held-out articles are only reported on
@@ -132,14 +133,6 @@ def run_demo(
     write_text(folder / REPORT, run_page(facts))
     write_json(folder / "result.json", record)  # last
     return record
-
-
-def _require_enough_steps(training: TrainSpec) -> None:
-    """Refuse too few steps before the head alone is trained, which takes as long as the rest."""
-    try:
-        AromaConfig(**ADAPTER).resolve_trial_steps(training.max_steps)
-    except ConfigError as error:
-        raise bad_value("--steps", training.max_steps, str(error).partition(": ")[2]) from error
 
 
 def as_examples(articles: list[Article]) -> Dataset:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from aroma.algorithm.duels import flips_to_birth
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
-from aroma.errors import CheckpointError, ConfigError, bad_value
+from aroma.errors import CheckpointError, bad_value
 from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.held_out import hold_out
@@ -129,14 +129,8 @@ class Aroma(PeftAdapter):
 
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError if a run of `steps` optimizer steps ends before growth decides anything."""
-        config = self._unplaced()
-        try:
-            config.check_length(steps)
-        except ConfigError as error:
-            if not config.has_slots:
-                raise
-            remedy = f"{str(error).partition(': ')[2]}: raise it or training.epochs, or lower training.batch_size"
-            raise bad_value("training.max_steps", steps, remedy) from error
+        remedy = "train longer: raise it or training.epochs, or lower training.batch_size"
+        self._unplaced().check_length(steps, "training.max_steps", remedy)
 
     def hold_out(self, train: Any, passes: float, batch_size: int) -> tuple[Any, Any | None]:
         """Hold out the examples that decide growth by evidence; see `Method.hold_out`.
