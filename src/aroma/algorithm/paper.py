@@ -67,7 +67,6 @@ class PaperRule(Generic[M]):
 
     questions = 0
     held_out_batches: int | None = None
-
     is_in_trial = False
 
     def __init__(self, settings: PaperSettings, matrices: Matrices[M]) -> None:

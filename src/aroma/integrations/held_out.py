@@ -77,15 +77,16 @@ class HeldOutDataset:
 
     def require_loss(self, model: nn.Module, device: torch.device) -> None:
         """Find out now, not at the end of the trial, whether a batch has a loss; see `_require_loss_of`."""
-        _require_loss_of("growth_dataset", self._loss, model, self._first(), device)
+        with refuse_together(device):
+            first = self._first()
+        _require_loss_of("growth_dataset", self._loss, model, first, device)
 
     def _first(self) -> Any:
         """Return the first batch; raise `ConfigError` where the collator fails on it."""
         try:
             return self._micro_batch(0, 0)
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            said = f"no batch can be made of them ({type(error).__name__}: {str(error)[:200]})"
-            remedy = f"{said}; prepare them as the training set is"
+        except _FAILURES as error:
+            remedy = f"no batch can be made of them {_told(error)}; prepare them as the training set is"
             raise bad_value("growth_dataset", f"{len(self._dataset)} examples", remedy) from error
 
     def _micro_batch(self, number: int, micro_batch: int) -> Any:
@@ -199,6 +200,14 @@ def _length_of(batches: Iterable[Any]) -> int | None:
         return None
 
 
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)
+"""What a model, a loss or a collator raises of examples that it was not made for."""
+
+
+def _told(error: Exception) -> str:
+    return f"({type(error).__name__}: {str(error)[:200]})"
+
+
 def _require_loss_of(field: str, loss: Loss, model: nn.Module, batch: Any, device: torch.device) -> None:
     """Raise where a held-out batch has no loss that gradients can be asked of; all ranks call this together.
 
@@ -218,8 +227,8 @@ def _require_loss_of(field: str, loss: Loss, model: nn.Module, batch: Any, devic
             require_loss(loss_of(loss, model, batch))
     except AromaError as raised:
         error = raised
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as raised:
-        said = f"({type(raised).__name__}: {str(raised)[:200]})"
+    except _FAILURES as raised:
+        said = _told(raised)
         if loss is model_loss:
             remedy = f"{type(model).__name__} fails on a batch of them {said}; prepare them as the "
             remedy += "training set is, or give growth_loss="
