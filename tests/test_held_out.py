@@ -211,7 +211,7 @@ def test_few_held_out_examples_make_smaller_batches(count: int, batches: int, si
                 {**row, "input_ids": row["input_ids"][: 3 + place % 2]}
                 for place, row in enumerate(examples(40, seed=11))
             ],
-            r"^growth_dataset='40 examples': no batch can be made of them \(.*\); prepare them as the training set is$",
+            r"^growth_dataset='40 examples': no batch can be made of them \(.*\); prepare them as the training set",
         ),
         ([], r"^growth_dataset='empty': hold out some"),
         (examples(6, seed=11), r"^growth_dataset='6 examples, 6 batches of 1': it takes 7 batches"),
