@@ -150,6 +150,24 @@ def test_a_state_of_before_the_configuration_was_in_it(adapter: Path) -> None:
         verify_adapter(adapter)
 
 
+def test_the_zeros_of_an_adapter_without_updates_are_no_rank(tmp_path: Path) -> None:
+    model = saved(tmp_path / "adapter", "bert", [0])
+    state = verify_adapter(tmp_path / "adapter")
+    assert {entry["rank"] for entry in state["modules"].values()} == {0}
+    text = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"0 of {len(state['modules'])} matrices have an update." in text
+    assert {row.rank for row in rank_table(tmp_path / "adapter")} == {0}
+    (name,) = json.loads((tmp_path / "adapter" / CONFIG).read_text())["target_modules"]
+    edit_state(tmp_path / "adapter", lambda state: state["modules"][name].update(rank=1))  # as early versions did
+    assert {row.rank for row in rank_table(tmp_path / "adapter")} == {0}
+    torch.testing.assert_close(
+        logits(load_with_adapter(tmp_path / "adapter"), batch("bert")), logits(model, batch("bert"))
+    )
+    edit_state(tmp_path / "adapter", lambda state: state["modules"][name].update(rank=2))
+    with pytest.raises(CheckpointError, match="has shape and rank"):
+        rank_table(tmp_path / "adapter")
+
+
 def test_another_kind_of_adapter_is_no_checkpoint(adapter: Path) -> None:
     edit_state(adapter, lambda state: state.pop("adapter_config"))
     edit_config(adapter, use_dora=True)

@@ -67,14 +67,14 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
             raise bad_value("rank", rank, f"{name} has rank {found}; give at least that, and set max_components")
     form = own if rank is None else packed(updates, forms, experts, parts, rank)
     plain = PlainAdapter(
-        {name: found for name, found in form.modules.items() if name not in parts},
+        {},
         {},
         {},
         trained=True,
         digest="",
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values() if not isinstance(layer, ExpertMatrix)),
+        modules=form.modules,
         padded=form.parameters,
-        joined={name: found for name, found in form.modules.items() if name in parts},
     )
     config: dict[str, Any] = plain.lora_config(live.config).to_dict()
     config |= {"peft_type": "LORA", "inference_mode": True}

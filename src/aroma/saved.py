@@ -583,11 +583,15 @@ def _scale(config: Mapping[str, Any], alpha: float, rank: int) -> float:
 
 
 def _require_modules(path: Path, updates: Mapping[str, Update], modules: Mapping[str, Any]) -> None:
-    """Raise if shapes and ranks of the tensors are not those of aroma_state.json."""
+    """Raise if shapes and ranks of the tensors are not those of aroma_state.json.
+
+    It gives rank 0 to the component of zeros that an adapter without updates has. Early versions gave it rank 1.
+    """
+    empty = {name for name, update in updates.items() if update.rank == 1 and not update.A.any() and not update.B.any()}
     expected = {
-        name: (tuple(entry["shape"]), entry["rank"], *form_of_entry(entry).described().items())
+        name: (tuple(entry["shape"]), entry["rank"] or 1, *form_of_entry(entry).described().items())
         for name, entry in modules.items()
-        if entry["rank"]
+        if entry["rank"] or name in empty
     }
     found = {name: (update.shape, update.rank, *update.form.described().items()) for name, update in updates.items()}
     for name in sorted({*expected, *found}):

@@ -38,16 +38,16 @@ class PlainAdapter:
     """What the files beside an adapter's collected tensors need to know of them.
 
     Args:
-        ranks: Rank of every matrix that has tensors, by its name; of experts without padding.
+        ranks: Rank of every matrix that has an update, by its name; of experts without padding.
         shapes: (m, n) of every growing matrix, also with rank 0.
         forms: Form of every growing matrix.
         trained: Whether any component in training has moved from its start.
         digest: `components_digest` of the tensors.
         fan_in_fan_out: Whether a base layer stores its weight as (n, m).
+        modules: Rank of every module that has tensors, by its name.
         experts: Parameters that grow, by module of experts, in the order in which PEFT wraps them.
         padded: Rank of every parameter of experts that has tensors, by its name.
         parts: Number of the parts that grow, by module.
-        joined: Rank of every module with parts that has tensors, by its name.
     """
 
     ranks: dict[str, int]
@@ -56,24 +56,21 @@ class PlainAdapter:
     trained: bool
     digest: str
     fan_in_fan_out: bool
+    modules: dict[str, int]
     experts: dict[str, list[str]] = field(default_factory=dict)
     padded: dict[str, int] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)
-    joined: dict[str, int] = field(default_factory=dict)
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
-        packed = {f"{module}.{name}" for module, names in self.experts.items() for name in names} | {*self.parts}
-        modules = {name: rank for name, rank in self.ranks.items() if name.rpartition(".")[0] not in packed}
-        modules |= self.joined
-        ranks = modules | self.padded
+        ranks = self.modules | self.padded
         r = min(ranks.values())
         patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
         return LoraConfig(
             r=r,
             lora_alpha=r,
             lora_dropout=config.lora_dropout,
-            target_modules=sorted(modules),
+            target_modules=sorted(self.modules),
             target_parameters=sorted(self.padded) or None,
             rank_pattern=dict(patterns),
             alpha_pattern=dict(patterns),
@@ -104,7 +101,6 @@ def plain_tensors(
     """
     experts, parts = experts_of(layers), parts_of(layers)
     updates = {key: _whole_update(key, layer, adapter_name, state_dict) for key, layer in layers.items()}
-    ranks = {matrix_name(key): len(A) for key, (_, A) in updates.items() if len(A)}
     form = packed(updates, {key: layer.kind.form for key, layer in layers.items()}, experts, parts)
     tensors: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
@@ -113,16 +109,16 @@ def plain_tensors(
         saved |= own.tensors(stem, B, A)
     of_experts = {key for parameters in experts.values() for keys in parameters.values() for key in keys}
     return tensors, PlainAdapter(
-        ranks | {_module_name(key): rank for key, rank in form.modules.items() if key not in parts},
+        {matrix_name(key): len(A) for key, (_, A) in updates.items() if len(A)},
         {matrix_name(key): (layer.out_features, layer.in_features) for key, layer in layers.items()},
         {matrix_name(key): layer.kind.form for key, layer in layers.items()},
         any(bool(state_dict[f"{key}.lora_B.{adapter_name}.weight"].any()) for key in layers),
         components_digest(saved),
         any(layer.fan_in_fan_out for key, layer in layers.items() if key not in of_experts),
+        {_module_name(key): rank for key, rank in form.modules.items()},
         {_module_name(module): [*parameters] for module, parameters in experts.items()},
         {_module_name(name): rank for name, rank in form.parameters.items()},
         {_module_name(module): len(keys) for module, keys in parts.items()},
-        {_module_name(key): rank for key, rank in form.modules.items() if key in parts},
     )
 
 
