@@ -617,6 +617,8 @@ def test_an_epoch_that_was_cut_short_counts_as_what_it_is(grid):
     values = {"epoch_seconds": [9.0, 3.0], "steps": 4, "examples": {"train": 101, "test": 5}}
     edit(folder / "result.json", lambda content: content.update(values))
     assert read_runs(grid).of("lora-r8", "mrpc").epoch_seconds.iloc[0] == 9.0  # 11 batches are 3 steps
+    edit(folder / "result.json", lambda content: content.update(growth_examples=21))
+    assert read_runs(grid).of("lora-r8", "mrpc").epoch_seconds.iloc[0] == 6.0  # 8 batches are 2
 
 
 def test_ratios_of_times_stand_beside_the_papers():
@@ -784,6 +786,9 @@ def test_growth_by_evidence_is_in_no_table_of_the_papers_rule(tmp_path):
         write_run(tmp_path, "mrpc", "lora", seed, kind="lora")
     runs = read_runs(tmp_path)
     assert list(make_table(runs, "reset").values.method) == ["published"]
+    caption = make_table(runs, "ranks").caption
+    assert "grown: 10% of the training examples decide growth, and train nothing." in caption
+    assert "published:" not in caption
     times = make_table(runs, "time", baseline="lora").values.set_index("method")
     paper = times.filter(regex="^paper_over_lora").iloc[:, 0]
     assert math.isnan(paper["grown"])

@@ -337,7 +337,11 @@ def test_examples_that_decide_growth_are_not_counted_as_trained_on(material: Pat
     trial = replace(trial_of(material, "aroma", max_steps=None, epochs=6, save_steps=None), options=options)
     result = run_trial(trial, tmp_path / "run")
     assert (result["steps"], result["planned_steps"], result["stopped_early"]) == (54, 54, False)
-    assert read(tmp_path / "run" / "curve.json")["planned_steps"] == 54
+    assert (result["examples"]["train"], result["growth_examples"]) == (96, 24)
+    curve = read(tmp_path / "run" / "curve.json")
+    assert curve["planned_steps"] == 54
+    assert curve["parameters"][0] == [0, 0], "growth by evidence looks at gradients first"
+    assert result["parameters"]["initial"] == curve["parameters"][1][1] > 0
 
 
 def test_inner_checks_are_the_first_converged_ones() -> None:

@@ -40,7 +40,7 @@ from ..tasks.metrics import metrics_of
 from ..tasks.model import ENCODER_SOURCE, count_trainable, packaged_encoder
 from ..tasks.spec import HELD_OUT, Layout
 from ..tasks.task import Task
-from ..training.trainer import Fit, hold_out, make_trainer
+from ..training.trainer import Fit, make_trainer
 from .page import demo_facts
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def train_adapters(
     """
     set_seed(training.seed)
     model = method.build(job.load_model(), training.max_steps or 0)
-    train, growth_examples = hold_out(method, training, job.train)
+    train, growth_examples = method.hold_out(job.train)
     recorder = Recorder(method, Usage())
     with tempfile.TemporaryDirectory() as scratch:
         log = EventLog(TrialFiles(folder).events, upto=0)

@@ -13,7 +13,6 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback
 
-from aroma.algorithm.duels import flips_to_birth
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError, bad_value
@@ -25,7 +24,7 @@ from aroma.tasks import Tasks
 from aroma.tuner import AromaConfig, aroma_layers
 from aroma.tuner.state import pack, unpack
 
-from ..specs import adapter_keys
+from ..specs import GROWTH_SHARE, adapter_keys
 from .base import Hooks, with_dropout
 from .lora import PeftAdapter
 from .merged import ADAPTER
@@ -51,7 +50,7 @@ class Aroma(PeftAdapter):
 
     r: int = 1
     dropout: float = 0.0
-    growth_share: float = 0.1
+    growth_share: float = GROWTH_SHARE
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     target_modules: list[str] | str | None = None
     tasks: str | None = None
@@ -132,16 +131,11 @@ class Aroma(PeftAdapter):
         remedy = "train longer: raise it or training.epochs, or lower training.batch_size"
         self._unplaced().check_length(steps, "training.max_steps", remedy)
 
-    def hold_out(self, train: Any, passes: float, batch_size: int) -> tuple[Any, Any | None]:
-        """Hold out the examples that decide growth by evidence; see `Method.hold_out`.
-
-        In a run of one pass, too few to decide are trained on instead: there every training batch is unseen, too.
-        """
-        config = self._unplaced()
-        if config.growth != "evidence" or self.growth_share == 0:
+    def hold_out(self, train: Any) -> tuple[Any, Any | None]:
+        """Hold out the examples that decide growth by evidence; see `Method.hold_out`."""
+        if self._unplaced().growth != "evidence" or self.growth_share == 0:
             return train, None
-        too_few = len(train) * self.growth_share < flips_to_birth(config.significance) * batch_size
-        return (train, None) if passes <= 1 and too_few else hold_out(train, self.growth_share)
+        return hold_out(train, self.growth_share)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""

@@ -178,14 +178,8 @@ class Method(ABC):
     def check_steps(self, steps: int) -> None:  # noqa: B027 — most methods take any
         """Raise ConfigError if a run of `steps` optimizer steps is too short for the method."""
 
-    def hold_out(self, train: Any, passes: float, batch_size: int) -> tuple[Any, Any | None]:
-        """Split the training set into what is trained on, and what the method asks; most methods train on all of it.
-
-        Args:
-            train: The training set.
-            passes: Planned passes over it.
-            batch_size: Examples of a batch of all processes.
-        """
+    def hold_out(self, train: Any) -> tuple[Any, Any | None]:
+        """Split the training set into what is trained on, and what the method asks; most methods train on all of it."""
         return train, None
 
     def active_parameters(self, model: Any) -> int:

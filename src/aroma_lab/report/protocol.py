@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from ..specs import GROWTH_SHARE
 from ..study.selection import edges, first_of
 from .formats import amount, counted, listing, show, span
-from .runs import Runs, rows_of
+from .runs import Runs, option_of, rows_of
 from .statistics import CONFIDENCE, FEW_SEEDS, RESAMPLES
 
 _MOST_NAMES = 4
@@ -38,6 +39,7 @@ def protocol(runs: Runs) -> str:
         *(_task_sentence(task, of_task) for task in runs.tasks if len(of_task := runs.of(task=task))),
         f"{span(frame.planned_steps.tolist())} steps of {batch} examples{precision}.",
         f"Weights: {listing([_CHECKPOINTS.get(rule, rule) for rule in rules])}.",
+        *_growth_sentences(frame),
         _selection_sentence(runs),
     ]
     return " ".join(sentences)
@@ -124,6 +126,18 @@ def _task_sentence(task: str, frame: pd.DataFrame) -> str:
     reported = listing([f"{count} of {split}" for split, count in number.items()])
     held = f", {held_out} held out of training" if held_out else ""
     return f"{task}: {'/'.join(frame.metric.unique())} on all {reported}; trained on {trained} examples{held}."
+
+
+def _growth_sentences(frame: pd.DataFrame) -> list[str]:
+    """Return which methods train on fewer examples, since a share of them decides growth."""
+    trials = zip(frame.method, frame.trial, strict=True)
+    by_evidence = {method: trial["options"] for method, trial in trials if option_of(trial, "growth") == "evidence"}
+    shares = {method: options.get("growth_share", GROWTH_SHARE) for method, options in by_evidence.items()}
+    return [
+        f"{method}: {share:.0%} of the training examples decide growth, and train nothing."
+        for method, share in shares.items()
+        if share
+    ]
 
 
 def _pooler_sentences(frame: pd.DataFrame) -> list[str]:

@@ -57,6 +57,7 @@ _SCHEMAS: Mapping[str, Any] = {
         **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
         "pooler?": {"trains": "anything", "reason": "a text"},
         "epoch_seconds": ["a number"],
+        "growth_examples?": "a whole number",
         **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
     },
     "failure": dict.fromkeys(("error", "message"), "anything"),
@@ -399,7 +400,8 @@ def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> fl
     times, steps = result["epoch_seconds"], result["steps"]
     if not times or not steps:
         return None
-    batches = math.ceil(result["examples"]["train"] / training.get("batch_size", 1))
+    trained = result["examples"]["train"] - result.get("growth_examples", 0)
+    batches = math.ceil(trained / training.get("batch_size", 1))
     return float(sum(times) / steps * math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
 
 

@@ -26,7 +26,7 @@ from ..specs import TrainSpec
 from ..tasks.classification import ClassifierJob
 from ..training.interrupt import saved_when_interrupted
 from ..training.job import Job, TrainerKind
-from ..training.trainer import Fit, hold_out, logits_alone, make_trainer, training_arguments
+from ..training.trainer import Fit, logits_alone, make_trainer, training_arguments
 from .folder import TrialFolder, step_of
 from .machine import provenance
 from .processes import join, of_first, require_as_many
@@ -102,7 +102,7 @@ class Run:
         method: Its method.
         work: Its examples and what they are scored by.
         train: The examples that it trains on.
-        growth_examples: Those that decide growth instead; see `training.trainer.hold_out`.
+        growth_examples: Those that decide growth instead; see `Method.hold_out`.
         model: What is trained.
         steps: Planned optimizer steps.
         checkpoint: Where it goes on from; None: it begins.
@@ -142,7 +142,7 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
     if not isinstance(work.job, ClassifierJob):
         remedy = "only classification and regression have the texts that it is computed from; leave it out"
         method.require_no_data_option(remedy)
-    train, growth_examples = hold_out(method, training, work.job.train)
+    train, growth_examples = method.hold_out(work.job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
         check_warmup(training, steps)

@@ -23,7 +23,6 @@ from aroma.files import read_tensors, told_of, write_tensors
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.progress import RichProgress
 from aroma.integrations.resuming import CheckpointRecords
-from aroma.sharding import world_size
 
 from ..methods import Method
 from ..methods.base import TRAINED_FILE, Hooks, HooksCallback, trained_tensors
@@ -96,7 +95,7 @@ def make_trainer(
         folder: Where checkpoints go.
         train: Tokenized training examples.
         validation: Tokenized examples, or several sets of them by name; None if nothing is evaluated on the way.
-        growth_examples: Tokenized examples that decide growth and are not trained on; see `hold_out`.
+        growth_examples: Tokenized examples that decide growth and are not trained on; see `Method.hold_out`.
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
         progress: Whether a progress bar is shown.
@@ -128,16 +127,6 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
     return Fit(trainer, growth, bar)
-
-
-def hold_out(method: Method, training: TrainSpec, examples: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Split training examples into what is trained on, and what decides growth."""
-    together = training.batch_size * world_size()
-    if training.max_steps is None:
-        passes = training.epochs
-    else:
-        passes = training.max_steps * together * training.gradient_accumulation_steps / len(examples)
-    return method.hold_out(examples, passes, together)
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
