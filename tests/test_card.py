@@ -228,6 +228,7 @@ def test_the_card_of_a_trainers_run(tmp_path: Path) -> None:
         ):
             assert row in text
         assert "inner_tolerance=0.5" in text
+        assert "| epochs |" not in text, "steps were given"
         assert "eprint = {2504.05343}" in text
         results = card.data.eval_results
         assert {result.metric_type: result.metric_value for result in results} == {

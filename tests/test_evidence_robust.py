@@ -606,7 +606,8 @@ def test_held_out_batches_that_cannot_decide_are_refused_before_training() -> No
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"growth_batches": 5}, r"^growth_batches='int': it cannot be iterated; give a list of batches"),
+        ({"growth_batches": 5}, r"^growth_batches='int': it is no iterable of batches; give a list of batches"),
+        ({"growth_batches": {"input_ids": [1] * 9}}, r"^growth_batches='dict': it is no iterable of batches"),
         ({"growth_batches": iter(held_out(3))}, r"^growth_batches='3 batches': it takes 7 batches"),
         ({"growth_loss": lambda m, b: loss_of(m, b).detach()}, r"^growth_loss='shape \(\), requires_grad=False': "),
         ({"growth_loss": lambda m, b: m(b[0])}, r"^growth_loss='shape \(8, 16\), requires_grad=True': "),

@@ -43,7 +43,7 @@ def updates(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", slow_but(["bert", "gpt2"], ["bert", "gpt2", "llama"]))
 def test_saved_at_any_moment_it_is_plain_lora(tmp_path: Path, name: str) -> None:
     training, inputs = loop(name), batch(name)
-    ranks = []
+    ranks, told = [], []
     for moment, step in MOMENTS.items():
         model = training.go_on(step).model
         if moment == "growth":
@@ -55,6 +55,10 @@ def test_saved_at_any_moment_it_is_plain_lora(tmp_path: Path, name: str) -> None
         folder = tmp_path / moment
         save_adapter(model, folder)
         verify_adapter(folder)
+        in_trial = training.growth.controller.rule.is_in_trial
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert ("It was saved in the trial of growth by evidence" in card) == in_trial
+        told.append(in_trial)
         plain = PeftModel.from_pretrained(base(name), folder).eval()
         torch.testing.assert_close(logits(plain, inputs), said, rtol=1e-5, atol=1e-5, msg=moment)
         summaries = {summary.name: summary for summary in training.growth.controller.summary()}
@@ -70,6 +74,7 @@ def test_saved_at_any_moment_it_is_plain_lora(tmp_path: Path, name: str) -> None
         merged = PeftModel.from_pretrained(base(name), folder).merge_and_unload()
         torch.testing.assert_close(logits(merged, inputs), said, rtol=1e-4, atol=1e-4, msg=moment)
     assert set(ranks[0]) == {0}
+    assert {*told} == {True, False}
     assert all(matrix.rank for matrix in training.growth.controller.modules), "some were merged"
     merged = training.model.merge_and_unload()
     torch.testing.assert_close(logits(merged, inputs), said, rtol=1e-4, atol=1e-4)

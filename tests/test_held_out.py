@@ -217,6 +217,7 @@ def test_few_held_out_examples_make_smaller_batches(count: int, batches: int, si
         (examples(6, seed=11), r"^growth_dataset='6 examples, 6 batches of 1': it takes 7 batches"),
         (iter(examples(6)), r"^growth_dataset='list_iterator': it has no length, or no items by index"),
         (0.1, r"^growth_dataset=0\.1: it takes examples, and no share; train, growth = aroma\.hold_out\(dataset, 0"),
+        ("rows.jsonl", r"^growth_dataset='rows\.jsonl': it takes the examples themselves; load them"),
         ({"train": examples(6)}, r"^growth_dataset='dict': it has splits \(train\)"),
         (DataLoader(examples(6)), r"^growth_dataset='DataLoader': .* give a datasets\.Dataset, a list"),
     ],

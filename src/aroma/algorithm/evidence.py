@@ -93,6 +93,11 @@ HELD_OUT_SHARE = 0.12
 """Held-out batches of a run, at most, as a share of its optimizer steps; the questions are asked anyhow."""
 
 
+def is_in_trial(phase: str) -> bool:
+    """Return whether it is not decided yet in a phase of `EvidenceRule` which components of the trial stay."""
+    return phase not in ("growth", "rest")
+
+
 @dataclass(frozen=True)
 class EvidenceSettings:
     """The fields of `AromaConfig` that growth by evidence reads.
@@ -293,7 +298,7 @@ class EvidenceRule(Generic[E]):
     @property
     def is_in_trial(self) -> bool:
         """Whether it is not decided yet which components of the trial stay."""
-        return self.phase not in ("growth", "rest")
+        return is_in_trial(self.phase)
 
     @property
     def lr_factor(self) -> float:

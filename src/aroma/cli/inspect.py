@@ -252,7 +252,9 @@ def _evidence_cells(matrix: Mapping[str, Any]) -> list[str]:
 
 def growth_line(run: Mapping[str, Any]) -> str:
     """Return where a run of growth by evidence stood when it was saved."""
-    if run["phase"] not in ("growth", "rest"):
+    from ..algorithm.evidence import is_in_trial
+
+    if is_in_trial(run["phase"]):
         return f"Growth by evidence: its trial was not over at optimizer step {run['global_step']}."
     last = "" if run["last_birth"] is None else f", the last at step {run['last_birth']}"
     return f"Growth by evidence, at optimizer step {run['global_step']}: births since the trial {run['births']}{last}."

@@ -127,8 +127,8 @@ class HeldOutBatches:
         self._kept: list[Any] = []
         self._taken = 0
         self._random = torch.Generator().manual_seed(rank).get_state()
-        if not isinstance(batches, Iterable):
-            remedy = "it cannot be iterated; give a list of batches or a DataLoader"
+        if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
+            remedy = "it is no iterable of batches; give a list of batches or a DataLoader"
             raise bad_value("growth_batches", type(batches).__name__, remedy)
         self.count = _length_of(batches)
         least, said = flips_to_birth(significance), f"{self.count} batches"

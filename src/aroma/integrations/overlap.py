@@ -31,6 +31,8 @@ def require_indexed(field: str, examples: Any) -> None:
     if isinstance(examples, int | float):
         remedy = f"it takes examples, and no share; train, growth = aroma.hold_out(dataset, {examples})"
         raise bad_value(field, examples, remedy)
+    if isinstance(examples, str | bytes):
+        raise bad_value(field, examples, "it takes the examples themselves; load them, as datasets.load_dataset does")
     if isinstance(examples, Mapping):
         splits = [*map(str, examples)]
         remedy = f"it has splits ({', '.join(splits)}), and no items by index; give one of them"

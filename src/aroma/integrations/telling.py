@@ -38,7 +38,7 @@ def tell_of_run(
             data[what] = count
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     settings: dict[str, Fact | None] = {
-        "epochs": state.num_train_epochs,
+        "epochs": state.num_train_epochs if args.max_steps <= 0 else None,
         "batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
