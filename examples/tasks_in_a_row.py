@@ -42,7 +42,7 @@ from aroma_lab.run.machine import provenance
 from aroma_lab.run.work import Work, work_of
 from aroma_lab.study.grid import expand, load_grid
 from aroma_lab.tasks.classification import predict_logits
-from aroma_lab.training.trainer import hold_out, make_trainer
+from aroma_lab.training.trainer import make_trainer
 
 GRID = Path(__file__).parent / "lab" / "minilm-six.yaml"
 ORDERS = (
@@ -143,7 +143,7 @@ def learn(learner: OverEarlierTasks | Lora, work: Work, training: Any) -> tuple[
     """Train the next task; return the model and the seconds that it took."""
     torch.manual_seed(training.seed)
     method, model = learner.begin(work.job.load_model())
-    train, growth_examples = hold_out(method, training, work.job.train)
+    train, growth_examples = method.hold_out(work.job.train)
     with tempfile.TemporaryDirectory() as scratch:
         fit = make_trainer(
             method, model, work.job.objective, training, scratch, train, growth_examples=growth_examples

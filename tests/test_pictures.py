@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from aroma.errors import AromaError, CheckpointError, ConfigError
-from aroma.pictures import SUFFIXES, MatrixRank, draw_ranks, positions_of, rank_picture, save_picture
+from aroma.pictures import SUFFIXES, MatrixRank, draw_ranks, new_figure, positions_of, rank_picture, save_picture
 from aroma_lab.report.figures import draw_figure, pareto_front
 from aroma_lab.report.runs import TABLE, collect_runs, read_runs
-from aroma_lab.report.style import looks, matching_module, paper_modules
+from aroma_lab.report.style import looks, matching_module, paper_modules, write_title
 from made_up_runs import MODULES, NO_RANKS, UNTRAINED, edit, write_adapter, write_grid, write_run
 
 FIRST, DEEP = "bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.3.attention.self.value"
@@ -66,6 +66,10 @@ def titles(figure):
     return [axes.get_title(loc="left") for axes in figure.axes]
 
 
+def remarks(figure):
+    return figure.get_supxlabel().replace("\n", " ")
+
+
 def drawn(axes):
     """Lines with points; seaborn adds empty ones for its legend."""
     return [one for one in axes.lines if len(one.get_xdata())]
@@ -88,7 +92,7 @@ def test_curves_have_a_line_for_each_method_and_a_band_where_seeds_differ(grid):
     assert len([band for band in figure.axes[4].collections if band.get_paths()]) == 2  # BitFit has a single seed
     legend = [text.get_text() for text in figure.axes[5].get_legend().get_texts()]
     assert legend == ["lora (2 seeds)", "aroma (3 seeds)", "bitfit (1 seed)"]
-    assert "3 of 6 runs stopped early" in figure.get_supxlabel()
+    assert "3 of 6 runs stopped early" in remarks(figure)
     alone = draw("curves", grid, task="mrpc", methods=("bitfit",)).axes[0].lines[0]
     assert alone.get_color() == drawn(figure.axes[0])[2].get_color(), "whatever is shown with it"
 
@@ -104,6 +108,9 @@ def test_a_step_line_is_the_mean_over_seeds_up_to_the_last_ones_end(grid):
 
 def test_scores_are_of_reported_examples_and_end_with_the_result(grid, tmp_path):
     assert line(draw("curves", grid, task="mrpc", methods=("lora",)).axes[4]) == pytest.approx({50: 60, 100: 80})
+    write_run(tmp_path, "once", "lora", 0)
+    (point,) = drawn(draw("curves", tmp_path, task="once").axes[4])
+    assert point.get_marker() == "o", "one evaluation makes no line"
     # Two reported splits are averaged where both were measured.
     evaluations = [evaluation(10, 0.4, "matched"), evaluation(10, 0.8, "mismatched"), evaluation(20, 0.9, "matched")]
     reported = {"matched": {"accuracy": 0.5}, "mismatched": {"accuracy": 0.7}}
@@ -252,8 +259,8 @@ def test_cosines_have_a_cell_for_each_pair_of_components(pair):
     assert [text.get_text() for text in axes.texts] == ["1.00", "0.00", "0.00", "-1.00", "0.00", "0.00"]
     assert len(axes.patches) == 2, "the diagonal is framed"
     assert titles(figure)[0] == "layer.0.attention.output.dense\nmean |cosine| on the diagonal 1.00"
-    assert figure.get_supxlabel().startswith("rows: with, seed 0 · columns: without, seed 0")
-    assert draw("cosines", other, one).get_supxlabel().startswith("rows: without, seed 0 · columns: with")
+    assert remarks(figure).startswith("rows: with, seed 0 · columns: without, seed 0")
+    assert remarks(draw("cosines", other, one)).startswith("rows: without, seed 0 · columns: with")
     # A module of rank 0 in one of the runs has nothing to compare.
     write_adapter(other, {FIRST: (torch.zeros(4, 1), torch.ones(1, 5)), DEEP: components((1, 0, 1))})
     assert titles(draw("cosines", output))[0].startswith("layer.3.attention.self.value\n")
@@ -307,7 +314,7 @@ def test_pareto_has_a_mark_for_each_method_filled_on_the_front(grid, tmp_path):
         assert [mark.get_xydata()[0].tolist() for mark in marks] == expected
         assert [mark.get_markerfacecolor() != "white" for mark in marks] == [False, True, False]
     assert figure.axes[0].get_xlabel() == "trainable parameters, average over the planned steps"
-    assert "the planned steps that are left count as 0 parameters" in figure.get_supxlabel()
+    assert "the planned steps that are left count as 0 parameters" in remarks(figure)
     for label, average in (("head", 0), ("bitfit", 25_000), ("full", 22_000_000)):
         parameters = {"initial": average, "average": average, "final": average, "head": 5}
         write_run(tmp_path, "mrpc", label, 0, parameters=parameters)
@@ -328,9 +335,19 @@ def test_a_budget_has_a_line_through_the_fixed_ranks_and_a_mark_for_what_finds_i
     assert curve[0].get_xydata().tolist() == [pytest.approx(point) for point in ((1, 55), (2, 65), (4, 75))]
     assert [one.get_ydata()[0] for one in across] == pytest.approx([35])
     assert axes.get_xscale() == "log"
-    assert len(draw("budget", tmp_path, methods=["aroma"]).axes) == 1
+    assert axes.get_xticks().tolist() == [1, 2, 4]
+    (alone,) = draw("budget", tmp_path, methods=["aroma"]).axes
+    assert alone.get_xticks().tolist() == [2.0], "of no fixed rank the ticks are where the marks are"
     write_run(tmp_path, "nothing to compare with", "aroma", 0, kind="aroma", score=0.1, trained_rank=1.0)
     assert len(draw("budget", tmp_path).axes) == 1
+
+
+@pytest.mark.parametrize("width", [6, 12])
+def test_remarks_are_not_cut_off(width):
+    figure = new_figure(width, 4)
+    write_title(figure, "Title", "rows: aroma-evidence, seed 0 · " * 12)
+    figure.draw_without_rendering()
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in figure.texts)
 
 
 # Which runs

@@ -262,7 +262,7 @@ def _summary(subject: Subject, base: str, is_hub_id: bool) -> str:
             + (f", of rank {_span(grown)}; {sum(grown)} in all." if grown else ".")
         )
     if subject.in_trial:
-        lines.append("It was saved in the trial of growth by evidence, which decides at its end which components stay.")
+        lines.append("It was saved in the trial of growth by evidence, at the end of which it is decided what stays.")
     rows: dict[str, str] = {"base model": f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`"}
     if subject.task_type is not None:
         rows["task"] = _PIPELINES.get(subject.task_type, subject.task_type)

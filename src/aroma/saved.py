@@ -587,7 +587,7 @@ def _require_modules(path: Path, updates: Mapping[str, Update], modules: Mapping
 
     It gives rank 0 to the component of zeros that an adapter without updates has. Early versions gave it rank 1.
     """
-    empty = {name for name, update in updates.items() if update.rank == 1 and not update.A.any() and not update.B.any()}
+    empty = {name for name, one in updates.items() if one.rank == 1 and not one.A.any() and not one.B.any()}
     expected = {
         name: (tuple(entry["shape"]), entry["rank"] or 1, *form_of_entry(entry).described().items())
         for name, entry in modules.items()

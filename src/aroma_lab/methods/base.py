@@ -179,7 +179,7 @@ class Method(ABC):
         """Raise ConfigError if a run of `steps` optimizer steps is too short for the method."""
 
     def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Split the training set into what is trained on, and what the method asks; most methods train on all of it."""
+        """Split the training set into what is trained on, and what the method asks: of most methods nothing."""
         return train, None
 
     def active_parameters(self, model: Any) -> int:

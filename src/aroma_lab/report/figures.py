@@ -319,7 +319,8 @@ def budget_figure(shown: Shown) -> Figure:
         drawn |= _draw_budgets(axes, shown, of_task)
         axes.set_xscale("log", base=2)
         ranks = sorted({round(rank) for rank in of_task.trained[of_task.fixed].dropna()})
-        axes.xaxis.set(major_locator=FixedLocator(ranks or [1]), minor_locator=NullLocator())
+        found = [round(rank, 1) for rank in of_task.groupby("method").trained.mean().dropna()]
+        axes.xaxis.set(major_locator=FixedLocator(ranks or found), minor_locator=NullLocator())
         axes.xaxis.set_major_formatter(ScalarFormatter())
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
     write_title(figure, "Score against trained rank", _seeds_text(shown, "whiskers: one standard error"))
@@ -543,6 +544,9 @@ def _draw_lines(axes: Axes, shown: Shown, title: str, of_run: Callable[[Run], An
         drawstyle="default" if is_score else "steps-post",
         ax=axes,
     ).legend().remove()  # its entries stay, for the legend in the corner
+    for line in axes.lines:
+        if len(line.get_path()) == 1:  # of one evaluation no line is seen
+            line.set_marker("o")
     axes.set(xlabel="optimizer step", ylabel="")
     if not is_score:
         axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # divisor, so that the first 35 methods all look different on curves, and 77 as points.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = ("", (5, 2), (5, 1.5, 1, 1.5), (1, 1.2), (8, 1.5, 1, 1.5, 1, 1.5))
+_LETTERS = 15
+"""Letters of a remark in an inch."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
 
@@ -39,9 +42,10 @@ def _family(method: str) -> int:
 
 
 def write_title(figure: Figure, title: str, remarks: str) -> None:
-    """Write a title above a figure, and remarks below it."""
+    """Write a title above a figure, and remarks below it, in as many lines as they need."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    figure.supxlabel(remarks, x=0.01, ha="left", fontsize=9, color=FAINT)
+    lines = textwrap.fill(remarks, round(_LETTERS * figure.get_figwidth()))
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize=9, color=FAINT)
 
 
 def style_axes(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
