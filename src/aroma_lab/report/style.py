@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # divisor, so that the first 35 methods all look different on curves, and 77 as points.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _DASHES: tuple[Any, ...] = ("", (5, 2), (5, 1.5, 1, 1.5), (1, 1.2), (8, 1.5, 1, 1.5, 1, 1.5))
-_LETTERS = 15
+_LETTERS = 13
 """Letters of a remark in an inch."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
