@@ -296,7 +296,7 @@ def budget_figure(shown: Shown) -> Figure:
     whiskers are one standard error of both long. Methods that adapt no matrices have no trained rank, and are a
     line across.
     """
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     frame = shown.frame.assign(
         trained=pd.to_numeric(shown.frame.trained_rank),
@@ -319,9 +319,9 @@ def budget_figure(shown: Shown) -> Figure:
         drawn |= _draw_budgets(axes, shown, of_task)
         axes.set_xscale("log", base=2)
         ranks = sorted({round(rank) for rank in of_task.trained[of_task.fixed].dropna()})
-        found = [round(rank, 1) for rank in of_task.groupby("method").trained.mean().dropna()]
+        found = of_task.groupby("method").trained.mean().dropna().tolist()
         axes.xaxis.set(major_locator=FixedLocator(ranks or found), minor_locator=NullLocator())
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter("{x:.3g}")
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
     write_title(figure, "Score against trained rank", _seeds_text(shown, "whiskers: one standard error"))
     return figure
