@@ -77,6 +77,9 @@ def test_what_one_layer_keeps():
             if finished:
                 layer.finished("default").append(torch.ones(M, finished), torch.ones(finished, N))
             assert kept_of(model) == X_BYTES + 4 * TOKENS, "one number a token, however much is finished"
+            u, v, gate = (torch.ones(*shape, requires_grad=True) for shape in ((M, 2), (2, N), (1,)))
+            layer.probes["default"] = Probe(u, v, gate, torch.zeros(M, 1), torch.zeros(1, N), 1.0)
+            assert kept_of(model) == X_BYTES + 4 * TOKENS * 3, "and one for each direction"
 
 
 def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
