@@ -62,7 +62,9 @@ def test_what_growth_by_evidence_costs_in_whole_steps_and_between_them():
     assert eight < lora
     more = cases["evidence-8"]["kept_bytes"] / cases["lora-r8"]["kept_bytes"] - 1
     assert f"of which it keeps {100 * more:.1f} % more" in said
-    own = json.loads((BENCH / "roberta-base-rule.json").read_text())["controller_by_evidence"]
+    peaks = [f"{cases[key]['peak_bytes'] / 2**20:,.0f}" for key in ("evidence-8", "lora-r8")]
+    assert f"At its peak a process has {peaks[0]} MiB, {peaks[1]} with LoRA r = 8." in said
+    own = json.loads((BENCH / "roberta-base-evidence.json").read_text())["controller_by_evidence"]
     share = f"{100 * own['amortised_fraction']:.2f} %"
     assert f"takes {own['amortised_ms']:.1f} ms a step on average, {share} of it" in said
     assert own["amortised_fraction"] <= 0.005
