@@ -308,7 +308,7 @@ class EvidenceRule(Generic[E]):
     @property
     def status(self) -> list[str]:
         """Where the run stands, for one line of progress; what matters less comes last, where a terminal cuts it."""
-        components = f"components {self._matrices.known_rank} in {len(self._matrices.all())} matrices"
+        components = f"{self._matrices.known_rank} components"
         if self.phase in ("start", "trial"):
             return [f"trial {self.global_step}/{self._trial_steps}", components]
         if self.phase == "questions":

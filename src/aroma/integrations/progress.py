@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .callback import AromaCallback
@@ -34,9 +35,10 @@ class RichProgress(TrainerCallback):
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24 if console.width >= _WIDE else 8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True)),
             TimeRemainingColumn(compact=True),
             console=console,
+            expand=True,  # so that the status alone is cut where the line is too long
         )
 
     def on_train_begin(
