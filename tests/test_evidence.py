@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from torch import Tensor, nn
 
+import evidence_runs
 from aroma import AromaConfig, aroma_layers, attach
 from aroma.algorithm.duels import directions_that_convince, flips_to_birth, log_evidence, log_mean
 from aroma.algorithm.evidence import FIRST_STEP, EvidenceRule, EvidenceSettings
@@ -28,7 +29,9 @@ from aroma.directions import Directions, singular_directions
 from aroma.errors import ConfigError
 from aroma.slots import row_length
 from aroma.tuner.fused import Probe
+from evidence_runs import STEPS, loss_of, net, rows, trainable
 from reference_evidence import Reference, Settings, evidence
+from test_controller import Watch
 
 WIDTH, LAYERS = 16, 4
 
@@ -462,6 +465,26 @@ def test_the_first_components_lie_along_the_top_directions_of_the_gradient() -> 
     assert not b.any()
     along = (nn.functional.normalize(a.detach()) @ V).abs()
     assert min(along[0, 0], along[1, 1]) > 0.99
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_run_makes_no_matrix(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """From the first gradient to the last birth no tensor is a sixteenth of a weight."""
+    width = 1024
+    x, y = rows(8 * STEPS, width=width)
+    model = net(evidence_runs.Net(width, layers=2), slots=1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+    kinds: list[str] = []
+    if fused:  # the layer takes the watch for a tracer
+        monkeypatch.setattr("aroma.tuner.layer.is_traced", lambda x: False)
+    with Watch(monkeypatch) as watch:
+        attach(model, optimizer, total_steps=STEPS, on_event=lambda event: kinds.append(event.kind))
+        for batch in zip(x.split(8), y.split(8), strict=True):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert {"born", "merged"} <= {*kinds}
+    assert 0 < watch.largest <= width * width / 16
 
 
 def test_nothing_is_born_after_the_step_that_is_named() -> None:
