@@ -272,6 +272,32 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
     assert f"a short memory left {left[before]:.2f} % at {size[before]:.2f} (two seeds)." in TEXT
 
 
+def test_the_page_says_of_other_planted_encoders_what_the_runs_say() -> None:
+    runs = of_evidence("encoder-others")
+    assert {*runs.groupby(["task", "of", "learning_rate"]).seed.count()} == {3}
+    means = runs.groupby(["task", "of", "learning_rate"])[["score", "held_out", "trained_rank", "spearman"]].mean()
+    nothing = runs[runs.task == "minilm-nothing"]
+    matrices = 36 * len(nothing)
+    assert f"{36 * nothing.grew.sum():.0f} of {matrices} matrices grow" in TEXT
+    grown, fixed = (means.loc["minilm-uniform", of, 0.003] for of in ("evidence", "r = 2"))
+    size = f"at {grown.trained_rank:.2f} trained components"
+    left = [f"{100 * (1 - one.score):.1f} %" for one in (grown, fixed)]
+    assert f"With rank 2 everywhere evidence leaves {left[0]} {size}, r = 2 {left[1]}, both" in TEXT
+    few = means.loc["minilm-b4"]
+    rates = few.held_out.unstack().idxmax(axis=1)
+    best = {of: few.loc[of, rate] for of, rate in rates.items()}
+    left = {of: f"{100 * (1 - one.score):.1f} %" for of, one in best.items()}
+    by_seed = {
+        of: runs[(runs.task == "minilm-b4") & (runs.of == of) & (runs.learning_rate == rate)].set_index("seed").score
+        for of, rate in rates.items()
+    }
+    behind = 100 * (by_seed["r = 8"] - by_seed["evidence"])
+    fixed = f"r = 4 {left['r = 4']} and r = 8 {left['r = 8']}"
+    assert f"it leaves {left['evidence']} at {best['evidence'].trained_rank:.2f}, {fixed}, from which" in TEXT
+    assert f"from which it is {behind.mean():.2f} ± {behind.sem():.2f} points away; the ranks" in TEXT
+    assert f"the ranks are hardly found ({best['evidence'].spearman:.2f})." in TEXT
+
+
 def test_the_page_says_of_memory_what_the_runs_say() -> None:
     means = make_table(runs_of(RESULTS / "memory"), "ranks").values.set_index("task")
     found, recalled = means.average_rank_mean, 100 * means.score_mean
