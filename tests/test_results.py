@@ -262,6 +262,7 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
         f"it leaves {left['evidence']:.2f} % at {size['evidence']:.2f} trained components, less than a third" in TEXT
     )
     assert left["evidence"] < left["r = 4"] / 3
+    assert "in a run three times as long most are, and it leaves less than a third of the error of r = 4." in TEXT
     assert size["evidence"] < 4
     fixed = {r: f"{left[f'r = {r}']:.2f} %" for r in (2, 4, 8)}
     behind = 100 * (by_seed["r = 8"] - by_seed["evidence"])
