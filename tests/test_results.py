@@ -307,7 +307,9 @@ def test_the_page_says_of_other_planted_encoders_what_the_runs_say() -> None:
 
 
 def test_the_page_says_of_memory_what_the_runs_say() -> None:
-    means = make_table(runs_of(RESULTS / "memory"), "ranks").values.set_index("task")
+    means = make_table(runs_of(RESULTS / "memory"), "ranks").values
+    assert not {*means.method} & {"aroma-paper"}
+    means = means[means.method == "aroma-evidence"].set_index("task")
     found, recalled = means.average_rank_mean, 100 * means.score_mean
     most = int(found.idxmax()[1:])
     assert f"from {found.n100:.0f} for 100 pairs to {found.max():.0f} for {most:,}" in TEXT
@@ -315,8 +317,22 @@ def test_the_page_says_of_memory_what_the_runs_say() -> None:
     *others, last = (f"{recalled[f'n{pairs}']:.0f}" for pairs in (100, 300, 1000, 3000, 10000))
     assert f"{', '.join(others)} and {last} %" in TEXT
     chosen = json.loads((RESULTS / "memory" / "selection.json").read_text(encoding="utf-8"))
-    assert {one["aroma-evidence"]["chosen"]["training.learning_rate"] for one in chosen.values()} == {0.01}
-    assert "The rate is 0.01 for each N" in TEXT
+    for name in ("aroma-evidence", "lora-r8"):
+        rates = {one[name]["chosen"]["training.learning_rate"] for one in chosen.values() if name in one}
+        assert rates == {0.01}, name
+    assert "Its rate is 0.01 for each N, of four from 0.001 to 0.03, as is that of r = 8." in TEXT
+    by_seed = runs_of(RESULTS / "memory").reported.pivot_table("score", ["task", "seed"], "method")
+    tasks = ("n100", "n300", "n1000", "n3000")
+    behind, level = (
+        [in_points(by_seed.loc[task]["aroma-evidence"] - by_seed.loc[task][name]) for task in tasks]
+        for name in ("lora-r16", "lora-r8")
+    )
+    *others, last = (points.removeprefix("−") for points in behind)
+    assert f"below r = 16 for each N, by {', '.join(others)} and {last} points" in TEXT
+    assert f"it has {', '.join(level[:3])} and, for 3,000 pairs, {level[3]}:" in TEXT
+    assert {*by_seed.loc["n3000"].dropna(axis=1)} == {"lora-r8", "lora-r16", "aroma-evidence"}
+    assert {*by_seed.loc["n10000"].dropna(axis=1)} == {"aroma-evidence"}
+    assert means.trained_rank_mean.max() < 8
 
 
 def test_the_page_says_of_a_language_model_what_the_runs_say() -> None:
