@@ -30,7 +30,9 @@ def printed_by(name: str, folder: Path) -> str:
     NotebookClient(book, timeout=500, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    # A kernel may send a line in two parts.
+    shown = (output.get("text") or f"\n{output.get('data', {}).get('text/plain', '')}\n" for output in outputs)
+    return "".join(shown)
 
 
 @pytest.mark.slow
