@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .errors import bad_value
 from .sharding import gathered
 from .tuner.experts import ExpertMatrix, experts_of
-from .tuner.layout import PEFT_PREFIX, PlainAdapter, packed, uniform_config
+from .tuner.layout import PEFT_PREFIX, packed, plain_config, uniform_config
 from .tuner.live import LiveAdapter, live_adapter
 from .tuner.model import layers_by_place
 from .tuner.parts import parts_of
@@ -66,17 +66,8 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
         if rank is not None and found > rank:
             raise bad_value("rank", rank, f"{name} has rank {found}; give at least that, and set max_components")
     form = own if rank is None else packed(updates, forms, experts, parts, rank)
-    plain = PlainAdapter(
-        {},
-        {},
-        {},
-        trained=True,
-        digest="",
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values() if not isinstance(layer, ExpertMatrix)),
-        modules=form.modules,
-        padded=form.parameters,
-    )
-    config: dict[str, Any] = plain.lora_config(live.config).to_dict()
+    fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values() if not isinstance(layer, ExpertMatrix))
+    config: dict[str, Any] = plain_config(live.config, form.modules, form.parameters, fan_in_fan_out).to_dict()
     config |= {"peft_type": "LORA", "inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
     if rank is not None:

@@ -68,6 +68,11 @@ class Update:
         """(m, n)."""
         return self.B.shape[0], self.A.shape[1]
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether all is 0, as in the one component of an adapter whose ranks are all 0."""
+        return not self.A.any() and not self.B.any()
+
 
 @dataclass(frozen=True)
 class ExpertsTensors:
@@ -480,8 +485,8 @@ def _take_parts(path: Path, updates: dict[str, Update], state: Mapping[str, Any]
                 "checkpoint"
             )
         found[module] = whole.rank
-        if not whole.A.any() and not whole.B.any():
-            continue  # the placeholder of an adapter whose ranks are all 0
+        if whole.is_zero:
+            continue
         for place, (B, A) in enumerate(split):
             if len(A):
                 updates[f"{module}.{place}"] = Update(B, A, float(len(A)))
@@ -587,7 +592,7 @@ def _require_modules(path: Path, updates: Mapping[str, Update], modules: Mapping
 
     It gives rank 0 to the component of zeros that an adapter without updates has. Early versions gave it rank 1.
     """
-    empty = {name for name, one in updates.items() if one.rank == 1 and not one.A.any() and not one.B.any()}
+    empty = {name for name, one in updates.items() if one.rank == 1 and one.is_zero}
     expected = {
         name: (tuple(entry["shape"]), entry["rank"] or 1, *form_of_entry(entry).described().items())
         for name, entry in modules.items()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,30 +57,44 @@ class PlainAdapter:
     digest: str
     fan_in_fan_out: bool
     modules: dict[str, int]
-    experts: dict[str, list[str]] = field(default_factory=dict)
-    padded: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, int] = field(default_factory=dict)
+    experts: dict[str, list[str]]
+    padded: dict[str, int]
+    parts: dict[str, int]
 
     def lora_config(self, config: AromaConfig) -> LoraConfig:
         """Return the plain LoRA configuration of the adapter whose live configuration is `config`."""
-        ranks = self.modules | self.padded
-        r = min(ranks.values())
-        patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
-        return LoraConfig(
-            r=r,
-            lora_alpha=r,
-            lora_dropout=config.lora_dropout,
-            target_modules=sorted(self.modules),
-            target_parameters=sorted(self.padded) or None,
-            rank_pattern=dict(patterns),
-            alpha_pattern=dict(patterns),
-            fan_in_fan_out=self.fan_in_fan_out,
-            modules_to_save=config.modules_to_save,
-            task_type=config.task_type,
-            base_model_name_or_path=config.base_model_name_or_path,
-            revision=config.revision,
-            inference_mode=config.inference_mode,
-        )
+        return plain_config(config, self.modules, self.padded, self.fan_in_fan_out)
+
+
+def plain_config(
+    config: AromaConfig, modules: Mapping[str, int], parameters: Mapping[str, int], fan_in_fan_out: bool
+) -> LoraConfig:
+    """Return a plain LoRA configuration.
+
+    Args:
+        config: The live one.
+        modules: Rank of every module that has tensors, by its name.
+        parameters: Rank of every parameter of experts that has tensors, padding included, by its name.
+        fan_in_fan_out: Whether a base layer stores its weight as (n, m).
+    """
+    ranks = {**modules, **parameters}
+    r = min(ranks.values())
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        lora_dropout=config.lora_dropout,
+        target_modules=sorted(modules),
+        target_parameters=sorted(parameters) or None,
+        rank_pattern=dict(patterns),
+        alpha_pattern=dict(patterns),
+        fan_in_fan_out=fan_in_fan_out,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=config.inference_mode,
+    )
 
 
 def plain_tensors(

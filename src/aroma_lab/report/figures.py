@@ -20,7 +20,7 @@ from aroma.pictures import FAINT, INK, MatrixRank, draw_births, draw_ranks, new_
 from ..run.files import TrialFiles
 from .formats import counted
 from .learnt import not_learnt
-from .runs import Run, check, has_fixed_rank, read_events, read_runs, rows_of
+from .runs import Run, check, has_fixed_rank, option_of, read_events, read_runs, rows_of
 from .style import fit_axis, looks, matching_module, paper_modules, short_name, style_axes, write_title
 
 if TYPE_CHECKING:
@@ -151,14 +151,14 @@ def ranks_figure(shown: Shown) -> Figure:
 
 def births_figure(shown: Shown) -> Figure:
     """Return the births over time of one run with `growth="evidence"`, see `aroma.pictures.draw_births`."""
-    options = {run.method: run.result.get("resolved_options", run.trial["options"]) for run in rows_of(shown.frame)}
-    methods = [label for label in shown.methods if options[label].get("growth") == "evidence"]
+    trials = {run.method: run.trial for run in rows_of(shown.frame)}
+    methods = [label for label in shown.methods if option_of(trials[label], "growth") == "evidence"]
     if len(methods) != 1:
         remedy = f"choose one of {', '.join(methods)}" if methods else "none of them grows by evidence"
         raise bad_value("--methods", ", ".join(shown.methods), f"this figure is of one method; {remedy}")
     run = _one_seed(shown, methods[0], shown.seed)
     title = f"Births by evidence: {run.method} on {run.task}, seed {run.seed}"
-    return draw_births(_events(run), options[run.method]["significance"], run.steps, title)
+    return draw_births(_events(run), option_of(run.trial, "significance"), run.steps, title)
 
 
 def _events(run: Run) -> list[dict[str, Any]]:
