@@ -79,7 +79,19 @@ def test_what_one_layer_keeps():
             assert kept_of(model) == X_BYTES + 4 * TOKENS, "one number a token, however much is finished"
             u, v, gate = (torch.ones(*shape, requires_grad=True) for shape in ((M, 2), (2, N), (1,)))
             layer.probes["default"] = Probe(u, v, gate, torch.zeros(M, 1), torch.zeros(1, N), 1.0)
-            assert kept_of(model) == X_BYTES + 4 * TOKENS * 3, "and one for each direction"
+            assert kept_of(model) == X_BYTES + 4 * TOKENS, "and none for the directions"
+
+
+@pytest.mark.parametrize(("live", "kept"), [(0, 2), (1, 3), (2, 4), (3, 3), (4, 4)])
+def test_growth_by_evidence_keeps_no_more_than_lora_of_as_many_components_as_slots(live, kept):
+    leaves = [torch.ones(*shape, requires_grad=True) for shape in ((M, 2), (2, N), (4,))]
+    a, b, move_b, move_a = torch.ones(4, N), torch.ones(M, 4), torch.zeros(M, 4), torch.zeros(4, N)
+    pair = [a.requires_grad_(), b.requires_grad_()]
+    update = Update(torch.ones(3, N), torch.ones(M, 3), *pair, 1.0, 0.0, live, Probe(*leaves, move_b, move_a, 1.0))
+    x, weight, own = torch.ones(TOKENS, N), torch.ones(M, N), nn.Module()
+    own.leaves = nn.ParameterList([*leaves, *pair, move_b, move_a, weight, update.A, update.B])
+    found = kept_bytes(lambda: linear_with_update(x, weight, None, update).sum(), own)
+    assert found == X_BYTES + 4 * TOKENS * kept
 
 
 def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
@@ -288,24 +300,25 @@ class Touched(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize(("slots", "live", "asked"), [(1, 1, False), (8, 1, True), (8, 4, True), (8, 5, True)])
 @pytest.mark.parametrize(("m", "n", "counted"), [(7, 31, "inputs"), (31, 7, "outputs")])
-def test_the_layer_makes_four_passes_over_its_activations(m, n, counted, asked):
+def test_the_layer_makes_four_passes_over_its_activations(m, n, counted, slots, live, asked):
     """Matmuls of the layer touch activations as often as the frozen matrix's own, and `PASSES` times more.
 
-    What growth by evidence asks of a backward rides on them.
+    What growth by evidence asks of a backward rides on them, while less is kept so than with all slots in use.
     """
     tokens = 3
     x, weight = torch.randn(tokens, n, requires_grad=True), torch.randn(m, n)
-    a, b = torch.randn(1, n, requires_grad=True), torch.randn(m, 1, requires_grad=True)
-    leaves = [torch.randn(m, 4), torch.randn(4, n), torch.zeros(1)]
+    a, b = torch.randn(slots, n, requires_grad=True), torch.randn(m, slots, requires_grad=True)
+    leaves = [torch.randn(m, 4), torch.randn(4, n), torch.zeros(slots)]
     probe = Probe(*[leaf.requires_grad_() for leaf in leaves], b.detach(), a.detach(), 1.0) if asked else None
     with Touched(tokens * (n if counted == "inputs" else m)) as activations:
-        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0, len(a), probe)
+        update = Update(torch.empty(0, n), torch.empty(m, 0), a, b, 1.0, 0.0, live, probe)
         linear_with_update(x, weight, None, update).sum().backward()
     assert probe is None or all(leaf.grad is not None for leaf in leaves)
     of_the_matrix = 2  # x is read and gx written; y is written and gy read
-    assert activations.count == of_the_matrix + PASSES
+    of_the_probe = int(asked and live + 4 > slots and counted == "inputs")  # v x is computed again, not kept
+    assert activations.count == of_the_matrix + PASSES + of_the_probe
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -12,7 +12,8 @@ the layer below made anyway, and the r numbers a x of every token. With many com
 folded into a copy of W0 that lives for one matmul; then it costs nothing per token.
 
 A probe is p more pairs that add nothing to y or gx and get the gradients that they would have: more columns of the
-narrow matmuls. G, (m, n), is never formed.
+narrow matmuls. G, (m, n), is never formed. v x is kept while k + p ≤ r. Else backward computes it again, so that no
+more is kept than by LoRA with r components.
 
 `linear_with_update` replaces the base layer. `add_update` adds to the result of a base layer that only it can compute.
 Of a pair of r slots the first k are evaluated; a frozen pair has none. T is the number of tokens throughout.
@@ -247,12 +248,13 @@ class _AddUpdate(torch.autograd.Function):
 
 
 def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, update: Update, *weight: Tensor) -> None:
-    """Keep what backward needs: x (…, n), and of h (T, R + k + p) the columns of pair and probe, if they train."""
+    """Keep what backward needs: x (…, n), and of h (T, R + k + p) the columns of the pair, and of a small probe."""
     ctx.call, ctx.slots = call, update.a.shape[0]
     trains = any(ctx.needs_input_grad[1:6])
     probes = update.probe.v.shape[0] if update.probe is not None else 0
-    of_pair = h[:, h.shape[1] - call.slots - probes :]
-    kept = (x, of_pair.contiguous()) if trains else (None, None)
+    first = h.shape[1] - call.slots - probes
+    end = first + call.slots if call.slots + probes > ctx.slots else None
+    kept = (x, h[:, first:end].contiguous()) if trains else (None, None)
     u, v, _, *moves, _ = update.probe or (None,) * 6
     ctx.save_for_backward(*kept, update.a, update.b, update.A, update.B, u, v, *moves, *weight)
 
@@ -266,7 +268,7 @@ def _leaf_gradients(
         ctx: Context of the node.
         factors: Those of the call.
         x: Inputs, (…, n).
-        h: [a; v] drop(x), (T, k + p).
+        h: [a; v] drop(x), (T, k + p), or a drop(x), (T, k), where `_save` has kept no more.
         g: Gradient of the output, (T, m).
         gh: `factors.project_back(g)`, (T, R + k + p).
         moves: Δb (m, r) and Δa (r, n) of the probe, or None.
@@ -283,6 +285,8 @@ def _leaf_gradients(
     if needs_b or needs_u or needs_gate:
         if torch.is_grad_enabled():  # create_graph: the kept h belongs to no graph
             h = dropped @ _join(factors.a, factors.v).t()
+        elif h.shape[1] < k + factors.v.shape[0]:
+            h = torch.cat([h, F.linear(dropped, factors.v)], 1)
         up = (h.t() @ g).t()
     ga = gb = gu = gv = ggate = None
     dtype = call.pair_dtype if moves[0] is None else moves[0].dtype
