@@ -77,7 +77,7 @@ def rank_rows(adapter: AdapterWeights) -> list[RankRow]:
     rows = []
     for name, shape in adapter.shapes.items():
         update = adapter.updates.get(name)
-        if update is None or not update.B.any():
+        if update is None or update.is_zero:
             rows.append(RankRow(name, 0, 0.0, shape))
         else:
             sigma = singular_values(update.B, update.A)
