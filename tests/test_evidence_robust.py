@@ -592,6 +592,48 @@ def test_a_configuration_that_cannot_work_is_refused(fields: dict[str, Any], sai
         net(**fields)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_makes_no_difference(by_name: bool) -> None:
+    """Not even to the averages of the optimizer while training batches are asked, which are not trained on."""
+    plain, loop = Loop().go_on(), Loop()
+    loop.attach()
+
+    def closure() -> Tensor:
+        loop.optimizer.zero_grad()
+        loss = loss_of(loop.model, loop.batch(loop.done))
+        loss.backward()
+        return loss
+
+    for loop.done in range(STEPS):
+        loop.optimizer.step(closure=closure) if by_name else loop.optimizer.step(closure)
+    loop.done = STEPS
+    assert_grew(plain)
+    assert_same(loop.came_to(), plain.came_to())
+
+
+def test_an_optimizer_that_climbs_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^optimizer='AdamW': with maximize=True it climbs, .*minimise the negative"
+    ):
+        Loop(optimizer=lambda parameters: torch.optim.AdamW(parameters, maximize=True)).attach()
+
+
+def test_a_run_that_goes_on_for_longer_than_was_planned_grows_again(tmp_path: Path) -> None:
+    loop = Loop().go_on()
+    assert loop.growth.controller.rule.phase == "rest"
+    loop.save(tmp_path)
+    longer = Loop.resumed(tmp_path, STEPS, steps=LONG)
+    longer.go_on(STEPS + 1)
+    assert longer.growth.controller.rule.phase == "growth"
+    assert "nothing is born after" not in longer.growth.controller.explanation()
+    longer.go_on()
+    assert births(longer.events), "there is room for births"
+    assert all(STEPS < event.step <= LONG for event in longer.events)
+    assert f"nothing is born after step {longer.growth.controller.rule._settings.last_step}" in (
+        longer.growth.controller.explanation()
+    )
+
+
 def test_held_out_batches_that_cannot_decide_are_refused_before_training() -> None:
     for batches, said in (([], "0 batches"), (held_out(6), "6 batches")):
         with pytest.raises(ConfigError, match=rf"^growth_batches='{said}': it takes 7 batches"):
@@ -626,6 +668,17 @@ def test_what_cannot_decide_is_refused_before_training(given: dict[str, Any], sa
         attach(model, torch.optim.SGD(trainable(model), lr=0.1), **options)
 
 
+def test_a_generator_that_ends_is_asked_nothing_twice() -> None:
+    """As a list of the same batches is."""
+    few = held_out(9)
+    by_list, by_generator = (
+        Loop(net(significance=0.05), steps=600, steps_per_pass=50, growth_batches=batches).go_on(100)
+        for batches in (few, (batch for batch in few))
+    )
+    assert by_list.growth.controller.rule.questions == 9
+    assert_same(by_generator.came_to(), by_list.came_to())
+
+
 def test_batches_of_an_iterator_are_those_of_a_list() -> None:
     """Though the first are drawn beforehand, to see whether they are enough and have a loss."""
     by_list, by_iterator = (
@@ -656,7 +709,7 @@ def test_an_iterator_begins_anew_when_it_ends(count: int) -> None:
         Loop(net(significance=0.05), steps=200, steps_per_pass=20, growth_batches=batches).go_on(200)
         for batches in (Again(held_out(count)), (batch for batch in held_out(count)))
     )
-    assert again.growth.controller.rule.state()["asked"] >= 10, "with the duels more than there are"
+    assert again.growth.controller.rule.state()["asked"] == min(count, 10), "with the duels more than there are"
     assert_same(once.came_to(), again.came_to())
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainerCallback
 
@@ -195,6 +198,16 @@ def test_few_held_out_examples_make_smaller_batches(count: int, batches: int, si
     assert [int(loss) for loss in held.losses(nn.Linear(1, 1), 0)] == [size]
 
 
+class Stream(IterableDataset[Any]):
+    """A stream that knows how long it is."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(examples(40))
+
+    def __len__(self) -> int:
+        return 40
+
+
 @pytest.mark.parametrize(
     ("growth", "said"),
     [
@@ -214,12 +227,14 @@ def test_few_held_out_examples_make_smaller_batches(count: int, batches: int, si
             r"^growth_dataset='40 examples': no batch can be made of them \(.*\); prepare them as the training set",
         ),
         ([], r"^growth_dataset='empty': hold out some"),
-        (examples(6, seed=11), r"^growth_dataset='6 examples, 6 batches of 1': it takes 7 batches"),
+        (examples(6, seed=11), r"^growth_dataset='6 examples': it takes 7 batches .*; hold out more, or raise signif"),
         (iter(examples(6)), r"^growth_dataset='list_iterator': it has no length, or no items by index"),
         (0.1, r"^growth_dataset=0\.1: it takes examples, and no share; train, growth = aroma\.hold_out\(dataset, 0"),
         ("rows.jsonl", r"^growth_dataset='rows\.jsonl': it takes the examples themselves; load them"),
         ({"train": examples(6)}, r"^growth_dataset='dict': it has splits \(train\)"),
         (DataLoader(examples(6)), r"^growth_dataset='DataLoader': .* give a datasets\.Dataset, a list"),
+        (Stream(), r"^growth_dataset='Stream': it has no length, or no items by index"),
+        (pd.DataFrame({"labels": [1] * 40}), r"^growth_dataset='DataFrame': .* give datasets\.Dataset\.from_pandas"),
     ],
 )
 def test_examples_that_cannot_decide_are_refused_before_training(tmp_path: Path, growth: Any, said: str) -> None:
@@ -228,6 +243,100 @@ def test_examples_that_cannot_decide_are_refused_before_training(tmp_path: Path,
     with pytest.raises(ConfigError, match=said):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class WeightsClasses(Trainer):
+    """Makes the loss itself; counts how often."""
+
+    made = 0
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        self.made += 1
+        labels = inputs.pop("labels")
+        loss = nn.functional.cross_entropy(model(**inputs).logits, labels, torch.tensor([0.1, 1.0, 3.0]))
+        return (loss, None) if return_outputs else loss
+
+
+def smooth(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.5)
+
+
+@pytest.mark.parametrize("own", ["compute_loss", "label_smoothing_factor", "compute_loss_func", "growth_loss", None])
+def test_held_out_examples_are_asked_by_the_loss_of_the_training(tmp_path: Path, own: str | None) -> None:
+    """Or by another that is given; so what it answers is what that loss answers by itself."""
+    training, growth = hold_out(tokenized(), share=0.2)
+
+    def settled(own: str | None, loss: Any = None) -> tuple[list[float | None], Any]:
+        events: list[Event] = []
+        model = get_peft_model(tiny_bert(), AromaConfig(task_type="SEQ_CLS", **METHOD))
+        callback = AromaCallback(growth_dataset=growth, on_event=events.append, growth_loss=loss)
+        smoothing = 0.5 if own == "label_smoothing_factor" else 0.0
+        settings = arguments(tmp_path, max_steps=60, save_strategy="no", label_smoothing_factor=smoothing)
+        kind = WeightsClasses if own in ("compute_loss", "growth_loss") else Trainer
+        given = {"compute_loss_func": smooth} if own == "compute_loss_func" else {}
+        trainer = kind(model, settings, train_dataset=training, callbacks=[callback], **given)
+        trainer.train()
+        return [event.value for event in events if event.kind == "settled"], trainer
+
+    def of_model(model: nn.Module, batch: Any) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def by_hand(model: nn.Module, batch: Any) -> Tensor:
+        labels = batch.pop("labels")
+        if own == "compute_loss":
+            return nn.functional.cross_entropy(model(**batch).logits, labels, torch.tensor([0.1, 1.0, 3.0]))
+        return smooth(model(**batch), labels)
+
+    found, trainer = settled(own, of_model if own == "growth_loss" else None)
+    assert found
+    assert found == pytest.approx(settled(own, of_model if own in ("growth_loss", None) else by_hand)[0], rel=1e-4)
+    if own not in ("growth_loss", None):
+        assert found != pytest.approx(settled(own, of_model)[0], rel=0.1)
+    if own in ("compute_loss", "growth_loss"):
+        assert (trainer.made > 60) == (own == "compute_loss")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (1, {"input_ids": [5, 6]}),
+        (1, torch.ones(8)),
+        {"y": [1.0, None]},
+        {"y": [1, [2, 3]]},
+        {"y": [2**70, 1], "z": 2**70},
+        {"a": 1, 2: 3},
+        np.array([None, {"a": 1}], dtype=object),
+        {"y": [], "z": "", "bytes": b"12"},
+    ],
+)
+def test_examples_of_any_content_are_compared(odd: Any) -> None:
+    others: list[Any] = [(place, "another") for place in range(6)]
+    with pytest.warns(UserWarning, match=r"1 of 7 examples are trained on, too \(its row 6 is row 0"):
+        assert len(without_trained([*others, odd], [copy.deepcopy(odd), "one more"])) == 6
+
+
+def test_a_stream_is_not_compared_though_it_has_a_length() -> None:
+    growth = examples(40)
+    assert without_trained(growth, Stream()) is growth
+    with pytest.raises(ConfigError, match=r"^dataset='Stream': it has no length, or no items by index"):
+        hold_out(Stream())
+    frame = pd.DataFrame({"labels": [0, 1] * 20})
+    with pytest.raises(ConfigError, match=r"^dataset='DataFrame': .* give datasets\.Dataset\.from_pandas"):
+        hold_out(frame)
+    parts = hold_out(torch.arange(40))
+    assert sorted(int(number) for part in parts for number in part) == [*range(40)]
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(38, False), (60, True)])
+def test_a_stream_that_begins_anew_is_warned_of(tmp_path: Path, steps: int, warns: bool) -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter(examples(40 * 8)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path, stream, growth_dataset(), steps)
+    said = [str(warning.message) for warning in caught if "a stream, begins anew" in str(warning.message)]
+    assert len(said) == warns
+    assert all("at optimizer step 40, and growth still takes" in text for text in said)
 
 
 def test_a_loss_that_fails_is_told_before_training(tmp_path: Path) -> None:

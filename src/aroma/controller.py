@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -127,7 +127,7 @@ class AromaController:
             self.matrices.require_held_by_optimizer()
             self.matrices.refuse_other_adapters(wrapper)
             if self.config.has_slots:
-                _refuse_own_rates(optimizer)
+                _refuse_odd_steps(optimizer)
         self._held_out: HeldOut | None = None
         self._first_pass: int | None = None
         self._has_told_of_few = False
@@ -279,9 +279,9 @@ class AromaController:
         if self.total_steps is None or self.total_steps > first_pass:
             warnings.warn(
                 f"From optimizer step {first_pass} on, growth is decided on examples that have been trained on: what "
-                "is learnt by heart looks steep, so matrices may grow that should not. Hold some examples out: "
-                "train, growth = aroma.hold_out(dataset), and give growth_dataset=growth to AromaCallback "
-                "(growth_batches= to attach)",
+                "is learnt by heart seems to save loss, so matrices may keep or get what they should not. Hold some "
+                "examples out: train, growth = aroma.hold_out(dataset), and give growth_dataset=growth to "
+                "AromaCallback (growth_batches= to attach)",
                 stacklevel=3,
             )
 
@@ -511,14 +511,37 @@ class _Rest:
         self._rule = rule
         self._kept: list[tuple[Tensor, Tensor | None]] = []
 
-    def begin(self, optimizer: Any, _: Any, keywords: Mapping[str, Any]) -> None:
-        """Take the gradients away, before a step of `optimizer`."""
+    def begin(
+        self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Take the gradients away, before a step of `optimizer`.
+
+        Returns:
+            The arguments of the step, in which a closure, too, has its gradients taken away; None for no change.
+        """
         self._kept = []
-        if self._rule.lr_factor == 0 and not makes_state_only(optimizer, keywords):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self._kept = [(parameter, parameter.grad) for parameter in parameters]
-            for parameter in parameters:
-                parameter.grad = None
+        if self._rule.lr_factor != 0 or makes_state_only(optimizer, keywords):
+            return None
+        self._take_from(optimizer)
+        kept_out = {name: self._kept_out(optimizer, value) for name, value in keywords.items()}
+        return tuple(self._kept_out(optimizer, value) for value in arguments), kept_out
+
+    def _kept_out(self, optimizer: Any, value: Any) -> Any:
+        if value is optimizer or not callable(value):
+            return value
+
+        def closure() -> Any:
+            loss = value()
+            self._take_from(optimizer)
+            return loss
+
+        return closure
+
+    def _take_from(self, optimizer: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._kept = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
 
     def end(self, *_: Any) -> None:
         """Give them back: DeepSpeed goes on to use the tensors that they are in."""
@@ -527,16 +550,20 @@ class _Rest:
         self._kept = []
 
 
-def _refuse_own_rates(optimizer: Any) -> None:
-    """Refuse an optimizer that sets its rates by itself, so that no rate can be set to 0 while batches are asked.
+def _refuse_odd_steps(optimizer: Any) -> None:
+    """Refuse an optimizer that climbs, or sets its rates itself, so that none can be 0 while batches are asked.
 
     Raises:
         ConfigError: Naming the optimizer.
     """
+    name = type(unwrapped_optimizer(optimizer)).__name__
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        remedy = "with maximize=True it climbs, and growth='evidence' keeps what lowers a loss; minimise the negative"
+        raise bad_value("optimizer", name, remedy)
     if any(group.get("lr") is None for group in optimizer.param_groups):
         raise bad_value(
             "optimizer",
-            type(unwrapped_optimizer(optimizer)).__name__,
+            name,
             "it has no learning rate (relative_step=True), and growth='evidence' takes steps at a rate of 0 while it "
             "asks batches; give it a rate, with relative_step=False",
         )

@@ -247,6 +247,12 @@ class SlotMatrices(GrowingMatrices):
                 )
             self._groups.append(group)
 
+    def _random_directions(self, group: Directions) -> tuple[Tensor, Tensor]:
+        """Return u (L, P, m) and v (L, P, n) of unused directions to begin with; P is less in a small matrix."""
+        m, n = group.b.shape[2], group.a.shape[2]
+        count = min(UNUSED, min(m, n) - self._live.config.slots)
+        return self._random_rows(group, "next u", count, m), self._random_rows(group, "next v", count, n)
+
     def _random_rows(self, group: Directions, purpose: str, count: int, size: int) -> Tensor:
         """Return random orthonormal rows, (L, count, size), drawn on the CPU from the seed of the run."""
         drawn = [
@@ -489,11 +495,8 @@ class SlotMatrices(GrowingMatrices):
         pairs = self.pairs(self._all)
         starts: list[SlotStart] = []
         for group in self._groups:
-            m, n, slots = group.b.shape[2], group.a.shape[2], self._live.config.slots
-            unused = min(UNUSED, min(m, n) - slots)
-            next_u, next_v = (
-                self._random_rows(group, f"next {side}", unused, size) for side, size in (("u", m), ("v", n))
-            )
+            next_u, next_v = self._random_directions(group)
+            slots, unused = self._live.config.slots, next_u.shape[1]
             for row, place in enumerate(group.rows):
                 matrix, stays = self._all[place], [*kept[place]]
                 if matrix.is_frozen:
@@ -563,6 +566,12 @@ class SlotMatrices(GrowingMatrices):
         self._strength, self._readings = 1.0, []
         for group in self._groups:
             group.follow(group.u[:, :0], group.v[:, :0])
+        self._ask()
+
+    def follow_anew(self) -> None:
+        """Follow unused directions again, from random ones on."""
+        for group in self._groups:
+            group.follow(*self._random_directions(group))
         self._ask()
 
     @torch.no_grad()

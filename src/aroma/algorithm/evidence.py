@@ -220,6 +220,9 @@ class EvidenceMatrices(Protocol[E]):
     def stop_following(self) -> None:
         """Follow no unused direction for now."""
 
+    def follow_anew(self) -> None:
+        """Follow unused directions again, from random ones on."""
+
     def ask_for_credit(self) -> None:
         """From now on ask the batches, at half strength, what every singular direction of the updates saves."""
 
@@ -363,6 +366,11 @@ class EvidenceRule(Generic[E]):
             if self.global_step >= self._settings.last_step:
                 self.phase = "rest"
                 self._matrices.stop_following()
+        elif self.phase == "rest" and self.global_step < self._settings.last_step:
+            # It was resumed with more steps than were planned.
+            self.phase, events = "growth", []
+            self._matrices.follow_anew()
+            self._matrices.note_moves()
         else:
             events = []
         self.tell(events)

@@ -30,11 +30,12 @@ from ..errors import AromaWarning, CheckpointError, NonFiniteError, bad_value
 from ..events import Event
 from ..sharding import own_entries, unwrapped_optimizer
 from ..tuner import aroma_layers
+from ..tuner.live import live_adapter
 from ..tuner.state import pack, read_controller_state, unpack
 from .held_out import HeldOutDataset, Loss, refuse_unread
 from .overlap import require_indexed, with_columns_of, without_trained
 from .reporting import TrainingRecord
-from .resuming import CheckpointRecords, check_resumed_folders
+from .resuming import CheckpointRecords, prepare_trainings
 from .rewarmup import Rewarmup, loss_scale, was_skipped
 from .sampling import Samples
 from .telling import score_of, scores_at, tell_of_run, with_score
@@ -45,6 +46,10 @@ compat.require_names(compat.TRAINER_NAMES)
 # GreedyLR is younger than the oldest transformers that works.
 _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", ReduceLROnPlateau))
 """Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
+
+
+_LENGTH = {"field": "max_steps", "remedy": "train longer (max_steps, or num_train_epochs)"}
+"""How an error names the length of a run that is too short to grow."""
 
 
 class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
@@ -75,14 +80,15 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             its training set is; see `aroma.hold_out`. They decide what stays after the trial, and from the second pass
             over the data on what is born. It may also be set after the Trainer was made, as for SFTTrainer:
             `callback.growth_dataset = trainer.eval_dataset`. Checkpoints do not hold it.
-        growth_loss (`Callable`, *optional*): Loss of a model and a batch, where the model itself returns none. It may
-            be set later, too: `callback.growth_loss = trainer.compute_loss` for TRL's DPO, KTO and reward trainers.
+        growth_loss (`Callable`, *optional*): Loss of a model and a held-out batch, if it is to be another than that of
+            the training, `trainer.compute_loss`.
         report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
             evaluation after it: result, loss, births, ranks, evidence, settings. It may replace an earlier report, and
             no other file. Checkpoints do not hold it.
 
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.
+        trainer_loss: How the trainer makes its loss, which it says itself; None if it takes that of the model.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self.on_event = on_event
         self.growth_dataset = growth_dataset
         self.growth_loss = growth_loss
+        self.trainer_loss: Loss | None = None
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
         self._training: TrainerState | None = None
@@ -107,6 +114,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._hooks: list[Any] = []
         self._was_over = False
         self._samples: Samples | None = None
+        self._passes: int | None = None  # of a stream
         self._records = CheckpointRecords()
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
@@ -116,7 +124,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     ) -> None:
         """Refuse a model without a growing adapter, and options that cannot work, before any work."""
         trainable_adapter(model)
-        check_resumed_folders(type(self))
+        prepare_trainings(type(self))
         tell_trackers(self)
         if getattr(args, "enable_jit_checkpoint", False):
             raise bad_value(
@@ -144,13 +152,15 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             raise bad_value("callbacks", type(self).__name__, "the same one is listed twice; give it once")
         self._training = state
         self._remove_hooks()  # of an earlier training that ended with an exception
-        self._was_over = False
+        self._was_over, self._passes = False, None
         self._records.begin(args, state)
+        adapter_name = trainable_adapter(model)
+        live_adapter(model, adapter_name).config.check_length(state.max_steps, **_LENGTH)
         self.controller = AromaController(
             model,
             optimizer,
             total_steps=state.max_steps,
-            adapter_name=trainable_adapter(model),
+            adapter_name=adapter_name,
             # The model that the Trainer shows is not the one that it compiled.
             compiled=args.torch_compile,
         )
@@ -187,7 +197,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     "this trainer samples what it trains on, so every batch is new, and decides growth; leave it out",
                 )
             share_new = self._samples.share_new(args.gradient_accumulation_steps)
-            controller.config.resolve_trial_steps(controller.total_steps, share_new)
+            controller.config.resolve_trial_steps(controller.total_steps, share_new, **_LENGTH)
             controller.decide_by(None, None)
             return
         held_out = None
@@ -204,11 +214,29 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                     getattr(loader, "collate_fn", default_data_collator),
                     args.data_seed if args.data_seed is not None else args.seed,
                     args.process_index,
-                    self.growth_loss,
+                    self.growth_loss or self.trainer_loss,
                     controller.config.significance,
                 )
             held_out.require_loss(controller.matrices.model, controller.matrices.device)
-        controller.decide_by(held_out, _steps_of_a_pass(loader, args.gradient_accumulation_steps))
+        of_pass = _steps_of_a_pass(loader, args.gradient_accumulation_steps)
+        self._passes = 0 if of_pass is None else None
+        controller.decide_by(held_out, of_pass)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn, once, where a stream of no known length begins anew: all its batches count as new."""
+        if self._passes is None:
+            return
+        self._passes += 1
+        if self._passes == 2:
+            warnings.warn(
+                f"The training set, a stream, begins anew at optimizer step {state.global_step}, and growth still "
+                "takes what it gives for examples that were not trained on. Give a data set with a length, or set "
+                "max_steps to one pass",
+                AromaWarning,
+                stacklevel=2,
+            )
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""

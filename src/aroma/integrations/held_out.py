@@ -67,8 +67,7 @@ class HeldOutDataset:
         self._micro_batches = max(min(len(dataset) // (together * questions), accumulated), 1)
         together *= self._micro_batches
         self.count = len(dataset) // together
-        said = f"{len(dataset)} examples, {self.count} batches of {together}"
-        require_enough(self.count, "growth_dataset", said, significance)
+        require_enough(self.count, "growth_dataset", f"{len(dataset)} examples", significance)
 
     def losses(self, model: nn.Module, number: int) -> Iterator[Tensor]:
         """Yield the scalar losses of this process's batch `number`; after the last batch comes another order."""
@@ -115,12 +114,15 @@ class HeldOutBatches:
         loss: See `Loss`; by default what the model returns as its loss.
         rank: Number of this process.
         significance: α.
+        questions: Batches that end the trial. As many are taken of an iterator now, to know whether it has fewer.
 
     Raises:
         ConfigError: Too few batches.
     """
 
-    def __init__(self, batches: Iterable[Any], loss: Loss | None, rank: int, significance: float) -> None:
+    def __init__(
+        self, batches: Iterable[Any], loss: Loss | None, rank: int, significance: float, questions: int
+    ) -> None:
         self._batches = batches
         self._loss = loss or model_loss
         self._iterator: Iterator[Any] | None = None
@@ -131,17 +133,19 @@ class HeldOutBatches:
             remedy = "it is no iterable of batches; give a list of batches or a DataLoader"
             raise bad_value("growth_batches", type(batches).__name__, remedy)
         self.count = _length_of(batches)
-        least, said = flips_to_birth(significance), f"{self.count} batches"
         if self.count is None:
             if world_size() > 1:
                 remedy = (
                     "without a length a process could run out of them before the others; give a list or a DataLoader"
                 )
                 raise bad_value("growth_batches", type(batches).__name__, remedy)
+            wanted = max(questions, flips_to_birth(significance))
             with self._drawing():
-                first = [*islice(iterator := iter(batches), least)]
-            self._iterator, said = chain(first, iterator), f"{len(first)} batches"
-        require_enough(len(first) if self.count is None else self.count, "growth_batches", said, significance)
+                first = [*islice(iterator := iter(batches), wanted)]
+            self._iterator = chain(first, iterator)
+            self.count = len(first) if len(first) < wanted else None
+        if self.count is not None:
+            require_enough(self.count, "growth_batches", f"{self.count} batches", significance, "make batches smaller")
 
     def require_loss(self, model: nn.Module, device: torch.device) -> None:
         """Find out now, not at the end of the trial, whether a batch has a loss; see `_require_loss_of`."""
@@ -261,20 +265,17 @@ def refuse_unread(examples: str, given: Mapping[str, Any], *, has_slots: bool) -
         raise bad_value("growth_loss", "given", f"it is that of {examples}, which is missing; give both")
 
 
-def require_enough(batches: int, field: str, said: str, significance: float) -> None:
+def require_enough(batches: int, field: str, said: str, significance: float, *remedies: str) -> None:
     """Refuse fewer held-out batches than a birth takes.
 
     Raises:
-        ConfigError: Naming `field` and what was `said` of it.
+        ConfigError: Naming `field`, what was `said` of it, and `remedies` beside those that always help.
     """
     least = flips_to_birth(significance)
     if batches < least:
-        raise bad_value(
-            field,
-            said,
-            f"it takes {least} batches to reach significance={significance}; hold out more, make batches smaller, or "
-            "raise significance",
-        )
+        remedy = ", ".join(["hold out more", *remedies])
+        needed = f"it takes {least} batches to reach significance={significance}"
+        raise bad_value(field, said, f"{needed}; {remedy}, or raise significance")
 
 
 def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]:
@@ -322,8 +323,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             "growth_loss",
             None,
             f"{type(model).__name__} returns no loss for a held-out batch; give growth_loss=, a function of the model "
-            "and a batch that returns the training loss (for TRL's trainers of preferences and rewards, "
-            "callback.growth_loss = trainer.compute_loss)",
+            "and a batch that returns the training loss",
         )
     return loss
 

@@ -151,7 +151,8 @@ def attach(
     held_out = None
     if growth_batches is not None:
         with controller.together():
-            held_out = HeldOutBatches(growth_batches, growth_loss, rank(), controller.config.significance)
+            alpha, questions = controller.config.significance, controller.rule.questions
+            held_out = HeldOutBatches(growth_batches, growth_loss, rank(), alpha, questions)
         held_out.require_loss(controller.matrices.model, controller.matrices.device)
     if controller.config.has_slots and steps_per_pass is None:
         warnings.warn(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 from tqdm.auto import tqdm
 
 from ..errors import bad_value
@@ -18,6 +18,7 @@ from ..sharding import rank
 
 _MOST_ROWS = 50_000
 """Most rows of the training set, and of the held-out ones, whose content is compared."""
+_NUMBERS = (int, float)
 _PATIENCE = 3.0
 """Seconds without a progress bar; texts take less, images may take minutes."""
 
@@ -37,9 +38,16 @@ def require_indexed(field: str, examples: Any) -> None:
         splits = [*map(str, examples)]
         remedy = f"it has splits ({', '.join(splits)}), and no items by index; give one of them"
         raise bad_value(field, type(examples).__name__, f"{remedy}, as dataset[{splits[0]!r}]" if splits else remedy)
-    if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+    if hasattr(examples, "iloc"):  # of pandas
+        raise bad_value(field, type(examples).__name__, "its items are columns; give datasets.Dataset.from_pandas(it)")
+    if not _is_indexed(examples):
         remedy = "it has no length, or no items by index; give a datasets.Dataset, a list or a torch Dataset"
         raise bad_value(field, type(examples).__name__, remedy)
+
+
+def _is_indexed(examples: Any) -> bool:
+    is_stream = isinstance(examples, IterableDataset)  # it may have a length, and inherits a __getitem__ that fails
+    return hasattr(examples, "__len__") and hasattr(examples, "__getitem__") and not is_stream
 
 
 def with_columns_of(training: Any, held_out: Any) -> Any:
@@ -98,7 +106,7 @@ def without_trained(held_out: Any, training: Any) -> Any:
 
 def _shared_rows(held_out: Any, training: Any) -> dict[int, int]:
     """Return which row of the training set each shared row of the held-out examples is."""
-    if not hasattr(training, "__getitem__") or not hasattr(training, "__len__"):
+    if not _is_indexed(training):
         return {}
     try:
         found = _same_content(_untransformed(held_out), _untransformed(training))
@@ -155,7 +163,8 @@ def _source_of(dataset: Any) -> tuple[Any, Sequence[int]]:
 
 def rows_of(dataset: Any, rows: list[int]) -> Any:
     """Return a part of a data set."""
-    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
+    # pandas and torch have a `select` of another kind.
+    return dataset.select(rows) if hasattr(dataset, "select_columns") else Subset(dataset, rows)
 
 
 class _NoContentError(Exception):
@@ -168,6 +177,12 @@ def _digest(example: Any) -> bytes:
     return digest.digest()
 
 
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return all(isinstance(item, _NUMBERS) for item in value)
+    return isinstance(value, _NUMBERS)
+
+
 def _feed(digest: Any, value: Any) -> None:
     """Feed an example, so that lists, arrays and tensors of the same numbers are alike.
 
@@ -177,10 +192,11 @@ def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.float().numpy() if value.is_floating_point() else value.numpy()
-    elif isinstance(value, Sequence) and value and isinstance(value[0], int | float):
-        value = np.asarray(value)
+    elif _is_numeric(value):
+        array = np.asarray(value)
+        value = array if array.size and array.dtype.kind in "biuf" else value  # no integer of more than 64 bits
     if isinstance(value, Mapping):
-        for key in sorted(value):
+        for key in sorted(value, key=repr):
             digest.update(f"{key}:".encode())
             _feed(digest, value[key])
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -189,8 +205,6 @@ def _feed(digest: Any, value: Any) -> None:
             _feed(digest, item)
     elif isinstance(value, np.ndarray | np.number) and value.dtype.kind in "biuf":
         digest.update(np.asarray(value, dtype=np.float32 if value.dtype.kind == "f" else np.int64).tobytes())
-    elif isinstance(value, int | float):
-        _feed(digest, np.asarray(value))
     elif isinstance(value, np.ndarray):
         _feed(digest, value.tolist())
     elif hasattr(value, "tobytes"):  # as images of PIL have

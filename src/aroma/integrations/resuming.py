@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..checkpoint import complete_record, last_complete_checkpoint, record_checkpoint, verify_checkpoint
 from ..errors import CheckpointError, bad_value
 from ..sharding import refuse_together, world_size
 
-_CHECKING = "aroma_checks"
+_PREPARES = "aroma_checks"
 
 
 class CheckpointRecords:
@@ -76,24 +76,34 @@ class CheckpointRecords:
             dist.barrier(self._group)
 
 
-def check_resumed_folders(kind: type[TrainerCallback]) -> None:
+def prepare_trainings(kind: type[Any]) -> None:
     """Let every Trainer that has a callback of `kind` check the checkpoint it resumes from, before it reads any of it.
 
-    The Trainer tells no callback which folder that is, so its `train` is wrapped. `resume_from_checkpoint=True` takes
-    the latest whole checkpoint, not the latest folder.
+    And let it say how it makes a loss, as the callback's `trainer_loss`. The Trainer tells no callback either, so its
+    `train` is wrapped. `resume_from_checkpoint=True` takes the latest whole checkpoint, not the latest folder.
     """
     train = Trainer.train
-    if hasattr(train, _CHECKING):
+    if hasattr(train, _PREPARES):
         return
 
     @functools.wraps(train)
-    def checking(self: Any, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        if resume_from_checkpoint and any(isinstance(known, kind) for known in self.callback_handler.callbacks):
+    def prepared(self: Any, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        callbacks = [known for known in self.callback_handler.callbacks if isinstance(known, kind)]
+        for callback in callbacks:
+            callback.trainer_loss = _own_loss(self)
+        if resume_from_checkpoint and callbacks:
             resume_from_checkpoint = _checked(resume_from_checkpoint, self.args)
         return train(self, resume_from_checkpoint, *args, **options)
 
-    setattr(checking, _CHECKING, True)
-    Trainer.train = checking
+    setattr(prepared, _PREPARES, True)
+    Trainer.train = prepared
+
+
+def _own_loss(trainer: Trainer) -> Any:
+    """Return how a trainer makes the loss of a model and a batch; None if it takes the one that the model returns."""
+    is_overridden = getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss
+    is_own = is_overridden or trainer.label_smoother is not None or trainer.compute_loss_func is not None
+    return trainer.compute_loss if is_own else None
 
 
 def _checked(resumed: bool | str | os.PathLike[str], args: TrainingArguments) -> str:
