@@ -15,7 +15,7 @@ from ..checkpoint import complete_record, last_complete_checkpoint, record_check
 from ..errors import CheckpointError, bad_value
 from ..sharding import refuse_together, world_size
 
-_PREPARES = "aroma_checks"
+_PREPARES = "aroma_prepares"
 
 
 class CheckpointRecords:
