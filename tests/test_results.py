@@ -345,12 +345,12 @@ def test_the_page_says_of_a_language_model_what_the_runs_say() -> None:
     size = {row.method: row.result["parameters"]["average"] / 1e6 for row in runs.itertuples()}
     assert f"({size['aroma-evidence']:.2f} M on average against {size['lora-r8']:.2f} M)" in TEXT
     assert size["aroma-evidence"] < size["lora-r8"] / 2
-    as_it_is, short_rows, earlier = 1 / of_evidence("rates-on-news").score
-    assert f"At 0.003, the rate of LoRA r = 8, it is {as_it_is:.2f}" in TEXT
-    assert f"earlier rules had {short_rows:.2f} and {earlier:.2f} there." in TEXT
     chosen = json.loads((RESULTS / "smollm2-news" / "selection.json").read_text(encoding="utf-8"))["news"]
-    rates = {method: chosen[method]["chosen"]["training.learning_rate"] for method in ("lora-r8", "aroma-evidence")}
-    assert rates == {"lora-r8": 0.003, "aroma-evidence": 0.01}
+    trials = {method: runs_of(RESULTS / "smollm2-news").of(method).trial.iloc[0] for method in methods[1:]}
+    for method, trial in trials.items():
+        assert trial["training"]["learning_rate"] == chosen[method]["chosen"]["training.learning_rate"]
+    lengths = {row["trial"]["training"]["max_steps"] for row in runs_of(RESULTS / "smollm2-news").rows}
+    assert lengths == {100}, "rates are chosen in runs of the same length"
 
 
 def test_the_page_says_of_real_text_what_the_runs_say() -> None:
