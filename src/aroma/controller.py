@@ -527,7 +527,7 @@ class _Rest:
         return tuple(self._kept_out(optimizer, value) for value in arguments), kept_out
 
     def _kept_out(self, optimizer: Any, value: Any) -> Any:
-        if value is optimizer or not callable(value):
+        if not callable(value):
             return value
 
         def closure() -> Any:

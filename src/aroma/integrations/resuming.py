@@ -1,4 +1,4 @@
-"""The Trainer's checkpoints: recorded when they are written, checked before anything of them is read."""
+"""The Trainer's checkpoints, recorded when written and checked before anything of them is read; and its own loss."""
 
 from __future__ import annotations
 
