@@ -159,6 +159,19 @@ def test_a_grid_shows_one_method_at_a_time(browser, pages):
     assert browser.run(shown) == [False, True] + [False] * (count - 2)
 
 
+@pytest.mark.parametrize("name", ["run", "grid"])
+def test_a_window_may_get_narrower_than_a_chart(browser, pages, name):
+    browser.open(pages / f"{name}.html", "phone")
+    widths = "return [...document.querySelectorAll('.plot')].map((one) => one.view.signal('width'))"
+    before = browser.run(widths)
+    for pixels in (100, 30):
+        browser.resize(pixels)
+        assert browser.run(widths) == [0] * len(before)
+    browser.resize(SIZES["phone"][0])
+    assert browser.run(widths) == before
+    assert browser.complaints() == []
+
+
 def test_paper_holds_it(browser, pages, shots):
     browser.open(pages / "run.html")
     browser.print_media(width=760)
