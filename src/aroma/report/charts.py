@@ -265,7 +265,7 @@ _NAMES: dict[str, Any] = {
     "transform": [
         {
             "type": "label",
-            "size": {"signal": "[max(1, width), height]"},  # Vega reads pixels of it; in a narrow window width is 0
+            "size": {"signal": "[max(1, width), height]"},  # a narrow window's width is 0
             "anchor": ["top-right", "bottom-right", "top-left", "bottom-left", "right", "left", "top", "bottom"],
             "offset": [3],
             "padding": 40,
