@@ -340,7 +340,8 @@ def test_the_page_says_of_images_what_the_runs_say() -> None:
     assert mean("mnist", "LoRA r=1") < mean("mnist", "AROMA") < mean("mnist", "LoRA r=8")
     for images in runs:
         share = mean(images, "AROMA", "parameters") / mean(images, "LoRA r=8", "parameters")
-        assert round(4 * share) == 1, "a quarter"
+        assert share < 1 / 3
+    assert "with less than a third of the parameters of rank 8" in " ".join(page.split())
 
 
 @pytest.mark.slow
