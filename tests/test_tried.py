@@ -692,3 +692,15 @@ def test_the_page_says_of_a_last_squeeze_what_the_runs_say() -> None:
     assert {*tried.loc["uniform"]["rank"]} == {2.0}
     found = {task: f"{tried.spearman[task].mean():.2f} on `{task}`" for task in ("graded-b4", "noisy-b4")}
     assert f"{found['graded-b4']} and {found['noisy-b4']}" in TEXT
+
+
+def test_the_page_says_of_a_longer_trial_what_the_runs_say() -> None:
+    tried = of_evidence("longer-trial").set_index("seed")
+    now = runs_of(RESULTS / "mrpc").of(method="aroma-evidence").set_index("seed")
+    chosen = runs_of(RESULTS / "mrpc").selection["mrpc"]
+    rates = chosen["aroma-evidence"]["chosen"]
+    assert {*tried.learning_rate} == {rates["training.learning_rate"]} == {0.003}
+    assert {*tried.head_learning_rate} == {rates["training.head_learning_rate"]}
+    assert chosen["lora-r8"]["chosen"]["training.learning_rate"] == 0.001
+    cost = in_points(now.score[tried.index] - tried.score).removeprefix("+")
+    assert f"That costs {cost} points, at {tried.trained_rank.mean():.2f} trained components" in TEXT
