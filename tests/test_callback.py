@@ -242,6 +242,27 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path: Path, criterion: str) ->
     assert verify_adapter(tmp_path / "final")["modules"] == verify_adapter(tmp_path / "checkpoint-18")["modules"]
 
 
+def test_an_evaluation_after_the_training_is_one_of_the_best_checkpoint(tmp_path: Path) -> None:
+    scores = iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.8, 0.9])
+    trainer = trainer_for(
+        adapted(),
+        tmp_path,
+        AromaCallback(),
+        more={"compute_metrics": lambda _: {"score": next(scores)}},
+        save_steps=6,
+        eval_steps=6,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(str(tmp_path / "final"))
+    card = (tmp_path / "final" / "README.md").read_text(encoding="utf-8")
+    assert "| 18 |" in card
+    assert "at step" not in card, "what is evaluated is what is saved"
+
+
 def test_a_module_that_finished_after_the_best_trains_again(tmp_path: Path) -> None:
     scores = iter([0.9, 0.1])
     trainer = trainer_for(

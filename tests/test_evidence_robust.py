@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -609,6 +612,42 @@ def test_a_closure_makes_no_difference(by_name: bool) -> None:
     loop.done = STEPS
     assert_grew(plain)
     assert_same(loop.came_to(), plain.came_to())
+
+
+def test_a_step_within_autocast_is_a_step() -> None:
+    """Directions stay orthogonal: what the rule computes is in the precision of the components."""
+    plain, loop = Loop().go_on(), Loop()
+    step = loop.optimizer.step
+
+    def within(*given: Any, **named: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            step(*given, **named)
+
+    loop.attach()
+    loop.optimizer.step = within
+    assert_grew(plain)
+    assert_same(loop.go_on().came_to(), plain.came_to())
+    assert_same(followed(loop), followed(plain))
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    given = {"significance": np.float64(0.7), "slots": np.int64(3), "duel_factor": np.float32(0.5)}
+    model = net(**given)
+    config = model.peft_config["default"]
+    assert [type(getattr(config, name)) for name in given] == [float, int, float]
+    model.save_pretrained(tmp_path)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    controller = attach(model, optimizer, total_steps=np.int64(60), steps_per_pass=np.int64(60)).controller
+    assert type(controller.total_steps) is int
+    json.dumps(controller.state_dict()["state"])
+
+
+def test_what_only_looks_like_an_optimizer_is_refused() -> None:
+    model = net()
+    inner = torch.optim.SGD(trainable(model), lr=0.1)
+    wrapper = SimpleNamespace(param_groups=inner.param_groups, state=inner.state, step=inner.step)
+    with pytest.raises(ConfigError, match=r"^optimizer='SimpleNamespace': it is no torch.optim.Optimizer; give the"):
+        attach(model, wrapper, total_steps=60)
 
 
 def test_an_optimizer_that_climbs_is_refused() -> None:

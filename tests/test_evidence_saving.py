@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
@@ -102,3 +104,37 @@ def test_it_is_exported(tmp_path: Path) -> None:
     export_merged(tmp_path / "adapter", tmp_path / "merged", base_model=models.saved_base("llama"))
     merged = models.ARCHITECTURES["llama"].model_class.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(merged, batch("llama")), said, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("moment", ["trial", "growth"])
+def test_weights_that_torch_loads_are_evaluated_whole(moment: str) -> None:
+    """Into a model that nothing drives, whether it was made anew or copied, and back into the one that was trained."""
+    training = loop("bert").go_on(PHASES[moment])
+    inputs, kept = batch("bert"), {name: value.clone() for name, value in training.model.state_dict().items()}
+    said = logits(training.model, inputs)
+    fresh, before = grown("bert"), loop("bert")
+    for other in (fresh, copy.deepcopy(before.model)):
+        other.load_state_dict(kept)
+        torch.testing.assert_close(logits(other, inputs), said)
+    copied = copy.deepcopy(before.model)
+    with torch.no_grad():  # as an average of weights is written
+        for name, value in copied.state_dict().items():
+            if value.shape == kept[name].shape:
+                value.copy_(kept[name])
+    torch.testing.assert_close(logits(copied, inputs), said)
+    training.go_on()
+    training.model.load_state_dict(kept)
+    torch.testing.assert_close(logits(training.model, inputs), said)
+
+
+def test_accelerate_saves_and_loads_a_whole_state(tmp_path: Path) -> None:
+    training, inputs = loop("bert").go_on(PHASES["growth"]), batch("bert")
+    said = logits(training.model, inputs)
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(training.model)
+    accelerator.save_state(str(tmp_path))
+    accelerator.free_memory()
+    other = accelerator.prepare(grown("bert"))
+    assert not torch.equal(logits(other, inputs), said)
+    accelerator.load_state(str(tmp_path))
+    torch.testing.assert_close(logits(other, inputs), said)

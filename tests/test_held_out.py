@@ -358,6 +358,35 @@ def test_a_loss_that_fails_is_told_before_training(tmp_path: Path) -> None:
         trainer_for(adapted(tiny_bert()), tmp_path, paper).train()
 
 
+def test_memory_that_runs_out_is_no_fault_of_the_examples(tmp_path: Path) -> None:
+    """`auto_find_batch_size` makes smaller batches of them, too."""
+    sizes = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        sizes.append(len(batch["labels"]))
+        if sizes[-1] > 6:
+            raise RuntimeError("CUDA out of memory. Tried to allocate a test.")
+        found: Tensor = model(**batch).loss
+        return found
+
+    training, growth = hold_out(tokenized(), share=0.4)
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"):
+        train(tmp_path, training, growth, growth_loss=loss)
+    assert {*sizes} == {8}
+    callback = AromaCallback(growth_dataset=growth, growth_loss=loss)
+    settings = arguments(tmp_path, max_steps=60, save_strategy="no", auto_find_batch_size=True)
+    Trainer(bert(), settings, train_dataset=training, callbacks=[callback]).train()
+    assert callback.controller is not None
+    assert callback.controller.global_step == 60
+    assert 8 > sizes[-1] == min(sizes)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    rows = tokenized(50)
+    parts = [hold_out(rows, share, seed) for share, seed in ((0.25, 3), (np.float32(0.25), np.int64(3)))]
+    assert parts[0][1]["text"] == parts[1][1]["text"]
+
+
 def test_examples_that_are_not_prepared_are_refused(tmp_path: Path) -> None:
     training, growth = hold_out(tokenized())
     with pytest.raises(ConfigError, match=r"columns text, labels.*training set has input_ids; prepare both") as error:
@@ -400,3 +429,38 @@ def test_a_training_that_ends_within_its_trial_says_so(tmp_path: Path) -> None:
     trainer = trainer_for(bert(), tmp_path, callback, StopsEarly(), max_steps=60, save_strategy="no")
     with pytest.warns(AromaWarning, match=r"trial is not over at step 10: .* has all 3 components of the trial"):
         trainer.train()
+
+
+class StopsAtOnce(TrainerCallback):
+    """Ends the training before the trial has a component."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 3
+
+
+def test_a_training_after_one_that_ended_within_its_trial_is_warned_of(tmp_path: Path) -> None:
+    """It keeps what was never judged. One that ended before there was anything leaves nothing."""
+    stop: TrainerCallback = StopsEarly()
+    trainer = trainer_for(
+        bert(), tmp_path, AromaCallback(growth_dataset=growth_dataset()), stop, max_steps=60, save_steps=10
+    )
+    with pytest.warns(AromaWarning, match=r"trial is not over at step 10"):
+        trainer.train()
+    trainer.remove_callback(stop)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the training before was stopped")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        trainer.train()
+    trainer.add_callback(stop)
+    with pytest.warns(AromaWarning, match=r"trial is not over at step 10"):
+        trainer.train()
+    with pytest.warns(AromaWarning, match=r"^the training before was stopped in its trial, so its \d+ comp"):
+        trainer.train()
+    trainer.remove_callback(stop)
+    early = trainer_for(
+        bert(), tmp_path / "early", AromaCallback(growth_dataset=growth_dataset()), StopsAtOnce(), max_steps=60
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(trial is not over|the training before was stopped)")
+        early.train()
+        early.train()

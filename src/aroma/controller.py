@@ -111,7 +111,7 @@ class AromaController:
             raise bad_value("total_steps", total_steps, "give the number of optimizer steps that are planned")
         self.adapter_name = adapter_name
         self.optimizer = optimizer
-        self.total_steps = total_steps
+        self.total_steps = None if total_steps is None else int(total_steps)
         self.live = live_adapter(model, adapter_name)
         self.config = self.live.config
         kind = SlotMatrices if self.config.has_slots else GrowingMatrices
@@ -123,17 +123,19 @@ class AromaController:
             refuse_sharding(wrapper, optimizer)
             self._sharding.belongs(optimizer, self.matrices.parameters)
             self.matrices.require_data()
-            plan = (plan_rule or _RULES[self.config.growth])(self.config, total_steps)
+            plan = (plan_rule or _RULES[self.config.growth])(self.config, self.total_steps)
             self.matrices.require_held_by_optimizer()
             self.matrices.refuse_other_adapters(wrapper)
             if self.config.has_slots:
-                _refuse_odd_steps(optimizer)
+                _refuse_odd_steps(self._sharding.base_optimizer(optimizer))
         self._held_out: HeldOut | None = None
         self._first_pass: int | None = None
         self._has_told_of_few = False
         self._hooks: list[Any] = []
         self._settle_graph(compiled or is_compiled(wrapper))
         self._join_ranks(model)
+        earlier = self.live.controller
+        self._keeps_undecided = earlier is not None and earlier.has_undecided
         self.matrices.start()
         self._listeners: list[Callable[[Event], None]] = []
         self.rule = plan(self.matrices)
@@ -157,6 +159,22 @@ class AromaController:
     def finished(self) -> bool:
         """Whether every matrix is frozen."""
         return self.rule.finished
+
+    @property
+    def has_undecided(self) -> bool:
+        """Whether the adapter has components of a trial that is not over."""
+        return self.rule.is_in_trial and self.matrices.known_rank > 0
+
+    def warn_of_undecided(self) -> None:
+        """Warn where an earlier training of the model was stopped in its trial: this one keeps what that had."""
+        if self._keeps_undecided:
+            warnings.warn(
+                f"the training before was stopped in its trial, so its {self.matrices.known_rank} components stay, of "
+                "which none was judged, and those of this one come beside them. To go on, resume from a checkpoint; "
+                "to begin anew, make a new model",
+                AromaWarning,
+                stacklevel=3,
+            )
 
     @property
     def active_modules(self) -> int:
@@ -251,8 +269,11 @@ class AromaController:
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
-        self._gather_evidence(is_new, loss_scale)
-        return self.rule.step() + self._ask_held_out()
+        kind = self.matrices.device.type
+        # A loop may step within autocast, in whose precision directions would not be orthogonal.
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            self._gather_evidence(is_new, loss_scale)
+            return self.rule.step() + self._ask_held_out()
 
     def decide_by(self, held_out: HeldOut | None, first_pass: int | None) -> None:
         """Say on which examples growth is decided; without this call, on every batch.
@@ -556,7 +577,9 @@ def _refuse_odd_steps(optimizer: Any) -> None:
     Raises:
         ConfigError: Naming the optimizer.
     """
-    name = type(unwrapped_optimizer(optimizer)).__name__
+    name = type(optimizer).__name__
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise bad_value("optimizer", name, "it is no torch.optim.Optimizer; give the one that it wraps")
     if any(group.get("maximize") for group in optimizer.param_groups):
         remedy = "with maximize=True it climbs, and growth='evidence' keeps what lowers a loss; minimise the negative"
         raise bad_value("optimizer", name, remedy)

@@ -165,11 +165,13 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             compiled=args.torch_compile,
         )
         loader = kwargs.get("train_dataloader")
-        self._settle_evidence(args, loader)
+        self._settle_evidence(args, state, loader)
         live = self.controller.live
         training, scores = getattr(loader, "dataset", None), self._saved(state).get("scores")
         live.about = tell_of_run(live.about, args, state, training, self.growth_dataset, scores)
-        if state.global_step > 0:
+        if state.global_step == 0:
+            self.controller.warn_of_undecided()
+        else:
             with self.controller.together():
                 saved = self._saved_state(state)
             self.controller.load_state_dict(saved)
@@ -181,7 +183,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._steps_within_backward = sharding.steps_within_backward
         self._hook(state, sharding.base_optimizer(optimizer))
 
-    def _settle_evidence(self, args: TrainingArguments, loader: Any) -> None:
+    def _settle_evidence(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
         """Tell the controller which batches decide growth."""
         controller = self._running()
         self._samples = Samples.of(args)
@@ -208,7 +210,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                 examples = without_trained(with_columns_of(training, self.growth_dataset), training)
                 held_out = HeldOutDataset(
                     examples,
-                    args.per_device_train_batch_size,
+                    state.train_batch_size or args.per_device_train_batch_size,
                     args.gradient_accumulation_steps,
                     controller.rule.questions,
                     getattr(loader, "collate_fn", default_data_collator),
@@ -414,7 +416,10 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         **kwargs: Any,
     ) -> None:
         """Remember the metrics for the adapter's card; after the training, write the report again with them."""
-        score = score_of(metrics or {}, state.global_step, getattr(eval_dataloader, "dataset", None))
+        step = state.global_step
+        if self.controller is not None and self._training is None:
+            step = self.controller.global_step  # after the training it may be the best checkpoint's
+        score = score_of(metrics or {}, step, getattr(eval_dataloader, "dataset", None))
         if self.controller is not None and score is not None:
             live = self.controller.live
             live.about = replace(live.about, scores=with_score(live.about.scores, score))
@@ -443,7 +448,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             self.controller.load_state_dict(exported)
             live, step = self.controller.live, exported["state"]["global_step"]
             live.about = replace(live.about, scores=scores_at(live.about.scores, state, step))
-        if self.controller.rule.is_in_trial:
+        if self.controller.has_undecided:
             warnings.warn(
                 f"{self.controller.explanation()}, so that every matrix has all {self.controller.config.slots} "
                 "components of the trial; train on from a checkpoint before the adapter is used",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import chain, islice
+from numbers import Real
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from .. import compat
@@ -85,6 +87,8 @@ class HeldOutDataset:
         try:
             return self._micro_batch(0, 0)
         except _FAILURES as error:
+            if should_reduce_batch_size(error):
+                raise
             remedy = f"no batch can be made of them {_told(error)}; prepare them as the training set is"
             raise bad_value("growth_dataset", f"{len(self._dataset)} examples", remedy) from error
 
@@ -232,6 +236,8 @@ def _require_loss_of(field: str, loss: Loss, model: nn.Module, batch: Any, devic
     except AromaError as raised:
         error = raised
     except _FAILURES as raised:
+        if should_reduce_batch_size(raised):  # out of memory; accelerate tries smaller batches then, if it is asked to
+            raise
         said = _told(raised)
         if loss is model_loss:
             remedy = f"{type(model).__name__} fails on a batch of them {said}; prepare them as the "
@@ -298,14 +304,14 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
         ConfigError: A share that leaves one of them empty, a seed that is none, several splits, or a stream.
     """
     require_indexed("dataset", dataset)
-    is_share = isinstance(share, int | float) and 0 < share < 1
-    held = round(len(dataset) * share) if is_share else 0
+    is_share = isinstance(share, Real) and 0 < share < 1
+    held = round(len(dataset) * float(share)) if is_share else 0
     if not is_whole(seed, 0, 2**63):
         raise bad_value("seed", seed, "give a whole number, 0 or more")
     if not 0 < held < len(dataset):
         remedy = "give a share like 0.1" if len(dataset) >= 10 else "there are too few to hold any out"
         raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; {remedy}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(int(seed))).tolist()
     train, growth = sorted(order[held:]), sorted(order[:held])
     return rows_of(dataset, train), rows_of(dataset, growth)
 

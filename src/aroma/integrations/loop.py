@@ -161,8 +161,10 @@ def attach(
             AromaWarning,
             stacklevel=2,
         )
-    controller.decide_by(held_out, steps_per_pass)
-    if resume_from is not None:
+    controller.decide_by(held_out, None if steps_per_pass is None else int(steps_per_pass))
+    if resume_from is None:
+        controller.warn_of_undecided()
+    else:
         with controller.together():
             exported = read_controller_state(resume_from)
             if exported is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
@@ -195,6 +196,9 @@ class AromaConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), np.generic):
+                setattr(self, item.name, value.item())  # a number of a sweep over an array; JSON knows none of numpy's
         if not isinstance(self.growth, str) or self.growth not in FIELDS_OF_RULE:
             raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
         self._check_component()

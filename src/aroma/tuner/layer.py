@@ -123,7 +123,22 @@ class AromaLinear(LoraLinear):
             self.lora_B[adapter_name], self.lora_A[adapter_name]
         )
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
-        self.slots_in_use[adapter_name], self.empty_slots[adapter_name] = r, 0
+        self._evaluate_all_slots(adapter_name)
+
+    def _evaluate_all_slots(self, adapter_name: str) -> None:
+        self.slots_in_use[adapter_name], self.empty_slots[adapter_name] = self.r[adapter_name], 0
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Evaluate all slots of a pair that is about to be loaded: any may hold a component."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for adapter_name in self.slots_in_use:
+            if f"{prefix}lora_B.{adapter_name}.weight" not in state_dict:
+                continue
+            self._evaluate_all_slots(adapter_name)
+            finished = self.finished(adapter_name)
+            if not finished.rank:  # accelerate takes empty tensors for one that is shared, and leaves them out
+                for side, empty in (("A", finished.A), ("B", finished.B)):
+                    state_dict.setdefault(f"{prefix}lora_finished.{adapter_name}.{side}", empty)
 
     # The pair and what is known of it -------------------------------------------------------------------------------
 
@@ -545,8 +560,10 @@ class AromaLinear(LoraLinear):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy holds: nobody asks its backwards."""
-        return {**self.__dict__, "probes": {}}
+        """Return what a copy holds: nobody asks its backwards, and any slot of it may be written into."""
+        names = self.slots_in_use
+        slots = {"slots_in_use": {name: self.r[name] for name in names}, "empty_slots": dict.fromkeys(names, 0)}
+        return {**self.__dict__, "probes": {}, **slots}
 
     def __repr__(self) -> str:
         """Mark the layer as ours in a printed model."""

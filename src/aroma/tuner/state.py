@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
@@ -253,7 +254,7 @@ def experts_counts(state: dict[str, Any]) -> dict[str, int]:
 
 def is_whole(value: object, least: int, most: int) -> bool:
     """Whether `value` is an integer from `least` to `most`; True and 1.0 are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
 def read_controller_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
