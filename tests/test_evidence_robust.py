@@ -630,6 +630,19 @@ def test_a_step_within_autocast_is_a_step() -> None:
     assert_same(followed(loop), followed(plain))
 
 
+def test_a_step_that_a_loop_gives_up_leaves_nothing() -> None:
+    def backward(model: Any, batch: Rows) -> None:
+        if batch[0].mean() > 0:
+            (1000 * loss_of(model, batch)).backward()
+            loop.growth.controller.skip_step()
+            loop.optimizer.zero_grad()
+        loss_of(model, batch).backward()
+
+    plain, loop = Loop().go_on(), Loop(backward=backward)
+    assert_grew(plain)
+    assert_same(loop.go_on().came_to(), plain.came_to())
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     given = {"significance": np.float64(0.7), "slots": np.int64(3), "duel_factor": np.float32(0.5)}
     model = net(**given)
