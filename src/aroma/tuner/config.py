@@ -198,7 +198,7 @@ class AromaConfig(LoraConfig):
     def __post_init__(self) -> None:
         for item in fields(self):
             if isinstance(value := getattr(self, item.name), np.generic):
-                setattr(self, item.name, value.item())  # a number of a sweep over an array; JSON knows none of numpy's
+                setattr(self, item.name, value.item())  # JSON has none of numpy's numbers
         if not isinstance(self.growth, str) or self.growth not in FIELDS_OF_RULE:
             raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
         self._check_component()
