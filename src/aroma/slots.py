@@ -339,9 +339,10 @@ class SlotMatrices(GrowingMatrices):
                     "model",
                     type(self.model).__name__,
                     "no gradient has reached a growing layer in this optimizer step, so nothing can be learnt of "
-                    "directions: call loss.backward() (not torch.autograd.grad or torch.func) before "
-                    "optimizer.step(), and let the graph reach the layers (with a frozen embedding and reentrant "
-                    "gradient checkpointing: model.enable_input_require_grads(), or use_reentrant=False)",
+                    "directions: keep the adapter active, call loss.backward() (not torch.autograd.grad or "
+                    "torch.func) before optimizer.step(), and let the graph reach the layers (with a frozen embedding "
+                    "and reentrant gradient checkpointing: model.enable_input_require_grads(), or "
+                    "use_reentrant=False)",
                 )
         self._is_answered = True
         self._warn_of_unreached(reached)
