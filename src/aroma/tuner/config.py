@@ -196,9 +196,6 @@ class AromaConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            if isinstance(value := getattr(self, item.name), np.generic):
-                setattr(self, item.name, value.item())  # JSON has none of numpy's numbers
         if not isinstance(self.growth, str) or self.growth not in FIELDS_OF_RULE:
             raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
         self._check_component()
@@ -209,6 +206,9 @@ class AromaConfig(LoraConfig):
         if (remedy := check_split(self.split_modules)) is not None:
             raise bad_value("split_modules", self.split_modules, remedy)
         check_lora_fields(self, _COMMON_FIELDS)
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), np.number):
+                setattr(self, item.name, value.item())  # JSON has none of numpy's numbers
         # PEFT reads them, also where they were given as None.
         self.rank_pattern: dict[str, int] = {}
         self.alpha_pattern: dict[str, float] = {}
@@ -413,7 +413,9 @@ class AromaConfig(LoraConfig):
 
 def _is_number(value: object) -> bool:
     # An integer can be above what a float holds, and would fail where it is divided.
-    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return not abs(value) > sys.float_info.max
 
 
 def _require_positive(name: str, value: Any, remedy: str) -> None:
@@ -424,5 +426,5 @@ def _require_positive(name: str, value: Any, remedy: str) -> None:
 
 def _require_int(name: str, value: object, minimum: int, remedy: str) -> None:
     # Processes exchange these numbers as 64-bit integers.
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not minimum <= value < 2**63:
         raise bad_value(name, value, remedy)
