@@ -415,7 +415,8 @@ def _is_number(value: object) -> bool:
     # An integer can be above what a float holds, and would fail where it is divided.
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
-    return not abs(value) > sys.float_info.max
+    largest: Any = sys.float_info.max
+    return not abs(value) > largest
 
 
 def _require_positive(name: str, value: Any, remedy: str) -> None:
