@@ -36,6 +36,7 @@ from .sharding import (
 )
 from .slots import SlotMatrices
 from .tuner import AromaConfig, aroma_layers
+from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
 from .tuner.state import is_whole
@@ -269,9 +270,8 @@ class AromaController:
         self.live.ever_controlled = True
         if not (self._state_is_known or self.finished):
             self._check_optimizer_state()
-        kind = self.matrices.device.type
         # A loop may step within autocast, in whose precision directions would not be orthogonal.
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        with without_autocast(self.matrices.device):
             self._gather_evidence(is_new, loss_scale)
             return self.rule.step() + self._ask_held_out()
 

@@ -30,7 +30,7 @@ from .. import compat
 from ..errors import ConfigError, bad_value
 from ..patterns import is_named
 from ..sharding import Slice, is_sharded, sharded_slice
-from .fused import Probe
+from .fused import Probe, without_autocast
 from .layer import AromaLinear, BlockMatrix, refuse_zero3
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class _Updated(torch.autograd.Function):
         up, down = torch.cat([B, b * scale], 2).to(weight.dtype), torch.cat([A, a], 1).to(weight.dtype)
         factors = (down.mT, up.mT) if transposed else (up, down)
         # Under autocast the module casts W' itself, as it casts W.
-        with torch.autocast(weight.device.type, enabled=False) if weight.device.type != "meta" else nullcontext():
+        with without_autocast(weight.device):
             return torch.baddbmm(weight, *factors)
 
     @staticmethod
@@ -295,7 +295,7 @@ class _Updated(torch.autograd.Function):
         left, right = [b * ctx.scale], [a]
         if u is not None:
             left, right = [*left, u * probe_scale], [*right, v * probe_scale]
-        with torch.autocast(G.device.type, enabled=False) if G.device.type != "meta" else nullcontext():
+        with without_autocast(G.device):
             down = torch.cat(left, 2).to(G.dtype).mT @ G
             up = G @ torch.cat(right, 1).to(G.dtype).mT
         slots = a.shape[1]

@@ -173,7 +173,7 @@ class _LinearWithUpdate(torch.autograd.Function):
     ) -> Tensor:
         """Map x (…, n) to (…, m)."""
         call = _Call.of(x, update, dtype)
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             W, factors, pair_is_folded = call.folded(weight, call.factors(update.A, update.B, a, b, u, v))
             flat = call.flat(x)
             h = factors.project(flat)
@@ -190,7 +190,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         x, h, a, b, A, B, u, v, *moves, weight = ctx.saved_tensors
         call: _Call = ctx.call
         gx = None
-        with _without_autocast(gy.device):
+        with without_autocast(gy.device):
             g = call.flat(gy)
             if ctx.needs_input_grad[0]:
                 W, factors, pair_is_folded = call.folded(weight, call.factors(A, B, a, b, u, v))
@@ -222,7 +222,7 @@ class _AddUpdate(torch.autograd.Function):
     ) -> Tensor:
         """Add to result (…, m) what x (…, n) gives."""
         call = _Call.of(x, update, dtype)
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             factors = call.factors(update.A, update.B, a, b, u, v)
             h = factors.project(call.flat(x))
             factors.add(result.view(-1, result.shape[-1]), h)
@@ -237,7 +237,7 @@ class _AddUpdate(torch.autograd.Function):
         call: _Call = ctx.call
         gx = None
         needs_x, needs_result = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
-        with _without_autocast(gy.device):
+        with without_autocast(gy.device):
             g = call.flat(gy)
             factors = call.factors(A, B, a, b, u, v) if needs_x else call.factors(A[:0], B[:, :0], a, b, u, v)
             gh = factors.project_back(g)
@@ -570,6 +570,8 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context without autocast: everything is in one dtype already."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast, of which a meta device has none."""
+    kind = device.type
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
