@@ -23,13 +23,16 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
+    def _set_size(self, width: int, height: int, *, is_mobile: bool = False) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_mobile}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
     def open(self, page: Path, size: str = "desktop", scheme: str = "light") -> None:
         """Open a page, and wait until its charts are drawn."""
         from selenium.webdriver.support.wait import WebDriverWait
 
         width, height = SIZES[size]
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self._set_size(width, height, is_mobile=size == "phone")
         self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": size == "phone"})
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
@@ -40,8 +43,7 @@ class Browser:
 
     def resize(self, width: int) -> None:
         """Make the window so many pixels wide, and wait until the charts have followed."""
-        metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self._set_size(width, 844)
         script = """
             const views = [...document.querySelectorAll(".plot")].map((one) => one.view);
             requestAnimationFrame(() => requestAnimationFrame(async () => {
@@ -52,8 +54,7 @@ class Browser:
 
     def print_media(self, width: int) -> None:
         """Show the page as it is printed, so many pixels across."""
-        metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self._set_size(width, 1000)
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
 
     def run(self, script: str, *arguments: Any) -> Any:

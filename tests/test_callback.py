@@ -205,23 +205,31 @@ def growth_of(model: Any) -> Any:
     return live_adapter(model).controller
 
 
-@pytest.mark.parametrize("criterion", slow_but(["norm_change"], ["norm_change", "update_change"]))
-def test_the_best_checkpoint_comes_back_whole(tmp_path: Path, criterion: str) -> None:
-    scores = iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.8])
-    best = Remember(step=18)
-    trainer = trainer_for(
-        adapted(inner_criterion=criterion, lora_alpha=3),
-        tmp_path,
+def trainer_that_keeps_the_best(
+    out: Path, scores: list[float], every: int, *callbacks: TrainerCallback, limit: int | None = None, **method: Any
+) -> Trainer:
+    """A Trainer that is evaluated and saved every few steps, with these scores, and ends with the best checkpoint."""
+    each = iter(scores)
+    return trainer_for(
+        adapted(**method),
+        out,
         AromaCallback(),
-        best,
-        more={"compute_metrics": lambda _: {"score": next(scores)}},
-        save_steps=6,
-        eval_steps=6,
+        *callbacks,
+        more={"compute_metrics": lambda _: {"score": next(each)}},
+        save_steps=every,
+        eval_steps=every,
         eval_strategy="steps",
         load_best_model_at_end=True,
         metric_for_best_model="score",
-        save_total_limit=2,
+        save_total_limit=limit,
     )
+
+
+@pytest.mark.parametrize("criterion", slow_but(["norm_change"], ["norm_change", "update_change"]))
+def test_the_best_checkpoint_comes_back_whole(tmp_path: Path, criterion: str) -> None:
+    best = Remember(step=18)
+    scores = [0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.8]
+    trainer = trainer_that_keeps_the_best(tmp_path, scores, 6, best, limit=2, inner_criterion=criterion, lora_alpha=3)
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-18")
     controller = growth(trainer).controller
@@ -243,18 +251,7 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path: Path, criterion: str) ->
 
 
 def test_an_evaluation_after_the_training_is_one_of_the_best_checkpoint(tmp_path: Path) -> None:
-    scores = iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.8, 0.9])
-    trainer = trainer_for(
-        adapted(),
-        tmp_path,
-        AromaCallback(),
-        more={"compute_metrics": lambda _: {"score": next(scores)}},
-        save_steps=6,
-        eval_steps=6,
-        eval_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-    )
+    trainer = trainer_that_keeps_the_best(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.8, 0.9], 6)
     trainer.train()
     trainer.evaluate()
     trainer.save_model(str(tmp_path / "final"))
@@ -264,18 +261,7 @@ def test_an_evaluation_after_the_training_is_one_of_the_best_checkpoint(tmp_path
 
 
 def test_a_module_that_finished_after_the_best_trains_again(tmp_path: Path) -> None:
-    scores = iter([0.9, 0.1])
-    trainer = trainer_for(
-        adapted(outer_tolerance=100.0),
-        tmp_path,
-        AromaCallback(),
-        more={"compute_metrics": lambda _: {"score": next(scores)}},
-        save_steps=2,
-        eval_steps=2,
-        eval_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-    )
+    trainer = trainer_that_keeps_the_best(tmp_path, [0.9, 0.1], 2, outer_tolerance=100.0)
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     controller = growth(trainer).controller

@@ -418,29 +418,25 @@ def test_the_split_depends_on_its_seed_alone_and_loses_nothing() -> None:
 
 
 class StopsEarly(TrainerCallback):
-    """Ends the training after ten optimizer steps, as a person or a limit of time may."""
+    """Ends the training after so many optimizer steps, as a person or a limit of time may."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= 10
+        control.should_training_stop = state.global_step >= self.steps
 
 
 def test_a_training_that_ends_within_its_trial_says_so(tmp_path: Path) -> None:
     callback = AromaCallback(growth_dataset=growth_dataset())
-    trainer = trainer_for(bert(), tmp_path, callback, StopsEarly(), max_steps=60, save_strategy="no")
+    trainer = trainer_for(bert(), tmp_path, callback, StopsEarly(10), max_steps=60, save_strategy="no")
     with pytest.warns(AromaWarning, match=r"trial is not over at step 10: .* has all 3 components of the trial"):
         trainer.train()
 
 
-class StopsAtOnce(TrainerCallback):
-    """Ends the training before the trial has a component."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= 3
-
-
 def test_a_training_after_one_that_ended_within_its_trial_is_warned_of(tmp_path: Path) -> None:
     """It keeps what was never judged. One that ended before there was anything leaves nothing."""
-    stop: TrainerCallback = StopsEarly()
+    stop = StopsEarly(10)
     trainer = trainer_for(
         bert(), tmp_path, AromaCallback(growth_dataset=growth_dataset()), stop, max_steps=60, save_steps=10
     )
@@ -456,9 +452,8 @@ def test_a_training_after_one_that_ended_within_its_trial_is_warned_of(tmp_path:
         trainer.train()
     with pytest.warns(AromaWarning, match=r"^the training before was stopped in its trial, so its \d+ comp"):
         trainer.train()
-    trainer.remove_callback(stop)
     early = trainer_for(
-        bert(), tmp_path / "early", AromaCallback(growth_dataset=growth_dataset()), StopsAtOnce(), max_steps=60
+        bert(), tmp_path / "early", AromaCallback(growth_dataset=growth_dataset()), StopsEarly(3), max_steps=60
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(trial is not over|the training before was stopped)")
