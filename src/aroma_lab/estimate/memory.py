@@ -228,7 +228,6 @@ def as_on_a_device() -> Iterator[None]:
         (layer, "is_traced", lambda x: False),
         (layer, "autocast_dtype", lambda x: None),
         (fused, "autocast_dtype", lambda x: None),
-        (fused, "_without_autocast", lambda device: nullcontext()),
         (F, "dropout", _dropout),
         (F, "grouped_mm", _grouped_mm),
         (torch, "autocast", lambda *_, **__: nullcontext()),
