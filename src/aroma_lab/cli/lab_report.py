@@ -93,7 +93,7 @@ def add_parser(commands: Any) -> None:
         "evaluations and inner checks of each run, failures included. `aroma lab table` and `aroma lab figure`\n"
         "take it in place of the run folders and give the same numbers. Adapters, events and losses are left\n"
         "out, so cosines and births still need the run folders.\n\n"
-        "Of several parts of one grid, what a later part has of a task and method replaces earlier runs. What they\n"
+        "Of several parts of one grid, a later part's run replaces one of the same task, method and seed. What they\n"
         "chose and were asked, selection.json and grid.yaml, is then written beside the table.",
         "aroma lab collect results/lab/minilm-six",
         "aroma lab collect results/lab/minilm-six --out minilm.parquet",
