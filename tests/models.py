@@ -54,6 +54,11 @@ def _translated(seed: int) -> Batch:
     return {"input_ids": _tokens(seed), "labels": _tokens(seed + 1)}
 
 
+def _tagged(seed: int) -> Batch:
+    tokens = _tokens(seed)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens % LABELS}
+
+
 def _pictured(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -106,6 +111,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         _classified,
         12,
         {"task_type": "SEQ_CLS"},
+    ),
+    "bert-tokens": Architecture(
+        transformers.BertForTokenClassification,
+        partial(transformers.BertConfig, **_ENCODER),
+        _tagged,
+        12,
+        {"task_type": "TOKEN_CLS"},
     ),
     "gpt2": Architecture(
         transformers.GPT2LMHeadModel,

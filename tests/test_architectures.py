@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, GPT-2, Llama, T5, ViT: train, grow, save, reload."""
+"""BERT, RoBERTa, BERT that tags tokens, GPT-2, Llama, T5, ViT: train, grow, save, reload."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ STEPS = 14
 LIMITS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"outer_tolerance": 0.025},
+    "bert-tokens": {},
     "gpt2": {"r": 2, "lora_alpha": 3},
     "llama": {"inner_criterion": "update_change", "reset": "zero"},
     "t5": {"max_components": 2},
@@ -29,7 +30,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 """Methods that between them take every way through the outer check."""
 
 
-@pytest.mark.parametrize("name", slow_but(["bert", "gpt2", "llama"], ARCHITECTURES))
+@pytest.mark.parametrize("name", slow_but(["bert", "bert-tokens", "gpt2", "llama"], ARCHITECTURES))
 def test_train_grow_save_reload(tmp_path: Path, name: str) -> None:
     inputs, unseen = batch(name), batch(name, seed=12)
     model = adapted(name, **LIMITS[name])
@@ -65,7 +66,7 @@ def test_train_grow_save_reload(tmp_path: Path, name: str) -> None:
     assert ranks(again) == ranks(model)
 
 
-@pytest.mark.parametrize("name", slow_but(["roberta", "vit"], ARCHITECTURES))
+@pytest.mark.parametrize("name", slow_but(["roberta", "bert-tokens", "vit"], ARCHITECTURES))
 def test_what_is_read_of_a_saved_adapter(tmp_path: Path, name: str) -> None:
     model, inputs = adapted(name), batch(name)
     grow(model, inputs, 9)

@@ -235,7 +235,7 @@ def test_what_was_cut_is_told(files: Path, capsys: pytest.CaptureFixture[str], f
         (
             {"data.task": "classification", "language.packing": True},
             ConfigError,
-            "language=.*it needs data.task=causal_lm, and the task is classification",
+            r"^language\.[a-z]+=.*it needs data.task=causal_lm, and the task is classification",
         ),
         ({"data.task": "classification", "training.loop": "sft"}, ConfigError, "training.loop='sft'"),
         ({"data.task": "classification", "model.gguf_file": "a.gguf"}, ConfigError, "model.gguf_file='a.gguf'"),

@@ -444,6 +444,11 @@ def test_growth_by_evidence_holds_out_what_can_decide(options, held_out):
     assert (len(train), len(growth or [])) == (1200 - held_out, held_out)
 
 
+def test_too_few_examples_to_decide_growth_are_refused_before_anything_is_written():
+    with pytest.raises(ConfigError, match=r"^train='50 examples, of which 5 are held out': it takes 7 batches"):
+        make_method("aroma", {"growth": "evidence"}).hold_out(range(50))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [

@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import get_peft_model
 
-from aroma import AromaConfig, AromaController, attach, save_adapter
+from aroma import AromaConfig, AromaController, aroma_layers, attach, save_adapter
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
 from aroma.files import read_tensors, write_tensors
-from models import adapted, batch, ranks, train, trainable
+from models import ARCHITECTURES, adapted, base, batch, ranks, train, trainable
+
+TASKS = {
+    "sequences": ("SEQ_CLS", "SequenceClassification", "classifier"),
+    "tokens": ("TOKEN_CLS", "TokenClassification", "classifier"),
+    "spans": ("QUESTION_ANS", "QuestionAnswering", "qa_outputs"),
+}
 
 
 def optimizer_of(model: Any) -> torch.optim.Optimizer:
@@ -53,6 +61,18 @@ def test_another_adapter_under_an_old_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "query" / "adapter_model.safetensors").write_bytes(new.read_bytes())
     with pytest.raises(CheckpointError, match="sha256"):
         rank_table(tmp_path / "query")
+
+
+def test_a_model_without_the_adapter_is_not_saved(tmp_path: Path) -> None:
+    for model, name in ((base("bert"), "default"), (adapted("bert"), "other")):
+        with pytest.raises(ConfigError, match=rf"^adapter_name='{name}': .* has no AROMA adapter of that name; make"):
+            save_adapter(model, tmp_path / "adapter", name)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer='NoneType': it is no optimizer; give the one that trains"):
+        attach(adapted("bert"), None, total_steps=20)
 
 
 def test_a_controller_that_is_never_stepped_does_not_count(tmp_path: Path) -> None:
@@ -102,12 +122,34 @@ def test_a_head_that_stays_at_its_random_start_is_named(fields: dict[str, Any], 
     assert bool(heads) == warns
 
 
+@pytest.mark.parametrize(("task", "ending", "head"), [*TASKS.values()], ids=[*TASKS])
+@pytest.mark.parametrize("growth", ["evidence", "paper"])
+def test_a_head_smaller_than_the_slots_trains_whole(task: str, ending: str, head: str, growth: str) -> None:
+    made = getattr(transformers, f"BertFor{ending}")(ARCHITECTURES["bert"].config())
+    model = get_peft_model(made, AromaConfig(task_type=task, growth=growth))
+    assert not [name for name in aroma_layers(model) if head in name]
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad and head in name]
+
+
+@pytest.mark.parametrize(("task", "ending", "head"), [*TASKS.values()], ids=[*TASKS])
+def test_a_task_that_is_missing_is_named_where_a_head_is_too_small_to_grow(task: str, ending: str, head: str) -> None:
+    made = getattr(transformers, f"BertFor{ending}")(ARCHITECTURES["bert"].config())
+    with pytest.raises(ConfigError, match=rf"^task_type=None: the head '{head}' .* give '{task}', .*\['{head}'\]$"):
+        get_peft_model(made, AromaConfig(growth="evidence"))
+    get_peft_model(made, AromaConfig(growth="evidence", modules_to_save=[head]))
+
+
 def test_a_misspelt_target_is_named() -> None:
     with pytest.warns(AromaWarning, match=r"no module of BertForSequenceClassification is called 'kay', 'qurey', so"):
         adapted("bert", target_modules=["qurey", "value", "kay"])
+    with pytest.warns(
+        AromaWarning, match=r"^modules_to_save: no module of BertForSequenceClass.* is called 'poler', so"
+    ):
+        adapted("bert", modules_to_save=["poler"])
     with warnings.catch_warnings():
         warnings.simplefilter("error", AromaWarning)
-        adapted("bert", target_modules=["query", "encoder.layer.0.attention.self.value"], layers_to_transform=[0])
+        names = ["query", "encoder.layer.0.attention.self.value"]
+        adapted("bert", target_modules=names, layers_to_transform=[0], modules_to_save=["pooler"])
 
 
 def test_a_merge_says_so_too() -> None:

@@ -302,11 +302,13 @@ def test_a_report_that_cannot_be_written_costs_no_training(tmp_path, monkeypatch
 
 
 def test_secrets_of_the_command_line_are_left_out(monkeypatch):
-    words = ["python", "/home/me/train.py", "--hub_token", "hf_secret", "--api-key=xyz", "--seed", "3"]
+    words = ["python", "/home/me/train.py", "--hub_token", "hf_secret", "--api-key=xyz", "--key", "abc", "--seed", "3"]
     words += ["hub_token=hf_secret", "lr=3"]  # as OmegaConf and Hydra take them
     monkeypatch.setattr(reporting.sys, "orig_argv", words)
     monkeypatch.setattr(reporting.sys, "argv", words[1:])
-    assert reporting._command() == "python train.py --hub_token '…' '--api-key=…' --seed 3 'hub_token=…' lr=3"
+    assert (
+        reporting._command() == "python train.py --hub_token '…' '--api-key=…' --key '…' --seed 3 'hub_token=…' lr=3"
+    )
     monkeypatch.setattr(reporting.sys, "argv", [""])
     assert reporting._command() is None
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import charts
 from aroma.files import write_text
-from aroma.report import charts
 from aroma.report.page import ASSETS
 from aroma.report.run import run_page
 from aroma_lab.report.grid_page import grid_page

@@ -248,7 +248,7 @@ def test_rows_are_written_as_they_come_and_only_a_whole_file_gets_its_name(
             "named",
             "rows.csv",
             ["--text", "words"],
-            "data (line 2)='…': no column 'words'; its columns are 'text', 'la",
+            "--text='words': data (line 2) has no such column; its columns are 'text', 'la",
         ),
         ("named", "nothing.csv", ["--text", "text"], "nothing.csv': no such file"),
         ("named", "empty.csv", ["--text", "text"], "empty.csv': it has no rows; give at least one"),

@@ -24,6 +24,7 @@ from .files import file_digest, remove_leftovers, require_adapter_folder, told_o
 from .folders import replacing_files
 from .saved import read_adapter, read_config, require_vouched
 from .sharding import rank, refuse_together, sharding_of_model, world_size
+from .tuner.live import live_adapter
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, checksum_of, read_state, require_checksum
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
         adapter_name: Adapter to write.
 
     Raises:
+        ConfigError: The model has no AROMA adapter of that name.
         CheckpointError: The written files do not fit together, or `folder` is a file.
     """
+    live_adapter(model, adapter_name)
     sharding, target = sharding_of_model(model), Path(folder)
     with ExitStack() as stack:
         if not sharding.must_gather(model.parameters()):

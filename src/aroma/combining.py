@@ -62,8 +62,8 @@ def combine(
             or too few batches.
         CheckpointError: An adapter is missing, damaged or edited.
     """
-    if not adapters:
-        raise bad_value("adapters", [], "give two or more")
+    if not adapters or isinstance(adapters, str | os.PathLike):
+        raise bad_value("adapters", adapters, "give a list of two or more folders")
     factors = [1.0] * len(adapters) if weights is None else [*weights]
     if len(factors) != len(adapters):
         raise bad_value("weights", factors, f"give one for each of the {len(adapters)} adapters")

@@ -108,6 +108,9 @@ class AromaController:
                 type(model).__name__,
                 f"it has no AROMA adapter {adapter_name!r}; make one with get_peft_model(model, AromaConfig(...))",
             )
+        if not hasattr(optimizer, "param_groups"):
+            remedy = "it is no optimizer; give the one that trains the adapter (the Trainer has it once it trains)"
+            raise bad_value("optimizer", type(optimizer).__name__, remedy)
         if total_steps is not None and not is_whole(total_steps, 1, 2**62):
             raise bad_value("total_steps", total_steps, "give the number of optimizer steps that are planned")
         self.adapter_name = adapter_name

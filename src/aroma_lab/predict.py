@@ -199,8 +199,7 @@ class ClassifierPredictor:
         for option, column in zip(("--text", "--text-pair"), self._columns, strict=False):
             if column not in row:
                 there = ", ".join(map(repr, row))
-                remedy = f"no column {column!r}; its columns are {there}. Name the text with {option}"
-                raise bad_value(where, "…", remedy, DataError)
+                raise bad_value(option, column, f"{where} has no such column; its columns are {there}", DataError)
             if row[column] is None or row[column] == "":
                 remedy = f"a text is missing in column {column!r}; fill it in, or leave the row out"
                 raise bad_value(where, row[column], remedy, DataError)
@@ -327,5 +326,5 @@ class LanguagePredictor:
             return turns_of_row(where, row, self._spec)
         if self.text not in row:
             there = ", ".join(map(repr, row))
-            raise bad_value(where, "…", f"no column {self.text!r}; its columns are {there}", DataError)
+            raise bad_value("--text", self.text, f"{where} has no such column; its columns are {there}", DataError)
         return turns_of_row(where, {"prompt": row[self.text]}, self._spec)

@@ -310,7 +310,10 @@ def _check_nothing_idle(recipe: Recipe) -> None:
         idle = [(f"data.{key}", getattr(data, key), getattr(default, key)) for key in keys if key not in read]
         idle += [
             ("training.head_learning_rate", training.head_learning_rate, None),
-            ("language", recipe.language, LanguageSpec()),
+            *(
+                (f"language.{key.name}", getattr(recipe.language, key.name), key.default)
+                for key in fields(LanguageSpec)
+            ),
         ]
     elif data.task == "causal_lm":
         remedy = "it is a classifier's, and the task is causal_lm; leave it out (columns: see the section language)"

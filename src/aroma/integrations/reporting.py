@@ -33,7 +33,7 @@ _NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_
 """Fields that are no one's choice of how to train."""
 _COMMON_NAMES = ("model", "checkpoint", "base", "snapshot")
 """Names of folders that say nothing of the model in them."""
-_SECRET = re.compile("token|password|secret|api[-_]?key", re.IGNORECASE)
+_SECRET = re.compile("token|password|secret|apikey|(?<![a-z])key(?![a-z])", re.IGNORECASE)
 """Names of options whose values are left out of what is passed on."""
 
 

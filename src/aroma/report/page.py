@@ -40,7 +40,7 @@ class Chart(NamedTuple):
     """A chart of a page.
 
     Args:
-        name: Its name in `charts.py`.
+        name: Its name in `charts.json`.
         label: What it shows, in words that stand for it where it cannot be seen.
         data: Its data sets by name, each a list of numbers or texts by column.
         main: The data set that the arrow keys walk through, and its columns across and up.

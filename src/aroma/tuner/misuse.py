@@ -12,12 +12,15 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from ..errors import AromaWarning
+from ..errors import AromaWarning, bad_value
 from ..patterns import is_named
 from .layer import AromaLinear
 
 if TYPE_CHECKING:
     from .config import AromaConfig
+
+HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
+"""Names of the heads that PEFT trains whole, by task type."""
 
 
 class UncontrolledWatch:
@@ -67,27 +70,52 @@ def warn_uncontrolled(config: AromaConfig) -> None:
     )
 
 
-def tell_of_unmatched(model: nn.Module, wanted: Any) -> None:
-    """Warn of names in `target_modules` that no module has: where others have theirs, PEFT passes over them.
+def tell_of_unmatched(model: nn.Module, config: AromaConfig, wanted: Any) -> None:
+    """Warn of names that no module has: where others have theirs, PEFT passes over them.
+
+    Args:
+        model: The model, whose layers grow by now.
+        config: Of the adapter, for its `modules_to_save`.
+        wanted: `target_modules`, as it was given.
 
     Warns:
         AromaWarning: Naming them.
     """
-    if not isinstance(wanted, list | tuple | set):
-        return
     names = [name for name, _ in model.named_modules()]
-    unmatched = sorted(own for own in wanted if not any(is_named(name, own) for name in names))
-    if unmatched:
-        warnings.warn(
-            f"target_modules: no module of {type(model).__name__} is called {', '.join(map(repr, unmatched))}, so "
-            "nothing grows there; take the names from model.named_modules()",
-            AromaWarning,
-            stacklevel=3,
-        )
+    given = [*wanted] if isinstance(wanted, list | tuple | set) else []
+    unmatched = {"target_modules": [own for own in given if not any(is_named(name, own) for name in names)]}
+    # PEFT adds the heads of a task by itself, whichever of them a model has.
+    heads = {head for heads in HEADS.values() for head in heads}
+    kept = {*(config.modules_to_save or ())} - heads
+    unmatched["modules_to_save"] = [own for own in kept if not any(name.endswith(own) for name in names)]
+    for field, missing in unmatched.items():
+        if missing:
+            warnings.warn(
+                f"{field}: no module of {type(model).__name__} is called {', '.join(map(repr, sorted(missing)))}, so "
+                "nothing trains there; take the names from model.named_modules()",
+                AromaWarning,
+                stacklevel=3,
+            )
+
+
+def refuse_small_head(model: nn.Module, config: AromaConfig) -> None:
+    """Refuse to let a head grow that has fewer ranks than slots, where nothing says that it is to grow.
+
+    Raises:
+        ConfigError: `task_type` is missing, with which PEFT trains the head whole.
+    """
+    kept = {*(config.modules_to_save or ()), *(config.exclude_modules or ())}
+    if not config.has_slots or config.task_type is not None or config.target_modules != "all-linear":
+        return
+    for name, head in _heads(model).items():
+        if isinstance(head, nn.Linear) and min(head.weight.shape) < config.slots and name not in kept:
+            said = f"the head {name!r} would grow as all linear layers do, and is too small for {config.slots} slots"
+            remedy = f"give {_task_of(model)!r}, with which it trains whole, or modules_to_save=[{name!r}]"
+            raise bad_value("task_type", None, f"{said}; {remedy}")
 
 
 def tell_of_frozen_head(model: nn.Module, config: AromaConfig, wanted: Any) -> None:
-    """Warn where the weights of a classification head are frozen: PEFT trains them only if it knows the task.
+    """Warn where the weights of a head are frozen: PEFT trains them only if it knows the task.
 
     Args:
         model: The model, whose layers grow by now.
@@ -106,7 +134,8 @@ def tell_of_frozen_head(model: nn.Module, config: AromaConfig, wanted: Any) -> N
     name = next(iter(heads))
     warnings.warn(
         f"task_type=None: the weights of the head {name!r} of {type(model).__name__} are frozen as all others are, so "
-        f"a new head keeps its random start. Give AromaConfig task_type='SEQ_CLS', or modules_to_save=[{name!r}]",
+        f"a new head keeps its random start. Give AromaConfig task_type={_task_of(model)!r}, or "
+        f"modules_to_save=[{name!r}]",
         AromaWarning,
         stacklevel=2,
     )
@@ -117,6 +146,13 @@ def _grows_one(heads: dict[str, nn.Module]) -> bool:
 
 
 def _heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what PEFT takes for a classification head, by name."""
-    found = {name: getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
+    """Return what PEFT takes for a head, by name."""
+    found = {name: getattr(model, name, None) for names in HEADS.values() for name in names}
     return {name: head for name, head in found.items() if isinstance(head, nn.Module)}
+
+
+def _task_of(model: nn.Module) -> str:
+    """Return the task type of a model with a head, which its class names."""
+    name = type(model).__name__
+    named = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
+    return next((task for ending, task in named.items() if ending in name), "SEQ_CLS")

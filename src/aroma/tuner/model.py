@@ -28,7 +28,14 @@ from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
 from .live import LiveAdapter, live_adapter
-from .misuse import UncontrolledWatch, tell_of_frozen_head, tell_of_unmatched, warn_uncontrolled
+from .misuse import (
+    HEADS,
+    UncontrolledWatch,
+    refuse_small_head,
+    tell_of_frozen_head,
+    tell_of_unmatched,
+    warn_uncontrolled,
+)
 from .parts import AromaParts, parts_of, sizes_of
 
 REFERENCE = "ref"
@@ -64,6 +71,7 @@ class AromaModel(LoraModel):
         if original is not None:
             self.peft_config[adapter_name] = replace(self.peft_config[adapter_name], inference_mode=True)
         wanted = self.peft_config[adapter_name].target_modules
+        refuse_small_head(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -78,7 +86,7 @@ class AromaModel(LoraModel):
         for split in self.peft_config[adapter_name].split_modules or {}:
             if not any(is_named(name, split) for name in parts):
                 raise bad_value("split_modules", split, "no module that grows is called so; name it in target_modules")
-        tell_of_unmatched(model, wanted)
+        tell_of_unmatched(model, self.peft_config[adapter_name], wanted)
         self._bring_to_life(model, adapter_name)
         tell_of_frozen_head(model, self.peft_config[adapter_name], wanted)
         if original is not None:
@@ -121,6 +129,13 @@ class AromaModel(LoraModel):
         self, peft_config: AromaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         return inject_experts(model, adapter_name, peft_config, low_cpu_mem_usage)
+
+    @staticmethod
+    def _check_target_module_exists(config: AromaConfig, key: str) -> Any:
+        # Of these tasks PEFT makes the head trainable when the other layers grow already.
+        if {*key.split(".")}.intersection(HEADS.get(config.task_type, ())):
+            return False
+        return LoraModel._check_target_module_exists(config, key)
 
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""AROMA itself, with every field of `AromaConfig` as an option."""
+"""AROMA itself, with `AromaConfig`'s own fields as options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from aroma.controller import AromaController
 from aroma.errors import CheckpointError, bad_value
 from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
-from aroma.integrations.held_out import hold_out
+from aroma.integrations.held_out import hold_out, require_enough
 from aroma.integrations.loop import attach
 from aroma.tasks import Tasks
 from aroma.tuner import AromaConfig, aroma_layers
@@ -135,7 +135,10 @@ class Aroma(PeftAdapter):
         """Hold out the examples that decide growth by evidence; see `Method.hold_out`."""
         if self._unplaced().growth != "evidence" or self.growth_share == 0:
             return train, None
-        return hold_out(train, self.growth_share)
+        rest, growth = hold_out(train, self.growth_share)
+        said = f"{len(train)} examples, of which {len(growth)} are held out"
+        require_enough(len(growth), "train", said, self._unplaced().significance, "give more examples")
+        return rest, growth
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""

@@ -1,7 +1,7 @@
-"""The charts of a report, written in Altair, and how they get into `assets/`.
+"""The charts of a report, written in Altair, and how they get into `src/aroma/report/assets/`.
 
 A page holds Vega, which draws, and each chart compiled to Vega; Vega-Lite and Altair are needed only here. Whoever
-changes a chart runs `python -m aroma.report.charts` with the extra `test` installed, and commits what it writes.
+changes a chart runs `python tools/charts.py` with the extra `test` installed, and commits what it writes.
 Colours are variables of the page's style sheet, so that one drawing is light or dark.
 """
 
@@ -18,7 +18,7 @@ import altair as alt
 import vl_convert
 import zopfli.gzip
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "src" / "aroma" / "report" / "assets"
 
 VEGA_LITE = "6.4"
 """What the charts are compiled with; vl-convert holds several."""
