@@ -328,8 +328,8 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         raise bad_value(
             "growth_loss",
             None,
-            f"{type(model).__name__} returns no loss for a held-out batch; give growth_loss=, a function of the model "
-            "and a batch that returns the training loss",
+            f"{type(model).__name__} returns no loss for a held-out batch; give the examples labels, or growth_loss=, "
+            "a function of the model and a batch that returns the training loss",
         )
     return loss
 
