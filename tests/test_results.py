@@ -766,7 +766,7 @@ def test_the_example_of_tasks_does_what_is_missing(tmp_path: Path, monkeypatch: 
         ("the first in batches of 4, not 16", "planted-nets", "graded-b4"),
         ("the second in batches of 4", "planted-nets", "noisy-b4"),
         ("rank 2 in every matrix", "planted-nets", "uniform"),
-        ("an encoder with planted updates (three seeds)", "planted-minilm", "minilm"),
+        ("an encoder with planted updates", "planted-minilm", "minilm"),
         ("TREC, accuracy", "minilm-six", "trec"),
         ("BANKING77, accuracy", "minilm-six", "banking77"),
         ("SST-2, accuracy", "minilm-six", "sst2"),
