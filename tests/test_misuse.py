@@ -136,7 +136,9 @@ def test_a_task_that_is_missing_is_named_where_a_head_is_too_small_to_grow(task:
     made = getattr(transformers, f"BertFor{ending}")(ARCHITECTURES["bert"].config())
     with pytest.raises(ConfigError, match=rf"^task_type=None: the head '{head}' .* give '{task}', .*\['{head}'\]$"):
         get_peft_model(made, AromaConfig(growth="evidence"))
-    get_peft_model(made, AromaConfig(growth="evidence", modules_to_save=[head]))
+    for field, named in (("modules_to_save", [head]), ("exclude_modules", [head]), ("exclude_modules", head)):
+        made = getattr(transformers, f"BertFor{ending}")(ARCHITECTURES["bert"].config())
+        assert head not in aroma_layers(get_peft_model(made, AromaConfig(growth="evidence", **{field: named})))
 
 
 def test_a_misspelt_target_is_named() -> None:

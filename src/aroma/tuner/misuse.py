@@ -6,9 +6,11 @@ Each is told while it can be helped, and once.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
@@ -104,11 +106,11 @@ def refuse_small_head(model: nn.Module, config: AromaConfig) -> None:
     Raises:
         ConfigError: `task_type` is missing, with which PEFT trains the head whole.
     """
-    kept = {*(config.modules_to_save or ()), *(config.exclude_modules or ())}
     if not config.has_slots or config.task_type is not None or config.target_modules != "all-linear":
         return
     for name, head in _heads(model).items():
-        if isinstance(head, nn.Linear) and min(head.weight.shape) < config.slots and name not in kept:
+        grows = check_target_module_exists(replace(config, target_modules=[name]), name)
+        if grows and isinstance(head, nn.Linear) and min(head.weight.shape) < config.slots:
             said = f"the head {name!r} would grow as all linear layers do, and is too small for {config.slots} slots"
             remedy = f"give {_task_of(model)!r}, with which it trains whole, or modules_to_save=[{name!r}]"
             raise bad_value("task_type", None, f"{said}; {remedy}")
