@@ -617,6 +617,15 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
         size = min(rank for rank in (1, 2, 4, 8) if rank >= rows.trained[task])
         is_half = bool(1 - rows["mean"][task] <= (1 - ranks.score_mean[f"lora-r{size}", task]) / 2)
         is_said(error, task, is_half)
+    unexplained = 100 * (1 - ranks.score_mean)
+    noise = [f"{unexplained[one]:.1f}" for one in (("aroma-evidence", "noisy"), ("aroma-evidence", "noisy-b4"))]
+    larger = [f"{unexplained[one]:.1f}" for one in (("lora-r4", "noisy"), ("lora-r8", "noisy-b4"))]
+    said = f"leaves {noise[0]} % (`noisy`) and {noise[1]} % (`noisy-b4`), LoRA of the next larger rank {larger[0]} and"
+    assert f"{said} {larger[1]} %." in TEXT
+    assert 4 < rows.trained["graded-b4"] < 4.01
+    eight, four = (f"{unexplained[method, 'graded-b4']:.1f}" for method in ("lora-r8", "lora-r4"))
+    assert f"compared with r = 8, which leaves {eight} % (r = 4 {four} %). In `uniform` r = 2 is" in TEXT
+    assert f"planted, and leaves {unexplained['lora-r2', 'uniform']:.1f} %." in TEXT
     left = 100 * (1 - of_evidence("longer-encoder").groupby("of").score.mean())
     assert ("the encoder in 1,500 steps" in error[0]) == bool(left["evidence"] <= left["r = 4"] / 2)
     said = f"{left['evidence']:.2f} % in place of {left['r = 8']:.2f}"
