@@ -303,18 +303,15 @@ def _check_nothing_idle(recipe: Recipe) -> None:
     """Refuse what would do nothing for the task."""
     data, training, default = recipe.data, recipe.training, DataSpec()
     idle: list[tuple[str, object, object]]
+    language = [
+        (f"language.{key.name}", getattr(recipe.language, key.name), key.default) for key in fields(LanguageSpec)
+    ]
     if data.task in MADE_KEYS:
         remedy = f"tasks of the kind {data.task} do not have it; leave it out"
         read = ("name", "config", "train", "text") if data.task == "planted_encoder" else ()
         keys = ("name", "config", "train", "validation", "test", "text", "text_pair", "label")
         idle = [(f"data.{key}", getattr(data, key), getattr(default, key)) for key in keys if key not in read]
-        idle += [
-            ("training.head_learning_rate", training.head_learning_rate, None),
-            *(
-                (f"language.{key.name}", getattr(recipe.language, key.name), key.default)
-                for key in fields(LanguageSpec)
-            ),
-        ]
+        idle += [("training.head_learning_rate", training.head_learning_rate, None), *language]
     elif data.task == "causal_lm":
         remedy = "it is a classifier's, and the task is causal_lm; leave it out (columns: see the section language)"
         idle = [
@@ -328,7 +325,7 @@ def _check_nothing_idle(recipe: Recipe) -> None:
     else:
         remedy = f"it needs data.task=causal_lm, and the task is {data.task}"
         idle = [
-            ("language", recipe.language, LanguageSpec()),
+            *language,
             ("model.gguf_file", recipe.model.gguf_file, None),
             ("training.loop", training.loop, "trainer"),
         ]

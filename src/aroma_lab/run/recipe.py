@@ -113,7 +113,8 @@ def check_output(recipe: Recipe, resume: bool) -> None:
     if resume and files.result.exists() and not is_to_be_added:
         raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
     if not (resume and files.trial.exists()):
-        other = "give another, or --resume this run" if files.trial.exists() else "give another"
+        # A path can be too long to be asked for.
+        other = "give another, or --resume this run" if os.path.exists(files.trial) else "give another"
         new_folder("output", files.root, "it holds no run to resume; give another" if resume else other)
 
 
