@@ -197,9 +197,7 @@ class ClassifierPredictor:
     def check(self, where: str, row: Values) -> None:
         """Raise DataError for a row without its texts."""
         for option, column in zip(("--text", "--text-pair"), self._columns, strict=False):
-            if column not in row:
-                there = ", ".join(map(repr, row))
-                raise bad_value(option, column, f"{where} has no such column; its columns are {there}", DataError)
+            _require_column(option, column, where, row)
             if row[column] is None or row[column] == "":
                 remedy = f"a text is missing in column {column!r}; fill it in, or leave the row out"
                 raise bad_value(where, row[column], remedy, DataError)
@@ -324,7 +322,12 @@ class LanguagePredictor:
 
         if self.text is None:
             return turns_of_row(where, row, self._spec)
-        if self.text not in row:
-            there = ", ".join(map(repr, row))
-            raise bad_value("--text", self.text, f"{where} has no such column; its columns are {there}", DataError)
+        _require_column("--text", self.text, where, row)
         return turns_of_row(where, {"prompt": row[self.text]}, self._spec)
+
+
+def _require_column(option: str, column: str, where: str, row: Values) -> None:
+    """Raise DataError for a row without the column that `option` names."""
+    if column not in row:
+        there = ", ".join(map(repr, row))
+        raise bad_value(option, column, f"{where} has no such column; its columns are {there}", DataError)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HEADS = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
 """Names of the heads that PEFT trains whole, by task type."""
+_HEAD_NAMES = {name: None for names in HEADS.values() for name in names}
+"""The same of all tasks, each once and in order."""
 
 
 class UncontrolledWatch:
@@ -87,8 +89,7 @@ def tell_of_unmatched(model: nn.Module, config: AromaConfig, wanted: Any) -> Non
     given = [*wanted] if isinstance(wanted, list | tuple | set) else []
     unmatched = {"target_modules": [own for own in given if not any(is_named(name, own) for name in names)]}
     # PEFT adds the heads of a task by itself, whichever of them a model has.
-    heads = {head for heads in HEADS.values() for head in heads}
-    kept = {*(config.modules_to_save or ())} - heads
+    kept = {*(config.modules_to_save or ())} - _HEAD_NAMES.keys()
     unmatched["modules_to_save"] = [own for own in kept if not any(name.endswith(own) for name in names)]
     for field, missing in unmatched.items():
         if missing:
@@ -149,7 +150,7 @@ def _grows_one(heads: dict[str, nn.Module]) -> bool:
 
 def _heads(model: nn.Module) -> dict[str, nn.Module]:
     """Return what PEFT takes for a head, by name."""
-    found = {name: getattr(model, name, None) for names in HEADS.values() for name in names}
+    found = {name: getattr(model, name, None) for name in _HEAD_NAMES}
     return {name: head for name, head in found.items() if isinstance(head, nn.Module)}
 
 

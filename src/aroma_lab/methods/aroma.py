@@ -133,11 +133,12 @@ class Aroma(PeftAdapter):
 
     def hold_out(self, train: Any) -> tuple[Any, Any | None]:
         """Hold out the examples that decide growth by evidence; see `Method.hold_out`."""
-        if self._unplaced().growth != "evidence" or self.growth_share == 0:
+        config = self._unplaced()
+        if config.growth != "evidence" or self.growth_share == 0:
             return train, None
         rest, growth = hold_out(train, self.growth_share)
         said = f"{len(train)} examples, of which {len(growth)} are held out"
-        require_enough(len(growth), "train", said, self._unplaced().significance, "give more examples")
+        require_enough(len(growth), "train", said, config.significance, "give more examples")
         return rest, growth
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:

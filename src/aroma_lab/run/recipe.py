@@ -112,10 +112,10 @@ def check_output(recipe: Recipe, resume: bool) -> None:
     is_to_be_added = recipe.tasks is not None and recipe.task is not None  # a kill may come before that
     if resume and files.result.exists() and not is_to_be_added:
         raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
-    if not (resume and files.trial.exists()):
-        # A path can be too long to be asked for.
-        other = "give another, or --resume this run" if os.path.exists(files.trial) else "give another"
-        new_folder("output", files.root, "it holds no run to resume; give another" if resume else other)
+    holds_run = os.path.exists(files.trial)  # False, too, where a path is too long to be asked for
+    if not (resume and holds_run):
+        remedy = "give another, or --resume this run" if holds_run else "give another"
+        new_folder("output", files.root, "it holds no run to resume; give another" if resume else remedy)
 
 
 def run_recipe(
