@@ -67,6 +67,7 @@ class Matrix:
     q: list[Tensor]
     count: int = 0
     singular: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)  # places among them
     heads: list[int] = field(default_factory=list)
     flips: list[int] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
@@ -106,6 +107,9 @@ class Reference:
         self.newborn: list[list[bool]] = []
         self.credits: list[list[list[float]]] = []
         self.at_base: list[list[list[float]]] = []  # the same at strength 0
+        self.of_dropped: list[list[list[float]]] = []  # at strength 1, what was dropped at 0
+        self.answers = 0  # to questions before those
+        self.again = False  # whether it is asked about what was dropped
         self.opens = False  # whether it is open still how much of the updates is judged, and when
         self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
@@ -146,18 +150,38 @@ class Reference:
             self.phase, self.strength = "questions", 0.5
             self.opens, self.share = True, 1.0
             while o.holds_out and self.phase == "questions" and len(self.credits) < o.questions:
-                self._credit(held_out(self.next))
-                self.asked, self.next = self.asked + 1, self.next + 1
+                self._credit(self._next(held_out))
                 self._look_at_the_opening()
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
             self._look()
             if self.t >= o.last:
                 self.phase = "rest"
-        if self.phase == "questions" and len(self.credits) == o.questions:
+        if self.phase == "questions" and len(self.credits) == o.questions and not self.again:
             self._settle()
+            self.strength, self.again = 1.0, True
+            self._next_order()
+            while o.holds_out and len(self.of_dropped) < self._questions_again():
+                self._credit(self._next(held_out))
+        if self.phase == "questions" and self.again and len(self.of_dropped) == self._questions_again():
+            self._take_back()
             self._look()
-            self.phase, self.strength = "growth", 1.0
+            self.phase = "growth"
+
+    def _next(self, held_out: Callable[[int], Sequence[Tensor]]) -> Sequence[Tensor]:
+        self.asked, self.next = self.asked + 1, self.next + 1
+        return held_out(self.next - 1)
+
+    def _next_order(self) -> None:
+        """Pass over the rest of the held-out batches, so that the next questions ask none twice."""
+        while self.settings.held_out_batches and self.next % self.settings.held_out_batches:
+            self.next += 1
+
+    def _questions_again(self) -> int:
+        """As many as decided, if with all others they are 12 % of the run at most; else fewer, but no less than 8."""
+        o = self.settings
+        room = math.floor(0.12 * (o.last + o.trial)) - self.answers
+        return min(o.questions, room) if room >= 8 and any(matrix.dropped for matrix in self.matrices) else 0
 
     def _interval(self) -> int:
         """Optimizer steps between held-out batches that duel: with those of the trial they are 12 % of the run."""
@@ -181,8 +205,7 @@ class Reference:
             self.opens, self.strength, self.at_base = False, 0.5, []
         if downhill:
             self.opens, self.share, self.strength, self.credits = False, 0.5, 0.25, []
-            while o.held_out_batches and self.next % o.held_out_batches:
-                self.next += 1
+            self._next_order()
         if costs and downhill and self.doubled < 2 and 4 * o.trial * 2**self.doubled <= o.last + o.trial:
             self.doubled += 1
             self.phase, self.strength = "trial", 1.0
@@ -204,7 +227,8 @@ class Reference:
 
     def _credit(self, G: Sequence[Tensor]) -> None:
         s = self.settings.s
-        (self.at_base if self.strength == 0 else self.credits).append(
+        self.answers += not self.again
+        (self.at_base if self.strength == 0 else self.of_dropped if self.again else self.credits).append(
             [
                 [float(-(s * size * g * torch.outer(u, v)).sum()) for u, size, v in matrix.singular]
                 for matrix, g in zip(self.matrices, G, strict=True)
@@ -245,7 +269,23 @@ class Reference:
                 for k, (u, size, v) in enumerate(kept)
             ] + [None] * (o.S - len(stay))
             matrix.count += len(stay)
-            dropped = [matrix.singular[k] for k in range(o.S) if k not in stay][: o.unused]
+            matrix.dropped = [k for k in range(o.S) if k not in stay]
+
+    def _take_back(self) -> None:
+        """Components along what was dropped, where the loss falls that way by Holm's procedure at α/2."""
+        o = self.settings
+        every = torch.tensor(self.of_dropped, dtype=torch.float64)
+        for i, matrix in enumerate(self.matrices):
+            asked = matrix.dropped if self.of_dropped else []
+            chances = {k: stats.ttest_1samp(every[:, i, k], 0, alternative="greater").pvalue for k in asked}
+            back = []
+            for place, k in enumerate(sorted(chances, key=lambda k: chances[k])):
+                if len(back) == place and chances[k] < o.alpha / 2 / (o.S - place):
+                    back.append(k)
+            before = matrix.live
+            for k in sorted(back):
+                self._birth(matrix, matrix.singular[k][2], before, len(before) + len(back))
+            dropped = [matrix.singular[k] for k in matrix.dropped if k not in back][: o.unused]
             for side, sizes in ((0, len(matrix.u[0])), (2, len(matrix.v[0]))):
                 random = _random(o.seed, matrix.index, "next u" if side == 0 else "next v", o.unused, sizes)
                 found = [direction[side] for direction in dropped] + random[len(dropped) :]

@@ -188,6 +188,7 @@ class SlotMatrices(GrowingMatrices):
         self._is_answered = False
         self._has_warned = False
         self._strength = 1.0
+        self._is_following = True
         self._groups: list[Directions] = []
         self._noted: list[list[int | None]] = [[*matrix.born] for matrix in self._all]
         self._pending = [False] * len(self._all)
@@ -310,7 +311,7 @@ class SlotMatrices(GrowingMatrices):
         if record:
             self._record([group.answers for group in self._groups])
         for group in self._groups:
-            if self._strength == 1:
+            if self._is_following:
                 group.turn(group.answers, self.memory)
             group.answers.zero_()
 
@@ -428,7 +429,7 @@ class SlotMatrices(GrowingMatrices):
         most = max(group.v.shape[1] for group in self._groups)
         values = []
         for group, own in zip(self._groups, answers, strict=True):
-            unused, moves = group.steepness(own, of_reached=self._strength == 1)
+            unused, moves = group.steepness(own, of_reached=self._is_following)
             missing = most - unused.shape[1]  # a small matrix has fewer unused directions
             values.append(torch.cat([nn.functional.pad(unused, (0, missing), value=-math.inf), moves], 1))
         self._readings.append((values, [*self._pending]))
@@ -469,8 +470,8 @@ class SlotMatrices(GrowingMatrices):
         self.ask_at(0.5)
 
     def ask_at(self, strength: float) -> None:
-        """From now on ask about the same directions with all updates at `strength`."""
-        self._strength, self._readings = strength, []
+        """From now on ask about the same directions, which turn no more, with all updates at `strength`."""
+        self._strength, self._is_following, self._readings = strength, False, []
         self._ask()
 
     def take_credits(self) -> list[np.ndarray]:
@@ -487,17 +488,16 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
-        """Keep `share` of these singular directions of every matrix, drop the others, and follow unused directions.
+        """Keep `share` of these singular directions of every matrix, and ask about the others at strength 0.
 
         A direction that stays is split as at its birth: a = ℓ v, b = share σ u / ℓ, with ℓ = √(2/3K) where K stay in
-        the matrix. The first that were dropped are followed.
+        the matrix.
         """
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
         starts: list[SlotStart] = []
         for group in self._groups:
-            next_u, next_v = self._random_directions(group)
-            slots, unused = self._live.config.slots, next_u.shape[1]
+            slots = self._live.config.slots
             for row, place in enumerate(group.rows):
                 matrix, stays = self._all[place], [*kept[place]]
                 if matrix.is_frozen:
@@ -509,12 +509,23 @@ class SlotMatrices(GrowingMatrices):
                 matrix.layer.start_pair(self._adapter_name, a, b)
                 starts += _starts(matrix, range(slots), matrix.slots)
                 matrix.occupy_first(len(stays))
-                dropped = [k for k in range(slots) if k not in stays and group.sizes[row, k] > 0][:unused]
-                next_u[row, : len(dropped)] = group.u[row, dropped]
-                next_v[row, : len(dropped)] = group.v[row, dropped]
-            group.follow(next_u, next_v)
+                group.sizes[row, stays] = 0
         start_slots(self._optimizer, starts)
         self.release_pairs()
+        self._ask()
+
+    @torch.no_grad()
+    def follow_unused(self, taken: Sequence[tuple[SlotMatrix, int]]) -> None:
+        """Follow unused directions: the first that were dropped and are not among the `taken`, then random ones."""
+        gone = {(matrix.index, direction) for matrix, direction in taken}
+        for group in self._groups:
+            u, v = self._random_directions(group)
+            for row, place in enumerate(group.rows):
+                dropped = group.sizes[row].nonzero().flatten().tolist()
+                left = [k for k in dropped if (place, k) not in gone][: u.shape[1]]
+                u[row, : len(left)], v[row, : len(left)] = group.u[row, left], group.v[row, left]
+            group.follow(u, v)
+        self._is_following, self._readings = True, []
         self._ask()
 
     # Births ----------------------------------------------------------------------------------------------------------
@@ -612,7 +623,7 @@ class SlotMatrices(GrowingMatrices):
             tensors.update({f"directions.{index}.{name}": tensor for name, tensor in group.state().items()})
             for step, (values, _) in enumerate(self._readings):
                 tensors[f"reading.{step}.{index}"] = values[index].clone()
-        state["strength"] = self._strength
+        state["strength"], state["is_following"] = self._strength, self._is_following
         state["noted"] = [[*noted] for noted in self._noted]
         state["pending"] = [*self._pending]
         state["readings"] = [pending for _, pending in self._readings]
@@ -626,7 +637,7 @@ class SlotMatrices(GrowingMatrices):
         super().restore(state, tensors, draw, pairs)
         for index, group in enumerate(self._groups):
             group.restore({name: tensors[f"directions.{index}.{name}"] for name in group.KEPT}, self._scale)
-        self._strength = state["strength"]
+        self._strength, self._is_following = state["strength"], state["is_following"]
         self._noted = [[*noted] for noted in state["noted"]]
         self._pending = [*state["pending"]]
         self._readings = [

@@ -16,6 +16,8 @@ batches are asked about the singular directions σ_k u_k v_kᵀ of its update, w
     stay:       the candidates with a quarter or more of the average credit, over all directions, of which those that
                 are no candidates have none; and in a matrix where that is none, the direction with the largest credit,
                 unless the update as a whole costs more than its standard error
+    come back:  of what was dropped, directions along which the loss falls where they are 0 and what stays is in place,
+                −uᵀ G v > 0 at α/2 with Holm's correction on as many batches again; from b = 0, like what is born later
 
 At the highest rate, and in small batches, the components swing. So the first quarter of the batches says how far.
 Where it does not say at α that all updates together save loss, as many are asked with the updates at strength 0:
@@ -63,6 +65,7 @@ from .questions import (
     keep_one_if_undecided,
     opening_count,
     question_count,
+    saves_loss,
     saves_together,
 )
 from .rule import Matrix, not_finite, require_finite
@@ -179,8 +182,9 @@ class EvidenceMatrix(Matrix, Protocol):
     steepness: float | None
 
 
-Stage = Literal["opening", "base", "whole", "half"]
-"""Which questions are asked: the first, at strength ½; as many at 0; those that decide what stays, of what."""
+Stage = Literal["opening", "base", "whole", "half", "dropped"]
+"""Which questions are asked: the first, at strength ½; as many at 0; those that decide what stays, of what; those that
+decide what comes back of the rest."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -236,7 +240,10 @@ class EvidenceMatrices(Protocol[E]):
         """
 
     def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
-        """Keep `share` of these singular directions of every matrix, drop the others, and follow unused directions."""
+        """Keep `share` of these singular directions of every matrix, and ask about the others at strength 0."""
+
+    def follow_unused(self, taken: Sequence[tuple[E, int]]) -> None:
+        """Follow unused directions: those that were dropped and are not among the `taken`, and random ones."""
 
     def note_moves(self) -> None:
         """Note how every component has moved since the last call: that is Δ_k from now on."""
@@ -274,6 +281,7 @@ class EvidenceRule(Generic[E]):
         self._base_credits: list[np.ndarray] = []
         self._overflows = 0
         self._asked = 0
+        self._questions_again = 0  # about what was dropped
         self._next_number = 0  # of a held-out batch; some are passed over
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
@@ -315,7 +323,8 @@ class EvidenceRule(Generic[E]):
         if self.phase in ("start", "trial"):
             return [f"trial {self.global_step}/{self._trial_steps}", components]
         if self.phase == "questions":
-            return [f"asking {len(self._credits)}/{self.questions}", components]
+            count = self._questions_again if self._stage == "dropped" else self.questions
+            return [f"asking {len(self._credits)}/{count}", components]
         last = "" if self.last_birth is None else f", last at step {self.last_birth}"
         return [components, f"births {self.births}{last}"]
 
@@ -437,8 +446,12 @@ class EvidenceRule(Generic[E]):
 
     @property
     def _may_go_on(self) -> bool:
-        run = self._settings.last_step + self._settings.trial_steps
-        return self.doublings < DOUBLINGS and 2 * self._trial_steps <= run / 2
+        return self.doublings < DOUBLINGS and 2 * self._trial_steps <= self._run / 2
+
+    @property
+    def _run(self) -> int:
+        """Planned optimizer steps, all but the last few."""
+        return self._settings.last_step + self._settings.trial_steps
 
     @property
     def _trial_steps(self) -> int:
@@ -447,6 +460,8 @@ class EvidenceRule(Generic[E]):
     @property
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
+        if self._stage == "dropped":
+            return self._questions_again - len(self._credits)
         if self._stage in ("whole", "half"):
             return self.questions - len(self._credits)
         return opening_count(self.questions) - len(self._base_credits if self._stage == "base" else self._credits)
@@ -469,6 +484,8 @@ class EvidenceRule(Generic[E]):
             self._read_opening()
         elif self._stage == "base":
             self._read_base()
+        elif self._stage == "dropped":
+            return self._take_back()
         else:
             return self._settle()
         return []
@@ -514,17 +531,38 @@ class EvidenceRule(Generic[E]):
         """Drop what does not surely save loss, and what saves little."""
         credits = np.stack(self._credits)
         kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
-        share = 0.5 if self._stage == "half" else 1.0
+        is_half = self._stage == "half"
+        share = 0.5 if is_half else 1.0
         self._matrices.keep(kept, share)
-        self._matrices.note_moves()
-        self._credits, self._base_credits = [], []
-        self.phase = "growth"
+        asked = len(credits) + len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
+        room = math.floor(HELD_OUT_SHARE * self._run) - asked
+        self._questions_again = min(self.questions, room) if room >= QUESTIONS[0] else 0
+        self._forget_answers()
+        self._stage = "dropped"
         saved = share * np.nan_to_num(credits).mean(0)
-        return [
+        events = [
             self._event("settled", matrix, value=float(saved[index, [*kept[index]]].sum()))
             for index, matrix in enumerate(self._matrices.all())
             if not matrix.is_frozen
         ]
+        is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
+        return events if is_any_dropped and self._questions_again else events + self._grow([])
+
+    def _take_back(self) -> list[Event]:
+        """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
+        falls = saves_loss(np.nan_to_num(np.stack(self._credits)), self._settings.significance / 2)
+        matrices = self._matrices.all()
+        self._credits = []
+        return self._grow([(matrices[place], int(k)) for place, k in np.argwhere(falls)])
+
+    def _grow(self, births: Sequence[tuple[E, int]]) -> list[Event]:
+        """End the questions; `births` are of directions that were dropped."""
+        allowed = self._within_limit(births)
+        events = self._bear(allowed)
+        self._matrices.follow_unused(allowed)
+        self._matrices.note_moves()
+        self.phase = "growth"
+        return events
 
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""
@@ -549,18 +587,20 @@ class EvidenceRule(Generic[E]):
         is_last = self.global_step >= self._settings.last_step
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
-        return checked + self._bear(self._within_limit(births))
+        allowed = self._within_limit(births)
+        events = checked + self._bear(allowed)
+        for matrix, direction in allowed:
+            matrix.heads[direction] = matrix.flips[direction] = 0
+            matrix.log_evidence = log_mean(_money(matrix))
+        return events
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
-        """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
+        """Start components along directions that are asked about; the events carry the evidence that decided."""
         if not births:
             return []
         merged = self._matrices.bear(births)
         events = [self._event("merged", matrix) for matrix in merged]
         events += [self._event("born", matrix) for matrix, _ in births]
-        for matrix, direction in births:
-            matrix.heads[direction] = matrix.flips[direction] = 0
-            matrix.log_evidence = log_mean(_money(matrix))
         self.births += len(births)
         self.last_birth = self.global_step
         return events
@@ -630,6 +670,7 @@ class EvidenceRule(Generic[E]):
             "phase": self.phase,
             "overflows": self._overflows,
             "asked": self._asked,
+            "questions_again": self._questions_again,
             "next_number": self._next_number,
             "held_out_batches": self.held_out_batches,
             "doublings": self.doublings,
@@ -659,6 +700,7 @@ class EvidenceRule(Generic[E]):
         self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
+        self._questions_again = state["questions_again"]
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )
