@@ -70,6 +70,11 @@ def with_short_rows() -> pd.DataFrame:
     return each_seed_of("longer-rows").loc["before"]
 
 
+def not_again() -> pd.DataFrame:
+    """Return what `with_short_rows` does, of the rule before it asked about what it drops."""
+    return each_seed_of("not-again").loc["before"]
+
+
 def each_seed_of(name: str) -> pd.DataFrame:
     """Return what was tried by variant, task and seed."""
     return of_evidence(name).set_index(["of", "task", "seed"]).sort_index()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -447,6 +448,66 @@ def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out
     assert len(duels) >= 10
     assert abs(len(duels) - rule.duels(first_pass, held_out=True)) <= 1, "what a warning would say"
     assert rule.doublings == 2 * swings
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+class Dropped(Answers):
+    """Two matrices, each with three directions of which the first stays; what the others say at 0 is given."""
+
+    def __init__(self, falls: list[list[float]]) -> None:
+        super().__init__({})
+        first = self.matrices[0]
+        self.matrices = [SimpleNamespace(**{**vars(first), "name": name}) for name in "ab"]
+        self.falls, self.asked, self.born = np.array(falls), 0, []
+
+    def take_credits(self) -> list[np.ndarray]:
+        again = self.strength == 1.0
+        self.asked += again
+        means = self.falls if again else np.array([[30.0, -9.0, -9.0]] * 2)
+        return [means + self.random.normal(0, 0.1, means.shape)]
+
+    def bear(self, births: Any) -> list[Any]:
+        self.born += [(matrix.name, direction) for matrix, direction in births]
+        return []
+
+
+def after_the_questions(matrices: Any, steps: int = 400, most: int | None = None) -> Any:
+    """Return a rule whose trial has ended."""
+    trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
+    last_step = (steps - trial) // 4 * 4
+    rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 3, trial, 0.97, last_step, most), matrices)
+    while rule.phase != "growth":
+        matrices.born = [] if rule.phase != "questions" else matrices.born
+        rule.step()
+    return rule
+
+
+def test_what_was_dropped_begins_anew_where_the_loss_surely_falls_along_it() -> None:
+    nan = math.nan  # what stays is not asked about
+    matrices = Dropped([[nan, 9.0, -9.0], [nan, 0.0, 8.0]])
+    rule = after_the_questions(matrices)
+    assert matrices.born == [("a", 1), ("b", 2)]
+    assert (rule.births, rule.last_birth) == (2, rule.global_step)
+    assert matrices.asked == 20, "as many batches as decided"
+    full = Dropped([[nan, 9.0, -9.0], [nan, 0.0, 8.0]])
+    after_the_questions(full, most=1)
+    assert full.born == []
+
+
+@pytest.mark.parametrize(("steps", "asked"), [(135, 0), (136, 8), (400, 20), (2_000, 64)])
+def test_a_short_run_has_no_batches_left_for_what_was_dropped(steps: int, asked: int) -> None:
+    matrices = Dropped([[math.nan, 0.0, 0.0]] * 2)
+    after_the_questions(matrices, steps)
+    assert matrices.asked == asked
+    assert "as in runs of fewer than 136 steps" in " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
+
+
+def test_nothing_is_asked_again_where_nothing_was_dropped() -> None:
+    matrices = Dropped([[0.0]] * 2)
+    matrices.take_credits = lambda: [np.full((2, 1), 9.0) + matrices.random.normal(0, 0.1, (2, 1))]  # type: ignore[method-assign]
+    assert after_the_questions(matrices).global_step == 40 + 20
 
 
 def test_the_first_components_lie_along_the_top_directions_of_the_gradient() -> None:

@@ -127,10 +127,10 @@ def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool
         (34, (1, "questions", "opening")),
         (38, (1, "questions", "base")),
         (44, (1, "questions", "half")),
-        (52, (1, "growth", "half")),
+        (52, (1, "growth", "dropped")),
     ]
     if holds_out:  # they answer between two steps
-        way = [(28, (1, "trial", "base")), (34, (1, "growth", "half"))]
+        way = [(28, (1, "trial", "base")), (34, (1, "growth", "dropped"))]
     whole = Loop(**options())
     for step, expected_stage in way:
         whole.go_on(step).save(tmp_path / str(step))
@@ -141,6 +141,19 @@ def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool
     for step, _ in way:
         resumed = Loop.resumed(tmp_path / str(step), step, **options()).go_on()
         assert_same(resumed.came_to(), expected, str(step))
+
+
+def test_questions_about_what_was_dropped_resume_to_the_bit(tmp_path: Path) -> None:
+    whole = Loop(**long()).go_on(28)
+    whole.save(tmp_path)
+    rule = whole.growth.controller.rule.state()
+    assert (rule["phase"], rule["stage"], len(rule["credits"])) == ("questions", "dropped", 4)
+    expected = whole.go_on(60).came_to()
+    again = [event for event in whole.events if event.kind == "born" and event.step == 32]
+    assert again, "some of it begins anew"
+    assert max(event.step for event in whole.events if event.kind == "settled") == 24
+    resumed = Loop.resumed(tmp_path, 28, **long()).go_on(60)
+    assert_same(resumed.came_to(), expected)
 
 
 def test_held_out_batches_leave_the_random_numbers_of_the_training_alone() -> None:

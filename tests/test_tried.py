@@ -19,6 +19,7 @@ from published import (
     gained,
     grown,
     in_points,
+    not_again,
     of_evidence,
     over_tasks,
     page_of,
@@ -291,14 +292,18 @@ def the_rule() -> pd.DataFrame:
     return runs.assign(spearman=spearman, grew=grew).set_index(["task", "seed"]).sort_index()
 
 
-@pytest.mark.parametrize(("before", "now"), [(with_short_rows, the_rule), (with_short_memory, with_short_rows)])
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [(not_again, the_rule), (with_short_rows, not_again), (with_short_memory, with_short_rows)],
+)
 def test_the_page_says_of_a_change_with_rates_of_its_own_what_the_runs_say(
     before: Callable[[], pd.DataFrame], now: Callable[[], pd.DataFrame]
 ) -> None:
     old, every = before(), now()
-    new = every[every.index.isin(old.index)]  # the tables have more seeds of some tasks
+    new = every[every.index.isin(old.index)]  # later tables have more seeds of some tasks
+    assert {*new.groupby("task").score.count()} <= {3, 5, 10}
     for task in LABELS:
-        assert len(new.loc[task]) == len(old.loc[task]) == (3 if task == "minilm" else 5)
+        assert len(new.loc[task]) == len(old.loc[task]) >= (3 if task == "minilm" else 5)
         assert compared(task, old, new) in TEXT
     was, found = (runs.spearman.astype(float).groupby("task").mean() for runs in (old, new))
     ranks = [f"{found[task]:.2f} on `{task}`, in place of {was[task]:.2f}" for task in FEW]
@@ -330,7 +335,7 @@ def test_the_page_says_of_rows_and_scales_what_the_runs_say() -> None:
     before = each_seed_of("memory-and-cut").loc["as it is"].score
     for variant, line in ROWS.items():
         assert on_nets(line, tried.loc[variant].score, before) in TEXT
-    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (the_rule(), with_short_rows()))
+    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (not_again(), with_short_rows()))
     assert f"where nothing is planted {grew} of 60 matrices grow, in place of {grew_before}" in TEXT
     table = with_short_rows().score
     encoder = [in_points(tried.loc[variant].score["minilm"] - table["minilm"]) for variant in ("√2, 1", "√8, 1/√8")]
@@ -628,7 +633,7 @@ def test_the_page_says_of_a_rate_that_falls_what_the_runs_say() -> None:
 
 def test_the_page_says_of_the_cut_what_the_runs_say() -> None:
     tried = each_seed_of("the-cut").loc["nothing is cut"]
-    now = the_rule()
+    now = not_again()
     for task in (*NETS, "minilm", *TEXTS[:4]):
         seeds = tried.loc[task].index
         assert len(seeds) == (5 if task in NETS else 3)
@@ -660,7 +665,7 @@ def test_the_page_says_of_overshoots_what_the_runs_say() -> None:
     for task, label in (("sst2", "on SST-2"), ("mrpc", "on MRPC"), ("graded-b4", "on `graded-b4`")):
         assert f"{asked.cost_on_seen[task]} of {asked.cost[task]} {label}" in TEXT
     tried = each_seed_of("the-cut").loc["what overshoots stays"]
-    now = the_rule()
+    now = not_again()
     gains = {task: in_points(tried.score[task] - now.score[task]) for task in (*NETS, "minilm")}
     listed = ", ".join(f"`{task}` {gains[task]}" for task in NETS)
     assert f"In the encoder that is worth {gains['minilm']} (three seeds, " in TEXT
@@ -673,7 +678,7 @@ def test_the_page_says_of_parts_that_stay_what_the_runs_say() -> None:
         each_seed_of("the-cut").loc[of]
         for of in ("what overshoots stays in part", "what costs on trained batches, too, stays in part")
     ]
-    now = the_rule()
+    now = not_again()
     for task in (*NETS, "minilm", "trec", "banking77", "sst2"):
         cells = []
         for tried in ways:
@@ -692,7 +697,7 @@ def test_the_page_says_of_parts_that_stay_what_the_runs_say() -> None:
 
 def test_the_page_says_of_a_last_squeeze_what_the_runs_say() -> None:
     tried = each_seed_of("the-cut").loc["a last squeeze"]
-    now = the_rule()
+    now = not_again()
     listed = ", ".join(f"`{task}` {in_points(tried.score[task] - now.score[task])}" for task in NETS)
     assert f"{listed} (five seeds)" in TEXT
     assert {*tried.loc["uniform"]["rank"]} == {2.0}
@@ -702,7 +707,7 @@ def test_the_page_says_of_a_last_squeeze_what_the_runs_say() -> None:
 
 def test_the_page_says_of_a_longer_trial_what_the_runs_say() -> None:
     tried = of_evidence("longer-trial").set_index("seed")
-    now = runs_of(RESULTS / "mrpc").of(method="aroma-evidence").set_index("seed")
+    now = not_again().loc["mrpc"]
     chosen = runs_of(RESULTS / "mrpc").selection["mrpc"]
     rates = chosen["aroma-evidence"]["chosen"]
     assert {*tried.learning_rate} == {rates["training.learning_rate"]} == {0.003}
