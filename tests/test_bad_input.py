@@ -231,7 +231,9 @@ def test_an_adapter_of_another_method() -> None:
 
 def test_a_model_without_a_growing_adapter() -> None:
     model = get_peft_model(base("bert"), LoraConfig(target_modules=["query"]))
-    with pytest.raises(ConfigError, match=r"model='PeftModel'.*no AROMA adapter.*get_peft_model\(model, AromaConfig"):
+    with pytest.raises(
+        ConfigError, match=r"^adapter_name='default': PeftModel.*no AROMA adapter.*get_peft_model\(model, AromaConfig"
+    ):
         attach(model, torch.optim.AdamW(trainable(model)), total_steps=20)
 
 

@@ -148,7 +148,14 @@ def test_overrides_win_over_the_file_and_arguments_over_both(tmp_path):
         ({"seeds": ["a"]}, "seeds=['a']: give a list of whole numbers"),
         ({"overrides": {"task": "rte"}}, "overrides={'task': 'rte'}: give a list"),
         ({"overrides": [{"task": "rt"}]}, "overrides[0].task='rt': the grid has no such task; it has mrpc, rte"),
-        ({"overrides": [{"methods": "head"}]}, "overrides[0].methods='head': a grid has no such key; the nearest is "),
+        (
+            {"overrides": [{"methods": "head"}]},
+            "overrides[0].methods='head': a grid has no such key; the nearest is 'overrides[0].method'",
+        ),
+        (
+            {"overrides": [{"tasks": "rte"}]},
+            "overrides[0].tasks='rte': a grid has no such key; the nearest is 'overrides[0].task'",
+        ),
         ({"overrides": [{"training.max_steps": "x"}]}, "overrides[0].training.max_steps='x': give a whole number"),
         ({"select": {}}, "select.over=None: name what to try"),
         ({"select": {"over": {RATE: 1e-3}}}, f"select.over.{RATE}=0.001: give a list"),

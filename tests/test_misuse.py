@@ -68,6 +68,14 @@ def test_another_adapter_under_an_old_state_is_refused(tmp_path: Path) -> None:
         rank_table(tmp_path / "query")
 
 
+def test_a_summary_of_a_deleted_adapter_says_so() -> None:
+    model = adapted("bert")
+    controller = AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=20)
+    model.delete_adapter("default")
+    with pytest.raises(ConfigError, match="^adapter_name='default': .* has no AROMA adapter of that name"):
+        controller.summary()
+
+
 def test_a_model_without_the_adapter_is_not_saved(tmp_path: Path) -> None:
     for model, name in ((base("bert"), "default"), (adapted("bert"), "other")):
         with pytest.raises(ConfigError, match=rf"^adapter_name='{name}': .* has no AROMA adapter of that name; make"):

@@ -35,7 +35,7 @@ from .sharding import (
     world_size,
 )
 from .slots import SlotMatrices
-from .tuner import AromaConfig, aroma_layers
+from .tuner import AromaConfig
 from .tuner.fused import without_autocast
 from .tuner.graph import is_compiled
 from .tuner.live import live_adapter
@@ -102,12 +102,7 @@ class AromaController:
         plan_rule: Callable[[AromaConfig, int | None], RulePlan] | None = None,
     ) -> None:
         wrapper, model = model, unwrapped(model)
-        if not aroma_layers(model, adapter_name):
-            raise bad_value(
-                "model",
-                type(model).__name__,
-                f"it has no AROMA adapter {adapter_name!r}; make one with get_peft_model(model, AromaConfig(...))",
-            )
+        self.live = live_adapter(model, adapter_name)
         if not hasattr(optimizer, "param_groups"):
             remedy = "it is no optimizer; give the one that trains the adapter (the Trainer has it once it trains)"
             raise bad_value("optimizer", type(optimizer).__name__, remedy)
@@ -116,7 +111,6 @@ class AromaController:
         self.adapter_name = adapter_name
         self.optimizer = optimizer
         self.total_steps = None if total_steps is None else int(total_steps)
-        self.live = live_adapter(model, adapter_name)
         self.config = self.live.config
         kind = SlotMatrices if self.config.has_slots else GrowingMatrices
         self.matrices: GrowingMatrices = kind(model, adapter_name, self.live, optimizer)
@@ -236,7 +230,11 @@ class AromaController:
         """Return rank, effective rank, state and last check values of every matrix, in module order.
 
         It is a list that prints as a short table, by kind of matrix.
+
+        Raises:
+            ConfigError: The adapter was deleted.
         """
+        live_adapter(self.matrices.model, self.adapter_name)
         pairs = self.matrices.pairs(self.modules)
         return Summary(matrix.summary(pair) for matrix, pair in zip(self.modules, pairs, strict=True))
 

@@ -271,7 +271,8 @@ def _setting(key: str, value: Any, where: str) -> Any:
         return value
     types = _setting_types()
     if key not in types:
-        raise unknown_key(f"{where}{key}", value, [*types, "options.r", "task", "method"], "a grid")
+        known = [f"{where}{name}" for name in (*types, "options.r", "task", "method")]
+        raise unknown_key(f"{where}{key}", value, known, "a grid")
     return typed(f"{where}{key}", value, types[key])
 
 
