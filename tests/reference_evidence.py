@@ -285,6 +285,7 @@ class Reference:
             before = matrix.live
             for k in sorted(back):
                 self._birth(matrix, matrix.singular[k][2], before, len(before) + len(back))
+                self.births.pop()  # it is no birth
             dropped = [matrix.singular[k] for k in matrix.dropped if k not in back][: o.unused]
             for side, sizes in ((0, len(matrix.u[0])), (2, len(matrix.v[0]))):
                 random = _random(o.seed, matrix.index, "next u" if side == 0 else "next v", o.unused, sizes)

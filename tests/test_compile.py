@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 from aroma import AromaCallback, AromaConfig, AromaController, aroma_layers, attach
 from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
-from evidence_runs import METHOD as EVIDENCE
 from evidence_runs import LONG, LONG_METHOD, STEPS, Loop, Net, bert, bert_trainer, births, growth_dataset
+from evidence_runs import METHOD as EVIDENCE
 from models import METHOD, adapted, base, batch, ranks, train, trainable, unlike
 from routed import PARAMETERS, RoutedNet
 from trainer_runs import adapted as adapted_bert

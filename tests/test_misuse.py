@@ -72,7 +72,7 @@ def test_a_summary_of_a_deleted_adapter_says_so() -> None:
     model = adapted("bert")
     controller = AromaController(model, torch.optim.AdamW(trainable(model)), total_steps=20)
     model.delete_adapter("default")
-    with pytest.raises(ConfigError, match="^adapter_name='default': .* has no AROMA adapter of that name"):
+    with pytest.raises(ConfigError, match=r"^adapter_name='default': .* has no AROMA adapter of that name"):
         controller.summary()
 
 

@@ -282,6 +282,7 @@ class EvidenceRule(Generic[E]):
         self._overflows = 0
         self._asked = 0
         self._questions_again = 0  # about what was dropped
+        self._saved: list[float] = []  # by what stays of every matrix
         self._next_number = 0  # of a held-out batch; some are passed over
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
@@ -540,13 +541,9 @@ class EvidenceRule(Generic[E]):
         self._forget_answers()
         self._stage = "dropped"
         saved = share * np.nan_to_num(credits).mean(0)
-        events = [
-            self._event("settled", matrix, value=float(saved[index, [*kept[index]]].sum()))
-            for index, matrix in enumerate(self._matrices.all())
-            if not matrix.is_frozen
-        ]
+        self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
         is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
-        return events if is_any_dropped and self._questions_again else events + self._grow([])
+        return [] if is_any_dropped and self._questions_again else self._grow([])
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
@@ -555,14 +552,19 @@ class EvidenceRule(Generic[E]):
         self._credits = []
         return self._grow([(matrices[place], int(k)) for place, k in np.argwhere(falls)])
 
-    def _grow(self, births: Sequence[tuple[E, int]]) -> list[Event]:
-        """End the questions; `births` are of directions that were dropped."""
-        allowed = self._within_limit(births)
-        events = self._bear(allowed)
+    def _grow(self, again: Sequence[tuple[E, int]]) -> list[Event]:
+        """End the questions; what begins `again`, matrix and direction, was dropped."""
+        allowed = self._within_limit(again)
+        if allowed:
+            self._matrices.bear(allowed)
         self._matrices.follow_unused(allowed)
         self._matrices.note_moves()
         self.phase = "growth"
-        return events
+        return [
+            self._event("settled", matrix, value=saved)
+            for matrix, saved in zip(self._matrices.all(), self._saved, strict=True)
+            if not matrix.is_frozen
+        ]
 
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""
@@ -595,7 +597,7 @@ class EvidenceRule(Generic[E]):
         return events
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
-        """Start components along directions that are asked about; the events carry the evidence that decided."""
+        """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
         if not births:
             return []
         merged = self._matrices.bear(births)
@@ -671,6 +673,7 @@ class EvidenceRule(Generic[E]):
             "overflows": self._overflows,
             "asked": self._asked,
             "questions_again": self._questions_again,
+            "saved": self._saved,
             "next_number": self._next_number,
             "held_out_batches": self.held_out_batches,
             "doublings": self.doublings,
@@ -700,7 +703,7 @@ class EvidenceRule(Generic[E]):
         self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
-        self._questions_again = state["questions_again"]
+        self._questions_again, self._saved = state["questions_again"], [*state["saved"]]
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )
