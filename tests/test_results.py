@@ -150,16 +150,18 @@ def test_the_page_says_of_planted_nets_what_the_runs_say() -> None:
     assert f"rank correlations of {correlation('graded')} and {correlation('noisy')}" in TEXT
     assert f"rank correlations of {correlation('graded-b4')} and {correlation('noisy-b4')}" in TEXT
     few = ("graded-b4", "noisy-b4")
-    assert all(abs(regret.difference[task]) < regret.error[task] for task in few)
+    beyond = (regret.difference / regret.error)[[*few]]
+    assert abs(beyond["graded-b4"]) < 1 < beyond["noisy-b4"]
     apart = [
         f"{100 * regret.difference[task]:+.2f} ± {100 * regret.error[task]:.2f}".replace("-", "−") for task in few
     ]
     size = [f"{found.trained_rank_mean[task]:.2f}" for task in few]
     assert (
-        f"level with r = 8: {apart[0]} points on `graded-b4`, at {size[0]} trained components, and {apart[1]} on "
+        f"level with r = 8, and above it with noise: {apart[0]} points on `graded-b4`, at {size[0]} trained components, and {apart[1]} on "
         f"`noisy-b4`, at {size[1]}." in TEXT
     )
-    assert f"level with r = 8 ({apart[0]} points with little noise, {apart[1]} with much), at about half" in TEXT
+    with_noise = apart[1].removeprefix("+")
+    assert f"level with r = 8 with little noise ({apart[0]} points), and {with_noise} above it with much, at" in TEXT
     assert {*regret.best[[*few]]} == {"lora-r8"}
     assert all(scores["aroma-evidence", task] > scores["lora-r4", task] for task in few)
     even = [f"{scores[method, 'uniform']:.1f}" for method in ("aroma-evidence", "lora-r2", "lora-r4")]
@@ -194,10 +196,11 @@ def test_the_page_says_of_single_matrices_what_the_runs_say() -> None:
     others = [found - planted for planted, found in mixed if planted]
     near = sum(0 <= more <= 2 for more in others) / len(others)
     assert f"Of the others {100 * near:.0f} % are right or have one or two components too many" in TEXT
-    assert (min(others), max(found - planted for planted, found in mixed)) == (-2, 2)
+    assert (min(others), max(found - planted for planted, found in mixed)) == (-4, 3)
+    assert others.count(-4) == others.count(3) == 1
     even = [found for _, found in pairs["uniform"]]
-    assert f"In `uniform` {even.count(2)} of {len(even)} have the two that are planted, the others one more." in TEXT
-    assert {*even} == {2, 3}
+    assert f"In `uniform` {even.count(2)} of {len(even)} have the two that are planted, the others one or two more." in TEXT
+    assert {*even} == {2, 3, 4}
 
 
 def test_the_page_says_of_what_is_elsewhere_what_its_runs_say() -> None:
