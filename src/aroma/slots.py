@@ -520,9 +520,8 @@ class SlotMatrices(GrowingMatrices):
         gone = {(matrix.index, direction) for matrix, direction in taken}
         for group in self._groups:
             u, v = self._random_directions(group)
-            for row, place in enumerate(group.rows):
-                dropped = group.sizes[row].nonzero().flatten().tolist()
-                left = [k for k in dropped if (place, k) not in gone][: u.shape[1]]
+            for row, (place, sizes) in enumerate(zip(group.rows, group.sizes.tolist(), strict=True)):
+                left = [k for k, size in enumerate(sizes) if size and (place, k) not in gone][: u.shape[1]]
                 u[row, : len(left)], v[row, : len(left)] = group.u[row, left], group.v[row, left]
             group.follow(u, v)
         self._is_following, self._readings = True, []
