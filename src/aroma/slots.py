@@ -636,7 +636,8 @@ class SlotMatrices(GrowingMatrices):
         super().restore(state, tensors, draw, pairs)
         for index, group in enumerate(self._groups):
             group.restore({name: tensors[f"directions.{index}.{name}"] for name in group.KEPT}, self._scale)
-        self._strength, self._is_following = state["strength"], state["is_following"]
+        self._strength = state["strength"]
+        self._is_following = state.get("is_following", self._strength == 1)  # as early versions had it
         self._noted = [[*noted] for noted in state["noted"]]
         self._pending = [*state["pending"]]
         self._readings = [

@@ -703,7 +703,8 @@ class EvidenceRule(Generic[E]):
         self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
-        self._questions_again, self._saved = state["questions_again"], [*state["saved"]]
+        # Early versions asked once.
+        self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )
