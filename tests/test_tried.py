@@ -641,12 +641,10 @@ def test_the_page_says_of_the_cut_what_the_runs_say() -> None:
         assert compared(task, before, tried) in TEXT
     eight = runs_of(RESULTS / "planted-minilm").of("lora-r8").set_index("seed").score
     ahead, lost = in_points(tried.score["minilm"] - eight), in_points(tried.score["noisy"] - now.score["noisy"])
-    results = page_of("results.md")
     assert f"{ahead} against r = 8" in TEXT
-    said = f"kept it is {ahead} points against r = 8 there, but on `noisy` {lost} against what it has"
-    assert said in results
-    gains = [in_points(tried.score[task] - now.score[task]) for task in ("sst2", "banking77")]
-    assert f"Keeping all eight [brings](tried.md#nothing-is-cut) {gains[0]} and {gains[1]} points" in results
+    assert f"| `noisy` | 84.13 | 64.08 | {lost} |" in TEXT
+    gains = [tried.score[task] - now.score[task] for task in ("sst2", "banking77")]
+    assert max(gain.dropna().mean() for gain in gains) < 0.002, "as good as nothing"
     scores = runs_of(RESULTS / "minilm-six").reported.pivot_table("score", "task", "method")
     assert {*scores.loc[["sst2", "banking77"]].filter(regex=r"^lora-r\d+$").idxmax(axis=1)} == {"lora-r16"}
     mean, error = over_tasks((tried.score - now.score).dropna().loc[[*TEXTS[:4]]])
