@@ -310,6 +310,18 @@ def test_the_page_says_of_a_change_with_rates_of_its_own_what_the_runs_say(
     assert f"Rank correlations are {ranks[0]}, and {ranks[1]}" in TEXT
 
 
+def test_the_page_says_of_what_is_asked_again_what_the_runs_say() -> None:
+    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (the_rule(), not_again()))
+    assert f"where nothing is planted {grew} of 60 matrices grow, in place of {grew_before}." in TEXT
+    tried = each_seed_of("asked-again")
+    encoder = tried.loc["a quarter of the average, too", "minilm"]
+    eight = runs_of(RESULTS / "planted-minilm").of("lora-r8").set_index("seed").score
+    size = f"{encoder.trained_rank.mean():.2f} trained components)"
+    assert f"the encoder has {in_points(encoder.score - eight)} against r = 8 (two seeds, at {size}" in TEXT
+    graded, noisy = (100 * tried.loc["no first questions", task].score.mean() for task in FEW)
+    assert f"`graded-b4` explains {graded:.2f} % and `noisy-b4` {noisy:.2f} % (five seeds)." in TEXT
+
+
 def on_nets(line: str, scores: pd.Series, before: pd.Series) -> str:
     """Return a line of a table of the page: differences of scores on the nets, empty where a task was not run."""
     gains = [in_points(scores[task] - before[task]) if task in scores.index else "" for task in NETS]
