@@ -402,9 +402,9 @@ def test_a_whole_run_of_evidence_is_that_of_the_dense_reference(names: str) -> N
         reference.step(gradients(examples), 0.02, lambda number: [])
     births = [(event.step, event.module) for event in events if event.kind == "born" and event.step > 8]
     assert births == reference.births
-    where = {module for _, module in births}
-    assert "layers.embedding" in where
-    assert any("conv" in module for module in where)
+    settled = {event.module: event.rank for event in events if event.kind == "settled"}
+    assert settled["layers.embedding"]
+    assert any("conv" in module for _, module in births)
     for matrix, expected in zip(growth.controller.modules, reference.matrices, strict=True):
         b, a = matrix.pair
         B, A = matrix.finished

@@ -310,7 +310,7 @@ def test_saved_untrained_or_attached_or_detached_nothing_is_said(
 
 def test_a_model_without_an_adapter_is_refused() -> None:
     model = base("llama")
-    with pytest.raises(ConfigError, match=r"model='LlamaForCausalLM': .*get_peft_model"):
+    with pytest.raises(ConfigError, match=r"^adapter_name='default': LlamaForCausalLM .*get_peft_model"):
         attach(model, optimizer_of(model), total_steps=STEPS)
 
 

@@ -112,7 +112,7 @@ def test_a_grid_is_the_product_of_its_values_whatever_the_order_of_lines(tmp_pat
         ({"space": {RATE: {"low": 0.1, "high": 1.0, "steps": 0.1}}}, "unexpected keyword argument 'steps'"),
         ({"space": {RATE: {"choices": []}}}, f"space.{RATE}={{'choices': []}}: "),
         ({"space": {RATE: {"choices": [[1]]}}}, f"space.{RATE}={{'choices': [[1]]}}: "),
-        ({"space": {"training.learning_rat": {"choices": [1]}}}, f"no such key; the nearest is '{RATE}'"),
+        ({"space": {"training.learning_rat": {"choices": [1]}}}, f"no such key; the nearest is 'space.{RATE}'"),
         ({"space": {RATE: {"low": -1.0, "high": 1.0}}}, f"{RATE}=-1.0: give a positive number"),
         ({"space": {"training.batch_size": {"low": 1.5, "high": 2.5}}}, "space.training.batch_size=1.5: give a whole"),
         ({"space": {"training.seed": {"choices": [0, 1]}}}, "space.training.seed=0: seeds are given by"),

@@ -151,6 +151,7 @@ def _settle(controller: AromaController, live: int) -> None:
     assert isinstance(matrices, SlotMatrices), "the case grows by evidence"
     matrices.ask_for_credit()
     matrices.keep([range(live)] * len(matrices.all()))
+    matrices.follow_unused([])
     matrices.note_moves()
     controller.rule.restore({**controller.rule.state(), "phase": "growth"})
 
