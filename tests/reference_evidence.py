@@ -160,7 +160,8 @@ class Reference:
         if self.phase == "questions" and len(self.credits) == o.questions and not self.again:
             self._settle()
             self.strength, self.again = 1.0, True
-            self._next_order()
+            if self._questions_again():
+                self._next_order()
             while o.holds_out and len(self.of_dropped) < self._questions_again():
                 self._credit(self._next(held_out))
         if self.phase == "questions" and self.again and len(self.of_dropped) == self._questions_again():

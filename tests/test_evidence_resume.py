@@ -127,10 +127,10 @@ def test_a_trial_that_goes_on_resumes_to_the_bit(tmp_path: Path, holds_out: bool
         (34, (1, "questions", "opening")),
         (38, (1, "questions", "base")),
         (44, (1, "questions", "half")),
-        (52, (1, "growth", "dropped")),
+        (52, (1, "growth", "half")),
     ]
     if holds_out:  # they answer between two steps
-        way = [(28, (1, "trial", "base")), (34, (1, "growth", "dropped"))]
+        way = [(28, (1, "trial", "base")), (34, (1, "growth", "half"))]
     whole = Loop(**options())
     for step, expected_stage in way:
         whole.go_on(step).save(tmp_path / str(step))

@@ -538,18 +538,19 @@ class EvidenceRule(Generic[E]):
         asked = len(credits) + len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
         room = math.floor(HELD_OUT_SHARE * self._run) - asked
         self._questions_again = min(self.questions, room) if room >= QUESTIONS[0] else 0
-        self._forget_answers()
-        self._stage = "dropped"
         saved = share * np.nan_to_num(credits).mean(0)
         self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
         is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
-        return [] if is_any_dropped and self._questions_again else self._grow([])
+        if not (is_any_dropped and self._questions_again):
+            return self._grow([])
+        self._forget_answers()
+        self._stage = "dropped"
+        return []
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
         falls = saves_loss(np.nan_to_num(np.stack(self._credits)), self._settings.significance / 2)
         matrices = self._matrices.all()
-        self._credits = []
         return self._grow([(matrices[place], int(k)) for place, k in np.argwhere(falls)])
 
     def _grow(self, again: Sequence[tuple[E, int]]) -> list[Event]:
@@ -559,6 +560,7 @@ class EvidenceRule(Generic[E]):
             self._matrices.bear(allowed)
         self._matrices.follow_unused(allowed)
         self._matrices.note_moves()
+        self._credits, self._base_credits = [], []
         self.phase = "growth"
         return [
             self._event("settled", matrix, value=saved)
