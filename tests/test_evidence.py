@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -454,18 +455,19 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 class Dropped(Answers):
-    """Two matrices, each with three directions of which the first stays; what the others say at 0 is given."""
+    """Two matrices of a few directions; what these say at half strength, and at 0 once it is cut, is given."""
 
-    def __init__(self, falls: list[list[float]]) -> None:
+    def __init__(self, falls: list[list[float]], saves: Sequence[float] = (30.0, -9.0, -9.0)) -> None:
         super().__init__({})
         first = self.matrices[0]
         self.matrices = [SimpleNamespace(**{**vars(first), "name": name}) for name in "ab"]
-        self.falls, self.asked, self.born = np.array(falls), 0, []
+        self.falls, self.saves = np.array(falls), np.array([saves] * 2)
+        self.asked, self.born = 0, []
 
     def take_credits(self) -> list[np.ndarray]:
         again = self.strength == 1.0
         self.asked += again
-        means = self.falls if again else np.array([[30.0, -9.0, -9.0]] * 2)
+        means = self.falls if again else self.saves
         return [means + self.random.normal(0, 0.1, means.shape)]
 
     def bear(self, births: Any) -> list[Any]:
@@ -505,9 +507,9 @@ def test_a_short_run_has_no_batches_left_for_what_was_dropped(steps: int, asked:
 
 
 def test_nothing_is_asked_again_where_nothing_was_dropped() -> None:
-    matrices = Dropped([[0.0]] * 2)
-    matrices.take_credits = lambda: [np.full((2, 1), 9.0) + matrices.random.normal(0, 0.1, (2, 1))]  # type: ignore[method-assign]
+    matrices = Dropped([[0.0]] * 2, saves=[9.0])
     assert after_the_questions(matrices).global_step == 40 + 20
+    assert matrices.asked == 0
 
 
 def test_the_first_components_lie_along_the_top_directions_of_the_gradient() -> None:

@@ -496,8 +496,8 @@ class SlotMatrices(GrowingMatrices):
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
         starts: list[SlotStart] = []
+        slots = range(self._live.config.slots)
         for group in self._groups:
-            slots = self._live.config.slots
             for row, place in enumerate(group.rows):
                 matrix, stays = self._all[place], [*kept[place]]
                 if matrix.is_frozen:
@@ -507,7 +507,7 @@ class SlotMatrices(GrowingMatrices):
                 b[:, : len(stays)] = (share * group.sizes[row, stays] / length * group.u[row, stays].mT).to(b)
                 a[: len(stays)] = (length * group.v[row, stays]).to(a)
                 matrix.layer.start_pair(self._adapter_name, a, b)
-                starts += _starts(matrix, range(slots), matrix.slots)
+                starts += _starts(matrix, slots, matrix.slots)
                 matrix.occupy_first(len(stays))
                 group.sizes[row, stays] = 0
         start_slots(self._optimizer, starts)

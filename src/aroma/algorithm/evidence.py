@@ -591,12 +591,7 @@ class EvidenceRule(Generic[E]):
         is_last = self.global_step >= self._settings.last_step
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
-        allowed = self._within_limit(births)
-        events = checked + self._bear(allowed)
-        for matrix, direction in allowed:
-            matrix.heads[direction] = matrix.flips[direction] = 0
-            matrix.log_evidence = log_mean(_money(matrix))
-        return events
+        return checked + self._bear(self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
         """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
@@ -605,6 +600,9 @@ class EvidenceRule(Generic[E]):
         merged = self._matrices.bear(births)
         events = [self._event("merged", matrix) for matrix in merged]
         events += [self._event("born", matrix) for matrix, _ in births]
+        for matrix, direction in births:
+            matrix.heads[direction] = matrix.flips[direction] = 0
+            matrix.log_evidence = log_mean(_money(matrix))
         self.births += len(births)
         self.last_birth = self.global_step
         return events
