@@ -227,8 +227,10 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     for part in _PARTS:
         values = zip(frame[part], frame.selects, strict=True)
         frame[part] = [_as_json(part, one, selects) for one, selects in values]
-    # Statistics would repeat the least and the greatest text of every column.
-    packing = {"compression": "zstd", "compression_level": 19, "write_statistics": False}
+    # Statistics would repeat the least and the greatest text of every column, a dictionary what is compressed anyway,
+    # and the schema says the types once more.
+    packing = {"compression": "zstd", "compression_level": 19}
+    packing |= dict.fromkeys(("write_statistics", "use_dictionary", "store_schema"), False)
     write_bytes(path, frame.to_parquet(index=False, **packing))
 
 
