@@ -35,6 +35,11 @@ class Settings:
     seed: int = 0
 
     @property
+    def K(self) -> int:
+        """Components of a matrix in the trial."""
+        return min(8, self.S)
+
+    @property
     def beta(self) -> float:
         return min(1 - 1 / self.trial, self.alpha ** (1 / (9 * self.held_out_batches)) if self.held_out_batches else 1)
 
@@ -100,8 +105,8 @@ class Reference:
         for index, (name, W0) in enumerate(weights.items()):
             m, n = W0.shape
             slots: list[Component | None] = [None] * settings.S
-            u, v = (_random(settings.seed, index, purpose, settings.S, size) for purpose, size in (("u", m), ("v", n)))
-            zeros = [[W0.new_zeros(size) for _ in range(settings.S)] for size in (m, n)]
+            u, v = (_random(settings.seed, index, purpose, settings.K, size) for purpose, size in (("u", m), ("v", n)))
+            zeros = [[W0.new_zeros(size) for _ in range(settings.K)] for size in (m, n)]
             self.matrices.append(Matrix(name, index, W0, slots, u, v, *zeros))
         self.pending: list[list[tuple[list[float], list[float]]]] = []
         self.newborn: list[list[bool]] = []
@@ -143,7 +148,7 @@ class Reference:
         if self.phase == "start" and self.t == o.first:
             for matrix in self.matrices:
                 for v in matrix.v:
-                    self._birth(matrix, v, [], o.S)
+                    self._birth(matrix, v, [], o.K)
             self.births, self.phase = [], "trial"
         elif self.phase == "trial" and self.t == o.trial * 2**self.doubled:
             self._singular_directions()
@@ -224,7 +229,7 @@ class Reference:
     def _singular_directions(self) -> None:
         for matrix in self.matrices:
             U, S, Vh = torch.linalg.svd(sum(torch.outer(c.b, c.a) for c in matrix.live))
-            matrix.singular = [(U[:, k], S[k], Vh[k]) for k in range(self.settings.S)]
+            matrix.singular = [(U[:, k], S[k], Vh[k]) for k in range(self.settings.K)]
 
     def _credit(self, G: Sequence[Tensor]) -> None:
         s = self.settings.s
@@ -241,19 +246,19 @@ class Reference:
         every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
         candidates = []
         for i in range(len(self.matrices)):
-            tests = [stats.ttest_1samp(every[:, i, k], 0, alternative="greater") for k in range(o.S)]
+            tests = [stats.ttest_1samp(every[:, i, k], 0, alternative="greater") for k in range(o.K)]
             whole = stats.ttest_1samp(every[:, i].sum(1), 0, alternative="greater").pvalue < o.alpha / 2
             alone = True
-            for place, k in enumerate(sorted(range(o.S), key=lambda k: float(tests[k].pvalue))):
-                alone = alone and tests[k].pvalue < o.alpha / 2 / (o.S - place)
+            for place, k in enumerate(sorted(range(o.K), key=lambda k: float(tests[k].pvalue))):
+                alone = alone and tests[k].pvalue < o.alpha / 2 / (o.K - place)
                 if alone or (whole and tests[k].statistic > 1):
                     candidates.append((float(every[:, i, k].mean()), i, k))
-        average = sum(credit for credit, _, _ in candidates) / (len(self.matrices) * o.S)
+        average = sum(credit for credit, _, _ in candidates) / (len(self.matrices) * o.K)
         chosen = {(i, k) for credit, i, k in candidates if credit >= o.least * average}
         for i, matrix in enumerate(self.matrices):
-            stay = [k for k in range(o.S) if (i, k) in chosen]
+            stay = [k for k in range(o.K) if (i, k) in chosen]
             if not stay and stats.ttest_1samp(every[:, i].sum(1), 0).statistic > -1:
-                stay = [max(range(o.S), key=lambda k: float(every[:, i, k].mean()))]
+                stay = [max(range(o.K), key=lambda k: float(every[:, i, k].mean()))]
             live = matrix.live
             v_b, v_a = (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a"))
             kept, matrix.idle = [matrix.singular[k] for k in stay], [v_b.clone(), v_a.clone()]
@@ -270,7 +275,7 @@ class Reference:
                 for k, (u, size, v) in enumerate(kept)
             ] + [None] * (o.S - len(stay))
             matrix.count += len(stay)
-            matrix.dropped = [k for k in range(o.S) if k not in stay]
+            matrix.dropped = [k for k in range(o.K) if k not in stay]
 
     def _take_back(self) -> None:
         """Components along what was dropped, where the loss falls that way by Holm's procedure at α/2."""
@@ -281,7 +286,7 @@ class Reference:
             chances = {k: stats.ttest_1samp(every[:, i, k], 0, alternative="greater").pvalue for k in asked}
             back = []
             for place, k in enumerate(sorted(chances, key=lambda k: chances[k])):
-                if len(back) == place and chances[k] < o.alpha / 2 / (o.S - place):
+                if len(back) == place and chances[k] < o.alpha / 2 / (o.K - place):
                     back.append(k)
             before = matrix.live
             for k in sorted(back):

@@ -621,7 +621,7 @@ def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
     settings = EvidenceSettings(
         significance=config.significance,
         duel_factor=config.duel_factor,
-        slots=config.slots,
+        trial_components=config.trial_components,
         trial_steps=trial,
         memory=config.probe_memory,
         last_step=((total_steps or 0) - trial) // CHECK_INTERVAL * CHECK_INTERVAL,

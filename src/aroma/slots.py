@@ -45,7 +45,7 @@ class SlotMatrix(GrowingMatrix):
 
     def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
         super().__init__(name, index, layer, adapter_name, live)
-        self.born: list[int | None] = [None] * live.config.slots
+        self.born: list[int | None] = [None] * layer.r[adapter_name]
         self.births = 0
         self.heads = [0] * UNUSED
         self.flips = [0] * UNUSED
@@ -223,10 +223,10 @@ class SlotMatrices(GrowingMatrices):
                 matrix.occupy_first(0)
         self.release_pairs()
         self._make_groups()
-        slots = self._live.config.slots
+        first = self._live.config.trial_components
         for group in self._groups:
             m, n = group.b.shape[2], group.a.shape[2]
-            group.follow(self._random_rows(group, "u", slots, m), self._random_rows(group, "v", slots, n))
+            group.follow(self._random_rows(group, "u", first, m), self._random_rows(group, "v", first, n))
         self._ask()
 
     def _make_groups(self) -> None:
@@ -238,7 +238,7 @@ class SlotMatrices(GrowingMatrices):
             shapes.append((matrix.layer.out_features, matrix.layer.in_features, self.sharding.device(a), dtype))
         for (m, n, device, dtype), rows in group_by_shape(shapes).items():
             like = torch.empty(0, dtype=dtype, device=device)
-            group = Directions(rows, m, n, self._live.config.slots, like)
+            group = Directions(rows, m, n, len(self._all[rows[0]].born), like)
             beneath = [self._all[row].layer.components_beneath(self._adapter_name) for row in rows]
             if most := max(len(A) for _, A in beneath):
                 pad = nn.functional.pad
@@ -251,7 +251,7 @@ class SlotMatrices(GrowingMatrices):
     def _random_directions(self, group: Directions) -> tuple[Tensor, Tensor]:
         """Return u (L, P, m) and v (L, P, n) of unused directions to begin with; P is less in a small matrix."""
         m, n = group.b.shape[2], group.a.shape[2]
-        count = min(UNUSED, min(m, n) - self._live.config.slots)
+        count = min(UNUSED, min(m, n) - group.b.shape[1])
         return self._random_rows(group, "next u", count, m), self._random_rows(group, "next v", count, n)
 
     def _random_rows(self, group: Directions, purpose: str, count: int, size: int) -> Tensor:
@@ -430,9 +430,16 @@ class SlotMatrices(GrowingMatrices):
         values = []
         for group, own in zip(self._groups, answers, strict=True):
             unused, moves = group.steepness(own, of_reached=self._is_following)
-            missing = most - unused.shape[1]  # a small matrix has fewer unused directions
-            values.append(torch.cat([nn.functional.pad(unused, (0, missing), value=-math.inf), moves], 1))
+            # A small matrix has fewer unused directions, and fewer slots.
+            unused = nn.functional.pad(unused, (0, most - unused.shape[1]), value=-math.inf)
+            moves = nn.functional.pad(moves, (0, self._most_slots - moves.shape[1]), value=math.nan)
+            values.append(torch.cat([unused, moves], 1))
         self._readings.append((values, [*self._pending]))
+
+    @property
+    def _most_slots(self) -> int:
+        """Slots of the matrix that has most."""
+        return max(len(matrix.born) for matrix in self._all)
 
     def _take(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return what was recorded since the last call: numbers, (matrices, P + S), and pending; one transfer."""
@@ -448,11 +455,10 @@ class SlotMatrices(GrowingMatrices):
 
     def take_readings(self) -> list[Reading]:
         """Return what the batches since the last call said of the unused directions; one transfer to the host."""
-        slots = self._live.config.slots
         readings = []
         for numbers, pending in self._take():
             unused = np.full((len(numbers), UNUSED), -np.inf)
-            found = numbers.shape[1] - slots
+            found = numbers.shape[1] - self._most_slots
             unused[:, :found] = numbers[:, :found]
             readings.append(Reading(unused, numbers[:, found:], pending))
         return readings
@@ -463,8 +469,9 @@ class SlotMatrices(GrowingMatrices):
     def ask_for_credit(self) -> None:
         """From now on ask about the singular directions of the updates, with all of them at half strength."""
         pairs = self.pairs(self._all)
+        most = max(matrix.leading_slots for matrix in self._all)  # those of `combine` may be more than a trial has
         for group in self._groups:
-            b, a = self._stacked(group, pairs, self._live.config.slots)
+            b, a = self._stacked(group, pairs, max(most, self._live.config.trial_components))
             u, sizes, v = singular_directions(b, a)
             group.follow(u, v, sizes)
         self.ask_at(0.5)
@@ -475,16 +482,16 @@ class SlotMatrices(GrowingMatrices):
         self._ask()
 
     def take_credits(self) -> list[np.ndarray]:
-        """Return credit_k = −s σ_k u_kᵀ G v_k by batch since the last call, (matrices, S); NaN where σ_k is 0.
+        """Return credit_k = −s σ_k u_kᵀ G v_k by batch since the last call, (matrices, K); NaN where σ_k is 0.
 
         Infinite where a batch overflowed.
         """
-        slots = self._live.config.slots
-        sizes = np.empty((len(self._all), slots))
+        count = self._groups[0].sizes.shape[1]
+        sizes = np.empty((len(self._all), count))
         for group in self._groups:
             sizes[group.rows] = group.sizes.double().cpu().numpy()
         size = self._scale * np.where(sizes > 0, sizes, np.nan)
-        return [np.nan_to_num(numbers[:, :slots], nan=np.inf) * size for numbers, _ in self._take()]
+        return [np.nan_to_num(numbers[:, :count], nan=np.inf) * size for numbers, _ in self._take()]
 
     @torch.no_grad()
     def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
@@ -496,7 +503,6 @@ class SlotMatrices(GrowingMatrices):
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
         starts: list[SlotStart] = []
-        slots = range(self._live.config.slots)
         for group in self._groups:
             for row, place in enumerate(group.rows):
                 matrix, stays = self._all[place], [*kept[place]]
@@ -507,7 +513,7 @@ class SlotMatrices(GrowingMatrices):
                 b[:, : len(stays)] = (share * group.sizes[row, stays] / length * group.u[row, stays].mT).to(b)
                 a[: len(stays)] = (length * group.v[row, stays]).to(a)
                 matrix.layer.start_pair(self._adapter_name, a, b)
-                starts += _starts(matrix, slots, matrix.slots)
+                starts += _starts(matrix, range(len(matrix.born)), matrix.slots)
                 matrix.occupy_first(len(stays))
                 group.sizes[row, stays] = 0
         start_slots(self._optimizer, starts)
@@ -554,7 +560,7 @@ class SlotMatrices(GrowingMatrices):
             b, a = b.detach().clone(), a.detach().clone()
             before, new = matrix.slots, []
             together = len(before) + len(directions[matrix.index])
-            length = row_length(min(together, self._live.config.slots))
+            length = row_length(min(together, len(matrix.born)))
             for direction in directions[matrix.index]:
                 slot, is_taken = matrix.slot_for_birth()
                 if is_taken:

@@ -3,7 +3,7 @@
 W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
 it says is out of sample.
 
-**The trial.** For the first tenth of the run every matrix trains as many components as it has slots. Then up to 64
+**The trial.** For the first tenth of the run every matrix trains as many components as it may. Then up to 64
 batches are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
 
 .. code-block:: text
@@ -108,7 +108,7 @@ class EvidenceSettings:
     Args:
         significance: α, in (0, 1).
         duel_factor: κ > 0.
-        slots: S, components of a matrix in the trial, and the most that train at once.
+        trial_components: Components of a matrix in the trial.
         trial_steps: Optimizer steps of the trial, those of the first directions included.
         memory: β, in [0, 1): what an average of gradients keeps of itself at each step; None: see `memory_with`.
         last_step: Optimizer step after which nothing is born, one at which the evidence is looked at: what comes later
@@ -118,7 +118,7 @@ class EvidenceSettings:
 
     significance: float
     duel_factor: float
-    slots: int
+    trial_components: int
     trial_steps: int
     memory: float | None
     last_step: int
@@ -433,11 +433,11 @@ class EvidenceRule(Generic[E]):
     def _start_trial(self) -> list[Event]:
         self._check_components("first directions'")
         self.phase = "trial"
-        slots = range(self._settings.slots)
-        births = self._within_limit([(matrix, slot) for matrix in self._matrices.active() for slot in slots])
+        first = range(self._settings.trial_components)
+        births = self._within_limit([(matrix, direction) for matrix in self._matrices.active() for direction in first])
         self._matrices.bear(births)
         self._matrices.stop_following()
-        return [self._event("born", matrix) for matrix, slot in births if slot == 0]
+        return [self._event("born", matrix) for matrix, direction in births if direction == 0]
 
     def _end_trial(self) -> list[Event]:
         self._check_components("trial's last")
@@ -587,7 +587,7 @@ class EvidenceRule(Generic[E]):
             matrix.log_evidence = log_mean(found)
             # No more than there are slots: a component would be merged before it has ever trained.
             ready = directions_that_convince(found, threshold)
-            births += [(matrix, direction) for direction in ready[: self._settings.slots]]
+            births += [(matrix, direction) for direction in ready[: self._settings.trial_components]]
         is_last = self.global_step >= self._settings.last_step
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []

@@ -449,9 +449,10 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             live, step = self.controller.live, exported["state"]["global_step"]
             live.about = replace(live.about, scores=scores_at(live.about.scores, state, step))
         if self.controller.has_undecided:
+            count = self.controller.config.trial_components
             warnings.warn(
-                f"{self.controller.explanation()}, so that every matrix has all {self.controller.config.slots} "
-                "components of the trial; train on from a checkpoint before the adapter is used",
+                f"{self.controller.explanation()}, so that every matrix has all {count} components of the trial; "
+                "train on from a checkpoint before the adapter is used",
                 AromaWarning,
                 stacklevel=2,
             )

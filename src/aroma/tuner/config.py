@@ -13,7 +13,7 @@ import numpy as np
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..algorithm.evidence import FIRST_STEP
+from ..algorithm.evidence import FIRST_STEP, UNUSED
 from ..algorithm.questions import most_asked
 from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
@@ -59,6 +59,12 @@ _PAPER_FIELDS = (
 
 _MOST_LIKELY_MEANT = 8
 """The largest rank of a component that is in use; a larger one is likely that of a LoraConfig, of a whole matrix."""
+
+_TRIAL_COMPONENTS = 8
+"""Components of a matrix in the trial."""
+
+_SLOTS = 16
+"""Slots of a matrix, if none are given."""
 
 _EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
 """Fields that only growth by evidence reads."""
@@ -119,10 +125,10 @@ class AromaConfig(LoraConfig):
             back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
         significance (`float`, *optional*, defaults to 0.05): α, the chance that a matrix gets a second component
             that saves no loss, in (0, 1). The first stays unless it costs loss.
-        slots (`int`, *optional*, defaults to 8): S, how many components of a matrix train at once. A component beyond
-            them merges the oldest.
+        slots (`int`, *optional*): S, how many components of a matrix train at once, at most. A component beyond them
+            merges the oldest. `None`: 16, or fewer in a matrix of less than 20 rows or columns, but 8 at least.
         trial_share (`float`, *optional*, defaults to 0.1): Share of the planned optimizer steps that the trial takes,
-            in which every matrix trains as many components as it has slots.
+            in which every matrix trains eight components, or as many as it has slots.
         duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
             steep as what trains. A smaller one lets matrices grow sooner.
         probe_memory (`float`, *optional*): β, in [0, 1). An unused direction averages about 1 / (1 - β) gradients.
@@ -177,9 +183,12 @@ class AromaConfig(LoraConfig):
     significance: float = field(
         default=0.05, metadata={"help": "growth='evidence': chance of a second component that saves no loss."}
     )
-    slots: int = field(default=8, metadata={"help": "growth='evidence': components of a matrix that train at once."})
+    slots: int | None = field(
+        default=None,
+        metadata={"help": "growth='evidence': components of a matrix that train at once; None: 16, fewer if small."},
+    )
     trial_share: float = field(
-        default=0.1, metadata={"help": "growth='evidence': share of the run in which all slots train."}
+        default=0.1, metadata={"help": "growth='evidence': share of the run that the trial of eight components takes."}
     )
     duel_factor: float = field(
         default=0.5,
@@ -234,7 +243,8 @@ class AromaConfig(LoraConfig):
             raise bad_value(
                 "significance", self.significance, "give the chance of a needless component, in (0, 1); try 0.05"
             )
-        _require_int("slots", self.slots, 1, "give a whole number of components, at least 1; try 8")
+        if self.slots is not None:
+            _require_int("slots", self.slots, 1, "give a whole number of components, at least 1; try 16")
         if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
             raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
         _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 0.5")
@@ -305,9 +315,18 @@ class AromaConfig(LoraConfig):
         return self.growth == "evidence"
 
     @property
-    def pair_rank(self) -> int:
-        """Rank of the pair that every matrix trains: r, or all slots."""
-        return self.slots if self.has_slots else self.r
+    def trial_components(self) -> int:
+        """Components of a matrix in the trial."""
+        return _TRIAL_COMPONENTS if self.slots is None else min(_TRIAL_COMPONENTS, self.slots)
+
+    def pair_rank(self, m: int, n: int) -> int:
+        """Return the rank of the pair that an m×n matrix trains: r, or all its slots."""
+        if not self.has_slots:
+            return self.r
+        if self.slots is not None:
+            return self.slots
+        # The unused directions are orthogonal to what the slots span.
+        return min(_SLOTS, max(min(m, n) - UNUSED, _TRIAL_COMPONENTS))
 
     def check_length(self, total_steps: int | None, field: str = "total_steps", remedy: str = "train longer") -> None:
         """Raise if a run of `total_steps` planned optimizer steps is too short to decide anything.

@@ -334,7 +334,7 @@ def inject_experts(model: nn.Module, adapter_name: str, config: AromaConfig, low
             raise bad_value("target_parameters", one, f"the model has no such parameter; {_stacks(model)}")
     for key, module, parameter in chosen:
         _require_stack(key, module, parameter)
-    kwargs = {"r": config.pair_rank, "lora_alpha": config.lora_alpha}
+    kwargs = {"r": config.r, "lora_alpha": config.lora_alpha}
     for key, module, parameter in chosen:
         parent, _, last = key.rpartition(".")
         holder = model.get_submodule(parent)

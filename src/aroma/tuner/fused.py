@@ -12,8 +12,8 @@ the layer below made anyway, and the r numbers a x of every token. With many com
 folded into a copy of W0 that lives for one matmul; then it costs nothing per token.
 
 A probe is p more pairs that add nothing to y or gx and get the gradients that they would have: more columns of the
-narrow matmuls. G, (m, n), is never formed. v x is kept while k + p ≤ r. Else backward computes it again, so that no
-more is kept than by LoRA with r components.
+narrow matmuls. G, (m, n), is never formed. v x is kept while k + p ≤ min(r, 8). Else backward computes it again, so
+that no more is kept than by LoRA with r = 8, or with as many components as train.
 
 `linear_with_update` replaces the base layer. `add_update` adds to the result of a base layer that only it can compute.
 Of a pair of r slots the first k are evaluated; a frozen pair has none. T is the number of tokens throughout.
@@ -31,6 +31,9 @@ from torch.nn import functional as F
 
 from .dropout import Offsets, draw_offsets, keep_mask
 from .kinds import Kind
+
+_MOST_KEPT = 8
+"""Numbers a token that are kept of pair and probe together, unless the pair alone has more."""
 
 
 class Probe(NamedTuple):
@@ -253,7 +256,7 @@ def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, update: Update, *weight: 
     trains = any(ctx.needs_input_grad[1:6])
     probes = update.probe.v.shape[0] if update.probe is not None else 0
     first = h.shape[1] - call.slots - probes
-    end = first + call.slots if call.slots + probes > ctx.slots else None
+    end = first + call.slots if call.slots + probes > min(ctx.slots, _MOST_KEPT) else None
     kept = (x, h[:, first:end].contiguous()) if trains else (None, None)
     u, v, _, *moves, _ = update.probe or (None,) * 6
     ctx.save_for_backward(*kept, update.a, update.b, update.A, update.B, u, v, *moves, *weight)

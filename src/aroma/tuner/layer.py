@@ -106,7 +106,7 @@ class AromaLinear(LoraLinear):
         # PEFT has read channels of a convolution, and rows and size of an embedding.
         m, n = self.kind.shape(self.in_features, self.out_features)
         self.out_features, self.in_features = m, n
-        r, most = config.pair_rank, min(m, n)
+        r, most = config.pair_rank(m, n), min(m, n)
         if config.has_slots and r > most:
             raise bad_value(
                 "slots",

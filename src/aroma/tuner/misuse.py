@@ -55,21 +55,20 @@ class UncontrolledWatch:
             self._versions[name] = b._version
             if is_written and b.numel() and b.any():
                 self.layers = []  # to say it once is enough
-                warn_uncontrolled(layer.live[name].config)
+                warn_uncontrolled()
                 return
 
 
-def warn_uncontrolled(config: AromaConfig) -> None:
+def warn_uncontrolled() -> None:
     """Warn that an adapter was trained without a controller, so that it did not grow.
 
     Warns:
         UserWarning: Always.
     """
     warnings.warn(
-        "This AROMA adapter was trained without its controller, as a plain LoRA of rank "
-        f"{config.pair_rank}: no component was ever checked or added. Give the Trainer "
-        "`callbacks=[AromaCallback()]`, or call `aroma.attach(model, optimizer, scheduler, total_steps=...)` before a "
-        "loop of your own.",
+        "This AROMA adapter was trained without its controller, as a plain LoRA: no component was ever checked or "
+        "added. Give the Trainer `callbacks=[AromaCallback()]`, or call `aroma.attach(model, optimizer, scheduler, "
+        "total_steps=...)` before a loop of your own.",
         stacklevel=3,
     )
 
@@ -111,8 +110,11 @@ def refuse_small_head(model: nn.Module, config: AromaConfig) -> None:
         return
     for name, head in _heads(model).items():
         grows = check_target_module_exists(replace(config, target_modules=[name]), name)
-        if grows and isinstance(head, nn.Linear) and min(head.weight.shape) < config.slots:
-            said = f"the head {name!r} would grow as all linear layers do, and is too small for {config.slots} slots"
+        if not grows or not isinstance(head, nn.Linear):
+            continue
+        slots = config.pair_rank(*head.weight.shape)
+        if min(head.weight.shape) < slots:
+            said = f"the head {name!r} would grow as all linear layers do, and is too small for {slots} slots"
             remedy = f"give {_task_of(model)!r}, with which it trains whole, or modules_to_save=[{name!r}]"
             raise bad_value("task_type", None, f"{said}; {remedy}")
 

@@ -181,7 +181,7 @@ class AromaModel(LoraModel):
             live = live_adapter(self, adapter_name)
             pairs = [layer.pair(adapter_name) for layer in aroma_layers(self, adapter_name).values()]
             if not live.ever_controlled and any(bool(b.any()) for b, _ in pairs):
-                warn_uncontrolled(live.config)
+                warn_uncontrolled()
 
     @classmethod
     def _get_adapter_state_dict(

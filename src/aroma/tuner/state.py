@@ -67,7 +67,7 @@ def write_adapter_state(
         UserWarning: The adapter has been trained, and no controller was ever attached: it did not grow.
     """
     if plain.trained and not live.ever_controlled:
-        warn_uncontrolled(live.config)
+        warn_uncontrolled()
     target = Path(folder)
     run, blob = _encode(exported) if exported is not None else (None, b"")
     state: dict[str, Any] = {
