@@ -98,7 +98,7 @@ ACCEPTED: dict[str, set[str]] = {
     "prune_ratio": {"0", "0.5"},
     "rewarmup_steps": {"0", "2"},
     "significance": {"0.5"},
-    "slots": {"2"},
+    "slots": {"None", "2"},
     "trial_share": {"0.5"},
     "duel_factor": {"2", "0.5", "2**63"},
     "probe_memory": {"None", "0", "0.5"},

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from aroma import AromaConfig
 from aroma.algorithm import duels, evidence, questions
+from aroma.tuner.config import SLOTS, TRIAL_COMPONENTS
 from models import base
 from quick import slow_but
 from test_sft import tokenizer
@@ -98,7 +99,7 @@ def test_the_readme_rounds_the_same_numbers():
 
 def test_the_page_on_the_method_has_the_constants_of_the_rule():
     page = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
-    for name in ("significance", "slots", "trial_share", "duel_factor"):
+    for name in ("significance", "trial_share", "duel_factor"):
         assert re.search(rf"\| `{name}` \| (?:\S+ = )?{getattr(AromaConfig, name)} \|", page), name
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",
@@ -106,6 +107,10 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
         "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*questions.QUESTIONS),
         f"a share of {questions.LEAST_OF_AVERAGE} of the average",
         "| `probe_memory` | none |",
+        f"| `slots` | none | S, components that a matrix trains at once, at most; without it {SLOTS}, ",
+        f"in a matrix of fewer than {SLOTS + evidence.UNUSED} rows or columns four fewer than these, "
+        f"but {TRIAL_COMPONENTS} at least.",
+        f"in which {TRIAL_COMPONENTS} components train, or S if that is less",
         f"of which at most one duels in {evidence.HELD_OUT_INTERVAL} steps, β = α^(1 / {evidence.HELD_OUT_INTERVAL}H)",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
         f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps, or more rarely",

@@ -92,6 +92,7 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
         pytest.param(3, 0.1, 0.2, True, 60, 1e-2, (0, 1), 20, id="held out later"),
         pytest.param(4, 0.02, 0.2, True, 100, 1e-2, (0, 1), 40, id="little is held out"),
         pytest.param(3, 0.1, 0.2, True, 15, 1e-2, (0, 1), 20, id="held out always", marks=pytest.mark.slow),
+        pytest.param(9, 0.02, 0.02, False, None, 3e-3, (0, 1), 20, id="more slots than the trial has components"),
         pytest.param(
             3, 0.25, 0.6, True, None, 1e-2, (0, 0.5), 20, id="held out for the trial", marks=pytest.mark.slow
         ),
@@ -156,6 +157,8 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     assert len(births) > 1
     assert growth.controller.rule.doublings == reference.doubled
     assert (reference.doubled, reference.share) == way
+    most = [len(matrix.live) for matrix in reference.matrices]
+    assert slots <= 8 or max(most) == slots, "as many train as there are slots, more than in the trial"
     settled = {event.module: event.rank for event in events if event.kind == "settled"}
     assert len(settled) == LAYERS
     assert min(settled.values()) < slots or slots == 1
@@ -170,6 +173,35 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     told = [event for event in events if event.kind == "checked" and event.step > 80]
     assert told
     assert all(event.steepness for event in told)
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "slots", "in_trial"),
+    [
+        (None, 64, 16, 8),
+        (None, 20, 16, 8),
+        (None, 19, 15, 8),
+        (None, 10, 8, 8),
+        (None, 8, 8, 8),
+        (3, 64, 3, 3),
+        (24, 64, 24, 8),
+    ],
+)
+def test_a_matrix_has_twice_as_many_slots_as_its_trial_has_components(
+    given: int | None, size: int, slots: int, in_trial: int
+) -> None:
+    """Unless it is small: four directions that it does not use have to find room beside them."""
+    model = grown(nn.Sequential(nn.Linear(64, size, bias=False)), target_modules=["0"], slots=given)
+    optimizer = adam(model)
+    growth = attach(model, optimizer, total_steps=100, steps_per_pass=None)
+    for _ in range(9):
+        optimizer.zero_grad()
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+    (matrix,) = growth.controller.modules
+    b, a = matrix.pair
+    assert (b.shape, a.shape) == ((size, slots), (slots, 64))
+    assert len(matrix.slots) == matrix.component_count == in_trial
 
 
 def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:

@@ -280,7 +280,7 @@ RULES: dict[str, Callable[[], dict[str, Any]]] = {
     "paper": lambda: {
         "model": routed(
             growth="paper",
-            **{"slots": 8, "significance": 0.05, "duel_factor": 0.5},
+            **{"slots": None, "significance": 0.05, "duel_factor": 0.5},
             **{"inner_check_interval": 2, "inner_tolerance": 0.5, "max_inner_steps": 4, "outer_tolerance": 1e-3},
         )
     },

@@ -117,7 +117,7 @@ def test_parts_are_joined_and_split() -> None:
 @pytest.mark.parametrize("growth", slow_but(["evidence"], ["evidence", "paper"]))
 def test_a_run_grows_and_resumes_to_the_bit(tmp_path: Path, growth: str) -> None:
     paper = {
-        **{"growth": "paper", "slots": 8, "significance": 0.05, "duel_factor": 0.5, "inner_check_interval": 2},
+        **{"growth": "paper", "slots": None, "significance": 0.05, "duel_factor": 0.5, "inner_check_interval": 2},
         **{"inner_tolerance": 0.5, "max_inner_steps": 4, "outer_tolerance": 1e-3},
     }
 

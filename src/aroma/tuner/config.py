@@ -60,10 +60,10 @@ _PAPER_FIELDS = (
 _MOST_LIKELY_MEANT = 8
 """The largest rank of a component that is in use; a larger one is likely that of a LoraConfig, of a whole matrix."""
 
-_TRIAL_COMPONENTS = 8
+TRIAL_COMPONENTS = 8
 """Components of a matrix in the trial."""
 
-_SLOTS = 16
+SLOTS = 16
 """Slots of a matrix, if none are given."""
 
 _EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
@@ -244,7 +244,7 @@ class AromaConfig(LoraConfig):
                 "significance", self.significance, "give the chance of a needless component, in (0, 1); try 0.05"
             )
         if self.slots is not None:
-            _require_int("slots", self.slots, 1, "give a whole number of components, at least 1; try 16")
+            _require_int("slots", self.slots, 1, "give a whole number of components, at least 1; try 8")
         if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
             raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
         _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 0.5")
@@ -317,7 +317,7 @@ class AromaConfig(LoraConfig):
     @property
     def trial_components(self) -> int:
         """Components of a matrix in the trial."""
-        return _TRIAL_COMPONENTS if self.slots is None else min(_TRIAL_COMPONENTS, self.slots)
+        return TRIAL_COMPONENTS if self.slots is None else min(TRIAL_COMPONENTS, self.slots)
 
     def pair_rank(self, m: int, n: int) -> int:
         """Return the rank of the pair that an m×n matrix trains: r, or all its slots."""
@@ -326,7 +326,7 @@ class AromaConfig(LoraConfig):
         if self.slots is not None:
             return self.slots
         # The unused directions are orthogonal to what the slots span.
-        return min(_SLOTS, max(min(m, n) - UNUSED, _TRIAL_COMPONENTS))
+        return min(SLOTS, max(min(m, n) - UNUSED, TRIAL_COMPONENTS))
 
     def check_length(self, total_steps: int | None, field: str = "total_steps", remedy: str = "train longer") -> None:
         """Raise if a run of `total_steps` planned optimizer steps is too short to decide anything.
