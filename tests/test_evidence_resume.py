@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 
@@ -56,6 +57,22 @@ def quantised(bits: int) -> Net:
     return model
 
 
+class Uneven(Net):
+    """Of matrices that have room for 8, 8, 16 and 12 slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for place, (n, m) in enumerate(((WIDTH, 10), (10, 48), (48, 24), (24, WIDTH))):
+            self.layers[place] = torch.nn.Linear(n, m, bias=False)
+            torch.nn.init.orthogonal_(self.layers[place].weight, generator=torch.Generator().manual_seed(place))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = torch.tanh(layer(y))
+        return x + y
+
+
 OPTIONS: dict[str, Any] = {
     "first pass alone": dict,
     "held out in every phase": lambda: {**long(), "steps_per_pass": 3, "growth_batches": held_out()},
@@ -66,6 +83,7 @@ OPTIONS: dict[str, Any] = {
         "growth_batches": held_out(overflowing=(2, 11, 12, 13)),  # 11 to 13 duel one after the other
     },
     "one slot": lambda: {"model": net(slots=1)},
+    "matrices of all sizes": lambda: {"model": net(Uneven(), slots=None)},
     "dropout, no exact scale": lambda: {"model": net(lora_dropout=0.2, lora_alpha=3)},
     "bfloat16": lambda: {"model": net(Net().bfloat16(), lora_alpha=3)},
     "float64": lambda: {"model": net(Net().double())},
@@ -77,7 +95,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     "name",
-    slow_but(["held out in growth, shuffled", "bfloat16", "4-bit base"], OPTIONS),
+    slow_but(["held out in growth, shuffled", "bfloat16", "4-bit base", "matrices of all sizes"], OPTIONS),
 )
 def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     torch.manual_seed(3)
@@ -91,6 +109,10 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     if name == "held out, some overflow":
         assert whole.growth.controller.rule.state()["overflows"] == 3
     expected = whole.go_on().came_to()
+    layers = {matrix.name: matrix.layer for matrix in whole.growth.controller.modules}
+    assert whole.growth.controller.ranks() == {name: layer.rank("default") for name, layer in layers.items()}
+    if name == "matrices of all sizes":
+        assert [layer.r["default"] for layer in layers.values()] == [8, 8, 16, 12]
     born = [event.step for event in whole.events if event.kind == "born"]
     assert min(born) < PHASES["after births"] < max(born), "it is to grow after it was saved"
     for phase, step in phases.items():

@@ -249,9 +249,10 @@ class GrowingMatrices:
         It is the rank that a save at this moment has. If pairs are sharded, all ranks call this together.
         """
         device, slotted = self.device, self._live.config.has_slots
-        moved = torch.stack([b.any(0).to(device) for b, _ in self.pairs(self._all)]).tolist()  # the device waits once
+        columns = [b.any(0) for b, _ in self.pairs(self._all)]
+        moved = torch.stack([own.sum().to(device) for own in columns]).tolist()  # the device waits once
         # As `AromaLinear.moved_slots` has it.
-        counts = [sum(columns) if slotted else len(columns) * any(columns) for columns in moved]
+        counts = [count if slotted or not count else len(own) for count, own in zip(moved, columns, strict=True)]
         return {matrix.name: matrix.rank + count for matrix, count in zip(self._all, counts, strict=True)}
 
     @property
