@@ -75,6 +75,11 @@ def not_again() -> pd.DataFrame:
     return each_seed_of("not-again").loc["before"]
 
 
+def with_eight_slots() -> pd.DataFrame:
+    """Return score, trained_rank and average_rank by task and seed of the tables before there were sixteen slots."""
+    return each_seed_of("eight-slots").loc["before"]
+
+
 def each_seed_of(name: str) -> pd.DataFrame:
     """Return what was tried by variant, task and seed."""
     return of_evidence(name).set_index(["of", "task", "seed"]).sort_index()

@@ -23,6 +23,7 @@ from published import (
     GROWN,
     RESULTS,
     ROOT,
+    each_seed_of,
     in_points,
     not_again,
     of_evidence,
@@ -234,7 +235,7 @@ def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:
     ahead = by_seed["aroma-evidence"] - by_seed["lora-r8"]
     assert ahead.mean() > 2 * ahead.sem()
     assert f"it explains {in_points(ahead).removeprefix('+')} points more than r = 8, the best of the five" in TEXT
-    assert 0.6 < found.trained_rank_mean / 8 < 0.7, "two thirds of its size"
+    assert 0.65 < found.trained_rank_mean / 8 < 0.75, "seven tenths of its size"
     assert left.filter(like="lora-r").idxmin() == "lora-r8"
     assert f"With 16, at a rate of 0.001, LoRA leaves {left['lora-r16']:.1f} %." in TEXT
     then = not_again().score["minilm"]
@@ -415,6 +416,25 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     )
     trained = sorted(runs.groupby("task").trained_rank.mean())
     assert f"0.8 of the {trained[0]:.1f} to {trained[-1]:.1f} trained components" in TEXT
+
+
+def test_the_page_says_of_ten_seeds_of_banking77_what_the_runs_say() -> None:
+    later = each_seed_of("banking77-seeds")
+    first = runs_of(RESULTS / "minilm-six").reported.set_index(["method", "task", "seed"]).score
+    methods = [*later.index.get_level_values("of").unique()]
+    assert {*methods} == {"aroma-evidence", "aroma-paper", *RANKS}
+    chosen = runs_of(RESULTS / "minilm-six").selection["banking77"]
+    ten = {}
+    for method in methods:
+        rates = {name: {*later.loc[method][name]} for name in ("learning_rate", "head_learning_rate")}
+        assert {f"training.{name}": only for name, (only,) in rates.items()} == chosen[method]["chosen"]
+        ten[method] = pd.concat([first[method, "banking77"], later.score[method, "banking77"]])
+        assert [*ten[method].index] == [*range(10)]
+    ahead = {method: in_points(ten["aroma-evidence"] - scores) for method, scores in ten.items()}
+    fixed = [f"{ahead[f'lora-r{r}']} {'points ' * (r == 16)}against r = {r}" for r in (16, 1, 2, 4, 8)]
+    paper = f"{ahead['aroma-paper']} against the paper's rule"
+    assert f"Over ten seeds evidence has {', '.join(fixed)} and {paper}." in TEXT
+    assert f"of BANKING77 it is {ahead['lora-r16'].removeprefix('−')} below r = 16." in TEXT
 
 
 def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None:
@@ -632,7 +652,7 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
     larger = [f"{unexplained[one]:.1f}" for one in (("lora-r4", "noisy"), ("lora-r8", "noisy-b4"))]
     said = f"leaves {noise[0]} % (`noisy`) and {noise[1]} % (`noisy-b4`), LoRA of the next larger rank {larger[0]} and"
     assert f"{said} {larger[1]} %." in TEXT
-    assert all(4 < rows.trained[task] < 5.5 for task in ("graded-b4", "minilm"))
+    assert all(4 < rows.trained[task] < 8 for task in ("graded-b4", "minilm"))
     eight, four = (
         " and ".join(f"{unexplained[method, task]:.1f}" for task in ("graded-b4", "minilm"))
         for method in ("lora-r8", "lora-r4")

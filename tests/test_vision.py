@@ -336,12 +336,12 @@ def test_the_page_says_of_images_what_the_runs_say() -> None:
     def mean(images: str, method: str, key: str = "accuracy") -> float:
         return statistics.mean(run[key] for run in runs[images] if run["method"] == method)
 
-    assert abs(mean("digits", "AROMA") - mean("digits", "LoRA r=8")) < 0.004, "level: one image"
+    assert round(269 * (mean("digits", "LoRA r=8") - mean("digits", "AROMA"))) == 2, "images"
     assert mean("mnist", "LoRA r=1") < mean("mnist", "AROMA") < mean("mnist", "LoRA r=8")
     for images in runs:
         share = mean(images, "AROMA", "parameters") / mean(images, "LoRA r=8", "parameters")
-        assert share < 1 / 3
-    assert "with less than a third of the parameters of rank 8" in " ".join(page.split())
+        assert share < 1 / 2
+    assert "with less than half of the parameters of rank 8" in " ".join(page.split())
 
 
 @pytest.mark.slow
