@@ -76,6 +76,26 @@ def test_what_growth_by_evidence_costs_in_whole_steps_and_between_them():
     assert f"takes {one} of the time of LoRA r = 8 with one component in training, {eight} with eight" in readme
 
 
+def test_what_sixteen_slots_cost():
+    cases, said = cases_of("roberta-base-sixteen-slots.json"), " ".join(SPEED.split())
+    one, eight, lora1, lora8 = (
+        f"{cases[key]['forward_backward_ratio']['median']:.3f}"
+        for key in ("evidence-1", "evidence-8", "lora-r1", "lora-r8")
+    )
+    assert f"took {one} of the floor with one component, over the aim, {eight} with eight, {lora1} with LoRA" in said
+    assert f"with LoRA r = 1 and {lora8} with LoRA r = 8." in said
+    (over,) = (
+        one["forward_backward_ratio"]
+        for one in json.loads((BENCH / "roberta-base-sixteen-slots.json").read_text())["comparisons"]
+        if one["key"] == "evidence-8"
+    )
+    quartiles = f"{over['lower']:.3f} and {over['upper']:.3f}"
+    assert f"that is {over['median']:.3f} of LoRA r = 8, with quartiles of {quartiles}." in said
+    assert cases["evidence-8"]["kept_bytes"] == cases["lora-r8"]["kept_bytes"]
+    peaks = [f"{cases[key]['peak_bytes'] / 2**20:,.0f}" for key in ("evidence-8", "lora-r8")]
+    assert f"A process had {peaks[0]} MiB at its peak, {peaks[1]} with LoRA r = 8" in said
+
+
 def test_the_profile():
     milliseconds = json.loads((BENCH / "roberta-base-profile.json").read_text())["milliseconds"]
     head, _, *rows = rows_of("roberta-base-profile.json")

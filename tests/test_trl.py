@@ -428,6 +428,7 @@ def test_the_page_has_the_table_that_the_example_makes_of_its_runs(tmp_path: Pat
     kept = sorted(ranks[80] for ranks in late)
     said = f"leaves {kept[0]} to {kept[-1]} components in 14 matrices, and none is born later."
     assert said in " ".join(page.split())
+    assert f"Evidence comes to {kept[0] / 14:.1f} to {kept[-1] / 14:.1f} components a matrix and rests" in page
     assert all(len({*ranks[80:]}) == 1 for ranks in late)
     rewards = {
         method: [
