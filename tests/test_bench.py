@@ -300,12 +300,14 @@ class Touched(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("slots", "live", "asked"), [(1, 1, False), (8, 1, True), (8, 4, True), (8, 5, True)])
+@pytest.mark.parametrize(
+    ("slots", "live", "asked"), [(1, 1, False), (8, 1, True), (8, 4, True), (8, 5, True), (16, 4, True), (16, 8, True)]
+)
 @pytest.mark.parametrize(("m", "n", "counted"), [(7, 31, "inputs"), (31, 7, "outputs")])
 def test_the_layer_makes_four_passes_over_its_activations(m, n, counted, slots, live, asked):
     """Matmuls of the layer touch activations as often as the frozen matrix's own, and `PASSES` times more.
 
-    What growth by evidence asks of a backward rides on them, while less is kept so than with all slots in use.
+    What growth by evidence asks of a backward rides on them, while no more than eight numbers a token are kept so.
     """
     tokens = 3
     x, weight = torch.randn(tokens, n, requires_grad=True), torch.randn(m, n)
@@ -317,7 +319,7 @@ def test_the_layer_makes_four_passes_over_its_activations(m, n, counted, slots, 
         linear_with_update(x, weight, None, update).sum().backward()
     assert probe is None or all(leaf.grad is not None for leaf in leaves)
     of_the_matrix = 2  # x is read and gx written; y is written and gy read
-    of_the_probe = int(asked and live + 4 > slots and counted == "inputs")  # v x is computed again, not kept
+    of_the_probe = int(asked and live + 4 > min(slots, 8) and counted == "inputs")  # v x is computed again, not kept
     assert activations.count == of_the_matrix + PASSES + of_the_probe
 
 

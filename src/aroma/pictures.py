@@ -379,7 +379,7 @@ def _explain_births(figure: SubFigure, axes: Axes, merged: bool) -> None:
 
     merges = [axes.scatter([], [], s=30, label="birth, the oldest merged", **_MERGE)] if merged else []
     handles = [
-        Patch(color=_TRIAL, label="trial of all slots"),
+        Patch(color=_TRIAL, label="trial"),
         Patch(color=_EVIDENCE, label="evidence: log E, full at log 1/α"),
         axes.scatter([], [], s=30, label="birth", **_BIRTH),
         *merges,

@@ -439,7 +439,7 @@ class SlotMatrices(GrowingMatrices):
     @property
     def _most_slots(self) -> int:
         """Slots of the matrix that has most."""
-        return max(len(matrix.born) for matrix in self._all)
+        return max(group.gate.shape[1] for group in self._groups)
 
     def _take(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return what was recorded since the last call: numbers, (matrices, P + S), and pending; one transfer."""

@@ -3,8 +3,8 @@
 W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
 it says is out of sample.
 
-**The trial.** For the first tenth of the run every matrix trains as many components as it may. Then up to 64
-batches are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
+**The trial.** For the first tenth of the run every matrix trains eight components, or as many as it has slots. Then up
+to 64 batches are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
 
 .. code-block:: text
 
@@ -585,7 +585,7 @@ class EvidenceRule(Generic[E]):
         for matrix in self._matrices.active():
             found = _money(matrix)
             matrix.log_evidence = log_mean(found)
-            # No more than there are slots: a component would be merged before it has ever trained.
+            # With fewer slots than directions a component would be merged before it has ever trained.
             ready = directions_that_convince(found, threshold)
             births += [(matrix, direction) for direction in ready[: self._settings.trial_components]]
         is_last = self.global_step >= self._settings.last_step

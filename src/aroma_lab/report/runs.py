@@ -229,9 +229,15 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
         frame[part] = [_as_json(part, one, selects) for one, selects in values]
     # Statistics would repeat the least and the greatest text of every column, a dictionary what is compressed anyway,
     # and the schema says the types once more.
-    packing = {"compression": "zstd", "compression_level": 19}
-    packing |= dict.fromkeys(("write_statistics", "use_dictionary", "store_schema"), False)
-    write_bytes(path, frame.to_parquet(index=False, **packing))
+    table = frame.to_parquet(
+        index=False,
+        compression="zstd",
+        compression_level=19,
+        write_statistics=False,
+        use_dictionary=False,
+        store_schema=False,
+    )
+    write_bytes(path, table)
 
 
 def _as_json(part: str, value: Any, selects: bool) -> str | None:
