@@ -116,6 +116,7 @@ class Reference:
         self.answers = 0  # to questions before those
         self.again = False  # whether it is asked about what was dropped
         self.opens = False  # whether it is open still how much of the updates is judged, and when
+        self.squeezed: list[int] = []  # how many small directions every matrix lost
         self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
         self.asked = 0  # held-out questions so far
@@ -161,6 +162,7 @@ class Reference:
             self._weigh()
             self._look()
             if self.t >= o.last:
+                self._squeeze(held_out)
                 self.phase = "rest"
         if self.phase == "questions" and len(self.credits) == o.questions and not self.again:
             self._settle()
@@ -184,15 +186,20 @@ class Reference:
             self.next += 1
 
     def _questions_again(self) -> int:
-        """As many as decided, if with all others they are 12 % of the run at most; else fewer, but no less than 8."""
+        return self._shares()[0] if any(matrix.dropped for matrix in self.matrices) else 0
+
+    def _shares(self) -> tuple[int, int]:
+        """How many are asked about what was dropped, and about what is small, if all are 12 % of the run at most."""
         o = self.settings
         room = math.floor(0.12 * (o.last + o.trial)) - self.answers
-        return min(o.questions, room) if room >= 8 and any(matrix.dropped for matrix in self.matrices) else 0
+        again = min(o.questions, room - 8) if room >= 16 else min(o.questions, room) if room >= 8 else 0
+        left = room - again
+        return again, min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
 
     def _interval(self) -> int:
         """Optimizer steps between held-out batches that duel: with those of the trial they are 12 % of the run."""
         o = self.settings
-        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions))
+        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - self._shares()[1])
         return max(9, math.ceil((o.last - max(o.first_pass or 0, o.trial * 2**self.doubled)) / max(left, 1)))
 
     def _look_at_the_opening(self) -> None:
@@ -253,27 +260,15 @@ class Reference:
                 alone = alone and tests[k].pvalue < o.alpha / 2 / (o.K - place)
                 if alone or (whole and tests[k].statistic > 1):
                     candidates.append((float(every[:, i, k].mean()), i, k))
+        self.saved = [0.0] * len(self.matrices)
         average = sum(credit for credit, _, _ in candidates) / (len(self.matrices) * o.K)
         chosen = {(i, k) for credit, i, k in candidates if credit >= o.least * average}
         for i, matrix in enumerate(self.matrices):
             stay = [k for k in range(o.K) if (i, k) in chosen]
             if not stay and stats.ttest_1samp(every[:, i].sum(1), 0).statistic > -1:
                 stay = [max(range(o.K), key=lambda k: float(every[:, i, k].mean()))]
-            live = matrix.live
-            v_b, v_a = (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a"))
-            kept, matrix.idle = [matrix.singular[k] for k in stay], [v_b.clone(), v_a.clone()]
-            matrix.slots = [
-                Component(
-                    b=math.sqrt(1.5 * len(kept)) * self.share * size * u,
-                    a=v / math.sqrt(1.5 * len(kept)),
-                    born=matrix.count + k,
-                    m_b=torch.zeros_like(u),
-                    v_b=v_b.clone(),
-                    m_a=torch.zeros_like(v),
-                    v_a=v_a.clone(),
-                )
-                for k, (u, size, v) in enumerate(kept)
-            ] + [None] * (o.S - len(stay))
+            self.saved[i] = self.share * sum(float(every[:, i, k].mean()) for k in stay)
+            self._fill(matrix, [matrix.singular[k] for k in stay], [self.share] * len(stay))
             matrix.count += len(stay)
             matrix.dropped = [k for k in range(o.K) if k not in stay]
 
@@ -300,6 +295,66 @@ class Reference:
             matrix.p = [torch.zeros_like(u) for u in matrix.u]
             matrix.q = [torch.zeros_like(v) for v in matrix.v]
             matrix.heads, matrix.flips = [0] * o.unused, [0] * o.unused
+
+    def _squeeze(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
+        """Where growth ends, take the smallest directions away that save no more than a thousandth together."""
+        o = self.settings
+        questions, before = self._shares()[1], [matrix.slots for matrix in self.matrices]
+        parts, sizes = [], []
+        for i, matrix in enumerate(self.matrices):
+            U, S, Vh = torch.linalg.svd(sum((torch.outer(c.b, c.a) for c in matrix.live), 0 * matrix.W0))
+            parts.append([(U[:, k], S[k], Vh[k]) for k in range(len(matrix.live))])
+            sizes += [(float(S[k]), i, k) for k in range(len(matrix.live))]
+        total, small = sum(size**2 for size, _, _ in sizes), []
+        for size, i, k in sorted(sizes):
+            if sum(sizes_before**2 for sizes_before, _, _ in small) + size**2 <= 0.05 * total:
+                small.append((size, i, k))
+        if not (questions and small):
+            return
+        halved = {(i, k) for _, i, k in small}
+        for i, matrix in enumerate(self.matrices):
+            self._fill(matrix, parts[i], [0.5 if (i, k) in halved else 1.0 for k in range(len(parts[i]))])
+        self._next_order()
+        answers = []
+        for _ in range(questions):
+            G = self._next(held_out)
+            answers.append(
+                {(i, k): -o.s * float(parts[i][k][0] @ G[i] @ parts[i][k][2]) * size for size, i, k in small}
+            )
+        gone: list[tuple[int, int]] = []
+        saved = sum(self.saved)
+        for _, i, k in small:
+            together = torch.tensor(
+                [sum(one[place] for place in [*gone, (i, k)]) for one in answers], dtype=torch.float64
+            )
+            if together.mean() <= max(together.std() / math.sqrt(questions), 0.001 * saved):
+                gone.append((i, k))
+        for i, matrix in enumerate(self.matrices):
+            stay = [part for k, part in enumerate(parts[i]) if (i, k) not in gone]
+            matrix.slots = before[i]
+            self.squeezed.append(len(parts[i]) - len(stay))
+            if len(stay) < len(parts[i]):
+                self._fill(matrix, stay, [1.0] * len(stay))
+
+    def _fill(self, matrix: Matrix, parts: Sequence[tuple[Tensor, Tensor, Tensor]], shares: Sequence[float]) -> None:
+        """Make components of `shares` of these singular directions; averages of squares are the mean of those before."""
+        live = matrix.live
+        v_b, v_a = (
+            (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a")) if live else matrix.idle
+        )
+        matrix.slots = [
+            Component(
+                b=math.sqrt(1.5 * len(parts)) * share * size * u,
+                a=v / math.sqrt(1.5 * len(parts)),
+                born=matrix.count + k,
+                m_b=torch.zeros_like(u),
+                v_b=v_b.clone(),
+                m_a=torch.zeros_like(v),
+                v_a=v_a.clone(),
+            )
+            for k, ((u, size, v), share) in enumerate(zip(parts, shares, strict=True))
+        ] + [None] * (self.settings.S - len(parts))
+        matrix.idle = [v_b.clone(), v_a.clone()]
 
     def _adam(self, c: Component, g_b: Tensor, g_a: Tensor, lr: float, t: int) -> None:
         c.before = (c.b.clone(), c.a.clone())
@@ -349,7 +404,7 @@ class Reference:
         for matrix in self.matrices:
             before, money = matrix.live, [evidence(*won) for won in zip(matrix.heads, matrix.flips, strict=True)]
             found = []
-            for _ in range(min(o.S, o.unused)):
+            for _ in range(min(o.S, o.unused) if self.t < o.last else 0):
                 k = max(range(o.unused), key=lambda k: money[k])
                 if sum(money) / o.unused >= 1 / o.alpha:
                     money[k] = 1.0

@@ -22,9 +22,11 @@ from aroma.algorithm.evidence import FIRST_STEP, EvidenceRule, EvidenceSettings
 from aroma.algorithm.questions import (
     FEWEST_OPENING,
     candidates,
+    directions_to_drop,
     directions_to_keep,
     keep_one_if_undecided,
     saves_loss,
+    smallest_directions,
     upper_tail,
 )
 from aroma.directions import Directions, singular_directions
@@ -157,6 +159,11 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     assert len(births) > 1
     assert growth.controller.rule.doublings == reference.doubled
     assert (reference.doubled, reference.share) == way
+    squeezed = {event.module: event.rank for event in events if event.kind == "squeezed"}
+    lost = reference.squeezed or [0] * LAYERS
+    left = {m.name: len(m.merged) + len(m.live) for m, n in zip(reference.matrices, lost, strict=True) if n}
+    assert squeezed == left
+    assert bool(squeezed) == (steps == 400), "in a shorter run there is no room for more questions"
     most = [len(matrix.live) for matrix in reference.matrices]
     assert slots <= 8 or max(most) == slots, "as many train as there are slots, more than in the trial"
     settled = {event.module: event.rank for event in events if event.kind == "settled"}
@@ -410,8 +417,8 @@ class Answers:
 
     all = active
 
-    def ask_for_credit(self) -> None:
-        self.strength = 0.5
+    def take_apart(self) -> np.ndarray:
+        return np.ones((1, 1))
 
     def ask_at(self, strength: float) -> None:
         self.strength = strength
@@ -528,6 +535,112 @@ def test_what_was_dropped_begins_anew_where_the_loss_surely_falls_along_it() -> 
     full = Dropped([[nan, 9.0, -9.0], [nan, 0.0, 8.0]])
     after_the_questions(full, most=1)
     assert full.born == []
+
+
+def test_the_smallest_directions_are_those_of_all_matrices_with_a_twentieth_of_the_energy() -> None:
+    nan = math.nan
+    sizes = np.array([[9.0, 1.5, 0.5], [3.0, 1.0, nan], [1.6, nan, nan]])
+    # Σ σ² is 96.06; 0.25 + 1 + 2.25 = 3.5, and 2.56 more are 6.06, above a twentieth, 4.803.
+    assert smallest_directions(sizes).tolist() == [[False, True, True], [False, True, False], [False] * 3]
+    assert (smallest_directions(1e-9 * sizes) == smallest_directions(sizes)).all(), "no scale is told"
+    assert not smallest_directions(np.full((2, 2), nan)).any()
+    assert not smallest_directions(np.ones((3, 2))).any(), "each has a sixth"
+
+
+def test_small_directions_go_while_all_that_go_save_next_to_nothing() -> None:
+    alternating = np.tile([1.0, -1.0], 8)[:, None, None]
+    sizes = np.array([[5.0, 0.1, 0.2], [0.3, 0.4, math.nan]])
+    small = np.array([[False, True, True], [True, True, False]])
+
+    def dropped(first: float, second: float, third: float, fourth: float, saved: float = 0.0) -> list[int]:
+        """Return which of the four small directions go, the smallest first; `saved` is what the trial saved."""
+        credits = np.array([[9.0, first, second], [third, fourth, math.nan]]) + 0.01 * alternating
+        found = directions_to_drop(credits, sizes, small, saved)
+        assert not found[~small].any()
+        return [*found[small].nonzero()[0]]
+
+    assert dropped(1.0, 1.0, 1.0, 1.0) == []
+    assert dropped(-1.0, -1.0, -1.0, -1.0) == [0, 1, 2, 3]
+    assert dropped(0.002, 1.0, 0.002, 1.0) == [0, 2], "within its standard error, whatever is smaller"
+    assert dropped(-1.0, 0.5, 0.4, 0.4) == [0, 1, 2], "they count together"
+    assert dropped(0.5, 0.4, 0.3, 0.4, saved=1_000.0) == [0, 1], "up to a thousandth of what the trial saved"
+    assert dropped(0.5, 0.4, 0.3, 0.4, saved=-1_000.0) == []
+
+
+class Squeezed(Answers):
+    """Two matrices whose small directions are asked about where growth ends."""
+
+    def __init__(self) -> None:
+        super().__init__({0.5: 99.0})
+        first = self.matrices[0]
+        self.matrices = [SimpleNamespace(**{**vars(first), "name": name, "component_count": 2}) for name in "ab"]
+        self.halved: np.ndarray | None = None
+        self.lost: list[np.ndarray] = []
+
+    def take_apart(self) -> np.ndarray:
+        return np.array([[5.0, 0.1], [0.2, math.nan]])
+
+    def take_credits(self) -> list[np.ndarray]:
+        means = np.array([[9.0, 9.0], [9.0, np.nan]] if self.halved is None else [[9.0, -1.0], [9.0, np.nan]])
+        return [means + self.random.normal(0, 0.1, (2, 2)) for _ in range(self.due)]
+
+    def halve(self, small: np.ndarray) -> None:
+        self.halved = small
+
+    def drop(self, dropped: np.ndarray) -> None:
+        self.lost.append(dropped)
+        self.matrices[0].component_count -= int(dropped[0].sum())
+
+
+def squeezed_run(matrices: Squeezed, steps: int, *, holds_out: bool = True) -> tuple[Any, list[Any], int]:
+    """Return the rule after a run, its events, and how many held-out batches were asked in all."""
+    trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
+    settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None)
+    rule: Any = EvidenceRule(settings, matrices)
+    rule.held_out_batches = 40 if holds_out else None
+    events, asked = [], 0
+    for step in range(steps):
+        asked += len(rule.held_out_duels(step - 1)) if holds_out and step >= 1 else 0
+        events += rule.step()
+        while holds_out and (numbers := rule.held_out_questions()):
+            assert len({number % 40 for number in numbers}) == len(numbers), "none twice"
+            matrices.due, asked = len(numbers), asked + len(numbers)
+            events += rule.answer()
+            matrices.due = 1
+    return rule, events, asked
+
+
+def test_where_growth_ends_held_out_examples_say_which_small_components_go() -> None:
+    matrices = Squeezed()
+    rule, events, asked = squeezed_run(matrices, 400)
+    assert matrices.halved is not None
+    assert matrices.halved.tolist() == [[False, True], [True, False]]
+    assert [one.tolist() for one in matrices.lost] == [[[False, True], [False, False]]]
+    (told,) = [event for event in events if event.kind == "squeezed"]
+    assert (told.module, told.step, told.rank) == ("a", 360, 1)
+    assert told.value == pytest.approx(-1.0, abs=0.1), "what it saved"
+    assert (rule.phase, rule.squeezed) == ("rest", 1)
+    assert "; 1 small components went at the end of growth, as they saved next to nothing; " in rule.explanation
+    assert asked <= 0.12 * 400
+
+
+@pytest.mark.parametrize("steps", [60, 100, 226, 227, 320, 400, 1_000, 5_000])
+def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_the_squeeze(steps: int) -> None:
+    matrices = Squeezed()
+    _, _, asked = squeezed_run(matrices, steps)
+    assert asked <= max(0.12 * steps, 9)
+    assert bool(matrices.lost) == (steps >= 227)
+    assert "as in runs of fewer than 227, nothing is squeezed" in " ".join(
+        (DOCS / "method.md").read_text(encoding="utf-8").split()
+    )
+
+
+def test_nothing_is_squeezed_by_examples_that_were_trained_on() -> None:
+    matrices = Squeezed()
+    rule, events, _ = squeezed_run(matrices, 400, holds_out=False)
+    assert matrices.halved is None
+    assert rule.phase == "rest"
+    assert not [event for event in events if event.kind == "squeezed"]
 
 
 @pytest.mark.parametrize(("steps", "asked"), [(135, 0), (136, 8), (400, 20), (2_000, 64)])

@@ -81,7 +81,8 @@ def combine(
     _require_base(base, whole, {matrix.name: matrix for matrix in matrices.all()})
     for matrix in matrices.all():
         _fill(matrix, whole.updates.get(matrix.name))
-    matrices.ask_for_credit()
+    matrices.take_apart()
+    matrices.ask_at(0.5)
     for batch in batches:
         matrices.weigh_held_out(map(partial(loss_of, loss or model_loss, model), [batch]))
     credits = [one for one in matrices.take_credits() if not np.isinf(one).any()]

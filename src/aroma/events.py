@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-EventKind = Literal["checked", "born", "settled", "merged", "frozen", "finished"]
+EventKind = Literal["checked", "born", "settled", "squeezed", "merged", "frozen", "finished"]
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,15 @@ class Event:
     Args:
         kind: `"checked"`: an inner check of one matrix, or a look at its evidence. `"born"`: it got one more component
             by evidence, or all those of the trial. `"settled"`: the trial ended, and `rank` components stay.
-            `"merged"`: a component trains no more, and stays. `"frozen"`: it has stopped growing. `"finished"`: every
-            matrix has.
+            `"squeezed"`: growth ended, and small components went. `"merged"`: a component trains no more, and stays.
+            `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.
         inner_step: Optimizer steps t taken in that inner loop.
         module: Name of the matrix's module; None for `"finished"`.
         value: Under Algorithm 1 the left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`. For
-            `"settled"` the loss that the components save. None where undefined.
+            `"settled"` the loss that the components save, for `"squeezed"` what those that went saved. None where
+            undefined.
         rank: Rank of the matrix's finished components after the event, under growth by evidence of all components;
             their sum for `"finished"`.
         converged: Whether the matrix bears the inner label after the event.

@@ -38,6 +38,9 @@ _LARGEST = 900
 """Area of the largest rank's circle, in points², as `Axes.scatter` takes it."""
 _EVIDENCE, _BORN, _TRIAL, _KEPT = "#0072B2", "#D55E00", "#ECECEC", "#9CC9E6"
 """Colours of evidence, of births, of the trial's band, and of the components that the trial left."""
+_LEFT: dict[str, Any] = {"color": _KEPT, "linewidth": 0}
+_SINCE: dict[str, Any] = {"color": _BORN, "linewidth": 0}
+_GONE: dict[str, Any] = {"facecolor": "none", "edgecolor": _KEPT, "linewidth": 0.8}
 _BIRTH: dict[str, Any] = {"marker": "o", "color": _BORN, "linewidth": 0}
 _MERGE: dict[str, Any] = {"marker": "o", "color": INK, "linewidth": 0}
 _FULL = 0.8
@@ -154,6 +157,7 @@ class History:
         rank: Components at the last event.
         births: Optimizer steps of the births since the trial, in order.
         merges: Those of them at which the oldest component was merged to make room.
+        squeezed: Components that went where growth ended.
         evidence: Optimizer step and log E wherever it was told, in order; twice at a birth, after which E is 1 again.
     """
 
@@ -162,6 +166,7 @@ class History:
     rank: int = 0
     births: list[int] = field(default_factory=list)
     merges: list[int] = field(default_factory=list)
+    squeezed: int = 0
     evidence: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -185,12 +190,14 @@ def histories_of(events: Iterable[Mapping[str, Any]]) -> list[History]:
             continue
         step, kind = int(event["step"]), event["kind"]
         matrix = histories.setdefault(event["module"], History(event["module"]))
-        matrix.rank = int(event["rank"])
+        before, matrix.rank = matrix.rank, int(event["rank"])
         if kind == "settled":
             matrix.settled = matrix.rank
             matrix.evidence.append((step, 0.0))
         elif kind == "merged":
             matrix.merges.append(step)
+        elif kind == "squeezed":
+            matrix.squeezed += before - matrix.rank
         elif matrix.settled is not None:
             matrix.evidence.append((step, float(event["log_evidence"])))
             if kind == "born":
@@ -236,7 +243,8 @@ def draw_births(
     Above, one or two matrices large: the one with the most births, and one with the fewest that came near another. The
     evidence E is drawn against its threshold 1/α. Below, a panel for each kind of matrix, and in it a row for each
     layer: the height of the area is log E / log(1/α), from 0 to 1; a dot is a birth, a dark one if the oldest
-    component was merged for it. The bars are the ranks at the end: what the trial left, then what was born.
+    component was merged for it. The bars are the ranks at the end: what the trial left, then what was born, and hollow
+    what went where growth ended.
 
     Args:
         events: `Event.as_dict()` of every event of the run, in order, or the rows of `events.jsonl`.
@@ -255,7 +263,7 @@ def draw_births(
         steps=max(last, steps or 0),
         trial=min(ends, default=max(last, steps or 0)),
         threshold=-math.log(significance),
-        most=max(1, *(matrix.rank for matrix in histories)),
+        most=max(1, *(matrix.rank + matrix.squeezed for matrix in histories)),
     )
     panels: dict[str, dict[str, History]] = {}
     labels: dict[str, str] = {}
@@ -285,7 +293,7 @@ def draw_births(
         _draw_rows(axes, rows, scene, row_height)
     for axes in every[len(panels) :]:
         axes.set_axis_off()
-    _explain_births(bottom, every[0], any(matrix.merges for matrix in histories))
+    _explain_births(bottom, every[0], histories)
     return figure
 
 
@@ -296,7 +304,7 @@ class _Scene(NamedTuple):
         steps: Optimizer steps of the run.
         trial: Step at which its trial ended.
         threshold: log 1/α.
-        most: The largest rank.
+        most: The largest rank, with what went.
     """
 
     steps: int
@@ -321,6 +329,8 @@ def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
         return f"{count} · the trial had not ended at step {scene.steps}"
     born = f"births {len(births)}" + (f", last at step {max(births)}" if births else "")
     left = f"the trial left {sum(settled)} components at step {scene.trial}"
+    gone = sum(matrix.squeezed for matrix in histories)
+    born += f" · {gone} small ones went" if gone else ""
     return f"{count} · {left} · {born} · ranks {min(ranks)} to {max(ranks)}, total {sum(ranks)}"
 
 
@@ -366,25 +376,33 @@ def _draw_rows(axes: Axes, rows: Mapping[str, History], scene: _Scene, height: f
         axes.fill_between(at, foot, tops, color=_EVIDENCE, linewidth=0)
         for steps, look in ((matrix.births, _BIRTH), (matrix.merges, _MERGE)):
             axes.scatter(steps, [foot - _FULL] * len(steps), s=mark, zorder=3, **look)
-        kept = matrix.rank if matrix.settled is None else matrix.settled
-        axes.barh(line, unit * kept, 0.66, start, color=_KEPT, linewidth=0)
-        axes.barh(line, unit * (matrix.rank - kept), 0.66, start + unit * kept, color=_BORN, linewidth=0)
-        end = start + unit * matrix.rank + 0.015 * scene.steps
+        kept = matrix.rank if matrix.settled is None else min(matrix.settled, matrix.rank)
+        end = start
+        looks = ((kept, _LEFT), (matrix.rank - kept, _SINCE), (matrix.squeezed, _GONE))
+        for count, look in looks:
+            axes.barh(line, unit * count, 0.66, end, **look)
+            end += unit * count
+        end += 0.015 * scene.steps
         axes.text(end, line, str(matrix.rank), va="center", fontsize=letters, color=INK)
 
 
-def _explain_births(figure: SubFigure, axes: Axes, merged: bool) -> None:
+def _explain_births(figure: SubFigure, axes: Axes, histories: Sequence[History]) -> None:
     """Write the legend."""
     from matplotlib.patches import Patch
 
-    merges = [axes.scatter([], [], s=30, label="birth, the oldest merged", **_MERGE)] if merged else []
+    merges, gone = [], []
+    if any(matrix.merges for matrix in histories):
+        merges = [axes.scatter([], [], s=30, label="birth, the oldest merged", **_MERGE)]
+    if any(matrix.squeezed for matrix in histories):
+        gone = [Patch(label="small, dropped at the end of growth", **_GONE)]
     handles = [
         Patch(color=_TRIAL, label="trial"),
         Patch(color=_EVIDENCE, label="evidence: log E, full at log 1/α"),
         axes.scatter([], [], s=30, label="birth", **_BIRTH),
         *merges,
-        Patch(color=_KEPT, label="rank that the trial left"),
-        Patch(color=_BORN, label="rank born since"),
+        Patch(label="rank that the trial left", **_LEFT),
+        Patch(label="rank born since", **_SINCE),
+        *gone,
     ]
     columns = len(handles) if figure.bbox.width / figure.figure.dpi > 11 else 3
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)

@@ -193,6 +193,7 @@ class SlotMatrices(GrowingMatrices):
         self._noted: list[list[int | None]] = [[*matrix.born] for matrix in self._all]
         self._pending = [False] * len(self._all)
         self._readings: list[tuple[list[Tensor], list[bool]]] = []
+        self._whole: dict[int, list[Tensor]] = {}  # slots of which a part is halved
 
     @property
     def known_rank(self) -> int:
@@ -466,18 +467,26 @@ class SlotMatrices(GrowingMatrices):
     # The trial -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def ask_for_credit(self) -> None:
-        """From now on ask about the singular directions of the updates, with all of them at half strength."""
+    def take_apart(self) -> np.ndarray:
+        """Take the updates apart into singular directions; return σ_k, (matrices, K), NaN where there is none."""
         pairs = self.pairs(self._all)
         most = max(matrix.leading_slots for matrix in self._all)  # those of `combine` may be more than a trial has
         for group in self._groups:
             b, a = self._stacked(group, pairs, max(most, self._live.config.trial_components))
             u, sizes, v = singular_directions(b, a)
             group.follow(u, v, sizes)
-        self.ask_at(0.5)
+        return self._sizes
+
+    @property
+    def _sizes(self) -> np.ndarray:
+        """σ_k of the directions that are asked about, (matrices, K); NaN where there is none."""
+        sizes = np.zeros((len(self._all), max(group.sizes.shape[1] for group in self._groups)))
+        for group in self._groups:  # a small matrix has fewer slots
+            sizes[group.rows, : group.sizes.shape[1]] = group.sizes.double().cpu().numpy()
+        return np.where(sizes > 0, sizes, np.nan)
 
     def ask_at(self, strength: float) -> None:
-        """From now on ask about the same directions, which turn no more, with all updates at `strength`."""
+        """From now on ask about these directions, which turn no more, with all updates at `strength`."""
         self._strength, self._is_following, self._readings = strength, False, []
         self._ask()
 
@@ -486,12 +495,8 @@ class SlotMatrices(GrowingMatrices):
 
         Infinite where a batch overflowed.
         """
-        count = self._groups[0].sizes.shape[1]
-        sizes = np.empty((len(self._all), count))
-        for group in self._groups:
-            sizes[group.rows] = group.sizes.double().cpu().numpy()
-        size = self._scale * np.where(sizes > 0, sizes, np.nan)
-        return [np.nan_to_num(numbers[:, :count], nan=np.inf) * size for numbers, _ in self._take()]
+        size = self._scale * self._sizes
+        return [np.nan_to_num(numbers[:, : size.shape[1]], nan=np.inf) * size for numbers, _ in self._take()]
 
     @torch.no_grad()
     def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
@@ -503,22 +508,77 @@ class SlotMatrices(GrowingMatrices):
         self._strength, self._readings = 1.0, []
         pairs = self.pairs(self._all)
         starts: list[SlotStart] = []
-        for group in self._groups:
-            for row, place in enumerate(group.rows):
-                matrix, stays = self._all[place], [*kept[place]]
-                if matrix.is_frozen:
-                    continue
-                b, a = torch.zeros_like(pairs[place][0]), torch.zeros_like(pairs[place][1])
-                length = row_length(len(stays))
-                b[:, : len(stays)] = (share * group.sizes[row, stays] / length * group.u[row, stays].mT).to(b)
-                a[: len(stays)] = (length * group.v[row, stays]).to(a)
-                matrix.layer.start_pair(self._adapter_name, a, b)
-                starts += _starts(matrix, range(len(matrix.born)), matrix.slots)
-                matrix.occupy_first(len(stays))
-                group.sizes[row, stays] = 0
+        for group, row, place in self._rows():
+            if not self._all[place].is_frozen:
+                starts += self._split_anew(group, row, [*kept[place]], share, pairs[place])
+                group.sizes[row, [*kept[place]]] = 0
         start_slots(self._optimizer, starts)
         self.release_pairs()
         self._ask()
+
+    def _rows(self) -> list[tuple[Directions, int, int]]:
+        """Return group, row in it, and place among all, of every matrix."""
+        return [(group, row, place) for group in self._groups for row, place in enumerate(group.rows)]
+
+    def _split_anew(
+        self, group: Directions, row: int, kept: Sequence[int], share: float, pair: Pair
+    ) -> list[SlotStart]:
+        """Fill the slots of a matrix with these of its singular directions; return how the optimizer is to begin.
+
+        Args:
+            group: The group of the matrix.
+            row: Its row there.
+            kept: The directions.
+            share: By which they are multiplied.
+            pair: The slots, b (m, S) and a (S, n).
+        """
+        matrix = self._all[group.rows[row]]
+        self._put(group, row, kept, torch.full((len(kept),), share), pair)
+        starts = _starts(matrix, range(len(matrix.born)), matrix.slots)
+        matrix.occupy_first(len(kept))
+        return starts
+
+    def _put(self, group: Directions, row: int, kept: Sequence[int], shares: Tensor, pair: Pair) -> None:
+        """Write singular directions of a matrix, `shares` (K,) of each, into its slots, b (m, S) and a (S, n)."""
+        b, a = torch.zeros_like(pair[0]), torch.zeros_like(pair[1])
+        length = row_length(len(kept))
+        sizes = shares.to(group.sizes) * group.sizes[row, kept]
+        b[:, : len(kept)] = (sizes / length * group.u[row, kept].mT).to(b)
+        a[: len(kept)] = (length * group.v[row, kept]).to(a)
+        self._all[group.rows[row]].layer.start_pair(self._adapter_name, a, b)
+
+    # The end of growth -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def halve(self, small: np.ndarray) -> None:
+        """Put `small` singular directions, (matrices, K), at half strength, and ask about all of them."""
+        pairs = self.pairs(self._all)
+        for group, row, place in self._rows():
+            if small[place].any():
+                self._whole[place] = [x.detach().clone() for x in pairs[place]]
+                every = _existing(group, row)
+                shares = torch.tensor([0.5 if small[place, k] else 1.0 for k in every])
+                self._put(group, row, every, shares, pairs[place])
+        self.release_pairs()
+        self.ask_at(1.0)
+
+    @torch.no_grad()
+    def drop(self, dropped: np.ndarray) -> None:
+        """Take the `dropped` directions away, (matrices, K); matrices without any are as they were before `halve`."""
+        pairs = self.pairs(self._all)
+        starts: list[SlotStart] = []
+        for group, row, place in self._rows():
+            if dropped[place].any():
+                stays = [k for k in _existing(group, row) if not dropped[place, k]]
+                starts += self._split_anew(group, row, stays, 1.0, pairs[place])
+            elif place in self._whole:
+                b, a = self._whole[place]
+                self._all[place].layer.start_pair(self._adapter_name, a, b)
+        self._whole = {}
+        start_slots(self._optimizer, starts)
+        self.release_pairs()
+
+    # Unused directions -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def follow_unused(self, taken: Sequence[tuple[SlotMatrix, int]]) -> None:
@@ -662,6 +722,11 @@ def row_length(components: int) -> float:
     matrix as far as LoRA with r=8 and lora_alpha=16 does.
     """
     return math.sqrt(2 / (3 * max(components, 1)))
+
+
+def _existing(group: Directions, row: int) -> list[int]:
+    """Return the singular directions that the update of a matrix has."""
+    return [k for k, size in enumerate(group.sizes[row].tolist()) if size > 0]
 
 
 def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> list[SlotStart]:

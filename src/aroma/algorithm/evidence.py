@@ -41,6 +41,10 @@ how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch each
     E    = mean over the matrix's unused directions, and over θ in (½, 1), of (2θ)^heads (2(1 − θ))^tails
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
+**The end of growth.** The smallest directions of all updates, with 5 % of Σ σ² together, are put at half strength, and
+held-out batches are asked what each of them saves. The smallest goes first; one goes unless all that go would then
+save more than the standard error of that, and more than a thousandth of what the trial saved. The others train on.
+
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
 (Ville's inequality for the mixture). So α is the chance that a matrix gets a second component that it does not need.
 The first is there from the start, and goes where it costs loss.
@@ -61,12 +65,14 @@ from ..events import Event, EventKind
 from .duels import Reading, directions_that_convince, duel, log_evidence, log_mean
 from .questions import (
     QUESTIONS,
+    directions_to_drop,
     directions_to_keep,
     keep_one_if_undecided,
     opening_count,
     question_count,
     saves_loss,
     saves_together,
+    smallest_directions,
 )
 from .rule import Matrix, not_finite, require_finite
 
@@ -98,7 +104,7 @@ HELD_OUT_SHARE = 0.12
 
 def is_in_trial(phase: str) -> bool:
     """Return whether it is not decided yet in a phase of `EvidenceRule` which components of the trial stay."""
-    return phase not in ("growth", "rest")
+    return phase in ("start", "trial", "questions")
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,8 @@ class EvidenceSettings:
         trial_components: Components of a matrix in the trial.
         trial_steps: Optimizer steps of the trial, those of the first directions included.
         memory: β, in [0, 1): what an average of gradients keeps of itself at each step; None: see `memory_with`.
-        last_step: Optimizer step after which nothing is born, one at which the evidence is looked at: what comes later
-            hardly learns.
+        last_step: Optimizer step from which on nothing is born, one at which the evidence is looked at: what comes
+            later hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
     """
 
@@ -227,11 +233,11 @@ class EvidenceMatrices(Protocol[E]):
     def follow_anew(self) -> None:
         """Follow unused directions again, from random ones on."""
 
-    def ask_for_credit(self) -> None:
-        """From now on ask the batches, at half strength, what every singular direction of the updates saves."""
+    def take_apart(self) -> np.ndarray:
+        """Take the updates apart into singular directions; return σ_k, (matrices, S), NaN where there is none."""
 
     def ask_at(self, strength: float) -> None:
-        """From now on ask about the same directions with all updates at `strength`."""
+        """From now on ask about these directions with all updates at `strength`."""
 
     def take_credits(self) -> list[np.ndarray]:
         """Return credit_k by batch since the last call, (matrices, S).
@@ -241,6 +247,12 @@ class EvidenceMatrices(Protocol[E]):
 
     def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
         """Keep `share` of these singular directions of every matrix, and ask about the others at strength 0."""
+
+    def halve(self, small: np.ndarray) -> None:
+        """Put `small` directions, (matrices, S), at half strength, and ask about all."""
+
+    def drop(self, dropped: np.ndarray) -> None:
+        """Take the `dropped` directions away, (matrices, S); matrices without any are as they were before `halve`."""
 
     def follow_unused(self, taken: Sequence[tuple[E, int]]) -> None:
         """Follow unused directions: those that were dropped and are not among the `taken`, and random ones."""
@@ -258,13 +270,14 @@ class EvidenceRule(Generic[E]):
 
     Attributes:
         global_step: Optimizer steps taken so far.
-        phase: `"start"`, `"trial"`, `"questions"`, `"growth"` or `"rest"`.
+        phase: `"start"`, `"trial"`, `"questions"`, `"growth"`, `"squeeze"` or `"rest"`.
         inner_step: Always 0: there are no inner loops.
         outer_number: Always 1.
         max_inner_steps: Always 0.
         doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
+        squeezed: Small components that went where growth ended.
         tell: Called with events as they happen.
     """
 
@@ -282,6 +295,8 @@ class EvidenceRule(Generic[E]):
         self._overflows = 0
         self._asked = 0
         self._questions_again = 0  # about what was dropped
+        self._last_questions = 0  # about what is small
+        self._sizes, self._small = np.empty((0, 0)), np.empty((0, 0), dtype=bool)
         self._saved: list[float] = []  # by what stays of every matrix
         self._next_number = 0  # of a held-out batch; some are passed over
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
@@ -290,6 +305,7 @@ class EvidenceRule(Generic[E]):
         self.doublings = 0
         self.births = 0
         self.last_birth: int | None = None
+        self.squeezed = 0
         self.held_out_batches = None
 
     @property
@@ -350,8 +366,12 @@ class EvidenceRule(Generic[E]):
             nothing = "no matrix has a component, as none saves loss on unseen examples"
             parts = [f"{nothing}: there is nothing to learn, or the learning rate is too high", *parts]
         last = "no birth since the trial" if self.last_birth is None else f"last birth at step {self.last_birth}"
-        until = f"; nothing is born after step {self._settings.last_step}" if self.phase == "rest" else ""
-        return "; ".join([*parts, last]) + until
+        parts.append(last)
+        if self.squeezed:
+            parts.append(f"{self.squeezed} small components went at the end of growth, as they saved next to nothing")
+        if self.phase == "rest":
+            parts.append(f"nothing is born after step {self._settings.last_step}")
+        return "; ".join(parts)
 
     # The rule --------------------------------------------------------------------------------------------------------
 
@@ -374,8 +394,7 @@ class EvidenceRule(Generic[E]):
             events = self._weigh(self._matrices.take_readings())
             self._matrices.note_moves()
             if self.global_step >= self._settings.last_step:
-                self.phase = "rest"
-                self._matrices.stop_following()
+                self._end_growth()
         elif self.phase == "rest" and self.global_step < self._settings.last_step:
             # It was resumed with more steps than were planned.
             self.phase, events = "growth", []
@@ -402,11 +421,12 @@ class EvidenceRule(Generic[E]):
         return max(min(first_pass, last) - first, 0) + max(later, 0) // self._held_out_interval(first_pass)
 
     def _held_out_interval(self, first_pass: int) -> int:
-        return self._settings.held_out_interval(first_pass, max(self._asked, self.questions), self._trial_steps)
+        asked = max(self._asked, self.questions) + self._last_questions
+        return self._settings.held_out_interval(first_pass, asked, self._trial_steps)
 
     def held_out_questions(self) -> Sequence[int]:
-        """Return the numbers of the held-out batches that answer what is open at the end of the trial."""
-        if self.phase != "questions":
+        """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
+        if self.phase not in ("questions", "squeeze"):
             return ()
         if not self._asked:
             # Of a run that is resumed with held-out examples, others may have answered, and do not count.
@@ -417,7 +437,7 @@ class EvidenceRule(Generic[E]):
         return range(first, self._next_number)
 
     def answer(self) -> list[Event]:
-        """Take what held-out batches answered at the end of the trial; see `GrowthRule`."""
+        """Take what held-out batches answered; see `GrowthRule`."""
         events = self._answered()
         self.tell(events)
         return events
@@ -442,7 +462,8 @@ class EvidenceRule(Generic[E]):
     def _end_trial(self) -> list[Event]:
         self._check_components("trial's last")
         self.phase, self._stage = "questions", "opening"
-        self._matrices.ask_for_credit()
+        self._matrices.take_apart()
+        self._matrices.ask_at(0.5)
         return []
 
     @property
@@ -461,6 +482,8 @@ class EvidenceRule(Generic[E]):
     @property
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
+        if self.phase == "squeeze":
+            return self._last_questions - len(self._credits)
         if self._stage == "dropped":
             return self._questions_again - len(self._credits)
         if self._stage in ("whole", "half"):
@@ -474,13 +497,15 @@ class EvidenceRule(Generic[E]):
         return most if self.held_out_batches is None else min(most, max(QUESTIONS[0], self.held_out_batches))
 
     def _answered(self) -> list[Event]:
-        """Note what the batches said; after the last one, drop what does not save loss."""
+        """Note what the batches said; after the last one, drop what does not save loss, or hardly any."""
         answers = self._base_credits if self._stage == "base" else self._credits
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
                 answers.append(credits)
         if self._missing > 0:
             return []
+        if self.phase == "squeeze":
+            return self._squeeze()
         if self._stage == "opening":
             self._read_opening()
         elif self._stage == "base":
@@ -535,9 +560,8 @@ class EvidenceRule(Generic[E]):
         is_half = self._stage == "half"
         share = 0.5 if is_half else 1.0
         self._matrices.keep(kept, share)
-        asked = len(credits) + len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
-        room = math.floor(HELD_OUT_SHARE * self._run) - asked
-        self._questions_again = min(self.questions, room) if room >= QUESTIONS[0] else 0
+        opened = len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
+        self._share_out(math.floor(HELD_OUT_SHARE * self._run) - len(credits) - opened)
         saved = share * np.nan_to_num(credits).mean(0)
         self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
         is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
@@ -546,6 +570,16 @@ class EvidenceRule(Generic[E]):
         self._forget_answers()
         self._stage = "dropped"
         return []
+
+    def _share_out(self, room: int) -> None:
+        """Plan how many batches are asked about what was dropped, and about what is small; duels take the others."""
+        fewest = QUESTIONS[0]
+        left = fewest if room >= 2 * fewest else 0
+        self._questions_again = min(self.questions, room - left) if room >= fewest else 0
+        room -= self._questions_again
+        # Without held-out examples what was learnt by heart would seem to save loss.
+        may_ask = bool(self._asked) and room >= fewest
+        self._last_questions = min(self.questions, max(room // 2, fewest)) if may_ask else 0
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
@@ -567,6 +601,31 @@ class EvidenceRule(Generic[E]):
             for matrix, saved in zip(self._matrices.all(), self._saved, strict=True)
             if not matrix.is_frozen
         ]
+
+    def _end_growth(self) -> None:
+        """Follow no direction any more, and ask the held-out examples what the small components are worth."""
+        self.phase = "rest"
+        self._matrices.stop_following()
+        if not self._last_questions:
+            return
+        self._sizes = self._matrices.take_apart()
+        self._small = smallest_directions(self._sizes)
+        if self._small.any():
+            self._forget_answers()
+            self.phase = "squeeze"
+            self._matrices.halve(self._small)
+
+    def _squeeze(self) -> list[Event]:
+        """Drop what is small and saves next to nothing."""
+        credits = np.stack(self._credits)
+        dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
+        self._matrices.drop(dropped)
+        self._matrices.stop_following()
+        self._credits, self.phase = [], "rest"
+        self.squeezed += int(dropped.sum())
+        lost = np.where(dropped, credits.mean(0), 0.0).sum(1)
+        matrices = self._matrices.all()
+        return [self._event("squeezed", matrices[i], value=float(lost[i])) for i in dropped.any(1).nonzero()[0]]
 
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""
@@ -591,7 +650,7 @@ class EvidenceRule(Generic[E]):
         is_last = self.global_step >= self._settings.last_step
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
-        return checked + self._bear(self._within_limit(births))
+        return checked + self._bear([] if is_last else self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
         """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
@@ -673,6 +732,7 @@ class EvidenceRule(Generic[E]):
             "overflows": self._overflows,
             "asked": self._asked,
             "questions_again": self._questions_again,
+            "last_questions": self._last_questions,
             "saved": self._saved,
             "next_number": self._next_number,
             "held_out_batches": self.held_out_batches,
@@ -680,6 +740,7 @@ class EvidenceRule(Generic[E]):
             "stage": self._stage,
             "births": self.births,
             "last_birth": self.last_birth,
+            "squeezed": self.squeezed,
             "credits": _as_lists(self._credits),
             "base_credits": _as_lists(self._base_credits),
         }
@@ -703,8 +764,9 @@ class EvidenceRule(Generic[E]):
         self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
-        # Early versions asked once.
+        # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
+        self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )

@@ -1,4 +1,4 @@
-"""The questions at the end of the trial of growth by evidence: how many, and what the answers say.
+"""The questions of growth by evidence, where the trial ends and where growth does: how many, and what the answers say.
 
 A batch answers with credit_k, the loss that direction k of an update saves; `evidence.py` says what is asked.
 """
@@ -19,6 +19,13 @@ FEWEST_OPENING = 4
 
 LEAST_OF_AVERAGE = 0.25
 """What a direction must save to stay, as a share of what one saves on average."""
+
+SMALL_SHARE = 0.05
+"""Share of Σ σ² over all directions of all updates that the smallest ones have together, which are asked about where
+growth ends."""
+
+NEEDLESS_SHARE = 0.001
+"""What those that go may save together, as a share of what the trial saved."""
 
 
 def question_count(trial_steps: int) -> int:
@@ -120,6 +127,41 @@ def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
     found = np.zeros_like(passes)
     np.put_along_axis(found, order, passes, 1)
     return found
+
+
+def smallest_directions(sizes: np.ndarray) -> np.ndarray:
+    """Return which directions are small, (matrices, S): the smallest, with at most `SMALL_SHARE` of Σ σ² together.
+
+    Args:
+        sizes: σ, (matrices, S); NaN where there is no direction.
+    """
+    squares = np.nan_to_num(sizes).ravel() ** 2
+    order = np.argsort(squares, kind="stable")
+    small = np.empty(squares.shape, dtype=bool)
+    small[order] = squares[order].cumsum() <= SMALL_SHARE * squares.sum()
+    return small.reshape(sizes.shape) & ~np.isnan(sizes)
+
+
+def directions_to_drop(credits: np.ndarray, sizes: np.ndarray, small: np.ndarray, saved: float) -> np.ndarray:
+    """Return which small directions go, (matrices, S).
+
+    The smallest is the first. One goes unless all that go would then save more than their standard error, and more
+    than `NEEDLESS_SHARE` of what the trial saved.
+
+    Args:
+        credits: What every direction saves, by batch, with the small ones at half strength, (batches, matrices, S).
+        sizes: σ, (matrices, S).
+        small: Which directions are small, (matrices, S).
+        saved: What the trial saved.
+    """
+    dropped = np.zeros_like(small)
+    together = np.zeros(len(credits))
+    for matrix, k in np.argwhere(small)[np.argsort(sizes[small], kind="stable")]:
+        found = together + credits[:, matrix, k]
+        error = found.std(ddof=1) / math.sqrt(len(found))
+        if found.mean() <= max(error, NEEDLESS_SHARE * saved):
+            together, dropped[matrix, k] = found, True
+    return dropped
 
 
 def _t_test(credits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -149,7 +149,8 @@ def _settle(controller: AromaController, live: int) -> None:
     """Bring growth by evidence to where the trial has left `live` components in every module."""
     matrices = controller.matrices
     assert isinstance(matrices, SlotMatrices), "the case grows by evidence"
-    matrices.ask_for_credit()
+    matrices.take_apart()
+    matrices.ask_at(0.5)
     matrices.keep([range(live)] * len(matrices.all()))
     matrices.follow_unused([])
     matrices.note_moves()
