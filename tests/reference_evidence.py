@@ -337,7 +337,7 @@ class Reference:
                 self._fill(matrix, stay, [1.0] * len(stay))
 
     def _fill(self, matrix: Matrix, parts: Sequence[tuple[Tensor, Tensor, Tensor]], shares: Sequence[float]) -> None:
-        """Make components of `shares` of these singular directions; averages of squares are the mean of those before."""
+        """Make components of `shares` of these directions; their averages of squares are the mean of those before."""
         live = matrix.live
         v_b, v_a = (
             (sum(getattr(c, name) for c in live) / len(live) for name in ("v_b", "v_a")) if live else matrix.idle

@@ -623,9 +623,12 @@ class EvidenceRule(Generic[E]):
         self._matrices.stop_following()
         self._credits, self.phase = [], "rest"
         self.squeezed += int(dropped.sum())
-        lost = np.where(dropped, credits.mean(0), 0.0).sum(1)
-        matrices = self._matrices.all()
-        return [self._event("squeezed", matrices[i], value=float(lost[i])) for i in dropped.any(1).nonzero()[0]]
+        saved = np.where(dropped, credits.mean(0), 0.0).sum(1).tolist()
+        return [
+            self._event("squeezed", matrix, value=of_what_went)
+            for matrix, of_what_went, gone in zip(self._matrices.all(), saved, dropped, strict=True)
+            if gone.any()
+        ]
 
     def _weigh(self, readings: Sequence[Reading]) -> list[Event]:
         """Let the batches decide for every matrix; return the births."""

@@ -137,9 +137,9 @@ def smallest_directions(sizes: np.ndarray) -> np.ndarray:
     """
     squares = np.nan_to_num(sizes).ravel() ** 2
     order = np.argsort(squares, kind="stable")
-    small = np.empty(squares.shape, dtype=bool)
-    small[order] = squares[order].cumsum() <= SMALL_SHARE * squares.sum()
-    return small.reshape(sizes.shape) & ~np.isnan(sizes)
+    small = ~np.isnan(sizes)
+    small.ravel()[order] &= squares[order].cumsum() <= SMALL_SHARE * squares.sum()
+    return small
 
 
 def directions_to_drop(credits: np.ndarray, sizes: np.ndarray, small: np.ndarray, saved: float) -> np.ndarray:
