@@ -404,7 +404,7 @@ class Reference:
         for matrix in self.matrices:
             before, money = matrix.live, [evidence(*won) for won in zip(matrix.heads, matrix.flips, strict=True)]
             found = []
-            for _ in range(min(o.S, o.unused) if self.t < o.last else 0):
+            for _ in range(min(o.S, o.unused) if self.t < o.last or not self._shares()[1] else 0):
                 k = max(range(o.unused), key=lambda k: money[k])
                 if sum(money) / o.unused >= 1 / o.alpha:
                     money[k] = 1.0

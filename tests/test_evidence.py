@@ -620,7 +620,7 @@ def test_where_growth_ends_held_out_examples_say_which_small_components_go() -> 
     assert (told.module, told.step, told.rank) == ("a", 360, 1)
     assert told.value == pytest.approx(-1.0, abs=0.1), "what it saved"
     assert (rule.phase, rule.squeezed) == ("rest", 1)
-    assert "; 1 small components went at the end of growth, as they saved next to nothing; " in rule.explanation
+    assert "; growth ended without 1 small component, which saved next to nothing; " in rule.explanation
     assert asked <= 0.12 * 400
 
 
@@ -633,6 +633,25 @@ def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_th
     assert "as in runs of fewer than 227, nothing is squeezed" in " ".join(
         (DOCS / "method.md").read_text(encoding="utf-8").split()
     )
+
+
+def test_nothing_is_asked_any_more_where_nothing_is_small() -> None:
+    matrices = Squeezed()
+    matrices.take_apart = lambda: np.full((2, 2), math.nan)  # type: ignore[method-assign]
+    stopped: list[str] = []
+    matrices.stop_following = lambda: stopped.append(rule.phase)  # type: ignore[method-assign]
+    rule: Any = None
+    config = AromaConfig(growth="evidence")
+    rule = EvidenceRule(EvidenceSettings(0.05, 0.5, 8, config.resolve_trial_steps(400), 0.97, 360, None), matrices)
+    rule.held_out_batches = 40
+    for _ in range(400):
+        rule.step()
+        while numbers := rule.held_out_questions():
+            matrices.due = len(numbers)
+            rule.answer()
+            matrices.due = 1
+    assert matrices.halved is None
+    assert stopped[-1] == "rest"
 
 
 def test_nothing_is_squeezed_by_examples_that_were_trained_on() -> None:

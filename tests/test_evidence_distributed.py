@@ -41,6 +41,8 @@ def assert_as_one_process(told: Path, name: str, count: int) -> None:
     alone = ended(Loop(**runs()[name][1]()).go_on())
     settled = max(step for step, _, kind in first["events"] if kind == "settled")
     assert any(kind == "born" and step > settled for step, _, kind in first["events"]), "it is to grow"
+    squeezed = {kind == "squeezed" for _, _, kind in first["events"]}
+    assert (True in squeezed) == ("held out" in name), "held-out examples say what goes where growth ends"
     for what in ("events", "noted", "ranks"):
         assert first[what] == alone[what], what
     for matrix, update in first["weights"].items():

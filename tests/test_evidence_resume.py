@@ -83,7 +83,10 @@ OPTIONS: dict[str, Any] = {
         "growth_batches": held_out(overflowing=(2, 11, 12, 13)),  # 11 to 13 duel one after the other
     },
     "one slot": lambda: {"model": net(slots=1)},
-    "matrices of all sizes": lambda: {"model": net(Uneven(), slots=None)},
+    "matrices of all sizes": lambda: {
+        **{"steps": LONG, "model": net(Uneven(), slots=None, **LONG_METHOD)},
+        **{"steps_per_pass": 3, "growth_batches": held_out()},
+    },
     "dropout, no exact scale": lambda: {"model": net(lora_dropout=0.2, lora_alpha=3)},
     "bfloat16": lambda: {"model": net(Net().bfloat16(), lora_alpha=3)},
     "float64": lambda: {"model": net(Net().double())},
@@ -111,6 +114,8 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     expected = whole.go_on().came_to()
     layers = {matrix.name: matrix.layer for matrix in whole.growth.controller.modules}
     assert whole.growth.controller.ranks() == {name: layer.rank("default") for name, layer in layers.items()}
+    if "held out in every phase" in name or name == "matrices of all sizes":
+        assert any(kind == "squeezed" for _, _, kind in births(whole.events))
     if name == "matrices of all sizes":
         assert [layer.r["default"] for layer in layers.values()] == [8, 8, 16, 12]
     born = [event.step for event in whole.events if event.kind == "born"]

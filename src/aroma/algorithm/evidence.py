@@ -368,7 +368,8 @@ class EvidenceRule(Generic[E]):
         last = "no birth since the trial" if self.last_birth is None else f"last birth at step {self.last_birth}"
         parts.append(last)
         if self.squeezed:
-            parts.append(f"{self.squeezed} small components went at the end of growth, as they saved next to nothing")
+            what = "component, which" if self.squeezed == 1 else "components, which"
+            parts.append(f"growth ended without {self.squeezed} small {what} saved next to nothing")
         if self.phase == "rest":
             parts.append(f"nothing is born after step {self._settings.last_step}")
         return "; ".join(parts)
@@ -603,17 +604,17 @@ class EvidenceRule(Generic[E]):
         ]
 
     def _end_growth(self) -> None:
-        """Follow no direction any more, and ask the held-out examples what the small components are worth."""
+        """Follow no direction any more; ask the held-out examples, if any, what the small components are worth."""
         self.phase = "rest"
+        if self._last_questions:
+            self._sizes = self._matrices.take_apart()
+            self._small = smallest_directions(self._sizes)
+            if self._small.any():
+                self._forget_answers()
+                self.phase = "squeeze"
+                self._matrices.halve(self._small)
+                return
         self._matrices.stop_following()
-        if not self._last_questions:
-            return
-        self._sizes = self._matrices.take_apart()
-        self._small = smallest_directions(self._sizes)
-        if self._small.any():
-            self._forget_answers()
-            self.phase = "squeeze"
-            self._matrices.halve(self._small)
 
     def _squeeze(self) -> list[Event]:
         """Drop what is small and saves next to nothing."""
@@ -653,7 +654,9 @@ class EvidenceRule(Generic[E]):
         is_last = self.global_step >= self._settings.last_step
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
-        return checked + self._bear([] if is_last else self._within_limit(births))
+        # What is born before the squeeze would be small.
+        will_squeeze = is_last and self._last_questions
+        return checked + self._bear([] if will_squeeze else self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
         """Start components along unused directions, and tell of them; the events carry the evidence that decided."""

@@ -137,7 +137,7 @@ def smallest_directions(sizes: np.ndarray) -> np.ndarray:
     """
     squares = np.nan_to_num(sizes).ravel() ** 2
     order = np.argsort(squares, kind="stable")
-    small = ~np.isnan(sizes)
+    small: np.ndarray = ~np.isnan(sizes)
     small.ravel()[order] &= squares[order].cumsum() <= SMALL_SHARE * squares.sum()
     return small
 
