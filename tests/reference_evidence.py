@@ -135,7 +135,7 @@ class Reference:
         if self.phase == "questions":
             self._credit(G)
             self._look_at_the_opening()
-        elif self.phase == "growth" and not decides and (self.t - o.first_pass) % self._interval() == 0:
+        elif self.phase == "growth" and not decides and self._is_due():
             number = max(self.next, o.questions) + (self.t - o.first_pass) // self._interval()
             self._read(held_out(number), before=False)
         elif self.phase == "growth" and decides:
@@ -197,10 +197,17 @@ class Reference:
         return again, min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
 
     def _interval(self) -> int:
-        """Optimizer steps between held-out batches that duel: with those of the trial they are 12 % of the run."""
+        """Optimizer steps between held-out batches that duel: with all that are asked they are 12 % of the run."""
         o = self.settings
         left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - self._shares()[1])
+        if left < 1 and self._shares()[1]:
+            return 10**9  # none duels
         return max(9, math.ceil((o.last - max(o.first_pass or 0, o.trial * 2**self.doubled)) / max(left, 1)))
+
+    def _is_due(self) -> bool:
+        """Whether a held-out batch duels at this step."""
+        later = self.t - (self.settings.first_pass or 0)
+        return later % self._interval() == 0 and self._interval() < 10**9
 
     def _look_at_the_opening(self) -> None:
         """A quarter of the batches at half strength; if they do not say that loss is saved, as many at strength 0."""

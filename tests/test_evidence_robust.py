@@ -158,7 +158,7 @@ def test_batches_that_overflow_say_nothing_and_stop_nothing() -> None:
 
 
 def asking(*overflowing: int) -> Loop:
-    """A run that asks held-out batches alone: 0 to 7 twice at step 16, 9 at step 21, and so on every 18th step."""
+    """A run that asks held-out batches alone: 0 to 7 twice at step 16, 9 at step 55, and so on every 52nd step."""
     batches = held_out(overflowing=overflowing)
     return Loop(net(trial_share=1 / 15), steps=4 * STEPS, steps_per_pass=3, growth_batches=batches)
 
@@ -180,13 +180,16 @@ def test_held_out_batches_that_overflow_stop_nothing(overflowing: tuple[int, ...
     assert_grew(loop.go_on())
 
 
-@pytest.mark.parametrize(("count", "asked"), [(9, 9), (7, 8), (40, 12), (None, 12)])
+@pytest.mark.parametrize(("count", "asked"), [(9, 18), (7, 16), (40, 20), (None, 20)])
 def test_a_batch_is_not_asked_twice(count: int | None, asked: int) -> None:
-    """But for the eight that decide at least; about what was dropped the same ones are asked."""
+    """But for the eight that decide at least; about what was dropped the same ones are asked.
+
+    Of 28 batches in all twelve decide, and eight are left for the squeeze, so eight are asked of what was dropped.
+    """
     batches = iter(held_out()) if count is None else held_out(count)
     loop = Loop(steps=240, steps_per_pass=3, growth_batches=batches).go_on(24)
     assert any(event.kind == "settled" for event in loop.events)
-    assert loop.growth.controller.rule.state()["asked"] == 2 * asked
+    assert loop.growth.controller.rule.state()["asked"] == asked
 
 
 def test_held_out_examples_spare_the_training_its_questions() -> None:
@@ -216,19 +219,20 @@ def test_a_run_asks_few_held_out_batches(steps_per_pass: int) -> None:
     model = net(significance=0.05)
     loop = Loop(model, steps=steps, steps_per_pass=steps_per_pass, growth_batches=held, growth_loss=loss).go_on()
     questions = loop.growth.controller.rule.state()["asked"]
-    assert 0 < questions < len(asked) <= 0.12 * steps
+    tried = 1  # before the first step
+    assert 0 < questions < len(asked) - tried <= 0.12 * steps
 
 
 def test_a_held_out_batch_that_overflows_says_nothing() -> None:
-    """Step 21 asks the first one after the trial, and step 39 the next."""
+    """Step 55 asks the first one after the trial, and step 107 the next."""
     first, later = (
-        min(event.step for event in asking(*overflowing).go_on(60).events if event.kind == "born" and event.step > 17)
+        min(event.step for event in asking(*overflowing).go_on(120).events if event.kind == "born" and event.step > 17)
         for overflowing in ((), (9,))
     )
-    assert first < 39 <= later
+    assert first < 107 <= later
 
 
-@pytest.mark.parametrize(("overflowing", "asked"), [((1, 2, 3, 4), 16), ((9, 10, 11, 12), 75)])
+@pytest.mark.parametrize(("overflowing", "asked"), [((1, 2, 3, 4), 16), ((9, 10, 11, 12), 211)])
 def test_four_held_out_batches_in_a_row_that_overflow_stop_the_run(overflowing: tuple[int, ...], asked: int) -> None:
     loop = asking(*overflowing).go_on(asked - 1)
     with pytest.raises(

@@ -331,7 +331,7 @@ class AromaController:
         self.matrices.absorb(record=False, loss_scale=loss_scale)
 
     def _ask_held_out(self) -> list[Event]:
-        """Let held-out examples say at once what stays after the trial, so that no training step is spent on it."""
+        """Let held-out examples say at once what stays where the trial or growth ends: no training step is spent."""
         events: list[Event] = []
         if self._held_out is None:
             return events
@@ -339,7 +339,7 @@ class AromaController:
             for number in numbers:
                 self.matrices.weigh_held_out(self._held_out.losses(self.matrices.model, number))
             events += self.rule.answer()
-        if events:  # the trial has ended; one that went on leaves fewer
+        if any(event.kind == "settled" for event in events):  # a trial that went on leaves fewer
             self._tell_if_too_few_decide(stacklevel=2)
         return events
 

@@ -159,15 +159,18 @@ class EvidenceSettings:
         steps_to_next_time = HELD_OUT_INTERVAL * held_out_batches
         return min(longest, math.exp(math.log(self.significance) / steps_to_next_time))
 
-    def held_out_interval(self, first_pass: int, asked: int, trial_steps: int) -> int:
+    def held_out_interval(self, first_pass: int, asked: int, trial_steps: int, reserved: int = 0) -> int | None:
         """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
 
         Args:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
             asked: Held-out batches that are asked in and after the trial.
             trial_steps: Its length in the end.
+            reserved: Held-out batches that are asked where growth ends. If they leave none, none duels: None.
         """
-        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked)
+        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked) - reserved
+        if reserved and room < 1:
+            return None
         duelling = self.last_step - max(first_pass, trial_steps)
         return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
 
@@ -409,7 +412,7 @@ class EvidenceRule(Generic[E]):
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
         interval = self._held_out_interval(self.global_step - step)
-        if step % interval or self.phase != "growth":
+        if interval is None or step % interval or self.phase != "growth":
             return ()
         return (max(self._next_number, self.questions) + step // interval,)
 
@@ -419,11 +422,12 @@ class EvidenceRule(Generic[E]):
         if first_pass is None or not held_out:
             return max(last - first, 0)
         later = last - max(first_pass, first)
-        return max(min(first_pass, last) - first, 0) + max(later, 0) // self._held_out_interval(first_pass)
+        interval = self._held_out_interval(first_pass)
+        return max(min(first_pass, last) - first, 0) + (max(later, 0) // interval if interval else 0)
 
-    def _held_out_interval(self, first_pass: int) -> int:
-        asked = max(self._asked, self.questions) + self._last_questions
-        return self._settings.held_out_interval(first_pass, asked, self._trial_steps)
+    def _held_out_interval(self, first_pass: int) -> int | None:
+        asked = max(self._asked, self.questions)
+        return self._settings.held_out_interval(first_pass, asked, self._trial_steps, self._last_questions)
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
@@ -562,7 +566,8 @@ class EvidenceRule(Generic[E]):
         share = 0.5 if is_half else 1.0
         self._matrices.keep(kept, share)
         opened = len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
-        self._share_out(math.floor(HELD_OUT_SHARE * self._run) - len(credits) - opened)
+        asked = max(self._asked, len(credits) + opened)  # those that overflowed have been asked, too
+        self._share_out(math.floor(HELD_OUT_SHARE * self._run) - asked)
         saved = share * np.nan_to_num(credits).mean(0)
         self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
         is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
