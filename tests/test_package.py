@@ -44,7 +44,7 @@ def test_the_source_archive_has_what_a_wheel_is_made_of_and_no_data_of_tests(arc
         names = {PurePosixPath(*PurePosixPath(name).parts[1:]).as_posix() for name in sdist.getnames()}
     assert {name.removeprefix("src/") for name in names if name.startswith("src/")} == SOURCES
     assert {name for name in names if not name.startswith("src/")} <= {
-        *("README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "SECURITY.md", "pyproject.toml"),
+        *("README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml"),
         *(".gitignore", "PKG-INFO"),  # hatchling's own
     }
     assert archives["sdist"].stat().st_size < 700_000

@@ -1,53 +1,32 @@
 """Growth by evidence: a direction stays if it saves loss on unseen examples, and comes if it promises more.
 
 W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
-it says is out of sample.
+it says is out of sample. `docs/method.md` derives all of this; `questions.py` and `duels.py` decide by the answers.
 
 **The trial.** For the first tenth of the run every matrix trains eight components, or as many as it has slots. Then up
-to 64 batches are asked about the singular directions σ_k u_k v_kᵀ of its update, with all updates at half strength:
+to 64 batches say what the singular directions σ_k u_k v_kᵀ of its update save, with all updates at half strength:
 
-.. code-block:: text
+    credit_k = −s σ_k u_kᵀ G_½ v_k    the midpoint rule for the loss that the direction saves
 
-    credit_k = −s σ_k u_kᵀ G_½ v_k             the loss that the direction saves: the midpoint rule for the integral
-                                               of the gradient from strength 0 to 1, exact for a quadratic loss
-    candidates: where the update of a matrix saves loss as a whole, Σ_k credit_k > 0 at significance α/2 (Student's t),
-                directions whose mean credit exceeds its standard error; and in any matrix, those that are positive
-                by themselves at α/2 with Holm's correction
-    stay:       the candidates with a quarter or more of the average credit, over all directions, of which those that
-                are no candidates have none; and in a matrix where that is none, the direction with the largest credit,
-                unless the update as a whole costs more than its standard error
-    come back:  of what was dropped, directions along which the loss falls where they are 0 and what stays is in place,
-                −uᵀ G v > 0 at α/2 with Holm's correction on as many batches again; from b = 0, like what is born later
-
-At the highest rate, and in small batches, the components swing. So the first quarter of the batches says how far.
-Where it does not say at α that all updates together save loss, as many are asked with the updates at strength 0:
-
-.. code-block:: text
-
-    downhill at 0, and at ½ they cost loss   the trial is doubled, twice at most, up to half of the run
-    downhill at 0, else                      half of every update is judged, at strength ¼, and that half stays
-    neither                                  all are judged: nothing is to be learnt, or not yet
+A quarter of them say first how far the updates swing. Where together they do not surely save loss, as many are asked
+with the updates at strength 0. Downhill there, and at ½ they cost: the trial is doubled, twice at most. Downhill, but
+no cost: half of every update is judged, at strength ¼, and that half stays. What was dropped is asked about again at
+strength 0, and begins anew from b = 0 where the loss falls along it.
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
-earlier gradients: as many as the trial has steps, or fewer where little is held out. The steepness of a direction D is
-how fast the loss falls along it: −⟨G, D⟩ / ‖D‖_F. On every batch each unused direction duels with what trains:
-
-.. code-block:: text
+earlier gradients. On every batch each of them duels with what trains, by how fast the loss falls along them:
 
     z    = −uᵀ G v
     own  = mean over the matrix's components k of −⟨G, Δ_k⟩ / ‖Δ_k‖_F     Δ_k: how the component moved lately
-    all  = the mean of −⟨G, Δ_k⟩ / ‖Δ_k‖_F over the components of all matrices
-    heads, if z > 0 and z > κ max(own, all); tails otherwise
+    heads, if z > 0 and z > κ max(own, its mean over all matrices); tails otherwise
     E    = mean over the matrix's unused directions, and over θ in (½, 1), of (2θ)^heads (2(1 − θ))^tails
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
-**The end of growth.** The smallest directions of all updates, with 5 % of Σ σ² together, are put at half strength, and
-held-out batches are asked what each of them saves. The smallest goes first; one goes unless all that go would then
-save more than the standard error of that, and more than a thousandth of what the trial saved. The others train on.
-
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
-(Ville's inequality for the mixture). So α is the chance that a matrix gets a second component that it does not need.
-The first is there from the start, and goes where it costs loss.
+(Ville's inequality for the mixture).
+
+**The last squeeze.** Where growth ends, held-out batches are asked what the smallest directions save, which are put at
+half strength. The smallest go, as many as together save next to nothing; the others train on.
 """
 
 from __future__ import annotations
