@@ -187,6 +187,29 @@ def test_the_picture_has_a_row_for_each_matrix_and_a_dot_for_each_birth(grown):
     assert summary in figure.subfigs[0].get_suptitle()
 
 
+def test_what_went_where_growth_ended_is_hollow(grown):
+    rule, events, _ = grown
+    before = {matrix.name: matrix for matrix in histories_of(events)}
+    last = {event["module"]: event for event in events if event["module"]}
+    lost = {NAMES[4]: 3, NAMES[0]: 2}
+    gone = [
+        {**last[name], "kind": "squeezed", "step": 180, "rank": before[name].rank - count}
+        for name, count in lost.items()
+    ]
+    for name, matrix in {matrix.name: matrix for matrix in histories_of([*events, *gone])}.items():
+        assert (matrix.squeezed, matrix.rank) == (lost.get(name, 0), before[name].rank - lost.get(name, 0))
+        assert (matrix.births, matrix.evidence) == (before[name].births, before[name].evidence)
+    figure, whole = draw_births([*events, *gone], steps=STEPS), draw_births(events, steps=STEPS)
+    hollow = [bar for axes in figure.axes for bar in axes.patches if bar.get_width() and not bar.get_facecolor()[3]]
+    assert len(hollow) == 2
+    for one, other in zip(figure.axes[2:], whole.axes[2:], strict=True):
+        ends = [max(bar.get_x() + bar.get_width() for bar in axes.patches) for axes in (one, other)]
+        assert ends[0] == pytest.approx(ends[1]), "with what went a bar is as long as before"
+    assert f"last at step {rule.last_birth}\n5 small ones went where growth ended · ranks 0 to" in figure.subfigs[0].get_suptitle()
+    legends = [[text.get_text() for text in one.subfigs[1].legends[0].get_texts()] for one in (figure, whole)]
+    assert ["small, dropped at the end of growth" in legend for legend in legends] == [True, False]
+
+
 def test_no_evidence_is_no_dot_and_the_threshold_is_that_of_the_run(grown):
     _, events, _ = run(dict.fromkeys(NAMES, 0.2))
     figure = draw_births(events, significance=0.01)

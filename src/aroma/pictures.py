@@ -321,7 +321,7 @@ def _most_telling(histories: Sequence[History]) -> list[History]:
 
 
 def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
-    """Return in one line what the trial left, what was born, and the ranks at the end."""
+    """Return what the trial left, what was born, what went, in a second line, and the ranks at the end."""
     settled = [matrix.settled for matrix in histories if matrix.settled is not None]
     ranks, births = [matrix.rank for matrix in histories], [step for one in histories for step in one.births]
     count = f"{len(ranks)} {'matrix' if len(ranks) == 1 else 'matrices'}"
@@ -329,9 +329,9 @@ def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
         return f"{count} · the trial had not ended at step {scene.steps}"
     born = f"births {len(births)}" + (f", last at step {max(births)}" if births else "")
     left = f"the trial left {sum(settled)} components at step {scene.trial}"
-    gone = sum(matrix.squeezed for matrix in histories)
-    born += f" · {gone} small ones went" if gone else ""
-    return f"{count} · {left} · {born} · ranks {min(ranks)} to {max(ranks)}, total {sum(ranks)}"
+    squeezed = sum(matrix.squeezed for matrix in histories)
+    gone = f"\n{squeezed} small ones went where growth ended" if squeezed else ""
+    return f"{count} · {left} · {born}{gone} · ranks {min(ranks)} to {max(ranks)}, total {sum(ranks)}"
 
 
 def _draw_evidence(axes: Axes, matrix: History, label: str, scene: _Scene) -> None:
