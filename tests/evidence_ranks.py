@@ -26,7 +26,6 @@ from aroma import aroma_layers, save_adapter
 from distributed_runs import CALM, TIMEOUT, main, tell_refusals, whole, without_sync
 from evidence_runs import (
     LONG,
-    LONG_METHOD,
     Loop,
     Net,
     Rows,
@@ -68,8 +67,8 @@ LOOPS: dict[str, Callable[[], dict[str, Any]]] = {
     "as it comes": lambda: {"model": double()},
     "micro-batches": lambda: {"model": double(), "backward": in_parts},
     "held out": lambda: {
-        "model": double(**LONG_METHOD),
-        **{"steps": LONG, "steps_per_pass": 3, "growth_batches": held_out(20, dtype=PRECISE)},
+        "model": double(trial_share=1 / 30),
+        **{"steps": 2 * LONG, "steps_per_pass": 3, "growth_batches": held_out(20, dtype=PRECISE)},
     },
     "one slot, merged again and again": lambda: {"model": double(slots=1)},
     "momentum": lambda: {"model": double(), "optimizer": momentum},
