@@ -186,13 +186,14 @@ class Reference:
             self.next += 1
 
     def _questions_again(self) -> int:
-        return self._shares()[0] if any(matrix.dropped for matrix in self.matrices) else 0
+        return self._shares()[0]
 
     def _shares(self) -> tuple[int, int]:
         """How many are asked about what was dropped, and about what is small, if all are 12 % of the run at most."""
         o = self.settings
         room = math.floor(0.12 * (o.last + o.trial)) - self.answers
         again = min(o.questions, room - 8) if room >= 16 else min(o.questions, room) if room >= 8 else 0
+        again *= any(matrix.dropped for matrix in self.matrices)
         left = room - again
         return again, min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
 

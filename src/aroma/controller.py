@@ -280,8 +280,8 @@ class AromaController:
         """Say on which examples growth is decided; without this call, on every batch.
 
         Args:
-            held_out: Batches that are not trained on. They decide what stays after the trial, and from the second
-                pass over the data on what is born. None: the training batches go on deciding.
+            held_out: Batches that are not trained on. They decide what stays after the trial, from the second pass
+                over the data on what is born, and what goes where growth ends. None: the training batches go on deciding.
             first_pass: Optimizer steps of the first pass; None if no example comes twice.
 
         Warns:
@@ -295,6 +295,7 @@ class AromaController:
         # A rank that asked more batches than the others would wait for them.
         agreed = of_first_rank(-1 if count is None else count, self.matrices.device)
         self.rule.held_out_batches = None if agreed < 0 else agreed
+        self.rule.holds_out = held_out is not None
         self._tell_if_too_few_decide(stacklevel=4)
         if held_out is not None or first_pass is None:
             return
@@ -335,10 +336,14 @@ class AromaController:
         events: list[Event] = []
         if self._held_out is None:
             return events
-        while numbers := self.rule.held_out_questions():
-            for number in numbers:
-                self.matrices.weigh_held_out(self._held_out.losses(self.matrices.model, number))
-            events += self.rule.answer()
+        try:
+            while numbers := self.rule.held_out_questions():
+                for number in numbers:
+                    self.matrices.weigh_held_out(self._held_out.losses(self.matrices.model, number))
+                events += self.rule.answer()
+        except BaseException:
+            self.rule.give_up()
+            raise
         if any(event.kind == "settled" for event in events):  # a trial that went on leaves fewer
             self._tell_if_too_few_decide(stacklevel=2)
         return events

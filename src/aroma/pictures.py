@@ -330,7 +330,7 @@ def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
     born = f"births {len(births)}" + (f", last at step {max(births)}" if births else "")
     left = f"the trial left {sum(settled)} components at step {scene.trial}"
     squeezed = sum(matrix.squeezed for matrix in histories)
-    gone = f"\n{squeezed} small ones went where growth ended" if squeezed else ""
+    gone = f"\nsmall, gone where growth ended: {squeezed}" if squeezed else ""
     return f"{count} · {left} · {born}{gone} · ranks {min(ranks)} to {max(ranks)}, total {sum(ranks)}"
 
 

@@ -571,12 +571,17 @@ class SlotMatrices(GrowingMatrices):
             if dropped[place].any():
                 stays = [k for k in _existing(group, row) if not dropped[place, k]]
                 starts += self._split_anew(group, row, stays, 1.0, pairs[place])
-            elif place in self._whole:
-                b, a = self._whole[place]
-                self._all[place].layer.start_pair(self._adapter_name, a, b)
-        self._whole = {}
+                del self._whole[place]
+        self.put_back()
         start_slots(self._optimizer, starts)
         self.release_pairs()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Let the matrices that are halved still be as they were; no collective is called."""
+        for place, (b, a) in self._whole.items():
+            self._all[place].layer.start_pair(self._adapter_name, a, b)
+        self._whole = {}
 
     # Unused directions -----------------------------------------------------------------------------------------------
 
@@ -649,6 +654,7 @@ class SlotMatrices(GrowingMatrices):
         """Follow unused directions again, from random ones on."""
         for group in self._groups:
             group.follow(*self._random_directions(group))
+        self._is_following, self._readings = True, []
         self._ask()
 
     @torch.no_grad()

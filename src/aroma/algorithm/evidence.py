@@ -96,8 +96,8 @@ class EvidenceSettings:
         trial_components: Components of a matrix in the trial.
         trial_steps: Optimizer steps of the trial, those of the first directions included.
         memory: β, in [0, 1): what an average of gradients keeps of itself at each step; None: see `memory_with`.
-        last_step: Optimizer step from which on nothing is born, one at which the evidence is looked at: what comes
-            later hardly learns.
+        last_step: Optimizer step after which nothing is born, and at which nothing is where small components are asked
+            about; one at which the evidence is looked at. What comes later hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
     """
 
@@ -236,6 +236,9 @@ class EvidenceMatrices(Protocol[E]):
     def drop(self, dropped: np.ndarray) -> None:
         """Take the `dropped` directions away, (matrices, S); matrices without any are as they were before `halve`."""
 
+    def put_back(self) -> None:
+        """Let all matrices be as they were before `halve`; one process may call alone."""
+
     def follow_unused(self, taken: Sequence[tuple[E, int]]) -> None:
         """Follow unused directions: those that were dropped and are not among the `taken`, and random ones."""
 
@@ -260,6 +263,7 @@ class EvidenceRule(Generic[E]):
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
         squeezed: Small components that went where growth ended.
+        holds_out: Whether held-out examples decide.
         tell: Called with events as they happen.
     """
 
@@ -281,6 +285,7 @@ class EvidenceRule(Generic[E]):
         self._sizes, self._small = np.empty((0, 0)), np.empty((0, 0), dtype=bool)
         self._saved: list[float] = []  # by what stays of every matrix
         self._next_number = 0  # of a held-out batch; some are passed over
+        self._after_duels = 0  # the number that follows on that of the last duel
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
         self.phase = "start"
@@ -288,6 +293,7 @@ class EvidenceRule(Generic[E]):
         self.births = 0
         self.last_birth: int | None = None
         self.squeezed = 0
+        self.holds_out = False
         self.held_out_batches = None
 
     @property
@@ -350,8 +356,8 @@ class EvidenceRule(Generic[E]):
         last = "no birth since the trial" if self.last_birth is None else f"last birth at step {self.last_birth}"
         parts.append(last)
         if self.squeezed:
-            what = "component, which" if self.squeezed == 1 else "components, which"
-            parts.append(f"growth ended without {self.squeezed} small {what} saved next to nothing")
+            what = "component" if self.squeezed == 1 else "components"
+            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went where growth ended")
         if self.phase == "rest":
             parts.append(f"nothing is born after step {self._settings.last_step}")
         return "; ".join(parts)
@@ -381,6 +387,9 @@ class EvidenceRule(Generic[E]):
         elif self.phase == "rest" and self.global_step < self._settings.last_step:
             # It was resumed with more steps than were planned.
             self.phase, events = "growth", []
+            for matrix in self._matrices.all():
+                matrix.heads, matrix.flips = [0] * len(matrix.heads), [0] * len(matrix.flips)
+                matrix.log_evidence = 0.0
             self._matrices.follow_anew()
             self._matrices.note_moves()
         else:
@@ -393,7 +402,9 @@ class EvidenceRule(Generic[E]):
         interval = self._held_out_interval(self.global_step - step)
         if interval is None or step % interval or self.phase != "growth":
             return ()
-        return (max(self._next_number, self.questions) + step // interval,)
+        number = max(self._next_number, self.questions) + step // interval
+        self._after_duels = number + 1
+        return (number,)
 
     def duels(self, first_pass: int | None, *, held_out: bool) -> int:
         """Return how many batches let duel in the whole run; see `GrowthRule`."""
@@ -467,7 +478,7 @@ class EvidenceRule(Generic[E]):
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
         if self.phase == "squeeze":
-            return self._last_questions - len(self._credits)
+            return min(self._last_questions, self.questions) - len(self._credits)
         if self._stage == "dropped":
             return self._questions_again - len(self._credits)
         if self._stage in ("whole", "half"):
@@ -546,24 +557,24 @@ class EvidenceRule(Generic[E]):
         self._matrices.keep(kept, share)
         opened = len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
         asked = max(self._asked, len(credits) + opened)  # those that overflowed have been asked, too
-        self._share_out(math.floor(HELD_OUT_SHARE * self._run) - asked)
+        is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
+        self._share_out(math.floor(HELD_OUT_SHARE * self._run) - asked, is_any_dropped=bool(is_any_dropped))
         saved = share * np.nan_to_num(credits).mean(0)
         self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
-        is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
-        if not (is_any_dropped and self._questions_again):
+        if not self._questions_again:
             return self._grow([])
         self._forget_answers()
         self._stage = "dropped"
         return []
 
-    def _share_out(self, room: int) -> None:
+    def _share_out(self, room: int, *, is_any_dropped: bool) -> None:
         """Plan how many batches are asked about what was dropped, and about what is small; duels take the others."""
         fewest = QUESTIONS[0]
         left = fewest if room >= 2 * fewest else 0
-        self._questions_again = min(self.questions, room - left) if room >= fewest else 0
+        self._questions_again = min(self.questions, room - left) if room >= fewest and is_any_dropped else 0
         room -= self._questions_again
         # Without held-out examples what was learnt by heart would seem to save loss.
-        may_ask = bool(self._asked) and room >= fewest
+        may_ask = self.holds_out and room >= fewest
         self._last_questions = min(self.questions, max(room // 2, fewest)) if may_ask else 0
 
     def _take_back(self) -> list[Event]:
@@ -590,24 +601,37 @@ class EvidenceRule(Generic[E]):
     def _end_growth(self) -> None:
         """Follow no direction any more; ask the held-out examples, if any, what the small components are worth."""
         self.phase = "rest"
-        if self._last_questions:
+        if self._may_squeeze:
+            self._check_components("growth's last")
             self._sizes = self._matrices.take_apart()
             self._small = smallest_directions(self._sizes)
             if self._small.any():
+                self._next_number = max(self._next_number, self._after_duels)
                 self._forget_answers()
                 self.phase = "squeeze"
                 self._matrices.halve(self._small)
                 return
         self._matrices.stop_following()
 
+    @property
+    def _may_squeeze(self) -> bool:
+        """Whether there are held-out batches for it: a run may be resumed without those that it was planned with."""
+        return self.holds_out and self._last_questions > 0
+
+    def give_up(self) -> None:
+        """Put back what is halved, after an error or Ctrl-C: it is squeezed at the next look, if the run goes on."""
+        if self.phase == "squeeze":
+            self._matrices.put_back()
+            self._credits, self.phase = [], "growth"
+
     def _squeeze(self) -> list[Event]:
         """Drop what is small and saves next to nothing."""
-        credits = np.stack(self._credits)
+        credits, before = np.stack(self._credits), self._matrices.known_rank
         dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
         self._matrices.drop(dropped)
         self._matrices.stop_following()
         self._credits, self.phase = [], "rest"
-        self.squeezed += int(dropped.sum())
+        self.squeezed += before - self._matrices.known_rank
         saved = np.where(dropped, credits.mean(0), 0.0).sum(1).tolist()
         return [
             self._event("squeezed", matrix, value=of_what_went)
@@ -638,9 +662,8 @@ class EvidenceRule(Generic[E]):
         is_last = self.global_step >= self._settings.last_step
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
-        # What is born before the squeeze would be small.
-        will_squeeze = is_last and self._last_questions
-        return checked + self._bear([] if will_squeeze else self._within_limit(births))
+        # What is born right before a squeeze would be small.
+        return checked + self._bear([] if is_last and self._may_squeeze else self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
         """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
@@ -725,6 +748,7 @@ class EvidenceRule(Generic[E]):
             "last_questions": self._last_questions,
             "saved": self._saved,
             "next_number": self._next_number,
+            "after_duels": self._after_duels,
             "held_out_batches": self.held_out_batches,
             "doublings": self.doublings,
             "stage": self._stage,
@@ -757,6 +781,7 @@ class EvidenceRule(Generic[E]):
         # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
         self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
+        self._after_duels = state.get("after_duels", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )

@@ -67,6 +67,7 @@ class PaperRule(Generic[M]):
 
     questions = 0
     held_out_batches: int | None = None
+    holds_out = False
     is_in_trial = False
 
     def __init__(self, settings: PaperSettings, matrices: Matrices[M]) -> None:
@@ -180,6 +181,9 @@ class PaperRule(Generic[M]):
     def answer(self) -> list[Event]:
         """Nothing was asked."""
         return []
+
+    def give_up(self) -> None:
+        """Nothing was done."""
 
     def outer_step(self) -> list[Event]:
         """End the inner loop: keep or drop every component by equation (6), and start the next inner loop.

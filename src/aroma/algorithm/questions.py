@@ -137,9 +137,10 @@ def smallest_directions(sizes: np.ndarray) -> np.ndarray:
     """
     squares = np.nan_to_num(sizes).ravel() ** 2
     order = np.argsort(squares, kind="stable")
-    small: np.ndarray = ~np.isnan(sizes)
-    small.ravel()[order] &= squares[order].cumsum() <= SMALL_SHARE * squares.sum()
-    return small
+    small = np.zeros(squares.shape, dtype=bool)
+    small[order] = squares[order].cumsum() <= SMALL_SHARE * squares.sum()
+    found: np.ndarray = small.reshape(sizes.shape) & ~np.isnan(sizes)
+    return found
 
 
 def directions_to_drop(credits: np.ndarray, sizes: np.ndarray, small: np.ndarray, saved: float) -> np.ndarray:

@@ -107,6 +107,7 @@ class GrowthRule(Protocol):
         tell: Called with events as they happen, while matrices and counts are still those that they tell of.
         held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held out,
             or nobody knows.
+        holds_out: Whether held-out examples decide.
     """
 
     global_step: int
@@ -115,6 +116,7 @@ class GrowthRule(Protocol):
     max_inner_steps: int
     tell: Callable[[Sequence[Event]], None]
     held_out_batches: int | None
+    holds_out: bool
 
     @property
     def questions(self) -> int:
@@ -163,6 +165,9 @@ class GrowthRule(Protocol):
 
     def answer(self) -> list[Event]:
         """Act on what they answered, within the optimizer step that was counted last; return what happened."""
+
+    def give_up(self) -> None:
+        """Undo what was done for held-out batches alone, after an error; one process may call alone."""
 
     def outer_step(self) -> list[Event]:
         """End the inner loop now; return what happened."""
