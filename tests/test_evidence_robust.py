@@ -690,6 +690,94 @@ def test_a_run_that_goes_on_for_longer_than_was_planned_grows_again(tmp_path: Pa
     )
 
 
+def squeezing(**changes: Any) -> dict[str, Any]:
+    """A run that is squeezed at step 224."""
+    return {"steps": LONG, "steps_per_pass": 3, "growth_batches": held_out(), **changes}
+
+
+def test_a_run_that_was_squeezed_and_goes_on_for_longer_follows_the_gradient_anew(tmp_path: Path) -> None:
+    loop = Loop(net(**LONG_METHOD), **squeezing()).go_on()
+    assert any(event.kind == "squeezed" for event in loop.events)
+    loop.save(tmp_path)
+    longer = Loop.resumed(tmp_path, LONG, **squeezing(model=net(**LONG_METHOD), steps=2 * LONG))
+    longer.go_on(LONG + 1)
+    rule = longer.growth.controller.rule
+    assert rule.phase == "growth"
+    assert not any(matrix.log_evidence or any(matrix.heads) for matrix in longer.growth.controller.modules)
+    groups = longer.growth.controller.matrices._groups
+    before = [side.clone() for group in groups for side in (group.u, group.v)]
+    longer.go_on(LONG + 5)
+    after = [side for group in groups for side in (group.u, group.v)]
+    assert not any(map(torch.equal, before, after))
+    longer.go_on()
+    assert rule.phase == "rest"
+    assert any(event.kind == "squeezed" and event.step > LONG for event in longer.events), "there is a new end"
+
+
+def test_without_the_held_out_examples_that_it_was_planned_with_a_run_is_not_squeezed(tmp_path: Path) -> None:
+    loop = Loop(net(**LONG_METHOD), **squeezing()).go_on(200)
+    assert loop.growth.controller.rule.state()["last_questions"] > 0
+    loop.save(tmp_path)
+    given = {"model": net(**LONG_METHOD), "steps": LONG, "steps_per_pass": 3}
+    with pytest.warns(AromaWarning, match="no held-out batches decide from here on"):
+        resumed = Loop.resumed(tmp_path, 200, **given)
+    resumed.go_on()
+    assert resumed.growth.controller.rule.phase == "rest"
+    assert not any(event.kind == "squeezed" for event in resumed.events)
+
+
+def test_what_interrupts_the_squeeze_leaves_nothing_halved(tmp_path: Path) -> None:
+    """As Ctrl-C does: what is saved then is the whole adapter, and the run that is resumed is squeezed."""
+    interrupted = False
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        nonlocal interrupted
+        if hasattr(loop, "growth") and loop.growth.controller.rule.phase == "squeeze" and not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    loop = Loop(net(**LONG_METHOD), **squeezing(growth_loss=loss))
+    loop.go_on(223)
+    with pytest.raises(KeyboardInterrupt):
+        loop.go_on(224)
+    halved = {name: value.clone() for name, value in loop.model.state_dict().items()}
+    whole = Loop(net(**LONG_METHOD), **squeezing()).go_on(223)
+    # The optimizer has taken its step; the squeeze comes after it.
+    whole.optimizer.zero_grad()
+    loss_of(whole.wrapped, whole.batch(223)).backward()
+    whole.growth.detach()
+    whole.optimizer.step()
+    assert loop.growth.controller.rule.phase == "growth"
+    assert_same(halved, dict(whole.model.state_dict()))
+    loop.save(tmp_path)
+    resumed = Loop.resumed(tmp_path, 224, **squeezing(model=net(**LONG_METHOD))).go_on()
+    assert [event.step for event in resumed.events if event.kind == "squeezed"][:1] == [228]
+
+
+@pytest.mark.parametrize("batches", [9, 12, None])
+def test_held_out_batches_that_come_in_order_answer_alike_after_a_resume(tmp_path: Path, batches: int | None) -> None:
+    """Duels have taken some before the squeeze, which goes on behind them."""
+
+    def given() -> dict[str, Any]:
+        held = iter(held_out()) if batches is None else held_out(batches)
+        return squeezing(model=net(**LONG_METHOD), growth_batches=held)
+
+    whole = Loop(**given()).go_on(222)
+    whole.save(tmp_path)
+    expected = whole.go_on().came_to()
+    assert any(event.kind == "squeezed" for event in whole.events)
+    assert_same(Loop.resumed(tmp_path, 222, **given()).go_on().came_to(), expected)
+
+
+def test_components_that_are_not_finite_where_growth_ends_stop_the_run() -> None:
+    loop = Loop(net(**LONG_METHOD), **squeezing()).go_on(223)
+    with torch.no_grad():
+        loop.growth.controller.modules[2].pair[0][0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"^layers\.\d: its components .* growth's last check"):
+        loop.go_on(224)
+
+
 def test_held_out_batches_that_cannot_decide_are_refused_before_training() -> None:
     for batches, said in (([], "0 batches"), (held_out(6), "6 batches")):
         with pytest.raises(ConfigError, match=rf"^growth_batches='{said}': it takes 7 batches"):

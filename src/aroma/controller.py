@@ -281,7 +281,8 @@ class AromaController:
 
         Args:
             held_out: Batches that are not trained on. They decide what stays after the trial, from the second pass
-                over the data on what is born, and what goes where growth ends. None: the training batches go on deciding.
+                over the data on what is born, and what goes where growth ends. None: the training batches go on
+                deciding.
             first_pass: Optimizer steps of the first pass; None if no example comes twice.
 
         Warns:
