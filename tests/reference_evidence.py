@@ -330,13 +330,12 @@ class Reference:
                 {(i, k): -o.s * float(parts[i][k][0] @ G[i] @ parts[i][k][2]) * size for size, i, k in small}
             )
         gone: list[tuple[int, int]] = []
-        saved = sum(self.saved)
+        saved, least = sum(self.saved), 0.0
         for _, i, k in small:
-            together = torch.tensor(
-                [sum(one[place] for place in [*gone, (i, k)]) for one in answers], dtype=torch.float64
-            )
-            if together.mean() <= max(together.std() / math.sqrt(questions), 0.001 * saved):
+            together = sum(one[place] for place in [*gone, (i, k)] for one in answers) / questions
+            if together <= least + 0.001 * max(saved, 0.0):
                 gone.append((i, k))
+                least = min(least, together)
         for i, matrix in enumerate(self.matrices):
             stay = [part for k, part in enumerate(parts[i]) if (i, k) not in gone]
             matrix.slots = before[i]

@@ -561,8 +561,9 @@ def test_small_directions_go_while_all_that_go_save_next_to_nothing() -> None:
 
     assert dropped(1.0, 1.0, 1.0, 1.0) == []
     assert dropped(-1.0, -1.0, -1.0, -1.0) == [0, 1, 2, 3]
-    assert dropped(0.002, 1.0, 0.002, 1.0) == [0, 2], "within its standard error, whatever is smaller"
-    assert dropped(-1.0, 0.5, 0.4, 0.4) == [0, 1, 2], "they count together"
+    assert dropped(0.002, -1.0, 0.002, -0.5) == [1, 3], "what costs makes no room for what saves"
+    assert dropped(-1.0, 0.5, -0.6, 0.4) == [0, 2]
+    assert dropped(0.4, 0.5, 0.4, 0.4, saved=1_000.0) == [0, 1], "they count together"
     assert dropped(0.5, 0.4, 0.3, 0.4, saved=1_000.0) == [0, 1], "up to a thousandth of what the trial saved"
     assert dropped(0.5, 0.4, 0.3, 0.4, saved=-1_000.0) == []
 

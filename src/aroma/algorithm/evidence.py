@@ -26,7 +26,7 @@ While heads are no likelier than tails, the probability that E ever reaches 1/α
 (Ville's inequality for the mixture).
 
 **The last squeeze.** Where growth ends, held-out batches are asked what the smallest directions save, which are put at
-half strength. The smallest go, as many as together save next to nothing; the others train on.
+half strength. The smallest go, as many as together save next to nothing, on average; the others train on.
 """
 
 from __future__ import annotations

@@ -146,8 +146,8 @@ def smallest_directions(sizes: np.ndarray) -> np.ndarray:
 def directions_to_drop(credits: np.ndarray, sizes: np.ndarray, small: np.ndarray, saved: float) -> np.ndarray:
     """Return which small directions go, (matrices, S).
 
-    The smallest is the first. One goes unless all that go would then save more than their standard error, and more
-    than `NEEDLESS_SHARE` of what the trial saved.
+    The smallest is the first. One goes unless all that go would then save more than they did at their least, by more
+    than `NEEDLESS_SHARE` of what the trial saved. So what costs loss makes no room for what saves some.
 
     Args:
         credits: What every direction saves, by batch, with the small ones at half strength, (batches, matrices, S).
@@ -156,12 +156,11 @@ def directions_to_drop(credits: np.ndarray, sizes: np.ndarray, small: np.ndarray
         saved: What the trial saved.
     """
     dropped = np.zeros_like(small)
-    together = np.zeros(len(credits))
+    together = least = 0.0
     for matrix, k in np.argwhere(small)[np.argsort(sizes[small], kind="stable")]:
-        found = together + credits[:, matrix, k]
-        error = found.std(ddof=1) / math.sqrt(len(found))
-        if found.mean() <= max(error, NEEDLESS_SHARE * saved):
-            together, dropped[matrix, k] = found, True
+        found = together + credits[:, matrix, k].mean()
+        if found <= least + NEEDLESS_SHARE * max(saved, 0.0):
+            together, least, dropped[matrix, k] = found, min(least, found), True
     return dropped
 
 
