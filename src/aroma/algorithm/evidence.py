@@ -8,9 +8,7 @@ to 64 batches say what the singular directions σ_k u_k v_kᵀ of its update sav
 
     credit_k = −s σ_k u_kᵀ G_½ v_k    the midpoint rule for the loss that the direction saves
 
-A quarter of them say first how far the updates swing. Where together they do not surely save loss, as many are asked
-with the updates at strength 0. Downhill there, and at ½ they cost: the trial is doubled, twice at most. Downhill, but
-no cost: half of every update is judged, at strength ¼, and that half stays. What was dropped is asked about again at
+Where the updates swing, the trial goes on, or half of every update is judged. What was dropped is asked about again at
 strength 0, and begins anew from b = 0 where the loss falls along it.
 
 **Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
