@@ -379,7 +379,7 @@ def _draw_rows(axes: Axes, rows: Mapping[str, History], scene: _Scene, height: f
         kept = matrix.rank if matrix.settled is None else min(matrix.settled, matrix.rank)
         end = start
         looks = ((kept, _LEFT), (matrix.rank - kept, _SINCE), (matrix.squeezed, _GONE))
-        for count, look in filter(lambda part: part[0], looks):  # an outline has a width where there is nothing
+        for count, look in filter(lambda part: part[0], looks):  # no outline of nothing
             axes.barh(line, unit * count, 0.66, end, **look)
             end += unit * count
         end += 0.015 * scene.steps
