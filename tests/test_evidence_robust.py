@@ -296,7 +296,7 @@ def test_a_penalty_of_gradients_grows_too() -> None:
 
 
 def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop:
-    model = grown(name, base(name).double(), lora_dropout=dropout, lora_alpha=3, **LONG_METHOD)
+    model = grown(name, base(name).double(), lora_dropout=dropout, lora_alpha=3, trial_share=1 / 30)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -307,7 +307,7 @@ def checkpointed(name: str, reentrant: bool | None, dropout: float) -> ModelLoop
         """With a small eps Adam makes steps of what is rounding alone, which a reentrant forward has of its own."""
         return torch.optim.AdamW(parameters, lr=0.01, eps=1e-4)
 
-    return ModelLoop(model, name, steps=LONG, optimizer=adam, **batches).go_on(LONG)
+    return ModelLoop(model, name, steps=2 * LONG, optimizer=adam, **batches).go_on(2 * LONG)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
