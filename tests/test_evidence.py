@@ -401,8 +401,6 @@ def test_held_out_batches_are_a_small_share_of_a_run(steps: int, doublings: int,
 class Answers:
     """Matrices, one of them, whose batches say the same whenever they are asked at the same strength."""
 
-    known_rank = 1
-
     def __init__(self, answers: dict[float, float]) -> None:
         self.answers, self.strength, self.judged, self.due = answers, 0.5, 0.0, 1
         self.matrices = [
@@ -416,6 +414,10 @@ class Answers:
         return self.matrices
 
     all = active
+
+    @property
+    def known_rank(self) -> int:
+        return sum(matrix.component_count for matrix in self.matrices)
 
     def take_apart(self) -> np.ndarray:
         return np.ones((1, 1))
@@ -589,10 +591,6 @@ class Squeezed(Answers):
     def halve(self, small: np.ndarray) -> None:
         self.halved = small
 
-    @property
-    def known_rank(self) -> int:  # type: ignore[override]
-        return sum(matrix.component_count for matrix in self.matrices)
-
     def drop(self, dropped: np.ndarray) -> None:
         self.lost.append(dropped)
         self.matrices[0].component_count -= int(dropped[0].sum())
@@ -641,23 +639,25 @@ def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_th
     )
 
 
+class Level(Squeezed):
+    """Nothing is left that could be small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stops = 0
+
+    def take_apart(self) -> np.ndarray:
+        return np.full((2, 2), math.nan)
+
+    def stop_following(self) -> None:
+        self.stops += 1
+
+
 def test_nothing_is_asked_any_more_where_nothing_is_small() -> None:
-    matrices = Squeezed()
-    matrices.take_apart = lambda: np.full((2, 2), math.nan)  # type: ignore[method-assign]
-    stopped: list[str] = []
-    matrices.stop_following = lambda: stopped.append(rule.phase)  # type: ignore[method-assign]
-    rule: Any = None
-    config = AromaConfig(growth="evidence")
-    rule = EvidenceRule(EvidenceSettings(0.05, 0.5, 8, config.resolve_trial_steps(400), 0.97, 360, None), matrices)
-    rule.held_out_batches, rule.holds_out = 40, True
-    for _ in range(400):
-        rule.step()
-        while numbers := rule.held_out_questions():
-            matrices.due = len(numbers)
-            rule.answer()
-            matrices.due = 1
+    matrices = Level()
+    rule, _, _ = squeezed_run(matrices, 400)
     assert matrices.halved is None
-    assert stopped[-1] == "rest"
+    assert (rule.phase, matrices.stops) == ("rest", 2), "where the trial begins, and where growth ends"
 
 
 def test_nothing_is_squeezed_by_examples_that_were_trained_on() -> None:

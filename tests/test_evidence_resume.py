@@ -113,7 +113,7 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     expected = whole.go_on().came_to()
     layers = {matrix.name: matrix.layer for matrix in whole.growth.controller.modules}
     assert whole.growth.controller.ranks() == {name: layer.rank("default") for name, layer in layers.items()}
-    if "held out in every phase" in name or name == "matrices of all sizes":
+    if name in ("held out in every phase", "matrices of all sizes"):
         assert any(kind == "squeezed" for _, _, kind in births(whole.events))
     if name == "matrices of all sizes":
         assert [layer.r["default"] for layer in layers.values()] == [8, 8, 16, 12]

@@ -331,9 +331,9 @@ def test_the_page_says_of_the_last_squeeze_what_the_runs_say() -> None:
     now, before = the_rule(), not_squeezed()
     for task in (*NETS, "minilm"):
         assert compared(task, before, now) in TEXT
-        ends = f"{now.average_rank[task].astype(float).mean():.2f} {before.average_rank[task].mean():.2f}".split()
-        ranks = [f"{runs.spearman[task].astype(float).mean():.2f}" for runs in (before, now)] if task in LABELS else []
-        row = " | ".join([ends[1], ends[0], *(["", ""] if task == "uniform" else ranks)])
+        columns = ("average_rank",) if task == "uniform" else ("average_rank", "spearman")
+        means = [f"{runs[of][task].astype(float).mean():.2f}" for of in columns for runs in (before, now)]
+        row = " | ".join([*means, "", ""][:4])
         assert " ".join(f"| {LABELS[task]} | {row} |".split()) in TEXT
     grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
     assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT

@@ -249,6 +249,10 @@ class SlotMatrices(GrowingMatrices):
                 )
             self._groups.append(group)
 
+    def _rows(self) -> list[tuple[Directions, int, int]]:
+        """Return group, row in it, and place among all, of every matrix."""
+        return [(group, row, place) for group in self._groups for row, place in enumerate(group.rows)]
+
     def _random_directions(self, group: Directions) -> tuple[Tensor, Tensor]:
         """Return u (L, P, m) and v (L, P, n) of unused directions to begin with; P is less in a small matrix."""
         m, n = group.b.shape[2], group.a.shape[2]
@@ -274,18 +278,17 @@ class SlotMatrices(GrowingMatrices):
         would wait for a gradient, and a model without any could go no step backward; an empty slot gets zeros.
         """
         self._is_answered = False
-        for group in self._groups:
-            for row, place in enumerate(group.rows):
-                matrix = self._all[place]
-                if matrix.is_frozen or not self._asks or not group.v.shape[1]:
-                    matrix.layer.probes.pop(self._adapter_name, None)
-                    matrix.evaluate_slots(least=1)
-                    continue
-                matrix.evaluate_slots()
-                u, v, gate = group.leaves_of(row)
-                matrix.layer.probes[self._adapter_name] = Probe(
-                    u, v, gate, group.move_b[row].mT, group.move_a[row], self._strength
-                )
+        for group, row, place in self._rows():
+            matrix = self._all[place]
+            if matrix.is_frozen or not self._asks or not group.v.shape[1]:
+                matrix.layer.probes.pop(self._adapter_name, None)
+                matrix.evaluate_slots(least=1)
+                continue
+            matrix.evaluate_slots()
+            u, v, gate = group.leaves_of(row)
+            matrix.layer.probes[self._adapter_name] = Probe(
+                u, v, gate, group.move_b[row].mT, group.move_a[row], self._strength
+            )
 
     def stop_asking(self) -> None:
         """Ask no backward any more."""
@@ -516,10 +519,6 @@ class SlotMatrices(GrowingMatrices):
         self.release_pairs()
         self._ask()
 
-    def _rows(self) -> list[tuple[Directions, int, int]]:
-        """Return group, row in it, and place among all, of every matrix."""
-        return [(group, row, place) for group in self._groups for row, place in enumerate(group.rows)]
-
     def _split_anew(
         self, group: Directions, row: int, kept: Sequence[int], share: float, pair: Pair
     ) -> list[SlotStart]:
@@ -552,12 +551,12 @@ class SlotMatrices(GrowingMatrices):
     @torch.no_grad()
     def halve(self, small: np.ndarray) -> None:
         """Put `small` singular directions, (matrices, K), at half strength, and ask about all of them."""
-        pairs = self.pairs(self._all)
+        pairs, exists = self.pairs(self._all), np.isfinite(self._sizes)
         for group, row, place in self._rows():
             if small[place].any():
                 self._whole[place] = [x.detach().clone() for x in pairs[place]]
-                every = _existing(group, row)
-                shares = torch.tensor([0.5 if small[place, k] else 1.0 for k in every])
+                every = exists[place].nonzero()[0].tolist()
+                shares = torch.from_numpy(np.where(small[place, every], 0.5, 1.0))
                 self._put(group, row, every, shares, pairs[place])
         self.release_pairs()
         self.ask_at(1.0)
@@ -565,12 +564,11 @@ class SlotMatrices(GrowingMatrices):
     @torch.no_grad()
     def drop(self, dropped: np.ndarray) -> None:
         """Take the `dropped` directions away, (matrices, K); matrices without any are as they were before `halve`."""
-        pairs = self.pairs(self._all)
+        pairs, stays = self.pairs(self._all), np.isfinite(self._sizes) & ~dropped
         starts: list[SlotStart] = []
         for group, row, place in self._rows():
             if dropped[place].any():
-                stays = [k for k in _existing(group, row) if not dropped[place, k]]
-                starts += self._split_anew(group, row, stays, 1.0, pairs[place])
+                starts += self._split_anew(group, row, stays[place].nonzero()[0].tolist(), 1.0, pairs[place])
                 del self._whole[place]
         self.put_back()
         start_slots(self._optimizer, starts)
@@ -613,7 +611,7 @@ class SlotMatrices(GrowingMatrices):
         Returns:
             The matrices whose oldest component was merged to make room, once for each.
         """
-        where = {place: (group, row) for group in self._groups for row, place in enumerate(group.rows)}
+        where = {place: (group, row) for group, row, place in self._rows()}
         merged = []
         starts: list[SlotStart] = []
         directions: dict[int, list[int]] = {}
@@ -728,11 +726,6 @@ def row_length(components: int) -> float:
     matrix as far as LoRA with r=8 and lora_alpha=16 does.
     """
     return math.sqrt(2 / (3 * max(components, 1)))
-
-
-def _existing(group: Directions, row: int) -> list[int]:
-    """Return the singular directions that the update of a matrix has."""
-    return [k for k, size in enumerate(group.sizes[row].tolist()) if size > 0]
 
 
 def _starts(matrix: SlotMatrix, slots: Sequence[int], others: Sequence[int]) -> list[SlotStart]:
