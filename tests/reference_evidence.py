@@ -191,7 +191,7 @@ class Reference:
     def _shares(self) -> tuple[int, int]:
         """How many are asked about what was dropped, and about what is small, if all are 12 % of the run at most."""
         o = self.settings
-        room = math.floor(0.12 * (o.last + o.trial)) - self.answers
+        room = math.floor(0.12 * (o.last + o.trial)) - self.answers - o.holds_out
         again = min(o.questions, room - 8) if room >= 16 else min(o.questions, room) if room >= 8 else 0
         again *= any(matrix.dropped for matrix in self.matrices)
         left = room - again
@@ -200,7 +200,7 @@ class Reference:
     def _interval(self) -> int:
         """Optimizer steps between held-out batches that duel: with all that are asked they are 12 % of the run."""
         o = self.settings
-        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - self._shares()[1])
+        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - self._shares()[1]) - 1
         if left < 1 and self._shares()[1]:
             return 10**9  # none duels
         return max(9, math.ceil((o.last - max(o.first_pass or 0, o.trial * 2**self.doubled)) / max(left, 1)))

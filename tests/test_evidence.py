@@ -467,7 +467,7 @@ def test_the_questions_of_a_run_that_is_long_enough_come_to_their_end(first: flo
         config.resolve_trial_steps(32)
 
 
-@pytest.mark.parametrize(("steps", "held_out"), [(1_000, 50), (3_000, 100)])
+@pytest.mark.parametrize(("steps", "held_out"), [(1_100, 50), (3_000, 100)])
 @pytest.mark.parametrize("swings", [False, True])
 def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out: int, swings: bool) -> None:
     """Where updates swing, questions come from another order of the examples: what is passed over costs nothing."""
@@ -486,7 +486,7 @@ def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out
             matrices.due = len(numbers)
             rule.answer()
     assert len({*asked, *duels}) == len(asked) + len(duels), "no batch is asked twice in one order"
-    assert len(asked) + len(duels) <= 0.12 * steps
+    assert 1 + len(asked) + len(duels) <= 0.12 * steps
     assert len(duels) >= 10
     assert abs(len(duels) - rule.duels(first_pass, held_out=True)) <= 1, "what a warning would say"
     assert rule.doublings == 2 * swings
@@ -628,13 +628,13 @@ def test_where_growth_ends_held_out_examples_say_which_small_components_go() -> 
     assert asked <= 0.12 * 400
 
 
-@pytest.mark.parametrize("steps", [60, 100, 226, 227, 235, 236, 320, 400, 1_000, 5_000])
+@pytest.mark.parametrize("steps", [60, 100, 234, 235, 243, 244, 320, 400, 1_000, 5_000])
 def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_the_squeeze(steps: int) -> None:
     matrices = Squeezed()
     _, _, asked = squeezed_run(matrices, steps)
-    assert asked <= max(0.12 * steps, 9)
-    assert bool(matrices.lost) == (steps >= 227 and steps != 235), "whole batches are counted"
-    assert "nothing is squeezed, as in most runs of fewer than 230." in " ".join(
+    assert 1 + asked <= max(0.12 * steps, 10), "one is tried before the first step"
+    assert bool(matrices.lost) == (steps >= 235 and steps != 243), "whole batches are counted"
+    assert "nothing is squeezed, as in most runs of fewer than 240." in " ".join(
         (DOCS / "method.md").read_text(encoding="utf-8").split()
     )
 

@@ -78,6 +78,9 @@ HELD_OUT_INTERVAL = 9
 HELD_OUT_SHARE = 0.12
 """Held-out batches of a run, at most, as a share of its optimizer steps; the questions are asked anyhow."""
 
+TRIED = 1
+"""Held-out batches that are evaluated before the first step, so that what fails does so early."""
+
 
 def is_in_trial(phase: str) -> bool:
     """Return whether it is not decided yet in a phase of `EvidenceRule` which components of the trial stay."""
@@ -141,7 +144,7 @@ class EvidenceSettings:
 
         Args:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
-            asked: Held-out batches that are asked in and after the trial.
+            asked: Held-out batches that are tried before the first step, and asked in and after the trial.
             trial_steps: Its length in the end.
             reserved: Held-out batches that are asked where growth ends. If they leave none, none duels: None.
         """
@@ -414,7 +417,7 @@ class EvidenceRule(Generic[E]):
         return max(min(first_pass, last) - first, 0) + (max(later, 0) // interval if interval else 0)
 
     def _held_out_interval(self, first_pass: int) -> int | None:
-        asked = max(self._asked, self.questions)
+        asked = TRIED + max(self._asked, self.questions)
         return self._settings.held_out_interval(first_pass, asked, self._trial_steps, self._last_questions)
 
     def held_out_questions(self) -> Sequence[int]:
@@ -555,6 +558,7 @@ class EvidenceRule(Generic[E]):
         self._matrices.keep(kept, share)
         opened = len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
         asked = max(self._asked, len(credits) + opened)  # those that overflowed have been asked, too
+        asked += TRIED if self.holds_out else 0
         is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
         self._share_out(math.floor(HELD_OUT_SHARE * self._run) - asked, is_any_dropped=bool(is_any_dropped))
         saved = share * np.nan_to_num(credits).mean(0)
