@@ -25,8 +25,8 @@ STEPS = 60
 PHASES = {"start": 5, "trial": 12, "questions": 20, "growth": 37, "after births": 41, "rest": 48}
 """An optimizer step within each phase of a run of STEPS; only the last is a multiple of four. Births at 44 follow."""
 
-LONG = 4 * STEPS + 8
-LONG_METHOD: dict[str, Any] = {"trial_share": 1 / 15}
+LONG = 249
+LONG_METHOD: dict[str, Any] = {"trial_share": 0.065}
 """A run that is as far at the PHASES, but grows for longer: of STEPS there is room for one held-out batch after the
 trial. What would be asked from step 17 on is asked at step 16, of held-out batches."""
 
