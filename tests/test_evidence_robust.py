@@ -716,7 +716,7 @@ def test_a_run_that_was_squeezed_and_goes_on_for_longer_follows_the_gradient_ane
 
 def test_without_the_held_out_examples_that_it_was_planned_with_a_run_is_not_squeezed(tmp_path: Path) -> None:
     loop = Loop(net(**LONG_METHOD), **squeezing()).go_on(200)
-    assert loop.growth.controller.rule.state()["last_questions"] > 0
+    assert loop.growth.controller.rule.state()["small_questions"] > 0
     loop.save(tmp_path)
     given = {"model": net(**LONG_METHOD), "steps": LONG, "steps_per_pass": 3}
     with pytest.warns(AromaWarning, match="no held-out batches decide from here on"):

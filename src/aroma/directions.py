@@ -95,6 +95,16 @@ class Directions:
         self.sizes = self._zeros(*v.shape[:2]) if sizes is None else sizes.to(self._like)
         self.answers = self._zeros(sum(leaf.numel() for leaf in self._leaves))
 
+    def set_aside(self) -> None:
+        """Keep what is followed now for `take_up`."""
+        self._aside = self.u, self.v, self.p, self.q
+
+    def take_up(self) -> None:
+        """Follow what was set aside, from where it was."""
+        u, v, p, q = self._aside
+        self.follow(u, v)
+        self.p, self.q = p, q
+
     @property
     def _leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.u, self.v, self.gate

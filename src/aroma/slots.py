@@ -471,12 +471,16 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def take_apart(self) -> np.ndarray:
-        """Take the updates apart into singular directions; return σ_k, (matrices, K), NaN where there is none."""
+        """Take the updates apart into singular directions; return σ_k, (matrices, K), NaN where there is none.
+
+        What was followed is set aside until `put_back`.
+        """
         pairs = self.pairs(self._all)
         most = max(matrix.leading_slots for matrix in self._all)  # those of `combine` may be more than a trial has
         for group in self._groups:
             b, a = self._stacked(group, pairs, max(most, self._live.config.trial_components))
             u, sizes, v = singular_directions(b, a)
+            group.set_aside()
             group.follow(u, v, sizes)
         return self._sizes
 
@@ -546,7 +550,7 @@ class SlotMatrices(GrowingMatrices):
         a[: len(kept)] = (length * group.v[row, kept]).to(a)
         self._all[group.rows[row]].layer.start_pair(self._adapter_name, a, b)
 
-    # The end of growth -----------------------------------------------------------------------------------------------
+    # Small components -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def halve(self, small: np.ndarray) -> None:
@@ -563,7 +567,7 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def drop(self, dropped: np.ndarray) -> None:
-        """Take the `dropped` directions away, (matrices, K); matrices without any are as they were before `halve`."""
+        """Take the `dropped` directions away, (matrices, K); all else is as it was before `take_apart`."""
         pairs, stays = self.pairs(self._all), np.isfinite(self._sizes) & ~dropped
         starts: list[SlotStart] = []
         for group, row, place in self._rows():
@@ -576,10 +580,14 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Let the matrices that are halved still be as they were; no collective is called."""
+        """Let the matrices that are halved still, and what is followed, be as they were; no collective is called."""
         for place, (b, a) in self._whole.items():
             self._all[place].layer.start_pair(self._adapter_name, a, b)
         self._whole = {}
+        for group in self._groups:
+            group.take_up()
+        self._is_following, self._readings = True, []
+        self._ask()
 
     # Unused directions -----------------------------------------------------------------------------------------------
 

@@ -217,7 +217,10 @@ class EvidenceMatrices(Protocol[E]):
         """Follow unused directions again, from random ones on."""
 
     def take_apart(self) -> np.ndarray:
-        """Take the updates apart into singular directions; return σ_k, (matrices, S), NaN where there is none."""
+        """Take the updates apart into singular directions; return σ_k, (matrices, S), NaN where there is none.
+
+        What was followed is set aside until `put_back`.
+        """
 
     def ask_at(self, strength: float) -> None:
         """From now on ask about these directions with all updates at `strength`."""
@@ -235,10 +238,10 @@ class EvidenceMatrices(Protocol[E]):
         """Put `small` directions, (matrices, S), at half strength, and ask about all."""
 
     def drop(self, dropped: np.ndarray) -> None:
-        """Take the `dropped` directions away, (matrices, S); matrices without any are as they were before `halve`."""
+        """Take the `dropped` directions away, (matrices, S); all else is as it was before `take_apart`."""
 
     def put_back(self) -> None:
-        """Let all matrices be as they were before `halve`; one process may call alone."""
+        """Let all matrices, and what is followed, be as before `take_apart`; one process may call alone."""
 
     def follow_unused(self, taken: Sequence[tuple[E, int]]) -> None:
         """Follow unused directions: those that were dropped and are not among the `taken`, and random ones."""
@@ -263,7 +266,7 @@ class EvidenceRule(Generic[E]):
         doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
-        squeezed: Small components that went where growth ended.
+        squeezed: Small components that went.
         holds_out: Whether held-out examples decide.
         tell: Called with events as they happen.
     """
@@ -282,7 +285,8 @@ class EvidenceRule(Generic[E]):
         self._overflows = 0
         self._asked = 0
         self._questions_again = 0  # about what was dropped
-        self._last_questions = 0  # about what is small
+        self._small_questions = 0  # each time that it is asked about what is small
+        self._asks_halfway = False  # about that, too
         self._sizes, self._small = np.empty((0, 0)), np.empty((0, 0), dtype=bool)
         self._saved: list[float] = []  # by what stays of every matrix
         self._next_number = 0  # of a held-out batch; some are passed over
@@ -358,7 +362,7 @@ class EvidenceRule(Generic[E]):
         parts.append(last)
         if self.squeezed:
             what = "component" if self.squeezed == 1 else "components"
-            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went where growth ended")
+            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went")
         if self.phase == "rest":
             parts.append(f"nothing is born after step {self._settings.last_step}")
         return "; ".join(parts)
@@ -382,9 +386,8 @@ class EvidenceRule(Generic[E]):
             events = self._end_trial() if self.global_step >= self._trial_steps else []
         elif self.phase == "growth" and self.global_step % CHECK_INTERVAL == 0:
             events = self._weigh(self._matrices.take_readings())
-            self._matrices.note_moves()
-            if self.global_step >= self._settings.last_step:
-                self._end_growth()
+            if not (self._is_squeeze_due and self._begin_squeeze()):
+                self._go_on()
         elif self.phase == "rest" and self.global_step < self._settings.last_step:
             # It was resumed with more steps than were planned.
             self.phase, events = "growth", []
@@ -418,7 +421,8 @@ class EvidenceRule(Generic[E]):
 
     def _held_out_interval(self, first_pass: int) -> int | None:
         asked = TRIED + max(self._asked, self.questions)
-        return self._settings.held_out_interval(first_pass, asked, self._trial_steps, self._last_questions)
+        reserved = self._small_questions * (1 + self._asks_halfway)
+        return self._settings.held_out_interval(first_pass, asked, self._trial_steps, reserved)
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
@@ -479,7 +483,7 @@ class EvidenceRule(Generic[E]):
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
         if self.phase == "squeeze":
-            return min(self._last_questions, self.questions) - len(self._credits)
+            return min(self._small_questions, self.questions) - len(self._credits)
         if self._stage == "dropped":
             return self._questions_again - len(self._credits)
         if self._stage in ("whole", "half"):
@@ -577,7 +581,9 @@ class EvidenceRule(Generic[E]):
         room -= self._questions_again
         # Without held-out examples what was learnt by heart would seem to save loss.
         may_ask = self.holds_out and room >= fewest
-        self._last_questions = min(self.questions, max(room // 2, fewest)) if may_ask else 0
+        self._asks_halfway = may_ask and room >= 4 * fewest
+        share = room // 6 if self._asks_halfway else room // 2
+        self._small_questions = min(self.questions, max(share, fewest)) if may_ask else 0
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
@@ -600,25 +606,40 @@ class EvidenceRule(Generic[E]):
             if not matrix.is_frozen
         ]
 
-    def _end_growth(self) -> None:
-        """Follow no direction any more; ask the held-out examples, if any, what the small components are worth."""
-        self.phase = "rest"
-        if self._may_squeeze:
-            self._check_components("growth's last")
-            self._sizes = self._matrices.take_apart()
-            self._small = smallest_directions(self._sizes)
-            if self._small.any():
-                self._next_number = max(self._next_number, self._after_duels)
-                self._forget_answers()
-                self.phase = "squeeze"
-                self._matrices.halve(self._small)
-                return
-        self._matrices.stop_following()
+    @property
+    def _is_last(self) -> bool:
+        return self.global_step >= self._settings.last_step
 
     @property
-    def _may_squeeze(self) -> bool:
-        """Whether there are held-out batches for it: a run may be resumed without those that it was planned with."""
-        return self.holds_out and self._last_questions > 0
+    def _is_squeeze_due(self) -> bool:
+        """Whether small components are asked about now: halfway, or where growth ends.
+
+        That takes held-out batches: a run may be resumed without those that it was planned with.
+        """
+        is_time = self._is_last or (self._asks_halfway and self.global_step >= self._run / 2)
+        return is_time and self.holds_out and self._small_questions > 0
+
+    def _begin_squeeze(self) -> bool:
+        """Ask the held-out examples what the small components are worth; return whether there are any."""
+        self._check_components("growth's last" if self._is_last else "halfway")
+        self._sizes = self._matrices.take_apart()
+        self._small = smallest_directions(self._sizes)
+        if not self._small.any():
+            self._matrices.put_back()
+            self._asks_halfway = False
+            return False
+        self._next_number = max(self._next_number, self._after_duels)
+        self._forget_answers()
+        self.phase = "squeeze"
+        self._matrices.halve(self._small)
+        return True
+
+    def _go_on(self) -> None:
+        """Go on after a look, or end growth: nothing is followed any more."""
+        self._matrices.note_moves()
+        self.phase = "rest" if self._is_last else "growth"
+        if self._is_last:
+            self._matrices.stop_following()
 
     def give_up(self) -> None:
         """Put back what is halved, after an error or Ctrl-C: it is squeezed at the next look, if the run goes on."""
@@ -631,8 +652,8 @@ class EvidenceRule(Generic[E]):
         credits, before = np.stack(self._credits), self._matrices.known_rank
         dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
         self._matrices.drop(dropped)
-        self._matrices.stop_following()
-        self._credits, self.phase = [], "rest"
+        self._credits, self._asks_halfway = [], False
+        self._go_on()
         self.squeezed += before - self._matrices.known_rank
         saved = np.where(dropped, credits.mean(0), 0.0).sum(1).tolist()
         return [
@@ -661,11 +682,10 @@ class EvidenceRule(Generic[E]):
             # With fewer slots than directions a component would be merged before it has ever trained.
             ready = directions_that_convince(found, threshold)
             births += [(matrix, direction) for direction in ready[: self._settings.trial_components]]
-        is_last = self.global_step >= self._settings.last_step
-        is_told = is_last or self.global_step % self._settings.told_interval == 0
+        is_told = self._is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
         # What is born right before a squeeze would be small.
-        return checked + self._bear([] if is_last and self._may_squeeze else self._within_limit(births))
+        return checked + self._bear([] if self._is_squeeze_due else self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
         """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
@@ -747,7 +767,8 @@ class EvidenceRule(Generic[E]):
             "overflows": self._overflows,
             "asked": self._asked,
             "questions_again": self._questions_again,
-            "last_questions": self._last_questions,
+            "small_questions": self._small_questions,
+            "asks_halfway": self._asks_halfway,
             "saved": self._saved,
             "next_number": self._next_number,
             "after_duels": self._after_duels,
@@ -782,7 +803,8 @@ class EvidenceRule(Generic[E]):
         self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
         # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
-        self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
+        self._small_questions, self.squeezed = state.get("small_questions", 0), state.get("squeezed", 0)
+        self._asks_halfway = state.get("asks_halfway", False)
         self._after_duels = state.get("after_duels", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
