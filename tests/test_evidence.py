@@ -162,7 +162,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     assert (reference.doubled, reference.share) == way
     squeezed = [(event.step, event.module, event.rank) for event in events if event.kind == "squeezed"]
     assert squeezed == reference.squeezed
-    assert len({step for step, _, _ in squeezed}) == {200: 0, 400: 1, 600: 2}[steps], "in longer runs there is more room"
+    assert len({step for step, _, _ in squeezed}) == {200: 0, 400: 1, 600: 2}[steps], "there is more room"
     most = [len(matrix.live) for matrix in reference.matrices]
     assert slots <= 8 or max(most) == slots, "as many train as there are slots, more than in the trial"
     settled = {event.module: event.rank for event in events if event.kind == "settled"}
@@ -642,6 +642,13 @@ def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_th
     )
 
 
+@pytest.mark.parametrize(("steps", "at"), [(400, [360]), (900, [808]), (1_000, [500, 900]), (5_000, [2_500, 4_500])])
+def test_what_is_small_is_asked_about_halfway_where_held_out_batches_are_left(steps: int, at: list[int]) -> None:
+    rule, events, _ = squeezed_run(Squeezed(), steps)
+    assert [event.step for event in events if event.kind == "squeezed"] == at
+    assert rule.squeezed == len(at)
+
+
 class Level(Squeezed):
     """Nothing is left that could be small."""
 
@@ -679,7 +686,8 @@ def test_a_short_run_has_no_batches_left_for_what_was_dropped(steps: int, holds_
     matrices = Dropped([[math.nan, 0.0, 0.0]] * 2)
     after_the_questions(matrices, steps, holds_out=holds_out)
     assert matrices.asked == asked
-    assert "as in runs of fewer than 136 steps, or 144 with held-out examples" in " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
+    page = " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
+    assert "as in runs of fewer than 136 steps, or 144 with held-out examples" in page
 
 
 def test_nothing_is_asked_again_where_nothing_was_dropped() -> None:

@@ -38,7 +38,9 @@ from evidence_runs import (
     bear_everywhere,
     births,
     grown,
+    halfway,
     held_out,
+    long,
     loss_of,
     model_batches,
     net,
@@ -692,14 +694,14 @@ def test_a_run_that_goes_on_for_longer_than_was_planned_grows_again(tmp_path: Pa
 
 def squeezing(**changes: Any) -> dict[str, Any]:
     """A run that is squeezed at step 232."""
-    return {"steps": LONG, "steps_per_pass": 3, "growth_batches": held_out(), **changes}
+    return {**long(), "steps_per_pass": 3, "growth_batches": held_out(), **changes}
 
 
 def test_a_run_that_was_squeezed_and_goes_on_for_longer_follows_the_gradient_anew(tmp_path: Path) -> None:
-    loop = Loop(net(**LONG_METHOD), **squeezing()).go_on()
+    loop = Loop(**squeezing()).go_on()
     assert any(event.kind == "squeezed" for event in loop.events)
     loop.save(tmp_path)
-    longer = Loop.resumed(tmp_path, LONG, **squeezing(model=net(**LONG_METHOD), steps=2 * LONG))
+    longer = Loop.resumed(tmp_path, LONG, **squeezing(steps=2 * LONG))
     longer.go_on(LONG + 1)
     rule = longer.growth.controller.rule
     assert rule.phase == "growth"
@@ -715,7 +717,7 @@ def test_a_run_that_was_squeezed_and_goes_on_for_longer_follows_the_gradient_ane
 
 
 def test_without_the_held_out_examples_that_it_was_planned_with_a_run_is_not_squeezed(tmp_path: Path) -> None:
-    loop = Loop(net(**LONG_METHOD), **squeezing()).go_on(200)
+    loop = Loop(**squeezing()).go_on(200)
     assert loop.growth.controller.rule.state()["small_questions"] > 0
     loop.save(tmp_path)
     given = {"model": net(**LONG_METHOD), "steps": LONG, "steps_per_pass": 3}
@@ -726,9 +728,22 @@ def test_without_the_held_out_examples_that_it_was_planned_with_a_run_is_not_squ
     assert not any(event.kind == "squeezed" for event in resumed.events)
 
 
-def test_what_interrupts_the_squeeze_leaves_nothing_halved(tmp_path: Path) -> None:
+def unsqueezed(options: dict[str, Any], step: int) -> Any:
+    """A loop right before the squeeze of an optimizer step, which the optimizer has taken."""
+    loop = Loop(**options).go_on(step - 1)
+    loop.optimizer.zero_grad()
+    loss_of(loop.wrapped, loop.batch(step - 1)).backward()
+    loop.growth.detach()
+    loop.optimizer.step()
+    return loop
+
+
+@pytest.mark.parametrize(("options", "step"), [(squeezing, 232), (halfway, 212)], ids=["at the end", "halfway"])
+def test_what_interrupts_the_squeeze_leaves_nothing_halved(
+    tmp_path: Path, options: Callable[[], dict[str, Any]], step: int
+) -> None:
     """As Ctrl-C does: what is saved then is the whole adapter, and the run that is resumed is squeezed."""
-    asked = []
+    asked: list[int] = []
 
     def loss(model: Any, batch: Any) -> Tensor:
         if hasattr(loop, "growth") and loop.growth.controller.rule.phase == "squeeze":
@@ -737,23 +752,30 @@ def test_what_interrupts_the_squeeze_leaves_nothing_halved(tmp_path: Path) -> No
                 raise KeyboardInterrupt
         return loss_of(model, batch)
 
-    loop = Loop(net(**LONG_METHOD), **squeezing(growth_loss=loss))
-    loop.go_on(231)
+    loop = Loop(**options(), growth_loss=loss)
+    loop.go_on(step - 1)
     with pytest.raises(KeyboardInterrupt):
-        loop.go_on(232)
-    halved = {name: value.clone() for name, value in loop.model.state_dict().items()}
-    whole = Loop(net(**LONG_METHOD), **squeezing()).go_on(231)
-    # The optimizer has taken its step; the squeeze comes after it.
-    whole.optimizer.zero_grad()
-    loss_of(whole.wrapped, whole.batch(231)).backward()
-    whole.growth.detach()
-    whole.optimizer.step()
+        loop.go_on(step)
     assert loop.growth.controller.rule.phase == "growth"
-    assert_same(halved, dict(whole.model.state_dict()))
+    assert_same(dict(loop.model.state_dict()), dict(unsqueezed(options(), step).model.state_dict()))
+    assert all(group.p.any(2).all() for group in loop.growth.controller.matrices._groups), "what was followed, is"
     loop.save(tmp_path)
-    loop = Loop.resumed(tmp_path, 232, **squeezing(model=net(**LONG_METHOD), growth_loss=loss))
-    loop.go_on()
-    assert asked == [232, *[236] * 8]
+    loop = Loop.resumed(tmp_path, step, **options(), growth_loss=loss)
+    loop.go_on(step + 4)
+    assert asked == [step, *[step + 4] * 8]
+
+
+def test_a_squeeze_halfway_leaves_what_is_followed_and_its_evidence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What convinces meanwhile is born at the next look."""
+    squeezed = Loop(**halfway()).go_on(212)
+    monkeypatch.setattr("aroma.algorithm.evidence.smallest_directions", lambda sizes: sizes < 0)
+    other = Loop(**halfway()).go_on(212)
+    assert [sum(event.kind == "squeezed" for event in loop.events) for loop in (squeezed, other)] == [1, 0]
+    groups = [loop.growth.controller.matrices._groups for loop in (squeezed, other)]
+    assert_same(*([(group.u, group.v, group.p, group.q) for group in own] for own in groups))
+    evidence = [[(m.heads, m.flips) for m in loop.growth.controller.modules] for loop in (squeezed, other)]
+    assert evidence[0] == evidence[1]
+    assert max(max(flips) for _, flips in evidence[0]) > 0
 
 
 @pytest.mark.parametrize("batches", [9, 12, None])
@@ -762,7 +784,7 @@ def test_held_out_batches_that_come_in_order_answer_alike_after_a_resume(tmp_pat
 
     def given() -> dict[str, Any]:
         held = iter(held_out()) if batches is None else held_out(batches)
-        return squeezing(model=net(**LONG_METHOD), growth_batches=held)
+        return squeezing(growth_batches=held)
 
     whole = Loop(**given()).go_on(222)
     whole.save(tmp_path)
@@ -772,7 +794,7 @@ def test_held_out_batches_that_come_in_order_answer_alike_after_a_resume(tmp_pat
 
 
 def test_components_that_are_not_finite_where_growth_ends_stop_the_run() -> None:
-    loop = Loop(net(**LONG_METHOD), **squeezing()).go_on(231)
+    loop = Loop(**squeezing()).go_on(231)
     with torch.no_grad():
         loop.growth.controller.modules[2].pair[0][0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^layers\.\d: its components .* growth's last check"):

@@ -550,7 +550,7 @@ class SlotMatrices(GrowingMatrices):
         a[: len(kept)] = (length * group.v[row, kept]).to(a)
         self._all[group.rows[row]].layer.start_pair(self._adapter_name, a, b)
 
-    # Small components -------------------------------------------------------------------------------------------------
+    # Small components ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def halve(self, small: np.ndarray) -> None:
