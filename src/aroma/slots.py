@@ -471,10 +471,7 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def take_apart(self) -> np.ndarray:
-        """Take the updates apart into singular directions; return σ_k, (matrices, K), NaN where there is none.
-
-        What was followed is set aside until `put_back`.
-        """
+        """Take the updates apart into singular directions; return σ_k, (matrices, K), NaN where there is none."""
         pairs = self.pairs(self._all)
         most = max(matrix.leading_slots for matrix in self._all)  # those of `combine` may be more than a trial has
         for group in self._groups:
