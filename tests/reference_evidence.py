@@ -71,6 +71,7 @@ class Matrix:
     p: list[Tensor]
     q: list[Tensor]
     count: int = 0
+    last_birth: int = 0  # step
     singular: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)  # places among them
     heads: list[int] = field(default_factory=list)
@@ -336,6 +337,8 @@ class Reference:
         for size, i, k in sorted(sizes):
             if sum(sizes_before**2 for sizes_before, _, _ in small) + size**2 <= 0.05 * total:
                 small.append((size, i, k))
+        if self.t < o.last:  # halfway: what has just come is small yet
+            small = [one for one in small if self.t - self.matrices[one[1]].last_birth >= o.trial]
         if not (questions and small):
             return
         halved = {(i, k) for _, i, k in small}
@@ -462,6 +465,7 @@ class Reference:
             v_a=torch.stack([c.v_a for c in others] or [idle_a]).mean(0),
         )
         matrix.count += 1
+        matrix.last_birth = self.t
         self.births.append((self.t, matrix.name))
 
     def _aim(self, matrix: Matrix) -> None:

@@ -404,7 +404,14 @@ class Answers:
         self.answers, self.strength, self.judged, self.due = answers, 0.5, 0.0, 1
         self.matrices = [
             SimpleNamespace(
-                name="a", component_count=1, is_frozen=False, log_evidence=0.0, steepness=None, heads=[0], flips=[0]
+                name="a",
+                component_count=1,
+                is_frozen=False,
+                log_evidence=0.0,
+                steepness=None,
+                heads=[0],
+                flips=[0],
+                last_birth=0,
             )
         ]
         self.random = np.random.default_rng(0)
@@ -595,22 +602,27 @@ class Squeezed(Answers):
         self.lost.append(dropped)
         self.matrices[0].component_count -= int(dropped[0].sum())
 
+    def set_aside(self) -> None:
+        pass
+
     def put_back(self) -> None:
         pass
 
 
-def squeezed_run(matrices: Squeezed, steps: int, *, holds_out: bool = True) -> tuple[Any, list[Any], int]:
+def squeezed_run(
+    matrices: Squeezed, steps: int, *, holds_out: bool = True, batches: int = 40
+) -> tuple[Any, list[Any], int]:
     """Return the rule after a run, its events, and how many held-out batches were asked in all."""
     trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
     settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None)
     rule: Any = EvidenceRule(settings, matrices)
-    rule.held_out_batches, rule.holds_out = 40 if holds_out else None, holds_out
+    rule.held_out_batches, rule.holds_out = batches if holds_out else None, holds_out
     events, asked = [], 0
     for step in range(steps):
         asked += len(rule.held_out_duels(step - 1)) if holds_out and step >= 1 else 0
         events += rule.step()
         while holds_out and (numbers := rule.held_out_questions()):
-            assert len({number % 40 for number in numbers}) == len(numbers), "none twice"
+            assert len({number % batches for number in numbers}) == len(numbers), "none twice"
             matrices.due, asked = len(numbers), asked + len(numbers)
             events += rule.answer()
             matrices.due = 1
@@ -642,11 +654,33 @@ def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_th
     )
 
 
-@pytest.mark.parametrize(("steps", "at"), [(400, [360]), (900, [808]), (1_000, [500, 900]), (5_000, [2_500, 4_500])])
-def test_what_is_small_is_asked_about_halfway_where_held_out_batches_are_left(steps: int, at: list[int]) -> None:
-    rule, events, _ = squeezed_run(Squeezed(), steps)
+@pytest.mark.parametrize(
+    ("steps", "batches", "at"),
+    [
+        (400, 8, [360]),
+        (420, 8, [212, 376]),
+        (900, 40, [808]),
+        (1_000, 40, [500, 900]),
+        (1_340, 100, [1_204]),
+        (1_350, 100, [676, 1_212]),
+    ],
+)
+def test_what_is_small_is_asked_about_halfway_where_held_out_batches_are_left(
+    steps: int, batches: int, at: list[int]
+) -> None:
+    rule, events, _ = squeezed_run(Squeezed(), steps, batches=batches)
     assert [event.step for event in events if event.kind == "squeezed"] == at
     assert rule.squeezed == len(at)
+    said = "With many held-out examples that is so in runs of 1,350 steps or more, with 8 batches in those of 420."
+    assert said in " ".join((DOCS / "method.md").read_text(encoding="utf-8").split())
+
+
+def test_what_has_just_come_is_not_asked_about_halfway() -> None:
+    for last_birth, at in ((400, [500, 900]), (404, [900])):  # a trial has 100 steps
+        matrices = Squeezed()
+        matrices.matrices[0].last_birth = last_birth
+        _, events, _ = squeezed_run(matrices, 1_000)
+        assert [event.step for event in events if event.kind == "squeezed"] == at
 
 
 class Level(Squeezed):

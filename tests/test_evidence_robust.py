@@ -26,6 +26,7 @@ from transformers import Adafactor, BitsAndBytesConfig, LlamaForCausalLM
 import models
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from aroma.errors import AromaWarning, ConfigError, NonFiniteError
+from aroma.slots import SlotMatrices
 from evidence_runs import (
     LONG,
     LONG_METHOD,
@@ -718,7 +719,7 @@ def test_a_run_that_was_squeezed_and_goes_on_for_longer_follows_the_gradient_ane
 
 def test_without_the_held_out_examples_that_it_was_planned_with_a_run_is_not_squeezed(tmp_path: Path) -> None:
     loop = Loop(**squeezing()).go_on(200)
-    assert loop.growth.controller.rule.state()["small_questions"] > 0
+    assert loop.growth.controller.rule.state()["last_questions"] > 0
     loop.save(tmp_path)
     given = {"model": net(**LONG_METHOD), "steps": LONG, "steps_per_pass": 3}
     with pytest.warns(AromaWarning, match="no held-out batches decide from here on"):
@@ -763,6 +764,28 @@ def test_what_interrupts_the_squeeze_leaves_nothing_halved(
     loop = Loop.resumed(tmp_path, step, **options(), growth_loss=loss)
     loop.go_on(step + 4)
     assert asked == [step, *[step + 4] * 8]
+
+
+@pytest.mark.parametrize("method", ["take_apart", "halve"])
+def test_what_fails_on_the_way_to_the_questions_leaves_nothing_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As running out of memory may."""
+    loop = Loop(**halfway()).go_on(211)
+    whole = getattr(SlotMatrices, method)
+
+    def fail(*given: Any) -> None:
+        whole(*given)
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SlotMatrices, method, fail)
+        with pytest.raises(MemoryError):
+            loop.go_on(212)
+    assert_same(dict(loop.model.state_dict()), dict(unsqueezed(halfway(), 212).model.state_dict()))
+    loop.save(tmp_path)
+    for going in (loop, Loop.resumed(tmp_path, 212, **halfway())):
+        assert min(event.step for event in going.go_on().events if event.kind == "squeezed") == 216
 
 
 def test_a_squeeze_halfway_leaves_what_is_followed_and_its_evidence_alone(monkeypatch: pytest.MonkeyPatch) -> None:

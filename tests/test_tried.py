@@ -15,6 +15,7 @@ from published import (
     GROWN,
     RESULTS,
     SHIPPED,
+    at_the_end_alone,
     each_seed_of,
     gained,
     grown,
@@ -52,6 +53,7 @@ PAIRS = {f"n{pairs}": f"{pairs:,} pairs" for pairs in (100, 300, 1000, 3000, 100
 
 NETS = ("graded", "noisy", "graded-b4", "noisy-b4", "uniform")
 FEW = ("graded-b4", "noisy-b4")
+FOUND = ("graded", "noisy", *FEW, "minilm")
 TEXTS = ("trec", "banking77", "sst2", "bbc-news", "mrpc")
 
 
@@ -327,23 +329,68 @@ def test_the_page_says_of_a_change_with_rates_of_its_own_what_the_runs_say(
 IMAGES = {"digits": "digits", "mnist": "MNIST"}
 
 
-def test_the_page_says_of_the_last_squeeze_what_the_runs_say() -> None:
-    now, before = the_rule(), not_squeezed()
-    for task in (*NETS, "minilm"):
-        assert compared(task, before, now) in TEXT
-        columns = ("average_rank",) if task == "uniform" else ("average_rank", "spearman")
-        means = [f"{runs[of][task].astype(float).mean():.2f}" for of in columns for runs in (before, now)]
-        row = " | ".join([*means, "", ""][:4])
-        assert " ".join(f"| {LABELS[task]} | {row} |".split()) in TEXT
-    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
-    assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
-    images = {}
+def last_squeeze() -> pd.DataFrame:
+    """Return the runs of the rule that squeezes at the end alone; real text leaves no batches for more."""
+    planted = at_the_end_alone()
+    return pd.concat([planted[planted.parameters.isna()], the_rule().loc[[*TEXTS]]])
+
+
+def ends(task: str, before: pd.DataFrame, after: pd.DataFrame) -> str:
+    """Return the line of a table of the page: components at the end and rank correlations by two rules."""
+    columns = ("average_rank", "spearman") if task in FOUND else ("average_rank",)
+    means = [f"{runs[of][task].astype(float).mean():.2f}" for of in columns for runs in (before, after)]
+    row = " | ".join([*means, "", ""][:4])
+    return " ".join(f"| {LABELS[task]} | {row} |".split())
+
+
+def images(scores: pd.Series, parameters: pd.Series, after: pd.DataFrame | None = None) -> list[str]:
+    """Return what the page says of each data set of images against runs before; by default of the rule as it is."""
+    said = []
     for name, label in IMAGES.items():
         runs = json.loads((RESULTS.parent / "vision" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
         own = pd.DataFrame([run for run in runs if run["method"] == "AROMA"]).set_index("seed")
-        images[name] = own.accuracy - before.score[name]
-        smaller = own.parameters.mean() / before.parameters[name].mean()
-        assert f"{label} {in_points(images[name])} points at {100 * smaller:.0f} % of the parameters" in TEXT
+        own = own.rename(columns={"accuracy": "score"}) if after is None else after.loc[name]
+        smaller = own.parameters.mean() / parameters[name].mean()
+        said.append(f"{label} {in_points(own.score - scores[name])} points at {100 * smaller:.0f} % of the parameters")
+    return said
+
+
+def tried_before(of: str) -> list[str]:
+    """Return what the page says of another way to squeeze twice, by task: its difference to once."""
+    score, alone = each_seed_of("halfway").loc[of].score, at_the_end_alone().score
+    return [
+        f"{LABELS[task]} {in_points((score - alone).dropna()[task])}"
+        for task in ("graded-b4", "noisy", "noisy-b4")
+        if task in score.index.unique("task")
+    ]
+
+
+def test_the_page_says_of_the_squeeze_halfway_what_the_runs_say() -> None:
+    now, before = the_rule(), at_the_end_alone()
+    for task in NETS:
+        assert compared(task, before, now) in TEXT
+        assert ends(task, before, now) in TEXT
+    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
+    assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
+    assert ", ".join(images(before.score, before.parameters)) in TEXT
+    for of, said in (
+        ("after 0.3 and 0.6 of the run", "After 0.3 and 0.6 of the run in place of 0.5:"),
+        ("after 0.5 and 0.7 of the run", "After 0.5 and 0.7:"),
+    ):
+        first, second, third = tried_before(of)
+        assert f"{said} {first}, {second} and {third}" in TEXT
+    first, second = tried_before("a third of what is left each time")
+    assert f"A third of what is left each time, not a sixth: {first}, {second}:" in TEXT
+
+
+def test_the_page_says_of_the_last_squeeze_what_the_runs_say() -> None:
+    now, before = last_squeeze(), not_squeezed()
+    for task in (*NETS, "minilm", *TEXTS):
+        assert compared(task, before, now) in TEXT
+        assert ends(task, before, now) in TEXT
+    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
+    assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
+    assert ", ".join(images(before.score, before.parameters, at_the_end_alone())) in TEXT
     other = each_seed_of("not-squeezed").loc["up to a standard error"].score
     gains = {task: in_points(other[task] - before.score[task]) for task in other.index.unique("task")}
     said = [f"{(LABELS | IMAGES)[task]} {gains[task]}" for task in ("trec", "banking77", "sst2", "bbc-news")]

@@ -68,6 +68,7 @@ class Directions:
         self.move_b, self.move_a = torch.zeros_like(self.b), torch.zeros_like(self.a)
         self.per_norm = self._zeros(count, slots)
         self._used = 0
+        self._aside: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._beneath_b, self._beneath_a = self._zeros(count, 0, m), self._zeros(count, 0, n)
         self._settle_spans()
         self.follow(self._zeros(count, 0, m), self._zeros(count, 0, n))
@@ -100,10 +101,11 @@ class Directions:
         self._aside = self.u, self.v, self.p, self.q
 
     def take_up(self) -> None:
-        """Follow what was set aside, from where it was."""
-        u, v, p, q = self._aside
-        self.follow(u, v)
-        self.p, self.q = p, q
+        """Follow what was set aside, if anything, from where it was."""
+        if self._aside is not None:
+            (u, v, p, q), self._aside = self._aside, None
+            self.follow(u, v)
+            self.p, self.q = p, q
 
     @property
     def _leaves(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -154,6 +154,7 @@ class History:
     Args:
         name: Module name in the base model.
         settled: Components that the trial left, or the last one where there are several; None before the end of one.
+        left: Those of them that are left.
         rank: Components at the last event.
         births: Optimizer steps of the births since the trial, in order.
         merges: Those of them at which the oldest component was merged to make room.
@@ -163,6 +164,7 @@ class History:
 
     name: str
     settled: int | None = None
+    left: int = 0
     rank: int = 0
     births: list[int] = field(default_factory=list)
     merges: list[int] = field(default_factory=list)
@@ -192,12 +194,13 @@ def histories_of(events: Iterable[Mapping[str, Any]]) -> list[History]:
         matrix = histories.setdefault(event["module"], History(event["module"]))
         before, matrix.rank = matrix.rank, int(event["rank"])
         if kind == "settled":
-            matrix.settled = matrix.rank
+            matrix.settled = matrix.left = matrix.rank
             matrix.evidence.append((step, 0.0))
         elif kind == "merged":
             matrix.merges.append(step)
         elif kind == "squeezed":
             matrix.squeezed += before - matrix.rank
+            matrix.left = min(matrix.left, matrix.rank)
         elif matrix.settled is not None:
             matrix.evidence.append((step, float(event["log_evidence"])))
             if kind == "born":
@@ -376,7 +379,7 @@ def _draw_rows(axes: Axes, rows: Mapping[str, History], scene: _Scene, height: f
         axes.fill_between(at, foot, tops, color=_EVIDENCE, linewidth=0)
         for steps, look in ((matrix.births, _BIRTH), (matrix.merges, _MERGE)):
             axes.scatter(steps, [foot - _FULL] * len(steps), s=mark, zorder=3, **look)
-        kept = matrix.rank if matrix.settled is None else min(matrix.settled, matrix.rank)
+        kept = matrix.rank if matrix.settled is None else matrix.left
         end = start
         looks = ((kept, _LEFT), (matrix.rank - kept, _SINCE), (matrix.squeezed, _GONE))
         for count, look in filter(lambda part: part[0], looks):  # no outline of nothing
@@ -394,7 +397,7 @@ def _explain_births(figure: SubFigure, axes: Axes, histories: Sequence[History])
     if any(matrix.merges for matrix in histories):
         merges = [axes.scatter([], [], s=30, label="birth, the oldest merged", **_MERGE)]
     if any(matrix.squeezed for matrix in histories):
-        gone = [Patch(label="small, dropped at the end of growth", **_GONE)]
+        gone = [Patch(label="small, gone", **_GONE)]
     handles = [
         Patch(color=_TRIAL, label="trial"),
         Patch(color=_EVIDENCE, label="evidence: log E, full at log 1/α"),

@@ -41,6 +41,7 @@ class SlotMatrix(GrowingMatrix):
         flips: Batches since its start on which it was judged, likewise.
         log_evidence: log E.
         steepness: z of the last batch; None before the first.
+        last_birth: Optimizer step at which the last component began at b = 0; 0 before any.
     """
 
     def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
@@ -51,6 +52,7 @@ class SlotMatrix(GrowingMatrix):
         self.flips = [0] * UNUSED
         self.log_evidence = 0.0
         self.steepness: float | None = None
+        self.last_birth = 0
 
     @property
     def slots(self) -> list[int]:
@@ -111,7 +113,7 @@ class SlotMatrix(GrowingMatrix):
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
-    _NOTED = ("born", "births", "heads", "flips", "log_evidence", "steepness")
+    _NOTED = ("born", "births", "heads", "flips", "log_evidence", "steepness", "last_birth")
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint says of the matrix, JSON-able."""
@@ -145,7 +147,7 @@ class SlotMatrix(GrowingMatrix):
             CheckpointError: The loaded adapter has another rank than the state says.
         """
         for name in self._NOTED:
-            value = state[name]
+            value = state.get(name, getattr(self, name))  # early versions had less
             setattr(self, name, [*value] if isinstance(value, list) else value)
         b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
         moved = len(self.layer.moved_slots(self._adapter_name, b)) if b.shape[1] else 0
@@ -477,9 +479,13 @@ class SlotMatrices(GrowingMatrices):
         for group in self._groups:
             b, a = self._stacked(group, pairs, max(most, self._live.config.trial_components))
             u, sizes, v = singular_directions(b, a)
-            group.set_aside()
             group.follow(u, v, sizes)
         return self._sizes
+
+    def set_aside(self) -> None:
+        """Follow nothing until `put_back`."""
+        for group in self._groups:
+            group.set_aside()
 
     @property
     def _sizes(self) -> np.ndarray:
@@ -564,7 +570,7 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def drop(self, dropped: np.ndarray) -> None:
-        """Take the `dropped` directions away, (matrices, K); all else is as it was before `take_apart`."""
+        """Take the `dropped` directions away, (matrices, K); all else is as it was before `set_aside`."""
         pairs, stays = self.pairs(self._all), np.isfinite(self._sizes) & ~dropped
         starts: list[SlotStart] = []
         for group, row, place in self._rows():

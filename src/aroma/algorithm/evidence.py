@@ -23,8 +23,8 @@ earlier gradients. On every batch each of them duels with what trains, by how fa
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
 (Ville's inequality for the mixture).
 
-**The last squeeze.** Where growth ends, held-out batches are asked what the smallest directions save, which are put at
-half strength. The smallest go, as many as together save next to nothing, on average; the others train on.
+**The squeeze.** Where growth ends, in long runs halfway, too, held-out batches are asked what the smallest directions
+save, which are put at half strength. The smallest go, as many as together save next to nothing; the others train on.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class EvidenceSettings:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
             asked: Held-out batches that are tried before the first step, and asked in and after the trial.
             trial_steps: Its length in the end.
-            reserved: Held-out batches that are asked where growth ends. If they leave none, none duels: None.
+            reserved: Held-out batches that are asked about what is small. If they leave none, none duels: None.
         """
         room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked) - reserved
         if reserved and room < 1:
@@ -163,12 +163,14 @@ class EvidenceMatrix(Matrix, Protocol):
         flips: Batches since its start on which it was judged, likewise.
         log_evidence: log E.
         steepness: The largest z of the last batch; None before the first.
+        last_birth: Optimizer step at which its last component began at b = 0; 0 before any.
     """
 
     heads: list[int]
     flips: list[int]
     log_evidence: float
     steepness: float | None
+    last_birth: int
 
 
 Stage = Literal["opening", "base", "whole", "half", "dropped"]
@@ -217,10 +219,10 @@ class EvidenceMatrices(Protocol[E]):
         """Follow unused directions again, from random ones on."""
 
     def take_apart(self) -> np.ndarray:
-        """Take the updates apart into singular directions; return σ_k, (matrices, S), NaN where there is none.
+        """Take the updates apart into singular directions; return σ_k, (matrices, S), NaN where there is none."""
 
-        What was followed is set aside until `put_back`.
-        """
+    def set_aside(self) -> None:
+        """Follow nothing until `put_back`."""
 
     def ask_at(self, strength: float) -> None:
         """From now on ask about these directions with all updates at `strength`."""
@@ -238,10 +240,10 @@ class EvidenceMatrices(Protocol[E]):
         """Put `small` directions, (matrices, S), at half strength, and ask about all."""
 
     def drop(self, dropped: np.ndarray) -> None:
-        """Take the `dropped` directions away, (matrices, S); all else is as it was before `take_apart`."""
+        """Take the `dropped` directions away, (matrices, S); all else is as it was before `set_aside`."""
 
     def put_back(self) -> None:
-        """Let all matrices, and what is followed, be as before `take_apart`; one process may call alone."""
+        """Let all matrices, and what is followed, be as before `set_aside`; one process may call alone."""
 
     def follow_unused(self, taken: Sequence[tuple[E, int]]) -> None:
         """Follow unused directions: those that were dropped and are not among the `taken`, and random ones."""
@@ -425,7 +427,7 @@ class EvidenceRule(Generic[E]):
         return self._settings.held_out_interval(first_pass, asked, self._trial_steps, reserved)
 
     def held_out_questions(self) -> Sequence[int]:
-        """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
+        """Return the numbers of the held-out batches that answer what is open."""
         if self.phase not in ("questions", "squeeze"):
             return ()
         if not self._asked:
@@ -596,6 +598,7 @@ class EvidenceRule(Generic[E]):
         allowed = self._within_limit(again)
         if allowed:
             self._matrices.bear(allowed)
+            self._note_births(allowed)
         self._matrices.follow_unused(allowed)
         self._matrices.note_moves()
         self._credits, self._base_credits = [], []
@@ -622,17 +625,25 @@ class EvidenceRule(Generic[E]):
     def _begin_squeeze(self) -> bool:
         """Ask the held-out examples what the small components are worth; return whether there are any."""
         self._check_components("growth's last" if self._is_last else "halfway")
-        self._sizes = self._matrices.take_apart()
-        self._small = smallest_directions(self._sizes)
-        if not self._small.any():
-            self._matrices.put_back()
-            self._asks_halfway = False
-            return False
-        self._next_number = max(self._next_number, self._after_duels)
-        self._forget_answers()
+        self._matrices.set_aside()
         self.phase = "squeeze"
-        self._matrices.halve(self._small)
-        return True
+        try:
+            self._sizes = self._matrices.take_apart()
+            self._small = smallest_directions(self._sizes)
+            if not self._is_last:  # what has just come is small yet
+                since = np.array([self.global_step - matrix.last_birth for matrix in self._matrices.all()])
+                self._small[since < self._settings.trial_steps] = False
+            if self._small.any():
+                self._next_number = max(self._next_number, self._after_duels)
+                self._forget_answers()
+                self._matrices.halve(self._small)
+                return True
+        except BaseException:
+            self.give_up()
+            raise
+        self._matrices.put_back()
+        self._asks_halfway = False
+        return False
 
     def _go_on(self) -> None:
         """Go on after a look, or end growth: nothing is followed any more."""
@@ -692,6 +703,7 @@ class EvidenceRule(Generic[E]):
         if not births:
             return []
         merged = self._matrices.bear(births)
+        self._note_births(births)
         events = [self._event("merged", matrix) for matrix in merged]
         events += [self._event("born", matrix) for matrix, _ in births]
         for matrix, direction in births:
@@ -700,6 +712,10 @@ class EvidenceRule(Generic[E]):
         self.births += len(births)
         self.last_birth = self.global_step
         return events
+
+    def _note_births(self, births: Sequence[tuple[E, int]]) -> None:
+        for matrix, _ in births:
+            matrix.last_birth = self.global_step
 
     def _within_limit(self, births: Sequence[tuple[E, int]]) -> list[tuple[E, int]]:
         """Return the births that `max_components` leaves room for."""
@@ -767,7 +783,7 @@ class EvidenceRule(Generic[E]):
             "overflows": self._overflows,
             "asked": self._asked,
             "questions_again": self._questions_again,
-            "small_questions": self._small_questions,
+            "last_questions": self._small_questions,
             "asks_halfway": self._asks_halfway,
             "saved": self._saved,
             "next_number": self._next_number,
@@ -803,7 +819,7 @@ class EvidenceRule(Generic[E]):
         self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
         # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
-        self._small_questions, self.squeezed = state.get("small_questions", 0), state.get("squeezed", 0)
+        self._small_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
         self._asks_halfway = state.get("asks_halfway", False)
         self._after_duels = state.get("after_duels", 0)
         self._credits, self._base_credits = (
