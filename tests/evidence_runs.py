@@ -192,11 +192,6 @@ def long() -> dict[str, Any]:
     return {"steps": LONG, "model": net(**LONG_METHOD)}
 
 
-def halfway() -> dict[str, Any]:
-    """A loop that is squeezed at step 212, and at 400, where growth ends."""
-    return {"steps": 420, "model": net(trial_share=0.04), "steps_per_pass": 3, "growth_batches": held_out()}
-
-
 def held_out(
     count: int = 40, size: int = 8, dtype: torch.dtype = torch.float32, overflowing: Sequence[int] = ()
 ) -> list[Rows]:

@@ -71,7 +71,6 @@ class Matrix:
     p: list[Tensor]
     q: list[Tensor]
     count: int = 0
-    last_birth: int = 0  # step
     singular: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)  # places among them
     heads: list[int] = field(default_factory=list)
@@ -117,13 +116,11 @@ class Reference:
         self.answers = 0  # to questions before those
         self.again = False  # whether it is asked about what was dropped
         self.opens = False  # whether it is open still how much of the updates is judged, and when
-        self.squeezed: list[tuple[int, str, int]] = []  # when a matrix lost small directions, and how many it has left
+        self.squeezed: list[int] = []  # how many small directions every matrix lost
         self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
         self.asked = 0  # held-out questions so far
         self.next = 0  # number of the next one
-        self.after_duels = 0  # the number that follows on that of the last duel
-        self.halfway = True  # whether a squeeze halfway may come yet
 
     # One optimizer step: Adam on the live components, then the rule.
     def step(self, G: Sequence[Tensor], lr: float, held_out: Callable[[int], Sequence[Tensor]]) -> None:
@@ -141,7 +138,6 @@ class Reference:
         elif self.phase == "growth" and not decides and self._is_due():
             number = max(self.next, o.questions) + (self.t - o.first_pass) // self._interval()
             self._read(held_out(number), before=False)
-            self.after_duels = number + 1
         elif self.phase == "growth" and decides:
             self._read(G, before=True)
         if self.phase in ("start", "growth"):
@@ -164,11 +160,9 @@ class Reference:
                 self._look_at_the_opening()
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
-            if self._is_squeeze_due():
-                self._squeeze(held_out)
-                self.halfway = False
             self._look()
             if self.t >= o.last:
+                self._squeeze(held_out)
                 self.phase = "rest"
         if self.phase == "questions" and len(self.credits) == o.questions and not self.again:
             self._settle()
@@ -194,34 +188,20 @@ class Reference:
     def _questions_again(self) -> int:
         return self._shares()[0]
 
-    def _shares(self) -> tuple[int, int, bool]:
-        """How many are asked about what was dropped, and each time about what is small; whether halfway, too.
-
-        All are 12 % of the run at most.
-        """
+    def _shares(self) -> tuple[int, int]:
+        """How many are asked about what was dropped, and about what is small, if all are 12 % of the run at most."""
         o = self.settings
         room = math.floor(0.12 * (o.last + o.trial)) - self.answers - o.holds_out
         again = min(o.questions, room - 8) if room >= 16 else min(o.questions, room) if room >= 8 else 0
         again *= any(matrix.dropped for matrix in self.matrices)
         left = room - again
-        if left < 8 or not o.holds_out:
-            return again, 0, False
-        return again, min(o.questions, max(left // (6 if left >= 32 else 2), 8)), left >= 32
-
-    def _is_squeeze_due(self) -> bool:
-        _, small, twice = self._shares()
-        is_time = self.t >= self.settings.last or (
-            twice and self.halfway and 2 * self.t >= self.settings.last + self.settings.trial
-        )
-        return small > 0 and is_time
+        return again, min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
 
     def _interval(self) -> int:
         """Optimizer steps between held-out batches that duel: with all that are asked they are 12 % of the run."""
         o = self.settings
-        _, small, twice = self._shares()
-        reserved = small * (1 + (twice and self.halfway))
-        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - reserved) - 1
-        if left < 1 and small:
+        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - self._shares()[1]) - 1
+        if left < 1 and self._shares()[1]:
             return 10**9  # none duels
         return max(9, math.ceil((o.last - max(o.first_pass or 0, o.trial * 2**self.doubled)) / max(left, 1)))
 
@@ -325,7 +305,7 @@ class Reference:
             matrix.heads, matrix.flips = [0] * o.unused, [0] * o.unused
 
     def _squeeze(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
-        """Take the smallest directions away that save no more than a thousandth together."""
+        """Where growth ends, take the smallest directions away that save no more than a thousandth together."""
         o = self.settings
         questions, before = self._shares()[1], [matrix.slots for matrix in self.matrices]
         parts, sizes = [], []
@@ -337,14 +317,11 @@ class Reference:
         for size, i, k in sorted(sizes):
             if sum(sizes_before**2 for sizes_before, _, _ in small) + size**2 <= 0.05 * total:
                 small.append((size, i, k))
-        if self.t < o.last:  # halfway: what has just come is small yet
-            small = [one for one in small if self.t - self.matrices[one[1]].last_birth >= o.trial]
         if not (questions and small):
             return
         halved = {(i, k) for _, i, k in small}
         for i, matrix in enumerate(self.matrices):
             self._fill(matrix, parts[i], [0.5 if (i, k) in halved else 1.0 for k in range(len(parts[i]))])
-        self.next = max(self.next, self.after_duels)
         self._next_order()
         answers = []
         for _ in range(questions):
@@ -362,9 +339,9 @@ class Reference:
         for i, matrix in enumerate(self.matrices):
             stay = [part for k, part in enumerate(parts[i]) if (i, k) not in gone]
             matrix.slots = before[i]
+            self.squeezed.append(len(parts[i]) - len(stay))
             if len(stay) < len(parts[i]):
                 self._fill(matrix, stay, [1.0] * len(stay))
-                self.squeezed.append((self.t, matrix.name, len(matrix.merged) + len(stay)))
 
     def _fill(self, matrix: Matrix, parts: Sequence[tuple[Tensor, Tensor, Tensor]], shares: Sequence[float]) -> None:
         """Make components of `shares` of these directions; their averages of squares are the mean of those before."""
@@ -434,7 +411,7 @@ class Reference:
         for matrix in self.matrices:
             before, money = matrix.live, [evidence(*won) for won in zip(matrix.heads, matrix.flips, strict=True)]
             found = []
-            for _ in range(0 if self._is_squeeze_due() else min(o.S, o.unused)):
+            for _ in range(min(o.S, o.unused) if self.t < o.last or not self._shares()[1] else 0):
                 k = max(range(o.unused), key=lambda k: money[k])
                 if sum(money) / o.unused >= 1 / o.alpha:
                     money[k] = 1.0
@@ -465,7 +442,6 @@ class Reference:
             v_a=torch.stack([c.v_a for c in others] or [idle_a]).mean(0),
         )
         matrix.count += 1
-        matrix.last_birth = self.t
         self.births.append((self.t, matrix.name))
 
     def _aim(self, matrix: Matrix) -> None:

@@ -187,13 +187,7 @@ def test_the_picture_has_a_row_for_each_matrix_and_a_dot_for_each_birth(grown):
     assert summary in figure.subfigs[0].get_suptitle()
 
 
-def test_what_is_born_after_a_squeeze_is_drawn_as_born():
-    looks = [("settled", 5, 30), ("squeezed", 2, 60), ("born", 3, 70), ("born", 4, 80), ("squeezed", 3, 90)]
-    (matrix,) = histories_of([event(kind, step, GROWN, rank, 1.0) for kind, rank, step in looks])
-    assert (matrix.settled, matrix.left, matrix.rank, matrix.squeezed) == (5, 2, 3, 4)
-
-
-def test_what_went_as_small_is_hollow(grown):
+def test_what_went_where_growth_ended_is_hollow(grown):
     rule, events, _ = grown
     before = {matrix.name: matrix for matrix in histories_of(events)}
     last = {event["module"]: event for event in events if event["module"]}
@@ -211,10 +205,10 @@ def test_what_went_as_small_is_hollow(grown):
     for one, other in zip(figure.axes[2:], whole.axes[2:], strict=True):
         ends = [max(bar.get_x() + bar.get_width() for bar in axes.patches) for axes in (one, other)]
         assert ends[0] == pytest.approx(ends[1]), "with what went a bar is as long as before"
-    said = f"last at step {rule.last_birth}\nsmall, gone: 5 · ranks 0 to"
+    said = f"last at step {rule.last_birth}\nsmall, gone where growth ended: 5 · ranks 0 to"
     assert said in figure.subfigs[0].get_suptitle()
     legends = [[text.get_text() for text in one.subfigs[1].legends[0].get_texts()] for one in (figure, whole)]
-    assert ["small, gone" in legend for legend in legends] == [True, False]
+    assert ["small, dropped at the end of growth" in legend for legend in legends] == [True, False]
 
 
 def test_no_evidence_is_no_dot_and_the_threshold_is_that_of_the_run(grown):

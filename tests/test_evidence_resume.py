@@ -27,7 +27,6 @@ from evidence_runs import (
     bert_trainer,
     births,
     growth_dataset,
-    halfway,
     held_out,
     long,
     net,
@@ -126,19 +125,6 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
         torch.set_rng_state(states[phase])
         resumed.go_on()
         assert_same(resumed.came_to(), expected, phase)
-        assert births(resumed.events) == [event for event in births(whole.events) if event[0] > step]
-
-
-def test_a_run_that_is_squeezed_halfway_resumes_to_the_bit(tmp_path: Path) -> None:
-    whole, steps = Loop(**halfway()), (206, 212, 214)
-    for step in steps:
-        whole.go_on(step).save(tmp_path / f"{step}")
-    expected = whole.go_on().came_to()
-    assert {event.step for event in whole.events if event.kind == "squeezed"} == {212, 400}
-    assert any(event.kind == "born" and event.step > 212 for event in whole.events)
-    for step in steps:
-        resumed = Loop.resumed(tmp_path / f"{step}", step, **halfway()).go_on()
-        assert_same(resumed.came_to(), expected, f"from step {step}")
         assert births(resumed.events) == [event for event in births(whole.events) if event[0] > step]
 
 

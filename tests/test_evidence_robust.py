@@ -39,7 +39,6 @@ from evidence_runs import (
     bear_everywhere,
     births,
     grown,
-    halfway,
     held_out,
     long,
     loss_of,
@@ -729,20 +728,23 @@ def test_without_the_held_out_examples_that_it_was_planned_with_a_run_is_not_squ
     assert not any(event.kind == "squeezed" for event in resumed.events)
 
 
-def unsqueezed(options: dict[str, Any], step: int) -> Any:
-    """A loop right before the squeeze of an optimizer step, which the optimizer has taken."""
-    loop = Loop(**options).go_on(step - 1)
+def unsqueezed() -> Any:
+    """A loop right before the squeeze of step 232, which the optimizer has taken."""
+    loop = Loop(**squeezing()).go_on(231)
     loop.optimizer.zero_grad()
-    loss_of(loop.wrapped, loop.batch(step - 1)).backward()
+    loss_of(loop.wrapped, loop.batch(231)).backward()
     loop.growth.detach()
     loop.optimizer.step()
     return loop
 
 
-@pytest.mark.parametrize(("options", "step"), [(squeezing, 232), (halfway, 212)], ids=["at the end", "halfway"])
-def test_what_interrupts_the_squeeze_leaves_nothing_halved(
-    tmp_path: Path, options: Callable[[], dict[str, Any]], step: int
-) -> None:
+def assert_nothing_is_halved(loop: Any) -> None:
+    assert loop.growth.controller.rule.phase == "growth"
+    assert_same(dict(loop.model.state_dict()), dict(unsqueezed().model.state_dict()))
+    assert all(group.p.any(2).all() for group in loop.growth.controller.matrices._groups), "directions are followed"
+
+
+def test_what_interrupts_the_squeeze_leaves_nothing_halved(tmp_path: Path) -> None:
     """As Ctrl-C does: what is saved then is the whole adapter, and the run that is resumed is squeezed."""
     asked: list[int] = []
 
@@ -753,25 +755,23 @@ def test_what_interrupts_the_squeeze_leaves_nothing_halved(
                 raise KeyboardInterrupt
         return loss_of(model, batch)
 
-    loop = Loop(**options(), growth_loss=loss)
-    loop.go_on(step - 1)
+    loop = Loop(**squeezing(growth_loss=loss))
+    loop.go_on(231)
     with pytest.raises(KeyboardInterrupt):
-        loop.go_on(step)
-    assert loop.growth.controller.rule.phase == "growth"
-    assert_same(dict(loop.model.state_dict()), dict(unsqueezed(options(), step).model.state_dict()))
-    assert all(group.p.any(2).all() for group in loop.growth.controller.matrices._groups), "what was followed, is"
+        loop.go_on(232)
+    assert_nothing_is_halved(loop)
     loop.save(tmp_path)
-    loop = Loop.resumed(tmp_path, step, **options(), growth_loss=loss)
-    loop.go_on(step + 4)
-    assert asked == [step, *[step + 4] * 8]
+    loop = Loop.resumed(tmp_path, 232, **squeezing(growth_loss=loss))
+    loop.go_on()
+    assert asked == [232, *[236] * 8]
 
 
 @pytest.mark.parametrize("method", ["take_apart", "halve"])
 def test_what_fails_on_the_way_to_the_questions_leaves_nothing_halved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """As running out of memory may."""
-    loop = Loop(**halfway()).go_on(211)
+    """As running out of memory may. In a run that is resumed within its first pass every batch duels then."""
+    loop = Loop(**squeezing(steps_per_pass=LONG)).go_on(231)
     whole = getattr(SlotMatrices, method)
 
     def fail(*given: Any) -> None:
@@ -781,24 +781,13 @@ def test_what_fails_on_the_way_to_the_questions_leaves_nothing_halved(
     with monkeypatch.context() as patched:
         patched.setattr(SlotMatrices, method, fail)
         with pytest.raises(MemoryError):
-            loop.go_on(212)
-    assert_same(dict(loop.model.state_dict()), dict(unsqueezed(halfway(), 212).model.state_dict()))
+            loop.go_on(232)
+    if method == "halve":
+        assert loop.growth.controller.matrices._whole == {}
     loop.save(tmp_path)
-    for going in (loop, Loop.resumed(tmp_path, 212, **halfway())):
-        assert min(event.step for event in going.go_on().events if event.kind == "squeezed") == 216
-
-
-def test_a_squeeze_halfway_leaves_what_is_followed_and_its_evidence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What convinces meanwhile is born at the next look."""
-    squeezed = Loop(**halfway()).go_on(212)
-    monkeypatch.setattr("aroma.algorithm.evidence.smallest_directions", lambda sizes: sizes < 0)
-    other = Loop(**halfway()).go_on(212)
-    assert [sum(event.kind == "squeezed" for event in loop.events) for loop in (squeezed, other)] == [1, 0]
-    groups = [loop.growth.controller.matrices._groups for loop in (squeezed, other)]
-    assert_same(*([(group.u, group.v, group.p, group.q) for group in own] for own in groups))
-    evidence = [[(m.heads, m.flips) for m in loop.growth.controller.modules] for loop in (squeezed, other)]
-    assert evidence[0] == evidence[1]
-    assert max(max(flips) for _, flips in evidence[0]) > 0
+    for going in (loop, Loop.resumed(tmp_path, 232, **squeezing(steps_per_pass=LONG))):
+        assert going.go_on(234).growth.controller.rule.phase == "growth"
+        assert going.go_on().growth.controller.rule.phase == "rest"
 
 
 @pytest.mark.parametrize("batches", [9, 12, None])

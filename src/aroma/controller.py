@@ -281,7 +281,7 @@ class AromaController:
 
         Args:
             held_out: Batches that are not trained on. They decide what stays after the trial, from the second pass
-                over the data on what is born, and which small components go. None: the training batches go on
+                over the data on what is born, and what goes where growth ends. None: the training batches go on
                 deciding.
             first_pass: Optimizer steps of the first pass; None if no example comes twice.
 
@@ -333,7 +333,7 @@ class AromaController:
         self.matrices.absorb(record=False, loss_scale=loss_scale)
 
     def _ask_held_out(self) -> list[Event]:
-        """Let held-out examples say at once what stays: no training step is spent."""
+        """Let held-out examples say at once what stays where the trial or growth ends: no training step is spent."""
         events: list[Event] = []
         if self._held_out is None:
             return events

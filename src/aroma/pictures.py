@@ -154,17 +154,15 @@ class History:
     Args:
         name: Module name in the base model.
         settled: Components that the trial left, or the last one where there are several; None before the end of one.
-        left: Those of them that are left.
         rank: Components at the last event.
         births: Optimizer steps of the births since the trial, in order.
         merges: Those of them at which the oldest component was merged to make room.
-        squeezed: Small components that went.
+        squeezed: Components that went where growth ended.
         evidence: Optimizer step and log E wherever it was told, in order; twice at a birth, after which E is 1 again.
     """
 
     name: str
     settled: int | None = None
-    left: int = 0
     rank: int = 0
     births: list[int] = field(default_factory=list)
     merges: list[int] = field(default_factory=list)
@@ -194,13 +192,12 @@ def histories_of(events: Iterable[Mapping[str, Any]]) -> list[History]:
         matrix = histories.setdefault(event["module"], History(event["module"]))
         before, matrix.rank = matrix.rank, int(event["rank"])
         if kind == "settled":
-            matrix.settled = matrix.left = matrix.rank
+            matrix.settled = matrix.rank
             matrix.evidence.append((step, 0.0))
         elif kind == "merged":
             matrix.merges.append(step)
         elif kind == "squeezed":
             matrix.squeezed += before - matrix.rank
-            matrix.left = min(matrix.left, matrix.rank)
         elif matrix.settled is not None:
             matrix.evidence.append((step, float(event["log_evidence"])))
             if kind == "born":
@@ -247,7 +244,7 @@ def draw_births(
     evidence E is drawn against its threshold 1/α. Below, a panel for each kind of matrix, and in it a row for each
     layer: the height of the area is log E / log(1/α), from 0 to 1; a dot is a birth, a dark one if the oldest
     component was merged for it. The bars are the ranks at the end: what the trial left, then what was born, and hollow
-    what was small and went.
+    what went where growth ended.
 
     Args:
         events: `Event.as_dict()` of every event of the run, in order, or the rows of `events.jsonl`.
@@ -333,7 +330,7 @@ def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
     born = f"births {len(births)}" + (f", last at step {max(births)}" if births else "")
     left = f"the trial left {sum(settled)} components at step {scene.trial}"
     squeezed = sum(matrix.squeezed for matrix in histories)
-    gone = f"\nsmall, gone: {squeezed}" if squeezed else ""
+    gone = f"\nsmall, gone where growth ended: {squeezed}" if squeezed else ""
     return f"{count} · {left} · {born}{gone} · ranks {min(ranks)} to {max(ranks)}, total {sum(ranks)}"
 
 
@@ -379,7 +376,7 @@ def _draw_rows(axes: Axes, rows: Mapping[str, History], scene: _Scene, height: f
         axes.fill_between(at, foot, tops, color=_EVIDENCE, linewidth=0)
         for steps, look in ((matrix.births, _BIRTH), (matrix.merges, _MERGE)):
             axes.scatter(steps, [foot - _FULL] * len(steps), s=mark, zorder=3, **look)
-        kept = matrix.rank if matrix.settled is None else matrix.left
+        kept = matrix.rank if matrix.settled is None else min(matrix.settled, matrix.rank)
         end = start
         looks = ((kept, _LEFT), (matrix.rank - kept, _SINCE), (matrix.squeezed, _GONE))
         for count, look in filter(lambda part: part[0], looks):  # no outline of nothing
@@ -397,7 +394,7 @@ def _explain_births(figure: SubFigure, axes: Axes, histories: Sequence[History])
     if any(matrix.merges for matrix in histories):
         merges = [axes.scatter([], [], s=30, label="birth, the oldest merged", **_MERGE)]
     if any(matrix.squeezed for matrix in histories):
-        gone = [Patch(label="small, gone", **_GONE)]
+        gone = [Patch(label="small, dropped at the end of growth", **_GONE)]
     handles = [
         Patch(color=_TRIAL, label="trial"),
         Patch(color=_EVIDENCE, label="evidence: log E, full at log 1/α"),

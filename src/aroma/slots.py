@@ -41,7 +41,6 @@ class SlotMatrix(GrowingMatrix):
         flips: Batches since its start on which it was judged, likewise.
         log_evidence: log E.
         steepness: z of the last batch; None before the first.
-        last_birth: Optimizer step at which the last component began at b = 0; 0 before any.
     """
 
     def __init__(self, name: str, index: int, layer: AromaLinear, adapter_name: str, live: LiveAdapter) -> None:
@@ -52,7 +51,6 @@ class SlotMatrix(GrowingMatrix):
         self.flips = [0] * UNUSED
         self.log_evidence = 0.0
         self.steepness: float | None = None
-        self.last_birth = 0
 
     @property
     def slots(self) -> list[int]:
@@ -113,7 +111,7 @@ class SlotMatrix(GrowingMatrix):
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
-    _NOTED = ("born", "births", "heads", "flips", "log_evidence", "steepness", "last_birth")
+    _NOTED = ("born", "births", "heads", "flips", "log_evidence", "steepness")
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint says of the matrix, JSON-able."""
@@ -147,7 +145,7 @@ class SlotMatrix(GrowingMatrix):
             CheckpointError: The loaded adapter has another rank than the state says.
         """
         for name in self._NOTED:
-            value = state.get(name, getattr(self, name))  # early versions had less
+            value = state[name]
             setattr(self, name, [*value] if isinstance(value, list) else value)
         b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
         moved = len(self.layer.moved_slots(self._adapter_name, b)) if b.shape[1] else 0
@@ -482,11 +480,6 @@ class SlotMatrices(GrowingMatrices):
             group.follow(u, v, sizes)
         return self._sizes
 
-    def set_aside(self) -> None:
-        """Follow nothing until `put_back`."""
-        for group in self._groups:
-            group.set_aside()
-
     @property
     def _sizes(self) -> np.ndarray:
         """σ_k of the directions that are asked about, (matrices, K); NaN where there is none."""
@@ -553,7 +546,12 @@ class SlotMatrices(GrowingMatrices):
         a[: len(kept)] = (length * group.v[row, kept]).to(a)
         self._all[group.rows[row]].layer.start_pair(self._adapter_name, a, b)
 
-    # Small components ------------------------------------------------------------------------------------------------
+    # The end of growth -----------------------------------------------------------------------------------------------
+
+    def set_aside(self) -> None:
+        """Keep what is followed for `put_back`."""
+        for group in self._groups:
+            group.set_aside()
 
     @torch.no_grad()
     def halve(self, small: np.ndarray) -> None:
@@ -570,7 +568,7 @@ class SlotMatrices(GrowingMatrices):
 
     @torch.no_grad()
     def drop(self, dropped: np.ndarray) -> None:
-        """Take the `dropped` directions away, (matrices, K); all else is as it was before `set_aside`."""
+        """Take the `dropped` directions away, (matrices, K); matrices without any are as they were before `halve`."""
         pairs, stays = self.pairs(self._all), np.isfinite(self._sizes) & ~dropped
         starts: list[SlotStart] = []
         for group, row, place in self._rows():

@@ -23,8 +23,8 @@ earlier gradients. On every batch each of them duels with what trains, by how fa
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
 (Ville's inequality for the mixture).
 
-**The squeeze.** Where growth ends, in long runs halfway, too, held-out batches are asked what the smallest directions
-save, which are put at half strength. The smallest go, as many as together save next to nothing; the others train on.
+**The last squeeze.** Where growth ends, held-out batches are asked what the smallest directions save, which are put at
+half strength. The smallest go, as many as together save next to nothing, on average; the others train on.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class EvidenceSettings:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
             asked: Held-out batches that are tried before the first step, and asked in and after the trial.
             trial_steps: Its length in the end.
-            reserved: Held-out batches that are asked about what is small. If they leave none, none duels: None.
+            reserved: Held-out batches that are asked where growth ends. If they leave none, none duels: None.
         """
         room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked) - reserved
         if reserved and room < 1:
@@ -163,14 +163,12 @@ class EvidenceMatrix(Matrix, Protocol):
         flips: Batches since its start on which it was judged, likewise.
         log_evidence: log E.
         steepness: The largest z of the last batch; None before the first.
-        last_birth: Optimizer step at which its last component began at b = 0; 0 before any.
     """
 
     heads: list[int]
     flips: list[int]
     log_evidence: float
     steepness: float | None
-    last_birth: int
 
 
 Stage = Literal["opening", "base", "whole", "half", "dropped"]
@@ -218,11 +216,11 @@ class EvidenceMatrices(Protocol[E]):
     def follow_anew(self) -> None:
         """Follow unused directions again, from random ones on."""
 
+    def set_aside(self) -> None:
+        """Keep what is followed for `put_back`."""
+
     def take_apart(self) -> np.ndarray:
         """Take the updates apart into singular directions; return σ_k, (matrices, S), NaN where there is none."""
-
-    def set_aside(self) -> None:
-        """Follow nothing until `put_back`."""
 
     def ask_at(self, strength: float) -> None:
         """From now on ask about these directions with all updates at `strength`."""
@@ -240,7 +238,7 @@ class EvidenceMatrices(Protocol[E]):
         """Put `small` directions, (matrices, S), at half strength, and ask about all."""
 
     def drop(self, dropped: np.ndarray) -> None:
-        """Take the `dropped` directions away, (matrices, S); all else is as it was before `set_aside`."""
+        """Take the `dropped` directions away, (matrices, S); matrices without any are as they were before `halve`."""
 
     def put_back(self) -> None:
         """Let all matrices, and what is followed, be as before `set_aside`; one process may call alone."""
@@ -268,7 +266,7 @@ class EvidenceRule(Generic[E]):
         doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
-        squeezed: Small components that went.
+        squeezed: Small components that went where growth ended.
         holds_out: Whether held-out examples decide.
         tell: Called with events as they happen.
     """
@@ -287,8 +285,7 @@ class EvidenceRule(Generic[E]):
         self._overflows = 0
         self._asked = 0
         self._questions_again = 0  # about what was dropped
-        self._small_questions = 0  # each time that it is asked about what is small
-        self._asks_halfway = False  # about that, too
+        self._last_questions = 0  # about what is small
         self._sizes, self._small = np.empty((0, 0)), np.empty((0, 0), dtype=bool)
         self._saved: list[float] = []  # by what stays of every matrix
         self._next_number = 0  # of a held-out batch; some are passed over
@@ -364,7 +361,7 @@ class EvidenceRule(Generic[E]):
         parts.append(last)
         if self.squeezed:
             what = "component" if self.squeezed == 1 else "components"
-            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went")
+            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went where growth ended")
         if self.phase == "rest":
             parts.append(f"nothing is born after step {self._settings.last_step}")
         return "; ".join(parts)
@@ -388,8 +385,9 @@ class EvidenceRule(Generic[E]):
             events = self._end_trial() if self.global_step >= self._trial_steps else []
         elif self.phase == "growth" and self.global_step % CHECK_INTERVAL == 0:
             events = self._weigh(self._matrices.take_readings())
-            if not (self._is_squeeze_due and self._begin_squeeze()):
-                self._go_on()
+            self._matrices.note_moves()
+            if self.global_step >= self._settings.last_step:
+                self._end_growth()
         elif self.phase == "rest" and self.global_step < self._settings.last_step:
             # It was resumed with more steps than were planned.
             self.phase, events = "growth", []
@@ -423,11 +421,10 @@ class EvidenceRule(Generic[E]):
 
     def _held_out_interval(self, first_pass: int) -> int | None:
         asked = TRIED + max(self._asked, self.questions)
-        reserved = self._small_questions * (1 + self._asks_halfway)
-        return self._settings.held_out_interval(first_pass, asked, self._trial_steps, reserved)
+        return self._settings.held_out_interval(first_pass, asked, self._trial_steps, self._last_questions)
 
     def held_out_questions(self) -> Sequence[int]:
-        """Return the numbers of the held-out batches that answer what is open."""
+        """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
         if self.phase not in ("questions", "squeeze"):
             return ()
         if not self._asked:
@@ -485,7 +482,7 @@ class EvidenceRule(Generic[E]):
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
         if self.phase == "squeeze":
-            return min(self._small_questions, self.questions) - len(self._credits)
+            return min(self._last_questions, self.questions) - len(self._credits)
         if self._stage == "dropped":
             return self._questions_again - len(self._credits)
         if self._stage in ("whole", "half"):
@@ -583,9 +580,7 @@ class EvidenceRule(Generic[E]):
         room -= self._questions_again
         # Without held-out examples what was learnt by heart would seem to save loss.
         may_ask = self.holds_out and room >= fewest
-        self._asks_halfway = may_ask and room >= 4 * fewest
-        share = room // 6 if self._asks_halfway else room // 2
-        self._small_questions = min(self.questions, max(share, fewest)) if may_ask else 0
+        self._last_questions = min(self.questions, max(room // 2, fewest)) if may_ask else 0
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
@@ -598,7 +593,6 @@ class EvidenceRule(Generic[E]):
         allowed = self._within_limit(again)
         if allowed:
             self._matrices.bear(allowed)
-            self._note_births(allowed)
         self._matrices.follow_unused(allowed)
         self._matrices.note_moves()
         self._credits, self._base_credits = [], []
@@ -609,48 +603,33 @@ class EvidenceRule(Generic[E]):
             if not matrix.is_frozen
         ]
 
-    @property
-    def _is_last(self) -> bool:
-        return self.global_step >= self._settings.last_step
-
-    @property
-    def _is_squeeze_due(self) -> bool:
-        """Whether small components are asked about now: halfway, or where growth ends.
-
-        That takes held-out batches: a run may be resumed without those that it was planned with.
-        """
-        is_time = self._is_last or (self._asks_halfway and self.global_step >= self._run / 2)
-        return is_time and self.holds_out and self._small_questions > 0
+    def _end_growth(self) -> None:
+        """Follow no direction any more; ask the held-out examples, if any, what the small components are worth."""
+        if not self._may_squeeze or not self._begin_squeeze():
+            self.phase = "rest"
+            self._matrices.stop_following()
 
     def _begin_squeeze(self) -> bool:
-        """Ask the held-out examples what the small components are worth; return whether there are any."""
-        self._check_components("growth's last" if self._is_last else "halfway")
+        """Put what is small at half strength; return whether anything is."""
+        self._check_components("growth's last")
         self._matrices.set_aside()
         self.phase = "squeeze"
         try:
             self._sizes = self._matrices.take_apart()
             self._small = smallest_directions(self._sizes)
-            if not self._is_last:  # what has just come is small yet
-                since = np.array([self.global_step - matrix.last_birth for matrix in self._matrices.all()])
-                self._small[since < self._settings.trial_steps] = False
             if self._small.any():
                 self._next_number = max(self._next_number, self._after_duels)
                 self._forget_answers()
                 self._matrices.halve(self._small)
-                return True
         except BaseException:
             self.give_up()
             raise
-        self._matrices.put_back()
-        self._asks_halfway = False
-        return False
+        return bool(self._small.any())
 
-    def _go_on(self) -> None:
-        """Go on after a look, or end growth: nothing is followed any more."""
-        self._matrices.note_moves()
-        self.phase = "rest" if self._is_last else "growth"
-        if self._is_last:
-            self._matrices.stop_following()
+    @property
+    def _may_squeeze(self) -> bool:
+        """Whether there are held-out batches for it: a run may be resumed without those that it was planned with."""
+        return self.holds_out and self._last_questions > 0
 
     def give_up(self) -> None:
         """Put back what is halved, after an error or Ctrl-C: it is squeezed at the next look, if the run goes on."""
@@ -663,8 +642,8 @@ class EvidenceRule(Generic[E]):
         credits, before = np.stack(self._credits), self._matrices.known_rank
         dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
         self._matrices.drop(dropped)
-        self._credits, self._asks_halfway = [], False
-        self._go_on()
+        self._matrices.stop_following()
+        self._credits, self.phase = [], "rest"
         self.squeezed += before - self._matrices.known_rank
         saved = np.where(dropped, credits.mean(0), 0.0).sum(1).tolist()
         return [
@@ -693,17 +672,17 @@ class EvidenceRule(Generic[E]):
             # With fewer slots than directions a component would be merged before it has ever trained.
             ready = directions_that_convince(found, threshold)
             births += [(matrix, direction) for direction in ready[: self._settings.trial_components]]
-        is_told = self._is_last or self.global_step % self._settings.told_interval == 0
+        is_last = self.global_step >= self._settings.last_step
+        is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
         # What is born right before a squeeze would be small.
-        return checked + self._bear([] if self._is_squeeze_due else self._within_limit(births))
+        return checked + self._bear([] if is_last and self._may_squeeze else self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
         """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
         if not births:
             return []
         merged = self._matrices.bear(births)
-        self._note_births(births)
         events = [self._event("merged", matrix) for matrix in merged]
         events += [self._event("born", matrix) for matrix, _ in births]
         for matrix, direction in births:
@@ -712,10 +691,6 @@ class EvidenceRule(Generic[E]):
         self.births += len(births)
         self.last_birth = self.global_step
         return events
-
-    def _note_births(self, births: Sequence[tuple[E, int]]) -> None:
-        for matrix, _ in births:
-            matrix.last_birth = self.global_step
 
     def _within_limit(self, births: Sequence[tuple[E, int]]) -> list[tuple[E, int]]:
         """Return the births that `max_components` leaves room for."""
@@ -783,8 +758,7 @@ class EvidenceRule(Generic[E]):
             "overflows": self._overflows,
             "asked": self._asked,
             "questions_again": self._questions_again,
-            "last_questions": self._small_questions,
-            "asks_halfway": self._asks_halfway,
+            "last_questions": self._last_questions,
             "saved": self._saved,
             "next_number": self._next_number,
             "after_duels": self._after_duels,
@@ -819,8 +793,7 @@ class EvidenceRule(Generic[E]):
         self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
         # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
-        self._small_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
-        self._asks_halfway = state.get("asks_halfway", False)
+        self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
         self._after_duels = state.get("after_duels", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")

@@ -1,4 +1,4 @@
-"""The questions of growth by evidence: how many, and what the answers say.
+"""The questions of growth by evidence, where the trial ends and where growth does: how many, and what the answers say.
 
 A batch answers with credit_k, the loss that direction k of an update saves; `evidence.py` says what is asked.
 """
@@ -21,7 +21,8 @@ LEAST_OF_AVERAGE = 0.25
 """What a direction must save to stay, as a share of what one saves on average."""
 
 SMALL_SHARE = 0.05
-"""Share of Σ σ² over all directions of all updates that the smallest ones have together, which are asked about."""
+"""Share of Σ σ² over all directions of all updates that the smallest ones have together, which are asked about where
+growth ends."""
 
 NEEDLESS_SHARE = 0.001
 """What those that go may save together, as a share of what the trial saved."""

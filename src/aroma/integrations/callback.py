@@ -78,7 +78,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             `restore_callback_states_from_checkpoint=True` loses it.
         growth_dataset (*optional*): With `growth="evidence"`, examples that the Trainer does not train on, prepared as
             its training set is; see `aroma.hold_out`. They decide what stays after the trial, from the second pass
-            over the data on what is born, and which small components go. It may also be set after the Trainer was
+            over the data on what is born, and what goes where growth ends. It may also be set after the Trainer was
             made, as for SFTTrainer: `callback.growth_dataset = trainer.eval_dataset`. Checkpoints do not hold it.
         growth_loss (`Callable`, *optional*): Loss of a model and a held-out batch, if it is to be another than that of
             the training, `trainer.compute_loss`.

@@ -104,7 +104,7 @@ def attach(
                 break
 
     With `growth="evidence"`, held-out batches decide what stays after the trial, births after the first pass, and what
-    is small and goes:
+    goes in the last squeeze:
 
     .. code-block:: python
 
@@ -131,8 +131,8 @@ def attach(
         steps_per_pass: With growth="evidence", optimizer steps of one pass over the training set; `total_steps` if no
             example comes twice.
         growth_batches: With growth="evidence", batches of examples that are not trained on, as a list or a DataLoader.
-            They decide what stays after the trial, from the second pass on what is born, and which small components
-            go. They begin anew when they end; of an iterator the first 256 are kept for that.
+            They decide what stays after the trial, from the second pass on what is born, and what goes where growth
+            ends. They begin anew when they end; of an iterator the first 256 are kept for that.
         growth_loss: Loss of a model and such a batch, where the model itself returns none.
         scaler: With growth="evidence", the `torch.amp.GradScaler` that scales the loss, if one does; an optimizer that
             accelerate prepared brings it along, and one of DeepSpeed scales by itself.
