@@ -85,11 +85,6 @@ def with_eight_slots() -> pd.DataFrame:
     return each_seed_of("eight-slots").loc["before"]
 
 
-def at_the_end_alone() -> pd.DataFrame:
-    """Return what `not_squeezed` does of nets, the encoder and images before they were squeezed halfway, too."""
-    return each_seed_of("halfway").loc["at the end alone"]
-
-
 def each_seed_of(name: str) -> pd.DataFrame:
     """Return what was tried by variant, task and seed."""
     return of_evidence(name).set_index(["of", "task", "seed"]).sort_index()

@@ -377,7 +377,7 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
     scores = six.reported.groupby(["method", "task"]).score.mean().unstack()
     labels = {"aroma-evidence": "evidence", **{f"lora-r{r}": f"r = {r}" for r in (1, 2, 4, 8, 16)}}
     (best, score), *others = scores.mean(axis=1)[[*labels]].sort_values(ascending=False).items()
-    assert best == "lora-r2"
+    assert best == "aroma-evidence"
     listed = [f"{labels[name]} {100 * value:.2f}" for name, value in others]
     assert f"of the four, {labels[best]} has {100 * score:.2f}, {', '.join(listed[:-1])} and {listed[-1]}." in TEXT
     by_seed = six.reported.pivot_table("score", ["task", "seed"], "method")
@@ -465,16 +465,16 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
     )
     behind = {task: points.removeprefix("−") for task, points in said.items()}
     assert (
-        f"with the best of the five on TREC and BBC News, and below it on SST-2 ({behind['sst2']}) and BANKING77 "
-        f"({behind['banking77']}), at less than a third of its size." in TEXT
+        f"with the best of the five on TREC, SST-2 and BBC News, and below it on BANKING77 ({behind['banking77']}), at "
+        "less than a third of its size." in TEXT
     )
-    assert {task for task, row in rows.iterrows() if abs(row.difference) < row.error} == {"trec", "bbc-news"}
+    assert {task for task, row in rows.iterrows() if abs(row.difference) < row.error} == {"trec", "sst2", "bbc-news"}
     sizes = rows.trained / rows.best.str.removeprefix("lora-r").astype(int)
     assert all(sizes[["sst2", "banking77"]] < 1 / 3), sizes
     best = {"banking77": "lora-r16", "sst2": "lora-r16", "trec": "lora-r2", "bbc-news": "lora-r8"}
     assert rows.best.to_dict() == best
     most = -100 * rows.difference.min()
-    assert f"was ahead by up to {most:.1f} points on two, and level with it on two" in page_of("limits.md")
+    assert f"was ahead by {most:.1f} points on one, and level with it on three" in page_of("limits.md")
     trec = runs_of(RESULTS / "minilm-six").of(task="trec").groupby("method").score.mean().filter(regex=r"lora-r\d+$")
     assert trec.sort_values().index[1] == "lora-r16", "the worst but one"
 
@@ -653,14 +653,14 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
     means = [f"{100 * one.difference:.2f} ± {100 * one.error:.2f}" for one in rows.loc["average"].itertuples()]
     assert by_seed[RANKS].groupby("task").mean().mean().idxmax() == "lora-r8"
     whole = "{:.2f} ± {:.2f}".format(*(100 * one for one in over_tasks(ahead["lora-r8"])))
-    assert average[0] == f"nets, {means[0]} above r = 8; all twelve tasks, {whole} above r = 8"
-    assert average[1].startswith(f"four texts, {means[1].removeprefix('-')} below r = 2, which is level; five texts,")
+    texts = f"four texts, {means[1]} above r = 2, which is level"
+    assert average[0] == f"nets, {means[0]} above r = 8; all twelve tasks, {whole} above r = 8; {texts}"
     assert len(labels) == 12
     texts = ["banking77", "bbc-news", "mrpc", "sst2", "trec"]
     best = by_seed.loc[texts, RANKS].groupby("task").mean().mean().idxmax()
     apart, doubt = over_tasks(ahead[best].loc[texts])
     assert apart < 0
-    assert f"five texts, {100 * -apart:.2f} ± {100 * doubt:.2f} below r = {best[6:]}" in average[1]
+    assert average[1] == f"five texts, {100 * -apart:.2f} ± {100 * doubt:.2f} below r = {best[6:]}"
     assert f"With MRPC r = {best[6:]} is ahead on the average, by {100 * -apart:.2f} ± {100 * doubt:.2f}." in TEXT
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"r = {best[6:]}, which with MRPC is ahead on the average, by {100 * -apart:.1f} points." in readme
@@ -744,8 +744,8 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
     more = said["average"].removeprefix("−")
     assert f"in short runs on held-out examples has {more} more on average." in TEXT
     assert (
-        f"level with them on SST-2 ({said['sst2']}), BBC News ({said['bbc-news']}) and TREC ({said['trec']}), and "
-        f"below on BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
+        f"level with them on SST-2 ({said['sst2']}) and BBC News ({said['bbc-news']}), above on TREC ({said['trec']}), "
+        f"and below on BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
     )
     assert rows.chosen.dropna().to_dict() == {
         "banking77": "lora-r16",
