@@ -465,8 +465,8 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
     )
     behind = {task: points.removeprefix("−") for task, points in said.items()}
     assert (
-        f"with the best of the five on TREC, SST-2 and BBC News, and below it on BANKING77 ({behind['banking77']}), at "
-        "less than a third of its size." in TEXT
+        f"with the best of the five on TREC, SST-2 and BBC News, and below it on BANKING77 ({behind['banking77']}), "
+        "at less than a third of its size." in TEXT
     )
     assert {task for task, row in rows.iterrows() if abs(row.difference) < row.error} == {"trec", "sst2", "bbc-news"}
     sizes = rows.trained / rows.best.str.removeprefix("lora-r").astype(int)
@@ -744,8 +744,8 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
     more = said["average"].removeprefix("−")
     assert f"in short runs on held-out examples has {more} more on average." in TEXT
     assert (
-        f"level with them on SST-2 ({said['sst2']}) and BBC News ({said['bbc-news']}), above on TREC ({said['trec']}), "
-        f"and below on BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
+        f"level with them on SST-2 ({said['sst2']}) and BBC News ({said['bbc-news']}), above on TREC ({said['trec']}), and "
+        f"below on BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
     )
     assert rows.chosen.dropna().to_dict() == {
         "banking77": "lora-r16",
