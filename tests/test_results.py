@@ -744,8 +744,8 @@ def test_the_page_says_of_trying_and_of_loss_what_the_runs_say() -> None:
     more = said["average"].removeprefix("−")
     assert f"in short runs on held-out examples has {more} more on average." in TEXT
     assert (
-        f"level with them on SST-2 ({said['sst2']}) and BBC News ({said['bbc-news']}), above on TREC ({said['trec']}), and "
-        f"below on BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
+        f"level with them on SST-2 ({said['sst2']}) and BBC News ({said['bbc-news']}), above on "
+        f"TREC ({said['trec']}), and below on BANKING77 ({said['banking77']}); on average {said['average']}." in TEXT
     )
     assert rows.chosen.dropna().to_dict() == {
         "banking77": "lora-r16",
