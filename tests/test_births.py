@@ -423,9 +423,15 @@ def test_inspect_shows_evidence_and_steepness(
     assert main(["inspect", str(tmp_path / "grown"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["growth"]["births"] == rule.births
+    assert told["growth"]["squeezed"] == 0
     assert [(matrix["log_evidence"], matrix["steepness"]) for matrix in told["matrices"]] == [
         (module.log_evidence, module.steepness) for module in loop.growth.controller.summary()
     ]
+
+    rule.squeezed = 3
+    loop.save(tmp_path / "squeezed")
+    assert main(["inspect", str(tmp_path / "squeezed")]) == 0
+    assert f"the last at step {rule.last_birth}; small components that went 3." in capsys.readouterr().out
 
     Loop().go_on(until=12).save(tmp_path / "trial")
     assert main(["inspect", str(tmp_path / "trial")]) == 0

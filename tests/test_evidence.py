@@ -389,7 +389,7 @@ def test_held_out_batches_are_a_small_share_of_a_run(steps: int, doublings: int,
     settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None)
     first_pass = int(steps / passes)
     asked = settings.questions + quarters * max(FEWEST_OPENING, settings.questions // 4)
-    interval = settings.held_out_interval(first_pass, asked, trial << doublings)
+    interval = settings.held_out_interval(first_pass, settings.held_out_room(asked), trial << doublings)
     duelling = settings.last_step - max(first_pass, trial << doublings)
     duels = math.ceil(duelling / interval)
     assert asked + duels <= 0.12 * steps

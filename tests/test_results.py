@@ -655,8 +655,8 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
     means = [f"{100 * one.difference:.2f} ± {100 * one.error:.2f}" for one in rows.loc["average"].itertuples()]
     assert by_seed[RANKS].groupby("task").mean().mean().idxmax() == "lora-r8"
     whole = "{:.2f} ± {:.2f}".format(*(100 * one for one in over_tasks(ahead["lora-r8"])))
-    texts = f"four texts, {means[1]} above r = 2, which is level"
-    assert average[0] == f"nets, {means[0]} above r = 8; all twelve tasks, {whole} above r = 8; {texts}"
+    four = f"four texts, {means[1]} above r = 2, which is level"
+    assert average[0] == f"nets, {means[0]} above r = 8; all twelve tasks, {whole} above r = 8; {four}"
     assert len(labels) == 12
     texts = ["banking77", "bbc-news", "mrpc", "sst2", "trec"]
     best = by_seed.loc[texts, RANKS].groupby("task").mean().mean().idxmax()

@@ -139,18 +139,23 @@ class EvidenceSettings:
         steps_to_next_time = HELD_OUT_INTERVAL * held_out_batches
         return min(longest, math.exp(math.log(self.significance) / steps_to_next_time))
 
-    def held_out_interval(self, first_pass: int, asked: int, trial_steps: int, reserved: int = 0) -> int | None:
+    @property
+    def run(self) -> int:
+        """Planned optimizer steps, all but the last few."""
+        return self.last_step + self.trial_steps
+
+    def held_out_room(self, asked: int) -> int:
+        """Return how many held-out batches the run has left after those `asked` and tried; may be below 0."""
+        return math.floor(HELD_OUT_SHARE * self.run - asked)
+
+    def held_out_interval(self, first_pass: int, room: int, trial_steps: int) -> int:
         """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
 
         Args:
             first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
-            asked: Held-out batches that are tried before the first step, and asked in and after the trial.
+            room: How many may duel.
             trial_steps: Its length in the end.
-            reserved: Held-out batches that are asked where growth ends. If they leave none, none duels: None.
         """
-        room = math.floor(HELD_OUT_SHARE * (self.last_step + self.trial_steps) - asked) - reserved
-        if reserved and room < 1:
-            return None
         duelling = self.last_step - max(first_pass, trial_steps)
         return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
 
@@ -420,8 +425,11 @@ class EvidenceRule(Generic[E]):
         return max(min(first_pass, last) - first, 0) + (max(later, 0) // interval if interval else 0)
 
     def _held_out_interval(self, first_pass: int) -> int | None:
-        asked = TRIED + max(self._asked, self.questions)
-        return self._settings.held_out_interval(first_pass, asked, self._trial_steps, self._last_questions)
+        """Return the steps between held-out batches that duel; None if those of the squeeze leave none."""
+        room = self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - self._last_questions
+        if self._last_questions and room < 1:
+            return None
+        return self._settings.held_out_interval(first_pass, room, self._trial_steps)
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
@@ -467,12 +475,7 @@ class EvidenceRule(Generic[E]):
 
     @property
     def _may_go_on(self) -> bool:
-        return self.doublings < DOUBLINGS and 2 * self._trial_steps <= self._run / 2
-
-    @property
-    def _run(self) -> int:
-        """Planned optimizer steps, all but the last few."""
-        return self._settings.last_step + self._settings.trial_steps
+        return self.doublings < DOUBLINGS and 2 * self._trial_steps <= self._settings.run / 2
 
     @property
     def _trial_steps(self) -> int:
@@ -563,7 +566,7 @@ class EvidenceRule(Generic[E]):
         asked = max(self._asked, len(credits) + opened)  # those that overflowed have been asked, too
         asked += TRIED if self.holds_out else 0
         is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
-        self._share_out(math.floor(HELD_OUT_SHARE * self._run) - asked, is_any_dropped=bool(is_any_dropped))
+        self._share_out(self._settings.held_out_room(asked), is_any_dropped=bool(is_any_dropped))
         saved = share * np.nan_to_num(credits).mean(0)
         self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
         if not self._questions_again:

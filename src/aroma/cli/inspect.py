@@ -229,7 +229,8 @@ def as_json(rows: Sequence[RankRow], run: Mapping[str, Any] | None) -> dict[str,
                 **evidence,
             }
         )
-    growth = None if run is None else {key: run[key] for key in ("phase", "global_step", "births", "last_birth")}
+    told = ("phase", "global_step", "births", "last_birth", "squeezed")
+    growth = None if run is None else {key: run.get(key) for key in told}
     return {
         "total_rank": sum(row.rank for row in rows),
         "effective_rank": sum(row.effective_rank for row in rows),
@@ -257,7 +258,9 @@ def growth_line(run: Mapping[str, Any]) -> str:
     if is_in_trial(run["phase"]):
         return f"Growth by evidence: its trial was not over at optimizer step {run['global_step']}."
     last = "" if run["last_birth"] is None else f", the last at step {run['last_birth']}"
-    return f"Growth by evidence, at optimizer step {run['global_step']}: births since the trial {run['births']}{last}."
+    born = f"births since the trial {run['births']}{last}"
+    gone = f"; small components that went {run['squeezed']}" if run.get("squeezed") else ""
+    return f"Growth by evidence, at optimizer step {run['global_step']}: {born}{gone}."
 
 
 def serving_hint(adapter: AdapterWeights) -> str:
