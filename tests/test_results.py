@@ -316,10 +316,10 @@ def test_the_page_says_of_other_planted_encoders_what_the_runs_say() -> None:
         of: runs[(runs.task == "minilm-b4") & (runs.of == of) & (runs.learning_rate == rate)].set_index("seed").score
         for of, rate in rates.items()
     }
-    behind = 100 * (by_seed["r = 8"] - by_seed["evidence"])
+    ahead = 100 * (by_seed["evidence"] - by_seed["r = 8"])
     fixed = f"r = 4 {left['r = 4']} and r = 8 {left['r = 8']}"
-    assert f"it leaves {left['evidence']} at {best['evidence'].trained_rank:.2f}, {fixed}, from which" in TEXT
-    assert f"from which it is {behind.mean():.2f} ± {behind.sem():.2f} points away; the ranks" in TEXT
+    assert f"it leaves {left['evidence']} at {best['evidence'].trained_rank:.2f}, {fixed}, which" in TEXT
+    assert f"which is {ahead.mean():.2f} ± {ahead.sem():.2f} points more; the ranks" in TEXT
     assert f"the ranks are hardly found ({best['evidence'].spearman:.2f})." in TEXT
 
 
