@@ -393,6 +393,21 @@ def test_the_page_says_of_a_squeeze_halfway_what_the_runs_say() -> None:
     assert f"A third of what is left each time, not a sixth: {first}, {second}." in TEXT
 
 
+def test_the_page_says_of_quarters_of_a_batch_what_the_runs_say() -> None:
+    now, tried = the_rule(), each_seed_of("quarters-of-a-batch")
+    nets = tried.loc["quarters"]
+    gain = {task: in_points(nets.score[task] - now.score[task]) for task in ("graded", "noisy", "uniform")}
+    gains = [f"{LABELS[task]} {found}" for task, found in gain.items()]
+    assert {*nets.drop("minilm, 1,500 steps").groupby("task").score.count()} == {5}
+    grew = int(nets.grew["nothing"].sum())
+    assert grew == int(now.grew["nothing"].sum())
+    assert f"five seeds: {', '.join(gains)}, and where nothing is planted {grew} of 60" in TEXT
+    long = {of: tried.loc[of, "minilm, 1,500 steps", 4] for of in ("quarters", "as it is")}
+    born = " in place of ".join(f"{run.births:.0f}" for run in long.values())
+    left = " in place of ".join(f"{100 * (1 - run.score):.2f} %" for run in long.values())
+    assert f"one seed, {born.replace(' in', ' are born in')}, and it leaves {left}." in TEXT
+
+
 SHOWN = ("minilm", "n1000", "n3000")
 MERGES = {
     "as it was": "eight slots: the oldest merges",
