@@ -135,9 +135,10 @@ class Reference:
         if self.phase == "questions":
             self._credit(G)
             self._look_at_the_opening()
-        elif self.phase == "growth" and not decides and self._is_due():
-            number = max(self.next, o.questions) + (self.t - o.first_pass) // self._interval()
-            self._read(held_out(number), before=False)
+        elif self.phase == "growth" and not decides:
+            number = self._that_duels()
+            if number is not None:
+                self._read(held_out(number), before=False)
         elif self.phase == "growth" and decides:
             self._read(G, before=True)
         if self.phase in ("start", "growth"):
@@ -197,18 +198,20 @@ class Reference:
         left = room - again
         return again, min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
 
-    def _interval(self) -> int:
-        """Optimizer steps between held-out batches that duel: with all that are asked they are 12 % of the run."""
+    def _interval(self) -> int | None:
+        """Steps between held-out batches that duel, if any: with all that are asked they are 12 % of the run."""
         o = self.settings
         left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - self._shares()[1]) - 1
         if left < 1 and self._shares()[1]:
-            return 10**9  # none duels
+            return None
         return max(9, math.ceil((o.last - max(o.first_pass or 0, o.trial * 2**self.doubled)) / max(left, 1)))
 
-    def _is_due(self) -> bool:
-        """Whether a held-out batch duels at this step."""
-        later = self.t - (self.settings.first_pass or 0)
-        return later % self._interval() == 0 and self._interval() < 10**9
+    def _that_duels(self) -> int | None:
+        """Number of the held-out batch that duels at this step."""
+        interval, later = self._interval(), self.t - (self.settings.first_pass or 0)
+        if interval is None or later % interval:
+            return None
+        return max(self.next, self.settings.questions) + later // interval
 
     def _look_at_the_opening(self) -> None:
         """A quarter of the batches at half strength; if they do not say that loss is saved, as many at strength 0."""
