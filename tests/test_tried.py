@@ -405,7 +405,7 @@ def test_the_page_says_of_quarters_of_a_batch_what_the_runs_say() -> None:
     long = {of: tried.loc[of, "minilm, 1,500 steps", 4] for of in ("quarters", "as it is")}
     born = " in place of ".join(f"{run.births:.0f}" for run in long.values())
     left = " in place of ".join(f"{100 * (1 - run.score):.2f} %" for run in long.values())
-    assert f"one seed, {born.replace(' in', ' are born in')}, and it leaves {left}." in TEXT
+    assert f"one seed at 0.003, {born.replace(' in', ' are born in')}, and it leaves {left}." in TEXT
 
 
 SHOWN = ("minilm", "n1000", "n3000")
