@@ -275,7 +275,10 @@ def test_the_page_says_of_the_encoder_in_more_steps_what_the_runs_say() -> None:
     chooses = every.of.str.startswith("choosing")
     chosen = every[chooses].pivot_table("held_out", "learning_rate", "of")
     runs = every[~chooses]
-    for of, rates in (("evidence", [0.000333, 0.001, 0.003]), ("r = 8", [0.001, 0.003, 0.01])):
+    for of, rates in (
+        ("evidence", [0.000333, 0.001, 0.003]),
+        *((fixed, [0.001, 0.003, 0.01]) for fixed in ("r = 4", "r = 8")),
+    ):
         tried = chosen[f"choosing, {of}"].dropna()
         assert [*tried.index] == rates
         assert {*runs[runs.of == of].learning_rate} == {tried.idxmax()} == {rates[1]}
@@ -288,7 +291,7 @@ def test_the_page_says_of_the_encoder_in_more_steps_what_the_runs_say() -> None:
         f"it leaves {left['evidence']:.2f} % at {size['evidence']:.2f} trained components, less than a seventh" in TEXT
     )
     assert left["evidence"] < left["r = 4"] / 7
-    assert f"At 0.003 it leaves {left[higher]:.2f} % at {size[higher]:.2f}." in TEXT
+    assert f"At 0.003 evidence leaves {left[higher]:.2f} % at {size[higher]:.2f}." in TEXT
     of_lora = 100 * lora_error(long.score.rename(lambda of: of.replace("r = ", "lora-r")), size["evidence"])
     assert f"At its size LoRA would leave {of_lora:.2f} %. So there its error is less than half of LoRA's" in TEXT
     assert left["evidence"] < of_lora / 2
