@@ -105,7 +105,7 @@ def run(chances: dict[str, float], steps: int = STEPS, settled: int = 2, slots: 
     """Return the rule after a run over coins, its events as dicts, and its lines of progress."""
     matrices = Coins(chances, settled, slots)
     settings = EvidenceSettings(
-        0.05, 1.0, slots, trial_steps=20, memory=0.97, last_step=steps - 20, max_components=most
+        0.05, 1.0, slots, trial_steps=20, memory=0.97, last_step=steps - 20, max_components=most, total_steps=steps
     )
     rule: Any = EvidenceRule(settings, matrices)
     events, lines = [], []

@@ -57,7 +57,8 @@ def test_ratios_and_bytes(file):
 
 def test_what_growth_by_evidence_costs():
     cases, said = cases_of("roberta-base-evidence.json"), " ".join(SPEED.split())
-    one, eight, lora = (cases[key]["forward_backward_ratio"]["median"] for key in ("evidence-1", "evidence-8", "lora-r8"))
+    keys = ("evidence-1", "evidence-8", "lora-r8")
+    one, eight, lora = (cases[key]["forward_backward_ratio"]["median"] for key in keys)
     assert "Both aims are met." in said
     assert one <= 1.10
     assert eight <= lora
@@ -65,7 +66,7 @@ def test_what_growth_by_evidence_costs():
     over = {one["key"]: f"{one['forward_backward_ratio']['median']:.2f}" for one in result["comparisons"]}
     share = f"{over['evidence-1']} of the time of LoRA r = 8 with one component in training"
     assert f"takes {share}, {over['evidence-8']} with eight" in (ROOT / "README.md").read_text(encoding="utf-8")
-    one, eight, lora = (f"{cases[key]['step_ratio']['median']:.3f}" for key in ("evidence-1", "evidence-8", "lora-r8"))
+    one, eight, lora = (f"{cases[key]['step_ratio']['median']:.3f}" for key in keys)
     assert f"ratios of {one} and {eight} with one and with eight components, {lora} with LoRA r = 8." in said
     assert "With eight it keeps as many bytes as LoRA r = 8" in said
     assert cases["evidence-8"]["kept_bytes"] == cases["lora-r8"]["kept_bytes"]

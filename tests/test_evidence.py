@@ -386,7 +386,7 @@ def test_a_matrix_moves_as_far_with_many_components_as_with_one(slots: int) -> N
 def test_held_out_batches_are_a_small_share_of_a_run(steps: int, doublings: int, quarters: int, passes: float) -> None:
     """`quarters` of the questions are asked before those that decide what stays, where the updates swing."""
     trial = max(steps // 10, 16)
-    settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None)
+    settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None, steps)
     first_pass = int(steps / passes)
     asked = settings.questions + quarters * max(FEWEST_OPENING, settings.questions // 4)
     interval = settings.held_out_interval(first_pass, settings.held_out_room(asked), trial << doublings)
@@ -455,7 +455,7 @@ def test_the_questions_of_a_run_that_is_long_enough_come_to_their_end(first: flo
         trial = config.resolve_trial_steps(total)
         matrices = Answers({0.5: first, 0.0: base})
         last_step = (total - trial) // 4 * 4
-        rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 8, trial, 0.97, last_step, None), matrices)
+        rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 8, trial, 0.97, last_step, None, total), matrices)
         while rule.phase != "growth":
             rule.step()
         assert rule.global_step <= total
@@ -472,7 +472,7 @@ def test_the_questions_of_a_run_that_is_long_enough_come_to_their_end(first: flo
 def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out: int, swings: bool) -> None:
     """Where updates swing, questions come from another order of the examples: what is passed over costs nothing."""
     matrices = Answers({0.5: -99.0 if swings else 99.0, 0.0: 99.0})
-    settings = EvidenceSettings(0.05, 0.5, 8, steps // 10, 0.97, steps * 9 // 10, None)
+    settings = EvidenceSettings(0.05, 0.5, 8, steps // 10, 0.97, steps * 9 // 10, None, steps)
     rule: Any = EvidenceRule(settings, matrices)
     rule.held_out_batches, first_pass = held_out, steps // 10
     asked: list[int] = []
@@ -520,7 +520,7 @@ def after_the_questions(matrices: Any, steps: int = 400, most: int | None = None
     """Return a rule whose trial has ended."""
     trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
     last_step = (steps - trial) // 4 * 4
-    rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 3, trial, 0.97, last_step, most), matrices)
+    rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 3, trial, 0.97, last_step, most, steps), matrices)
     rule.holds_out = holds_out
     while rule.phase != "growth":
         matrices.born = [] if rule.phase != "questions" else matrices.born
@@ -603,7 +603,7 @@ class Squeezed(Answers):
 def squeezed_run(matrices: Squeezed, steps: int, *, holds_out: bool = True) -> tuple[Any, list[Any], int]:
     """Return the rule after a run, its events, and how many held-out batches were asked in all."""
     trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
-    settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None)
+    settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None, steps)
     rule: Any = EvidenceRule(settings, matrices)
     rule.held_out_batches, rule.holds_out = 40 if holds_out else None, holds_out
     events, asked = [], 0
@@ -628,7 +628,7 @@ def test_where_growth_ends_held_out_examples_say_which_small_components_go() -> 
     assert (told.module, told.step, told.rank) == ("a", 360, 1)
     assert told.value == pytest.approx(-1.0, abs=0.1), "what it saved"
     assert (rule.phase, rule.squeezed) == ("rest", 1)
-    assert "; 1 small component, which saved next to nothing, went where growth ended; " in rule.explanation
+    assert "; 1 small component, which saved next to nothing, went; " in rule.explanation
     assert asked <= 0.12 * 400
 
 

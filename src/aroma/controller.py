@@ -632,6 +632,7 @@ def evidence_rule(config: AromaConfig, total_steps: int | None) -> RulePlan:
         memory=config.probe_memory,
         last_step=((total_steps or 0) - trial) // CHECK_INTERVAL * CHECK_INTERVAL,
         max_components=config.max_components,
+        total_steps=total_steps or 0,
     )
     return partial(EvidenceRule, settings)
 

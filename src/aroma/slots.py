@@ -590,6 +590,14 @@ class SlotMatrices(GrowingMatrices):
         self._is_following, self._readings = True, []
         self._ask()
 
+    @torch.no_grad()
+    def shorten(self, share: float) -> None:
+        """Multiply what trains by `share`."""
+        for matrix, (b, a) in zip(self._all, self.pairs(self._all), strict=True):
+            if not matrix.is_frozen:
+                matrix.layer.start_pair(self._adapter_name, a.detach().clone(), b.detach() * share)
+        self.release_pairs()
+
     # Unused directions -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -23,8 +23,10 @@ earlier gradients. On every batch each of them duels with what trains, by how fa
 While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
 (Ville's inequality for the mixture).
 
-**The last squeeze.** Where growth ends, held-out batches are asked what the smallest directions save, which are put at
-half strength. The smallest go, as many as together save next to nothing, on average; the others train on.
+**The squeeze.** Where growth ends, held-out batches are asked what the smallest directions save, which are put at half
+strength. The smallest go, as many as together save next to nothing, on average; the others train on. A long run does
+so early, too, if all updates together cost loss by then, as noise does that was learnt by heart. If they do where
+growth ends, what trains is shortened when the run ends.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from .questions import (
     saves_loss,
     saves_together,
     smallest_directions,
+    strength_of_least_loss,
 )
 from .rule import Matrix, not_finite, require_finite
 
@@ -100,6 +103,7 @@ class EvidenceSettings:
         last_step: Optimizer step after which nothing is born, and at which nothing is where small components are asked
             about; one at which the evidence is looked at. What comes later hardly learns.
         max_components: Number of components at which a matrix gets no more; None for no limit.
+        total_steps: Planned optimizer steps.
     """
 
     significance: float
@@ -109,6 +113,7 @@ class EvidenceSettings:
     memory: float | None
     last_step: int
     max_components: int | None
+    total_steps: int
 
     @property
     def questions(self) -> int:
@@ -176,9 +181,10 @@ class EvidenceMatrix(Matrix, Protocol):
     steepness: float | None
 
 
-Stage = Literal["opening", "base", "whole", "half", "dropped"]
-"""Which questions are asked: the first, at strength ½; as many at 0; those that decide what stays, of what; those that
-decide what comes back of the rest."""
+Stage = Literal["opening", "base", "whole", "half", "dropped", "overshoot", "small", "strength"]
+"""Which questions are asked. At the end of the trial: the first, at strength ½; as many at 0; those that decide what
+stays, of what; those that decide what comes back of the rest. In a squeeze: whether all updates overshoot; what is
+small; how far they overshoot, at ½."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -254,6 +260,9 @@ class EvidenceMatrices(Protocol[E]):
     def note_moves(self) -> None:
         """Note how every component has moved since the last call: that is Δ_k from now on."""
 
+    def shorten(self, share: float) -> None:
+        """Multiply what trains by `share`."""
+
 
 class EvidenceRule(Generic[E]):
     """Growth by evidence; a `GrowthRule`.
@@ -271,7 +280,8 @@ class EvidenceRule(Generic[E]):
         doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
-        squeezed: Small components that went where growth ended.
+        squeezed: Small components that went.
+        strength: Share of what trains that is left when the run ends; 1 if nothing overshoots.
         holds_out: Whether held-out examples decide.
         tell: Called with events as they happen.
     """
@@ -291,7 +301,12 @@ class EvidenceRule(Generic[E]):
         self._asked = 0
         self._questions_again = 0  # about what was dropped
         self._last_questions = 0  # about what is small
-        self._sizes, self._small = np.empty((0, 0)), np.empty((0, 0), dtype=bool)
+        self._reach_questions = 0  # whether all updates overshoot, early, and how far, in the end
+        self._small_questions = 0  # of the squeeze that is under way
+        self._is_past_early = False
+        self._sizes, self._of_large = np.empty((0, 0)), np.empty((0, 0, 0))  # at full strength
+        self._small = self._dropped = np.empty((0, 0), dtype=bool)
+        self._lost: list[float] = []  # by matrix, with what is dropped
         self._saved: list[float] = []  # by what stays of every matrix
         self._next_number = 0  # of a held-out batch; some are passed over
         self._after_duels = 0  # the number that follows on that of the last duel
@@ -302,6 +317,7 @@ class EvidenceRule(Generic[E]):
         self.births = 0
         self.last_birth: int | None = None
         self.squeezed = 0
+        self.strength = 1.0
         self.holds_out = False
         self.held_out_batches = None
 
@@ -366,7 +382,9 @@ class EvidenceRule(Generic[E]):
         parts.append(last)
         if self.squeezed:
             what = "component" if self.squeezed == 1 else "components"
-            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went where growth ended")
+            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went")
+        if self.strength < 1:
+            parts.append(f"what trains overshoots, so {self.strength:.2f} of it is what the run ends with")
         if self.phase == "rest":
             parts.append(f"nothing is born after step {self._settings.last_step}")
         return "; ".join(parts)
@@ -390,12 +408,15 @@ class EvidenceRule(Generic[E]):
             events = self._end_trial() if self.global_step >= self._trial_steps else []
         elif self.phase == "growth" and self.global_step % CHECK_INTERVAL == 0:
             events = self._weigh(self._matrices.take_readings())
-            self._matrices.note_moves()
-            if self.global_step >= self._settings.last_step:
-                self._end_growth()
+            if self._is_squeezed_early:
+                self._begin_squeeze("overshoot")
+            else:
+                self._matrices.note_moves()
+                if self.global_step >= self._settings.last_step:
+                    self._end_growth()
         elif self.phase == "rest" and self.global_step < self._settings.last_step:
             # It was resumed with more steps than were planned.
-            self.phase, events = "growth", []
+            self.phase, self.strength, events = "growth", 1.0, []
             for matrix in self._matrices.all():
                 matrix.heads, matrix.flips = [0] * len(matrix.heads), [0] * len(matrix.flips)
                 matrix.log_evidence = 0.0
@@ -403,6 +424,8 @@ class EvidenceRule(Generic[E]):
             self._matrices.note_moves()
         else:
             events = []
+        if self.global_step == self._settings.total_steps and self.strength < 1:
+            self._matrices.shorten(self.strength)
         self.tell(events)
         return events
 
@@ -426,10 +449,14 @@ class EvidenceRule(Generic[E]):
 
     def _held_out_interval(self, first_pass: int) -> int | None:
         """Return the steps between held-out batches that duel; None if those of the squeeze leave none."""
-        room = self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - self._last_questions
-        if self._last_questions and room < 1:
+        if self._last_questions and self._room_for_duels < 1:
             return None
-        return self._settings.held_out_interval(first_pass, room, self._trial_steps)
+        return self._settings.held_out_interval(first_pass, self._room_for_duels, self._trial_steps)
+
+    @property
+    def _room_for_duels(self) -> int:
+        reserved = self._last_questions + self._reach_questions * (1 if self._is_past_early else 2)
+        return self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - reserved
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
@@ -484,8 +511,10 @@ class EvidenceRule(Generic[E]):
     @property
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
-        if self.phase == "squeeze":
-            return min(self._last_questions, self.questions) - len(self._credits)
+        if self._stage == "small":
+            return self._small_questions - len(self._credits)
+        if self._stage in ("overshoot", "strength"):
+            return self._reach_questions - len(self._credits)
         if self._stage == "dropped":
             return self._questions_again - len(self._credits)
         if self._stage in ("whole", "half"):
@@ -507,7 +536,7 @@ class EvidenceRule(Generic[E]):
         if self._missing > 0:
             return []
         if self.phase == "squeeze":
-            return self._squeeze()
+            return self._read_squeeze()
         if self._stage == "opening":
             self._read_opening()
         elif self._stage == "base":
@@ -584,6 +613,10 @@ class EvidenceRule(Generic[E]):
         # Without held-out examples what was learnt by heart would seem to save loss.
         may_ask = self.holds_out and room >= fewest
         self._last_questions = min(self.questions, max(room // 2, fewest)) if may_ask else 0
+        is_long = may_ask and room - self._last_questions >= 4 * fewest
+        self._reach_questions = opening_count(self.questions) if is_long else 0
+        if is_long:  # duels keep what they have
+            self._last_questions = max(self._last_questions - 2 * self._reach_questions, fewest)
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
@@ -606,33 +639,56 @@ class EvidenceRule(Generic[E]):
             if not matrix.is_frozen
         ]
 
-    def _end_growth(self) -> None:
-        """Follow no direction any more; ask the held-out examples, if any, what the small components are worth."""
-        if not self._may_squeeze or not self._begin_squeeze():
-            self.phase = "rest"
-            self._matrices.stop_following()
+    @property
+    def _is_before_end(self) -> bool:
+        return self.global_step < self._settings.last_step
 
-    def _begin_squeeze(self) -> bool:
-        """Put what is small at half strength; return whether anything is."""
-        self._check_components("growth's last")
-        self._matrices.set_aside()
-        self.phase = "squeeze"
-        try:
-            self._sizes = self._matrices.take_apart()
-            self._small = smallest_directions(self._sizes)
-            if self._small.any():
-                self._next_number = max(self._next_number, self._after_duels)
-                self._forget_answers()
-                self._matrices.halve(self._small)
-        except BaseException:
-            self.give_up()
-            raise
-        return bool(self._small.any())
+    @property
+    def _is_squeezed_early(self) -> bool:
+        """Whether it is time to ask if all updates overshoot: a third of growth is over."""
+        is_planned = self.holds_out and self._reach_questions > 0 and not self._is_past_early
+        growth = self._settings.last_step - self._trial_steps
+        return is_planned and self._is_before_end and 3 * (self.global_step - self._trial_steps) >= growth
 
     @property
     def _may_squeeze(self) -> bool:
         """Whether there are held-out batches for it: a run may be resumed without those that it was planned with."""
         return self.holds_out and self._last_questions > 0
+
+    def _end_growth(self) -> None:
+        """Ask the held-out examples, if any, what the small components are worth; follow no direction any more."""
+        if self._may_squeeze:
+            self._begin_squeeze("small")
+        else:
+            self._rest()
+
+    def _rest(self) -> None:
+        self.phase = "rest"
+        self._matrices.stop_following()
+
+    def _begin_squeeze(self, stage: Stage) -> None:
+        """Ask about all singular directions, the small ones at half strength where it is about these."""
+        self._check_components("squeeze's first")
+        self._matrices.set_aside()
+        self.phase, self._stage = "squeeze", stage
+        try:
+            self._sizes = self._matrices.take_apart()
+            self._small, self._lost = smallest_directions(self._sizes), [0.0] * len(self._sizes)
+            self._next_number = max(self._next_number, self._after_duels)
+            self._forget_answers()
+            if not self._small.any():
+                self._end_squeeze(self._small)
+            elif stage == "small":
+                self._ask_about_small(self._last_questions)
+            else:
+                self._matrices.ask_at(1.0)
+        except BaseException:
+            self.give_up()
+            raise
+
+    def _ask_about_small(self, questions: int) -> None:
+        self._stage, self._small_questions = "small", min(questions, self.questions)
+        self._matrices.halve(self._small)
 
     def give_up(self) -> None:
         """Put back what is halved, after an error or Ctrl-C: it is squeezed at the next look, if the run goes on."""
@@ -640,18 +696,40 @@ class EvidenceRule(Generic[E]):
             self._matrices.put_back()
             self._credits, self.phase = [], "growth"
 
-    def _squeeze(self) -> list[Event]:
-        """Drop what is small and saves next to nothing."""
-        credits, before = np.stack(self._credits), self._matrices.known_rank
-        dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
+    def _read_squeeze(self) -> list[Event]:
+        """Ask what comes next in a squeeze, or end it."""
+        credits, self._credits = np.stack(self._credits), []
+        if self._stage == "overshoot":
+            if not saves_together(-credits, self._settings.significance):
+                return self._end_squeeze(np.zeros_like(self._small))
+            self._ask_about_small(self._room_for_duels // 4)
+            return []
+        large = np.where(self._small, 0.0, np.nan_to_num(credits))
+        if self._stage == "strength":
+            self.strength = strength_of_least_loss(self._of_large, large)
+            return self._end_squeeze(self._dropped)
+        self._dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
+        self._lost = np.where(self._dropped, credits.mean(0), 0.0).sum(1).tolist()
+        overshoots = bool(self._reach_questions) and saves_together(-large, self._settings.significance)
+        if self._is_before_end or not overshoots:
+            return self._end_squeeze(self._dropped)
+        self._stage, self._of_large = "strength", large
+        self._matrices.ask_at(0.5)
+        return []
+
+    def _end_squeeze(self, dropped: np.ndarray) -> list[Event]:
+        """Take the `dropped` directions away, (matrices, S), and go on, or rest."""
+        before = self._matrices.known_rank
         self._matrices.drop(dropped)
-        self._matrices.stop_following()
-        self._credits, self.phase = [], "rest"
+        if self._is_before_end:
+            self.phase, self._is_past_early = "growth", True
+            self._matrices.note_moves()
+        else:
+            self._rest()
         self.squeezed += before - self._matrices.known_rank
-        saved = np.where(dropped, credits.mean(0), 0.0).sum(1).tolist()
         return [
-            self._event("squeezed", matrix, value=of_what_went)
-            for matrix, of_what_went, gone in zip(self._matrices.all(), saved, dropped, strict=True)
+            self._event("squeezed", matrix, value=saved)
+            for matrix, saved, gone in zip(self._matrices.all(), self._lost, dropped, strict=True)
             if gone.any()
         ]
 
@@ -679,7 +757,8 @@ class EvidenceRule(Generic[E]):
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
         # What is born right before a squeeze would be small.
-        return checked + self._bear([] if is_last and self._may_squeeze else self._within_limit(births))
+        is_squeezed = self._is_squeezed_early or (is_last and self._may_squeeze)
+        return checked + self._bear([] if is_squeezed else self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
         """Start components along unused directions, and tell of them; the events carry the evidence that decided."""
@@ -762,6 +841,9 @@ class EvidenceRule(Generic[E]):
             "asked": self._asked,
             "questions_again": self._questions_again,
             "last_questions": self._last_questions,
+            "reach_questions": self._reach_questions,
+            "is_past_early": self._is_past_early,
+            "strength": self.strength,
             "saved": self._saved,
             "next_number": self._next_number,
             "after_duels": self._after_duels,
@@ -797,6 +879,8 @@ class EvidenceRule(Generic[E]):
         # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
         self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
+        self._reach_questions, self._is_past_early = state.get("reach_questions", 0), state.get("is_past_early", False)
+        self.strength = state.get("strength", 1.0)
         self._after_duels = state.get("after_duels", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")

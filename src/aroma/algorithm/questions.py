@@ -164,6 +164,19 @@ def directions_to_drop(credits: np.ndarray, sizes: np.ndarray, small: np.ndarray
     return dropped
 
 
+def strength_of_least_loss(whole: np.ndarray, half: np.ndarray) -> float:
+    """Return the share of all updates at which the loss is least, in [½, 1).
+
+    Its slope is taken to be linear between the two, as that of a quadratic loss is.
+
+    Args:
+        whole: What every direction saves at full strength, by batch, (batches, matrices, S); below 0 together.
+        half: The same at half strength.
+    """
+    overshoot, missing = -whole.sum((1, 2)).mean(), max(half.sum((1, 2)).mean(), 0.0)
+    return float(0.5 + 0.5 * missing / (missing + overshoot))
+
+
 def _t_test(credits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return t and its chance where nothing is saved, over the first dimension, (batches, …)."""
     batches = len(credits)
