@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from scipy import stats
@@ -29,6 +30,7 @@ class Settings:
     interval: int = 4
     unused: int = 4
     last: int = 10**9  # step after which nothing is born
+    steps: int = 10**9  # of the run
     first_pass: int | None = None
     holds_out: bool = False
     held_out_batches: int | None = None  # how many have no example in common
@@ -116,7 +118,9 @@ class Reference:
         self.answers = 0  # to questions before those
         self.again = False  # whether it is asked about what was dropped
         self.opens = False  # whether it is open still how much of the updates is judged, and when
-        self.squeezed: list[int] = []  # how many small directions every matrix lost
+        self.squeezed = [0] * len(self.matrices)  # how many small directions every matrix lost
+        self.is_past_early = False
+        self.left = 1.0  # of what trains, when the run ends
         self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
         self.asked = 0  # held-out questions so far
@@ -161,10 +165,17 @@ class Reference:
                 self._look_at_the_opening()
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
+            if self._is_squeezed_early():
+                self._squeeze(held_out)
+                self.is_past_early = True
             self._look()
             if self.t >= o.last:
                 self._squeeze(held_out)
                 self.phase = "rest"
+        if self.t == o.steps:
+            for matrix in self.matrices:
+                for c in matrix.live:
+                    c.b.mul_(self.left)
         if self.phase == "questions" and len(self.credits) == o.questions and not self.again:
             self._settle()
             self.strength, self.again = 1.0, True
@@ -189,19 +200,37 @@ class Reference:
     def _questions_again(self) -> int:
         return self._shares()[0]
 
-    def _shares(self) -> tuple[int, int]:
-        """How many are asked about what was dropped, and about what is small, if all are 12 % of the run at most."""
+    def _shares(self) -> tuple[int, int, int]:
+        """How many are asked about what was dropped, about what is small, and twice about how far all updates reach.
+
+        All are 12 % of the run at most.
+        """
         o = self.settings
         room = math.floor(0.12 * (o.last + o.trial)) - self.answers - o.holds_out
         again = min(o.questions, room - 8) if room >= 16 else min(o.questions, room) if room >= 8 else 0
         again *= any(matrix.dropped for matrix in self.matrices)
         left = room - again
-        return again, min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
+        last = min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
+        if not last or left - last < 32:
+            return again, last, 0
+        reach = max(4, o.questions // 4)
+        return again, max(last - 2 * reach, 8), reach
+
+    def _room(self) -> int:
+        """For held-out batches that duel, in the whole run."""
+        o, (_, last, reach) = self.settings, self._shares()
+        reserved = last + (1 if self.is_past_early else 2) * reach
+        return math.floor(0.12 * (o.last + o.trial)) - max(self.asked, o.questions) - reserved - 1
+
+    def _is_squeezed_early(self) -> bool:
+        """A third of growth is over."""
+        o, trial = self.settings, self.settings.trial * 2**self.doubled
+        return bool(self._shares()[2]) and not self.is_past_early and trial + (o.last - trial) / 3 <= self.t < o.last
 
     def _interval(self) -> int | None:
         """Steps between held-out batches that duel, if any: with all that are asked they are 12 % of the run."""
         o = self.settings
-        left = math.floor(0.12 * (o.last + o.trial) - max(self.asked, o.questions) - self._shares()[1]) - 1
+        left = self._room()
         if left < 1 and self._shares()[1]:
             return None
         return max(9, math.ceil((o.last - max(o.first_pass or 0, o.trial * 2**self.doubled)) / max(left, 1)))
@@ -234,8 +263,8 @@ class Reference:
             self.doubled += 1
             self.phase, self.strength = "trial", 1.0
 
-    def _together(self, credits: list[list[list[float]]], alternative: str) -> bool:
-        saved = torch.tensor(credits, dtype=torch.float64).sum((1, 2))
+    def _together(self, credits: list[Any], alternative: str) -> bool:
+        saved = torch.tensor([sum(map(sum, _rows(one))) for one in credits], dtype=torch.float64)
         return bool(stats.ttest_1samp(saved, 0, alternative=alternative).pvalue < self.settings.alpha)
 
     def _look(self) -> None:
@@ -308,30 +337,36 @@ class Reference:
             matrix.heads, matrix.flips = [0] * o.unused, [0] * o.unused
 
     def _squeeze(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
-        """Where growth ends, take the smallest directions away that save no more than a thousandth together."""
-        o = self.settings
-        questions, before = self._shares()[1], [matrix.slots for matrix in self.matrices]
+        """Take the smallest directions away that save no more than a thousandth together.
+
+        Before growth ends that is done only where all updates cost loss. In the end, if they do, it is worked out how
+        much of them the run ends with.
+        """
+        o, is_early = self.settings, self.t < self.settings.last
+        _, questions, reach = self._shares()
+        before = [matrix.slots for matrix in self.matrices]
         parts, sizes = [], []
         for i, matrix in enumerate(self.matrices):
             U, S, Vh = torch.linalg.svd(sum((torch.outer(c.b, c.a) for c in matrix.live), 0 * matrix.W0))
-            parts.append([(U[:, k], S[k], Vh[k]) for k in range(len(matrix.live))])
-            sizes += [(float(S[k]), i, k) for k in range(len(matrix.live))]
+            found = [k for k in range(len(matrix.live)) if S[k] > 1e-12]  # what is just born has no length yet
+            parts.append([(U[:, k], S[k], Vh[k]) for k in found])
+            sizes += [(float(S[k]), i, k) for k in found]
         total, small = sum(size**2 for size, _, _ in sizes), []
         for size, i, k in sorted(sizes):
             if sum(sizes_before**2 for sizes_before, _, _ in small) + size**2 <= 0.05 * total:
                 small.append((size, i, k))
         if not (questions and small):
             return
+        self._next_order()
+        if is_early:
+            if not self._together([self._saved_along(sizes, parts, held_out) for _ in range(reach)], "less"):
+                return
+            questions = min(o.questions, self._room() // 4)
         halved = {(i, k) for _, i, k in small}
         for i, matrix in enumerate(self.matrices):
             self._fill(matrix, parts[i], [0.5 if (i, k) in halved else 1.0 for k in range(len(parts[i]))])
-        self._next_order()
-        answers = []
-        for _ in range(questions):
-            G = self._next(held_out)
-            answers.append(
-                {(i, k): -o.s * float(parts[i][k][0] @ G[i] @ parts[i][k][2]) * size for size, i, k in small}
-            )
+        answers = [self._saved_along(sizes, parts, held_out) for _ in range(questions)]
+        of_large = [{at: credit for at, credit in one.items() if at not in halved} for one in answers]
         gone: list[tuple[int, int]] = []
         saved, least = sum(self.saved), 0.0
         for _, i, k in small:
@@ -339,12 +374,30 @@ class Reference:
             if together <= least + 0.001 * max(saved, 0.0):
                 gone.append((i, k))
                 least = min(least, together)
+        if not is_early and reach and self._together(of_large, "less"):
+            self.strength = 0.5
+            large = [one for one in sizes if one[1:] not in halved]
+            at_half = [self._saved_along(large, parts, held_out) for _ in range(reach)]
+            missing, over = (sum(sum(one.values()) for one in every) / len(every) for every in (at_half, of_large))
+            self.strength, self.left = 1.0, 0.5 if missing <= 0 else 0.5 + 0.5 * missing / (missing - over)
         for i, matrix in enumerate(self.matrices):
             stay = [part for k, part in enumerate(parts[i]) if (i, k) not in gone]
             matrix.slots = before[i]
-            self.squeezed.append(len(parts[i]) - len(stay))
+            self.squeezed[i] += len(parts[i]) - len(stay)
             if len(stay) < len(parts[i]):
                 self._fill(matrix, stay, [1.0] * len(stay))
+                matrix.count += len(stay)
+
+    def _saved_along(
+        self,
+        sizes: Sequence[tuple[float, int, int]],
+        parts: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]],
+        held_out: Callable[[int], Sequence[Tensor]],
+    ) -> dict[tuple[int, int], float]:
+        """What each of these directions saves on the next held-out batch, by matrix and place."""
+        G = self._next(held_out)
+        s = self.settings.s
+        return {(i, k): -s * size * float(parts[i][k][0] @ G[i] @ parts[i][k][2]) for size, i, k in sizes}
 
     def _fill(self, matrix: Matrix, parts: Sequence[tuple[Tensor, Tensor, Tensor]], shares: Sequence[float]) -> None:
         """Make components of `shares` of these directions; their averages of squares are the mean of those before."""
@@ -414,7 +467,8 @@ class Reference:
         for matrix in self.matrices:
             before, money = matrix.live, [evidence(*won) for won in zip(matrix.heads, matrix.flips, strict=True)]
             found = []
-            for _ in range(min(o.S, o.unused) if self.t < o.last or not self._shares()[1] else 0):
+            is_squeezed = self._is_squeezed_early() or (self.t >= o.last and self._shares()[1])
+            for _ in range(0 if is_squeezed else min(o.S, o.unused)):
                 k = max(range(o.unused), key=lambda k: money[k])
                 if sum(money) / o.unused >= 1 / o.alpha:
                     money[k] = 1.0
@@ -454,6 +508,10 @@ class Reference:
         for directions, averages, span in ((matrix.u, matrix.p, spans[0]), (matrix.v, matrix.q, spans[1])):
             for k, average in enumerate(averages):
                 directions[k] = _outside(average, [*span], directions[:k], directions[k])
+
+
+def _rows(credits: Any) -> list[list[float]]:
+    return [[*credits.values()]] if isinstance(credits, dict) else credits
 
 
 def _random(seed: int, index: int, purpose: str, count: int, size: int) -> list[Tensor]:

@@ -102,6 +102,7 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
         pytest.param(3, 0.1, 0.1, True, 100, 6e-2, (1, 0.5), 20, id="swings", marks=pytest.mark.slow),
         pytest.param(3, 0.1, 0.2, False, None, 8e-2, (2, 0.5), 20, id="swings for long", marks=pytest.mark.slow),
         pytest.param(3, 0.1, 0.2, True, 100, 8e-2, (2, 0.5), 20, id="swings, held out"),
+        pytest.param(8, 0.02, 0.5, True, 70, 1e-2, (0, 0.5), 20, id="learnt by heart"),
     ],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(
@@ -119,11 +120,13 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     After a trial of 40 steps the nine batches that are held out decide how long a direction remembers.
     """
     steps, few = 400 if first_pass == 15 or way == (1, 0.5) else 200, trial == 40
+    steps = 800 if first_pass == 70 else steps
     base, x, y = planted([0, 4, 1, 3], noise=noise)
     held = batches(x[300:], y[300:], 9 if few else 60, seed=9)
     data = batches(x[:300], y[:300], steps)
     weights = {f"layers.{i}": layer.weight.detach().clone() for i, layer in enumerate(base.layers)}
     given = {"S": slots, "kappa": kappa, "first_pass": first_pass, "holds_out": holds_out, "last": steps - trial}
+    given |= {"steps": steps}
     given |= {"trial": trial, "questions": 9 if few else 10, "held_out_batches": len(held) if holds_out else None}
     alpha = 0.2 if first_pass == 15 else 0.05  # few batches duel then
     settings = Settings(alpha=alpha, **given)
@@ -160,10 +163,13 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     assert growth.controller.rule.doublings == reference.doubled
     assert (reference.doubled, reference.share) == way
     squeezed = {event.module: event.rank for event in events if event.kind == "squeezed"}
-    lost = reference.squeezed or [0] * LAYERS
-    left = {m.name: len(m.merged) + len(m.live) for m, n in zip(reference.matrices, lost, strict=True) if n}
-    assert squeezed == left
-    assert bool(squeezed) == (steps == 400), "in a shorter run there is no room for more questions"
+    assert growth.controller.rule.squeezed == sum(reference.squeezed)
+    assert {m.name for m, n in zip(reference.matrices, reference.squeezed, strict=True) if n} == {*squeezed}
+    assert bool(squeezed) == (steps > 200), "in a shorter run there is no room for more questions"
+    assert growth.controller.rule.strength == pytest.approx(reference.left)
+    early = {event.step for event in events if event.kind == "squeezed" and event.step < steps - trial}
+    assert early == ({276} if steps == 800 else set()), "where a third of growth is over, in a long run"
+    assert (0.5 < reference.left < 1) == (steps == 800)
     most = [len(matrix.live) for matrix in reference.matrices]
     assert slots <= 8 or max(most) == slots, "as many train as there are slots, more than in the trial"
     settled = {event.module: event.rank for event in events if event.kind == "settled"}

@@ -674,11 +674,12 @@ class EvidenceRule(Generic[E]):
         try:
             self._sizes = self._matrices.take_apart()
             self._small, self._lost = smallest_directions(self._sizes), [0.0] * len(self._sizes)
-            self._next_number = max(self._next_number, self._after_duels)
-            self._forget_answers()
             if not self._small.any():
                 self._end_squeeze(self._small)
-            elif stage == "small":
+                return
+            self._next_number = max(self._next_number, self._after_duels)
+            self._forget_answers()
+            if stage == "small":
                 self._ask_about_small(self._last_questions)
             else:
                 self._matrices.ask_at(1.0)
