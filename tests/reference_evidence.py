@@ -119,7 +119,7 @@ class Reference:
         self.again = False  # whether it is asked about what was dropped
         self.opens = False  # whether it is open still how much of the updates is judged, and when
         self.squeezed = [0] * len(self.matrices)  # how many small directions every matrix lost
-        self.is_past_early = False
+        self.early: int | None = None  # how many were asked about what is small, before growth ended
         self.left = 1.0  # of what trains, when the run ends
         self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
@@ -166,8 +166,7 @@ class Reference:
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
             if self._is_squeezed_early():
-                self._squeeze(held_out)
-                self.is_past_early = True
+                self.early = self._squeeze(held_out)
             self._look()
             if self.t >= o.last:
                 self._squeeze(held_out)
@@ -219,13 +218,13 @@ class Reference:
     def _room(self) -> int:
         """For held-out batches that duel, in the whole run."""
         o, (_, last, reach) = self.settings, self._shares()
-        reserved = last + (1 if self.is_past_early else 2) * reach
+        reserved = last + (2 if self.early is None else 1) * reach + math.ceil((self.early or 0) / 2)
         return math.floor(0.12 * (o.last + o.trial)) - max(self.asked, o.questions) - reserved - 1
 
     def _is_squeezed_early(self) -> bool:
         """A third of growth is over."""
         o, trial = self.settings, self.settings.trial * 2**self.doubled
-        return bool(self._shares()[2]) and not self.is_past_early and trial + (o.last - trial) / 3 <= self.t < o.last
+        return bool(self._shares()[2]) and self.early is None and trial + (o.last - trial) / 3 <= self.t < o.last
 
     def _interval(self) -> int | None:
         """Steps between held-out batches that duel, if any: with all that are asked they are 12 % of the run."""
@@ -336,8 +335,8 @@ class Reference:
             matrix.q = [torch.zeros_like(v) for v in matrix.v]
             matrix.heads, matrix.flips = [0] * o.unused, [0] * o.unused
 
-    def _squeeze(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
-        """Take the smallest directions away that save no more than a thousandth together.
+    def _squeeze(self, held_out: Callable[[int], Sequence[Tensor]]) -> int:
+        """Take the smallest directions away that save no more than a thousandth together; return how many were asked.
 
         Before growth ends that is done only where all updates cost loss. In the end, if they do, it is worked out how
         much of them the run ends with.
@@ -356,11 +355,11 @@ class Reference:
             if sum(sizes_before**2 for sizes_before, _, _ in small) + size**2 <= 0.05 * total:
                 small.append((size, i, k))
         if not (questions and small):
-            return
+            return 0
         self._next_order()
         if is_early:
             if not self._together([self._saved_along(sizes, parts, held_out) for _ in range(reach)], "less"):
-                return
+                return 0
             questions = min(o.questions, self._room() // 4)
         halved = {(i, k) for _, i, k in small}
         for i, matrix in enumerate(self.matrices):
@@ -387,6 +386,7 @@ class Reference:
             if len(stay) < len(parts[i]):
                 self._fill(matrix, stay, [1.0] * len(stay))
                 matrix.count += len(stay)
+        return questions
 
     def _saved_along(
         self,

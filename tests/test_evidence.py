@@ -27,6 +27,7 @@ from aroma.algorithm.questions import (
     keep_one_if_undecided,
     saves_loss,
     smallest_directions,
+    strength_of_least_loss,
     upper_tail,
 )
 from aroma.directions import Directions, singular_directions
@@ -578,32 +579,46 @@ def test_small_directions_go_while_all_that_go_save_next_to_nothing() -> None:
 
 
 class Squeezed(Answers):
-    """Two matrices whose small directions are asked about where growth ends."""
+    """Two matrices of a large and two small directions, which are asked about in squeezes.
 
-    def __init__(self) -> None:
+    Args:
+        large: What the large direction saves at full strength, and at half of it.
+    """
+
+    def __init__(self, *large: float) -> None:
         super().__init__({0.5: 99.0})
         first = self.matrices[0]
         self.matrices = [SimpleNamespace(**{**vars(first), "name": name, "component_count": 2}) for name in "ab"]
+        self.large = dict(zip((1.0, 0.5), large or (9.0, 9.0), strict=True))
+        self.is_squeezing = False
         self.halved: np.ndarray | None = None
         self.lost: list[np.ndarray] = []
+        self.shares: list[float] = []
 
     def take_apart(self) -> np.ndarray:
         return np.array([[5.0, 0.1], [0.2, math.nan]])
 
     def take_credits(self) -> list[np.ndarray]:
-        first, second = (9.0, -1.0) if self.halved is not None else (-9.0, -9.0) if self.strength == 1 else (9.0, -9.0)
-        means = np.array([[first, second], [first, np.nan]])  # one is dropped after the trial, and does not come back
+        if self.is_squeezing:
+            means = np.array([[self.large[self.strength], -1.0], [9.0, np.nan]])
+        else:  # one is dropped after the trial, and does not come back
+            first = -9.0 if self.strength == 1 else 9.0
+            means = np.array([[first, -9.0], [first, np.nan]])
         return [means + self.random.normal(0, 0.1, (2, 2)) for _ in range(self.due)]
 
     def halve(self, small: np.ndarray) -> None:
-        self.halved = small
+        self.halved, self.strength = small, 1.0
 
     def drop(self, dropped: np.ndarray) -> None:
         self.lost.append(dropped)
+        self.is_squeezing = False
         self.matrices[0].component_count -= int(dropped[0].sum())
 
     def set_aside(self) -> None:
-        pass
+        self.is_squeezing = True
+
+    def shorten(self, share: float) -> None:
+        self.shares.append(share)
 
 
 def squeezed_run(matrices: Squeezed, steps: int, *, holds_out: bool = True) -> tuple[Any, list[Any], int]:
@@ -647,6 +662,63 @@ def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_th
     assert "nothing is squeezed, as in most runs of fewer than 240." in " ".join(
         (DOCS / "method.md").read_text(encoding="utf-8").split()
     )
+
+
+SMALL = [[False, True], [False, False]]
+
+
+def test_a_long_run_squeezes_early_where_all_updates_cost_loss() -> None:
+    matrices = Squeezed(-20.0, 9.0)
+    rule, events, asked = squeezed_run(matrices, 2_000)
+    assert [event.step for event in events if event.kind == "squeezed"] == [736, 1800]
+    assert 736 - 4 < 200 + (1_800 - 200) / 3 <= 736, "at the first look after a third of growth"
+    assert [lost.tolist() for lost in matrices.lost] == [SMALL, SMALL]
+    assert (rule.phase, rule.squeezed) == ("rest", 2)
+    assert 1 + asked <= 0.12 * 2_000
+
+
+@pytest.mark.parametrize(("large", "steps"), [((9.0, 9.0), 2_000), ((-20.0, 9.0), 400)])
+def test_nothing_goes_early_where_updates_save_loss_or_few_batches_are_left(
+    large: tuple[float, float], steps: int
+) -> None:
+    matrices = Squeezed(*large)
+    _, events, _ = squeezed_run(matrices, steps)
+    assert [event.step for event in events if event.kind == "squeezed"] == [steps * 9 // 10]
+    assert [lost.any() for lost in matrices.lost] == [False] * (steps == 2_000) + [True]
+    assert not matrices.shares
+
+
+def test_a_run_ends_at_the_strength_at_which_the_loss_is_least() -> None:
+    """The large direction saves 10 at ½ and −10 at 1, so its loss is least at ¾; the small ones do not count."""
+    matrices = Squeezed(-10.0, 10.0)
+    rule, _, _ = squeezed_run(matrices, 2_000)
+    assert matrices.shares == [rule.strength]
+    assert rule.strength == pytest.approx(0.75, abs=0.01)
+    assert "; what trains overshoots, so 0.75 of it is what the run ends with; " in rule.explanation
+
+
+def test_what_trains_is_shortened_after_the_last_planned_step_alone() -> None:
+    matrices = Squeezed(-10.0, 10.0)
+    rule, _, _ = squeezed_run(matrices, 2_000)
+    longer: Any = EvidenceRule(rule._settings, matrices)
+    longer.holds_out, longer.held_out_batches = True, 40
+    longer.restore({**rule.state(), "global_step": 1_998})
+    longer.step()
+    assert len(matrices.shares) == 1
+    longer.step()
+    longer.step()
+    assert matrices.shares == [rule.strength] * 2
+
+
+@pytest.mark.parametrize("least", [0.55, 0.8, 0.99])
+def test_the_strength_of_least_loss_is_exact_for_a_quadratic_loss(least: float) -> None:
+    directions = np.array([[[3.0, 1.0], [0.5, 2.0]]] * 4)
+    whole, half = (directions * (least - strength) for strength in (1.0, 0.5))
+    assert strength_of_least_loss(whole, half) == pytest.approx(least)
+
+
+def test_half_of_the_updates_is_left_at_least() -> None:
+    assert strength_of_least_loss(np.full((4, 2, 2), -2.0), np.full((4, 2, 2), -1.0)) == 0.5
 
 
 class Level(Squeezed):

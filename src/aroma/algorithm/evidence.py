@@ -303,7 +303,7 @@ class EvidenceRule(Generic[E]):
         self._last_questions = 0  # about what is small
         self._reach_questions = 0  # whether all updates overshoot, early, and how far, in the end
         self._small_questions = 0  # of the squeeze that is under way
-        self._is_past_early = False
+        self._early_questions: int | None = None  # about what is small, early; None before
         self._sizes, self._of_large = np.empty((0, 0)), np.empty((0, 0, 0))  # at full strength
         self._small = self._dropped = np.empty((0, 0), dtype=bool)
         self._lost: list[float] = []  # by matrix, with what is dropped
@@ -455,7 +455,10 @@ class EvidenceRule(Generic[E]):
 
     @property
     def _room_for_duels(self) -> int:
-        reserved = self._last_questions + self._reach_questions * (1 if self._is_past_early else 2)
+        """Held-out batches that may duel in the whole run."""
+        reserved = self._last_questions + self._reach_questions * (2 if self._early_questions is None else 1)
+        # The third that had duelled before the early squeeze was one of more.
+        reserved += math.ceil((self._early_questions or 0) / 2)
         return self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - reserved
 
     def held_out_questions(self) -> Sequence[int]:
@@ -646,7 +649,7 @@ class EvidenceRule(Generic[E]):
     @property
     def _is_squeezed_early(self) -> bool:
         """Whether it is time to ask if all updates overshoot: a third of growth is over."""
-        is_planned = self.holds_out and self._reach_questions > 0 and not self._is_past_early
+        is_planned = self.holds_out and self._reach_questions > 0 and self._early_questions is None
         growth = self._settings.last_step - self._trial_steps
         return is_planned and self._is_before_end and 3 * (self.global_step - self._trial_steps) >= growth
 
@@ -670,7 +673,7 @@ class EvidenceRule(Generic[E]):
         """Ask about all singular directions, the small ones at half strength where it is about these."""
         self._check_components("squeeze's first")
         self._matrices.set_aside()
-        self.phase, self._stage = "squeeze", stage
+        self.phase, self._stage, self._small_questions = "squeeze", stage, 0
         try:
             self._sizes = self._matrices.take_apart()
             self._small, self._lost = smallest_directions(self._sizes), [0.0] * len(self._sizes)
@@ -723,7 +726,7 @@ class EvidenceRule(Generic[E]):
         before = self._matrices.known_rank
         self._matrices.drop(dropped)
         if self._is_before_end:
-            self.phase, self._is_past_early = "growth", True
+            self.phase, self._early_questions = "growth", self._small_questions
             self._matrices.note_moves()
         else:
             self._rest()
@@ -843,7 +846,7 @@ class EvidenceRule(Generic[E]):
             "questions_again": self._questions_again,
             "last_questions": self._last_questions,
             "reach_questions": self._reach_questions,
-            "is_past_early": self._is_past_early,
+            "early_questions": self._early_questions,
             "strength": self.strength,
             "saved": self._saved,
             "next_number": self._next_number,
@@ -880,7 +883,7 @@ class EvidenceRule(Generic[E]):
         # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
         self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
-        self._reach_questions, self._is_past_early = state.get("reach_questions", 0), state.get("is_past_early", False)
+        self._reach_questions, self._early_questions = state.get("reach_questions", 0), state.get("early_questions")
         self.strength = state.get("strength", 1.0)
         self._after_duels = state.get("after_duels", 0)
         self._credits, self._base_credits = (
