@@ -110,6 +110,7 @@ class Loop:
         size: Examples of a batch.
         backward: Takes the gradients of a batch; loss.backward() by default.
         wrap: Makes the model one of several processes.
+        noisy: How many examples there are, if they come again and again; their targets are noise then, too.
         growth: Further arguments of `attach`.
     """
 
@@ -121,6 +122,7 @@ class Loop:
         size: int = 8,
         backward: Callable[[Any, Rows], None] = lambda model, batch: loss_of(model, batch).backward(),
         wrap: Callable[[Any], Any] = lambda model: model,
+        noisy: int | None = None,
         **growth: Any,
     ) -> None:
         self.model = net() if model is None else model
@@ -128,7 +130,9 @@ class Loop:
         self.optimizer = optimizer(trainable(self.model))
         self.steps, self.size, self.backward, self.options = steps, size, backward, growth
         dtype = next(value.dtype for value in self.model.parameters() if value.is_floating_point())
-        self.x, self.y = (part.to(dtype) for part in rows(size * steps))
+        self.x, self.y = (part.to(dtype) for part in rows(noisy or size * steps))
+        if noisy:
+            self.y = self.y + torch.randn(self.y.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
         self.events: list[Event] = []
         self.done = 0
 
@@ -143,7 +147,7 @@ class Loop:
         return self.growth
 
     def batch(self, step: int) -> Rows:
-        return share((self.x, self.y), step * self.size, self.size)
+        return share((self.x, self.y), step * self.size % len(self.x), self.size)
 
     def go_on(self, until: int | None = None) -> Loop:
         """Train until so many steps are done."""
@@ -190,6 +194,14 @@ def share(data: Rows, start: int, count: int) -> Rows:
 def long() -> dict[str, Any]:
     """What makes a loop one in which held-out batches decide births."""
     return {"steps": LONG, "model": net(**LONG_METHOD)}
+
+
+def by_heart(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What makes a loop one that learns noise by heart: it squeezes early, and its updates end shortened."""
+    return {
+        **{"steps": 2 * LONG, "model": net(Net().to(dtype), trial_share=1 / 30), "noisy": 64, "steps_per_pass": 8},
+        "growth_batches": held_out(20, dtype=dtype),
+    }
 
 
 def held_out(

@@ -360,7 +360,7 @@ class Reference:
         if is_early:
             if not self._together([self._saved_along(sizes, parts, held_out) for _ in range(reach)], "less"):
                 return 0
-            questions = min(o.questions, self._room() // 4)
+            questions = min(o.questions, max(self._room() // 4, 8))
         halved = {(i, k) for _, i, k in small}
         for i, matrix in enumerate(self.matrices):
             self._fill(matrix, parts[i], [0.5 if (i, k) in halved else 1.0 for k in range(len(parts[i]))])

@@ -653,9 +653,12 @@ def test_where_growth_ends_held_out_examples_say_which_small_components_go() -> 
     assert asked <= 0.12 * 400
 
 
-@pytest.mark.parametrize("steps", [60, 100, 235, 243, 244, 320, 400, 1_000, 5_000])
-def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_the_squeeze(steps: int) -> None:
-    matrices = Squeezed()
+@pytest.mark.parametrize("large", [(9.0, 9.0), (-20.0, 9.0)])
+@pytest.mark.parametrize("steps", [60, 100, 235, 243, 244, 320, 400, 700, 1_000, 1_500, 5_000])
+def test_all_held_out_batches_of_a_run_are_twelve_percent_of_it_with_those_of_the_squeeze(
+    steps: int, large: tuple[float, float]
+) -> None:
+    matrices = Squeezed(*large)
     _, _, asked = squeezed_run(matrices, steps)
     assert 1 + asked <= max(0.12 * steps, 10), "one is tried before the first step"
     assert bool(matrices.lost) == (steps >= 244)

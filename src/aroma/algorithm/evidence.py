@@ -706,7 +706,7 @@ class EvidenceRule(Generic[E]):
         if self._stage == "overshoot":
             if not saves_together(-credits, self._settings.significance):
                 return self._end_squeeze(np.zeros_like(self._small))
-            self._ask_about_small(self._room_for_duels // 4)
+            self._ask_about_small(max(self._room_for_duels // 4, QUESTIONS[0]))
             return []
         large = np.where(self._small, 0.0, np.nan_to_num(credits))
         if self._stage == "strength":
@@ -847,7 +847,7 @@ class EvidenceRule(Generic[E]):
             "last_questions": self._last_questions,
             "reach_questions": self._reach_questions,
             "early_questions": self._early_questions,
-            "strength": self.strength,
+            "strength_at_end": self.strength,
             "saved": self._saved,
             "next_number": self._next_number,
             "after_duels": self._after_duels,
@@ -884,7 +884,7 @@ class EvidenceRule(Generic[E]):
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
         self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
         self._reach_questions, self._early_questions = state.get("reach_questions", 0), state.get("early_questions")
-        self.strength = state.get("strength", 1.0)
+        self.strength = state.get("strength_at_end", 1.0)
         self._after_duels = state.get("after_duels", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
