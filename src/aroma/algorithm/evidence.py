@@ -671,7 +671,7 @@ class EvidenceRule(Generic[E]):
 
     def _begin_squeeze(self, stage: Stage) -> None:
         """Ask about all singular directions, the small ones at half strength where it is about these."""
-        self._check_components("squeeze's first")
+        self._check_components("squeeze's" if self._is_before_end else "growth's last")
         self._matrices.set_aside()
         self.phase, self._stage, self._small_questions = "squeeze", stage, 0
         try:
