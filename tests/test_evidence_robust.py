@@ -38,6 +38,7 @@ from evidence_runs import (
     Rows,
     bear_everywhere,
     births,
+    by_heart,
     grown,
     held_out,
     long,
@@ -730,9 +731,13 @@ def test_without_the_held_out_examples_that_it_was_planned_with_a_run_is_not_squ
 
 def unsqueezed(**changes: Any) -> Any:
     """A loop right before the squeeze of step 232, which the optimizer has taken."""
-    loop = Loop(**squeezing(**changes)).go_on(231)
+    return without_its_rule(Loop(**squeezing(**changes)).go_on(231))
+
+
+def without_its_rule(loop: Any) -> Any:
+    """A loop after one more step, which the optimizer alone has taken."""
     loop.optimizer.zero_grad()
-    loss_of(loop.wrapped, loop.batch(231)).backward()
+    loss_of(loop.wrapped, loop.batch(loop.done)).backward()
     loop.growth.detach()
     loop.optimizer.step()
     return loop
@@ -764,6 +769,53 @@ def test_what_interrupts_the_squeeze_leaves_nothing_halved(tmp_path: Path) -> No
     loop = Loop.resumed(tmp_path, 232, **squeezing(growth_loss=loss))
     loop.go_on()
     assert asked == [232, *[236] * 8]
+
+
+@pytest.mark.parametrize("answers", [1, 6])
+def test_what_interrupts_an_early_squeeze_leaves_nothing_halved(answers: int) -> None:
+    """Four batches say whether all updates overshoot, and eight what the small ones save."""
+    asked: list[int] = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        if hasattr(loop, "growth") and loop.growth.controller.rule.phase == "squeeze":
+            asked.append(loop.growth.controller.rule.global_step)
+            if len(asked) == answers:
+                raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    loop = Loop(**by_heart(), growth_loss=loss)
+    loop.go_on(171)
+    with pytest.raises(KeyboardInterrupt):
+        loop.go_on(172)
+    assert loop.growth.controller.rule.phase == "growth"
+    untouched = without_its_rule(Loop(**by_heart()).go_on(171))
+    assert_same(dict(loop.model.state_dict()), dict(untouched.model.state_dict()))
+    loop.go_on(180)
+    assert asked == [172] * answers + [176] * 12
+    assert {event.step for event in loop.events if event.kind == "squeezed"} == {176}
+
+
+def test_what_a_run_ends_with_is_shortened_in_its_last_step_alone(tmp_path: Path) -> None:
+    loop = Loop(**by_heart()).go_on(2 * LONG - 1)
+    left = loop.growth.controller.rule.strength
+    assert left < 1
+    loop.save(tmp_path)
+    whole = without_its_rule(Loop.resumed(tmp_path, 2 * LONG - 1, **by_heart()))
+    loop.go_on()
+    for matrix, other in zip(loop.growth.controller.modules, whole.growth.controller.modules, strict=True):
+        (b, a), (whole_b, whole_a) = matrix.pair, other.pair
+        torch.testing.assert_close(b, left * whole_b, rtol=1e-6, atol=0)
+        assert torch.equal(a, whole_a)
+
+
+def test_a_run_that_goes_on_for_longer_ends_with_what_its_new_end_says(tmp_path: Path) -> None:
+    loop = Loop(**by_heart()).go_on(2 * LONG - 4)
+    assert loop.growth.controller.rule.strength < 1
+    loop.save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        longer = Loop.resumed(tmp_path, 2 * LONG - 4, **{**by_heart(), "steps": 3 * LONG}).go_on(2 * LONG)
+    assert (longer.growth.controller.rule.phase, longer.growth.controller.rule.strength) == ("growth", 1.0)
 
 
 @pytest.mark.parametrize("method", ["take_apart", "halve"])

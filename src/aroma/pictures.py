@@ -157,7 +157,7 @@ class History:
         rank: Components at the last event.
         births: Optimizer steps of the births since the trial, in order.
         merges: Those of them at which the oldest component was merged to make room.
-        squeezed: Components that went where growth ended.
+        squeezed: Small components that went.
         evidence: Optimizer step and log E wherever it was told, in order; twice at a birth, after which E is 1 again.
     """
 
@@ -244,7 +244,7 @@ def draw_births(
     evidence E is drawn against its threshold 1/α. Below, a panel for each kind of matrix, and in it a row for each
     layer: the height of the area is log E / log(1/α), from 0 to 1; a dot is a birth, a dark one if the oldest
     component was merged for it. The bars are the ranks at the end: what the trial left, then what was born, and hollow
-    what went where growth ended.
+    what went.
 
     Args:
         events: `Event.as_dict()` of every event of the run, in order, or the rows of `events.jsonl`.
@@ -330,7 +330,7 @@ def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
     born = f"births {len(births)}" + (f", last at step {max(births)}" if births else "")
     left = f"the trial left {sum(settled)} components at step {scene.trial}"
     squeezed = sum(matrix.squeezed for matrix in histories)
-    gone = f"\nsmall, gone where growth ended: {squeezed}" if squeezed else ""
+    gone = f"\nsmall, gone: {squeezed}" if squeezed else ""
     return f"{count} · {left} · {born}{gone} · ranks {min(ranks)} to {max(ranks)}, total {sum(ranks)}"
 
 
@@ -394,7 +394,7 @@ def _explain_births(figure: SubFigure, axes: Axes, histories: Sequence[History])
     if any(matrix.merges for matrix in histories):
         merges = [axes.scatter([], [], s=30, label="birth, the oldest merged", **_MERGE)]
     if any(matrix.squeezed for matrix in histories):
-        gone = [Patch(label="small, dropped at the end of growth", **_GONE)]
+        gone = [Patch(label="small, dropped", **_GONE)]
     handles = [
         Patch(color=_TRIAL, label="trial"),
         Patch(color=_EVIDENCE, label="evidence: log E, full at log 1/α"),

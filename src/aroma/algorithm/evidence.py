@@ -3,16 +3,16 @@
 W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
 it says is out of sample. `docs/method.md` derives all of this; `questions.py` and `duels.py` decide by the answers.
 
-**The trial.** For the first tenth of the run every matrix trains eight components, or as many as it has slots. Then up
-to 64 batches say what the singular directions σ_k u_k v_kᵀ of its update save, with all updates at half strength:
+**The trial.** Every matrix trains eight components, or as many as it has slots. Then batches say what the singular
+directions σ_k u_k v_kᵀ of its update save, with all updates at half strength:
 
     credit_k = −s σ_k u_kᵀ G_½ v_k    the midpoint rule for the loss that the direction saves
 
 Where the updates swing, the trial goes on, or half of every update is judged. What was dropped is asked about again at
 strength 0, and begins anew from b = 0 where the loss falls along it.
 
-**Growth.** From then on, until the last tenth of the run, every matrix has a few unused directions u vᵀ, made of
-earlier gradients. On every batch each of them duels with what trains, by how fast the loss falls along them:
+**Growth.** From then on every matrix has a few unused directions u vᵀ, made of earlier gradients. On every batch each
+of them duels with what trains, by how fast the loss falls along them:
 
     z    = −uᵀ G v
     own  = mean over the matrix's components k of −⟨G, Δ_k⟩ / ‖Δ_k‖_F     Δ_k: how the component moved lately
@@ -20,13 +20,9 @@ earlier gradients. On every batch each of them duels with what trains, by how fa
     E    = mean over the matrix's unused directions, and over θ in (½, 1), of (2θ)^heads (2(1 − θ))^tails
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
-While heads are no likelier than tails, the probability that E ever reaches 1/α is at most α, however often one looks
-(Ville's inequality for the mixture).
-
-**The squeeze.** Where growth ends, held-out batches are asked what the smallest directions save, which are put at half
-strength. The smallest go, as many as together save next to nothing, on average; the others train on. A long run does
-so early, too, if all updates together cost loss by then, as noise does that was learnt by heart. If they do where
-growth ends, what trains is shortened when the run ends.
+**The squeeze.** Where growth ends, the smallest directions go, as many as together save next to nothing at half
+strength. A long run does so early, too, if all updates together cost loss by then, as noise does that was learnt by
+heart; if they do in the end, what trains is shortened when the run ends.
 """
 
 from __future__ import annotations
