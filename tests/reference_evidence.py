@@ -218,13 +218,13 @@ class Reference:
     def _room(self) -> int:
         """For held-out batches that duel, in the whole run."""
         o, (_, last, reach) = self.settings, self._shares()
-        reserved = last + (2 if self.early is None else 1) * reach + math.ceil((self.early or 0) / 2)
+        reserved = last + (2 if self.early is None else 1) * reach + math.ceil((self.early or 0) * 2 / 3)
         return math.floor(0.12 * (o.last + o.trial)) - max(self.asked, o.questions) - reserved - 1
 
     def _is_squeezed_early(self) -> bool:
-        """A third of growth is over."""
+        """Two fifths of growth are over."""
         o, trial = self.settings, self.settings.trial * 2**self.doubled
-        return bool(self._shares()[2]) and self.early is None and trial + (o.last - trial) / 3 <= self.t < o.last
+        return bool(self._shares()[2]) and self.early is None and trial + 0.4 * (o.last - trial) <= self.t < o.last
 
     def _interval(self) -> int | None:
         """Steps between held-out batches that duel, if any: with all that are asked they are 12 % of the run."""

@@ -169,7 +169,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     assert bool(squeezed) == (steps > 200), "in a shorter run there is no room for more questions"
     assert growth.controller.rule.strength == pytest.approx(reference.left)
     early = {event.step for event in events if event.kind == "squeezed" and event.step < steps - trial}
-    assert early == ({276} if steps == 800 else set()), "where a third of growth is over, in a long run"
+    assert early == ({324} if steps == 800 else set()), "where two fifths of growth are over, in a long run"
     assert (0.5 < reference.left < 1) == (steps == 800)
     most = [len(matrix.live) for matrix in reference.matrices]
     assert slots <= 8 or max(most) == slots, "as many train as there are slots, more than in the trial"
@@ -673,8 +673,8 @@ SMALL = [[False, True], [False, False]]
 def test_a_long_run_squeezes_early_where_all_updates_cost_loss() -> None:
     matrices = Squeezed(-20.0, 9.0)
     rule, events, asked = squeezed_run(matrices, 2_000)
-    assert [event.step for event in events if event.kind == "squeezed"] == [736, 1800]
-    assert 736 - 4 < 200 + (1_800 - 200) / 3 <= 736, "at the first look after a third of growth"
+    assert [event.step for event in events if event.kind == "squeezed"] == [840, 1800]
+    assert 200 + 0.4 * (1_800 - 200) == 840, "two fifths of growth"
     assert [lost.tolist() for lost in matrices.lost] == [SMALL, SMALL]
     assert (rule.phase, rule.squeezed) == ("rest", 2)
     assert 1 + asked <= 0.12 * 2_000

@@ -784,15 +784,15 @@ def test_what_interrupts_an_early_squeeze_leaves_nothing_halved(answers: int) ->
         return loss_of(model, batch)
 
     loop = Loop(**by_heart(), growth_loss=loss)
-    loop.go_on(171)
+    loop.go_on(203)
     with pytest.raises(KeyboardInterrupt):
-        loop.go_on(172)
+        loop.go_on(204)
     assert loop.growth.controller.rule.phase == "growth"
-    untouched = without_its_rule(Loop(**by_heart()).go_on(171))
+    untouched = without_its_rule(Loop(**by_heart()).go_on(203))
     assert_same(dict(loop.model.state_dict()), dict(untouched.model.state_dict()))
-    loop.go_on(180)
-    assert asked == [172] * answers + [176] * 12
-    assert {event.step for event in loop.events if event.kind == "squeezed"} == {176}
+    loop.go_on(212)
+    assert asked == [204] * answers + [208] * 12
+    assert {event.step for event in loop.events if event.kind == "squeezed"} == {208}
 
 
 def test_what_a_run_ends_with_is_shortened_in_its_last_step_alone(tmp_path: Path) -> None:

@@ -453,8 +453,8 @@ class EvidenceRule(Generic[E]):
     def _room_for_duels(self) -> int:
         """Held-out batches that may duel in the whole run."""
         reserved = self._last_questions + self._reach_questions * (2 if self._early_questions is None else 1)
-        # The third that had duelled before the early squeeze was one of more.
-        reserved += math.ceil((self._early_questions or 0) / 2)
+        # Of more, two fifths had duelled before the early squeeze.
+        reserved += math.ceil((self._early_questions or 0) * 2 / 3)
         return self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - reserved
 
     def held_out_questions(self) -> Sequence[int]:
@@ -644,10 +644,10 @@ class EvidenceRule(Generic[E]):
 
     @property
     def _is_squeezed_early(self) -> bool:
-        """Whether it is time to ask if all updates overshoot: a third of growth is over."""
+        """Whether it is time to ask if all updates overshoot: two fifths of growth are over."""
         is_planned = self.holds_out and self._reach_questions > 0 and self._early_questions is None
         growth = self._settings.last_step - self._trial_steps
-        return is_planned and self._is_before_end and 3 * (self.global_step - self._trial_steps) >= growth
+        return is_planned and self._is_before_end and 5 * (self.global_step - self._trial_steps) >= 2 * growth
 
     @property
     def _may_squeeze(self) -> bool:
