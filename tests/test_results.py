@@ -199,7 +199,7 @@ def test_the_page_says_of_single_matrices_what_the_runs_say() -> None:
     assert [found for _, found in pairs["uniform"]] == [2] * 60
     assert "In `graded` all 60 matrices have the rank that is planted, and in `uniform` all 60 have two." in TEXT
     nothing = [found for planted, found in pairs["noisy"] if not planted]
-    said = f"In `noisy` {nothing.count(0)} of {len(nothing)} matrices that need nothing get nothing, the others one"
+    said = f"In `noisy` {nothing.count(0)} of {len(nothing)} matrices that need nothing get nothing, the other one"
     assert f"{said} component; of" in TEXT
     assert {*nothing} == {0, 1}
     others = [found - planted for planted, found in pairs["noisy"] if planted]
