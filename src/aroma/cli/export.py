@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import bad_value
-from .texts import examples
+from .texts import add_command
 
 BASE_MODEL_GROUP = "aroma.base_models"
 """Entry point group of functions that know further names of base models."""
@@ -14,19 +14,19 @@ BASE_MODEL_GROUP = "aroma.base_models"
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "export",
-        help="write an adapter for serving engines or llama.cpp, or the merged model",
-        description="Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, "
-        "the merged model, or tasks that were learnt one after another as one adapter.",
-        epilog=examples(
-            "aroma export runs/mrpc/adapter served --uniform",
-            "aroma export runs/mrpc/adapter served --uniform --rank 32",
-            "aroma export runs/mrpc/adapter merged --merged",
-            "aroma export runs/smollm2/adapter adapter.gguf --gguf",
-            "aroma export tasks out --plain --tasks topics moods     # their sum, with the head of moods",
+        "write an adapter for serving engines or llama.cpp, or the merged model",
+        (
+            "Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, "
+            "the merged model, or tasks that were learnt one after another as one adapter."
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma export runs/mrpc/adapter served --uniform",
+        "aroma export runs/mrpc/adapter served --uniform --rank 32",
+        "aroma export runs/mrpc/adapter merged --merged",
+        "aroma export runs/smollm2/adapter adapter.gguf --gguf",
+        "aroma export tasks out --plain --tasks topics moods     # their sum, with the head of moods",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a plain LoRA adapter, or with --plain of tasks")
     parser.add_argument("out", metavar="OUT", help="folder to write, new or empty; with --gguf a new file")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..events import evidence_text
 from .extras import require_extra
-from .texts import add_force, examples
+from .texts import add_command, add_force
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,21 +29,19 @@ _NONE = "·"
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "inspect",
-        help="show the rank of every matrix, as a grid, table, picture or JSON",
-        description=(
+        "show the rank of every matrix, as a grid, table, picture or JSON",
+        (
             "Show the ranks of an adapter by layer and kind of matrix. With --sort one line a matrix: rank,\n"
             "effective rank and parameters; of a run with growth='evidence' also the evidence E for one more\n"
             "component, and how steep its direction was."
         ),
-        epilog=examples(
-            "aroma inspect runs/mrpc/adapter",
-            "aroma inspect runs/mrpc/adapter --sort rank",
-            "aroma inspect runs/mrpc/adapter --json",
-            "aroma inspect runs/mrpc/checkpoints/checkpoint-500 --plot ranks.svg",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma inspect runs/mrpc/adapter",
+        "aroma inspect runs/mrpc/adapter --sort rank",
+        "aroma inspect runs/mrpc/adapter --json",
+        "aroma inspect runs/mrpc/checkpoints/checkpoint-500 --plot ranks.svg",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of any plain LoRA adapter, a checkpoint included")
     parser.add_argument("--sort", choices=ORDERS, help="one line a matrix, in this order")

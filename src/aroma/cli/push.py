@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .texts import examples
+from .texts import add_command
 
 if TYPE_CHECKING:
     from ..hub import Upload
@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "push",
-        help="upload an adapter to the Hugging Face hub, after asking",
-        description="Verify an adapter, show what would be uploaded to the hub, and upload it if you agree.",
-        epilog=examples(
-            "aroma push runs/mrpc/adapter ann/roberta-mrpc --private --license apache-2.0",
-            "aroma push served ann/served --yes",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "upload an adapter to the Hugging Face hub, after asking",
+        "Verify an adapter, show what would be uploaded to the hub, and upload it if you agree.",
+        "aroma push runs/mrpc/adapter ann/roberta-mrpc --private --license apache-2.0",
+        "aroma push served ann/served --yes",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of an adapter that AROMA saved or exported")
     parser.add_argument("repo", metavar="REPO", help="OWNER/NAME, or a NAME of your own account")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import add_force, examples
+from aroma.cli.texts import add_command, add_force
 from aroma.errors import bad_value
 
 from ..progress import progress_bar
@@ -19,22 +19,20 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "bench",
-        help="measure what a training step costs in time and memory, method by method",
-        description=(
+        "measure what a training step costs in time and memory, method by method",
+        (
             "Measure what a training step costs. All methods take turns, one step each, in one process. The report\n"
             "has ratios to the floor (forward and backward of the frozen backbone), bytes kept for backward, peak\n"
             "memory, optimizer state, trainable parameters, and the cost of AROMA's controller: as a table, as JSON\n"
             "and as a picture. Weights and tokens are random: nothing is downloaded for a named shape."
         ),
-        epilog=examples(
-            "aroma bench",
-            "aroma bench --model minilm --batch-size 16 --length 64 --out minilm.json",
-            "aroma bench --only lora-r8 aroma-0 aroma-8 --rounds 21 --threads 1",
-            "aroma bench --device cuda --dtype bfloat16 --batch-size 32",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma bench",
+        "aroma bench --model minilm --batch-size 16 --length 64 --out minilm.json",
+        "aroma bench --only lora-r8 aroma-0 aroma-8 --rounds 21 --threads 1",
+        "aroma bench --device cuda --dtype bfloat16 --batch-size 32",
     )
     _add_options(parser, "bench.json", "; the picture goes beside it")
     flag = argparse.BooleanOptionalAction
@@ -44,16 +42,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--peak", action=flag, default=True, help=peak_help)
     # PyTorch's own way of waiting for threads, since that is what a user's script has.
     parser.set_defaults(run=run, waits_passively=False)
-    profiler = parser.add_subparsers(title="further benchmarks", metavar="COMMAND").add_parser(
+    profiler = add_command(
+        parser.add_subparsers(title="further benchmarks", metavar="COMMAND"),
         "profile",
-        help="measure where the time of forward and backward goes, by kind of operation",
-        description=(
+        "measure where the time of forward and backward goes, by kind of operation",
+        (
             "Measure where the time of forward and backward goes, by kind of operation: matmuls of the backbone,\n"
             "narrow matmuls of the update, folding, dropout masks, attention, the rest. PyTorch's profiler slows\n"
             "every step down a little: take ratios from `aroma bench`."
         ),
-        epilog=examples("aroma bench profile --only aroma-0 aroma-8 lora-r8 --rounds 5"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma bench profile --only aroma-0 aroma-8 lora-r8 --rounds 5",
     )
     _add_options(profiler, "profile.json")
     profiler.set_defaults(run=run_profile)

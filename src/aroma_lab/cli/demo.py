@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
+from aroma.cli.texts import add_command
 
 from ..specs import TrainSpec, check_training
 
@@ -18,15 +18,16 @@ FOLDER = "aroma-demo"
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "demo",
-        help="grow adapters on real news articles, offline, in about two minutes",
-        description=(
+        "grow adapters on real news articles, offline, in about two minutes",
+        (
             "Grow adapters in a pretrained sentence encoder on 1,780 BBC News articles, evaluate on all 445 held-out\n"
             "ones, and reload the adapter in plain PEFT. Needs no network and no GPU."
         ),
-        epilog=examples("aroma demo", "aroma demo --out runs/demo --threads 2"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma demo",
+        "aroma demo --out runs/demo --threads 2",
     )
     parser.add_argument("--out", metavar="DIR", help="new or empty folder (aroma-demo, or aroma-demo-2, …)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import add_force, examples
+from aroma.cli.texts import add_command, add_force
 
 from ..preflight import require_model
 from .bench import new_files, print_lines
@@ -20,25 +20,23 @@ SHAPES = (
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "estimate",
-        help="say what memory a fine-tuning needs, and on how many of which devices it fits",
-        description=(
+        "say what memory a fine-tuning needs, and on how many of which devices it fits",
+        (
             "Say what memory a fine-tuning with AROMA or LoRA needs on each device, part by part, and on how many of\n"
             "which devices it fits. The model is built and run without data: any size takes seconds, and nothing is\n"
             "downloaded but a configuration."
         ),
-        epilog=examples(
-            "aroma estimate roberta-base",
-            "aroma estimate llama3-8b --gradient-checkpointing --sequence-length 2048",
-            "aroma estimate llama3-8b --dtype nf4 --device RTX-4090 T4",
-            "aroma estimate llama3-8b --adapter lora --r 8 --devices 4",
-            "aroma estimate llama3.1-405b --components 1 10 100 --devices 16 --json 405b.json",
-            "aroma estimate deepseek-v3 --dtype nf4 --quantise-experts --gradient-checkpointing --devices 32",
-            "aroma estimate qwen3-30b-a3b --target-parameters experts.gate_up_proj experts.down_proj --devices 8",
-            "aroma estimate roberta-base --dtype float32 --batch-size 32 --sequence-length 256 --device-memory 6",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma estimate roberta-base",
+        "aroma estimate llama3-8b --gradient-checkpointing --sequence-length 2048",
+        "aroma estimate llama3-8b --dtype nf4 --device RTX-4090 T4",
+        "aroma estimate llama3-8b --adapter lora --r 8 --devices 4",
+        "aroma estimate llama3.1-405b --components 1 10 100 --devices 16 --json 405b.json",
+        "aroma estimate deepseek-v3 --dtype nf4 --quantise-experts --gradient-checkpointing --devices 32",
+        "aroma estimate qwen3-30b-a3b --target-parameters experts.gate_up_proj experts.down_proj --devices 8",
+        "aroma estimate roberta-base --dtype float32 --batch-size 32 --sequence-length 256 --device-memory 6",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"shape ({', '.join(SHAPES)}), or a folder or hub name")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import add_force, examples
+from aroma.cli.texts import add_command, add_force
 from aroma.errors import OutputError, bad_value
 
 from ..preflight import require_saved
@@ -19,18 +19,18 @@ _LANGUAGE_OPTIONS = ("method", "max_new_tokens", "limit", "predictions")
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "eval",
-        help="evaluate a trained adapter on all examples of files",
-        description="Load base model and adapter in plain PEFT and evaluate on all examples of a file; a language "
-        "model answers the questions of several.",
-        epilog=examples(
-            "aroma eval runs/mrpc/adapter --data test.jsonl",
-            "aroma eval out/adapter --data other.csv --text first --text-pair second --label same",
-            "aroma eval runs/commonsense/adapter --data obqa=openbookqa/test.jsonl --data arc=ARC-Easy/test.jsonl",
-            "aroma eval runs/commonsense/adapter --data test.jsonl --method generation --predictions answers.jsonl",
+        "evaluate a trained adapter on all examples of files",
+        (
+            "Load base model and adapter in plain PEFT and evaluate on all examples of a file; a language "
+            "model answers the questions of several."
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma eval runs/mrpc/adapter --data test.jsonl",
+        "aroma eval out/adapter --data other.csv --text first --text-pair second --label same",
+        "aroma eval runs/commonsense/adapter --data obqa=openbookqa/test.jsonl --data arc=ARC-Easy/test.jsonl",
+        "aroma eval runs/commonsense/adapter --data test.jsonl --method generation --predictions answers.jsonl",
     )
     parser.add_argument(
         "adapter",

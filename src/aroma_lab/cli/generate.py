@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aroma.cli.texts import add_force, examples
+from aroma.cli.texts import add_command, add_force
 from aroma.errors import DataError, bad_value
 from aroma.outputs import new_file
 
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "generate",
-        help="let a language model answer a prompt, or a file of prompts",
-        description="Load a language model, with an adapter in plain PEFT, and let it answer.",
-        epilog=examples(
-            "aroma generate runs/smollm2-commonsense/adapter Hello!",
-            "aroma generate smollm2 - --temperature 0.7 --seed 1",
-            "aroma generate runs/smollm2-commonsense/adapter prompts.jsonl --out answers.jsonl",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "let a language model answer a prompt, or a file of prompts",
+        "Load a language model, with an adapter in plain PEFT, and let it answer.",
+        "aroma generate runs/smollm2-commonsense/adapter Hello!",
+        "aroma generate smollm2 - --temperature 0.7 --seed 1",
+        "aroma generate runs/smollm2-commonsense/adapter prompts.jsonl --out answers.jsonl",
     )
     parser.add_argument(
         "adapter", metavar="ADAPTER", help="folder of a language model's adapter, or of the model; or smollm2"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from aroma.cli.texts import examples
+from aroma.cli.texts import add_command
 
 from . import lab_report, lab_run, lab_search
 
@@ -14,20 +13,18 @@ _COMMANDS = (lab_run, lab_search, lab_report)
 
 def add_parser(commands: Any) -> None:
     """Add the command and its subcommands to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "lab",
-        help="run methods × tasks × seeds, and make the paper's tables and figures of them",
-        description=(
+        "run methods × tasks × seeds, and make the paper's tables and figures of them",
+        (
             "Experiments under one protocol: every method in the same training loop, evaluated on whole sets, with\n"
             "settings chosen on held-out training data. `run` and `search` fill a folder, on one machine or, with\n"
             "the help of `worker`, on several; `table` and `figure` read it."
         ),
-        epilog=examples(
-            "aroma lab run examples/lab/minilm-tiny.yaml",
-            "aroma lab table runs/lab-tiny",
-            "aroma lab run examples/lab/minilm-tiny.yaml --list",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma lab run examples/lab/minilm-tiny.yaml",
+        "aroma lab table runs/lab-tiny",
+        "aroma lab run examples/lab/minilm-tiny.yaml --list",
     )
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:

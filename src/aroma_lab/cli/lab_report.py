@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import add_force, examples
+from aroma.cli.texts import add_command, add_force
 from aroma.errors import bad_value
 
 # As in report/; written out here so that help imports nothing.
@@ -38,7 +38,7 @@ FIGURES = {
 
 def add_parser(commands: Any) -> None:
     """Add the three commands to the parser of `aroma lab`."""
-    table = _add(
+    table = add_command(
         commands,
         "table",
         "print a table of a grid's runs",
@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
     add_force(table)
     table.set_defaults(run=run_table)
 
-    figure = _add(
+    figure = add_command(
         commands,
         "figure",
         "draw a figure of finished runs",
@@ -85,7 +85,7 @@ def add_parser(commands: Any) -> None:
     add_force(figure)
     figure.set_defaults(run=run_figure)
 
-    collect = _add(
+    collect = add_command(
         commands,
         "collect",
         "write all runs of a grid into one small table, which tables and figures are made of as well",
@@ -166,17 +166,6 @@ def run_collect(arguments: argparse.Namespace) -> None:
         write_selection(selection, runs.selection)
         write_text(grid, yaml.safe_dump(runs.grid, sort_keys=False))
     print(f"{len(runs.rows)} runs, {out.stat().st_size / 1e3:.0f} kB: {out}")
-
-
-def _add(commands: Any, name: str, words: str, description: str, *lines: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=words,
-        description=description,
-        epilog=examples(*lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
 
 
 def _listed(kinds: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
+from aroma.cli.texts import add_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,24 +18,22 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the commands to the parser of `aroma lab`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "run",
-        help="run methods × tasks × seeds, on one machine or several",
-        description=(
+        "run methods × tasks × seeds, on one machine or several",
+        (
             "Run every trial of a grid that has no result yet, each in a process of its own. Finished trials are\n"
             "skipped, interrupted ones resume from their last checkpoint, and failed ones are listed at the end. If\n"
             "the grid has a selection, it comes first: settings are chosen on held-out training data. With --storage\n"
             "several machines share the trials: run the same command, or `aroma lab worker`, on each of them."
         ),
-        epilog=examples(
-            "aroma lab run examples/lab/minilm-tiny.yaml",
-            "aroma lab run examples/lab/minilm-tiny.yaml training.max_steps=60 methods.lora-r8.r=4 output=runs/other",
-            "aroma lab run examples/lab/minilm-tiny.yaml --list",
-            "aroma lab run examples/lab/glue-roberta-base.yaml --tasks mrpc rte --methods aroma",
-            "aroma lab run examples/lab/minilm-tiny.yaml --retry-failed --workers 1",
-            "aroma lab run examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma lab run examples/lab/minilm-tiny.yaml",
+        "aroma lab run examples/lab/minilm-tiny.yaml training.max_steps=60 methods.lora-r8.r=4 output=runs/other",
+        "aroma lab run examples/lab/minilm-tiny.yaml --list",
+        "aroma lab run examples/lab/glue-roberta-base.yaml --tasks mrpc rte --methods aroma",
+        "aroma lab run examples/lab/minilm-tiny.yaml --retry-failed --workers 1",
+        "aroma lab run examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma",
     )
     parser.add_argument("grid", metavar="GRID.yaml", help="model, tasks, methods, training, seeds")
     add_study_options(parser)
@@ -45,19 +43,17 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--retry-failed", action="store_true", help="run trials again that failed earlier")
     parser.set_defaults(run=run)
 
-    worker = commands.add_parser(
+    worker = add_command(
+        commands,
         "worker",
-        help="run trials that `aroma lab run` or `aroma lab search` started elsewhere",
-        description=(
+        "run trials that `aroma lab run` or `aroma lab search` started elsewhere",
+        (
             "Run trials that wait in the study of a grid or a search, which `aroma lab run` or `aroma lab search`\n"
             "has started, on any machine that reaches the storage. A worker ends when nothing has waited or run for\n"
             "some time. If it is killed, others take up its trials."
         ),
-        epilog=examples(
-            "aroma lab worker examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma",
-            "aroma lab worker examples/lab/search-messages.yaml --workers 4 --idle 600",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma lab worker examples/lab/minilm-tiny.yaml --storage postgresql://aroma:secret@localhost/aroma",
+        "aroma lab worker examples/lab/search-messages.yaml --workers 4 --idle 600",
     )
     worker.add_argument("grid", metavar="GRID.yaml", help="the file that the other command was given")
     add_study_options(worker)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import examples
+from aroma.cli.texts import add_command
 
 from .lab_run import add_study_options
 
@@ -18,21 +18,19 @@ _MOST_ROWS = 20
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser of `aroma lab`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "search",
-        help="search hyperparameters at random, on a grid, or by TPE; on one machine or several",
-        description=(
+        "search hyperparameters at random, on a grid, or by TPE; on one machine or several",
+        (
             "Search the hyperparameters of one method on one task, on examples held out from the training data.\n"
             "A search file is a grid file with `space`, `sampler` (random, grid, tpe) and `trials`. Machines that\n"
             "are given the same file and the same --storage share the trials: none is run twice, and one whose\n"
             "process or machine died is tried again. The same command resumes an interrupted search."
         ),
-        epilog=examples(
-            "aroma lab search examples/lab/search-messages.yaml",
-            "aroma lab search examples/lab/search-messages.yaml training.max_steps=100 --trials 40 --workers 2",
-            "aroma lab search examples/lab/search-messages.yaml --storage postgresql://aroma:secret@localhost/aroma",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma lab search examples/lab/search-messages.yaml",
+        "aroma lab search examples/lab/search-messages.yaml training.max_steps=100 --trials 40 --workers 2",
+        "aroma lab search examples/lab/search-messages.yaml --storage postgresql://aroma:secret@localhost/aroma",
     )
     parser.add_argument("search", metavar="SEARCH.yaml", help="a grid file of one task and method, and a space")
     add_study_options(parser)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import add_force, examples
+from aroma.cli.texts import add_command, add_force
 
 from ..preflight import require_saved
 from ..progress import progress_bar
@@ -18,20 +18,18 @@ _LANGUAGE_OPTIONS = ("max_new_tokens",)
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "predict",
-        help="label every row of a file, or let a language model answer it",
-        description=(
+        "label every row of a file, or let a language model answer it",
+        (
             "Load base model and adapter in plain PEFT, and answer every row of a file: the label and the\n"
             "probability of each (classifiers), a number (regressions), or a text (language models). Rows keep all\n"
             "their columns, and are written as they are answered."
         ),
-        epilog=examples(
-            "aroma predict runs/mrpc/adapter new.csv --out labelled.csv",
-            "aroma predict out/adapter new.jsonl --out labelled.jsonl --text sentence",
-            "aroma predict runs/smollm2/adapter prompts.jsonl --out answers.jsonl --max-new-tokens 64",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma predict runs/mrpc/adapter new.csv --out labelled.csv",
+        "aroma predict out/adapter new.jsonl --out labelled.jsonl --text sentence",
+        "aroma predict runs/smollm2/adapter prompts.jsonl --out answers.jsonl --max-new-tokens 64",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of an adapter, or of a language model without one")
     parser.add_argument("data", metavar="DATA", help="CSV, TSV, JSONL or Parquet file")

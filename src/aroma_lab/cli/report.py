@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aroma.cli.extras import require_extra
-from aroma.cli.texts import add_force, examples
+from aroma.cli.texts import add_command, add_force
 from aroma.errors import bad_value
 
 from ..run.files import REPORT, TrialFiles
@@ -15,20 +15,18 @@ from ..run.files import REPORT, TrialFiles
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "report",
-        help="write one HTML file to look at: of a run, or of a grid's comparison",
-        description=(
+        "write one HTML file to look at: of a run, or of a grid's comparison",
+        (
             "Write one HTML file that needs no network: of a run its result, loss, births, ranks, evidence, settings\n"
             "and the command that repeats it; of a grid its tables, the scores of all methods, and the ranks they\n"
             "found. `aroma train` ends with it. A run that is not finished gives a report of what there is."
         ),
-        epilog=examples(
-            "aroma report runs/mrpc",
-            "aroma report runs/mrpc --compare runs/mrpc-paper --out mrpc.html",
-            "aroma report results/lab/minilm-six --out six.html",
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "aroma report runs/mrpc",
+        "aroma report runs/mrpc --compare runs/mrpc-paper --out mrpc.html",
+        "aroma report results/lab/minilm-six --out six.html",
     )
     parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of a grid or its table of runs")
     parser.add_argument("--out", metavar="FILE", help=f"HTML file to write (RUN/{REPORT})")
