@@ -294,7 +294,6 @@ def served_rank(largest: int) -> int | None:
 
 
 def _code(subject: Subject, base: str, where: str) -> Iterator[str]:
-    """Yield the ways to load it, those that apply."""
     base_gguf = quote(f"{_last_part(base)}.gguf")
     if subject.kind == "gguf":
         own = next((name for name in sorted(subject.files) if name.endswith(".gguf")), "adapter.gguf")
@@ -321,7 +320,6 @@ _LLAMA_CPP = "llama.cpp, with the base model as GGUF:\n\n"
 
 
 def _python(subject: Subject, base: str, where: str) -> str:
-    """Return code that loads the model, and a pipeline where transformers has one for it."""
     name, labels = subject.model_class, subject.about.labels
     merged = subject.kind == "merged"
     pipeline = _PIPELINES.get(subject.task_type or "")
@@ -350,7 +348,6 @@ def _python(subject: Subject, base: str, where: str) -> str:
 
 
 def _labels_in_code(labels: Sequence[str]) -> list[str]:
-    """Return lines of Python that make a list of labels."""
     texts = [json.dumps(label, ensure_ascii=False) for label in labels]
     if len(whole := f"labels = [{', '.join(texts)}]") <= 100:
         return [whole]

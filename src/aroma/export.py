@@ -116,7 +116,6 @@ def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
 
 
 def _is_read(matrix: dict[str, Any]) -> bool:
-    """Whether the evidence of a matrix is there."""
     numbers, most = [matrix.get("steepness") or 0.0, matrix.get("log_evidence")], sys.float_info.max
     return isinstance(matrix.get("name"), str) and all(isinstance(x, int | float) and abs(x) <= most for x in numbers)
 
@@ -307,7 +306,6 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
 
 
 def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
-    """Return where the base model of an adapter is: as given, or as the adapter says."""
     base_name: str | None = base_model or adapter.config.get("base_model_name_or_path")
     if not base_name:
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
@@ -315,7 +313,6 @@ def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
 
 
 def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
-    """Load the base model of an adapter and put the adapter into it; see `load_with_adapter`."""
     import transformers
 
     base_name = _base_name(adapter, base_model)

@@ -212,7 +212,6 @@ def _parsed(types: Mapping[str, Any], flat: Mapping[str, Any], prefix: str) -> d
 
 @cache
 def _parser(types: tuple[tuple[str, Any], ...]) -> ArgumentParser:
-    """Return the parser of all keys of a class."""
     parser = ArgumentParser(exit_on_error=False)
     for key, kind in types:
         parser.add_argument(f"--{key}", type=kind)
@@ -220,7 +219,6 @@ def _parser(types: tuple[tuple[str, Any], ...]) -> ArgumentParser:
 
 
 def _types(kind: type[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the type of every key, dotted."""
     if not isinstance(kind, type):
         return dict(kind)
     types: dict[str, Any] = {}
@@ -253,7 +251,6 @@ _TYPE_NAMES: dict[Any, str] = {
 
 
 def _type_name(kind: Any) -> str:
-    """Return a type hint in words."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"

@@ -81,7 +81,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> str:
-    """Export, and say what was written."""
     if arguments.gguf:
         from ..gguf import export_gguf
 

@@ -125,7 +125,6 @@ def _facts_of(one: MatrixFacts, history: History | None, threshold: float | None
 
 
 def _matrix_table(facts: RunFacts, histories: Mapping[str, History]) -> Table:
-    """Return all that is known of every matrix."""
     head = ["matrix", "rank", "effective rank", "‖ΔW‖ / ‖W0‖"]
     head += ["left by the trial", "births at steps", "evidence"] if histories else []
     rows = []
@@ -200,7 +199,6 @@ def _words_of(history: History) -> str:
 
 
 def _charts(facts: RunFacts, histories: Mapping[str, History]) -> dict[str, Chart]:
-    """Return the charts that there is something to draw in, by name."""
     found = {
         "loss": _loss_chart(facts, histories),
         "score": _score_chart(facts),
@@ -295,7 +293,6 @@ def _held(rows: Steps, end: int, name: str) -> dict[str, Sequence[Any]]:
 
 
 def _births(histories: Mapping[str, History]) -> dict[str, Sequence[Any]]:
-    """Return the births of all matrices, step by step."""
     counts = Counter(step for one in histories.values() for step in one.births)
     steps = sorted(counts)
     names = []
@@ -358,7 +355,6 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
 
 
 def _results(facts: RunFacts) -> Table | None:
-    """Return the table of results: a line for each set, and for each thing that it is compared with."""
     if not facts.results:
         return None
     names = list(dict.fromkeys(name for one in facts.results for name in one.metrics))

@@ -207,7 +207,6 @@ def growing_case(check_interval: int) -> Case:
 
 
 def _finish_components(layer: AromaLinear, count: int) -> None:
-    """Append `count` small random components to the finished ones."""
     b, a = layer.pair("default")
     B = 1e-3 * torch.randn(b.shape[0], count)
     A = torch.randn(count, a.shape[1]) / a.shape[1] ** 0.5

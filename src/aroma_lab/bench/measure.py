@@ -301,7 +301,6 @@ def _cpu_model() -> str:
 
 
 def _describe(model: Any) -> dict[str, Any]:
-    """Return the kind and the sizes of the measured model, JSON-able."""
     sizes = {name: value for name in _SIZES if (value := getattr(model.config, name, None)) is not None}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     backbone = sum(parameter.numel() for parameter in model.base_model.parameters())

@@ -58,7 +58,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, out: str, beside: str = "") -> None:
-    """Add the options of both commands."""
     add = parser.add_argument
     model_help = "shape (roberta-base, minilm, tiny), or a folder or hub name, of which only the configuration is read"
     add("--model", metavar="NAME", default="roberta-base", help=f"{model_help} (%(default)s)")

@@ -112,7 +112,6 @@ def _answer_file(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def _prompt_of(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[Turn, ...]:
-    """Return what a row asks; see `turns_of_row`."""
     from ..language.generate import turns_of_row
 
     for key in ("response", "finished"):
@@ -122,7 +121,6 @@ def _prompt_of(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tuple[
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:
-    """Load what the arguments name, with their system turn."""
     from dataclasses import replace
 
     from ..language.model import load_for_inference

@@ -90,7 +90,6 @@ _POOLINGS = (("the model's own pooling", "pooled"), ("mean pooling", "mean"))
 
 
 def _measured(record: Mapping[str, Any]) -> list[str]:
-    """Return how it was measured, in sentences."""
     lines, pooler = result_lines(record), record["pooler"]
     return [
         f"In a fresh process that cannot import aroma, plain PEFT loads the adapter: {lines['reloaded']}.",

@@ -184,7 +184,6 @@ def _find_head(model: Any, new: Collection[str], pooler: Pooler | None = None) -
 
 
 def _pooler_name(model: Any) -> str | None:
-    """Return the name of the pooler inside a model's backbone; None if there is none."""
     prefix = getattr(model, "base_model_prefix", "")
     pooler = getattr(getattr(model, prefix, None), _POOLER, None) if prefix else None
     has_parameters = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())
@@ -249,7 +248,6 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
 
 
 def _linears(model: nn.Module) -> list[str]:
-    """Return the names of the linear modules outside the head."""
     head = head_of(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return [name for name in linears if not head.holds(name)]

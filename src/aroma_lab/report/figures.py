@@ -328,7 +328,6 @@ def budget_figure(shown: Shown) -> Figure:
 
 
 def _draw_budgets(axes: Axes, shown: Shown, frame: pd.DataFrame) -> dict[str, Any]:
-    """Draw the methods of one task, and return the marks by method."""
     marks: dict[str, Any] = {}
     curve = []
     for method in shown.methods:
@@ -410,7 +409,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _read(folders: Sequence[str | os.PathLike[str]]) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """Return the finished runs of the folders, and the labels of all methods and tasks."""
     frames, labels, tasks = [], [], []
     for given, folder in enumerate(folders):
         runs = read_runs(folder)
@@ -566,7 +564,6 @@ def _scores(run: Run) -> dict[float, float]:
 
 
 def _draw_points(axes: Axes, shown: Shown, frame: pd.DataFrame, cost: str) -> dict[str, Any]:
-    """Draw a mark for each method, and return the marks by method."""
     by_method = {method: runs for method in shown.methods if len(runs := frame[frame.method == method])}
     # Rounded, so that equal scores stay equal whatever the order of their seeds.
     means = [(float(runs[cost].mean()), round(float(runs.points.mean()), 9)) for runs in by_method.values()]

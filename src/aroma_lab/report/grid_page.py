@@ -151,7 +151,6 @@ def _has_ranks(runs: Runs, kind: str) -> bool:
 
 
 def _scores(runs: Runs, task: str) -> Chart:
-    """Return the scores of all methods on a task, seed by seed."""
     frame = _in_order(runs, task)
     own = _own(frame)
     means = frame.groupby("method", sort=False).score.agg(["mean", "std", "count"])
@@ -231,7 +230,6 @@ def _columns(**columns: Any) -> Mapping[str, Sequence[Any]]:
 
 
 def _panels(runs: Runs, tasks: Sequence[str]) -> list[Panel]:
-    """Return the ranks that every growing method found on every task."""
     panels = []
     for task in tasks:
         for method in _growing(runs):
@@ -242,7 +240,6 @@ def _panels(runs: Runs, tasks: Sequence[str]) -> list[Panel]:
 
 
 def _mean_ranks(found: Sequence[Run]) -> Grid:
-    """Return the mean ranks of several runs of one method, with their range."""
     matrices, spreads = [], {}
     for name in found[0].result["ranks"]:
         ranks = [run.result["ranks"][name] for run in found if name in run.result["ranks"]]
@@ -254,7 +251,6 @@ def _mean_ranks(found: Sequence[Run]) -> Grid:
 
 
 def _versions(runs: Runs) -> dict[str, str]:
-    """Return versions and machines, all that differ."""
     results = list(runs.reported.result)
     names = dict.fromkeys(name for result in results for name in result["versions"])
     found = {name: [result["versions"].get(name) for result in results] for name in names}

@@ -148,7 +148,6 @@ def _pooler_sentences(frame: pd.DataFrame) -> list[str]:
 
 
 def _selection_sentence(runs: Runs) -> str:
-    """Return how the learning rate, or whatever was chosen, was chosen."""
     keys = dict.fromkeys(key for entry in _entries(runs).values() for key in entry["chosen"])
     if not keys:
         return "These runs chose nothing: learning rates and all other settings are as given."
@@ -232,7 +231,6 @@ def _different_settings(runs: Runs) -> list[str]:
 
 
 def _different_machines(frame: pd.DataFrame) -> list[str]:
-    """Return which versions, revisions, machines and threads made the runs if they differ."""
     versions = pd.DataFrame([result["versions"] for result in frame.result], dtype=object)
     machine = frame[_MACHINE].reset_index(drop=True)
     return _different(versions.join(machine) if len(versions) else machine, frame.name.reset_index(drop=True))

@@ -115,7 +115,6 @@ def _course(files: TrialFiles, row: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _told_ranks(events: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
-    """Return the rank of every module from each step on, as the events tell it."""
     ranks: dict[str, list[list[int]]] = {}
     for event in events:
         changes = ranks.setdefault(event["module"], []) if event["module"] is not None else []

@@ -241,7 +241,6 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
 
 
 def _as_json(part: str, value: Any, selects: bool) -> str | None:
-    """Return one of the `_PARTS` of a run as the table of runs holds it."""
     if value is None or (selects and part in _ONLY_OF_REPORTED):
         return None
     if part == "result":
@@ -353,7 +352,6 @@ def read_events(path: Path, is_finished: bool = True, remedy: str = _OF_RUN) -> 
 
 
 def _read_ended(path: Path) -> list[tuple[int, str]]:
-    """Return outer step and module of every inner loop that ended."""
     # Growth by evidence has no inner loops; it merges to make room.
     loops = [event for event in read_events(path) if event["log_evidence"] is None] if path.exists() else []
     return [(event["outer_step"], event["module"]) for event in loops if event["kind"] in ("merged", "frozen")]

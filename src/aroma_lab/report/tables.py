@@ -241,7 +241,6 @@ def regret_table(runs: Runs) -> Table:
 
 
 def _average_row(frame: pd.DataFrame, found: pd.DataFrame, method: str, fixed: Sequence[str]) -> pd.DataFrame | None:
-    """Return the row of a method's average over tasks; None with fewer than two of them."""
     average = averages(frame, found, method, fixed)
     if average is None:
         return None

@@ -413,7 +413,6 @@ def make_trial(
 
 
 def _with_data(task: TaskSpec, data: str | None) -> TaskSpec:
-    """Return a task whose source names the folder of data."""
     if task.source is None or DATA not in task.source:
         return task
     if data is None:

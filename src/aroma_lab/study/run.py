@@ -16,7 +16,7 @@ from ..run.trial import Trial
 from .engine import Engine, Watch
 from .grid import Chosen, Grid, attributes_of, check_methods, check_tasks, expand
 from .process import WORKER_MODULE, tidy
-from .selection import Candidate, candidates, choose, chosen_settings, finals, widened, write_selection
+from .selection import Candidate, Outcome, candidates, choose, chosen_settings, finals, widened, write_selection
 from .status import ROUND, State, Status, require_no_conflicts
 
 GRID_FILE, SELECTION_FILE = "grid.yaml", "selection.json"
@@ -114,7 +114,6 @@ def serve(grid: Grid, idle_seconds: float, watch: Watch | None = None, *, module
 
 
 def _run_stage(engine: Engine, trials: Sequence[Trial], retry_failed: bool, outcome: GridOutcome) -> None:
-    """Run the trials that have no result yet, and add what came of them to the outcome."""
     status = engine.status()
     attributes = {trial.name: attributes_of(trial.name, trial.as_dict()) for trial in trials}
     require_no_conflicts(trials, status.grid.folder)
@@ -151,12 +150,12 @@ def _select(grid: Grid, tried: Sequence[Candidate], status: Status, outcome: Gri
         return status.files(trial).root.exists() or status.of(trial) is not None
 
     everything = _all_candidates(grid, status)
-    pairs = {(trial.task.name, trial.method) for trial, _ in everything if begun(trial)}
-    everything = [one for one in everything if (one.trial.task.name, one.trial.method) in pairs]
+    pairs = {one.pair for one in everything if begun(one.trial)}
+    everything = [one for one in everything if one.pair in pairs]
     selection = _choose(grid, everything, status)
     write_selection(grid.folder / SELECTION_FILE, selection)
     chosen = chosen_settings(selection)
-    for task, method in {(one.trial.task.name, one.trial.method): None for one in tried}:
+    for task, method in dict.fromkeys(one.pair for one in tried):
         if method not in chosen[task]:
             first = next(one for one in outcome.failed if one.name.startswith(f"select/{task}/{method}/"))
             message = f"not run, because no setting of its selection finished with every seed ({first.message})"
@@ -188,10 +187,8 @@ def _due(grid: Grid, tried: Sequence[Candidate], status: Status) -> list[Candida
     """Return the next candidates of the tasks and methods whose candidates have all ended."""
     if grid.select is None:
         return []
-    open_pairs = {
-        (trial.task.name, trial.method) for trial, _ in tried if status.state(trial) not in ("finished", "failed")
-    }
-    ended = [one for one in tried if (one.trial.task.name, one.trial.method) not in open_pairs]
+    open_pairs = {one.pair for one in tried if status.state(one.trial) not in ("finished", "failed")}
+    ended = [one for one in tried if one.pair not in open_pairs]
     outcomes = _outcomes(ended, status)
     return widened(grid, ended, outcomes) or finals(grid, ended, outcomes)
 
@@ -200,7 +197,7 @@ def _choose(grid: Grid, tried: Sequence[Candidate], status: Status) -> dict[str,
     return choose(grid, tried, _outcomes(tried, status))
 
 
-def _outcomes(tried: Sequence[Candidate], status: Status) -> dict[str, tuple[float, float]]:
+def _outcomes(tried: Sequence[Candidate], status: Status) -> dict[str, Outcome]:
     outcomes = {trial.name: status.outcome(trial) for trial, _ in tried}
     return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 

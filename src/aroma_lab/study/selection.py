@@ -36,6 +36,17 @@ class Candidate(NamedTuple):
     trial: Trial
     values: Settings
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Task and method."""
+        return self.trial.task.name, self.trial.method
+
+
+Outcome = tuple[float, float]
+"""Score and loss."""
+Outcomes = Mapping[str, Outcome]
+"""By name of the trial, of those that have ended; a failed one has none."""
+
 
 def candidates(grid: Grid) -> list[Candidate]:
     """Return what a grid's selection tries before it is widened; nothing for a grid without one.
@@ -59,17 +70,12 @@ def tried_values(grid: Grid, task: str, method: str) -> dict[str, list[Any]]:
     return {key: values for key, values in over.items() if values is not None}
 
 
-def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
+def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Outcomes) -> list[Candidate]:
     """Return what a selection tries next because its best values are not compared yet with those next to them.
 
     For each task and method whose candidates have all ended, and each number, there are at most two more candidates:
     the chosen values, with this number replaced by the next smaller and the next larger one of those tried, or by the
     one `beyond` an edge. A key gets at most `select.widen` values more than the grid lists for it.
-
-    Args:
-        grid: The grid.
-        tried: All candidates so far.
-        outcomes: Score and loss, by name of the trial; of those that have ended, a failed one has none.
     """
     assert grid.select is not None, "nothing is tried without a selection"
     selection, found = choose(grid, tried, outcomes), []
@@ -83,16 +89,11 @@ def widened(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple
     return found
 
 
-def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]) -> list[Candidate]:
+def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Outcomes) -> list[Candidate]:
     """Return the runs of the best with the further seeds of `select.again` that are not among those `tried`.
 
     What is best by its mean so far may be another after them, and is due then. Where one combination of values alone
     has finished, there is nothing to decide.
-
-    Args:
-        grid: The grid.
-        tried: All candidates so far.
-        outcomes: Score and loss, by name of the trial; of those that have ended, a failed one has none.
     """
     select = grid.select
     assert select is not None, "nothing is tried without a selection"
@@ -101,7 +102,7 @@ def finals(grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[
         ranked = _ranked(runs, select.by)
         best = ranked[:FINALISTS] if len(ranked) > 1 else []
         for seed, values in itertools.product(select.again, best):
-            first = next(trial for trial, same in tried if (trial.task.name, trial.method, same) == (*pair, values))
+            first = next(one.trial for one in tried if (one.pair, one.values) == (pair, values))
             training = replace(first.training, seed=seed)
             found.append(Candidate(replace(first, name=f"{first.name}{_FURTHER}{seed}", training=training), values))
     known = {one.trial.name for one in tried}
@@ -114,30 +115,30 @@ def first_of(name: str) -> str:
 
 
 def _by_values(
-    tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]
-) -> dict[tuple[str, str], list[tuple[Settings, tuple[float, float] | None]]]:
+    tried: Sequence[Candidate], outcomes: Outcomes
+) -> dict[tuple[str, str], list[tuple[Settings, Outcome | None]]]:
     """Return all values that were tried, with the mean of score and loss over seeds, by task and method.
 
     None where a run has failed: what fails with one seed is not to be chosen.
     """
-    found: dict[tuple[str, str], list[tuple[Settings, list[tuple[float, float] | None]]]] = {}
-    for trial, values in tried:
-        of_pair = found.setdefault((trial.task.name, trial.method), [])
-        runs = next((runs for same, runs in of_pair if same == values), None)
+    found: dict[tuple[str, str], list[tuple[Settings, list[Outcome | None]]]] = {}
+    for one in tried:
+        of_pair = found.setdefault(one.pair, [])
+        runs = next((runs for same, runs in of_pair if same == one.values), None)
         if runs is None:
-            of_pair.append((values, runs := []))
-        runs.append(outcomes.get(trial.name))
+            of_pair.append((one.values, runs := []))
+        runs.append(outcomes.get(one.trial.name))
     return {pair: [(values, _mean(runs)) for values, runs in of_pair] for pair, of_pair in found.items()}
 
 
-def _mean(runs: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+def _mean(runs: Sequence[Outcome | None]) -> Outcome | None:
     ended = [run for run in runs if run is not None]
     if len(ended) < len(runs):
         return None
     return fmean(score for score, _ in ended), fmean(loss for _, loss in ended)
 
 
-def _ranked(runs: Sequence[tuple[Settings, tuple[float, float] | None]], by: str) -> list[Settings]:
+def _ranked(runs: Sequence[tuple[Settings, Outcome | None]], by: str) -> list[Settings]:
     """Return the values of `_by_values`, the best first, without those of which a run has failed."""
     ended = [(preference(mean[0], mean[1], by), values) for values, mean in runs if mean is not None]
     return [values for _, values in sorted(ended, key=itemgetter(0), reverse=True)]
@@ -200,7 +201,6 @@ def _numbers(tried: Sequence[Settings], key: str) -> list[Any]:
 
 
 def _next_to(numbers: Sequence[Any], value: Any) -> list[Any]:
-    """Return the next smaller and the next larger of ascending numbers, where there are such."""
     if value not in numbers:
         return []
     place = numbers.index(value)
@@ -212,7 +212,6 @@ def _points(over: Mapping[str, Sequence[Any]]) -> list[Settings]:
 
 
 def _of_pair(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> list[Candidate]:
-    """Return a candidate for each combination of values that is tried for a task and a method."""
     assert grid.select is not None, "its callers check it"
     training = {f"training.{key}": value for key, value in grid.select.training.items()}
     settings, found = training | overridden(grid.select.overrides, task, method), []
@@ -223,18 +222,11 @@ def _of_pair(grid: Grid, task: str, method: str, points: Sequence[Settings]) -> 
     return found
 
 
-def choose(
-    grid: Grid, tried: Sequence[Candidate], outcomes: Mapping[str, tuple[float, float]]
-) -> dict[str, dict[str, Any]]:
+def choose(grid: Grid, tried: Sequence[Candidate], outcomes: Outcomes) -> dict[str, dict[str, Any]]:
     """Return the content of `selection.json`: what was chosen per task and method, and all that was tried.
 
     The best wins, as `preference` orders them; of equal ones the first. Of what was run with further seeds the means
     count.
-
-    Args:
-        grid: The grid, whose selection says by what.
-        tried: The candidates.
-        outcomes: Score and loss, by name of the trial; a failed one has none.
 
     Returns:
         `{task: {method: {"chosen": {key: value} or None, "tried": [[{key: value}, score or loss or None], ...]}}}`.
