@@ -244,7 +244,6 @@ def subject_of(adapter: AdapterWeights, files: Path | None = None) -> Subject:
     """Return what a card tells of an adapter.
 
     Args:
-        adapter: The adapter.
         files: The folder that the card is for; None for the adapter's own.
     """
     beside = files_beside(adapter.folder if files is None else files)

@@ -136,7 +136,6 @@ def filled_at_once(target: Path, size: int | None) -> Iterator[Path]:
     """Yield a folder beside `target` that becomes `target` in one step; after an error it is deleted.
 
     Args:
-        target: The folder.
         size: Bytes that are put into it, for the error of a full disk; None if unknown.
     """
     with told_of(target, size):

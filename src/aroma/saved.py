@@ -94,7 +94,6 @@ class AdapterWeights:
     """A plain LoRA adapter in memory.
 
     Args:
-        folder: Where it was read.
         config: Content of `adapter_config.json`.
         updates: The update of every adapted matrix by its name in the base model, in the order of layers; those of
             experts one by one, if their rank is above 0.
@@ -412,9 +411,7 @@ def _take_experts(
     """Take the tensors of experts, of any shape, out of `tensors`; return how they lie there, and their updates.
 
     Args:
-        path: The file.
         tensors: All its tensors.
-        config: The configuration beside it.
         modules: Parameters that grow by module of experts, in the order in which PEFT wraps them.
         counts: E by parameter.
 

@@ -153,7 +153,6 @@ class Tasks:
 
         Args:
             task: Its name.
-            adapter: The adapter.
             over: The tasks that it was trained over.
 
         Raises:

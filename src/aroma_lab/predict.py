@@ -169,7 +169,6 @@ class ClassifierPredictor:
     """Answers with the label and the probabilities of all labels, or with the number of a regression.
 
     Args:
-        saved: The classifier.
         batch_size: Rows of one forward pass.
     """
 

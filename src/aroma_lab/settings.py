@@ -93,7 +93,6 @@ def read_mapping(field: str, path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
         field: What the file is called in errors, as `"recipe"`.
-        path: The file.
 
     Raises:
         ConfigError: No such file, no YAML, a key given twice, or no mapping.
@@ -177,7 +176,6 @@ def unknown_key(key: str, value: Any, known: Iterable[str], whole: str, remedy: 
 
     Args:
         key: The key, dotted.
-        value: Its value.
         known: All keys there are; at least one.
         whole: What lacks it, as `"a recipe"`.
         remedy: A further sentence.

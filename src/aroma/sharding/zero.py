@@ -321,7 +321,6 @@ class StepHooks:
     outermost one can be taken away, and an inner one merely passes calls on once it is removed.
 
     Args:
-        optimizer: The optimizer.
         before: Called before a step as torch calls its hooks: with the optimizer, and the arguments of `step`.
         after: Called after a step, likewise.
     """

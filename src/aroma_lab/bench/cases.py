@@ -44,7 +44,6 @@ class Case:
 
     Args:
         key: Short name, for `--only`.
-        method: The method.
         components: Finished components of every module (AROMA).
         live: Components that train in every module, beside the unused directions (growth by evidence).
         frozen: Modules that are frozen for good (AROMA): `"half"`, every second one; `"lower"`, those in the lower

@@ -76,7 +76,6 @@ def run_demo(
 
     Args:
         out: The folder; must be new or empty.
-        training: The loop.
         progress: Shows how far the work before and after the training is.
         training_bar: Whether the training shows a progress bar.
 

@@ -106,7 +106,6 @@ def take_inventory(model: Any, dtype: str) -> Inventory:
     """List the tensors of a model with an adapter, on the meta device or real; a tied weight counts once.
 
     Args:
-        model: The model.
         dtype: Of its weights, as in the settings; it says how quantised layers are stored.
     """
     layers = adapted_layers(model)

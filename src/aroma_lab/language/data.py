@@ -98,7 +98,6 @@ def read_records(key: str, path: str) -> list[dict[str, Any]]:
 
     Args:
         key: The recipe's key, for errors.
-        path: The file.
 
     Raises:
         DataError: No such file, not UTF-8, not JSON, something that is not an object (with its line or row), or no
@@ -340,7 +339,6 @@ def encode(examples: Sequence[Example], template: Template, max_length: int, key
     limit is split into rows; every token but the text's first is predicted once.
 
     Args:
-        examples: Examples.
         template: Makes the tokens.
         max_length: Most tokens of a row, special tokens included.
         key: The recipe's key of the file, for errors.

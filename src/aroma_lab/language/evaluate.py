@@ -96,7 +96,6 @@ def evaluate_questions(
 
     Args:
         loaded: A causal language model; it runs where it is, in evaluation mode, and is left in its own.
-        questions: The questions.
         scoring: `"likelihood"` ranks the candidates, with lm-evaluation-harness; `"generation"` reads a greedily
             generated text (see `read_answer`).
         batch_size: Sequences of one forward pass.
@@ -277,8 +276,6 @@ def read_answer(text: str, candidates: Sequence[str], lead: str) -> str | None:
     not count. Letter case, quotation marks and surrounding spaces do not matter.
 
     Args:
-        text: What was generated.
-        candidates: The labels.
         lead: What a response says before the label; it may be empty.
     """
     by_case = {label.lower(): label for label in candidates}

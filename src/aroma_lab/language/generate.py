@@ -121,7 +121,6 @@ def turns_of_row(where: str, row: Mapping[str, Any], spec: LanguageSpec) -> tupl
 
     Args:
         where: File and row, for errors.
-        row: The row.
         spec: Names of the columns.
 
     Raises:

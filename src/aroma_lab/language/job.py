@@ -41,7 +41,6 @@ class LanguageJob:
     """A recipe of a language model, or a grid's task of kind `causal_lm`; it implements `Job`.
 
     Args:
-        model: The pretrained model.
         max_length: Most tokens of an example, and of a packed row.
         parts: Examples by split, `train` among them.
         template: Makes the tokens.
@@ -70,8 +69,6 @@ class LanguageJob:
         """Read the examples of a task of kind `causal_lm`.
 
         Args:
-            spec: The task.
-            model: The pretrained model.
             reported: Whether the reported sets are read; False: none of their files is opened.
 
         Raises:
@@ -267,8 +264,6 @@ class QuestionsJob(LanguageJob):
         """Read the examples of a task of kind `commonsense`.
 
         Args:
-            spec: The task.
-            model: The pretrained model.
             batch_size: Sequences of one forward pass in evaluation.
             reported: Whether the reported sets are read; False: none of their files is opened.
 

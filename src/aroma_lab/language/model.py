@@ -61,7 +61,6 @@ def load_lm_tokenizer(spec: ModelSpec, max_length: int | None) -> Any:
     """Return the tokenizer of a causal language model; it can pad.
 
     Args:
-        spec: The model.
         max_length: Tokens of the longest example, its response included; None: not known.
 
     Raises:
@@ -192,7 +191,6 @@ def base_model_of(adapter: str, name: str | None) -> str | None:
     PEFT records the folder that a GGUF file was converted to, which other machines do not have.
 
     Args:
-        adapter: Folder of the adapter.
         name: The base model that the user named, or None.
     """
     if name is not None:

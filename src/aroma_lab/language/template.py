@@ -73,7 +73,6 @@ def require_order(turns: Sequence[Turn], last: Role, field: str) -> None:
     """Raise unless turns are an optional system turn, then user and assistant in turn.
 
     Args:
-        turns: The turns.
         last: Whose turn must be the last.
         field: What the conversation is called in errors.
 

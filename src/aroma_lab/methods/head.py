@@ -87,7 +87,6 @@ def remember_head(
     """Mark the head of a classifier that `from_pretrained` just returned.
 
     Args:
-        model: The model.
         missing: The keys that the checkpoint lacks, as transformers reports them.
         train_pooler: Whether the backbone's pooler is part of the head; see `decide_pooler`.
         is_embedder: Whether the checkpoint is one of sentence-transformers.
@@ -227,7 +226,6 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
     Args:
         chosen: Names or their endings, a regular expression of whole names, "all-linear", or None for
             `encoder_linears`.
-        model: The model, without adapters.
 
     Raises:
         ConfigError: A name that no linear module has, or a pattern that matches none.

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,10 +282,7 @@ def memory_figure(shown: Shown) -> Figure:
         axes.set(xscale="log", xlabel="pairs to remember", ylabel="")
         fit_axis(axes, "y", there[key])
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
-    remarks = _seeds_text(
-        Shown(frame, shown.methods, shown.tasks, shown.looks, None, None, shown.unlearnt), "lowest to highest shaded"
-    )
-    write_title(figure, "Memory", remarks)
+    write_title(figure, "Memory", _seeds_text(replace(shown, frame=frame), "lowest to highest shaded"))
     return figure
 
 
@@ -368,10 +365,7 @@ def pareto_figure(shown: Shown) -> Figure:
             drawn |= _draw_points(axes, shown, of_task, cost)
             fit_axis(axes, "x", of_task[cost])
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=9, frameon=False)
-    remarks = [
-        _seeds_text(shown, "whiskers from lowest to highest"),
-        "filled: on the Pareto front",
-    ]
+    remarks = [_seeds_text(shown, "whiskers from lowest to highest"), "filled: on the Pareto front"]
     if shown.frame.stopped_early.any():
         remarks.append("after an early stop nothing trains: the planned steps that are left count as 0 parameters")
     write_title(figure, "Score against cost", " · ".join(remarks))
@@ -471,8 +465,7 @@ def _cosines(first: Run, second: Run, modules: Sequence[str] | None) -> dict[str
 
     def grew_in_both(name: str) -> bool:
         one, other = ours[name], others[name]
-        is_alike = (one.B.shape[0], one.A.shape[1]) == (other.B.shape[0], other.A.shape[1])
-        return is_alike and bool(one.B.any()) and bool(other.B.any())
+        return one.shape == other.shape and bool(one.B.any()) and bool(other.B.any())
 
     shared = [name for name in ours if name in others and grew_in_both(name)]
     if not shared:

@@ -152,7 +152,6 @@ def _has_ranks(runs: Runs, kind: str) -> bool:
 
 def _scores(runs: Runs, task: str) -> Chart:
     frame = _in_order(runs, task)
-    own = _own(frame)
     means = frame.groupby("method", sort=False).score.agg(["mean", "std", "count"])
     rows = [
         [str(one.Index), points(one.mean), EMPTY if math.isnan(one.std) else points(one.std), str(one.count)]
@@ -161,11 +160,13 @@ def _scores(runs: Runs, task: str) -> Chart:
     scores = ", ".join(f"{row[0]} {row[1]}" for row in rows)
     label = f"Scores on {task}: {scores}. The best mean: {_named_best(means)}."
     data = {
-        "seeds": _columns(method=frame.method, seed=frame.seed, points=_rounded(frame.score), own=own),
+        "seeds": _columns(
+            method=frame.method, seed=frame.seed, points=_rounded(frame.score), own=frame.kind == "aroma"
+        ),
         "means": _columns(
             method=means.index,
             points=_rounded(means["mean"]),
-            own=[method in _growing(runs) for method in means.index],
+            own=means.index.isin(_growing(runs)),
         ),
     }
     head = ["method", "mean", "deviation", "seeds"]
@@ -190,7 +191,7 @@ def _budget(runs: Runs, task: str) -> Chart | None:
             points=_rounded(means["mean"]),
             low=_rounded(means["mean"] - error),
             high=_rounded(means["mean"] + error),
-            own=[method in _growing(runs) for method in means.index],
+            own=means.index.isin(_growing(runs)),
         )
     }
     label = f"Score against trained rank on {task}: " + ", ".join(f"{row[0]} {row[2]} at {row[1]}" for row in rows)
@@ -209,10 +210,6 @@ def _growing(runs: Runs) -> list[str]:
     return runs.finished_methods("aroma")
 
 
-def _own(frame: pd.DataFrame) -> list[bool]:
-    return [kind == "aroma" for kind in frame.kind]
-
-
 def _named(frame: pd.DataFrame) -> list[Any]:
     return list(frame.itertuples())
 
@@ -223,7 +220,7 @@ def _rounded(scores: Any) -> list[float]:
 
 
 def _columns(**columns: Any) -> Mapping[str, Sequence[Any]]:
-    return {name: [*column] for name, column in columns.items()}
+    return {name: pd.Series(column).tolist() for name, column in columns.items()}
 
 
 # Ranks, and how it was made ------------------------------------------------------------------------------------------

@@ -334,7 +334,6 @@ def read_events(path: Path, is_finished: bool = True, remedy: str = _OF_RUN) -> 
     """Return the events of a run, as `events.jsonl` has them.
 
     Args:
-        path: The file.
         is_finished: Whether the run has ended; one that was killed may have left half a line.
         remedy: What to do about a bad file.
 

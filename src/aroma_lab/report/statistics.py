@@ -152,7 +152,6 @@ def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str) -
 
     Args:
         selecting: Runs that chose settings, with their `task`, `method`, `score` and `result`.
-        methods: The methods to choose from.
         by: `Selection.by`.
     """
 
@@ -176,7 +175,6 @@ def averages(frame: pd.DataFrame, regret: pd.DataFrame, method: str, fixed: Sequ
     Args:
         frame: Runs, as in `regrets`.
         regret: What `regrets` returned.
-        method: The method.
         fixed: Methods with fixed ranks; those that have not run on all of the tasks do not compete.
 
     Returns:
@@ -223,13 +221,7 @@ def _is_met(difference: float, error: float, trained: float, best_trained: float
 
 
 def _mean_difference(scores: pd.DataFrame, method: str, other: str | None) -> tuple[float, float, int]:
-    """Return the mean difference of two methods, its standard error and the seeds in common.
-
-    Args:
-        scores: By seed, with a column for each method.
-        method: The one.
-        other: The other.
-    """
+    """Return the mean difference of two columns of `scores`, its standard error and the seeds in common."""
     if method not in scores or other not in scores:
         return math.nan, math.nan, 0
     found = scores[method].sub(scores[other]).dropna()

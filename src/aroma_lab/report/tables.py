@@ -57,7 +57,6 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
     """Return a table of the runs.
 
     Args:
-        runs: The runs.
         kind: One of `KINDS`.
         baseline: Label of the method that others are compared with; None: `lora-r8` if it has run, else none. The
             kinds `ranks`, `regret`, `reset` and `inner` take none.

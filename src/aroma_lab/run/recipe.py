@@ -126,7 +126,6 @@ def run_recipe(
     Under torchrun every process calls this; see `run_trial`.
 
     Args:
-        recipe: The run.
         resume: Go on from the last whole checkpoint in the folder.
         progress: Whether a progress bar is shown.
         on_note: Called, before the training, with what became of examples that did not fit.

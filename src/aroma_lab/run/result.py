@@ -27,7 +27,6 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
     """Return the content of `result.json`.
 
     Args:
-        run: What was run.
         fit: Its Trainer, which has trained if the method does.
         predictions: By split: the held-out and, if the trial reports, the reported examples.
     """

@@ -56,7 +56,6 @@ def run_trial(
     Under torchrun every process calls this; they train replicas, and the first one writes.
 
     Args:
-        trial: What to run.
         folder: Its folder; new, empty, or left by this very trial.
         progress: Whether a progress bar is shown.
         keep_checkpoints: Whether the checkpoints stay when the trial is finished.
@@ -96,10 +95,7 @@ class Run:
     """A trial that has passed all checks; nothing is written yet.
 
     Args:
-        trial: The trial.
-        home: Its folder.
         processes: Those that train it.
-        method: Its method.
         work: Its examples and what they are scored by.
         train: The examples that it trains on.
         growth_examples: Those that decide growth instead; see `Method.hold_out`.

@@ -24,7 +24,6 @@ def tell_of_adapter(
 
     Args:
         adapter: Folder of what was trained.
-        trial: What was run.
         result: Content of `result.json`.
         held_out: Name of the held-out split.
         label_names: Names of a classifier's labels; None where there are none.

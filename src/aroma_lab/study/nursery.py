@@ -59,8 +59,6 @@ class Nursery:
         """Run a module as a program in a process of its own, as `python -m MODULE ARGUMENTS` does.
 
         Args:
-            module: The module.
-            arguments: Its arguments.
             log: File for what it prints.
             lock: A file descriptor that the process inherits.
         """

@@ -89,9 +89,7 @@ class TrialProcess:
     """A trial that runs in a process of its own.
 
     Args:
-        trial: The trial.
         attempt: Optuna's id of the trial.
-        output: The output folder.
         lock: The lock of the trial's folder; the process inherits it.
         module: Run as `python -m MODULE TRIAL.json FOLDER`.
         nursery: Forks the process; without one it is a fresh one.

@@ -51,7 +51,6 @@ def run_grid(
     """Run all trials of a grid that have no result yet, together with other machines that run the same grid.
 
     Args:
-        grid: The grid.
         tasks: Run these tasks only; None for all.
         methods: Run these methods only; None for all.
         retry_failed: Run trials again that failed earlier.

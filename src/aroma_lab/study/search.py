@@ -168,7 +168,6 @@ def run_search(search: Search, watch: Watch | None = None, *, module: str = WORK
     Every trial is scored on examples held out from the training data; reported examples are never read.
 
     Args:
-        search: The search.
         watch: Is told how it goes.
         module: What runs a trial; see `TrialProcess`. Tests pass a stand-in.
 

@@ -146,7 +146,6 @@ class Status:
     again. A database also knows of trials that ran on other machines.
 
     Args:
-        grid: The grid.
         scheduled: The trials in its study, by key.
     """
 

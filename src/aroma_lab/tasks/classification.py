@@ -106,7 +106,6 @@ class ClassifierJob:
     """A classification or regression for the training loop; it implements `Job`.
 
     Args:
-        model: The pretrained model.
         task: What the outputs mean.
         parts: Examples by split, `train` among them.
         tokenizer: The model's.

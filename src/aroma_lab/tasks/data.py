@@ -118,7 +118,6 @@ def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
     tasks in sorted order (numbers by value).
 
     Args:
-        spec: The task.
         reported: Whether the reported splits are read; if not, none of their files is opened.
 
     Raises:
@@ -362,7 +361,6 @@ def make_examples(
     Args:
         field: The recipe's key of the split, for errors.
         layout: Which columns mean what.
-        columns: The columns.
         label_names: Names of the classes by index; None for a regression.
         between: The smallest and the largest possible number of a regression; None: any.
 

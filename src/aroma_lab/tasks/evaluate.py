@@ -43,7 +43,6 @@ def evaluate_adapter(
     """Evaluate a classifier or regression on all examples of a file.
 
     Args:
-        folder: The adapter.
         data: A CSV, TSV, JSONL or Parquet file.
         base_model: Folder or hub name of the base model; None for the adapter's own.
         text, text_pair, label: Columns of the file; None for those of the training. An adapter without an

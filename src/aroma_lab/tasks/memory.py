@@ -69,7 +69,6 @@ class MemoryJob:
     Args:
         pairs: Tokens, see `make_pairs`.
         layers: Layers of the model.
-        width: Its hidden size.
         seed: Draws its weights.
     """
 

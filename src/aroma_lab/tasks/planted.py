@@ -47,7 +47,6 @@ def deal_ranks(spec: MadeTask, shapes: Mapping[str, Sequence[int]], generator: t
     """Return the planted rank of every matrix: the task's ranks in turn, shuffled.
 
     Args:
-        spec: The task.
         shapes: Shape (m, n) by module name.
         generator: Draws the order.
 
@@ -171,7 +170,6 @@ class HiddenStates(_Given):
     """An encoder that is trained on its last hidden states.
 
     Args:
-        encoder: The pretrained model.
         unit: Mean squared error that is a loss of 1.
     """
 
@@ -293,7 +291,6 @@ class PlantedJob:
         """Return the job of a planted encoder.
 
         Args:
-            spec: The task.
             held_out: Name of the held-out split.
             seed: Of what is planted.
             model: Hub name or folder of the encoder.

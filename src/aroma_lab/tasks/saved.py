@@ -30,11 +30,9 @@ class SavedClassifier:
     """A classifier or regression that was saved.
 
     Args:
-        folder: Its adapter.
         task: How its examples are read, and what its outputs mean. `label_names` of one without names are numbers.
         base_model: Folder or hub name of the base model; None for the adapter's own.
         is_multi_label: Whether an example has any number of labels.
-        tokenizer: The tokenizer.
     """
 
     folder: str
@@ -69,7 +67,6 @@ def open_classifier(
     """Return a saved classifier or regression whose model is not loaded yet, so that its data can be looked at first.
 
     Args:
-        folder: The adapter.
         base_model: Folder or hub name of the base model; None for the adapter's own.
         text, text_pair, label: Columns; None for those of the training, where `aroma_task.json` names them.
         max_length: Most tokens of an example; None for that of the training or, if unknown, as many as the model

@@ -88,10 +88,7 @@ def make_trainer(
     """Return a Trainer of `model`; only callbacks and trained parameters differ between methods.
 
     Args:
-        method: The method that made the model.
-        model: The model to train.
         objective: Batches, loss and metrics of the task.
-        training: The loop.
         folder: Where checkpoints go.
         train: Tokenized training examples.
         validation: Tokenized examples, or several sets of them by name; None if nothing is evaluated on the way.
