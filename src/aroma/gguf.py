@@ -174,11 +174,7 @@ def _llama_config(adapter: AdapterWeights, base_model: str | None) -> Any:
 
 
 def _refuse_others(adapter: AdapterWeights) -> None:
-    """Raise for trained heads and embeddings, which a GGUF adapter cannot hold.
-
-    Raises:
-        ConfigError: Naming the tensors.
-    """
+    """Raise for trained heads and embeddings, which a GGUF adapter cannot hold."""
     if adapter.others:
         raise bad_value(
             "adapter",

@@ -168,11 +168,7 @@ def _belongs(name: str) -> bool:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into one line each.
-
-    Raises:
-        ConfigError: In their place.
-    """
+    """Turn the errors of huggingface_hub into one line each."""
     try:
         yield
     except errors.HfHubHTTPError as error:

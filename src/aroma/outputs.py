@@ -82,11 +82,7 @@ def require_replaceable(field: str, path: str | os.PathLike[str], target: Path) 
 
 
 def _resolved(field: str, path: str | os.PathLike[str]) -> Path:
-    """Return `path`, or what it leads to if it is a symbolic link.
-
-    Raises:
-        OutputError: The link leads nowhere.
-    """
+    """Return `path`, or what it leads to if it is a symbolic link. Raise if that leads nowhere."""
     if not os.path.islink(path):
         return Path(path)
     if not os.path.exists(path):

@@ -335,11 +335,7 @@ def _matrix(modules: Mapping[str, nn.Module], name: str, experts: Container[str]
 
 
 def _refuse_parts(adapter: AdapterWeights) -> None:
-    """Raise if an adapter has parts of modules: only one adapter of a model can split a module.
-
-    Raises:
-        ConfigError: Naming the first.
-    """
+    """Raise if an adapter has parts of modules: only one adapter of a model can split a module."""
     if adapter.parts:
         raise bad_value(
             "split_modules",

@@ -111,7 +111,6 @@ def predict_file(
 
 
 def _survey(predictor: Predictor, data: str, headless: bool) -> tuple[int, list[str]]:
-    """Look at every row, and return their number and all their columns."""
     count, columns = 0, dict[str, None]()
     for where, row in stream_rows("data", data, headless=headless):
         columns.update(dict.fromkeys(row))
@@ -326,7 +325,6 @@ class LanguagePredictor:
 
 
 def _require_column(option: str, column: str, where: str, row: Values) -> None:
-    """Raise DataError for a row without the column that `option` names."""
     if column not in row:
         there = ", ".join(map(repr, row))
         raise bad_value(option, column, f"{where} has no such column; its columns are {there}", DataError)

@@ -124,11 +124,7 @@ _MEANT_FOR = {
 
 
 def _refuse_idle_options(arguments: argparse.Namespace) -> None:
-    """Raise for an option that belongs to another kind of export and would do nothing.
-
-    Raises:
-        ConfigError: Always naming the option.
-    """
+    """Raise for an option that belongs to another kind of export and would do nothing."""
     for option, kinds in _MEANT_FOR.items():
         value = getattr(arguments, option)
         if value is not None and not any(getattr(arguments, kind) for kind in kinds):

@@ -89,11 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _new_files(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Return the files to write, by option.
-
-    Raises:
-        OutputError: One exists, both are the same, or one cannot be written.
-    """
+    """Return the files to write, by option."""
     from aroma.outputs import new_file
 
     given = {name: getattr(arguments, name) for name in ("json", "predictions")}

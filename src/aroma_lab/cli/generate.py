@@ -69,7 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _asked(prompt: str) -> str:
-    """Return what the user says: the argument, or what standard input has."""
     said = sys.stdin.read() if prompt == "-" else prompt
     if not said.strip():
         raise bad_value("PROMPT", said, "it is empty; write something")

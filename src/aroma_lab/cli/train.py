@@ -145,7 +145,6 @@ def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
 
 
 def _draw_ranks(recipe: Recipe) -> None:
-    """Put a picture of the ranks into the card of the adapter, if it is one of AROMA."""
     from aroma.export import add_picture
     from aroma.tuner.state import STATE_FILE
 
@@ -181,11 +180,6 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
 
 
 def _describe_keys(section: str | None) -> str:
-    """Return every key with default and meaning, of one section or of all.
-
-    Raises:
-        ConfigError: There is no such section.
-    """
     from ..run.recipe import recipe_help
 
     keys = [*recipe_help()]

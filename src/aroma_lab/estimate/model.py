@@ -350,7 +350,6 @@ class Unpacking(nn.Module):
 
 
 def _pack_experts(model: Any) -> None:
-    """Put packed parameters where a model has 3-D parameters."""
     for module in [*model.modules()]:
         for name, parameter in [*module.named_parameters(recurse=False)]:
             if parameter.ndim == 3:

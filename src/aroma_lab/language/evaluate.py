@@ -174,7 +174,6 @@ def _log_probs(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> list[tuple[float, ...]]:
-    """Return the log-probability of every label of every question, from lm-evaluation-harness."""
     scorer = HFLM(
         pretrained=loaded.model,
         backend="causal",

@@ -231,7 +231,6 @@ def _refuse_trained(spec: TaskSpec, label: str, given: str, reported: Sequence[A
 
 
 def _draw(spec: TaskSpec, key: str, examples: list[Any]) -> list[Any]:
-    """Return as many of the examples as the task's `key` says, in their order."""
     wanted = getattr(spec, key)
     if wanted is None:
         return examples

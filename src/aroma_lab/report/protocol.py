@@ -129,7 +129,6 @@ def _task_sentence(task: str, frame: pd.DataFrame) -> str:
 
 
 def _growth_sentences(frame: pd.DataFrame) -> list[str]:
-    """Return which methods train on fewer examples, since a share of them decides growth."""
     trials = zip(frame.method, frame.trial, strict=True)
     by_evidence = {method: trial["options"] for method, trial in trials if option_of(trial, "growth") == "evidence"}
     shares = {method: options.get("growth_share", GROWTH_SHARE) for method, options in by_evidence.items()}
@@ -237,7 +236,6 @@ def _different_machines(frame: pd.DataFrame) -> list[str]:
 
 
 def _different(values: pd.DataFrame, names: pd.Series[Any], where: str = "") -> list[str]:
-    """Return a note for each column that is not the same for all runs, with their names by value."""
     notes = []
     for key in values:
         groups = names.groupby(values[key].map(show), sort=False).agg(list)

@@ -124,7 +124,6 @@ def _told_ranks(events: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]
 
 
 def _results(trial: Mapping[str, Any], result: Mapping[str, Any]) -> list[Result]:
-    """Return a line for each set, and for who answers without reading."""
     if not result:
         return []
     held_out = "held-out training examples" if holds_out(result) else "what is trained on"
@@ -141,7 +140,6 @@ def _results(trial: Mapping[str, Any], result: Mapping[str, Any]) -> list[Result
 
 
 def _named(folder: str | os.PathLike[str]) -> list[Result]:
-    """Return the lines of another run, with its folder's name."""
     facts = run_facts(folder)
     name = Path(folder).resolve().name
     return [Result(f"{one.name}, {name}", one.metrics, "other") for one in facts.results if one.kind == "own"]

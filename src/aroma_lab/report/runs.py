@@ -373,7 +373,6 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(parts: Mapping[str, Any], message: str | None, folder: str, where: str) -> dict[str, Any]:
-    """Return what frames have of a run."""
     trial, result = parts["trial"], parts.get("result")
     row = {
         **dict.fromkeys(_COLUMNS),

@@ -125,7 +125,6 @@ def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: 
 
 
 def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:
-    """Read the texts that a planted encoder sees, by split."""
     column, where = spec.text or "text", spec.field("train")
     if isinstance(spec, DataSpec):
         hub, file, key = spec.name, Path(spec.train or ""), "data.name"

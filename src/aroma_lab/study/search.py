@@ -205,7 +205,6 @@ def _own_record(file: Path, search: Search) -> dict[str, Any]:
 
 
 def _record_of(search: Search, trials: Sequence[Scheduled], best: Scheduled | None) -> dict[str, Any]:
-    """Return the content of `search.json`; trials are in their order, failed ones included."""
     entries = {
         one.name: {
             "number": one.attributes[NUMBER],

@@ -181,11 +181,7 @@ def _dialect(file: Path) -> dict[str, Any]:
 
 
 def _require_format(field: str, path: str) -> Path:
-    """Return the file, if it is there and its suffix is one of `FORMATS`.
-
-    Raises:
-        DataError: It is not.
-    """
+    """Return the file, if it is there and its suffix is one of `FORMATS`."""
     file = require_data_file(field, path)
     if file.suffix.lower() not in FORMATS:
         raise bad_value(field, path, f"unknown format; its name must end in {', '.join(FORMATS)}", DataError)
