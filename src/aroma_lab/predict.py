@@ -29,7 +29,6 @@ from .tasks.saved import SavedClassifier, open_classifier
 from .tasks.sources import stream_rows
 
 SUFFIXES = (".csv", ".jsonl")
-"""Kinds of files that predictions are written to."""
 PREDICTION, PROBABILITIES, PROBABILITY = "prediction", "probabilities", "probability_"
 """What predictions are called: a column; in JSON lines the probabilities by label; in CSV a column for each label."""
 
@@ -130,27 +129,21 @@ def _writing(path: Path, suffix: str, columns: Sequence[str]) -> Iterator[Callab
     """Yield a function that writes a row."""
     with path.open("w", encoding="utf-8", newline="") as stream:
         if suffix == ".jsonl":
-            yield lambda row: _write_line(stream, row)
+            yield lambda row: print(_as_json(row), file=stream)
         else:
             table = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
             table.writeheader()
             yield lambda row: _write_row(table, row)
 
 
-def _write_line(stream: Any, row: Values) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-
-
 def _write_row(table: Any, row: Values) -> None:
     flat = {name: value for name, value in row.items() if name != PROBABILITIES}
     flat |= {f"{PROBABILITY}{label}": value for label, value in row.get(PROBABILITIES, {}).items()}
-    table.writerow({name: _as_field(value) for name, value in flat.items()})
+    table.writerow({key: _as_json(value) if isinstance(value, list | dict) else value for key, value in flat.items()})
 
 
-def _as_field(value: Any) -> Any:
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return value
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _in_chunks(items: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:

@@ -21,7 +21,6 @@ RESERVED_SHARE, RESERVED_BYTES = 0.05, GIB
 """What is left free of a device's memory: for fragments, the driver's context and its libraries."""
 
 MOST = 1024
-"""The most devices that are tried."""
 
 DEVICES = {
     "T4": 15,

@@ -31,7 +31,6 @@ METHODS: dict[str, type[Method]] = {
     "relora_merge": ReLoraMerge,
     "aroma": Aroma,
 }
-"""The methods by kind."""
 
 __all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Bottleneck", "Frozen", "Full", "GrowthHooks", "HeadOnly", "Hooks"]
 __all__ += ["HooksCallback", "Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents"]

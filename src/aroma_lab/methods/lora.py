@@ -26,7 +26,6 @@ from .initialization import start_from_gradients, start_from_inputs
 from .merged import ADAPTER, MergedWeights, joined, layers_of, merged_of, pair_of
 
 Init = Literal["kaiming", "eva", "lora_ga"]
-"""Starts of LoRA."""
 _NAMES = {"kaiming": "LoRA", "eva": "EVA", "lora_ga": "LoRA-GA"}
 
 

@@ -382,7 +382,6 @@ FIGURES: Mapping[str, Callable[[Shown], Figure]] = {
     "budget": budget_figure,
     "pareto": pareto_figure,
 }
-"""The figures by name."""
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -168,7 +168,6 @@ def to_csv(table: Table) -> str:
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = {"text": text, "markdown": markdown, "latex": latex, "csv": to_csv}
-"""How a table can be written."""
 
 
 def points(score: float) -> str:

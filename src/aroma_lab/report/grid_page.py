@@ -25,8 +25,8 @@ from .runs import Run, Runs, read_runs, rows_of
 from .tables import make_table
 
 ASSETS = Path(__file__).parent / "assets"
-_TABLES = {"ranks": "Ranks found and trained", "time": "Time of an epoch"}
-"""Further tables of a report, by kind."""
+_TABLES = {"ranks": ("Ranks found and trained", "average_rank"), "time": ("Time of an epoch", "epoch_seconds")}
+"""Title of further tables, by kind, and the column without whose values there is none."""
 
 
 class Panel(NamedTuple):
@@ -55,9 +55,7 @@ def grid_page(source: str | os.PathLike[str]) -> str:
     unlearnt = not_learnt(runs.reported)
     tasks = runs.tasks
     scores = {f"scores-{place}": _scores(runs, task) for place, task in enumerate(tasks)}
-    budgets = {
-        f"budget-{place}": chart for place, task in enumerate(tasks) if (chart := _budget(runs, task)) is not None
-    }
+    budgets = {f"budget-{place}": chart for place, task in enumerate(tasks) if (chart := _budget(runs, task))}
     metrics = {task: "/".join(runs.of(task=task).metric.unique()) for task in tasks}
     return render(
         "grid.html",
@@ -69,7 +67,11 @@ def grid_page(source: str | os.PathLike[str]) -> str:
         seeds=seeds_sentence(runs),
         absent=absent,
         main=_shown(make_table(runs, "main")),
-        tables={title: _shown(make_table(runs, kind)) for kind, title in _TABLES.items() if _has_ranks(runs, kind)},
+        tables={
+            title: _shown(make_table(runs, kind))
+            for kind, (title, column) in _TABLES.items()
+            if runs.reported[column].notna().any()
+        },
         scores=dict(zip(scores, tasks, strict=True)),
         budgets={name: tasks[int(name.rpartition("-")[2])] for name in budgets},
         metrics=metrics,
@@ -139,12 +141,6 @@ def _shown(table: LabTable) -> dict[str, Any]:
     ]
     caption = table.caption_with("Bold")
     return {"head": list(shown.columns), "rows": rows, "about": [caption, *table.notes]}
-
-
-def _has_ranks(runs: Runs, kind: str) -> bool:
-    """Whether there is something for the table: ranks that were found, or runs that were timed."""
-    column = {"ranks": "average_rank", "time": "epoch_seconds"}[kind]
-    return bool(runs.reported[column].notna().any())
 
 
 # Charts --------------------------------------------------------------------------------------------------------------

@@ -16,9 +16,7 @@ from ..study.selection import first_of, preference
 from .runs import Run, rows_of
 
 RESAMPLES = 10_000
-"""Resamples of a bootstrap."""
 CONFIDENCE = 0.95
-"""Confidence level of an interval."""
 FEW_SEEDS = 10
 """With fewer seeds than this an interval is too narrow, and tables say so."""
 

@@ -354,7 +354,6 @@ KINDS: Mapping[str, Callable[..., Table]] = {
     "time": time_table,
     "inner": inner_table,
 }
-"""The tables by name."""
 
 
 def inner_loops(run: Run) -> pd.DataFrame:

@@ -43,7 +43,6 @@ SETTINGS = "settings"
 KEY = "key"
 """Digest of name and settings. Trials with equal keys are the same trial."""
 NUMBER = "number"
-"""Number of a search's trial."""
 
 OVER = "over"
 """In an override of a selection: what is tried in place of the selection's own lists."""

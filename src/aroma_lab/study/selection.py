@@ -150,8 +150,6 @@ def _beside(
     """Return what is next to the chosen values, one number apart, and is not among the `points` that were tried.
 
     Args:
-        points: All combinations of values that were tried.
-        chosen: The best of them.
         listed: The values of each key with which the selection began.
         most: How many more values than those a key may get.
     """
@@ -167,12 +165,7 @@ def _beside(
 
 
 def edges(tried: Sequence[Settings], chosen: Settings) -> dict[str, float]:
-    """Return the chosen numbers that are the smallest or largest of those tried, each with the value `beyond` it.
-
-    Args:
-        tried: All combinations of values that were tried.
-        chosen: The best of them.
-    """
+    """Return the chosen numbers that are the smallest or largest of those tried, each with the value `beyond` it."""
     found = {key: beyond(_numbers(tried, key), value) for key, value in chosen.items()}
     return {key: further for key, further in found.items() if further is not None}
 
@@ -254,11 +247,6 @@ def preference(score: float, loss: float, by: str) -> tuple[float, float]:
 
     By score the highest wins; of equal ones, which are common after few steps on few examples, the lowest loss. By
     loss it is the other way round.
-
-    Args:
-        score: Score on held-out examples.
-        loss: Loss on them.
-        by: `Selection.by`.
     """
     return (-loss, score) if by == "loss" else (score, -loss)
 

@@ -70,7 +70,6 @@ GLUE: dict[str, GlueTask] = {
     "qnli": GlueTask("QNLI", "accuracy", _ENTAILMENT, (Layout("question", "sentence", "label"),)),
     "rte": GlueTask("RTE", "accuracy", _ENTAILMENT, (_SENTENCES,)),
 }
-"""The tasks of Table 2 by name."""
 
 
 def glue_task(name: str) -> GlueTask | None:

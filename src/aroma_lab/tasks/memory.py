@@ -28,7 +28,6 @@ PAIRS = "pairs"
 """The one split that is evaluated: what was trained on."""
 VOCABULARY, KEY_TOKENS, VALUE_TOKENS = 64, 3, 2
 BITS = VALUE_TOKENS * math.log2(VOCABULARY)
-"""Bits of a value."""
 _LAYERS, _WIDTH, _HEADS, _PAIRS = 4, 64, 4, 1000
 _NOT_LEARNED = -100
 

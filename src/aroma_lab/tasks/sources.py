@@ -17,7 +17,6 @@ from typing import Any
 from aroma.errors import DataError, bad_value
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt")
-"""Suffixes of the files that can be read."""
 
 Columns = dict[str, list[Any]]
 """Values by column name, all of the same length; a missing value is None."""

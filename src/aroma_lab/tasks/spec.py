@@ -12,7 +12,6 @@ HELD_OUT = "held_out"
 """Name, in results, of the examples held out from the training data; no reported split can have it."""
 
 LANGUAGE_KINDS = ("causal_lm", "commonsense")
-"""Kinds of tasks for a causal language model."""
 
 
 @dataclass(frozen=True)
