@@ -269,7 +269,7 @@ def require_vouched(folder: str | os.PathLike[str], state: dict[str, Any]) -> No
 
 
 def _require_saved_config(path: Path, config: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:
-    """Raise if a field that decides what is computed was changed since the adapter was saved."""
+    """Raise if a field that decides what is computed was changed since the adapter was saved; warn of a new base."""
     if saved is None:
         return  # saved by an early version; what contradicts the tensors is still noticed
     for name in sorted({*config, *saved} - {*_INFORMATIVE}):
