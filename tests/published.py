@@ -75,6 +75,11 @@ def not_again() -> pd.DataFrame:
     return each_seed_of("not-again").loc["before"]
 
 
+def not_early() -> pd.DataFrame:
+    """Return what `not_again` does, of nets before there was an early squeeze, and score and parameters of images."""
+    return each_seed_of("not-early").loc["before"]
+
+
 def not_squeezed() -> pd.DataFrame:
     """Return what `not_again` does, and the largest rank, of the tables before the last squeeze; memory has none."""
     return each_seed_of("not-squeezed").loc["before"]
