@@ -713,6 +713,21 @@ def test_what_trains_is_shortened_after_the_last_planned_step_alone() -> None:
     assert matrices.shares == [rule.strength] * 2
 
 
+def test_planned_steps_that_were_not_taken_count_for_what_a_run_ends_with() -> None:
+    """As in 16 bits, where a gradient may overflow, in the last step, too."""
+    matrices = Squeezed(-10.0, 10.0)
+    rule, _, _ = squeezed_run(matrices, 2_000)
+    for taken in (1_997, 1_998):
+        again: Any = EvidenceRule(rule._settings, matrices)
+        again.holds_out, again.held_out_batches = True, 40
+        again.restore({**rule.state(), "global_step": taken, "skipped": 1})
+        matrices.shares = []
+        again.step() if taken == 1_998 else again.skip_step()
+        assert bool(matrices.shares) == (taken == 1_998)
+        again.skip_step()
+        assert matrices.shares == [rule.strength]
+
+
 @pytest.mark.parametrize("least", [0.55, 0.8, 0.99])
 def test_the_strength_of_least_loss_is_exact_for_a_quadratic_loss(least: float) -> None:
     directions = np.array([[[3.0, 1.0], [0.5, 2.0]]] * 4)

@@ -363,6 +363,7 @@ class AromaController:
     def skip_step(self) -> None:
         """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""
         self.matrices.discard()
+        self.rule.skip_step()
 
     def outer_step(self) -> list[Event]:
         """End the inner loop now: check every unfrozen matrix, merge or freeze it, and start the next inner loop.

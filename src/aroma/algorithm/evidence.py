@@ -294,6 +294,7 @@ class EvidenceRule(Generic[E]):
         self._credits: list[np.ndarray] = []
         self._base_credits: list[np.ndarray] = []
         self._overflows = 0
+        self._skipped = 0
         self._asked = 0
         self._questions_again = 0  # about what was dropped
         self._last_questions = 0  # about what is small
@@ -420,10 +421,18 @@ class EvidenceRule(Generic[E]):
             self._matrices.note_moves()
         else:
             events = []
-        if self.global_step == self._settings.total_steps and self.strength < 1:
-            self._matrices.shorten(self.strength)
+        self._shorten_if_over()
         self.tell(events)
         return events
+
+    def skip_step(self) -> None:
+        """Note that a planned optimizer step was not taken."""
+        self._skipped += 1
+        self._shorten_if_over()
+
+    def _shorten_if_over(self) -> None:
+        if self.global_step + self._skipped == self._settings.total_steps and self.strength < 1:
+            self._matrices.shorten(self.strength)
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
@@ -838,6 +847,7 @@ class EvidenceRule(Generic[E]):
             "global_step": self.global_step,
             "phase": self.phase,
             "overflows": self._overflows,
+            "skipped": self._skipped,
             "asked": self._asked,
             "questions_again": self._questions_again,
             "last_questions": self._last_questions,
@@ -881,7 +891,7 @@ class EvidenceRule(Generic[E]):
         self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
         self._reach_questions, self._early_questions = state.get("reach_questions", 0), state.get("early_questions")
         self.strength = state.get("strength_at_end", 1.0)
-        self._after_duels = state.get("after_duels", 0)
+        self._after_duels, self._skipped = state.get("after_duels", 0), state.get("skipped", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )

@@ -185,6 +185,9 @@ class PaperRule(Generic[M]):
     def give_up(self) -> None:
         """Nothing was done."""
 
+    def skip_step(self) -> None:
+        """Nothing depends on how many steps are left."""
+
     def outer_step(self) -> list[Event]:
         """End the inner loop: keep or drop every component by equation (6), and start the next inner loop.
 

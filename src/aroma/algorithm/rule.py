@@ -169,6 +169,9 @@ class GrowthRule(Protocol):
     def give_up(self) -> None:
         """Undo what was done for held-out batches alone, after an error; one process may call alone."""
 
+    def skip_step(self) -> None:
+        """Note that a planned optimizer step was not taken."""
+
     def outer_step(self) -> list[Event]:
         """End the inner loop now; return what happened."""
 
