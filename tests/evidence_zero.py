@@ -16,11 +16,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma import save_adapter
 from distributed_runs import TIMEOUT
-from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED, ZERO_SAVED_AT, ended
+from evidence_ranks import ZERO_OF_FOUR, ZERO_SAVED, ZERO_SAVED_AT, ended, updates
 from evidence_runs import Loop, held_out, long, loss_of
 from zero_runs import NOTHING_STAYS, zero
 
@@ -62,9 +63,22 @@ def options() -> dict[str, Any]:
 
 def loops(out: Path, names: Iterable[str] = tuple(STAGES)) -> None:
     for name in names:
-        torch.save(ended(ZeroLoop(STAGES[name], **options()).go_on()), out / f"{name}-{dist.get_rank()}.pt")
+        loop = ZeroLoop(STAGES[name], **options()).go_on()
+        torch.save(ended(loop), out / f"{name}-{dist.get_rank()}.pt")
+        torch.save(shortened(loop), out / f"shortened-{name}-{dist.get_rank()}.pt")
     replicas = Loop(wrap=DistributedDataParallel, **options()).go_on()
     torch.save(ended(replicas), out / f"replicas-{dist.get_rank()}.pt")
+
+
+def shortened(loop: ZeroLoop) -> dict[str, dict[str, Tensor]]:
+    """Half of all updates, and what a step at a rate of 0 leaves, which overwrites parameters with ZeRO's copies."""
+    controller = loop.growth.controller
+    merged = {matrix.name: torch.mm(*matrix.finished) for matrix in controller.modules}
+    controller.matrices.shorten(0.5)
+    half = updates(loop.model)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 0.0
+    return {"merged": merged, "half": half, "after a step": updates(loop.go_on(loop.done + 1).model)}
 
 
 def checkpoints(out: Path) -> None:

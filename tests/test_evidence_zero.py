@@ -58,6 +58,15 @@ def test_it_does_what_replicas_do(told: Path, name: str, count: int) -> None:
         torch.testing.assert_close(update, replicas["weights"][matrix], **close)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_run_ends_with_is_shortened_in_all_copies(told: Path, name: str) -> None:
+    for whole, left in zip(ends(told, name, 2), ends(told, f"shortened-{name}", 2), strict=True):
+        for matrix, update in whole["weights"].items():
+            merged = left["merged"][matrix]
+            torch.testing.assert_close(left["half"][matrix], merged + 0.5 * (update - merged), rtol=1e-5, atol=1e-6)
+            assert torch.equal(left["after a step"][matrix], left["half"][matrix])
+
+
 @pytest.mark.parametrize("step", ZERO_SAVED_AT)
 @pytest.mark.parametrize("name", ZERO_SAVED)
 def test_it_resumes_exactly(told: Path, name: str, step: int) -> None:

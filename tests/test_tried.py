@@ -384,9 +384,7 @@ def test_the_page_says_of_an_early_squeeze_what_the_runs_say() -> None:
         for tasks in (("noisy", "noisy-b4"), IMAGES, ("graded-b4",))
     )
     assert f"with t of {noise}, and not surely on images, where t is {pictures}, nor on `graded-b4` ({graded};" in TEXT
-    assert t[["noisy", "noisy-b4"]].max() < -1.86 < t[[*IMAGES, "graded-b4"]].min(), (
-        "Student's t at 0.05, of 9 batches"
-    )
+    assert t[["noisy", "noisy-b4"]].max() < -1.86 < t[[*IMAGES, "graded-b4"]].min(), "Student's t at α, 9 batches"
 
 
 def test_the_page_says_of_the_last_squeeze_what_the_runs_say() -> None:
