@@ -361,6 +361,7 @@ class Reference:
             if not self._together([self._saved_along(sizes, parts, held_out) for _ in range(reach)], "less"):
                 return 0
             questions = min(o.questions, max(self._room() // 4, 8))
+            self._next_order()
         halved = {(i, k) for _, i, k in small}
         for i, matrix in enumerate(self.matrices):
             self._fill(matrix, parts[i], [0.5 if (i, k) in halved else 1.0 for k in range(len(parts[i]))])
@@ -375,6 +376,7 @@ class Reference:
                 least = min(least, together)
         if not is_early and reach and self._together(of_large, "less"):
             self.strength = 0.5
+            self._next_order()
             large = [one for one in sizes if one[1:] not in halved]
             at_half = [self._saved_along(large, parts, held_out) for _ in range(reach)]
             missing, over = (sum(sum(one.values()) for one in every) / len(every) for every in (at_half, of_large))

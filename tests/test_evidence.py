@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -632,7 +633,8 @@ def squeezed_run(matrices: Squeezed, steps: int, *, holds_out: bool = True) -> t
         asked += len(rule.held_out_duels(step - 1)) if holds_out and step >= 1 else 0
         events += rule.step()
         while holds_out and (numbers := rule.held_out_questions()):
-            assert len({number % 40 for number in numbers}) == len(numbers), "none twice"
+            orders, stage = {number // 40 for number in numbers}, rule.state()["stage"]
+            assert stage not in ("overshoot", "small", "strength") or len(orders) == 1, "none twice"
             matrices.due, asked = len(numbers), asked + len(numbers)
             events += rule.answer()
             matrices.due = 1
@@ -697,7 +699,7 @@ def test_a_run_ends_at_the_strength_at_which_the_loss_is_least() -> None:
     rule, _, _ = squeezed_run(matrices, 2_000)
     assert matrices.shares == [rule.strength]
     assert rule.strength == pytest.approx(0.75, abs=0.01)
-    assert "; what trains overshoots, so 0.75 of it is what the run ends with; " in rule.explanation
+    assert "; what trains overshoots, so the last planned step leaves 0.75 of it; " in rule.explanation
 
 
 def test_what_trains_is_shortened_after_the_last_planned_step_alone() -> None:
@@ -705,12 +707,27 @@ def test_what_trains_is_shortened_after_the_last_planned_step_alone() -> None:
     rule, _, _ = squeezed_run(matrices, 2_000)
     longer: Any = EvidenceRule(rule._settings, matrices)
     longer.holds_out, longer.held_out_batches = True, 40
-    longer.restore({**rule.state(), "global_step": 1_998})
+    longer.restore({**rule.state(), "global_step": 1_998, "is_shortened": False})
     longer.step()
     assert len(matrices.shares) == 1
     longer.step()
     longer.step()
     assert matrices.shares == [rule.strength] * 2
+
+
+def test_a_run_that_had_ended_and_goes_on_is_not_shortened_twice() -> None:
+    """By less than a ninth, so that its new last stretch has begun already."""
+    matrices = Squeezed(-10.0, 10.0)
+    rule, _, _ = squeezed_run(matrices, 2_000)
+    settings = replace(rule._settings, total_steps=2_200, last_step=1_980)
+    longer: Any = EvidenceRule(settings, matrices)
+    longer.holds_out, longer.held_out_batches = True, 40
+    longer.restore(rule.state())
+    assert longer.strength == rule.strength < 1
+    for _ in range(200):
+        longer.step()
+    assert matrices.shares == [rule.strength]
+    assert longer.strength == 1
 
 
 def test_planned_steps_that_were_not_taken_count_for_what_a_run_ends_with() -> None:
@@ -720,7 +737,7 @@ def test_planned_steps_that_were_not_taken_count_for_what_a_run_ends_with() -> N
     for taken in (1_997, 1_998):
         again: Any = EvidenceRule(rule._settings, matrices)
         again.holds_out, again.held_out_batches = True, 40
-        again.restore({**rule.state(), "global_step": taken, "skipped": 1})
+        again.restore({**rule.state(), "global_step": taken, "skipped": 1, "is_shortened": False})
         matrices.shares = []
         again.step() if taken == 1_998 else again.skip_step()
         assert bool(matrices.shares) == (taken == 1_998)

@@ -374,10 +374,10 @@ def test_the_page_says_of_an_early_squeeze_what_the_runs_say() -> None:
     assert f"Images: {images(before, of_images())}." in TEXT
     tried = each_seed_of("not-early")
     said = []
-    for of, name in (("squeezed early alone", "squeezed early"), ("shortened alone", "shortened")):
+    for of, name in (("squeezed early alone", "early squeeze alone brings"), ("shortened alone", "shorter end alone")):
         gains = [f"{LABELS[task]} {in_points(tried.score[of, task] - before.score[task])}" for task in ALONE]
-        said.append(f"{name}, {', '.join(gains[:-1])} and {gains[-1]}")
-    assert f"One of the two alone brings, {said[0]}; {said[1]}." in TEXT
+        said.append(f"the {name} {', '.join(gains[:-1])} and {gains[-1]}")
+    assert f"{said[0].capitalize()[:3]}{said[0][3:]}; {said[1]}." in TEXT
     t = tried.loc["t of all updates halfway"].t.astype(float)
     noise, pictures, graded = (
         f"{t[[*tasks]].min():.1f} to {t[[*tasks]].max():.1f}".replace("-", "−")

@@ -22,7 +22,7 @@ of them duels with what trains, by how fast the loss falls along them:
 
 **The squeeze.** Where growth ends, the smallest directions go, as many as together save next to nothing at half
 strength. A long run does so early, too, if all updates together cost loss by then, as noise does that was learnt by
-heart; if they do in the end, what trains is shortened when the run ends.
+heart; if the large ones do in the end, what trains is shortened when the run ends.
 """
 
 from __future__ import annotations
@@ -295,6 +295,7 @@ class EvidenceRule(Generic[E]):
         self._base_credits: list[np.ndarray] = []
         self._overflows = 0
         self._skipped = 0
+        self._is_shortened = False
         self._asked = 0
         self._questions_again = 0  # about what was dropped
         self._last_questions = 0  # about what is small
@@ -381,7 +382,7 @@ class EvidenceRule(Generic[E]):
             what = "component" if self.squeezed == 1 else "components"
             parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went")
         if self.strength < 1:
-            parts.append(f"what trains overshoots, so {self.strength:.2f} of it is what the run ends with")
+            parts.append(f"what trains overshoots, so the last planned step leaves {self.strength:.2f} of it")
         if self.phase == "rest":
             parts.append(f"nothing is born after step {self._settings.last_step}")
         return "; ".join(parts)
@@ -395,6 +396,8 @@ class EvidenceRule(Generic[E]):
             NonFiniteError: A component is NaN or infinite, or the gradient along directions is, batch after batch.
         """
         self.global_step += 1
+        if self._is_shortened:  # a run that had ended goes on
+            self.strength, self._is_shortened = 1.0, False
         if self.global_step % TOLD_INTERVAL == 0:
             self._check_components("regular")
         if self.phase == "questions":
@@ -433,6 +436,7 @@ class EvidenceRule(Generic[E]):
     def _shorten_if_over(self) -> None:
         if self.global_step + self._skipped == self._settings.total_steps and self.strength < 1:
             self._matrices.shorten(self.strength)
+            self._is_shortened = True
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
@@ -462,7 +466,7 @@ class EvidenceRule(Generic[E]):
     def _room_for_duels(self) -> int:
         """Held-out batches that may duel in the whole run."""
         reserved = self._last_questions + self._reach_questions * (2 if self._early_questions is None else 1)
-        # Of more, two fifths had duelled before the early squeeze.
+        # Two fifths of the duels are over by then, so the others give up all that it asks.
         reserved += math.ceil((self._early_questions or 0) * 2 / 3)
         return self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - reserved
 
@@ -522,7 +526,7 @@ class EvidenceRule(Generic[E]):
         if self._stage == "small":
             return self._small_questions - len(self._credits)
         if self._stage in ("overshoot", "strength"):
-            return self._reach_questions - len(self._credits)
+            return min(self._reach_questions, self.questions) - len(self._credits)
         if self._stage == "dropped":
             return self._questions_again - len(self._credits)
         if self._stage in ("whole", "half"):
@@ -686,16 +690,17 @@ class EvidenceRule(Generic[E]):
                 self._end_squeeze(self._small)
                 return
             self._next_number = max(self._next_number, self._after_duels)
-            self._forget_answers()
             if stage == "small":
                 self._ask_about_small(self._last_questions)
             else:
+                self._forget_answers()
                 self._matrices.ask_at(1.0)
         except BaseException:
             self.give_up()
             raise
 
     def _ask_about_small(self, questions: int) -> None:
+        self._forget_answers()
         self._stage, self._small_questions = "small", min(questions, self.questions)
         self._matrices.halve(self._small)
 
@@ -722,6 +727,7 @@ class EvidenceRule(Generic[E]):
         overshoots = bool(self._reach_questions) and saves_together(-large, self._settings.significance)
         if self._is_before_end or not overshoots:
             return self._end_squeeze(self._dropped)
+        self._forget_answers()
         self._stage, self._of_large = "strength", large
         self._matrices.ask_at(0.5)
         return []
@@ -848,6 +854,7 @@ class EvidenceRule(Generic[E]):
             "phase": self.phase,
             "overflows": self._overflows,
             "skipped": self._skipped,
+            "is_shortened": self._is_shortened,
             "asked": self._asked,
             "questions_again": self._questions_again,
             "last_questions": self._last_questions,
@@ -890,7 +897,7 @@ class EvidenceRule(Generic[E]):
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
         self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
         self._reach_questions, self._early_questions = state.get("reach_questions", 0), state.get("early_questions")
-        self.strength = state.get("strength_at_end", 1.0)
+        self.strength, self._is_shortened = state.get("strength_at_end", 1.0), state.get("is_shortened", False)
         self._after_duels, self._skipped = state.get("after_duels", 0), state.get("skipped", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
