@@ -26,6 +26,7 @@ from transformers import Adafactor, BitsAndBytesConfig, LlamaForCausalLM
 import models
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from aroma.errors import AromaWarning, ConfigError, NonFiniteError
+from aroma.integrations import callback
 from aroma.slots import SlotMatrices
 from evidence_runs import (
     LONG,
@@ -37,9 +38,11 @@ from evidence_runs import (
     Net,
     Rows,
     bear_everywhere,
+    bert_trainer,
     births,
     by_heart,
     grown,
+    growth_dataset,
     held_out,
     long,
     loss_of,
@@ -50,7 +53,7 @@ from evidence_runs import (
 from models import base, batch, logits
 from quick import slow_but
 from test_precision import sixteen_bit_folder
-from trainer_runs import assert_same
+from trainer_runs import assert_same, growth
 
 
 def followed(loop: Any) -> list[Tensor]:
@@ -648,6 +651,17 @@ def test_a_step_that_a_loop_gives_up_leaves_nothing() -> None:
     plain, loop = Loop().go_on(), Loop(backward=backward)
     assert_grew(plain)
     assert_same(loop.go_on().came_to(), plain.came_to())
+
+
+def test_a_step_that_is_skipped_is_one_of_those_that_the_trainer_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter([False, False, True])
+    monkeypatch.setattr(callback, "was_skipped", lambda optimizer: next(told, False))
+    trainer = bert_trainer(tmp_path, growth={"growth_dataset": growth_dataset()})
+    trainer.train()
+    rule = growth(trainer).controller.rule
+    assert (rule.global_step, rule.state()["skipped"]) == (STEPS - 1, 1)
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:

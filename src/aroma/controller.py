@@ -360,10 +360,15 @@ class AromaController:
         """
         self.matrices.require_answers()
 
-    def skip_step(self) -> None:
-        """Forget the batches of an optimizer step that was not taken, because a gradient overflowed."""
+    def skip_step(self, *, is_planned: bool = False) -> None:
+        """Forget the batches of an optimizer step that was not taken, because a gradient overflowed.
+
+        Args:
+            is_planned: Whether it is one of `total_steps`, so that fewer are taken, as by the Trainer.
+        """
         self.matrices.discard()
-        self.rule.skip_step()
+        if is_planned:
+            self.rule.skip_step()
 
     def outer_step(self) -> list[Event]:
         """End the inner loop now: check every unfrozen matrix, merge or freeze it, and start the next inner loop.

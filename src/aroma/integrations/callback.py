@@ -359,7 +359,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
         self._was_over = self._is_over(state, state.global_step - 1)
         if skipped:
-            controller.skip_step()
+            controller.skip_step(is_planned=True)
         elif not self._was_over:
             controller.step(is_new=is_new, loss_scale=self._loss_scale)
         if self._report is not None:
