@@ -284,8 +284,11 @@ def test_the_page_says_of_the_encoder_in_more_steps_what_the_runs_say() -> None:
     by_seed = runs.pivot_table("score", "seed", "of")
     long = runs.groupby("of")[["score", "trained_rank", "spearman"]].mean()
     left, size = 100 * (1 - long.score), long.trained_rank
-    before, higher = "evidence, short rows and memory", "evidence, at 0.003"
-    assert by_seed.count().to_dict() == {"evidence": 5, higher: 5, "r = 4": 5, "r = 8": 5, "r = 2": 2, before: 2}
+    before, higher, late = "evidence, short rows and memory", "evidence, at 0.003", "evidence, not squeezed early"
+    seeds = {"evidence": 5, higher: 5, late: 5, "r = 4": 5, "r = 8": 5, "r = 2": 2, before: 2}
+    assert by_seed.count().to_dict() == seeds
+    assert f"{left['evidence']:.2f}" == f"{left[late]:.2f}"
+    assert f"before that could be, it left {left[late]:.2f} %, too." in TEXT
     assert (
         f"it leaves {left['evidence']:.2f} % at {size['evidence']:.2f} trained components, less than a seventh" in TEXT
     )
