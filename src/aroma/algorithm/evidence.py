@@ -31,6 +31,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -76,6 +77,9 @@ HELD_OUT_INTERVAL = 9
 
 HELD_OUT_SHARE = 0.12
 """Held-out batches of a run, at most, as a share of its optimizer steps; the questions are asked anyhow."""
+
+EARLY = Fraction(2, 5)
+"""Share of growth after which a long run is squeezed early."""
 
 TRIED = 1
 """Held-out batches that are evaluated before the first step, so that what fails does so early."""
@@ -466,8 +470,8 @@ class EvidenceRule(Generic[E]):
     def _room_for_duels(self) -> int:
         """Held-out batches that may duel in the whole run."""
         reserved = self._last_questions + self._reach_questions * (2 if self._early_questions is None else 1)
-        # Two fifths of the duels are over by then, so the others give up all that it asks.
-        reserved += math.ceil((self._early_questions or 0) * 2 / 3)
+        # A share of the duels is over by then, so the others give up all that it asks.
+        reserved += math.ceil((self._early_questions or 0) * EARLY / (1 - EARLY))
         return self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - reserved
 
     def held_out_questions(self) -> Sequence[int]:
@@ -657,10 +661,10 @@ class EvidenceRule(Generic[E]):
 
     @property
     def _is_squeezed_early(self) -> bool:
-        """Whether it is time to ask if all updates overshoot: two fifths of growth are over."""
+        """Whether it is time to ask if all updates overshoot."""
         is_planned = self.holds_out and self._reach_questions > 0 and self._early_questions is None
         growth = self._settings.last_step - self._trial_steps
-        return is_planned and self._is_before_end and 5 * (self.global_step - self._trial_steps) >= 2 * growth
+        return is_planned and self._is_before_end and self.global_step - self._trial_steps >= EARLY * growth
 
     @property
     def _may_squeeze(self) -> bool:
