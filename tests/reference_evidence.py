@@ -119,7 +119,7 @@ class Reference:
         self.again = False  # whether it is asked about what was dropped
         self.opens = False  # whether it is open still how much of the updates is judged, and when
         self.squeezed = [0] * len(self.matrices)  # how many small directions every matrix lost
-        self.early: int | None = None  # how many were asked about what is small, before growth ended
+        self.early = False  # whether it was asked, before growth ended, if all updates cost loss
         self.left = 1.0  # of what trains, when the run ends
         self.share = 1.0  # of the updates, which is judged and stays
         self.doubled = 0
@@ -166,7 +166,8 @@ class Reference:
         elif self.phase == "growth" and self.t % o.interval == 0:
             self._weigh()
             if self._is_squeezed_early():
-                self.early = self._squeeze(held_out)
+                self._squeeze_early(held_out)
+                self.early = True
             self._look()
             if self.t >= o.last:
                 self._squeeze(held_out)
@@ -202,29 +203,30 @@ class Reference:
     def _shares(self) -> tuple[int, int, int]:
         """How many are asked about what was dropped, about what is small, and twice about how far all updates reach.
 
-        All are 12 % of the run at most.
+        All are 12 % of the run at most. A long run has as many left as decide, for an early squeeze.
         """
         o = self.settings
         room = math.floor(0.12 * (o.last + o.trial)) - self.answers - o.holds_out
         again = min(o.questions, room - 8) if room >= 16 else min(o.questions, room) if room >= 8 else 0
-        again *= any(matrix.dropped for matrix in self.matrices)
+        reach = max(4, o.questions // 4)
+        long = o.holds_out and room - o.questions - 2 * reach >= 24
+        if long:
+            room -= o.questions + 2 * reach
+            again = min(o.questions, room // 3)
         left = room - again
         last = min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
-        if not last or left - last < 32:
-            return again, last, 0
-        reach = max(4, o.questions // 4)
-        return again, max(last - 2 * reach, 8), reach
+        return again * any(matrix.dropped for matrix in self.matrices), last, reach * long
 
     def _room(self) -> int:
         """For held-out batches that duel, in the whole run."""
         o, (_, last, reach) = self.settings, self._shares()
-        reserved = last + (2 if self.early is None else 1) * reach + math.ceil((self.early or 0) * 2 / 3)
+        reserved = last + reach + (reach + o.questions) * (reach > 0 and not self.early)
         return math.floor(0.12 * (o.last + o.trial)) - max(self.asked, o.questions) - reserved - 1
 
     def _is_squeezed_early(self) -> bool:
         """Two fifths of growth are over."""
         o, trial = self.settings, self.settings.trial * 2**self.doubled
-        return bool(self._shares()[2]) and self.early is None and trial + 0.4 * (o.last - trial) <= self.t < o.last
+        return bool(self._shares()[2]) and not self.early and trial + 0.4 * (o.last - trial) <= self.t < o.last
 
     def _interval(self) -> int | None:
         """Steps between held-out batches that duel, if any: with all that are asked they are 12 % of the run."""
@@ -290,18 +292,12 @@ class Reference:
     def _settle(self) -> None:
         o = self.settings
         every = torch.tensor(self.credits, dtype=torch.float64)  # (batches, matrices, directions)
-        candidates = []
-        for i in range(len(self.matrices)):
-            tests = [stats.ttest_1samp(every[:, i, k], 0, alternative="greater") for k in range(o.K)]
-            whole = stats.ttest_1samp(every[:, i].sum(1), 0, alternative="greater").pvalue < o.alpha / 2
-            alone = True
-            for place, k in enumerate(sorted(range(o.K), key=lambda k: float(tests[k].pvalue))):
-                alone = alone and tests[k].pvalue < o.alpha / 2 / (o.K - place)
-                if alone or (whole and tests[k].statistic > 1):
-                    candidates.append((float(every[:, i, k].mean()), i, k))
+        candidates, undecided = self._candidates(every)
         self.saved = [0.0] * len(self.matrices)
         average = sum(credit for credit, _, _ in candidates) / (len(self.matrices) * o.K)
         chosen = {(i, k) for credit, i, k in candidates if credit >= o.least * average}
+        if self._shares()[2]:
+            chosen |= undecided
         for i, matrix in enumerate(self.matrices):
             stay = [k for k in range(o.K) if (i, k) in chosen]
             if not stay and stats.ttest_1samp(every[:, i].sum(1), 0).statistic > -1:
@@ -310,6 +306,23 @@ class Reference:
             self._fill(matrix, [matrix.singular[k] for k in stay], [self.share] * len(stay))
             matrix.count += len(stay)
             matrix.dropped = [k for k in range(o.K) if k not in stay]
+
+    def _candidates(self, every: Tensor) -> tuple[list[tuple[float, int, int]], set[tuple[int, int]]]:
+        """What may stay, with its credit, and what else may, where the questions come again."""
+        alpha, (_, matrices, K) = self.settings.alpha, every.shape
+        candidates, undecided = [], set()
+        for i in range(matrices):
+            here = [k for k in range(K) if every[:, i, k].any()]
+            tests = {k: stats.ttest_1samp(every[:, i, k], 0, alternative="greater") for k in here}
+            whole = bool(here) and stats.ttest_1samp(every[:, i].sum(1), 0, alternative="greater").pvalue < alpha / 2
+            alone = True
+            for place, k in enumerate(sorted(here, key=lambda k: float(tests[k].pvalue))):
+                alone = alone and tests[k].pvalue < alpha / 2 / (K - place)
+                if alone or (whole and tests[k].statistic > 1):
+                    candidates.append((float(every[:, i, k].mean()), i, k))
+                if whole and tests[k].statistic > -1:
+                    undecided.add((i, k))
+        return candidates, undecided
 
     def _take_back(self) -> None:
         """Components along what was dropped, where the loss falls that way by Holm's procedure at α/2."""
@@ -335,37 +348,22 @@ class Reference:
             matrix.q = [torch.zeros_like(v) for v in matrix.v]
             matrix.heads, matrix.flips = [0] * o.unused, [0] * o.unused
 
-    def _squeeze(self, held_out: Callable[[int], Sequence[Tensor]]) -> int:
-        """Take the smallest directions away that save no more than a thousandth together; return how many were asked.
+    def _squeeze(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
+        """Take the smallest directions away that save no more than a thousandth together, where growth ends.
 
-        Before growth ends that is done only where all updates cost loss. In the end, if they do, it is worked out how
-        much of them the run ends with.
+        If the others cost loss, it is worked out how much of them the run ends with.
         """
-        o, is_early = self.settings, self.t < self.settings.last
         _, questions, reach = self._shares()
-        before = [matrix.slots for matrix in self.matrices]
-        parts, sizes = [], []
-        for i, matrix in enumerate(self.matrices):
-            U, S, Vh = torch.linalg.svd(sum((torch.outer(c.b, c.a) for c in matrix.live), 0 * matrix.W0))
-            found = [k for k in range(len(matrix.live)) if S[k] > 1e-12]  # what is just born has no length yet
-            parts.append([(U[:, k], S[k], Vh[k]) for k in found])
-            sizes += [(float(S[k]), i, k) for k in found]
+        parts = self._parts()
+        sizes = sorted((float(size), i, k) for i, found in enumerate(parts) for k, (_, size, _) in enumerate(found))
         total, small = sum(size**2 for size, _, _ in sizes), []
-        for size, i, k in sorted(sizes):
+        for size, i, k in sizes:
             if sum(sizes_before**2 for sizes_before, _, _ in small) + size**2 <= 0.05 * total:
                 small.append((size, i, k))
         if not (questions and small):
-            return 0
-        self._next_order()
-        if is_early:
-            if not self._together([self._saved_along(sizes, parts, held_out) for _ in range(reach)], "less"):
-                return 0
-            questions = min(o.questions, max(self._room() // 4, 8))
-            self._next_order()
+            return
         halved = {(i, k) for _, i, k in small}
-        for i, matrix in enumerate(self.matrices):
-            self._fill(matrix, parts[i], [0.5 if (i, k) in halved else 1.0 for k in range(len(parts[i]))])
-        answers = [self._saved_along(sizes, parts, held_out) for _ in range(questions)]
+        before, answers = self._answers_at_half(halved, sizes, parts, questions, held_out)
         of_large = [{at: credit for at, credit in one.items() if at not in halved} for one in answers]
         gone: list[tuple[int, int]] = []
         saved, least = sum(self.saved), 0.0
@@ -374,13 +372,69 @@ class Reference:
             if together <= least + 0.001 * max(saved, 0.0):
                 gone.append((i, k))
                 least = min(least, together)
-        if not is_early and reach and self._together(of_large, "less"):
+        if reach and self._together(of_large, "less"):
             self.strength = 0.5
             self._next_order()
             large = [one for one in sizes if one[1:] not in halved]
             at_half = [self._saved_along(large, parts, held_out) for _ in range(reach)]
             missing, over = (sum(sum(one.values()) for one in every) / len(every) for every in (at_half, of_large))
             self.strength, self.left = 1.0, 0.5 if missing <= 0 else 0.5 + 0.5 * missing / (missing - over)
+        self._take_away({*gone}, parts, before)
+
+    def _squeeze_early(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
+        """Take away all that does not save loss, if all updates together cost some."""
+        o, (_, _, reach) = self.settings, self._shares()
+        parts = self._parts()
+        sizes = [(float(size), i, k) for i, found in enumerate(parts) for k, (_, size, _) in enumerate(found)]
+        self._next_order()
+        if not self._together([self._saved_along(sizes, parts, held_out) for _ in range(reach)], "less"):
+            return
+        all_of_them = {(i, k) for _, i, k in sizes}
+        before, answers = self._answers_at_half(all_of_them, sizes, parts, o.questions, held_out)
+        slots = max(o.K, *(k + 1 for matrix in self.matrices for k, c in enumerate(before[matrix.index]) if c))
+        every = torch.zeros(len(answers), len(parts), slots, dtype=torch.float64)
+        for batch, one in enumerate(answers):
+            for (i, k), credit in one.items():
+                every[batch, i, k] = credit
+        stay = {(i, k) for _, i, k in self._candidates(every)[0]}
+        for i, found in enumerate(parts):
+            best = max(range(len(found)), key=lambda k, i=i: float(every[:, i, k].mean()), default=None)
+            is_empty = not any((i, k) in stay for k in range(len(found)))
+            if best is not None and is_empty and stats.ttest_1samp(every[:, i].sum(1), 0).statistic > -1:
+                stay.add((i, best))
+        self._take_away(all_of_them - stay, parts, before)
+
+    def _parts(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+        """Singular directions of every matrix."""
+        parts = []
+        for matrix in self.matrices:
+            U, S, Vh = torch.linalg.svd(sum((torch.outer(c.b, c.a) for c in matrix.live), 0 * matrix.W0))
+            found = [k for k in range(len(matrix.live)) if S[k] > 1e-12]  # what is just born has no length yet
+            parts.append([(U[:, k], S[k], Vh[k]) for k in found])
+        return parts
+
+    def _answers_at_half(
+        self,
+        halved: set[tuple[int, int]],
+        sizes: Sequence[tuple[float, int, int]],
+        parts: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]],
+        questions: int,
+        held_out: Callable[[int], Sequence[Tensor]],
+    ) -> tuple[list[Any], list[dict[tuple[int, int], float]]]:
+        """The slots of before, and what batches say of all directions, with these at half strength."""
+        before = [matrix.slots for matrix in self.matrices]
+        self._next_order()
+        for i, matrix in enumerate(self.matrices):
+            self._fill(matrix, parts[i], [0.5 if (i, k) in halved else 1.0 for k in range(len(parts[i]))])
+        return before, [self._saved_along(sizes, parts, held_out) for _ in range(questions)]
+
+    def _take_away(
+        self,
+        gone: set[tuple[int, int]],
+        parts: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]],
+        before: Sequence[Any],
+    ) -> None:
+        """Let what stays begin anew in matrices that lose something; the others are as before."""
         for i, matrix in enumerate(self.matrices):
             stay = [part for k, part in enumerate(parts[i]) if (i, k) not in gone]
             matrix.slots = before[i]
@@ -388,7 +442,6 @@ class Reference:
             if len(stay) < len(parts[i]):
                 self._fill(matrix, stay, [1.0] * len(stay))
                 matrix.count += len(stay)
-        return questions
 
     def _saved_along(
         self,

@@ -41,15 +41,18 @@ from ..events import Event, EventKind
 from .duels import Reading, directions_that_convince, duel, log_evidence, log_mean
 from .questions import (
     QUESTIONS,
+    candidates,
     directions_to_drop,
     directions_to_keep,
     keep_one_if_undecided,
     opening_count,
+    places,
     question_count,
     saves_loss,
     saves_together,
     smallest_directions,
     strength_of_least_loss,
+    undecided_directions,
 )
 from .rule import Matrix, not_finite, require_finite
 
@@ -181,7 +184,7 @@ class EvidenceMatrix(Matrix, Protocol):
     steepness: float | None
 
 
-Stage = Literal["opening", "base", "whole", "half", "dropped", "overshoot", "small", "strength"]
+Stage = Literal["opening", "base", "whole", "half", "dropped", "overshoot", "all", "small", "strength"]
 """Which questions are asked. At the end of the trial: the first, at strength ½; as many at 0; those that decide what
 stays, of what; those that decide what comes back of the rest. In a squeeze: whether all updates overshoot; what is
 small; how far they overshoot, at ½."""
@@ -304,8 +307,8 @@ class EvidenceRule(Generic[E]):
         self._questions_again = 0  # about what was dropped
         self._last_questions = 0  # about what is small
         self._reach_questions = 0  # whether all updates overshoot, early, and how far, in the end
-        self._small_questions = 0  # of the squeeze that is under way
-        self._early_questions: int | None = None  # about what is small, early; None before
+        self._squeeze_questions = 0  # at half strength, of the squeeze that is under way
+        self._is_asked_early = False
         self._sizes, self._of_large = np.empty((0, 0)), np.empty((0, 0, 0))  # at full strength
         self._small = self._dropped = np.empty((0, 0), dtype=bool)
         self._lost: list[float] = []  # by matrix, with what is dropped
@@ -469,9 +472,9 @@ class EvidenceRule(Generic[E]):
     @property
     def _room_for_duels(self) -> int:
         """Held-out batches that may duel in the whole run."""
-        reserved = self._last_questions + self._reach_questions * (2 if self._early_questions is None else 1)
-        # A share of the duels is over by then, so the others give up all that it asks.
-        reserved += math.ceil((self._early_questions or 0) * EARLY / (1 - EARLY))
+        reserved = self._last_questions + self._reach_questions
+        if self._reach_questions and not self._is_asked_early:
+            reserved += self._reach_questions + self.questions
         return self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - reserved
 
     def held_out_questions(self) -> Sequence[int]:
@@ -527,8 +530,8 @@ class EvidenceRule(Generic[E]):
     @property
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
-        if self._stage == "small":
-            return self._small_questions - len(self._credits)
+        if self._stage in ("small", "all"):
+            return self._squeeze_questions - len(self._credits)
         if self._stage in ("overshoot", "strength"):
             return min(self._reach_questions, self.questions) - len(self._credits)
         if self._stage == "dropped":
@@ -603,15 +606,20 @@ class EvidenceRule(Generic[E]):
     def _settle(self) -> list[Event]:
         """Drop what does not surely save loss, and what saves little."""
         credits = np.stack(self._credits)
-        kept = keep_one_if_undecided(directions_to_keep(credits, self._settings.significance), credits)
         is_half = self._stage == "half"
-        share = 0.5 if is_half else 1.0
-        self._matrices.keep(kept, share)
         opened = len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
         asked = max(self._asked, len(credits) + opened)  # those that overflowed have been asked, too
         asked += TRIED if self.holds_out else 0
-        is_any_dropped = sum(map(len, kept)) < np.isfinite(credits[0]).sum()
-        self._share_out(self._settings.held_out_room(asked), is_any_dropped=bool(is_any_dropped))
+        self._share_out(self._settings.held_out_room(asked))
+        kept = directions_to_keep(credits, self._settings.significance)
+        if self._reach_questions:
+            undecided = places(undecided_directions(credits, self._settings.significance))
+            kept = [sorted({*own, *more}) for own, more in zip(kept, undecided, strict=True)]
+        kept = keep_one_if_undecided(kept, credits)
+        share = 0.5 if is_half else 1.0
+        self._matrices.keep(kept, share)
+        if sum(map(len, kept)) == np.isfinite(credits[0]).sum():
+            self._questions_again = 0
         saved = share * np.nan_to_num(credits).mean(0)
         self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
         if not self._questions_again:
@@ -620,19 +628,24 @@ class EvidenceRule(Generic[E]):
         self._stage = "dropped"
         return []
 
-    def _share_out(self, room: int, *, is_any_dropped: bool) -> None:
-        """Plan how many batches are asked about what was dropped, and about what is small; duels take the others."""
-        fewest = QUESTIONS[0]
-        left = fewest if room >= 2 * fewest else 0
-        self._questions_again = min(self.questions, room - left) if room >= fewest and is_any_dropped else 0
+    def _share_out(self, room: int) -> None:
+        """Plan how many batches are asked about what was dropped, and in squeezes; duels take the others.
+
+        Only a long run, which can ask about all directions once more, lets stay what is undecided.
+        """
+        fewest, reach = QUESTIONS[0], opening_count(self.questions)
+        left = room - self.questions - 2 * reach
+        is_long = self.holds_out and left >= 3 * fewest
+        self._reach_questions = reach if is_long else 0
+        if is_long:
+            room, again = left, left // 3
+        else:
+            again = room - (fewest if room >= 2 * fewest else 0)
+        self._questions_again = min(self.questions, again) if room >= fewest else 0
         room -= self._questions_again
         # Without held-out examples what was learnt by heart would seem to save loss.
         may_ask = self.holds_out and room >= fewest
         self._last_questions = min(self.questions, max(room // 2, fewest)) if may_ask else 0
-        is_long = may_ask and room - self._last_questions >= 4 * fewest
-        self._reach_questions = opening_count(self.questions) if is_long else 0
-        if is_long:  # duels keep what they have
-            self._last_questions = max(self._last_questions - 2 * self._reach_questions, fewest)
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
@@ -662,7 +675,7 @@ class EvidenceRule(Generic[E]):
     @property
     def _is_squeezed_early(self) -> bool:
         """Whether it is time to ask if all updates overshoot."""
-        is_planned = self.holds_out and self._reach_questions > 0 and self._early_questions is None
+        is_planned = self.holds_out and self._reach_questions > 0 and not self._is_asked_early
         growth = self._settings.last_step - self._trial_steps
         return is_planned and self._is_before_end and self.global_step - self._trial_steps >= EARLY * growth
 
@@ -686,27 +699,27 @@ class EvidenceRule(Generic[E]):
         """Ask about all singular directions, the small ones at half strength where it is about these."""
         self._check_components("squeeze's" if self._is_before_end else "growth's last")
         self._matrices.set_aside()
-        self.phase, self._stage, self._small_questions = "squeeze", stage, 0
+        self.phase, self._stage, self._squeeze_questions = "squeeze", stage, 0
         try:
             self._sizes = self._matrices.take_apart()
-            self._small, self._lost = smallest_directions(self._sizes), [0.0] * len(self._sizes)
-            if not self._small.any():
-                self._end_squeeze(self._small)
-                return
+            self._small = smallest_directions(self._sizes)
+            self._dropped, self._lost = np.zeros_like(self._small), [0.0] * len(self._small)
             self._next_number = max(self._next_number, self._after_duels)
-            if stage == "small":
-                self._ask_about_small(self._last_questions)
-            else:
+            if stage == "overshoot":
                 self._forget_answers()
                 self._matrices.ask_at(1.0)
+            elif self._small.any():
+                self._ask_at_half("small", self._small, self._last_questions)
+            else:
+                self._end_squeeze()
         except BaseException:
             self.give_up()
             raise
 
-    def _ask_about_small(self, questions: int) -> None:
+    def _ask_at_half(self, stage: Stage, directions: np.ndarray, questions: int) -> None:
         self._forget_answers()
-        self._stage, self._small_questions = "small", min(questions, self.questions)
-        self._matrices.halve(self._small)
+        self._stage, self._squeeze_questions = stage, min(questions, self.questions)
+        self._matrices.halve(directions)
 
     def give_up(self) -> None:
         """Put back what is halved, after an error or Ctrl-C: it is squeezed at the next look, if the run goes on."""
@@ -718,37 +731,48 @@ class EvidenceRule(Generic[E]):
         """Ask what comes next in a squeeze, or end it."""
         credits, self._credits = np.stack(self._credits), []
         if self._stage == "overshoot":
-            if not saves_together(-credits, self._settings.significance):
-                return self._end_squeeze(np.zeros_like(self._small))
-            self._ask_about_small(max(self._room_for_duels // 4, QUESTIONS[0]))
-            return []
-        large = np.where(self._small, 0.0, np.nan_to_num(credits))
-        if self._stage == "strength":
-            self.strength = strength_of_least_loss(self._of_large, large)
-            return self._end_squeeze(self._dropped)
-        self._dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
-        self._lost = np.where(self._dropped, credits.mean(0), 0.0).sum(1).tolist()
-        overshoots = bool(self._reach_questions) and saves_together(-large, self._settings.significance)
-        if self._is_before_end or not overshoots:
-            return self._end_squeeze(self._dropped)
-        self._forget_answers()
-        self._stage, self._of_large = "strength", large
-        self._matrices.ask_at(0.5)
-        return []
+            if saves_together(-credits, self._settings.significance):
+                self._ask_at_half("all", np.isfinite(self._sizes), self.questions)
+                return []
+        elif self._stage == "all":
+            saves = places(candidates(np.nan_to_num(credits), self._settings.significance))
+            self._choose_to_drop(self._all_but(keep_one_if_undecided(saves, credits)), credits)
+        elif self._stage == "small":
+            dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
+            self._choose_to_drop(dropped, credits)
+            self._of_large = np.where(self._small, 0.0, np.nan_to_num(credits))
+            if self._reach_questions and saves_together(-self._of_large, self._settings.significance):
+                self._forget_answers()
+                self._stage = "strength"
+                self._matrices.ask_at(0.5)
+                return []
+        else:
+            self.strength = strength_of_least_loss(self._of_large, np.where(self._small, 0.0, np.nan_to_num(credits)))
+        return self._end_squeeze()
 
-    def _end_squeeze(self, dropped: np.ndarray) -> list[Event]:
-        """Take the `dropped` directions away, (matrices, S), and go on, or rest."""
+    def _all_but(self, kept: Sequence[Sequence[int]]) -> np.ndarray:
+        dropped = np.isfinite(self._sizes)
+        for row, stays in zip(dropped, kept, strict=True):
+            row[[*stays]] = False
+        return dropped
+
+    def _choose_to_drop(self, dropped: np.ndarray, credits: np.ndarray) -> None:
+        self._dropped = dropped
+        self._lost = np.where(dropped, np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()
+
+    def _end_squeeze(self) -> list[Event]:
+        """Take away what is chosen to go, and go on, or rest."""
         before = self._matrices.known_rank
-        self._matrices.drop(dropped)
+        self._matrices.drop(self._dropped)
         if self._is_before_end:
-            self.phase, self._early_questions = "growth", self._small_questions
+            self.phase, self._is_asked_early = "growth", True
             self._matrices.note_moves()
         else:
             self._rest()
         self.squeezed += before - self._matrices.known_rank
         return [
             self._event("squeezed", matrix, value=saved)
-            for matrix, saved, gone in zip(self._matrices.all(), self._lost, dropped, strict=True)
+            for matrix, saved, gone in zip(self._matrices.all(), self._lost, self._dropped, strict=True)
             if gone.any()
         ]
 
@@ -863,7 +887,7 @@ class EvidenceRule(Generic[E]):
             "questions_again": self._questions_again,
             "last_questions": self._last_questions,
             "reach_questions": self._reach_questions,
-            "early_questions": self._early_questions,
+            "is_asked_early": self._is_asked_early,
             "strength_at_end": self.strength,
             "saved": self._saved,
             "next_number": self._next_number,
@@ -900,7 +924,8 @@ class EvidenceRule(Generic[E]):
         # Early versions asked once, or twice.
         self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
         self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
-        self._reach_questions, self._early_questions = state.get("reach_questions", 0), state.get("early_questions")
+        self._reach_questions = state.get("reach_questions", 0)
+        self._is_asked_early = state.get("is_asked_early", False)
         self.strength, self._is_shortened = state.get("strength_at_end", 1.0), state.get("is_shortened", False)
         self._after_duels, self._skipped = state.get("after_duels", 0), state.get("skipped", 0)
         self._credits, self._base_credits = (

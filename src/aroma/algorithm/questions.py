@@ -73,8 +73,27 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     known = np.nan_to_num(credits)
     saved = np.where(candidates(known, significance), known.mean(0), 0.0)
     average = saved.sum() / max(np.isfinite(credits[0]).sum(), 1)
-    stays = (saved > 0) & (saved >= LEAST_OF_AVERAGE * average)
-    return [[int(k) for k in row.nonzero()[0]] for row in stays]
+    return places((saved > 0) & (saved >= LEAST_OF_AVERAGE * average))
+
+
+def undecided_directions(credits: np.ndarray, significance: float) -> np.ndarray:
+    """Return which directions may still be needed, (matrices, S).
+
+    Those are all of a matrix whose whole update surely saves loss, but for what costs more than its standard error.
+
+    Args:
+        credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
+        significance: α.
+    """
+    known = np.nan_to_num(credits)
+    (t, _), (_, whole) = _t_test(known), _t_test(known.sum(2))
+    found: np.ndarray = (t > -1) & (whole < significance / 2)[:, None]
+    return found
+
+
+def places(chosen: np.ndarray) -> list[list[int]]:
+    """Return for every matrix which directions are chosen, of (matrices, S)."""
+    return [[int(k) for k in row.nonzero()[0]] for row in chosen]
 
 
 def keep_one_if_undecided(kept: Sequence[list[int]], credits: np.ndarray) -> list[list[int]]:
