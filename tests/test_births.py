@@ -205,10 +205,10 @@ def test_what_went_where_growth_ended_is_hollow(grown):
     for one, other in zip(figure.axes[2:], whole.axes[2:], strict=True):
         ends = [max(bar.get_x() + bar.get_width() for bar in axes.patches) for axes in (one, other)]
         assert ends[0] == pytest.approx(ends[1]), "with what went a bar is as long as before"
-    said = f"last at step {rule.last_birth}\nsmall, gone: 5 · ranks 0 to"
+    said = f"last at step {rule.last_birth}\ngone: 5 · ranks 0 to"
     assert said in figure.subfigs[0].get_suptitle()
     legends = [[text.get_text() for text in one.subfigs[1].legends[0].get_texts()] for one in (figure, whole)]
-    assert ["small, dropped" in legend for legend in legends] == [True, False]
+    assert ["gone in a squeeze" in legend for legend in legends] == [True, False]
 
 
 def test_no_evidence_is_no_dot_and_the_threshold_is_that_of_the_run(grown):
@@ -431,7 +431,7 @@ def test_inspect_shows_evidence_and_steepness(
     rule.squeezed = 3
     loop.save(tmp_path / "squeezed")
     assert main(["inspect", str(tmp_path / "squeezed")]) == 0
-    assert f"the last at step {rule.last_birth}; small components that went 3." in capsys.readouterr().out
+    assert f"the last at step {rule.last_birth}; components that went 3." in capsys.readouterr().out
 
     Loop().go_on(until=12).save(tmp_path / "trial")
     assert main(["inspect", str(tmp_path / "trial")]) == 0

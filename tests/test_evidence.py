@@ -678,7 +678,7 @@ def test_where_growth_ends_held_out_examples_say_which_small_components_go() -> 
     assert (told.module, told.step, told.rank) == ("a", 360, 1)
     assert told.value == pytest.approx(-1.0, abs=0.1), "what it saved"
     assert (rule.phase, rule.squeezed) == ("rest", 1)
-    assert "; 1 small component, which saved next to nothing, went; " in rule.explanation
+    assert "; 1 component, which saved next to nothing, went; " in rule.explanation
     assert asked <= 0.12 * 400
 
 

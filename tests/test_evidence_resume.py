@@ -120,7 +120,7 @@ def test_a_plain_loop_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     squeezed = {step for step, _, kind in births(whole.events) if kind == "squeezed"}
     assert bool(squeezed) or name not in ("held out in every phase", "matrices of all sizes")
     if name == "held out, learnt by heart":
-        assert squeezed == {204}
+        assert squeezed == {204, 480}, "early, and where growth ends"
         assert whole.growth.controller.rule.strength < 1
     if name == "matrices of all sizes":
         assert [layer.r["default"] for layer in layers.values()] == [8, 8, 16, 12]

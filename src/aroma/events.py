@@ -17,7 +17,7 @@ class Event:
     Args:
         kind: `"checked"`: an inner check of one matrix, or a look at its evidence. `"born"`: it got one more component
             by evidence, or all those of the trial. `"settled"`: the trial ended, and `rank` components stay.
-            `"squeezed"`: small components went. `"merged"`: a component trains no more, and stays.
+            `"squeezed"`: components went that save nothing, or next to nothing. `"merged"`: a component trains no more, and stays.
             `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.

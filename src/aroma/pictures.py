@@ -157,7 +157,7 @@ class History:
         rank: Components at the last event.
         births: Optimizer steps of the births since the trial, in order.
         merges: Those of them at which the oldest component was merged to make room.
-        squeezed: Small components that went.
+        squeezed: Components that went in squeezes.
         evidence: Optimizer step and log E wherever it was told, in order; twice at a birth, after which E is 1 again.
     """
 
@@ -330,7 +330,7 @@ def _births_summary(histories: Sequence[History], scene: _Scene) -> str:
     born = f"births {len(births)}" + (f", last at step {max(births)}" if births else "")
     left = f"the trial left {sum(settled)} components at step {scene.trial}"
     squeezed = sum(matrix.squeezed for matrix in histories)
-    gone = f"\nsmall, gone: {squeezed}" if squeezed else ""
+    gone = f"\ngone: {squeezed}" if squeezed else ""
     return f"{count} · {left} · {born}{gone} · ranks {min(ranks)} to {max(ranks)}, total {sum(ranks)}"
 
 
@@ -394,7 +394,7 @@ def _explain_births(figure: SubFigure, axes: Axes, histories: Sequence[History])
     if any(matrix.merges for matrix in histories):
         merges = [axes.scatter([], [], s=30, label="birth, the oldest merged", **_MERGE)]
     if any(matrix.squeezed for matrix in histories):
-        gone = [Patch(label="small, dropped", **_GONE)]
+        gone = [Patch(label="gone in a squeeze", **_GONE)]
     handles = [
         Patch(color=_TRIAL, label="trial"),
         Patch(color=_EVIDENCE, label="evidence: log E, full at log 1/α"),

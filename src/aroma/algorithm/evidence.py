@@ -21,8 +21,9 @@ of them duels with what trains, by how fast the loss falls along them:
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
 **The squeeze.** Where growth ends, the smallest directions go, as many as together save next to nothing at half
-strength. A long run does so early, too, if all updates together cost loss by then, as noise does that was learnt by
-heart; if the large ones do in the end, what trains is shortened when the run ends.
+strength. In a long run the trial lets stay what is undecided; if all updates together cost loss early in growth, as
+noise does that was learnt by heart, only what saves some stays then. If the large ones do in the end, what trains is
+shortened when the run ends.
 """
 
 from __future__ import annotations
@@ -283,7 +284,7 @@ class EvidenceRule(Generic[E]):
         doublings: How often the trial was doubled so far.
         births: Components started by evidence so far.
         last_birth: Optimizer step of the last one; None before the first.
-        squeezed: Small components that went.
+        squeezed: Components that went in squeezes.
         strength: Share of what trains that is left when the run ends; 1 if nothing overshoots.
         holds_out: Whether held-out examples decide.
         tell: Called with events as they happen.
@@ -387,7 +388,7 @@ class EvidenceRule(Generic[E]):
         parts.append(last)
         if self.squeezed:
             what = "component" if self.squeezed == 1 else "components"
-            parts.append(f"{self.squeezed} small {what}, which saved next to nothing, went")
+            parts.append(f"{self.squeezed} {what}, which saved next to nothing, went")
         if self.strength < 1:
             parts.append(f"what trains overshoots, so the last planned step leaves {self.strength:.2f} of it")
         if self.phase == "rest":

@@ -257,7 +257,7 @@ def growth_line(run: Mapping[str, Any]) -> str:
         return f"Growth by evidence: its trial was not over at optimizer step {run['global_step']}."
     last = "" if run["last_birth"] is None else f", the last at step {run['last_birth']}"
     born = f"births since the trial {run['births']}{last}"
-    gone = f"; small components that went {run['squeezed']}" if run.get("squeezed") else ""
+    gone = f"; components that went {run['squeezed']}" if run.get("squeezed") else ""
     return f"Growth by evidence, at optimizer step {run['global_step']}: {born}{gone}."
 
 

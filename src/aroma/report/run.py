@@ -189,7 +189,7 @@ def _words_of(history: History) -> str:
     if history.settled is None:
         return "The trial is not over."
     left = f"The trial left {history.settled or 'no'} component{'' if history.settled == 1 else 's'}"
-    gone = f" Gone, as small: {history.squeezed}." if history.squeezed else ""
+    gone = f" Gone in squeezes: {history.squeezed}." if history.squeezed else ""
     if history.births:
         return f"{left}; born since: {len(history.births)}, at step {', '.join(map(str, history.births))}.{gone}"
     return f"{left}; none was born since. The most evidence was {evidence_text(history.peak)}.{gone}"
