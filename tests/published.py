@@ -80,6 +80,11 @@ def not_early() -> pd.DataFrame:
     return each_seed_of("not-early").loc["before"]
 
 
+def not_undecided() -> pd.DataFrame:
+    """Return what `not_early` does, of the rule before what is undecided stayed when the trial ends."""
+    return each_seed_of("not-undecided").loc["before"]
+
+
 def not_squeezed() -> pd.DataFrame:
     """Return what `not_again` does, and the largest rank, of the tables before the last squeeze; memory has none."""
     return each_seed_of("not-squeezed").loc["before"]

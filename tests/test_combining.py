@@ -71,7 +71,7 @@ def test_what_is_kept_is_what_the_dense_reference_keeps(apart: list[Path]) -> No
         for place, (name, (u, sizes, v), count) in enumerate(zip(deltas, split, counts, strict=True)):
             worth = -(sizes * (u.T @ modules[name].weight.grad.double() @ v.T).diagonal())
             credits[number, place, :count] = worth[:count]
-    kept = directions_to_keep(credits, significance)
+    kept = [row.nonzero()[0].tolist() for row in directions_to_keep(credits, significance)]
     assert 0 < sum(map(len, kept)) < sum(counts)
     for place, layer in enumerate(aroma_layers(model).values()):
         u, sizes, v = split[place]

@@ -232,12 +232,17 @@ def test_evidence_is_a_bet_that_wins_only_against_chance() -> None:
     assert sum(convinced) / 2000 < 0.05
 
 
+def places(chosen: np.ndarray) -> list[list[int]]:
+    """Return which directions of every matrix are chosen, of (matrices, S)."""
+    return [row.nonzero()[0].tolist() for row in chosen]
+
+
 @pytest.mark.parametrize(("significance", "kept"), [(1e-20, [0]), (0.05, [0]), (0.95, [0, 1])])
 def test_whatever_the_significance_what_costs_loss_never_stays(significance: float, kept: list[int]) -> None:
     # Surely useful, useful on average, harmful on average, surely harmful; as a whole they cost loss.
     noise = np.tile([1.0, -1.0], 8)
     credits = np.stack([1 + 1e-9 * noise, 0.3 + noise, -0.3 + noise, -2 + 1e-9 * noise], 1)[:, None, :]
-    assert directions_to_keep(credits, significance) == [kept]
+    assert places(directions_to_keep(credits, significance)) == [kept]
 
 
 def test_what_saves_less_than_a_quarter_of_the_average_goes_however_sure_it_is() -> None:
@@ -245,8 +250,8 @@ def test_what_saves_less_than_a_quarter_of_the_average_goes_however_sure_it_is()
     saved = np.array([[2.0, 1.0, 0.126, -3.0], [0.75, 0.124, np.nan, np.nan], [-1.0, -1.0, np.nan, np.nan]])
     credits = saved + 1e-6 * np.tile([1.0, -1.0], 8)[:, None, None]
     assert candidates(np.nan_to_num(credits), 0.05).sum() == 5
-    assert directions_to_keep(credits, 0.05) == [[0, 1, 2], [0], []]
-    assert directions_to_keep(1e3 * credits, 0.05) == [[0, 1, 2], [0], []], "the scale of the loss says nothing"
+    assert places(directions_to_keep(credits, 0.05)) == [[0, 1, 2], [0], []]
+    assert (directions_to_keep(1e3 * credits, 0.05) == directions_to_keep(credits, 0.05)).all(), "no scale is told"
 
 
 @pytest.mark.parametrize("significance", [0.05, 0.2])
@@ -280,13 +285,14 @@ def test_a_matrix_keeps_its_best_direction_unless_its_update_costs_loss() -> Non
     credits[:, ::3, 3] = np.nan  # no such direction
     credits[:, ::40] = np.nan  # none at all
     t = stats.ttest_1samp(np.nansum(credits, 2), 0).statistic
-    kept = keep_one_if_undecided([[]] * 400, credits)
+    kept = places(keep_one_if_undecided(np.zeros((400, 4), bool), credits))
     spared = [place for place, directions in enumerate(kept) if directions]
     assert spared == [place for place in range(400) if place % 40 and t[place] > -1]
     assert 0.2 < len(spared) / 400 < 0.8
     for place in spared:
         assert kept[place] == [int(np.nanargmax(credits[:, place].mean(0)))]
-    assert keep_one_if_undecided([[2, 3]] * 400, credits) == [[2, 3]] * 400
+    two = np.tile([False, False, True, True], (400, 1))
+    assert (keep_one_if_undecided(two, credits) == two).all()
 
 
 @pytest.mark.parametrize("significance", [0.01, 0.05, 0.3])
@@ -791,7 +797,7 @@ class Unsure(Squeezed):
         self.kept: list[list[list[int]]] = []
 
     def keep(self, kept: Any, share: float = 1.0) -> None:
-        self.kept.append([[*own] for own in kept])
+        self.kept.append(places(kept))
         super().keep(kept, share)
 
     def take_credits(self) -> list[np.ndarray]:

@@ -502,8 +502,8 @@ class SlotMatrices(GrowingMatrices):
         return [np.nan_to_num(numbers[:, : size.shape[1]], nan=np.inf) * size for numbers, _ in self._take()]
 
     @torch.no_grad()
-    def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
-        """Keep `share` of these singular directions of every matrix, and ask about the others at strength 0.
+    def keep(self, kept: np.ndarray, share: float = 1.0) -> None:
+        """Keep `share` of these singular directions, (matrices, K), and ask about the others at strength 0.
 
         A direction that stays is split as at its birth: a = ℓ v, b = share σ u / ℓ, with ℓ = √(2/3K) where K stay in
         the matrix.
@@ -513,8 +513,9 @@ class SlotMatrices(GrowingMatrices):
         starts: list[SlotStart] = []
         for group, row, place in self._rows():
             if not self._all[place].is_frozen:
-                starts += self._split_anew(group, row, [*kept[place]], share, pairs[place])
-                group.sizes[row, [*kept[place]]] = 0
+                stays = kept[place].nonzero()[0].tolist()
+                starts += self._split_anew(group, row, stays, share, pairs[place])
+                group.sizes[row, stays] = 0
         start_slots(self._optimizer, starts)
         self.release_pairs()
         self._ask()

@@ -47,7 +47,6 @@ from .questions import (
     directions_to_keep,
     keep_one_if_undecided,
     opening_count,
-    places,
     question_count,
     saves_loss,
     saves_together,
@@ -246,8 +245,8 @@ class EvidenceMatrices(Protocol[E]):
         NaN where there is no direction, infinite where the batch overflowed.
         """
 
-    def keep(self, kept: Sequence[Sequence[int]], share: float = 1.0) -> None:
-        """Keep `share` of these singular directions of every matrix, and ask about the others at strength 0."""
+    def keep(self, kept: np.ndarray, share: float = 1.0) -> None:
+        """Keep `share` of these singular directions, (matrices, S), and ask about the others at strength 0."""
 
     def halve(self, small: np.ndarray) -> None:
         """Put `small` directions, (matrices, S), at half strength, and ask about all."""
@@ -614,15 +613,13 @@ class EvidenceRule(Generic[E]):
         self._share_out(self._settings.held_out_room(asked))
         kept = directions_to_keep(credits, self._settings.significance)
         if self._reach_questions:
-            undecided = places(undecided_directions(credits, self._settings.significance))
-            kept = [sorted({*own, *more}) for own, more in zip(kept, undecided, strict=True)]
+            kept |= undecided_directions(credits, self._settings.significance)
         kept = keep_one_if_undecided(kept, credits)
         share = 0.5 if is_half else 1.0
         self._matrices.keep(kept, share)
-        if sum(map(len, kept)) == np.isfinite(credits[0]).sum():
+        if kept.sum() == np.isfinite(credits[0]).sum():
             self._questions_again = 0
-        saved = share * np.nan_to_num(credits).mean(0)
-        self._saved = [float(row[[*stays]].sum()) for row, stays in zip(saved, kept, strict=True)]
+        self._saved = np.where(kept, share * np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()
         if not self._questions_again:
             return self._grow([])
         self._forget_answers()
@@ -736,8 +733,8 @@ class EvidenceRule(Generic[E]):
                 self._ask_at_half("all", np.isfinite(self._sizes), self.questions)
                 return []
         elif self._stage == "all":
-            saves = places(candidates(np.nan_to_num(credits), self._settings.significance))
-            self._choose_to_drop(self._all_but(keep_one_if_undecided(saves, credits)), credits)
+            saves = candidates(np.nan_to_num(credits), self._settings.significance)
+            self._choose_to_drop(np.isfinite(self._sizes) & ~keep_one_if_undecided(saves, credits), credits)
         elif self._stage == "small":
             dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
             self._choose_to_drop(dropped, credits)
@@ -750,12 +747,6 @@ class EvidenceRule(Generic[E]):
         else:
             self.strength = strength_of_least_loss(self._of_large, np.where(self._small, 0.0, np.nan_to_num(credits)))
         return self._end_squeeze()
-
-    def _all_but(self, kept: Sequence[Sequence[int]]) -> np.ndarray:
-        dropped = np.isfinite(self._sizes)
-        for row, stays in zip(dropped, kept, strict=True):
-            row[[*stays]] = False
-        return dropped
 
     def _choose_to_drop(self, dropped: np.ndarray, credits: np.ndarray) -> None:
         self._dropped = dropped

@@ -6,7 +6,6 @@ A batch answers with credit_k, the loss that direction k of an update saves; `ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -58,8 +57,8 @@ def saves_together(credits: np.ndarray, significance: float) -> bool:
     return float(chance) < significance
 
 
-def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[int]]:
-    """Return for every matrix which directions save loss surely enough to stay.
+def directions_to_keep(credits: np.ndarray, significance: float) -> np.ndarray:
+    """Return which directions save loss surely enough to stay, (matrices, S).
 
     Those are candidates that save a quarter or more of what a direction saves on average; one that is no candidate
     counts as saving nothing. Before the others have converged, a direction that is not needed saves a little in their
@@ -73,7 +72,8 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> list[list[in
     known = np.nan_to_num(credits)
     saved = np.where(candidates(known, significance), known.mean(0), 0.0)
     average = saved.sum() / max(np.isfinite(credits[0]).sum(), 1)
-    return places((saved > 0) & (saved >= LEAST_OF_AVERAGE * average))
+    found: np.ndarray = (saved > 0) & (saved >= LEAST_OF_AVERAGE * average)
+    return found
 
 
 def undecided_directions(credits: np.ndarray, significance: float) -> np.ndarray:
@@ -91,24 +91,21 @@ def undecided_directions(credits: np.ndarray, significance: float) -> np.ndarray
     return found
 
 
-def places(chosen: np.ndarray) -> list[list[int]]:
-    """Return for every matrix which directions are chosen, of (matrices, S)."""
-    return [[int(k) for k in row.nonzero()[0]] for row in chosen]
-
-
-def keep_one_if_undecided(kept: Sequence[list[int]], credits: np.ndarray) -> list[list[int]]:
+def keep_one_if_undecided(kept: np.ndarray, credits: np.ndarray) -> np.ndarray:
     """Return `kept`, with the best direction of every matrix of which nothing stays, unless its update costs loss.
 
     Where learning begins late, the batches say little of any matrix, so it keeps as much as LoRA with r = 1 has. It
     keeps none if its update as a whole costs more than the standard error of that, or if it has none.
 
     Args:
-        kept: The directions that stay, by matrix.
+        kept: Which directions stay, (matrices, S).
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
     """
     t, _ = _t_test(np.nan_to_num(credits).sum(2))
     best = np.where(np.isnan(credits[0]), -np.inf, credits.mean(0)).argmax(1)
-    return [own or [int(best[place])] * bool(t[place] > -1) for place, own in enumerate(kept)]
+    spared = ~kept.any(1) & (t > -1)
+    found: np.ndarray = kept | (spared[:, None] & (np.arange(kept.shape[1]) == best[:, None]))
+    return found
 
 
 def candidates(credits: np.ndarray, significance: float) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -148,9 +149,9 @@ def _settle(controller: AromaController, live: int) -> None:
     """Bring growth by evidence to where the trial has left `live` components in every module."""
     matrices = controller.matrices
     assert isinstance(matrices, SlotMatrices), "the case grows by evidence"
-    matrices.take_apart()
+    sizes = matrices.take_apart()
     matrices.ask_at(0.5)
-    matrices.keep([range(live)] * len(matrices.all()))
+    matrices.keep(np.tile(np.arange(sizes.shape[1]) < live, (len(sizes), 1)))
     matrices.follow_unused([])
     matrices.note_moves()
     controller.rule.restore({**controller.rule.state(), "phase": "growth"})
