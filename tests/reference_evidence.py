@@ -213,9 +213,10 @@ class Reference:
         if long:
             room -= o.questions + 2 * reach
             again = min(o.questions, room // 3)
+        again *= any(matrix.dropped for matrix in self.matrices)
         left = room - again
         last = min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
-        return again * any(matrix.dropped for matrix in self.matrices), last, reach * long
+        return again, last, reach * long
 
     def _room(self) -> int:
         """For held-out batches that duel, in the whole run."""

@@ -787,7 +787,7 @@ def test_what_interrupts_the_squeeze_leaves_nothing_halved(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("answers", [1, 6])
 def test_what_interrupts_an_early_squeeze_leaves_nothing_halved(answers: int) -> None:
-    """Four batches say whether all updates overshoot, and eight what the small ones save."""
+    """Four batches say whether all updates overshoot, and eight what each of them saves."""
     asked: list[int] = []
 
     def loss(model: Any, batch: Any) -> Tensor:
@@ -807,6 +807,23 @@ def test_what_interrupts_an_early_squeeze_leaves_nothing_halved(answers: int) ->
     loop.go_on(212)
     assert asked == [204] * answers + [208] * 12
     assert {event.step for event in loop.events if event.kind == "squeezed"} == {208}
+
+
+def test_what_interrupts_the_question_of_strength_leaves_all_updates_at_full_strength() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        if hasattr(loop, "growth"):
+            state = loop.growth.controller.rule.state()
+            if state["phase"] == "squeeze" and state["stage"] == "strength":
+                raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    loop = Loop(**by_heart(), growth_loss=loss)
+    loop.go_on(479)
+    with pytest.raises(KeyboardInterrupt):
+        loop.go_on(480)
+    untouched = without_its_rule(Loop(**by_heart()).go_on(479))
+    losses = [float(loss_of(one.wrapped, one.batch(0))) for one in (loop, untouched)]
+    assert losses[0] == losses[1]
 
 
 def test_what_a_run_ends_with_is_shortened_in_its_last_step_alone(tmp_path: Path) -> None:

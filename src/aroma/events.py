@@ -17,8 +17,8 @@ class Event:
     Args:
         kind: `"checked"`: an inner check of one matrix, or a look at its evidence. `"born"`: it got one more component
             by evidence, or all those of the trial. `"settled"`: the trial ended, and `rank` components stay.
-            `"squeezed"`: components went that save nothing, or next to nothing. `"merged"`: a component trains no
-            more, and stays. `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
+            `"squeezed"`: components went that save no loss for sure, or next to none. `"merged"`: a component trains
+            no more, and stays. `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.
         inner_step: Optimizer steps t taken in that inner loop.

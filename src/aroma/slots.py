@@ -588,7 +588,7 @@ class SlotMatrices(GrowingMatrices):
         self._whole = {}
         for group in self._groups:
             group.take_up()
-        self._is_following, self._readings = True, []
+        self._strength, self._is_following, self._readings = 1.0, True, []
         self._ask()
 
     @torch.no_grad()

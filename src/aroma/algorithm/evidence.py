@@ -82,7 +82,7 @@ HELD_OUT_SHARE = 0.12
 """Held-out batches of a run, at most, as a share of its optimizer steps; the questions are asked anyhow."""
 
 EARLY = Fraction(2, 5)
-"""Share of growth after which a long run is squeezed early."""
+"""Share of growth after which a long run is asked whether all updates cost loss."""
 
 TRIED = 1
 """Held-out batches that are evaluated before the first step, so that what fails does so early."""
@@ -186,8 +186,8 @@ class EvidenceMatrix(Matrix, Protocol):
 
 Stage = Literal["opening", "base", "whole", "half", "dropped", "overshoot", "all", "small", "strength"]
 """Which questions are asked. At the end of the trial: the first, at strength ½; as many at 0; those that decide what
-stays, of what; those that decide what comes back of the rest. In a squeeze: whether all updates overshoot; what is
-small; how far they overshoot, at ½."""
+stays, of what; those that decide what comes back of the rest. In a squeeze: whether all updates overshoot; all of
+them at ½, if they do; what is small, at ½; how far they overshoot, at ½."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -387,7 +387,7 @@ class EvidenceRule(Generic[E]):
         parts.append(last)
         if self.squeezed:
             what = "component" if self.squeezed == 1 else "components"
-            parts.append(f"{self.squeezed} {what}, which saved next to nothing, went")
+            parts.append(f"{self.squeezed} {what}, which saved no loss for sure, or next to none, went")
         if self.strength < 1:
             parts.append(f"what trains overshoots, so the last planned step leaves {self.strength:.2f} of it")
         if self.phase == "rest":
@@ -610,15 +610,15 @@ class EvidenceRule(Generic[E]):
         opened = len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
         asked = max(self._asked, len(credits) + opened)  # those that overflowed have been asked, too
         asked += TRIED if self.holds_out else 0
-        self._share_out(self._settings.held_out_room(asked))
+        room = self._settings.held_out_room(asked)
+        self._reach_questions = self._questions_of_reach(room)
         kept = directions_to_keep(credits, self._settings.significance)
         if self._reach_questions:
             kept |= undecided_directions(credits, self._settings.significance)
         kept = keep_one_if_undecided(kept, credits)
         share = 0.5 if is_half else 1.0
         self._matrices.keep(kept, share)
-        if kept.sum() == np.isfinite(credits[0]).sum():
-            self._questions_again = 0
+        self._share_out(room, is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
         self._saved = np.where(kept, share * np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()
         if not self._questions_again:
             return self._grow([])
@@ -626,20 +626,24 @@ class EvidenceRule(Generic[E]):
         self._stage = "dropped"
         return []
 
-    def _share_out(self, room: int) -> None:
-        """Plan how many batches are asked about what was dropped, and in squeezes; duels take the others.
+    def _questions_of_reach(self, room: int) -> int:
+        """Return how many batches say how far all updates reach, once early and once in the end; 0 in a short run.
 
-        Only a long run, which can ask about all directions once more, lets stay what is undecided.
+        A long one can ask about all directions once more, and has the fewest left for each of the other questions.
         """
-        fewest, reach = QUESTIONS[0], opening_count(self.questions)
-        left = room - self.questions - 2 * reach
-        is_long = self.holds_out and left >= 3 * fewest
-        self._reach_questions = reach if is_long else 0
-        if is_long:
-            room, again = left, left // 3
+        reach = opening_count(self.questions)
+        is_long = self.holds_out and room - self.questions - 2 * reach >= 3 * QUESTIONS[0]
+        return reach if is_long else 0
+
+    def _share_out(self, room: int, *, is_any_dropped: bool) -> None:
+        """Plan how many batches are asked about what was dropped, and about what is small; duels take the others."""
+        fewest = QUESTIONS[0]
+        if self._reach_questions:
+            room -= self.questions + 2 * self._reach_questions
+            again = room // 3
         else:
             again = room - (fewest if room >= 2 * fewest else 0)
-        self._questions_again = min(self.questions, again) if room >= fewest else 0
+        self._questions_again = min(self.questions, again) if room >= fewest and is_any_dropped else 0
         room -= self._questions_again
         # Without held-out examples what was learnt by heart would seem to save loss.
         may_ask = self.holds_out and room >= fewest
