@@ -392,8 +392,13 @@ def test_the_page_says_of_ten_splits_of_images_what_the_runs_say() -> None:
         assert {len(one) for one in runs.values()} == {10}
         old, new = (in_points(runs[of] - runs["r = 8"]) for of in ("before", "now"))
         assert f"{label} {new} points against r = 8, in place of {old}" in TEXT
+    ahead = {name: score["now", f"{name}, ten splits"] - score["r = 8", f"{name}, ten splits"] for name in IMAGES}
+    level, below = in_points(ahead["digits"]), in_points(ahead["mnist"])
+    assert f"level with r = 8 on digits ({level} points), and below it on MNIST ({below};" in page_of("vision.md")
     every = in_points(score["all stay", "digits, ten splits"] - score["r = 8", "digits, ten splits"])
     assert f"with all eight it was {every} on digits." in TEXT
+    early = score["what is small goes early, too", "digits, ten splits"] - score["r = 8", "digits, ten splits"]
+    assert f"where updates save loss, too, it is {in_points(early)} there." in TEXT
 
 
 def test_the_page_says_of_other_ways_to_keep_what_is_undecided_what_the_runs_say() -> None:
