@@ -785,19 +785,30 @@ def test_what_interrupts_the_squeeze_leaves_nothing_halved(tmp_path: Path) -> No
     assert asked == [232, *[236] * 8]
 
 
+def interrupted(when: Callable[[Any], bool]) -> Any:
+    """A loop that learns by heart, and whose held-out loss raises as Ctrl-C does where that holds of its rule."""
+    loops: list[Any] = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        if loops and hasattr(loops[0], "growth") and when(loops[0].growth.controller.rule):
+            raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    loops.append(Loop(**by_heart(), growth_loss=loss))
+    return loops[0]
+
+
 @pytest.mark.parametrize("answers", [1, 6])
 def test_what_interrupts_an_early_squeeze_leaves_nothing_halved(answers: int) -> None:
     """Four batches say whether all updates overshoot, and eight what each of them saves."""
     asked: list[int] = []
 
-    def loss(model: Any, batch: Any) -> Tensor:
-        if hasattr(loop, "growth") and loop.growth.controller.rule.phase == "squeeze":
-            asked.append(loop.growth.controller.rule.global_step)
-            if len(asked) == answers:
-                raise KeyboardInterrupt
-        return loss_of(model, batch)
+    def is_last(rule: Any) -> bool:
+        if rule.phase == "squeeze":
+            asked.append(rule.global_step)
+        return len(asked) == answers and rule.phase == "squeeze"
 
-    loop = Loop(**by_heart(), growth_loss=loss)
+    loop = interrupted(is_last)
     loop.go_on(203)
     with pytest.raises(KeyboardInterrupt):
         loop.go_on(204)
@@ -810,14 +821,7 @@ def test_what_interrupts_an_early_squeeze_leaves_nothing_halved(answers: int) ->
 
 
 def test_what_interrupts_the_question_of_strength_leaves_all_updates_at_full_strength() -> None:
-    def loss(model: Any, batch: Any) -> Tensor:
-        if hasattr(loop, "growth"):
-            state = loop.growth.controller.rule.state()
-            if state["phase"] == "squeeze" and state["stage"] == "strength":
-                raise KeyboardInterrupt
-        return loss_of(model, batch)
-
-    loop = Loop(**by_heart(), growth_loss=loss)
+    loop = interrupted(lambda rule: rule.phase == "squeeze" and rule.state()["stage"] == "strength")
     loop.go_on(479)
     with pytest.raises(KeyboardInterrupt):
         loop.go_on(480)

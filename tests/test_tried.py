@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 import pytest
@@ -346,6 +346,15 @@ def ends(task: str, before: pd.DataFrame, after: pd.DataFrame) -> str:
     return " ".join(f"| {LABELS[task]} | {row} |".split())
 
 
+def assert_it_compares(tasks: Iterable[str], before: pd.DataFrame, now: pd.DataFrame) -> None:
+    """Hold both tables of a section, and what grows where nothing is planted, to the runs by two rules."""
+    for task in tasks:
+        assert compared(task, before, now) in TEXT
+        assert ends(task, before, now) in TEXT
+    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
+    assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
+
+
 def of_images() -> pd.DataFrame:
     """Return score and parameters of growth by evidence on images, by the rule as it is, by task and seed."""
     tables = {}
@@ -372,13 +381,8 @@ def of_variant(of: str, *tasks: str) -> str:
 
 
 def test_the_page_says_of_what_is_undecided_what_the_runs_say() -> None:
-    now, before = the_rule(), not_undecided()
-    for task in NETS:
-        assert compared(task, before, now) in TEXT
-        assert ends(task, before, now) in TEXT
-    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
-    assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
-    assert f"Images: {images(before, of_images())}." in TEXT
+    assert_it_compares(NETS, not_undecided(), the_rule())
+    assert images(not_undecided(), of_images()) in TEXT
     long = of_evidence("longer-encoder").groupby("of")[["score", "trained_rank"]].mean()
     old, new = (long.loc[of] for of in ("evidence, nothing undecided stays", "evidence"))
     assert f"in 1,500 steps leaves {100 - 100 * new.score:.2f} % in place of {100 - 100 * old.score:.2f} %" in TEXT
@@ -416,12 +420,8 @@ def test_the_page_says_of_other_ways_to_keep_what_is_undecided_what_the_runs_say
 
 def test_the_page_says_of_an_early_squeeze_what_the_runs_say() -> None:
     now, before = not_undecided(), not_early()
-    for task in NETS:
-        assert compared(task, before, now) in TEXT
-        assert ends(task, before, now) in TEXT
-    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
-    assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
-    assert f"Images: {images(before, now)}." in TEXT
+    assert_it_compares(NETS, before, now)
+    assert images(before, now) in TEXT
     tried = each_seed_of("not-early")
     said = []
     for of, name in (("squeezed early alone", "early squeeze alone brings"), ("shortened alone", "shorter end alone")):
@@ -439,11 +439,7 @@ def test_the_page_says_of_an_early_squeeze_what_the_runs_say() -> None:
 
 def test_the_page_says_of_the_last_squeeze_what_the_runs_say() -> None:
     now, before = squeezed_once(), not_squeezed()
-    for task in (*NETS, "minilm", *TEXTS):
-        assert compared(task, before, now) in TEXT
-        assert ends(task, before, now) in TEXT
-    grew, grew_before = (int(runs.grew["nothing"].sum()) for runs in (now, before))
-    assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
+    assert_it_compares((*NETS, "minilm", *TEXTS), before, now)
     assert images(before, now) in TEXT
     other = each_seed_of("not-squeezed").loc["up to a standard error"].score
     gains = {task: in_points(other[task] - before.score[task]) for task in other.index.unique("task")}
