@@ -382,7 +382,7 @@ def of_variant(of: str, *tasks: str) -> str:
 
 def test_the_page_says_of_what_is_undecided_what_the_runs_say() -> None:
     assert_it_compares(NETS, not_undecided(), the_rule())
-    assert images(not_undecided(), of_images()) in TEXT
+    assert f"Images: {images(not_undecided(), of_images())}." in TEXT
     long = of_evidence("longer-encoder").groupby("of")[["score", "trained_rank"]].mean()
     old, new = (long.loc[of] for of in ("evidence, nothing undecided stays", "evidence"))
     assert f"in 1,500 steps leaves {100 - 100 * new.score:.2f} % in place of {100 - 100 * old.score:.2f} %" in TEXT
@@ -421,7 +421,7 @@ def test_the_page_says_of_other_ways_to_keep_what_is_undecided_what_the_runs_say
 def test_the_page_says_of_an_early_squeeze_what_the_runs_say() -> None:
     now, before = not_undecided(), not_early()
     assert_it_compares(NETS, before, now)
-    assert images(before, now) in TEXT
+    assert f"Images: {images(before, now)}." in TEXT
     tried = each_seed_of("not-early")
     said = []
     for of, name in (("squeezed early alone", "early squeeze alone brings"), ("shortened alone", "shorter end alone")):

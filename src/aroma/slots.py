@@ -555,14 +555,14 @@ class SlotMatrices(GrowingMatrices):
             group.set_aside()
 
     @torch.no_grad()
-    def halve(self, small: np.ndarray) -> None:
-        """Put `small` singular directions, (matrices, K), at half strength, and ask about all of them."""
+    def halve(self, halved: np.ndarray) -> None:
+        """Put these singular directions, (matrices, K), at half strength, and ask about all of them."""
         pairs, exists = self.pairs(self._all), np.isfinite(self._sizes)
         for group, row, place in self._rows():
-            if small[place].any():
+            if halved[place].any():
                 self._whole[place] = [x.detach().clone() for x in pairs[place]]
                 every = exists[place].nonzero()[0].tolist()
-                shares = torch.from_numpy(np.where(small[place, every], 0.5, 1.0))
+                shares = torch.from_numpy(np.where(halved[place, every], 0.5, 1.0))
                 self._put(group, row, every, shares, pairs[place])
         self.release_pairs()
         self.ask_at(1.0)

@@ -248,8 +248,8 @@ class EvidenceMatrices(Protocol[E]):
     def keep(self, kept: np.ndarray, share: float = 1.0) -> None:
         """Keep `share` of these singular directions, (matrices, S), and ask about the others at strength 0."""
 
-    def halve(self, small: np.ndarray) -> None:
-        """Put `small` directions, (matrices, S), at half strength, and ask about all."""
+    def halve(self, halved: np.ndarray) -> None:
+        """Put these directions, (matrices, S), at half strength, and ask about all."""
 
     def drop(self, dropped: np.ndarray) -> None:
         """Take the `dropped` directions away, (matrices, S); matrices without any are as they were before `halve`."""
@@ -307,7 +307,6 @@ class EvidenceRule(Generic[E]):
         self._questions_again = 0  # about what was dropped
         self._last_questions = 0  # about what is small
         self._reach_questions = 0  # whether all updates overshoot, early, and how far, in the end
-        self._squeeze_questions = 0  # at half strength, of the squeeze that is under way
         self._is_asked_early = False
         self._sizes, self._of_large = np.empty((0, 0)), np.empty((0, 0, 0))  # at full strength
         self._small = self._dropped = np.empty((0, 0), dtype=bool)
@@ -530,13 +529,13 @@ class EvidenceRule(Generic[E]):
     @property
     def _missing(self) -> int:
         """Answers that the stage of the questions still waits for."""
-        if self._stage in ("small", "all"):
-            return self._squeeze_questions - len(self._credits)
+        if self._stage == "small":
+            return min(self._last_questions, self.questions) - len(self._credits)
         if self._stage in ("overshoot", "strength"):
             return min(self._reach_questions, self.questions) - len(self._credits)
         if self._stage == "dropped":
             return self._questions_again - len(self._credits)
-        if self._stage in ("whole", "half"):
+        if self._stage in ("whole", "half", "all"):
             return self.questions - len(self._credits)
         return opening_count(self.questions) - len(self._base_credits if self._stage == "base" else self._credits)
 
@@ -701,26 +700,27 @@ class EvidenceRule(Generic[E]):
         """Ask about all singular directions, the small ones at half strength where it is about these."""
         self._check_components("squeeze's" if self._is_before_end else "growth's last")
         self._matrices.set_aside()
-        self.phase, self._stage, self._squeeze_questions = "squeeze", stage, 0
+        self.phase, self._stage = "squeeze", stage
         try:
             self._sizes = self._matrices.take_apart()
-            self._small = smallest_directions(self._sizes)
-            self._dropped, self._lost = np.zeros_like(self._small), [0.0] * len(self._small)
+            self._dropped, self._lost = np.zeros(self._sizes.shape, dtype=bool), [0.0] * len(self._sizes)
             self._next_number = max(self._next_number, self._after_duels)
             if stage == "overshoot":
                 self._forget_answers()
                 self._matrices.ask_at(1.0)
-            elif self._small.any():
-                self._ask_at_half("small", self._small, self._last_questions)
+                return
+            self._small = smallest_directions(self._sizes)
+            if self._small.any():
+                self._ask_at_half("small", self._small)
             else:
                 self._end_squeeze()
         except BaseException:
             self.give_up()
             raise
 
-    def _ask_at_half(self, stage: Stage, directions: np.ndarray, questions: int) -> None:
+    def _ask_at_half(self, stage: Stage, directions: np.ndarray) -> None:
         self._forget_answers()
-        self._stage, self._squeeze_questions = stage, min(questions, self.questions)
+        self._stage = stage
         self._matrices.halve(directions)
 
     def give_up(self) -> None:
@@ -734,7 +734,7 @@ class EvidenceRule(Generic[E]):
         credits, self._credits = np.stack(self._credits), []
         if self._stage == "overshoot":
             if saves_together(-credits, self._settings.significance):
-                self._ask_at_half("all", np.isfinite(self._sizes), self.questions)
+                self._ask_at_half("all", np.isfinite(self._sizes))
                 return []
         elif self._stage == "all":
             saves = candidates(np.nan_to_num(credits), self._settings.significance)
@@ -742,15 +742,18 @@ class EvidenceRule(Generic[E]):
         elif self._stage == "small":
             dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
             self._choose_to_drop(dropped, credits)
-            self._of_large = np.where(self._small, 0.0, np.nan_to_num(credits))
+            self._of_large = self._without_small(credits)
             if self._reach_questions and saves_together(-self._of_large, self._settings.significance):
                 self._forget_answers()
                 self._stage = "strength"
                 self._matrices.ask_at(0.5)
                 return []
         else:
-            self.strength = strength_of_least_loss(self._of_large, np.where(self._small, 0.0, np.nan_to_num(credits)))
+            self.strength = strength_of_least_loss(self._of_large, self._without_small(credits))
         return self._end_squeeze()
+
+    def _without_small(self, credits: np.ndarray) -> np.ndarray:
+        return np.where(self._small, 0.0, np.nan_to_num(credits))
 
     def _choose_to_drop(self, dropped: np.ndarray, credits: np.ndarray) -> None:
         self._dropped = dropped

@@ -85,10 +85,7 @@ def undecided_directions(credits: np.ndarray, significance: float) -> np.ndarray
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
         significance: α.
     """
-    known = np.nan_to_num(credits)
-    (t, _), (_, whole) = _t_test(known), _t_test(known.sum(2))
-    found: np.ndarray = (t > -1) & (whole < significance / 2)[:, None]
-    return found
+    return _above(-1, np.nan_to_num(credits), significance)
 
 
 def keep_one_if_undecided(kept: np.ndarray, credits: np.ndarray) -> np.ndarray:
@@ -119,9 +116,14 @@ def candidates(credits: np.ndarray, significance: float) -> np.ndarray:
         credits: What every direction saves, by batch, (batches, matrices, S).
         significance: α.
     """
-    _, whole = _t_test(credits.sum(2))
-    t, _ = _t_test(credits)
-    found: np.ndarray = (t > 1) & (whole < significance / 2)[:, None] | saves_loss(credits, significance / 2)
+    found: np.ndarray = _above(1, credits, significance) | saves_loss(credits, significance / 2)
+    return found
+
+
+def _above(least: float, credits: np.ndarray, significance: float) -> np.ndarray:
+    """Return which directions have t > `least`, of matrices whose whole update saves loss at α/2, (matrices, S)."""
+    (t, _), (_, whole) = _t_test(credits), _t_test(credits.sum(2))
+    found: np.ndarray = (t > least) & (whole < significance / 2)[:, None]
     return found
 
 
