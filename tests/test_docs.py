@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from aroma import AromaConfig
-from aroma.algorithm import duels, evidence, questions
+from aroma.algorithm import budget, duels, evidence, questions
 from aroma.tuner.config import SLOTS, TRIAL_COMPONENTS
 from models import base
 from quick import slow_but
@@ -114,18 +114,18 @@ def test_the_page_on_the_method_has_the_constants_of_the_rule():
         assert re.search(rf"\| `{name}` \| (?:\S+ = )?{getattr(AromaConfig, name)} \|", page), name
     for text in (
         f"The first {evidence.FIRST_STEP} optimizer steps give",
-        f"and up to {questions.QUESTIONS[1]} batches are asked",
-        "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*questions.QUESTIONS),
+        f"and up to {budget.QUESTIONS[1]} batches are asked",
+        "Half as many batches end the trial as it has steps, at least {} and at most {}.".format(*budget.QUESTIONS),
         f"a share of {questions.LEAST_OF_AVERAGE} of the average",
         "| `probe_memory` | none |",
         f"| `slots` | none | S, components that a matrix trains at once, at most; without it {SLOTS}, ",
         f"in a matrix of fewer than {SLOTS + evidence.UNUSED} rows or columns four fewer than these, "
         f"but {TRIAL_COMPONENTS} at least.",
         f"in which {TRIAL_COMPONENTS} components train, or S if that is less",
-        f"of which at most one duels in {evidence.HELD_OUT_INTERVAL} steps, β = α^(1 / {evidence.HELD_OUT_INTERVAL}H)",
+        f"of which at most one duels in {budget.HELD_OUT_INTERVAL} steps, β = α^(1 / {budget.HELD_OUT_INTERVAL}H)",
         f"every matrix has {('no', 'one', 'two', 'three', 'four')[evidence.UNUSED]} unused directions",
-        f"one batch every {evidence.HELD_OUT_INTERVAL} optimizer steps, or more rarely",
-        f"{100 * evidence.HELD_OUT_SHARE:.0f} % of the steps at most",
+        f"one batch every {budget.HELD_OUT_INTERVAL} optimizer steps, or more rarely",
+        f"{100 * budget.HELD_OUT_SHARE:.0f} % of the steps at most",
         f"{('six', 'seven', 'eight')[duels.flips_to_birth(AromaConfig.significance) - 6]} of all four",
     ):
         assert text in page, text

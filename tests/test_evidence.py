@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import evidence_runs
 from aroma import AromaConfig, aroma_layers, attach
+from aroma.algorithm.budget import FEWEST_OPENING, Budget
 from aroma.algorithm.duels import directions_that_convince, flips_to_birth, log_evidence, log_mean
 from aroma.algorithm.evidence import FIRST_STEP, EvidenceRule, EvidenceSettings
 from aroma.algorithm.questions import (
-    FEWEST_OPENING,
     candidates,
     directions_to_drop,
     directions_to_keep,
@@ -426,11 +426,12 @@ def test_a_matrix_moves_as_far_with_many_components_as_with_one(slots: int) -> N
 def test_held_out_batches_are_a_small_share_of_a_run(steps: int, doublings: int, quarters: int, passes: float) -> None:
     """`quarters` of the questions are asked before those that decide what stays, where the updates swing."""
     trial = max(steps // 10, 16)
-    settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None, steps)
-    first_pass = int(steps / passes)
-    asked = settings.questions + quarters * max(FEWEST_OPENING, settings.questions // 4)
-    interval = settings.held_out_interval(first_pass, settings.held_out_room(asked), trial << doublings)
-    duelling = settings.last_step - max(first_pass, trial << doublings)
+    first_pass, last_step = int(steps / passes), (steps - trial) // 4 * 4
+    budget = Budget(trial, last_step)
+    budget.asked = asked = budget.questions + quarters * max(FEWEST_OPENING, budget.questions // 4)
+    interval = budget.interval(first_pass, trial << doublings)
+    assert interval is not None
+    duelling = last_step - max(first_pass, trial << doublings)
     duels = math.ceil(duelling / interval)
     assert asked + duels <= 0.12 * steps
     assert interval >= 9
@@ -514,7 +515,8 @@ def test_what_the_trial_has_not_asked_is_left_for_the_duels(steps: int, held_out
     matrices = Answers({0.5: -99.0 if swings else 99.0, 0.0: 99.0})
     settings = EvidenceSettings(0.05, 0.5, 8, steps // 10, 0.97, steps * 9 // 10, None, steps)
     rule: Any = EvidenceRule(settings, matrices)
-    rule.held_out_batches, first_pass = held_out, steps // 10
+    rule.hold_out(held_out, decide=False)
+    first_pass = steps // 10
     asked: list[int] = []
     duels: list[int] = []
     for step in range(steps):
@@ -561,7 +563,7 @@ def after_the_questions(matrices: Any, steps: int = 400, most: int | None = None
     trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
     last_step = (steps - trial) // 4 * 4
     rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 3, trial, 0.97, last_step, most, steps), matrices)
-    rule.holds_out = holds_out
+    rule.hold_out(None, decide=holds_out)
     while rule.phase != "growth":
         matrices.born = [] if rule.phase != "questions" else matrices.born
         rule.step()
@@ -660,7 +662,7 @@ def squeezed_run(matrices: Squeezed, steps: int, *, holds_out: bool = True) -> t
     trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
     settings = EvidenceSettings(0.05, 0.5, 8, trial, 0.97, (steps - trial) // 4 * 4, None, steps)
     rule: Any = EvidenceRule(settings, matrices)
-    rule.held_out_batches, rule.holds_out = 40 if holds_out else None, holds_out
+    rule.hold_out(40 if holds_out else None, decide=holds_out)
     events, asked = [], 0
     for step in range(steps):
         asked += len(rule.held_out_duels(step - 1)) if holds_out and step >= 1 else 0
@@ -739,7 +741,7 @@ def test_what_trains_is_shortened_after_the_last_planned_step_alone() -> None:
     matrices = Squeezed(-10.0, 10.0)
     rule, _, _ = squeezed_run(matrices, 2_000)
     longer: Any = EvidenceRule(rule._settings, matrices)
-    longer.holds_out, longer.held_out_batches = True, 40
+    longer.hold_out(40, decide=True)
     longer.restore({**rule.state(), "global_step": 1_998, "is_shortened": False})
     longer.step()
     assert len(matrices.shares) == 1
@@ -754,7 +756,7 @@ def test_a_run_that_had_ended_and_goes_on_is_not_shortened_twice() -> None:
     rule, _, _ = squeezed_run(matrices, 2_000)
     settings = replace(rule._settings, total_steps=2_200, last_step=1_980)
     longer: Any = EvidenceRule(settings, matrices)
-    longer.holds_out, longer.held_out_batches = True, 40
+    longer.hold_out(40, decide=True)
     longer.restore(rule.state())
     assert longer.strength == rule.strength < 1
     for _ in range(200):
@@ -769,7 +771,7 @@ def test_planned_steps_that_were_not_taken_count_for_what_a_run_ends_with() -> N
     rule, _, _ = squeezed_run(matrices, 2_000)
     for taken in (1_997, 1_998):
         again: Any = EvidenceRule(rule._settings, matrices)
-        again.holds_out, again.held_out_batches = True, 40
+        again.hold_out(40, decide=True)
         again.restore({**rule.state(), "global_step": taken, "skipped": 1, "is_shortened": False})
         matrices.shares = []
         again.step() if taken == 1_998 else again.skip_step()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from aroma import AromaConfig
-from aroma.algorithm.evidence import HELD_OUT_INTERVAL
+from aroma.algorithm.budget import HELD_OUT_INTERVAL
 from aroma_lab.report.formats import signed_points
 from published import (
     GROWN,

@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
-from .algorithm.questions import QUESTIONS, directions_to_keep
+from .algorithm.budget import QUESTIONS
+from .algorithm.questions import directions_to_keep
 from .errors import bad_value
 from .integrations.held_out import Loss, loss_of, model_loss
 from .saved import AdapterWeights, Update

@@ -295,8 +295,7 @@ class AromaController:
         count = None if held_out is None else held_out.count
         # A rank that asked more batches than the others would wait for them.
         agreed = of_first_rank(-1 if count is None else count, self.matrices.device)
-        self.rule.held_out_batches = None if agreed < 0 else agreed
-        self.rule.holds_out = held_out is not None
+        self.rule.hold_out(None if agreed < 0 else agreed, decide=held_out is not None)
         self._tell_if_too_few_decide(stacklevel=4)
         if held_out is not None or first_pass is None:
             return

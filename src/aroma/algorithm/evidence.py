@@ -1,7 +1,8 @@
 """Growth by evidence: a direction stays if it saves loss on unseen examples, and comes if it promises more.
 
 W0 + s Σ_k b_k a_k is trained, G = ∂L/∂W. Every batch is asked before it is trained on, or is never trained on, so what
-it says is out of sample. `docs/method.md` derives all of this; `questions.py` and `duels.py` decide by the answers.
+it says is out of sample. `docs/method.md` derives all of this; `budget.py` says how many batches are asked, and
+`questions.py` and `duels.py` decide by the answers.
 
 **The trial.** Every matrix trains eight components, or as many as it has slots. Then batches say what the singular
 directions σ_k u_k v_kᵀ of its update save, with all updates at half strength:
@@ -29,25 +30,22 @@ shortened when the run ends.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ..errors import AromaWarning, ConfigError
+from ..errors import ConfigError
 from ..events import Event, EventKind
+from .budget import HELD_OUT_INTERVAL, Budget, Stage
 from .duels import Reading, directions_that_convince, duel, log_evidence, log_mean
 from .questions import (
-    QUESTIONS,
     candidates,
     directions_to_drop,
     directions_to_keep,
     keep_one_if_undecided,
-    opening_count,
-    question_count,
     saves_loss,
     saves_together,
     smallest_directions,
@@ -75,17 +73,8 @@ where nothing was decided."""
 TOLD_TIMES = 20
 """How often the evidence is told of in a short run, so that a picture shows how it went."""
 
-HELD_OUT_INTERVAL = 9
-"""Fewest optimizer steps between batches of held-out examples, once the training examples have all been seen."""
-
-HELD_OUT_SHARE = 0.12
-"""Held-out batches of a run, at most, as a share of its optimizer steps; the questions are asked anyhow."""
-
 EARLY = Fraction(2, 5)
 """Share of growth after which a long run is asked whether all updates cost loss."""
-
-TRIED = 1
-"""Held-out batches that are evaluated before the first step, so that what fails does so early."""
 
 
 def is_in_trial(phase: str) -> bool:
@@ -119,11 +108,6 @@ class EvidenceSettings:
     total_steps: int
 
     @property
-    def questions(self) -> int:
-        """Batches that are asked at the end of the trial, if as many are at hand."""
-        return question_count(self.trial_steps)
-
-    @property
     def told_interval(self) -> int:
         """Optimizer steps between events that tell of the evidence, a multiple of those between looks at it."""
         looks = self.last_step // (TOLD_TIMES * CHECK_INTERVAL)
@@ -147,26 +131,6 @@ class EvidenceSettings:
         steps_to_next_time = HELD_OUT_INTERVAL * held_out_batches
         return min(longest, math.exp(math.log(self.significance) / steps_to_next_time))
 
-    @property
-    def run(self) -> int:
-        """Planned optimizer steps, all but the last few."""
-        return self.last_step + self.trial_steps
-
-    def held_out_room(self, asked: int) -> int:
-        """Return how many held-out batches the run has left after those `asked` and tried; may be below 0."""
-        return math.floor(HELD_OUT_SHARE * self.run - asked)
-
-    def held_out_interval(self, first_pass: int, room: int, trial_steps: int) -> int:
-        """Return the optimizer steps between held-out batches that duel; a run of few steps has room for one.
-
-        Args:
-            first_pass: Optimizer steps of the first pass over the data; before its end no held-out batch duels.
-            room: How many may duel.
-            trial_steps: Its length in the end.
-        """
-        duelling = self.last_step - max(first_pass, trial_steps)
-        return max(HELD_OUT_INTERVAL, math.ceil(duelling / max(room, 1)))
-
 
 class EvidenceMatrix(Matrix, Protocol):
     """One growing matrix as the rule sees it, with what the rule notes about it.
@@ -183,11 +147,6 @@ class EvidenceMatrix(Matrix, Protocol):
     log_evidence: float
     steepness: float | None
 
-
-Stage = Literal["opening", "base", "whole", "half", "dropped", "overshoot", "all", "small", "strength"]
-"""Which questions are asked. At the end of the trial: the first, at strength ½; as many at 0; those that decide what
-stays, of what; those that decide what comes back of the rest. In a squeeze: whether all updates overshoot; all of
-them at ½, if they do; what is small, at ½; how far they overshoot, at ½."""
 
 E = TypeVar("E", bound=EvidenceMatrix)
 
@@ -285,7 +244,6 @@ class EvidenceRule(Generic[E]):
         last_birth: Optimizer step of the last one; None before the first.
         squeezed: Components that went in squeezes.
         strength: Share of what trains that is left when the run ends; 1 if nothing overshoots.
-        holds_out: Whether held-out examples decide.
         tell: Called with events as they happen.
     """
 
@@ -303,17 +261,11 @@ class EvidenceRule(Generic[E]):
         self._overflows = 0
         self._skipped = 0
         self._is_shortened = False
-        self._asked = 0
-        self._questions_again = 0  # about what was dropped
-        self._last_questions = 0  # about what is small
-        self._reach_questions = 0  # whether all updates overshoot, early, and how far, in the end
-        self._is_asked_early = False
+        self._budget = Budget(settings.trial_steps, settings.last_step)
         self._sizes, self._of_large = np.empty((0, 0)), np.empty((0, 0, 0))  # at full strength
         self._small = self._dropped = np.empty((0, 0), dtype=bool)
         self._lost: list[float] = []  # by matrix, with what is dropped
         self._saved: list[float] = []  # by what stays of every matrix
-        self._next_number = 0  # of a held-out batch; some are passed over
-        self._after_duels = 0  # the number that follows on that of the last duel
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
         self.global_step = 0
         self.phase = "start"
@@ -322,18 +274,17 @@ class EvidenceRule(Generic[E]):
         self.last_birth: int | None = None
         self.squeezed = 0
         self.strength = 1.0
-        self.holds_out = False
-        self.held_out_batches = None
+        self.hold_out(None, decide=False)
+
+    def hold_out(self, batches: int | None, *, decide: bool) -> None:
+        """Note what is held out; see `GrowthRule`."""
+        self._budget.held_out_batches, self._budget.holds_out = batches, decide
+        self._matrices.memory = self._settings.memory_with(batches)
 
     @property
-    def held_out_batches(self) -> int | None:
-        """How many batches of held-out examples have no example in common; None if nothing is, or nobody knows."""
-        return self._held_out_batches
-
-    @held_out_batches.setter
-    def held_out_batches(self, count: int | None) -> None:
-        self._held_out_batches = count
-        self._matrices.memory = self._settings.memory_with(count)
+    def questions(self) -> int:
+        """Batches that are asked at the end of the trial, without those that open it."""
+        return self._budget.questions
 
     @property
     def finished(self) -> bool:
@@ -357,7 +308,7 @@ class EvidenceRule(Generic[E]):
         if self.phase in ("start", "trial"):
             return [f"trial {self.global_step}/{self._trial_steps}", components]
         if self.phase == "questions":
-            count = self._questions_again if self._stage == "dropped" else self.questions
+            count = self._budget.again if self._stage == "dropped" else self.questions
             return [f"asking {len(self._credits)}/{count}", components]
         last = "" if self.last_birth is None else f", last at step {self.last_birth}"
         return [components, f"births {self.births}{last}"]
@@ -446,12 +397,9 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        interval = self._held_out_interval(self.global_step - step)
-        if interval is None or step % interval or self.phase != "growth":
-            return ()
-        number = max(self._next_number, self.questions) + step // interval
-        self._after_duels = number + 1
-        return (number,)
+        return (
+            self._budget.duels_at(self.global_step - step, step, self._trial_steps) if self.phase == "growth" else ()
+        )
 
     def duels(self, first_pass: int | None, *, held_out: bool) -> int:
         """Return how many batches let duel in the whole run; see `GrowthRule`."""
@@ -459,34 +407,17 @@ class EvidenceRule(Generic[E]):
         if first_pass is None or not held_out:
             return max(last - first, 0)
         later = last - max(first_pass, first)
-        interval = self._held_out_interval(first_pass)
+        interval = self._budget.interval(first_pass, self._trial_steps)
         return max(min(first_pass, last) - first, 0) + (max(later, 0) // interval if interval else 0)
-
-    def _held_out_interval(self, first_pass: int) -> int | None:
-        """Return the steps between held-out batches that duel; None if those of the squeeze leave none."""
-        if self._last_questions and self._room_for_duels < 1:
-            return None
-        return self._settings.held_out_interval(first_pass, self._room_for_duels, self._trial_steps)
-
-    @property
-    def _room_for_duels(self) -> int:
-        """Held-out batches that may duel in the whole run."""
-        reserved = self._last_questions + self._reach_questions
-        if self._reach_questions and not self._is_asked_early:
-            reserved += self._reach_questions + self.questions
-        return self._settings.held_out_room(TRIED + max(self._asked, self.questions)) - reserved
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
         if self.phase not in ("questions", "squeeze"):
             return ()
-        if not self._asked:
+        if not self._budget.asked:
             # Of a run that is resumed with held-out examples, others may have answered, and do not count.
             self._credits, self._base_credits = [], []
-        first, missing = self._next_number, self._missing  # later others are asked, in place of those that overflowed
-        self._next_number += missing
-        self._asked += missing
-        return range(first, self._next_number)
+        return self._budget.take(self._missing)  # later others are asked, in place of those that overflowed
 
     def answer(self) -> list[Event]:
         """Take what held-out batches answered; see `GrowthRule`."""
@@ -520,37 +451,27 @@ class EvidenceRule(Generic[E]):
 
     @property
     def _may_go_on(self) -> bool:
-        return self.doublings < DOUBLINGS and 2 * self._trial_steps <= self._settings.run / 2
+        return self.doublings < DOUBLINGS and 2 * self._trial_steps <= self._budget.run / 2
 
     @property
     def _trial_steps(self) -> int:
         return self._settings.trial_steps << self.doublings
 
     @property
-    def _missing(self) -> int:
-        """Answers that the stage of the questions still waits for."""
-        if self._stage == "small":
-            return min(self._last_questions, self.questions) - len(self._credits)
-        if self._stage in ("overshoot", "strength"):
-            return min(self._reach_questions, self.questions) - len(self._credits)
-        if self._stage == "dropped":
-            return self._questions_again - len(self._credits)
-        if self._stage in ("whole", "half", "all"):
-            return self.questions - len(self._credits)
-        return opening_count(self.questions) - len(self._base_credits if self._stage == "base" else self._credits)
+    def _answers(self) -> list[np.ndarray]:
+        """What was answered in this stage of the questions."""
+        return self._base_credits if self._stage == "base" else self._credits
 
     @property
-    def questions(self) -> int:
-        """Batches that are asked: an example that is asked twice would count for two."""
-        most = self._settings.questions
-        return most if self.held_out_batches is None else min(most, max(QUESTIONS[0], self.held_out_batches))
+    def _missing(self) -> int:
+        """Answers that the stage of the questions still waits for."""
+        return self._budget.count(self._stage) - len(self._answers)
 
     def _answered(self) -> list[Event]:
         """Note what the batches said; after the last one, drop what does not save loss, or hardly any."""
-        answers = self._base_credits if self._stage == "base" else self._credits
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
-                answers.append(credits)
+                self._answers.append(credits)
         if self._missing > 0:
             return []
         if self.phase == "squeeze":
@@ -598,55 +519,27 @@ class EvidenceRule(Generic[E]):
 
     def _forget_answers(self) -> None:
         self._credits, self._base_credits = [], []
-        if self.held_out_batches:
-            # The next questions come from another order of the examples, so that none is asked twice among them.
-            self._next_number += -self._next_number % self.held_out_batches
+        self._budget.begin_an_order()
 
     def _settle(self) -> list[Event]:
         """Drop what does not surely save loss, and what saves little."""
         credits = np.stack(self._credits)
         is_half = self._stage == "half"
-        opened = len(self._base_credits) + 2 * (self.doublings + is_half) * opening_count(self.questions)
-        asked = max(self._asked, len(credits) + opened)  # those that overflowed have been asked, too
-        asked += TRIED if self.holds_out else 0
-        room = self._settings.held_out_room(asked)
-        self._reach_questions = self._questions_of_reach(room)
+        opened = len(self._base_credits) + 2 * (self.doublings + is_half) * self._budget.opening
+        room = self._budget.plan_reach(len(credits) + opened)
         kept = directions_to_keep(credits, self._settings.significance)
-        if self._reach_questions:
+        if self._budget.reach:
             kept |= undecided_directions(credits, self._settings.significance)
         kept = keep_one_if_undecided(kept, credits)
         share = 0.5 if is_half else 1.0
         self._matrices.keep(kept, share)
-        self._share_out(room, is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
+        self._budget.share_out(room, is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
         self._saved = np.where(kept, share * np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()
-        if not self._questions_again:
+        if not self._budget.again:
             return self._grow([])
         self._forget_answers()
         self._stage = "dropped"
         return []
-
-    def _questions_of_reach(self, room: int) -> int:
-        """Return how many batches say how far all updates reach, once early and once in the end; 0 in a short run.
-
-        A long one can ask about all directions once more, and has the fewest left for each of the other questions.
-        """
-        reach = opening_count(self.questions)
-        is_long = self.holds_out and room - self.questions - 2 * reach >= 3 * QUESTIONS[0]
-        return reach if is_long else 0
-
-    def _share_out(self, room: int, *, is_any_dropped: bool) -> None:
-        """Plan how many batches are asked about what was dropped, and about what is small; duels take the others."""
-        fewest = QUESTIONS[0]
-        if self._reach_questions:
-            room -= self.questions + 2 * self._reach_questions
-            again = room // 3
-        else:
-            again = room - (fewest if room >= 2 * fewest else 0)
-        self._questions_again = min(self.questions, again) if room >= fewest and is_any_dropped else 0
-        room -= self._questions_again
-        # Without held-out examples what was learnt by heart would seem to save loss.
-        may_ask = self.holds_out and room >= fewest
-        self._last_questions = min(self.questions, max(room // 2, fewest)) if may_ask else 0
 
     def _take_back(self) -> list[Event]:
         """Let what was dropped begin anew where the loss falls along it, with what stays in place."""
@@ -676,18 +569,13 @@ class EvidenceRule(Generic[E]):
     @property
     def _is_squeezed_early(self) -> bool:
         """Whether it is time to ask if all updates overshoot."""
-        is_planned = self.holds_out and self._reach_questions > 0 and not self._is_asked_early
         growth = self._settings.last_step - self._trial_steps
-        return is_planned and self._is_before_end and self.global_step - self._trial_steps >= EARLY * growth
-
-    @property
-    def _may_squeeze(self) -> bool:
-        """Whether there are held-out batches for it: a run may be resumed without those that it was planned with."""
-        return self.holds_out and self._last_questions > 0
+        is_late = self.global_step - self._trial_steps >= EARLY * growth
+        return self._budget.may_ask_early and self._is_before_end and is_late
 
     def _end_growth(self) -> None:
         """Ask the held-out examples, if any, what the small components are worth; follow no direction any more."""
-        if self._may_squeeze:
+        if self._budget.may_squeeze:
             self._begin_squeeze("small")
         else:
             self._rest()
@@ -704,7 +592,7 @@ class EvidenceRule(Generic[E]):
         try:
             self._sizes = self._matrices.take_apart()
             self._dropped, self._lost = np.zeros(self._sizes.shape, dtype=bool), [0.0] * len(self._sizes)
-            self._next_number = max(self._next_number, self._after_duels)
+            self._budget.pass_over_duels()
             if stage == "overshoot":
                 self._forget_answers()
                 self._matrices.ask_at(1.0)
@@ -743,7 +631,7 @@ class EvidenceRule(Generic[E]):
             dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
             self._choose_to_drop(dropped, credits)
             self._of_large = self._without_small(credits)
-            if self._reach_questions and saves_together(-self._of_large, self._settings.significance):
+            if self._budget.reach and saves_together(-self._of_large, self._settings.significance):
                 self._forget_answers()
                 self._stage = "strength"
                 self._matrices.ask_at(0.5)
@@ -764,7 +652,7 @@ class EvidenceRule(Generic[E]):
         before = self._matrices.known_rank
         self._matrices.drop(self._dropped)
         if self._is_before_end:
-            self.phase, self._is_asked_early = "growth", True
+            self.phase, self._budget.is_asked_early = "growth", True
             self._matrices.note_moves()
         else:
             self._rest()
@@ -799,7 +687,7 @@ class EvidenceRule(Generic[E]):
         is_told = is_last or self.global_step % self._settings.told_interval == 0
         checked = [self._event("checked", matrix) for matrix in self._matrices.active()] if is_told else []
         # What is born right before a squeeze would be small.
-        is_squeezed = self._is_squeezed_early or (is_last and self._may_squeeze)
+        is_squeezed = self._is_squeezed_early or (is_last and self._budget.may_squeeze)
         return checked + self._bear([] if is_squeezed else self._within_limit(births))
 
     def _bear(self, births: Sequence[tuple[E, int]]) -> list[Event]:
@@ -882,16 +770,8 @@ class EvidenceRule(Generic[E]):
             "overflows": self._overflows,
             "skipped": self._skipped,
             "is_shortened": self._is_shortened,
-            "asked": self._asked,
-            "questions_again": self._questions_again,
-            "last_questions": self._last_questions,
-            "reach_questions": self._reach_questions,
-            "is_asked_early": self._is_asked_early,
             "strength_at_end": self.strength,
             "saved": self._saved,
-            "next_number": self._next_number,
-            "after_duels": self._after_duels,
-            "held_out_batches": self.held_out_batches,
             "doublings": self.doublings,
             "stage": self._stage,
             "births": self.births,
@@ -899,6 +779,7 @@ class EvidenceRule(Generic[E]):
             "squeezed": self.squeezed,
             "credits": _as_lists(self._credits),
             "base_credits": _as_lists(self._base_credits),
+            **self._budget.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -907,26 +788,14 @@ class EvidenceRule(Generic[E]):
         Warns:
             AromaWarning: Another number of batches is held out, or none, so the run will decide otherwise.
         """
-        then = state.get("held_out_batches", self.held_out_batches)
-        if then != self.held_out_batches:
-            now, before = ("no" if count is None else count for count in (self.held_out_batches, then))
-            warnings.warn(
-                f"{now} held-out batches decide from here on, and {before} did in the run that is resumed, so it will "
-                "not grow as it would have; give it the same held-out examples",
-                AromaWarning,
-                stacklevel=2,
-            )
+        self._budget.restore(state)
         self.global_step, self.phase = state["global_step"], state["phase"]
         self.doublings, self._stage = state["doublings"], state["stage"]
         self.births, self.last_birth = state["births"], state["last_birth"]
-        self._overflows, self._asked, self._next_number = state["overflows"], state["asked"], state["next_number"]
+        self._overflows, self._skipped = state["overflows"], state.get("skipped", 0)
         # Early versions asked once, or twice.
-        self._questions_again, self._saved = state.get("questions_again", 0), [*state.get("saved", ())]
-        self._last_questions, self.squeezed = state.get("last_questions", 0), state.get("squeezed", 0)
-        self._reach_questions = state.get("reach_questions", 0)
-        self._is_asked_early = state.get("is_asked_early", False)
+        self._saved, self.squeezed = [*state.get("saved", ())], state.get("squeezed", 0)
         self.strength, self._is_shortened = state.get("strength_at_end", 1.0), state.get("is_shortened", False)
-        self._after_duels, self._skipped = state.get("after_duels", 0), state.get("skipped", 0)
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )

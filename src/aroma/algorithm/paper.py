@@ -66,8 +66,6 @@ class PaperRule(Generic[M]):
     """
 
     questions = 0
-    held_out_batches: int | None = None
-    holds_out = False
     is_in_trial = False
 
     def __init__(self, settings: PaperSettings, matrices: Matrices[M]) -> None:
@@ -165,6 +163,9 @@ class PaperRule(Generic[M]):
         events = [self._event("checked", matrix, matrix.inner_value) for matrix in active]
         self.tell(events)
         return events
+
+    def hold_out(self, batches: int | None, *, decide: bool) -> None:
+        """Nothing is decided by examples."""
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches to be asked: none."""

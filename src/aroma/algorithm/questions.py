@@ -1,4 +1,4 @@
-"""The questions of growth by evidence, where the trial ends and where growth does: how many, and what the answers say.
+"""What the answers of growth by evidence say, where the trial ends and where growth does.
 
 A batch answers with credit_k, the loss that direction k of an update saves; `evidence.py` says what is asked.
 """
@@ -9,13 +9,6 @@ import math
 
 import numpy as np
 
-QUESTIONS = (8, 64)
-"""Fewest and most batches that are asked at the end of the trial: half as many as it has steps, but none twice unless
-there are fewer than eight. None is trained on."""
-
-FEWEST_OPENING = 4
-"""Fewest batches that say how far the updates swing: a quarter of the questions."""
-
 LEAST_OF_AVERAGE = 0.25
 """What a direction must save to stay, as a share of what one saves on average."""
 
@@ -25,23 +18,6 @@ growth ends."""
 
 NEEDLESS_SHARE = 0.001
 """What those that go may save together, as a share of what the trial saved."""
-
-
-def question_count(trial_steps: int) -> int:
-    """Return how many batches are asked after a trial of so many optimizer steps."""
-    fewest, most = QUESTIONS
-    return min(max(trial_steps // 2, fewest), most)
-
-
-def opening_count(questions: int) -> int:
-    """Return how many of so many questions say how far the updates swing."""
-    return max(FEWEST_OPENING, questions // 4)
-
-
-def most_asked(trial_steps: int) -> int:
-    """Return the most batches that are asked after a trial: before those that decide, twice as many as open."""
-    questions = question_count(trial_steps)
-    return questions + 2 * opening_count(questions)
 
 
 def saves_together(credits: np.ndarray, significance: float) -> bool:

@@ -105,9 +105,6 @@ class GrowthRule(Protocol):
         outer_number: Number p of the current outer step, counted from 1.
         max_inner_steps: Most optimizer steps of one inner loop, T_in.
         tell: Called with events as they happen, while matrices and counts are still those that they tell of.
-        held_out_batches: How many batches of held-out examples have no example in common; None if nothing is held out,
-            or nobody knows.
-        holds_out: Whether held-out examples decide.
     """
 
     global_step: int
@@ -115,8 +112,15 @@ class GrowthRule(Protocol):
     outer_number: int
     max_inner_steps: int
     tell: Callable[[Sequence[Event]], None]
-    held_out_batches: int | None
-    holds_out: bool
+
+    def hold_out(self, batches: int | None, *, decide: bool) -> None:
+        """Note what is held out.
+
+        Args:
+            batches: How many batches of held-out examples have no example in common; None if nothing is held out, or
+                nobody knows.
+            decide: Whether held-out examples decide.
+        """
 
     @property
     def questions(self) -> int:

@@ -14,8 +14,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from .. import compat
+from ..algorithm.budget import QUESTIONS
 from ..algorithm.duels import flips_to_birth
-from ..algorithm.questions import QUESTIONS
 from ..errors import AromaError, bad_value
 from ..evaluation import evaluating, require_loss
 from ..sharding import refuse_together, sharding_of_model, world_size

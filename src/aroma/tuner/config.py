@@ -13,8 +13,8 @@ import numpy as np
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
+from ..algorithm.budget import most_asked
 from ..algorithm.evidence import FIRST_STEP, UNUSED
-from ..algorithm.questions import most_asked
 from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
 from ..files import write_json
