@@ -33,7 +33,7 @@ from .tuner.live import LiveAdapter
 
 
 class SlotMatrix(GrowingMatrix):
-    """One matrix whose components sit in the slots of its pair; see `aroma.algorithm.evidence.EvidenceMatrix`.
+    """One matrix whose components sit in the slots of its pair; see `aroma.algorithm.rule.EvidenceMatrix`.
 
     Attributes:
         born: Number of the birth in every slot, counted over the matrix; None where the slot is not in use.
@@ -164,7 +164,7 @@ class SlotMatrix(GrowingMatrix):
 
 
 class SlotMatrices(GrowingMatrices):
-    """All matrices that grow by evidence; `aroma.algorithm.evidence.EvidenceMatrices`.
+    """All matrices that grow by evidence; `aroma.algorithm.rule.EvidenceMatrices`.
 
     Where parameters are sharded, all ranks call the methods that read components, together.
 

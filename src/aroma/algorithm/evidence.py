@@ -33,7 +33,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 
@@ -52,7 +52,7 @@ from .questions import (
     strength_of_least_loss,
     undecided_directions,
 )
-from .rule import Matrix, not_finite, require_finite
+from .rule import E, EvidenceMatrices, EvidenceMatrix, not_finite, require_finite
 
 CHECK_INTERVAL = 4
 """Optimizer steps between looks at the evidence. The evidence of every batch in between counts."""
@@ -130,100 +130,6 @@ class EvidenceSettings:
             return longest
         steps_to_next_time = HELD_OUT_INTERVAL * held_out_batches
         return min(longest, math.exp(math.log(self.significance) / steps_to_next_time))
-
-
-class EvidenceMatrix(Matrix, Protocol):
-    """One growing matrix as the rule sees it, with what the rule notes about it.
-
-    Attributes:
-        heads: Batches since its start on which an unused direction won, by direction.
-        flips: Batches since its start on which it was judged, likewise.
-        log_evidence: log E.
-        steepness: The largest z of the last batch; None before the first.
-    """
-
-    heads: list[int]
-    flips: list[int]
-    log_evidence: float
-    steepness: float | None
-
-
-E = TypeVar("E", bound=EvidenceMatrix)
-
-
-class EvidenceMatrices(Protocol[E]):
-    """All growing matrices of a run, with their unused directions.
-
-    Attributes:
-        memory: β, with which the directions follow the gradient; the rule sets it.
-    """
-
-    memory: float
-
-    @property
-    def known_rank(self) -> int:
-        """Sum of the ranks of all components, those that train included."""
-
-    def active(self) -> list[E]:
-        """Return the matrices that still train or may grow, in module order."""
-
-    def all(self) -> Sequence[E]:
-        """Return all matrices, in module order."""
-
-    def norms(self, matrices: Sequence[E]) -> list[float]:
-        """Return the norm of what trains of each of `matrices`."""
-
-    def take_readings(self) -> list[Reading]:
-        """Return what the batches since the last call said, in their order."""
-
-    def bear(self, births: Sequence[tuple[E, int]]) -> list[E]:
-        """Start a component of each matrix along an unused direction, given by its number.
-
-        Returns:
-            The matrices whose oldest component was merged to make room, once for each.
-        """
-
-    def stop_following(self) -> None:
-        """Follow no unused direction for now."""
-
-    def follow_anew(self) -> None:
-        """Follow unused directions again, from random ones on."""
-
-    def set_aside(self) -> None:
-        """Keep what is followed for `put_back`."""
-
-    def take_apart(self) -> np.ndarray:
-        """Take the updates apart into singular directions; return σ_k, (matrices, S), NaN where there is none."""
-
-    def ask_at(self, strength: float) -> None:
-        """From now on ask about these directions with all updates at `strength`."""
-
-    def take_credits(self) -> list[np.ndarray]:
-        """Return credit_k by batch since the last call, (matrices, S).
-
-        NaN where there is no direction, infinite where the batch overflowed.
-        """
-
-    def keep(self, kept: np.ndarray, share: float = 1.0) -> None:
-        """Keep `share` of these singular directions, (matrices, S), and ask about the others at strength 0."""
-
-    def halve(self, halved: np.ndarray) -> None:
-        """Put these directions, (matrices, S), at half strength, and ask about all."""
-
-    def drop(self, dropped: np.ndarray) -> None:
-        """Take the `dropped` directions away, (matrices, S); matrices without any are as they were before `halve`."""
-
-    def put_back(self) -> None:
-        """Let all matrices, and what is followed, be as before `set_aside`; one process may call alone."""
-
-    def follow_unused(self, taken: Sequence[tuple[E, int]]) -> None:
-        """Follow unused directions: those that were dropped and are not among the `taken`, and random ones."""
-
-    def note_moves(self) -> None:
-        """Note how every component has moved since the last call: that is Δ_k from now on."""
-
-    def shorten(self, share: float) -> None:
-        """Multiply what trains by `share`."""
 
 
 class EvidenceRule(Generic[E]):
