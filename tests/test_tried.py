@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from aroma import AromaConfig
 from aroma.algorithm.budget import HELD_OUT_INTERVAL
@@ -417,6 +418,56 @@ def test_the_page_says_of_other_ways_to_keep_what_is_undecided_what_the_runs_say
     assert f"after a quarter of growth in place of two fifths: {said}" in TEXT
     said = of_variant("what may save a quarter of the average", "noisy", *FEW)
     assert f"goes early: {said} (five seeds)" in TEXT
+
+
+def between(numbers: pd.Series) -> str:
+    """Return the least and the largest of numbers, as the page has them."""
+    return f"{numbers.min():.1f} to {numbers.max():.1f}".replace("-", "−")
+
+
+def test_the_page_says_of_what_is_known_when_the_trial_ends_what_the_runs_say() -> None:
+    found = of_evidence("nothing-is-known")
+    t = found[found.at_zero.notna()].set_index("task")
+    at_zero = t.at_zero.astype(float)
+    known = between(at_zero.drop(["mrpc", "nothing"]))
+    assert f"at 0 it is {between(at_zero['mrpc'])} in {len(at_zero['mrpc'])} runs." in TEXT
+    assert f"On four other texts, nets and the encoder it is {known}, and where nothing is planted" in TEXT
+    nothing = f"planted {between(at_zero['nothing'])}, with {between(t.at_half['nothing'])} at ½."
+    assert nothing in TEXT
+    runs = found[found.score.notna()].set_index(["of", "task", "head_learning_rate", "seed"])
+    score, form = runs.score, "undecided in every matrix"
+    for of, rate, said in (
+        ("all stay", 0.000667, "with all eight components it has {} points (five seeds, at rates of 0.001 and"),
+        (form, 0.000667, "At the same rates MRPC has {} points (five seeds, 0.001 and 0.000667)"),
+        (form, 0.000222, "and {} at 0.001 and 0.000222 (ten seeds, of which three differ,"),
+    ):
+        gain = score[of, "mrpc", rate] - score["now", "mrpc", rate]
+        assert said.format(in_points(gain)) in TEXT
+    assert f"of which three differ, by {in_points(gain[gain != 0])})" in TEXT
+    of_table = runs_of(RESULTS / "mrpc").reported.pivot_table("score", "seed", "method")
+    there = score[form, "mrpc", 0.000222]
+    assert (
+        f"MRPC has {100 * there.mean():.2f} % in place of {100 * of_table['aroma-evidence'].mean():.2f} at the rates "
+        f"of the table, {in_points(there - of_table['lora-r16'])} against r = 16, at "
+        f"{runs.trained_rank[form, 'mrpc', 0.000222].mean():.2f} trained components" in TEXT
+    )
+    others = runs.loc[form].drop("mrpc").droplevel("head_learning_rate")
+    table = runs_of(RESULTS / "minilm-six").reported
+    before = table[table.method == "aroma-evidence"].set_index(["task", "seed"]).loc[others.index]
+    assert len(others) == 5
+    assert (
+        f"they have {in_points(others.score - before.score)}, at {others.trained_rank.mean():.2f} trained components "
+        f"in place of {before.trained_rank.mean():.2f}." in TEXT
+    )
+    batches = {"bbc-news": 9}
+    left = runs.loc[form][runs.loc[form].largest_t.notna()].reset_index()
+    surely = [stats.t.ppf(1 - 0.05 / 36, batches.get(task, 16) - 1) for task in left.task]
+    assert sorted(left[left.largest_t < surely].task) == ["bbc-news", "mrpc", "mrpc"]
+    losses = of_evidence("again-on-mrpc").groupby(["learning_rate", "head_learning_rate"]).held_out_loss
+    assert losses.mean().idxmin() == (0.001, 0.000222)
+    assert losses.first().idxmin() == (0.003, 0.000667), "by one run"
+    as_it_is = 100 * score["now", "mrpc", 0.000222].mean()
+    assert f"at 0.001 and 0.000222 the rule as it is has {as_it_is:.2f} % on MRPC" in TEXT
 
 
 def test_the_page_says_of_an_early_squeeze_what_the_runs_say() -> None:
