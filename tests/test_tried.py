@@ -469,7 +469,7 @@ def test_the_page_says_of_what_is_known_when_the_trial_ends_what_the_runs_say() 
     assert losses.mean().idxmin() == (0.001, 0.000222)
     assert losses.first().idxmin() == (0.003, 0.000667), "by one run"
     as_it_is = 100 * score["now", "mrpc", 0.000222].mean()
-    assert f"at 0.001 and 0.000222 the rule as it is has {as_it_is:.2f} % on MRPC" in TEXT
+    assert f"At 0.001 and 0.000222 the rule as it is has {as_it_is:.2f} % on MRPC" in TEXT
 
 
 def test_the_page_says_of_an_early_squeeze_what_the_runs_say() -> None:
