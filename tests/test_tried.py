@@ -459,7 +459,12 @@ def test_the_page_says_of_what_is_known_when_the_trial_ends_what_the_runs_say() 
         f"in place of {before.trained_rank.mean():.2f}." in TEXT
     )
     doubted = runs.loc["undecided in every matrix, unless downhill at 0"]
-    mrpc, others = doubted.loc["mrpc"].loc[0.000222], doubted.drop("mrpc").droplevel("head_learning_rate")
+    of_rl = [json.loads((RESULTS.parent / "rl" / f"aroma-{seed}.json").read_text())["after"] for seed in range(3)]
+    rewards = [*doubted.score["rewards"]]
+    assert [new == pytest.approx(old) for new, old in zip(rewards, of_rl, strict=True)] == [False, True, True]
+    assert f"it is right on {100 * rewards[0]:.1f} % of new sums, in place of {100 * of_rl[0]:.1f}." in TEXT
+    mrpc = doubted.loc["mrpc"].loc[0.000222]
+    others = doubted.drop(["mrpc", "rewards"]).droplevel("head_learning_rate")
     assert (
         f"it has {100 * mrpc.score.mean():.2f} %, {in_points(mrpc.score - of_table['lora-r16'])} against r = 16, at "
         f"{mrpc.trained_rank.mean():.2f} trained components. The five other runs have "
