@@ -97,19 +97,16 @@ class Budget:
 
     def count(self, stage: Stage) -> int:
         """Return how many batches answer a stage of the questions."""
-        counts = {
-            "small": min(self.last, self.questions),
-            "overshoot": min(self.reach, self.questions),
-            "strength": min(self.reach, self.questions),
-            "dropped": self.again,
-            "opening": self.opening,
-            "base": self.opening,
-        }
-        return counts.get(stage, self.questions)
+        if stage == "dropped":
+            return self.again
+        if stage in ("opening", "base"):
+            return self.opening
+        planned = {"small": self.last, "overshoot": self.reach, "strength": self.reach}
+        return min(planned.get(stage, self.questions), self.questions)
 
     # What is planned where the trial ends ----------------------------------------------------------------------------
 
-    def left_after(self, asked: int) -> int:
+    def _left_after(self, asked: int) -> int:
         """Return how many held-out batches the run has left after those asked; may be below 0."""
         return math.floor(HELD_OUT_SHARE * self.run - asked)
 
@@ -119,7 +116,7 @@ class Budget:
         A long run can ask about all directions once more, and has the fewest left for each of the other questions.
         """
         asked = max(self.asked, answered)  # those that overflowed have been asked, too
-        room = self.left_after(asked + TRIED if self.holds_out else asked)
+        room = self._left_after(asked + TRIED if self.holds_out else asked)
         is_long = self.holds_out and room - self.questions - 2 * self.opening >= 3 * QUESTIONS[0]
         self.reach = self.opening if is_long else 0
         return room
@@ -178,7 +175,7 @@ class Budget:
         reserved = self.last + self.reach
         if self.reach and not self.is_asked_early:
             reserved += self.reach + self.questions
-        room = self.left_after(TRIED + max(self.asked, self.questions)) - reserved
+        room = self._left_after(TRIED + max(self.asked, self.questions)) - reserved
         if self.last and room < 1:
             return None
         duelling = self._last_step - max(first_pass, trial_steps)
@@ -192,6 +189,14 @@ class Budget:
         number = max(self._next, self.questions) + step // interval
         self._after_duels = number + 1
         return (number,)
+
+    def duels(self, first_pass: int | None, trial_steps: int, *, held_out: bool) -> int:
+        """Return how many batches let duel in the whole run; see `GrowthRule`."""
+        first, last = trial_steps + (0 if held_out else self.questions), self._last_step
+        if first_pass is None or not held_out:
+            return max(last - first, 0)
+        later, interval = last - max(first_pass, first), self.interval(first_pass, trial_steps)
+        return max(min(first_pass, last) - first, 0) + (max(later, 0) // interval if interval else 0)
 
     def state(self) -> dict[str, Any]:
         """Return what is planned and was asked, JSON-able."""

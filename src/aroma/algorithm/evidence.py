@@ -303,18 +303,13 @@ class EvidenceRule(Generic[E]):
 
     def held_out_duels(self, step: int) -> Sequence[int]:
         """Return the numbers of the held-out batches that let duel, `step` optimizer steps after the first pass."""
-        return (
-            self._budget.duels_at(self.global_step - step, step, self._trial_steps) if self.phase == "growth" else ()
-        )
+        if self.phase != "growth":
+            return ()
+        return self._budget.duels_at(self.global_step - step, step, self._trial_steps)
 
     def duels(self, first_pass: int | None, *, held_out: bool) -> int:
         """Return how many batches let duel in the whole run; see `GrowthRule`."""
-        first, last = self._trial_steps + (0 if held_out else self.questions), self._settings.last_step
-        if first_pass is None or not held_out:
-            return max(last - first, 0)
-        later = last - max(first_pass, first)
-        interval = self._budget.interval(first_pass, self._trial_steps)
-        return max(min(first_pass, last) - first, 0) + (max(later, 0) // interval if interval else 0)
+        return self._budget.duels(first_pass, self._trial_steps, held_out=held_out)
 
     def held_out_questions(self) -> Sequence[int]:
         """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
