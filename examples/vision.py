@@ -13,6 +13,7 @@ and which images test. The folder gets the table, and every run with its ranks, 
 import argparse
 import copy
 import random
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -42,6 +43,7 @@ SIZE = {"digits": (8, 8), "mnist": (28, 28)}
 PATCH = {"digits": 4, "mnist": 7}
 
 
+@cache
 def all_images(source):
     """Return all images, one row of grey values from -1 to 1 each, and the digits that they show."""
     if source == "mnist":

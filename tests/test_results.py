@@ -33,6 +33,7 @@ from published import (
     over_tasks,
     page_of,
     runs_of,
+    runs_of_images,
     with_eight_slots,
 )
 
@@ -220,10 +221,7 @@ def test_the_page_says_of_what_is_elsewhere_what_its_runs_say() -> None:
     }
     low, high = ([f"{pick(values):.2f}" for pick in (min, max)] for values in rewards.values())
     assert f"Evidence is right on {' to '.join(low)} of new sums, LoRA r = 8 on {' to '.join(high)}" in TEXT
-    scores = []
-    for name in ("digits", "mnist"):
-        runs = pd.DataFrame(json.loads((ROOT / "results" / "vision" / f"{name}.json").read_text())["runs"])
-        scores.append(100 * runs.groupby("method").accuracy.mean())
+    scores = [100 * runs_of_images(name).groupby("method").accuracy.mean() for name in ("digits", "mnist")]
     aroma, lora = ([f"{of[method]:.1f} %" for of in scores] for method in ("AROMA", "LoRA r=8"))
     assert f"Evidence has {' and '.join(aroma)}, LoRA r = 8 {' and '.join(lora)}" in TEXT
 
@@ -501,11 +499,10 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
 
 
 def test_the_page_says_of_a_choice_by_more_seeds_what_the_runs_say() -> None:
-    runs = pd.DataFrame(json.loads((RESULTS / "tried" / "again-on-sst2.json").read_text(encoding="utf-8"))["runs"])
-    assert {*runs.groupby("method").size()} == {2}
-    of_one = runs.held_out_loss.map(lambda losses: losses[0])
-    of_all = runs.held_out_loss.map(lambda losses: sum(losses) / len(losses))
-    chosen, again = (losses.groupby(runs.method).idxmin() for losses in (of_one, of_all))
+    runs = of_evidence("again-on-sst2").groupby(["method", "learning_rate", "head_learning_rate"]).held_out_loss
+    of_one, of_all = runs.first(), runs.mean()
+    assert {*of_one.groupby("method").size()} == {2}
+    chosen, again = (losses.groupby("method").idxmin() for losses in (of_one, of_all))
     assert [*chosen.index[chosen != again]] == ["lora-r4"]
     assert chosen.index.size == 6
     less = of_all[chosen["lora-r4"]] - of_all[again["lora-r4"]]

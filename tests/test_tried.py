@@ -27,6 +27,7 @@ from published import (
     over_tasks,
     page_of,
     runs_of,
+    runs_of_images,
     scores_of,
     with_eight_slots,
     with_short_memory,
@@ -355,12 +356,6 @@ def assert_it_compares(tasks: Iterable[str], before: pd.DataFrame, now: pd.DataF
     assert f"nothing is planted {grew} of 60 matrices have a component, in place of {grew_before}." in TEXT
 
 
-def of_splits(name: str) -> pd.DataFrame:
-    """Return the runs of ten splits of images by the rule as it is, by method and seed."""
-    runs = json.loads((RESULTS.parent / "vision" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
-    return pd.DataFrame(runs).set_index(["method", "seed"])
-
-
 def images(before: pd.DataFrame, after: pd.DataFrame) -> str:
     """Return what the page says of the two data sets of images by two rules."""
     said = []
@@ -389,9 +384,9 @@ def test_the_page_says_of_what_is_undecided_what_the_runs_say() -> None:
 
 def test_the_page_says_of_ten_splits_of_images_what_the_runs_say() -> None:
     tried = each_seed_of("not-undecided")
-    r8 = {name: of_splits(name).accuracy["LoRA r=8"] for name in IMAGES}
+    r8 = {name: runs_of_images(name).accuracy["LoRA r=8"] for name in IMAGES}
     for name, label in IMAGES.items():
-        before, now = tried.loc["before", f"{name}, ten splits"], of_splits(name).loc["AROMA"]
+        before, now = tried.loc["before", f"{name}, ten splits"], runs_of_images(name).loc["AROMA"]
         assert {len(one) for one in (before, now, r8[name])} == {10}
         old, new = (in_points(score - r8[name]) for score in (before.score, now.accuracy))
         rank = pd.DataFrame([*now.ranks]).mean(axis=None)
@@ -433,6 +428,10 @@ def test_the_page_says_of_what_is_known_when_the_trial_ends_what_the_runs_say() 
     assert f"On four other texts, nets and the encoder it is {known}, and where nothing is planted" in TEXT
     nothing = f"planted {between(at_zero['nothing'])}, with {between(t.at_half['nothing'])} at ½."
     assert nothing in TEXT
+
+
+def test_the_page_says_of_what_stays_where_nothing_is_known_what_the_runs_say() -> None:
+    found = of_evidence("nothing-is-known")
     runs = found[found.score.notna()].set_index(["of", "task", "head_learning_rate", "seed"])
     score, form = runs.score, "undecided in every matrix"
     for of, rate, said in (

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import transformers
@@ -22,6 +21,7 @@ from aroma import AromaCallback, AromaConfig, aroma_layers, attach
 from aroma.cli import main
 from aroma.errors import ConfigError
 from aroma.export import export_merged, export_uniform, rank_table
+from published import runs_of_images
 from quick import slow_but
 from ranks import launch
 
@@ -326,16 +326,12 @@ def test_the_page_shows_the_tables_of_the_committed_runs(images: str) -> None:
 
 def test_the_page_says_of_images_what_the_runs_say() -> None:
     root = Path(__file__).parents[1]
-    runs = {
-        images: json.loads((root / "results" / "vision" / f"{images}.json").read_text())["runs"]
-        for images in ("digits", "mnist")
-    }
-    found = [rank for of in runs.values() for run in of for rank in run.get("ranks", {}).values()]
+    runs = {images: runs_of_images(images) for images in ("digits", "mnist")}
+    found = [rank for frame in runs.values() for of_run in frame.ranks["AROMA"] for rank in of_run.values()]
     page = (root / "docs" / "vision.md").read_text(encoding="utf-8")
     assert f"AROMA found ranks from {min(found)} to {max(found)}." in page
 
-    for images, of in runs.items():
-        frame = pd.DataFrame(of).set_index(["method", "seed"])
+    for images, frame in runs.items():
         accuracy, parameters = frame.accuracy, frame.parameters.groupby("method").mean()
         ahead = accuracy["AROMA"] - accuracy["LoRA r=8"]
         if images == "digits":
