@@ -114,6 +114,9 @@ class Reference:
         self.newborn: list[list[bool]] = []
         self.credits: list[list[list[float]]] = []
         self.at_base: list[list[list[float]]] = []  # the same at strength 0
+        self.doubt: list[list[list[float]]] = []  # at strength 0 once more, where those say nothing
+        self.doubts = False
+        self.known = True  # whether anything is known of all updates together
         self.of_dropped: list[list[list[float]]] = []  # at strength 1, what was dropped at 0
         self.answers = 0  # to questions before those
         self.again = False  # whether it is asked about what was dropped
@@ -176,7 +179,14 @@ class Reference:
             for matrix in self.matrices:
                 for c in matrix.live:
                     c.b.mul_(self.left)
-        if self.phase == "questions" and len(self.credits) == o.questions and not self.again:
+        judged = self.phase == "questions" and len(self.credits) == o.questions and not self.again
+        if judged and o.holds_out and not self.doubts and self._says_nothing() and self._left() >= 8:
+            self.doubts, self.strength = True, 0.0
+            self._next_order()
+        while self.doubts and len(self.doubt) < 8:
+            self._credit(self._next(held_out))
+        if judged and len(self.doubt) == 8 * self.doubts:
+            self.known = not self.doubts or self._together(self.doubt, "greater")
             self._settle()
             self.strength, self.again = 1.0, True
             if self._questions_again():
@@ -206,7 +216,7 @@ class Reference:
         All are 12 % of the run at most. A long run has as many left as decide, for an early squeeze.
         """
         o = self.settings
-        room = math.floor(0.12 * (o.last + o.trial)) - self.answers - o.holds_out
+        room = self._left()
         again = min(o.questions, room - 8) if room >= 16 else min(o.questions, room) if room >= 8 else 0
         reach = max(4, o.questions // 4)
         long = o.holds_out and room - o.questions - 2 * reach >= 24
@@ -217,6 +227,13 @@ class Reference:
         left = room - again
         last = min(o.questions, max(left // 2, 8)) if left >= 8 and o.holds_out else 0
         return again, last, reach * long
+
+    def _left(self) -> int:
+        """Held-out batches that are left when it is known what stays."""
+        return math.floor(0.12 * (self.settings.last + self.settings.trial)) - self.answers - self.settings.holds_out
+
+    def _says_nothing(self) -> bool:
+        return not any(self._together(self.credits, way) for way in ("greater", "less"))
 
     def _room(self) -> int:
         """For held-out batches that duel, in the whole run."""
@@ -283,7 +300,8 @@ class Reference:
     def _credit(self, G: Sequence[Tensor]) -> None:
         s = self.settings.s
         self.answers += not self.again
-        (self.at_base if self.strength == 0 else self.of_dropped if self.again else self.credits).append(
+        at_zero = self.doubt if self.doubts else self.at_base
+        (at_zero if self.strength == 0 else self.of_dropped if self.again else self.credits).append(
             [
                 [float(-(s * size * g * torch.outer(u, v)).sum()) for u, size, v in matrix.singular]
                 for matrix, g in zip(self.matrices, G, strict=True)
@@ -299,6 +317,9 @@ class Reference:
         chosen = {(i, k) for credit, i, k in candidates if credit >= o.least * average}
         if self._shares()[2]:
             chosen |= undecided
+        if not self.known:
+            tests = stats.ttest_1samp(every, 0).statistic
+            chosen |= {(i, k) for i in range(len(self.matrices)) for k in range(o.K) if tests[i, k] > -1}
         for i, matrix in enumerate(self.matrices):
             stay = [k for k in range(o.K) if (i, k) in chosen]
             if not stay and stats.ttest_1samp(every[:, i].sum(1), 0).statistic > -1:

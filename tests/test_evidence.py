@@ -106,6 +106,7 @@ def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Adam:
         pytest.param(3, 0.1, 0.2, False, None, 8e-2, (2, 0.5), 20, id="swings for long", marks=pytest.mark.slow),
         pytest.param(3, 0.1, 0.2, True, 100, 8e-2, (2, 0.5), 20, id="swings, held out"),
         pytest.param(8, 0.02, 0.7, True, 160, 1e-2, (0, 1), 20, id="learnt by heart"),
+        pytest.param(8, 0.02, 5.0, True, 80, 3e-3, (0, 1), 20, id="nothing is known"),
     ],
 )
 def test_a_whole_run_is_that_of_the_dense_reference(
@@ -165,6 +166,7 @@ def test_a_whole_run_is_that_of_the_dense_reference(
     assert len(births) > 1
     assert growth.controller.rule.doublings == reference.doubled
     assert (reference.doubled, reference.share) == way
+    assert reference.known == (noise < 5)
     squeezed = {event.module: event.rank for event in events if event.kind == "squeezed"}
     assert growth.controller.rule.squeezed == sum(reference.squeezed)
     assert {m.name for m, n in zip(reference.matrices, reference.squeezed, strict=True) if n} == {*squeezed}
@@ -494,7 +496,7 @@ def test_the_questions_of_a_run_that_is_long_enough_come_to_their_end(first: flo
     config = AromaConfig(growth="evidence")
     for total in [*range(33, 80), *range(80, 2000, 13)]:
         trial = config.resolve_trial_steps(total)
-        matrices = Answers({0.5: first, 0.0: base})
+        matrices = Answers({0.5: first, 0.25: 99.0, 0.0: base})
         last_step = (total - trial) // 4 * 4
         rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 8, trial, 0.97, last_step, None, total), matrices)
         while rule.phase != "growth":
@@ -580,6 +582,44 @@ def test_what_was_dropped_begins_anew_where_the_loss_surely_falls_along_it() -> 
     full = Dropped([[nan, 9.0, -9.0], [nan, 0.0, 8.0]])
     after_the_questions(full, most=1)
     assert full.born == []
+
+
+class Doubtful(Answers):
+    """Two matrices of three directions: one saves loss, one costs as much, one says nothing; at 0 all say alike."""
+
+    def __init__(self, at_zero: float) -> None:
+        super().__init__({})
+        first = self.matrices[0]
+        self.matrices = [SimpleNamespace(**{**vars(first), "name": name}) for name in "ab"]
+        self.at_zero, self.batches = at_zero, 0
+        self.asked: list[float] = []
+        self.kept: Any = None
+
+    def take_credits(self) -> list[np.ndarray]:
+        self.batches += 1
+        self.asked.append(self.strength)
+        means = [self.at_zero] * 3 if self.strength == 0 else [3.0, -3.0, 0.0]
+        return [np.array([means] * 2) + (-1.0) ** self.batches]
+
+    def keep(self, kept: Any, share: float) -> None:
+        super().keep(kept, share)
+        self.kept = kept
+
+
+@pytest.mark.parametrize(("at_zero", "known"), [(-9.0, False), (0.0, False), (9.0, True)])
+@pytest.mark.parametrize(("steps", "holds_out"), [(150, True), (400, True), (400, False)])
+def test_where_nothing_is_known_what_costs_no_loss_stays(
+    at_zero: float, known: bool, steps: int, holds_out: bool
+) -> None:
+    """At 0 updates that point downhill say that something is known; only a long run that holds out asks that."""
+    matrices = Doubtful(at_zero)
+    after_the_questions(matrices, steps, holds_out=holds_out)
+    asks, (questions, opening) = holds_out and steps == 400, (20, 5) if steps == 400 else (8, 4)
+    assert matrices.kept.tolist() == [[True, False, asks and not known]] * 2
+    judged = [0.25] * questions if known else [0.5] * (questions - opening)
+    before = [0.5] * opening + [0.0] * opening + judged
+    assert matrices.asked[: len(before)] == before
+    assert [strength for strength in matrices.asked[len(before) :] if strength == 0] == [0.0] * 8 * asks
 
 
 def test_the_smallest_directions_are_those_of_all_matrices_with_a_twentieth_of_the_energy() -> None:

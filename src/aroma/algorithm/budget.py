@@ -29,10 +29,12 @@ HELD_OUT_INTERVAL = 9
 TRIED = 1
 """Held-out batches that are evaluated before the first step, so that what fails does so early."""
 
-Stage = Literal["opening", "base", "whole", "half", "dropped", "overshoot", "all", "small", "strength"]
+Stage = Literal[
+    "opening", "base", "whole", "half", "doubt", "half doubt", "dropped", "overshoot", "all", "small", "strength"
+]
 """Which questions are asked. At the end of the trial: the first, at strength ½; as many at 0; those that decide what
-stays, of what; those that decide what comes back of the rest. In a squeeze: whether all updates overshoot; all of
-them at ½, if they do; what is small, at ½; how far they overshoot, at ½."""
+stays, of what; a few at 0, if these say nothing; those that decide what comes back of the rest. In a squeeze: whether
+all updates overshoot; all of them at ½, if they do; what is small, at ½; how far they overshoot, at ½."""
 
 
 def question_count(trial_steps: int) -> int:
@@ -64,6 +66,7 @@ class Budget:
         held_out_batches: How many batches of them have no example in common; None if nothing is held out, or nobody
             knows.
         asked: Held-out batches asked so far; those that duel do not count.
+        answered: Batches, held out or not, that have answered until it was decided what stays.
         again: How many are asked about what the trial drops.
         reach: How many say whether all updates overshoot, early, and how far, in the end; 0 in a short run.
         last: How many are asked about what is small.
@@ -76,7 +79,7 @@ class Budget:
         self._after_duels = 0  # the number that follows on that of the last duel
         self.holds_out = False
         self.held_out_batches: int | None = None
-        self.asked = self.again = self.reach = self.last = 0
+        self.asked = self.answered = self.again = self.reach = self.last = 0
         self.is_asked_early = False
 
     @property
@@ -97,12 +100,17 @@ class Budget:
 
     def count(self, stage: Stage) -> int:
         """Return how many batches answer a stage of the questions."""
-        if stage == "dropped":
-            return self.again
-        if stage in ("opening", "base"):
-            return self.opening
-        planned = {"small": self.last, "overshoot": self.reach, "strength": self.reach}
-        return min(planned.get(stage, self.questions), self.questions)
+        counts = {
+            "opening": self.opening,
+            "base": self.opening,
+            "doubt": QUESTIONS[0],
+            "half doubt": QUESTIONS[0],
+            "dropped": self.again,
+            "overshoot": self.reach,
+            "small": self.last,
+            "strength": self.reach,
+        }
+        return min(counts.get(stage, self.questions), self.questions)
 
     # What is planned where the trial ends ----------------------------------------------------------------------------
 
@@ -110,20 +118,28 @@ class Budget:
         """Return how many held-out batches the run has left after those asked; may be below 0."""
         return math.floor(HELD_OUT_SHARE * self.run - asked)
 
-    def plan_reach(self, answered: int) -> int:
-        """Plan how many batches say how far all updates reach, where so many have answered; return how many are left.
+    @property
+    def _left(self) -> int:
+        """How many held-out batches the run has left when it is decided what stays; may be below 0."""
+        asked = max(self.asked, self.answered)  # those that overflowed have been asked, too
+        return self._left_after(asked + TRIED if self.holds_out else asked)
+
+    @property
+    def may_doubt(self) -> bool:
+        """Whether there are held-out batches for asking at strength 0 where nothing was said."""
+        return self.holds_out and self._left >= QUESTIONS[0]
+
+    def plan_reach(self) -> None:
+        """Plan how many batches say how far all updates reach.
 
         A long run can ask about all directions once more, and has the fewest left for each of the other questions.
         """
-        asked = max(self.asked, answered)  # those that overflowed have been asked, too
-        room = self._left_after(asked + TRIED if self.holds_out else asked)
-        is_long = self.holds_out and room - self.questions - 2 * self.opening >= 3 * QUESTIONS[0]
+        is_long = self.holds_out and self._left - self.questions - 2 * self.opening >= 3 * QUESTIONS[0]
         self.reach = self.opening if is_long else 0
-        return room
 
-    def share_out(self, room: int, *, is_any_dropped: bool) -> None:
+    def share_out(self, *, is_any_dropped: bool) -> None:
         """Plan how many batches are asked about what was dropped, and about what is small; duels take the others."""
-        fewest = QUESTIONS[0]
+        room, fewest = self._left, QUESTIONS[0]
         if self.reach:
             room -= self.questions + 2 * self.reach
             again = room // 3
@@ -202,6 +218,7 @@ class Budget:
         """Return what is planned and was asked, JSON-able."""
         return {
             "asked": self.asked,
+            "answered": self.answered,
             "questions_again": self.again,
             "last_questions": self.last,
             "reach_questions": self.reach,
@@ -226,7 +243,7 @@ class Budget:
                 AromaWarning,
                 stacklevel=3,
             )
-        self.asked, self._next = state["asked"], state["next_number"]
+        self.asked, self._next, self.answered = state["asked"], state["next_number"], state.get("answered", 0)
         # Early versions asked once, or twice.
         self.again, self.last = state.get("questions_again", 0), state.get("last_questions", 0)
         self.reach, self.is_asked_early = state.get("reach_questions", 0), state.get("is_asked_early", False)

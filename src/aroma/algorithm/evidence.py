@@ -361,7 +361,7 @@ class EvidenceRule(Generic[E]):
     @property
     def _answers(self) -> list[np.ndarray]:
         """What was answered in this stage of the questions."""
-        return self._base_credits if self._stage == "base" else self._credits
+        return self._base_credits if self._stage in ("base", "doubt", "half doubt") else self._credits
 
     @property
     def _missing(self) -> int:
@@ -373,6 +373,7 @@ class EvidenceRule(Generic[E]):
         for credits in self._matrices.take_credits():
             if not self._overflowed(np.isinf(credits).any(1)):  # else another batch is asked
                 self._answers.append(credits)
+                self._budget.answered += 1
         if self._missing > 0:
             return []
         if self.phase == "squeeze":
@@ -383,13 +384,23 @@ class EvidenceRule(Generic[E]):
             self._read_base()
         elif self._stage == "dropped":
             return self._take_back()
+        elif "doubt" in self._stage:
+            return self._settle(is_anything_known=self._save_loss(self._base_credits))
+        elif self._budget.may_doubt and not (self._save_loss(self._credits) or self._cost_loss(self._credits)):
+            self._doubt()
         else:
             return self._settle()
         return []
 
+    def _save_loss(self, answers: Sequence[np.ndarray] | np.ndarray) -> bool:
+        return saves_together(np.asarray(answers), self._settings.significance)
+
+    def _cost_loss(self, answers: Sequence[np.ndarray] | np.ndarray) -> bool:
+        return saves_together(-np.asarray(answers), self._settings.significance)
+
     def _read_opening(self) -> None:
         """Judge all updates where they save loss together; else ask whether they point downhill at least."""
-        if saves_together(np.stack(self._credits), self._settings.significance):
+        if self._save_loss(self._credits):
             self._stage = "whole"
         elif self.doublings == DOUBLINGS:
             self._judge_half()  # they pointed downhill twice
@@ -399,9 +410,8 @@ class EvidenceRule(Generic[E]):
 
     def _read_base(self) -> None:
         """Let the trial go on, or judge half of the updates, or all of them."""
-        points_downhill = saves_together(np.stack(self._base_credits), self._settings.significance)
-        costs = saves_together(-np.stack(self._credits), self._settings.significance)
-        if points_downhill and costs and self._may_go_on:
+        points_downhill = self._save_loss(self._base_credits)
+        if points_downhill and self._cost_loss(self._credits) and self._may_go_on:
             self._forget_answers()
             self.doublings += 1
             self.phase = "trial"
@@ -418,23 +428,27 @@ class EvidenceRule(Generic[E]):
         self._stage = "half"
         self._matrices.ask_at(0.25)
 
+    def _doubt(self) -> None:
+        """Ask whether all updates point downhill at least, where it is not known whether they save loss."""
+        self._base_credits, self._stage = [], "half doubt" if self._stage == "half" else "doubt"
+        self._budget.begin_an_order()
+        self._matrices.ask_at(0.0)
+
     def _forget_answers(self) -> None:
         self._credits, self._base_credits = [], []
         self._budget.begin_an_order()
 
-    def _settle(self) -> list[Event]:
-        """Drop what does not surely save loss, and what saves little."""
+    def _settle(self, *, is_anything_known: bool = True) -> list[Event]:
+        """Drop what does not surely save loss, and what saves little; if nothing is known, only what costs some."""
         credits = np.stack(self._credits)
-        is_half = self._stage == "half"
-        opened = len(self._base_credits) + 2 * (self.doublings + is_half) * self._budget.opening
-        room = self._budget.plan_reach(len(credits) + opened)
+        self._budget.plan_reach()
         kept = directions_to_keep(credits, self._settings.significance)
-        if self._budget.reach:
-            kept |= undecided_directions(credits, self._settings.significance)
+        if self._budget.reach or not is_anything_known:
+            kept |= undecided_directions(credits, self._settings.significance if is_anything_known else math.inf)
         kept = keep_one_if_undecided(kept, credits)
-        share = 0.5 if is_half else 1.0
+        share = 0.5 if "half" in self._stage else 1.0
         self._matrices.keep(kept, share)
-        self._budget.share_out(room, is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
+        self._budget.share_out(is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
         self._saved = np.where(kept, share * np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()
         if not self._budget.again:
             return self._grow([])
@@ -522,7 +536,7 @@ class EvidenceRule(Generic[E]):
         """Ask what comes next in a squeeze, or end it."""
         credits, self._credits = np.stack(self._credits), []
         if self._stage == "overshoot":
-            if saves_together(-credits, self._settings.significance):
+            if self._cost_loss(credits):
                 self._ask_at_half("all", np.isfinite(self._sizes))
                 return []
         elif self._stage == "all":
@@ -532,7 +546,7 @@ class EvidenceRule(Generic[E]):
             dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
             self._choose_to_drop(dropped, credits)
             self._of_large = self._without_small(credits)
-            if self._budget.reach and saves_together(-self._of_large, self._settings.significance):
+            if self._budget.reach and self._cost_loss(self._of_large):
                 self._forget_answers()
                 self._stage = "strength"
                 self._matrices.ask_at(0.5)

@@ -59,7 +59,7 @@ def undecided_directions(credits: np.ndarray, significance: float) -> np.ndarray
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
-        significance: α.
+        significance: α; infinite where nothing is known, so that no update has to save loss.
     """
     return _above(-1, np.nan_to_num(credits), significance)
 
