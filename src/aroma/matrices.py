@@ -120,17 +120,17 @@ class GrowingMatrix:
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
+    _NOTED: tuple[str, ...] = ("converged", "inner_value", "outer_value", "weight_norm")
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint says of the matrix, JSON-able."""
-        return {
-            "name": self.name,
-            "rank": self.rank,
-            "frozen": self.is_frozen,
-            "converged": self.converged,
-            "inner_value": self.inner_value,
-            "outer_value": self.outer_value,
-            "weight_norm": self.weight_norm,
-        }
+        noted = {name: getattr(self, name) for name in self._NOTED}
+        return {"name": self.name, "rank": self.rank, "frozen": self.is_frozen, **noted}
+
+    def _restore_noted(self, state: Mapping[str, Any]) -> None:
+        for name in self._NOTED:
+            value = state[name]
+            setattr(self, name, [*value] if isinstance(value, list) else value)
 
     def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
         """Return the component in training by name, if the plain adapter would not give it back bit for bit.
@@ -158,8 +158,7 @@ class GrowingMatrix:
         Raises:
             CheckpointError: The loaded adapter has another rank than the state says.
         """
-        for name in ("converged", "inner_value", "outer_value", "weight_norm"):
-            setattr(self, name, state[name])
+        self._restore_noted(state)
         in_training = self._loaded_pair_rank(state["rank"], state["frozen"])
         if state["frozen"]:
             self.layer.freeze(self._adapter_name)

@@ -113,11 +113,6 @@ class SlotMatrix(GrowingMatrix):
 
     _NOTED = ("born", "births", "heads", "flips", "log_evidence", "steepness")
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint says of the matrix, JSON-able."""
-        noted = {name: getattr(self, name) for name in self._NOTED}
-        return {"name": self.name, "rank": self.rank, "frozen": self.is_frozen, **noted}
-
     def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
         """Return the slots in use by name: the plain adapter holds only those that have moved, scaled.
 
@@ -144,9 +139,7 @@ class SlotMatrix(GrowingMatrix):
         Raises:
             CheckpointError: The loaded adapter has another rank than the state says.
         """
-        for name in self._NOTED:
-            value = state[name]
-            setattr(self, name, [*value] if isinstance(value, list) else value)
+        self._restore_noted(state)
         b, a = tensors[f"pair.{self.index}.b"], tensors[f"pair.{self.index}.a"]
         moved = len(self.layer.moved_slots(self._adapter_name, b)) if b.shape[1] else 0
         if self.rank == state["rank"]:
