@@ -86,6 +86,11 @@ def not_early() -> pd.DataFrame:
     return each_seed_of("not-early").loc["before"]
 
 
+def not_doubted() -> pd.DataFrame:
+    """Return score, trained_rank and average_rank of text before what is undecided stayed where nothing is known."""
+    return each_seed_of("nothing-is-known").loc["before"]
+
+
 def not_undecided() -> pd.DataFrame:
     """Return what `not_early` does, of the rule before what is undecided stayed when the trial ends."""
     return each_seed_of("not-undecided").loc["before"]
