@@ -446,6 +446,13 @@ def test_the_page_says_of_what_stays_where_nothing_is_known_what_the_runs_say() 
         f"At the same rates MRPC has {in_points(gain)} points (ten seeds, of which three differ, by "
         f"{in_points(gain[gain.abs() > 1e-5])})" in TEXT
     )
+    assert f"the rule before has {100 * same[0.000222].mean():.2f} % there" in TEXT
+    losses = of_evidence("again-on-mrpc")
+    for of in ("before", "now"):
+        runs_of_three = losses[(losses["of"] == of) & (losses.method == "aroma-evidence")]
+        means = runs_of_three.groupby(["learning_rate", "head_learning_rate"]).held_out_loss.agg(["first", "mean"])
+        assert means["mean"].idxmin() == (0.001, 0.000222)
+        assert (means["first"].idxmin() == (0.003, 0.000667)) == (of == "before")
     texts = now.score[["trec", "sst2", "bbc-news"]] - before.score
     asked = [("bbc-news", 2), ("bbc-news", 3), ("bbc-news", 4), ("sst2", 1), ("trec", 1)]
     assert {*texts.index[texts.abs() > 1e-6]} <= {*asked}
