@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -425,19 +426,26 @@ def test_a_matrix_moves_as_far_with_many_components_as_with_one(slots: int) -> N
         ),
     ],
 )
-def test_held_out_batches_are_a_small_share_of_a_run(steps: int, doublings: int, quarters: int, passes: float) -> None:
+@pytest.mark.parametrize("doubts", [False, True])
+def test_held_out_batches_are_a_small_share_of_a_run(
+    steps: int, doublings: int, quarters: int, passes: float, doubts: bool
+) -> None:
     """`quarters` of the questions are asked before those that decide what stays, where the updates swing."""
     trial = max(steps // 10, 16)
     first_pass, last_step = int(steps / passes), (steps - trial) // 4 * 4
     budget = Budget(trial, last_step)
-    budget.asked = asked = budget.questions + quarters * max(FEWEST_OPENING, budget.questions // 4)
+    budget.asked = budget.questions + quarters * max(FEWEST_OPENING, budget.questions // 4)
+    budget.holds_out = doubts
+    if budget.may_doubt:
+        budget.asked += budget.count("doubt")
+    asked = budget.asked
     interval = budget.interval(first_pass, trial << doublings)
     assert interval is not None
     duelling = last_step - max(first_pass, trial << doublings)
     duels = math.ceil(duelling / interval)
     assert asked + duels <= 0.12 * steps
     assert interval >= 9
-    if steps >= 200 and not quarters:
+    if steps >= 200 and not quarters and not doubts:
         assert duels >= min(12, duelling // 9), "a birth takes seven"
 
 
@@ -560,13 +568,15 @@ class Dropped(Answers):
         return []
 
 
-def after_the_questions(matrices: Any, steps: int = 400, most: int | None = None, *, holds_out: bool = False) -> Any:
-    """Return a rule whose trial has ended."""
+def after_the_questions(
+    matrices: Any, steps: int = 400, most: int | None = None, *, holds_out: bool = False, until: int = 10_000
+) -> Any:
+    """Return a rule whose trial has ended, or that has taken `until` steps."""
     trial = AromaConfig(growth="evidence").resolve_trial_steps(steps)
     last_step = (steps - trial) // 4 * 4
     rule: Any = EvidenceRule(EvidenceSettings(0.05, 0.5, 3, trial, 0.97, last_step, most, steps), matrices)
     rule.hold_out(None, decide=holds_out)
-    while rule.phase != "growth":
+    while rule.phase != "growth" and rule.global_step < until:
         matrices.born = [] if rule.phase != "questions" else matrices.born
         rule.step()
     return rule
@@ -620,6 +630,52 @@ def test_where_nothing_is_known_what_costs_no_loss_stays(
     before = [0.5] * opening + [0.0] * opening + judged
     assert matrices.asked[: len(before)] == before
     assert [strength for strength in matrices.asked[len(before) :] if strength == 0] == [0.0] * 8 * asks
+
+
+def resumed(rule: Any, matrices: Any, *, holds_out: bool) -> Any:
+    """Return another rule that goes on where `rule` stands."""
+    other: Any = EvidenceRule(rule._settings, matrices)
+    other.hold_out(None, decide=holds_out)
+    other.restore(json.loads(json.dumps(rule.state())))
+    return other
+
+
+@pytest.mark.parametrize("at_zero", [0.0, 0.75, 9.0])
+def test_a_run_that_is_resumed_amid_its_questions_ends_them_as_the_uninterrupted_one(at_zero: float) -> None:
+    whole = Doubtful(at_zero)
+    last = after_the_questions(whole, 400, holds_out=True).global_step
+    for cut in range(40, last):
+        matrices = Doubtful(at_zero)
+        rule = after_the_questions(matrices, 400, holds_out=True, until=cut)
+        assert rule.phase == "questions"
+        rule = resumed(rule, matrices, holds_out=True)
+        while rule.phase != "growth":
+            rule.step()
+        assert (rule.global_step, matrices.asked) == (last, whole.asked)
+        assert (matrices.kept == whole.kept).all()
+
+
+@pytest.mark.parametrize("at_zero", [0.0, 9.0])
+def test_answers_of_training_batches_do_not_count_where_held_out_ones_decide_later(at_zero: float) -> None:
+    """Whatever was asked before, held-out batches are asked all questions, with all their share of the run."""
+    fresh = Doubtful(at_zero)
+    rule = after_the_questions(fresh, 400, holds_out=True, until=40)
+    asked_of_all(rule)
+    for cut in range(40, 60):
+        matrices = Doubtful(at_zero)
+        rule = after_the_questions(matrices, 400, holds_out=False, until=cut)
+        assert (rule.phase, rule.state()["asked"]) == ("questions", 0)
+        matrices.asked, matrices.batches = [], 0
+        asked_of_all(resumed(rule, matrices, holds_out=True))
+        assert matrices.asked == fresh.asked
+        assert (matrices.kept == fresh.kept).all()
+
+
+def asked_of_all(rule: Any) -> None:
+    """Let held-out batches answer until it is decided what stays and what comes back."""
+    while numbers := rule.held_out_questions():
+        for _ in numbers:
+            rule.answer()
 
 
 def test_the_smallest_directions_are_those_of_all_matrices_with_a_twentieth_of_the_energy() -> None:

@@ -66,7 +66,7 @@ class Budget:
         held_out_batches: How many batches of them have no example in common; None if nothing is held out, or nobody
             knows.
         asked: Held-out batches asked so far; those that duel do not count.
-        answered: Batches, held out or not, that have answered until it was decided what stays.
+        answered: Batches, held out or not, that have answered so far.
         again: How many are asked about what the trial drops.
         reach: How many say whether all updates overshoot, early, and how far, in the end; 0 in a short run.
         last: How many are asked about what is small.

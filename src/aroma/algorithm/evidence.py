@@ -9,8 +9,9 @@ directions σ_k u_k v_kᵀ of its update save, with all updates at half strength
 
     credit_k = −s σ_k u_kᵀ G_½ v_k    the midpoint rule for the loss that the direction saves
 
-Where the updates swing, the trial goes on, or half of every update is judged. What was dropped is asked about again at
-strength 0, and begins anew from b = 0 where the loss falls along it.
+Where the updates swing, the trial goes on, or half of every update is judged; where nothing is known, what is
+undecided stays. What was dropped is asked about again at strength 0, and begins anew from b = 0 where the loss falls
+along it.
 
 **Growth.** From then on every matrix has a few unused directions u vᵀ, made of earlier gradients. On every batch each
 of them duels with what trains, by how fast the loss falls along them:
@@ -22,9 +23,8 @@ of them duels with what trains, by how fast the loss falls along them:
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
 **The squeeze.** Where growth ends, the smallest directions go, as many as together save next to nothing at half
-strength. In a long run the trial lets stay what is undecided; if all updates together cost loss early in growth, as
-noise does that was learnt by heart, only what saves some stays then. If the large ones do in the end, what trains is
-shortened when the run ends.
+strength. What is undecided stays in a long run, too; if all updates together cost loss early in growth, as noise does
+that was learnt by heart, only what saves some stays then. If the large ones do in the end, what trains is shortened.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ where nothing was decided."""
 
 TOLD_TIMES = 20
 """How often the evidence is told of in a short run, so that a picture shows how it went."""
+
+_DOUBTS = ("doubt", "half doubt")
 
 EARLY = Fraction(2, 5)
 """Share of growth after which a long run is asked whether all updates cost loss."""
@@ -315,9 +317,11 @@ class EvidenceRule(Generic[E]):
         """Return the numbers of the held-out batches that answer what is open where the trial, or growth, ends."""
         if self.phase not in ("questions", "squeeze"):
             return ()
-        if not self._budget.asked:
-            # Of a run that is resumed with held-out examples, others may have answered, and do not count.
-            self._credits, self._base_credits = [], []
+        if self.phase == "questions" and not self._budget.asked:
+            # If the run is resumed with held-out examples, others have answered, and do not count.
+            self._credits, self._base_credits, self._budget.answered = [], [], 0
+            if self._stage != "dropped":
+                self._open_questions()
         return self._budget.take(self._missing)  # later others are asked, in place of those that overflowed
 
     def answer(self) -> list[Event]:
@@ -345,10 +349,14 @@ class EvidenceRule(Generic[E]):
 
     def _end_trial(self) -> list[Event]:
         self._check_components("trial's last")
-        self.phase, self._stage = "questions", "opening"
+        self.phase = "questions"
         self._matrices.take_apart()
-        self._matrices.ask_at(0.5)
+        self._open_questions()
         return []
+
+    def _open_questions(self) -> None:
+        self._stage = "opening"
+        self._matrices.ask_at(0.5)
 
     @property
     def _may_go_on(self) -> bool:
@@ -361,7 +369,7 @@ class EvidenceRule(Generic[E]):
     @property
     def _answers(self) -> list[np.ndarray]:
         """What was answered in this stage of the questions."""
-        return self._base_credits if self._stage in ("base", "doubt", "half doubt") else self._credits
+        return self._base_credits if self._stage in ("base", *_DOUBTS) else self._credits
 
     @property
     def _missing(self) -> int:
@@ -384,7 +392,7 @@ class EvidenceRule(Generic[E]):
             self._read_base()
         elif self._stage == "dropped":
             return self._take_back()
-        elif "doubt" in self._stage:
+        elif self._stage in _DOUBTS:
             return self._settle(is_anything_known=self._save_loss(self._base_credits))
         elif self._budget.may_doubt and not (self._save_loss(self._credits) or self._cost_loss(self._credits)):
             self._doubt()
@@ -444,9 +452,10 @@ class EvidenceRule(Generic[E]):
         self._budget.plan_reach()
         kept = directions_to_keep(credits, self._settings.significance)
         if self._budget.reach or not is_anything_known:
-            kept |= undecided_directions(credits, self._settings.significance if is_anything_known else math.inf)
+            significance = self._settings.significance if is_anything_known else None
+            kept |= undecided_directions(credits, significance)
         kept = keep_one_if_undecided(kept, credits)
-        share = 0.5 if "half" in self._stage else 1.0
+        share = 0.5 if self._stage in ("half", "half doubt") else 1.0
         self._matrices.keep(kept, share)
         self._budget.share_out(is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
         self._saved = np.where(kept, share * np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()

@@ -52,14 +52,14 @@ def directions_to_keep(credits: np.ndarray, significance: float) -> np.ndarray:
     return found
 
 
-def undecided_directions(credits: np.ndarray, significance: float) -> np.ndarray:
+def undecided_directions(credits: np.ndarray, significance: float | None) -> np.ndarray:
     """Return which directions may still be needed, (matrices, S).
 
     Those are all of a matrix whose whole update surely saves loss, but for what costs more than its standard error.
 
     Args:
         credits: What every direction saves, by batch, (batches, matrices, S); NaN where there is none.
-        significance: α; infinite where nothing is known, so that no update has to save loss.
+        significance: α; None where nothing is known, so that the update of a matrix need not save loss.
     """
     return _above(-1, np.nan_to_num(credits), significance)
 
@@ -96,10 +96,11 @@ def candidates(credits: np.ndarray, significance: float) -> np.ndarray:
     return found
 
 
-def _above(least: float, credits: np.ndarray, significance: float) -> np.ndarray:
+def _above(least: float, credits: np.ndarray, significance: float | None) -> np.ndarray:
     """Return which directions have t > `least`, of matrices whose whole update saves loss at α/2, (matrices, S)."""
-    (t, _), (_, whole) = _t_test(credits), _t_test(credits.sum(2))
-    found: np.ndarray = (t > least) & (whole < significance / 2)[:, None]
+    found: np.ndarray = _t_test(credits)[0] > least
+    if significance is not None:
+        found &= (_t_test(credits.sum(2))[1] < significance / 2)[:, None]
     return found
 
 

@@ -167,7 +167,7 @@ def _events(run: Run) -> list[dict[str, Any]]:
         raise bad_value(
             "FOLDER", run.where, "the events of this run are not kept there; give the output folder of the grid"
         )
-    return read_events(path, remedy="run the trial again")
+    return read_events(path)
 
 
 def cosines_figure(shown: Shown) -> Figure:

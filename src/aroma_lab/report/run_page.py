@@ -22,7 +22,6 @@ from ..run.recorder import history_of
 from .protocol import holds_out
 from .runs import option_of, read_events, read_runs
 
-_RESTORE = "restore the file, or run the trial again"
 _MACHINE = ("platform", "device", "cpu_count", "threads", "processes")
 
 
@@ -53,7 +52,7 @@ def run_facts(folder: str | os.PathLike[str], compare: Sequence[str | os.PathLik
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{folder}: a file is edited, or of another version ({said:.120}); {_RESTORE}"
+            f"{folder}: a file is edited, or of another version ({said:.120}); restore it, or run the trial again"
         ) from error
 
 
@@ -64,7 +63,7 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
     method = str(trial["method"])
     metric = result.get("metric")
     is_finished = row["state"] == "finished"
-    events = read_events(files.events, is_finished, _RESTORE) if files.events.is_file() else []
+    events = read_events(files.events, is_finished) if files.events.is_file() else []
     ranks = curve.get("ranks") or _told_ranks(events)
     facts = RunFacts(
         title=str(row["task"]) if trial.get("data") is None else files.root.resolve().name,

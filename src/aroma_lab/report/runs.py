@@ -330,12 +330,11 @@ def _read_folder(folder: Path, root: Path) -> dict[str, Any]:
     return _row(parts, message, folder.relative_to(root).as_posix(), str(folder))
 
 
-def read_events(path: Path, is_finished: bool = True, remedy: str = _OF_RUN) -> list[dict[str, Any]]:
+def read_events(path: Path, is_finished: bool = True) -> list[dict[str, Any]]:
     """Return the events of a run, as `events.jsonl` has them.
 
     Args:
         is_finished: Whether the run has ended; one that was killed may have left half a line.
-        remedy: What to do about a bad file.
 
     Raises:
         CheckpointError: The file is truncated or edited.
@@ -344,9 +343,9 @@ def read_events(path: Path, is_finished: bool = True, remedy: str = _OF_RUN) -> 
     try:
         events = [json.loads(line) for line in lines if is_finished or line.endswith("\n")]
     except ValueError as error:
-        raise CheckpointError(f"{path}: truncated or edited ({error}); {remedy}") from error
+        raise CheckpointError(f"{path}: truncated or edited ({error}); {_OF_RUN}") from error
     for number, event in enumerate(events, 1):
-        check(f"{path}, line {number}", event, _SCHEMAS["event"], remedy)
+        check(f"{path}, line {number}", event, _SCHEMAS["event"])
     return [{"module": None, "log_evidence": None, **event} for event in events]
 
 
