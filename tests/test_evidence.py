@@ -616,20 +616,33 @@ class Doubtful(Answers):
         self.kept = kept
 
 
-@pytest.mark.parametrize(("at_zero", "known"), [(-9.0, False), (0.0, False), (9.0, True)])
+@pytest.mark.parametrize(
+    ("at_zero", "known", "is_half"),
+    [(-9.0, False, False), (0.0, False, False), (0.75, True, False), (9.0, True, True)],
+)
 @pytest.mark.parametrize(("steps", "holds_out"), [(150, True), (400, True), (400, False)])
 def test_where_nothing_is_known_what_costs_no_loss_stays(
-    at_zero: float, known: bool, steps: int, holds_out: bool
+    at_zero: float, known: bool, is_half: bool, steps: int, holds_out: bool
 ) -> None:
-    """At 0 updates that point downhill say that something is known; only a long run that holds out asks that."""
+    """At 0 updates that point downhill say that something is known; only a long run that holds out asks that.
+
+    At 0.75 eight batches say so, and four or five do not; at 9 they do, so that half of the updates is judged.
+    """
     matrices = Doubtful(at_zero)
     after_the_questions(matrices, steps, holds_out=holds_out)
     asks, (questions, opening) = holds_out and steps == 400, (20, 5) if steps == 400 else (8, 4)
     assert matrices.kept.tolist() == [[True, False, asks and not known]] * 2
-    judged = [0.25] * questions if known else [0.5] * (questions - opening)
+    judged = [0.25] * questions if is_half else [0.5] * (questions - opening)
     before = [0.5] * opening + [0.0] * opening + judged
     assert matrices.asked[: len(before)] == before
     assert [strength for strength in matrices.asked[len(before) :] if strength == 0] == [0.0] * 8 * asks
+
+
+def asked_of_all(rule: Any) -> None:
+    """Let held-out batches answer until it is decided what stays and what comes back."""
+    while numbers := rule.held_out_questions():
+        for _ in numbers:
+            rule.answer()
 
 
 def resumed(rule: Any, matrices: Any, *, holds_out: bool) -> Any:
@@ -669,13 +682,6 @@ def test_answers_of_training_batches_do_not_count_where_held_out_ones_decide_lat
         asked_of_all(resumed(rule, matrices, holds_out=True))
         assert matrices.asked == fresh.asked
         assert (matrices.kept == fresh.kept).all()
-
-
-def asked_of_all(rule: Any) -> None:
-    """Let held-out batches answer until it is decided what stays and what comes back."""
-    while numbers := rule.held_out_questions():
-        for _ in numbers:
-            rule.answer()
 
 
 def test_the_smallest_directions_are_those_of_all_matrices_with_a_twentieth_of_the_energy() -> None:

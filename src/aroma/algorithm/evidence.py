@@ -73,10 +73,10 @@ where nothing was decided."""
 TOLD_TIMES = 20
 """How often the evidence is told of in a short run, so that a picture shows how it went."""
 
-_DOUBTS = ("doubt", "half doubt")
-
 EARLY = Fraction(2, 5)
 """Share of growth after which a long run is asked whether all updates cost loss."""
+
+_DOUBTS = ("doubt", "half doubt")
 
 
 def is_in_trial(phase: str) -> bool:
@@ -320,7 +320,7 @@ class EvidenceRule(Generic[E]):
         if self.phase == "questions" and not self._budget.asked:
             # If the run is resumed with held-out examples, others have answered, and do not count.
             self._credits, self._base_credits, self._budget.answered = [], [], 0
-            if self._stage != "dropped":
+            if self._stage not in ("opening", "dropped"):
                 self._open_questions()
         return self._budget.take(self._missing)  # later others are asked, in place of those that overflowed
 
