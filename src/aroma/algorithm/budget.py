@@ -29,9 +29,7 @@ HELD_OUT_INTERVAL = 9
 TRIED = 1
 """Held-out batches that are evaluated before the first step, so that what fails does so early."""
 
-Stage = Literal[
-    "opening", "base", "whole", "half", "doubt", "half doubt", "dropped", "overshoot", "all", "small", "strength"
-]
+Stage = Literal["opening", "base", "whole", "half", "doubt", "dropped", "overshoot", "all", "small", "strength"]
 """Which questions are asked. At the end of the trial: the first, at strength ½; as many at 0; those that decide what
 stays, of what; a few at 0, if these say nothing; those that decide what comes back of the rest. In a squeeze: whether
 all updates overshoot; all of them at ½, if they do; what is small, at ½; how far they overshoot, at ½."""
@@ -104,7 +102,6 @@ class Budget:
             "opening": self.opening,
             "base": self.opening,
             "doubt": QUESTIONS[0],
-            "half doubt": QUESTIONS[0],
             "dropped": self.again,
             "overshoot": self.reach,
             "small": self.last,

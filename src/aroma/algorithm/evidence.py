@@ -76,9 +76,6 @@ TOLD_TIMES = 20
 EARLY = Fraction(2, 5)
 """Share of growth after which a long run is asked whether all updates cost loss."""
 
-_DOUBTS = ("doubt", "half doubt")
-
-
 def is_in_trial(phase: str) -> bool:
     """Return whether it is not decided yet in a phase of `EvidenceRule` which components of the trial stay."""
     return phase in ("start", "trial", "questions")
@@ -164,6 +161,7 @@ class EvidenceRule(Generic[E]):
         self._settings = settings
         self._matrices = matrices
         self._stage: Stage = "opening"
+        self._share = 1.0  # of the updates that is judged
         self._credits: list[np.ndarray] = []
         self._base_credits: list[np.ndarray] = []
         self._overflows = 0
@@ -369,7 +367,7 @@ class EvidenceRule(Generic[E]):
     @property
     def _answers(self) -> list[np.ndarray]:
         """What was answered in this stage of the questions."""
-        return self._base_credits if self._stage in ("base", *_DOUBTS) else self._credits
+        return self._base_credits if self._stage in ("base", "doubt") else self._credits
 
     @property
     def _missing(self) -> int:
@@ -392,7 +390,7 @@ class EvidenceRule(Generic[E]):
             self._read_base()
         elif self._stage == "dropped":
             return self._take_back()
-        elif self._stage in _DOUBTS:
+        elif self._stage == "doubt":
             return self._settle(is_anything_known=self._save_loss(self._base_credits))
         elif self._budget.may_doubt and not (self._save_loss(self._credits) or self._cost_loss(self._credits)):
             self._doubt()
@@ -433,12 +431,12 @@ class EvidenceRule(Generic[E]):
     def _judge_half(self) -> None:
         """Ask about half of the updates, in its middle: the whole of them lies beyond the least loss."""
         self._forget_answers()
-        self._stage = "half"
+        self._stage, self._share = "half", 0.5
         self._matrices.ask_at(0.25)
 
     def _doubt(self) -> None:
         """Ask whether all updates point downhill at least, where it is not known whether they save loss."""
-        self._base_credits, self._stage = [], "half doubt" if self._stage == "half" else "doubt"
+        self._base_credits, self._stage = [], "doubt"
         self._budget.begin_an_order()
         self._matrices.ask_at(0.0)
 
@@ -455,10 +453,9 @@ class EvidenceRule(Generic[E]):
             significance = self._settings.significance if is_anything_known else None
             kept |= undecided_directions(credits, significance)
         kept = keep_one_if_undecided(kept, credits)
-        share = 0.5 if self._stage in ("half", "half doubt") else 1.0
-        self._matrices.keep(kept, share)
+        self._matrices.keep(kept, self._share)
         self._budget.share_out(is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
-        self._saved = np.where(kept, share * np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()
+        self._saved = np.where(kept, self._share * np.nan_to_num(credits).mean(0), 0.0).sum(1).tolist()
         if not self._budget.again:
             return self._grow([])
         self._forget_answers()
@@ -698,6 +695,7 @@ class EvidenceRule(Generic[E]):
             "saved": self._saved,
             "doublings": self.doublings,
             "stage": self._stage,
+            "judged_share": self._share,
             "births": self.births,
             "last_birth": self.last_birth,
             "squeezed": self.squeezed,
@@ -715,6 +713,7 @@ class EvidenceRule(Generic[E]):
         self._budget.restore(state)
         self.global_step, self.phase = state["global_step"], state["phase"]
         self.doublings, self._stage = state["doublings"], state["stage"]
+        self._share = state.get("judged_share", 0.5 if self._stage == "half" else 1.0)
         self.births, self.last_birth = state["births"], state["last_birth"]
         self._overflows, self._skipped = state["overflows"], state.get("skipped", 0)
         # Early versions asked once, or twice.
