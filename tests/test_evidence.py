@@ -613,7 +613,7 @@ class Doubtful(Answers):
 
     def keep(self, kept: Any, share: float) -> None:
         super().keep(kept, share)
-        self.kept = kept
+        self.kept, self.share = kept, share
 
 
 @pytest.mark.parametrize(
@@ -632,6 +632,7 @@ def test_where_nothing_is_known_what_costs_no_loss_stays(
     after_the_questions(matrices, steps, holds_out=holds_out)
     asks, (questions, opening) = holds_out and steps == 400, (20, 5) if steps == 400 else (8, 4)
     assert matrices.kept.tolist() == [[True, False, asks and not known]] * 2
+    assert matrices.share == (0.5 if is_half else 1.0)
     judged = [0.25] * questions if is_half else [0.5] * (questions - opening)
     before = [0.5] * opening + [0.0] * opening + judged
     assert matrices.asked[: len(before)] == before
@@ -666,22 +667,26 @@ def test_a_run_that_is_resumed_amid_its_questions_ends_them_as_the_uninterrupted
             rule.step()
         assert (rule.global_step, matrices.asked) == (last, whole.asked)
         assert (matrices.kept == whole.kept).all()
+        assert matrices.share == whole.share
 
 
-@pytest.mark.parametrize("at_zero", [0.0, 9.0])
-def test_answers_of_training_batches_do_not_count_where_held_out_ones_decide_later(at_zero: float) -> None:
+@pytest.mark.parametrize(("before", "at_zero"), [(0.0, 0.0), (9.0, 9.0), (9.0, 0.0)])
+def test_answers_of_training_batches_do_not_count_where_held_out_ones_decide_later(
+    before: float, at_zero: float
+) -> None:
     """Whatever was asked before, held-out batches are asked all questions, with all their share of the run."""
     fresh = Doubtful(at_zero)
     rule = after_the_questions(fresh, 400, holds_out=True, until=40)
     asked_of_all(rule)
     for cut in range(40, 60):
-        matrices = Doubtful(at_zero)
+        matrices = Doubtful(before)
         rule = after_the_questions(matrices, 400, holds_out=False, until=cut)
         assert (rule.phase, rule.state()["asked"]) == ("questions", 0)
-        matrices.asked, matrices.batches = [], 0
+        matrices.asked, matrices.batches, matrices.at_zero = [], 0, at_zero
         asked_of_all(resumed(rule, matrices, holds_out=True))
         assert matrices.asked == fresh.asked
         assert (matrices.kept == fresh.kept).all()
+        assert matrices.share == fresh.share
 
 
 def test_the_smallest_directions_are_those_of_all_matrices_with_a_twentieth_of_the_energy() -> None:

@@ -353,7 +353,7 @@ class EvidenceRule(Generic[E]):
         return []
 
     def _open_questions(self) -> None:
-        self._stage = "opening"
+        self._stage, self._share = "opening", 1.0
         self._matrices.ask_at(0.5)
 
     @property
