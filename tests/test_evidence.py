@@ -639,6 +639,13 @@ def test_where_nothing_is_known_what_costs_no_loss_stays(
     assert [strength for strength in matrices.asked[len(before) :] if strength == 0] == [0.0] * 8 * asks
 
 
+def test_the_line_of_progress_counts_the_answers_to_what_is_asked_now() -> None:
+    """Five open the twenty at ½, five say at 0 how they point, fifteen more judge, and eight doubt."""
+    lines = [after_the_questions(Doubtful(0.0), 400, holds_out=True, until=40 + at).status[0] for at in range(33)]
+    opening, base = [f"asking {n}/20" for n in range(5)], [f"asking {n}/5" for n in range(5)]
+    assert lines == opening + base + [f"asking {n}/20" for n in range(5, 20)] + [f"asking {n}/8" for n in range(8)]
+
+
 def asked_of_all(rule: Any) -> None:
     """Let held-out batches answer until it is decided what stays and what comes back."""
     while numbers := rule.held_out_questions():

@@ -214,8 +214,8 @@ class EvidenceRule(Generic[E]):
         if self.phase in ("start", "trial"):
             return [f"trial {self.global_step}/{self._trial_steps}", components]
         if self.phase == "questions":
-            count = self._budget.again if self._stage == "dropped" else self.questions
-            return [f"asking {len(self._credits)}/{count}", components]
+            stage = "whole" if self._stage == "opening" else self._stage  # what opens them counts among all
+            return [f"asking {len(self._answers)}/{self._budget.count(stage)}", components]
         last = "" if self.last_birth is None else f", last at step {self.last_birth}"
         return [components, f"births {self.births}{last}"]
 
