@@ -76,6 +76,7 @@ TOLD_TIMES = 20
 EARLY = Fraction(2, 5)
 """Share of growth after which a long run is asked whether all updates cost loss."""
 
+
 def is_in_trial(phase: str) -> bool:
     """Return whether it is not decided yet in a phase of `EvidenceRule` which components of the trial stay."""
     return phase in ("start", "trial", "questions")
