@@ -91,6 +91,11 @@ def not_doubted() -> pd.DataFrame:
     return each_seed_of("nothing-is-known").loc["before"]
 
 
+def at_half_the_length() -> pd.DataFrame:
+    """Return score and trained_rank by method, task and seed of text at rates that runs of half the length chose."""
+    return each_seed_of("half-the-length")
+
+
 def not_undecided() -> pd.DataFrame:
     """Return what `not_early` does, of the rule before what is undecided stayed when the trial ends."""
     return each_seed_of("not-undecided").loc["before"]

@@ -12,9 +12,9 @@ from aroma import AromaConfig
 from aroma.algorithm.budget import HELD_OUT_INTERVAL
 from aroma_lab.report.formats import signed_points
 from published import (
-    GROWN,
     RESULTS,
     SHIPPED,
+    at_half_the_length,
     each_seed_of,
     gained,
     grown,
@@ -294,11 +294,17 @@ def test_the_page_says_of_a_trial_that_goes_on_what_the_runs_say() -> None:
 
 
 def the_rule() -> pd.DataFrame:
-    """Return the runs of the tables by task and seed, by the rule as it is; spearman and grew as `with_short_rows`."""
-    runs = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in (*GROWN, "mrpc")])
+    """Return runs by task and seed, by the rule as it is; spearman and grew as `with_short_rows`.
+
+    Those of nets, the encoder and MRPC are of the tables, those of other text at the rates of the tables before.
+    """
+    runs = pd.concat(
+        [runs_of(RESULTS / grid).of("aroma-evidence") for grid in ("planted-nets", "planted-minilm", "mrpc")]
+    )
     spearman = [(result.get("planted") or {}).get("spearman") for result in runs.result]
     grew = [sum(rank > 0 for rank in result["ranks"].values()) for result in runs.result]
-    return runs.assign(spearman=spearman, grew=grew).set_index(["task", "seed"]).sort_index()
+    tables = runs.assign(spearman=spearman, grew=grew).set_index(["task", "seed"])
+    return pd.concat([tables, at_half_the_length().loc["aroma-evidence"]]).sort_index()
 
 
 def squeezed_once() -> pd.DataFrame:
@@ -458,10 +464,7 @@ def test_the_page_says_of_what_stays_where_nothing_is_known_what_the_runs_say() 
     assert {*texts.index[texts.abs() > 1e-6]} <= {*asked}
     assert len(texts.dropna()) == 15
     assert f"differ from what they were, by {in_points(texts[asked])}, as fewer batches are left" in TEXT
-    results, r16 = page_of("results.md"), runs_of(RESULTS / "minilm-six").of("lora-r16", task="sst2")
-    behind = in_points(now.score["sst2"] - r16.set_index("seed").score)
-    assert f"**SST-2** ({behind} against r = 16, and" in results
-    assert f"it has {-100 * texts['sst2', 1]:.2f} points less than without" in results
+    assert f"it had {-100 * texts['sst2', 1]:.2f} points less than without" in page_of("results.md")
 
 
 def test_the_page_says_of_other_ways_where_nothing_is_known_what_the_runs_say() -> None:
