@@ -755,7 +755,7 @@ def test_the_page_says_of_settings_that_differ_what_the_runs_say() -> None:
 
 def test_the_page_says_of_few_examples_what_the_runs_say() -> None:
     news = of_evidence("bbc-news").groupby("of").score.agg(["mean", "count"])
-    assert f"with a tenth fewer r = 4 has {100 * news['mean']['fewer examples']:.2f} % (three seeds," in TEXT
+    assert f"r = 4 had {100 * news['mean']['fewer examples']:.2f} % with a tenth fewer (three seeds," in TEXT
     assert (
         f"training batches of the first pass has {100 * news['mean']['nothing held out']:.2f} % (three seeds)" in TEXT
     )

@@ -30,9 +30,9 @@ TRIED = 1
 """Held-out batches that are evaluated before the first step, so that what fails does so early."""
 
 Stage = Literal["opening", "base", "whole", "half", "doubt", "dropped", "overshoot", "all", "small", "strength"]
-"""Which questions are asked. At the end of the trial: the first, at strength ½; as many at 0; those that decide what
-stays, of what; a few at 0, if these say nothing; those that decide what comes back of the rest. In a squeeze: whether
-all updates overshoot; all of them at ½, if they do; what is small, at ½; how far they overshoot, at ½."""
+"""Which questions are asked. At the end of the trial: the first, at ½; as many at 0; those that decide what stays, of
+the whole or of half; a few at 0, if these say nothing; what comes back. In a squeeze: whether all updates overshoot;
+all of them at ½, if they do; what is small, at ½; how far they overshoot, at ½."""
 
 
 def question_count(trial_steps: int) -> int:
@@ -123,7 +123,7 @@ class Budget:
 
     @property
     def may_doubt(self) -> bool:
-        """Whether there are held-out batches for asking at strength 0 where nothing was said."""
+        """Whether there are held-out batches left to doubt with."""
         return self.holds_out and self._left >= QUESTIONS[0]
 
     def plan_reach(self) -> None:
