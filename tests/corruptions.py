@@ -392,6 +392,7 @@ def hostile_state(rng: random.Random, folder: Path, other: Path) -> str | None:
         "controller of config alone": lambda: state.update(controller={"config": {"growth": "evidence"}}),
         "controller without a phase": lambda: (state["controller"] or {}).pop("phase", None),
         "controller of other modules": lambda: (state["controller"] or {}).update(modules=[{"name": "a"}]),
+        "controller at a strength of text": lambda: (state["controller"] or {}).update(strength_at_end="half"),
         "controller at a huge step": lambda: (state["controller"] or {}).update(global_step="x" * 100_000),
         "config: a list": lambda: state.update(config=[]),
         "components: a number": lambda: state.update(components=1),

@@ -429,9 +429,16 @@ def test_inspect_shows_evidence_and_steepness(
     ]
 
     rule.squeezed = 3
+    rule.strength, rule._is_shortened, rule.is_anything_known = 0.75, True, False
     loop.save(tmp_path / "squeezed")
     assert main(["inspect", str(tmp_path / "squeezed")]) == 0
-    assert f"the last at step {rule.last_birth}; components that went 3." in capsys.readouterr().out
+    assert (
+        f"the last at step {rule.last_birth}; components that went 3; its last step left 0.75 of what trained; "
+        "nothing was known yet when the trial ended." in " ".join(capsys.readouterr().out.split())
+    )
+    assert main(["inspect", str(tmp_path / "squeezed"), "--json"]) == 0
+    growth = json.loads(capsys.readouterr().out)["growth"]
+    assert (growth["is_anything_known"], growth["strength_at_end"]) == (False, 0.75)
 
     Loop().go_on(until=12).save(tmp_path / "trial")
     assert main(["inspect", str(tmp_path / "trial")]) == 0

@@ -629,9 +629,12 @@ def test_where_nothing_is_known_what_costs_no_loss_stays(
     At 0.75 eight batches say so, and four or five do not; at 9 they do, so that half of the updates is judged.
     """
     matrices = Doubtful(at_zero)
-    after_the_questions(matrices, steps, holds_out=holds_out)
+    rule = after_the_questions(matrices, steps, holds_out=holds_out)
     asks, (questions, opening) = holds_out and steps == 400, (20, 5) if steps == 400 else (8, 4)
     assert matrices.kept.tolist() == [[True, False, asks and not known]] * 2
+    said = "; nothing was known yet when the trial ended, so what cost no loss stayed"
+    for one in (rule, resumed(rule, matrices, holds_out=holds_out)):
+        assert (said in one.explanation) == (asks and not known)
     assert matrices.share == (0.5 if is_half else 1.0)
     judged = [0.25] * questions if is_half else [0.5] * (questions - opening)
     before = [0.5] * opening + [0.0] * opening + judged

@@ -89,7 +89,7 @@ def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
     """Return the saved state of a run with growth="evidence", JSON-able; None for other adapters.
 
     Its `modules` have name, heads, flips, log_evidence and steepness; beside them are `config`, `phase`,
-    `global_step`, `births`, `last_birth` and, unless an early version wrote it, `squeezed`.
+    `global_step`, `births`, `last_birth`, `squeezed`, `is_anything_known`, `strength_at_end` and `is_shortened`.
 
     Raises:
         CheckpointError: `aroma_state.json` was not written by such a run.
@@ -98,7 +98,7 @@ def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
     if run is None or run["config"].get("growth") != "evidence":
         return None
     modules, alpha = run.get("modules"), run["config"].get("significance")
-    counted = [run.get("global_step"), run.get("births"), run.get("last_birth") or 0, run.get("squeezed", 0)]
+    counted = [run.get("global_step"), run.get("births"), run.get("last_birth") or 0, run.get("squeezed")]
     if not (
         isinstance(modules, list)
         and all(isinstance(matrix, dict) and _is_read(matrix) for matrix in modules)
@@ -107,6 +107,8 @@ def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
         and 0 < alpha < 1
         and all(is_whole(count, 0, 2**62) for count in counted)
         and isinstance(run.get("phase"), str)
+        and isinstance(run.get("strength_at_end"), float)
+        and {"is_anything_known", "is_shortened"} <= run.keys()
     ):
         where = f"{adapter.folder / STATE_FILE}: controller"
         raise bad_value(

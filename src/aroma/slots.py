@@ -718,7 +718,7 @@ class SlotMatrices(GrowingMatrices):
         for index, group in enumerate(self._groups):
             group.restore({name: tensors[f"directions.{index}.{name}"] for name in group.KEPT}, self._scale)
         self._strength = state["strength"]
-        self._is_following = state.get("is_following", self._strength == 1)  # as early versions had it
+        self._is_following = state["is_following"]
         self._noted = [[*noted] for noted in state["noted"]]
         self._pending = [*state["pending"]]
         self._readings = [

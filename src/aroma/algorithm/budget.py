@@ -231,7 +231,7 @@ class Budget:
         Warns:
             AromaWarning: Another number of batches is held out, or none, so the run will decide otherwise.
         """
-        then = state.get("held_out_batches", self.held_out_batches)
+        then = state["held_out_batches"]
         if then != self.held_out_batches:
             now, before = ("no" if count is None else count for count in (self.held_out_batches, then))
             warnings.warn(
@@ -240,8 +240,7 @@ class Budget:
                 AromaWarning,
                 stacklevel=3,
             )
-        self.asked, self._next, self.answered = state["asked"], state["next_number"], state.get("answered", 0)
-        # Early versions asked once, or twice.
-        self.again, self.last = state.get("questions_again", 0), state.get("last_questions", 0)
-        self.reach, self.is_asked_early = state.get("reach_questions", 0), state.get("is_asked_early", False)
-        self._after_duels = state.get("after_duels", 0)
+        self.asked, self._next, self.answered = state["asked"], state["next_number"], state["answered"]
+        self.again, self.last = state["questions_again"], state["last_questions"]
+        self.reach, self.is_asked_early = state["reach_questions"], state["is_asked_early"]
+        self._after_duels = state["after_duels"]

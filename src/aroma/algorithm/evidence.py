@@ -150,6 +150,7 @@ class EvidenceRule(Generic[E]):
         last_birth: Optimizer step of the last one; None before the first.
         squeezed: Components that went in squeezes.
         strength: Share of what trains that is left when the run ends; 1 if nothing overshoots.
+        is_anything_known: Whether all updates together save loss or cost some, for all that the trial's questions say.
         tell: Called with events as they happen.
     """
 
@@ -181,6 +182,7 @@ class EvidenceRule(Generic[E]):
         self.last_birth: int | None = None
         self.squeezed = 0
         self.strength = 1.0
+        self.is_anything_known = True
         self.hold_out(None, decide=False)
 
     def hold_out(self, batches: int | None, *, decide: bool) -> None:
@@ -242,6 +244,8 @@ class EvidenceRule(Generic[E]):
             parts = [f"{nothing}: there is nothing to learn, or the learning rate is too high", *parts]
         last = "no birth since the trial" if self.last_birth is None else f"last birth at step {self.last_birth}"
         parts.append(last)
+        if not self.is_anything_known:
+            parts.append("nothing was known yet when the trial ended, so what cost no loss stayed")
         if self.squeezed:
             what = "component" if self.squeezed == 1 else "components"
             parts.append(f"{self.squeezed} {what}, which saved no loss for sure, or next to none, went")
@@ -392,7 +396,8 @@ class EvidenceRule(Generic[E]):
         elif self._stage == "dropped":
             return self._take_back()
         elif self._stage == "doubt":
-            return self._settle(is_anything_known=self._save_loss(self._base_credits))
+            self.is_anything_known = self._save_loss(self._base_credits)
+            return self._settle()
         elif self._budget.may_doubt and not (self._save_loss(self._credits) or self._cost_loss(self._credits)):
             self._doubt()
         else:
@@ -445,14 +450,13 @@ class EvidenceRule(Generic[E]):
         self._credits, self._base_credits = [], []
         self._budget.begin_an_order()
 
-    def _settle(self, *, is_anything_known: bool = True) -> list[Event]:
+    def _settle(self) -> list[Event]:
         """Drop what does not surely save loss, and what saves little; if nothing is known, only what costs some."""
         credits = np.stack(self._credits)
         self._budget.plan_reach()
         kept = directions_to_keep(credits, self._settings.significance)
-        if self._budget.reach or not is_anything_known:
-            significance = self._settings.significance if is_anything_known else None
-            kept |= undecided_directions(credits, significance)
+        if self._budget.reach or not self.is_anything_known:
+            kept |= undecided_directions(credits, self._settings.significance if self.is_anything_known else None)
         kept = keep_one_if_undecided(kept, credits)
         self._matrices.keep(kept, self._share)
         self._budget.share_out(is_any_dropped=bool(kept.sum() < np.isfinite(credits[0]).sum()))
@@ -700,6 +704,7 @@ class EvidenceRule(Generic[E]):
             "births": self.births,
             "last_birth": self.last_birth,
             "squeezed": self.squeezed,
+            "is_anything_known": self.is_anything_known,
             "credits": _as_lists(self._credits),
             "base_credits": _as_lists(self._base_credits),
             **self._budget.state(),
@@ -714,12 +719,12 @@ class EvidenceRule(Generic[E]):
         self._budget.restore(state)
         self.global_step, self.phase = state["global_step"], state["phase"]
         self.doublings, self._stage = state["doublings"], state["stage"]
-        self._share = state.get("judged_share", 0.5 if self._stage == "half" else 1.0)
+        self._share = state["judged_share"]
         self.births, self.last_birth = state["births"], state["last_birth"]
-        self._overflows, self._skipped = state["overflows"], state.get("skipped", 0)
-        # Early versions asked once, or twice.
-        self._saved, self.squeezed = [*state.get("saved", ())], state.get("squeezed", 0)
-        self.strength, self._is_shortened = state.get("strength_at_end", 1.0), state.get("is_shortened", False)
+        self._overflows, self._skipped = state["overflows"], state["skipped"]
+        self._saved, self.squeezed = [*state["saved"]], state["squeezed"]
+        self.is_anything_known = state["is_anything_known"]
+        self.strength, self._is_shortened = state["strength_at_end"], state["is_shortened"]
         self._credits, self._base_credits = (
             [np.array(credits, dtype=float) for credits in state[name]] for name in ("credits", "base_credits")
         )

@@ -227,7 +227,7 @@ def as_json(rows: Sequence[RankRow], run: Mapping[str, Any] | None) -> dict[str,
                 **evidence,
             }
         )
-    told = ("phase", "global_step", "births", "last_birth", "squeezed")
+    told = ("phase", "global_step", "births", "last_birth", "squeezed", "is_anything_known", "strength_at_end")
     growth = None if run is None else {key: run.get(key) for key in told}
     return {
         "total_rank": sum(row.rank for row in rows),
@@ -257,8 +257,10 @@ def growth_line(run: Mapping[str, Any]) -> str:
         return f"Growth by evidence: its trial was not over at optimizer step {run['global_step']}."
     last = "" if run["last_birth"] is None else f", the last at step {run['last_birth']}"
     born = f"births since the trial {run['births']}{last}"
-    gone = f"; components that went {run['squeezed']}" if run.get("squeezed") else ""
-    return f"Growth by evidence, at optimizer step {run['global_step']}: {born}{gone}."
+    gone = f"; components that went {run['squeezed']}" if run["squeezed"] else ""
+    left = f"; its last step left {run['strength_at_end']:.2f} of what trained" if run["is_shortened"] else ""
+    unsure = "" if run["is_anything_known"] else "; nothing was known yet when the trial ended"
+    return f"Growth by evidence, at optimizer step {run['global_step']}: {born}{gone}{left}{unsure}."
 
 
 def serving_hint(adapter: AdapterWeights) -> str:
