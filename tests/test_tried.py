@@ -394,9 +394,14 @@ def test_the_page_says_of_ten_splits_of_images_what_the_runs_say() -> None:
     tried = each_seed_of("not-undecided")
     r8 = {name: runs_of_images(name).accuracy["LoRA r=8"] for name in IMAGES}
     for name, label in IMAGES.items():
-        before, now = tried.loc["before", f"{name}, ten splits"], runs_of_images(name).loc["AROMA"]
-        assert {len(one) for one in (before, now, r8[name])} == {10}
+        before, every = tried.loc["before", f"{name}, ten splits"], runs_of_images(name).loc["AROMA"]
+        assert [*every.index] == [*r8[name].index] == [*before.index, *range(10, 20)]
+        now, others = every.loc[:9], every.loc[10:]
         old, new = (in_points(score - r8[name]) for score in (before.score, now.accuracy))
+        assert (
+            f"{in_points(others.accuracy - r8[name])}{' points on digits' if name == 'digits' else ' on MNIST'}"
+            in TEXT
+        )
         rank = pd.DataFrame([*now.ranks]).mean(axis=None)
         assert (
             f"{label} {new} points against r = 8, in place of {old}, at rank {rank:.2f} in place of "
