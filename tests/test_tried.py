@@ -1011,3 +1011,63 @@ def test_the_page_says_of_a_longer_trial_what_the_runs_say() -> None:
     assert chosen["lora-r8"]["chosen"]["training.learning_rate"] == 0.001
     cost = in_points(now.score[tried.index] - tried.score).removeprefix("+")
     assert f"That costs {cost} points, at {tried.trained_rank.mean():.2f} trained components" in TEXT
+
+
+def of_the_tables() -> pd.DataFrame:
+    """Return score and trained_rank by task and seed, by the rule as it is, at the rates of the tables."""
+    grids = ("planted-nets", "minilm-six", "mrpc")
+    tables = pd.concat([runs_of(RESULTS / grid).of("aroma-evidence") for grid in grids]).set_index(["task", "seed"])
+    columns = ["score", "trained_rank"]
+    return pd.concat([tables[columns], each_seed_of("split-anew").loc["as it is", columns]]).sort_index()
+
+
+def changed_by(of: str, task: str) -> pd.Series:
+    """Return by how much every run of what was tried differs from the rule as it is; of images on ten splits."""
+    now = runs_of_images(task).accuracy["AROMA"] if task in IMAGES else of_the_tables().score[task]
+    change: pd.Series = each_seed_of("split-anew").score[of, task] - now
+    return change.dropna()
+
+
+def test_the_page_says_of_a_test_for_all_matrices_at_once_what_the_runs_say() -> None:
+    of = "known at α / M"
+    gains = {task: changed_by(of, task) for task in ("mrpc", "sst2", "trec")}
+    assert {len(gain) for gain in gains.values()} == {10}
+    runs, now = each_seed_of("split-anew").loc[of, "mrpc"], of_the_tables().loc["mrpc"]
+    r16 = runs_of(RESULTS / "mrpc").of("lora-r16").set_index("seed").score
+    assert (
+        f"MRPC {in_points(gains['mrpc'])} points, at {runs.trained_rank.mean():.2f} trained components in place of "
+        f"{now.trained_rank[runs.index].mean():.2f}, so that it has {in_points(runs.score - r16)} against r = 16. "
+        f"SST-2 {in_points(gains['sst2'])}, TREC {in_points(gains['trec'])}." in TEXT
+    )
+    sst2, mrpc = (gains[task][gains[task].abs() > 1e-5] for task in ("sst2", "mrpc"))
+    assert (len(sst2), len(mrpc)) == (3, 6)
+    lost = in_points(-sst2).removeprefix("+")
+    assert f"and lose {lost}; six of MRPC differ, by {in_points(mrpc)}." in TEXT
+
+
+def test_the_page_says_of_small_ones_that_go_early_what_the_runs_say() -> None:
+    of = "a hundredth goes early"
+    runs, now = each_seed_of("split-anew").loc[of], of_the_tables()
+    said = []
+    for task in ("graded", "uniform", "graded-b4"):
+        sizes = [frame.trained_rank[task].loc[:4].mean() for frame in (runs, now)]
+        at = f"at {sizes[0]:.2f}{' trained components' if task == 'graded' else ''} in place of {sizes[1]:.2f}"
+        said.append(f"{LABELS[task]} {in_points(changed_by(of, task))} {at}")
+    assert f"costs nothing: {', '.join(said)};" in TEXT
+    assert all((changed_by(of, task).abs() < 1e-5).all() for task in ("noisy", "noisy-b4"))
+    hundredth, thousandth, split = (
+        [in_points(changed_by(of, name)) for name in IMAGES]
+        for of in (of, "a thousandth goes early", "split anew alone")
+    )
+    assert (
+        f"digits have {hundredth[0]} and MNIST {hundredth[1]}, with a thousandth {' and '.join(thousandth)}." in TEXT
+    )
+    assert f"and take nothing away, has {' and '.join(split)}:" in TEXT
+
+
+def test_the_page_says_of_averages_that_go_on_what_the_runs_say() -> None:
+    gains = {
+        task: in_points(changed_by("averages are carried over", task)) for task in (*NETS, "sst2", "trec", *IMAGES)
+    }
+    listed = ", ".join(f"{LABELS[task]} {gains[task]}" for task in (*NETS, "sst2", "trec"))
+    assert f"Five seeds: {listed}; on ten splits of images digits {gains['digits']}, MNIST {gains['mnist']}." in TEXT
