@@ -229,6 +229,9 @@ def test_the_page_says_of_what_is_elsewhere_what_its_runs_say() -> None:
     assert {len(score["AROMA"]) for score in scores} == {20}
     said = f"Evidence has {digits} on digits and {mnist} on MNIST, {' and '.join(behind)} points less than LoRA r = 8"
     assert said in TEXT
+    level = [score["AROMA"] - score["LoRA r=8, on the images that AROMA trains on"] for score in scores]
+    assert all(abs(ahead.mean()) < ahead.sem() for ahead in level)
+    assert f"r = 8 is level with it ({' and '.join(map(in_points, level))})" in TEXT
 
 
 def test_the_page_says_of_a_planted_encoder_what_the_runs_say() -> None:

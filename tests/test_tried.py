@@ -1055,14 +1055,21 @@ def test_the_page_says_of_small_ones_that_go_early_what_the_runs_say() -> None:
         said.append(f"{LABELS[task]} {in_points(changed_by(of, task))} {at}")
     assert f"costs nothing: {', '.join(said)};" in TEXT
     assert all((changed_by(of, task).abs() < 1e-5).all() for task in ("noisy", "noisy-b4"))
-    hundredth, thousandth, split = (
-        [in_points(changed_by(of, name)) for name in IMAGES]
-        for of in (of, "a thousandth goes early", "split anew alone")
+    hundredth, thousandth, split, fresh = (
+        [in_points(changed_by(of, name).loc[first : first + 9]) for name in IMAGES]
+        for of, first in ((of, 0), ("a thousandth goes early", 0), ("split anew alone", 0), (of, 10))
     )
     assert (
         f"digits have {hundredth[0]} and MNIST {hundredth[1]}, with a thousandth {' and '.join(thousandth)}." in TEXT
     )
     assert f"and take nothing away, has {' and '.join(split)}:" in TEXT
+    assert f"On ten others a hundredth has {' and '.join(fresh)}." in TEXT
+
+
+def test_the_page_of_images_says_of_a_tenth_held_out_what_the_runs_say() -> None:
+    gains = [changed_by("a tenth is held out", name) for name in IMAGES]
+    said = " and ".join(f"{in_points(gain)} ({len(gain)} splits)" for gain in gains)
+    assert f"With a tenth held out too few decide: {said};" in page_of("vision.md")
 
 
 def test_the_page_says_of_averages_that_go_on_what_the_runs_say() -> None:

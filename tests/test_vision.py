@@ -303,7 +303,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "%); 627 images of the others" in printed
     out = tmp_path / "out" / "vision"
     written = json.loads((out / "digits.json").read_text())
-    assert [run["method"] for run in written["runs"]] == ["head alone", "LoRA r=1", "LoRA r=8", "AROMA"]
+    methods = [run["method"] for run in written["runs"]]
+    assert methods == ["head alone", "LoRA r=1", "LoRA r=8", "LoRA r=8, on the images that AROMA trains on", "AROMA"]
     assert {"versions", "git_revision", "steps"} <= {*written}
     for run in written["runs"]:
         assert f"  {run['method']}: {run['accuracy']:.1%} of 270 test images" in printed
