@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from aroma_lab.report.formats import signed_points
@@ -14,6 +16,7 @@ from aroma_lab.report.runs import Runs, read_runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "lab"
+RANKS = [f"lora-r{rank}" for rank in (1, 2, 4, 8, 16)]
 GROWN = ("planted-nets", "planted-minilm", "minilm-six")
 
 
@@ -144,3 +147,15 @@ def scores_of(name: str) -> pd.Series:
     """Return the mean score of every task, in points."""
     scores: pd.Series = 100 * of_evidence(name).groupby("task").score.mean()
     return scores
+
+
+def lora_error(scores: pd.Series, size: float) -> float:
+    """Return what LoRA leaves unexplained at a rank between two of the grid: on the line that joins them in log-log.
+
+    Args:
+        scores: Mean score by method, with some of the ranks.
+        size: Components of a matrix.
+    """
+    ranks = [method for method in RANKS if method in scores]
+    errors = [math.log(1 - scores[method]) for method in ranks]
+    return math.exp(np.interp(math.log(size), [math.log(int(method[6:])) for method in ranks], errors))

@@ -240,6 +240,17 @@ def test_an_adapter_of_another_moment_is_refused(tmp_path: Path) -> None:
         Loop(late).attach(resume_from=str(tmp_path / "early"))
 
 
+def test_a_state_that_lacks_a_field_is_refused_before_anything_changes() -> None:
+    loop = Loop().go_on(PHASES["growth"])
+    controller = loop.growth.controller
+    saved = controller.state_dict()
+    for field in controller.rule.state():
+        left = {name: value for name, value in saved["state"].items() if name != field}
+        with pytest.raises(CheckpointError, match=rf"aroma_state\.json: it lacks '{field}', so another version wrote"):
+            controller.load_state_dict({**saved, "state": left})
+    assert controller.state_dict()["state"] == saved["state"]
+
+
 def test_a_saved_adapter_can_grow_further(tmp_path: Path) -> None:
     """Loaded into a new run: what it has found stays, trains no more, and is grown upon."""
     first = Loop().go_on()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import runpy
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from transformers import AutoTokenizer, BertConfig, BertModel
@@ -21,11 +19,13 @@ from aroma_lab.study.selection import edges
 from aroma_lab.tasks.model import packaged_encoder
 from published import (
     GROWN,
+    RANKS,
     RESULTS,
     ROOT,
     at_half_the_length,
     each_seed_of,
     in_points,
+    lora_error,
     not_again,
     not_squeezed,
     of_evidence,
@@ -44,7 +44,6 @@ TABLES = [
 ]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 TEXT = page_of("results.md")
-RANKS = [f"lora-r{rank}" for rank in (1, 2, 4, 8, 16)]
 
 
 def name_of(path: Path) -> str:
@@ -651,18 +650,6 @@ def test_the_page_says_of_mrpc_what_the_runs_say() -> None:
     said = f"it is {min(above):.1f} to {max(above):.1f} points above the ranks up to 8, and {-below:.1f}"
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"On MRPC, where learning begins late, {said} below r = 16." in readme
-
-
-def lora_error(scores: pd.Series, size: float) -> float:
-    """Return what LoRA leaves unexplained at a rank between two of the grid: on the line that joins them in log-log.
-
-    Args:
-        scores: Mean score by method, with some of the ranks.
-        size: Components of a matrix.
-    """
-    ranks = [method for method in RANKS if method in scores]
-    errors = [math.log(1 - scores[method]) for method in ranks]
-    return math.exp(np.interp(math.log(size), [math.log(int(method[6:])) for method in ranks], errors))
 
 
 def aims() -> list[list[str]]:

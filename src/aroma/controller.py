@@ -449,6 +449,10 @@ class AromaController:
         with self.together():
             self.live.check_resumable(state["config"])
             self.matrices.refuse_other(state, pairs)
+            if missing := sorted(self.rule.state().keys() - state.keys()):
+                raise CheckpointError(
+                    f"aroma_state.json: it lacks {missing[0]!r}, so another version wrote it; use another checkpoint"
+                )
             self.rule.restore(state)
             self.matrices.restore(state, exported["tensors"], self.rule.draw, pairs)
             self._stale = False

@@ -733,8 +733,7 @@ def row_length(components: int) -> float:
 
     Adam moves every b as far as any other, whatever its gradient. So K components along directions that are orthogonal
     would move a matrix √K times as far as one does, and a learning rate that suits one would be too large for many.
-    For K = 2 the entries of a are as large as Kaiming's. With the default scale, 4, any number of components moves a
-    matrix as far as LoRA with r=8 and lora_alpha=16 does.
+    For K = 2 the entries of a are as large as Kaiming's.
     """
     return math.sqrt(2 / (3 * max(components, 1)))
 
