@@ -377,23 +377,13 @@ class Reference:
         """
         _, questions, reach = self._shares()
         parts = self._parts()
-        sizes = sorted((float(size), i, k) for i, found in enumerate(parts) for k, (_, size, _) in enumerate(found))
-        total, small = sum(size**2 for size, _, _ in sizes), []
-        for size, i, k in sizes:
-            if sum(sizes_before**2 for sizes_before, _, _ in small) + size**2 <= 0.05 * total:
-                small.append((size, i, k))
+        sizes = [(float(size), i, k) for i, found in enumerate(parts) for k, (_, size, _) in enumerate(found)]
+        small = self._smallest(sizes, 0.05)
         if not (questions and small):
             return
-        halved = {(i, k) for _, i, k in small}
+        halved = {*small}
         before, answers = self._answers_at_half(halved, sizes, parts, questions, held_out)
         of_large = [{at: credit for at, credit in one.items() if at not in halved} for one in answers]
-        gone: list[tuple[int, int]] = []
-        saved, least = sum(self.saved), 0.0
-        for _, i, k in small:
-            together = sum(one[place] for place in [*gone, (i, k)] for one in answers) / questions
-            if together <= least + 0.001 * max(saved, 0.0):
-                gone.append((i, k))
-                least = min(least, together)
         if reach and self._together(of_large, "less"):
             self.strength = 0.5
             self._next_order()
@@ -401,15 +391,39 @@ class Reference:
             at_half = [self._saved_along(large, parts, held_out) for _ in range(reach)]
             missing, over = (sum(sum(one.values()) for one in every) / len(every) for every in (at_half, of_large))
             self.strength, self.left = 1.0, 0.5 if missing <= 0 else 0.5 + 0.5 * missing / (missing - over)
-        self._take_away({*gone}, parts, before)
+        self._take_away(self._needless(small, answers), parts, before)
+
+    def _smallest(self, sizes: Sequence[tuple[float, int, int]], share: float) -> list[tuple[int, int]]:
+        """The smallest directions, with this share of Σ σ² together, the smallest first."""
+        total, small, together = sum(size**2 for size, _, _ in sizes), [], 0.0
+        for size, i, k in sorted(sizes):
+            together += size**2
+            if together <= share * total:
+                small.append((i, k))
+        return small
+
+    def _needless(
+        self, small: Sequence[tuple[int, int]], answers: Sequence[dict[tuple[int, int], float]]
+    ) -> set[tuple[int, int]]:
+        gone: list[tuple[int, int]] = []
+        least = 0.0
+        for direction in small:
+            together = sum(one[place] for place in [*gone, direction] for one in answers) / len(answers)
+            if together <= least + 0.001 * max(sum(self.saved), 0.0):
+                gone.append(direction)
+                least = min(least, together)
+        return {*gone}
 
     def _squeeze_early(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
-        """Take away all that does not save loss, if all updates together cost some."""
+        """Take away all that does not save loss, if all updates together cost some; else small ones that save none."""
         o, (_, _, reach) = self.settings, self._shares()
         parts = self._parts()
         sizes = [(float(size), i, k) for i, found in enumerate(parts) for k, (_, size, _) in enumerate(found)]
         self._next_order()
-        if not self._together([self._saved_along(sizes, parts, held_out) for _ in range(reach)], "less"):
+        whole = [self._saved_along(sizes, parts, held_out) for _ in range(reach)]
+        if not self._together(whole, "less"):
+            gone = self._needless(self._smallest(sizes, 0.01), whole)
+            self._take_away(gone, parts, [matrix.slots for matrix in self.matrices])
             return
         all_of_them = {(i, k) for _, i, k in sizes}
         before, answers = self._answers_at_half(all_of_them, sizes, parts, o.questions, held_out)

@@ -568,7 +568,7 @@ class SlotMatrices(GrowingMatrices):
         for group, row, place in self._rows():
             if dropped[place].any():
                 starts += self._split_anew(group, row, stays[place].nonzero()[0].tolist(), 1.0, pairs[place])
-                del self._whole[place]
+                self._whole.pop(place, None)
         self.put_back()
         start_slots(self._optimizer, starts)
         self.release_pairs()

@@ -42,6 +42,7 @@ from ..events import Event, EventKind
 from .budget import HELD_OUT_INTERVAL, Budget, Stage
 from .duels import Reading, directions_that_convince, duel, log_evidence, log_mean
 from .questions import (
+    SMALL_SHARE_EARLY,
     candidates,
     directions_to_drop,
     directions_to_keep,
@@ -550,12 +551,12 @@ class EvidenceRule(Generic[E]):
             if self._cost_loss(credits):
                 self._ask_at_half("all", np.isfinite(self._sizes))
                 return []
+            self._drop_small(credits, smallest_directions(self._sizes, SMALL_SHARE_EARLY))
         elif self._stage == "all":
             saves = candidates(np.nan_to_num(credits), self._settings.significance)
             self._choose_to_drop(np.isfinite(self._sizes) & ~keep_one_if_undecided(saves, credits), credits)
         elif self._stage == "small":
-            dropped = directions_to_drop(credits, self._sizes, self._small, sum(self._saved))
-            self._choose_to_drop(dropped, credits)
+            self._drop_small(credits, self._small)
             self._of_large = self._without_small(credits)
             if self._budget.reach and self._cost_loss(self._of_large):
                 self._forget_answers()
@@ -568,6 +569,9 @@ class EvidenceRule(Generic[E]):
 
     def _without_small(self, credits: np.ndarray) -> np.ndarray:
         return np.where(self._small, 0.0, np.nan_to_num(credits))
+
+    def _drop_small(self, credits: np.ndarray, small: np.ndarray) -> None:
+        self._choose_to_drop(directions_to_drop(credits, self._sizes, small, sum(self._saved)), credits)
 
     def _choose_to_drop(self, dropped: np.ndarray, credits: np.ndarray) -> None:
         self._dropped = dropped

@@ -12,9 +12,9 @@ import numpy as np
 LEAST_OF_AVERAGE = 0.25
 """What a direction must save to stay, as a share of what one saves on average."""
 
-SMALL_SHARE = 0.05
+SMALL_SHARE, SMALL_SHARE_EARLY = 0.05, 0.01
 """Share of Σ σ² over all directions of all updates that the smallest ones have together, which are asked about where
-growth ends."""
+growth ends, and in an early squeeze."""
 
 NEEDLESS_SHARE = 0.001
 """What those that go may save together, as a share of what the trial saved."""
@@ -124,16 +124,17 @@ def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
     return found
 
 
-def smallest_directions(sizes: np.ndarray) -> np.ndarray:
-    """Return which directions are small, (matrices, S): the smallest, with at most `SMALL_SHARE` of Σ σ² together.
+def smallest_directions(sizes: np.ndarray, share: float = SMALL_SHARE) -> np.ndarray:
+    """Return which directions are small, (matrices, S): the smallest, with at most this share of Σ σ² together.
 
     Args:
         sizes: σ, (matrices, S); NaN where there is no direction.
+        share: In [0, 1].
     """
     squares = np.nan_to_num(sizes).ravel() ** 2
     order = np.argsort(squares, kind="stable")
     small = np.zeros(squares.shape, dtype=bool)
-    small[order] = squares[order].cumsum() <= SMALL_SHARE * squares.sum()
+    small[order] = squares[order].cumsum() <= share * squares.sum()
     found: np.ndarray = small.reshape(sizes.shape) & ~np.isnan(sizes)
     return found
 
