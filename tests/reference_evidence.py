@@ -415,15 +415,18 @@ class Reference:
         return {*gone}
 
     def _squeeze_early(self, held_out: Callable[[int], Sequence[Tensor]]) -> None:
-        """Take away all that does not save loss, if all updates together cost some; else small ones that save none."""
+        """Take away all that does not save loss, if all updates together cost some; else small ones, if they do."""
         o, (_, _, reach) = self.settings, self._shares()
         parts = self._parts()
         sizes = [(float(size), i, k) for i, found in enumerate(parts) for k, (_, size, _) in enumerate(found)]
         self._next_order()
         whole = [self._saved_along(sizes, parts, held_out) for _ in range(reach)]
         if not self._together(whole, "less"):
-            gone = self._needless(self._smallest(sizes, 0.01), whole)
-            self._take_away(gone, parts, [matrix.slots for matrix in self.matrices])
+            small = self._smallest(sizes, 0.01)
+            of_small = [{at: one[at] for at in small} for one in whole]
+            if small and self._together(of_small, "less"):
+                before = [matrix.slots for matrix in self.matrices]
+                self._take_away(self._needless(small, whole), parts, before)
             return
         all_of_them = {(i, k) for _, i, k in sizes}
         before, answers = self._answers_at_half(all_of_them, sizes, parts, o.questions, held_out)

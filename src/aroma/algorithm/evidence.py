@@ -23,8 +23,9 @@ of them duels with what trains, by how fast the loss falls along them:
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
 **The squeeze.** Where growth ends, the smallest directions go, as many as together save next to nothing at half
-strength. What is undecided stays in a long run, too; if all updates together cost loss early in growth, as noise does
-that was learnt by heart, only what saves some stays then. If the large ones do in the end, what trains is shortened.
+strength. What is undecided stays in a long run, too. Early in growth only what saves loss stays then, if all updates
+cost some, as noise does that was learnt by heart; else very small ones go, if these do. If the large ones cost loss in
+the end, what trains is shortened.
 """
 
 from __future__ import annotations
@@ -551,7 +552,9 @@ class EvidenceRule(Generic[E]):
             if self._cost_loss(credits):
                 self._ask_at_half("all", np.isfinite(self._sizes))
                 return []
-            self._drop_small(credits, smallest_directions(self._sizes, SMALL_SHARE_EARLY))
+            small = smallest_directions(self._sizes, SMALL_SHARE_EARLY)
+            if self._cost_loss(np.where(small, credits, 0.0)):
+                self._drop_small(credits, small)
         elif self._stage == "all":
             saves = candidates(np.nan_to_num(credits), self._settings.significance)
             self._choose_to_drop(np.isfinite(self._sizes) & ~keep_one_if_undecided(saves, credits), credits)
