@@ -99,6 +99,11 @@ def at_half_the_length() -> pd.DataFrame:
     return each_seed_of("half-the-length")
 
 
+def not_so_small() -> pd.DataFrame:
+    """Return what `not_early` does, of the rule before small ones went early; of twenty splits of images."""
+    return each_seed_of("not-so-small").loc["before"]
+
+
 def not_undecided() -> pd.DataFrame:
     """Return what `not_early` does, of the rule before what is undecided stayed when the trial ends."""
     return each_seed_of("not-undecided").loc["before"]
