@@ -286,9 +286,12 @@ def compiled(name: str, chart: alt.LayerChart) -> dict[str, Any]:
 
 
 def assets() -> str:
-    """Return the content of `charts.json`."""
-    found = {name: compiled(name, chart) for name, chart in charts().items()}
-    return json.dumps(found, ensure_ascii=False, sort_keys=True, indent=0, separators=(",", ":")) + "\n"
+    """Return the content of `charts.json`, a line for each."""
+    lines = []
+    for name, chart in sorted(charts().items()):
+        vega = json.dumps(compiled(name, chart), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        lines.append(f'"{name}":{vega}')
+    return "{" + ",\n".join(lines) + "}\n"
 
 
 def vega() -> bytes:

@@ -23,9 +23,9 @@ of them duels with what trains, by how fast the loss falls along them:
     E ≥ 1/α   → one more component, along the u vᵀ that won most; its heads = tails = 0
 
 **The squeeze.** Where growth ends, the smallest directions go, as many as together save next to nothing at half
-strength. What is undecided stays in a long run, too. Early in growth only what saves loss stays then, if all updates
-cost some, as noise does that was learnt by heart; else very small ones go, if these do. If the large ones cost loss in
-the end, what trains is shortened.
+strength. In a long run what is undecided stays, too. If all updates cost loss early in growth, as noise does that was
+learnt by heart, only what saves some stays then; else very small ones go, if these do. If the large ones do in the
+end, what trains is shortened.
 """
 
 from __future__ import annotations
