@@ -540,6 +540,33 @@ def test_the_page_says_of_a_choice_by_more_seeds_on_sst2_what_the_runs_say() -> 
     assert f"{said}, and evidence is {100 * mean:.2f} ± {100 * error:.2f} above that." in TEXT
 
 
+def test_the_page_says_of_a_choice_by_more_seeds_on_banking77_what_the_runs_say() -> None:
+    found = of_evidence("again-on-banking77")
+    rates = ["method", "learning_rate", "head_learning_rate"]
+    by_three = found[found["of"] == "losses"].groupby(rates).held_out_loss.agg(["mean", "count"])
+    assert {*by_three["count"]} == {3}
+    grid = runs_of(RESULTS / "minilm-six")
+    score = grid.reported[grid.reported.task == "banking77"].pivot_table("score", "seed", "method")
+    anew = found[found["of"] == "chosen by three"].set_index("method")
+    for method in ("aroma-evidence", *RANKS):
+        _, *best = by_three["mean"][[method]].idxmin()
+        before = [grid.selection["banking77"][method]["chosen"][f"training.{name}"] for name in rates[1:]]
+        changed = method in anew.index
+        assert (best != before) == changed, method
+        if changed:
+            runs = anew.loc[[method]].set_index("seed")
+            assert [{*runs.learning_rate}, {*runs.head_learning_rate}] == [{best[0]}, {best[1]}] == [{0.003}, {0.006}]
+            assert before[0] == 0.001
+            score[method] = runs.score
+    means = [f"{100 * score[method].mean():.2f}" for method in ("lora-r2", "lora-r4", "aroma-evidence")]
+    behind = score.sub(score["aroma-evidence"], axis=0)
+    below = [in_points(behind[method]).removeprefix("+") for method in ("lora-r16", "lora-r1")]
+    same = {f"{by_three['mean']['aroma-evidence', rate, 0.006]:.4f}" for rate in (0.001, 0.003)}
+    assert f"the same mean loss, {' '.join(same)}" in TEXT
+    assert f"there these have {means[0]}, {means[1]} and {means[2]} %, and evidence is {below[0]} points below" in TEXT
+    assert f"below r = 16 and {below[1]} below r = 1." in TEXT
+
+
 def test_the_page_says_of_a_choice_by_more_seeds_on_mrpc_what_the_runs_say() -> None:
     found = of_evidence("again-on-mrpc")
     rates = ["method", "learning_rate", "head_learning_rate"]
