@@ -228,7 +228,7 @@ def test_the_page_says_of_what_is_elsewhere_what_its_runs_say() -> None:
     assert {len(score["AROMA"]) for score in scores} == {20}
     said = f"Evidence has {digits} on digits and {mnist} on MNIST, {' and '.join(behind)} points less than LoRA r = 8"
     assert said in TEXT
-    fresh = each_seed_of("split-anew").score.drop("a hundredth goes early")
+    fresh = each_seed_of("split-anew").score
     images = page_of("vision.md")
     for method, in_results, in_images in (
         ("LoRA r=8", "it is {} and {} points below r = 8", "{} points on digits and {} on MNIST against rank 8"),
@@ -514,7 +514,7 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
     most, *more = sorted(-100 * rows.difference[["sst2", "banking77"]])
     ahead = f"{most:.1f} and {more[0]:.1f} points"
     assert f"was ahead by {ahead} on two, and level with it on two" in page_of("limits.md")
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = page_of("../README.md")
     assert f"is level with it on two, and {ahead} ahead on SST-2 and BANKING77, at more than four times" in readme
 
 
@@ -688,7 +688,7 @@ def test_the_page_says_of_mrpc_what_the_runs_say() -> None:
     assert (rates["learning_rate"], rates["head_learning_rate"]) == (0.001, 0.000222)
     *above, below = (100 * difference[f"lora-r{r}"].mean() for r in ahead)
     said = f"it is {min(above):.1f} to {max(above):.1f} points above the ranks up to 8, and {-below:.1f}"
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = page_of("../README.md")
     assert f"On MRPC, where learning begins late, {said} below r = 16." in readme
 
 
@@ -737,7 +737,7 @@ def test_the_page_says_of_the_aims_what_the_runs_say() -> None:
     assert average[1] == f"{four}; five texts, {100 * -apart:.2f} ± {100 * doubt:.2f} below r = {best[6:]}"
     below = f"below r = {best[6:]} on the average, and above the others."
     assert f"With MRPC it is {100 * -apart:.2f} ± {100 * doubt:.2f} {below}" in TEXT
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = page_of("../README.md")
     assert f"With MRPC it is {100 * -apart:.1f} {below}" in readme
     ranks = pd.concat([make_table(runs, "ranks").values for runs in grids.values()]).set_index(["method", "task"])
     for task in nets[:4]:
@@ -790,7 +790,7 @@ def test_the_page_says_on_how_many_tasks_a_method_is_level_with_the_best_fixed_r
         f"and 16 on {r2}, r = 4 on {r4} and r = 1 on {r1}. Evidence is on {grown}, on {no_dearer} of them at no"
         in TEXT
     )
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = page_of("../README.md")
     assert f"below the best of five fixed ranks on {grown}. No fixed rank is on more than {r8}." in readme
 
 

@@ -154,12 +154,11 @@ class HeldOutBatches:
     def require_loss(self, model: nn.Module, device: torch.device) -> None:
         """Find out now, not at the end of the trial, whether a batch has a loss; see `_require_loss_of`."""
         with self._drawing(keep=False):
-            first = next(iterator := self._running)
+            first = next(iterator := self._running())
         if self._iterator is not None:
             self._iterator = chain([first], iterator)
         _require_loss_of("growth_batches", self._loss, model, first, device)
 
-    @property
     def _running(self) -> Iterator[Any]:
         return iter(self._batches) if self._iterator is None else self._iterator
 
@@ -187,7 +186,7 @@ class HeldOutBatches:
     def _next(self) -> Any:
         self._taken += 1
         ended = object()
-        self._iterator = self._running
+        self._iterator = self._running()
         batch = next(self._iterator, ended)
         if batch is ended:
             if isinstance(self._batches, Iterator):
