@@ -23,6 +23,7 @@ from aroma.algorithm.budget import FEWEST_OPENING, Budget
 from aroma.algorithm.duels import directions_that_convince, flips_to_birth, log_evidence, log_mean
 from aroma.algorithm.evidence import FIRST_STEP, EvidenceRule, EvidenceSettings
 from aroma.algorithm.questions import (
+    SMALL_SHARE,
     candidates,
     directions_to_drop,
     directions_to_keep,
@@ -704,10 +705,11 @@ def test_the_smallest_directions_are_those_of_all_matrices_with_a_twentieth_of_t
     nan = math.nan
     sizes = np.array([[9.0, 1.5, 0.5], [3.0, 1.0, nan], [1.6, nan, nan]])
     # Σ σ² is 96.06; 0.25 + 1 + 2.25 = 3.5, and 2.56 more are 6.06, above a twentieth, 4.803.
-    assert smallest_directions(sizes).tolist() == [[False, True, True], [False, True, False], [False] * 3]
-    assert (smallest_directions(1e-9 * sizes) == smallest_directions(sizes)).all(), "no scale is told"
-    assert not smallest_directions(np.full((2, 2), nan)).any()
-    assert not smallest_directions(np.ones((3, 2))).any(), "each has a sixth"
+    small = smallest_directions(sizes, SMALL_SHARE)
+    assert small.tolist() == [[False, True, True], [False, True, False], [False] * 3]
+    assert (smallest_directions(1e-9 * sizes, SMALL_SHARE) == small).all(), "no scale is told"
+    assert not smallest_directions(np.full((2, 2), nan), SMALL_SHARE).any()
+    assert not smallest_directions(np.ones((3, 2)), SMALL_SHARE).any(), "each has a sixth"
 
 
 def test_small_directions_go_while_all_that_go_save_next_to_nothing() -> None:

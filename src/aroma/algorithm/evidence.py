@@ -43,6 +43,7 @@ from ..events import Event, EventKind
 from .budget import HELD_OUT_INTERVAL, Budget, Stage
 from .duels import Reading, directions_that_convince, duel, log_evidence, log_mean
 from .questions import (
+    SMALL_SHARE,
     SMALL_SHARE_EARLY,
     candidates,
     directions_to_drop,
@@ -521,12 +522,12 @@ class EvidenceRule(Generic[E]):
             self._sizes = self._matrices.take_apart()
             self._dropped, self._lost = np.zeros(self._sizes.shape, dtype=bool), [0.0] * len(self._sizes)
             self._budget.pass_over_duels()
+            share = SMALL_SHARE_EARLY if stage == "overshoot" else SMALL_SHARE
+            self._small = smallest_directions(self._sizes, share)
             if stage == "overshoot":
                 self._forget_answers()
                 self._matrices.ask_at(1.0)
-                return
-            self._small = smallest_directions(self._sizes)
-            if self._small.any():
+            elif self._small.any():
                 self._ask_at_half("small", self._small)
             else:
                 self._end_squeeze()
@@ -552,14 +553,13 @@ class EvidenceRule(Generic[E]):
             if self._cost_loss(credits):
                 self._ask_at_half("all", np.isfinite(self._sizes))
                 return []
-            small = smallest_directions(self._sizes, SMALL_SHARE_EARLY)
-            if self._cost_loss(np.where(small, credits, 0.0)):
-                self._drop_small(credits, small)
+            if self._cost_loss(np.where(self._small, credits, 0.0)):
+                self._drop_small(credits)
         elif self._stage == "all":
             saves = candidates(np.nan_to_num(credits), self._settings.significance)
             self._choose_to_drop(np.isfinite(self._sizes) & ~keep_one_if_undecided(saves, credits), credits)
         elif self._stage == "small":
-            self._drop_small(credits, self._small)
+            self._drop_small(credits)
             self._of_large = self._without_small(credits)
             if self._budget.reach and self._cost_loss(self._of_large):
                 self._forget_answers()
@@ -573,8 +573,8 @@ class EvidenceRule(Generic[E]):
     def _without_small(self, credits: np.ndarray) -> np.ndarray:
         return np.where(self._small, 0.0, np.nan_to_num(credits))
 
-    def _drop_small(self, credits: np.ndarray, small: np.ndarray) -> None:
-        self._choose_to_drop(directions_to_drop(credits, self._sizes, small, sum(self._saved)), credits)
+    def _drop_small(self, credits: np.ndarray) -> None:
+        self._choose_to_drop(directions_to_drop(credits, self._sizes, self._small, sum(self._saved)), credits)
 
     def _choose_to_drop(self, dropped: np.ndarray, credits: np.ndarray) -> None:
         self._dropped = dropped

@@ -124,7 +124,7 @@ def saves_loss(credits: np.ndarray, significance: float) -> np.ndarray:
     return found
 
 
-def smallest_directions(sizes: np.ndarray, share: float = SMALL_SHARE) -> np.ndarray:
+def smallest_directions(sizes: np.ndarray, share: float) -> np.ndarray:
     """Return which directions are small, (matrices, S): the smallest, with at most this share of Σ σ² together.
 
     Args:
