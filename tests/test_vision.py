@@ -296,22 +296,25 @@ def test_what_cannot_grow_is_named(name: str, targets: Any, reason: str) -> None
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     example = str(Path(__file__).parent.parent / "examples" / "vision.py")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [example, "--seeds", "1", "--pretrain-steps", "60", "--steps", "60"])
+    seeds, steps = ["--seeds", "1", "--first-seed", "7"], ["--pretrain-steps", "60", "--steps", "60"]
+    monkeypatch.setattr("sys.argv", [example, *seeds, *steps])
     runpy.run_path(example, run_name="__main__")
     printed = capsys.readouterr().out
-    assert "seed 0: the base knows [1, 3, 5, 7, 8] (" in printed
-    assert "%); 627 images of the others" in printed
+    assert "seed 7: the base knows [1, 3, 4, 7, 8] (" in printed
+    assert "%); 628 images of the others" in printed
     out = tmp_path / "out" / "vision"
     written = json.loads((out / "digits.json").read_text())
     methods = [run["method"] for run in written["runs"]]
-    assert methods == ["head alone", "LoRA r=1", "LoRA r=8", "LoRA r=8, on the images that AROMA trains on", "AROMA"]
+    loras = ["LoRA r=1", "LoRA r=4", "LoRA r=8", "LoRA r=8, on the images that AROMA trains on"]
+    assert methods == ["head alone", *loras, "AROMA"]
+    assert {run["seed"] for run in written["runs"]} == {7}
     assert {"versions", "git_revision", "steps"} <= {*written}
     for run in written["runs"]:
         assert f"  {run['method']}: {run['accuracy']:.1%} of 270 test images" in printed
     assert (out / "digits.md").read_text() in printed
-    ranks = written["runs"][-1]["ranks"]
+    ranks = dict(zip(written["modules"], written["runs"][-1]["ranks"], strict=True))
     assert len(ranks) == 13
-    assert {row.name: row.rank for row in rank_table(out / "digits-0")} == ranks
+    assert {row.name: row.rank for row in rank_table(out / "digits-7")} == ranks
     with pytest.raises(SystemExit):
         runpy.run_path(example, run_name="__main__")
     assert "digits.json exists: give another folder" in capsys.readouterr().err
