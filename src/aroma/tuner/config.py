@@ -244,7 +244,7 @@ class AromaConfig(LoraConfig):
                 "significance", self.significance, "give the chance of a needless component, in (0, 1); try 0.05"
             )
         if self.slots is not None:
-            _require_int("slots", self.slots, 1, "give a whole number of components, at least 1; try 8")
+            _require_int("slots", self.slots, 1, "give a whole number of components, at least 1; try 16")
         if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
             raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
         _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 0.5")
