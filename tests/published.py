@@ -99,6 +99,11 @@ def at_half_the_length() -> pd.DataFrame:
     return each_seed_of("half-the-length")
 
 
+def by_one_run() -> pd.DataFrame:
+    """Return what `at_half_the_length` does, at rates that one run each chose, where three runs choose others."""
+    return each_seed_of("one-run")
+
+
 def not_so_small() -> pd.DataFrame:
     """Return what `not_early` does, of the rule before small ones went early; of twenty splits of images."""
     return each_seed_of("not-so-small").loc["before"]
