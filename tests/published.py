@@ -31,7 +31,7 @@ def runs_of(folder: Path) -> Runs:
 
 
 def runs_of_images(name: str) -> pd.DataFrame:
-    """Return the runs of twenty splits of `digits` or `mnist` by the rule as it is, by method and seed."""
+    """Return the runs of twenty splits of `digits` or `mnist` that chose nothing, by method and seed."""
     runs = json.loads((ROOT / "results" / "vision" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
     return pd.DataFrame(runs).set_index(["method", "seed"])
 

@@ -227,6 +227,7 @@ def test_the_page_says_of_what_is_elsewhere_what_its_runs_say() -> None:
     digits, mnist = (f"{100 * score['AROMA'].mean():.1f} %" for score in scores)
     behind = [in_points(score["LoRA r=8"] - score["AROMA"]).removeprefix("+") for score in scores]
     assert {len(score["AROMA"]) for score in scores} == {20}
+    assert {seed for score in scores for seed in score["AROMA"].index} == {*range(20, 40)}
     said = f"Evidence has {digits} on digits and {mnist} on MNIST, {' and '.join(behind)} points less than LoRA r = 8"
     assert said in TEXT
     fresh = each_seed_of("split-anew").score
