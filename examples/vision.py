@@ -149,7 +149,7 @@ def trial(method, base, examples, test, options, seed):
     if method == "AROMA":
         layers = aroma_layers(model).values()
         ranks = [layer.rank("default") for layer in layers]
-        size = sum(layer.rank("default") * (layer.in_features + layer.out_features) for layer in layers)
+        size = sum(r * (layer.in_features + layer.out_features) for r, layer in zip(ranks, layers, strict=True))
         model.save_pretrained(f"out/vision/{options.images}-{seed}")
         return {**result, "parameters": size + head, "ranks": ranks}
     return {**result, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}

@@ -468,22 +468,41 @@ def test_the_page_says_of_real_text_what_the_runs_say() -> None:
         f"{size['trec']} trained components on TREC, {size['sst2']} on SST-2 and {size['banking77']} on BANKING77, "
         f"where 16 is the best, and {size['bbc-news']} on BBC News, where 4 is." in TEXT
     )
+    of_both = [six.of(f"aroma-{rule}", task="banking77").trained_rank.mean() for rule in ("evidence", "paper")]
+    assert 3.5 < of_both[0] / of_both[1] < 4.5
+    assert "on BANKING77, where it trains four times as many parameters," in TEXT
     trained = sorted(runs.groupby("task").trained_rank.mean())
     assert f"0.8 of the {trained[0]:.1f} to {trained[-1]:.1f} trained components" in TEXT
 
 
+def rates_in(runs: pd.DataFrame) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the rates of method and task, as a selection has them."""
+    names = ["learning_rate", "head_learning_rate"]
+    first = runs.groupby(["of", "task"])[names].first().add_prefix("training.")
+    return {place: row.dropna().to_dict() for place, row in first.iterrows()}
+
+
+def chosen_by_one_run(method: str, task: str) -> dict[str, float]:
+    """Return the rates that one run chose on one of the four texts."""
+    table = runs_of(RESULTS / "minilm-six").selection[task][method]["chosen"]
+    return rates_in(by_one_run()).get((method, task), table)
+
+
+def scores_by_one_run() -> pd.Series:
+    """Return scores of the four texts by method, task and seed, at rates that one run each chose."""
+    table = runs_of(RESULTS / "minilm-six").reported.rename(columns={"method": "of"})
+    scores: pd.Series = by_one_run().score.drop("mrpc", level="task")
+    return scores.combine_first(table.set_index(["of", "task", "seed"]).score)
+
+
 def test_the_page_says_of_ten_seeds_what_the_runs_say() -> None:
     later = each_seed_of("banking77-seeds")
-    table = runs_of(RESULTS / "minilm-six").reported.rename(columns={"method": "of"})
-    first = by_one_run().score.combine_first(table.set_index(["of", "task", "seed"]).score)
-    before = rates_in(by_one_run())
-    chosen = runs_of(RESULTS / "minilm-six").selection["banking77"]
+    first = scores_by_one_run()
     ten = {}
     for method in ("aroma-evidence", "aroma-paper", *RANKS):
         rates = {name: {*later.loc[method][name]} for name in ("learning_rate", "head_learning_rate")}
-        assert {f"training.{name}": only for name, (only,) in rates.items()} == before.get(
-            (method, "banking77"), chosen[method]["chosen"]
-        )
+        only = {f"training.{name}": rate for name, (rate,) in rates.items()}
+        assert only == chosen_by_one_run(method, "banking77")
         ten[method] = pd.concat([first[method, "banking77"], later.score[method, "banking77"]])
         assert [*ten[method].index] == [*range(10)]
     ahead = {method: in_points(ten["aroma-evidence"] - scores) for method, scores in ten.items()}
@@ -511,6 +530,8 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
         f"({behind['banking77']})." in TEXT
     )
     assert {task for task, row in rows.iterrows() if abs(row.difference) < row.error} == {"trec", "bbc-news"}
+    assert 0.18 < rows.trained.mean() / 16 < 0.23
+    assert "best of five fixed ranks, r = 16, at about a fifth of its size." in TEXT
     sizes = rows.trained / rows.best.str.removeprefix("lora-r").astype(int)
     assert all((sizes[["sst2", "banking77"]] > 0.18) & (sizes[["sst2", "banking77"]] < 0.27)), sizes
     best = {"banking77": "lora-r16", "sst2": "lora-r16", "trec": "lora-r16", "bbc-news": "lora-r4"}
@@ -520,13 +541,6 @@ def test_the_page_says_of_the_best_rank_of_each_task_what_the_runs_say() -> None
     assert f"was ahead by {ahead} on two, and level with it on two" in page_of("limits.md")
     readme = page_of("../README.md")
     assert f"is level with it on two, and {ahead} ahead on SST-2 and BANKING77, at some four times the" in readme
-
-
-def rates_in(runs: pd.DataFrame) -> dict[tuple[str, str], dict[str, float]]:
-    """Return the rates of method and task, as a selection has them."""
-    names = ["learning_rate", "head_learning_rate"]
-    first = runs.groupby(["of", "task"])[names].first().add_prefix("training.")
-    return {place: row.dropna().to_dict() for place, row in first.iterrows()}
 
 
 def test_three_runs_choose_each_rate_of_the_ranks_and_of_evidence() -> None:
@@ -555,19 +569,17 @@ def test_three_runs_choose_each_rate_of_the_ranks_and_of_evidence() -> None:
 
 
 def test_the_page_says_of_rates_by_one_run_what_the_runs_say() -> None:
-    then, six = by_one_run(), runs_of(RESULTS / "minilm-six").reported
-    now = six.rename(columns={"method": "of"}).set_index(["of", "task", "seed"]).score
-    score = then.score.drop("mrpc", level="task").combine_first(now).unstack("of")
+    score, six = scores_by_one_run().unstack("of"), runs_of(RESULTS / "minilm-six")
     assert f"Then one run of r = 8 collapsed on SST-2 ({100 * score['lora-r8'].min():.1f} %)" in TEXT
-    assert 100 * now["lora-r8", "sst2"].min() > 85
-    mrpc = runs_of(RESULTS / "mrpc").reported.groupby("method").score.mean()
-    there, here = 100 * then.score["lora-r4", "mrpc"].mean(), 100 * mrpc["lora-r4"]
+    assert 100 * six.of("lora-r8", task="sst2").score.min() > 85
+    mrpc = runs_of(RESULTS / "mrpc").of("lora-r4").score
+    there, here = 100 * by_one_run().score["lora-r4", "mrpc"].mean(), 100 * mrpc.mean()
     assert f"r = 4 had {there:.2f} % on MRPC in place of {here:.2f}" in TEXT
     average = 100 * score.groupby("task").mean().mean()
     mean, error = over_tasks(score["aroma-evidence"] - score["lora-r16"])
     said = f"{signed_points(mean)} ± {100 * error:.2f} against r = 16, with {average['aroma-evidence']:.2f}"
     assert f"evidence had {said} and {average['lora-r16']:.2f}." in TEXT
-    banking = runs_of(RESULTS / "minilm-six").selecting.query("task == 'banking77' and method == 'aroma-evidence'")
+    banking = six.selecting.query("task == 'banking77' and method == 'aroma-evidence'")
     losses: dict[float, list[float]] = {}
     for trial, result in zip(banking.trial, banking.result, strict=True):
         if trial["training"]["head_learning_rate"] == 0.006 and result["planned_steps"] == 320:
@@ -588,11 +600,10 @@ def test_the_page_says_of_a_choice_by_more_seeds_on_mrpc_what_the_runs_say() -> 
 def test_the_page_says_of_runs_of_half_the_length_what_the_runs_say() -> None:
     """The file has what changes: the rates that they chose, and what came of these."""
     then = at_half_the_length()
-    six = runs_of(RESULTS / "minilm-six")
     lower = []
-    pairs, whole = rates_in(then), rates_in(by_one_run())
+    pairs = rates_in(then)
     for (method, task), before in pairs.items():
-        now = whole.get((method, task), six.selection[task][method]["chosen"])
+        now = chosen_by_one_run(method, task)
         assert before != now
         rates = [one.get("training.learning_rate", 0) for one in (now, before)]
         assert rates[0] <= rates[1]
@@ -602,8 +613,7 @@ def test_the_page_says_of_runs_of_half_the_length_what_the_runs_say() -> None:
     assert said in TEXT
     on_banking = {method for method, task in lower if task == "banking77"}
     assert on_banking == {"lora-r2", "lora-r4", "lora-r8", "aroma-evidence"}, "had three times the rate there"
-    now = by_one_run().drop("mrpc", level="task").groupby(["of", "task"]).score.mean()
-    now = now.combine_first(six.reported.groupby(["method", "task"]).score.mean().rename_axis(["of", "task"]))
+    now = scores_by_one_run().groupby(["of", "task"]).mean()
     average = 100 * then.groupby(["of", "task"]).score.mean().combine_first(now).groupby("of").mean()
     best = average[RANKS].idxmax()
     evidence = average["aroma-evidence"]
