@@ -1,0 +1,102 @@
+"""When held-out examples are asked, which ones, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+from ..errors import bad_value
+from .statistics import SIZES
+
+SHARE = 0.12
+"""Largest share of a run's optimizer steps that all questions together cost; a forward counts as half a step."""
+FEWEST, WANTED = 8, 16
+"""Batches without which nothing is decided, and batches that are made where the examples allow."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much one checkup asks.
+
+    Args:
+        questions: Batches whose gradients order the directions.
+        measured: Batches over which the loss of each size is measured.
+    """
+
+    questions: int
+    measured: int
+
+
+def moments(at: Sequence[float], total_steps: int) -> list[int]:
+    """Return the optimizer steps after which a run of `total_steps` has a checkup, ascending.
+
+    Args:
+        at: Shares of the run, each above 0 and at most 1.
+        total_steps: Planned optimizer steps.
+
+    Raises:
+        ConfigError: A value out of range, none at all, or two checkups after one step.
+    """
+    shares = [at] if isinstance(at, Real) else [*at]
+    if not shares or not all(isinstance(share, Real) and 0 < share <= 1 for share in shares):
+        raise bad_value("at", at, "give shares of the run, each above 0 and at most 1, such as (0.2, 0.4, 0.6)")
+    steps = sorted({round(float(share) * total_steps) for share in shares})
+    if steps[0] < 1 or len(steps) < len(shares):
+        raise bad_value("at", at, f"two checkups would fall on one of {total_steps} steps; train longer, or give fewer")
+    return steps
+
+
+def effort(total_steps: int, checkups: int, batches: int, cost: float) -> Effort:
+    """Return how much each checkup asks, so that all together cost `SHARE` of the run at most.
+
+    In a very short run the fewest batches that decide anything cost more than that.
+
+    Args:
+        total_steps: Planned optimizer steps.
+        checkups: How many checkups share the run.
+        batches: Held-out batches that there are.
+        cost: Forward and backward of one of them, in optimizer steps.
+    """
+    affordable = SHARE * total_steps / checkups / cost
+    questions = max(FEWEST, min(batches, int(affordable / 2)))
+    measured = int(2 * (affordable - questions) / SIZES)
+    return Effort(questions, max(FEWEST, min(batches, measured)))
+
+
+class HeldOut:
+    """Held-out batches in a seeded order: each comes once before any comes a second time.
+
+    Args:
+        batches: All of them, indexable.
+        seed: Seed of the order.
+
+    Attributes:
+        taken: How many have been taken.
+
+    Raises:
+        ConfigError: There are too few.
+    """
+
+    def __init__(self, batches: Sequence[Any], seed: int = 0) -> None:
+        if len(batches) < FEWEST:
+            remedy = f"{FEWEST} are needed to tell savings from noise; hold out more examples, or make batches smaller"
+            raise bad_value("held_out", f"{len(batches)} batches", remedy)
+        self.batches, self.seed, self.taken = batches, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def take(self, count: int) -> list[Any]:
+        """Return the next `count` batches."""
+        places = range(self.taken, self.taken + count)
+        self.taken += count
+        return [self.batches[self._order(place // len(self))[place % len(self)]] for place in places]
+
+    def _order(self, pass_: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + pass_)
+        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
+        return order
