@@ -14,9 +14,6 @@ from aroma.errors import AromaError, ConfigError, bad_value
 MADE = "made"
 """Name of the model of a task that makes it, from its seed."""
 
-GROWTH_SHARE = 0.1
-"""Share of the training examples that decides growth by evidence, where a method names none."""
-
 MADE_KEYS = {
     "planted_net": ("seed", "ranks", "noise", "layers", "width", "examples"),
     "planted_encoder": ("seed", "ranks", "noise", "strength"),

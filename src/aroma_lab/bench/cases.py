@@ -7,13 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aroma.controller import AromaController
 from aroma.errors import bad_value
-from aroma.slots import SlotMatrices
 from aroma.tuner import AromaLinear, aroma_layers
 
 from ..methods import AdaLora, Aroma, Frozen, Full, HeadOnly, Lora, Method, ReLoraMerge
@@ -31,9 +28,6 @@ _WHEN_FROZEN = 8
 _NEVER_ENDS = {"inner_tolerance": 1e-12, "max_inner_steps": 10**9}
 """The controller checks as usual but never ends an inner loop, so that a case keeps its stage."""
 
-_NEVER_BEARS = {"growth": "evidence", "significance": 1e-300}
-"""Evidence is gathered as usual but never suffices, so that a case keeps its stage."""
-
 _LEARNING_RATE = 1e-4
 
 FrozenModules = Literal["none", "half", "lower", "all"]
@@ -46,7 +40,6 @@ class Case:
     Args:
         key: Short name, for `--only`.
         components: Finished components of every module (AROMA).
-        live: Components that train in every module, beside the unused directions (growth by evidence).
         frozen: Modules that are frozen for good (AROMA): `"half"`, every second one; `"lower"`, those in the lower
             half of the model; `"all"`.
         compiled: Whether the model is compiled.
@@ -55,7 +48,6 @@ class Case:
     key: str
     method: Method
     components: int = 0
-    live: int | None = None
     frozen: FrozenModules = "none"
     compiled: bool = False
 
@@ -64,7 +56,7 @@ class Case:
         """Name for tables and pictures."""
         parts = [self.method.name]
         if isinstance(self.method, Aroma):
-            parts.append(f"{self.components} finished" if self.live is None else f"evidence, {self.live} live")
+            parts.append(f"{self.components} finished")
         if self.frozen != "none":
             parts.append({"half": "half frozen", "lower": "lower half frozen", "all": "all frozen"}[self.frozen])
         return ", ".join([*parts, "compiled"] if self.compiled else parts)
@@ -108,8 +100,6 @@ class Contender:
         if parameters:
             self.optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
             self.hooks = case.method.hooks(self.model, self.optimizer, PLANNED_STEPS)
-            if case.live is not None:
-                _settle(self.hooks.controller, case.live)
 
     def forward(self) -> Tensor:
         """Return the loss, a scalar."""
@@ -145,18 +135,6 @@ class Contender:
             self.optimizer.zero_grad()
 
 
-def _settle(controller: AromaController, live: int) -> None:
-    """Bring growth by evidence to where the trial has left `live` components in every module."""
-    matrices = controller.matrices
-    assert isinstance(matrices, SlotMatrices), "the case grows by evidence"
-    sizes = matrices.take_apart()
-    matrices.ask_at(0.5)
-    matrices.keep(np.tile(np.arange(sizes.shape[1]) < live, (len(sizes), 1)))
-    matrices.follow_unused([])
-    matrices.note_moves()
-    controller.rule.restore({**controller.rule.state(), "phase": "growth"})
-
-
 def make_contenders(base: Any, batch: dict[str, Tensor], settings: BenchSettings) -> list[Contender]:
     """Return a contender for every selected case."""
     cases = select_cases(settings.only, settings.compiled)
@@ -173,7 +151,6 @@ def all_cases() -> list[Case]:
         aroma = Aroma(dropout=dropout, options=_NEVER_ENDS)
         cases += [Case(f"aroma-{count}{suffix}", aroma, components=count) for count in stages]
     finished: tuple[FrozenModules, ...] = ("half", "lower", "all")
-    cases += [evidence_case(live) for live in (0, 1, 8)]
     return cases + [Case(f"aroma-{name}", Aroma(options=_NEVER_ENDS), _WHEN_FROZEN, frozen=name) for name in finished]
 
 
@@ -193,11 +170,6 @@ def select_cases(only: Sequence[str] | None, compiled: bool) -> list[Case]:
     if compiled:
         cases += [dataclasses.replace(case, key=f"{case.key}-compiled", compiled=True) for case in cases]
     return cases
-
-
-def evidence_case(live: int) -> Case:
-    """Return growth by evidence with so many components in training in every module, to which none is born."""
-    return Case(f"evidence-{live}", Aroma(options=_NEVER_BEARS), live=live)
 
 
 def growing_case(check_interval: int) -> Case:

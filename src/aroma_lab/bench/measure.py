@@ -14,7 +14,6 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +23,13 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now
 
-from aroma.algorithm.evidence import CHECK_INTERVAL
 from aroma.errors import bad_value
 from aroma.tuner import AromaConfig
 
 from ..methods import Aroma, Lora, encoder_linears
 from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
-from .cases import FLOOR, Case, Contender, evidence_case, growing_case, make_contenders, select_cases
+from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
 from .memory import kept_bytes, optimizer_bytes, peak_of
 from .models import BenchSettings, make_batch, make_model
 
@@ -46,7 +44,7 @@ _CHECK_INTERVAL = 2
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 Result = dict[str, Any]
-"""What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, costs of controllers."""
+"""What `measure` returns, and JSON holds: settings, model, provenance, cases, comparisons, cost of the controller."""
 
 
 def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result:
@@ -73,9 +71,8 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
             advance(1)
     with progress("taking turns", len(contenders) * (settings.rounds + settings.warmup_rounds)) as advance:
         times = take_turns(contenders, settings.rounds, settings.warmup_rounds, advance)
-    with progress("controller", 2 * CONTROLLER_REPEATS) as advance:
+    with progress("controller", CONTROLLER_REPEATS) as advance:
         controller = controller_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
-        by_evidence = evidence_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
     for one, size in zip(contenders, sizes, strict=True):
         size |= {"optimizer_bytes": optimizer_bytes(one.optimizer), "peak_bytes": None}
     if settings.peak:
@@ -90,7 +87,6 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
         "cases": case_results(cases, times, sizes),
         "comparisons": comparisons(cases, times, [size["kept_bytes"] for size in sizes]),
         "controller": controller,
-        "controller_by_evidence": by_evidence,
     }
 
 
@@ -230,46 +226,14 @@ def controller_cost(
         on_repeat(1)
     found = {name: statistics.median(one) for name, one in times.items()}
     interval = AromaConfig.inner_check_interval
+    amortised = found["uncheck_ms"] + (found["check_ms"] - found["uncheck_ms"]) / interval
     return {
         **found,
         "check_interval": interval,
-        **_amortised(found["uncheck_ms"], found["check_ms"], interval, found["step_ms"]),
+        "amortised_ms": amortised,
+        "amortised_fraction": amortised / found["step_ms"],
         "outer_fraction": found["outer_ms"] / found["step_ms"],
     }
-
-
-def evidence_cost(
-    base: Any, batch: dict[str, Tensor], seed: int, repeats: int, on_repeat: Callable[[int], None] = lambda done: None
-) -> dict[str, float]:
-    """Train a model with one component in every module by evidence, and time its controller for `repeats` looks.
-
-    Returns:
-        Medians in milliseconds: `step_ms`, an ordinary step without its controller; `quiet_ms` and `look_ms`, the
-        controller in a step without and with a look at the evidence. And `look_interval`, steps between two looks;
-        `amortised_ms` and `amortised_fraction`, the controller per step on average, and over an ordinary step.
-    """
-    contender = Contender(evidence_case(live=1), base, batch, seed)
-    contender.forward_backward()  # the first pass claims memory
-    controller, own = contender.hooks.controller, list[float]()
-    step = controller.step
-    # Timed where the optimizer calls it: a controller that is detached asks nothing any more.
-    controller.step = lambda **arguments: own.append(_ms(partial(step, **arguments)))
-    times: dict[str, list[float]] = {name: [] for name in ("step_ms", "quiet_ms", "look_ms")}
-    for _ in range(repeats):
-        for number in range(1, CHECK_INTERVAL + 1):
-            whole = _ms(contender.forward_backward) + _ms(contender.optimizer_step)
-            times["step_ms"].append(whole - own[-1])
-            times["quiet_ms" if number < CHECK_INTERVAL else "look_ms"].append(own[-1])
-        on_repeat(1)
-    found = {name: statistics.median(one) for name, one in times.items()}
-    amortised = _amortised(found["quiet_ms"], found["look_ms"], CHECK_INTERVAL, found["step_ms"])
-    return {**found, "look_interval": CHECK_INTERVAL, **amortised}
-
-
-def _amortised(quiet_ms: float, busy_ms: float, interval: int, step_ms: float) -> dict[str, float]:
-    """Return what a controller that is busy once in `interval` steps costs per step, and over an ordinary step."""
-    amortised_ms = quiet_ms + (busy_ms - quiet_ms) / interval
-    return {"amortised_ms": amortised_ms, "amortised_fraction": amortised_ms / step_ms}
 
 
 def _ms(work: Callable[[], Any]) -> float:

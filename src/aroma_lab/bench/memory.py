@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from aroma.cli.quiet import quiet
 from aroma.errors import AromaWarning
-from aroma.tuner.layer import AromaLinear
 
 from ..run.machine import peak_bytes
 from ..study.child import end_with
@@ -36,8 +35,7 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     """Return the bytes that a forward pass keeps for its backward pass.
 
     A tensor counts with its whole storage, since a view keeps that alive, and each storage counts once. Parameters
-    and buffers of `model` do not count, nor do the directions that growth by evidence asks about: they are there
-    between steps, too. The number is exact, and the same on every run.
+    and buffers of `model` do not count. The number is exact, and the same on every run.
     """
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
@@ -46,20 +44,13 @@ def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
         kept.add(holder)
         return holder
 
-    own = _storages((*model.parameters(), *model.buffers(), *_asked_of(model)))
+    own = _storages((*model.parameters(), *model.buffers()))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         loss = forward()
     # What the graph has freed by now does not wait for backward.
     storages = _storages([holder.tensor for holder in kept])
     del loss
     return sum(size for place, size in storages.items() if place not in own)
-
-
-def _asked_of(model: nn.Module) -> list[Tensor]:
-    """Return the tensors of the probes of `model`, any shapes."""
-    layers = [module for module in model.modules() if isinstance(module, AromaLinear)]
-    probes = [probe for layer in layers for probe in layer.probes.values()]
-    return [tensor for probe in probes for tensor in probe if isinstance(tensor, Tensor)]
 
 
 def optimizer_bytes(optimizer: Any) -> int:

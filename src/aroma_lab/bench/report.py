@@ -66,7 +66,7 @@ def comparison_table(result: Result) -> str:
 
 def notes(result: Result) -> list[str]:
     """Return in sentences what the controller costs, and with what it was measured."""
-    cost, by_evidence, found = result["controller"], result["controller_by_evidence"], result["provenance"]
+    cost, found = result["controller"], result["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     processor = found["device"] if result["settings"]["device"] == "cuda" else found["cpu_model"]
     return [
@@ -75,9 +75,6 @@ def notes(result: Result) -> list[str]:
         f"{cost['check_ms']:.2f} ms.",
         f"One outer step (check, merge, reset, norms of the weights): {cost['outer_ms']:.1f} ms, "
         f"{cost['outer_fraction']:.2f} of an ordinary step.",
-        f"Controller of growth by evidence: {by_evidence['amortised_ms']:.2f} ms per step on average, "
-        f"{by_evidence['amortised_fraction']:.2%} of a step ({by_evidence['step_ms']:.1f} ms). A look every "
-        f"{by_evidence['look_interval']} steps takes {by_evidence['look_ms']:.2f} ms.",
         f"{processor}; {found['threads']} of {found['cpu_count']} threads, OMP_WAIT_POLICY "
         f"{found['wait_policy'] or 'not set'}.",
         f"{versions}; revision {found['git_revision'] or 'unknown'}.",

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     from ..demo.page import result_lines, result_table
-    from ..demo.run import TRAINING, run_demo
+    from ..demo.run import PICTURE, TRAINING, run_demo
     from ..progress import progress_bar
     from ..run.files import REPORT
     from ..tasks.articles import SOURCE
@@ -72,8 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         lines["lora"],
         f"Ranks: {lines['ranks']}.",
         f"Reloaded in plain PEFT, without AROMA: {lines['reloaded']}.",
-        f"Left in {out}: adapter/, {', '.join(record['pictures'])}, {REPORT}, result.json, events.jsonl "
-        f"({record['wall_seconds']:.0f} s).",
+        f"Left in {out}: adapter/, {PICTURE}, {REPORT}, result.json, events.jsonl ({record['wall_seconds']:.0f} s).",
         f"Model: {ENCODER_SOURCE}.",
         f"Data: {SOURCE}.",
     ):

@@ -27,7 +27,6 @@ FORMAT_NAMES = ("text", "markdown", "latex", "csv")
 FIGURES = {
     "curves": "Figure 1: trainable parameters, total rank, rank of two modules, and score, by step",
     "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for one seed of each method",
-    "births": "when each matrix got its components, and the evidence for them, of one run of growth: evidence",
     "cosines": "Figure 4: cosines between the components of two runs",
     "planted": "found against planted rank of every matrix, of a task that plants them",
     "memory": "found rank, and what is recalled, against the number of pairs to remember",
@@ -81,7 +80,7 @@ def add_parser(commands: Any) -> None:
     figure.add_argument(
         "--modules", metavar="MODULE", nargs="+", help="names of modules, or ends of them (those of the paper)"
     )
-    figure.add_argument("--seed", type=int, help="seed shown by ranks, births and cosines (the lowest)")
+    figure.add_argument("--seed", type=int, help="seed shown by ranks and cosines (the lowest)")
     add_force(figure)
     figure.set_defaults(run=run_figure)
 
@@ -92,7 +91,7 @@ def add_parser(commands: Any) -> None:
         "Write all runs of a grid into one table, runs.parquet: settings, versions, metrics, ranks, curves,\n"
         "evaluations and inner checks of each run, failures included. `aroma lab table` and `aroma lab figure`\n"
         "take it in place of the run folders and give the same numbers. Adapters, events and losses are left\n"
-        "out, so cosines and births still need the run folders.\n\n"
+        "out, so cosines still need the run folders.\n\n"
         "Of several parts of one grid, a later part's run replaces one of the same task, method and seed. What they\n"
         "chose and were asked, selection.json and grid.yaml, is then written beside the table.",
         "aroma lab collect results/lab/minilm-six",

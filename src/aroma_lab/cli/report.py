@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         "report",
         "write one HTML file to look at: of a run, or of a grid's comparison",
         (
-            "Write one HTML file that needs no network: of a run its result, loss, births, ranks, evidence, settings\n"
+            "Write one HTML file that needs no network: of a run its result, loss, ranks, settings\n"
             "and the command that repeats it; of a grid its tables, the scores of all methods, and the ranks they\n"
             "found. `aroma train` ends with it. A run that is not finished gives a report of what there is."
         ),

@@ -34,7 +34,6 @@ _KEYS = """keys of a recipe that most people set, with their defaults:
   data.test: null                      evaluated once, after training
   data.text: "text"                    its column; data.text_pair, data.label
   data.max_length: 256                 tokens
-  adapter.growth: "paper"              or evidence
   training.epochs: 3.0                 or training.max_steps
   training.batch_size: 32              on one device
   training.learning_rate: 0.0005       of adapters; training.head_learning_rate
@@ -170,9 +169,7 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"{result['steps']} steps in {result['wall_seconds']:.0f} s · ranks {min(ranks)} to {max(ranks)}, in all "
-        f"{result['total_rank']}"
-        # By evidence all train to the end.
-        + (f" · {frozen} of {len(ranks)} matrices finished" if recipe.adapter.get("growth") != "evidence" else "")
+        f"{result['total_rank']} · {frozen} of {len(ranks)} matrices finished"
     )
     console.print(f"adapter: {TrialFiles(Path(recipe.output)).adapter}", soft_wrap=True)
     if recipe.tasks is not None:

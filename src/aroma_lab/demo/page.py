@@ -76,8 +76,7 @@ def demo_facts(
         lora_parameters=record["parameters"]["lora"],
         matrices=[MatrixFacts(name, one["rank"], one["effective_rank"], updates[name]) for name, one in matrices],
         ranks=curve.ranks,
-        events=[{"module": None, "log_evidence": None, **event} for event in events],
-        significance=record["adapter"]["significance"] if record["adapter"]["growth"] == "evidence" else None,
+        events=events,
         explanation=record["explanation"],
         measured=_measured(record),
         settings={"AromaConfig": record["adapter"], "training": record["training"]},
@@ -102,8 +101,7 @@ def _measured(record: Mapping[str, Any]) -> list[str]:
         "Head only: a linear head on the frozen model's features of the same tokens, trained to convergence, its L2 "
         "strength chosen on a fifth of the training articles. The model's own pooling is what a classifier in "
         "transformers sees; mean pooling is how this model is meant to be used.",
-        "AROMA trains a new head together with the adapters. A tenth of the training articles is not trained on: it "
-        "decides which components stay. The encoder's "
+        "AROMA trains a new head together with the adapters. The encoder's "
         f"pooler {'trains with the head' if pooler['trains'] else 'is frozen'}: {pooler['reason']}.",
         "One seed: a demonstration, not a comparison of methods.",
         f"Model: {ENCODER_SOURCE}.",

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import AutoModel, DataCollatorWithPadding, set_seed
 from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_tensors, write_json, write_text
 from aroma.outputs import new_folder
-from aroma.pictures import birth_picture, rank_picture
+from aroma.pictures import rank_picture
 from aroma.report.facts import LORA_RANK
 from aroma.report.run import run_page
 from aroma.tuner import AromaConfig, aroma_layers
@@ -47,15 +46,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from aroma.controller import AromaController
-    from aroma.events import ModuleSummary
-
 TASK = Task("classification", TOPICS, "text", None, "label", max_length=64)
 """64 tokens of an article are read: headline and first sentences."""
 TOLERANCE = 1e-4
 """Largest difference of two logits that count as equal: float32 sums in another order differ by less."""
 
-ADAPTER: dict[str, Any] = {"target_modules": "all-linear", "growth": "evidence"}
+PICTURE = "ranks.png"
+"""File of the picture of the ranks."""
+
+ADAPTER: dict[str, Any] = {"target_modules": "all-linear"}
 TRAINING = TrainSpec(
     max_steps=110,  # little more than each article once
     batch_size=16,
@@ -83,7 +82,7 @@ def run_demo(
         The content of `result.json`.
 
     Raises:
-        ConfigError: A number of the loop is out of range, or its steps are too few for a trial.
+        ConfigError: A number of the loop is out of range, or its steps are too few for an inner loop.
         OutputError: `out` is not empty, or cannot be written to.
         DataError: A package of the demo is missing or has changed.
         CheckpointError: The saved adapter does not predict the same in plain PEFT.
@@ -91,7 +90,7 @@ def run_demo(
     began = time.monotonic()
     check_training(training)
     # Before the head alone is trained, which takes as long as the rest.
-    AromaConfig(**ADAPTER).check_length(training.max_steps, "--steps")
+    AromaConfig(**ADAPTER).check_length(training.max_steps)
     folder = new_folder("--out", out, "give another folder with --out")
     train, held_out = split_articles(load_articles())
     parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}  # held-out articles are only reported on
@@ -108,6 +107,7 @@ def run_demo(
     method.save(model, folder / "adapter")
     job.describe(model, folder / "adapter")
     modules, updates = fit.controller.summary(), fit.controller.relative_updates()
+    rank_picture(modules, folder / PICTURE, title="Ranks grown on BBC News")
     record = {
         "metrics": metrics_of("classification", logits, np.array(encoded["labels"])),
         "head_only": head_only,
@@ -123,7 +123,6 @@ def run_demo(
         "max_length": TASK.max_length,
         "steps": fit.trainer.state.global_step,
         "explanation": fit.controller.explanation(),
-        "pictures": draw_pictures(fit.controller, modules, folder),
         "wall_seconds": time.monotonic() - began,
         "source": {"model": ENCODER_SOURCE, "data": SOURCE},
         **provenance(),
@@ -207,7 +206,6 @@ def train_adapters(
     """
     set_seed(training.seed)
     model = method.build(job.load_model(), training.max_steps or 0)
-    train, growth_examples = method.hold_out(job.train)
     recorder = Recorder(method, Usage())
     with tempfile.TemporaryDirectory() as scratch:
         log = EventLog(TrialFiles(folder).events, upto=0)
@@ -217,16 +215,12 @@ def train_adapters(
             job.objective,
             training,
             scratch,
-            train,
-            growth_examples=growth_examples,
+            job.train,
             callbacks=[recorder],
             on_event=log,
             progress=bar,
         )
-        with warnings.catch_warnings():
-            # A hundred articles are in the corpus twice. Those that train do not decide what grows.
-            warnings.filterwarnings("ignore", "growth_dataset: ")
-            fit.train()
+        fit.train()
     return fit, recorder.curve
 
 
@@ -235,19 +229,6 @@ def count_parameters(model: Any) -> dict[str, int]:
     sizes = {layer: layer.in_features + layer.out_features for layer in aroma_layers(model).values()}
     adapter = sum(layer.rank("default") * size for layer, size in sizes.items())
     return {**count_trainable(model), "adapter": adapter, "lora": LORA_RANK * sum(sizes.values())}
-
-
-def draw_pictures(controller: AromaController, modules: Sequence[ModuleSummary], folder: Path) -> dict[str, str]:
-    """Draw the ranks and, of growth by evidence, the births over time; return what is shown, by name of the file."""
-    rank_picture(modules, folder / "ranks.png", title="Ranks grown on BBC News")
-    drawn = {"ranks.png": "rank and effective rank of every matrix"}
-    config = controller.config
-    if config.growth == "evidence":
-        events = events_of(folder)
-        title = "Births by evidence on BBC News"
-        birth_picture(events, folder / "births.png", config.significance, controller.global_step, title)
-        drawn["births.png"] = "when every matrix got its components, and the evidence for them"
-    return drawn
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:

@@ -18,13 +18,12 @@ from aroma.controller import AromaController
 from aroma.errors import CheckpointError, bad_value
 from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
-from aroma.integrations.held_out import hold_out, require_enough
 from aroma.integrations.loop import attach
 from aroma.tasks import Tasks
 from aroma.tuner import AromaConfig, aroma_layers
 from aroma.tuner.state import pack, unpack
 
-from ..specs import GROWTH_SHARE, adapter_keys
+from ..specs import adapter_keys
 from .base import Hooks, with_dropout
 from .lora import PeftAdapter
 from .merged import ADAPTER
@@ -40,8 +39,6 @@ class Aroma(PeftAdapter):
     Args:
         r: Rank of one component.
         dropout: Dropout on the input of the component in training; `lora_dropout` in `AromaConfig`.
-        growth_share: Share of the training set that decides growth="evidence" and is not trained on. 0: training
-            batches decide, also those that have been trained on, as a task asks where there is only to be memorised.
         options: Further fields of `AromaConfig`; they override the other arguments.
         target_modules: Modules that grow; see `head.find_targets`.
         tasks: Folder of tasks that lie beneath what grows; see `aroma.Tasks`.
@@ -50,7 +47,6 @@ class Aroma(PeftAdapter):
 
     r: int = 1
     dropout: float = 0.0
-    growth_share: float = GROWTH_SHARE
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     target_modules: list[str] | str | None = None
     tasks: str | None = None
@@ -58,8 +54,6 @@ class Aroma(PeftAdapter):
 
     def __post_init__(self) -> None:
         self._unplaced()  # an impossible value is refused now, not when the model is built
-        if not 0 <= self.growth_share < 1:
-            raise bad_value("growth_share", self.growth_share, "give a share in [0, 1), such as 0.1; 0 holds out none")
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
@@ -109,7 +103,11 @@ class Aroma(PeftAdapter):
         return GrowthHooks(model, optimizer, planned_steps)
 
     def callbacks(
-        self, model: Any, on_event: Callable[[Event], None] | None = None, early_stop: bool = True
+        self,
+        model: Any,
+        on_event: Callable[[Event], None] | None = None,
+        early_stop: bool = True,
+        held_out: Any = None,
     ) -> list[TrainerCallback]:
         """Return AROMA's own callback; see `Method.callbacks`."""
         return [AromaCallback(early_stop=early_stop, on_event=on_event)]
@@ -123,23 +121,12 @@ class Aroma(PeftAdapter):
 
         DistributedDataParallel needs a gradient of frozen ones, too.
         """
-        layers = aroma_layers(model, ADAPTER).values()
-        return sum((layer.in_features + layer.out_features) * layer.slots_in_training(ADAPTER) for layer in layers)
+        layers = [layer for layer in aroma_layers(model, ADAPTER).values() if not layer.is_frozen(ADAPTER)]
+        return sum((layer.in_features + layer.out_features) * layer.r[ADAPTER] for layer in layers)
 
     def check_steps(self, steps: int) -> None:
-        """Raise ConfigError if a run of `steps` optimizer steps ends before growth decides anything."""
-        remedy = "train longer: raise it or training.epochs, or lower training.batch_size"
-        self._unplaced().check_length(steps, "training.max_steps", remedy)
-
-    def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Hold out the examples that decide growth by evidence; see `Method.hold_out`."""
-        config = self._unplaced()
-        if config.growth != "evidence" or self.growth_share == 0:
-            return train, None
-        rest, growth = hold_out(train, self.growth_share)
-        said = f"{len(train)} examples, of which {len(growth)} are held out"
-        require_enough(len(growth), "train", said, config.significance, "give more examples")
-        return rest, growth
+        """Raise ConfigError if a run of `steps` optimizer steps is too short for an inner loop."""
+        self._unplaced().check_length(steps)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""
@@ -161,8 +148,7 @@ class GrowthHooks(Hooks):
 
     def __init__(self, model: Any, optimizer: Any, planned_steps: int) -> None:
         self._model = model
-        one_pass = planned_steps if model.peft_config[ADAPTER].has_slots else None
-        self._attachment = attach(model, optimizer, total_steps=planned_steps, steps_per_pass=one_pass)
+        self._attachment = attach(model, optimizer, total_steps=planned_steps)
 
     @property
     def controller(self) -> AromaController:

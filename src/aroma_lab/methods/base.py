@@ -153,7 +153,11 @@ class Method(ABC):
         return Hooks()
 
     def callbacks(
-        self, model: Any, on_event: Callable[[Event], None] | None = None, early_stop: bool = True
+        self,
+        model: Any,
+        on_event: Callable[[Event], None] | None = None,
+        early_stop: bool = True,
+        held_out: Any = None,
     ) -> list[TrainerCallback]:
         """Return the callbacks that drive the method inside the Hugging Face Trainer.
 
@@ -161,6 +165,7 @@ class Method(ABC):
             model: A model from `build`.
             on_event: Called with every event of a growing adapter; other methods have none.
             early_stop: Whether training ends when every module of a growing adapter has finished.
+            held_out: The tokenized examples that `hold_out` took from the training set; None if it took none.
 
         Returns:
             One callback: a `HooksCallback`, which must be given the state of its hooks on resume, or AROMA's own,

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from aroma.errors import CheckpointError, ConfigError, DataError, bad_value
-from aroma.pictures import FAINT, INK, MatrixRank, draw_births, draw_ranks, new_figure
+from aroma.pictures import FAINT, INK, MatrixRank, draw_ranks, new_figure
 
 from ..run.files import TrialFiles
 from .formats import counted
 from .learnt import not_learnt
-from .runs import Run, check, has_fixed_rank, option_of, read_events, read_runs, rows_of
+from .runs import Run, check, has_fixed_rank, read_runs, rows_of
 from .style import fit_axis, looks, matching_module, paper_modules, short_name, style_axes, write_title
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _COSTS = {
 }
 _OF_MODULES = ("curves", "cosines")
 _OF_TASKS = ("budget", "pareto", "memory")
-_OF_ONE_SEED = ("ranks", "births", "cosines")
+_OF_ONE_SEED = ("ranks", "cosines")
 _COSINES_OF = "layer.10.attention.output.dense"
 """The module that Figure 4 shows."""
 _MOST_NUMBERS = 12
@@ -85,7 +85,7 @@ def draw_figure(
     if modules is not None and kind not in _OF_MODULES:
         raise bad_value("--modules", " ".join(modules), f"only for {' and '.join(_OF_MODULES)}")
     if seed is not None and kind not in _OF_ONE_SEED:
-        raise bad_value("--seed", seed, f"only for {', '.join(_OF_ONE_SEED)}; others show all seeds")
+        raise bad_value("--seed", seed, f"only for {' and '.join(_OF_ONE_SEED)}; others show all seeds")
     frame, labels, tasks = _read(folders)
     unlearnt = not_learnt(frame)  # of all methods, for head-only may not be shown
     tasks = _only("--task", None if task is None else [task], tasks)
@@ -147,27 +147,6 @@ def ranks_figure(shown: Shown) -> Figure:
         labels = ", ".join(shown.methods)
         raise bad_value("--methods", labels, "none of them has ranks; choose methods with low-rank updates")
     return draw_ranks(panels)
-
-
-def births_figure(shown: Shown) -> Figure:
-    """Return the births over time of one run with `growth="evidence"`, see `aroma.pictures.draw_births`."""
-    trials = {run.method: run.trial for run in rows_of(shown.frame)}
-    methods = [label for label in shown.methods if option_of(trials[label], "growth") == "evidence"]
-    if len(methods) != 1:
-        remedy = f"choose one of {', '.join(methods)}" if methods else "none of them grows by evidence"
-        raise bad_value("--methods", ", ".join(shown.methods), f"this figure is of one method; {remedy}")
-    run = _one_seed(shown, methods[0], shown.seed)
-    title = f"Births by evidence: {run.method} on {run.task}, seed {run.seed}"
-    return draw_births(_events(run), option_of(run.trial, "significance"), run.steps, title)
-
-
-def _events(run: Run) -> list[dict[str, Any]]:
-    path = TrialFiles(Path(run.where)).events
-    if not path.is_file():  # as of a table of runs
-        raise bad_value(
-            "FOLDER", run.where, "the events of this run are not kept there; give the output folder of the grid"
-        )
-    return read_events(path)
 
 
 def cosines_figure(shown: Shown) -> Figure:
@@ -375,7 +354,6 @@ def pareto_figure(shown: Shown) -> Figure:
 FIGURES: Mapping[str, Callable[[Shown], Figure]] = {
     "curves": curves_figure,
     "ranks": ranks_figure,
-    "births": births_figure,
     "cosines": cosines_figure,
     "planted": planted_figure,
     "memory": memory_figure,

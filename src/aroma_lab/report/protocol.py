@@ -7,10 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..specs import GROWTH_SHARE
 from ..study.selection import edges, first_of
 from .formats import amount, counted, listing, show, span
-from .runs import Runs, option_of, rows_of
+from .runs import Runs, rows_of
 from .statistics import CONFIDENCE, FEW_SEEDS, RESAMPLES
 
 _MOST_NAMES = 4
@@ -39,7 +38,7 @@ def protocol(runs: Runs) -> str:
         *(_task_sentence(task, of_task) for task in runs.tasks if len(of_task := runs.of(task=task))),
         f"{span(frame.planned_steps.tolist())} steps of {batch} examples{precision}.",
         f"Weights: {listing([_CHECKPOINTS.get(rule, rule) for rule in rules])}.",
-        *_growth_sentences(frame),
+        *_asked_sentences(frame),
         _selection_sentence(runs),
     ]
     return " ".join(sentences)
@@ -128,14 +127,13 @@ def _task_sentence(task: str, frame: pd.DataFrame) -> str:
     return f"{task}: {'/'.join(frame.metric.unique())} on all {reported}; trained on {trained} examples{held}."
 
 
-def _growth_sentences(frame: pd.DataFrame) -> list[str]:
-    trials = zip(frame.method, frame.trial, strict=True)
-    by_evidence = {method: trial["options"] for method, trial in trials if option_of(trial, "growth") == "evidence"}
-    shares = {method: options.get("growth_share", GROWTH_SHARE) for method, options in by_evidence.items()}
+def _asked_sentences(frame: pd.DataFrame) -> list[str]:
+    """Return how many training examples each method held out, and asked."""
+    asked = frame.result.map(lambda result: result.get("asked_examples", 0))
+    counts = asked[asked > 0].groupby(frame.method, sort=False).agg(list)
     return [
-        f"{method}: {share:.0%} of the training examples decide growth, and train nothing."
-        for method, share in shares.items()
-        if share
+        f"{method}: asks {span(some)} of the training examples, which train nothing."
+        for method, some in counts.items()
     ]
 
 

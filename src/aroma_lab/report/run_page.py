@@ -20,7 +20,7 @@ from aroma.report.run import run_page
 from ..run.files import TrialFiles
 from ..run.recorder import history_of
 from .protocol import holds_out
-from .runs import option_of, read_events, read_runs
+from .runs import read_events, read_runs
 
 _MACHINE = ("platform", "device", "cpu_count", "threads", "processes")
 
@@ -83,7 +83,6 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
         matrices=_matrices(result, ranks),
         ranks=ranks,
         events=events,
-        significance=option_of(trial, "significance") if option_of(trial, "growth") == "evidence" else None,
         explanation=result.get("explanation"),
         notes=[*_state_notes(row, steps), *result.get("notes", ())],
         settings=_settings(files, trial),

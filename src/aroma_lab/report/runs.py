@@ -57,7 +57,7 @@ _SCHEMAS: Mapping[str, Any] = {
         **dict.fromkeys(("steps", "planned_steps"), "a whole number"),
         "pooler?": {"trains": "anything", "reason": "a text"},
         "epoch_seconds": ["a number"],
-        "growth_examples?": "a whole number",
+        "asked_examples?": "a whole number",
         **dict.fromkeys(("stopped_early", "git_revision", "platform", "device", "cpu_count", "threads"), "anything"),
     },
     "failure": dict.fromkeys(("error", "message"), "anything"),
@@ -65,7 +65,7 @@ _SCHEMAS: Mapping[str, Any] = {
     "history": {"evaluations": "a list"},
     "event": {
         **{"kind": "a text", "step": "a whole number", "outer_step": "a whole number", "rank": "a whole number"},
-        **{"module?": "a text", "log_evidence?": "a number"},
+        "module?": "a text",
     },
     "grid": {"methods?": {...: "anything"}, "tasks?": {...: "anything"}, "seeds?": ["a whole number"]},
     "selection": {...: {...: {"chosen?": "a mapping", "tried?": [("a mapping", "anything")]}}},
@@ -346,13 +346,12 @@ def read_events(path: Path, is_finished: bool = True) -> list[dict[str, Any]]:
         raise CheckpointError(f"{path}: truncated or edited ({error}); {_OF_RUN}") from error
     for number, event in enumerate(events, 1):
         check(f"{path}, line {number}", event, _SCHEMAS["event"])
-    return [{"module": None, "log_evidence": None, **event} for event in events]
+    return [{"module": None, **event} for event in events]
 
 
 def _read_ended(path: Path) -> list[tuple[int, str]]:
-    # Growth by evidence has no inner loops; it merges to make room.
-    loops = [event for event in read_events(path) if event["log_evidence"] is None] if path.exists() else []
-    return [(event["outer_step"], event["module"]) for event in loops if event["kind"] in ("merged", "frozen")]
+    events = read_events(path) if path.exists() else []
+    return [(event["outer_step"], event["module"]) for event in events if event["kind"] in ("merged", "frozen")]
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
@@ -403,7 +402,7 @@ def _epoch_seconds(training: Mapping[str, Any], result: Mapping[str, Any]) -> fl
     times, steps = result["epoch_seconds"], result["steps"]
     if not times or not steps:
         return None
-    trained = result["examples"]["train"] - result.get("growth_examples", 0)
+    trained = result["examples"]["train"] - result.get("asked_examples", 0)
     batches = math.ceil(trained / training.get("batch_size", 1))
     return float(sum(times) / steps * math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
 

@@ -255,10 +255,9 @@ def _difference_text(difference: float, error: float) -> str:
 
 def reset_table(runs: Runs) -> Table:
     """Return the paper's Table 4: AROMA's scores, ranks and effective ranks by what a merge resets."""
-    methods = _by_papers_rule(runs)
+    methods = runs.finished_methods("aroma")
     if not methods:
-        said = f"no run of kind aroma has finished in {runs.source} that grows by the paper's rule; run some first"
-        raise bad_value("--kind", "reset", said)
+        raise bad_value("--kind", "reset", f"no run of kind aroma has finished in {runs.source}; run some first")
     table = Table(methods, len(runs.seeds))
     resets = ["/".join({option_of(trial, "reset"): None for trial in runs.of(method).trial}) for method in methods]
     table.add("reset", resets, reset=resets)
@@ -290,7 +289,7 @@ def time_table(runs: Runs, baseline: str | None) -> Table:
     if len(runs.tasks) > 1:
         average = seconds.mean(axis="columns", skipna=False)
         table.numbers("average, s", "average_seconds", average.tolist(), decimals)
-    aroma = _by_papers_rule(runs)
+    aroma = runs.finished_methods("aroma")
     for other, paper_key in _timed_against(runs, baseline).items():
         base = seconds.loc[other].dropna()
         common = seconds[base.index]
@@ -373,8 +372,6 @@ def inner_loops(run: Run) -> pd.DataFrame:
 
 def predicted_step(trial: Mapping[str, Any]) -> float | None:
     """Return the inner step near which a linearly growing norm meets criterion (5); None where it is not used."""
-    if option_of(trial, "growth") == "evidence":
-        return None
     tolerance, interval = option_of(trial, "inner_tolerance"), option_of(trial, "inner_check_interval")
     # The norm grows from c(t − ΔT) to ct, by the share ΔT / (t − ΔT), which is less than ε once t > ΔT (1 + 1/ε).
     return round(interval * (1 + 1 / tolerance), 6) if tolerance else None
@@ -465,15 +462,6 @@ def _examples(runs: Runs) -> list[str]:
         notes = dict.fromkeys(str(note) for result in runs.of(task=task).result for note in result.get("notes", ()))
         lines += [f"{task}: {'; '.join(notes)}."] if notes else []
     return lines
-
-
-def _by_papers_rule(runs: Runs) -> list[str]:
-    """Return the methods of kind aroma that grow as the paper has it: they alone reset, as its tables have it."""
-    return [
-        method
-        for method in runs.finished_methods("aroma")
-        if all(option_of(trial, "growth") == "paper" for trial in runs.of(method).trial)
-    ]
 
 
 def _timed_against(runs: Runs, baseline: str | None) -> dict[str, str | None]:

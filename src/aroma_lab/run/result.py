@@ -64,14 +64,13 @@ def result_of(run: Run, fit: Fit, predictions: Mapping[str, Prediction]) -> dict
         "reported": reported,
         "guessed": guessed,
         "examples": work.job.examples,
-        "growth_examples": len(run.growth_examples or []),  # of those of training
+        "asked_examples": len(run.held_out or []),  # of those of training: the method held them out
         "notes": list(work.job.notes),
         "steps": steps,
         "planned_steps": run.steps,
         "stopped_early": method.trains and steps < run.steps,
         "parameters": {
-            # Growth by evidence looks at gradients before anything but the head trains.
-            "initial": next((count for _, count in curve.parameters if count), 0),
+            "initial": curve.parameters[0][1],
             "average": average,
             "final": curve.parameters[-1][1],
             "head": count_trainable(model)["head"],

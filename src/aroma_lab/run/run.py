@@ -98,7 +98,7 @@ class Run:
         processes: Those that train it.
         work: Its examples and what they are scored by.
         train: The examples that it trains on.
-        growth_examples: Those that decide growth instead; see `Method.hold_out`.
+        held_out: Those that the method asks instead; see `Method.hold_out`.
         model: What is trained.
         steps: Planned optimizer steps.
         checkpoint: Where it goes on from; None: it begins.
@@ -112,7 +112,7 @@ class Run:
     method: Method
     work: Work
     train: Dataset
-    growth_examples: Dataset | None
+    held_out: Dataset | None
     model: Any
     steps: int
     checkpoint: str | None
@@ -138,7 +138,7 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
     if not isinstance(work.job, ClassifierJob):
         remedy = "only classification and regression have the texts that it is computed from; leave it out"
         method.require_no_data_option(remedy)
-    train, growth_examples = method.hold_out(work.job.train)
+    train, held_out = method.hold_out(work.job.train)
     steps = planned_steps(training, len(train), processes.num_processes)
     if method.trains:
         check_warmup(training, steps)
@@ -158,7 +158,7 @@ def _prepare(trial: Trial, home: TrialFolder, processes: PartialState, usage: Us
         method=method,
         work=work,
         train=train,
-        growth_examples=growth_examples,
+        held_out=held_out,
         model=model,
         steps=steps,
         checkpoint=checkpoint,
@@ -227,7 +227,7 @@ def _train(run: Run, progress: bool) -> Fit:
         run.home.checkpoints,
         train=run.train,
         validation={split: sets[split] for split in run.work.traced} if sets else None,
-        growth_examples=run.growth_examples,
+        held_out=run.held_out,
         callbacks=[run.recorder, *([ProgressFile(run.home.progress)] if first else [])],
         on_event=EventLog(run.home.events, upto=step_of(run.checkpoint)) if first else None,
         progress=progress and first,

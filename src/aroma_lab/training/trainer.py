@@ -79,7 +79,7 @@ def make_trainer(
     train: Dataset,
     validation: Dataset | dict[str, Dataset] | None = None,
     *,
-    growth_examples: Dataset | None = None,
+    held_out: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_event: Callable[[Event], None] | None = None,
     progress: bool = True,
@@ -92,7 +92,7 @@ def make_trainer(
         folder: Where checkpoints go.
         train: Tokenized training examples.
         validation: Tokenized examples, or several sets of them by name; None if nothing is evaluated on the way.
-        growth_examples: Tokenized examples that decide growth and are not trained on; see `Method.hold_out`.
+        held_out: Tokenized examples that the method asks and that are not trained on; see `Method.hold_out`.
         callbacks: Called after the method's own.
         on_event: Called with every event of AROMA's controller.
         progress: Whether a progress bar is shown.
@@ -101,11 +101,9 @@ def make_trainer(
     Raises:
         ConfigError: The method cannot train the model.
     """
-    own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop)
+    own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
     bar = RichProgress(growth) if progress else None
-    if growth is not None:
-        growth.growth_dataset = growth_examples
     trainer = (objective.trainer.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         counts_items=objective.counts_items,
