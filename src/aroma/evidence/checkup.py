@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ class Checkup:
         saves: How much less held-out loss the kept directions leave than the base alone.
         standard_error: Standard error of that difference.
         smaller: Total number of directions that one standard error of loss would keep.
+        kept: Total number of directions that stay.
+        kind: What event it is, in files that hold several kinds.
     """
 
     step: int
@@ -46,7 +48,8 @@ class Checkup:
     saves: float
     standard_error: float
     smaller: int
-    kept: int = field(default=0)
+    kept: int
+    kind: str = "checkup"
 
     @property
     def total_before(self) -> int:
@@ -67,6 +70,12 @@ class Checkup:
     def loss(self) -> float:
         """Held-out loss with the directions that stay."""
         return self.losses[self.sizes.index(self.kept)]
+
+    def totals(self) -> dict[str, float]:
+        """Return the numbers that a tracker shows."""
+        ranks = [rank for ranks in self.ranks.values() for rank in ranks]
+        shown = {"total_rank": self.kept, "largest_rank": max(ranks), "mean_rank": self.kept / len(ranks)}
+        return {**shown, "held_out_loss": self.loss, "loss_before": self.loss_before, "loss_of_base": self.loss_of_base}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the checkup as a JSON-able dict, which `Checkup(**...)` takes."""

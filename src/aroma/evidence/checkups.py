@@ -80,20 +80,26 @@ class Checkups:
         Returns:
             The checkup, if there was one.
         """
-        self.global_step += 1
-        found = self._check() if self.global_step in self._moments else None
-        if self.global_step == self.total_steps and not self._updates.is_sharded:
-            compact(self._updates.model)
+        found = self.advance(self.global_step + 1)
+        if self.global_step == self.total_steps:
+            self.finish()
         return found
 
-    def _check(self) -> Checkup:
-        found = check(
-            self._updates, self._held_out, self._loss, self._effort, self._standard_errors, self.global_step
-        )
+    def advance(self, step: int) -> Checkup | None:
+        """Note that `step` optimizer steps have been taken, and have a checkup where one is due."""
+        self.global_step = step
+        if step not in self._moments or any(found.step == step for found in self.history):
+            return None
+        found = check(self._updates, self._held_out, self._loss, self._effort, self._standard_errors, step)
         self.history.append(found)
         if self._on_event is not None:
             self._on_event(found)
         return found
+
+    def finish(self) -> None:
+        """Make the adapter compact; one that is sharded keeps its shape, with directions of zero."""
+        if not self._updates.is_sharded:
+            compact(self._updates.model, self._updates.adapter)
 
     def explanation(self) -> str:
         """Return one sentence on what the last checkup kept."""

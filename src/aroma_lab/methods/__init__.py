@@ -13,6 +13,7 @@ from .adalora import AdaLora
 from .aroma import Aroma, GrowthHooks
 from .base import Hooks, HooksCallback, Method
 from .bottleneck import Bottleneck, Houlsby, Pfeiffer
+from .evidence import Evidence
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
@@ -30,9 +31,10 @@ METHODS: dict[str, type[Method]] = {
     "relora": ReLoraComponents,
     "relora_merge": ReLoraMerge,
     "aroma": Aroma,
+    "evidence": Evidence,
 }
 
-__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Bottleneck", "Frozen", "Full", "GrowthHooks", "HeadOnly", "Hooks"]
+__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Bottleneck", "Evidence", "Frozen", "Full", "GrowthHooks", "HeadOnly", "Hooks"]
 __all__ += ["HooksCallback", "Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents"]
 __all__ += ["ReLoraMerge", "encoder_linears", "find_targets", "make_method"]
 

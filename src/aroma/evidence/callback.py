@@ -1,0 +1,220 @@
+"""Checkups in the Hugging Face Trainer and TRL's trainers: one callback beside PEFT's own LoRA."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer_callback
+
+from ..errors import AromaWarning, CheckpointError, bad_value
+from ..integrations.held_out import rows_of
+from ..sharding import world_size
+from .checkup import Checkup, Loss
+from .checkups import Checkups, require_standard_errors
+from .schedule import FEWEST, WANTED, moments
+
+
+class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
+    """Lets a LoRA adapter keep the directions that save loss on held-out examples, inside `Trainer`.
+
+    .. code-block:: python
+
+        train, held_out = hold_out(dataset)
+        model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
+        Trainer(model, args, train_dataset=train, callbacks=[EvidenceCallback(held_out)]).train()
+        model.save_pretrained("adapter")
+
+    A checkup comes after an optimizer step, before that step's save. When the training ends, the adapter is made
+    compact: every matrix has the rank that it kept. Under FSDP2 and ZeRO it keeps its shape, with directions of zero;
+    `aroma.compact` does the rest when it is loaded into one process.
+
+    Args:
+        held_out: Examples that the trainer does not train on, prepared as its training set is; see `aroma.hold_out`.
+            TRL's trainers prepare them themselves.
+        at: When to ask, as shares of the run.
+        standard_errors: How many standard errors of held-out loss a smaller adapter may cost; 0 keeps the least loss.
+        loss: Loss of a model and a batch; by default that of the training, `trainer.compute_loss`.
+        on_event: Called with every `Checkup`. Checkpoints do not hold it.
+
+    Attributes:
+        history: The checkups of the current or last training.
+
+    Raises:
+        ConfigError: Without a LoRA adapter, with too few examples, or with a trainer that samples its examples.
+    """
+
+    def __init__(
+        self,
+        held_out: Any,
+        *,
+        at: Sequence[float] = (0.2, 0.4, 0.6),
+        standard_errors: float = 0.0,
+        loss: Loss | None = None,
+        on_event: Callable[[Checkup], None] | None = None,
+    ) -> None:
+        moments(at, 2**53)
+        require_standard_errors(standard_errors)
+        self.held_out, self.at, self.standard_errors = held_out, at, standard_errors
+        self.loss, self.on_event = loss, on_event
+        self.trainer: Trainer | None = None
+        self._checkups: Checkups | None = None
+
+    @property
+    def history(self) -> list[Checkup]:
+        """The checkups of the current or last training."""
+        return [] if self._checkups is None else self._checkups.history
+
+    def explanation(self) -> str:
+        """Return one sentence on what the last checkup kept."""
+        return "no checkup yet" if self._checkups is None else self._checkups.explanation()
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a trainer that has no held-out loss, before any work."""
+        _introduce_trainers()
+        if isinstance(getattr(args, "num_generations", None), int):
+            raise bad_value(
+                "callbacks",
+                type(self).__name__,
+                "this trainer samples its examples, so none has a held-out loss; run `aroma compress` on logged "
+                "answers when it has finished, or use AromaConfig and AromaCallback, which need no loss",
+            )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any,
+        optimizer: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Make batches of the held-out examples; on resume, go on where the checkpoint was."""
+        assert self.trainer is not None, "Trainer.train introduces itself"
+        batches, cost = held_out_batches(self.trainer, self.held_out)
+        self._checkups = Checkups(
+            model,
+            optimizer,
+            state.max_steps,
+            batches,
+            at=self.at,
+            standard_errors=self.standard_errors,
+            loss=self.loss or functools.partial(_trainer_loss, self.trainer),
+            on_event=self.on_event,
+            cost=cost,
+        )
+        if state.global_step > 0:
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is None:
+                remedy = "resume one that was trained with this callback, or begin a new run from its adapter"
+                raise CheckpointError(f"trainer_state.json: the checkpoint has no state of EvidenceCallback; {remedy}")
+            self._checkups.load_state_dict(saved["attributes"]["checkups"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have a checkup where one is due, and tell trackers of it."""
+        assert self._checkups is not None and self.trainer is not None, "the Trainer calls on_train_begin first"
+        found = self._checkups.advance(state.global_step)
+        if found is None:
+            return
+        if state.is_world_process_zero and not args.disable_tqdm:
+            tqdm.write(f"step {found.step}: {found}")
+        self.trainer.log({f"evidence/{name}": value for name, value in found.totals().items()})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        """Make the adapter compact; it is the best checkpoint's where that was loaded."""
+        assert self._checkups is not None, "the Trainer calls on_train_begin first"
+        self._checkups.finish()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer stores in a checkpoint's `trainer_state.json`."""
+        checkups = None if self._checkups is None else self._checkups.state_dict()
+        return {"args": {}, "attributes": {"checkups": checkups}}
+
+
+def held_out_batches(trainer: Trainer, held_out: Any) -> tuple[list[Any], float]:
+    """Return batches of held-out examples as the trainer evaluates, this process's part of each.
+
+    They have the training's size, or a smaller one where there would be fewer than 16 of them.
+
+    Returns:
+        The batches, and what forward and backward of one cost, in optimizer steps.
+
+    Raises:
+        ConfigError: Too few examples, or no examples at all.
+    """
+    args: Any = trainer.args
+    examples = _prepared(trainer, held_out)
+    if not hasattr(examples, "__len__") or len(examples) < FEWEST * world_size():
+        count = len(examples) if hasattr(examples, "__len__") else type(examples).__name__
+        remedy = f"at least {FEWEST * world_size()} examples with a length are needed; train, held_out = hold_out(data)"
+        raise bad_value("held_out", count, remedy)
+    if held_out is trainer.eval_dataset:
+        warnings.warn(
+            "held_out is the eval_dataset, too: what decides cannot also report, so its scores will be too good; "
+            "hold out other examples",
+            AromaWarning,
+            stacklevel=2,
+        )
+    size = min(args.per_device_train_batch_size, max(1, len(examples) // (WANTED * world_size())))
+    whole = len(examples) // (size * world_size()) * size * world_size()
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.data_seed or args.seed))
+    before, args.per_device_eval_batch_size = args.per_device_eval_batch_size, size
+    try:
+        batches = [*trainer.get_test_dataloader(rows_of(examples, order[:whole].tolist()))]
+    finally:
+        args.per_device_eval_batch_size = before
+    return batches, size / (args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+
+def _prepared(trainer: Any, held_out: Any) -> Any:
+    """Return held-out examples as a trainer of TRL prepares its data sets; of others, as they are."""
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    if prepare is None or not hasattr(held_out, "column_names"):
+        return held_out
+    trained = getattr(trainer.train_dataset, "column_names", None) or []
+    if {*trained} <= {*held_out.column_names}:
+        return held_out
+    known = {
+        "processing_class": trainer.processing_class,
+        "args": trainer.args,
+        "packing": getattr(trainer.args, "packing", False),
+        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "dataset_name": "held-out",
+    }
+    return prepare(held_out, **{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+
+
+def _trainer_loss(trainer: Trainer, model: Any, batch: Any) -> Any:
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(model, batch)
+
+
+_INTRODUCES = "aroma_introduces"
+
+
+def _introduce_trainers() -> None:
+    """Let every Trainer introduce itself to its `EvidenceCallback`s, for no callback is told whose loss it may use."""
+    train = Trainer.train
+    if hasattr(train, _INTRODUCES):
+        return
+
+    @functools.wraps(train)
+    def introduced(self: Any, *args: Any, **options: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EvidenceCallback):
+                callback.trainer = self
+        return train(self, *args, **options)
+
+    setattr(introduced, _INTRODUCES, True)
+    Trainer.train = introduced
