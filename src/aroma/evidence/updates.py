@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -229,7 +230,7 @@ def active_lora(model: nn.Module) -> str:
         ConfigError: There is none, several are, or it is one whose directions cannot be cut.
     """
     configs = getattr(model, "peft_config", {})
-    names = [name for name in getattr(model, "active_adapters", []) if name in configs]
+    names = [name for name in configs if name in model.active_adapters] if isinstance(model, PeftModel) else []
     if len(names) != 1 or getattr(configs[names[0]], "peft_type", None) != "LORA":
         found = [f"{name} ({configs[name].peft_type})" for name in names]
         remedy = "evidence needs one active LoRA adapter: get_peft_model(model, LoraConfig(...)), or set_adapter(NAME)"
@@ -243,7 +244,9 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def _refuse(config: Any) -> None:
     if config.init_lora_weights not in _STARTS:
-        remedy = "it changes the base weights, so a direction that goes would take a part of the base with it; use True"
+        remedy = (
+            "it changes the base weights, so a direction that goes would take a part of the base with it; use True"
+        )
         raise bad_value("init_lora_weights", config.init_lora_weights, remedy)
     if config.lora_bias:
         raise bad_value("lora_bias", True, "a bias is no direction, and goes with a layer that keeps none; use False")
@@ -270,7 +273,9 @@ def _found(model: nn.Module, adapter: str) -> list[Update]:
             stacklevel=4,
         )
     if not updates:
-        raise bad_value("model", adapter, "no layer of this adapter has an update B A; see docs/method.md for the kinds")
+        raise bad_value(
+            "model", adapter, "no layer of this adapter has an update B A; see docs/method.md for the kinds"
+        )
     return updates
 
 
