@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import AromaWarning, bad_value
 from ..evaluation import evaluating
+from ..reset import check_resettable
 from ..sharding import REPLICAS, gathered, sharding_of, sharding_of_model, unwrapped, unwrapped_optimizer, write
 
 _NORM = 1 / math.sqrt(3)
@@ -114,7 +115,8 @@ class Updates:
             rows, columns, sigma = _singular(update.rows(A), update.columns(B))
             if update.is_embedding:  # here B is the factor that starts at random
                 rows, columns = rows * _swap(len(B), sigma)[:, :, None], columns / _swap(len(B), sigma)[:, None]
-            self._pairs.append(_as_of_first_rank(update.shaped(rows, columns, A, B)))
+            *pair, sigma = _as_of_first_rank(*update.shaped(rows, columns, A, B), sigma)
+            self._pairs.append((pair[0], pair[1]))
             sizes.append((sigma * abs(_scale(update))).flatten().cpu())
         self._write(1.0)
         return torch.cat(sizes)
@@ -137,9 +139,7 @@ class Updates:
             cut.append(update.shaped(update.rows(A) * mask[:, :, None], update.columns(B) * mask[:, None], A, B))
         self._pairs = cut
         self._write(1.0)
-        for update in self.each:
-            for parameter in update.pair:
-                _forget(self.optimizer, parameter)
+        self._forget()
 
     def credits(self, losses: list[Callable[[], Tensor]]) -> Tensor:
         """Return what every direction saves on each batch, by the midpoint rule.
@@ -215,6 +215,25 @@ class Updates:
             scaled = update.columns(B) * scale.view(update.matrices, 1, -1)
             for parameter, values in zip(update.pair, update.shaped(update.rows(A), scaled, A, B), strict=True):
                 write(parameter, values)
+
+
+    @torch.no_grad()
+    def _forget(self) -> None:
+        """Let the optimizer's state begin anew; under ZeRO that of all it trains, which has one step count."""
+        parameters = [parameter for update in self.each for parameter in update.pair]
+        if self.optimizer is None:
+            return
+        if not self._sharding.has_flat_optimizer:
+            for parameter in parameters:
+                unwrapped_optimizer(self.optimizer).state.pop(parameter, None)
+            return
+        for parameter in parameters:
+            check_resettable(self.optimizer, parameter, "prune")
+        # In place: DeepSpeed refers to these tensors. Zeroed moments under an old count would make large steps.
+        for state in self._sharding.base_optimizer(self.optimizer).state.values():
+            for name, value in state.items():
+                first = float(name == "mu_product")  # of NAdam
+                state[name] = value.fill_(first) if isinstance(value, Tensor) else type(value)(first)
 
 
 def _eagerly() -> Any:
@@ -329,20 +348,6 @@ def _kept(update: Update, B: Tensor) -> list[int]:
     return counts
 
 
-def _forget(optimizer: Any | None, parameter: nn.Parameter) -> None:
-    """Let the optimizer's state of a parameter begin anew."""
-    if optimizer is None:
-        return
-    state = sharding_of(parameter, optimizer).optimizer_state(optimizer, parameter)
-    if not state.is_flat:
-        unwrapped_optimizer(optimizer).state.pop(parameter, None)
-        return
-    for value in state.values.values():
-        entries = state.entries(value) if isinstance(value, Tensor) else None
-        if entries is not None:
-            entries.values.zero_()
-
-
 def _require_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -350,13 +355,14 @@ def _require_loss(loss: Any) -> None:
         raise bad_value("loss", kind, remedy)
 
 
-def _as_of_first_rank(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the tensors of rank 0, so that no rounding of a decomposition makes replicas differ."""
-    if dist.is_available() and dist.is_initialized():
-        pair = (pair[0].contiguous(), pair[1].contiguous())
-        for tensor in pair:
-            dist.broadcast(tensor, src=0)
-    return pair
+def _as_of_first_rank(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors (any shapes) of rank 0, so that no rounding of a decomposition makes replicas differ."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [*tensors]
+    sent = [tensor.contiguous() for tensor in tensors]
+    for tensor in sent:
+        dist.broadcast(tensor, src=0)
+    return sent
 
 
 def _mean_of_ranks(values: Tensor, near: Tensor) -> Tensor:
