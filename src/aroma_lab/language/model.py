@@ -241,7 +241,7 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
             raise bad_value("base_model", base_model, f"{folder} is a whole model and no adapter; leave it out")
         task = load_language_task(folder)
         template = Template(load_lm_tokenizer(task.model, None), task.language)
-        return LoadedModel(_placed(load_causal_lm(task.model)), template)
+        return LoadedModel(placed(load_causal_lm(task.model)), template)
     path = require_adapter_folder(folder)
     if not _is_language_adapter(path):
         task_type = read_config(path).get("task_type")
@@ -251,7 +251,7 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
     spec = task.model if base_model is None else replace(task.model, name=base_model, gguf_file=None)
     if not spec.name:
         raise bad_value("base_model", spec.name, "the adapter does not name its base model; give its folder or name")
-    template = Template(_tokenizer_of(path, spec), task.language)
+    template = Template(tokenizer_of(path, spec), task.language)
     base = load_causal_lm(spec)
     now = None if task.fingerprint is None else fingerprint_of(base)
     if now is not None and now != task.fingerprint:
@@ -260,10 +260,10 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
             f"({task.model.name!r}), so its answers mean little; give that model",
             stacklevel=2,
         )
-    return LoadedModel(_placed(_with_adapter(base, path, spec)), template)
+    return LoadedModel(placed(_with_adapter(base, path, spec)), template)
 
 
-def _tokenizer_of(path: Path, spec: ModelSpec) -> Any:
+def tokenizer_of(path: Path, spec: ModelSpec) -> Any:
     """Return the adapter's tokenizer, else the base model's; where there are both, they number the same tokens."""
     of_base = load_lm_tokenizer(spec, None)
     if not (path / "tokenizer_config.json").exists():
@@ -301,7 +301,8 @@ def _does_not_fit(path: Path, spec: ModelSpec, reason: str) -> AromaError:
     return bad_value("base_model", spec.name, remedy)
 
 
-def _placed(model: Any) -> Any:
+def placed(model: Any) -> Any:
+    """Return a model on the accelerator, if there is one; it is moved in place."""
     if getattr(model, "quantization_method", None) is not None or not torch.accelerator.is_available():
         return model  # quantized weights are where they were loaded
     return model.to(torch.accelerator.current_accelerator())

@@ -91,7 +91,7 @@ def open_classifier(
         label=label or task.label,
         max_length=max_length or task.max_length,
     )
-    source = _tokenizer_source(adapter, base_model)
+    source = tokenizer_source(adapter, base_model)
     tokenizer = load_tokenizer(source, task.max_length)
     if task.max_length == 0:
         known = tokenizer.model_max_length
@@ -136,7 +136,7 @@ def _task_of_head(adapter: AdapterWeights, text: str | None, label: str | None, 
     return Task("classification", names, text or "", None, label or "", 0)
 
 
-def _tokenizer_source(adapter: AdapterWeights, base_model: str | None) -> str:
+def tokenizer_source(adapter: AdapterWeights, base_model: str | None) -> str:
     """Return where the tokenizer is: beside the adapter, else with the base model.
 
     Raises:
