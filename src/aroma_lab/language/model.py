@@ -222,12 +222,15 @@ class LoadedModel(NamedTuple):
     template: Template
 
 
-def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = None) -> LoadedModel:
+def load_for_inference(
+    folder: str | os.PathLike[str], base_model: str | None = None, dtype: Any = None
+) -> LoadedModel:
     """Load a language model's adapter with its base model in plain PEFT, or a whole model's folder.
 
     Args:
         folder: The adapter; a causal language model's folder; or `smollm2`, the packaged model.
         base_model: Folder or hub name of the base model; the adapter's own by default.
+        dtype: Name of the type of an adapter's pretrained weights; as in training by default, or else float32.
 
     Returns:
         The model in evaluation mode, on the accelerator if there is one.
@@ -249,9 +252,11 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
         raise bad_value("adapter", str(path), remedy)
     task = load_language_task(path)
     spec = task.model if base_model is None else replace(task.model, name=base_model, gguf_file=None)
+    if dtype is not None:
+        spec = replace(spec, dtype=dtype)
     if not spec.name:
         raise bad_value("base_model", spec.name, "the adapter does not name its base model; give its folder or name")
-    template = Template(tokenizer_of(path, spec), task.language)
+    template = Template(_tokenizer_of(path, spec), task.language)
     base = load_causal_lm(spec)
     now = None if task.fingerprint is None else fingerprint_of(base)
     if now is not None and now != task.fingerprint:
@@ -260,10 +265,10 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
             f"({task.model.name!r}), so its answers mean little; give that model",
             stacklevel=2,
         )
-    return LoadedModel(placed(_with_adapter(base, path, spec)), template)
+    return LoadedModel(placed(with_adapter(base, path, spec)), template)
 
 
-def tokenizer_of(path: Path, spec: ModelSpec) -> Any:
+def _tokenizer_of(path: Path, spec: ModelSpec) -> Any:
     """Return the adapter's tokenizer, else the base model's; where there are both, they number the same tokens."""
     of_base = load_lm_tokenizer(spec, None)
     if not (path / "tokenizer_config.json").exists():
@@ -276,16 +281,22 @@ def tokenizer_of(path: Path, spec: ModelSpec) -> Any:
     return own
 
 
-def _with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
-    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it."""
-    from peft import PeftConfig, PeftModelForCausalLM
+def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
+    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it.
+
+    Raises:
+        CheckpointError: The adapter is damaged.
+        ConfigError: The base model is not the one that the adapter was trained on.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
     config = read_config(path)
     if is_plain(config):
         return put_into(base, read_whole(path), spec.name or "")
     require_simple_patterns(path, config)
     try:
-        model = PeftModelForCausalLM(base, PeftConfig.from_pretrained(str(path), inference_mode=True))
+        model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.get("task_type"), PeftModel)
+        model = model_class(base, PeftConfig.from_pretrained(str(path), inference_mode=True))
         surplus = model.load_adapter(str(path), "default").unexpected_keys
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())

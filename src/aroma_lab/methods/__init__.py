@@ -33,7 +33,19 @@ METHODS: dict[str, type[Method]] = {
     "evidence": Evidence,
 }
 
-__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Bottleneck", "Evidence", "Frozen", "Full", "GrowthHooks", "HeadOnly", "Hooks"]
+__all__ = [
+    "METHODS",
+    "AdaLora",
+    "Aroma",
+    "BitFit",
+    "Bottleneck",
+    "Evidence",
+    "Frozen",
+    "Full",
+    "GrowthHooks",
+    "HeadOnly",
+    "Hooks",
+]
 __all__ += ["HooksCallback", "Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents"]
 __all__ += ["ReLoraMerge", "encoder_linears", "find_targets", "make_method"]
 
