@@ -203,7 +203,7 @@ def export_merged(
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
-    base_name = _base_name(adapter, base_model)
+    base_name = base_name_of(adapter, base_model)
     model = _with_base(adapter, base_model)
     if getattr(model.get_base_model(), "is_quantized", False):
         raise bad_value(
@@ -306,7 +306,12 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     return _with_base(read_whole(folder), base_model)
 
 
-def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
+def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
+    """Return folder or hub name of the base model: the given one, or the adapter's own.
+
+    Raises:
+        ConfigError: Neither says it.
+    """
     base_name: str | None = base_model or adapter.config.get("base_model_name_or_path")
     if not base_name:
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
@@ -314,9 +319,18 @@ def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
 
 
 def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
+    return put_into(base_of(adapter, base_model), adapter, base_name_of(adapter, base_model))
+
+
+def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
+    """Load the base model of an adapter in float32, with as many outputs as the adapter's head has.
+
+    Raises:
+        ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
+    """
     import transformers
 
-    base_name = _base_name(adapter, base_model)
+    base_name = base_name_of(adapter, base_model)
     mapping = adapter.config.get("auto_mapping") or {}
     task_type = adapter.config.get("task_type")
     class_name = MODEL_CLASSES.get(task_type) if task_type else mapping.get("base_model_class")
@@ -339,13 +353,12 @@ def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
     try:
-        base = model_class.from_pretrained(base_name, dtype=torch.float32, **options)
+        return model_class.from_pretrained(base_name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value(
             "base_model", base_name, f"cannot be loaded ({reason[:500]}); give its folder or hub name"
         ) from error
-    return put_into(base, adapter, base_name)
 
 
 def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:

@@ -31,6 +31,7 @@ INK, FAINT, GRID = "#222222", "#767676", "#E4E4E4"
 # Two colours of Okabe and Ito that differ in lightness as much as in hue, so that a greyscale print stays readable.
 _RANK: dict[str, Any] = {"marker": "o", "color": "#BFDDF0", "edgecolor": "#0072B2", "linewidth": 1.1}
 _EFFECTIVE: dict[str, Any] = {"marker": "o", "color": "#D55E00", "linewidth": 0}
+_AFTER: dict[str, Any] = {"marker": "o", "color": "#0072B2", "linewidth": 0}
 _CROSS: dict[str, Any] = {"marker": "x", "color": FAINT, "linewidth": 1.3}
 _UNIT = 0.55
 """Inches between two matrices."""
@@ -115,33 +116,69 @@ def draw_ranks(panels: Mapping[str, Sequence[Matrix]]) -> Figure:
     if not panels or not all(panels.values()):
         raise bad_value("matrices", [], "there is nothing to draw; give an adapter with at least one matrix")
     names = list(dict.fromkeys(matrix.name for matrices in panels.values() for matrix in matrices))
-    positions = dict(zip(names, positions_of(names), strict=True))
-    # Modules outside the numbered layers come last.
-    layers = sorted({place.layer for place in positions.values()}, key=lambda layer: (layer is None, layer or 0))
-    kinds = list(dict.fromkeys(position.kind for position in positions.values()))
-    width = 0.9 + 0.085 * max(map(len, kinds)) + _UNIT * len(layers)
-    figure = new_figure(max(width, 7.5), 0.4 + len(panels) * (1.15 + _UNIT * len(kinds)))
+    figure, every, places = _grids(names, [f"{title}\n{_summary(matrices)}" for title, matrices in panels.items()])
     scale = _LARGEST / max(1, *(matrix.rank for matrices in panels.values() for matrix in matrices))
-    for axes, (title, matrices) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+    for axes, matrices in zip(every, panels.values(), strict=True):
+        for matrix in matrices:
+            place = places[matrix.name]
+            if matrix.rank == 0:
+                axes.scatter(*place, s=40, **_CROSS)
+                continue
+            axes.scatter(*place, s=scale * matrix.rank, **_RANK)
+            axes.scatter(*place, s=scale * matrix.effective_rank, **_EFFECTIVE)
+            axes.annotate(str(matrix.rank), place, (14, -17), textcoords="offset points", fontsize=7, color=INK)
+    _explain(figure, {"rank": (120, _RANK), "effective rank": (60, _EFFECTIVE), "rank 0": (40, _CROSS)})
+    return figure
+
+
+def kept_picture(ranks: Mapping[str, tuple[int, int]], path: str | os.PathLike[str], title: str) -> None:
+    """Draw what a compressed adapter kept, and write the picture to `path`.
+
+    The area of the outer circle is proportional to the rank before, that of the inner one to the rank after, which is
+    the number. A cross marks a matrix that kept nothing.
+
+    Args:
+        ranks: Rank of every matrix before and after, by its name, in the order of the model; at least one.
+        path: File to write: .png, .svg or .pdf.
+        title: Title of the picture.
+    """
+    figure, (axes,), places = _grids([*ranks], [title])
+    scale = _LARGEST / max(1, *(before for before, _ in ranks.values()))
+    for name, (before, after) in ranks.items():
+        place = places[name]
+        axes.scatter(*place, s=scale * before, **_RANK)
+        axes.scatter(*place, **({"s": scale * after, **_AFTER} if after else {"s": 40, **_CROSS}))
+        axes.annotate(str(after), place, (14, -17), textcoords="offset points", fontsize=7, color=INK)
+    _explain(figure, {"rank before": (120, _RANK), "rank after": (60, _AFTER), "nothing kept": (40, _CROSS)})
+    save_picture(figure, path)
+
+
+def _grids(names: Sequence[str], titles: Sequence[str]) -> tuple[Figure, list[Axes], dict[str, tuple[int, int]]]:
+    """Return a figure with a grid of layers and kinds for each title, and where each matrix stands in all of them."""
+    positions = positions_of(names)
+    # Modules outside the numbered layers come last.
+    layers = sorted({place.layer for place in positions}, key=lambda layer: (layer is None, layer or 0))
+    kinds = list(dict.fromkeys(place.kind for place in positions))
+    width = 0.9 + 0.085 * max(map(len, kinds)) + _UNIT * len(layers)
+    figure = new_figure(max(width, 7.5), 0.4 + len(titles) * (1.15 + _UNIT * len(kinds)))
+    every = [*figure.subplots(len(titles), squeeze=False).flat]
+    for axes, title in zip(every, titles, strict=True):
         axes.set(xlim=(-0.5, len(layers) - 0.5), ylim=(len(kinds) - 0.5, -0.5), xlabel="layer", frame_on=False)
         axes.set_xticks(range(len(layers)), ["other" if layer is None else str(layer) for layer in layers])
         axes.set_yticks(range(len(kinds)), kinds)
         axes.tick_params(length=0, labelsize=9)
         axes.grid(axis="y", color=GRID)
         axes.set_axisbelow(True)
-        axes.set_title(f"{title}\n{_summary(matrices)}", loc="left", fontsize=10, color=INK)
-        for matrix in matrices:
-            x, y = layers.index(positions[matrix.name].layer), kinds.index(positions[matrix.name].kind)
-            if matrix.rank == 0:
-                axes.scatter(x, y, s=40, **_CROSS)
-                continue
-            axes.scatter(x, y, s=scale * matrix.rank, **_RANK)
-            axes.scatter(x, y, s=scale * matrix.effective_rank, **_EFFECTIVE)
-            axes.annotate(str(matrix.rank), (x, y), (14, -17), textcoords="offset points", fontsize=7, color=INK)
-    meanings = {"rank": (120, _RANK), "effective rank": (60, _EFFECTIVE), "rank 0": (40, _CROSS)}
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+    places = [(layers.index(place.layer), kinds.index(place.kind)) for place in positions]
+    return figure, every, dict(zip(names, places, strict=True))
+
+
+def _explain(figure: Figure, meanings: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
+    """Write the legend below: the size and look of a mark by what it means."""
+    axes = figure.axes[-1]
     handles = [axes.scatter([], [], s=size, label=label, **look) for label, (size, look) in meanings.items()]
     figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=9, frameon=False)
-    return figure
 
 
 # Births --------------------------------------------------------------------------------------------------------------

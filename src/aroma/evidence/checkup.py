@@ -34,6 +34,8 @@ class Checkup:
         losses: Held-out loss at each of these sizes.
         saves: How much less held-out loss the kept directions leave than the base alone.
         standard_error: Standard error of that difference.
+        gains: How much less held-out loss the kept directions leave than all of them.
+        gains_error: Standard error of that difference.
         smaller: Total number of directions that one standard error of loss would keep.
         kept: Total number of directions that stay.
         kind: What event it is, in files that hold several kinds.
@@ -47,6 +49,8 @@ class Checkup:
     losses: list[float]
     saves: float
     standard_error: float
+    gains: float
+    gains_error: float
     smaller: int
     kept: int
     kind: str = "checkup"
@@ -122,6 +126,7 @@ def check(
     chosen = fewest(losses, standard_errors)
     updates.cut(_first(order, sizes[chosen], alive))
     saves, error = paired(losses[chosen], losses[0])
+    gains, gains_error = paired(losses[chosen], losses[-1])
     return Checkup(
         step=step,
         ranks_before=before,
@@ -131,6 +136,8 @@ def check(
         losses=losses.mean(1).tolist(),
         saves=saves,
         standard_error=error,
+        gains=gains,
+        gains_error=gains_error,
         smaller=sizes[fewest(losses, 1.0)],
         kept=sizes[chosen],
     )
