@@ -145,7 +145,7 @@ def given(folder: Path, count: int = 160) -> dict[str, Any]:
     rows = examples(count)
     args = TrainingArguments(
         str(folder / "out"),
-        max_steps=40,
+        max_steps=60,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         save_strategy="no",
@@ -250,7 +250,7 @@ def test_resuming_as_on_the_page_of_files_and_of_precisions(tmp_path: Path) -> N
     trainer.train()
     folder = aroma.last_complete_checkpoint(args.output_dir)
     run("files.md", {"trainer": trainer, "aroma": aroma, "args": args})
-    assert trainer.state.global_step == 40
+    assert trainer.state.global_step == 60
 
     model = get_peft_model(tiny_bert(), AromaConfig(**method))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)

@@ -43,7 +43,7 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "accuracy": None,
             "args": TrainingArguments(
                 "out/checkpoints",
-                max_steps=40,
+                max_steps=60,
                 per_device_train_batch_size=4,
                 learning_rate=1e-2,
                 save_strategy="no",

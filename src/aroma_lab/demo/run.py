@@ -90,7 +90,7 @@ def run_demo(
     began = time.monotonic()
     check_training(training)
     # Before the head alone is trained, which takes as long as the rest.
-    AromaConfig(**ADAPTER).check_length(training.max_steps)
+    AromaConfig(**ADAPTER).resolve_inner_steps(training.max_steps)
     folder = new_folder("--out", out, "give another folder with --out")
     train, held_out = split_articles(load_articles())
     parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}  # held-out articles are only reported on
