@@ -183,7 +183,7 @@ def test_the_page_has_all_that_was_promised():
     curve.note(0, 2000, {"layer.0.query": 0, "layer.1.query": 0})
     curve.note(120, 1000, {"layer.0.query": 3, "layer.1.query": 0})
     updates = {"layer.0.query": 0.125, "layer.1.query": 0.0}
-    told = html.unescape(run_page(demo_facts(record, log, curve, [], updates)))
+    told = html.unescape(run_page(demo_facts(record, log, curve, updates)))
     for text in (
         "Topics of BBC News articles",
         "head only, the model's own pooling",
