@@ -223,7 +223,7 @@ def test_the_scripts_of_usage(section: str, tmp_path: Path, monkeypatch: pytest.
     names = {**given(tmp_path), "rows": examples(160)}
     first = next(iter(USAGE))
     if section == "TRL":
-        args = SFTConfig("out", max_steps=20, max_length=16, bf16=False, gradient_checkpointing=False, use_cpu=True)
+        args = SFTConfig("out", max_steps=60, max_length=16, bf16=False, gradient_checkpointing=False, use_cpu=True)
         texts = Dataset.from_dict({"text": ["the cat sees a bird"] * 40})
         names |= {"base": base("llama"), "dataset": texts, "args": args, "tokenizer": tokenizer()}
     # The page is read from the top: a section goes on from what the first one has made.
