@@ -66,20 +66,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"kasa_config": KasaConfig()}, "kasa_config=KasaConfig(", "unset"),
     ({"eva_config": EvaConfig()}, "eva_config=EvaConfig(", "unset"),
     ({"use_qalora": True}, "use_qalora=True", "unset"),
-    ({"growth": "loss"}, "growth='loss'", "'evidence' or 'paper'"),
-    ({"growth": "evidence", "r": 8}, "r=8", "leave it at 1"),
-    ({"growth": "evidence", "outer_tolerance": 0.01}, "outer_tolerance=0.01", "growth='paper'"),
-    ({"growth": "evidence", "reset": "zero"}, "reset='zero'", "growth='paper'"),
-    ({"significance": 0.01}, "significance=0.01", "growth='evidence'"),
-    ({"growth": "evidence", "significance": 0}, "significance=0", "(0, 1)"),
-    ({"growth": "evidence", "significance": 1.0}, "significance=1.0", "(0, 1)"),
-    ({"growth": "evidence", "significance": "5%"}, "significance='5%'", "(0, 1)"),
-    ({"growth": "evidence", "slots": 0}, "slots=0", "try 16"),
-    ({"growth": "evidence", "slots": 2.5}, "slots=2.5", "try 16"),
-    ({"growth": "evidence", "trial_share": 0}, "trial_share=0", "try 0.1"),
-    ({"growth": "evidence", "trial_share": 1}, "trial_share=1", "try 0.1"),
-    ({"growth": "evidence", "duel_factor": -1}, "duel_factor=-1", "positive"),
-    ({"growth": "evidence", "probe_memory": 1}, "probe_memory=1", "[0, 1)"),
 ]
 
 

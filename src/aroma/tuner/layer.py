@@ -366,19 +366,18 @@ class AromaLinear(LoraLinear):
         return [*dict.fromkeys(named)]
 
     @torch.no_grad()
-    def components_beneath(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return what lies beneath an adapter, B (m, K) and A (K, n)."""
+    def rows_beneath(self, adapter_name: str) -> Tensor:
+        """Return the rows A (K, n) of what lies beneath an adapter."""
         a = self.pair(adapter_name)[1]
-        found = [self.components(name) for name in self.beneath.get(adapter_name, ()) if name in self.lora_A]
-        B = torch.cat([a.new_zeros(self.out_features, 0), *(B.to(a) for B, _ in found)], 1)
-        return B, torch.cat([a.new_zeros(0, self.in_features), *(A.to(a) for _, A in found)])
+        found = [self.components(name)[1] for name in self.beneath.get(adapter_name, ()) if name in self.lora_A]
+        return torch.cat([a.new_zeros(0, self.in_features), *(A.to(a) for A in found)])
 
     @torch.no_grad()
     def off_beneath(self, adapter_name: str, a: Tensor) -> Tensor:
         """Return rows a (r, n) turned off the span of the rows that lie beneath an adapter, as long as they were."""
         if not any(name in self.lora_A for name in self.beneath.get(adapter_name, ())):
             return a
-        _, sizes, rows = torch.linalg.svd(self.components_beneath(adapter_name)[1].double(), full_matrices=False)
+        _, sizes, rows = torch.linalg.svd(self.rows_beneath(adapter_name).double(), full_matrices=False)
         basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
         precise = a.to(basis)
         off: Tensor = precise - precise @ basis.T @ basis
