@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from aroma.errors import ConfigError
 from aroma.tuner import AromaConfig
-from aroma.tuner.config import METHOD_FIELDS
+from aroma.tuner.config import FIELDS_OF_RULE
 from aroma_lab.methods import make_method
 from aroma_lab.run.recipe import load_recipe, make_recipe, recipe_help, run_recipe, save_recipe, trial_of
 from aroma_lab.run.run import run_trial
@@ -123,7 +123,9 @@ def test_every_key_is_documented():
 
 def test_the_adapter_section_is_the_config_with_its_defaults():
     config = AromaConfig()
-    assert {*METHOD_FIELDS, "target_modules", "exclude_modules"} <= set(adapter_keys())
+    assert {*FIELDS_OF_RULE["paper"], *FIELDS_OF_RULE["evidence"], "target_modules", "exclude_modules"} <= set(
+        adapter_keys()
+    )
     assert {name: key.default for name, key in adapter_keys().items() if name != "component_seed"} == {
         name: getattr(config, name) for name in adapter_keys() if name != "component_seed"
     }

@@ -60,7 +60,7 @@ def grown(folder: Path) -> Any:
     return model
 
 
-# Growing, saving, resuming --------------------------------------------------------------------------------------------
+# Growing, saving, resuming -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", quick("dpo", "grpo"))
