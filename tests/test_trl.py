@@ -214,8 +214,8 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
     names: dict[str, Any] = {
         "preferences": examples("dpo", 280),
         "prompts": examples("grpo"),
-        "dpo_args": trainer_for("dpo", tmp_path / "dpo", max_steps=34, config=None).args,
-        "grpo_args": trainer_for("grpo", tmp_path / "grpo", max_steps=34, config=None, beta=0.0).args,
+        "dpo_args": trainer_for("dpo", tmp_path / "dpo", max_steps=60, config=None).args,
+        "grpo_args": trainer_for("grpo", tmp_path / "grpo", max_steps=60, config=None, beta=0.0).args,
         "reward": trl_runs.reward,
         "tokenizer": trl_runs.tokenizer(),
         **{name: base("dpo") for name in ("base", "fresh_base", "another_base")},
@@ -223,7 +223,7 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
     for block in blocks:
         exec(compile(block, "reinforcement.md", "exec"), names)
         if "callback" in names:
-            assert names["callback"].controller.global_step == 34
+            assert names["callback"].controller.global_step == 60
     assert {tensor.shape[tensor.shape.index(16)] for tensor in names["tensors"].values()} == {16}
 
 
