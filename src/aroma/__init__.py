@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
-    from .combining import combine
     from .controller import AromaController
     from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
@@ -47,7 +46,6 @@ _HOMES = {
     "Tasks": "tasks",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
-    "combine": "combining",
     "compact": "evidence.compact",
     "compress": "evidence.compress",
     "hold_out": "integrations.held_out",
@@ -76,7 +74,6 @@ __all__ = [
     "Tasks",
     "aroma_layers",
     "attach",
-    "combine",
     "compact",
     "compress",
     "hold_out",
