@@ -195,8 +195,6 @@ def test_an_outer_step_after_the_end_does_nothing() -> None:
 
 def test_a_run_of_a_rule_that_is_gone_is_one_clear_error() -> None:
     saved = {"growth": "evidence", "significance": 0.05, "slots": None}
-    with pytest.raises(
-        CheckpointError, match=r"^aroma_state\.json: growth='evidence': an earlier version .* run$"
-    ):
+    with pytest.raises(CheckpointError, match=r"^aroma_state\.json: growth='evidence': an earlier version .* run$"):
         live_adapter(adapted("bert")).check_resumable(saved)
     live_adapter(adapted("bert")).check_resumable({**AromaConfig(**METHOD).method(), "growth": "paper"})
