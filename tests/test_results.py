@@ -102,7 +102,7 @@ def test_the_example_of_tasks_does_what_is_missing(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(main.__globals__, "GRID", tmp_path / "tiny.yaml")
     monkeypatch.setitem(main.__globals__, "ORDERS", (("trec", "banking77"),))
     out = tmp_path / "out"
-    words = [str(out), "--data", str(ROOT.parent / "shared" / "data"), "--steps", "40", "--examples", "60"]
+    words = [str(out), "--data", str(ROOT.parent / "shared" / "data"), "--steps", "60", "--examples", "60"]
     monkeypatch.setattr("sys.argv", ["tasks_in_a_row.py", *words, "--methods", "aroma", "o-lora"])
     main()
     for method in ("aroma", "o-lora"):
