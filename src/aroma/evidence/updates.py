@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import AromaWarning, bad_value
 from ..evaluation import evaluating
+from ..reset import check_resettable
 from ..sharding import REPLICAS, gathered, sharding_of, sharding_of_model, unwrapped, unwrapped_optimizer, write
 
 _NORM = 1 / math.sqrt(3)
@@ -113,7 +115,8 @@ class Updates:
             rows, columns, sigma = _singular(update.rows(A), update.columns(B))
             if update.is_embedding:  # here B is the factor that starts at random
                 rows, columns = rows * _swap(len(B), sigma)[:, :, None], columns / _swap(len(B), sigma)[:, None]
-            self._pairs.append(_as_of_first_rank(update.shaped(rows, columns, A, B)))
+            *pair, sigma = _as_of_first_rank(*update.shaped(rows, columns, A, B), sigma)
+            self._pairs.append((pair[0], pair[1]))
             sizes.append((sigma * abs(_scale(update))).flatten().cpu())
         self._write(1.0)
         return torch.cat(sizes)
@@ -136,9 +139,7 @@ class Updates:
             cut.append(update.shaped(update.rows(A) * mask[:, :, None], update.columns(B) * mask[:, None], A, B))
         self._pairs = cut
         self._write(1.0)
-        for update in self.each:
-            for parameter in update.pair:
-                _forget(self.optimizer, parameter)
+        self._forget()
 
     def credits(self, losses: list[Callable[[], Tensor]]) -> Tensor:
         """Return what every direction saves on each batch, by the midpoint rule.
@@ -216,6 +217,25 @@ class Updates:
                 write(parameter, values)
 
 
+    @torch.no_grad()
+    def _forget(self) -> None:
+        """Let the optimizer's state begin anew; under ZeRO that of all it trains, which has one step count."""
+        parameters = [parameter for update in self.each for parameter in update.pair]
+        if self.optimizer is None:
+            return
+        if not self._sharding.has_flat_optimizer:
+            for parameter in parameters:
+                unwrapped_optimizer(self.optimizer).state.pop(parameter, None)
+            return
+        for parameter in parameters:
+            check_resettable(self.optimizer, parameter, "prune")
+        # In place: DeepSpeed refers to these tensors. Zeroed moments under an old count would make large steps.
+        for state in self._sharding.base_optimizer(self.optimizer).state.values():
+            for name, value in state.items():
+                first = float(name == "mu_product")  # of NAdam
+                state[name] = value.fill_(first) if isinstance(value, Tensor) else type(value)(first)
+
+
 def _eagerly() -> Any:
     """Return a context in which compiled modules run as they are: a question is asked too rarely to compile for it."""
     is_loaded = "torch._dynamo" in sys.modules  # importing it takes a second
@@ -229,7 +249,7 @@ def active_lora(model: nn.Module) -> str:
         ConfigError: There is none, several are, or it is one whose directions cannot be cut.
     """
     configs = getattr(model, "peft_config", {})
-    names = [name for name in getattr(model, "active_adapters", []) if name in configs]
+    names = [name for name in configs if name in model.active_adapters] if isinstance(model, PeftModel) else []
     if len(names) != 1 or getattr(configs[names[0]], "peft_type", None) != "LORA":
         found = [f"{name} ({configs[name].peft_type})" for name in names]
         remedy = "evidence needs one active LoRA adapter: get_peft_model(model, LoraConfig(...)), or set_adapter(NAME)"
@@ -243,7 +263,9 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def _refuse(config: Any) -> None:
     if config.init_lora_weights not in _STARTS:
-        remedy = "it changes the base weights, so a direction that goes would take a part of the base with it; use True"
+        remedy = (
+            "it changes the base weights, so a direction that goes would take a part of the base with it; use True"
+        )
         raise bad_value("init_lora_weights", config.init_lora_weights, remedy)
     if config.lora_bias:
         raise bad_value("lora_bias", True, "a bias is no direction, and goes with a layer that keeps none; use False")
@@ -270,7 +292,9 @@ def _found(model: nn.Module, adapter: str) -> list[Update]:
             stacklevel=4,
         )
     if not updates:
-        raise bad_value("model", adapter, "no layer of this adapter has an update B A; see docs/method.md for the kinds")
+        raise bad_value(
+            "model", adapter, "no layer of this adapter has an update B A; see docs/method.md for the kinds"
+        )
     return updates
 
 
@@ -324,20 +348,6 @@ def _kept(update: Update, B: Tensor) -> list[int]:
     return counts
 
 
-def _forget(optimizer: Any | None, parameter: nn.Parameter) -> None:
-    """Let the optimizer's state of a parameter begin anew."""
-    if optimizer is None:
-        return
-    state = sharding_of(parameter, optimizer).optimizer_state(optimizer, parameter)
-    if not state.is_flat:
-        unwrapped_optimizer(optimizer).state.pop(parameter, None)
-        return
-    for value in state.values.values():
-        entries = state.entries(value) if isinstance(value, Tensor) else None
-        if entries is not None:
-            entries.values.zero_()
-
-
 def _require_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -345,13 +355,14 @@ def _require_loss(loss: Any) -> None:
         raise bad_value("loss", kind, remedy)
 
 
-def _as_of_first_rank(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the tensors of rank 0, so that no rounding of a decomposition makes replicas differ."""
-    if dist.is_available() and dist.is_initialized():
-        pair = (pair[0].contiguous(), pair[1].contiguous())
-        for tensor in pair:
-            dist.broadcast(tensor, src=0)
-    return pair
+def _as_of_first_rank(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors (any shapes) of rank 0, so that no rounding of a decomposition makes replicas differ."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [*tensors]
+    sent = [tensor.contiguous() for tensor in tensors]
+    for tensor in sent:
+        dist.broadcast(tensor, src=0)
+    return sent
 
 
 def _mean_of_ranks(values: Tensor, near: Tensor) -> Tensor:
