@@ -77,13 +77,12 @@ def _show(report: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     losses, ranks = report["held_out_loss"], report["ranks"]
-    table = Table("", "base", "adapter", "compressed")
+    table = Table(f"{report['examples']} examples", "base", "adapter", "compressed")
     table.add_row("held-out loss", *(f"{losses[name]:.4f}" for name in ("base", "adapter", "compressed")))
     for name in ("largest", "mean", "total"):
         table.add_row(f"{name} rank", "", *(f"{ranks[when][name]:.4g}" for when in ("before", "after")))
     table.add_row("bytes", "", *(f"{report['bytes'][when]:,}" for when in ("before", "after")))
     Console().print(table)
-    print(f"{report['examples']} examples of {report['data']}")
     for other in ("adapter", "base"):
         saves, error = report[f"against_{other}"].values()
         print(f"compressed against {other}: loss {0 - saves:+.4f}, standard error {error:.4f}")
