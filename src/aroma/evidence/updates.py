@@ -19,7 +19,16 @@ from torch.distributed.tensor import DTensor
 from ..errors import AromaWarning, bad_value
 from ..evaluation import evaluating
 from ..reset import check_resettable
-from ..sharding import REPLICAS, gathered, sharding_of, sharding_of_model, unwrapped, unwrapped_optimizer, write
+from ..sharding import (
+    REPLICAS,
+    gathered,
+    require_equal_replicas,
+    sharding_of,
+    sharding_of_model,
+    unwrapped,
+    unwrapped_optimizer,
+    write,
+)
 
 _NORM = 1 / math.sqrt(3)
 """Norm of a row of A of a direction that stays: that of PEFT's random start, whatever the layer's width."""
@@ -100,6 +109,12 @@ class Updates:
     def is_sharded(self) -> bool:
         """Whether a process holds a part of the parameters, or of the optimizer's copies of them, only."""
         return self._sharding is not REPLICAS
+
+    def require_equal_ranks(self, **facts: object) -> None:
+        """Raise ConfigError unless all processes have the same adapter and `facts`, such as how much they will ask."""
+        adapted = [(update.name, update.r) for update in self.each]
+        parameter = self.each[0].pair[1]
+        require_equal_replicas({"adapter": adapted, **facts}, [], sharding_of(parameter).device(parameter))
 
     @torch.no_grad()
     def to_singular_directions(self) -> Tensor:
@@ -215,7 +230,6 @@ class Updates:
             for parameter, values in zip(update.pair, update.shaped(update.rows(A), scaled, A, B), strict=True):
                 write(parameter, values)
 
-
     @torch.no_grad()
     def _forget(self) -> None:
         """Let the optimizer's state begin anew; under ZeRO that of all it trains, which has one step count."""
@@ -262,7 +276,9 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def _refuse(config: Any) -> None:
     if config.init_lora_weights not in _STARTS:
-        remedy = "it changes the base weights, so a direction that goes would take a part of the base with it; use True"
+        remedy = (
+            "it changes the base weights, so a direction that goes would take a part of the base with it; use True"
+        )
         raise bad_value("init_lora_weights", config.init_lora_weights, remedy)
     if config.lora_bias:
         raise bad_value("lora_bias", True, "a bias is no direction, and goes with a layer that keeps none; use False")
@@ -289,7 +305,9 @@ def _found(model: nn.Module, adapter: str) -> list[Update]:
             stacklevel=4,
         )
     if not updates:
-        raise bad_value("model", adapter, "no layer of this adapter has an update B A; see docs/method.md for the kinds")
+        raise bad_value(
+            "model", adapter, "no layer of this adapter has an update B A; see docs/method.md for the kinds"
+        )
     return updates
 
 
