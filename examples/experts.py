@@ -98,7 +98,6 @@ def main() -> None:
     # docs/experts.md: begin
     config = AromaConfig(
         task_type="CAUSAL_LM",
-        growth="evidence",
         target_modules=[],  # attention stays as it is
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )

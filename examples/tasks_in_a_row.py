@@ -3,11 +3,11 @@
     python examples/tasks_in_a_row.py results/tasks --data ../shared/data --steps 160
 
 Each sequence leaves a JSON file in the folder, and a second start of the same command does what is missing. `table.md`
-and `ranks.png` are made of these files.
+is made of these files.
 
 The methods are those of the literature on continual learning, with the packaged MiniLM:
 
-- aroma: growth by evidence, each task over the earlier ones (`aroma.Tasks`).
+- aroma: each task grows over the earlier ones (`aroma.Tasks`).
 - o-lora: LoRA r = 8 for each task, added to the earlier ones, with a penalty on |A_earlier Aᵀ| (Wang et al. 2023,
   λ = 0.5).
 - sequential: one LoRA r = 8 that goes on with every task.
@@ -68,7 +68,7 @@ class OverEarlierTasks:
     def begin(self, base: Any) -> tuple[Method, Any]:
         """Return the method, and the model that learns the next task."""
         over = {"tasks": str(self.tasks.folder), "over": self.tasks.names}
-        method = make_method("aroma", {"growth": "evidence", "lora_alpha": 1, **over})
+        method = make_method("aroma", {"lora_alpha": 1, **over})
         return method, method.build(base, 0)
 
     def end(self, model: Any, task: str) -> dict[str, int]:
@@ -143,11 +143,8 @@ def learn(learner: OverEarlierTasks | Lora, work: Work, training: Any) -> tuple[
     """Train the next task; return the model and the seconds that it took."""
     torch.manual_seed(training.seed)
     method, model = learner.begin(work.job.load_model())
-    train, growth_examples = method.hold_out(work.job.train)
     with tempfile.TemporaryDirectory() as scratch:
-        fit = make_trainer(
-            method, model, work.job.objective, training, scratch, train, growth_examples=growth_examples
-        )
+        fit = make_trainer(method, model, work.job.objective, training, scratch, work.job.train)
         if isinstance(learner, Lora) and learner.kind == "o-lora" and learner.pairs:
             fit.trainer.compute_loss = _penalised(fit.trainer.compute_loss, learner)
         began = time.monotonic()
@@ -209,10 +206,9 @@ def run(method: str, order: tuple[str, ...], options: argparse.Namespace) -> dic
     }
 
 
-def draw(folder: Path) -> None:
-    """Write the table of all sequences in a folder, and the picture of ranks."""
+def tabulate(folder: Path) -> None:
+    """Write the table of all sequences in a folder."""
     import pandas as pd
-    from matplotlib.figure import Figure
 
     found = [read_json(file) for file in sorted(folder.glob("*.json"))]
     rows = [
@@ -239,18 +235,10 @@ def draw(folder: Path) -> None:
     )
     told.insert(0, "orders", pd.Series([one["method"] for one in found]).value_counts())
     (folder / "table.md").write_text(told.to_markdown(stralign="right") + "\n", encoding="utf-8")
-    grown = [one for one in found if one["method"] == "aroma"]
-    figure = Figure(figsize=(3 * max(len(grown), 1), 3), layout="constrained")
-    for axes, one in zip(figure.subplots(1, max(len(grown), 1), sharey=True, squeeze=False)[0], grown, strict=False):
-        axes.bar(one["order"], [sum(one["ranks"][task]) for task in one["order"]], color="#0b5394")
-        axes.tick_params(axis="x", rotation=60)
-        axes.set_title(f"first {one['order'][0]}", fontsize=9)
-    figure.supylabel("components of all 36 matrices", fontsize=9)
-    figure.savefig(folder / "ranks.png", dpi=120)
 
 
 def main() -> None:
-    """Run what has no result yet; write the table, and draw."""
+    """Run what has no result yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--data", default="../shared/data", help="folder with trec/, sst2/, banking77/ and mrpc/")
@@ -268,7 +256,7 @@ def main() -> None:
             file = options.out / f"{method}-{number}.json"
             if not file.exists() and not (method == "separate" and number):  # no order changes it
                 write_json(file, json.loads(json.dumps(run(method, order, options))))
-    draw(options.out)
+    tabulate(options.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ train, test = (
 )
 args = TrainingArguments(
     "out/checkpoints",
-    max_steps=110,  # each article once: growth is decided on articles that were not trained on yet
+    max_steps=110,  # each article once
     per_device_train_batch_size=16,
     learning_rate=3e-3,
     warmup_steps=10,
@@ -48,7 +48,7 @@ def accuracy(prediction):
 # README: begin
 from aroma import AromaCallback, AromaConfig  # noqa: E402
 
-config = AromaConfig(task_type="SEQ_CLS", growth="evidence", modules_to_save=["pooler"])
+config = AromaConfig(task_type="SEQ_CLS", modules_to_save=["pooler"])
 model = get_peft_model(base, config)
 trainer = Trainer(model, args, collate, train, test, compute_metrics=accuracy, callbacks=[AromaCallback()])
 trainer.train()

@@ -38,7 +38,7 @@ SEEDS = (0, 1, 2)
 CHOOSING_SEED = 9
 RATES = (1e-3, 3e-3, 1e-2)
 METHODS: dict[str, Any] = {
-    "aroma": AromaConfig(growth="evidence", task_type="CAUSAL_LM"),
+    "aroma": AromaConfig(task_type="CAUSAL_LM"),
     **{
         f"lora-{r}": LoraConfig(r=r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         for r in (1, 8, 32)
@@ -194,11 +194,11 @@ def tabulate(out: Path) -> None:
 
 
 def draw(out: Path) -> None:
-    """Draw reward against steps: mean of the seeds, smoothed over 20 steps, and the ranks that AROMA found."""
+    """Draw reward against steps: mean of the seeds, smoothed over 20 steps."""
     import matplotlib.pyplot as plt
     import numpy as np
 
-    _, (rewards, ranks) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
+    _, rewards = plt.subplots(figsize=(6, 3.6))
     for method in METHODS:
         runs = runs_of(out, method)
         if not runs:
@@ -207,14 +207,8 @@ def draw(out: Path) -> None:
         steps = np.arange(20, 20 + curves.shape[1])
         (line,) = rewards.plot(steps, curves.mean(0), label=f"{method}, {len(runs)} seeds", zorder=3)
         rewards.fill_between(steps, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, lw=0)
-        if method == "aroma":
-            for run in runs:
-                ranks.plot(run["total_rank"], color=line.get_color(), alpha=0.8)
-            ranks.axhline(len(runs[0]["ranks"]), color="grey", lw=1, ls=":")
-            ranks.text(0, len(runs[0]["ranks"]), "rank 1 everywhere", va="bottom", fontsize=8, color="grey")
     rewards.set(xlabel="optimizer step", ylabel="share of right sums", title="Reward (mean and range of the seeds)")
     rewards.legend(fontsize=8)
-    ranks.set(xlabel="optimizer step", ylabel="sum of all ranks", title="AROMA's total rank, by seed")
     plt.tight_layout()
     plt.savefig(out / "reward.png", dpi=80)
 

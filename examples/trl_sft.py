@@ -3,43 +3,31 @@
     python examples/trl_sft.py --model_name_or_path MODEL --dataset_name DATASET \
         --learning_rate 1e-3 --max_steps 500 --output_dir out
 
-A tenth of the training split is held out, and decides growth. `--config FILE.yaml` reads options from a file.
+`--config FILE.yaml` reads options from a file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-from aroma import AromaCallback, AromaConfig, hold_out
-
-
-@dataclass
-class Growth:
-    """What decides ranks."""
-
-    significance: float = 0.05
+from aroma import AromaCallback, AromaConfig
 
 
 def main() -> None:
     """Train, and save the adapter in `--output_dir`."""
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, Growth))
-    script, args, model, growth = parser.parse_args_and_config()
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+    script, args, model = parser.parse_args_and_config()
     args.model_init_kwargs = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     examples = load_dataset(script.dataset_name, name=script.dataset_config)[script.dataset_train_split]
-    train, held_out = hold_out(examples)
     callback = AromaCallback()
     trainer = SFTTrainer(
         model.model_name_or_path,
         args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        peft_config=AromaConfig(task_type="CAUSAL_LM", growth="evidence", significance=growth.significance),
+        train_dataset=examples,
+        peft_config=AromaConfig(task_type="CAUSAL_LM"),
         callbacks=[callback],
     )
-    callback.growth_dataset = trainer.eval_dataset  # as SFTTrainer has tokenized it
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     print(callback.controller.summary())

@@ -21,20 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from distributed_runs import TIMEOUT, tell_refusals, whole
-from evidence_ranks import copied
-from evidence_runs import METHOD, STEPS, Net, held_out, loss_of, rows, share, trainable
+from small_nets import STEPS, Net, copied, loss_of, rows, share, trainable
 
-RULES: dict[str, dict[str, Any]] = {
-    "evidence": METHOD,
-    "paper": {"inner_check_interval": 2, "inner_tolerance": 0.8, "max_inner_steps": 8, "component_seed": 5},
+METHOD: dict[str, Any] = {
+    **{"inner_check_interval": 2, "inner_tolerance": 0.8, "max_inner_steps": 8, "component_seed": 5},
+    "target_modules": r"layers\.\d+",
 }
-UNLIKE = {"component_seed": 11, "slots": 2, "significance": 0.5}
-"""What the second adapter has otherwise."""
-
-
-def changed(rule: str) -> dict[str, Any]:
-    known = {"evidence": {"component_seed", "slots", "significance"}, "paper": {"component_seed"}}[rule]
-    return {name: value for name, value in UNLIKE.items() if name in known}
+UNLIKE = {**METHOD, "component_seed": 11}
+"""That of the second adapter."""
 
 
 class Saved(NamedTuple):
@@ -61,9 +55,6 @@ class Adapter:
         if saved is not None:
             set_optimizer_state_dict(self.model, self.optimizer, saved.optimizer)
             options = {"resume_from": str(saved.folder)}
-        if model.peft_config[name].growth == "evidence":
-            batches = held_out(dtype=dtype)
-            options |= {"steps_per_pass": STEPS // 2, "growth_batches": batches, "growth_loss": loss_of}
         self.growth = attach(
             self.wrapped, self.optimizer, total_steps=STEPS, adapter_name=name, on_event=self.events.append, **options
         )
@@ -100,16 +91,14 @@ class Adapter:
         }
 
 
-def plain_net(changes: dict[str, Any], base: torch.nn.Module | None = None) -> Any:
-    fields = {"target_modules": r"layers\.\d+", **changes}
-    return get_peft_model(base or Net(), AromaConfig(**fields), autocast_adapter_dtype=False)
+def plain_net(method: dict[str, Any] = METHOD, base: torch.nn.Module | None = None) -> Any:
+    return get_peft_model(base or Net(), AromaConfig(**method), autocast_adapter_dtype=False)
 
 
-def two_adapters(rule: str, base: torch.nn.Module | None = None) -> Any:
+def two_adapters(base: torch.nn.Module | None = None) -> Any:
     """A net, in float64 by default, with two adapters that have not trained."""
-    model = plain_net(RULES[rule], Net().double() if base is None else base)
-    fields = {"target_modules": r"layers\.\d+", **RULES[rule], **changed(rule)}
-    model.add_adapter("other", AromaConfig(**fields), autocast_adapter_dtype=False)
+    model = plain_net(METHOD, Net().double() if base is None else base)
+    model.add_adapter("other", AromaConfig(**UNLIKE), autocast_adapter_dtype=False)
     return model
 
 
@@ -117,7 +106,7 @@ def two_adapters(rule: str, base: torch.nn.Module | None = None) -> Any:
 
 ORDERS = ("in turns", "one after another")
 HALF = STEPS // 2
-"""Steps of each adapter: after the trial, in the midst of growth."""
+"""Steps of each adapter."""
 SAVED_AT = 26
 """Steps after which the second one is saved; it still grows when it is compared."""
 
@@ -144,11 +133,9 @@ class Sharded(Adapter):
 WAYS: dict[str, type[Adapter]] = {"ddp": Replicated, "fsdp2": Sharded}
 
 
-def came_to(
-    rule: str, order: str, way: type[Adapter] = Adapter, out: Path | None = None, **base: Any
-) -> dict[str, Any]:
+def came_to(order: str, way: type[Adapter] = Adapter, out: Path | None = None, **base: Any) -> dict[str, Any]:
     """Train two adapters, and return by their names what each came to; saved in folders that begin with `out`."""
-    model = two_adapters(rule, **base)
+    model = two_adapters(**base)
     both = []
     for number, name in enumerate(("default", "other")):
         both.append(way(model, name, (0.01, 0.02)[number], number))
@@ -170,9 +157,9 @@ def came_to(
     return found
 
 
-def resumed(rule: str, way: type[Adapter], out: Path) -> list[dict[str, Any]]:
+def resumed(way: type[Adapter], out: Path) -> list[dict[str, Any]]:
     """Return what the second adapter came to without a stop, and what it came to in a model made anew from files."""
-    model = two_adapters(rule)
+    model = two_adapters()
     first = way(model, "default", 0.01, 0)
     for _ in range(HALF):
         first.step()
@@ -181,7 +168,7 @@ def resumed(rule: str, way: type[Adapter], out: Path) -> list[dict[str, Any]]:
     for _ in range(SAVED_AT):
         second.step()
     saved = second.save(Path(f"{out}-other"))
-    anew = two_adapters(rule)
+    anew = two_adapters()
     for name in ("default", "other"):
         anew.load_adapter(f"{out}-{name}", name, is_trainable=True)
     again = way(anew, "other", 0.02, 1, saved)
@@ -198,7 +185,7 @@ def resumed(rule: str, way: type[Adapter], out: Path) -> list[dict[str, Any]]:
 
 def wrapped_for_another(_: Path) -> None:
     """One wrapper for both adapters: it averages the gradients of the first alone."""
-    model = two_adapters("paper")
+    model = two_adapters()
     wrapped = DistributedDataParallel(model)
     model.set_adapter("other")
     attach(wrapped, torch.optim.SGD(trainable(model), lr=0.1), total_steps=20, adapter_name="other")
@@ -206,7 +193,7 @@ def wrapped_for_another(_: Path) -> None:
 
 def wrapped_for_both(_: Path) -> None:
     """It would wait for gradients of the one that rests."""
-    model = two_adapters("paper")
+    model = two_adapters()
     model.base_model.set_adapter(["default", "other"])
     wrapped = DistributedDataParallel(model)
     model.set_adapter("default")
@@ -227,11 +214,9 @@ def main(out: Path) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     for way, kind in WAYS.items():
         for order in ORDERS:
-            for rule in RULES:
-                found = came_to(rule, order, kind, out / f"{way}-{order}-{rule}")
-                torch.save(found, out / f"{way}-{order}-{rule}-{dist.get_rank()}.pt")
-        for rule in RULES:
-            torch.save(resumed(rule, kind, out / f"{way}-resumed-{rule}"), out / f"{way}-{rule}-{dist.get_rank()}.pt")
+            found = came_to(order, kind, out / f"{way}-{order}")
+            torch.save(found, out / f"{way}-{order}-{dist.get_rank()}.pt")
+        torch.save(resumed(kind, out / f"{way}-resumed"), out / f"{way}-{dist.get_rank()}.pt")
     tell_refusals(out, REFUSALS)
     dist.destroy_process_group()
 

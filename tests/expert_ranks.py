@@ -1,4 +1,4 @@
-"""A toy with 16 experts under FSDP2 and DDP, for torchrun: both growth rules, experts and parts of a fused weight.
+"""A toy with 16 experts under FSDP2 and DDP, for torchrun: experts and parts of a fused weight.
 
     torchrun --standalone --nproc-per-node 2 tests/expert_ranks.py OUT
 
@@ -23,18 +23,14 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from aroma import AromaConfig, save_adapter
 from distributed_runs import TIMEOUT, whole
-from evidence_ranks import updates
-from evidence_runs import METHOD, WIDTH, Loop, births, rows
+from small_nets import WIDTH, Loop, decisions, rows, updates
 
 EXPERTS, LAYERS, STEPS, TOKENS = 16, 1, 60, 192
-"""With fewer tokens the gradients of an expert span fewer dimensions than it has unused directions, and rounding alone
-decides what the last of these are."""
 
-PAPER: dict[str, Any] = {
-    **{"growth": "paper", "inner_check_interval": 2, "inner_tolerance": 0.5, "max_inner_steps": 4},
+METHOD: dict[str, Any] = {
+    **{"inner_check_interval": 2, "inner_tolerance": 0.5, "max_inner_steps": 4},
     **{"outer_tolerance": 0.02, "component_seed": 5, "rewarmup_steps": 1},
 }
-RULES = {"evidence": METHOD, "paper": PAPER}
 
 
 class Block(nn.Module):
@@ -74,10 +70,10 @@ class Toy(nn.Module):
         return x
 
 
-def toy(rule: str) -> Any:
+def toy() -> Any:
     """The toy in float64 with a growing adapter, where rounding is no excuse."""
     config = AromaConfig(
-        **RULES[rule],
+        **METHOD,
         target_modules=["project"],
         split_modules={"project": [10, 6]},
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
@@ -99,18 +95,18 @@ def replicated(model: Any) -> Any:
 
 
 REPLICATED_STEPS = 36
-"""After the trial, and after some births."""
+"""After some outer steps."""
 
 
-def loop(rule: str, wrap: Callable[[Any], Any] = sharded) -> Loop:
-    return Loop(toy(rule), wrap=wrap, steps=STEPS, size=TOKENS)
+def loop(wrap: Callable[[Any], Any] = sharded) -> Loop:
+    return Loop(toy(), wrap=wrap, steps=STEPS, size=TOKENS)
 
 
 def ended(training: Loop) -> dict[str, Any]:
     """What a loop came to, whole on all ranks."""
     controller = training.growth.controller
     return {
-        "events": births(training.events),
+        "events": decisions(training.events),
         "ranks": [(summary.name, summary.rank) for summary in controller.summary()],
         "weight norms": [matrix.weight_norm for matrix in controller.modules],
         "weights": updates(training.model),
@@ -120,16 +116,15 @@ def ended(training: Loop) -> dict[str, Any]:
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    for rule in RULES:
-        training = loop(rule).go_on()
-        torch.save(whole(ended(training)), out / f"{rule}-{dist.get_rank()}.pt")
-        save_adapter(training.model, out / rule)
-        training.model.eval()
-        with torch.no_grad():
-            said = training.model(rows(12, seed=7, dtype=torch.float64)[0])
-        torch.save(said, out / f"{rule}-said-{dist.get_rank()}.pt")
-        replicas = loop(rule, replicated).go_on(REPLICATED_STEPS)
-        torch.save(ended(replicas), out / f"{rule}-replicas-{dist.get_rank()}.pt")
+    training = loop().go_on()
+    torch.save(whole(ended(training)), out / f"sharded-{dist.get_rank()}.pt")
+    save_adapter(training.model, out / "adapter")
+    training.model.eval()
+    with torch.no_grad():
+        said = training.model(rows(12, seed=7, dtype=torch.float64)[0])
+    torch.save(said, out / f"said-{dist.get_rank()}.pt")
+    replicas = loop(replicated).go_on(REPLICATED_STEPS)
+    torch.save(ended(replicas), out / f"replicas-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -37,7 +37,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aroma import AromaConfig, aroma_layers, cli
+from aroma import aroma_layers, cli
 from aroma.checkpoint import verify_adapter
 from aroma.errors import AromaError
 from aroma.tuner import live_adapter
@@ -99,21 +99,6 @@ def _paper(folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
 
 
-def _evidence(folder: Path, seed: int) -> None:
-    """Growth by evidence, its trial over."""
-    config = AromaConfig(
-        growth="evidence",
-        slots=2,
-        trial_share=0.05,
-        component_seed=seed,
-        task_type="SEQ_CLS",
-        target_modules=TARGETS,
-    )
-    model = get_peft_model(_base("bert"), config)
-    grow(model, batch("bert", seed), 8, total_steps=40)
-    model.save_pretrained(folder)
-
-
 def _start(folder: Path, seed: int) -> None:
     """Saved before any step: all ranks are 0."""
     adapted("bert", _base("bert"), component_seed=seed, target_modules=TARGETS).save_pretrained(folder)
@@ -165,7 +150,6 @@ def _base(name: str) -> Any:
 
 MAKERS: dict[str, Callable[[Path, int], None]] = {
     "paper": _paper,
-    "evidence": _evidence,
     "start": _start,
     "language": _language,
     "foreign": _foreign,

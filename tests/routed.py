@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from aroma import AromaConfig
-from evidence_runs import METHOD, WIDTH
+from small_nets import METHOD, WIDTH
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 EXPERTS = 4

@@ -35,7 +35,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distributed_runs
-import evidence_ranks
 from aroma import AromaController, aroma_layers, attach, save_adapter
 from aroma.sharding import own_entries
 from distributed_runs import (
@@ -399,8 +398,6 @@ def train(out: Path) -> None:
     torch.save(trained(out, 4, **several), out / f"end-{rank()}.pt")
     torch.save(trained(out, 4, str(out / "checkpoint-8"), **several), out / f"again-{rank()}.pt")
     torch.save(trained(out / "best", 4, **several, **BEST), out / f"best-{rank()}.pt")
-    for name, came_to in evidence_ranks.trained_and_resumed(out / "evidence", **several).items():
-        torch.save(whole(came_to), out / f"{name}-{rank()}.pt")
 
 
 def make_accelerate_shard_on_cpu() -> None:

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 
 import aroma.algorithm
-from aroma.algorithm.paper import PaperRule, PaperSettings
+from aroma.algorithm import PaperRule
 from aroma.errors import NonFiniteError
+from aroma.tuner import AromaConfig
 
-SETTINGS = PaperSettings(
+CONFIG = AromaConfig(
     inner_tolerance=0.1,
     inner_check_interval=2,
-    max_inner_steps=6,
     outer_tolerance=0.5,
     min_components=0,
     max_components=None,
     rewarmup_steps=3,
 )
+INNER_STEPS = 6
 
 
 @dataclass(eq=False)
@@ -101,7 +102,7 @@ class Numbers:
 
 def test_a_run_by_hand():
     numbers = Numbers(Number("quick", 2.4, 0.1), Number("slow", 1.2, 9.0), Number("useless", 0.1, 0.1))
-    rule = PaperRule(SETTINGS, numbers)
+    rule = PaperRule(CONFIG, INNER_STEPS, numbers)
     events = [(e.step, e.kind, e.module, e.rank) for e in numbers.train(rule, 18) if e.kind != "checked"]
     assert events == [
         # Labels of two do not end the loop that the third still needs: it ends at T_in.
@@ -119,7 +120,7 @@ def test_a_run_by_hand():
 
 def test_the_rate_climbs_after_every_outer_step_but_the_first():
     numbers = Numbers(Number("slow", 100.0, 1000.0))
-    rule = PaperRule(SETTINGS, numbers)
+    rule = PaperRule(CONFIG, INNER_STEPS, numbers)
     factors = []
     for _ in range(12):
         factors.append(rule.lr_factor)
@@ -129,7 +130,7 @@ def test_the_rate_climbs_after_every_outer_step_but_the_first():
 
 def test_a_continued_adapter_draws_new_directions_and_full_matrices_stay_as_they_are():
     numbers = Numbers(Number("full", 100.0, 1.0, rank=3), Number("open", 100.0, 1.0, rank=1))
-    rule = PaperRule(replace(SETTINGS, max_components=3), numbers)
+    rule = PaperRule(replace(CONFIG, max_components=3), INNER_STEPS, numbers)
     assert [number.is_frozen for number in numbers.numbers] == [True, False]
     assert numbers.drawn == [("open", 4)]
     numbers.train(rule, 6)
@@ -142,10 +143,10 @@ def test_restored_at_any_step_it_goes_on_as_if_uninterrupted(at):
         return Numbers(Number("quick", 2.4, 0.1), Number("slow", 2.2, 9.0))
 
     whole, cut = fresh(), fresh()
-    rule, first = PaperRule(SETTINGS, whole), PaperRule(SETTINGS, cut)
+    rule, first = PaperRule(CONFIG, INNER_STEPS, whole), PaperRule(CONFIG, INNER_STEPS, cut)
     numbers_events = whole.train(rule, at)
     assert cut.train(first, at) == numbers_events
-    second = PaperRule(SETTINGS, cut)
+    second = PaperRule(CONFIG, INNER_STEPS, cut)
     second.restore(first.state())
     cut.drawn = list(whole.drawn)
     assert cut.train(second, 30) == whole.train(rule, 30)
@@ -155,7 +156,7 @@ def test_restored_at_any_step_it_goes_on_as_if_uninterrupted(at):
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_a_norm_that_is_not_finite_is_named_before_anything_changes(norm):
     numbers = Numbers(Number("fine", 1.0, 0.1), Number("broken", norm, 0.1))
-    rule = PaperRule(SETTINGS, numbers)
+    rule = PaperRule(CONFIG, INNER_STEPS, numbers)
     with pytest.raises(
         NonFiniteError, match=r"^broken: .* inner check of optimizer step 2 \(outer step 1, inner step 2"
     ):
@@ -165,8 +166,8 @@ def test_a_norm_that_is_not_finite_is_named_before_anything_changes(norm):
 
 
 def test_the_algorithm_knows_no_tensors():
-    for file in Path(aroma.algorithm.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "peft", "accelerate"}, file
+    tree = ast.parse(Path(aroma.algorithm.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "peft", "accelerate"}

@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerCallback
 from aroma import AromaCallback, Event, aroma_layers, verify_adapter
 from aroma.errors import ConfigError, NonFiniteError
 from aroma.tuner import live_adapter
-from evidence_runs import bert_trainer
 from quick import slow_but
 from trainer_runs import Run, adapted, assert_same, growth, read_events, steps_of, tiny_bert, train, trainer_for
 
@@ -353,26 +352,6 @@ def test_a_bad_component_is_named(tmp_path: Path, value: float) -> None:
     with pytest.raises(NonFiniteError, match=r"^bert\.pooler\.dense: .*optimizer step 6 \(outer step 1, inner step 6"):
         trainer.train()
     assert_only_good_checkpoints(tmp_path, [2, 4])
-
-
-@pytest.mark.filterwarnings("ignore:From optimizer step")
-@pytest.mark.parametrize(
-    ("callbacks", "kind", "left"),
-    [
-        ([], bad_loss_at(12, math.nan), [10]),
-        ([], bad_loss_at(37, math.nan), [10, 20, 30]),
-        ([Poison(12, math.nan)], Trainer, [10]),
-        ([Poison(37, math.nan)], Trainer, [10, 20, 30]),
-    ],
-    ids=["a loss of the trial", "a loss of growth", "a component of the trial", "a component of growth"],
-)
-def test_growth_by_evidence_leaves_no_bad_checkpoint(
-    tmp_path: Path, callbacks: list[Any], kind: type[Trainer], left: list[int]
-) -> None:
-    trainer = bert_trainer(tmp_path, callbacks=callbacks, kind=kind, save_steps=10, logging_steps=100)
-    with pytest.raises(NonFiniteError, match=r"not finite.*optimizer step \d+"):
-        trainer.train()
-    assert_only_good_checkpoints(tmp_path, left)
 
 
 def test_a_bad_gradient_in_the_log_stops_the_training_though_the_trainer_hides_the_loss(tmp_path: Path) -> None:

@@ -16,10 +16,9 @@ from torch._dynamo.utils import counters
 from aroma import AromaCallback, AromaConfig, AromaController, aroma_layers, attach
 from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
-from evidence_runs import LONG, LONG_METHOD, STEPS, Loop, Net, bert, bert_trainer, births, growth_dataset
-from evidence_runs import METHOD as EVIDENCE
 from models import METHOD, adapted, base, batch, ranks, train, trainable, unlike
 from routed import PARAMETERS, RoutedNet
+from small_nets import Loop, Net, decisions
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import growth, tiny_bert, trainer_for
 
@@ -146,22 +145,17 @@ def blocks(what: str, **method: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "most"), [("evidence", 6), ("paper", 2)])
 @pytest.mark.parametrize("what", ["experts", "parts"])
-def test_experts_and_parts_that_grow_make_no_new_graph(what: str, rule: str, most: int) -> None:
-    """By evidence the phases have graphs of their own, as those of linear layers have."""
-    method, steps = {**EVIDENCE, **LONG_METHOD}, LONG
-    if rule == "paper":
-        method = {**METHOD, **ALWAYS_GROW, "growth": "paper"}
-        steps = 12
+def test_experts_and_parts_that_grow_make_no_new_graph(what: str) -> None:
+    method, steps = {**METHOD, **ALWAYS_GROW}, 12
     graphs = Graphs()
     wrap = partial(torch.compile, backend=graphs)
-    compiled = Loop(blocks(what, **method), steps=steps, wrap=wrap).go_on(min(steps, STEPS))
-    plain = Loop(blocks(what, **method), steps=steps).go_on(min(steps, STEPS))
-    assert len(graphs.graphs) <= most
+    compiled = Loop(blocks(what, **method), steps=steps, wrap=wrap).go_on()
+    plain = Loop(blocks(what, **method), steps=steps).go_on()
+    assert len(graphs.graphs) <= 2
     assert graphs.breaks == {}
-    assert births(compiled.events) == births(plain.events)
-    assert max(ranks(plain.model).values()) > (8 if rule == "paper" else 1), "no storage is too large to be seen"
+    assert decisions(compiled.events) == decisions(plain.events)
+    assert max(ranks(plain.model).values()) > 8, "no storage is too large to be seen"
     for name, layer in aroma_layers(plain.model).items():
         expected, found = (one.get_delta_weight("default") for one in (layer, aroma_layers(compiled.model)[name]))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -218,22 +212,4 @@ def test_the_trainer_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert made == [False, True]
     assert runs[0] == runs[1] > 100
     assert counters["stats"]["unique_graphs"] == 2
-    assert not counters["graph_break"]
-
-
-@pytest.mark.slow
-def test_the_trainer_compiles_what_grows_by_evidence(tmp_path: Path) -> None:
-    """Held-out batches are asked of the model that is not compiled."""
-    ranks = []
-    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        torch._dynamo.reset()
-        counters.clear()
-        model = bert(tiny_bert(problem_type="single_label_classification"))
-        held = {"growth_dataset": growth_dataset()}
-        trainer = bert_trainer(tmp_path / str(len(ranks)), None, model, held, save_strategy="no", **changes)
-        trainer.train()
-        ranks.append(growth(trainer).controller.ranks())
-    assert ranks[0] == ranks[1]
-    assert sum(ranks[0].values()) > 0
-    assert 0 < counters["stats"]["unique_graphs"] <= 6, "one for what is asked in each phase"
     assert not counters["graph_break"]

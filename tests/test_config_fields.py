@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftType, TaskType, get_peft_model
 
 from aroma import AromaConfig
 from aroma.errors import ConfigError, bad_value
-from aroma.tuner.config import FIELDS_OF_RULE
+from aroma.tuner.config import METHOD_FIELDS
 from models import base, batch, logits
 
 POOL: dict[str, Any] = {
@@ -86,7 +86,6 @@ ACCEPTED: dict[str, set[str]] = {
     "rank_pattern": {"None", "{}"},
     "alpha_pattern": {"None", "{}"},
     "loftq_config": {"None", "{}"},
-    "growth": set(),
     "inner_tolerance": {"None", "2", "0.5", "2**63"},
     "inner_check_interval": {"2"},
     "max_inner_steps": {"None"},
@@ -97,11 +96,6 @@ ACCEPTED: dict[str, set[str]] = {
     "reset": set(),
     "prune_ratio": {"0", "0.5"},
     "rewarmup_steps": {"0", "2"},
-    "significance": {"0.5"},
-    "slots": {"None", "2"},
-    "trial_share": {"0.5"},
-    "duel_factor": {"2", "0.5", "2**63"},
-    "probe_memory": {"None", "0", "0.5"},
     "component_seed": {"None", "0", "2"},
     # Whatever PEFT has beyond: its default alone.
     "megatron_core": set(),
@@ -109,10 +103,6 @@ ACCEPTED: dict[str, set[str]] = {
     "runtime_config": set(),
 }
 """Which of the pool a field takes; one that is not named here takes None alone, its default."""
-
-EVIDENCE = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
-WITH: dict[str, dict[str, Any]] = {name: {"growth": "evidence"} for name in EVIDENCE}
-"""What else a configuration says so that a field is read."""
 
 
 def test_every_field_is_in_the_table() -> None:
@@ -129,7 +119,7 @@ def test_a_value_of_any_kind_is_taken_or_refused_when_the_configuration_is_made(
     if "2" in accepted:
         accepted = {*accepted, "numpy integer"}
     for kind, value in POOL.items():
-        given = {**WITH.get(name, {}), name: value}
+        given = {name: value}
         if kind in accepted:
             assert not isinstance(getattr(AromaConfig(**given), name), np.generic)
             continue
@@ -165,7 +155,7 @@ NOTHING_LEFT = {
 def test_what_is_taken_never_fails_later(name: str, tmp_path: Path) -> None:
     """Made into a model, run, and saved: no error of PEFT's, and where nothing is left to grow, ours."""
     for kind in sorted(ACCEPTED[name]):
-        config = AromaConfig(**{"target_modules": ["query", "value"], **WITH.get(name, {}), name: POOL[kind]})
+        config = AromaConfig(**{"target_modules": ["query", "value"], name: POOL[kind]})
         if (name, kind) in NOTHING_LEFT:
             with pytest.raises(ConfigError, match=r"^target_modules=.*no module of Bert"):
                 get_peft_model(base("bert"), config)
@@ -257,35 +247,7 @@ def test_a_field_that_peft_will_have_is_refused_unless_unset(monkeypatch: pytest
     assert item.default_factory is MISSING
 
 
-def test_every_own_field_is_checked_under_both_rules() -> None:
-    for rule, names in FIELDS_OF_RULE.items():
-        for name in names:
-            with pytest.raises(ConfigError, match=f"^{name}="):
-                AromaConfig(**{"growth": rule, name: object()})
-
-
-WORKABLE: dict[str, dict[str, Any]] = {
-    "paper": {
-        "inner_tolerance": 0.5,
-        "inner_check_interval": 5,
-        "max_inner_steps": 70,
-        "outer_tolerance": 0.1,
-        "min_components": 1,
-        "inner_criterion": "update_change",
-        "reset": "none",
-        "prune_ratio": 0.5,
-        "rewarmup_steps": 3,
-    },
-    "evidence": {"significance": 0.1, "slots": 4, "trial_share": 0.2, "duel_factor": 2.0, "probe_memory": 0.5},
-}
-"""By rule a value for each field that it alone reads."""
-
-
-@pytest.mark.parametrize("rule", WORKABLE)
-def test_what_only_one_rule_reads_is_refused_under_the_other_by_name(rule: str) -> None:
-    (other,) = set(WORKABLE) - {rule}
-    assert set(WORKABLE[rule]) == set(FIELDS_OF_RULE[rule]) - set(FIELDS_OF_RULE[other])
-    for name, value in WORKABLE[rule].items():
-        assert getattr(AromaConfig(**{"growth": rule, name: value}), name) == value
-        with pytest.raises(ConfigError, match=f"^{name}=.*growth='{other}' does not read it.*growth='{rule}'"):
-            AromaConfig(**{"growth": other, name: value})
+def test_every_field_that_decides_a_run_is_checked() -> None:
+    for name in METHOD_FIELDS:
+        with pytest.raises(ConfigError, match=f"^{name}="):
+            AromaConfig(**{name: object()})

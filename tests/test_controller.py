@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aroma import AromaConfig, AromaController, Event, aroma_layers
-from aroma.algorithm.paper import PaperRule, PaperSettings
 from aroma.errors import ConfigError, NonFiniteError, ResetError
 from aroma.reset import fresh_component
 from models import trainable
@@ -411,40 +410,6 @@ def test_frozen_pairs_that_stay_in_the_graph_stay_at_zero_after_detaching() -> N
         assert all(parameter.requires_grad and not parameter.any() for parameter in layer.pair("default"))
 
 
-# Another rule --------------------------------------------------------------------------------------------------------
-
-
-class EveryOther(PaperRule[Any]):
-    """A rule of its own: every second step every matrix keeps its component; with two it is frozen."""
-
-    def step(self) -> list[Event]:
-        self.global_step += 1
-        self.inner_step += 1
-        return self.outer_step() if self.global_step % 2 == 0 else []
-
-
-def test_the_controller_runs_another_rule_and_restores_it() -> None:
-    settings = PaperSettings(None, 1, 99, None, 0, 2, 0)
-    bench = Bench(inner_tolerance=None)
-    made = [
-        AromaController(bench.model, bench.optimizer, plan_rule=lambda *_: partial(EveryOther, settings))
-        for _ in range(2)
-    ]
-    for step in range(1, 4):
-        bench.put(*[100.0 * step] * 3)
-        made[1].step()
-    assert bench.ranks() == [1, 1, 1]
-    state = made[1].state_dict()
-    with pytest.raises(ConfigError, match="another controller"):
-        made[0].step()
-    third = AromaController(bench.model, bench.optimizer, plan_rule=lambda *_: partial(EveryOther, settings))
-    third.load_state_dict(state)
-    events = third.step()
-    assert [(event.kind, event.module) for event in events][:2] == [("merged", "first"), ("frozen", "first")]
-    assert third.finished
-    assert bench.ranks() == [2, 2, 2]
-
-
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -471,7 +436,7 @@ def test_an_optimizer_whose_state_is_unknown_is_refused_at_the_first_step() -> N
     train(bench, 1)
     with pytest.raises(
         ResetError,
-        match=r"optimizer=Rprop: .*'prev' of shape \(6, 1\).*AdamW \(growth='paper' also takes reset='none'",
+        match=r"optimizer=Rprop: .*'prev' of shape \(6, 1\).*AdamW, or reset='none', which leaves it alone",
     ):
         controller.step()
 

@@ -148,20 +148,10 @@ class Engine(TrainerCallback):
         self.ranks |= {layer.rank("default") for layer in aroma_layers(model).values()}
 
 
-@pytest.mark.parametrize("growth_rule", ["paper", pytest.param("evidence", marks=pytest.mark.slow)])
-def test_its_shapes_never_change_while_it_grows(tmp_path: Path, growth_rule: str) -> None:
+def test_its_shapes_never_change_while_it_grows(tmp_path: Path) -> None:
     engine = Engine(rank=4)
-    steps = {"max_steps": 10} if growth_rule == "paper" else {}
-    trainer_for(
-        "grpo",
-        tmp_path,
-        AromaCallback(),
-        engine,
-        growth=growth_rule,
-        method={"max_components": 4},
-        save_strategy="no",
-        **steps,
-    ).train()
+    config = AromaConfig(task_type="CAUSAL_LM", **{**METHOD, "max_components": 4})
+    trainer_for("grpo", tmp_path, AromaCallback(), engine, config=config, save_strategy="no", max_steps=10).train()
     assert len(engine.ranks) > 2
     assert all(shapes == engine.shapes[0] for shapes in engine.shapes)
 

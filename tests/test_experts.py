@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,11 +21,10 @@ from aroma.errors import AromaError, CheckpointError, ConfigError
 from aroma.export import export_merged, export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.tuner.experts import pack, unpack
-from aroma.tuner.fused import Probe
-from evidence_runs import LONG, LONG_METHOD, PHASES, Loop, held_out, loss_of, rows
 from models import METHOD, base, set_ranks
 from quick import slow_but
 from routed import EXPERTS, FAMILIES, PARAMETERS, UNUSED, RoutedNet, language_model, routed
+from small_nets import SAVED_AT, Loop, loss_of, rows
 from trainer_runs import assert_same
 
 TOKENS = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(3))
@@ -189,7 +187,7 @@ def test_tasks_are_laid_over_each_other(tmp_path: Path) -> None:
     for number, task in enumerate(("one", "two")):
         model = tasks.grow(language_model("mixtral"), config).eval()
         layer = aroma_layers(model)["model.layers.0.mlp.experts.down_proj.1"]
-        beneath = layer.components_beneath("default")[1]
+        beneath = layer.rows_beneath("default")
         assert len(beneath) == 3 * number
         if number:
             assert float((layer.pair("default")[1].detach() @ beneath.T).abs().max()) < 1e-5
@@ -213,39 +211,23 @@ def test_tasks_are_laid_over_each_other(tmp_path: Path) -> None:
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
-def random_probe(layer: Any, generator: torch.Generator, dtype: torch.dtype, count: int = 2) -> Probe:
-    m, n, slots = layer.out_features, layer.in_features, layer.r["default"]
-    u, v, gate = (
-        torch.randn(m, count, generator=generator),
-        torch.randn(count, n, generator=generator),
-        torch.zeros(slots),
-    )
-    leaves = [leaf.to(dtype).requires_grad_() for leaf in (u, v, gate)]
-    moves = [torch.randn(shape, generator=generator).to(dtype) for shape in ((m, slots), (slots, n))]
-    return Probe(*leaves, *moves, 0.5)
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_gradients_are_those_of_the_dense_gradient(implementation: str, transposed: bool) -> None:
     """G = ∂L/∂W' by autograd, of a net whose weight is W' itself."""
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64  # the most that PyTorch has of it
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-8)
-    model = routed(RoutedNet(implementation, transposed).to(dtype), lora_alpha=3, slots=3)
+    model = routed(RoutedNet(implementation, transposed).to(dtype), lora_alpha=3, r=2)
     set_ranks(model, [0, 2, 1], pair=True)
-    generator = torch.Generator().manual_seed(2)
     layers = aroma_layers(model)
     frozen = layers["experts.down_proj.1"]
     frozen.freeze("default")
-    for name, layer in layers.items():
-        if layer is not frozen and name != "experts.gate_up_proj.0":
-            layer.probes["default"] = random_probe(layer, generator, dtype)
     batch = rows(12, dtype=dtype)
     loss_of(model, batch).backward()
     dense = RoutedNet(implementation, transposed).to(dtype)
     for name, layer in layers.items():
         b, a = (part.detach() for part in layer.pair("default"))
-        delta = layer.finished("default").B @ layer.finished("default").A + 1.5 * b @ a  # strength times scale
+        delta = layer.finished("default").B @ layer.finished("default").A + 1.5 * b @ a
         parameter, index = name.split(".")[1:]
         getattr(dense.experts, parameter).data[int(index)] += delta.T if transposed else delta
     loss_of(dense, batch).backward()
@@ -260,43 +242,23 @@ def test_gradients_are_those_of_the_dense_gradient(implementation: str, transpos
             continue
         close(b.grad, 1.5 * G @ a.T)
         close(a.grad, 1.5 * b.T @ G)
-        probe = layer.probes.get("default")
-        if probe is None:
-            continue
-        close(probe.u.grad, G @ probe.v.T)
-        close(probe.v.grad, probe.u.T @ G)
-        moves = [probe.move_b[:, [k]] @ a[[k]] + b[:, [k]] @ probe.move_a[[k]] for k in range(3)]
-        close(probe.gate.grad, torch.stack([1.5 * (G * move).sum() for move in moves]))
 
 
 # Growth --------------------------------------------------------------------------------------------------------------
 
-RULES: dict[str, Callable[[], dict[str, Any]]] = {
-    "evidence": lambda: {"model": routed()},
-    "evidence, held out": lambda: {
-        "model": routed(**LONG_METHOD),
-        **{"steps": LONG, "steps_per_pass": 3, "growth_batches": held_out()},
-    },
-    "paper": lambda: {
-        "model": routed(
-            growth="paper",
-            **{"slots": None, "significance": 0.05, "duel_factor": 0.5},
-            **{"inner_check_interval": 2, "inner_tolerance": 0.5, "max_inner_steps": 4, "outer_tolerance": 1e-3},
-        )
-    },
+RUNS: dict[str, Callable[[], dict[str, Any]]] = {
+    "as it comes": lambda: {"model": routed()},
     "transposed": lambda: {"model": routed(RoutedNet("eager", transposed=True))},
     "bfloat16": lambda: {"model": routed(RoutedNet().bfloat16(), lora_alpha=3)},
 }
 
 
-@pytest.mark.parametrize("rule", slow_but(["evidence", "paper"], RULES))
-def test_an_expert_without_tokens_does_not_grow_and_a_run_resumes_to_the_bit(tmp_path: Path, rule: str) -> None:
+@pytest.mark.parametrize("run", slow_but(["as it comes"], RUNS))
+def test_an_expert_without_tokens_does_not_grow_and_a_run_resumes_to_the_bit(tmp_path: Path, run: str) -> None:
     torch.manual_seed(3)
-    whole = Loop(**RULES[rule]())
-    whole.go_on(PHASES["growth"]).save(tmp_path / "saved")
+    whole = Loop(**RUNS[run]())
+    whole.go_on(SAVED_AT).save(tmp_path / "saved")
     expected = whole.go_on().came_to()
-    if rule.startswith("evidence"):
-        assert max(event.step for event in whole.events if event.kind == "born") > PHASES["growth"]
     ranks = {name: layer.rank("default") for name, layer in aroma_layers(whole.model).items()}
     unused = {name for name in ranks if name.endswith(f".{UNUSED}")}
     assert len(unused) == 2
@@ -304,29 +266,16 @@ def test_an_expert_without_tokens_does_not_grow_and_a_run_resumes_to_the_bit(tmp
     assert len({rank for name, rank in ranks.items() if name not in unused}) > 1, "experts have ranks of their own"
     for name in unused:
         assert not aroma_layers(whole.model)[name].pair("default")[0].any()
-    resumed = Loop.resumed(tmp_path / "saved", PHASES["growth"], **RULES[rule]())
+    resumed = Loop.resumed(tmp_path / "saved", SAVED_AT, **RUNS[run]())
     resumed.go_on()
-    assert_same(resumed.came_to(), expected, rule)
+    assert_same(resumed.came_to(), expected, run)
     verify_adapter(tmp_path / "saved")
     save_adapter(whole.model, tmp_path / "end")
     dtype = next(whole.model.parameters()).dtype
     x = rows(12, seed=7, dtype=dtype)[0]
-    if rule != "bfloat16":  # of which PEFT rounds the weights in another order
-        base = RoutedNet("eager", transposed=True) if rule == "transposed" else RoutedNet()
+    if run != "bfloat16":  # of which PEFT rounds the weights in another order
+        base = RoutedNet("eager", transposed=True) if run == "transposed" else RoutedNet()
         torch.testing.assert_close(plain(tmp_path / "end", base)(x), whole.model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_only_batches_with_its_tokens_judge_an_expert() -> None:
-    # A duel that nearly always is lost: nothing is born, and a matrix is not judged for a while after a birth.
-    loop = Loop(model=routed(duel_factor=100.0)).go_on(32)  # a multiple of 4: all batches so far were weighed
-    matrices = {matrix.name: matrix for matrix in loop.growth.controller.modules}
-    assert not any(any(matrices[f"{name}.{UNUSED}"].flips) for name in PARAMETERS)
-    assert all(any(matrices[f"{name}.1"].flips) for name in PARAMETERS)
-    before = {name: [*matrix.flips] for name, matrix in matrices.items()}
-    loop.x[:, :2] = -1  # from now on every token goes to expert 0
-    loop.go_on(44)  # nothing is judged later
-    judged = {name for name, one in matrices.items() if any(map(operator.gt, one.flips, before[name]))}
-    assert judged == {f"{name}.0" for name in PARAMETERS}
 
 
 # Refused -------------------------------------------------------------------------------------------------------------
@@ -341,7 +290,6 @@ def test_only_batches_with_its_tokens_judge_an_expert() -> None:
         ({"target_parameters": "experts.gate_up_proj"}, ["target_parameters", "give a list"]),
         ({"target_parameters": [], "target_modules": "all-linear"}, ["target_parameters", "give a list"]),
         ({"lora_dropout": 0.1}, ["lora_dropout=0.1", "target_parameters", "set it to 0"]),
-        ({"slots": 17, "growth": "evidence"}, ["slots=17", "rank 16 at most"]),
     ],
 )
 def test_bad_input_is_one_clear_error(changes: dict[str, Any], words: list[str]) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from aroma import AromaConfig, aroma_layers
 from aroma.tuner import AromaLinear, fused
-from aroma.tuner.fused import Probe, Update, add_update, linear_with_update
+from aroma.tuner.fused import add_update, linear_with_update
 from aroma.tuner.tracing import is_traced
 from models import adapted, batch, set_ranks
 from quick import slow_but
@@ -232,32 +232,6 @@ def test_a_quantised_base(kind: str) -> None:
 
 
 # Inside PyTorch ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("node", ["fused", "added"])
-@pytest.mark.parametrize("live", [2, 4])
-def test_along_the_factors_of_the_pair_a_probe_says_what_it_is_told(live: int, node: str, dropout: float) -> None:
-    """Under dropout of the same mask; whether v x is kept, with half of the slots in use, or computed again."""
-    n, m, r, scale = N, M, 4, 3.0
-    shapes = {"A": (4, n), "B": (m, 4), "a": (r, n), "b": (m, r), "move_b": (m, r), "move_a": (r, n), "W": (m, n)}
-    torch.manual_seed(2)
-    t = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    a, b, x = t["a"].requires_grad_(), t["b"].requires_grad_(), torch.randn(7, n, dtype=torch.float64)
-    leaves = [b[:, :live].detach().clone(), a[:live].detach().clone(), torch.zeros(r, dtype=torch.float64)]
-    u, v, gate = (leaf.requires_grad_() for leaf in leaves)
-    probe = Probe(u, v, gate, t["move_b"], t["move_a"], 1.0)
-    update = Update(t["A"], t["B"], a, b, scale, dropout, live, probe)
-    y = linear_with_update(x, t["W"], None, update) if node == "fused" else add_update(x @ t["W"].T, x, update)
-    weighed = (y * torch.randn_like(y)).sum()
-    gb, ga, gu, gv, slope = torch.autograd.grad(weighed, [b, a, u, v, gate])
-    torch.testing.assert_close(scale * gu, gb[:, :live])
-    torch.testing.assert_close(scale * gv, ga[:live])
-    assert not gb[:, live:].any()
-    torch.testing.assert_close(slope, (probe.move_b * gb).sum(0) + (probe.move_a * ga).sum(1))
-    if dropout:
-        without = update._replace(p=0.0)
-        assert not torch.equal(y, linear_with_update(x, t["W"], None, without)), "something is dropped"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -1,4 +1,4 @@
-"""Convolutions and embeddings: each is held to a dense weight, to both references, and to plain PEFT."""
+"""Convolutions and embeddings: each is held to a dense weight, to the reference, and to plain PEFT."""
 
 from __future__ import annotations
 
@@ -20,20 +20,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import evidence_runs
-from aroma import AromaConfig, Attachment, Event, aroma_layers, attach, lora_tensors
+from aroma import AromaConfig, Attachment, aroma_layers, attach, lora_tensors
 from aroma.errors import CheckpointError, ConfigError
 from aroma.export import export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.sharding import Partition
 from aroma.tasks import tensors_of
 from aroma.tuner import AromaLinear
-from aroma.tuner.fused import Probe
 from corruptions import seal
 from quick import slow_but
 from reference import ReferenceAroma, Settings
-from reference_evidence import Reference
-from reference_evidence import Settings as EvidenceSettings
 
 draw = partial(torch.randn, dtype=torch.float64)
 ROWS = 30
@@ -183,33 +179,6 @@ def test_output_and_gradients_are_those_of_a_dense_weight(name: str, finished: i
     torch.testing.assert_close(layer(x), case.use(x, layer.weight_matrix() + B @ A))
 
 
-def probe_of(layer: AromaLinear, name: str, p: int = 3) -> Probe:
-    (m, n), r = CASES[name].shape, layer.r["default"]
-    u, v, gate = draw(m, p), draw(p, n), torch.zeros(r, dtype=torch.float64)
-    for leaf in (u, v, gate):
-        leaf.requires_grad_()
-    return Probe(u, v, gate, draw(m, r), draw(r, n), 1.0)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_backward_answers_what_the_dense_gradient_says(name: str) -> None:
-    case, layer = CASES[name], layer_of(name, 2)
-    probe = layer.probes["default"] = probe_of(layer, name)
-    b, a = (parameter.detach() for parameter in layer.pair("default"))
-    x = case.input()
-    W = (layer.weight_matrix() + layer.finished("default").B @ layer.finished("default").A + 3.0 * b @ a).detach()
-    y = layer(x)
-    expected = case.use(x, W.requires_grad_())
-    torch.testing.assert_close(y, expected)  # a probe changes nothing
-    toward = draw(y.shape)
-    (G,) = torch.autograd.grad((expected * toward).sum(), [W])
-    u, v, gate = torch.autograd.grad((y * toward).sum(), probe[:3])
-    torch.testing.assert_close(u, G @ probe.v.T)
-    torch.testing.assert_close(v, probe.u.T @ G)
-    moves = [probe.move_b[:, [k]] @ a[[k]] + b[:, [k]] @ probe.move_a[[k]] for k in range(len(a))]
-    torch.testing.assert_close(gate, torch.stack([3.0 * (G * move).sum() for move in moves]))
-
-
 class Sizes(TorchDispatchMode):
     """Notes the size of the largest tensor that an operation returns, views of `known` apart."""
 
@@ -236,49 +205,17 @@ BIG: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 @pytest.mark.parametrize("kind", BIG)
 def test_no_matrix_of_the_size_of_the_weight_is_formed(kind: str) -> None:
     base, x = (make() for make in BIG[kind])
-    model = grown(nn.ModuleDict({"layers": nn.ModuleDict({"it": base})}), growth="evidence", slots=3)
+    model = grown(nn.ModuleDict({"layers": nn.ModuleDict({"it": base})}), r=3)
     (layer,) = aroma_layers(model).values()
     m, n = layer.out_features, layer.in_features
     layer.start_pair("default", torch.randn(3, n), torch.randn(m, 3))
-    layer.slots_in_use["default"] = 3
-    leaves = [torch.randn(m, 4), torch.randn(4, n), torch.zeros(3)]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    layer.probes["default"] = Probe(*leaves, torch.randn(m, 3), torch.randn(3, n), 1.0)
     with Sizes(base.weight) as sizes:  # which makes the layer call PyTorch's operations one by one
         layer(x).square().sum().backward()
-    assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
+    assert all(factor.grad is not None and factor.grad.any() for factor in layer.pair("default"))
     assert sizes.largest < base.weight.numel() == m * n
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:  # as in any training
         layer(x).square().sum().backward()
     assert 0 < max(event.self_cpu_memory_usage for event in profiler.events()) < 4 * m * n
-
-
-@pytest.mark.parametrize("holds_out", [False, True])
-def test_the_rule_forms_no_matrix_of_the_size_of_a_weight(holds_out: bool) -> None:
-    """Neither for the first directions nor for singular ones, births, merges, moves and held-out batches."""
-    width, steps = 160, 60
-    model = grown(evidence_runs.Net(width, layers=2), **evidence_runs.METHOD)
-    optimizer = torch.optim.SGD(evidence_runs.trainable(model), lr=0.1)
-    events: list[Event] = []
-    held_out: dict[str, Any] = {}
-    if holds_out:
-        batches = [*zip(*(part.split(8) for part in evidence_runs.rows(80, width=width)), strict=True)]
-        held_out = {"growth_batches": batches, "growth_loss": evidence_runs.loss_of, "steps_per_pass": 40}
-    growth = attach(model, optimizer, total_steps=steps, on_event=events.append, **held_out)
-    weights = [layer.base_layer.weight for layer in aroma_layers(model).values()]
-    largest, merged = 0, []
-    for x, y in zip(*(part.split(8) for part in evidence_runs.rows(8 * steps, width=width)), strict=True):
-        optimizer.zero_grad()
-        evidence_runs.loss_of(model, (x, y)).backward()
-        with Sizes(*weights) as sizes:
-            optimizer.step()
-            if growth.controller.rule.phase == "growth":
-                merged += growth.controller.matrices.bear([(matrix, 0) for matrix in growth.controller.modules])
-        largest = max(largest, sizes.largest)
-    assert merged
-    assert {event.kind for event in events} >= {"born", "settled"}
-    assert 0 < largest < width**2
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -375,51 +312,10 @@ def test_a_whole_run_of_the_paper_is_that_of_the_dense_reference(names: str) -> 
         torch.testing.assert_close(delta, reference.updates()[name], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("names", slow_but(["two"], ["two", "all"]))
-def test_a_whole_run_of_evidence_is_that_of_the_dense_reference(names: str) -> None:
-    slots = 3
-    net = Net(NAMES[names])
-    dense_net = Net(NAMES[names])
-    reference = Reference(
-        {f"layers.{name}": W for name, W in net.weights().items()},
-        EvidenceSettings(S=slots, kappa=0.2, seed=3),
-    )
-
-    def gradients(examples: slice) -> list[Tensor]:
-        weights = {matrix.name: matrix.W(4.0 * reference.strength).requires_grad_() for matrix in reference.matrices}
-        loss = dense_net.dense_loss({name.removeprefix("layers."): W for name, W in weights.items()}, examples)
-        return [*torch.autograd.grad(loss, [*weights.values()])]
-
-    model = grown(net, growth="evidence", slots=slots, duel_factor=0.2)
-    optimizer = torch.optim.Adam(pairs(model), lr=0.02)
-    events: list[Any] = []
-    growth = attach(model, optimizer, total_steps=200, on_event=events.append)
-    for step in range(90):
-        examples = slice(6 * (step % 4), 6 * (step % 4) + 6)
-        optimizer.zero_grad()
-        model(examples).backward()
-        optimizer.step()
-        reference.step(gradients(examples), 0.02, lambda number: [])
-    births = [(event.step, event.module) for event in events if event.kind == "born" and event.step > 8]
-    assert births == reference.births
-    settled = {event.module: event.rank for event in events if event.kind == "settled"}
-    assert settled["layers.embedding"]
-    assert any("conv" in module for _, module in births)
-    for matrix, expected in zip(growth.controller.modules, reference.matrices, strict=True):
-        b, a = matrix.pair
-        B, A = matrix.finished
-        update = B @ A + 4.0 * b @ a
-        torch.testing.assert_close(update.detach(), expected.W(4.0) - expected.W0, rtol=1e-5, atol=1e-8)
-        assert (matrix.heads, matrix.flips) == (expected.heads, expected.flips)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"max_inner_steps": 4, "inner_check_interval": 2}, {"growth": "evidence", "slots": 3}]
-)
-def test_rows_that_are_not_looked_up_never_change(fields: dict[str, Any]) -> None:
+def test_rows_that_are_not_looked_up_never_change() -> None:
     net = Net(["embedding"])
     net.layers["embedding"] = nn.Embedding(ROWS, 9, padding_idx=4, sparse=True, dtype=torch.float64)
-    model = grown(net, **fields)
+    model = grown(net, max_inner_steps=4, inner_check_interval=2)
     train(model, 32)
     (layer,) = aroma_layers(model).values()
     changed = set(layer.get_delta_weight("default").any(1).nonzero()[:, 0].tolist())
@@ -440,9 +336,12 @@ def test_the_part_of_a_convolution_that_zero_3_leaves_a_process_is_one_of_the_ma
 # Saved, merged, resumed ----------------------------------------------------------------------------------------------
 
 
-RULES: dict[str, dict[str, Any]] = {
-    "paper": {"r": 2, "max_inner_steps": 6, "inner_check_interval": 2, "outer_tolerance": 1e-4, "rewarmup_steps": 2},
-    "evidence": {"growth": "evidence", "slots": 3, "duel_factor": 0.01, "significance": 0.7},
+METHOD: dict[str, Any] = {
+    "r": 2,
+    "max_inner_steps": 6,
+    "inner_check_interval": 2,
+    "outer_tolerance": 1e-4,
+    "rewarmup_steps": 2,
 }
 
 
@@ -468,11 +367,10 @@ def outputs(model: nn.Module, net: Net) -> list[Tensor]:
         return [model.get_submodule(f"layers.{name}")(x) for name, x in net.inputs.items()]
 
 
-@pytest.mark.parametrize("rule", slow_but(["paper"], RULES))
-def test_saved_as_plain_lora_that_peft_loads_and_merges(tmp_path: Path, rule: str) -> None:
+def test_saved_as_plain_lora_that_peft_loads_and_merges(tmp_path: Path) -> None:
     net = Net([*CASES])
     base = copy.deepcopy(net)
-    model = grown(net, **RULES[rule])
+    model = grown(net, **METHOD)
     train(model, 40)
     expected, before = outputs(model.base_model.model, net), outputs(base, net)
     model.save_pretrained(tmp_path / "adapter")
@@ -500,16 +398,15 @@ def test_saved_as_plain_lora_that_peft_loads_and_merges(tmp_path: Path, rule: st
     assert_plain(tmp_path / "adapter")
     assert export_uniform(tmp_path / "adapter", tmp_path / "uniform") >= max(ranks.values())
     assert_plain(tmp_path / "uniform")
-    again = grown(copy.deepcopy(base), **{**RULES[rule], "component_seed": 9})
+    again = grown(copy.deepcopy(base), **{**METHOD, "component_seed": 9})
     again.load_adapter(str(tmp_path / "adapter"), "default")
     torch.testing.assert_close(outputs(again.base_model.model, net), expected)
     torch.testing.assert_close(outputs(model.merge_and_unload(), net), expected)
 
 
-@pytest.mark.parametrize("rule", slow_but(["evidence"], RULES))
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path, rule: str) -> None:
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path) -> None:
     base = Net([*QUICK], rank=4)
-    whole, first, second = (grown(copy.deepcopy(base), **RULES[rule]) for _ in range(3))
+    whole, first, second = (grown(copy.deepcopy(base), **METHOD) for _ in range(3))
     straight, _ = train(whole, 52)
     growth, optimizer = train(first, 31)
     first.save_pretrained(tmp_path)
@@ -524,7 +421,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path: Path, rule:
 def test_the_functions_of_peft() -> None:
     net = Net([*QUICK])
     base = copy.deepcopy(net)
-    model = grown(net, **RULES["paper"])
+    model = grown(net, **METHOD)
     train(model, 14)
     expected = outputs(model.base_model.model, net)
     with model.disable_adapter():
@@ -536,7 +433,7 @@ def test_the_functions_of_peft() -> None:
 
 
 def test_an_adapter_of_another_kernel_is_refused(tmp_path: Path) -> None:
-    model = grown(Net(["conv2d"]), **RULES["paper"])
+    model = grown(Net(["conv2d"]), **METHOD)
     train(model, 8)
     model.save_pretrained(tmp_path)
     (update,) = read_adapter(tmp_path).updates.values()
@@ -544,11 +441,11 @@ def test_an_adapter_of_another_kernel_is_refused(tmp_path: Path) -> None:
     net = Net(["conv2d"])
     net.layers["conv2d"] = nn.Conv2d(9, 7, 2).double()  # n = 36, too
     with pytest.raises(CheckpointError, match=r"layers\.conv2d: .*\(\d, 4, 3, 3\).*Conv2d"):
-        grown(net, **RULES["paper"]).load_adapter(str(tmp_path), "default")
+        grown(net, **METHOD).load_adapter(str(tmp_path), "default")
 
 
 def test_a_form_that_no_run_writes_is_an_error(tmp_path: Path) -> None:
-    model = grown(Net(["conv2d"]), **RULES["paper"])
+    model = grown(Net(["conv2d"]), **METHOD)
     train(model, 8)
     model.save_pretrained(tmp_path)
     file = tmp_path / "aroma_state.json"

@@ -421,32 +421,11 @@ def test_every_field_of_the_configuration_is_an_option_of_aroma():
     assert all(type(make_method(kind, {})) is made for kind, made in METHODS.items())
     own = set(AromaConfig.__annotations__)
     assert {"r", "inner_tolerance", "reset", "component_seed"} <= own
-    assert own | {"lora_dropout", "exclude_modules", "dropout", "growth_share", "tasks", "over"} == set(
-        Aroma.option_types()
-    )
+    assert own | {"lora_dropout", "exclude_modules", "dropout", "tasks", "over"} == set(Aroma.option_types())
     assert Aroma().resolved_options()["outer_tolerance"] == 5e-3
     config = built(make_method("relora", {"max_inner_steps": 7, "prune_ratio": 0.5})).peft_config["default"]
     assert (config.inner_tolerance, config.outer_tolerance, config.max_components) == (None, None, 8)
     assert (config.max_inner_steps, config.prune_ratio) == (7, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("options", "held_out"),
-    [
-        ({"growth": "evidence"}, 120),
-        ({"growth": "evidence", "growth_share": 0.2}, 240),
-        ({"growth": "evidence", "growth_share": 0}, 0),
-        ({"growth": "paper"}, 0),
-    ],
-)
-def test_growth_by_evidence_holds_out_what_can_decide(options, held_out):
-    train, growth = make_method("aroma", options).hold_out(range(1200))
-    assert (len(train), len(growth or [])) == (1200 - held_out, held_out)
-
-
-def test_too_few_examples_to_decide_growth_are_refused_before_anything_is_written():
-    with pytest.raises(ConfigError, match=r"^train='50 examples, of which 5 are held out': it takes 7 batches"):
-        make_method("aroma", {"growth": "evidence"}).hold_out(range(50))
 
 
 @pytest.mark.parametrize(
@@ -460,7 +439,6 @@ def test_too_few_examples_to_decide_growth_are_refused_before_anything_is_writte
         ("aroma", {"resett": "zero"}, r"options\.resett='zero': .* the nearest is 'options\.reset'"),
         ("aroma", {"reset": "half"}, r"options\.reset='half': give one of prune, zero, none"),
         ("aroma", {"max_inner_steps": 3}, "max_inner_steps=3: it is smaller than inner_check_interval=10"),
-        ("aroma", {"growth_share": 1}, r"growth_share=1\.0: give a share in \[0, 1\), such as 0\.1"),
         ("lora", {"r": "many"}, r"options\.r='many': give a whole number"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
         ("houlsby", {"size": 0}, "size=0: the bottleneck has at least one neuron"),

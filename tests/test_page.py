@@ -23,7 +23,7 @@ from aroma_lab.report.grid_page import grid_page
 from aroma_lab.report.run_page import run_facts
 from aroma_lab.tasks.classification import ClassifierJob
 from aroma_lab.tasks.task import Task
-from made_up_facts import BIRTHS, GROWN, KINDS, MODULES, event, events, made_up
+from made_up_facts import GROWN, KINDS, MODULES, RANKS, events, made_up
 from made_up_runs import edit, write_grid, write_run
 from trainer_runs import adapted, trainer_for
 
@@ -97,7 +97,7 @@ def test_a_page_says_what_the_run_came_to_and_how_to_repeat_it(page):
         "ranks of 9 matrices 0–3 8 in all",
         "1.02K LoRA r=8: 18.4K; head: 130",
         "3 min 20 s 240 optimizer steps",
-        "No evidence for another component in 9 of 9 matrices; last birth at step 200.",
+        "6 of 9 matrices have finished; 3 still train.",
         "aroma train reviews.yaml output=reviews-again",
         "training.learning_rate 0.001",
         "torch 2.9.0",
@@ -106,42 +106,33 @@ def test_a_page_says_what_the_run_came_to_and_how_to_repeat_it(page):
 
 
 def test_what_cannot_be_seen_is_said(page):
-    words = "Training loss: 1.975 at step 5, 0.8 at step 240. Births: 4, the first at step 80, the last at step 200."
-    assert page.label("loss") == words
+    assert page.label("loss") == "Training loss: 1.975 at step 5, 0.8 at step 240."
     assert "0.55 at first, 0.8 at last" in page.label("score")
     assert "0 at first, 1,024 at last, 9,216 at most" in page.label("parameters")
     assert all(one.get("tabindex") == "0" for _, one in page.elements if one.get("class") == "plot")
 
 
 def test_the_grid_has_every_matrix_in_its_place(page):
-    ranks = {one["module"]: one["rank"] for one in events()}
+    ranks = {module: steps[-1][1] for module, steps in RANKS.items()}
     assert list(page.grid) == [f"encoder.layer.{layer}.{kind}" for kind in KINDS for layer in range(3)]
     labels = {name: cell["aria-label"] for name, cell in page.grid.items()}
     assert labels[GROWN] == (
         f"attention.self.value, layer 1: rank {ranks[GROWN]}; effective rank {0.75 * ranks[GROWN]:.2f}; "
-        "‖ΔW‖ / ‖W0‖ 1.23%; left by the trial 0; born since 3; evidence for one more 0.09 of 20"
+        "‖ΔW‖ / ‖W0‖ 1.23%"
     )
     assert ["output.dense", *(str(ranks[f"encoder.layer.{layer}.output.dense"]) for layer in range(3))] in page.rows
     levels = {name: float(cell["style"].partition("--level: ")[2]) for name, cell in page.grid.items()}
     assert levels[GROWN] == 1.0
     assert {name for name, level in levels.items() if level == 0} == {name for name in ranks if ranks[name] == 0}
-    told = dict(json.loads(page.grid[GROWN]["data-facts"]))
-    assert told["born since"] == "3"
+    assert dict(json.loads(page.grid[GROWN]["data-facts"]))["rank"] == "3"
 
 
-def test_the_charts_draw_what_the_events_say(page):
-    births = page.data["charts"]["loss"]["data"]["births"]
-    assert births["step"] == [80, 120, 160, 200]
-    assert births["count"] == [1, 1, 1, 1]
-    assert page.data["charts"]["loss"]["data"]["trial"] == {"start": [0], "end": [40]}
+def test_the_chart_of_a_matrix_shows_its_rank_over_time(page):
+    assert page.data["charts"]["matrix"]["spec"] == "rank"
     grown = page.data["matrices"][GROWN]
-    assert grown["born"] == {"step": BIRTHS[GROWN], "merged": ["trains on"] * 3}
-    assert grown["words"] == "The trial left no components; born since: 3, at step 80, 160, 200."
-    assert max(grown["evidence"]["log"]) == 3.2
-    assert page.data["matrices"][MODULES[5]]["born"]["merged"] == ["merged"]
-    assert page.data["threshold"] == pytest.approx(20)
+    assert grown == {"rank": {"step": [0, 80, 160, 200, 240], "rank": [0, 1, 2, 3, 3]}, "words": "Rank 3 at the end."}
     chosen = [attributes["value"] for tag, attributes in page.elements if tag == "option" and "selected" in attributes]
-    assert chosen == [GROWN], "the matrix with the most births is shown first"
+    assert chosen == [GROWN], "the matrix with the largest rank is shown first"
 
 
 def test_a_page_loads_nothing_and_is_small(html, page):
@@ -164,7 +155,7 @@ def test_names_do_nothing_but_stand_there():
             results=[Result(text, {text: 0.5}), Result(f"{text}, {text}", {text: 0.1}, "guess")],
             scores=[(1, text, 0.1), (2, text, 0.2)],
             matrices=[MatrixFacts(renamed[one.name], *one[1:]) for one in made_up().matrices],
-            events=[{**one, "module": renamed[one["module"]]} for one in events()],
+            ranks={renamed[name]: steps for name, steps in RANKS.items()},
             explanation=text,
             notes=[text],
             settings={text: {text: text}},
@@ -186,26 +177,15 @@ def test_a_page_of_nothing_says_that_much():
     assert "select" not in page.tags()
 
 
-def test_another_rule_shows_ranks_over_time():
-    ranks = {name: [[0, 0], [30, 1]] for name in MODULES}
-    page = Page(run_page(made_up(events=[], significance=None, ranks=ranks)))
-    assert page.data["charts"]["matrix"]["spec"] == "rank"
-    assert page.data["matrices"][GROWN]["rank"] == {"step": [0, 30, 240], "rank": [0, 1, 1]}
-    assert "evidence" not in page.grid[GROWN]["aria-label"]
-
-
-def test_long_runs_are_thinned_but_keep_their_births():
-    looks = [event("settled", 0, GROWN, 0)]
-    looks += [event("born" if step == 7770 else "checked", step, GROWN, 1, 3.2) for step in range(1, 100_000)]
+def test_long_runs_are_thinned():
     loss = [[step, float(step)] for step in range(100_000)]
-    html = run_page(made_up(events=looks, loss=loss, matrices=[MatrixFacts(GROWN, 1)]))
+    ranks = {GROWN: [[step, step] for step in range(100_000)]}
+    html = run_page(made_up(ranks=ranks, loss=loss, matrices=[MatrixFacts(GROWN, 1)]))
     page = Page(html)
-    evidence = page.data["matrices"][GROWN]["evidence"]
-    assert len(evidence["step"]) < 21_000
-    assert evidence["step"].count(7770) == 2
     drawn = page.data["charts"]["loss"]["data"]["loss"]
     assert len(drawn["step"]) <= 800
     assert np.mean(drawn["loss"]) == pytest.approx(49_999.5)
+    assert len(page.data["matrices"][GROWN]["rank"]["step"]) <= 800
     assert len(html) < 800e3
 
 
@@ -346,7 +326,7 @@ def test_a_run_that_holds_nothing_out_does_not_say_that_it_does(tmp_path):
 
 
 def test_an_unfinished_run_gives_what_there_is(tmp_path):
-    folder = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma", options={"growth": "evidence"})
+    folder = write_run(tmp_path, "mrpc", "aroma", 0, kind="aroma")
     for name in ("result", "curve", "history"):
         (folder / f"{name}.json").unlink()
     lines = "".join(json.dumps(one) + "\n" for one in events())
@@ -355,7 +335,7 @@ def test_an_unfinished_run_gives_what_there_is(tmp_path):
     page = Page((folder / "report.html").read_text())
     assert "This run is not finished." in page.text
     assert len(page.grid) == 9
-    assert page.data["matrices"][GROWN]["born"]["step"] == BIRTHS[GROWN]
+    assert page.data["matrices"][GROWN]["rank"]["rank"][-1] == 3
     curve = {"parameters": [[0, 10]], "total_rank": [], "ranks": [[GROWN, [[0, 0], [3, 1]]]]}
     log = [{"loss": 1.5, "learning_rate": 0.001, "step": 5}, {"eval_held_out_loss": 1.25, "step": 5}]
     state = {"log_history": log, "global_step": 5, "max_steps": 100}

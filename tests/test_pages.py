@@ -1,4 +1,4 @@
-"""Every code block of the docs: Python runs, commands parse, YAML loads. tests/test_docs.py has usage.md."""
+"""Every code block of the docs: Python runs, commands parse, YAML loads; what the pages name is there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -20,13 +19,16 @@ import yaml
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig
 
 import aroma
 from aroma import AromaConfig
 from aroma.cli import main, make_parser
 from aroma_lab.run.recipe import load_recipe
 from models import base, batch
+from quick import slow_but
 from routed import language_model
+from test_sft import tokenizer
 from trainer_runs import examples, tiny_bert
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,13 @@ BLOCKS = [
 STRANGERS = {
     *("pip", "python", "python3", "torchrun", "pytest", "mkdocs"),
     *("vllm", "text-generation-launcher", "llama-server", "ollama"),  # engines, which do not run here
+}
+
+
+USAGE = {
+    title: text
+    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGES["usage.md"], flags=re.DOTALL | re.MULTILINE)
+    if "```python" in text
 }
 
 
@@ -94,7 +103,7 @@ def test_the_recipe_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(blocks("yaml", "commandline.md")[0])
     recipe = load_recipe("recipe.yaml", [])
-    assert (recipe.model.name, recipe.adapter["growth"], recipe.data.label) == ("minilm", "evidence", "stars")
+    assert (recipe.model.name, recipe.adapter, recipe.data.label) == ("minilm", {}, "stars")
 
 
 @pytest.mark.slow
@@ -109,6 +118,25 @@ def test_the_recipe_trains_on_a_few_hundred_rows(tmp_path: Path, monkeypatch: py
     assert Path("runs", "reviews", "adapter", "adapter_model.safetensors").is_file()
 
 
+def test_files_that_are_named_exist() -> None:
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_the_pages_name_of_the_package_is_exported() -> None:
+    text = "".join(page for name, page in PAGES.items() if name != "CHANGELOG.md")
+    named = {name for line in re.findall(r"from aroma import ([\w, ]+)", text) for name in line.split(", ")}
+    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text)) | {"RichProgress"}
+    assert named <= set(aroma.__all__)
+    assert all(getattr(aroma, name).__name__ == name for name in named)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(re.findall(r": (\S+\.md)", nav))
+
+
 # Python --------------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +145,7 @@ def given(folder: Path, count: int = 160) -> dict[str, Any]:
     rows = examples(count)
     args = TrainingArguments(
         str(folder / "out"),
-        max_steps=40,
+        max_steps=60,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         save_strategy="no",
@@ -129,15 +157,15 @@ def given(folder: Path, count: int = 160) -> dict[str, Any]:
     return {"base": tiny_bert(), "fresh_base": tiny_bert(), "args": args, "dataset": dataset, "Trainer": Trainer}
 
 
-def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str, Any]:
-    for block in blocks("python", page)[:count]:
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    for block in blocks("python", page):
         exec(compile(block, page, "exec"), names)
     return names
 
 
 def test_pages_with_python_are_those_that_run() -> None:
-    of_others = {"README.md", "usage.md", "reinforcement.md"}  # test_snippets.py, test_docs.py, test_trl.py
-    here = "index serving settings how files precision distributed tasks vision experts"
+    of_others = {"README.md", "reinforcement.md"}  # test_snippets.py, test_trl.py
+    here = "index serving settings usage files precision distributed tasks vision experts"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 
@@ -145,7 +173,7 @@ def test_pages_with_python_are_those_that_run() -> None:
 def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = torch.tensor(given(tmp_path)["dataset"][:4]["input_ids"])
-    names = run("index.md", given(tmp_path, count=320))  # a tenth is enough to decide
+    names = run("index.md", given(tmp_path))
     with torch.no_grad():
         answers = [one.eval()(rows).logits for one in (names["trainer"].model, names["model"], tiny_bert())]
         served = run("serving.md", given(tmp_path))
@@ -157,8 +185,7 @@ def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_choosing_settings(tmp_path: Path) -> None:
     names = run("settings.md", given(tmp_path))
-    assert (names["config"].growth, names["config"].r) == ("evidence", 1)
-    assert len(names["growth"]) * 9 == len(names["train"])
+    assert names["config"].r == 1
 
 
 def test_images() -> None:
@@ -169,15 +196,9 @@ def test_images() -> None:
 def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {**given(tmp_path), "another_base": tiny_bert()}
-    names["batches"] = [names["dataset"].with_format("torch")[8 * row : 8 * row + 8] for row in range(8)]
-    *blocks_of_tasks, _ = blocks("python", "tasks.md")
-    run("tasks.md", names, len(blocks_of_tasks))
+    run("tasks.md", names)
     assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
     assert not aroma.aroma_layers(names["model"])
-    for name in ("one", "other"):
-        shutil.copytree("adapters/topics", name)
-    exec(blocks("python", "tasks.md")[-1], {**names, "fresh_base": tiny_bert()})
-    assert aroma.verify_adapter("combined")
 
 
 def test_experts_and_parts() -> None:
@@ -196,20 +217,38 @@ def test_experts_and_parts() -> None:
     ]
 
 
-def test_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("section", slow_but(["The Trainer", "A loop of your own"], USAGE))
+def test_the_scripts_of_usage(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = given(tmp_path)
-    run(
-        "how.md",
-        {**names, "model": get_peft_model(names["base"], AromaConfig(growth="evidence", task_type="SEQ_CLS"))},
+    names = {**given(tmp_path), "rows": examples(160)}
+    first = next(iter(USAGE))
+    if section == "TRL":
+        args = SFTConfig("out", max_steps=60, max_length=16, bf16=False, gradient_checkpointing=False, use_cpu=True)
+        texts = Dataset.from_dict({"text": ["the cat sees a bird"] * 40})
+        names |= {"base": base("llama"), "dataset": texts, "args": args, "tokenizer": tokenizer()}
+    # The page is read from the top: a section goes on from what the first one has made.
+    beginning = (
+        [] if section == first else re.findall(r"```python\n(.*?)trainer = ", USAGE[first], flags=re.DOTALL)[:1]
     )
-    assert Path("births.png").stat().st_size > 5000
+    for block in [*beginning, *re.findall(r"```python\n(.*?)```", USAGE[section], flags=re.DOTALL)]:
+        exec(compile(block, f"usage.md, {section}", "exec"), names)
+    if section == "What a run tells":
+        assert names["events"]
+        assert Path("ranks.png").stat().st_size > 5000
+    if section == "A report to look at":
+        assert Path("report.html").stat().st_size > 100_000
 
 
 def test_resuming_as_on_the_page_of_files_and_of_precisions(tmp_path: Path) -> None:
     names = given(tmp_path)
     args = TrainingArguments(
-        **{**names["args"].to_dict(), "save_strategy": "steps", "save_steps": 20, "save_total_limit": 1}
+        **{
+            **names["args"].to_dict(),
+            "save_strategy": "steps",
+            "max_steps": 40,
+            "save_steps": 20,
+            "save_total_limit": 1,
+        }
     )
     method = {"task_type": "SEQ_CLS", "max_inner_steps": 20}
     model = get_peft_model(names["base"], AromaConfig(**method))

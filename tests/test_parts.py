@@ -21,9 +21,8 @@ from aroma.export import export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.tuner.parts import join, split
 from corruptions import seal
-from evidence_runs import PHASES, STEPS, Loop, Net, loss_of, net, rows
 from models import adapted, base, batch, logits, set_ranks
-from quick import slow_but
+from small_nets import SAVED_AT, STEPS, Loop, Net, loss_of, net, rows
 from trainer_runs import assert_same
 
 SPLITS: dict[str, dict[str, Any]] = {
@@ -76,8 +75,6 @@ def test_gradients_are_those_of_blocks_of_rows() -> None:
     model = net(Net().double(), split_modules={"layers.0": [10, 6], "layers.2": 2})
     set_ranks(model, [1, 0, 2], pair=True)
     layers = aroma_layers(model)
-    for layer in layers.values():
-        layer.slots_in_use["default"] = 3
     assert [*layers] == ["layers.0.0", "layers.0.1", "layers.1", "layers.2.0", "layers.2.1", "layers.3"]
     data = rows(6, dtype=torch.float64)
     dense, starts = Net().double(), {"layers.0.0": 0, "layers.0.1": 10, "layers.2.0": 0, "layers.2.1": 8}
@@ -114,25 +111,19 @@ def test_parts_are_joined_and_split() -> None:
     assert split(torch.ones(9, 1), torch.ones(1, 5), sizes) is None
 
 
-@pytest.mark.parametrize("growth", slow_but(["evidence"], ["evidence", "paper"]))
-def test_a_run_grows_and_resumes_to_the_bit(tmp_path: Path, growth: str) -> None:
-    paper = {
-        **{"growth": "paper", "slots": None, "significance": 0.05, "duel_factor": 0.5, "inner_check_interval": 2},
-        **{"inner_tolerance": 0.5, "max_inner_steps": 4, "outer_tolerance": 1e-3},
-    }
-
+def test_a_run_grows_and_resumes_to_the_bit(tmp_path: Path) -> None:
     def loop() -> dict[str, Any]:
-        return {"model": net(split_modules={"layers.1": [9, 7]}, **(paper if growth == "paper" else {}))}
+        return {"model": net(split_modules={"layers.1": [9, 7]})}
 
     torch.manual_seed(3)
     whole = Loop(**loop())
-    whole.go_on(PHASES["growth"]).save(tmp_path)
+    whole.go_on(SAVED_AT).save(tmp_path)
     expected = whole.go_on(STEPS).came_to()
     ranks = {name: layer.rank("default") for name, layer in aroma_layers(whole.model).items()}
     assert ranks["layers.1.0"] + ranks["layers.1.1"] > 0
-    resumed = Loop.resumed(tmp_path, PHASES["growth"], **loop())
+    resumed = Loop.resumed(tmp_path, SAVED_AT, **loop())
     resumed.go_on(STEPS)
-    assert_same(resumed.came_to(), expected, growth)
+    assert_same(resumed.came_to(), expected)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +133,6 @@ def test_a_run_grows_and_resumes_to_the_bit(tmp_path: Path, growth: str) -> None
         ({"split_modules": {"c_attn": [90, 5]}}, ["[90, 5]", "96 outputs"]),
         ({"split_modules": {"qkv": 3}}, ["split_modules='qkv'", "no module that grows"]),
         ({"split_modules": {"c_attn": 1}}, ["split_modules", "give a number of equal parts"]),
-        ({"split_modules": {"c_attn": 3}, "growth": "evidence", "slots": 33}, ["slots=33", "rank 32 at most"]),
     ],
 )
 def test_bad_input_is_one_clear_error(changes: dict[str, Any], words: list[str]) -> None:

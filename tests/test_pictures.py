@@ -1,6 +1,5 @@
 """Figures from made-up records: the right marks at the right places, and every wrong request refused."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -189,44 +188,6 @@ def test_ranks_have_a_panel_for_each_method_with_ranks(grid):
 )
 def test_names_are_split_into_layer_and_kind_and_stacks_are_told_apart(names, positions):
     assert positions_of(names) == positions
-
-
-# Births
-
-
-def test_births_are_those_of_the_one_method_that_grows_by_evidence(grid, tmp_path):
-    own = Path(shutil.copytree(grid, tmp_path / "own"))
-    options = {"growth": "evidence", "significance": 0.01}
-    rows = [{"kind": "settled", "step": 20, "log_evidence": 0.0}, {"kind": "born", "step": 60, "log_evidence": 4.7}]
-    events = [
-        {**row, "outer_step": 1, "module": module, "rank": 1 + place}
-        for place, row in enumerate(rows)
-        for module in MODULES
-    ]
-    for seed in (3, 4):
-        run = write_run(own, "mrpc", "grown", seed, kind="aroma", options=options)
-        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events[: len(MODULES) + seed]))
-    figure = draw("births", own, task="mrpc")
-    title, summary = figure.subfigs[0].get_suptitle().splitlines()
-    assert title == "Births by evidence: grown on mrpc, seed 3"
-    assert "20 matrices · the trial left 20 components at step 20 · births 3, last at step 60" in summary
-    assert "births 4" in draw("births", own, task="mrpc", seed=4).subfigs[0].get_suptitle()
-    assert figure.axes[0].get_yticklabels()[-1].get_text() == "1/α = 100"
-    assert figure.axes[0].get_xlim() == (0, 100), "the steps of the run, which end after the last event"
-
-    write_run(own, "mrpc", "other", 3, kind="aroma", options=options)
-    with pytest.raises(ConfigError, match="this figure is of one method; choose one of grown, other"):
-        draw("births", own, task="mrpc")
-    with pytest.raises(ConfigError, match="the events of this run are not kept there"):
-        draw("births", own, task="mrpc", methods=("other",))
-    (run / "events.jsonl").write_text('{"kind": "settled"')
-    with pytest.raises(CheckpointError, match=r"events\.jsonl: truncated or edited"):
-        draw("births", run)
-    (run / "events.jsonl").write_text('{"kind": "settled", "module": "a"}\n')
-    with pytest.raises(
-        CheckpointError, match=r"events\.jsonl, line 1: edited, or of another version: step, outer_step, rank missing"
-    ):
-        draw("births", run)
 
 
 # Figure 4
@@ -424,12 +385,7 @@ def test_runs_that_are_not_reported_or_not_finished_are_left_out(tmp_path):
         ),
         ("curves", {"modules": ("1.output.dense",)}, "--modules='1.output.dense': Figure 1 shows two"),
         ("pareto", {"modules": ("a",)}, "--modules='a': only for curves and cosines"),
-        ("curves", {"seed": 0}, "--seed=0: only for ranks, births, cosines"),
-        (
-            "births",
-            {},
-            "--methods='lora, aroma, bitfit': this figure is of one method; none of them grows by evidence",
-        ),
+        ("curves", {"seed": 0}, "--seed=0: only for ranks"),
         ("ranks", {"methods": ("lora",), "seed": 2}, "--seed=2: lora has no finished run of it; there are 0, 1"),
         ("ranks", {"methods": ("bitfit",)}, "--methods='bitfit': none of them has ranks"),
     ],

@@ -188,18 +188,6 @@ def test_methods_train_on_a_net_through_the_one_runner(kind: str, options: dict[
         assert result["planted"]["grew"] == sum(grew) / len(grew)
 
 
-def test_growth_by_evidence_learns_a_net_and_says_what_it_grew(tmp_path: Path) -> None:
-    evidence = {"growth": "evidence", "slots": 4, "lora_alpha": 2}
-    loop = replace(LOOP, max_steps=400, batch_size=16, warmup_steps=10, save_steps=None)
-    trial = replace(net_trial("aroma", evidence, width=16, examples=1200), training=loop)
-    result = run_trial(trial, tmp_path / "run")
-    assert result["score"] > 0.95
-    assert result["planted"]["mean_found"] == sum(result["ranks"].values()) / 4
-    assert 1 < result["trained_rank"] < 4
-    events = [json.loads(line)["kind"] for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    assert events.count("settled") == 4, "the trial of every matrix"
-
-
 def test_a_trial_that_chooses_is_scored_on_what_is_held_out(tmp_path: Path) -> None:
     """The fresh inputs of a made task are at hand in any trial, and what is reported must not choose."""
     result = run_trial(replace(net_trial("lora", {"r": 2}), purpose="select"), tmp_path / "run")

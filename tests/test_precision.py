@@ -23,7 +23,6 @@ from aroma.export import export_merged
 from aroma.tuner import AromaLinear
 from aroma_lab.specs import ModelSpec
 from aroma_lab.tasks.model import loading_options
-from evidence_runs import bert_trainer
 from models import METHOD, adapted, batch, deltas, grow, logits, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import arguments, assert_same, growth, tiny_bert, trainer_for
@@ -361,20 +360,6 @@ def test_a_step_that_fp16_skips_is_no_step_in_the_trainer(
     assert controller.global_step == 9
     assert {event.step % 2 for event in events if event.kind == "checked"} == {0}
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} <= set(range(10))
-
-
-def test_growth_in_the_trainer_does_not_see_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which grows every third step; what follows the gradients over steps must not notice."""
-    states = []
-    for kind in ("plain", "scaled"):
-        if kind == "scaled":
-            give_scaler(monkeypatch, growth_interval=3)
-        trainer = bert_trainer(tmp_path / kind, max_grad_norm=0.0, save_strategy="no", logging_strategy="no")
-        with pytest.warns(UserWarning, match="From optimizer step 10 on, growth is decided on examples .* trained on"):
-            trainer.train()
-        states.append(growth(trainer).controller.state_dict())
-    assert trainer.accelerator.scaler.get_scale() > 64 * 2**15
-    assert_same(*states)
 
 
 # Casts in mid-run ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import re
 import shutil
 import statistics
@@ -24,7 +23,7 @@ from aroma_lab.cli import lab_report
 from aroma_lab.report import figures, formats
 from aroma_lab.report.formats import FORMATS, SUFFIXES, Table
 from aroma_lab.report.learnt import not_learnt
-from aroma_lab.report.runs import TABLE, collect_runs, join_runs, read_runs, rows_of
+from aroma_lab.report.runs import TABLE, collect_runs, join_runs, read_runs
 from aroma_lab.report.statistics import CHANCE, margins, paired_differences, spread
 from aroma_lab.report.tables import KINDS, inner_loops, make_table
 from made_up_runs import edit, write_grid, write_run
@@ -617,7 +616,7 @@ def test_an_epoch_that_was_cut_short_counts_as_what_it_is(grid):
     values = {"epoch_seconds": [9.0, 3.0], "steps": 4, "examples": {"train": 101, "test": 5}}
     edit(folder / "result.json", lambda content: content.update(values))
     assert read_runs(grid).of("lora-r8", "mrpc").epoch_seconds.iloc[0] == 9.0  # 11 batches are 3 steps
-    edit(folder / "result.json", lambda content: content.update(growth_examples=21))
+    edit(folder / "result.json", lambda content: content.update(asked_examples=21))
     assert read_runs(grid).of("lora-r8", "mrpc").epoch_seconds.iloc[0] == 6.0  # 8 batches are 2
 
 
@@ -779,32 +778,12 @@ def test_a_damaged_table_of_runs_is_named(collected, tmp_path):
         read_runs(tmp_path)
 
 
-def test_growth_by_evidence_is_in_no_table_of_the_papers_rule(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path, "mrpc", "grown", seed, kind="aroma", options={"growth": "evidence"})
-        write_run(tmp_path, "mrpc", "published", seed, kind="aroma")
-        write_run(tmp_path, "mrpc", "lora", seed, kind="lora")
-    runs = read_runs(tmp_path)
-    assert list(make_table(runs, "reset").values.method) == ["published"]
-    caption = make_table(runs, "ranks").caption
-    assert "grown: 10% of the training examples decide growth, and train nothing." in caption
-    assert "published:" not in caption
-    times = make_table(runs, "time", baseline="lora").values.set_index("method")
-    paper = times.filter(regex="^paper_over_lora").iloc[:, 0]
-    assert math.isnan(paper["grown"])
-    assert not math.isnan(paper["published"])
-
-
-def test_growth_by_evidence_has_no_inner_loops(tmp_path):
-    write_run(tmp_path, "mrpc", "grown", 0, kind="aroma", options={"growth": "evidence"})
-    with pytest.raises(ConfigError, match="no run with inner checks has finished"):
-        make_table(read_runs(tmp_path), "inner")
-    folder = write_run(tmp_path, "mrpc", "paper", 0, kind="aroma", options={"growth": "paper"})
-    merged = {"kind": "merged", "step": 5, "outer_step": 1, "rank": 1, "module": "layer.0.q"}
-    (folder / "events.jsonl").write_text(f"{json.dumps(merged)}\n{json.dumps({**merged, 'log_evidence': 3.1})}\n")
-    (run,) = rows_of(read_runs(tmp_path).of("paper"))
-    assert run.ended == [(1, "layer.0.q")]
-    assert make_table(read_runs(tmp_path), "inner").methods == ["paper", "paper"]
+def test_a_caption_says_how_many_training_examples_a_method_asks(grid):
+    folder = grid / "runs/mrpc/lora-r8/seed-0"
+    edit(folder / "result.json", lambda content: content.update(asked_examples=21))
+    caption = make_table(read_runs(grid), "main").caption
+    assert "lora-r8: asks 21 of the training examples, which train nothing." in caption
+    assert caption.count("of the training examples, which") == 1
 
 
 def test_no_runs_and_the_same_run_twice_are_refused(grid, tmp_path):

@@ -18,12 +18,10 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 from aroma.errors import ConfigError, ResetError
 from aroma.reset import (
     RESET_KINDS,
-    SlotStart,
     check_resettable,
     component_generator,
     fresh_component,
     reset_state,
-    start_slots,
 )
 
 SHAPES = [(1, 5000), (600, 1), (8, 700), (3, 40)]
@@ -448,58 +446,3 @@ def test_fresh_component_leaves_the_global_generator_alone() -> None:
     assert torch.equal(fresh_component(3, 2, 1, (2, 9)), first)
     others = [fresh_component(4, 2, 1, (2, 9)), fresh_component(3, 3, 1, (2, 9)), fresh_component(3, 2, 0, (2, 9))]
     assert not any(torch.equal(other, first) for other in others)
-
-
-# Slots ---------------------------------------------------------------------------------------------------------------
-
-AVERAGES = ("exp_avg", "momentum_buffer", "state1")
-COUNTS_ROWS = ("row_var", "exp_avg_sq_row")
-
-
-@pytest.mark.parametrize("dim", [1, 0], ids=["b", "a"])
-def test_a_slot_begins_with_what_its_siblings_have(optimizer_name: str, dim: int) -> None:
-    """Averages of gradients at zero, of squares at the mean of the siblings'; and nothing else changes."""
-    param = nn.Parameter(torch.randn((700, 8) if dim else (8, 700)))
-    optimizer = OPTIMIZERS[optimizer_name]([param])
-    for _ in range(3):
-        param.grad = torch.randn(param.shape)
-        param.grad.select(dim, 5).zero_()  # a slot that was not in use
-        optimizer.step()
-    before = dict(moments(copy.deepcopy(optimizer.state[param])))
-    start_slots(optimizer, [SlotStart(param, [5], dim, [0, 1, 2])])
-    rest = torch.tensor([slot for slot in range(8) if slot != 5])
-    for name, found in moments(optimizer.state[param]):
-        axis = dim if found.shape == param.shape else found.dim() - 1 if dim else 0
-        if found.shape != param.shape and (name in COUNTS_ROWS) == (dim == 1):
-            assert_same_bits(before[name], found)  # a factor that all slots share
-            continue
-        assert_same_bits(before[name].index_select(axis, rest), found.index_select(axis, rest))
-        if name in AVERAGES:
-            assert not found.select(axis, 5).any()
-        else:
-            siblings = before[name].index_select(axis, torch.tensor([0, 1, 2])).mean(axis)
-            exact = not optimizer_name.endswith("8bit")  # else 256 numbers of a block share a scale
-            assert_close(found.select(axis, 5), siblings, rtol=1e-6 if exact else 0.3, atol=0 if exact else 0.02)
-
-
-def test_a_slot_without_siblings_keeps_its_squares() -> None:
-    param = nn.Parameter(torch.randn(5, 3))
-    optimizer = torch.optim.AdamW([param])
-    param.grad = torch.randn(5, 3)
-    optimizer.step()
-    squares = optimizer.state[param]["exp_avg_sq"].clone()
-    start_slots(optimizer, [SlotStart(param, [1], 1, [])])
-    assert torch.equal(optimizer.state[param]["exp_avg_sq"], squares)
-    assert not optimizer.state[param]["exp_avg"][:, 1].any()
-
-
-def test_several_slots_begin_at_once_with_what_was_before() -> None:
-    """As after a trial, where all slots begin anew, and each of them is a sibling of the others."""
-    param = nn.Parameter(torch.randn(3, 5))
-    optimizer = torch.optim.AdamW([param])
-    param.grad = torch.randn(3, 5)
-    optimizer.step()
-    mean = optimizer.state[param]["exp_avg_sq"].mean(0)
-    start_slots(optimizer, [SlotStart(param, range(3), 0, range(3))])
-    assert_close(optimizer.state[param]["exp_avg_sq"], mean.expand(3, 5))
-    assert not optimizer.state[param]["exp_avg"].any()

@@ -11,35 +11,31 @@ from peft import PeftModel
 from torch import Tensor
 
 import adapter_ranks
-from adapter_ranks import RULES, Adapter, changed, plain_net
+from adapter_ranks import UNLIKE, Adapter, plain_net
 from aroma import AromaCallback, AromaConfig, aroma_layers, attach, save_adapter, verify_adapter
 from aroma.errors import ConfigError
 from aroma.export import rank_table
 from aroma.integrations.callback import trainable_adapter
 from distributed_runs import assert_refused
-from evidence_runs import METHOD, STEPS, trainable
-from quick import slow_but
 from ranks import launch
+from small_nets import STEPS, trainable
 from trainer_runs import METHOD as PAPER
 from trainer_runs import adapted, assert_same, growth, tiny_bert, trainer_for
 
 
-def alone(rule: str, which: int) -> Adapter:
-    changes = {**RULES[rule], **(changed(rule) if which else {})}
-    only = Adapter(plain_net(changes), "default", (0.01, 0.02)[which], which)
+def alone(which: int) -> Adapter:
+    only = Adapter(plain_net(UNLIKE) if which else plain_net(), "default", (0.01, 0.02)[which], which)
     while only.done < STEPS:
         only.step()
     return only
 
 
-@pytest.mark.parametrize("rule", slow_but(["evidence"], RULES))
 @pytest.mark.parametrize("order", ["in turns", "one after another"])
-def test_each_grows_as_it_would_alone(rule: str, order: str) -> None:
-    model = plain_net(RULES[rule])
-    fields = {"target_modules": r"layers\.\d+", **RULES[rule], **changed(rule)}
+def test_each_grows_as_it_would_alone(order: str) -> None:
+    model = plain_net()
     base = {name: value.clone() for name, value in model.state_dict().items() if "base_layer" in name}
     if order == "in turns":
-        model.add_adapter("other", AromaConfig(**fields), autocast_adapter_dtype=False)
+        model.add_adapter("other", AromaConfig(**UNLIKE), autocast_adapter_dtype=False)
         both = [Adapter(model, "default", 0.01, 0), Adapter(model, "other", 0.02, 1)]
         for _ in range(STEPS):
             for one in both:
@@ -49,12 +45,12 @@ def test_each_grows_as_it_would_alone(rule: str, order: str) -> None:
         for _ in range(STEPS):
             both[0].step()
         both[0].growth.detach()
-        model.add_adapter("other", AromaConfig(**fields), autocast_adapter_dtype=False)
+        model.add_adapter("other", AromaConfig(**UNLIKE), autocast_adapter_dtype=False)
         both.append(Adapter(model, "other", 0.02, 1))
         for _ in range(STEPS):
             both[1].step()
     for which, one in enumerate(both):
-        by_itself = alone(rule, which)
+        by_itself = alone(which)
         assert by_itself.growth.controller.total_rank > 0
         assert_same(one.came_to(), by_itself.came_to(), one.name)
     assert_same({name: value for name, value in model.state_dict().items() if "base_layer" in name}, base)
@@ -72,29 +68,27 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("order", adapter_ranks.ORDERS)
 @pytest.mark.parametrize("way", adapter_ranks.WAYS)
-def test_two_processes_do_what_one_does(told: Path, way: str, order: str, rule: str) -> None:
-    first, second = (torch.load(told / f"{way}-{order}-{rule}-{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_processes_do_what_one_does(told: Path, way: str, order: str) -> None:
+    first, second = (torch.load(told / f"{way}-{order}-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(first, second)
-    alone = adapter_ranks.came_to(rule, order)
+    alone = adapter_ranks.came_to(order)
     for name, one in alone.items():
         assert first[name]["events"] == one["events"]
         for matrix, update in one["updates"].items():
             torch.testing.assert_close(first[name]["updates"][matrix], update, rtol=1e-7, atol=1e-10)
-        folder = told / f"{way}-{order}-{rule}-{name}"
+        folder = told / f"{way}-{order}-{name}"
         verify_adapter(folder)
         assert {row.name: row.rank for row in rank_table(folder)} == one["ranks"]
         assert sum(one["ranks"].values()) > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("way", adapter_ranks.WAYS)
-def test_two_processes_resume_the_second_one_to_the_bit(told: Path, way: str, rule: str) -> None:
+def test_two_processes_resume_the_second_one_to_the_bit(told: Path, way: str) -> None:
     for rank in (0, 1):
-        uninterrupted, resumed = torch.load(told / f"{way}-{rule}-{rank}.pt", weights_only=False)
+        uninterrupted, resumed = torch.load(told / f"{way}-{rank}.pt", weights_only=False)
         assert uninterrupted["second"]["events"], "something happened after the stop"
         assert_same(resumed, uninterrupted)
 
@@ -197,7 +191,7 @@ def test_each_row_gets_the_adapter_that_is_named_for_it(two: tuple[Any, Path]) -
 
 
 def test_a_trainer_needs_one_active_adapter() -> None:
-    model = plain_net(RULES["paper"])
+    model = plain_net()
     model.add_adapter("other", AromaConfig(target_modules=r"layers\.\d+"))
     assert trainable_adapter(model) == "default"
     model.set_adapter("other")
@@ -220,9 +214,8 @@ def test_an_adapter_that_rests_is_refused() -> None:
 
 
 def test_a_deleted_one_leaves_the_other_growing() -> None:
-    model = plain_net(RULES["evidence"])
-    fields = {"target_modules": r"layers\.\d+", **METHOD, **changed("evidence")}
-    model.add_adapter("other", AromaConfig(**fields), autocast_adapter_dtype=False)
+    model = plain_net()
+    model.add_adapter("other", AromaConfig(**UNLIKE), autocast_adapter_dtype=False)
     both = [Adapter(model, "default", 0.01, 0), Adapter(model, "other", 0.02, 1)]
     for step in range(STEPS):
         if step == 20:
@@ -231,4 +224,4 @@ def test_a_deleted_one_leaves_the_other_growing() -> None:
             model.delete_adapter("default")
         for one in both[step >= 20 :]:
             one.step()
-    assert_same(both[1].came_to(), alone("evidence", 1).came_to())
+    assert_same(both[1].came_to(), alone(1).came_to())

@@ -19,13 +19,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import evidence_ranks
 import sharded_runs
 from aroma import AromaCallback, AromaController, verify_adapter
 from aroma.errors import ConfigError
 from aroma.sharding import gathered, sharding_modules, summed
 from distributed_runs import CALM, Loop, assert_refused, batch_of, run_loop, stacked
-from evidence_ranks import assert_resumed, assert_same_growth, assert_went_back
 from ranks import launch
 from sharded_runs import LOOPS, MORE_LOOPS, OF_FOUR, REFUSALS, SAVED_AT, STEPS, Training
 from test_distributed import assert_close, load
@@ -290,31 +288,6 @@ def test_the_trainer_under_fsdp2_resumes_exactly(trained: Path) -> None:
         end, again = (load(trained / f"{kind}-{rank}.pt") for kind in ("end", "again"))
         assert again["events"] == [event for event in end["events"] if event["step"] > 8]
         assert_same(again["weights"], end["weights"])
-
-
-@pytest.mark.slow
-def test_the_trainer_under_fsdp2_grows_by_evidence_as_one_process_does(trained: Path, tmp_path: Path) -> None:
-    alone = evidence_ranks.trained(tmp_path)
-    ends = [load(trained / f"evidence-{rank}.pt") for rank in (0, 1)]
-    assert_same_growth(ends, alone)
-    assert ends[0]["wrapped"].startswith("FSDP")
-    assert_close(ends[0]["weights"], alone["weights"])
-
-
-@pytest.mark.slow
-def test_the_trainer_under_fsdp2_resumes_growth_by_evidence_exactly(trained: Path) -> None:
-    for rank in (0, 1):
-        assert_resumed(*(load(trained / f"{kind}-{rank}.pt") for kind in ("evidence", "evidence-again")))
-
-
-@pytest.mark.slow
-def test_the_trainer_under_fsdp2_goes_back_to_the_best_checkpoint_of_growth_by_evidence(
-    trained: Path, tmp_path: Path
-) -> None:
-    alone = evidence_ranks.trained(tmp_path, **evidence_ranks.BEST)
-    ends = [load(trained / f"evidence-best-{rank}.pt") for rank in (0, 1)]
-    assert_went_back(ends, alone)
-    assert_close(ends[0]["weights"], alone["weights"])
 
 
 @pytest.mark.slow

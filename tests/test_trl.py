@@ -6,9 +6,7 @@ import json
 import re
 import runpy
 import shutil
-import statistics
 from collections.abc import Iterable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,17 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-import evidence_runs
 import trl_runs
-from aroma import AromaCallback, AromaConfig, Event, aroma_layers, save_adapter, verify_adapter
-from aroma.errors import ConfigError
-from aroma.integrations.held_out import HeldOutDataset
-from aroma.integrations.sampling import Samples
-from models import logits, set_ranks
+from aroma import AromaCallback, AromaConfig, aroma_layers, save_adapter, verify_adapter
+from models import METHOD, logits, set_ranks
 from trainer_runs import assert_same, growth, live, steps_of
-from trl_runs import KINDS, METHODS, ONLINE, STEPS, base, examples, trainer_for
+from trl_runs import KINDS, base, examples, trainer_for
 
 INPUTS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
 
 WITH_REFERENCE = [kind for kind in KINDS if kind != "reward"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:From optimizer step:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def quick(*fast: str, kinds: Iterable[str] = KINDS) -> list[Any]:
@@ -56,9 +47,9 @@ def comparable(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def grown(folder: Path, growth: str = "paper") -> Any:
+def grown(folder: Path) -> Any:
     """A model whose saved adapter trains on: all that it learnt is in finished components."""
-    config = {"task_type": "CAUSAL_LM", **METHODS[growth]}
+    config = {"task_type": "CAUSAL_LM", **METHOD}
     if not folder.exists():
         first = get_peft_model(base("dpo"), AromaConfig(**config))
         set_ranks(first, [2, 0, 1])
@@ -68,7 +59,7 @@ def grown(folder: Path, growth: str = "paper") -> Any:
     return model
 
 
-# Births, saving, resuming --------------------------------------------------------------------------------------------
+# Growing, saving, resuming -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", quick("dpo", "grpo"))
@@ -95,57 +86,6 @@ def test_it_grows_resumes_bit_for_bit_and_plain_peft_loads_it(tmp_path: Path, ki
     assert_same(comparable(again), comparable(trainer))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "phase"), [*zip(KINDS, cycle(["questions", "after births"]), strict=False)])
-def test_growth_by_evidence_resumes_bit_for_bit(tmp_path: Path, kind: str, phase: str) -> None:
-    """With the gradient checkpointing that TRL has by default."""
-    step = evidence_runs.PHASES[phase]
-
-    def trainer_in(name: str) -> Trainer:
-        return trainer_for(
-            kind, tmp_path / name, AromaCallback(), growth="evidence", save_steps=step, gradient_checkpointing=True
-        )
-
-    whole = trainer_in("whole")
-    whole.train()
-    rule = growth(whole).controller.rule
-    assert rule.births > 0
-    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
-    again = trainer_in("again")
-    again.train(resume_from_checkpoint=str(tmp_path / "again" / f"checkpoint-{step}"))
-    assert_same(comparable(again), comparable(whole))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ONLINE])
-def test_held_out_examples_decide_by_the_loss_of_the_trainer(tmp_path: Path, kind: str) -> None:
-    callback, steps = AromaCallback(), 2 * STEPS["evidence"]  # in fewer hardly a held-out batch duels
-    held_out = examples(kind, 24, seed=5)
-    trainer = trainer_for(
-        kind,
-        tmp_path,
-        callback,
-        growth="evidence",
-        method={"probe_memory": 0.97},  # with so few held out a direction would turn too fast
-        eval_dataset=held_out,
-        save_strategy="no",
-        max_steps=steps,
-    )
-    asked: list[bool] = []
-
-    def loss(model: Any, batch: Any) -> Any:
-        asked.append(model.training)
-        return trainer.compute_loss(model, batch)
-
-    callback.growth_dataset, callback.growth_loss = trainer.eval_dataset, loss
-    trainer.train()
-    assert callback.controller.global_step == steps
-    assert callback.controller.rule.phase == "rest"
-    assert callback.controller.rule.births > 0
-    assert len(asked) > 8, "the questions, and duels of later passes"
-    assert not any(asked)
-
-
 # The reference model -------------------------------------------------------------------------------------------------
 
 
@@ -162,12 +102,11 @@ def test_the_reference_is_the_base_model_however_the_adapter_has_grown(tmp_path:
     assert losses(own) == pytest.approx(losses(other), abs=1e-6)
 
 
-@pytest.mark.parametrize("growth_rule", ["paper", pytest.param("evidence", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", quick("dpo", kinds=WITH_REFERENCE))
-def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, kind: str, growth_rule: str) -> None:
-    start = grown(tmp_path / "start", growth_rule)
+def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, kind: str) -> None:
+    start = grown(tmp_path / "start")
     before = logits(start, INPUTS)
-    changes: dict[str, Any] = {"config": None, "growth": growth_rule, "save_steps": 6}
+    changes: dict[str, Any] = {"config": None, "save_steps": 6}
     trainer = trainer_for(kind, tmp_path / "whole", AromaCallback(), model=start, **changes)
     assert {*trainer.model.peft_config} == {"default", "ref"}
     trainer.train()
@@ -183,15 +122,12 @@ def test_an_adapter_that_trains_on_has_its_start_as_reference(tmp_path: Path, ki
     model.set_adapter("default")
     assert not torch.allclose(after, before, atol=0.1)
 
-    step = 6 if growth_rule == "paper" else 36
-    folder = tmp_path / "again" / f"checkpoint-{step}"
+    folder = tmp_path / "again" / "checkpoint-6"
     shutil.copytree(tmp_path / "whole" / folder.name, folder)
     verify_adapter(folder)
     verify_adapter(folder / "ref")
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base("dpo"), str(folder / "ref")), INPUTS), before)
-    again = trainer_for(
-        kind, tmp_path / "again", AromaCallback(), model=grown(tmp_path / "start", growth_rule), **changes
-    )
+    again = trainer_for(kind, tmp_path / "again", AromaCallback(), model=grown(tmp_path / "start"), **changes)
     again.train(resume_from_checkpoint=str(folder))
     assert_same(comparable(again), comparable(trainer))
 
@@ -242,97 +178,19 @@ def generated(model: Any, use_cache: bool) -> Tensor:
     return torch.stack(told.logits)
 
 
-@pytest.mark.parametrize("growth_rule", ["paper", pytest.param("evidence", marks=pytest.mark.slow)])
-def test_it_generates_between_steps_with_a_cache(tmp_path: Path, growth_rule: str) -> None:
+def test_it_generates_between_steps_with_a_cache(tmp_path: Path) -> None:
     generating = Generating()
-    steps = {"max_steps": 10} if growth_rule == "paper" else {}
-    trainer = trainer_for(
-        "grpo", tmp_path / "seen", AromaCallback(), generating, growth=growth_rule, save_strategy="no", **steps
-    )
+    short: dict[str, Any] = {"save_strategy": "no", "max_steps": 10}
+    trainer = trainer_for("grpo", tmp_path / "seen", AromaCallback(), generating, **short)
     trainer.train()
     assert len({*generating.ranks}) > 1
-    alone = trainer_for("grpo", tmp_path / "alone", AromaCallback(), growth=growth_rule, save_strategy="no", **steps)
+    alone = trainer_for("grpo", tmp_path / "alone", AromaCallback(), **short)
     alone.train()
     assert_same(comparable(trainer), comparable(alone))
     with torch.no_grad():
         torch.testing.assert_close(
             generated(trainer.model, True), generated(trainer.model.merge_and_unload(), True), rtol=1e-4, atol=1e-4
         )
-
-
-@pytest.mark.parametrize(
-    ("batches", "passes", "accumulated", "told"),
-    [
-        (1, 1, 1, [True]),
-        (2, 2, 1, [True, True, False, False]),
-        (2, 3, 2, [True, False, False]),
-        (1, 2, 2, [True]),  # twice in one step
-        (2, 2, 3, [True, False, False, False]),
-    ],
-)
-def test_samples_are_new_until_a_step_has_trained_on_them(
-    batches: int, passes: int, accumulated: int, told: list[bool]
-) -> None:
-    samples = Samples(batches, passes)
-    for is_new in told * 2:
-        for _ in range(accumulated):
-            samples.count()
-        assert samples.end_step() == is_new
-    assert samples.share_new(accumulated) == sum(told) / len(told)
-
-
-@pytest.mark.parametrize("passes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_grpo_asks_every_sample_once(tmp_path: Path, passes: int, recwarn: pytest.WarningsRecorder) -> None:
-    recorded: list[bool] = []
-
-    class Watching(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            matrices = growth(trainer).controller.matrices
-            absorb = matrices.absorb
-            matrices.absorb = lambda **given: (recorded.append(given["record"]), absorb(**given))
-
-    trainer = trainer_for(
-        "grpo",
-        tmp_path,
-        AromaCallback(),
-        Watching(),
-        growth="evidence",
-        num_iterations=passes,
-        save_strategy="no",
-        max_steps=16 + 16 * passes + 2,  # a trial, eight questions, and as many before where updates swing
-    )
-    trainer.train()
-    assert recorded[:8] == ([True] * 8 if passes == 1 else [True, False] * 4)
-    assert growth(trainer).controller.rule.phase in ("growth", "rest")
-    assert not [warning for warning in recwarn if "learnt by heart" in str(warning.message)]
-
-
-def coin(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A reward that says nothing of the completions."""
-    return torch.randint(2, (len(completion_ids),)).float().tolist()
-
-
-@pytest.mark.slow
-def test_evidence_grows_for_a_reward_and_not_for_a_coin(tmp_path: Path) -> None:
-    """Nothing speaks against a first component, so that stays with a coin, too; evidence decides on others."""
-    ranks = {}
-    for name, reward in (("coin", coin), ("reward", trl_runs.reward)):
-        trainer = trainer_for(
-            "grpo",
-            tmp_path / name,
-            AromaCallback(),
-            growth="evidence",
-            reward_funcs=reward,
-            method={"significance": 0.05, "duel_factor": 0.5},
-            per_device_train_batch_size=16,
-            save_strategy="no",
-            max_steps=120,
-        )
-        trainer.train()
-        ranks[name] = [matrix.component_count for matrix in growth(trainer).controller.modules]
-    grown = {name: sum(r > 1 for r in found) for name, found in ranks.items()}
-    assert grown["coin"] <= 1  # one matrix in twenty, of 14
-    assert grown["reward"] >= 2
 
 
 def test_without_any_reward_the_papers_rule_finishes_at_rank_0(tmp_path: Path) -> None:
@@ -343,51 +201,6 @@ def test_without_any_reward_the_papers_rule_finishes_at_rank_0(tmp_path: Path) -
     controller = growth(trainer).controller
     assert controller.finished
     assert (controller.total_rank, trainer.state.global_step) == (0, 4)
-
-
-# Bad input -----------------------------------------------------------------------------------------------------------
-
-
-def test_examples_held_out_from_what_is_sampled_are_refused_before_any_step(tmp_path: Path) -> None:
-    callback = AromaCallback(growth_dataset=examples("grpo", 24, seed=5))
-    trainer = trainer_for("grpo", tmp_path, callback, growth="evidence")
-    with pytest.raises(ConfigError, match="growth_dataset='given': this trainer samples what it trains on"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
-def test_questions_that_samples_cannot_answer_in_time_are_refused_before_any_step(tmp_path: Path) -> None:
-    trainer = trainer_for("grpo", tmp_path, AromaCallback(), growth="evidence", num_iterations=3, max_steps=64)
-    with pytest.raises(ConfigError, match="max_steps=64: the trial and its questions take up to 64 optimizer steps"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
-@pytest.mark.parametrize("kind", ["dpo", "reward"])
-def test_a_loss_that_the_model_does_not_compute_is_that_of_the_trainer(tmp_path: Path, kind: str) -> None:
-    found = []
-    for place, is_given in enumerate([False, True]):
-        events: list[Event] = []
-        callback = AromaCallback(on_event=events.append)
-        folder = tmp_path / str(place)
-        trainer = trainer_for(kind, folder, callback, growth="evidence", eval_dataset=examples(kind, 24, seed=5))
-        callback.growth_dataset = trainer.eval_dataset
-        callback.growth_loss = trainer.compute_loss if is_given else None
-        trainer.train()
-        found.append([event.as_dict() for event in events])
-    assert any(event["kind"] == "settled" for event in found[0])
-    assert found[0] == found[1]
-
-
-def test_held_out_examples_leave_no_trace_in_the_metrics_of_the_trainer(tmp_path: Path) -> None:
-    trainer: Any = trainer_for("dpo", tmp_path, AromaCallback(), growth="evidence")
-    held_out = HeldOutDataset(trainer.train_dataset, 4, 1, 8, trainer.data_collator, 0, 0, trainer.compute_loss, 0.7)
-    trainer.model.eval()
-    (value,) = held_out.losses(trainer.model, 0)
-    assert value.item() == pytest.approx(0.6931, abs=1e-4)
-    assert not trainer._metrics["eval"]
-    trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]]))
-    assert trainer._metrics["eval"]
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -401,8 +214,8 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
     names: dict[str, Any] = {
         "preferences": examples("dpo", 280),
         "prompts": examples("grpo"),
-        "dpo_args": trainer_for("dpo", tmp_path / "dpo", max_steps=34, config=None).args,
-        "grpo_args": trainer_for("grpo", tmp_path / "grpo", max_steps=34, config=None, beta=0.0).args,
+        "dpo_args": trainer_for("dpo", tmp_path / "dpo", max_steps=60, config=None).args,
+        "grpo_args": trainer_for("grpo", tmp_path / "grpo", max_steps=60, config=None, beta=0.0).args,
         "reward": trl_runs.reward,
         "tokenizer": trl_runs.tokenizer(),
         **{name: base("dpo") for name in ("base", "fresh_base", "another_base")},
@@ -410,7 +223,7 @@ def test_the_page_does_what_it_says(tmp_path: Path) -> None:
     for block in blocks:
         exec(compile(block, "reinforcement.md", "exec"), names)
         if "callback" in names:
-            assert names["callback"].controller.global_step == 34
+            assert names["callback"].controller.global_step == 60
     assert {tensor.shape[tensor.shape.index(16)] for tensor in names["tensors"].values()} == {16}
 
 
@@ -422,22 +235,7 @@ def test_the_page_has_the_table_that_the_example_makes_of_its_runs(tmp_path: Pat
     runpy.run_path(str(root / "examples" / "trl_grpo.py"))["tabulate"](tmp_path)
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table == (committed / "table.md").read_text(encoding="utf-8")
-    page = (root / "docs" / "reinforcement.md").read_text(encoding="utf-8")
-    assert table in page
-    late = [json.loads((committed / f"aroma-{seed}.json").read_text())["total_rank"] for seed in range(3)]
-    kept = sorted(ranks[80] for ranks in late)
-    said = f"leaves {kept[0]} to {kept[-1]} components in 14 matrices, and none is born later."
-    assert said in " ".join(page.split())
-    assert f"Evidence comes to {kept[0] / 14:.1f} to {kept[-1] / 14:.1f} components a matrix and rests" in page
-    assert all(len({*ranks[80:]}) == 1 for ranks in late)
-    rewards = {
-        method: [
-            statistics.mean(json.loads((committed / f"{method}-{seed}.json").read_text())["reward"][-50:])
-            for seed in range(3)
-        ]
-        for method in ("lora-1", "aroma", "lora-8")
-    }
-    assert [statistics.mean(of) for of in rewards.values()] == sorted(statistics.mean(of) for of in rewards.values())
+    assert table in (root / "docs" / "reinforcement.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from aroma.algorithm.paper import rewarmup_factor
+from aroma.algorithm import rewarmup_factor
 
 
 @pytest.mark.parametrize(

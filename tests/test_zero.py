@@ -26,7 +26,6 @@ from aroma.integrations.rewarmup import was_skipped
 from aroma.reset import check_resettable, forget_moments, reset_state
 from aroma.sharding import Partition, refuse_sharding, summed, unwrapped_optimizer
 from distributed_runs import CALM, assert_refused, batch_of, stacked
-from evidence_ranks import assert_resumed, assert_same_growth, assert_went_back
 from test_distributed import assert_close, load
 from trainer_runs import assert_same, tiny_bert
 
@@ -111,8 +110,8 @@ def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
 # Other layers, several adapters, experts and parts -------------------------------------------------------------------
 
 OTHERS = str(Path(__file__).parent / "zero_others.py")
-ZERO_OTHERS = [("zero 1", "paper"), ("zero 2", "evidence"), ("zero 3", "paper"), ("zero 3", "evidence")]
-"""Two adapters train one after another under the paper's rule, and in turns under the other one."""
+ORDERS = {"zero 1": "one after another", "zero 2": "in turns", "zero 3": "in turns"}
+"""As in zero_others.py, which only DeepSpeed's processes import."""
 
 
 def assert_did_what_one_does(folder: Path, name: str, alone: dict[str, Any]) -> None:
@@ -129,25 +128,24 @@ def assert_did_what_one_does(folder: Path, name: str, alone: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "rule"), ZERO_OTHERS)
-def test_convolutions_and_embeddings_grow_as_in_one_process(told: Path, stage: str, rule: str) -> None:
-    assert_did_what_one_does(told, f"kinds-{rule}-{stage}", load(told / f"kinds-{rule}-alone.pt"))
-    verify_adapter(told / f"kinds-{rule}-{stage}")
+@pytest.mark.parametrize("stage", ORDERS)
+def test_convolutions_and_embeddings_grow_as_in_one_process(told: Path, stage: str) -> None:
+    assert_did_what_one_does(told, f"kinds-{stage}", load(told / "kinds-alone.pt"))
+    verify_adapter(told / f"kinds-{stage}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "rule"), ZERO_OTHERS)
-def test_two_adapters_grow_as_in_one_process(told: Path, stage: str, rule: str) -> None:
-    assert_did_what_one_does(told, f"adapters-{rule}-{stage}", load(told / f"adapters-{rule}-alone.pt"))
+@pytest.mark.parametrize(("stage", "order"), ORDERS.items())
+def test_two_adapters_grow_as_in_one_process(told: Path, stage: str, order: str) -> None:
+    assert_did_what_one_does(told, f"adapters-{stage}", load(told / f"adapters-{order}-alone.pt"))
     for name in ("default", "other"):
-        verify_adapter(told / f"adapters-{rule}-{stage}-{name}")
+        verify_adapter(told / f"adapters-{stage}-{name}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["paper", "evidence"])
-def test_experts_and_parts_do_what_they_do_in_one_process(told: Path, rule: str) -> None:
-    assert_did_what_one_does(told, f"blocks-{rule}", load(told / f"blocks-{rule}-alone.pt"))
-    verify_adapter(told / f"blocks-{rule}")
+def test_experts_and_parts_do_what_they_do_in_one_process(told: Path) -> None:
+    assert_did_what_one_does(told, "blocks", load(told / "blocks-alone.pt"))
+    verify_adapter(told / "blocks")
 
 
 OTHERS_SAY = {
@@ -269,32 +267,6 @@ def test_the_trainer_resumes_exactly(told: Path, stage: str) -> None:
         end, again = (load(told / f"{kind}-{stage}-{rank}.pt") for kind in ("end", "again"))
         assert again["events"] == [event for event in end["events"] if event["step"] > 8]
         assert_same(again["weights"], end["weights"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_the_trainer_grows_by_evidence_as_it_does_with_replicas(told: Path, stage: str) -> None:
-    ends = [load(told / f"evidence-{stage}-{rank}.pt") for rank in (0, 1)]
-    replicas = load(told / "evidence-replicas-0.pt")
-    assert_same_growth(ends, replicas)
-    assert ends[0]["wrapped"] == "DeepSpeedEngine"
-    assert_close(ends[0]["weights"], replicas["weights"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_the_trainer_resumes_growth_by_evidence_exactly(told: Path, stage: str) -> None:
-    for rank in (0, 1):
-        assert_resumed(*(load(told / f"{kind}-{stage}-{rank}.pt") for kind in ("evidence", "evidence-again")))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_the_trainer_goes_back_to_the_best_checkpoint_of_growth_by_evidence(told: Path, stage: str) -> None:
-    ends = [load(told / f"evidence-best-{stage}-{rank}.pt") for rank in (0, 1)]
-    replicas = load(told / "evidence-best-replicas-0.pt")
-    assert_went_back(ends, replicas)
-    assert_close(ends[0]["weights"], replicas["weights"])
 
 
 @pytest.mark.slow

@@ -27,7 +27,6 @@ from trl import (
     RLOOTrainer,
 )
 
-import evidence_runs
 import models
 from aroma import AromaConfig
 
@@ -43,8 +42,7 @@ KINDS: dict[str, tuple[type[Any], type[Any]]] = {
 ONLINE = ("grpo", "rloo")
 """Trainers that sample what they train on."""
 
-METHODS: dict[str, dict[str, Any]] = {"paper": models.METHOD, "evidence": evidence_runs.METHOD}
-STEPS = {"paper": 16, "evidence": evidence_runs.STEPS}
+STEPS = 16
 
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -116,10 +114,7 @@ def trainer_for(
     kind: str,
     out: Path | str,
     *callbacks: Any,
-    growth: str = "paper",
     model: Any = None,
-    method: dict[str, Any] | None = None,
-    eval_dataset: Dataset | None = None,
     config: Any = "aroma",
     reward_funcs: Callable[..., list[float]] = reward,
     ref_model: Any = None,
@@ -131,24 +126,21 @@ def trainer_for(
         kind: Key of KINDS.
         out: Output folder.
         callbacks: Its callbacks.
-        growth: The growth rule.
         model: What to train; that of `base` by default.
-        method: Changes to the adapter's configuration.
-        eval_dataset: Examples that are not trained on.
         config: `peft_config`; that of AROMA by default.
         reward_funcs: What completions are worth.
         ref_model: The reference, where it is a model of its own.
         changes: Changes to the trainer's arguments.
     """
     trainer_class, args_class = KINDS[kind]
-    settings: dict[str, Any] = {**SETTINGS, "output_dir": str(out), "max_steps": STEPS[growth]}
+    settings: dict[str, Any] = {**SETTINGS, "output_dir": str(out), "max_steps": STEPS}
     if kind in ONLINE:
         settings |= {"num_generations": 4, "max_completion_length": 4, "beta": 0.02}
     else:
         settings["max_length"] = 16
     if config == "aroma":
         task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
-        config = AromaConfig(task_type=task, **{**METHODS[growth], **(method or {})})
+        config = AromaConfig(task_type=task, **models.METHOD)
     more: dict[str, Any] = {"reward_funcs": reward_funcs} if kind in ONLINE else {}
     if ref_model is not None:
         more["ref_model"] = ref_model
@@ -157,7 +149,6 @@ def trainer_for(
         args=args_class(**{**settings, **changes}),
         # TRL's order of the prompts in a second pass is not that of a resumed run.
         train_dataset=examples(kind, 96 if kind in ONLINE else 48),
-        eval_dataset=eval_dataset,
         processing_class=tokenizer(),
         peft_config=config,
         callbacks=list(callbacks),

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from adapter_ranks import Adapter, came_to, two_adapters
 from aroma import AromaConfig, aroma_layers, attach, save_adapter
 from distributed_runs import TIMEOUT, tell_refusals
-from evidence_runs import loss_of, rows, share, trainable
-from expert_ranks import RULES as EXPERT_RULES
+from expert_ranks import METHOD as EXPERTS_METHOD
 from expert_ranks import TOKENS, Toy
-from test_kinds import RULES, Net, grown
+from small_nets import Net as SmallNet
+from small_nets import loss_of, rows, share, trainable
+from test_kinds import METHOD, Net, grown
 from zero_runs import NOTHING_STAYS, zero
 
 FREE = {"gradient_clipping": 0.0}
@@ -34,13 +35,8 @@ STAGES = {
     "zero 2": zero(2, **FREE),
     "zero 3": zero(3, **FREE, **NOTHING_STAYS),
 }
-KINDS = [("zero 1", "paper"), ("zero 2", "evidence"), ("zero 3", "paper"), ("zero 3", "evidence")]
-ADAPTERS = [
-    ("zero 1", "paper", "one after another"),
-    ("zero 2", "evidence", "in turns"),
-    ("zero 3", "paper", "one after another"),
-    ("zero 3", "evidence", "in turns"),
-]
+ORDERS = {"zero 1": "one after another", "zero 2": "in turns", "zero 3": "in turns"}
+"""How two adapters train."""
 STEPS = 36
 
 
@@ -73,7 +69,7 @@ def trained(model: Any, losses: Callable[[Any, int], Tensor], stage: str, out: P
     }
 
 
-def kinds(rule: str, stage: str = "", out: Path | None = None) -> dict[str, Any]:
+def kinds(stage: str = "", out: Path | None = None) -> dict[str, Any]:
     """All kinds of layers, in float32, which ZeRO trains."""
     net = Net(["conv1d", "conv2d", "conv3d", "embedding"]).float()
     for held in (net.inputs, net.targets):
@@ -85,17 +81,17 @@ def kinds(rule: str, stage: str = "", out: Path | None = None) -> dict[str, Any]
         loss: Tensor = model(slice(start, start + own))
         return loss
 
-    return trained(grown(net, **RULES[rule]), losses, stage, out)
+    return trained(grown(net, **METHOD), losses, stage, out)
 
 
-def blocks(rule: str, stage: str = "", out: Path | None = None, **fields: Any) -> dict[str, Any]:
+def blocks(stage: str = "", out: Path | None = None, **fields: Any) -> dict[str, Any]:
     """16 experts, and two parts of a linear layer."""
     named = {
         "target_modules": ["project"],
         "split_modules": {"project": [10, 6]},
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     }
-    config = AromaConfig(**EXPERT_RULES[rule], **{**named, **fields})
+    config = AromaConfig(**EXPERTS_METHOD, **{**named, **fields})
     data = rows(TOKENS * STEPS)
     return trained(
         get_peft_model(Toy(), config, autocast_adapter_dtype=False),
@@ -121,22 +117,15 @@ def engines(stage: str) -> type[Adapter]:
     return Engine
 
 
-def plain_base() -> nn.Module:
-    """What two adapters grow over, in float32."""
-    from evidence_runs import Net
-
-    return Net()
-
-
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
 def parts_under_zero_3(_: Path) -> None:
-    blocks("evidence", "zero 3", target_parameters=None)
+    blocks("zero 3", target_parameters=None)
 
 
 def experts_under_zero_3(_: Path) -> None:
-    blocks("evidence", "zero 3", target_modules=[], split_modules=None)
+    blocks("zero 3", target_modules=[], split_modules=None)
 
 
 def parts_loaded_in_shards(_: Path) -> None:
@@ -146,7 +135,7 @@ def parts_loaded_in_shards(_: Path) -> None:
 
 
 def _one_engine_for_both(stage: str) -> None:
-    model = two_adapters("paper", plain_base())
+    model = two_adapters(SmallNet())
     model.base_model.set_adapter(["default", "other"])
     engine = engine_of(model, stage, torch.optim.AdamW(trainable(model)))
     model.set_adapter("default")
@@ -172,24 +161,21 @@ REFUSALS = [
 
 def alone(out: Path) -> None:
     """What one process comes to."""
-    for rule in RULES:
-        torch.save(blocks(rule), out / f"blocks-{rule}-alone.pt")
-        torch.save(kinds(rule), out / f"kinds-{rule}-alone.pt")
-    for _, rule, order in ADAPTERS[:2]:
-        torch.save(came_to(rule, order, base=plain_base()), out / f"adapters-{rule}-alone.pt")
+    torch.save(blocks(), out / "blocks-alone.pt")
+    torch.save(kinds(), out / "kinds-alone.pt")
+    for order in {*ORDERS.values()}:
+        torch.save(came_to(order, base=SmallNet()), out / f"adapters-{order}-alone.pt")
 
 
 def several(out: Path) -> None:
     """What two processes come to."""
     deepspeed.init_distributed(timeout=TIMEOUT)
     rank = dist.get_rank()
-    for rule in RULES:
-        torch.save(blocks(rule, "zero 2", out / f"blocks-{rule}"), out / f"blocks-{rule}-{rank}.pt")
-    for stage, rule in KINDS:
-        torch.save(kinds(rule, stage, out / f"kinds-{rule}-{stage}"), out / f"kinds-{rule}-{stage}-{rank}.pt")
-    for stage, rule, order in ADAPTERS:
-        found = came_to(rule, order, engines(stage), out / f"adapters-{rule}-{stage}", base=plain_base())
-        torch.save(found, out / f"adapters-{rule}-{stage}-{rank}.pt")
+    torch.save(blocks("zero 2", out / "blocks"), out / f"blocks-{rank}.pt")
+    for stage, order in ORDERS.items():
+        torch.save(kinds(stage, out / f"kinds-{stage}"), out / f"kinds-{stage}-{rank}.pt")
+        found = came_to(order, engines(stage), out / f"adapters-{stage}", base=SmallNet())
+        torch.save(found, out / f"adapters-{stage}-{rank}.pt")
     (out / "others").mkdir(exist_ok=True)
     tell_refusals(out / "others", REFUSALS)
     dist.barrier()

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
-import evidence_ranks
 from aroma import aroma_layers, attach, save_adapter
 from distributed_runs import (
     OPTIMIZERS,
@@ -291,10 +290,6 @@ def train_replicas(out: Path) -> None:
     for name, changes in (("end", {}), ("best", BEST)):
         came_to = trained(out / f"replicas-{name}", 4, ddp_backend="gloo", ddp_timeout=60, **changes)
         torch.save(came_to, out / f"{name}-replicas-{rank()}.pt")
-    replicas = {"dtype": torch.float32, "ddp_backend": "gloo", "ddp_timeout": 60}
-    for name, changes in (("evidence", {}), ("evidence-best", evidence_ranks.BEST)):
-        came_to = evidence_ranks.trained(out / f"replicas-{name}", **replicas, **changes)
-        torch.save(came_to, out / f"{name}-replicas-{rank()}.pt")
 
 
 def train(out: Path) -> None:
@@ -309,9 +304,6 @@ def train(out: Path) -> None:
         again = trained(out / str(stage), 4, str(out / str(stage) / "checkpoint-8"), deepspeed=config)
         torch.save(again, out / f"again-{stage}-{rank()}.pt")
         torch.save(trained(out / f"best-{stage}", 4, deepspeed=config, **BEST), out / f"best-{stage}-{rank()}.pt")
-        by_evidence = {"dtype": torch.float32, "deepspeed": config}
-        for name, came_to in evidence_ranks.trained_and_resumed(out / f"evidence-{stage}", **by_evidence).items():
-            torch.save(came_to, out / f"{name}-{stage}-{rank()}.pt")
 
 
 # The page on several processes ---------------------------------------------------------------------------------------

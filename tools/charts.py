@@ -27,8 +27,7 @@ VEGA = "6.4.0"
 """What draws them."""
 
 _HEIGHT, _LOW = 240, 170
-_RUG = 12
-"""Pixels: heights of a chart, of one in half a row, and of the marks of births at its foot."""
+"""Pixels: heights of a chart, and of one in half a row."""
 
 _STEP = alt.X(
     "step:Q",
@@ -36,7 +35,6 @@ _STEP = alt.X(
     scale=alt.Scale(zero=True, nice=False),
     axis=alt.Axis(grid=False, tickCount=6, format="~s"),
 )
-_TRIAL = alt.Chart(alt.NamedData("trial")).mark_rect(color="var(--band)").encode(x="start:Q", x2="end:Q")
 
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
@@ -64,7 +62,6 @@ def charts() -> dict[str, alt.LayerChart]:
     return {
         "loss": _loss(),
         "score": _score(),
-        "evidence": _evidence(),
         "rank": _steps_of("rank", "rank", "rank"),
         "rate": _rate(),
         "parameters": _steps_of("parameters", "parameters", "parameters that train"),
@@ -85,29 +82,19 @@ def _nearest(base: alt.Chart, tooltip: list[alt.Tooltip], y: str, name: str) -> 
 
 
 def _loss() -> alt.LayerChart:
-    """Loss of the training batches, of evaluations, the trial as a band, and births at the foot."""
-    training, held_out, births = (alt.Chart(alt.NamedData(name)) for name in ("loss", "eval_loss", "births"))
+    """Loss of the training batches, and of evaluations."""
+    training, held_out = (alt.Chart(alt.NamedData(name)) for name in ("loss", "eval_loss"))
     y = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5))
     tip = [alt.Tooltip("step:Q", title="step"), alt.Tooltip("loss:Q", title="loss", format=".4~g")]
     evaluation = [*tip[:1], alt.Tooltip("loss:Q", title="loss, validation", format=".4~g")]
-    born = [
-        alt.Tooltip("step:Q", title="step"),
-        alt.Tooltip("count:Q", title="births"),
-        alt.Tooltip("names:N", title="in"),
-    ]
-    rug = births.mark_rule(color="var(--born)", strokeWidth=2, opacity=0.8).encode(
-        x=_STEP, y=alt.value(_HEIGHT - _RUG), y2=alt.value(_HEIGHT), tooltip=born
-    )
     return _sized(
         alt.layer(
-            _TRIAL,
             training.mark_line(color="var(--line)").encode(x=_STEP, y=y),
             held_out.mark_line(color="var(--other)", strokeDash=[4, 3]).encode(x=_STEP, y=y),
             _nearest(training, tip, "loss:Q", "near"),
             held_out.mark_point(size=45, filled=True, opacity=1, color="var(--other)").encode(
                 x=_STEP, y=y, tooltip=evaluation
             ),
-            rug,
         )
     )
 
@@ -132,46 +119,6 @@ def _score() -> alt.LayerChart:
             base.mark_point(size=45, filled=True, opacity=1).encode(x=_STEP, y=y, color=colour, tooltip=tip),
         ),
         _LOW,
-    )
-
-
-def _evidence() -> alt.LayerChart:
-    """Evidence for one more component of the chosen matrix, its threshold 1/α, and its births."""
-    top = alt.param(name="top", value=20)
-    scale = alt.Scale(
-        type="log", domain=[alt.ExprRef("pow(top, -1.5)"), alt.ExprRef("pow(top, 1.35)")], clamp=True, nice=False
-    )
-    label = (
-        "datum.value > 1.0001 ? '1/α = ' + format(top, '.3~g') : datum.value < 0.9999 ? '1/' + format(top, '.3~g') "
-        ": '1'"
-    )
-    axis = alt.Axis(values=alt.ExprRef("[1 / top, 1, top]"), labelExpr=label)
-    y = alt.Y("evidence:Q", title="evidence E", scale=scale, axis=axis)
-    base = alt.Chart(alt.NamedData("evidence")).transform_calculate(evidence="min(exp(datum.log), top)")
-    born = (
-        alt.Chart(alt.NamedData("born"))
-        .transform_calculate(evidence="top")
-        .mark_point(size=110, filled=True, opacity=1, color="var(--born)")
-    )
-    threshold = (
-        alt.Chart(alt.NamedData("threshold"))
-        .transform_calculate(evidence="top")
-        .mark_rule(color="var(--born)", strokeDash=[6, 3], strokeWidth=1.5)
-    )
-    tip = [alt.Tooltip("step:Q", title="step"), alt.Tooltip("evidence:Q", title="evidence", format=".3~g")]
-    birth = [alt.Tooltip("step:Q", title="birth at step"), alt.Tooltip("merged:N", title="oldest component")]
-    one = alt.datum(1)
-    whole = alt.Chart(alt.NamedData("span")).mark_point(opacity=0).encode(x=_STEP)
-    return _sized(
-        alt.layer(
-            _TRIAL,
-            base.mark_area(color="var(--line)", opacity=0.18).encode(x=_STEP, y=y, y2=one),
-            base.mark_line(color="var(--line)").encode(x=_STEP, y=y),
-            threshold.encode(y=y),
-            _nearest(base, tip, "evidence:Q", "near"),
-            born.encode(x=_STEP, y=y, tooltip=birth),
-            whole,
-        ).add_params(top)
     )
 
 

@@ -5,7 +5,7 @@ Put this file where Python finds it (PYTHONPATH, or beside the configuration), a
     plugins: [aroma_axolotl.AromaPlugin]
     adapter: aroma
     aroma:              # any fields of AromaConfig
-      growth: evidence
+      inner_tolerance: 0.1
 """
 
 from __future__ import annotations

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import last_complete_checkpoint, save_adapter, verify_adapter, verify_checkpoint
-    from .combining import combine
     from .controller import AromaController
     from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
+    from .evidence.callback import EvidenceCallback
+    from .evidence.checkup import Checkup
+    from .evidence.checkups import Checkups
+    from .evidence.compact import compact
+    from .evidence.compress import Compression, compress
     from .events import Event, ModuleSummary
     from .integrations.callback import AromaCallback
     from .integrations.held_out import hold_out
@@ -31,14 +35,19 @@ _HOMES = {
     "AromaError": "errors",
     "AromaModel": "tuner",
     "Attachment": "integrations.loop",
+    "Checkup": "evidence.checkup",
+    "Checkups": "evidence.checkups",
+    "Compression": "evidence.compress",
     "Event": "events",
+    "EvidenceCallback": "evidence.callback",
     "LoraTensors": "engines",
     "ModuleSummary": "events",
     "RichProgress": "integrations.progress",
     "Tasks": "tasks",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
-    "combine": "combining",
+    "compact": "evidence.compact",
+    "compress": "evidence.compress",
     "hold_out": "integrations.held_out",
     "last_complete_checkpoint": "checkpoint",
     "lora_tensors": "engines",
@@ -54,14 +63,19 @@ __all__ = [
     "AromaError",
     "AromaModel",
     "Attachment",
+    "Checkup",
+    "Checkups",
+    "Compression",
     "Event",
+    "EvidenceCallback",
     "LoraTensors",
     "ModuleSummary",
     "RichProgress",
     "Tasks",
     "aroma_layers",
     "attach",
-    "combine",
+    "compact",
+    "compress",
     "hold_out",
     "last_complete_checkpoint",
     "lora_tensors",

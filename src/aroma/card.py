@@ -24,7 +24,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from . import __version__
 from .about import About, Fact
-from .algorithm.evidence import is_in_trial
 from .files import write_text
 from .pictures import positions_of
 
@@ -76,7 +75,6 @@ class Subject:
         about: What else is known of it.
         method: The fields of `AromaConfig` that decided the run; empty for an adapter of another method.
         steps: Optimizer steps of its run; None if unknown.
-        in_trial: Whether growth by evidence had not decided yet which components stay.
         kind: In which form it was written.
         rank: Of a uniform export, the one rank.
         licence: Licence that its owner gave it, as the hub names licences; None if none was given.
@@ -89,7 +87,6 @@ class Subject:
     about: About = field(default_factory=About)
     method: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
-    in_trial: bool = False
     kind: Kind = "adapter"
     rank: int | None = None
     licence: str | None = None
@@ -112,7 +109,6 @@ class Subject:
             about=About.from_json(state["about"]) if "about" in state else About(),
             method=state["config"],
             steps=run.get("global_step"),
-            in_trial="phase" in run and is_in_trial(run["phase"]),
             files=files,
             parts=frozenset(state.get("parts", {})),
         )
@@ -261,8 +257,6 @@ def _summary(subject: Subject, base: str, is_hub_id: bool) -> str:
             f"{len(grown)} of {len(subject.ranks)} matrices have an update"
             + (f", of rank {_span(grown)}; {sum(grown)} in all." if grown else ".")
         )
-    if subject.in_trial:
-        lines.append("It was saved in the trial of growth by evidence, at the end of which it is decided what stays.")
     rows: dict[str, str] = {"base model": f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`"}
     if subject.task_type is not None:
         rows["task"] = _PIPELINES.get(subject.task_type, subject.task_type)

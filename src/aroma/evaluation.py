@@ -8,10 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from .errors import bad_value
 
 
 @contextmanager
@@ -35,21 +33,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-
-
-def require_loss(loss: Any) -> None:
-    """Raise unless a loss of held-out examples is one number with a graph.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    if not isinstance(loss, Tensor):
-        kind = type(loss).__name__
-    elif loss.numel() == 1 and loss.requires_grad:
-        return
-    else:
-        kind = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-    raise bad_value("growth_loss", kind, "it must return one number that the model was asked for with gradients")
 
 
 def _checkpointing_modules(model: nn.Module) -> list[nn.Module]:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-EventKind = Literal["checked", "born", "settled", "squeezed", "merged", "frozen", "finished"]
+EventKind = Literal["checked", "merged", "frozen", "finished"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One decision of a growth rule.
+    """One decision of Algorithm 1.
 
     Args:
-        kind: `"checked"`: an inner check of one matrix, or a look at its evidence. `"born"`: it got one more component
-            by evidence, or all those of the trial. `"settled"`: the trial ended, and `rank` components stay.
-            `"squeezed"`: components went that save no loss for sure, or next to none. `"merged"`: a component trains
-            no more, and stays. `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
+        kind: `"checked"`: an inner check of one matrix. `"merged"`: its component trains no more, and stays.
+            `"frozen"`: it has stopped growing. `"finished"`: every matrix has.
         step: Optimizer steps taken since training began.
         outer_step: Outer step p, counted from 1, in which it happened.
         inner_step: Optimizer steps t taken in that inner loop.
         module: Name of the matrix's module; None for `"finished"`.
-        value: Under Algorithm 1 the left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`. For
-            `"settled"` the loss that the components save, for `"squeezed"` what those that went saved. None where
-            undefined.
-        rank: Rank of the matrix's finished components after the event, under growth by evidence of all components;
-            their sum for `"finished"`.
+        value: Left side of (5) for `"checked"`, of (6) for `"merged"` and `"frozen"`; None where undefined.
+        rank: Rank of the matrix's finished components after the event; their sum for `"finished"`.
         converged: Whether the matrix bears the inner label after the event.
-        log_evidence: Logarithm of the evidence E that decided; None under Algorithm 1.
-        steepness: z, how steep the unused direction was on the last batch; None where unknown.
     """
 
     kind: EventKind
@@ -41,8 +33,6 @@ class Event:
     value: float | None
     rank: int
     converged: bool
-    log_evidence: float | None = None
-    steepness: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the event as a JSON-able dict."""
@@ -60,11 +50,6 @@ class ModuleSummary:
         state: `"training"`, `"converged"` (bears the inner label) or `"frozen"`.
         inner_value: Left side of (5) at its last inner check, None where undefined.
         outer_value: Left side of (6) at its last outer check, None before the first.
-        log_evidence: Logarithm of the evidence E for one more component: the mean over its unused directions, each
-            since it began. Below 0 the evidence is against it, and a birth takes −ln α, which is 3.0 at α = 0.05.
-            None under Algorithm 1.
-        steepness: z of the steepest of its unused directions on the last batch: how much loss a step of length 1 along
-            it, in ‖ΔW‖_F, would save to first order. To be compared between matrices of one run. None where unknown.
     """
 
     name: str
@@ -73,8 +58,6 @@ class ModuleSummary:
     state: Literal["training", "converged", "frozen"]
     inner_value: float | None
     outer_value: float | None
-    log_evidence: float | None = None
-    steepness: float | None = None
 
 
 class Summary(list[ModuleSummary]):
@@ -103,9 +86,3 @@ def _of_kind(matrices: list[ModuleSummary]) -> tuple[str, str, str, str, str]:
     effective = sum(matrix.effective_rank for matrix in matrices)
     frozen = sum(matrix.state == "frozen" for matrix in matrices)
     return str(len(ranks)), spread, str(sum(ranks)), f"{effective:.1f}", str(frozen)
-
-
-def evidence_text(log_evidence: float) -> str:
-    """Return E as a person reads it; where `max_components` is reached, E may be too large for a float."""
-    evidence = math.exp(min(log_evidence, 700))
-    return "<0.01" if evidence < 0.01 else f"{evidence:.2f}" if evidence < 1e4 else f"{evidence:.0e}"

@@ -6,7 +6,6 @@ Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one.
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -29,7 +28,7 @@ from .card import (
     served_rank,
     write_card,
 )
-from .errors import AromaError, AromaWarning, CheckpointError, bad_value
+from .errors import AromaError, AromaWarning, bad_value
 from .files import free_bytes, own_file, read_json, write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
 from .pictures import rank_picture
@@ -38,7 +37,7 @@ from .spectra import effective_rank, singular_values
 from .tasks import loadable, read_whole
 from .tuner import refuse_merge_if_tied
 from .tuner.layout import PEFT_PREFIX, uniform_config
-from .tuner.state import STATE_FILE, is_whole, write_export_state
+from .tuner.state import STATE_FILE, write_export_state
 
 
 @dataclass(frozen=True)
@@ -83,43 +82,6 @@ def rank_rows(adapter: AdapterWeights) -> list[RankRow]:
             sigma = singular_values(update.B, update.A)
             rows.append(RankRow(name, update.rank, effective_rank(sigma), shape))
     return rows
-
-
-def evidence_of(adapter: AdapterWeights) -> dict[str, Any] | None:
-    """Return the saved state of a run with growth="evidence", JSON-able; None for other adapters.
-
-    Its `modules` have name, heads, flips, log_evidence and steepness; beside them are `config`, `phase`,
-    `global_step`, `births`, `last_birth`, `squeezed`, `is_anything_known`, `strength_at_end` and `is_shortened`.
-
-    Raises:
-        CheckpointError: `aroma_state.json` was not written by such a run.
-    """
-    run: dict[str, Any] | None = adapter.state.get("controller") if adapter.state is not None else None
-    if run is None or run["config"].get("growth") != "evidence":
-        return None
-    modules, alpha = run.get("modules"), run["config"].get("significance")
-    counted = [run.get("global_step"), run.get("births"), run.get("last_birth") or 0, run.get("squeezed")]
-    if not (
-        isinstance(modules, list)
-        and all(isinstance(matrix, dict) and _is_read(matrix) for matrix in modules)
-        and {matrix["name"] for matrix in modules} == {*adapter.shapes}
-        and isinstance(alpha, float)
-        and 0 < alpha < 1
-        and all(is_whole(count, 0, 2**62) for count in counted)
-        and isinstance(run.get("phase"), str)
-        and isinstance(run.get("strength_at_end"), float)
-        and {"is_anything_known", "is_shortened"} <= run.keys()
-    ):
-        where = f"{adapter.folder / STATE_FILE}: controller"
-        raise bad_value(
-            where, run, "no run of growth by evidence writes that; use another checkpoint", CheckpointError
-        )
-    return run
-
-
-def _is_read(matrix: dict[str, Any]) -> bool:
-    numbers, most = [matrix.get("steepness") or 0.0, matrix.get("log_evidence")], sys.float_info.max
-    return isinstance(matrix.get("name"), str) and all(isinstance(x, int | float) and abs(x) <= most for x in numbers)
 
 
 def _tell_of_strangers(adapter: AdapterWeights) -> None:
@@ -203,7 +165,7 @@ def export_merged(
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
-    base_name = _base_name(adapter, base_model)
+    base_name = base_name_of(adapter, base_model)
     model = _with_base(adapter, base_model)
     if getattr(model.get_base_model(), "is_quantized", False):
         raise bad_value(
@@ -306,7 +268,12 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     return _with_base(read_whole(folder), base_model)
 
 
-def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
+def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
+    """Return folder or hub name of the base model: the given one, or the adapter's own.
+
+    Raises:
+        ConfigError: Neither says it.
+    """
     base_name: str | None = base_model or adapter.config.get("base_model_name_or_path")
     if not base_name:
         raise bad_value("base_model", base_name, "the adapter does not name its base model; give its folder or name")
@@ -314,9 +281,18 @@ def _base_name(adapter: AdapterWeights, base_model: str | None) -> str:
 
 
 def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
+    return put_into(base_of(adapter, base_model), adapter, base_name_of(adapter, base_model))
+
+
+def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
+    """Load the base model of an adapter in float32, with as many outputs as the adapter's head has.
+
+    Raises:
+        ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
+    """
     import transformers
 
-    base_name = _base_name(adapter, base_model)
+    base_name = base_name_of(adapter, base_model)
     mapping = adapter.config.get("auto_mapping") or {}
     task_type = adapter.config.get("task_type")
     class_name = MODEL_CLASSES.get(task_type) if task_type else mapping.get("base_model_class")
@@ -339,13 +315,12 @@ def _with_base(adapter: AdapterWeights, base_model: str | None) -> Any:
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
     try:
-        base = model_class.from_pretrained(base_name, dtype=torch.float32, **options)
+        return model_class.from_pretrained(base_name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value(
             "base_model", base_name, f"cannot be loaded ({reason[:500]}); give its folder or hub name"
         ) from error
-    return put_into(base, adapter, base_name)
 
 
 def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:

@@ -1,11 +1,11 @@
 """The growing matrices of a run: measured together, one host sync each, and changed one by one.
 
-A growth rule acts on these (`aroma.algorithm.Matrices`). They know layers, the optimizer, and sharded parameters.
+Algorithm 1 acts on these. They know layers, the optimizer, and sharded parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class GrowingMatrix:
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
-    _NOTED: tuple[str, ...] = ("converged", "inner_value", "outer_value", "weight_norm")
+    _NOTED = ("converged", "inner_value", "outer_value", "weight_norm")
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint says of the matrix, JSON-able."""
@@ -129,8 +129,7 @@ class GrowingMatrix:
 
     def _restore_noted(self, state: Mapping[str, Any]) -> None:
         for name in self._NOTED:
-            value = state[name]
-            setattr(self, name, [*value] if isinstance(value, list) else value)
+            setattr(self, name, state[name])
 
     def pair_tensors(self, draw: int, pair: Pair) -> dict[str, Tensor]:
         """Return the component in training by name, if the plain adapter would not give it back bit for bit.
@@ -194,9 +193,10 @@ class GrowingMatrix:
 
 
 class GrowingMatrices:
-    """All growing matrices of one adapter, and the optimizer that trains them; `aroma.algorithm.Matrices`.
+    """All growing matrices of one adapter, and the optimizer that trains them.
 
-    Where parameters are sharded, all ranks call the methods that read components, together.
+    Measurements are the same on every process that trains. Where parameters are sharded, all ranks call the methods
+    that read components, together.
 
     Args:
         model: The model, unwrapped.
@@ -209,13 +209,10 @@ class GrowingMatrices:
         sharding: How the processes hold the parameters.
     """
 
-    matrix_class = GrowingMatrix
-
     def __init__(self, model: nn.Module, adapter_name: str, live: LiveAdapter, optimizer: Any) -> None:
         layers = aroma_layers(model, adapter_name)
         self._all = [
-            self.matrix_class(name, index, layer, adapter_name, live)
-            for index, (name, layer) in enumerate(layers.items())
+            GrowingMatrix(name, index, layer, adapter_name, live) for index, (name, layer) in enumerate(layers.items())
         ]
         self._adapter_name = adapter_name
         self._live = live
@@ -247,12 +244,9 @@ class GrowingMatrices:
 
         It is the rank that a save at this moment has. If pairs are sharded, all ranks call this together.
         """
-        device, slotted = self.device, self._live.config.has_slots
-        columns = [b.any(0) for b, _ in self.pairs(self._all)]
-        moved = torch.stack([own.sum().to(device) for own in columns]).tolist()  # the device waits once
-        # As `AromaLinear.moved_slots` has it.
-        counts = [count if slotted or not count else len(own) for count, own in zip(moved, columns, strict=True)]
-        return {matrix.name: matrix.rank + count for matrix, count in zip(self._all, counts, strict=True)}
+        device, r = self.device, self._live.config.r
+        moved = torch.stack([b.any().to(device) for b, _ in self.pairs(self._all)]).tolist()  # the device waits once
+        return {one.name: one.rank + (r if has_moved else 0) for one, has_moved in zip(self._all, moved, strict=True)}
 
     @property
     def device(self) -> torch.device:
@@ -295,27 +289,6 @@ class GrowingMatrices:
         """Whether `hold_pairs` has gathered the components of this moment."""
         return self._held is not None and len(self._held) == len(self._all)
 
-    # What a rule without a probe leaves out --------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Begin the run: measure ‖W0 + s B A‖_F of every matrix."""
-        self.measure_weights()
-
-    def absorb(self, *, record: bool, loss_scale: float) -> None:
-        """Take what the backwards of a step answered; nothing is asked."""
-
-    def require_answers(self) -> None:
-        """Refuse a model in which no backward answers; nothing is asked."""
-
-    def discard(self) -> None:
-        """Forget what the backwards of a skipped step answered; nothing is asked."""
-
-    def weigh_held_out(self, losses: Iterable[Tensor]) -> None:
-        """Ask held-out examples; nothing is asked. `losses` are scalars."""
-
-    def stop_asking(self) -> None:
-        """Ask no backward any more; nothing is asked."""
-
     # Measured together -----------------------------------------------------------------------------------------------
 
     def measure_weights(self) -> None:
@@ -344,7 +317,10 @@ class GrowingMatrices:
         return norms if alone else self._agree(matrices, norms, [])[0]
 
     def inner_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
-        """Return ‖b a‖_F, and the left side of (5) since the previous call; see `aroma.algorithm.Matrices`."""
+        """Return ‖b a‖_F of the components in training, and the left side of (5) since the previous call.
+
+        The value is None where the earlier norm was 0, and at the first call since `forget_check`.
+        """
         criterion = self._live.config.inner_criterion
         values, snapshot = inner_values(self.pairs(matrices), self._snapshot, criterion)
         norms, values = self._agree(matrices, snapshot.norms, values)
@@ -352,7 +328,7 @@ class GrowingMatrices:
         return norms, values
 
     def outer_values(self, matrices: Sequence[GrowingMatrix]) -> tuple[list[float], list[float | None]]:
-        """Return ‖b a‖_F, and the left side of (6); see `aroma.algorithm.Matrices`."""
+        """Return ‖b a‖_F of the components in training, and the left side of (6); None where W0 + s B A is zero."""
         pairs = self.pairs(matrices)
         self._hold(matrices, pairs)  # `merge` needs them again
         norms = pair_norms(pairs)
@@ -390,7 +366,12 @@ class GrowingMatrices:
             matrix.layer.merge_pair(self._adapter_name, pair)
 
     def renew(self, matrix: GrowingMatrix, draw: int) -> None:
-        """Reset and Reinit; see `aroma.algorithm.Matrices`."""
+        """Reset and Reinit: prune the optimizer's state of the pair, and start a fresh component.
+
+        Args:
+            matrix: The matrix, just merged.
+            draw: Number of the outer step that ends. It seeds what is random, with the place of the matrix.
+        """
         self.release_pairs()
         config = self._live.config
         generator = component_generator(self._live.seed, draw, matrix.index, "reset")
@@ -406,7 +387,12 @@ class GrowingMatrices:
                 matrix.start_component(draw)
 
     def freeze(self, matrix: GrowingMatrix, *, loaded: bool = False) -> None:
-        """Drop the component in training, and train this matrix no more; see `aroma.algorithm.Matrices`."""
+        """Drop the component in training, and train this matrix no more.
+
+        Args:
+            matrix: The matrix.
+            loaded: Whether it was loaded so, so that the optimizer has nothing of it to forget yet.
+        """
         self.release_pairs()
         matrix.layer.freeze(self._adapter_name)
         for parameter in () if loaded else matrix.pair:

@@ -5,7 +5,7 @@ O((m + n) r) work and memory a module; nothing of size m × n is formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,14 +145,6 @@ def grown_norms(
     return _to_host(squares)
 
 
-def group_by_shape(shapes: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], list[int]]:
-    """Return the places of equal entries of `shapes`, in order."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for place, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(place)
-    return groups
-
-
 def _norm_and_change(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> Tensor:
     """Return ‖b a‖_F and ‖b a − b0 a0‖_F, (k, 2), of stacked pairs (k, m, r) and (k, r, n)."""
     return torch.stack([product_norm_squared(b, a), difference_norm_squared(b, a, b0, a0)], dim=-1).sqrt()
@@ -169,7 +161,9 @@ def _batched(measure: Callable[..., Tensor], items: Sequence[tuple[Tensor, ...]]
 
     `measure` maps stacked tensors (k, …) to (k,) or (k, c); the c values of an item follow one another.
     """
-    groups = group_by_shape(tuple((t.shape, t.device, t.dtype) for t in tensors) for tensors in items)
+    groups: dict[Any, list[int]] = {}
+    for place, tensors in enumerate(items):
+        groups.setdefault(tuple((t.shape, t.device, t.dtype) for t in tensors), []).append(place)
     order = [index for indices in groups.values() for index in indices]
     stacked = [
         measure(*map(torch.stack, zip(*(items[i] for i in indices), strict=True))) for indices in groups.values()

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ResetError, bad_value
-from .sharding import Entries, OptimizerState, is_distributed, is_sharded, sharding_of, unwrapped_optimizer
+from .sharding import Entries, OptimizerState, sharding_of, unwrapped_optimizer
 
 RESET_KINDS = ("prune", "zero", "none")
 
@@ -31,18 +30,6 @@ _MOMENTS = frozenset(
         *("state1", "state2"),  # bitsandbytes
     }
 )
-
-_AVERAGES = frozenset({"exp_avg", "momentum_buffer", "grad_avg", "state1"})
-"""Averages of gradients; the other moments are averages of squares."""
-
-_SQUARES_FIRST = ("rmsprop", "adagrad")
-"""Optimizers of bitsandbytes, by their `optimizer_name`, whose state1 is an average of squares."""
-
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "acc_delta", "variance")
-"""Averages of squares shaped as their parameter, the only ones that are sharded."""
-
-_ROWS = frozenset({"row_var", "exp_avg_sq_row"})
-"""Factors of a moment with one number for each row of the parameter; the other factors have one for each column."""
 
 _CODEBOOKS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """bitsandbytes: a uint8 moment is qmap[code] · absmax[block]. All parameters share qmap, so it is never written."""
@@ -171,48 +158,6 @@ def check_resettable(optimizer: Any, param: Tensor, kind: str) -> None:
     _resettable_moments(optimizer, param, kind)
 
 
-@dataclass(frozen=True)
-class SlotStart:
-    """Slots of a parameter with which the optimizer is to begin anew.
-
-    Args:
-        parameter: b (m, S) or a (S, n), as the optimizer holds it.
-        slots: The slots.
-        dim: The dimension that counts slots.
-        others: Slots that are, or were, in use; with none, averages of squares stay as they are.
-    """
-
-    parameter: Tensor
-    slots: Sequence[int]
-    dim: int
-    others: Sequence[int]
-
-
-@torch.no_grad()
-def start_slots(optimizer: Any, starts: Sequence[SlotStart]) -> None:
-    """Let the optimizer begin anew with slots of pairs, in place; all ranks call this, for one collective.
-
-    Their averages of gradients become zero. Their averages of squares become the mean of those of the other slots: at
-    zero, under the step count of an older parameter, Adam would take steps up to six times the learning rate.
-
-    Args:
-        optimizer: As in `reset_state`.
-        starts: The slots.
-
-    Raises:
-        ResetError: AROMA does not know some of the state; nothing has been changed.
-    """
-    found = [_slot_moments(optimizer, start) for start in starts]
-    sums = [[moment.sum_of(start.others) for moment in moments] for start, moments in zip(starts, found, strict=True)]
-    _add_up(optimizer, starts, found, sums)
-    for start, moments, totals in zip(starts, found, sums, strict=True):
-        for moment, total in zip(moments, totals, strict=True):
-            if moment.is_average:
-                moment.write(start.slots, torch.zeros_like(total))
-            elif start.others:
-                moment.write(start.slots, total / len(start.others))
-
-
 def makes_state_only(optimizer: Any, keywords: Mapping[str, Any]) -> bool:
     """Whether torch takes a step for the sake of the state, as `get_optimizer_state_dict` does where there is none.
 
@@ -257,12 +202,8 @@ def _resettable_moments(optimizer: Any, param: Tensor, kind: str) -> list[_Momen
     if kind == "zero" and "step" not in state.values and any("step" in group for group in optimizer.param_groups):
         raise _no_own_step(optimizer, "steps per parameter group", "use another optimizer")
     # In the order of names: the order in which a loaded state lists its keys must not change the random draws.
-    return [_read_moment(optimizer, state, key) for key in _moment_keys(optimizer, state)]
-
-
-def _moment_keys(optimizer: Any, state: OptimizerState) -> list[str]:
-    """Return the names of the moments among the state of a parameter, in a fixed order."""
-    return sorted(key for key in state.values if key in _MOMENTS and state.values[key] is not None)
+    keys = sorted(key for key in state.values if key in _MOMENTS and state.values[key] is not None)
+    return [_read_moment(optimizer, state, key) for key in keys]
 
 
 def _require_known(optimizer: Any, state: OptimizerState) -> None:
@@ -305,179 +246,6 @@ def _read_quantised(optimizer: Any, state: OptimizerState, key: str, entries: En
     if len(codes) == 0:
         raise _refusal(optimizer, state, key, "whose quantization map has no zero")
     return _Moment(entries, int(codes[0]), absmax)
-
-
-# Slots ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _SlotMoment:
-    """This rank's entries of one moment of a pair, told apart by their slot.
-
-    Attributes:
-        name: What the optimizer calls it.
-        is_average: Whether it averages gradients, not their squares.
-        entries: The entries.
-        slots: Slot of every entry, flat.
-        places: Place of every entry within its slot, flat.
-        size: Numbers of one slot, on all ranks together.
-        codes: What quantised entries stand for; None where they are numbers.
-        absmax: The scales of the blocks, (blocks,), where the moment is quantised.
-    """
-
-    name: str
-    is_average: bool
-    entries: Entries
-    slots: Tensor
-    places: Tensor
-    size: int
-    codes: Tensor | None
-    absmax: Tensor | None
-
-    def sum_of(self, slots: Sequence[int]) -> Tensor:
-        """Return the sum of this rank's entries over `slots`, by their place, (size,)."""
-        values, chosen = self._numbers(), self._are_of(slots)
-        return values.new_zeros(self.size).index_add_(0, self.places[chosen], values[chosen])
-
-    def write(self, slots: Sequence[int], values: Tensor) -> None:
-        """Write the numbers of a slot, `values` of shape (size,), into this rank's entries of each of `slots`."""
-        chosen = self._are_of(slots)
-        held = self.entries.values
-        if self.codes is None:
-            flat = held.reshape(-1)
-            flat[chosen] = values[self.places[chosen]].to(flat.dtype)
-            held.copy_(flat.view(held.shape))
-            return
-        numbers = self._numbers()
-        numbers[chosen] = values[self.places[chosen]]
-        self._quantise(numbers, chosen)
-
-    def _are_of(self, slots: Sequence[int]) -> Tensor:
-        """Return which entries, flat, belong to `slots`."""
-        return torch.isin(self.slots, torch.tensor([*slots], dtype=torch.int64, device=self.slots.device))
-
-    def _numbers(self) -> Tensor:
-        """Return the entries as numbers, flat, a copy."""
-        held = self.entries.values.reshape(-1)
-        if self.codes is None or self.absmax is None:
-            return held.clone()
-        return self.codes[held.long()] * self.absmax[self._blocks(len(held))]
-
-    def _blocks(self, count: int) -> Tensor:
-        """Return the block of each of `count` entries, (count,)."""
-        assert self.absmax is not None, "only a quantised moment has blocks"
-        # bitsandbytes does not keep the size of its blocks: a power of two, 256 since version 0.42.
-        size = next(size for size in _BLOCK_SIZES if -(-count // size) == len(self.absmax))
-        return torch.arange(count, device=self.absmax.device) // size
-
-    def _quantise(self, numbers: Tensor, chosen: Tensor) -> None:
-        """Write `numbers`, flat, as codes. Scales of blocks only grow; the codes of a block whose scale stays, stay.
-
-        Args:
-            numbers: All entries, of any shape flat.
-            chosen: Which of them have changed, likewise.
-        """
-        assert self.codes is not None, "only a quantised moment has codes"
-        assert self.absmax is not None, "only a quantised moment has scales"
-        blocks = self._blocks(len(numbers))
-        scales = self.absmax.scatter_reduce(0, blocks, numbers.abs(), "amax")
-        changed = chosen | (scales > self.absmax)[blocks]
-        self.absmax.copy_(scales)
-        shares = numbers / scales.where(scales > 0, torch.ones_like(scales))[blocks]
-        codes, order = self.codes.sort()
-        upper = torch.searchsorted(codes, shares).clamp(1, len(codes) - 1)
-        nearest = torch.where(shares - codes[upper - 1] < codes[upper] - shares, upper - 1, upper)
-        held = self.entries.values
-        flat = held.reshape(-1).where(~changed, order[nearest].to(held.dtype))
-        held.copy_(flat.view(held.shape))
-
-
-_BLOCK_SIZES = (256, 2048, 4096, 1024, 512, 128, 64)
-
-
-def _slot_moments(optimizer: Any, start: SlotStart) -> list[_SlotMoment]:
-    """Return this rank's moments of a parameter that count its slots, or raise what `check_resettable` raises."""
-    state = _state_of(optimizer, start.parameter)
-    moments = _resettable_moments(optimizer, start.parameter, "prune")
-    if not state.values or state.is_elsewhere:
-        return []
-    first = getattr(unwrapped_optimizer(optimizer), "optimizer_name", None) in _SQUARES_FIRST
-    averages = _AVERAGES - {"state1"} if first else _AVERAGES
-    found = []
-    for name, moment in zip(_moment_keys(optimizer, state), moments, strict=True):
-        shape, device = moment.entries.shape, moment.entries.values.device
-        axis = _slot_axis(name, shape, state.shape, start.dim)
-        if axis is None:
-            continue
-        slots = torch.arange(shape[axis]).view([-1 if d == axis else 1 for d in range(len(shape))]).expand(shape)
-        size = math.prod(shape) // shape[axis]
-        rest = [length for d, length in enumerate(shape) if d != axis]
-        places = torch.arange(size).view(rest).unsqueeze(axis).expand(shape)
-        found.append(
-            _SlotMoment(
-                name=name,
-                is_average=name in averages,
-                entries=moment.entries,
-                slots=moment.entries.pick(slots).reshape(-1).to(device),
-                places=moment.entries.pick(places).reshape(-1).to(device),
-                size=size,
-                codes=None if moment.absmax is None else state.values[_CODEBOOKS[name][0]],
-                absmax=moment.absmax,
-            )
-        )
-    return found
-
-
-def _state_of(optimizer: Any, param: Tensor) -> OptimizerState:
-    """Return what the optimizer keeps for `param` (any shape)."""
-    return sharding_of(param, optimizer).optimizer_state(optimizer, param)
-
-
-def _slot_axis(name: str, shape: tuple[int, ...], whole: tuple[int, ...], dim: int) -> int | None:
-    """Return which axis of a moment of `shape` counts what dimension `dim` of its parameter does, if one does."""
-    if shape == whole:
-        return dim
-    counted = 0 if name in _ROWS else 1
-    if counted != dim:
-        return None
-    return 0 if counted == 0 else len(shape) - 1
-
-
-def _add_up(
-    optimizer: Any, starts: Sequence[SlotStart], found: Sequence[list[_SlotMoment]], sums: Sequence[list[Tensor]]
-) -> None:
-    """Add the sums of all ranks, in place, where the state is sharded: a rank may hold no entry of a parameter.
-
-    Args:
-        optimizer: The optimizer.
-        starts: The slots.
-        found: The moments of each on this rank.
-        sums: The sum over its other slots for each of them, (m,) or (n,).
-    """
-    shared = [
-        index
-        for index, start in enumerate(starts)
-        if is_sharded(start.parameter) or _state_of(optimizer, start.parameter).is_flat
-    ]
-    if not shared or not is_distributed():
-        return
-    # All ranks send numbers for the same moments, zeros where they hold none.
-    device = sharding_of(starts[shared[0]].parameter, optimizer).device(starts[shared[0]].parameter)
-    rows = []
-    for index in shared:
-        shape = _state_of(optimizer, starts[index].parameter).shape
-        size = math.prod(shape) // shape[starts[index].dim]
-        held = {moment.name: total for moment, total in zip(found[index], sums[index], strict=True)}
-        rows += [held.get(name, torch.zeros(size)).to(device, torch.float64) for name in _SQUARES]
-    sent = torch.cat(rows)
-    dist.all_reduce(sent)
-    totals = iter(torch.split(sent, [len(row) for row in rows]))
-    for index in shared:
-        for name in _SQUARES:
-            total = next(totals)
-            for moment, own in zip(found[index], sums[index], strict=True):
-                if moment.name == name:
-                    own.copy_(total)
 
 
 # Resets --------------------------------------------------------------------------------------------------------------
@@ -538,7 +306,7 @@ def _refusal(optimizer: Any, state: OptimizerState, key: str, why: str) -> Reset
     value = state.values.get(key)
     kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
     # Of a flat optimizer the moments of frozen components are zeroed whatever `reset` is.
-    without = "" if state.is_flat else " (growth='paper' also takes reset='none', which leaves it alone)"
+    without = "" if state.is_flat else ", or reset='none', which leaves it alone"
     return ResetError(
         f"optimizer={_name(optimizer)}: it keeps state {key!r} of {kind}, {why}; use another optimizer, e.g. "
         f"torch.optim.AdamW{without}"

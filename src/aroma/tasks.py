@@ -48,7 +48,7 @@ class Tasks:
     .. code-block:: python
 
         tasks = Tasks("adapters")
-        model = tasks.grow(base, AromaConfig(growth="evidence", task_type="SEQ_CLS"))
+        model = tasks.grow(base, AromaConfig(task_type="SEQ_CLS"))
         Trainer(model, args, train_dataset=dataset, callbacks=[AromaCallback()]).train()
         tasks.save(model, "topics")                    # the next task is laid over this one
         model = tasks.load(fresh_base, "topics")       # plain LoRA

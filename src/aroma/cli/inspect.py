@@ -1,14 +1,13 @@
-"""`aroma inspect`: rank and effective rank of every matrix of an adapter, and the evidence for one more."""
+"""`aroma inspect`: rank and effective rank of every matrix of an adapter."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..events import evidence_text
 from .extras import require_extra
 from .texts import add_command, add_force
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from ..export import RankRow
     from ..saved import AdapterWeights
 
-ORDERS = ("name", "rank", "effective", "parameters", "evidence")
+ORDERS = ("name", "rank", "effective", "parameters")
 """What matrices can be sorted by: by name as the model has them, else the largest first."""
 
 
@@ -35,8 +34,7 @@ def add_parser(commands: Any) -> None:
         "show the rank of every matrix, as a grid, table, picture or JSON",
         (
             "Show the ranks of an adapter by layer and kind of matrix. With --sort one line a matrix: rank,\n"
-            "effective rank and parameters; of a run with growth='evidence' also the evidence E for one more\n"
-            "component, and how steep its direction was."
+            "effective rank and parameters."
         ),
         "aroma inspect runs/mrpc/adapter",
         "aroma inspect runs/mrpc/adapter --sort rank",
@@ -69,21 +67,21 @@ def run(arguments: argparse.Namespace) -> None:
 
     require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
     quiet()
-    from ..export import evidence_of, rank_rows
+    from ..export import rank_rows
     from ..files import write_json
     from ..pictures import rank_picture
     from ..saved import read_adapter
 
     adapter = read_adapter(arguments.adapter)
-    rows, run = rank_rows(adapter), evidence_of(adapter)
+    rows = rank_rows(adapter)
     hint = serving_hint(adapter)
     if arguments.json == "-":
-        json.dump(as_json(rows, run), sys.stdout, indent=2)
+        json.dump(as_json(rows), sys.stdout, indent=2)
         print()
     else:
-        _show(rows, run, str(arguments.adapter), arguments.sort, hint)
+        _show(rows, str(arguments.adapter), arguments.sort, hint)
     if out is not None:
-        write_json(out, as_json(rows, run))
+        write_json(out, as_json(rows))
     if plot is not None:
         rank_picture(rows, plot)
     if arguments.json != "-":
@@ -92,15 +90,13 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{what}: {file}")
 
 
-def _show(rows: list[RankRow], run: Mapping[str, Any] | None, title: str, order: str | None, hint: str) -> None:
+def _show(rows: list[RankRow], title: str, order: str | None, hint: str) -> None:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(title)
     console.print(summary_line(rows))
-    if run is not None:
-        console.print(growth_line(run))
-    tables = rank_grids(rows, console.width) if order is None else [make_table(sort_rows(rows, run, order), run)]
+    tables = rank_grids(rows, console.width) if order is None else [make_table(sort_rows(rows, order))]
     for table in tables:
         console.print()
         console.print(table, soft_wrap=False)
@@ -159,27 +155,16 @@ def rank_grids(rows: Sequence[RankRow], width: int) -> list[Table]:
     return tables
 
 
-def sort_rows(rows: Sequence[RankRow], run: Mapping[str, Any] | None, order: str) -> list[RankRow]:
-    """Return the rows in one of `ORDERS`; equal ones stay as they are.
-
-    Raises:
-        ConfigError: They are to be sorted by evidence, and no run with growth='evidence' left any.
-    """
-    from ..errors import bad_value
-
+def sort_rows(rows: Sequence[RankRow], order: str) -> list[RankRow]:
+    """Return the rows in one of `ORDERS`; equal ones stay as they are."""
     if order == "name":
         return [*rows]
-    if order == "evidence":
-        if run is None:
-            raise bad_value("--sort", order, "only adapters of growth='evidence' have it; sort by rank")
-        evidence = {matrix["name"]: matrix["log_evidence"] for matrix in run["modules"]}
-        return sorted(rows, key=lambda row: -evidence[row.name])
     keys = {"rank": lambda row: row.rank, "effective": lambda row: row.effective_rank, "parameters": _parameters}
     return sorted(rows, key=keys[order], reverse=True)
 
 
-def make_table(rows: Sequence[RankRow], run: Mapping[str, Any] | None = None) -> Table:
-    """Return the table with a line a matrix; `run` is of growth by evidence, see `evidence_of`."""
+def make_table(rows: Sequence[RankRow]) -> Table:
+    """Return the table with a line a matrix."""
     from rich.table import Table
 
     from ..pictures import positions_of
@@ -189,10 +174,6 @@ def make_table(rows: Sequence[RankRow], run: Mapping[str, Any] | None = None) ->
     table.add_column("matrix", no_wrap=True, overflow="ellipsis")
     for head in ("m×n", "rank", "effective", "parameters"):
         table.add_column(head, justify="right", no_wrap=True)
-    matrices = {matrix["name"]: matrix for matrix in run["modules"]} if run is not None else {}
-    if run is not None:
-        table.add_column(f"E of {1 / run['config']['significance']:.3g}", justify="right", no_wrap=True)
-        table.add_column("steepness", justify="right", no_wrap=True)
     for row, place in zip(rows, positions_of([row.name for row in rows]), strict=True):
         m, n = row.shape
         table.add_row(
@@ -202,20 +183,19 @@ def make_table(rows: Sequence[RankRow], run: Mapping[str, Any] | None = None) ->
             str(row.rank),
             f"{row.effective_rank:.2f}" if row.rank else "–",
             f"{_parameters(row):,}",
-            *(_evidence_cells(matrices[row.name]) if run is not None else []),
         )
     return table
 
 
-def as_json(rows: Sequence[RankRow], run: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return ranks, and the evidence where there is any, JSON-able."""
+def as_json(rows: Sequence[RankRow]) -> dict[str, Any]:
+    """Return ranks, JSON-able."""
     from ..pictures import positions_of
 
-    matrices = {matrix["name"]: matrix for matrix in run["modules"]} if run is not None else {}
-    found = []
-    for row, place in zip(rows, positions_of([row.name for row in rows]), strict=True):
-        evidence = {key: matrices[row.name][key] for key in ("log_evidence", "steepness")} if matrices else {}
-        found.append(
+    return {
+        "total_rank": sum(row.rank for row in rows),
+        "effective_rank": sum(row.effective_rank for row in rows),
+        "parameters": sum(map(_parameters, rows)),
+        "matrices": [
             {
                 "name": row.name,
                 "layer": place.layer,
@@ -224,43 +204,14 @@ def as_json(rows: Sequence[RankRow], run: Mapping[str, Any] | None) -> dict[str,
                 "rank": row.rank,
                 "effective_rank": row.effective_rank,
                 "parameters": _parameters(row),
-                **evidence,
             }
-        )
-    told = ("phase", "global_step", "births", "last_birth", "squeezed", "is_anything_known", "strength_at_end")
-    growth = None if run is None else {key: run.get(key) for key in told}
-    return {
-        "total_rank": sum(row.rank for row in rows),
-        "effective_rank": sum(row.effective_rank for row in rows),
-        "parameters": sum(map(_parameters, rows)),
-        "growth": growth,
-        "matrices": found,
+            for row, place in zip(rows, positions_of([row.name for row in rows]), strict=True)
+        ],
     }
 
 
 def _parameters(row: RankRow) -> int:
     return row.rank * sum(row.shape)
-
-
-def _evidence_cells(matrix: Mapping[str, Any]) -> list[str]:
-    """Return the evidence for one more component, and the steepness of the unused direction; dashes where unknown."""
-    if matrix["steepness"] is None:
-        return ["–", "–"]
-    return [evidence_text(matrix["log_evidence"]), f"{matrix['steepness']:.1e}"]
-
-
-def growth_line(run: Mapping[str, Any]) -> str:
-    """Return where a run of growth by evidence stood when it was saved."""
-    from ..algorithm.evidence import is_in_trial
-
-    if is_in_trial(run["phase"]):
-        return f"Growth by evidence: its trial was not over at optimizer step {run['global_step']}."
-    last = "" if run["last_birth"] is None else f", the last at step {run['last_birth']}"
-    born = f"births since the trial {run['births']}{last}"
-    gone = f"; components that went {run['squeezed']}" if run["squeezed"] else ""
-    left = f"; its last step left {run['strength_at_end']:.2f} of what trained" if run["is_shortened"] else ""
-    unsure = "" if run["is_anything_known"] else "; nothing was known yet when the trial ended"
-    return f"Growth by evidence, at optimizer step {run['global_step']}: {born}{gone}{left}{unsure}."
 
 
 def serving_hint(adapter: AdapterWeights) -> str:

@@ -62,8 +62,9 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         require_standard_errors(standard_errors)
         self.held_out, self.at, self.standard_errors = held_out, at, standard_errors
         self.loss, self.on_event = loss, on_event
-        self.trainer: Trainer | None = None
+        self.trainer: Any = None
         self._checkups: Checkups | None = None
+        _introduce_trainers()
 
     @property
     def history(self) -> list[Checkup]:
@@ -74,18 +75,9 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         """Return one sentence on what the last checkup kept."""
         return "no checkup yet" if self._checkups is None else self._checkups.explanation()
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse a trainer that has no held-out loss, before any work."""
-        _introduce_trainers()
-        if isinstance(getattr(args, "num_generations", None), int):
-            raise bad_value(
-                "callbacks",
-                type(self).__name__,
-                "this trainer samples its examples, so none has a held-out loss; run `aroma compress` on logged "
-                "answers when it has finished, or use AromaConfig and AromaCallback, which need no loss",
-            )
+        _refuse_sampling(args)
 
     def on_train_begin(
         self,
@@ -97,7 +89,7 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         **kwargs: Any,
     ) -> None:
         """Make batches of the held-out examples; on resume, go on where the checkpoint was."""
-        assert self.trainer is not None, "Trainer.train introduces itself"
+        _refuse_sampling(args)
         batches, cost = held_out_batches(self.trainer, self.held_out)
         self._checkups = Checkups(
             model,
@@ -121,7 +113,7 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Have a checkup where one is due, and tell trackers of it."""
-        assert self._checkups is not None and self.trainer is not None, "the Trainer calls on_train_begin first"
+        assert self._checkups is not None, "the Trainer calls on_train_begin first"
         found = self._checkups.advance(state.global_step)
         if found is None:
             return
@@ -142,6 +134,16 @@ class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
         return {"args": {}, "attributes": {"checkups": checkups}}
 
 
+def _refuse_sampling(args: Any) -> None:
+    if isinstance(getattr(args, "num_generations", None), int):
+        raise bad_value(
+            "callbacks",
+            "EvidenceCallback",
+            "this trainer samples its examples, so none has a held-out loss; run `aroma compress` on logged answers "
+            "when it has finished, or use AromaConfig and AromaCallback, which need no loss",
+        )
+
+
 def held_out_batches(trainer: Trainer, held_out: Any) -> tuple[list[Any], float]:
     """Return batches of held-out examples as the trainer evaluates, this process's part of each.
 
@@ -157,7 +159,9 @@ def held_out_batches(trainer: Trainer, held_out: Any) -> tuple[list[Any], float]
     examples = _prepared(trainer, held_out)
     if not hasattr(examples, "__len__") or len(examples) < FEWEST * world_size():
         count = len(examples) if hasattr(examples, "__len__") else type(examples).__name__
-        remedy = f"at least {FEWEST * world_size()} examples with a length are needed; train, held_out = hold_out(data)"
+        remedy = (
+            f"at least {FEWEST * world_size()} examples with a length are needed; train, held_out = hold_out(data)"
+        )
         raise bad_value("held_out", count, remedy)
     if held_out is trainer.eval_dataset:
         warnings.warn(
@@ -171,7 +175,8 @@ def held_out_batches(trainer: Trainer, held_out: Any) -> tuple[list[Any], float]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.data_seed or args.seed))
     before, args.per_device_eval_batch_size = args.per_device_eval_batch_size, size
     try:
-        batches = [*trainer.get_test_dataloader(rows_of(examples, order[:whole].tolist()))]
+        with torch.random.fork_rng([]):  # a loader draws a seed for its workers
+            batches = [*trainer.get_test_dataloader(rows_of(examples, order[:whole].tolist()))]
     finally:
         args.per_device_eval_batch_size = before
     return batches, size / (args.per_device_train_batch_size * args.gradient_accumulation_steps)

@@ -34,6 +34,8 @@ class Checkup:
         losses: Held-out loss at each of these sizes.
         saves: How much less held-out loss the kept directions leave than the base alone.
         standard_error: Standard error of that difference.
+        gains: How much less held-out loss the kept directions leave than all of them.
+        gains_error: Standard error of that difference.
         smaller: Total number of directions that one standard error of loss would keep.
         kept: Total number of directions that stay.
         kind: What event it is, in files that hold several kinds.
@@ -47,6 +49,8 @@ class Checkup:
     losses: list[float]
     saves: float
     standard_error: float
+    gains: float
+    gains_error: float
     smaller: int
     kept: int
     kind: str = "checkup"
@@ -75,7 +79,12 @@ class Checkup:
         """Return the numbers that a tracker shows."""
         ranks = [rank for ranks in self.ranks.values() for rank in ranks]
         shown = {"total_rank": self.kept, "largest_rank": max(ranks), "mean_rank": self.kept / len(ranks)}
-        return {**shown, "held_out_loss": self.loss, "loss_before": self.loss_before, "loss_of_base": self.loss_of_base}
+        return {
+            **shown,
+            "held_out_loss": self.loss,
+            "loss_before": self.loss_before,
+            "loss_of_base": self.loss_of_base,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return the checkup as a JSON-able dict, which `Checkup(**...)` takes."""
@@ -88,14 +97,16 @@ class Checkup:
         said = f"{self.kept} of {self.total_before} directions stay in {matrices} matrices"
         said += f" ({empty} keep none)" if empty else ""
         said += f": held-out loss {self.loss:.4g}, with all {self.loss_before:.4g}, without {self.loss_of_base:.4g}"
-        if abs(self.saves) < 2 * self.standard_error:
+        if abs(self.saves) <= 2 * self.standard_error:
             said += "; what all updates save cannot be told from noise"
         if 2 * full > matrices:
             said += f"; {full} of {matrices} matrices kept all {self.r} directions: a larger r would be used"
         return said
 
 
-def check(updates: Updates, held_out: HeldOut, loss: Loss, effort: Effort, standard_errors: float, step: int) -> Checkup:
+def check(
+    updates: Updates, held_out: HeldOut, loss: Loss, effort: Effort, standard_errors: float, step: int
+) -> Checkup:
     """Order the directions by what they save on held-out batches, and keep the first that lose nothing there.
 
     Args:
@@ -115,6 +126,7 @@ def check(updates: Updates, held_out: HeldOut, loss: Loss, effort: Effort, stand
     chosen = fewest(losses, standard_errors)
     updates.cut(_first(order, sizes[chosen], alive))
     saves, error = paired(losses[chosen], losses[0])
+    gains, gains_error = paired(losses[chosen], losses[-1])
     return Checkup(
         step=step,
         ranks_before=before,
@@ -124,6 +136,8 @@ def check(updates: Updates, held_out: HeldOut, loss: Loss, effort: Effort, stand
         losses=losses.mean(1).tolist(),
         saves=saves,
         standard_error=error,
+        gains=gains,
+        gains_error=gains_error,
         smaller=sizes[fewest(losses, 1.0)],
         kept=sizes[chosen],
     )
@@ -155,6 +169,8 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(found, Tensor):
-        remedy = f"{type(model).__name__} returns no loss for a held-out batch; give the examples labels, or give loss="
+        remedy = (
+            f"{type(model).__name__} returns no loss for a held-out batch; give the examples labels, or give loss="
+        )
         raise bad_value("loss", None, f"{remedy}, a function of model and batch")
     return found

@@ -46,7 +46,9 @@ def moments(at: Sequence[float], total_steps: int) -> list[int]:
         raise bad_value("at", at, "give shares of the run, each above 0 and at most 1, such as (0.2, 0.4, 0.6)")
     steps = sorted({round(float(share) * total_steps) for share in shares})
     if steps[0] < 1 or len(steps) < len(shares):
-        raise bad_value("at", at, f"two checkups would fall on one of {total_steps} steps; train longer, or give fewer")
+        raise bad_value(
+            "at", at, f"two checkups would fall on one of {total_steps} steps; train longer, or give fewer"
+        )
     return steps
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -262,7 +263,7 @@ def active_lora(model: nn.Module) -> str:
         ConfigError: There is none, several are, or it is one whose directions cannot be cut.
     """
     configs = getattr(model, "peft_config", {})
-    names = [name for name in getattr(model, "active_adapters", []) if name in configs]
+    names = [name for name in configs if name in model.active_adapters] if isinstance(model, PeftModel) else []
     if len(names) != 1 or getattr(configs[names[0]], "peft_type", None) != "LORA":
         found = [f"{name} ({configs[name].peft_type})" for name in names]
         remedy = "evidence needs one active LoRA adapter: get_peft_model(model, LoraConfig(...)), or set_adapter(NAME)"

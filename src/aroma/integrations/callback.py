@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
     optimization,
     trainer_callback,
 )
@@ -26,18 +24,14 @@ from transformers.trainer_utils import SaveStrategy
 
 from .. import compat
 from ..controller import AromaController
-from ..errors import AromaWarning, CheckpointError, NonFiniteError, bad_value
+from ..errors import CheckpointError, NonFiniteError, bad_value
 from ..events import Event
-from ..sharding import own_entries, unwrapped_optimizer
+from ..sharding import own_entries
 from ..tuner import aroma_layers
-from ..tuner.live import live_adapter
 from ..tuner.state import pack, read_controller_state, unpack
-from .held_out import HeldOutDataset, Loss, refuse_unread
-from .overlap import require_indexed, with_columns_of, without_trained
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, prepare_trainings
-from .rewarmup import Rewarmup, loss_scale, was_skipped
-from .sampling import Samples
+from .rewarmup import Rewarmup, was_skipped
 from .telling import score_of, scores_at, tell_of_run, with_score
 from .trackers import add_ranks, keep_totals, tell_trackers
 
@@ -48,10 +42,6 @@ _METRIC_SCHEDULES = (ReduceLROnPlateau, getattr(optimization, "GreedyLR", Reduce
 """Schedules that follow a metric: they step at evaluations, and the Trainer logs their rate from the optimizer."""
 
 
-_LENGTH = {"field": "max_steps", "remedy": "train longer (max_steps, or num_train_epochs)"}
-"""How an error names the length of a run that is too short to grow."""
-
-
 class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     """Lets an AROMA adapter grow inside `Trainer`: checks and merges come after each optimizer step, before its save.
 
@@ -60,61 +50,35 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         model = get_peft_model(base, AromaConfig(task_type="SEQ_CLS"))
         Trainer(model=model, callbacks=[AromaCallback()], ...).train()
 
-    With `growth="evidence"`, hold some examples out to decide growth (docs/usage.md):
-
-    .. code-block:: python
-
-        train, growth = hold_out(dataset)
-        model = get_peft_model(base, AromaConfig(growth="evidence", task_type="SEQ_CLS"))
-        callback = AromaCallback(growth_dataset=growth)
-        Trainer(model=model, train_dataset=train, callbacks=[callback], ...).train()
-        print(callback.controller.explanation())
-
     Args:
         early_stop (`bool`, *optional*, defaults to `True`): Stop the training when every module has finished. With
-            `False`, what else is trainable (a classification head) trains on to the end. With growth="evidence" all
-            train to the end.
+            `False`, what else is trainable (a classification head) trains on to the end.
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
-        growth_dataset (*optional*): With `growth="evidence"`, examples that the Trainer does not train on, prepared as
-            its training set is; see `aroma.hold_out`. They decide what stays after the trial, from the second pass
-            over the data on what is born, and what goes where growth ends. It may also be set after the Trainer was
-            made, as for SFTTrainer: `callback.growth_dataset = trainer.eval_dataset`. Checkpoints do not hold it.
-        growth_loss (`Callable`, *optional*): Loss of a model and a held-out batch, if it is to be another than that of
-            the training, `trainer.compute_loss`.
         report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
-            evaluation after it: result, loss, births, ranks, evidence, settings. It may replace an earlier report, and
+            evaluation after it: result, loss, ranks, settings. It may replace an earlier report, and
             no other file. Checkpoints do not hold it.
 
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.
-        trainer_loss: How the trainer makes its loss, which it says itself; None if it takes that of the model.
     """
 
     def __init__(
         self,
         early_stop: bool = True,
         on_event: Callable[[Event], None] | None = None,
-        growth_dataset: Any | None = None,
-        growth_loss: Loss | None = None,
         report: str | os.PathLike[str] | None = None,
     ) -> None:
         self.early_stop = early_stop
         self.on_event = on_event
-        self.growth_dataset = growth_dataset
-        self.growth_loss = growth_loss
-        self.trainer_loss: Loss | None = None
         self._report = None if report is None else TrainingRecord(report)
         self.controller: AromaController | None = None
         self._training: TrainerState | None = None
         self._rewarmup = Rewarmup()
-        self._loss_scale = 1.0
         self._fused_step_was_skipped = False
         self._steps_within_backward = False
         self._hooks: list[Any] = []
         self._was_over = False
-        self._samples: Samples | None = None
-        self._passes: int | None = None  # of a stream
         self._records = CheckpointRecords()
 
     # Beginning, and resuming -----------------------------------------------------------------------------------------
@@ -152,10 +116,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             raise bad_value("callbacks", type(self).__name__, "the same one is listed twice; give it once")
         self._training = state
         self._remove_hooks()  # of an earlier training that ended with an exception
-        self._was_over, self._passes = False, None
+        self._was_over = False
         self._records.begin(args, state)
         adapter_name = trainable_adapter(model)
-        live_adapter(model, adapter_name).config.check_length(state.max_steps, **_LENGTH)
         self.controller = AromaController(
             model,
             optimizer,
@@ -164,14 +127,10 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             # The model that the Trainer shows is not the one that it compiled.
             compiled=args.torch_compile,
         )
-        loader = kwargs.get("train_dataloader")
-        self._settle_evidence(args, state, loader)
         live = self.controller.live
-        training, scores = getattr(loader, "dataset", None), self._saved(state).get("scores")
-        live.about = tell_of_run(live.about, args, state, training, self.growth_dataset, scores)
-        if state.global_step == 0:
-            self.controller.warn_of_undecided()
-        else:
+        training = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        live.about = tell_of_run(live.about, args, state, training, self._saved(state).get("scores"))
+        if state.global_step > 0:
             with self.controller.together():
                 saved = self._saved_state(state)
             self.controller.load_state_dict(saved)
@@ -182,63 +141,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         sharding = self.controller.matrices.sharding
         self._steps_within_backward = sharding.steps_within_backward
         self._hook(state, sharding.base_optimizer(optimizer))
-
-    def _settle_evidence(self, args: TrainingArguments, state: TrainerState, loader: Any) -> None:
-        """Tell the controller which batches decide growth."""
-        controller = self._running()
-        self._samples = Samples.of(args)
-        of_evidence = {"growth_dataset": self.growth_dataset, "growth_loss": self.growth_loss}
-        refuse_unread("growth_dataset", of_evidence, has_slots=controller.config.has_slots)
-        if not controller.config.has_slots:
-            return
-        if self._samples is not None:
-            if self.growth_dataset is not None:
-                raise bad_value(
-                    "growth_dataset",
-                    "given",
-                    "this trainer samples what it trains on, so every batch is new, and decides growth; leave it out",
-                )
-            share_new = self._samples.share_new(args.gradient_accumulation_steps)
-            controller.config.resolve_trial_steps(controller.total_steps, share_new, **_LENGTH)
-            controller.decide_by(None, None)
-            return
-        held_out = None
-        if self.growth_dataset is not None:
-            with controller.together():
-                training = getattr(loader, "dataset", None)
-                require_indexed("growth_dataset", self.growth_dataset)
-                examples = without_trained(with_columns_of(training, self.growth_dataset), training)
-                held_out = HeldOutDataset(
-                    examples,
-                    state.train_batch_size or args.per_device_train_batch_size,
-                    args.gradient_accumulation_steps,
-                    controller.rule.questions,
-                    getattr(loader, "collate_fn", default_data_collator),
-                    args.data_seed if args.data_seed is not None else args.seed,
-                    args.process_index,
-                    self.growth_loss or self.trainer_loss,
-                    controller.config.significance,
-                )
-            held_out.require_loss(controller.matrices.model, controller.matrices.device)
-        of_pass = _steps_of_a_pass(loader, args.gradient_accumulation_steps)
-        self._passes = 0 if of_pass is None else None
-        controller.decide_by(held_out, of_pass)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Warn, once, where a stream of no known length begins anew: all its batches count as new."""
-        if self._passes is None:
-            return
-        self._passes += 1
-        if self._passes == 2:
-            warnings.warn(
-                f"The training set, a stream, begins anew at optimizer step {state.global_step}, and growth still "
-                "takes what it gives for examples that were not trained on. Give a data set with a length, or set "
-                "max_steps to one pass",
-                AromaWarning,
-                stacklevel=2,
-            )
 
     def _hook(self, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Hook the optimizer for what the Trainer has no event for."""
@@ -300,19 +202,12 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
 
     # Around every optimizer step -------------------------------------------------------------------------------------
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
-    ) -> None:
-        """Note by what the step's loss is multiplied, before the step itself may change that."""
-        self._loss_scale = loss_scale(unwrapped_optimizer(optimizer), getattr(optimizer, "scaler", None))
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **kwargs: Any
     ) -> None:
-        """Refuse a model that no gradient reaches; scale the learning rate by the re-warm-up."""
+        """Scale the learning rate by the re-warm-up."""
         if self._steps_within_backward:
             return
-        self._running().require_answers()
         if self._is_over(state, state.global_step):
             # Without gradients the step changes nothing.
             optimizer.zero_grad(set_to_none=True)
@@ -332,13 +227,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if not isinstance(lr_scheduler, _METRIC_SCHEDULES):
             self._rewarmup.end(optimizer, lr_scheduler)
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count a micro-batch."""
-        if self._samples is not None:
-            self._samples.count()
-
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -352,16 +240,10 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Check, merge and freeze where due; stop the training when every module has finished."""
         self._rewarmup.end(optimizer, lr_scheduler)
         controller = self._running()
-        is_new = True
-        if self._samples is not None:
-            self._samples.count()
-            is_new = self._samples.end_step()
         skipped = getattr(optimizer, "step_was_skipped", False) or self._fused_step_was_skipped
         self._was_over = self._is_over(state, state.global_step - 1)
-        if skipped:
-            controller.skip_step(is_planned=True)
-        elif not self._was_over:
-            controller.step(is_new=is_new, loss_scale=self._loss_scale)
+        if not skipped and not self._was_over:
+            controller.step()
         if self._report is not None:
             self._report.note(controller, state)
         if controller.finished and self.early_stop:
@@ -448,14 +330,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             self.controller.load_state_dict(exported)
             live, step = self.controller.live, exported["state"]["global_step"]
             live.about = replace(live.about, scores=scores_at(live.about.scores, state, step))
-        if self.controller.has_undecided:
-            count = self.controller.config.trial_components
-            warnings.warn(
-                f"{self.controller.explanation()}, so that every matrix has all {count} components of the trial; "
-                "train on from a checkpoint before the adapter is used",
-                AromaWarning,
-                stacklevel=2,
-            )
         if self._report is not None:
             self._report.end(self.controller, args, state, model)
 
@@ -472,14 +346,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
     def _running(self) -> AromaController:
         assert self.controller is not None, "the Trainer calls on_train_begin first"
         return self.controller
-
-
-def _steps_of_a_pass(loader: Any, accumulation: int) -> int | None:
-    """Return the optimizer steps of one pass over the training set; None for a stream, which has no length."""
-    try:
-        return max(math.ceil(len(loader) / accumulation), 1)
-    except TypeError:
-        return None
 
 
 def trainable_adapter(model: nn.Module) -> str:

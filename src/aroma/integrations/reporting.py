@@ -21,7 +21,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..controller import AromaController
 from ..errors import AromaWarning, OutputError
-from ..events import Event, ModuleSummary
+from ..events import ModuleSummary
 from ..files import write_text
 from ..report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
 from ..report.page import report_file
@@ -49,7 +49,6 @@ class TrainingRecord:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = report_file("report", path)
-        self._events: list[Event] = []
         self._parameters: list[list[int]] = []
         self._began = self._resumed_at = 0.0
         self._found: list[tuple[ModuleSummary, float | None]] = []
@@ -57,16 +56,14 @@ class TrainingRecord:
 
     def begin(self, controller: AromaController, state: TrainerState) -> None:
         """Start anew, with the controller of a training that begins or goes on."""
-        self._events, self._parameters, self._found = [], [], []
+        self._parameters, self._found = [], []
         self._began, self._resumed_at = time.monotonic(), state.global_step
-        controller.subscribe(self._events.append)
         self.note(controller, state)
 
     def note(self, controller: AromaController, state: TrainerState) -> None:
         """Note how many parameters of the adapter train after this optimizer step."""
-        name = controller.adapter_name
-        layers = [matrix.layer for matrix in controller.modules]
-        count = sum((one.in_features + one.out_features) * one.slots_in_training(name) for one in layers)
+        layers = [matrix.layer for matrix in controller.matrices.active()]
+        count = sum((one.in_features + one.out_features) * controller.config.r for one in layers)
         if not self._parameters or self._parameters[-1][1] != count:
             self._parameters.append([state.global_step, count])
 
@@ -104,12 +101,11 @@ class TrainingRecord:
         notes = []
         if self._resumed_at:
             notes.append(
-                f"This training was resumed at optimizer step {self._resumed_at:.0f}: births and evidence before it "
-                "are not known here, and the time is that since then."
+                f"This training was resumed at optimizer step {self._resumed_at:.0f}, and the time is that since then."
             )
         return RunFacts(
             title=_title_of(model),
-            about=[f"AROMA, growth by {'evidence' if config.has_slots else 'the paper'}", f"seed {args.seed}"],
+            about=["AROMA", f"seed {args.seed}"],
             results=_results(evaluations, log),
             metric=metric,
             steps=state.global_step,
@@ -123,8 +119,6 @@ class TrainingRecord:
             head_parameters=_beside_adapter(controller, model),
             lora_parameters=LORA_RANK * sum(sizes),
             matrices=[MatrixFacts(one.name, one.rank, one.effective_rank, update) for one, update in self._found],
-            events=[event.as_dict() for event in self._events],
-            significance=config.significance if config.has_slots else None,
             explanation=self._explanation,
             notes=notes,
             settings={"AromaConfig": _differing(config), "TrainingArguments": _differing(args)},

@@ -1,4 +1,4 @@
-"""The Trainer's checkpoints, recorded when written and checked before anything of them is read; and its own loss."""
+"""The Trainer's checkpoints, recorded when written and checked before anything of them is read."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class CheckpointRecords:
 def prepare_trainings(kind: type[Any]) -> None:
     """Let every Trainer that has a callback of `kind` check the checkpoint it resumes from, before it reads any of it.
 
-    And let it say how it makes a loss, as the callback's `trainer_loss`. The Trainer tells no callback either, so its
-    `train` is wrapped. `resume_from_checkpoint=True` takes the latest whole checkpoint, not the latest folder.
+    The Trainer tells no callback, so its `train` is wrapped. `resume_from_checkpoint=True` takes the latest whole
+    checkpoint, not the latest folder.
     """
     train = Trainer.train
     if hasattr(train, _PREPARES):
@@ -88,22 +88,12 @@ def prepare_trainings(kind: type[Any]) -> None:
 
     @functools.wraps(train)
     def prepared(self: Any, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        callbacks = [known for known in self.callback_handler.callbacks if isinstance(known, kind)]
-        for callback in callbacks:
-            callback.trainer_loss = _own_loss(self)
-        if resume_from_checkpoint and callbacks:
+        if resume_from_checkpoint and any(isinstance(known, kind) for known in self.callback_handler.callbacks):
             resume_from_checkpoint = _checked(resume_from_checkpoint, self.args)
         return train(self, resume_from_checkpoint, *args, **options)
 
     setattr(prepared, _PREPARES, True)
     Trainer.train = prepared
-
-
-def _own_loss(trainer: Trainer) -> Any:
-    """Return how a trainer makes the loss of a model and a batch; None if it takes the one that the model returns."""
-    is_overridden = getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss
-    is_own = is_overridden or trainer.label_smoother is not None or trainer.compute_loss_func is not None
-    return trainer.compute_loss if is_own else None
 
 
 def _checked(resumed: bool | str | os.PathLike[str], args: TrainingArguments) -> str:

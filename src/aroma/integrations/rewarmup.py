@@ -1,4 +1,4 @@
-"""What surrounds one optimizer step: rates that warm up anew, losses that are scaled, steps that are skipped."""
+"""What surrounds one optimizer step: rates that warm up anew, and steps that are skipped."""
 
 from __future__ import annotations
 
@@ -16,16 +16,6 @@ def was_skipped(optimizer: Any) -> bool:
         return True
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
-
-
-def loss_scale(optimizer: Any, scaler: Any | None) -> float:
-    """Return by what the loss of the step that comes is multiplied, 1 without a gradient scaler.
-
-    Args:
-        optimizer: A torch optimizer, or one of DeepSpeed, which scales by itself.
-        scaler: torch's GradScaler, or one like it; None if there is none.
-    """
-    return float(getattr(optimizer, "loss_scale", 1.0) if scaler is None else scaler.get_scale())
 
 
 class Rewarmup:

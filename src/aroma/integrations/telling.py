@@ -17,9 +17,7 @@ EVALUATION_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_
 """What the Trainer adds to the metrics of an evaluation, which says nothing of the model."""
 
 
-def tell_of_run(
-    about: About, args: TrainingArguments, state: TrainerState, training: Any, growth: Any | None, scores: Any
-) -> About:
+def tell_of_run(about: About, args: TrainingArguments, state: TrainerState, training: Any, scores: Any) -> About:
     """Return what is known, with the data and settings of a run that begins or goes on.
 
     Args:
@@ -27,15 +25,13 @@ def tell_of_run(
         args: The Trainer's.
         state: The Trainer's.
         training: The training set; None if unknown.
-        growth: The examples that decide growth; None where there are none.
         scores: Of a run that goes on, the scores of its checkpoint as JSON has them; else None.
     """
     data: dict[str, Fact] = {}
     if name := _name_of(training):
         data["data set"] = name
-    for what, examples in (("training examples", training), ("examples that decided growth", growth)):
-        if (count := _count(examples)) is not None:
-            data[what] = count
+    if (count := _count(training)) is not None:
+        data["training examples"] = count
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else None
     settings: dict[str, Fact | None] = {
         "epochs": state.num_train_epochs if args.max_steps <= 0 else None,

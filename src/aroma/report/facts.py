@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..pictures import History, histories_of
-
 LORA_RANK = 8
 """Rank of the LoRA whose parameters are counted for comparison."""
 
@@ -66,8 +64,6 @@ class RunFacts:
         lora_parameters: Parameters of a LoRA of rank `LORA_RANK` on the same matrices.
         matrices: The adapted matrices in the order of the model.
         ranks: Rank by module, from each step on.
-        events: `Event.as_dict()` of every event, in order.
-        significance: α of growth by evidence; None without it.
         explanation: Why the matrices grow no more, in one sentence without a full stop.
         notes: What a reader has to know before the numbers.
         measured: How it was measured, in sentences.
@@ -93,8 +89,6 @@ class RunFacts:
     lora_parameters: int | None = None
     matrices: Sequence[MatrixFacts] = ()
     ranks: Mapping[str, Steps] = field(default_factory=dict)
-    events: Sequence[Mapping[str, Any]] = ()
-    significance: float | None = None
     explanation: str | None = None
     notes: Sequence[str] = ()
     measured: Sequence[str] = ()
@@ -102,11 +96,6 @@ class RunFacts:
     recipe: str | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
     command: str | None = None
-
-    def histories(self) -> dict[str, History]:
-        """Return the history of every matrix under growth by evidence; empty under another rule."""
-        told = any(event.get("log_evidence") is not None for event in self.events)
-        return {one.name: one for one in histories_of(self.events)} if told else {}
 
 
 def thinned(rows: Sequence[Any], most: int) -> list[Any]:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..events import evidence_text
-from ..pictures import History, positions_of
+from ..pictures import positions_of
 from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps, thinned
 from .page import EMPTY, Chart, Table, amount, duration, measured, number, render
 
 _MOST_POINTS = 800
 """Points of a line: more than a screen has pixels for, they would only make the page heavy."""
-_MOST_LOOKS = 20_000
-"""Looks at the evidence, over all matrices."""
-_LEAST_LOOKS = 40
-"""Looks that every matrix keeps."""
 _MOST_ROWS = 40
 """Rows of the table behind a line."""
-_MOST_NAMED = 3
-"""Matrices that a mark of births names."""
 
 
 class Cell(NamedTuple):
@@ -57,43 +49,27 @@ class Grid(NamedTuple):
 
 def run_page(facts: RunFacts) -> str:
     """Return the page of a run, as HTML."""
-    histories = facts.histories()
-    threshold = None if facts.significance is None else 1 / facts.significance
-    grid = grid_of(facts.matrices, histories, threshold)
-    charts = _charts(facts, histories)
-    chosen = _most_telling(facts, histories)
     return render(
         "run.html",
-        charts,
+        _charts(facts),
         facts=facts,
-        grid=grid,
-        grid_table=_matrix_table(facts, histories),
-        chosen=chosen,
+        grid=grid_of(facts.matrices),
+        grid_table=_matrix_table(facts),
+        chosen=max(facts.matrices, key=lambda one: one.rank).name if facts.matrices else None,
         tiles=_tiles(facts),
         results=_results(facts),
-        births=sum(len(one.births) for one in histories.values()),
-        trial=_trial(facts),
-        threshold=threshold,
-        effective=sum(one.effective_rank or 0.0 for one in facts.matrices),
-        data={"matrices": _of_matrices(facts, histories), "threshold": threshold},
+        data={"matrices": _of_matrices(facts)},
     )
 
 
 # The grid of ranks ---------------------------------------------------------------------------------------------------
 
 
-def grid_of(
-    matrices: Sequence[MatrixFacts],
-    histories: Mapping[str, History] = MappingProxyType({}),
-    threshold: float | None = None,
-    more: Mapping[str, tuple[str, str]] = MappingProxyType({}),
-) -> Grid:
+def grid_of(matrices: Sequence[MatrixFacts], more: Mapping[str, tuple[str, str]] = MappingProxyType({})) -> Grid:
     """Return the grid of ranks.
 
     Args:
         matrices: The matrices, in the order of the model.
-        histories: What is known of their evidence, by module.
-        threshold: Evidence at which a component is born.
         more: One more thing that is known, its title and text, by module.
     """
     places = positions_of([one.name for one in matrices])
@@ -103,123 +79,65 @@ def grid_of(
     cells: dict[tuple[str, int | None], Cell] = {}
     for one, (layer, kind) in zip(matrices, places, strict=True):
         label = kind if layer is None else f"{kind}, layer {layer}"
-        known = _facts_of(one, histories.get(one.name), threshold)
+        known = _facts_of(one)
         known += [more[one.name]] if one.name in more else []
         cells[kind, layer] = Cell(one.name, label, f"{one.rank:.2g}", one.rank / most, known)
     heads = ["other" if layer is None else str(layer) for layer in layers]
     return Grid(heads, [(kind, [cells.get((kind, layer)) for layer in layers]) for kind in kinds])
 
 
-def _facts_of(one: MatrixFacts, history: History | None, threshold: float | None) -> list[tuple[str, str]]:
+def _facts_of(one: MatrixFacts) -> list[tuple[str, str]]:
     found = [("rank", f"{one.rank:.3g}")]
     if one.effective_rank is not None:
         found.append(("effective rank", f"{one.effective_rank:.2f}" if one.rank else EMPTY))
     if one.relative_update is not None:
         found.append(("‖ΔW‖ / ‖W0‖", f"{one.relative_update:.2%}"))
-    if history is not None and history.settled is not None:
-        found.append(("left by the trial", str(history.settled)))
-        found.append(("born since", str(len(history.births))))
-    if history is not None and history.evidence and threshold is not None:
-        found.append(("evidence for one more", f"{evidence_text(history.evidence[-1][1])} of {threshold:.3g}"))
     return found
 
 
-def _matrix_table(facts: RunFacts, histories: Mapping[str, History]) -> Table:
-    head = ["matrix", "rank", "effective rank", "‖ΔW‖ / ‖W0‖"]
-    head += ["left by the trial", "births at steps", "evidence"] if histories else []
+def _matrix_table(facts: RunFacts) -> Table:
     rows = []
     for one in facts.matrices:
         effective = EMPTY if one.effective_rank is None or not one.rank else f"{one.effective_rank:.2f}"
         relative = EMPTY if one.relative_update is None else f"{one.relative_update:.2%}"
-        row = [one.name, str(one.rank), effective, relative]
-        if histories:
-            history = histories.get(one.name, History(one.name))
-            row.append(EMPTY if history.settled is None else str(history.settled))
-            row.append(", ".join(map(str, history.births)) or EMPTY)
-            row.append(evidence_text(history.evidence[-1][1]) if history.evidence else EMPTY)
-        rows.append(row)
-    return Table(head, rows)
+        rows.append([one.name, str(one.rank), effective, relative])
+    return Table(["matrix", "rank", "effective rank", "‖ΔW‖ / ‖W0‖"], rows)
 
 
-def _most_telling(facts: RunFacts, histories: Mapping[str, History]) -> str | None:
-    """Return the matrix that is shown first: the one with the most births, or the largest rank."""
-    if not facts.matrices:
-        return None
-
-    def weight(one: MatrixFacts) -> tuple[int, float, float]:
-        history = histories.get(one.name)
-        return (0, 0.0, one.rank) if history is None else (len(history.births), history.peak, one.rank)
-
-    return max(facts.matrices, key=weight).name
-
-
-def _of_matrices(facts: RunFacts, histories: Mapping[str, History]) -> dict[str, Any]:
+def _of_matrices(facts: RunFacts) -> dict[str, Any]:
     """Return by module what the chart of the chosen matrix draws, and says in words."""
-    most = max(_LEAST_LOOKS, _MOST_LOOKS // max(len(histories), 1))
-    found: dict[str, Any] = {}
-    for one in facts.matrices:
-        history = histories.get(one.name)
-        if history is not None:
-            looks = _with_births(history, most)
-            merged = set(history.merges)
-            found[one.name] = {
-                "evidence": {"step": [step for step, _ in looks], "log": [round(value, 2) for _, value in looks]},
-                "born": {
-                    "step": history.births,
-                    "merged": ["merged" if step in merged else "trains on" for step in history.births],
-                },
-                "words": _words_of(history),
-            }
-        elif one.name in facts.ranks:
-            found[one.name] = {
-                "rank": _held(facts.ranks[one.name], facts.steps, "rank"),
-                "words": f"Rank {one.rank} at the end.",
-            }
-    return found
-
-
-def _with_births(history: History, most: int) -> list[tuple[int, float]]:
-    """Return the looks at the evidence, thinned; those at a birth stay."""
-    kept = {*thinned(range(len(history.evidence)), most)}
-    births = set(history.births)
-    return [look for place, look in enumerate(history.evidence) if place in kept or look[0] in births]
-
-
-def _words_of(history: History) -> str:
-    if history.settled is None:
-        return "The trial is not over."
-    left = f"The trial left {history.settled or 'no'} component{'' if history.settled == 1 else 's'}"
-    gone = f" Gone in squeezes: {history.squeezed}." if history.squeezed else ""
-    if history.births:
-        return f"{left}; born since: {len(history.births)}, at step {', '.join(map(str, history.births))}.{gone}"
-    return f"{left}; none was born since. The most evidence was {evidence_text(history.peak)}.{gone}"
+    return {
+        one.name: {
+            "rank": _held(facts.ranks[one.name], facts.steps, "rank"),
+            "words": f"Rank {one.rank} at the end.",
+        }
+        for one in facts.matrices
+        if one.name in facts.ranks
+    }
 
 
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
-def _charts(facts: RunFacts, histories: Mapping[str, History]) -> dict[str, Chart]:
+def _charts(facts: RunFacts) -> dict[str, Chart]:
     found = {
-        "loss": _loss_chart(facts, histories),
+        "loss": _loss_chart(facts),
         "score": _score_chart(facts),
-        "matrix": _matrix_chart(facts, histories),
+        "matrix": _matrix_chart(facts),
         "rate": _rate_chart(facts),
         "parameters": _parameters_chart(facts),
     }
     return {name: chart for name, chart in found.items() if chart is not None}
 
 
-def _loss_chart(facts: RunFacts, histories: Mapping[str, History]) -> Chart | None:
+def _loss_chart(facts: RunFacts) -> Chart | None:
     if not facts.loss:
         return None
-    data = {
-        "loss": _columns(facts.loss, "loss"),
-        "eval_loss": _columns(facts.eval_loss, "loss"),
-        "births": _births(histories),
-        "trial": _trial_columns(facts),
-    }
+    data = {"loss": _columns(facts.loss, "loss"), "eval_loss": _columns(facts.eval_loss, "loss")}
+    (first, before), (last, after) = facts.loss[0], facts.loss[-1]
+    label = f"Training loss: {number(before)} at step {first}, {number(after)} at step {last}."
     rows = [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
-    return Chart("loss", _loss_words(facts, histories), data, ("loss", "step", "loss"), Table(["step", "loss"], rows))
+    return Chart("loss", label, data, ("loss", "step", "loss"), Table(["step", "loss"], rows))
 
 
 def _score_chart(facts: RunFacts) -> Chart | None:
@@ -235,21 +153,10 @@ def _score_chart(facts: RunFacts) -> Chart | None:
     return Chart("score", label, data, ("score", "step", "value"), Table(["step", "set", metric], rows))
 
 
-def _matrix_chart(facts: RunFacts, histories: Mapping[str, History]) -> Chart | None:
+def _matrix_chart(facts: RunFacts) -> Chart | None:
     """Return the chart of the matrix that is chosen on the page, which fills it."""
-    data: dict[str, Mapping[str, Sequence[Any]]]
-    if histories:
-        data = {
-            "evidence": {"step": [], "log": []},
-            "born": {"step": [], "merged": []},
-            "threshold": {"at": [1]},
-            "trial": _trial_columns(facts),
-            "span": {"step": [0, facts.steps]},
-        }
-        label = "Evidence for one more component of the chosen matrix over the optimizer steps."
-        return Chart("evidence", label, data, ("evidence", "step", "evidence"))
     if any(one.name in facts.ranks for one in facts.matrices):
-        data = {"rank": {"step": [], "rank": []}}
+        data: dict[str, Mapping[str, Sequence[Any]]] = {"rank": {"step": [], "rank": []}}
         return Chart("rank", "Rank of the chosen matrix over the optimizer steps.", data, ("rank", "step", "rank"))
     return None
 
@@ -290,36 +197,6 @@ def _held(rows: Steps, end: int, name: str) -> dict[str, Sequence[Any]]:
     kept = thinned(rows, _MOST_POINTS)
     kept += [[end, kept[-1][1]]] if kept and kept[-1][0] < end else []
     return {"step": [step for step, _ in kept], name: [value for _, value in kept]}
-
-
-def _births(histories: Mapping[str, History]) -> dict[str, Sequence[Any]]:
-    counts = Counter(step for one in histories.values() for step in one.births)
-    steps = sorted(counts)
-    names = []
-    for step in steps:
-        there = [name for name, one in histories.items() if step in one.births]
-        more = f" and {len(there) - _MOST_NAMED} more" if len(there) > _MOST_NAMED else ""
-        names.append(", ".join(there[:_MOST_NAMED]) + more)
-    return {"step": steps, "count": [counts[step] for step in steps], "names": names}
-
-
-def _trial(facts: RunFacts) -> int:
-    """Return the step at which the trial of growth by evidence ended; 0 without one."""
-    return min((int(event["step"]) for event in facts.events if event["kind"] == "settled"), default=0)
-
-
-def _trial_columns(facts: RunFacts) -> dict[str, Sequence[Any]]:
-    end = _trial(facts)
-    return {"start": [0], "end": [end]} if end else {"start": [], "end": []}
-
-
-def _loss_words(facts: RunFacts, histories: Mapping[str, History]) -> str:
-    (first, before), (last, after) = facts.loss[0], facts.loss[-1]
-    words = f"Training loss: {number(before)} at step {first}, {number(after)} at step {last}."
-    births = [step for one in histories.values() for step in one.births]
-    if births:
-        words += f" Births: {len(births)}, the first at step {min(births)}, the last at step {max(births)}."
-    return words
 
 
 # What is said in numbers ---------------------------------------------------------------------------------------------

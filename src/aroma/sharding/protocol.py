@@ -39,12 +39,10 @@ class Sharding(Protocol):
             too, with gradients of zero, and may hold no state of a pair on this rank.
         steps_within_backward: Whether accelerate's `backward` takes the optimizer step, so that the Trainer announces
             it too late.
-        remembers_forwards: Whether a forward leaves something behind for the next ones.
     """
 
     has_flat_optimizer: bool
     steps_within_backward: bool
-    remembers_forwards: bool
 
     # Parameters ------------------------------------------------------------------------------------------------------
 

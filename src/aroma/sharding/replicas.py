@@ -93,7 +93,6 @@ class Replicas:
 
     has_flat_optimizer = False
     steps_within_backward = False
-    remembers_forwards = False
 
     # Parameters ------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,6 @@ class Zero(Replicas):
 
     has_flat_optimizer = True
     steps_within_backward = True
-    remembers_forwards = True  # ZeRO-3 gathers by the modules of the last one; another engine gives them other numbers
 
     # Parameters ------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,6 @@ import numpy as np
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..algorithm.budget import most_asked
-from ..algorithm.evidence import FIRST_STEP, UNUSED
 from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
 from ..files import write_json
@@ -42,9 +40,13 @@ class _Registered(str):
 
 PEFT_TYPE = _Registered("AROMA")
 
-_COMMON_FIELDS = ("growth", "r", "lora_alpha", "lora_dropout", "max_components", "component_seed")
+_COMPONENT_FIELDS = ("r", "lora_alpha", "lora_dropout")
+"""Fields of LoraConfig that say something else here."""
 
-_PAPER_FIELDS = (
+METHOD_FIELDS = (
+    *_COMPONENT_FIELDS,
+    "max_components",
+    "component_seed",
     "inner_tolerance",
     "inner_check_interval",
     "max_inner_steps",
@@ -55,22 +57,10 @@ _PAPER_FIELDS = (
     "prune_ratio",
     "rewarmup_steps",
 )
-"""Fields that only Algorithm 1 reads."""
+"""Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
 _MOST_LIKELY_MEANT = 8
 """The largest rank of a component that is in use; a larger one is likely that of a LoraConfig, of a whole matrix."""
-
-TRIAL_COMPONENTS = 8
-"""Components of a matrix in the trial."""
-
-SLOTS = 16
-"""Slots of a matrix, if none are given."""
-
-_EVIDENCE_FIELDS = ("significance", "slots", "trial_share", "duel_factor", "probe_memory")
-"""Fields that only growth by evidence reads."""
-
-FIELDS_OF_RULE = {"paper": _COMMON_FIELDS + _PAPER_FIELDS, "evidence": _COMMON_FIELDS + _EVIDENCE_FIELDS}
-"""Fields that decide a run under each rule: a resumed run must have the same values as its checkpoint."""
 
 
 @dataclass
@@ -86,16 +76,8 @@ class AromaConfig(LoraConfig):
     ReLoRA is the special case without checks: ``AromaConfig(inner_tolerance=None, outer_tolerance=None,
     max_components=8)`` trains eight components of equal length.
 
-    With `growth="evidence"` there are no loops. Every matrix trains up to `slots` components at once. It gets one more
-    when, on examples that were not trained on, the best direction that it does not use is steeper, time after time,
-    than what it trains (docs/method.md).
-
     Args:
-        growth (`str`, *optional*, defaults to `"paper"`): The growth rule. `"paper"` is Algorithm 1, with the fields
-            from `inner_tolerance` to `rewarmup_steps`. `"evidence"` reads those from `significance` to `probe_memory`
-            instead. A field that the rule does not read is refused.
-        r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks; growth by
-            evidence has components of rank 1.
+        r (`int`, *optional*, defaults to 1): Rank of one component. The paper uses 1, and 8 for hard tasks.
         lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
         lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training. Finished
             components count as merged and have no dropout.
@@ -113,8 +95,7 @@ class AromaConfig(LoraConfig):
             component is kept.
         min_components (`int`, *optional*, defaults to 0): A module keeps this many components whatever equation (6)
             says. The paper's released code behaves like 1.
-        max_components (`int`, *optional*): A module with this many components gets no more; the paper's rule freezes
-            it.
+        max_components (`int`, *optional*): A module with this many components is frozen.
         inner_criterion (`str`, *optional*, defaults to `"norm_change"`): `"norm_change"` is equation (5), the relative
             change of the norm; `"update_change"` is the relative norm of the change.
         reset (`str`, *optional*, defaults to `"prune"`): What happens to the optimizer state of (b, a) after a merge:
@@ -123,16 +104,6 @@ class AromaConfig(LoraConfig):
         prune_ratio (`float`, *optional*, defaults to 0.999): Share of moment entries that `"prune"` zeroes.
         rewarmup_steps (`int`, *optional*, defaults to 50): Optimizer steps in which the learning rate climbs from 0
             back to the schedule at the start of every later inner loop (Figure 2). 0: no re-warm-up.
-        significance (`float`, *optional*, defaults to 0.05): α, the chance that a matrix gets a second component
-            that saves no loss, in (0, 1). The first stays unless it costs loss.
-        slots (`int`, *optional*): S, how many components of a matrix train at once, at most. A component beyond them
-            merges the oldest. `None`: 16, or fewer in a matrix of less than 20 rows or columns, but 8 at least.
-        trial_share (`float`, *optional*, defaults to 0.1): Share of the planned optimizer steps that the trial takes,
-            in which every matrix trains eight components, or as many as it has slots.
-        duel_factor (`float`, *optional*, defaults to 0.5): κ. An unused direction wins a batch when it is κ times as
-            steep as what trains. A smaller one lets matrices grow sooner.
-        probe_memory (`float`, *optional*): β, in [0, 1). An unused direction averages about 1 / (1 - β) gradients.
-            `None`: as many as the trial has optimizer steps, or fewer where few examples are held out.
         component_seed (`int`, *optional*): Seed of the components' own generator. `None`: `torch.initial_seed()` when
             the adapter is made, so that `set_seed` decides it.
 
@@ -140,9 +111,6 @@ class AromaConfig(LoraConfig):
         ConfigError: A value cannot work; the error names the field and the remedy.
     """
 
-    growth: Literal["evidence", "paper"] = field(
-        default="paper", metadata={"help": "Growth rule: 'paper', Algorithm 1, or 'evidence'."}
-    )
     r: int = field(default=1, metadata={"help": "Rank of one component."})
     lora_alpha: float = field(default=4, metadata={"help": "Every component is scaled by lora_alpha / r."})
     target_modules: list[str] | str | None = field(
@@ -167,7 +135,7 @@ class AromaConfig(LoraConfig):
         default=0, metadata={"help": "Components that a module keeps whatever the outer check says."}
     )
     max_components: int | None = field(
-        default=None, metadata={"help": "A module with this many components gets no more."}
+        default=None, metadata={"help": "A module with this many components is frozen."}
     )
     inner_criterion: Literal["norm_change", "update_change"] = field(
         default="norm_change",
@@ -180,41 +148,17 @@ class AromaConfig(LoraConfig):
     rewarmup_steps: int = field(
         default=50, metadata={"help": "Optimizer steps of re-warm-up at the start of every later inner loop."}
     )
-    significance: float = field(
-        default=0.05, metadata={"help": "growth='evidence': chance of a second component that saves no loss."}
-    )
-    slots: int | None = field(
-        default=None,
-        metadata={"help": "growth='evidence': components of a matrix that train at once; None: 16, fewer if small."},
-    )
-    trial_share: float = field(
-        default=0.1, metadata={"help": "growth='evidence': share of the run that the trial of eight components takes."}
-    )
-    duel_factor: float = field(
-        default=0.5,
-        metadata={"help": "growth='evidence': how steep, against what trains, an unused direction must be."},
-    )
-    probe_memory: float | None = field(
-        default=None,
-        metadata={
-            "help": "growth='evidence': memory of the unused directions, in [0, 1); None: as long as the trial."
-        },
-    )
     component_seed: int | None = field(
         default=None, metadata={"help": "Seed of new components; None: torch.initial_seed()."}
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.growth, str) or self.growth not in FIELDS_OF_RULE:
-            raise bad_value("growth", self.growth, "choose 'evidence' or 'paper'")
         self._check_component()
         self._check_loops()
         self._check_reset()
-        self._check_evidence()
-        self._check_rule()
         if (remedy := check_split(self.split_modules)) is not None:
             raise bad_value("split_modules", self.split_modules, remedy)
-        check_lora_fields(self, _COMMON_FIELDS)
+        check_lora_fields(self, _COMPONENT_FIELDS)
         for item in fields(self):
             if isinstance(value := getattr(self, item.name), np.number):
                 setattr(self, item.name, value.item())  # JSON has none of numpy's numbers
@@ -223,33 +167,6 @@ class AromaConfig(LoraConfig):
         self.alpha_pattern: dict[str, float] = {}
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-
-    def _check_rule(self) -> None:
-        defaults = {item.name: item.default for item in fields(self)}
-        other = _PAPER_FIELDS if self.growth == "evidence" else _EVIDENCE_FIELDS
-        for name in other:
-            if getattr(self, name) != defaults[name]:
-                rule = "paper" if self.growth == "evidence" else "evidence"
-                raise bad_value(
-                    name,
-                    getattr(self, name),
-                    f"growth={self.growth!r} does not read it; leave it out, or set growth={rule!r}",
-                )
-        if self.growth == "evidence" and self.r != 1:
-            raise bad_value("r", self.r, "growth='evidence' grows components of rank 1; leave it at 1")
-
-    def _check_evidence(self) -> None:
-        if not _is_number(self.significance) or not 0 < self.significance < 1:
-            raise bad_value(
-                "significance", self.significance, "give the chance of a needless component, in (0, 1); try 0.05"
-            )
-        if self.slots is not None:
-            _require_int("slots", self.slots, 1, "give a whole number of components, at least 1; try 16")
-        if not _is_number(self.trial_share) or not 0 < self.trial_share < 1:
-            raise bad_value("trial_share", self.trial_share, "give a share of the run, in (0, 1); try 0.1")
-        _require_positive("duel_factor", self.duel_factor, "it must be a positive number; try 0.5")
-        if self.probe_memory is not None and (not _is_number(self.probe_memory) or not 0 <= self.probe_memory < 1):
-            raise bad_value("probe_memory", self.probe_memory, "give a number in [0, 1), or leave it out")
 
     def _check_component(self) -> None:
         _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
@@ -309,72 +226,6 @@ class AromaConfig(LoraConfig):
         """Scale s = lora_alpha / r of every component."""
         return self.lora_alpha / self.r
 
-    @property
-    def has_slots(self) -> bool:
-        """Whether the columns of a pair are components of their own, which come and go one by one."""
-        return self.growth == "evidence"
-
-    @property
-    def trial_components(self) -> int:
-        """Components of a matrix in the trial."""
-        return TRIAL_COMPONENTS if self.slots is None else min(TRIAL_COMPONENTS, self.slots)
-
-    def pair_rank(self, m: int, n: int) -> int:
-        """Return the rank of the pair that an m×n matrix trains: r, or all its slots."""
-        if not self.has_slots:
-            return self.r
-        if self.slots is not None:
-            return self.slots
-        # The unused directions are orthogonal to what the slots span.
-        return min(SLOTS, max(min(m, n) - UNUSED, TRIAL_COMPONENTS))
-
-    def check_length(self, total_steps: int | None, field: str = "total_steps", remedy: str = "train longer") -> None:
-        """Raise if a run of `total_steps` planned optimizer steps is too short to decide anything.
-
-        Args:
-            total_steps: The planned steps.
-            field: What gave them, which an error names where the trial takes too many.
-            remedy: What to do about it then.
-
-        Raises:
-            ConfigError: Naming the field.
-        """
-        if self.has_slots:
-            self.resolve_trial_steps(total_steps, field=field, remedy=remedy)
-        else:
-            self.resolve_inner_steps(total_steps)
-
-    def resolve_trial_steps(
-        self,
-        total_steps: int | None,
-        share_new: float = 1.0,
-        field: str = "total_steps",
-        remedy: str = "train longer",
-    ) -> int:
-        """Return how many optimizer steps the trial takes of a run of `total_steps` planned ones.
-
-        Args:
-            total_steps: The planned steps.
-            share_new: Share of the steps that train on what was not trained on before; only those answer questions.
-            field: As in `check_length`.
-            remedy: Likewise.
-
-        Raises:
-            ConfigError: The length is unknown, or too short for a trial and its questions.
-        """
-        if total_steps is None:
-            raise bad_value(
-                "total_steps",
-                None,
-                "growth='evidence' begins with a trial, a share of the run; say how long the run is",
-            )
-        steps = max(round(self.trial_share * total_steps), 2 * FIRST_STEP)
-        least = steps + math.ceil(most_asked(steps) / share_new)
-        if total_steps <= least:
-            said = f"the trial and its questions take up to {least} optimizer steps; {remedy}"
-            raise bad_value(field, total_steps, said)
-        return steps
-
     def resolve_inner_steps(self, total_steps: int | None) -> int:
         """Return T_in, in optimizer steps, for a run of `total_steps` planned optimizer steps.
 
@@ -407,7 +258,7 @@ class AromaConfig(LoraConfig):
 
     def method(self) -> dict[str, Any]:
         """Return the fields that decide a run; JSON-able."""
-        return {name: getattr(self, name) for name in FIELDS_OF_RULE[self.growth]}
+        return {name: getattr(self, name) for name in METHOD_FIELDS}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration.

@@ -10,7 +10,7 @@ to backward. Backward gets G = ∂L/∂W', which PyTorch makes for all experts a
 
 .. code-block:: text
 
-    ga = s bᵀ G,   gb = s G aᵀ,   gu = G vᵀ,   gv = uᵀ G          of every expert; (u, v) is a probe
+    ga = s bᵀ G,   gb = s G aᵀ          of every expert
 
 An expert that got no token has G[e] = 0.
 """
@@ -30,7 +30,7 @@ from .. import compat
 from ..errors import ConfigError, bad_value
 from ..patterns import is_named
 from ..sharding import Slice, is_sharded, sharded_slice
-from .fused import Probe, without_autocast
+from .fused import without_autocast
 from .layer import AromaLinear, BlockMatrix, refuse_zero3
 
 if TYPE_CHECKING:
@@ -194,13 +194,8 @@ class _Stack(NamedTuple):
     """The updates of all experts by one adapter; what is missing or frozen is zero.
 
     Args:
-        b: Left factors of the pairs in training, (E, m, S).
-        a: Right factors, (E, S, n).
-        u: Left directions of the probes, (E, m, P), or None.
-        v: Right directions, (E, P, n), or None.
-        gate: Gates of the probes, (E, S), or None.
-        move_b: Δb, (E, m, S), or None.
-        move_a: Δa, (E, S, n), or None.
+        b: Left factors of the pairs in training, (E, m, r).
+        a: Right factors, (E, r, n).
         B: Left factors of the finished components, scale folded in, (E, m, R).
         A: Right factors, (E, R, n).
         scale: s of the pairs.
@@ -208,11 +203,6 @@ class _Stack(NamedTuple):
 
     b: Tensor
     a: Tensor
-    u: Tensor | None
-    v: Tensor | None
-    gate: Tensor | None
-    move_b: Tensor | None
-    move_a: Tensor | None
     B: Tensor
     A: Tensor
     scale: float
@@ -225,7 +215,6 @@ def _stacked(matrices: list[ExpertMatrix], adapter_name: str) -> _Stack | None:
     rank = max(len(own_A) for _, own_A in finished)
     if not any(trains) and not rank:
         return None
-    first = matrices[0]
     pairs = [matrix.pair(adapter_name) for matrix in matrices]
     zero_b, zero_a = (torch.zeros_like(factor, requires_grad=False) for factor in pairs[0])
     b = torch.stack([b if train else zero_b for (b, _), train in zip(pairs, trains, strict=True)])
@@ -235,13 +224,7 @@ def _stacked(matrices: list[ExpertMatrix], adapter_name: str) -> _Stack | None:
         if len(own_A):
             B[index, :, : len(own_A)] = matrix._scaled(own_B, adapter_name)
             A[index, : len(own_A)] = own_A
-    probes = [matrix.probes.get(adapter_name) for matrix in matrices]
-    asked = [probe for probe in probes if probe is not None]
-    has_gradients = torch.is_grad_enabled()
-    # As in `AromaLinear._update`.
-    strength = asked[0].strength if asked and (has_gradients or first.training) else 1
-    u, v, gate, move_b, move_a = _stacked_probes(probes, asked[0]) if asked and has_gradients else (None,) * 5
-    return _Stack(b, a, u, v, gate, move_b, move_a, B, A, first.scaling[adapter_name] * strength)
+    return _Stack(b, a, B, A, matrices[0].scaling[adapter_name])
 
 
 def _finished(matrix: ExpertMatrix, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -250,34 +233,15 @@ def _finished(matrix: ExpertMatrix, adapter_name: str) -> tuple[Tensor, Tensor]:
     return finished.padded if torch.compiler.is_compiling() else (finished.B, finished.A)
 
 
-def _stacked_probes(probes: Sequence[Probe | None], like: Probe) -> list[Tensor]:
-    """Return u (E, m, P), v (E, P, n), gate (E, S), Δb (E, m, S) and Δa (E, S, n), zero where nothing is asked."""
-    nothing = tuple(map(torch.zeros_like, like[:5]))
-    asked = [nothing if probe is None else probe[:5] for probe in probes]
-    return [torch.stack(parts) for parts in zip(*asked, strict=True)]
-
-
 class _Updated(torch.autograd.Function):
-    """W' of W; gradients go to W, b, a, and the probe's u, v and gate."""
+    """W' of W; gradients go to W, b and a."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        b: Tensor,
-        a: Tensor,
-        u: Tensor | None,
-        v: Tensor | None,
-        gate: Tensor | None,
-        move_b: Tensor | None,
-        move_a: Tensor | None,
-        B: Tensor,
-        A: Tensor,
-        scale: float,
-        transposed: bool,
+        ctx: Any, weight: Tensor, b: Tensor, a: Tensor, B: Tensor, A: Tensor, scale: float, transposed: bool
     ) -> Tensor:
         """Return W', (E, m, n) or (E, n, m); see `_Stack` for the shapes."""
-        ctx.save_for_backward(b, a, u, v, move_b, move_a)
+        ctx.save_for_backward(b, a)
         ctx.scale, ctx.transposed = scale, transposed
         up, down = torch.cat([B, b * scale], 2).to(weight.dtype), torch.cat([A, a], 1).to(weight.dtype)
         factors = (down.mT, up.mT) if transposed else (up, down)
@@ -288,24 +252,13 @@ class _Updated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients for that of W'; see `_Stack` for the shapes."""
-        b, a, u, v, move_b, move_a = ctx.saved_tensors
+        b, a = ctx.saved_tensors
         G = gradient.mT if ctx.transposed else gradient
-        # In float16 a probe must not overflow where the pair does not.
-        probe_scale = 0.0625 if G.dtype == torch.float16 else 1.0
-        left, right = [b * ctx.scale], [a]
-        if u is not None:
-            left, right = [*left, u * probe_scale], [*right, v * probe_scale]
         with without_autocast(G.device):
-            down = torch.cat(left, 2).to(G.dtype).mT @ G
-            up = G @ torch.cat(right, 1).to(G.dtype).mT
-        slots = a.shape[1]
-        ga, gb = down[:, :slots].to(a.dtype), up[:, :, :slots].to(b.dtype) * ctx.scale
-        gu = gv = ggate = None
-        if u is not None:
-            gu, gv = up[:, :, slots:].to(u.dtype) / probe_scale, down[:, slots:].to(v.dtype) / probe_scale
-            ggate = (gb.to(move_b.dtype) * move_b).sum(1) + (ga.to(move_a.dtype) * move_a).sum(2)
+            ga = ((b * ctx.scale).to(G.dtype).mT @ G).to(a.dtype)
+            gb = (G @ a.to(G.dtype).mT).to(b.dtype) * ctx.scale
         own = gradient if ctx.needs_input_grad[0] else None
-        return own, gb, ga, gu, gv, ggate, None, None, None, None, None, None
+        return own, gb, ga, None, None, None, None
 
 
 # Putting them into a model -------------------------------------------------------------------------------------------

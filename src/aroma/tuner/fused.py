@@ -4,19 +4,14 @@
 
     forward    y  = W0 x + bias + up (down x)          down = [A; a]  (K, n),  up = [B, s b]  (m, K)
     backward   gx = W0ᵀ gy + downᵀ (upᵀ gy),   ga = (s bᵀ gy) xᵀ,   gb = s gy (a x)ᵀ
-               gu = gy (v x)ᵀ = G v,   gv = (uᵀ gy) xᵀ = uᵀ G           of a probe (u, v), G = gy xᵀ = ∂L/∂W
 
 Why one node: finished components and the pair in training share one pair of narrow matmuls, and the result is added in
 place. The gradient of the input is summed once, not once for each path. Of the activations only two are kept: x, which
 the layer below made anyway, and the r numbers a x of every token. With many components, or many tokens, the update is
 folded into a copy of W0 that lives for one matmul; then it costs nothing per token.
 
-A probe is p more pairs that add nothing to y or gx and get the gradients that they would have: more columns of the
-narrow matmuls. G, (m, n), is never formed. v x is kept while k + p ≤ min(r, 8). Else backward computes it again, so
-that no more is kept than by LoRA with r = 8, or with as many components as train.
-
 `linear_with_update` replaces the base layer. `add_update` adds to the result of a base layer that only it can compute.
-Of a pair of r slots the first k are evaluated; a frozen pair has none. T is the number of tokens throughout.
+A frozen pair has r = 0 rows. T is the number of tokens throughout.
 """
 
 from __future__ import annotations
@@ -30,30 +25,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import Offsets, draw_offsets, keep_mask
-from .kinds import Kind
-
-_MOST_KEPT = 8
-"""Numbers a token that are kept of pair and probe together, unless the pair alone has more."""
-
-
-class Probe(NamedTuple):
-    """What is asked of a backward beside the gradients of the pair; all leaves that require a gradient, but the moves.
-
-    Args:
-        u: Left directions, (m, p). Their gradient is G vᵀ.
-        v: Right directions, (p, n). Their gradient is uᵀ G.
-        gate: (r,). Its gradient is ⟨G, s (Δb_k a_k + b_k Δa_k)⟩, the slope of the loss along the move of every slot.
-        move_b: Δb, (m, r).
-        move_a: Δa, (r, n).
-        strength: What the pair is scaled by while it is asked, in [0, 1].
-    """
-
-    u: Tensor
-    v: Tensor
-    gate: Tensor
-    move_b: Tensor
-    move_a: Tensor
-    strength: float
 
 
 class Update(NamedTuple):
@@ -64,10 +35,8 @@ class Update(NamedTuple):
         B: Left factors, (m, R), scale folded in.
         a: Right factor of the pair in training, (r, n); r = 0 once the module is frozen.
         b: Its left factor, (m, r).
-        scale: s of the pair.
+        scale: s of the pair, lora_alpha / r.
         p: Dropout probability on the pair's input; 0 outside of training.
-        slots: k, how many leading rows of a are evaluated; the others are zero.
-        probe: The probe; None where nothing is asked.
     """
 
     A: Tensor
@@ -76,13 +45,6 @@ class Update(NamedTuple):
     b: Tensor
     scale: float
     p: float
-    slots: int
-    probe: Probe | None = None
-
-    @property
-    def leaves(self) -> tuple[Tensor | None, ...]:
-        """What gets gradients: a (r, n), b (m, r), and u (m, p), v (p, n), gate (r,) of the probe, or None."""
-        return self.a, self.b, *(self.probe[:3] if self.probe is not None else (None, None, None))
 
 
 def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
@@ -101,7 +63,7 @@ def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, update: U
     """
     dtype = autocast_dtype(x) or x.dtype
     node: Callable[..., Tensor] = _LinearWithUpdate.apply
-    return node(x, *update.leaves, weight, bias, update, dtype)
+    return node(x, update.a, update.b, weight, bias, update, dtype)
 
 
 def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
@@ -120,32 +82,7 @@ def add_update(result: Tensor, x: Tensor, update: Update) -> Tensor:
     """
     dtype = autocast_dtype(x) or update.a.dtype
     node: Callable[..., Tensor] = _AddUpdate.apply
-    return node(x, *update.leaves, result, update, dtype)
-
-
-def answerable(kind: Kind, x: Tensor, h: Tensor, update: Update) -> tuple[Tensor, Tensor]:
-    """Return zeros through which a backward answers the probe of `update`, in operations of PyTorch alone.
-
-    The pair itself is not read: ZeRO-3 holds it whole only while its modules are called.
-
-    Args:
-        kind: What the layer is.
-        x: What pair and probe see of the inputs, (…, n) for a linear layer.
-        h: What the first factor of the pair made of it, (…, r).
-        update: An update with a probe.
-
-    Returns:
-        What is to be added to h, and to the result.
-    """
-    probe = update.probe
-    assert probe is not None, "nothing is asked"
-    x, h = x.detach(), h.detach()
-    u, v, gate, move_b, move_a = (_cast(tensor, x.dtype if x.is_floating_point() else h.dtype) for tensor in probe[:5])
-    # Of every slot the move is s (Δb_k a_k + b_k Δa_k): one factor of it is the pair's, which the input has passed or
-    # will pass.
-    first, second = kind.ordered(move_b * gate, move_a * gate[:, None])
-    asked = kind.product(x, u, v) + kind.second(h, second * update.scale)
-    return kind.first(x, first), asked - asked.detach()
+    return node(x, update.a, update.b, result, update, dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -158,7 +95,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _LinearWithUpdate(torch.autograd.Function):
-    """Gradients go to x, a, b and the probe's u, v and gate."""
+    """Gradients go to x, a and b."""
 
     @staticmethod
     def forward(
@@ -166,9 +103,6 @@ class _LinearWithUpdate(torch.autograd.Function):
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        u: Tensor | None,
-        v: Tensor | None,
-        gate: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         update: Update,
@@ -177,156 +111,104 @@ class _LinearWithUpdate(torch.autograd.Function):
         """Map x (…, n) to (…, m)."""
         call = _Call.of(x, update, dtype)
         with without_autocast(x.device):
-            W, factors, pair_is_folded = call.folded(weight, call.factors(update.A, update.B, a, b, u, v))
+            W, factors, pair_is_folded = call.folded(weight, call.factors(update.A, update.B, a, b))
             flat = call.flat(x)
             h = factors.project(flat)
             y = F.linear(flat, W, None if bias is None else _cast(bias, dtype))
             if not pair_is_folded:
                 factors.add(y, h)
-        _save(ctx, call, x, h, update, weight)
+        _save(ctx, call, x, h, a, b, update, weight)
         # .data: to a view that is made in here nobody could write in place (ReLU(inplace=True)).
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]).data
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        """Map gy (…, m) to the gradients of x (…, n), a (r, n), b (m, r), u (m, p), v (p, n) and gate (r,)."""
-        x, h, a, b, A, B, u, v, *moves, weight = ctx.saved_tensors
+        """Map gy (…, m) to the gradients of x (…, n), a (r, n) and b (m, r)."""
+        x, h, a, b, A, B, weight = ctx.saved_tensors
         call: _Call = ctx.call
         gx = None
         with without_autocast(gy.device):
             g = call.flat(gy)
             if ctx.needs_input_grad[0]:
-                W, factors, pair_is_folded = call.folded(weight, call.factors(A, B, a, b, u, v))
+                W, factors, pair_is_folded = call.folded(weight, call.factors(A, B, a, b))
                 gh = factors.project_back(g)
                 gx = factors.input_gradient_with(W, g, gh, pair_is_folded)
                 gx = _cast(gx, call.input_dtype).view(call.shape)
             else:  # as in the lowest modules: only the pair matters
-                factors = call.factors(A[:0], B[:, :0], a, b, u, v)
+                factors = call.factors(A[:0], B[:, :0], a, b)
                 gh = factors.project_back(g)
-            of_leaves = _leaf_gradients(ctx, factors, x, h, g, gh, moves)
-        return gx, *of_leaves, None, None, None, None
+            ga, gb = _pair_gradients(ctx, factors, x, h, g, gh)
+        return gx, ga, gb, None, None, None, None
 
 
 class _AddUpdate(torch.autograd.Function):
-    """Gradients go to x, a, b, the probe's u, v and gate, and the result of the base layer."""
+    """Gradients go to x, a, b and the result of the base layer."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        u: Tensor | None,
-        v: Tensor | None,
-        gate: Tensor | None,
-        result: Tensor,
-        update: Update,
-        dtype: torch.dtype,
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, result: Tensor, update: Update, dtype: torch.dtype
     ) -> Tensor:
         """Add to result (…, m) what x (…, n) gives."""
         call = _Call.of(x, update, dtype)
         with without_autocast(x.device):
-            factors = call.factors(update.A, update.B, a, b, u, v)
+            factors = call.factors(update.A, update.B, a, b)
             h = factors.project(call.flat(x))
             factors.add(result.view(-1, result.shape[-1]), h)
         ctx.mark_dirty(result)
-        _save(ctx, call, x, h, update)
+        _save(ctx, call, x, h, a, b, update)
         return result
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        """Map gy (…, m) to the gradients of x (…, n), the leaves of the update, and the result (…, m)."""
-        x, h, a, b, A, B, u, v, *moves = ctx.saved_tensors
+        """Map gy (…, m) to the gradients of x (…, n), a (r, n), b (m, r) and the result (…, m)."""
+        x, h, a, b, A, B = ctx.saved_tensors
         call: _Call = ctx.call
         gx = None
-        needs_x, needs_result = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+        needs_x, _, _, needs_result = ctx.needs_input_grad[:4]
         with without_autocast(gy.device):
             g = call.flat(gy)
-            factors = call.factors(A, B, a, b, u, v) if needs_x else call.factors(A[:0], B[:, :0], a, b, u, v)
+            factors = call.factors(A, B, a, b) if needs_x else call.factors(A[:0], B[:, :0], a, b)
             gh = factors.project_back(g)
             if needs_x:
                 gx = _cast(factors.input_gradient(gh), call.input_dtype).view(call.shape)
-            of_leaves = _leaf_gradients(ctx, factors, x, h, g, gh, moves)
-        return gx, *of_leaves, gy if needs_result else None, None, None
+            ga, gb = _pair_gradients(ctx, factors, x, h, g, gh)
+        return gx, ga, gb, gy if needs_result else None, None, None
 
 
-def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, update: Update, *weight: Tensor) -> None:
-    """Keep what backward needs: x (…, n), and of h (T, R + k + p) the columns of the pair, and of a small probe."""
-    ctx.call, ctx.slots = call, update.a.shape[0]
-    trains = any(ctx.needs_input_grad[1:6])
-    probes = update.probe.v.shape[0] if update.probe is not None else 0
-    first = h.shape[1] - call.slots - probes
-    end = first + call.slots if call.slots + probes > min(ctx.slots, _MOST_KEPT) else None
-    kept = (x, h[:, first:end].contiguous()) if trains else (None, None)
-    u, v, _, *moves, _ = update.probe or (None,) * 6
-    ctx.save_for_backward(*kept, update.a, update.b, update.A, update.B, u, v, *moves, *weight)
+def _save(ctx: Any, call: _Call, x: Tensor, h: Tensor, a: Tensor, b: Tensor, update: Update, *weight: Tensor) -> None:
+    """Keep what backward needs: x (…, n) and the pair's columns of h (T, R + r) only if the pair trains."""
+    ctx.call = call
+    trains = any(ctx.needs_input_grad[1:3])
+    kept = (x, h[:, h.shape[1] - a.shape[0] :].contiguous()) if trains else (None, None)
+    ctx.save_for_backward(*kept, a, b, update.A, update.B, *weight)
 
 
-def _leaf_gradients(
-    ctx: Any, factors: _Factors, x: Tensor, h: Tensor, g: Tensor, gh: Tensor, moves: list[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a (r, n), b (m, r), u (m, p), v (p, n) and gate (r,), None where none is asked for.
+def _pair_gradients(
+    ctx: Any, factors: _Factors, x: Tensor, h: Tensor, g: Tensor, gh: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a (r, n) and b (m, r).
 
     Args:
         ctx: Context of the node.
         factors: Those of the call.
         x: Inputs, (…, n).
-        h: [a; v] drop(x), (T, k + p), or a drop(x), (T, k), where `_save` has kept no more.
+        h: a drop(x), (T, r).
         g: Gradient of the output, (T, m).
-        gh: `factors.project_back(g)`, (T, R + k + p).
-        moves: Δb (m, r) and Δa (r, n) of the probe, or None.
+        gh: `factors.project_back(g)`, (T, R + r).
     """
     call: _Call = ctx.call
-    needs_a, needs_b, needs_u, needs_v, needs_gate = ctx.needs_input_grad[1:6]
-    if not any(ctx.needs_input_grad[1:6]):
-        return (None,) * 5
-    k = call.slots
-    down = up = None
-    dropped = factors.dropped(call.flat(x))
-    if needs_a or needs_v or needs_gate:
-        down = factors.of_pair(gh).t() @ dropped
-    if needs_b or needs_u or needs_gate:
-        if torch.is_grad_enabled():  # create_graph: the kept h belongs to no graph
-            h = dropped @ _join(factors.a, factors.v).t()
-        elif h.shape[1] < k + factors.v.shape[0]:
-            h = torch.cat([h, F.linear(dropped, factors.v)], 1)
-        up = (h.t() @ g).t()
-    ga = gb = gu = gv = ggate = None
-    dtype = call.pair_dtype if moves[0] is None else moves[0].dtype
-    has_probe = factors.v.shape[0] > 0  # without one nothing is cut off: see `_Factors.of_pair`
-    if down is not None:
-        ga, gv = (down[:k], down[k:]) if has_probe else (down, None)
-    if up is not None:
-        gb, gu = (up[:, :k], up[:, k:]) if has_probe else (up, None)
-        gb = gb if call.pair_scale == 1 else gb * call.pair_scale
-    # drop(x) is not divided by 1 - p. In float32: what the scale has kept from overflowing must not now.
-    probe_scale = call.probe_scale * (1 - call.p if call.offsets else 1)
-    if needs_gate:
-        move_b, move_a = moves
-        assert move_b is not None, "a probe has moves"
-        assert move_a is not None, "a probe has moves"
-        assert ga is not None, "it was computed for the gate"
-        assert gb is not None, "it was computed for the gate"
-        # In the precision of the moves: 16 bits would round away what they differ in.
-        slope = (gb * move_b[:, :k]).sum(0) + (ga * move_a[:k]).sum(1)
-        ggate = F.pad(slope, (0, move_a.shape[0] - k))
-    return (
-        _cast(_padded(ga, ctx.slots, 0), call.pair_dtype) if needs_a and ga is not None else None,
-        _cast(_padded(gb, ctx.slots, 1), call.pair_dtype) if needs_b and gb is not None else None,
-        _times(_cast(gu, dtype), 1 / probe_scale) if needs_u and gu is not None else None,
-        _times(_cast(gv, dtype), 1 / probe_scale) if needs_v and gv is not None else None,
-        ggate,
-    )
-
-
-def _padded(gradient: Tensor, slots: int, dim: int) -> Tensor:
-    """Return a gradient of the evaluated slots, (k, n) or (m, k), with zeros for the others: (r, n) or (m, r)."""
-    missing = slots - gradient.shape[dim]
-    if not missing:
-        return gradient
-    shape = [*gradient.shape]
-    shape[dim] = missing
-    return torch.cat([gradient, gradient.new_zeros(shape)], dim)
+    _, needs_a, needs_b = ctx.needs_input_grad[:3]
+    ga = gb = None
+    if needs_a or needs_b:
+        dropped = factors.dropped(call.flat(x))
+        if needs_a:
+            ga = _cast(factors.of_pair(gh).t() @ dropped, call.pair_dtype)
+        if needs_b:
+            if torch.is_grad_enabled():  # create_graph: the kept h belongs to no graph
+                h = dropped @ factors.a.t()
+            gb = (h.t() @ g).t()
+            gb = _cast(gb if call.pair_scale == 1 else gb * call.pair_scale, call.pair_dtype)
+    return ga, gb
 
 
 # What forward and backward of a call share ---------------------------------------------------------------------------
@@ -343,7 +225,6 @@ class _Call(NamedTuple):
         dtype: Dtype that is computed in.
         pair_scale: What b is multiplied by: s, and with dropout 1 / (1 - p).
         p: Dropout probability.
-        slots: k, how many leading rows of a are evaluated.
         offsets: Where the dropout mask comes from; empty without dropout.
     """
 
@@ -354,49 +235,29 @@ class _Call(NamedTuple):
     dtype: torch.dtype
     pair_scale: float
     p: float
-    slots: int
     offsets: Offsets
 
     @classmethod
     def of(cls, x: Tensor, update: Update, dtype: torch.dtype) -> _Call:
         """Return the facts of a call with `x` (…, n); draws the dropout mask."""
-        offsets = draw_offsets(x.numel()) if update.p and (update.slots or update.probe) else []
+        offsets = draw_offsets(x.numel()) if update.p and update.a.shape[0] else []
         scale = update.scale / (1 - update.p) if offsets else update.scale
         tokens = x.shape.numel() // max(x.shape[-1], 1)
-        return cls(x.shape, tokens, x.dtype, update.a.dtype, dtype, scale, update.p, update.slots, offsets)
-
-    @property
-    def probe_scale(self) -> float:
-        """What u and v are multiplied by: in float16 the probe must not overflow where the pair does not.
-
-        A gradient scaler looks at the pair's gradients alone.
-        """
-        return 0.0625 if self.dtype == torch.float16 else 1.0
+        return cls(x.shape, tokens, x.dtype, update.a.dtype, dtype, scale, update.p, offsets)
 
     def flat(self, x: Tensor) -> Tensor:
         """Return `x` (…, k) as (T, k) in the dtype that is computed in."""
         return _cast(x.reshape(-1, x.shape[-1]), self.dtype)
 
-    def factors(self, A: Tensor, B: Tensor, a: Tensor, b: Tensor, u: Tensor | None, v: Tensor | None) -> _Factors:
-        """Return the factors in the dtype that is computed in, b with its scale.
-
-        Args:
-            A: Finished components, (R, n).
-            B: (m, R).
-            a: The pair, (r, n), of which k rows are evaluated.
-            b: (m, r).
-            u: Left directions of the probe, (m, p), or None.
-            v: Its right directions, (p, n), or None.
-        """
-        dtype, mask, k = self.dtype, None, self.slots
-        A, B, a, b = _cast(A, dtype), _cast(B, dtype), _cast(a[:k], dtype), _cast(b[:, :k], dtype)
-        if self.pair_scale != 1 and k:
+    def factors(self, A: Tensor, B: Tensor, a: Tensor, b: Tensor) -> _Factors:
+        """Return A (R, n), B (m, R), a (r, n) and b (m, r) in the dtype that is computed in, the latter scaled."""
+        dtype, mask = self.dtype, None
+        A, B, a, b = _cast(A, dtype), _cast(B, dtype), _cast(a, dtype), _cast(b, dtype)
+        if self.pair_scale != 1 and b.shape[1]:
             b = b * self.pair_scale
         if self.offsets:
             mask = keep_mask(self.offsets, self.p, self.tokens, self.shape[-1], like=a)
-        u = b[:, :0] if u is None else _cast(_times(u, self.probe_scale), dtype)
-        v = a[:0] if v is None else _cast(_times(v, self.probe_scale), dtype)
-        return _Factors(A, B, a, b, u, v, mask)
+        return _Factors(A, B, a, b, mask)
 
     def folded(self, weight: Tensor, factors: _Factors) -> tuple[Tensor, _Factors, bool]:
         """Fold factors into a copy of the weight (m, n) where that is cheaper; a pair under dropout stays outside.
@@ -406,13 +267,13 @@ class _Call(NamedTuple):
             folded, and whether the pair was folded too.
         """
         weight = _cast(weight, self.dtype)
-        A, B, a, b, u, v, mask = factors
+        A, B, a, b, mask = factors
         components = A.shape[0] + (a.shape[0] if mask is None else 0)
         if not _is_folded(self.tokens, components, weight):
             return weight, factors, False
         up, down = (_join(B, b, 1), _join(A, a)) if mask is None else (B, A)
         # Not torch.addmm, which copies the weight more slowly than clone does.
-        return weight.clone().addmm_(up, down), _Factors(A[:0], B[:, :0], a, b, u, v, mask), mask is None
+        return weight.clone().addmm_(up, down), _Factors(A[:0], B[:, :0], a, b, mask), mask is None
 
 
 class _Factors(NamedTuple):
@@ -421,32 +282,22 @@ class _Factors(NamedTuple):
     Args:
         A: Finished components, (R, n).
         B: (m, R).
-        a: The evaluated part of the pair, (k, n).
-        b: (m, k), with its scale.
-        u: Left directions of the probe, (m, p); p = 0 without one.
-        v: Its right directions, (p, n).
-        mask: Dropout mask of the input of pair and probe, (T, n); None without dropout.
+        a: The pair, (r, n).
+        b: (m, r), with its scale.
+        mask: Dropout mask of the pair's input, (T, n); None without dropout.
     """
 
     A: Tensor
     B: Tensor
     a: Tensor
     b: Tensor
-    u: Tensor
-    v: Tensor
     mask: Tensor | None
 
-    @property
-    def components(self) -> int:
-        """R + k: the columns that add to the result."""
-        return self.A.shape[0] + self.a.shape[0]
-
     def project(self, x: Tensor) -> Tensor:
-        """Return [A x, a drop(x), v drop(x)], (T, R + k + p), for x (T, n)."""
-        trained = _join(self.a, self.v)
+        """Return [A x, a drop(x)], (T, R + r), for x (T, n)."""
         if self.mask is None:
-            return F.linear(x, _join(self.A, trained))
-        h = F.linear(self.dropped(x), trained)
+            return F.linear(x, _join(self.A, self.a))
+        h = F.linear(self.dropped(x), self.a)
         return torch.cat([F.linear(x, self.A), h], 1) if self.A.shape[0] else h
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -455,36 +306,31 @@ class _Factors(NamedTuple):
             return x
         return self.mask * x if torch.is_grad_enabled() else self.mask.mul_(x)
 
-    def up(self, *, with_probe: bool) -> Tensor:
-        """Return [B, s b, u]ᵀ, (R + k + p, m), contiguous; without the probe R + k rows."""
-        parts = [self.B, self.b, self.u] if with_probe else [self.B, self.b]
-        rows = [part.t().contiguous() for part in parts if part.shape[1]]
-        if not rows:
-            return self.B.t()
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    def up(self) -> Tensor:
+        """Return [B, s b]ᵀ, (R + r, m), contiguous."""
+        B = self.B.t().contiguous()
+        return _join(B, self.b.t().contiguous()) if self.b.shape[1] else B
 
     def add(self, y: Tensor, h: Tensor) -> None:
-        """Add up h to y (T, m), for h (T, R + k + p), of which the probe's columns add nothing."""
-        if not self.components:
+        """Add up h to y (T, m), for h (T, R + r)."""
+        if not h.shape[1]:
             return
-        h = self._of_components(h)
         if y.dtype == h.dtype:
-            y.addmm_(h, self.up(with_probe=False))
+            y.addmm_(h, self.up())
         else:
-            y.add_(h @ self.up(with_probe=False))
+            y.add_(h @ self.up())
 
     def project_back(self, g: Tensor) -> Tensor:
-        """Return [Bᵀ g, s bᵀ g, uᵀ g], (T, R + k + p), for g (T, m)."""
-        return F.linear(g, self.up(with_probe=True))
+        """Return [Bᵀ g, s bᵀ g], (T, R + r), for g (T, m)."""
+        return F.linear(g, self.up())
 
     def of_pair(self, gh: Tensor) -> Tensor:
-        """Return the columns of gh (T, R + k + p) that belong to pair and probe, (T, k + p)."""
+        """Return the columns of gh (T, R + r) that belong to the pair, (T, r)."""
         # Not a slice of everything, which batched gradients (is_grads_batched) cannot take.
         return gh[:, self.A.shape[0] :] if self.A.shape[0] else gh
 
     def input_gradient(self, gh: Tensor) -> Tensor:
-        """Return what the factors send down to the inputs, (T, n), for gh (T, R + k + p)."""
-        gh = self._of_components(gh)
+        """Return what the factors send down to the inputs, (T, n), for gh (T, R + r)."""
         if self.mask is None:
             return gh @ _join(self.A, self.a)
         gx = (self.of_pair(gh) @ self.a).mul_(self.mask)
@@ -492,17 +338,11 @@ class _Factors(NamedTuple):
         return gx.addmm_(gh[:, :R], self.A) if R else gx
 
     def input_gradient_with(self, W: Tensor, g: Tensor, gh: Tensor, pair_is_folded: bool) -> Tensor:
-        """Return what factors and W (m, n) send down to the inputs, (T, n), for g (T, m) and gh (T, R + k + p)."""
+        """Return what the factors and W (m, n) send down to the inputs, (T, n), for g (T, m) and gh (T, R + r)."""
         if self.mask is not None:
             return self.input_gradient(gh).addmm_(g, W)
         gx = g @ W
-        if pair_is_folded or not self.components:
-            return gx
-        return gx.addmm_(self._of_components(gh), _join(self.A, self.a))
-
-    def _of_components(self, h: Tensor) -> Tensor:
-        """Return h (T, R + k + p) without the probe's columns."""
-        return h[:, : self.components] if self.v.shape[0] else h
+        return gx if pair_is_folded or not gh.shape[1] else gx.addmm_(gh, _join(self.A, self.a))
 
 
 # What folding costs --------------------------------------------------------------------------------------------------
@@ -566,11 +406,6 @@ def _join(finished: Tensor, pair: Tensor, dim: int = 0) -> Tensor:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor of any shape in `dtype`."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _times(tensor: Tensor, factor: float) -> Tensor:
-    """Return a tensor of any shape times `factor`; itself where that is 1."""
-    return tensor if factor == 1 else tensor * factor
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

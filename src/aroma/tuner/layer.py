@@ -18,7 +18,7 @@ from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
 from ..sharding import Partition, gathered, is_partitioned, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
-from .fused import Probe, Update, add_update, answerable, autocast_dtype, linear_with_update
+from .fused import Update, add_update, autocast_dtype, linear_with_update
 from .kinds import Kind, kind_of
 from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
 
@@ -52,9 +52,6 @@ class AromaLinear(LoraLinear):
     Casting the model to 16 bits (`model.to`, `half`, `bfloat16`) leaves 32-bit components as they are, because small
     updates would be rounded away.
 
-    Where the configuration has slots, every column of the pair is a component of its own. Slots that are not in use
-    are zero, and the layer evaluates the leading ones up to the last in use.
-
     Attributes:
         kind: How the layer uses its weight as the matrix W0.
         in_features: n.
@@ -62,9 +59,6 @@ class AromaLinear(LoraLinear):
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
         own_scaling: s of every adapter.
-        slots_in_use: How many leading columns of the pair are evaluated, by adapter.
-        empty_slots: How many of them hold no component, and get gradients of zero.
-        probes: What is asked of every backward, by adapter; empty while no controller asks.
         beneath: By adapter, others that are active whenever it is, and that it leaves as they are.
         stays_in_graph: See above.
     """
@@ -72,21 +66,14 @@ class AromaLinear(LoraLinear):
     in_features: int
     out_features: int
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (
-        *LoraLinear.other_param_names,
-        *("own_scaling", "live", "slots_in_use", "empty_slots", "probes", "beneath"),
-    )
+    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live", "beneath")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
-        self._target_name: str = kwargs.get("target_name", "")
-        self.kind = self._kind_of(base_layer, self._target_name)
+        self.kind = self._kind_of(base_layer, kwargs.get("target_name", ""))
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
-        self.slots_in_use: dict[str, int] = {}
-        self.empty_slots: dict[str, int] = {}
-        self.probes: dict[str, Probe] = {}
         self.beneath: dict[str, tuple[str, ...]] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
@@ -98,45 +85,25 @@ class AromaLinear(LoraLinear):
         return kind_of(base_layer, name)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
-        """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter.
-
-        Raises:
-            ConfigError: More slots than the matrix has ranks.
-        """
+        """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter."""
         # PEFT has read channels of a convolution, and rows and size of an embedding.
-        m, n = self.kind.shape(self.in_features, self.out_features)
-        self.out_features, self.in_features = m, n
-        r, most = config.pair_rank(m, n), min(m, n)
-        if config.has_slots and r > most:
-            raise bad_value(
-                "slots",
-                r,
-                f"{self._target_name or 'a matrix'} is {self.out_features}×{self.in_features}, and has rank {most} at "
-                f"most; set slots={most}, or leave it out with exclude_modules, if others are to have more",
-            )
+        self.out_features, self.in_features = self.kind.shape(self.in_features, self.out_features)
         if "lora_finished" not in self._modules:
             self.lora_finished = nn.ModuleDict()
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
-        super().update_layer(adapter_name, r, lora_alpha=config.scale * r, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.lora_B[adapter_name], self.lora_A[adapter_name] = self.kind.factors(
             self.lora_B[adapter_name], self.lora_A[adapter_name]
         )
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
-        self._evaluate_all_slots(adapter_name)
-
-    def _evaluate_all_slots(self, adapter_name: str) -> None:
-        self.slots_in_use[adapter_name], self.empty_slots[adapter_name] = self.r[adapter_name], 0
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Evaluate all slots of a pair that is about to be loaded: any may hold a component."""
+        """Put back empty finished components, which accelerate takes for shared tensors and leaves out."""
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for adapter_name in self.slots_in_use:
-            if f"{prefix}lora_B.{adapter_name}.weight" not in state_dict:
-                continue
-            self._evaluate_all_slots(adapter_name)
+        for adapter_name in self.lora_A:
             finished = self.finished(adapter_name)
-            if not finished.rank:  # accelerate takes empty tensors for one that is shared, and leaves them out
+            if f"{prefix}lora_B.{adapter_name}.weight" in state_dict and not finished.rank:
                 for side, empty in (("A", finished.A), ("B", finished.B)):
                     state_dict.setdefault(f"{prefix}lora_finished.{adapter_name}.{side}", empty)
 
@@ -158,23 +125,10 @@ class AromaLinear(LoraLinear):
 
     def rank(self, adapter_name: str) -> int:
         """Return the rank of the update: finished components, and the pair once it has moved."""
-        if self.is_frozen(adapter_name):
-            return self.finished(adapter_name).rank
-        return self.finished(adapter_name).rank + len(self.moved_slots(adapter_name, self.whole_pair(adapter_name)[0]))
-
-    def slots_in_training(self, adapter_name: str) -> int:
-        """Return how many columns of the pair train: none while a trial's batches are asked, which train nothing."""
-        probe = self.probes.get(adapter_name)
-        is_asked_for_credit = probe is not None and probe.strength < 1
-        if self.is_frozen(adapter_name) or is_asked_for_credit:
-            return 0
-        return self.slots_in_use[adapter_name] - self.empty_slots[adapter_name]
-
-    def moved_slots(self, adapter_name: str, b: Tensor) -> list[int]:
-        """Return the columns of b (m, r) that add to the update; without slots, all once any has moved."""
-        if self.live[adapter_name].config.has_slots:
-            return [int(slot) for slot in b.any(0).nonzero()[:, 0]]
-        return [*range(b.shape[1])] if b.any() else []
+        finished = self.finished(adapter_name).rank
+        if self.is_frozen(adapter_name) or not self.whole_pair(adapter_name)[0].any():
+            return finished
+        return finished + int(self.r[adapter_name])
 
     @torch.no_grad()
     def whole_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -195,11 +149,10 @@ class AromaLinear(LoraLinear):
         if pair is None and self.is_frozen(adapter_name):
             return B, finished.A
         b, a = self.whole_pair(adapter_name) if pair is None else pair
-        moved = self.moved_slots(adapter_name, b)
-        if not moved:
+        if not b.any():
             return B, finished.A
-        B = torch.cat([B.to(b), b[:, moved] * self.scaling[adapter_name]], dim=1)
-        return B, torch.cat([finished.A.to(a), a[moved]], dim=0)
+        B = torch.cat([B.to(b), b * self.scaling[adapter_name]], dim=1)
+        return B, torch.cat([finished.A.to(a), a], dim=0)
 
     def _scaled(self, B: Tensor, adapter_name: str) -> Tensor:
         """Scale left factors B (m, R) by what PEFT scales the adapter by temporarily, mostly 1."""
@@ -413,19 +366,18 @@ class AromaLinear(LoraLinear):
         return [*dict.fromkeys(named)]
 
     @torch.no_grad()
-    def components_beneath(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return what lies beneath an adapter, B (m, K) and A (K, n)."""
+    def rows_beneath(self, adapter_name: str) -> Tensor:
+        """Return the rows A (K, n) of what lies beneath an adapter."""
         a = self.pair(adapter_name)[1]
-        found = [self.components(name) for name in self.beneath.get(adapter_name, ()) if name in self.lora_A]
-        B = torch.cat([a.new_zeros(self.out_features, 0), *(B.to(a) for B, _ in found)], 1)
-        return B, torch.cat([a.new_zeros(0, self.in_features), *(A.to(a) for _, A in found)])
+        found = [self.components(name)[1] for name in self.beneath.get(adapter_name, ()) if name in self.lora_A]
+        return torch.cat([a.new_zeros(0, self.in_features), *(A.to(a) for A in found)])
 
     @torch.no_grad()
     def off_beneath(self, adapter_name: str, a: Tensor) -> Tensor:
         """Return rows a (r, n) turned off the span of the rows that lie beneath an adapter, as long as they were."""
         if not any(name in self.lora_A for name in self.beneath.get(adapter_name, ())):
             return a
-        _, sizes, rows = torch.linalg.svd(self.components_beneath(adapter_name)[1].double(), full_matrices=False)
+        _, sizes, rows = torch.linalg.svd(self.rows_beneath(adapter_name).double(), full_matrices=False)
         basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
         precise = a.to(basis)
         off: Tensor = precise - precise @ basis.T @ basis
@@ -436,20 +388,11 @@ class AromaLinear(LoraLinear):
         """Whether an adapter changes the base layer's result."""
         if adapter_name not in self.lora_A:
             return False
-        trained = self.evaluates_pair(adapter_name) and (self._slots(adapter_name) or self._is_asked(adapter_name))
-        return bool(trained) or self.finished(adapter_name).padded[1].shape[0] > 0
+        return self.evaluates_pair(adapter_name) or self.finished(adapter_name).padded[1].shape[0] > 0
 
     def evaluates_pair(self, adapter_name: str) -> bool:
         """Whether the pair is evaluated; a frozen one only in a compiled graph, which then need not change."""
         return (self.stays_in_graph and torch.compiler.is_compiling()) or not self.is_frozen(adapter_name)
-
-    def _slots(self, adapter_name: str) -> int:
-        """Return how many columns of the pair are evaluated; all in a compiled graph, which need not change then."""
-        return self.r[adapter_name] if torch.compiler.is_compiling() else self.slots_in_use[adapter_name]
-
-    def _is_asked(self, adapter_name: str) -> bool:
-        """Whether a backward that follows would answer a probe."""
-        return adapter_name in self.probes and torch.is_grad_enabled()
 
     def _pair_is_plain(self, adapter_name: str) -> bool:
         """Whether the modules that hold the pair are plain Linear layers without hooks, or are skipped."""
@@ -457,17 +400,10 @@ class AromaLinear(LoraLinear):
 
     def _update(self, adapter_name: str) -> Update:
         B, A = self.finished(adapter_name).padded
-        evaluated = self.evaluates_pair(adapter_name)
-        b, a = self.pair(adapter_name) if evaluated else (B[:, :0], A[:0])
-        slots = self._slots(adapter_name) if evaluated else 0
-        probe = self.probes.get(adapter_name) if evaluated else None
+        b, a = self.pair(adapter_name) if self.evaluates_pair(adapter_name) else (B[:, :0], A[:0])
         dropout = self.lora_dropout[adapter_name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        has_gradients = torch.is_grad_enabled()
-        # The forward of a reentrant checkpoint has no gradients, and must agree with the one that has them later.
-        strength = probe.strength if probe is not None and (has_gradients or self.training) else 1
-        scale = self.scaling[adapter_name] * strength
-        return Update(A, self._scaled(B, adapter_name), a, b, scale, p, slots, probe if has_gradients else None)
+        return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p)
 
     def _can_replace_base(self, x: Tensor, update: Update) -> bool:
         """Whether the base layer is a plain frozen matmul without hooks, all in one dtype; x is (…, n)."""
@@ -523,11 +459,7 @@ class AromaLinear(LoraLinear):
         if update.a.shape[0]:
             first, second = kind.ordered(self.lora_B[adapter_name], self.lora_A[adapter_name])
             dropped = self.lora_dropout[adapter_name](inputs) if kind.takes_dropout else inputs
-            h = first(dropped)
-            if update.probe is not None:
-                within, asked = answerable(kind, dropped, h, update)
-                h, result = h + within, result + asked.to(result.dtype)
-            result = result + (second(h) * update.scale).to(result.dtype)
+            result = result + (second(first(dropped)) * update.scale).to(result.dtype)
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------
@@ -558,12 +490,6 @@ class AromaLinear(LoraLinear):
                 child._apply(fn if name == "base_layer" else partial(_without_rounding, fn))
         super()._apply(fn, recurse=False)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy holds: nobody asks its backwards, and any slot of it may be written into."""
-        names = self.slots_in_use
-        slots = {"slots_in_use": {name: self.r[name] for name in names}, "empty_slots": dict.fromkeys(names, 0)}
-        return {**self.__dict__, "probes": {}, **slots}
 
     def __repr__(self) -> str:
         """Mark the layer as ours in a printed model."""

@@ -328,10 +328,9 @@ def _whole_update(
     b = state_dict[f"{key}.lora_B.{adapter_name}.weight"]
     A = state_dict[f"{key}.lora_finished.{adapter_name}.A"].to(a)
     B = state_dict[f"{key}.lora_finished.{adapter_name}.B"].to(b)
-    moved = layer.moved_slots(adapter_name, b)
-    if not moved:
+    if not b.any():
         return B, A
-    return torch.cat([B, b[:, moved] * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a[moved]], dim=0)
+    return torch.cat([B, b * layer.own_scaling[adapter_name]], dim=1), torch.cat([A, a], dim=0)
 
 
 def matrix_name(key: str) -> str:

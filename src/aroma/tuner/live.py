@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..about import About
-from ..errors import ConfigError, bad_value
+from ..errors import CheckpointError, ConfigError, bad_value
 from ..files import tensors_digest
 from ..sharding import own_entries
 from .layer import AromaLinear
@@ -96,7 +96,11 @@ class LiveAdapter:
 
         Raises:
             ConfigError: Naming every differing field with both values.
+            CheckpointError: It is of a rule that only earlier versions had.
         """
+        if (growth := saved.get("growth", "paper")) != "paper":
+            remedy = "an earlier version grew it by a rule that is gone; load the adapter and start a new run"
+            raise bad_value("aroma_state.json: growth", growth, remedy, CheckpointError)
         now = self.method()
         if not self.chose_seed:
             now["component_seed"] = saved.get("component_seed")

@@ -6,15 +6,13 @@ Each is told while it can be helped, and once.
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from ..errors import AromaWarning, bad_value
+from ..errors import AromaWarning
 from ..patterns import is_named
 from .layer import AromaLinear
 
@@ -98,25 +96,6 @@ def tell_of_unmatched(model: nn.Module, config: AromaConfig, wanted: Any) -> Non
                 AromaWarning,
                 stacklevel=3,
             )
-
-
-def refuse_small_head(model: nn.Module, config: AromaConfig) -> None:
-    """Refuse to let a head grow that has fewer ranks than slots, where nothing says that it is to grow.
-
-    Raises:
-        ConfigError: `task_type` is missing, with which PEFT trains the head whole.
-    """
-    if not config.has_slots or config.task_type is not None or config.target_modules != "all-linear":
-        return
-    for name, head in _heads(model).items():
-        grows = check_target_module_exists(replace(config, target_modules=[name]), name)
-        if not grows or not isinstance(head, nn.Linear):
-            continue
-        slots = config.pair_rank(*head.weight.shape)
-        if min(head.weight.shape) < slots:
-            said = f"the head {name!r} would grow as all linear layers do, and is too small for {slots} slots"
-            remedy = f"give {_task_of(model)!r}, with which it trains whole, or modules_to_save=[{name!r}]"
-            raise bad_value("task_type", None, f"{said}; {remedy}")
 
 
 def tell_of_frozen_head(model: nn.Module, config: AromaConfig, wanted: Any) -> None:

@@ -31,7 +31,6 @@ from .live import LiveAdapter, live_adapter
 from .misuse import (
     HEADS,
     UncontrolledWatch,
-    refuse_small_head,
     tell_of_frozen_head,
     tell_of_unmatched,
     warn_uncontrolled,
@@ -71,7 +70,6 @@ class AromaModel(LoraModel):
         if original is not None:
             self.peft_config[adapter_name] = replace(self.peft_config[adapter_name], inference_mode=True)
         wanted = self.peft_config[adapter_name].target_modules
-        refuse_small_head(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -111,7 +109,6 @@ class AromaModel(LoraModel):
             _, a = layer.pair(adapter_name)
             if not a.is_meta:
                 layer.start_pair(adapter_name, _first_component(live, index, a))
-            layer.slots_in_use[adapter_name] = live.config.r
         if not hasattr(self, "_graph_keeper"):
             self._graph_keeper, self._watch = GraphKeeper(), UncontrolledWatch()
             # PEFT calls one or the other, depending on the task.
@@ -315,10 +312,8 @@ def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> 
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:
-    """Return the a (r, n) that a new adapter begins with; of several slots, `a` (S, n), only the first is in use."""
-    first = torch.zeros(a.shape)
-    first[: live.config.r] = fresh_component(live.seed, 1, index, (live.config.r, a.shape[1]))
-    return first
+    """Return the a (r, n) that a new adapter begins with; `a` is its pair's."""
+    return fresh_component(live.seed, 1, index, (len(a), a.shape[1]))
 
 
 def _layers_by_key(model: nn.Module, adapter_name: str | None) -> dict[str, AromaLinear]:
@@ -395,7 +390,6 @@ def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
         layer.finished(copy).append(finished.B, finished.A)
         b, a = layer.pair(original)
         layer.start_pair(copy, a.detach(), b.detach())
-        layer.slots_in_use[copy] = layer.slots_in_use[original]
 
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:

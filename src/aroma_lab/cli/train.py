@@ -34,6 +34,7 @@ _KEYS = """keys of a recipe that most people set, with their defaults:
   data.test: null                      evaluated once, after training
   data.text: "text"                    its column; data.text_pair, data.label
   data.max_length: 256                 tokens
+  adapter.outer_tolerance: 0.005       a component of a smaller share of its weight is dropped
   training.epochs: 3.0                 or training.max_steps
   training.batch_size: 32              on one device
   training.learning_rate: 0.0005       of adapters; training.head_learning_rate

@@ -43,7 +43,6 @@ def demo_facts(
     record: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
     curve: Curve,
-    events: Sequence[Mapping[str, Any]],
     updates: Mapping[str, float | None],
 ) -> RunFacts:
     """Return what the page tells.
@@ -52,7 +51,6 @@ def demo_facts(
         record: The content of `result.json`.
         log: The Trainer's `log_history`.
         curve: Parameters and ranks by step.
-        events: Events of the controller.
         updates: ‖ΔW‖_F / ‖W0‖_F of every matrix.
     """
     history = history_of(map(dict, log), ())
@@ -76,7 +74,6 @@ def demo_facts(
         lora_parameters=record["parameters"]["lora"],
         matrices=[MatrixFacts(name, one["rank"], one["effective_rank"], updates[name]) for name, one in matrices],
         ranks=curve.ranks,
-        events=events,
         explanation=record["explanation"],
         measured=_measured(record),
         settings={"AromaConfig": record["adapter"], "training": record["training"]},
@@ -95,9 +92,8 @@ def _measured(record: Mapping[str, Any]) -> list[str]:
         f"{record['train_articles']:,} articles to train on and {record['held_out_articles']} held out; the split is "
         "fixed, topics in proportion. An article that is in the corpus twice is on one side only.",
         f"The first {record['max_length']} tokens of an article are read.",
-        "The held-out articles are evaluated once, all of them, after the last step. Settings were chosen on a fifth "
-        "of the training articles, but held-out results of earlier settings had been seen, and one of them led to a "
-        "new choice: the accuracy is a demonstration's, not an unbiased estimate.",
+        "The held-out articles are evaluated once, all of them, after the last step. Results on them had been seen "
+        "when settings were chosen: the accuracy is a demonstration's, not an unbiased estimate.",
         "Head only: a linear head on the frozen model's features of the same tokens, trained to convergence, its L2 "
         "strength chosen on a fifth of the training articles. The model's own pooling is what a classifier in "
         "transformers sees; mean pooling is how this model is meant to be used.",

@@ -90,7 +90,7 @@ def run_demo(
     began = time.monotonic()
     check_training(training)
     # Before the head alone is trained, which takes as long as the rest.
-    AromaConfig(**ADAPTER).check_length(training.max_steps)
+    AromaConfig(**ADAPTER).resolve_inner_steps(training.max_steps)
     folder = new_folder("--out", out, "give another folder with --out")
     train, held_out = split_articles(load_articles())
     parts = {"train": as_examples(train), HELD_OUT: as_examples(held_out)}  # held-out articles are only reported on
@@ -127,7 +127,7 @@ def run_demo(
         "source": {"model": ENCODER_SOURCE, "data": SOURCE},
         **provenance(),
     }
-    facts = demo_facts(record, fit.trainer.state.log_history, curve, events_of(folder), updates)
+    facts = demo_facts(record, fit.trainer.state.log_history, curve, updates)
     write_text(folder / REPORT, run_page(facts))
     write_json(folder / "result.json", record)  # last
     return record
@@ -229,11 +229,6 @@ def count_parameters(model: Any) -> dict[str, int]:
     sizes = {layer: layer.in_features + layer.out_features for layer in aroma_layers(model).values()}
     adapter = sum(layer.rank("default") * size for layer, size in sizes.items())
     return {**count_trainable(model), "adapter": adapter, "lora": LORA_RANK * sum(sizes.values())}
-
-
-def events_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of the demo in `folder`."""
-    return [json.loads(line) for line in TrialFiles(folder).events.read_text(encoding="utf-8").splitlines()]
 
 
 # Reloaded in plain PEFT ----------------------------------------------------------------------------------------------

@@ -332,7 +332,17 @@ Row = tuple[list[int], list[bool]]
 
 
 def encode(examples: Sequence[Example], template: Template, max_length: int, key: str) -> tuple[Dataset, EncodeReport]:
-    """Tokenize examples in their order, in the form that TRL's SFTTrainer takes as already tokenized.
+    """Return what `encode_rows` returns, in the form that TRL's SFTTrainer takes as already tokenized."""
+    from datasets import Dataset
+
+    rows, report = encode_rows(examples, template, max_length, key)
+    return Dataset.from_dict(rows), report
+
+
+def encode_rows(
+    examples: Sequence[Example], template: Template, max_length: int, key: str
+) -> tuple[dict[str, list[list[int]]], EncodeReport]:
+    """Tokenize examples in their order.
 
     An example over the limit loses tokens from the left of its prompt, never of its last response; a
     beginning-of-text token stays. In a chat, earlier responses that are cut into go as a whole. A plain text over the
@@ -344,14 +354,12 @@ def encode(examples: Sequence[Example], template: Template, max_length: int, key
         key: The recipe's key of the file, for errors.
 
     Returns:
-        Rows with `input_ids` and `labels` (-100: not learned), and the account.
+        `input_ids` and `labels` (-100: not learned) of every row, and the account.
 
     Raises:
         ConfigError: `max_length` is below 3.
         DataError: No example is left, or one that no prompt can be made of.
     """
-    from datasets import Dataset
-
     if max_length < 3:
         raise bad_value("data.max_length", max_length, "give 3 tokens or more")
     counts: Counter[str] = Counter()
@@ -377,7 +385,7 @@ def encode(examples: Sequence[Example], template: Template, max_length: int, key
     if not rows:
         remedy = f"no example is left to learn from with data.max_length={max_length}; "
         raise bad_value(key, str(report), f"{remedy}mend the file or raise the limit", DataError)
-    return Dataset.from_dict({"input_ids": ids, "labels": labels}), report
+    return {"input_ids": ids, "labels": labels}, report
 
 
 def _fit(segments: Sequence[Segment], template: Template, most: int, counts: Counter[str]) -> Iterator[Row]:

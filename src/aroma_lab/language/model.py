@@ -222,12 +222,15 @@ class LoadedModel(NamedTuple):
     template: Template
 
 
-def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = None) -> LoadedModel:
+def load_for_inference(
+    folder: str | os.PathLike[str], base_model: str | None = None, dtype: Any = None
+) -> LoadedModel:
     """Load a language model's adapter with its base model in plain PEFT, or a whole model's folder.
 
     Args:
         folder: The adapter; a causal language model's folder; or `smollm2`, the packaged model.
         base_model: Folder or hub name of the base model; the adapter's own by default.
+        dtype: Name of the type of an adapter's pretrained weights; as in training by default, or else float32.
 
     Returns:
         The model in evaluation mode, on the accelerator if there is one.
@@ -241,7 +244,7 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
             raise bad_value("base_model", base_model, f"{folder} is a whole model and no adapter; leave it out")
         task = load_language_task(folder)
         template = Template(load_lm_tokenizer(task.model, None), task.language)
-        return LoadedModel(_placed(load_causal_lm(task.model)), template)
+        return LoadedModel(placed(load_causal_lm(task.model)), template)
     path = require_adapter_folder(folder)
     if not _is_language_adapter(path):
         task_type = read_config(path).get("task_type")
@@ -249,6 +252,8 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
         raise bad_value("adapter", str(path), remedy)
     task = load_language_task(path)
     spec = task.model if base_model is None else replace(task.model, name=base_model, gguf_file=None)
+    if dtype is not None:
+        spec = replace(spec, dtype=dtype)
     if not spec.name:
         raise bad_value("base_model", spec.name, "the adapter does not name its base model; give its folder or name")
     template = Template(_tokenizer_of(path, spec), task.language)
@@ -260,7 +265,7 @@ def load_for_inference(folder: str | os.PathLike[str], base_model: str | None = 
             f"({task.model.name!r}), so its answers mean little; give that model",
             stacklevel=2,
         )
-    return LoadedModel(_placed(_with_adapter(base, path, spec)), template)
+    return LoadedModel(placed(with_adapter(base, path, spec)), template)
 
 
 def _tokenizer_of(path: Path, spec: ModelSpec) -> Any:
@@ -276,16 +281,22 @@ def _tokenizer_of(path: Path, spec: ModelSpec) -> Any:
     return own
 
 
-def _with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
-    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it."""
-    from peft import PeftConfig, PeftModelForCausalLM
+def with_adapter(base: Any, path: Path, spec: ModelSpec) -> Any:
+    """Put an adapter into its base model: a plain LoRA checked throughout, one of another method as PEFT does it.
+
+    Raises:
+        CheckpointError: The adapter is damaged.
+        ConfigError: The base model is not the one that the adapter was trained on.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 
     config = read_config(path)
     if is_plain(config):
         return put_into(base, read_whole(path), spec.name or "")
     require_simple_patterns(path, config)
     try:
-        model = PeftModelForCausalLM(base, PeftConfig.from_pretrained(str(path), inference_mode=True))
+        model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.get("task_type"), PeftModel)
+        model = model_class(base, PeftConfig.from_pretrained(str(path), inference_mode=True))
         surplus = model.load_adapter(str(path), "default").unexpected_keys
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -301,7 +312,8 @@ def _does_not_fit(path: Path, spec: ModelSpec, reason: str) -> AromaError:
     return bad_value("base_model", spec.name, remedy)
 
 
-def _placed(model: Any) -> Any:
+def placed(model: Any) -> Any:
+    """Return a model on the accelerator, if there is one; it is moved in place."""
     if getattr(model, "quantization_method", None) is not None or not torch.accelerator.is_available():
         return model  # quantized weights are where they were loaded
     return model.to(torch.accelerator.current_accelerator())

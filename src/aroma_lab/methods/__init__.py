@@ -8,7 +8,6 @@ from typing import Any
 
 from aroma.errors import bad_value
 
-from ..settings import typed, unknown_key
 from .adalora import AdaLora
 from .aroma import Aroma, GrowthHooks
 from .base import Hooks, HooksCallback, Method
@@ -34,7 +33,19 @@ METHODS: dict[str, type[Method]] = {
     "evidence": Evidence,
 }
 
-__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Bottleneck", "Evidence", "Frozen", "Full", "GrowthHooks", "HeadOnly", "Hooks"]
+__all__ = [
+    "METHODS",
+    "AdaLora",
+    "Aroma",
+    "BitFit",
+    "Bottleneck",
+    "Evidence",
+    "Frozen",
+    "Full",
+    "GrowthHooks",
+    "HeadOnly",
+    "Hooks",
+]
 __all__ += ["HooksCallback", "Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents"]
 __all__ += ["ReLoraMerge", "encoder_linears", "find_targets", "make_method"]
 
@@ -49,6 +60,8 @@ def make_method(kind: str, options: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: An unknown kind or option, with the nearest known one, or a value of a wrong type or out of range.
     """
+    from ..settings import typed, unknown_key  # of the extra `lab`, which those who load a model may lack
+
     if kind not in METHODS:
         nearest = difflib.get_close_matches(kind, METHODS, n=1, cutoff=0.0)[0]
         remedy = f"there is no such kind of method; the nearest is {nearest!r}, and all are {', '.join(METHODS)}"

@@ -126,7 +126,7 @@ class Aroma(PeftAdapter):
 
     def check_steps(self, steps: int) -> None:
         """Raise ConfigError if a run of `steps` optimizer steps is too short for an inner loop."""
-        self._unplaced().check_length(steps)
+        self._unplaced().resolve_inner_steps(steps)
 
     def components(self, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update of every module; see `Method.components`."""

@@ -9,7 +9,6 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from aroma.algorithm.paper import rewarmup_factor
 from aroma.integrations.rewarmup import Rewarmup
 from aroma.reset import component_generator, reset_state
 
@@ -105,9 +104,8 @@ class Restarts(MergedWeights):
 
     def before_step(self, step: int) -> None:
         """Scale the learning rate for this step."""
-        taken = step - 1 - self._last_restart
-        factor = rewarmup_factor(self._restarts + 1, taken, self._method.rewarmup_steps)
-        self._rewarmup.begin(self._optimizer, factor)
+        climb = self._method.rewarmup_steps if self._restarts else 0  # the schedule has a first warm-up of its own
+        self._rewarmup.begin(self._optimizer, min(1.0, (step - 1 - self._last_restart) / climb) if climb else 1.0)
 
     def after_step(self, step: int) -> None:
         """Restore the learning rate; restart if it is time."""

@@ -82,7 +82,6 @@ def _facts(files: TrialFiles, row: Mapping[str, Any], compare: Sequence[str | os
         lora_parameters=_of_lora(result),
         matrices=_matrices(result, ranks),
         ranks=ranks,
-        events=events,
         explanation=result.get("explanation"),
         notes=[*_state_notes(row, steps), *result.get("notes", ())],
         settings=_settings(files, trial),

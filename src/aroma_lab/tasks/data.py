@@ -369,19 +369,40 @@ def make_examples(
     """
     from datasets import ClassLabel, Dataset, Features, Value
 
+    values = checked_values(field, layout, columns, label_names, between)
+    features = {name: Value("string") for name in values if name != "labels"}
+    features["labels"] = Value("float64") if label_names is None else ClassLabel(names=list(label_names))
+    return Dataset.from_dict(values, features=Features(features))
+
+
+def checked_values(
+    field: str,
+    layout: Layout,
+    columns: Columns,
+    label_names: Sequence[str] | None,
+    between: tuple[float, float] | None = None,
+) -> dict[str, list[Any]]:
+    """Return the columns of `make_examples` as lists; see there."""
     texts = {"text": layout.text} | ({} if layout.text_pair is None else {"pair": layout.text_pair})
-    values: dict[str, Any] = {}
+    values: dict[str, list[Any]] = {}
     for name, column in texts.items():
         _require_none_missing(field, column, columns[column], "a text is missing")
         values[name] = [str(text) for text in columns[column]]
-    features = {name: Value("string") for name in texts}
     labels = columns[layout.label]
     if label_names is None:
-        values["labels"], features["labels"] = _numbers(field, layout.label, labels, between), Value("float64")
+        values["labels"] = _numbers(field, layout.label, labels, between)
     else:
         values["labels"] = _class_indices(field, layout.label, labels, label_names)
-        features["labels"] = ClassLabel(names=list(label_names))
-    return Dataset.from_dict(values, features=Features(features))
+    return values
+
+
+def named_labels(labels: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
+    """Return labels as names, where all of them are indices of names, as a Trainer is given them."""
+    texts = {str(label) for label in labels}
+    indices = {str(index): name for index, name in enumerate(names or ())}
+    if names is None or texts <= {*names} or not texts <= {*indices}:
+        return [*labels]
+    return [indices[str(label)] for label in labels]
 
 
 def class_names(field: str, column: str, labels: Sequence[Any]) -> tuple[str, ...]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,7 +11,7 @@ from aroma.errors import bad_value
 
 from ..progress import Progress, no_progress
 from .classification import encode, predict_logits
-from .data import make_examples
+from .data import make_examples, named_labels
 from .metrics import metrics_of
 from .saved import open_classifier
 from .sources import read_file
@@ -66,7 +64,7 @@ def evaluate_adapter(
         raise bad_value("adapter", str(folder), "an example has several labels, which no metric here counts")
     layout = Layout(task.text, task.text_pair, task.label)
     columns = read_file("data", data, [layout.columns()])[1]
-    columns[task.label] = _named(columns[task.label], task.label_names)
+    columns[task.label] = named_labels(columns[task.label], task.label_names)
     examples = make_examples("data", layout, columns, task.label_names)
     model = saved.load()
     encoded = encode(examples, saved.tokenizer, task.max_length)
@@ -74,12 +72,3 @@ def evaluate_adapter(
         logits = predict_logits(model, encoded, saved.tokenizer, batch_size, advance)
     labels = torch.tensor(list(examples["labels"])).numpy()
     return Evaluation(len(examples), metrics_of(task.kind, logits, labels))
-
-
-def _named(labels: Sequence[Any], names: Sequence[str] | None) -> list[Any]:
-    """Return labels as names, where all of them are indices of names, as a Trainer is given them."""
-    texts = {str(label) for label in labels}
-    indices = {str(index): name for index, name in enumerate(names or ())}
-    if names is None or texts <= {*names} or not texts <= {*indices}:
-        return [*labels]
-    return [indices[str(label)] for label in labels]

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
+from aroma.about import unnamed
 from aroma.errors import CheckpointError, bad_value
-from aroma.export import about_of, label_names, load_with_adapter, output_count
-from aroma.saved import AdapterWeights, read_adapter
+from aroma.export import about_of, base_name_of, label_names, load_with_adapter, output_count
+from aroma.files import own_file, read_json, read_tensors
+from aroma.saved import AdapterWeights, read_adapter, read_config
+from aroma.tuner.state import STATE_FILE
 
 from .classification import load_tokenizer
 from .task import TASK_FILE, Task, load_task
@@ -63,6 +67,7 @@ def open_classifier(
     label: str | None = None,
     max_length: int | None = None,
     needs_label: bool = True,
+    adapter: AdapterWeights | None = None,
 ) -> SavedClassifier:
     """Return a saved classifier or regression whose model is not loaded yet, so that its data can be looked at first.
 
@@ -72,6 +77,7 @@ def open_classifier(
         max_length: Most tokens of an example; None for that of the training or, if unknown, as many as the model
             takes.
         needs_label: Whether a column of labels is asked for.
+        adapter: What is known of the adapter; None: it is read, and must be plain LoRA.
 
     Raises:
         CheckpointError: The adapter is missing, damaged, or no classifier's; or nothing names its columns.
@@ -79,7 +85,8 @@ def open_classifier(
     """
     if max_length is not None and max_length < 3:
         raise bad_value("--max-length", max_length, "give 3 or more")
-    adapter = read_adapter(folder)
+    if adapter is None:
+        adapter = read_adapter(folder)
     if (Path(folder) / TASK_FILE).exists():
         task = load_task(folder)
     else:
@@ -98,6 +105,23 @@ def open_classifier(
         task = replace(task, max_length=known if known < 2**20 else _LONGEST)
     is_multi_label = about_of(adapter).problem_type == "multi_label_classification"
     return SavedClassifier(str(folder), task, base_model, is_multi_label, tokenizer)
+
+
+def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
+    """Return what is known of the head of any LoRA adapter of a classifier or regression, its updates left aside.
+
+    Where nothing beside the adapter tells number, names and kind of its outputs, its head and its base model do.
+    """
+    state = read_json(own_file(folder, STATE_FILE)) if (folder / STATE_FILE).exists() else {}
+    tensors = read_tensors(own_file(folder, "adapter_model.safetensors"))
+    head = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    adapter = AdapterWeights(folder, read_config(folder) | {"task_type": "SEQ_CLS"}, {}, head, state or None, {}, {})
+    base, about = AutoConfig.from_pretrained(base_name_of(adapter, base_model)), about_of(adapter)
+    outputs, names = output_count(adapter) or base.num_labels, (*base.id2label.values(),)
+    own = names if len(names) == outputs and names != unnamed(outputs) else None
+    about = replace(about, num_labels=outputs, labels=label_names(adapter) or own)
+    about = replace(about, problem_type=about.problem_type or base.problem_type)
+    return replace(adapter, state={**state, "about": about.as_json()})
 
 
 def is_classifier(adapter: AdapterWeights) -> bool:

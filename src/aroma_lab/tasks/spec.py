@@ -27,6 +27,17 @@ class Layout:
         return [name for name in (self.text, self.text_pair, self.label) if name is not None]
 
 
+def common_layouts(text: str | None, text_pair: str | None, label: str | None) -> list[Layout]:
+    """Return columns by names in common use, pairs first, but for those that are given."""
+    texts: list[tuple[str, str | None]] = [
+        *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")),
+        *(("text1", "text2"), ("text", "text_pair"), ("text", None), ("sentence", None), ("review", None)),
+    ]
+    labels = ("label", "labels", "score") if label is None else (label,)
+    chosen = texts if text is None else [(text, text_pair)]
+    return [Layout(one, other, column) for one, other in chosen for column in labels]
+
+
 @dataclass(frozen=True)
 class TaskSpec(MadeTask):
     """One task. A GLUE name fills in whatever is left out."""

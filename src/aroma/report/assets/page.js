@@ -91,7 +91,6 @@
     if (place.view) place.view.finalize();
     const parsed = structuredClone(data.specs[spec]);
     for (const set of parsed.data) if (sets[set.name]) set.values = asRows(sets[set.name]);
-    for (const signal of parsed.signals || []) if (signal.name === "top" && data.threshold) signal.value = data.threshold;
     place.replaceChildren();
     const view = new vega.View(vega.parse(parsed), { renderer: "svg", container: place, hover: true });
     view.tooltip((_, event, item, value) => {
@@ -117,7 +116,7 @@
   function tellPoint(place, view, [, across, up], point) {
     const box = place.querySelector("svg").getBoundingClientRect();
     const [left, top] = view.origin();
-    const value = up === "evidence" ? Math.min(Math.exp(point.log), data.threshold) : point[up];
+    const value = point[up];
     const scale = view.scale("y");
     const middle = scale.bandwidth ? scale.bandwidth() / 2 : 0;
     const inWords = (one) => (typeof one === "number" ? Number(one.toPrecision(5)).toLocaleString("en") : String(one));
@@ -135,7 +134,7 @@
     document.getElementById("words").textContent = found.words;
     const place = document.querySelector('[data-chart="matrix"]');
     const chart = data.charts.matrix;
-    for (const key of ["evidence", "born", "rank"]) if (found[key]) chart.data[key] = found[key];
+    chart.data.rank = found.rank;
     if (window.vega) await draw(place);
   }
   if (chooser) {

@@ -15,46 +15,30 @@ matrix either keeps its component and starts the next, or drops it and freezes.
             otherwise merge (b, a) into (B, A), reset its optimizer state, start a new (b, a)
             p ← p + 1, t ← 0, no labels
     the run ends when every matrix is frozen
+
+The rule sees numbers and names only: no tensors, no optimizer, no processes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any
 
-from ..events import Event, EventKind
-from .rule import M, Matrices, Matrix, require_finite
+from .errors import NonFiniteError
+from .events import Event, EventKind
 
-
-@dataclass(frozen=True)
-class PaperSettings:
-    """The fields of `AromaConfig` that Algorithm 1 reads.
-
-    Args:
-        inner_tolerance: ε_in; None for no inner checks.
-        inner_check_interval: ΔT_in, in optimizer steps.
-        max_inner_steps: T_in, in optimizer steps.
-        outer_tolerance: ε_out; None to keep every component.
-        min_components: Number of components that a matrix keeps whatever (6) says.
-        max_components: Number of components at which a matrix freezes; None for no limit.
-        rewarmup_steps: Optimizer steps in which the learning rate climbs back after an outer step.
-    """
-
-    inner_tolerance: float | None
-    inner_check_interval: int
-    max_inner_steps: int
-    outer_tolerance: float | None
-    min_components: int
-    max_components: int | None
-    rewarmup_steps: int
+if TYPE_CHECKING:
+    from .matrices import GrowingMatrices, GrowingMatrix
+    from .tuner import AromaConfig
 
 
-class PaperRule(Generic[M]):
-    """Algorithm 1; a `GrowthRule`.
+class PaperRule:
+    """Algorithm 1.
 
     Args:
-        settings: The tolerances and lengths.
+        config: The tolerances and lengths.
+        max_inner_steps: T_in, in optimizer steps, which the configuration may leave open.
         matrices: The growing matrices. Those that came with components from an earlier run go on from them.
 
     Attributes:
@@ -62,17 +46,14 @@ class PaperRule(Generic[M]):
         inner_step: t, optimizer steps taken in this inner loop.
         outer_number: p, number of the current outer step.
         max_inner_steps: T_in.
-        tell: Called with events as they happen.
+        tell: Called with events as they happen, while matrices and counts are still those that they tell of.
     """
 
-    questions = 0
-    is_in_trial = False
-
-    def __init__(self, settings: PaperSettings, matrices: Matrices[M]) -> None:
-        self._settings = settings
+    def __init__(self, config: AromaConfig, max_inner_steps: int, matrices: GrowingMatrices) -> None:
+        self._config = config
         self._matrices = matrices
         self.tell: Callable[[Sequence[Event]], None] = lambda events: None
-        self.max_inner_steps = settings.max_inner_steps
+        self.max_inner_steps = max_inner_steps
         self.global_step = 0
         self.inner_step = 0
         self.outer_number = 1
@@ -93,9 +74,7 @@ class PaperRule(Generic[M]):
     def lr_factor(self) -> float:
         """Factor of the re-warm-up for the optimizer step about to be taken (Figure 2)."""
         return (
-            1.0
-            if self.finished
-            else rewarmup_factor(self.outer_number, self.inner_step, self._settings.rewarmup_steps)
+            1.0 if self.finished else rewarmup_factor(self.outer_number, self.inner_step, self._config.rewarmup_steps)
         )
 
     @property
@@ -116,7 +95,7 @@ class PaperRule(Generic[M]):
         full = sum(map(self._is_full, frozen))
         reasons = {
             "found the next component too small": len(frozen) - full,
-            f"have max_components={self._settings.max_components}": full,
+            f"have max_components={self._config.max_components}": full,
         }
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
         parts = [f"{len(frozen)} of {len(matrices)} matrices have finished" + (f" ({why})" if why else "")]
@@ -147,12 +126,12 @@ class PaperRule(Generic[M]):
         return events
 
     def _check_is_due(self) -> bool:
-        settings = self._settings
-        return settings.inner_tolerance is not None and self.inner_step % settings.inner_check_interval == 0
+        config = self._config
+        return config.inner_tolerance is not None and self.inner_step % config.inner_check_interval == 0
 
     def _inner_check(self) -> list[Event]:
         """Label the matrices whose component has stopped growing: equation (5)."""
-        tolerance = self._settings.inner_tolerance
+        tolerance = self._config.inner_tolerance
         assert tolerance is not None, "no inner check is due without a tolerance"
         active = self._matrices.active()
         norms, values = self._matrices.inner_values(active)
@@ -163,31 +142,6 @@ class PaperRule(Generic[M]):
         events = [self._event("checked", matrix, matrix.inner_value) for matrix in active]
         self.tell(events)
         return events
-
-    def hold_out(self, batches: int | None, *, decide: bool) -> None:
-        """Nothing is decided by examples."""
-
-    def held_out_duels(self, step: int) -> Sequence[int]:
-        """Return the numbers of the held-out batches to be asked: none."""
-        return ()
-
-    def duels(self, first_pass: int | None, *, held_out: bool) -> int:
-        """Return how many batches may bear components by evidence: none."""
-        return 0
-
-    def held_out_questions(self) -> Sequence[int]:
-        """Return the numbers of the held-out batches to be asked: none."""
-        return ()
-
-    def answer(self) -> list[Event]:
-        """Nothing was asked."""
-        return []
-
-    def give_up(self) -> None:
-        """Nothing was done."""
-
-    def skip_step(self) -> None:
-        """Nothing depends on how many steps are left."""
 
     def outer_step(self) -> list[Event]:
         """End the inner loop: keep or drop every component by equation (6), and start the next inner loop.
@@ -211,14 +165,14 @@ class PaperRule(Generic[M]):
         self._start_inner_loop()
         return events
 
-    def _keeps_component(self, matrix: M) -> bool:
+    def _keeps_component(self, matrix: GrowingMatrix) -> bool:
         """Whether (6) is not met, or may not decide."""
-        tolerance, value = self._settings.outer_tolerance, matrix.outer_value
-        if tolerance is None or value is None or matrix.component_count < self._settings.min_components:
+        tolerance, value = self._config.outer_tolerance, matrix.outer_value
+        if tolerance is None or value is None or matrix.component_count < self._config.min_components:
             return True
         return value >= tolerance
 
-    def _go_on(self, matrix: M, kept: bool) -> list[Event]:
+    def _go_on(self, matrix: GrowingMatrix, kept: bool) -> list[Event]:
         """Start the next component of a matrix, or freeze it."""
         events = [self._event("merged", matrix, matrix.outer_value)] if kept else []
         if kept and not self._is_full(matrix):
@@ -227,9 +181,9 @@ class PaperRule(Generic[M]):
         self._matrices.freeze(matrix)
         return [*events, self._event("frozen", matrix, matrix.outer_value)]
 
-    def _is_full(self, matrix: Matrix) -> bool:
+    def _is_full(self, matrix: GrowingMatrix) -> bool:
         """Whether it has `max_components` or more, as a loaded adapter may."""
-        most = self._settings.max_components
+        most = self._config.max_components
         return most is not None and matrix.component_count >= most
 
     def _start_inner_loop(self) -> None:
@@ -241,7 +195,7 @@ class PaperRule(Generic[M]):
 
     # Errors, events, state -------------------------------------------------------------------------------------------
 
-    def require_finite(self, matrices: Sequence[Matrix], norms: Sequence[float], check: str) -> None:
+    def require_finite(self, matrices: Sequence[GrowingMatrix], norms: Sequence[float], check: str) -> None:
         """Raise for the first component whose norm is not finite.
 
         Args:
@@ -252,11 +206,15 @@ class PaperRule(Generic[M]):
         Raises:
             NonFiniteError: Naming matrix, check and step.
         """
-        when = (
-            f"{check} check of optimizer step {self.global_step} (outer step {self.outer_number}, inner step "
-            f"{self.inner_step})"
-        )
-        require_finite(matrices, norms, "the component in training is", when, self._settings.inner_check_interval)
+        for matrix, norm in zip(matrices, norms, strict=True):
+            if not math.isfinite(norm):
+                raise NonFiniteError(
+                    f"{matrix.name}: the component in training is not finite (the norm is {norm}) at the {check} "
+                    f"check of optimizer step {self.global_step} (outer step {self.outer_number}, inner step "
+                    f"{self.inner_step}). Training stopped, and earlier checkpoints are untouched: resume from the "
+                    "last one with a lower learning rate, or look at the data of the last "
+                    f"{self._config.inner_check_interval} steps"
+                )
 
     def state(self) -> dict[str, Any]:
         """Return where the algorithm stands, JSON-able."""
@@ -274,7 +232,7 @@ class PaperRule(Generic[M]):
             setattr(self, name, state[name])
         self._earlier_outer_steps = state["earlier_outer_steps"]
 
-    def _event(self, kind: EventKind, matrix: M | None = None, value: float | None = None) -> Event:
+    def _event(self, kind: EventKind, matrix: GrowingMatrix | None = None, value: float | None = None) -> Event:
         return Event(
             kind=kind,
             step=self.global_step,

@@ -1,0 +1,208 @@
+"""Compressing a finished adapter by the examples of a file: plain PEFT in, plain PEFT out, without any extra."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from itertools import compress as chosen
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+from aroma.card import MODEL_CLASSES
+from aroma.errors import DataError, bad_value
+from aroma.evidence.checkup import Checkup, model_loss
+from aroma.evidence.checkups import require_standard_errors
+from aroma.evidence.compress import compress
+from aroma.evidence.schedule import FEWEST, WANTED
+from aroma.evidence.statistics import SIZES
+from aroma.export import base_of
+from aroma.files import read_tensors, write_json, write_tensors
+from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
+from aroma.pictures import kept_picture
+from aroma.saved import read_config
+
+from .language.data import NOT_LEARNED, encode_rows, load_examples
+from .language.model import load_for_inference, load_language_task, model_source, placed, positions_of, with_adapter
+from .preflight import require_model
+from .progress import Progress
+from .specs import ModelSpec
+from .tasks.data import checked_values, named_labels
+from .tasks.saved import known_by_base, open_classifier
+from .tasks.sources import read_file
+from .tasks.spec import Layout, common_layouts
+from .tasks.task import TASK_FILE, Task, load_task, save_task
+
+REPORT, PICTURE, WEIGHTS = "compression.json", "ranks.png", "adapter_model.safetensors"
+_TOKENS = 1024
+"""Most tokens of a language model's example where nothing says it: the default of TRL's SFTTrainer."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person may choose; None: as in training, or what the adapter and its data tell."""
+
+    base: str | None = None
+    standard_errors: float = 0.0
+    batch_size: int | None = None
+    max_length: int | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+
+
+class _Asked(NamedTuple):
+    """A model with its adapter, the batches that it is asked, a classifier's task, and what became of texts."""
+
+    model: Any
+    batches: list[Any]
+    task: Task | None = None
+    note: str = ""
+
+
+def compress_adapter(
+    folder: Path, data: str, out: str | os.PathLike[str], want: Wishes, progress: Progress
+) -> dict[str, Any]:
+    """Compress the adapter in `folder` by the examples of a file into the new folder `out`, and return the report.
+
+    Raises:
+        AromaError: It is no LoRA adapter of a classifier or causal language model, is damaged, or lacks its base
+            model; the data cannot be used, or are too few; or `out` is not empty, or cannot be written.
+    """
+    require_standard_errors(want.standard_errors)
+    target, config, weights = require_new_folder("--out", out), read_config(folder), folder / WEIGHTS
+    if config["peft_type"] != "LORA":
+        raise bad_value("peft_type", config["peft_type"], f"{folder} is no LoRA adapter; give one of those")
+    types = {name: tensor.dtype for name, tensor in read_tensors(weights).items()}
+    asked = (_language if _speaks(folder, config) else _classifier)(folder, config, data, want)
+    with progress("asking held-out examples", len(asked.batches) * (SIZES + 2)) as advance:
+
+        def loss(model: Any, batch: Any) -> Any:
+            advance(1)
+            return model_loss(model, batch)
+
+        found = compress(asked.model, asked.batches, standard_errors=want.standard_errors, loss=loss).checkup
+    with filled_at_once(target, weights.stat().st_size) as staging:
+        asked.model.save_pretrained(staging)
+        kept = read_tensors(staging / WEIGHTS)  # PEFT computes in float32 what may be stored in fewer bits
+        write_tensors(
+            staging / WEIGHTS, {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in kept.items()}
+        )
+        copy_files([folder], staging, (*TOKENIZER_FILES, TASK_FILE))
+        if asked.task is not None and not (staging / TASK_FILE).exists():
+            save_task(asked.task, staging)
+        told = {"adapter": str(folder), "data": data, "standard_errors": want.standard_errors}
+        sizes = {"before": weights.stat().st_size, "after": (staging / WEIGHTS).stat().st_size}
+        report = {**told, "bytes": sizes, **_report(asked, found)}
+        write_json(staging / REPORT, report)
+        if find_spec("matplotlib") and find_spec("PIL"):
+            pairs = {name: (max(before), max(found.ranks[name])) for name, before in found.ranks_before.items()}
+            kept_picture(pairs, staging / PICTURE, f"{found.kept} of {found.total_before} directions stay")
+    return report
+
+
+def split_evenly(examples: Sequence[Any], most: int) -> list[list[Any]]:
+    """Return examples, shuffled with seed 0, in 16 parts or more, each of at most `most`, that differ by one at most.
+
+    Fewer than 16 examples are a part each.
+    """
+    shuffled = random.Random(0).sample(examples, len(examples))
+    count = min(len(examples), max(WANTED, -(-len(examples) // most)))
+    return [shuffled[start::count] for start in range(count)]
+
+
+def _speaks(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether an adapter is a language model's; ConfigError if it is not a classifier's either."""
+    mapped = (config.get("auto_mapping") or {}).get("base_model_class")
+    named = str(MODEL_CLASSES.get(config.get("task_type") or "", mapped))
+    if named.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
+        return not named.endswith("ForSequenceClassification")
+    remedy = f"{folder} must be of a classifier or regression (SEQ_CLS), or of a causal language model (CAUSAL_LM)"
+    raise bad_value("task_type", config.get("task_type"), f"{remedy}; for others, aroma.compress(model, batches)")
+
+
+def _base_name(name: str | None) -> str:
+    if not name:
+        raise bad_value("--base", name, "the adapter does not name its base model; give its folder or hub name")
+    require_model("--base", name)
+    return name
+
+
+def _batches(data: str, rows: Mapping[str, Sequence[Any]], collate: Callable[[Any], Any], most: int) -> list[Any]:
+    examples = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    if len(examples) < FEWEST:
+        remedy = f"{len(examples)} examples cannot tell savings from noise; give a file of {FEWEST} at the very least"
+        raise bad_value("--data", data, remedy, DataError)
+    if most < 1:
+        raise bad_value("--batch-size", most, "give 1 or more")
+    return [collate(some) for some in split_evenly(examples, most)]
+
+
+def _classifier(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Asked:
+    name = _base_name(want.base or config.get("base_model_name_or_path"))
+    layouts = common_layouts(want.text, want.text_pair, want.label)
+    if (folder / TASK_FILE).exists():
+        known = load_task(folder)
+        layouts = [Layout(want.text or known.text, want.text_pair or known.text_pair, want.label or known.label)]
+    index, columns = read_file("--data", data, [one.columns() for one in layouts])
+    layout, adapter = layouts[index], known_by_base(folder, want.base)
+    saved = open_classifier(
+        folder, adapter=adapter, base_model=want.base, max_length=want.max_length, **asdict(layout)
+    )
+    if saved.is_multi_label:
+        raise bad_value("adapter", str(folder), "an example has several labels; use aroma.compress(model, batches)")
+    task, tokenizer = saved.task, saved.tokenizer
+    columns[layout.label] = named_labels(columns[layout.label], task.label_names)
+    values = checked_values("--data", layout, columns, task.label_names)
+    encoded = tokenizer(values["text"], values.get("pair"), truncation=True, max_length=task.max_length)
+    rows = {**encoded, "labels": values["labels"]}
+    batches = _batches(data, rows, DataCollatorWithPadding(tokenizer), want.batch_size or 16)
+    base = base_of(adapter, want.base)
+    base.config.pad_token_id = tokenizer.pad_token_id  # of decoders, which pool at the last other token
+    return _Asked(placed(with_adapter(base, folder, ModelSpec(name))), batches, task)
+
+
+def _language(folder: Path, config: Mapping[str, Any], data: str, want: Wishes) -> _Asked:
+    task = load_language_task(folder)
+    spec = task.model if want.base is None else ModelSpec(want.base)
+    _base_name(spec.name)
+    examples = load_examples("--data", data, task.language)
+    known = AutoConfig.from_pretrained(model_source(spec))
+    length = want.max_length or task.max_length or min(_TOKENS, positions_of(known) or _TOKENS)
+    is_free = not (folder / TASK_FILE).exists() and torch.accelerator.is_available()
+    halved = is_free and known.dtype in (torch.float16, torch.bfloat16)
+    model, template = load_for_inference(folder, want.base, "bfloat16" if halved else None)
+    rows, encoded = encode_rows(examples, template, length, "--data")
+    learned = [{*labels} != {NOT_LEARNED} for labels in rows["labels"]]  # of a single token nothing is
+    rows = {name: [*chosen(values, learned)] for name, values in rows.items()}
+    template.tokenizer.padding_side = "right"  # where no token sees it
+    collate = DataCollatorForSeq2Seq(template.tokenizer, label_pad_token_id=NOT_LEARNED)
+    return _Asked(model, _batches(data, rows, collate, want.batch_size or 8), note=str(encoded))
+
+
+def _report(asked: _Asked, found: Checkup) -> dict[str, Any]:
+    return {
+        "examples": sum(len(batch["labels"]) for batch in asked.batches),
+        "batches": len(asked.batches),
+        "held_out_loss": {"base": found.loss_of_base, "adapter": found.loss_before, "compressed": found.loss},
+        "against_adapter": {"saves": found.gains, "standard_error": found.gains_error},
+        "against_base": {"saves": found.saves, "standard_error": found.standard_error},
+        "ranks": {"before": _totals(found.ranks_before), "after": _totals(found.ranks)},
+        "kept_at_one_standard_error": found.smaller,
+        "says": str(found),
+        "matrices": {name: {"before": old, "after": found.ranks[name]} for name, old in found.ranks_before.items()},
+        "loss_by_directions": dict(zip(map(str, found.sizes), found.losses, strict=True)),
+        "note": asked.note,
+        "versions": {name: metadata.version(name) for name in ("aroma-peft", "torch", "transformers", "peft")},
+    }
+
+
+def _totals(ranks: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    every = [rank for some in ranks.values() for rank in some]
+    return {"largest": max(every), "mean": sum(every) / len(every), "total": sum(every)}

@@ -1,0 +1,515 @@
+"""Evidence on PEFT's own LoRA: what is read from gradients, what goes, what stays, and that a question leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from aroma.errors import AromaWarning, CheckpointError, ConfigError, NonFiniteError
+from aroma.evidence.checkups import Checkups
+from aroma.evidence.compact import compact
+from aroma.evidence.compress import compress
+from aroma.evidence.schedule import HeldOut, effort, moments
+from aroma.evidence.statistics import fewest, ordered, sizes_to_measure, t_values
+from aroma.evidence.updates import Updates
+
+WIDTH, R = 12, 4
+
+
+class Experts(nn.Module):
+    """Three experts whose matrices are one parameter, each for every third example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, WIDTH, WIDTH) / math.sqrt(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,boi->bo", x, self.weight[torch.arange(len(x)) % 3])
+
+
+class Net(nn.Module):
+    """One layer of the kind that is asked for, between two others: tokens or numbers in, numbers out."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first = nn.Embedding(20, WIDTH) if kind == "embedding" else nn.Linear(WIDTH, WIDTH)
+        makers: dict[str, Callable[[], nn.Module]] = {
+            "conv1d": lambda: Conv1D(WIDTH, WIDTH),
+            "conv2d": lambda: nn.Conv2d(WIDTH, WIDTH, (1, 3), padding=(0, 1)),
+            "experts": Experts,
+        }
+        self.middle = makers.get(kind, lambda: nn.Linear(WIDTH, WIDTH))()
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = self.middle(h[:, :, None, None])[..., 0, 0] if self.kind == "conv2d" else self.middle(h)
+        return self.last(self.drop(h))
+
+
+def targets(kind: str) -> dict[str, Any]:
+    if kind == "experts":
+        return {"target_modules": ["first"], "target_parameters": ["middle.weight"]}
+    return {"target_modules": ["first", "middle"]}
+
+
+KINDS = {
+    "linear": {},
+    "conv1d": {},
+    "conv2d": {},
+    "embedding": {},
+    "experts": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "rank_pattern": {"rank_pattern": {"middle": 2}, "alpha_pattern": {"middle": 3}},
+}
+
+
+def adapted(kind: str = "linear", seed: int = 0, start: bool = False, **options: Any) -> Any:
+    """A model whose updates are not zero, unless it is to be as LoRA starts it."""
+    torch.manual_seed(seed)
+    settings = {"r": R, "lora_alpha": 6, **targets(kind), **KINDS.get(kind, {}), **options}
+    model = get_peft_model(Net(kind), LoraConfig(**settings)).double()
+    if not start:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "embedding_A" in name:
+                nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def batches(kind: str = "linear", count: int = 9, size: int = 6, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def inputs() -> Tensor:
+        if kind == "embedding":
+            return torch.randint(0, 20, (size,), generator=generator)
+        return torch.randn(size, WIDTH, generator=generator, dtype=torch.float64)
+
+    return [(inputs(), torch.randn(size, WIDTH, generator=generator, dtype=torch.float64)) for _ in range(count)]
+
+
+def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+def asked(model: nn.Module, given: list[Any]) -> list[Callable[[], Tensor]]:
+    return [lambda batch=batch: squares(model, batch) for batch in given]
+
+
+def all_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# What is read ---------------------------------------------------------------------------------------------------------
+
+
+def test_credits_are_those_of_dense_matrices() -> None:
+    """The oracle: W + ½ s B A as one matrix, its gradient by autograd, and every direction's share of it."""
+    model = adapted()
+    updates = Updates(model)
+    updates.to_singular_directions()
+    given = batches()
+    credits = updates.credits(asked(model, given))
+
+    dense = copy.deepcopy(model.base_model.model).eval()
+    weights = {}
+    for name in ("first", "middle"):
+        layer = getattr(dense, name)
+        plain = layer.get_base_layer()
+        weights[name] = (plain.weight + 0.5 * layer.get_delta_weight("default")).detach().requires_grad_(True)
+        setattr(dense, name, plain)
+    for row, (x, y) in enumerate(given):
+        hidden = torch.tanh(nn.functional.linear(x, weights["first"], dense.first.bias))
+        out = dense.last(nn.functional.linear(hidden, weights["middle"], dense.middle.bias))
+        gradients = torch.autograd.grad((out - y).square().mean(), [*weights.values()])
+        expected = []
+        for name, gradient in zip(weights, gradients, strict=True):
+            layer = getattr(model.base_model.model, name)
+            U, sigma, Vh = torch.linalg.svd(layer.get_delta_weight("default"))
+            expected.append(-torch.einsum("mk,mn,kn,k->k", U, gradient, Vh, sigma)[:R])
+        torch.testing.assert_close(credits[row], torch.cat(expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
+def test_credits_sum_to_the_measured_loss_where_it_is_quadratic(kind: str) -> None:
+    """One adapted layer below linear ones and a squared loss: the midpoint rule is exact."""
+    only = {"embedding": ["first"], "experts": []}.get(kind, ["middle"])
+    model = adapted(kind, target_modules=only)
+    if kind == "embedding":
+        model.base_model.model.forward = lambda x: model.base_model.model.last(model.base_model.model.first(x))
+    updates, given = Updates(model), batches(kind)
+    alive = updates.to_singular_directions() > 0
+    credits = updates.credits(asked(model, given)).sum(1)
+    with_all, without = (updates.losses(asked(model, given), kept) for kept in (alive, alive & False))
+    torch.testing.assert_close(credits, without - with_all, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_singular_directions_compute_the_same(kind: str) -> None:
+    model, given = adapted(kind).eval(), batches(kind)
+    before = [model(x) for x, _ in given]
+    sigma = Updates(model).to_singular_directions()
+    for (x, _), expected in zip(given, before, strict=True):
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-11)
+    layer = model.base_model.model.first
+    expected = torch.linalg.svdvals(layer.get_delta_weight("default"))[:R]
+    torch.testing.assert_close(sigma[:R], expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_direction_that_goes_stays_zero(kind: str) -> None:
+    """Both its gradients are zero, so neither AdamW nor its decay moves it, and the others train on."""
+    model, given = adapted(kind), batches(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    squares(model, given[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    updates = Updates(model, optimizer)
+    alive = updates.to_singular_directions() > 0
+    kept = alive.clone()
+    kept[1::2] = False
+    updates.cut(kept)
+    assert not any(parameter in optimizer.state for update in updates.each for parameter in update.pair)
+    gone = [(update.rows(update.pair[0]).any(2), update.columns(update.pair[1]).any(1)) for update in updates.each]
+    assert all(torch.equal(A, B) for A, B in gone)
+    before = all_parameters(model)
+    for batch in given:
+        squares(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = [(update.rows(update.pair[0]).any(2), update.columns(update.pair[1]).any(1)) for update in updates.each]
+    assert all(torch.equal(A, before_A) for (A, _), (before_A, _) in zip(after, gone, strict=True))
+    assert all(torch.equal(B, before_B) for (_, B), (_, before_B) in zip(after, gone, strict=True))
+    assert any(not torch.equal(value, before[name]) for name, value in all_parameters(model).items())
+
+
+def test_a_question_leaves_no_trace() -> None:
+    model, given = adapted(start=True), batches()
+    for parameter in model.base_model.model.last.parameters():
+        parameter.requires_grad_(True)
+    squares(model, given[0]).backward()
+    model.train()
+    model.base_model.model.drop.eval()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    random, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    updates = Updates(model)
+    updates.to_singular_directions()
+    before = all_parameters(model)
+    updates.credits(asked(model, given))
+    updates.losses(asked(model, given), torch.zeros(2 * R, dtype=torch.bool))
+    assert {name: p.grad for name, p in model.named_parameters() if p.grad is not None}.keys() == gradients.keys()
+    assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if n in gradients)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in all_parameters(model).items())
+
+
+def test_a_question_that_fails_leaves_no_trace_either() -> None:
+    model = adapted()
+    updates = Updates(model)
+    updates.to_singular_directions()
+    before = all_parameters(model)
+
+    def fails() -> Tensor:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        updates.credits([fails])
+    assert all(torch.equal(value, before[name]) for name, value in all_parameters(model).items())
+
+
+def test_dropout_of_the_training_is_off_in_a_question() -> None:
+    model, given = adapted(lora_dropout=0.5).train(), batches()
+    updates = Updates(model)
+    updates.to_singular_directions()
+    one, other = (updates.credits(asked(model, given)) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_bf16_adapters_keep_their_dtype_and_almost_their_function() -> None:
+    model = adapted().bfloat16().eval()
+    given = [(x.bfloat16(), y.bfloat16()) for x, y in batches()]
+    before = torch.cat([model(x) for x, _ in given]).float()
+    updates = Updates(model)
+    updates.to_singular_directions()
+    assert {parameter.dtype for update in updates.each for parameter in update.pair} == {torch.bfloat16}
+    after = torch.cat([model(x) for x, _ in given]).float()
+    assert (after - before).norm() < 0.02 * before.norm()
+
+
+# What goes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compact_computes_the_same_and_reloads_in_plain_peft(kind: str, tmp_path: Path) -> None:
+    model, given = adapted(kind).eval(), batches(kind)
+    updates = Updates(model, None)
+    alive = updates.to_singular_directions() > 0
+    kept = alive.clone()
+    kept[: R - 1] = False  # of the first layer one direction stays
+    updates.cut(kept)
+    expected = [model(x) for x, _ in given]
+    ranks = compact(model)
+    assert ranks["first"] == 1
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Net(kind), tmp_path).double().eval()
+    for (x, _), whole in zip(given, expected, strict=True):
+        torch.testing.assert_close(model(x), whole, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(again(x), whole, rtol=1e-5, atol=1e-5)
+    saved = again.peft_config["default"]
+    assert saved.peft_type == "LORA"
+    assert saved.r == saved.lora_alpha == min(ranks.values())
+    assert not saved.use_rslora
+
+
+def test_a_matrix_without_directions_is_adapted_no_more(tmp_path: Path) -> None:
+    model, given = adapted().eval(), batches()
+    updates = Updates(model)
+    kept = updates.to_singular_directions() > 0
+    kept[:R] = False
+    updates.cut(kept)
+    expected = model(given[0][0])
+    assert compact(model) == {"middle": R}
+    torch.testing.assert_close(model(given[0][0]), expected)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Net("linear"), tmp_path)
+    assert [name for name, _ in again.named_modules() if name.endswith("lora_A")] == ["base_model.model.middle.lora_A"]
+
+
+def test_an_adapter_that_keeps_nothing_still_loads(tmp_path: Path) -> None:
+    model, (x, _) = adapted().eval(), batches()[0]
+    updates = Updates(model)
+    updates.cut(updates.to_singular_directions() < 0)
+    assert compact(model) == {"first": 1}
+    with model.disable_adapter():
+        expected = model(x)
+    torch.testing.assert_close(model(x), expected)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    PeftModel.from_pretrained(Net("linear"), tmp_path)
+
+
+def test_only_the_active_adapter_is_asked_and_cut() -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["middle"]))
+    model.set_adapter("other")
+    nn.init.normal_(model.base_model.model.middle.lora_B["other"].weight)
+    before = {name: value for name, value in all_parameters(model).items() if ".default." in name}
+    updates = Updates(model)
+    assert [update.name for update in updates.each] == ["middle"]
+    updates.cut(torch.tensor([True, False, False]) & (updates.to_singular_directions() > 0))
+    assert compact(model) == {"middle": 1}
+    after = all_parameters(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.peft_config["default"].r == R
+
+
+def test_trained_heads_are_left_alone() -> None:
+    model = adapted(modules_to_save=["last"])
+    before = all_parameters(model)
+    compress(model, batches(), loss=squares)
+    head = [name for name in before if "modules_to_save" in name]
+    assert head
+    assert all(torch.equal(dict(model.named_parameters())[name], before[name]) for name in head)
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def test_t_values() -> None:
+    credits = torch.tensor([[1.0, 0.0, -1.0], [3.0, 0.0, -1.5]], dtype=torch.float64)
+    assert t_values(credits).tolist() == pytest.approx([2.0, 0.0, -5.0])
+    with pytest.raises(NonFiniteError, match="not finite"):
+        t_values(torch.tensor([[1.0], [math.nan]]))
+
+
+def test_the_order_leaves_out_what_does_not_exist() -> None:
+    scores = torch.tensor([0.5, 3.0, 1.0, 2.0])
+    assert ordered(scores, torch.tensor([True, False, True, True])).tolist() == [3, 2, 0]
+
+
+def test_the_fewest_within_some_standard_errors_of_the_least_loss() -> None:
+    losses = torch.tensor([[2.0, 2.2, 1.8], [1.1, 1.5, 1.0], [1.0, 1.2, 1.1], [1.3, 1.2, 1.4]], dtype=torch.float64)
+    assert fewest(losses, 0.0) == 2
+    assert fewest(losses, 1.0) == 1
+    assert fewest(losses, 10.0) == 0
+    assert fewest(torch.ones(3, 4), 0.0) == 0, "of equal losses the smallest adapter"
+    with pytest.raises(NonFiniteError, match="not finite"):
+        fewest(torch.tensor([[1.0, math.inf], [1.0, 2.0]]), 0.0)
+
+
+@pytest.mark.parametrize("directions", [0, 1, 5, 576])
+def test_sizes_go_from_none_to_all(directions: int) -> None:
+    sizes = sizes_to_measure(directions)
+    assert sizes[0] == 0
+    assert sizes[-1] == directions
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) <= 13
+
+
+# When, and how much ----------------------------------------------------------------------------------------------------
+
+
+def test_moments() -> None:
+    assert moments((0.6, 0.2), 100) == [20, 60]
+    assert moments([1.0], 7) == [7]
+    for bad in ([], [0.0], [1.5], ["a"], 0.0):
+        with pytest.raises(ConfigError, match="at="):
+            moments(bad, 100)
+    with pytest.raises(ConfigError, match="train longer"):
+        moments((0.2, 0.21), 10)
+
+
+def test_held_out_batches_come_once_before_any_comes_again() -> None:
+    held_out = HeldOut([*"abcdefgh"], seed=3)
+    taken = held_out.take(5) + held_out.take(11)
+    assert sorted(taken[:8]) == sorted(taken[8:]) == [*"abcdefgh"]
+    assert taken[:8] != taken[8:]
+    again = HeldOut([*"abcdefgh"], seed=3)
+    again.taken = 5
+    assert again.take(11) == taken[5:]
+    with pytest.raises(ConfigError, match="held_out='7 batches': 8 are needed"):
+        HeldOut([*"abcdefg"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "there", "cost"), [(1500, 3, 37, 0.25), (1500, 1, 400, 1.0), (9000, 3, 64, 1.0)]
+)
+def test_all_questions_cost_twelve_percent_of_the_steps_at_most(
+    steps: int, count: int, there: int, cost: float
+) -> None:
+    asks = effort(steps, count, there, cost)
+    assert min(asks.questions, asks.measured) >= 8
+    assert max(asks.questions, asks.measured) <= there
+    assert count * cost * (asks.questions + 12 * asks.measured / 2) <= 0.12 * steps
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+def run(model: Any, steps: int = 30, until: int | None = None, state: Any = None, **options: Any) -> Any:
+    """A loop; with `state`, of model, optimizer and checkups, it goes on from there."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    options = {"at": (0.2, 0.6), "loss": squares, **options}
+    checkups = Checkups(model, optimizer, steps, batches(count=10), **options)
+    if state is not None:
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+        checkups.load_state_dict(state[2])
+    torch.manual_seed(checkups.global_step)
+    for step in range(checkups.global_step, steps if until is None else until):
+        torch.manual_seed(step)
+        squares(model, batches(seed=100 + step, count=1)[0]).backward()
+        optimizer.step()
+        checkups.step()
+        optimizer.zero_grad()
+    state = [copy.deepcopy(one.state_dict()) for one in (model, optimizer, checkups)]
+    return checkups, state
+
+
+@pytest.mark.parametrize("until", [3, 6, 12, 18, 25])
+def test_a_resumed_run_ends_like_one_that_was_not(until: int) -> None:
+    whole, ended = run(adapted(start=True))
+    _, saved = run(adapted(start=True), until=until)
+    resumed, again = run(adapted(seed=5, start=True), state=saved)
+    assert [one.as_dict() for one in resumed.history] == [one.as_dict() for one in whole.history]
+    assert all(torch.equal(value, ended[0][name]) for name, value in again[0].items())
+
+
+def test_a_state_of_another_run_is_refused() -> None:
+    _, (*_, state) = run(adapted(start=True), until=10)
+    checkups, _ = run(adapted(start=True), until=0)
+    with pytest.raises(CheckpointError, match="no state of Checkups"):
+        checkups.load_state_dict({"step": 3})
+    with pytest.raises(CheckpointError, match="the run began with 11 batches"):
+        checkups.load_state_dict({**state, "batches": 11})
+
+
+def test_a_checkup_tells() -> None:
+    told: list[Any] = []
+    model = adapted(start=True)
+    checkups, _ = run(model, on_event=told.append)
+    assert [one.step for one in told] == [6, 18]
+    assert told == checkups.history
+    last = told[-1]
+    assert last.kept == sum(map(sum, last.ranks.values()))
+    assert str(last.kept) in checkups.explanation()
+    assert last.loss == min(last.losses)
+    assert last.total_before == told[0].kept
+
+
+def test_it_says_that_a_larger_r_would_be_used_and_what_cannot_be_told_from_noise() -> None:
+    teacher = adapted()
+    given = [(x, teacher.eval()(x).detach()) for x, _ in batches(count=20)]
+    found = compress(teacher, given, loss=squares).checkup
+    assert "2 of 2 matrices kept all 4 directions: a larger r would be used" in str(found)
+    noise = compress(adapted(start=True), batches(count=20), loss=squares).checkup
+    assert "cannot be told from noise" in str(noise)
+    assert noise.kept == 0
+
+
+def test_compress_leaves_the_base_of_a_loaded_adapter_frozen(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(Net("linear"), tmp_path).double()
+    found = compress(model, batches(), loss=squares)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert found.parameters <= found.parameters_before == 2 * 2 * R * WIDTH
+    with pytest.raises(ConfigError, match="standard_errors"):
+        compress(model, batches(), loss=squares, standard_errors=-1)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "it changes the base weights"),
+        ({"lora_bias": True}, "a bias is no direction"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Updates(adapted(start=True, **options))
+
+
+def test_a_model_without_one_active_lora_adapter_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs one active LoRA adapter"):
+        Updates(Net("linear"))
+
+
+def test_a_layer_whose_update_is_no_product_is_left_alone_with_a_warning() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.add_module("plain", nn.Conv2d(4, 4, 1))
+    net.add_module("grouped", nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.warns(UserWarning, match="groups"):
+        model = get_peft_model(net, LoraConfig(r=2, target_modules=["plain", "grouped"]))
+    with pytest.warns(AromaWarning, match="1 adapted layers are left alone.*: grouped"):
+        assert [update.name for update in Updates(model).each] == ["plain"]
+
+
+@pytest.mark.parametrize("loss", [lambda model, batch: 1.0, lambda model, batch: model(batch[0])])
+def test_a_loss_that_is_no_number_is_refused(loss: Any) -> None:
+    with pytest.raises(ConfigError, match="must return one number"):
+        compress(adapted(), batches(), loss=loss)
+
+
+def test_a_model_that_returns_no_loss_asks_for_one() -> None:
+    with pytest.raises(ConfigError, match="give loss="):
+        compress(adapted(), [x for x, _ in batches()])
