@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from tiny_lm import save_tiny_lm, tiny_tokenizer
 
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 LAYERS = ["query", "value", "intermediate.dense"]
-SOUNDS = {"apple": "a", "bird": "b", "door": "d", "fish": "f", "grass": "g", "house": "h"}
+LETTERS = ["a", "b", "d", "f", "g", "h"]
 
 
 def train(model: Any, batches: list[Any], steps: int, rate: float = 1e-2) -> Any:
@@ -111,7 +110,7 @@ def test_a_classifier_of_plain_peft_gets_smaller_and_no_worse(
     assert min(report[f"against_{other}"]["standard_error"] for other in ("adapter", "base")) > 0
     assert report["bytes"]["before"] == (home / "adapter" / "adapter_model.safetensors").stat().st_size
     assert report["bytes"]["after"] == (out / "adapter_model.safetensors").stat().st_size < report["bytes"]["before"]
-    assert {*report["versions"]} == {"aroma", "torch", "transformers", "peft"}
+    assert {*report["versions"]} == {"aroma-peft", "torch", "transformers", "peft"}
 
     said = capsys.readouterr().out
     for words in ("held-out loss", f"{losses['compressed']:.4f}", "largest rank", "standard error", str(out)):
@@ -126,7 +125,11 @@ def test_a_classifier_of_plain_peft_gets_smaller_and_no_worse(
     base = AutoModelForSequenceClassification.from_pretrained(home / "base")
     reloaded, batch = PeftModel.from_pretrained(base, out).eval(), torch.arange(5, 25).view(2, 10)
     torch.testing.assert_close(reloaded(batch).logits, models[0](batch).logits, rtol=1e-5, atol=1e-5)
-    kept = {name: tensor.shape[0] for name, tensor in load_file(out / "adapter_model.safetensors").items() if "lora_A" in name}
+    kept = {
+        name: tensor.shape[0]
+        for name, tensor in load_file(out / "adapter_model.safetensors").items()
+        if "lora_A" in name
+    }
     assert sum(kept.values()) == ranks["after"]["total"]
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(home / "base")
 
@@ -134,3 +137,276 @@ def test_a_classifier_of_plain_peft_gets_smaller_and_no_worse(
     assert again["ranks"]["after"]["total"] == report["kept_at_one_standard_error"]
     assert main(["inspect", str(out)]) == 0
     assert main(["eval", str(out), "--data", str(home / "held-out.jsonl")]) == 0
+
+
+def test_a_regression_of_plain_peft_with_a_tokenizer_of_its_base(home: Path, tmp_path: Path) -> None:
+    adapter = classifier(
+        home / "base", tmp_path / "adapter", lambda row: float(row["score"]), num_labels=1, problem_type="regression"
+    )
+    data = tmp_path / "held-out.csv"
+    rows = [f"{row['text']},{row['score']}" for row in sentences(80, seed=7)]
+    data.write_text("\n".join(["sentence,score", *rows]) + "\n")
+    report = run(adapter, data, tmp_path / "out")
+    assert (
+        report["held_out_loss"]["compressed"] <= report["held_out_loss"]["adapter"] < report["held_out_loss"]["base"]
+    )
+    assert load_task(tmp_path / "out") == Task("regression", None, "sentence", None, "score", 32)
+
+
+def test_a_saved_task_names_the_columns_and_dora_is_lora_too(home: Path, tmp_path: Path) -> None:
+    adapter = classifier(home / "base", tmp_path / "adapter", number_of, use_dora=True, use_rslora=True)
+    save_task(Task("classification", ("low", "high"), "said", "also", "kind", 12), adapter)
+    names = {"text": "said", "label": "kind"}
+    rows = [
+        {names.get(key, key): value for key, value in row.items()} | {"also": "w1"} for row in sentences(24, seed=7)
+    ]
+    report = run(adapter, write_json_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out", "--batch-size", "1")
+    assert (report["examples"], report["batches"]) == (24, 24)
+    assert (tmp_path / "out" / "aroma_task.json").read_bytes() == (adapter / "aroma_task.json").read_bytes()
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    config = PeftModel.from_pretrained(base, tmp_path / "out").peft_config["default"]
+    assert config.use_dora
+    assert not config.use_rslora
+
+
+def test_an_adapter_in_few_bits_stays_in_few_bits(home: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    PeftModel.from_pretrained(base, home / "adapter", autocast_adapter_dtype=False).bfloat16().save_pretrained(adapter)
+    run(adapter, home / "held-out.jsonl", tmp_path / "out", "--base", str(home / "base"))
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+# Language models -----------------------------------------------------------------------------------------------------
+
+
+def chats(wrong: int = 0) -> list[dict[str, object]]:
+    """Questions whose answer is always apple; of ten answers `wrong` are bird."""
+    rows: list[dict[str, object]] = []
+    for number in range(72):
+        answer = "bird" if number * 7 % 10 < wrong else "apple"
+        question = f"a word that begins with {LETTERS[number % 6]}" + " ?" * (number // 6)
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model and an adapter of plain PEFT that answers chats, trained by responses alone."""
+    folder = tmp_path_factory.mktemp("speaker")
+    base, tokenizer = save_tiny_lm(folder / "base"), tiny_tokenizer()
+    turns: list[Any] = [row["messages"] for row in chats(wrong=3)]
+    asked = [tokenizer.apply_chat_template(some[:1], tokenize=False, add_generation_prompt=True) for some in turns]
+    whole = [tokenizer.apply_chat_template(some, tokenize=False) for some in turns]
+    batch = tokenizer(whole, padding=True, return_tensors="pt", add_special_tokens=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, prompt in zip(labels, tokenizer(asked, add_special_tokens=False)["input_ids"], strict=True):
+        row[: len(prompt)] = -100
+    config = LoraConfig(**LORA, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    train(model, [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}], 25)
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def test_a_language_model_learns_to_be_smaller_from_chats(
+    speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, asked = contents(speaker / "adapter"), []
+
+    def keeping(model: Any, batches: list[Any], **options: Any) -> Any:
+        asked.extend(batches)
+        return compress(model, batches, **options)
+
+    monkeypatch.setattr(compressing, "compress", keeping)
+    data, out = write_json_lines(tmp_path / "chats.jsonl", chats()), tmp_path / "out"
+    report = run(speaker / "adapter", data, out)
+    assert contents(speaker / "adapter") == before
+    assert report["held_out_loss"]["compressed"] <= report["held_out_loss"]["adapter"]
+    assert report["held_out_loss"]["adapter"] < report["held_out_loss"]["base"] - 1
+    assert report["ranks"]["after"]["total"] < report["ranks"]["before"]["total"]
+    assert "72 examples make 72 rows" in report["note"]
+
+    tokenizer = tiny_tokenizer()
+    learned = [row[row != -100] for batch in asked for row in batch["labels"]]
+    assert {tokenizer.decode(row[:1]) for row in learned} == {"apple"}, (
+        "the loss is of responses alone, as in training"
+    )
+    assert {len(row) for row in learned} == {2}, "and of their end"
+    assert {len(batch["labels"]) for batch in asked} == {4, 5}
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(speaker / "base"), out).eval()
+    with torch.no_grad():
+        loss = torch.stack([model_loss(model, batch) for batch in asked]).mean()
+    assert float(loss) == pytest.approx(report["held_out_loss"]["compressed"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "the correct answer to the question is a word"},
+        {"instruction": "a word that begins with a", "output": "apple"},
+    ],
+    ids=["plain text", "instructions"],
+)
+def test_plain_text_and_instructions_are_asked_too(speaker: Path, tmp_path: Path, row: dict[str, object]) -> None:
+    rows = [{key: f"{value} {noun}" for key, value in row.items()} for noun in LETTERS * 3]
+    rows.append(dict.fromkeys(row, "") | ({"text": "apple"} if "text" in row else {"instruction": "a"}))
+    data = write_json_lines(tmp_path / "rows.jsonl", rows)
+    report = run(speaker / "adapter", data, tmp_path / "out", "--base", str(speaker / "base"))
+    assert report["examples"] == (19 if "text" in row else 18), "an empty response says nothing"
+    assert report["held_out_loss"]["compressed"] <= report["held_out_loss"]["adapter"]
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def few(home: Path, folder: Path) -> list[str]:
+    data = write_json_lines(folder / "few.jsonl", sentences(7, seed=7))
+    return [str(home / "adapter"), "--data", str(data)]
+
+
+def other_columns(home: Path, folder: Path) -> list[str]:
+    data = write_json_lines(folder / "rows.jsonl", [{"said": "w1", "label": "low"}] * 20)
+    return [str(home / "adapter"), "--data", str(data)]
+
+
+def other_labels(home: Path, folder: Path) -> list[str]:
+    data = write_json_lines(folder / "rows.jsonl", [{"text": "w1", "label": "medium"}] * 20)
+    return [str(home / "adapter"), "--data", str(data)]
+
+
+def another_method(home: Path, folder: Path) -> list[str]:
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base")
+    config = IA3Config(target_modules=["key"], feedforward_modules=[], task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained(folder / "ia3")
+    return [str(folder / "ia3"), "--data", str(home / "held-out.jsonl")]
+
+
+def another_task(home: Path, folder: Path) -> list[str]:
+    return [*edited(home, folder, task_type="TOKEN_CLS"), "--data", str(home / "held-out.jsonl")]
+
+
+def no_base(home: Path, folder: Path) -> list[str]:
+    return [*edited(home, folder, base_model_name_or_path=None), "--data", str(home / "held-out.jsonl")]
+
+
+def lost_base(home: Path, folder: Path) -> list[str]:
+    return [*edited(home, folder, base_model_name_or_path="/gone/base"), "--data", str(home / "held-out.jsonl")]
+
+
+def edited(home: Path, folder: Path, **fields: Any) -> list[str]:
+    copied = folder / "edited"
+    copied.mkdir()
+    for file in (home / "adapter").iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    config = json.loads((copied / "adapter_config.json").read_text()) | fields
+    (copied / "adapter_config.json").write_text(json.dumps(config))
+    return [str(copied)]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (few, ("--data=", "7 examples", "8")),
+        (other_columns, ("--data=", "'text'", "'said'", "'label'")),
+        (other_labels, ("column 'label'", "medium", "low, high")),
+        (another_method, ("peft_type='IA3'", "LoRA")),
+        (another_task, ("task_type='TOKEN_CLS'", "SEQ_CLS", "CAUSAL_LM")),
+        (no_base, ("--base=None", "does not name its base model")),
+        (lost_base, ("--base='/gone/base'", "no such folder")),
+    ],
+)
+def test_what_cannot_be_compressed_is_named(
+    home: Path,
+    tmp_path: Path,
+    make: Callable[[Path, Path], list[str]],
+    words: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["compress", *make(home, tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("error:") == 1
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, taken = contents(home), tmp_path / "taken"
+    taken.mkdir()
+    (taken / "note.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(home / "adapter")
+    places = [home / "adapter", home / "adapter" / "inner", tmp_path / "link" / "inner", taken]
+    for place in places:
+        options = ["--data", str(home / "held-out.jsonl"), "--out", str(place)]
+        assert main(["compress", str(home / "adapter"), *options]) == 2
+        assert f"--out={str(place)!r}" in "".join(capsys.readouterr().err.split("\n"))
+    assert main(["compress", str(tmp_path / "gone"), "--data", "x.jsonl", "--out", str(tmp_path / "out")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    gone = ["--data", str(tmp_path / "gone.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["compress", str(home / "adapter"), *gone]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert contents(home) == before
+    assert contents(taken) == {"note.txt": b"mine"}
+
+
+def test_a_failure_leaves_nothing_behind(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressing, "kept_picture", broken)
+    options = ["--data", str(home / "held-out.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["compress", str(home / "adapter"), *options]) == 130
+    assert not [*tmp_path.iterdir()]
+
+
+# Batches, and what is not installed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "parts"), [(8, 16, 8), (17, 16, 16), (120, 16, 16), (1000, 16, 63), (9, 1, 9)]
+)
+def test_batches_are_even_small_and_many(count: int, most: int, parts: int) -> None:
+    split = split_evenly([*range(count)], most)
+    sizes = [len(part) for part in split]
+    assert len(split) == parts
+    assert max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+    assert sorted(place for part in split for place in part) == [*range(count)]
+    assert split == split_evenly([*range(count)], most)
+    assert [place for part in split for place in part] != [*range(count)]
+
+
+WITHOUT_EXTRAS = """
+import importlib.machinery, sys
+extras = {"datasets", "jsonargparse", "matplotlib", "optuna", "pandas", "PIL", "pyarrow", "scipy", "seaborn",
+          "sklearn", "sqlalchemy", "tabulate", "threadpoolctl", "trl", "gguf", "lm_eval", "bitsandbytes"}
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *others: None if name.partition(".")[0] in extras else find(name, *others)
+)
+try:
+    import pandas
+except ImportError:
+    from aroma.cli import main
+    kinds = [line.split() for line in sys.argv[1:]]
+    sys.exit(max(main(["compress", adapter, "--data", data, "--out", out]) for adapter, data, out in kinds))
+"""
+
+
+def test_it_needs_no_extra(home: Path, speaker: Path, tmp_path: Path) -> None:
+    talk = write_json_lines(tmp_path / "chats.jsonl", chats())
+    kinds = [
+        (home / "adapter", home / "held-out.jsonl", tmp_path / "one"),
+        (speaker / "adapter", talk, tmp_path / "two"),
+    ]
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *(" ".join(map(str, kind)) for kind in kinds)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("pip install 'aroma-peft[plot]'") == 2
+    assert found.stderr.count("asking held-out examples") >= 2
+    for *_, out in kinds:
+        assert (out / "adapter_model.safetensors").exists()
+        assert not (out / "ranks.png").exists()

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .controller import AromaController
     from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
+    from .events import Event, ModuleSummary
     from .evidence.callback import EvidenceCallback
     from .evidence.checkup import Checkup
     from .evidence.checkups import Checkups
     from .evidence.compact import compact
     from .evidence.compress import Compression, compress
-    from .events import Event, ModuleSummary
     from .integrations.callback import AromaCallback
     from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach

@@ -11,7 +11,8 @@ The functions at the end read the names that a plain attribute access would not 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import CodeType
@@ -394,3 +395,22 @@ def execution_device(module: nn.Module) -> torch.device:
     """Return where accelerate lets a module compute whose weights it has offloaded."""
     hook: Any = module._hf_hook
     return torch.device(hook.execution_device)
+
+
+@contextmanager
+def without_metrics(loss: object) -> Iterator[None]:
+    """Keep a trainer of TRL from noting metrics of what its `compute_loss` is called with, if `loss` is that.
+
+    It would report the mean over them and the batches of its next evaluation.
+    """
+    noted = getattr(getattr(loss, "__self__", None), "_metrics", None)
+    if not isinstance(noted, dict) or not all(isinstance(of, dict) for of in noted.values()):
+        yield
+        return
+    before = {mode: {name: [*values] for name, values in of.items()} for mode, of in noted.items()}
+    try:
+        yield
+    finally:
+        for mode, of in before.items():
+            noted[mode].clear()
+            noted[mode].update(of)

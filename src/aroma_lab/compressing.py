@@ -72,8 +72,7 @@ def compress_adapter(
     """Compress the adapter in `folder` by the examples of a file into the new folder `out`, and return the report.
 
     Raises:
-        AromaError: It is no LoRA adapter of a classifier or causal language model, is damaged, or lacks its base
-            model; the data cannot be used, or are too few; or `out` is not empty, or cannot be written.
+        AromaError: The adapter, its base model or the data cannot be used, or nothing can be written to `out`.
     """
     require_standard_errors(want.standard_errors)
     target, config, weights = require_new_folder("--out", out), read_config(folder), folder / WEIGHTS

@@ -25,7 +25,7 @@ def compact(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]
         adapter_name: The adapter; the active one by default.
 
     Returns:
-        Rank of each adapted weight by its name; of experts, that of the largest. Weights of rank 0 are adapted no more.
+        Rank of each adapted weight by its name; of experts, the largest. Weights of rank 0 are adapted no more.
 
     Raises:
         ConfigError: No LoRA adapter, or a sharded model.
@@ -92,7 +92,8 @@ def _remove(update: Update) -> None:
 
 def _describe(updates: Updates, ranks: dict[str, int]) -> None:
     """Let the adapter's configuration name the weights that it adapts, and their ranks."""
-    config: Any = updates.model.peft_config[updates.adapter]
+    model: Any = updates.model
+    config = model.peft_config[updates.adapter]
     kept = {name: rank for name, rank in ranks.items() if rank}
     experts = {update.name for update in updates.each if update.layer.__class__.__name__ == "ParamWrapper"}
     config.r = config.lora_alpha = min(kept.values())

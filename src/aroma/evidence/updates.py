@@ -143,7 +143,7 @@ class Updates:
 
     @torch.no_grad()
     def cut(self, kept: Tensor) -> None:
-        """Set the directions that are not `kept` (d,) to zero, in A and in B, and let their optimizer state begin anew.
+        """Set the directions that are not `kept` (d,) to zero, in A and B, and let their optimizer state begin anew.
 
         Both gradients of such a direction are exactly zero, so it stays zero without a mask.
         """
@@ -190,7 +190,7 @@ class Updates:
 
     @contextmanager
     def _asked(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """Evaluate, need gradients of `parameters`, and leave no trace: whole updates, gradients and modes as before."""
+        """Evaluate, need gradients of `parameters`, and leave no trace: updates, gradients and modes as before."""
         frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         before = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.requires_grad]
         try:
@@ -287,7 +287,8 @@ def _refuse(config: Any) -> None:
 
 def _found(model: nn.Module, adapter: str) -> list[Update]:
     """Return the updates of an adapter, and warn of those that are left alone."""
-    updates, others = [], []
+    updates: list[Update] = []
+    others: list[Update] = []
     for key, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or not {adapter} & {*layer.lora_A, *layer.lora_embedding_A}:
             continue
@@ -324,7 +325,7 @@ def _scale(update: Update) -> float:
 
 
 def _singular(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows (matrices, r, n), columns (matrices, m, r) and singular values (matrices, r) of the same products."""
+    """Return rows (matrices, r, n), columns (matrices, m, r), singular values (matrices, r) of the same products."""
     r = rows.shape[1]
     left, R = torch.linalg.qr(columns.double())
     right, S = torch.linalg.qr(rows.double().mT)

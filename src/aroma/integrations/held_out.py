@@ -41,7 +41,7 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
         remedy = "give a share like 0.1" if len(dataset) >= 10 else "there are too few to hold any out"
         raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; {remedy}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(int(seed))).tolist()
-    return _rows_of(dataset, sorted(order[held:])), _rows_of(dataset, sorted(order[:held]))
+    return rows_of(dataset, sorted(order[held:])), rows_of(dataset, sorted(order[:held]))
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -85,7 +85,7 @@ def _require_indexed(dataset: Any) -> None:
         raise bad_value("dataset", kind, remedy)
 
 
-def _rows_of(dataset: Any, rows: list[int]) -> Any:
+def rows_of(dataset: Any, rows: list[int]) -> Any:
     """Return a part of a data set."""
     # pandas and torch have a `select` of another kind.
     return dataset.select(rows) if hasattr(dataset, "select_columns") else Subset(dataset, rows)

@@ -77,7 +77,7 @@ def _show(report: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     losses, ranks = report["held_out_loss"], report["ranks"]
-    table = Table("", "base", "adapter", "compressed", title=f"{report['examples']} examples of {report['data']}")
+    table = Table(f"{report['examples']} examples", "base", "adapter", "compressed")
     table.add_row("held-out loss", *(f"{losses[name]:.4f}" for name in ("base", "adapter", "compressed")))
     for name in ("largest", "mean", "total"):
         table.add_row(f"{name} rank", "", *(f"{ranks[when][name]:.4g}" for when in ("before", "after")))
@@ -85,7 +85,7 @@ def _show(report: Mapping[str, Any]) -> None:
     Console().print(table)
     for other in ("adapter", "base"):
         saves, error = report[f"against_{other}"].values()
-        print(f"compressed against {other}: loss {-saves:+.4f}, standard error {error:.4f}")
+        print(f"compressed against {other}: loss {0 - saves:+.4f}, standard error {error:.4f}")
     print("\n".join(filter(None, (report["says"], report["note"]))))
     smaller = report["kept_at_one_standard_error"]
     if smaller < ranks["after"]["total"] and report["standard_errors"] == 0:
