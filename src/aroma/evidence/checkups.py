@@ -28,8 +28,12 @@ class Checkups:
             checkups.step()
             optimizer.zero_grad()
 
-    Under `torchrun` give the wrapped model, and every process its own held-out batches, equally many. To resume, load
-    adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
+    It comes right after an optimizer step: gradients of micro-batches taken before it would be those of directions that
+    are no more. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
+
+    Under `torchrun` give the wrapped model, or DeepSpeed's engine and `engine.optimizer`, and every process its own
+    held-out batches, equally many. ZeRO counts the steps of all parameters together, so under it the optimizer's state
+    of what else trains, such as a head, begins anew with that of the adapter.
 
     Args:
         model: A model with a LoRA adapter of PEFT, wrapped or not.
@@ -73,6 +77,9 @@ class Checkups:
         self._held_out = HeldOut(listed(held_out))
         self._effort = effort(total_steps, len(self._moments), len(self._held_out), cost)
         self._loss, self._standard_errors, self._on_event = loss or model_loss, standard_errors, on_event
+        self._updates.require_equal_ranks(
+            held_out=len(self._held_out), at=self._moments, effort=self._effort, standard_errors=standard_errors
+        )
 
     def step(self) -> Checkup | None:
         """Count an optimizer step, and have a checkup where one is due; after the last step, make the adapter compact.

@@ -20,7 +20,16 @@ from torch.distributed.tensor import DTensor
 from ..errors import AromaWarning, bad_value
 from ..evaluation import evaluating
 from ..reset import check_resettable
-from ..sharding import REPLICAS, gathered, sharding_of, sharding_of_model, unwrapped, unwrapped_optimizer, write
+from ..sharding import (
+    REPLICAS,
+    gathered,
+    require_equal_replicas,
+    sharding_of,
+    sharding_of_model,
+    unwrapped,
+    unwrapped_optimizer,
+    write,
+)
 
 _NORM = 1 / math.sqrt(3)
 """Norm of a row of A of a direction that stays: that of PEFT's random start, whatever the layer's width."""
@@ -101,6 +110,12 @@ class Updates:
     def is_sharded(self) -> bool:
         """Whether a process holds a part of the parameters, or of the optimizer's copies of them, only."""
         return self._sharding is not REPLICAS
+
+    def require_equal_ranks(self, **facts: object) -> None:
+        """Raise ConfigError unless all processes have the same adapter and `facts`, such as how much they will ask."""
+        adapted = [(update.name, update.r) for update in self.each]
+        parameter = self.each[0].pair[1]
+        require_equal_replicas({"adapter": adapted, **facts}, [], sharding_of(parameter).device(parameter))
 
     @torch.no_grad()
     def to_singular_directions(self) -> Tensor:
