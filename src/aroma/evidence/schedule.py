@@ -13,7 +13,9 @@ from ..errors import bad_value
 from .statistics import SIZES
 
 SHARE = 0.12
-"""Largest share of a run's optimizer steps that all questions together cost; a forward counts as half a step."""
+"""Largest share of a run's optimizer steps that all questions together cost."""
+FORWARD = 1 / 3
+"""What a forward costs, in steps; the rest are its backward, the gradients of the adapter, and the optimizer."""
 FEWEST, WANTED = 8, 16
 """Batches without which nothing is decided, and batches that are made where the examples allow."""
 
@@ -64,8 +66,8 @@ def effort(total_steps: int, checkups: int, batches: int, cost: float) -> Effort
         cost: Forward and backward of one of them, in optimizer steps.
     """
     affordable = SHARE * total_steps / checkups / cost
-    questions = max(FEWEST, min(batches, int(affordable / 2)))
-    measured = int(2 * (affordable - questions) / SIZES)
+    questions = max(FEWEST, min(batches, int(affordable / 3)))
+    measured = int((affordable - questions) / (FORWARD * SIZES))
     return Effort(questions, max(FEWEST, min(batches, measured)))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 
-SIZES = 12
+SIZES = 8
 """Adapter sizes whose held-out loss a checkup measures, beside the base alone."""
 
 
