@@ -27,8 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aroma.errors import ConfigError
-from aroma.evidence.callback import EvidenceCallback
 from aroma.evidence.checkups import Checkups
+from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.sharding import gathered, own_entries
 from distributed_runs import CALM, TIMEOUT, main, rank, size, without_sync
 from trainer_runs import examples, tiny_bert, trainer_for
@@ -203,9 +203,9 @@ class Loop:
         if self.checkups.step() is not None:
             self.traces.append((before, self._state()))
             self.dead = {name: ~B.any(0) & ~A.any(1) for name, (B, A) in factors(self.model).items()}
-        elif self.dead and self.checkups.global_step < STEPS:  # then it may be compact
+        elif self.dead and self.checkups._step < STEPS:  # then it may be compact
             self.moved += [
-                self.checkups.global_step
+                self.checkups._step
                 for name, (B, A) in factors(self.model).items()
                 if B[:, self.dead[name]].any() or A[self.dead[name]].any()
             ]

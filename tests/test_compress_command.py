@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import aroma_lab.compressing as compressing
 from aroma.cli import main
 from aroma.evidence.checkup import model_loss
-from aroma.evidence.compress import compress
+from aroma.evidence.checkups import compress
 from aroma_lab.compressing import split_evenly
 from aroma_lab.tasks.task import Task, load_task, save_task
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines

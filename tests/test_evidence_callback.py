@@ -72,7 +72,9 @@ def asks(**options: Any) -> EvidenceCallback:
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name or "modules_to" in name}
+    return {
+        name: value.clone() for name, value in model.state_dict().items() if "lora_" in name or "modules_to" in name
+    }
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -88,7 +90,7 @@ def test_a_training_ends_with_a_compact_plain_adapter(tmp_path: Path) -> None:
     assert [one.step for one in callback.history] == [10, 20]
     assert told == callback.history
     ranks = {name: rank for name, (rank,) in callback.history[-1].ranks.items() if rank}
-    assert 0 < sum(ranks.values()) < callback.history[0].total_before
+    assert 0 < sum(ranks.values()) < callback.history[0].sizes[-1]
     trainer.model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "adapter").eval()
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -174,7 +176,9 @@ def test_the_best_checkpoint_brings_its_ranks(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-16")
     found = {name: rank for name, (rank,) in callback.history[0].ranks.items() if rank}
-    kept = {name[17:]: layer.r["default"] for name, layer in trainer.model.named_modules() if getattr(layer, "r", None)}
+    kept = {
+        name[17:]: layer.r["default"] for name, layer in trainer.model.named_modules() if getattr(layer, "r", None)
+    }
     assert kept == found
 
 
@@ -197,7 +201,7 @@ def test_it_works_with_the_trainers_options(tmp_path: Path, changes: dict[str, A
     trainer = trainer_for(tmp_path, callback, **changes)
     trainer.train()
     assert len(callback.history) == 2
-    assert callback.history[-1].kept < callback.history[0].total_before
+    assert callback.history[-1].kept < callback.history[0].sizes[-1]
     assert all(entry["loss"] < 10 for entry in trainer.state.log_history if "loss" in entry)
 
 
@@ -235,19 +239,19 @@ def test_trl_prepares_the_held_out_examples(tmp_path: Path, kind: str) -> None:
     trainer.train()
     (found,) = callback.history
     assert found.step == 4
-    assert found.kept <= found.total_before
+    assert found.kept <= found.sizes[-1]
 
 
 @pytest.mark.parametrize("kind", trl_runs.ONLINE)
 def test_trainers_that_sample_are_refused_before_any_work(tmp_path: Path, kind: str) -> None:
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    with pytest.raises(ConfigError, match="aroma compress.* or use AromaConfig"):
+    with pytest.raises(ConfigError, match=r"aroma compress.* or use AromaConfig"):
         trl_runs.trainer_for(kind, tmp_path, EvidenceCallback([1] * 20), config=config)
 
 
 def test_what_cannot_decide_is_refused(tmp_path: Path) -> None:
     for held_out in (examples(7), iter(examples(40))):
-        with pytest.raises(ConfigError, match="held_out=.*at least 8 examples"):
+        with pytest.raises(ConfigError, match=r"held_out=.*at least 8 examples"):
             trainer_for(tmp_path, EvidenceCallback(held_out)).train()
     with pytest.raises(ConfigError, match="needs one active LoRA adapter"):
         trainer_for(tmp_path, asks(), model=tiny_bert()).train()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from aroma import hold_out
 from aroma.errors import ConfigError
-from aroma.integrations.held_out import model_loss
+from aroma.evidence.checkup import model_loss
 from trainer_runs import examples
 
 

@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from .engines import LoraTensors, lora_tensors
     from .errors import AromaError
     from .events import Event, ModuleSummary
-    from .evidence.callback import EvidenceCallback
     from .evidence.checkup import Checkup
-    from .evidence.checkups import Checkups
+    from .evidence.checkups import Checkups, compress
     from .evidence.compact import compact
-    from .evidence.compress import Compression, compress
     from .integrations.callback import AromaCallback
+    from .integrations.evidence_callback import EvidenceCallback
     from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach
     from .integrations.progress import RichProgress
@@ -37,9 +36,8 @@ _HOMES = {
     "Attachment": "integrations.loop",
     "Checkup": "evidence.checkup",
     "Checkups": "evidence.checkups",
-    "Compression": "evidence.compress",
     "Event": "events",
-    "EvidenceCallback": "evidence.callback",
+    "EvidenceCallback": "integrations.evidence_callback",
     "LoraTensors": "engines",
     "ModuleSummary": "events",
     "RichProgress": "integrations.progress",
@@ -47,7 +45,7 @@ _HOMES = {
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
     "compact": "evidence.compact",
-    "compress": "evidence.compress",
+    "compress": "evidence.checkups",
     "hold_out": "integrations.held_out",
     "last_complete_checkpoint": "checkpoint",
     "lora_tensors": "engines",
@@ -65,7 +63,6 @@ __all__ = [
     "Attachment",
     "Checkup",
     "Checkups",
-    "Compression",
     "Event",
     "EvidenceCallback",
     "LoraTensors",

@@ -18,8 +18,7 @@ from transformers import AutoConfig, DataCollatorForSeq2Seq, DataCollatorWithPad
 from aroma.card import MODEL_CLASSES
 from aroma.errors import DataError, bad_value
 from aroma.evidence.checkup import Checkup, model_loss
-from aroma.evidence.checkups import require_standard_errors
-from aroma.evidence.compress import compress
+from aroma.evidence.checkups import compress, require_standard_errors
 from aroma.evidence.schedule import FEWEST, WANTED
 from aroma.evidence.statistics import SIZES
 from aroma.export import base_of
@@ -86,7 +85,7 @@ def compress_adapter(
             advance(1)
             return model_loss(model, batch)
 
-        found = compress(asked.model, asked.batches, standard_errors=want.standard_errors, loss=loss).checkup
+        found = compress(asked.model, asked.batches, standard_errors=want.standard_errors, loss=loss)
     with filled_at_once(target, weights.stat().st_size) as staging:
         asked.model.save_pretrained(staging)
         kept = read_tensors(staging / WEIGHTS)  # PEFT computes in float32 what may be stored in fewer bits
@@ -102,7 +101,7 @@ def compress_adapter(
         write_json(staging / REPORT, report)
         if find_spec("matplotlib") and find_spec("PIL"):
             pairs = {name: (max(before), max(found.ranks[name])) for name, before in found.ranks_before.items()}
-            kept_picture(pairs, staging / PICTURE, f"{found.kept} of {found.total_before} directions stay")
+            kept_picture(pairs, staging / PICTURE, f"{found.kept} of {found.sizes[-1]} directions stay")
     return report
 
 
@@ -189,7 +188,7 @@ def _report(asked: _Asked, found: Checkup) -> dict[str, Any]:
     return {
         "examples": sum(len(batch["labels"]) for batch in asked.batches),
         "batches": len(asked.batches),
-        "held_out_loss": {"base": found.loss_of_base, "adapter": found.loss_before, "compressed": found.loss},
+        "held_out_loss": {"base": found.losses[0], "adapter": found.losses[-1], "compressed": found.loss},
         "against_adapter": {"saves": found.gains, "standard_error": found.gains_error},
         "against_base": {"saves": found.saves, "standard_error": found.standard_error},
         "ranks": {"before": _totals(found.ranks_before), "after": _totals(found.ranks)},

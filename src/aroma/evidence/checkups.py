@@ -1,4 +1,4 @@
-"""Checkups in a plain PyTorch loop: one call beside `scheduler.step()`."""
+"""Checkups in a plain PyTorch loop, one call beside `scheduler.step()`, and of an adapter that has finished."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import CheckpointError, bad_value
 from .checkup import Checkup, Loss, check, model_loss
 from .compact import compact
-from .schedule import HeldOut, effort, moments
+from .schedule import Effort, HeldOut, effort, moments
 from .updates import Updates
 
 
@@ -28,8 +28,8 @@ class Checkups:
             checkups.step()
             optimizer.zero_grad()
 
-    It comes right after an optimizer step: gradients of micro-batches taken before it would be those of directions that
-    are no more. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
+    It comes right after an optimizer step: gradients of micro-batches taken before it would be of directions that are
+    no more. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
 
     Under `torchrun` give the wrapped model, or DeepSpeed's engine and `engine.optimizer`, and every process its own
     held-out batches, equally many. ZeRO counts the steps of all parameters together, so under it the optimizer's state
@@ -49,7 +49,6 @@ class Checkups:
 
     Attributes:
         history: The checkups so far.
-        global_step: Optimizer steps so far.
 
     Raises:
         ConfigError: No LoRA adapter, too few batches, or a value out of range.
@@ -70,31 +69,22 @@ class Checkups:
     ) -> None:
         require_standard_errors(standard_errors)
         self.history: list[Checkup] = []
-        self.global_step = 0
-        self.total_steps = total_steps
-        self._moments = moments(at, total_steps)
-        self._updates = Updates(model, optimizer)
-        self._held_out = HeldOut(listed(held_out))
+        self._step, self._total_steps, self._moments = 0, total_steps, moments(at, total_steps)
+        self._updates, self._held_out = Updates(model, optimizer), HeldOut(held_out)
         self._effort = effort(total_steps, len(self._moments), len(self._held_out), cost)
         self._loss, self._standard_errors, self._on_event = loss or model_loss, standard_errors, on_event
-        self._updates.require_equal_ranks(
-            held_out=len(self._held_out), at=self._moments, effort=self._effort, standard_errors=standard_errors
-        )
+        self._updates.require_equal_ranks(held_out=len(self._held_out), at=self._moments, effort=self._effort)
 
     def step(self) -> Checkup | None:
-        """Count an optimizer step, and have a checkup where one is due; after the last step, make the adapter compact.
-
-        Returns:
-            The checkup, if there was one.
-        """
-        found = self.advance(self.global_step + 1)
-        if self.global_step == self.total_steps:
+        """Count an optimizer step, and return its checkup, if one is due; after the last, make the adapter compact."""
+        found = self.advance(self._step + 1)
+        if self._step == self._total_steps:
             self.finish()
         return found
 
     def advance(self, step: int) -> Checkup | None:
         """Note that `step` optimizer steps have been taken, and have a checkup where one is due."""
-        self.global_step = step
+        self._step = step
         if step not in self._moments or any(found.step == step for found in self.history):
             return None
         found = check(self._updates, self._held_out, self._loss, self._effort, self._standard_errors, step)
@@ -114,18 +104,14 @@ class Checkups:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside adapter and optimizer; JSON can hold it."""
-        return {
-            "global_step": self.global_step,
-            "taken": self._held_out.taken,
-            "batches": len(self._held_out),
-            "history": [checkup.as_dict() for checkup in self.history],
-        }
+        of_batches = {"taken": self._held_out.taken, "batches": len(self._held_out)}
+        return {"step": self._step, **of_batches, "history": [checkup.as_dict() for checkup in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`.
 
         Raises:
-            CheckpointError: It is of another run, or no such state.
+            CheckpointError: It is of a run with other held-out batches, or no such state.
         """
         if not isinstance(state, dict) or {*state} != {*self.state_dict()}:
             raise CheckpointError("checkups: this is no state of Checkups; give what state_dict() returned")
@@ -134,21 +120,35 @@ class Checkups:
                 f"held_out: the run began with {state['batches']} batches, and now there are {len(self._held_out)}; "
                 "give the same ones"
             )
-        self.global_step, self._held_out.taken = state["global_step"], state["taken"]
+        self._step, self._held_out.taken = state["step"], state["taken"]
         self.history = [Checkup(**checkup) for checkup in state["history"]]
 
 
-def listed(held_out: Iterable[Any]) -> Sequence[Any]:
-    """Return held-out batches as a list; a DataLoader is read once.
+def compress(
+    model: nn.Module, held_out: Iterable[Any], *, standard_errors: float = 0.0, loss: Loss | None = None
+) -> Checkup:
+    """Keep the directions of a finished LoRA adapter that save loss on held-out batches, and make it compact.
+
+    .. code-block:: python
+
+        model = PeftModel.from_pretrained(base, "adapter")
+        print(compress(model, held_out_batches))
+        model.save_pretrained("smaller")
+
+    Args:
+        model: A model with an active LoRA adapter of PEFT, in one process.
+        held_out: As for `Checkups`. All batches are asked, and measured at every size.
+        standard_errors: As for `Checkups`.
+        loss: As for `Checkups`.
 
     Raises:
-        ConfigError: They cannot be iterated, or are one batch.
+        ConfigError: No LoRA adapter, too few batches, a sharded model, or a value out of range.
     """
-    if isinstance(held_out, list | tuple):
-        return held_out
-    if isinstance(held_out, str | bytes | dict) or not isinstance(held_out, Iterable):
-        raise bad_value("held_out", type(held_out).__name__, "give a list of batches, or a DataLoader")
-    return [*held_out]
+    require_standard_errors(standard_errors)
+    updates, batches = Updates(model), HeldOut(held_out)
+    found = check(updates, batches, loss or model_loss, Effort(len(batches), len(batches)), standard_errors, 0)
+    compact(model)
+    return found
 
 
 def require_standard_errors(value: Any) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,14 +19,8 @@ FEWEST, WANTED = 8, 16
 """Batches without which nothing is decided, and batches that are made where the examples allow."""
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much one checkup asks.
-
-    Args:
-        questions: Batches whose gradients order the directions.
-        measured: Batches over which the loss of each size is measured.
-    """
+class Effort(NamedTuple):
+    """How much one checkup asks: batches whose gradients order the directions, and batches whose loss is measured."""
 
     questions: int
     measured: int
@@ -36,21 +29,15 @@ class Effort:
 def moments(at: Sequence[float], total_steps: int) -> list[int]:
     """Return the optimizer steps after which a run of `total_steps` has a checkup, ascending.
 
-    Args:
-        at: Shares of the run, each above 0 and at most 1.
-        total_steps: Planned optimizer steps.
-
     Raises:
-        ConfigError: A value out of range, none at all, or two checkups after one step.
+        ConfigError: A share `at` that is not above 0 and at most 1, none at all, or two checkups after one step.
     """
     shares: list[Any] = [at] if isinstance(at, Real) else [*at]
     if not shares or not all(isinstance(share, Real) and 0 < float(share) <= 1 for share in shares):
         raise bad_value("at", at, "give shares of the run, each above 0 and at most 1, such as (0.2, 0.4, 0.6)")
     steps = sorted({round(float(share) * total_steps) for share in shares})
     if steps[0] < 1 or len(steps) < len(shares):
-        raise bad_value(
-            "at", at, f"two checkups would fall on one of {total_steps} steps; train longer, or give fewer"
-        )
+        raise bad_value("at", at, f"{total_steps} steps are too few for these checkups; train longer, or give fewer")
     return steps
 
 
@@ -75,21 +62,20 @@ class HeldOut:
     """Held-out batches in a seeded order: each comes once before any comes a second time.
 
     Args:
-        batches: All of them, indexable.
+        batches: A list of batches, or a DataLoader, which is read once.
         seed: Seed of the order.
 
-    Attributes:
-        taken: How many have been taken.
-
     Raises:
-        ConfigError: There are too few.
+        ConfigError: There are too few, or they cannot be iterated.
     """
 
-    def __init__(self, batches: Sequence[Any], seed: int = 0) -> None:
-        if len(batches) < FEWEST:
+    def __init__(self, batches: Iterable[Any], seed: int = 0) -> None:
+        if isinstance(batches, str | bytes | dict) or not isinstance(batches, Iterable):
+            raise bad_value("held_out", type(batches).__name__, "give a list of batches, or a DataLoader")
+        self.batches, self.seed, self.taken = [*batches], seed, 0
+        if len(self) < FEWEST:
             remedy = f"{FEWEST} are needed to tell savings from noise; hold out more examples, or make batches smaller"
-            raise bad_value("held_out", f"{len(batches)} batches", remedy)
-        self.batches, self.seed, self.taken = batches, seed, 0
+            raise bad_value("held_out", f"{len(self)} batches", remedy)
 
     def __len__(self) -> int:
         return len(self.batches)

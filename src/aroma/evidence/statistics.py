@@ -14,30 +14,21 @@ SIZES = 8
 
 
 def t_values(credits: Tensor) -> Tensor:
-    """Return mean over standard error of what each direction saves.
+    """Return mean over standard error of what each direction saves, (directions,); 0 where it never does anything.
 
     Args:
         credits: Loss that each direction saves on each batch, (batches, directions); at least two batches.
 
-    Returns:
-        t of each direction, (directions,); 0 for a direction that never saves or costs anything.
-
     Raises:
         NonFiniteError: A credit is NaN or infinite.
     """
-    if not credits.isfinite().all():
-        raise NonFiniteError("held-out loss: its gradient is not finite; lower the learning rate, or look at the data")
+    _require_finite(credits)
     error = credits.std(0) / math.sqrt(len(credits))
     return torch.where(error > 0, credits.mean(0) / error, torch.zeros_like(error))
 
 
 def ordered(scores: Tensor, alive: Tensor) -> Tensor:
-    """Return the indices of directions that exist, the best first.
-
-    Args:
-        scores: What to order by, (directions,).
-        alive: Whether a direction exists, (directions,).
-    """
+    """Return the indices of the directions that are `alive`, by their scores, both (directions,), the best first."""
     order = scores.argsort(descending=True, stable=True)
     return order[alive[order]]
 
@@ -59,8 +50,7 @@ def fewest(losses: Tensor, standard_errors: float) -> int:
     Raises:
         NonFiniteError: A loss is NaN or infinite.
     """
-    if not losses.isfinite().all():
-        raise NonFiniteError("held-out loss: it is not finite; lower the learning rate, or look at the data")
+    _require_finite(losses)
     excess = losses - losses[losses.mean(1).argmin()]
     tolerated = standard_errors * excess.std(1) / math.sqrt(losses.shape[1])
     return int((excess.mean(1) <= tolerated).int().argmax())
@@ -70,3 +60,10 @@ def paired(better: Tensor, worse: Tensor) -> tuple[float, float]:
     """Return how much less one loss is than another over the same batches, both (batches,), and the standard error."""
     saved = worse - better
     return float(saved.mean()), float(saved.std() / math.sqrt(len(saved)))
+
+
+def _require_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise NonFiniteError(
+            "held-out loss: it, or its gradient, is not finite; lower the learning rate, or look at the data"
+        )

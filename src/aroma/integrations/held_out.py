@@ -7,7 +7,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Subset
 
 from ..errors import bad_value
@@ -42,24 +41,6 @@ def hold_out(dataset: Any, share: float = 0.1, seed: int = 0) -> tuple[Any, Any]
         raise bad_value("share", share, f"of {len(dataset)} examples it leaves one part empty; {remedy}")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(int(seed))).tolist()
     return rows_of(dataset, sorted(order[held:])), rows_of(dataset, sorted(order[:held]))
-
-
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss that `model` computes of `batch`, a mapping with labels.
-
-    Raises:
-        ConfigError: It computes none.
-    """
-    output = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise bad_value(
-            "loss",
-            None,
-            f"{type(model).__name__} returns no loss for a held-out batch; give the examples labels, or give a "
-            "function of the model and a batch that returns the training loss",
-        )
-    return loss
 
 
 def _require_indexed(dataset: Any) -> None:

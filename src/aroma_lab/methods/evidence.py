@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from aroma.errors import bad_value
-from aroma.evidence.callback import EvidenceCallback
 from aroma.evidence.checkups import require_standard_errors
 from aroma.evidence.schedule import moments
+from aroma.integrations.evidence_callback import EvidenceCallback
 from aroma.integrations.held_out import hold_out
 
 from .lora import LoraBase, PeftAdapter

@@ -12,12 +12,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer_callback
 
+from .. import compat
 from ..errors import AromaWarning, CheckpointError, bad_value
-from ..integrations.held_out import rows_of
+from ..evidence.checkup import Checkup, Loss
+from ..evidence.checkups import Checkups, require_standard_errors
+from ..evidence.schedule import FEWEST, WANTED, moments
 from ..sharding import world_size
-from .checkup import Checkup, Loss
-from .checkups import Checkups, require_standard_errors
-from .schedule import FEWEST, WANTED, moments
+from .held_out import rows_of
 
 
 class EvidenceCallback(TrainerCallback, trainer_callback.ExportableState):
@@ -201,7 +202,7 @@ def _prepared(trainer: Any, held_out: Any) -> Any:
 
 
 def _trainer_loss(trainer: Trainer, model: Any, batch: Any) -> Any:
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), compat.without_metrics(trainer.compute_loss):
         return trainer.compute_loss(model, batch)
 
 
