@@ -46,7 +46,7 @@ def compress(
     Args:
         model: A model with an active LoRA adapter of PEFT, in one process.
         held_out: Batches of examples that it was not trained on: a list, or a DataLoader, which is read once. All of
-            them are asked, 14 times each.
+            them are asked, ten times each.
         standard_errors: How many standard errors of held-out loss a smaller adapter may cost; 0 keeps the least loss.
         loss: Loss of a model and a batch; that which the model returns by default.
 
