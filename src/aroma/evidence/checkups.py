@@ -28,8 +28,8 @@ class Checkups:
             checkups.step()
             optimizer.zero_grad()
 
-    It comes right after an optimizer step: gradients of micro-batches taken before it would be those of directions that
-    are no more. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
+    It comes right after an optimizer step: gradients of micro-batches taken before it would be those of directions
+    that are no more. To resume, load adapter and optimizer as always, and then `checkups.load_state_dict(...)`.
 
     Under `torchrun` give the wrapped model, or DeepSpeed's engine and `engine.optimizer`, and every process its own
     held-out batches, equally many. ZeRO counts the steps of all parameters together, so under it the optimizer's state
