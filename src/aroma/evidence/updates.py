@@ -257,7 +257,7 @@ def _eagerly() -> Any:
 def _active_lora(model: nn.Module) -> str:
     """Return the name of the LoRA adapter of `model` that is active, which must be one that can be cut."""
     configs = model.peft_config if isinstance(model, PeftModel) else {}
-    names = [name for name in configs if name in model.active_adapters]
+    names = [name for name in configs if name in getattr(model, "active_adapters", ())]
     if len(names) != 1 or configs[names[0]].peft_type != "LORA":
         found = ", ".join(f"{name} ({configs[name].peft_type})" for name in names) or type(model).__name__
         remedy = "evidence needs one active LoRA adapter: get_peft_model(model, LoraConfig(...)), or set_adapter(NAME)"
