@@ -1,6 +1,6 @@
 """The README's example, whole: a real encoder learns to sort BBC News articles. `pip install -e '.[demo]'` first."""
 
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,11 +28,11 @@ train, test = (
 )
 args = TrainingArguments(
     "out/checkpoints",
-    max_steps=110,  # each article once
+    max_steps=220,  # each article twice
     per_device_train_batch_size=16,
-    learning_rate=3e-3,
+    learning_rate=1e-3,
     warmup_steps=10,
-    logging_steps=15,
+    logging_steps=20,
     save_strategy="no",
     report_to="none",
     disable_tqdm=True,
@@ -46,13 +46,16 @@ def accuracy(prediction):
 
 
 # README: begin
-from aroma import AromaCallback, AromaConfig  # noqa: E402
+from aroma import EvidenceCallback, hold_out  # noqa: E402
 
-config = AromaConfig(task_type="SEQ_CLS", modules_to_save=["pooler"])
+train, held_out = hold_out(train)
+config = LoraConfig(r=16, lora_alpha=16, task_type="SEQ_CLS", target_modules="all-linear")
 model = get_peft_model(base, config)
-trainer = Trainer(model, args, collate, train, test, compute_metrics=accuracy, callbacks=[AromaCallback()])
+evidence = EvidenceCallback(held_out)
+trainer = Trainer(model, args, collate, train, test, compute_metrics=accuracy, callbacks=[evidence])
 trainer.train()
 model.save_pretrained("out/adapter")
 # README: end
 
+print(evidence.explanation())
 print(trainer.evaluate())

@@ -66,9 +66,7 @@ def test_the_loss_of_a_model(output: Any) -> None:
             return output if labels is not None else SimpleNamespace(loss=None)
 
     assert model_loss(Model(), {"labels": 1}).item() == 1
-    with pytest.raises(
-        ConfigError, match=r"^loss=None: Model returns no loss for a held-out batch; give the examples"
-    ):
+    with pytest.raises(ConfigError, match=r"^loss=None: Model returns none of a batch; give labels"):
         model_loss(Model(), {})
 
 

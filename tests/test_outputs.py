@@ -48,6 +48,7 @@ FILES: dict[str, tuple[list[str], str]] = {
 """Every file that a command writes: the command, and the suffix of the file."""
 
 FOLDERS: dict[str, list[str]] = {
+    "compress --out": ["compress", "a", "--data", "x.jsonl", "--out", "OUT"],
     "export OUT": ["export", "a", "OUT", "--merged"],
     "demo --out": ["demo", "--out", "OUT"],
     "train output": ["train", RECIPE, "output=OUT"],

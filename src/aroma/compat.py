@@ -140,6 +140,8 @@ TUNER_NAMES = (
 """What `aroma.tuner` and the rooms above it need; checked when `aroma.tuner` is imported."""
 
 TRAINER_NAMES = (
+    PrivateName("trl", "a trainer of TRL", "_prepare_dataset", "prepare held-out rows as the training set", "at use"),
+    PrivateName("trl", "SFTTrainer", "_formatting_func", "the same", "at use"),
     PrivateName("transformers", "transformers.trainer_callback", "ExportableState", "write into trainer_state.json"),
     PrivateName(
         "transformers",

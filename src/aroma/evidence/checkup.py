@@ -128,6 +128,7 @@ def check(
 
 
 def _first(order: Tensor, size: int, alive: Tensor) -> Tensor:
+    """Return which directions are among the first in `order` (directions,), as `alive` (d,) has them."""
     kept = torch.zeros_like(alive)
     kept[order[:size]] = True
     return kept

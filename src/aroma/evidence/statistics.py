@@ -63,6 +63,7 @@ def paired(better: Tensor, worse: Tensor) -> tuple[float, float]:
 
 
 def _require_finite(values: Tensor) -> None:
+    """Raise NonFiniteError unless all `values` (any shape) are finite."""
     if not values.isfinite().all():
         raise NonFiniteError(
             "held-out loss: it, or its gradient, is not finite; lower the learning rate, or look at the data"

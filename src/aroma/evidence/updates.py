@@ -170,7 +170,7 @@ class Updates:
 
     @contextmanager
     def _asked(self, strength: Tensor | float, parameters: list[nn.Parameter]) -> Iterator[None]:
-        """Evaluate the updates at some strength, with gradients of `parameters`; then all is as it was before."""
+        """Evaluate the updates at a strength, one or (d,), with gradients of `parameters`; then all is as before."""
         frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         before = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.requires_grad]
         try:
@@ -189,7 +189,7 @@ class Updates:
             self._write(self._pairs)
 
     def _gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-        """Return ∂L/∂B of every update, whole; None where the loss did not reach one."""
+        """Return ∂L/∂B of every update, whole; None where the scalar loss did not reach one."""
         _require_loss(loss)
         if not any(isinstance(parameter, DTensor) for parameter in parameters):
             return [*torch.autograd.grad(loss, parameters, allow_unused=True)]
@@ -211,6 +211,7 @@ class Updates:
 
     @torch.no_grad()
     def _write(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Write the whole A and B of every update, in the shapes of PEFT."""
         self._sharding.reshard(self.model)
         for update, pair in zip(self.each, pairs, strict=True):
             for parameter, values in zip(update.pair, pair, strict=True):
