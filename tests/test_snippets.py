@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import aroma
@@ -20,7 +20,7 @@ from trainer_runs import examples, tiny_bert
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-TRAINER, LOOP = BLOCKS
+EVIDENCE, LOOP = BLOCKS
 
 
 def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -32,8 +32,9 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     data = examples(160)
     names = run(
-        TRAINER,
+        EVIDENCE,
         {
+            "LoraConfig": LoraConfig,
             "get_peft_model": get_peft_model,
             "Trainer": Trainer,
             "base": tiny_bert(),
@@ -60,7 +61,7 @@ def test_the_lines_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         found = PeftModel.from_pretrained(tiny_bert(), "out/adapter").eval()(**batch).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert float((start - expected).abs().max()) > 1e-3, "nothing was learnt"
-    assert aroma.verify_adapter("out/adapter")
+    assert len(names["evidence"].history) == 3
 
 
 def test_the_lines_for_a_loop() -> None:
