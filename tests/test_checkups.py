@@ -248,6 +248,40 @@ def test_bf16_adapters_keep_their_dtype_and_almost_their_function() -> None:
     assert (after - before).norm() < 0.02 * before.norm()
 
 
+def test_a_quantised_base_is_asked_and_cut(tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4"))
+    model = get_peft_model(net.to("cpu"), LoraConfig(r=R, target_modules=["1"], init_lora_weights=False))
+    given = [(torch.randn(6, 64), torch.randn(6, 64)) for _ in range(9)]
+    before = model(given[0][0])
+    updates = Updates(model)
+    kept = updates.to_singular_directions() > 0
+    torch.testing.assert_close(model(given[0][0]), before, rtol=1e-4, atol=1e-4)
+    assert updates.credits(asked(model, given)).abs().min() > 0
+    kept[1:] = False
+    updates.cut(kept)
+    expected = model(given[0][0])
+    assert compact(model) == {"1": 1}
+    torch.testing.assert_close(model(given[0][0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_scaler_is_out_of_the_way() -> None:
+    """A question takes the loss as it is, and leaves scale and gradients to the next step."""
+    model, given = adapted(), batches()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    updates = Updates(model, optimizer)
+    updates.to_singular_directions()
+    plain = updates.credits(asked(model, given))
+    scaler.scale(squares(model.eval(), given[0])).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert torch.equal(updates.credits(asked(model, given)), plain)
+    assert all(map(torch.equal, gradients, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert scaler.get_scale() == 1024.0
+
+
 # What goes -----------------------------------------------------------------------------------------------------------
 
 
