@@ -14,16 +14,17 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import trl_runs
 from aroma import EvidenceCallback, hold_out
 from aroma.errors import AromaWarning, CheckpointError, ConfigError
 from aroma.evidence.checkups import Checkups
-from trainer_runs import tiny_bert
+from trainer_runs import arguments, tiny_bert
 
 STEPS = 40
+"""As `arguments` has it."""
 AT = (0.25, 0.5)
 
 
@@ -45,21 +46,8 @@ def data() -> tuple[Any, Any]:
 
 def trainer_for(out: Path | str, callback: Any, *more: Any, model: Any = None, **changes: Any) -> Trainer:
     train, _ = data()
-    settings: dict[str, Any] = {
-        "output_dir": str(out),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        **changes,
-    }
     model = adapted() if model is None else model
-    trainer = Trainer(model, TrainingArguments(**settings), train_dataset=train, eval_dataset=examples(16, seed=3))
+    trainer = Trainer(model, arguments(out, **changes), train_dataset=train, eval_dataset=examples(16, seed=3))
     trainer.remove_callback(PrinterCallback)
     for one in (callback, *more):
         trainer.add_callback(one)

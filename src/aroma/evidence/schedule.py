@@ -82,9 +82,10 @@ class HeldOut:
 
     def take(self, count: int) -> list[Any]:
         """Return the next `count` batches."""
-        places = range(self.taken, self.taken + count)
+        places = [divmod(place, len(self)) for place in range(self.taken, self.taken + count)]
         self.taken += count
-        return [self.batches[self._order(place // len(self))[place % len(self)]] for place in places]
+        orders = {pass_: self._order(pass_) for pass_ in {pass_ for pass_, _ in places}}
+        return [self.batches[orders[pass_][place]] for pass_, place in places]
 
     def _order(self, pass_: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + pass_)
