@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig
 
@@ -165,7 +165,7 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "reinforcement.md"}  # test_snippets.py, test_trl.py
-    here = "index serving settings usage files precision distributed tasks vision experts"
+    here = "index evidence serving settings usage files precision distributed tasks vision experts"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 
@@ -181,6 +181,23 @@ def test_start_here_and_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(answers[3], answers[0], rtol=0, atol=1e-5)
     assert float((answers[2] - answers[0]).abs().max()) > 1e-3
+
+
+def test_evidence_in_the_trainer_and_in_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    in_trainer, in_loop = blocks("python", "evidence.md")
+    names = {**given(tmp_path), "aroma": aroma}
+    exec(compile(in_trainer, "evidence.md", "exec"), names)
+    assert len(names["callback"].history) == 3
+    assert Path("adapter/adapter_model.safetensors").is_file()
+    model = get_peft_model(tiny_bert(), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"]))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    few = [{name: value[None] for name, value in row.items()} for row in examples(20)]
+    names |= {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": few[:10]}
+    names |= {"training": few * 10}
+    exec(compile(in_loop, "evidence.md", "exec"), names)
+    assert [found.step for found in names["checkups"].history] == [200]
 
 
 def test_choosing_settings(tmp_path: Path) -> None:
