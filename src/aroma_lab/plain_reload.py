@@ -1,7 +1,7 @@
 """A program of its own: base model and adapter in plain PEFT, in a process that cannot import aroma.
 
-It is run by path, never imported: `python -P plain_reload.py < JOB.json`. The job has the keys `base_model`, `adapter`,
-`texts`, `topics` and `max_length`. It prints how many texts get their topic; labels are the sorted topics.
+It is run by path, never imported: `python -P plain_reload.py < JOB.json`. The job has the keys `base_model`,
+`adapter`, `texts`, `topics` and `max_length`. It prints how many texts get their topic; labels are the sorted topics.
 """
 
 from __future__ import annotations

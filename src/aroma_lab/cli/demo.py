@@ -24,8 +24,8 @@ def add_parser(commands: Any) -> None:
         "train LoRA, evidence and AROMA on real news articles, offline, in about two minutes",
         (
             "Train a pretrained sentence encoder to sort 1,780 BBC News articles: the head alone, LoRA r=8 and r=16,\n"
-            "LoRA whose ranks evidence finds, and AROMA as published. Evaluate on the 445 others, and load both adapters\n"
-            "in plain PEFT. Needs no network and no GPU."
+            "LoRA whose ranks evidence finds, and AROMA as published. Evaluate on the 445 others, and load both\n"
+            "adapters in plain PEFT. Needs no network and no GPU."
         ),
         "aroma demo",
         "aroma demo --out runs/demo --threads 2",
@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="new or empty folder (aroma-demo, or aroma-demo-2, …)")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of head, order and adapters (%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps (%(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     for line in (
         "All rows train the same head and pooler. One seed: a demonstration, no comparison of methods.",
         "Plain PEFT, in a process without AROMA, loads both adapters and gives the same answers.",
-        f"Left in {out}: {', '.join(f'{name}/' for name in ROWS)}, {PICTURE}, result.json ({record['wall_seconds']:.0f} s).",
+        f"Left in {out}: {'/, '.join(ROWS)}/, {PICTURE}, result.json ({record['wall_seconds']:.0f} s).",
         f"To look at: aroma report {out}/evidence",
         f"Data: {SOURCE}.",
     ):
