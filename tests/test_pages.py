@@ -210,14 +210,6 @@ def test_images() -> None:
     assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
 
 
-def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = {**given(tmp_path), "another_base": tiny_bert()}
-    run("tasks.md", names)
-    assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
-    assert not aroma.aroma_layers(names["model"])
-
-
 def test_experts_and_parts() -> None:
     first, second = blocks("python", "experts.md")
     names: dict[str, Any] = {}

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach
     from .integrations.progress import RichProgress
-    from .tasks import Tasks
     from .tuner import AromaConfig, AromaModel, aroma_layers
 
 __version__ = "0.1.0"
@@ -41,7 +40,6 @@ _HOMES = {
     "LoraTensors": "engines",
     "ModuleSummary": "events",
     "RichProgress": "integrations.progress",
-    "Tasks": "tasks",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
     "compact": "evidence.compact",
@@ -68,7 +66,6 @@ __all__ = [
     "LoraTensors",
     "ModuleSummary",
     "RichProgress",
-    "Tasks",
     "aroma_layers",
     "attach",
     "compact",

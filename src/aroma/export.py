@@ -34,7 +34,6 @@ from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_fo
 from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
-from .tasks import loadable, read_whole
 from .tuner import refuse_merge_if_tied
 from .tuner.layout import PEFT_PREFIX, uniform_config
 from .tuner.state import STATE_FILE, write_export_state
@@ -111,7 +110,7 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         ConfigError: `rank` is too small, or the adapter's rank is above 256.
         OutputError: `out` is not empty, or cannot be written.
     """
-    adapter = read_whole(folder)
+    adapter = read_adapter(folder)
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
     shapes, uniform = adapter.shapes, uniform_rank(adapter, rank)
@@ -160,7 +159,7 @@ def export_merged(
     Warns:
         AromaWarning: AROMA did not save the adapter.
     """
-    adapter = read_whole(folder)
+    adapter = read_adapter(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
@@ -265,7 +264,7 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     Raises:
         ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
     """
-    return _with_base(read_whole(folder), base_model)
+    return _with_base(read_adapter(folder), base_model)
 
 
 def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
@@ -346,10 +345,10 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
         )
 
     try:
-        with warnings.catch_warnings(), loadable(adapter) as folder:
+        with warnings.catch_warnings():
             # PEFT warns of tensors without a place and of places without tensors; here both are errors.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder), config=adapter.lora_config()).eval()
+            model = PeftModel.from_pretrained(base, str(adapter.folder), config=adapter.lora_config()).eval()
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error

@@ -22,8 +22,7 @@ from .errors import ConfigError, bad_value
 from .export import subject_of
 from .files import replacing
 from .outputs import new_file
-from .saved import AdapterWeights, Update
-from .tasks import read_whole
+from .saved import AdapterWeights, Update, read_adapter
 
 _MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
@@ -54,7 +53,7 @@ def export_gguf(
     """
     target = require_new_file("out", out, overwrite)
     _require_gguf()
-    adapter = read_whole(folder)
+    adapter = read_adapter(folder)
     config = _llama_config(adapter, base_model)
     names = _gguf_names(adapter, config)
     _refuse_others(adapter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,8 +39,6 @@ from .parts import AromaParts, parts_of, sizes_of
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
-
-_SEEDS_APART = 1_000_003
 
 
 class AromaModel(LoraModel):
@@ -291,24 +289,6 @@ def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> 
                 "merging would change both; serve the adapter unmerged, or untie the weights of the base model "
                 "(tie_word_embeddings=False) before it is adapted",
             )
-
-
-def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> None:
-    """Let adapters of a model be active whenever a new one is, which begins off the span of their components.
-
-    Args:
-        model: The model.
-        adapter_name: The new adapter; no controller has driven it yet.
-        beneath: The adapters that lie beneath it.
-    """
-    names, live = (*beneath,), live_adapter(model, adapter_name)
-    # All mostly have one seed. What the earlier ones have drawn from it lies in their span.
-    live.seed = (live.seed + len(names) * _SEEDS_APART) % 2**31
-    for layer in aroma_layers(model).values():
-        layer.beneath[adapter_name] = names
-    for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
-        _, a = layer.pair(adapter_name)
-        layer.start_pair(adapter_name, layer.off_beneath(adapter_name, _first_component(live, index, a).to(a)))
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ _EXAMPLES = examples(
     "aroma train examples/recipes/mrpc.yaml training.seed=1 output=runs/mrpc-1",
     "aroma train examples/recipes/mrpc.yaml --resume",
     "aroma train examples/recipes/smollm2-commonsense.yaml",
-    "aroma train moods.yaml --continue tasks --task moods     # after others, which it leaves as they are",
     "torchrun --nproc-per-node 2 -m aroma train examples/recipes/mrpc.yaml     # on two GPUs",
 )
 
@@ -73,10 +72,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="YAML file with what differs from the defaults")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as training.seed=1")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in `output`")
-    parser.add_argument(
-        "--continue", dest="tasks", metavar="FOLDER", help="train over the tasks in a folder, which stay as they are"
-    )
-    parser.add_argument("--task", metavar="NAME", help="with --continue: name of this task in the folder")
     parser.add_argument("--no-report", action="store_true", help="write no report.html to look at")
     parser.set_defaults(run=run)
 
@@ -87,8 +82,6 @@ def run(arguments: argparse.Namespace) -> None:
     from ..preflight import check_sources
     from ..run.recipe import check_output, load_recipe
 
-    given = {"tasks": arguments.tasks, "task": arguments.task}
-    arguments.overrides += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     # Here, too: before PyTorch is loaded.
     check_output(recipe, arguments.resume)
@@ -173,8 +166,6 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
         f"{result['total_rank']} · {frozen} of {len(ranks)} matrices finished"
     )
     console.print(f"adapter: {TrialFiles(Path(recipe.output)).adapter}", soft_wrap=True)
-    if recipe.tasks is not None:
-        console.print(f"task: {recipe.task}, in {recipe.tasks}", soft_wrap=True)
 
 
 def _describe_keys(section: str | None) -> str:
