@@ -26,9 +26,10 @@ from ..files import write_text
 from ..report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
 from ..report.page import report_file
 from ..report.run import run_page
-from .telling import EVALUATION_COSTS
 
 _PACKAGES = ("aroma-peft", "torch", "transformers", "peft", "accelerate")
+EVALUATION_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What the Trainer adds to the metrics of an evaluation, which says nothing of the model."""
 _NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_dir")
 """Fields that are no one's choice of how to train."""
 _COMMON_NAMES = ("model", "checkpoint", "base", "snapshot")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.utils import NoMatchingPeftModuleError
@@ -199,7 +197,7 @@ class AromaModel(LoraModel):
         controller = live.controller
         # Now, while all ranks are here and the pairs are whole: rank 0 alone writes the configuration.
         exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
-        live.about = about_model(live.about, model, config.task_type)
+        live.about = about_model(model, config.task_type)
         live.collected(config, plain, exported, layers.values(), adapter_name)
         _hide_internals(layers, state_dict)
         return tensors
@@ -391,26 +389,3 @@ def register() -> None:
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AromaConfig
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AromaModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "lora_"
-    _leave_cards_to_saving()
-
-
-def _leave_cards_to_saving() -> None:
-    """Let PEFT write no model card of a growing adapter: `AromaConfig.save_pretrained` writes one.
-
-    PEFT writes an empty template before anything of a save is known, with the path of the base model in it, and puts
-    that path into a card that a person wrote.
-    """
-    write = PeftModel.create_or_update_model_card
-    if hasattr(write, _LEAVES):
-        return
-
-    @functools.wraps(write)
-    def unless_growing(self: Any, output_dir: str) -> None:
-        if not any(isinstance(config, AromaConfig) for config in self.peft_config.values()):
-            write(self, output_dir)
-
-    setattr(unless_growing, _LEAVES, True)
-    PeftModel.create_or_update_model_card = unless_growing
-
-
-_LEAVES = "aroma_leaves"

@@ -104,7 +104,6 @@ def run(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_how_to_go_on(arguments, recipe)) from interrupt
     if processes.is_main_process:
-        _draw_ranks(recipe)
         _print_result(recipe, result)
     processes.destroy_process_group()
     if processes.is_main_process and not arguments.no_report:
@@ -135,17 +134,6 @@ def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
     left = "no checkpoint yet" if checkpoint is None else f"{Path(checkpoint).name} is saved"
     command = shlex.join(["aroma", "train", arguments.recipe, *arguments.overrides, "--resume"])
     return f"interrupted; {left}. Go on with: {command}"
-
-
-def _draw_ranks(recipe: Recipe) -> None:
-    from aroma.export import add_picture
-    from aroma.tuner.state import STATE_FILE
-
-    from ..run.files import TrialFiles
-
-    adapter = TrialFiles(Path(recipe.output)).adapter
-    if (adapter / STATE_FILE).exists():
-        add_picture(adapter)
 
 
 def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
