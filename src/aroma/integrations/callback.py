@@ -229,8 +229,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._was_over = self._is_over(state, state.global_step - 1)
         if not skipped and not self._was_over:
             controller.step()
-        if self._report is not None:
-            self._report.note(controller, state)
         if controller.finished and self.early_stop:
             control.should_training_stop = True
             _finish_as_at_the_last_step(args, control)
