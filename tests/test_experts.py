@@ -16,12 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aroma import AromaConfig, Tasks, aroma_layers, lora_tensors, save_adapter, verify_adapter
+from aroma import AromaConfig, aroma_layers, lora_tensors, save_adapter, verify_adapter
 from aroma.errors import AromaError, CheckpointError, ConfigError
 from aroma.export import export_merged, export_uniform, rank_table
 from aroma.saved import read_adapter
 from aroma.tuner.experts import pack, unpack
-from models import METHOD, base, set_ranks
+from models import METHOD, set_ranks
 from quick import slow_but
 from routed import EXPERTS, FAMILIES, PARAMETERS, UNUSED, RoutedNet, language_model, routed
 from small_nets import SAVED_AT, Loop, loss_of, rows
@@ -178,34 +178,6 @@ def test_one_rank_for_engines(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match=r"rank=2: .*experts\.\w+ has rank 3"):
         lora_tensors(model, 2)
-
-
-def test_tasks_are_laid_over_each_other(tmp_path: Path) -> None:
-    tasks = Tasks(tmp_path / "tasks")
-    config = AromaConfig(**METHOD, target_modules=["q_proj"], target_parameters=PARAMETERS, task_type="CAUSAL_LM")
-    said = []
-    for number, task in enumerate(("one", "two")):
-        model = tasks.grow(language_model("mixtral"), config).eval()
-        layer = aroma_layers(model)["model.layers.0.mlp.experts.down_proj.1"]
-        beneath = layer.rows_beneath("default")
-        assert len(beneath) == 3 * number
-        if number:
-            assert float((layer.pair("default")[1].detach() @ beneath.T).abs().max()) < 1e-5
-        set_ranks(model, [3, 0, 1] if number else [3], seed=number)
-        said.append(logits(model))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This AROMA adapter was trained without its controller")
-            tasks.save(model, task)
-    for task, expected in zip(tasks.names, said, strict=True):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
-            loaded = tasks.load(language_model("mixtral"), task).eval()
-        torch.testing.assert_close(logits(loaded), expected)
-    tasks.export(tmp_path / "out", "two")
-    verify_adapter(tmp_path / "out")
-    torch.testing.assert_close(logits(plain(tmp_path / "out", language_model("mixtral"))), said[1])
-    with pytest.raises(ConfigError, match=r"task 'one': the base model has no model\.layers\.0\.mlp\.experts"):
-        Tasks(tmp_path / "tasks").grow(base("llama"), AromaConfig(target_modules=["q_proj"]))
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

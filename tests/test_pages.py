@@ -77,7 +77,7 @@ def test_the_commands_of_the_pages_are_the_parsers() -> None:
     for command in ours:
         make_parser().parse_args(command)
     names = {command[0] for command in ours}
-    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export", "push"}
+    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export"}
     assert names == known, "each command is shown on some page, and no other"
 
 
@@ -127,7 +127,7 @@ def test_files_that_are_named_exist() -> None:
 def test_what_the_pages_name_of_the_package_is_exported() -> None:
     text = "".join(page for name, page in PAGES.items() if name != "CHANGELOG.md")
     named = {name for line in re.findall(r"from aroma import ([\w, ]+)", text) for name in line.split(", ")}
-    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text)) | {"RichProgress"}
+    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text))
     assert named <= set(aroma.__all__)
     assert all(getattr(aroma, name).__name__ == name for name in named)
 
@@ -208,14 +208,6 @@ def test_choosing_settings(tmp_path: Path) -> None:
 def test_images() -> None:
     layers = aroma.aroma_layers(run("vision.md", {"base": base("vit")})["model"])
     assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
-
-
-def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = {**given(tmp_path), "another_base": tiny_bert()}
-    run("tasks.md", names)
-    assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
-    assert not aroma.aroma_layers(names["model"])
 
 
 def test_experts_and_parts() -> None:

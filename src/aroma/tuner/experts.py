@@ -181,7 +181,7 @@ def _updated(weight: Tensor, matrices: list[ExpertMatrix]) -> Tensor:
             "adapter_names: experts of a 3-D parameter do not take batches of several adapters; give each adapter a "
             "batch of its own (set_adapter)"
         )
-    for adapter_name in first.with_beneath(first.active_adapters):
+    for adapter_name in first.active_adapters:
         if adapter_name in first.lora_A:
             stack = _stacked(matrices, adapter_name)
             if stack is not None:
