@@ -93,7 +93,7 @@ def predict_logits(
     """
     from torch.utils.data import DataLoader
 
-    inputs: Any = data.remove_columns("labels")
+    inputs: Any = data.select_columns([name for name in data.column_names if name != "labels"])
     logits = []
     for batch in DataLoader(inputs, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)):
         logits.append(model.eval()(**batch.to(model.device)).logits.float().cpu())
