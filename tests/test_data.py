@@ -186,7 +186,7 @@ def test_class_labels_of_the_hub_become_names(tmp_path):
         ("a,yes\nb,yes\n", r"data\.train \(column 'label'\)='yes': all training examples have the same label"),
         (",x\nb,y\n", r"data\.train \(column 'text', row 1\)=None: a text is missing"),
         ("a,x\nb,\nc,y\nd,\n", r"data\.train \(column 'label', row 2, 4\)=None: a label is missing"),
-        (ROWS[11:] + "t,rare\n", "data.validation_fraction=0.1: 'rare' has one training example"),
+        (ROWS[11:] + "t,rare\n", "data.validation_fraction=0.1: 31 training examples cannot be split so"),
         ("a,x\nb,y\nc,x\nd,y\n", "data.validation_fraction=0.1: 4 training examples cannot be split so"),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,25 +34,20 @@ _ENDINGS = ("", *FORMATS, "-00000-of-00001.parquet")
 
 
 def load_splits(spec: DataSpec) -> dict[str, Dataset]:
-    """Read, check and number all examples of a recipe.
+    """Read, check and number all examples of a recipe; DataError if they cannot be used.
 
     Labels are compared as texts, and numbered in sorted order (numbers by value).
 
     Returns:
         `train`, `validation` (given, or drawn from the training examples) and, if the recipe names it, `test`.
-
-    Raises:
-        DataError: A missing file or column, no rows, an empty text or label, a single class, labels that training
-            lacks, an invalid number, or too few examples for a validation split.
     """
     layout = Layout(spec.text, spec.text_pair, spec.label)
     raw: dict[str, Columns] = {}
     for split, source in recipe_sources(spec).items():
-        where, choices = f"data.{split}", [layout.columns()]
         if spec.name is None:
-            _, raw[split] = read_file(where, source, choices)
+            _, raw[split] = read_file(f"data.{split}", source, [layout.columns()])
         else:
-            _, raw[split] = read_hub(where, source, spec.name, spec.config, choices)
+            _, raw[split] = read_hub(f"data.{split}", source, spec.name, spec.config, [layout.columns()])
     names = None
     if spec.task == "classification":
         names = class_names("data.train", spec.label, raw["train"][spec.label])
@@ -65,11 +59,7 @@ def load_splits(spec: DataSpec) -> dict[str, Dataset]:
 
 
 def recipe_sources(spec: DataSpec) -> dict[str, str]:
-    """Return the file, or the split on the hub, of every split of a recipe that has one.
-
-    Raises:
-        DataError: Examples that are trained on are to validate, or to be reported.
-    """
+    """Return the file, or the split on the hub, of every split of a recipe; DataError if training's is used twice."""
     sources = {"train": spec.train, "validation": spec.validation, "test": spec.test}
     if spec.name is not None:
         sources["train"] = spec.train or "train"
@@ -109,18 +99,13 @@ class TaskData:
 
 
 def load_task(spec: TaskSpec, *, reported: bool = True) -> TaskData:
-    """Read, check, number and split the examples of a task.
+    """Read, check, number and split the examples of a task; AromaError if they cannot be used.
 
     The held-out examples are drawn from the training data. Classes of GLUE are numbered as on the hub; those of other
     tasks in sorted order (numbers by value).
 
     Args:
         reported: Whether the reported splits are read; if not, none of their files is opened.
-
-    Raises:
-        ConfigError: An unknown task or metric, or values that contradict each other.
-        DataError: A missing file, split or column, no rows, a text or label that is missing or unknown, too few
-            examples, or reported examples that are trained on.
     """
     glue = GLUE.get(glue_key(spec.name))
     kind = spec.kind or ("regression" if glue is not None and glue.label_names is None else "classification")
@@ -197,11 +182,7 @@ class Source:
         return any((self.folder / f"{split}{ending}").is_file() for ending in _ENDINGS)
 
     def locate(self, key: str, split: str) -> str:
-        """Return the file of a split, which may also be a file name; on the hub the split.
-
-        Raises:
-            DataError: No such file, with what there is.
-        """
+        """Return the file of a split, which may also be a file name; on the hub the split itself."""
         if self.folder is None:
             return split
         for ending in _ENDINGS:
@@ -228,11 +209,7 @@ class Articles(Source):
         return name in ("train", "test") and topic in ("", *TOPICS)
 
     def articles(self, key: str, split: str) -> list[Article]:
-        """Return the articles of a split.
-
-        Raises:
-            DataError: There is no such split.
-        """
+        """Return the articles of a split; DataError if there is none of this name."""
         if not self.has(split):
             remedy = f"{BBC_NEWS} has no such split; it has train and test, and of a topic such as train/{TOPICS[-1]}"
             raise self.spec.bad(key, split, remedy, DataError)
@@ -246,12 +223,7 @@ class Articles(Source):
 
 
 def find_source(spec: TaskSpec, glue: GlueTask | None) -> Source:
-    """Return where the examples of a task are; `glue` is what is known of it if it is GLUE's.
-
-    Raises:
-        ConfigError: Nothing says where.
-        DataError: There is no such folder.
-    """
+    """Return where the examples of a task are; `glue` is what is known of it if it is GLUE's."""
     reported = dict(glue.reported) if glue else None
     if spec.source is None and spec.train is not None and Path(spec.train).suffix.lower() in FORMATS:
         return Source(spec, Path(), reported=reported)
@@ -273,11 +245,7 @@ def find_source(spec: TaskSpec, glue: GlueTask | None) -> Source:
 
 
 def reported_splits(spec: TaskSpec, source: Source) -> dict[str, str]:
-    """Return the splits that are reported, by label: the task's, GLUE's, or the test or validation split.
-
-    Raises:
-        DataError: There are none.
-    """
+    """Return the splits that are reported, by label: the task's, GLUE's, or the test or validation split."""
     splits = spec.reported or source.reported
     if splits is None:
         splits = next(({split: split} for split in ("test", "validation") if source.has(split)), None)
@@ -338,11 +306,7 @@ def named_labels(labels: Sequence[Any], names: Sequence[str] | None) -> list[Any
 
 
 def class_names(field: str, column: str, labels: Sequence[Any]) -> tuple[str, ...]:
-    """Return the names of all classes, sorted (whole numbers by value); missing labels are ignored.
-
-    Raises:
-        DataError: There is a single class.
-    """
+    """Return the names of two or more classes, sorted (whole numbers by value); missing labels are ignored."""
     names = {str(label) for label in labels if label is not None}
     if len(names) < 2:
         remedy = "all training examples have the same label; give examples of two classes or more"
@@ -386,21 +350,15 @@ def split_examples(
     """Split examples in two, each class in proportion; the same seed gives the same split.
 
     Args:
-        examples: The examples; the parts keep their order.
         fraction: Share of the second part, in (0, 1).
-        seed: Seed of the draw.
         field: The recipe's key of the fraction, for errors.
 
     Raises:
-        DataError: A class has a single example, or there are too few examples.
+        DataError: There are too few examples, or only one of a class.
     """
     from numpy.random import RandomState
 
     names = names_of(examples)
-    counts = Counter(examples["labels"])
-    if single := [name for index, name in enumerate(names or ()) if counts[index] == 1]:
-        reason = f"{', '.join(map(repr, single))} has one training example, which cannot be in both parts; add more"
-        raise bad_value(field, fraction, reason, DataError)
     rows = examples.select_columns("labels").add_column("row", list(range(len(examples))))
     try:
         parts = rows.train_test_split(

@@ -27,14 +27,7 @@ Choices = Sequence[Sequence[str]]
 
 
 def read_file(field: str, path: str, choices: Choices) -> tuple[int, Columns]:
-    """Read a local file whose columns are one of several known sets; see `read_rows`.
-
-    Returns:
-        The index of the first set of columns that the file has, and these columns.
-
-    Raises:
-        DataError: The file cannot be read, has no rows, or lacks a column.
-    """
+    """Return the index of the first set of columns that a local file has, and these columns; see `read_rows`."""
     rows = read_rows(field, path)
     choice = _fitting(field, path, list(dict.fromkeys(name for row in rows for name in row)), choices)
     return choice, {name: [row.get(name) for row in rows] for name in choices[choice]}
@@ -69,11 +62,7 @@ def read_rows(field: str, path: str) -> list[Row]:
 
 
 def require_data_file(field: str, path: str) -> Path:
-    """Return the file of that path.
-
-    Raises:
-        DataError: There is none.
-    """
+    """Return the file of that path; DataError if there is none."""
     file = Path(path)
     if not file.is_file():
         raise bad_value(field, path, "no such file; give the path of a CSV, TSV, JSONL or Parquet file", DataError)
@@ -87,8 +76,6 @@ def read_hub(field: str, split: str, name: str, config: str | None, choices: Cho
         field: The recipe's key of the split, for errors.
         split: Name of the split, or a slice, such as `train[:10%]`.
         name: Hub name or local folder.
-        config: Configuration, if the data set has several.
-        choices: Sets of column names; the first that the split has is read.
 
     Returns:
         The index of the choice, and its columns.
@@ -116,11 +103,7 @@ def read_hub(field: str, split: str, name: str, config: str | None, choices: Cho
 
 
 def hub_splits(name: str, config: str | None, name_field: str = "data.name") -> list[str]:
-    """Return the names of the splits of a hub data set.
-
-    Raises:
-        DataError: There is no such data set or configuration.
-    """
+    """Return the names of the splits of a hub data set; DataError if there is none."""
     from datasets import get_dataset_split_names
 
     try:
@@ -181,11 +164,7 @@ def _at_line(number: int, what: object) -> ValueError:
 
 
 def _fitting(field: str, source: str, names: Sequence[str], choices: Choices) -> int:
-    """Return the index of the first choice whose columns all exist.
-
-    Raises:
-        DataError: There is none; the error says what the nearest one lacks.
-    """
+    """Return the index of the first choice whose columns all exist; DataError says what the nearest one lacks."""
     lacking = [[name for name in wanted if name not in names] for wanted in choices]
     nearest = min(lacking, key=len)
     if nearest:
