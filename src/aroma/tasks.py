@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -304,45 +304,19 @@ def _lay(model: Any, task: str, adapter: AdapterWeights) -> None:
 
     from .tuner import AromaConfig, aroma_layers
 
-    _refuse_parts(adapter)
     modules = dict(model.get_base_model().named_modules())
     for name, update in adapter.updates.items():
-        matrix = _matrix(modules, name, adapter.experts)
+        matrix = modules.get(name)
         if matrix is None:
             raise ConfigError(f"task {task!r}: the base model has no {name}; give the model that it was trained over")
         shape = (getattr(matrix, "out_features", None), getattr(matrix, "in_features", None))
         if None not in shape and shape != update.shape:
             raise ConfigError(f"task {task!r}: {name} is {shape} in the base model, and {update.shape} in the task")
     # Not the method of a subclass, which would give it a head.
-    names, parameters = [*adapter.modules], [*adapter.experts]
-    PeftModel.add_adapter(
-        model, task, AromaConfig(target_modules=names, target_parameters=parameters or None, inference_mode=True)
-    )
+    PeftModel.add_adapter(model, task, AromaConfig(target_modules=[*adapter.updates], inference_mode=True))
     set_peft_model_state_dict(model, tensors_of(replace(adapter, others={})), adapter_name=task)
     for layer in aroma_layers(model, task).values():
         layer.freeze(task)
-
-
-def _matrix(modules: Mapping[str, nn.Module], name: str, experts: Container[str]) -> Any:
-    """Return the module with a matrix of a task, by its name in the base model; None if there is none."""
-    stack, _, index = name.rpartition(".")
-    if stack not in experts:
-        return modules.get(name)
-    module, _, parameter = stack.rpartition(".")
-    holder: Any = modules.get(module)
-    weight = getattr(getattr(holder, "base_layer", holder), parameter, None)
-    return holder if weight is not None and int(index) < len(weight) else None
-
-
-def _refuse_parts(adapter: AdapterWeights) -> None:
-    """Raise if an adapter has parts of modules: only one adapter of a model can split a module."""
-    if adapter.parts:
-        raise bad_value(
-            "split_modules",
-            next(iter(adapter.parts)),
-            "there is no folder of tasks for parts of a module, which only one adapter of a model can split; leave "
-            "split_modules out, or use the adapter in PEFT",
-        )
 
 
 def read_whole(folder: str | os.PathLike[str]) -> AdapterWeights:
@@ -376,12 +350,7 @@ def loadable(adapter: AdapterWeights) -> Iterator[Path]:
 
 def tensors_of(adapter: AdapterWeights) -> dict[str, Tensor]:
     """Return an adapter's tensors as its file has them: components in their form, and others of any shape."""
-    from .tuner.layout import PEFT_PREFIX
-
-    tensors = dict(adapter.others)
-    for stem, (form, B, A) in adapter.packed().held.items():
-        tensors |= form.tensors(f"{PEFT_PREFIX}{stem}", B, A)
-    return tensors
+    return {**adapter.others, **adapter.component_tensors()}
 
 
 def export_plain(
@@ -422,40 +391,18 @@ def joined(head: AdapterWeights, adapters: Sequence[AdapterWeights]) -> AdapterW
     """Return one adapter whose updates are the sums of those of `adapters`, with head and state of `head`."""
     import torch
 
-    from .saved import AdapterWeights, experts_tensors
+    from .saved import AdapterWeights
 
     updates, modules = {}, {}
-    experts: dict[str, list[str]] = {}
     for adapter in adapters:
         if adapter.state is None:
             remedy = "AROMA did not save it, so its modules and their shapes are not known; give adapters of AROMA"
             raise bad_value("adapters", str(adapter.folder), remedy)
-        _refuse_parts(adapter)
         modules.update(adapter.state["modules"])
-        for module, names in adapter.state.get("experts", {}).items():
-            experts[module] = _joined_names(module, experts.get(module, []), names)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.updates):
         own = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
         A = torch.cat([update.A for update in own])
         updates[name] = replace(own[0], B=torch.cat([update.B for update in own], 1), A=A, alpha=float(len(A)))
     ranked = {name: {**entry, "rank": updates[name].rank if name in updates else 0} for name, entry in modules.items()}
-    state = {**(head.state or {}), "modules": ranked, "experts": experts}
-    whole = AdapterWeights(head.folder, head.config, updates, head.others, state, {}, {})
-    return replace(whole, experts=experts_tensors(whole))
-
-
-def _joined_names(module: str, some: list[str], more: list[str]) -> list[str]:
-    """Return all parameters of experts that tasks grow in a module, in the order in which PEFT wraps them.
-
-    Raises:
-        ConfigError: Neither task grows all of them, so the order is not known.
-    """
-    fewer, all_names = sorted((some, more), key=len)
-    if not {*fewer} <= {*all_names}:
-        raise bad_value(
-            "target_parameters",
-            fewer[0],
-            f"tasks that are joined grow other parameters of {module}, {', '.join(all_names)}; let one of them grow "
-            "all of these",
-        )
-    return all_names
+    state = {**(head.state or {}), "modules": ranked}
+    return AdapterWeights(head.folder, head.config, updates, head.others, state)

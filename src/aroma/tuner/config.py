@@ -17,7 +17,7 @@ from ..card import Subject, files_beside, write_card
 from ..errors import bad_value
 from ..files import write_json
 from .live import take_collected
-from .lora_fields import check_lora_fields, check_split
+from .lora_fields import check_lora_fields
 from .state import write_adapter_state
 
 
@@ -81,11 +81,8 @@ class AromaConfig(LoraConfig):
         lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
         lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training. Finished
             components count as merged and have no dropout.
-        target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`.
-        target_parameters (`list[str]`, *optional*): As in `LoraConfig`: 3-D parameters of experts. Every expert's
-            matrix grows by itself. With `target_modules=[]` nothing else grows.
-        split_modules (`dict`, *optional*): Fused weights that grow as their parts, by name of the module or its end:
-            the number of equal parts, or a list with the outputs of each. `{"c_attn": 3}` splits q, k and v of GPT-2.
+        target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`; linear
+            layers only. For convolutions, embeddings and experts use evidence on PEFT's `LoraConfig`.
         inner_tolerance (`float` or `None`, *optional*, defaults to 0.1): ε_in of equation (5). `None`: no inner
             checks, every inner loop lasts `max_inner_steps`.
         inner_check_interval (`int`, *optional*, defaults to 10): ΔT_in, in optimizer steps.
@@ -115,10 +112,6 @@ class AromaConfig(LoraConfig):
     lora_alpha: float = field(default=4, metadata={"help": "Every component is scaled by lora_alpha / r."})
     target_modules: list[str] | str | None = field(
         default="all-linear", metadata={"help": "Modules that grow: names, a regular expression, or 'all-linear'."}
-    )
-    split_modules: dict[str, int | list[int]] | None = field(
-        default=None,
-        metadata={"help": "Fused weights that grow as parts: number of equal parts, or outputs of each, by name."},
     )
     inner_tolerance: float | None = field(
         default=0.1, metadata={"help": "Tolerance of the inner check, equation (5); None: no inner checks."}
@@ -156,8 +149,6 @@ class AromaConfig(LoraConfig):
         self._check_component()
         self._check_loops()
         self._check_reset()
-        if (remedy := check_split(self.split_modules)) is not None:
-            raise bad_value("split_modules", self.split_modules, remedy)
         check_lora_fields(self, _COMPONENT_FIELDS)
         for item in fields(self):
             if isinstance(value := getattr(self, item.name), np.number):

@@ -7,7 +7,7 @@ PEFT looks at few of them when a configuration is made. Others fail in the midst
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -21,6 +21,7 @@ _WHY: dict[str, str] = {
     "use_rslora": "the scale of a component is lora_alpha / r and never changes as the rank grows",
     "use_dora": "DoRA's magnitude cannot be written as a plain LoRA adapter of growing rank",
     "init_lora_weights": "b starts at 0 and a Kaiming-uniform, so that training starts at the pretrained model",
+    "target_parameters": "its rule grows linear layers; for experts use evidence on PEFT's LoraConfig",
     "layer_replication": "replicated layers share a base weight",
     "trainable_token_indices": "train token embeddings with a LoraConfig instead",
     "rank_pattern": "AROMA finds the ranks; use max_components to bound them",
@@ -41,8 +42,6 @@ def check_lora_fields(config: LoraConfig, own: Collection[str]) -> None:
     """
     for name, check in _CHECKS.items():
         value = getattr(config, name)
-        if name == "target_modules" and _are_names(value) and not value and _are_names(config.target_parameters):
-            continue  # parameters alone grow
         remedy = check(value)
         if remedy is not None:
             raise bad_value(name, value, remedy)
@@ -55,12 +54,6 @@ def check_lora_fields(config: LoraConfig, own: Collection[str]) -> None:
             continue
         why = _WHY.get(item.name, "it belongs to a variant of LoRA, which cannot grow")
         raise bad_value(item.name, value, f"not supported by AROMA: {why}; leave it unset, at {default!r}")
-    if config.target_parameters and config.lora_dropout:
-        raise bad_value(
-            "lora_dropout",
-            config.lora_dropout,
-            "the update of target_parameters is added to the weight, so its input cannot be dropped; set it to 0",
-        )
     if config.layers_to_transform is not None and isinstance(config.target_modules, str):
         raise bad_value(
             "layers_to_transform",
@@ -76,19 +69,6 @@ def check_lora_fields(config: LoraConfig, own: Collection[str]) -> None:
         )
 
 
-def check_split(value: Any) -> str | None:
-    """Return what to do about a value of `split_modules`, or None if it can work."""
-    if value is None or (isinstance(value, Mapping) and all(map(_is_split, value.keys(), value.values()))):
-        return None
-    return "give a number of equal parts, or the outputs of each, by name of the module, such as {'c_attn': 3}"
-
-
-def _is_split(name: object, parts: object) -> bool:
-    # One number is a number of parts, a list has the outputs of each: two parts at least.
-    sizes, least = (parts, 1) if isinstance(parts, list | tuple) and len(parts) > 1 else ([parts], 2)
-    return isinstance(name, str) and bool(name) and all(type(n) is int and least <= n < 2**24 for n in sizes)
-
-
 # Each returns what to do about a value, or None if it can work -------------------------------------------------------
 
 
@@ -99,12 +79,6 @@ def _modules(value: Any) -> str | None:
     if isinstance(value, str):
         return _expression(value, remedy)
     return None if _are_names(value) and value else remedy
-
-
-def _parameters(value: Any) -> str | None:
-    if value is None or (_are_names(value) and value):
-        return None
-    return "give a list of names of 3-D parameters or of their ends, such as ['experts.gate_up_proj']"
 
 
 def _saved_modules(value: Any) -> str | None:
@@ -185,7 +159,6 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "base_model_name_or_path": _text,
     "revision": _text,
     "inference_mode": _switch,
-    "target_parameters": _parameters,
     "target_modules": _modules,
     "exclude_modules": _excluded,
     "fan_in_fan_out": _switch,

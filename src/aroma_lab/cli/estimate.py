@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
         "aroma estimate llama3-8b --adapter lora --r 8 --devices 4",
         "aroma estimate llama3.1-405b --components 1 10 100 --devices 16 --json 405b.json",
         "aroma estimate deepseek-v3 --dtype nf4 --quantise-experts --gradient-checkpointing --devices 32",
-        "aroma estimate qwen3-30b-a3b --target-parameters experts.gate_up_proj experts.down_proj --devices 8",
+        "aroma estimate qwen3-30b-a3b --adapter lora --target-parameters experts.gate_up_proj experts.down_proj",
         "aroma estimate roberta-base --dtype float32 --batch-size 32 --sequence-length 256 --device-memory 6",
     )
     add = parser.add_argument

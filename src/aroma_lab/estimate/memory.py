@@ -340,9 +340,8 @@ class Needs:
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
-        """The strategies that can train it: ZeRO-3 shards no parameters of experts that grow."""
-        grows = bool(self.settings.target_parameters) and self.settings.adapter == "aroma"
-        return tuple(name for name in get_args(Strategy) if not (grows and name == "zero3"))
+        """The strategies that can train it."""
+        return get_args(Strategy)
 
     def on(self, strategy: Strategy, devices: int = 1) -> dict[str, int]:
         """Return the bytes of `PARTS` on the device that holds most of `devices`, and their sum as `total`.
