@@ -20,8 +20,8 @@ from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
 from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
-from .fused import Update, add_update, autocast_dtype, linear_with_update
-from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
+from .fused import Update, autocast_dtype, linear_with_update
+from .tracing import is_hooked, is_traced
 
 if TYPE_CHECKING:
     from .live import LiveAdapter
@@ -322,17 +322,10 @@ class AromaLinear(LoraLinear):
         if not adapters:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        if is_traced(x) or not all(map(self._pair_is_plain, adapters)):
-            return self._composed(x, adapters, *args, **kwargs)
-        updates = [self._update(adapter_name) for adapter_name in adapters]
-        if len(updates) == 1 and not args and not kwargs and self._can_replace_base(x, updates[0]):
-            base = self.get_base_layer()
-            return linear_with_update(x, self._as_matrix(base.weight), base.bias, updates[0])
-        flat = x.reshape(-1, x.shape[-1])
-        result = self._writable_result(flat, x, *args, **kwargs)
-        for update in updates:
-            result = add_update(result, flat, update)
-        return result.view(*x.shape[:-1], result.shape[-1])
+        if len(adapters) == 1 and not args and not kwargs and not is_traced(x) and self._can_be_fused(x, adapters[0]):
+            base = self.base_layer
+            return linear_with_update(x, self._as_matrix(base.weight), base.bias, self._update(adapters[0]))
+        return self._composed(x, adapters, *args, **kwargs)
 
     def with_beneath(self, adapter_names: Sequence[str]) -> list[str]:
         """Return adapters, each once and after what lies beneath it."""
@@ -368,10 +361,6 @@ class AromaLinear(LoraLinear):
         """Whether the pair is evaluated; a frozen one only in a compiled graph, which then need not change."""
         return (self.stays_in_graph and torch.compiler.is_compiling()) or not self.is_frozen(adapter_name)
 
-    def _pair_is_plain(self, adapter_name: str) -> bool:
-        """Whether the modules that hold the pair are plain Linear layers without hooks, or are skipped."""
-        return self.is_frozen(adapter_name) or are_plain_linear(self.lora_A[adapter_name], self.lora_B[adapter_name])
-
     def _update(self, adapter_name: str) -> Update:
         B, A = self.finished(adapter_name).padded
         b, a = self.pair(adapter_name) if self.evaluates_pair(adapter_name) else (B[:, :0], A[:0])
@@ -379,40 +368,27 @@ class AromaLinear(LoraLinear):
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p)
 
-    def _can_replace_base(self, x: Tensor, update: Update) -> bool:
-        """Whether the base layer is a plain frozen matmul without hooks, all in one dtype; x is (…, n)."""
+    def _can_be_fused(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether base layer and pair are plain matmuls without hooks, the base frozen, all in one dtype, x (…, n)."""
         base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D) or is_hooked(base):
+        pair = [] if self.is_frozen(adapter_name) else [self.lora_A[adapter_name], self.lora_B[adapter_name]]
+        if type(base) not in (nn.Linear, Conv1D) or any(type(one) is not nn.Linear for one in pair):
+            return False
+        if is_hooked(base, *pair):
             return False
         for parameter in (base.weight, base.bias):
             if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):
                 return False
-        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == update.A.dtype == update.a.dtype
-
-    def _writable_result(self, flat: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's result, (T, m), as a tensor that nobody else holds.
-
-        Args:
-            flat: The inputs as (T, n).
-            x: The inputs, (…, n).
-            args: Further arguments of the base layer.
-            kwargs: Further arguments of the base layer.
-        """
-        base = self.base_layer
-        result: Tensor
-        if args or kwargs or not returns_fresh_result(base):
-            result = base(x, *args, **kwargs)
-            return result.reshape(-1, result.shape[-1]).clone()
-        # Flat: for a batch of sequences nn.Linear returns a view, and writing to views is slow.
-        result = base(flat)
-        return result.clone() if result._is_view() else result
+        finished, (b, _) = self.finished(adapter_name).padded, self.pair(adapter_name)
+        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == finished[0].dtype == b.dtype
 
     def _composed(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (…, n) to (…, m) in operations of PyTorch alone, which compilers and transforms look into."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
         for adapter_name in adapters:
             result = self._added(result, x, adapter_name)
-        return result
+        return result.to(dtype)
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (rows, …, n) to (rows, …, m), each row with the update of the adapter that is named for it."""
@@ -420,20 +396,19 @@ class AromaLinear(LoraLinear):
         for named in dict.fromkeys(adapter_names):
             rows = [row for row, name in enumerate(adapter_names) if name == named]
             for adapter_name in filter(self._adds, self.with_beneath([named])):
-                result[rows] = self._added(result[rows], x[rows], adapter_name)
+                result[rows] = self._added(result[rows], x[rows], adapter_name).to(result.dtype)
         return result
 
     def _added(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added."""
+        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added, in the more precise dtype."""
         update = self._update(adapter_name)
         dtype = update.a.dtype
         inputs = self._cast_input_dtype(x, dtype)
         if update.A.shape[0]:
-            finished = F.linear(F.linear(inputs, update.A.to(dtype)), update.B.to(dtype))
-            result = result + finished.to(result.dtype)
+            result = result + F.linear(F.linear(inputs, update.A.to(dtype)), update.B.to(dtype))
         if update.a.shape[0]:
             h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
-            result = result + (self.lora_B[adapter_name](h) * update.scale).to(result.dtype)
+            result = result + self.lora_B[adapter_name](h) * update.scale
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------

@@ -26,13 +26,7 @@ from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
-from .misuse import (
-    HEADS,
-    UncontrolledWatch,
-    tell_of_frozen_head,
-    tell_of_unmatched,
-    warn_uncontrolled,
-)
+from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrolled
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
@@ -77,9 +71,8 @@ class AromaModel(LoraModel):
                 "lists them or their endings (a string is a regular expression for whole names), or 'all-linear', and "
                 "look at exclude_modules, modules_to_save and layers_to_transform",
             ) from error
-        tell_of_unmatched(model, self.peft_config[adapter_name], wanted)
         self._bring_to_life(model, adapter_name)
-        tell_of_frozen_head(model, self.peft_config[adapter_name], wanted)
+        warn_frozen_head(model, self.peft_config[adapter_name], wanted)
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 

@@ -28,7 +28,7 @@ from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
 from .layout import PlainAdapter, components_digest
 from .live import LiveAdapter
-from .misuse import warn_uncontrolled
+from .warnings import warn_uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
