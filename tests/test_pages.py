@@ -76,7 +76,7 @@ def test_the_commands_of_the_pages_are_the_parsers() -> None:
     for command in ours:
         make_parser().parse_args(command)
     names = {command[0] for command in ours}
-    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export", "push"}
+    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export"}
     assert names == known, "each command is shown on some page, and no other"
 
 
@@ -126,7 +126,7 @@ def test_files_that_are_named_exist() -> None:
 def test_what_the_pages_name_of_the_package_is_exported() -> None:
     text = "".join(page for name, page in PAGES.items() if name != "CHANGELOG.md")
     named = {name for line in re.findall(r"from aroma import ([\w, ]+)", text) for name in line.split(", ")}
-    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text)) | {"RichProgress"}
+    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text))
     assert named <= set(aroma.__all__)
     assert all(getattr(aroma, name).__name__ == name for name in named)
 
@@ -215,14 +215,6 @@ def test_other_layers(tmp_path: Path) -> None:
     experts = {"vocab_size": 40, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4}
     model = get_peft_model(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)), names["config"])
     assert [*aroma.compact(model).values()] == [1], "nothing is trained: one zero direction"
-
-
-def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = {**given(tmp_path), "another_base": tiny_bert()}
-    run("tasks.md", names)
-    assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
-    assert not aroma.aroma_layers(names["model"])
 
 
 @pytest.mark.parametrize("section", slow_but(["The Trainer", "A loop of your own"], USAGE))

@@ -114,9 +114,8 @@ class GrowingMatrix:
         self.layer.start_pair(self._adapter_name, self._fresh(draw))
 
     def _fresh(self, draw: int) -> Tensor:
-        """Return the a (r, n) that outer step `draw` starts with, off what lies beneath the adapter."""
-        a = fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
-        return self.layer.off_beneath(self._adapter_name, a)
+        """Return the a (r, n) that outer step `draw` starts with."""
+        return fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 

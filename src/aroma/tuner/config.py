@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..card import Subject, files_beside, write_card
+from ..card import write_ranks
 from ..errors import bad_value
 from ..files import write_json
 from .live import take_collected
@@ -217,7 +217,8 @@ class AromaConfig(LoraConfig):
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
         state = write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
-        write_card(save_directory, Subject.of(ordered, state, files=files_beside(save_directory)))
+        ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
+        write_ranks(save_directory, ranks, state["config"])
         live.saved_to = str(save_directory)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -58,14 +58,13 @@ class AromaLinear(LoraLinear):
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
         own_scaling: s of every adapter.
-        beneath: By adapter, others that are active whenever it is, and that it leaves as they are.
         stays_in_graph: See above.
     """
 
     in_features: int
     out_features: int
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live", "beneath")
+    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
@@ -73,7 +72,6 @@ class AromaLinear(LoraLinear):
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
-        self.beneath: dict[str, tuple[str, ...]] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
@@ -279,7 +277,7 @@ class AromaLinear(LoraLinear):
                 "adapter and merge in one process (aroma export --merged)"
             )
         named = check_adapters_to_merge(self, adapter_names)
-        for adapter_name in self.with_beneath(named):
+        for adapter_name in named:
             if adapter_name not in self.lora_A or adapter_name in self.merged_adapters:
                 continue
             merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
@@ -317,7 +315,7 @@ class AromaLinear(LoraLinear):
             return self._mixed(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        named = [] if self.disable_adapters or self.merged else self.with_beneath(self.active_adapters)
+        named = [] if self.disable_adapters or self.merged else self.active_adapters
         adapters = [*filter(self._adds, named)]
         if not adapters:
             result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -326,30 +324,6 @@ class AromaLinear(LoraLinear):
             base = self.base_layer
             return linear_with_update(x, self._as_matrix(base.weight), base.bias, self._update(adapters[0]))
         return self._composed(x, adapters, *args, **kwargs)
-
-    def with_beneath(self, adapter_names: Sequence[str]) -> list[str]:
-        """Return adapters, each once and after what lies beneath it."""
-        named = (name for active in adapter_names for name in (*self.beneath.get(active, ()), active))
-        return [*dict.fromkeys(named)]
-
-    @torch.no_grad()
-    def rows_beneath(self, adapter_name: str) -> Tensor:
-        """Return the rows A (K, n) of what lies beneath an adapter."""
-        a = self.pair(adapter_name)[1]
-        found = [self.components(name)[1] for name in self.beneath.get(adapter_name, ()) if name in self.lora_A]
-        return torch.cat([a.new_zeros(0, self.in_features), *(A.to(a) for A in found)])
-
-    @torch.no_grad()
-    def off_beneath(self, adapter_name: str, a: Tensor) -> Tensor:
-        """Return rows a (r, n) turned off the span of the rows that lie beneath an adapter, as long as they were."""
-        if not any(name in self.lora_A for name in self.beneath.get(adapter_name, ())):
-            return a
-        _, sizes, rows = torch.linalg.svd(self.rows_beneath(adapter_name).double(), full_matrices=False)
-        basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
-        precise = a.to(basis)
-        off: Tensor = precise - precise @ basis.T @ basis
-        length, whole = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (off, precise))
-        return torch.where(length > _RANK_TOLERANCE * whole, off * (whole / length), 0.0).to(a)
 
     def _adds(self, adapter_name: str) -> bool:
         """Whether an adapter changes the base layer's result."""
@@ -395,7 +369,7 @@ class AromaLinear(LoraLinear):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for named in dict.fromkeys(adapter_names):
             rows = [row for row, name in enumerate(adapter_names) if name == named]
-            for adapter_name in filter(self._adds, self.with_beneath([named])):
+            for adapter_name in filter(self._adds, [named]):
                 result[rows] = self._added(result[rows], x[rows], adapter_name).to(result.dtype)
         return result
 

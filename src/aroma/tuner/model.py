@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.utils import NoMatchingPeftModuleError
@@ -30,8 +28,6 @@ from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrol
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
-
-_SEEDS_APART = 1_000_003
 
 
 class AromaModel(LoraModel):
@@ -162,7 +158,7 @@ class AromaModel(LoraModel):
         controller = live.controller
         # Now, while all ranks are here and the pairs are whole: rank 0 alone writes the configuration.
         exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
-        live.about = about_model(live.about, model, config.task_type)
+        live.about = about_model(model, config.task_type)
         live.collected(config, plain, exported, layers.values(), adapter_name)
         _hide_internals(layers, state_dict)
         return tensors
@@ -247,24 +243,6 @@ def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> 
                 "merging would change both; serve the adapter unmerged, or untie the weights of the base model "
                 "(tie_word_embeddings=False) before it is adapted",
             )
-
-
-def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> None:
-    """Let adapters of a model be active whenever a new one is, which begins off the span of their components.
-
-    Args:
-        model: The model.
-        adapter_name: The new adapter; no controller has driven it yet.
-        beneath: The adapters that lie beneath it.
-    """
-    names, live = (*beneath,), live_adapter(model, adapter_name)
-    # All mostly have one seed. What the earlier ones have drawn from it lies in their span.
-    live.seed = (live.seed + len(names) * _SEEDS_APART) % 2**31
-    for layer in aroma_layers(model).values():
-        layer.beneath[adapter_name] = names
-    for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
-        _, a = layer.pair(adapter_name)
-        layer.start_pair(adapter_name, layer.off_beneath(adapter_name, _first_component(live, index, a).to(a)))
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:
@@ -363,26 +341,3 @@ def register() -> None:
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AromaConfig
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AromaModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "lora_"
-    _leave_cards_to_saving()
-
-
-def _leave_cards_to_saving() -> None:
-    """Let PEFT write no model card of a growing adapter: `AromaConfig.save_pretrained` writes one.
-
-    PEFT writes an empty template before anything of a save is known, with the path of the base model in it, and puts
-    that path into a card that a person wrote.
-    """
-    write = PeftModel.create_or_update_model_card
-    if hasattr(write, _LEAVES):
-        return
-
-    @functools.wraps(write)
-    def unless_growing(self: Any, output_dir: str) -> None:
-        if not any(isinstance(config, AromaConfig) for config in self.peft_config.values()):
-            write(self, output_dir)
-
-    setattr(unless_growing, _LEAVES, True)
-    PeftModel.create_or_update_model_card = unless_growing
-
-
-_LEAVES = "aroma_leaves"

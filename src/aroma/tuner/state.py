@@ -21,7 +21,7 @@ import numpy as np
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
-from ..about import About, is_about
+from ..about import is_about
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, own_file, read_json, read_tensors, write_bytes, write_json
 from ..folders import settle, sync
@@ -119,17 +119,6 @@ def write_export_state(
         "controller": None,
     }
     write_json(Path(folder) / STATE_FILE, {**exported, "checksum": checksum_of(exported)})
-
-
-def tell(folder: str | os.PathLike[str], about: About) -> dict[str, Any]:
-    """Write what became known of a saved adapter since into its state, and return that.
-
-    Raises:
-        CheckpointError: The state is missing or damaged.
-    """
-    state = {**read_state(folder), "about": about.as_json()}
-    write_json(Path(folder) / STATE_FILE, {**state, "checksum": checksum_of(state)})
-    return state
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
