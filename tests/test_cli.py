@@ -26,7 +26,7 @@ HEAVY = (
 )
 COMMANDS = (
     *("demo", "train", "report", "eval", "predict", "generate", "inspect", "export"),
-    *("bench", "estimate", "lab"),
+    *("bench", "lab"),
 )
 LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
@@ -124,7 +124,6 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         (*train, "data.test={}/absent.csv"): "absent.csv': no such file",
         (*train, "model.name={}/absent"): "absent': no such folder",
         (*train, "model.name=robertta-base"): "model.name='robertta-base': neither a folder nor in the hub's cache",
-        ("estimate", "roberta-basee"): "the nearest shape is 'roberta-base'",
         ("inspect", "{}/absent"): "absent': no such folder",
         ("export", "{}/absent", "{}/out", "--merged"): "absent': no such folder",
         ("eval", "{}/absent", "--data", "x.csv"): "absent': no such folder",

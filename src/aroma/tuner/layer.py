@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from .live import LiveAdapter
 
 
-_RANK_TOLERANCE = 1e-6
-"""A direction of a span counts where its singular value is above this share of the largest."""
-
-
 class AromaLinear(LoraLinear):
     """A linear layer whose low-rank update grows: nn.Linear, Conv1D of transformers, bitsandbytes in 4 or 8 bits.
 
