@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,28 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
 from .about import LABELLED_TASKS, About, unnamed
-from .card import (
-    CARD_FILE,
-    MODEL_CLASSES,
-    PICTURE_FILE,
-    SERVING_RANKS,
-    Subject,
-    files_beside,
-    is_by_hand,
-    served_rank,
-    write_card,
-)
+from .card import CARD_FILE
 from .errors import AromaError, AromaWarning, bad_value
 from .files import free_bytes, own_file, read_json, write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
-from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter
 from .spectra import effective_rank, singular_values
-from .tasks import loadable, read_whole
 from .tuner import refuse_merge_if_tied
 from .tuner.layout import PEFT_PREFIX, uniform_config
 from .tuner.state import STATE_FILE, write_export_state
+
+SERVING_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks that vLLM, TGI and SGLang all serve."""
+
+MODEL_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""Class of transformers that loads the base model, by PEFT's task type."""
 
 
 @dataclass(frozen=True)
@@ -111,27 +111,20 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
         ConfigError: `rank` is too small, or the adapter's rank is above 256.
         OutputError: `out` is not empty, or cannot be written.
     """
-    adapter = read_whole(folder)
+    adapter = read_adapter(folder)
     target = require_new_folder("out", out)
     _tell_of_strangers(adapter)
     shapes, uniform = adapter.shapes, uniform_rank(adapter, rank)
     _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
-    tensors = dict(adapter.others)
-    packed = adapter.packed(uniform)
-    for stem, (form, B, A) in packed.held.items():
-        tensors |= form.tensors(f"{PEFT_PREFIX}{stem}", B.float(), A.float())
-    config = uniform_config(adapter.config, packed.modules, packed.parameters, uniform)
-    # Experts and parts are read back without their padding.
-    ranks = {name: adapter.updates[name].rank if name in adapter.updates else 0 for name in shapes}
-    ranks |= {name: uniform for name in packed.modules if name in shapes}
+    tensors = {**adapter.others, **adapter.component_tensors(uniform)}
+    config = uniform_config(adapter.config, shapes, uniform)
+    ranks = dict.fromkeys(shapes, uniform)
     with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
-        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json"))
+        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, "aroma_task.json", CARD_FILE))
         if adapter.state is not None:
             write_export_state(staging, adapter.state, config, tensors, ranks)
-        subject = replace(subject_of(adapter, staging), kind="uniform", rank=uniform)
-        write_card(staging, subject)
     return uniform
 
 
@@ -160,7 +153,7 @@ def export_merged(
     Warns:
         AromaWarning: AROMA did not save the adapter.
     """
-    adapter = read_whole(folder)
+    adapter = read_adapter(folder)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise bad_value("dtype", dtype, "choose float32, bfloat16 or float16")
     target = require_new_folder("out", out)
@@ -174,15 +167,14 @@ def export_merged(
             "its weights are quantised on disk, and adding to them would round the update away; give the model "
             "in 16 or 32 bits that it was made from (--base-model)",
         )
-    modules = dict(model.get_base_model().named_modules())  # which hold no single experts, nor parts
-    refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates if name in modules})
+    modules = dict(model.get_base_model().named_modules())
+    refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates})
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     _require_names(merged.config, adapter)
     with filled_at_once(target, _size_of(merged.state_dict())) as staging:
         merged.save_pretrained(staging)
         copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
         copy_files([Path(folder)], staging, ("aroma_task.json",))
-        write_card(staging, replace(subject_of(adapter, staging), kind="merged"))
 
 
 def label_names(adapter: AdapterWeights) -> tuple[str, ...] | None:
@@ -202,35 +194,6 @@ def about_of(adapter: AdapterWeights) -> About:
     """Return what else is known of an adapter; of one that AROMA did not save, nothing."""
     told = (adapter.state or {}).get("about")
     return About() if told is None else About.from_json(told)
-
-
-def subject_of(adapter: AdapterWeights, files: Path | None = None) -> Subject:
-    """Return what a card tells of an adapter.
-
-    Args:
-        files: The folder that the card is for; None for the adapter's own.
-    """
-    beside = files_beside(adapter.folder if files is None else files)
-    if adapter.state is not None:
-        subject = Subject.of(adapter.config, adapter.state, files=beside)
-    else:
-        ranks = {name: update.rank for name, update in adapter.updates.items()}
-        subject = Subject(adapter.config, ranks, files=beside)
-    return replace(subject, about=replace(subject.about, labels=label_names(adapter)))
-
-
-def add_picture(folder: str | os.PathLike[str]) -> None:
-    """Draw the ranks of an adapter that AROMA saved beside it, and show them in its card.
-
-    Nothing is done where matplotlib is not installed, or a person wrote the card.
-    """
-    path = Path(folder)
-    if find_spec("matplotlib") is None or is_by_hand(path / CARD_FILE):
-        return
-    adapter = read_adapter(path)
-    rank_picture(rank_rows(adapter), path / PICTURE_FILE)
-    subject = subject_of(adapter)
-    write_card(path, replace(subject, files=subject.files | {PICTURE_FILE}))
 
 
 def _require_names(config: Any, adapter: AdapterWeights) -> None:
@@ -265,7 +228,7 @@ def load_with_adapter(folder: str | os.PathLike[str], base_model: str | None = N
     Raises:
         ConfigError: The adapter does not tell the model class, or the base model cannot be loaded.
     """
-    return _with_base(read_whole(folder), base_model)
+    return _with_base(read_adapter(folder), base_model)
 
 
 def base_name_of(adapter: AdapterWeights, base_model: str | None) -> str:
@@ -346,10 +309,10 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
         )
 
     try:
-        with warnings.catch_warnings(), loadable(adapter) as folder:
+        with warnings.catch_warnings():
             # PEFT warns of tensors without a place and of places without tensors; here both are errors.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(folder), config=adapter.lora_config()).eval()
+            model = PeftModel.from_pretrained(base, str(adapter.folder), config=adapter.lora_config()).eval()
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise does_not_fit(f"PEFT cannot put the one into the other: {reason[:300]}") from error
@@ -389,9 +352,8 @@ def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
     Raises:
         ConfigError: It is too small, or above what engines serve.
     """
-    ranks = [rank for rank, _ in adapter.modules.values()]
-    largest = max([1, *ranks, *(one.rank for one in adapter.experts.values())])
-    rank = wanted if wanted is not None else served_rank(largest)
+    largest = max([1, *(update.rank for update in adapter.updates.values())])
+    rank = wanted if wanted is not None else next((served for served in SERVING_RANKS if served >= largest), None)
     if rank is None:
         raise bad_value(
             "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .card import write_card
 from .errors import ConfigError, bad_value
-from .export import subject_of
 from .files import replacing
 from .outputs import new_file
-from .saved import AdapterWeights, Update
-from .tasks import read_whole
+from .saved import AdapterWeights, Update, read_adapter
 
 _MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<kind>.+)")
 
@@ -37,8 +33,7 @@ def export_gguf(
     """Write an adapter as a GGUF file, in float32, and return the rank of every matrix by its name there.
 
     Every matrix keeps its own rank. llama.cpp scales an update by alpha over the rank of that matrix; alpha is the
-    largest rank, and each B is multiplied by its rank / alpha, so that the scale is 1 everywhere. Its card comes
-    beside the file: `adapter.md` beside `adapter.gguf`.
+    largest rank, and each B is multiplied by its rank / alpha, so that the scale is 1 everywhere.
 
     Args:
         folder: A plain LoRA adapter.
@@ -54,7 +49,7 @@ def export_gguf(
     """
     target = require_new_file("out", out, overwrite)
     _require_gguf()
-    adapter = read_whole(folder)
+    adapter = read_adapter(folder)
     config = _llama_config(adapter, base_model)
     names = _gguf_names(adapter, config)
     _refuse_others(adapter)
@@ -65,8 +60,6 @@ def export_gguf(
     with replacing(target, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         _write(temporary, target.stem, alpha, tensors)
         _require_whole(temporary, tensors)
-    subject = replace(subject_of(adapter), kind="gguf", files=frozenset([target.name]))
-    write_card(target.parent, subject, f"{target.stem}.md")
     return {name: adapter.updates[module].A.shape[0] for module, name in names.items()}
 
 

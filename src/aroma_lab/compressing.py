@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from aroma.card import MODEL_CLASSES
 from aroma.errors import DataError, bad_value
 from aroma.evidence.checkup import Checkup, model_loss
 from aroma.evidence.checkups import compress, require_standard_errors
 from aroma.evidence.schedule import FEWEST, WANTED
 from aroma.evidence.statistics import SIZES
-from aroma.export import base_of
+from aroma.export import MODEL_CLASSES, base_of
 from aroma.files import read_tensors, write_json, write_tensors
 from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
 from aroma.pictures import kept_picture

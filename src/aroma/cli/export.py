@@ -20,25 +20,20 @@ def add_parser(commands: Any) -> None:
         "write an adapter for serving engines or llama.cpp, or the merged model",
         (
             "Write an adapter of one rank, as vLLM, TGI and SGLang serve it, an adapter file for llama.cpp, "
-            "the merged model, or tasks that were learnt one after another as one adapter."
+            "or the merged model."
         ),
         "aroma export runs/mrpc/adapter served --uniform",
         "aroma export runs/mrpc/adapter served --uniform --rank 32",
         "aroma export runs/mrpc/adapter merged --merged",
         "aroma export runs/smollm2/adapter adapter.gguf --gguf",
-        "aroma export tasks out --plain --tasks topics moods     # their sum, with the head of moods",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a plain LoRA adapter, or with --plain of tasks")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a plain LoRA adapter")
     parser.add_argument("out", metavar="OUT", help="folder to write, new or empty; with --gguf a new file")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--uniform", action="store_true", help="an adapter of one rank, zero-padded, scale 1")
     kind.add_argument("--merged", action="store_true", help="the full model, merged in float32")
     kind.add_argument(
         "--gguf", action="store_true", help="an adapter file for llama.cpp (models of Llama's architecture)"
-    )
-    kind.add_argument("--plain", action="store_true", help="one plain adapter of a task with those beneath it")
-    parser.add_argument(
-        "--tasks", metavar="TASK", nargs="+", help="with --plain: the tasks of a folder that are added up (all)"
     )
     parser.add_argument("--rank", type=int, help="with --uniform: rank to pad to (the next of 8, 16, 32, … 256)")
     parser.add_argument(
@@ -71,8 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..files import require_adapter_folder
     from .quiet import quiet
 
-    if not arguments.plain:
-        require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
+    require_adapter_folder(arguments.adapter)  # before PyTorch is loaded
     quiet()
     from rich.console import Console
 
@@ -86,10 +80,6 @@ def _export(arguments: argparse.Namespace) -> str:
 
         ranks = export_gguf(arguments.adapter, arguments.out, _base_of(arguments), overwrite=arguments.force)
         return f"adapter of {len(ranks)} matrices with ranks up to {max(ranks.values())} for llama.cpp's --lora"
-    if arguments.plain:
-        from ..tasks import export_plain
-
-        return f"adapter of {', '.join(export_plain(arguments.adapter, arguments.out, arguments.tasks))}"
     from ..export import export_merged, export_uniform
 
     if arguments.uniform:
@@ -116,7 +106,6 @@ def _base_of(arguments: argparse.Namespace) -> str | None:
 
 _MEANT_FOR = {
     "rank": ("uniform",),
-    "tasks": ("plain",),
     "base_model": ("merged", "gguf"),
     "dtype": ("merged",),
     "force": ("gguf",),

@@ -21,14 +21,15 @@ from transformers import TrainerState, TrainingArguments
 
 from ..controller import AromaController
 from ..errors import AromaWarning, OutputError
-from ..events import ModuleSummary
+from ..events import Event, ModuleSummary
 from ..files import write_text
 from ..report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
 from ..report.page import report_file
 from ..report.run import run_page
-from .telling import EVALUATION_COSTS
 
 _PACKAGES = ("aroma-peft", "torch", "transformers", "peft", "accelerate")
+EVALUATION_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What the Trainer adds to the metrics of an evaluation, which says nothing of the model."""
 _NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_dir")
 """Fields that are no one's choice of how to train."""
 _COMMON_NAMES = ("model", "checkpoint", "base", "snapshot")
@@ -49,29 +50,29 @@ class TrainingRecord:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = report_file("report", path)
-        self._parameters: list[list[int]] = []
+        self._ranks: dict[str, list[list[int]]] = {}
         self._began = self._resumed_at = 0.0
         self._found: list[tuple[ModuleSummary, float | None]] = []
-        self._explanation = ""
 
     def begin(self, controller: AromaController, state: TrainerState) -> None:
-        """Start anew, with the controller of a training that begins or goes on."""
-        self._parameters, self._found = [], []
-        self._began, self._resumed_at = time.monotonic(), state.global_step
-        self.note(controller, state)
+        """Start anew, with the controller of a training that begins or goes on; all ranks call this."""
+        self._found, self._began, self._resumed_at = [], time.monotonic(), state.global_step
+        self._ranks = {name: [[state.global_step, rank]] for name, rank in controller.ranks().items()}
+        controller.subscribe(self._note)
 
-    def note(self, controller: AromaController, state: TrainerState) -> None:
-        """Note how many parameters of the adapter train after this optimizer step."""
-        layers = [matrix.layer for matrix in controller.matrices.active()]
-        count = sum((one.in_features + one.out_features) * controller.config.r for one in layers)
-        if not self._parameters or self._parameters[-1][1] != count:
-            self._parameters.append([state.global_step, count])
+    def _note(self, event: Event) -> None:
+        """Note the rank of a matrix from this step on."""
+        changes = self._ranks.get(event.module or "")
+        if changes is not None and changes[-1][1] != event.rank:
+            changes.append([event.step, event.rank])
 
     def end(self, controller: AromaController, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         """Measure the matrices, and write the report; all ranks call this, and the first one writes."""
         updates = controller.relative_updates()
         self._found = [(one, updates[one.name]) for one in controller.summary()]
-        self._explanation = controller.explanation()
+        for one, _ in self._found:  # the component in training counts once it has moved
+            if self._ranks[one.name][-1][1] != one.rank:
+                self._ranks[one.name].append([state.global_step, one.rank])
         self.write(controller, args, state, model)
 
     def write(
@@ -113,13 +114,14 @@ class TrainingRecord:
             seconds=time.monotonic() - self._began,
             loss=losses,
             eval_loss=[(step, one["loss"]) for step, one in evaluations.items() if "loss" in one],
-            rate=[(entry["step"], entry["learning_rate"]) for entry in log if "learning_rate" in entry],
-            scores=[(step, "evaluation", one[metric]) for step, one in evaluations.items() if metric in one],
-            parameters=self._parameters,
+            parameters=sum(
+                (one.layer.in_features + one.layer.out_features) * config.r for one in controller.matrices.active()
+            ),
             head_parameters=_beside_adapter(controller, model),
             lora_parameters=LORA_RANK * sum(sizes),
             matrices=[MatrixFacts(one.name, one.rank, one.effective_rank, update) for one, update in self._found],
-            explanation=self._explanation,
+            ranks=self._ranks,
+            explanation=controller.explanation(),
             notes=notes,
             settings={"AromaConfig": _differing(config), "TrainingArguments": _differing(args)},
             versions=_versions(controller),

@@ -19,8 +19,6 @@ ASSETS = Path(__file__).parent / "assets"
 GENERATOR = '<meta name="generator" content="aroma '
 """What every page of ours says near its beginning."""
 
-_HEAD = 2000
-"""Bytes in which it is looked for."""
 EMPTY = "–"
 
 
@@ -63,7 +61,7 @@ def report_file(field: str, path: str | os.PathLike[str], *, force: bool | None 
     file = Path(path)
     if os.path.isfile(file):  # False where even the question fails
         with file.open("rb") as stream:
-            if GENERATOR.encode() in stream.read(_HEAD):
+            if GENERATOR.encode() in stream.read(2000):
                 force = True
     return new_file(field, path, force=force)
 
@@ -72,12 +70,12 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
     """Return a page.
 
     Args:
-        template: Name of a template, which extends `page.html`.
+        template: Name of a template: `page.html`, or one that extends it.
         charts: The charts by the names that the template calls them by.
         folder: Where the template is.
         context: What else the template reads; every text is escaped where it is put.
     """
-    drawn = _drawn()
+    drawn = json.loads((ASSETS / "charts.json").read_text(encoding="utf-8"))
     data = {
         "specs": {chart.name: drawn[chart.name] for chart in charts.values()},
         "charts": {name: {"spec": one.name, "data": one.data, "main": one.main} for name, one in charts.items()},
@@ -98,12 +96,6 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
             **context,
         )
     )
-
-
-@cache
-def _drawn() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ASSETS / "charts.json").read_text(encoding="utf-8"))
-    return found
 
 
 @cache

@@ -56,7 +56,7 @@ class LiveAdapter:
         seed: Seed of new components: `component_seed`, or else `torch.initial_seed()` when the adapter was made.
         ever_controlled: Whether a controller has ever taken a step.
         dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
-        about: What is told of the adapter wherever it is saved.
+        about: What is saved of the outputs of its model.
         saved_to: The folder that the adapter was last saved to; None before it was.
     """
 
