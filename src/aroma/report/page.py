@@ -90,7 +90,7 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
         lstrip_blocks=True,
     )
     environment.filters["show"] = show
-    return environment.get_template(template).render(
+    page: str = environment.get_template(template).render(
         charts=charts,
         data=data,
         css=(ASSETS / "page.css").read_text(encoding="utf-8"),
@@ -100,6 +100,7 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **context,
     )
+    return page
 
 
 # Numbers as texts ----------------------------------------------------------------------------------------------------
