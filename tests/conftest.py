@@ -47,8 +47,6 @@ LONGEST = (
     "test_integrations",
     "test_several_adapters",
     "test_search",
-    "test_vision",
-    "test_experts_distributed",
     "test_fuzz",
     "test_learning_rate",
     "test_push",

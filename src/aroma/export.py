@@ -116,14 +116,9 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     _tell_of_strangers(adapter)
     shapes, uniform = adapter.shapes, uniform_rank(adapter, rank)
     _require_room(target, 4 * uniform * sum(m + n for m, n in shapes.values()))
-    tensors = dict(adapter.others)
-    packed = adapter.packed(uniform)
-    for stem, (form, B, A) in packed.held.items():
-        tensors |= form.tensors(f"{PEFT_PREFIX}{stem}", B.float(), A.float())
-    config = uniform_config(adapter.config, packed.modules, packed.parameters, uniform)
-    # Experts and parts are read back without their padding.
-    ranks = {name: adapter.updates[name].rank if name in adapter.updates else 0 for name in shapes}
-    ranks |= {name: uniform for name in packed.modules if name in shapes}
+    tensors = {**adapter.others, **adapter.component_tensors(uniform)}
+    config = uniform_config(adapter.config, shapes, uniform)
+    ranks = dict.fromkeys(shapes, uniform)
     with filled_at_once(target, _size_of(tensors)) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
@@ -172,8 +167,8 @@ def export_merged(
             "its weights are quantised on disk, and adding to them would round the update away; give the model "
             "in 16 or 32 bits that it was made from (--base-model)",
         )
-    modules = dict(model.get_base_model().named_modules())  # which hold no single experts, nor parts
-    refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates if name in modules})
+    modules = dict(model.get_base_model().named_modules())
+    refuse_merge_if_tied(model, {name: modules[name].get_base_layer() for name in adapter.updates})
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     _require_names(merged.config, adapter)
     with filled_at_once(target, _size_of(merged.state_dict())) as staging:
@@ -357,8 +352,7 @@ def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
     Raises:
         ConfigError: It is too small, or above what engines serve.
     """
-    ranks = [rank for rank, _ in adapter.modules.values()]
-    largest = max([1, *ranks, *(one.rank for one in adapter.experts.values())])
+    largest = max([1, *(update.rank for update in adapter.updates.values())])
     rank = wanted if wanted is not None else next((served for served in SERVING_RANKS if served >= largest), None)
     if rank is None:
         raise bad_value(

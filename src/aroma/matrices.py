@@ -421,13 +421,12 @@ class GrowingMatrices:
     # Refused ---------------------------------------------------------------------------------------------------------
 
     def require_data(self) -> None:
-        """Raise for a pair that was offloaded, and for a weight that is sharded, so that it cannot train.
+        """Raise for a pair that was offloaded, so that it cannot train.
 
         Raises:
             ConfigError: Naming the first.
         """
         for matrix in self._all:
-            matrix.layer.refuse_sharding()
             if any(parameter.is_meta for parameter in matrix.pair):
                 raise bad_value(
                     "model",

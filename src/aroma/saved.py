@@ -25,12 +25,10 @@ from torch import Tensor
 
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value, shown_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
+from .forms import LINEAR, Form, form_of_tensor, is_component
 from .patterns import Patterns, wrong
-from .tuner.experts import peft_stems, unpack
-from .tuner.forms import LINEAR, Form, form_of_entry, form_of_tensor, is_component
-from .tuner.layout import PEFT_PREFIX, Packed, packed
-from .tuner.parts import split as split_parts
-from .tuner.state import LARGEST_SIDE, STATE_FILE, experts_counts, is_whole, read_state, require_files
+from .tuner.layout import PEFT_PREFIX, plain_factors
+from .tuner.state import LARGEST_SIDE, STATE_FILE, is_whole, read_state, require_files
 
 _MOVABLE = ("base_model_name_or_path", "revision")
 """Fields that a person changes when the base model has moved: the adapter stays what it is, so it is only told."""
@@ -75,32 +73,14 @@ class Update:
 
 
 @dataclass(frozen=True)
-class ExpertsTensors:
-    """The updates of all experts of one parameter, as the file holds them.
-
-    Args:
-        stem: What the names of its two tensors begin with in the file.
-        rank: The rank of all, padding included.
-        count: E, the number of experts.
-    """
-
-    stem: str
-    rank: int
-    count: int
-
-
-@dataclass(frozen=True)
 class AdapterWeights:
     """A plain LoRA adapter in memory.
 
     Args:
         config: Content of `adapter_config.json`.
-        updates: The update of every adapted matrix by its name in the base model, in the order of layers; those of
-            experts one by one, if their rank is above 0.
+        updates: The update of every adapted module by its name in the base model, in the order of layers.
         others: Further tensors by their name in the file, such as trained heads (`modules_to_save`); any shape.
         state: Content of `aroma_state.json`; None for an adapter that AROMA did not save.
-        experts: How the file holds the updates of experts, by parameter.
-        parts: Rank of the whole update of every module whose parts grow.
     """
 
     folder: Path
@@ -108,44 +88,21 @@ class AdapterWeights:
     updates: dict[str, Update]
     others: dict[str, Tensor]
     state: dict[str, Any] | None
-    experts: dict[str, ExpertsTensors]
-    parts: dict[str, int]
-
-    @property
-    def modules(self) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of the update of every module; not of experts."""
-        packed = self.experts.keys() | self.parts.keys()
-        alone = {name: one for name, one in self.updates.items() if name.rpartition(".")[0] not in packed}
-        found = {name: (one.rank, one.alpha) for name, one in alone.items()}
-        return found | {name: (rank, float(rank)) for name, rank in self.parts.items()}
 
     @property
     def tensor_names(self) -> list[str]:
         """Names of all tensors of components in the file, without PEFT's prefix."""
-        stems = {name: self.updates[name].form if name in self.updates else LINEAR for name in self.modules}
-        stems |= {one.stem: LINEAR for one in self.experts.values()}
-        return [f"{stem}.{form.name(side)}" for stem, form in stems.items() for side in "AB"]
+        return [f"{name}.{update.form.name(side)}" for name, update in self.updates.items() for side in "AB"]
 
-    def packed(self, rank: int | None = None) -> Packed:
-        """Return the adapter as its file holds it; with a `rank`, all that could grow padded to it."""
-        state = self.state or {}
-        counts = experts_counts(state) if self.state else {}
-        experts = {
-            module: {
-                name: [f"{module}.{name}.{index}" for index in range(counts[f"{module}.{name}"])] for name in names
-            }
-            for module, names in state.get("experts", {}).items()
-        }
-        parts = {
-            module: [f"{module}.{place}" for place in range(count)] for module, count in state.get("parts", {}).items()
-        }
-        updates = {
-            name: (update.B, update.A)
-            if (update := self.updates.get(name)) is not None
-            else (torch.zeros(m, 0), torch.zeros(0, n))
-            for name, (m, n) in self.shapes.items()
-        }
-        return packed(updates, self.forms, experts, parts, rank)
+    def component_tensors(self, rank: int | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a file, of any shape; with a `rank`, of all that could grow, padded to it."""
+        empty = {name: (torch.zeros(m, 0), torch.zeros(0, n)) for name, (m, n) in self.shapes.items()}
+        factors = plain_factors(empty | {name: (one.B, one.A) for name, one in self.updates.items()}, rank)
+        tensors: dict[str, Tensor] = {}
+        for name, (B, A) in factors.items():
+            form = self.updates[name].form if name in self.updates else LINEAR
+            tensors |= form.tensors(f"{PEFT_PREFIX}{name}", B, A)
+        return tensors
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -154,28 +111,18 @@ class AdapterWeights:
             return {name: update.shape for name, update in self.updates.items()}
         return {name: (entry["shape"][0], entry["shape"][1]) for name, entry in self.state["modules"].items()}
 
-    @property
-    def forms(self) -> dict[str, Form]:
-        """Form of every module in `shapes`."""
-        if self.state is None:
-            return {name: update.form for name, update in self.updates.items()}
-        return {name: form_of_entry(entry) for name, entry in self.state["modules"].items()}
-
     def lora_config(self) -> LoraConfig:
         """Return a configuration that names modules and ranks one by one.
 
         PEFT is given it in place of the file's: it would match the patterns there without a limit.
         """
-        ranks = dict(self.modules)
-        ranks |= {name: (one.rank, one.rank) for name, one in self.experts.items()}
-        r = min(rank for rank, _ in ranks.values())
+        r = min(update.rank for update in self.updates.values())
         return LoraConfig(
             r=r,
             lora_alpha=r,
-            rank_pattern={f"^{re.escape(name)}": rank for name, (rank, _) in ranks.items()},
-            alpha_pattern={f"^{re.escape(name)}": alpha for name, (_, alpha) in ranks.items()},
-            target_modules=list(self.modules),
-            target_parameters=list(self.experts) or None,
+            rank_pattern={f"^{re.escape(name)}": update.rank for name, update in self.updates.items()},
+            alpha_pattern={f"^{re.escape(name)}": update.alpha for name, update in self.updates.items()},
+            target_modules=list(self.updates),
             use_rslora=bool(self.config.get("use_rslora")),
             fan_in_fan_out=bool(self.config.get("fan_in_fan_out")),
             bias=self.config.get("bias", "none"),
@@ -205,33 +152,16 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     if state is not None:
         _require_saved_config(path / CONFIG_NAME, config, state.get("adapter_config"))
         require_files(path, state)
-    counts = experts_counts(state) if state is not None else {}
-    # Only the state tells which tensors belong to which parameter.
-    _require_plain(path / CONFIG_NAME, {**config, "target_parameters": None} if counts else config)
+    _require_plain(path / CONFIG_NAME, config)
     weights = own_file(path, SAFETENSORS_WEIGHTS_NAME)
     tensors = read_tensors(weights)
     _require_numbers(weights, tensors)
-    experts, of_experts = _take_experts(weights, tensors, config, (state or {}).get("experts", {}), counts)
-    updates, others = _split(weights, tensors, config, may_be_empty=bool(experts))
-    parts = _take_parts(weights, updates, state) if state is not None else {}
-    updates = dict(sorted((updates | of_experts).items(), key=lambda item: _natural(item[0])))
+    updates, others = _split(weights, tensors, config)
+    updates = dict(sorted(updates.items(), key=lambda item: _natural(item[0])))
     if state is not None:
         _require_modules(weights, updates, state["modules"])
         _require_no_scale(path / CONFIG_NAME, config, updates)
-    return AdapterWeights(path, config, updates, others, state, experts, parts)
-
-
-def experts_tensors(adapter: AdapterWeights) -> dict[str, ExpertsTensors]:
-    """Return how a file of an adapter that was made in memory would hold the updates of experts, by parameter."""
-    modules: dict[str, list[str]] = (adapter.state or {}).get("experts", {})
-    if not adapter.state or not modules:
-        return {}
-    counts = experts_counts(adapter.state)
-    stems: dict[str, str] = {}
-    for module, names in modules.items():
-        stems |= {f"{module}.{name}": stem for name, stem in peft_stems(module, names).items()}
-    ranks = adapter.packed().parameters
-    return {name: ExpertsTensors(stems[name], rank, counts[name]) for name, rank in ranks.items()}
+    return AdapterWeights(path, config, updates, others, state)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -394,101 +324,10 @@ def _is_names(value: object, or_text: bool = False) -> bool:
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
-def _take_experts(
-    path: Path,
-    tensors: dict[str, Tensor],
-    config: Mapping[str, Any],
-    modules: Mapping[str, list[str]],
-    counts: Mapping[str, int],
-) -> tuple[dict[str, ExpertsTensors], dict[str, Update]]:
-    """Take the tensors of experts, of any shape, out of `tensors`; return how they lie there, and their updates.
-
-    Args:
-        tensors: All its tensors.
-        modules: Parameters that grow by module of experts, in the order in which PEFT wraps them.
-        counts: E by parameter.
-
-    Raises:
-        CheckpointError: A tensor is missing, or not as the configuration says.
-    """
-    own = path.parent / CONFIG_NAME
-    patterns = Patterns(own, config)
-    targets = config.get("target_parameters") or []
-    if not _is_names(targets):
-        raise wrong(own, "target_parameters", targets, "give names of parameters, or use another checkpoint")
-    stems = {
-        f"{module}.{name}": stem
-        for module, names in modules.items()
-        for name, stem in peft_stems(module, names).items()
-    }
-    for target in targets:
-        if target not in stems:
-            raise wrong(own, "target_parameters", target, f"{STATE_FILE} does not know it; one was edited")
-    found: dict[str, ExpertsTensors] = {}
-    updates: dict[str, Update] = {}
-    for name in targets:
-        stem, count = stems[name], counts[name]
-        A, B = (tensors.pop(f"{PEFT_PREFIX}{stem}.lora_{side}.weight", None) for side in "AB")
-        if (
-            A is None
-            or B is None
-            or A.ndim != 2
-            or B.ndim != 2
-            or len(A) != B.shape[1]
-            or not len(A)
-            or len(A) % count
-        ):
-            raise CheckpointError(
-                f"{path}: {stem} has no A and B of one rank for {count} experts; the file is damaged, use another "
-                "checkpoint"
-            )
-        rank = len(A) // count
-        for field, otherwise in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
-            said = patterns.value(field, name, otherwise)
-            if said != rank:
-                raise wrong(own, field, said, f"{path.name} has rank {rank} and no scale for {name}; one was edited")
-        found[name] = ExpertsTensors(stem, rank, count)
-        for index, (own_B, own_A) in enumerate(unpack(B.float(), A.float(), count)):
-            if len(own_A):
-                updates[f"{name}.{index}"] = Update(own_B, own_A, float(len(own_A)))
-    return found, updates
-
-
-def _take_parts(path: Path, updates: dict[str, Update], state: Mapping[str, Any]) -> dict[str, int]:
-    """Put the updates of parts in place of those of their modules, in `updates`; return the ranks of these.
-
-    Raises:
-        CheckpointError: An update is not one of such parts.
-    """
-    found: dict[str, int] = {}
-    for module, count in state.get("parts", {}).items():
-        if module not in updates:
-            continue
-        whole, sizes = (
-            updates.pop(module),
-            [state["modules"][f"{module}.{place}"]["shape"][0] for place in range(count)],
-        )
-        split = split_parts(whole.B, whole.A, sizes) if len(whole.B) == sum(sizes) else None
-        if split is None or whole.alpha != whole.rank:
-            raise CheckpointError(
-                f"{path}: {module} has no update of parts with {sizes} outputs; the file is damaged, use another "
-                "checkpoint"
-            )
-        found[module] = whole.rank
-        if whole.is_zero:
-            continue
-        for place, (B, A) in enumerate(split):
-            if len(A):
-                updates[f"{module}.{place}"] = Update(B, A, float(len(A)))
-    return found
-
-
 def _split(
-    path: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], *, may_be_empty: bool
+    path: Path, tensors: dict[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, Update], dict[str, Tensor]]:
     """Return the updates of modules, and all other tensors; any shapes, each checked.
-
-    `may_be_empty` says whether there may be no update.
 
     Raises:
         CheckpointError: A tensor is missing, of a wrong kind, not finite, or not as the configuration says.
@@ -508,7 +347,7 @@ def _split(
             raise CheckpointError(
                 f"{path}: {key} is no matrix, its shape is {tuple(first.shape)}; use another checkpoint"
             )
-        factors = None if second is None else form.read(first, second)
+        factors = None if second is None else form.factors(first, second)
         if factors is None:
             raise CheckpointError(
                 f"{path}: {stem} has an A of rank {first.shape[0]} and no fitting B; the file is damaged, use another "
@@ -528,7 +367,7 @@ def _split(
     stray = next((name for name in others if ".lora_" in name), None)
     if stray is not None:
         raise _stray(path, stray)
-    if not updates and not may_be_empty:
+    if not updates:
         raise CheckpointError(f"{path}: no lora_A and lora_B in it; not a LoRA adapter")
     _require_targets(own, config.get("target_modules"), updates)
     prefixed = all(name.startswith(PEFT_PREFIX) for name in tensors)
@@ -584,11 +423,11 @@ def _require_modules(path: Path, updates: Mapping[str, Update], modules: Mapping
     """
     empty = {name for name, one in updates.items() if one.rank == 1 and one.is_zero}
     expected = {
-        name: (tuple(entry["shape"]), entry["rank"] or 1, *form_of_entry(entry).described().items())
+        name: (tuple(entry["shape"]), entry["rank"] or 1)
         for name, entry in modules.items()
         if entry["rank"] or name in empty
     }
-    found = {name: (update.shape, update.rank, *update.form.described().items()) for name, update in updates.items()}
+    found = {name: (update.shape, update.rank) for name, update in updates.items()}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             raise CheckpointError(

@@ -16,24 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
 from ..errors import ConfigError, bad_value
-from ..patterns import is_named
+from ..forms import is_component
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
-from .experts import MATRICES, inject_experts
-from .forms import is_component
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
+from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
-from .misuse import (
-    HEADS,
-    UncontrolledWatch,
-    tell_of_frozen_head,
-    tell_of_unmatched,
-    warn_uncontrolled,
-)
-from .parts import AromaParts, parts_of, sizes_of
+from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrolled
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
@@ -76,13 +67,8 @@ class AromaModel(LoraModel):
                 "lists them or their endings (a string is a regular expression for whole names), or 'all-linear', and "
                 "look at exclude_modules, modules_to_save and layers_to_transform",
             ) from error
-        parts = {_base_name(key) for key in parts_of(_layers_by_key(model, adapter_name))}
-        for split in self.peft_config[adapter_name].split_modules or {}:
-            if not any(is_named(name, split) for name in parts):
-                raise bad_value("split_modules", split, "no module that grows is called so; name it in target_modules")
-        tell_of_unmatched(model, self.peft_config[adapter_name], wanted)
         self._bring_to_life(model, adapter_name)
-        tell_of_frozen_head(model, self.peft_config[adapter_name], wanted)
+        warn_frozen_head(model, self.peft_config[adapter_name], wanted)
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 
@@ -114,15 +100,6 @@ class AromaModel(LoraModel):
         self._graph_keeper.layers = self._watch.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
-    def _check_new_adapter_config(self, config: AromaConfig) -> None:
-        # Not LoraModel's, which wants the same parameters of experts of all adapters: it wraps one within another.
-        super(LoraModel, self)._check_new_adapter_config(config)
-
-    def _inject_parameters(
-        self, peft_config: AromaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
-    ) -> list[str]:
-        return inject_experts(model, adapter_name, peft_config, low_cpu_mem_usage)
-
     @staticmethod
     def _check_target_module_exists(config: AromaConfig, key: str) -> Any:
         # Of these tasks PEFT makes the head trainable when the other layers grow already.
@@ -132,23 +109,7 @@ class AromaModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if isinstance(target, AromaParts) or kwargs.get("target_name", "").endswith(".base_layer"):
-            raise bad_value(
-                "split_modules",
-                kwargs.get("target_name", ""),
-                "an adapter has split it, and a second one cannot be added; add it to a model without the first",
-            )
-        if lora_config.ensure_weight_tying and isinstance(target, nn.Embedding):
-            raise bad_value(
-                "ensure_weight_tying",
-                True,
-                f"{kwargs.get('target_name', '')} would share its components with the output layer, and then neither "
-                "could grow by itself; leave it out, or name the embedding in exclude_modules",
-            )
-        sizes = sizes_of(lora_config, kwargs.get("target_name", ""), target)
         is_conv1d = isinstance(target, Conv1D)
-        if sizes is not None:
-            return AromaParts(target, sizes, adapter_name, config=lora_config, **kwargs)
         return AromaLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -185,7 +146,7 @@ class AromaModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Return the plain LoRA tensors, A (R, n) and B (m, R) of a linear layer, of every module with R > 0.
+        """Return the plain LoRA tensors, A (R, n) and B (m, R), of every module with R > 0.
 
         All ranks call this.
         """
@@ -259,11 +220,6 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         adapter_name: Only layers that have this adapter.
     """
     return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
-
-
-def layers_by_place(model: nn.Module, adapter_name: str) -> dict[str, AromaLinear]:
-    """Return the same by names that tell experts and parts from other layers, for `experts_of` and `parts_of`."""
-    return {_without_wrappers(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
 
 
 def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
@@ -350,10 +306,6 @@ def _hide_internals(layers: dict[str, AromaLinear], state_dict: dict[str, Tensor
 
 
 def _base_name(key: str) -> str:
-    return _without_wrappers(key).replace(f".{MATRICES}.", ".")
-
-
-def _without_wrappers(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
     key = key.replace("_orig_mod.", "")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
@@ -372,7 +324,7 @@ def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
     """Raise if a saved component, of any shape, belongs to no growing layer: PEFT would drop it silently."""
-    known = {_base_name(key) for key in saved_stems(layers)}
+    known = {_base_name(key) for key in layers}
     saved = {_base_name(key).split(".lora_")[0] for key in state_dict if is_component(key)}
     strangers = sorted(saved - known)
     if strangers:

@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..demo import PICTURE, ROWS, SOURCE, TRAINING, run_demo
+    from ..demo import PICTURE, ROWS, TRAINING, run_demo
+    from ..tasks.articles import SOURCE
 
     console = Console()
     console.print(f"Five short trainings in {out}, about two minutes on two idle cores.")
