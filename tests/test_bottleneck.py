@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from aroma.errors import ConfigError
 from aroma_lab.methods import Houlsby, Pfeiffer
@@ -95,14 +95,7 @@ def test_training_writes_nothing_but_adapters_and_head(method):
     assert losses[-1] < losses[0]
 
 
-def test_an_adapter_takes_the_dtype_of_its_encoder():
-    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    model = Houlsby().build(BertForSequenceClassification(config).to(torch.bfloat16), 10)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_encoders_of_another_build_are_refused_untouched(name):
     model = base(name)
     before = {key for key, _ in model.named_modules()}

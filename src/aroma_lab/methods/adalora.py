@@ -66,11 +66,7 @@ class AdaLora(PeftAdapter):
         return with_dropout(f"AdaLoRA r={self.init_r}→{self.target_r}", self.dropout)
 
     def config(self, targets: list[str], planned_steps: int) -> AdaLoraConfig:
-        """Return PEFT's configuration.
-
-        Raises:
-            ConfigError: No step is left for the budget to shrink in.
-        """
+        """Return PEFT's configuration; ConfigError if no step is left for the budget to shrink in."""
         initial = int(self.initial_share * planned_steps) if self.initial_steps is None else self.initial_steps
         final = int(self.final_share * planned_steps) if self.final_steps is None else self.final_steps
         if initial + final >= planned_steps:
@@ -118,11 +114,7 @@ class AdaLora(PeftAdapter):
 
 
 class Allocation(Hooks):
-    """Calls PEFT's allocator after every optimizer step, while the gradients that it reads are there.
-
-    Raises:
-        ConfigError: The adapter was made for a run of another length, so its budget would shrink at other steps.
-    """
+    """Calls PEFT's allocator after every optimizer step, while the gradients that it reads are there."""
 
     def __init__(self, model: Any, planned_steps: int) -> None:
         self._model = model

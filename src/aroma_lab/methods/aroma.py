@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import TrainerCallback
 
 from aroma.checkpoint import save_adapter
-from aroma.controller import AromaController
-from aroma.errors import CheckpointError
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
-from aroma.tuner.state import pack, unpack
 
 from ..specs import adapter_keys
 from .base import Hooks, with_dropout
@@ -121,32 +115,10 @@ class Aroma(PeftAdapter):
 
 
 class GrowthHooks(Hooks):
-    """AROMA in a plain loop. `aroma.attach` does all of it within `optimizer.step()`, so only the state is left."""
-
-    _CONTROLLER = "controller"
+    """AROMA in a plain loop: `aroma.attach` does all of it within `optimizer.step()`, and has a state of its own."""
 
     def __init__(self, model: Any, optimizer: Any, planned_steps: int) -> None:
-        self._model = model
-        self._attachment = attach(model, optimizer, total_steps=planned_steps)
-        self.detach = self._attachment.detach
+        attachment = attach(model, optimizer, total_steps=planned_steps)
+        self.controller = attachment.controller
+        self.detach = attachment.detach
         """Leaves the optimizer alone from then on, so that the caller can step the controller."""
-
-    @property
-    def controller(self) -> AromaController:
-        """The controller that is attached to the optimizer."""
-        return self._attachment.controller
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the adapter as its file has it, and the packed state of the controller; see `Hooks.state_dict`."""
-        adapter = get_peft_model_state_dict(self._model, save_embedding_layers=False)
-        state = {name: tensor.detach().clone() for name, tensor in adapter.items()}
-        packed = json.dumps(pack(self.controller.state_dict())).encode()
-        return {**state, self._CONTROLLER: torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict()`; see `Hooks.load_state_dict`."""
-        if self._CONTROLLER not in state:
-            raise CheckpointError("hooks: the saved state has no controller of AROMA; use a checkpoint of this run")
-        adapter = {name: tensor for name, tensor in state.items() if name != self._CONTROLLER}
-        set_peft_model_state_dict(self._model, adapter)
-        self.controller.load_state_dict(unpack(json.loads(bytes(state[self._CONTROLLER].tolist()))))

@@ -61,11 +61,7 @@ class Hooks:
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict()`; call it after the trained parameters are restored.
-
-        Raises:
-            CheckpointError: The state belongs to another method or model.
-        """
+        """Restore `state_dict()` after the trained parameters; CheckpointError if it is of another method."""
         require_keys(state, set())
 
 
@@ -105,8 +101,7 @@ class Method(ABC):
     def build(self, model: Any, planned_steps: int) -> Any:
         """Adapt a transformers model in place, or wrap it, and freeze what does not train; its head trains.
 
-        Raises:
-            ConfigError: The method cannot adapt the model, or cannot plan for a run of this length.
+        ConfigError if the method cannot adapt the model, or cannot plan for a run of this length.
         """
 
     @property
@@ -123,10 +118,7 @@ class Method(ABC):
         """Compute the start of a model from training data; only of a method that has a `data_option`.
 
         A run that resumes does not call it: trained parameters and the state of the hooks hold all that it changes.
-
-        Args:
-            model: A model from `build`, nothing of which has trained.
-            batches: `INITIALIZATION_BATCHES` batches or, of a small training set, fewer; on the model's device.
+        `batches` are `INITIALIZATION_BATCHES` at most, on the model's device.
         """
         raise NotImplementedError
 
@@ -143,15 +135,12 @@ class Method(ABC):
     ) -> list[TrainerCallback]:
         """Return the callbacks that drive the method inside the Hugging Face Trainer.
 
-        Args:
-            model: A model from `build`.
-            on_event: Called with every event of a growing adapter; other methods have none.
-            early_stop: Whether training ends when every module of a growing adapter has finished.
-            held_out: The tokenized examples that `hold_out` took from the training set; None if it took none.
+        A `HooksCallback` must be given the state of its hooks on resume; AROMA's own is in the Trainer's checkpoints.
 
-        Returns:
-            One callback: a `HooksCallback`, which must be given the state of its hooks on resume, or AROMA's own,
-            which keeps its state in the Trainer's checkpoints.
+        Args:
+            on_event: Called with every event of a growing adapter.
+            early_stop: Whether training ends when every module of a growing adapter has finished.
+            held_out: The tokenized examples that `hold_out` took from the training set.
         """
         return [HooksCallback(self.hooks)]
 
@@ -209,11 +198,7 @@ class HooksCallback(TrainerCallback):
         self._saved = state
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Make the hooks; on resume, give them their state.
-
-        Raises:
-            CheckpointError: Training resumes without the state of its hooks, or with that of another method.
-        """
+        """Make the hooks; on resume, give them their state, and raise CheckpointError if there is none."""
         self.hooks = self._make_hooks(kwargs["model"], kwargs["optimizer"], state.max_steps)
         if self._saved is not None:
             self.hooks.load_state_dict(self._saved)

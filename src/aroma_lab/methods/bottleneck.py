@@ -41,14 +41,11 @@ class Bottleneck(Method):
         return f"{self.kind.capitalize()} size={self.size}"
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Put adapters into `model`, in place; see `Method.build`.
-
-        Raises:
-            ConfigError: An encoder of another build.
-        """
+        """Put adapters into `model`, in place; ConfigError if its encoder is of another build."""
         named = model.named_modules()
         sublayers = {name: module for name, module in named if re.search(rf"{self.sublayers}$", name)}
-        if not sublayers or not all(map(_can_be_adapted, sublayers.values())):
+        parts = {"dense", "dropout", "LayerNorm"}
+        if not sublayers or any({name for name, _ in one.named_children()} != parts for one in sublayers.values()):
             remedy = (
                 "bottleneck adapters go into encoders of the build of BERT and RoBERTa (layer.N.attention.output and "
                 "layer.N.output with dense, dropout and LayerNorm); compare another method on it"
@@ -85,15 +82,11 @@ class AdaptedSublayer(nn.Module):
         adapter(x) = up(f(down(x)))                               nearly 0 at the start
         h = dropout(dense(x))                                     the sublayer's projection back to width d
         y = LayerNorm(h + skip)                                   without an adapter
-        y = LayerNorm(h + adapter(h) + skip)                      Houlsby: after the projection, before the skip
-        y = LayerNorm(h + adapter(LayerNorm(h + skip)) + skip)    Pfeiffer: reads what the layer would have returned
-
-    Pfeiffer's is the best of that paper's search, and what AdapterHub calls `pfeiffer`: the pretrained LayerNorm
-    stands before the adapter and after it, and the adapter's residual is taken before the first. Activations are
-    theirs, too: GELU in Houlsby's, ReLU in Pfeiffer's.
+        y = LayerNorm(h + adapter(h) + skip)                      Houlsby: f is GELU
+        y = LayerNorm(h + adapter(LayerNorm(h + skip)) + skip)    Pfeiffer, as AdapterHub has it: f is ReLU
 
     Args:
-        sublayer: Module with `dense`, `dropout` and `LayerNorm`; see `_can_be_adapted`.
+        sublayer: Module with `dense`, `dropout` and `LayerNorm`.
         size: Neurons of the bottleneck.
         kind: `"houlsby"` or `"pfeiffer"`.
     """
@@ -103,8 +96,7 @@ class AdaptedSublayer(nn.Module):
         self.sublayer = sublayer
         self.kind = kind
         weight = sublayer.dense.weight
-        width = weight.shape[0]
-        down, up = nn.Linear(width, size), nn.Linear(size, width)
+        down, up = nn.Linear(weight.shape[0], size), nn.Linear(size, weight.shape[0])
         for layer in (down, up):
             nn.init.trunc_normal_(layer.weight, std=_INITIAL_STD, a=-2 * _INITIAL_STD, b=2 * _INITIAL_STD)
             nn.init.zeros_(layer.bias)
@@ -118,10 +110,3 @@ class AdaptedSublayer(nn.Module):
         added = self.adapter(h if self.kind == "houlsby" else self.sublayer.LayerNorm(skipped))
         result: Tensor = self.sublayer.LayerNorm(skipped + added)
         return result
-
-
-def _can_be_adapted(sublayer: nn.Module) -> bool:
-    """Whether a module is built as BERT's `BertSelfOutput` and `BertOutput` are."""
-    parts = dict(sublayer.named_children())
-    kinds = {"dense": nn.Linear, "dropout": nn.Dropout, "LayerNorm": nn.LayerNorm}
-    return parts.keys() == kinds.keys() and all(isinstance(parts[name], kind) for name, kind in kinds.items())

@@ -82,15 +82,11 @@ def head_of(model: Any) -> Head:
 def remember_head(
     model: Any, missing: Collection[str], train_pooler: TrainPooler = "auto", is_embedder: bool = False
 ) -> None:
-    """Mark the head of a classifier that `from_pretrained` just returned.
+    """Mark the head of a classifier that `from_pretrained` just returned; see `decide_pooler`.
 
     Args:
         missing: The keys that the checkpoint lacks, as transformers reports them.
-        train_pooler: Whether the backbone's pooler is part of the head; see `decide_pooler`.
         is_embedder: Whether the checkpoint is one of sentence-transformers.
-
-    Raises:
-        ConfigError: `train_pooler` asks for what the model cannot do.
     """
     # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
     new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]

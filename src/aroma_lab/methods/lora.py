@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,8 +49,7 @@ class PeftAdapter(Method):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write the adapter as PEFT does, head included; see `Method.save`."""
-        with staged(folder) as staging:
-            model.save_pretrained(staging)
+        model.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,8 @@ class LoraBase(PeftAdapter):
             # B includes the scale, and all modules have the same rank.
             config.r = config.lora_alpha = A.shape[0]
         config.inference_mode = True
-        with staged(folder) as staging:
-            write_tensors(staging / "adapter_model.safetensors", tensors)
-            config.save_pretrained(staging)
+        config.save_pretrained(folder)
+        write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 @dataclass(frozen=True)
@@ -150,17 +145,12 @@ class Lora(LoraBase):
     def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
         """Compute the start of the pairs by PEFT's own routines; see `Method.initialize`.
 
-        Raises:
-            ConfigError: A layer is too small for the directions, or LoRA-GA would change weights of lower precision.
+        ConfigError if LoRA-GA would change weights of lower precision.
         """
-        needed = self.r if self.init == "eva" else 2 * self.r
-        for name, layer in layers_of(model, LoraLinear).items():
-            if needed > (least := min(layer.in_features, layer.out_features)):
-                remedy = f"the start takes {needed} directions, and {name} has only {least}; give a lower rank"
-                raise bad_value("r", self.r, remedy)
-            if self.init == "lora_ga" and (dtype := layer.get_base_layer().weight.dtype) != torch.float32:
-                remedy = f"it changes the pretrained weights, which are {dtype} and would be rounded; use float32"
-                raise bad_value("init", "lora_ga", remedy)
+        dtypes = {layer.get_base_layer().weight.dtype for layer in layers_of(model, LoraLinear).values()}
+        if self.init == "lora_ga" and dtypes != {torch.float32}:
+            remedy = f"it changes the pretrained weights, whose {dtypes} would round them; load them in float32"
+            raise bad_value("init", "lora_ga", remedy)
         if self.init == "eva":
             some = [dict(batch) for batch in batches]
             initialize_lora_eva_weights(model, some, prepare_layer_inputs_fn=_rows, show_progress_bar=False)
@@ -202,13 +192,8 @@ def _start_from_gradients(model: Any, batches: Sequence[Batch]) -> None:
 def wrap(model: Any, config: Any) -> Any:
     """Wrap `model` with PEFT, so that its head trains whole beside the adapter and is saved with it.
 
-    Args:
-        model: A transformers classifier, causal language model, or model without a head.
-        config: PEFT's configuration of the adapter. The head's modules are added to its `modules_to_save`, and a
-            missing task type is filled in.
-
-    Raises:
-        ConfigError: A parameter that the checkpoint lacks would not train.
+    The head's modules are added to the configuration's `modules_to_save`, and a missing task type is filled in.
+    ConfigError if a parameter that the checkpoint lacks would not train.
     """
     head, given = head_of(model), config.modules_to_save or []
     if not config.task_type:  # it decides the wrapper, and whether a head trains
@@ -218,13 +203,3 @@ def wrap(model: Any, config: Any) -> Any:
     wrapped = get_peft_model(model, config)
     require_new_trains(head, [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad])
     return wrapped
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success its files replace those of `folder`, on failure they vanish."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staging:
-        yield Path(staging)
-        for file in Path(staging).iterdir():
-            os.replace(file, folder / file.name)

@@ -34,11 +34,7 @@ class HeadOnly(Method):
     name = "head only"
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Freeze the backbone; see `Method.build`.
-
-        Raises:
-            ConfigError: The model has no head.
-        """
+        """Freeze the backbone; ConfigError if the model has no head."""
         if head_of(model) == Head():
             remedy = f"{type(model).__name__} has no head to train; leave the method out"
             raise bad_value("kind", "head_only", remedy)
@@ -48,30 +44,20 @@ class HeadOnly(Method):
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """BitFit (arXiv 2106.10199): all bias vectors of the backbone train, its LayerNorms' included, and the head.
-
-    In a layer of RoBERTa these are the biases of query, key and value (d each), of the attention's output and its
-    LayerNorm (d each), and of the FFN: intermediate (4d), output and LayerNorm (d each).
-    """
+    """BitFit (arXiv 2106.10199): all bias vectors of the backbone train, its LayerNorms' included, and the head."""
 
     writes_backbone: ClassVar[bool] = True
 
     name = "BitFit"
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Freeze all but biases and head; see `Method.build`.
-
-        Raises:
-            ConfigError: The backbone has no biases, as LLaMA's.
-        """
+        """Freeze all but biases and head; ConfigError if the backbone has no biases, as LLaMA's."""
         train_head_only(model)
-        head = head_of(model)
-        named = model.named_parameters()
+        head, named = head_of(model), model.named_parameters()
         biases = [bias for name, bias in named if name.split(".")[-1] == "bias" and not head.holds(name)]
         if not biases:
-            raise bad_value(
-                "model", type(model).__name__, "its backbone has no bias to train; compare another method on it"
-            )
+            remedy = "its backbone has no bias to train; compare another method on it"
+            raise bad_value("model", type(model).__name__, remedy)
         for bias in biases:
             bias.requires_grad_(True)
         return model
@@ -86,11 +72,7 @@ class Pretrained(Method):
     name = "pretrained"
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Freeze everything; see `Method.build`.
-
-        Raises:
-            ConfigError: The checkpoint lacks a part of the model, as the head of most classifiers.
-        """
+        """Freeze everything; ConfigError if the checkpoint lacks a part of the model, as a head."""
         if lacking := head_of(model).new:
             remedy = f"it trains nothing, and the checkpoint lacks {', '.join(lacking)}; take one that has its head"
             raise bad_value("kind", "pretrained", remedy)
@@ -107,20 +89,15 @@ class Frozen(Method):
     name = "frozen (floor)"
 
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Freeze everything and hook the embeddings; see `Method.build`."""
+        """Freeze everything and let the output of the embeddings require a gradient; see `Method.build`."""
         model.requires_grad_(False)
+        zero = torch.zeros((), dtype=model.dtype, device=model.device, requires_grad=True)
+
+        def request(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            # A compiled graph would break at requires_grad_; in an eager one the sum would cost a copy.
+            return output + zero if torch.compiler.is_compiling() else output.requires_grad_(True)
+
         # The output of all embeddings where they are one module: no adapter propagates back into their LayerNorm.
         embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
-        embeddings.register_forward_hook(_GradientRequest(model.dtype, model.device))
+        embeddings.register_forward_hook(request)
         return model
-
-
-class _GradientRequest:
-    """A forward hook that makes the module's output require a gradient."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._zero = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        # A compiled graph would break at requires_grad_; in an eager one the sum would cost a copy.
-        return output + self._zero if torch.compiler.is_compiling() else output.requires_grad_(True)
