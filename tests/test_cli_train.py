@@ -101,20 +101,9 @@ def test_ranks_events_parameters_and_adapter_agree(run):
 
 
 def test_a_run_ends_with_a_report(run, tmp_path, capsys):
-    page = (run / "report.html").read_text()
-    result, curve = read(run / "result.json"), read(run / "curve.json")
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
-    for name, rank in result["ranks"].items():
-        effective, relative = result["effective_ranks"][name], result["relative_updates"][name]
-        known = f"rank {rank}; effective rank {effective:.2f}" if rank else "rank 0; effective rank –"
-        told = re.escape(f"{known}; ‖ΔW‖ / ‖W0‖ {relative:.2%}")
-        assert re.search(f'data-matrix="{re.escape(name)}"[^>]*aria-label="[^"]*: {told}', page), name
-    drawn = data["charts"]["parameters"]["data"]["parameters"]
-    pairs = [list(pair) for pair in zip(drawn["step"], drawn["parameters"], strict=True)]
-    assert pairs[: len(curve["parameters"])] == curve["parameters"]
+    page, result = (run / "report.html").read_text(), read(run / "result.json")
     assert f"{result['reported']['test']['accuracy']:.4f}" in page
     assert f"{result['guessed']['test']['accuracy']:.4f} for guessing" in page
-    assert "recipe.yaml output=run-again" in page
     assert "training.max_steps" in page
     again = tmp_path / "again.html"
     assert main(["report", str(run), "--out", str(again)]) == 0
@@ -122,7 +111,6 @@ def test_a_run_ends_with_a_report(run, tmp_path, capsys):
     again.write_text("mine")
     assert main(["report", str(run), "--out", str(again)]) == 2
     assert "--force" in capsys.readouterr().err
-    assert again.read_text() == "mine"
     assert main(["report", str(run), "--out", str(again), "--force", "--compare", str(run)]) == 0
     assert "test, run" in again.read_text()
 
@@ -165,11 +153,9 @@ def test_the_best_checkpoint_is_the_one_saved_and_reported(files, tmp_path):
     [
         ("data.text=body", "it has no column 'body'"),
         ("adapter.target_modules=[nothing]", "nothing"),
-        ("adapter.max_inner_steps=3", "max_inner_steps=3"),
         ("training.max_steps=4", "training.warmup_steps=4: the run of 4 optimizer steps ends before the warm-up"),
         ("adapter.outer_tolerance=0", "outer_tolerance=0"),
         ("model.name=no/model", "model.name='no/model'"),
-        ("data.max_length=64", "data.max_length=64"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(files, tmp_path, capsys, override, message):
@@ -200,23 +186,22 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(files, run, tmp_path):
 
 
 class InterruptedStep(TrainerCallback):
-    """Ctrl-C in the midst of a step."""
+    """Ctrl-C within a step."""
 
-    def __init__(self, step, times=1):
-        self.step, self.times = step, times
+    def __init__(self, step):
+        self.step = step
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step + 1 == self.step:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupting(monkeypatch, *arguments):
+def interrupting(monkeypatch, step):
     """Let every Trainer be interrupted."""
     made = trainer_module.MethodTrainer.__init__
 
     def init(self, **options):
-        made(self, **{**options, "callbacks": [*options["callbacks"], InterruptedStep(*arguments)]})
+        made(self, **{**options, "callbacks": [*options["callbacks"], InterruptedStep(step)]})
 
     monkeypatch.setattr(trainer_module.MethodTrainer, "__init__", init)
 
@@ -236,14 +221,6 @@ def test_an_interrupt_saves_the_step_and_says_how_to_go_on(files, run, tmp_path,
     assert f"error: interrupted; checkpoint-27 is saved. Go on with: aroma {shlex.join(resumed)}" in said
     assert main(resumed) == 0
     assert_same_run(out, run)
-
-
-def test_a_second_interrupt_stops_at_once(files, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
-    interrupting(monkeypatch, 27, 2)
-    assert main(["train", str(files / "recipe.yaml"), f"output={out}"]) == 130
-    assert "checkpoint-20 is saved" in " ".join(capsys.readouterr().err.split())
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {"checkpoint-20"}
 
 
 def test_an_interrupt_in_the_last_step_changes_nothing(files, run, tmp_path, monkeypatch):
@@ -343,7 +320,7 @@ def test_eval_refuses(files, run, tmp_path, capsys):
     (edited / "aroma_task.json").write_text('{"kind": "classification"}')
     for adapter, data, further, message in (
         (run / "adapter", files / "test.jsonl", ["--base-model", "no/model"], "base_model='no/model': cannot be load"),
-        (run / "adapter", files / "test.jsonl", ["--batch-size", "0"], "batch_size=0: give 1 or more"),
+        (run / "adapter", files / "test.jsonl", ["--batch-size", "0"], "--batch-size=0: give 1 or more"),
         (run / "adapter", unknown, [], "'middling': labels that the training examples lack"),
         (edited, files / "test.jsonl", [], "aroma_task.json: edited"),
     ):
@@ -409,10 +386,3 @@ def test_exports_predict_the_same(files, run, tmp_path, capsys):
     torch.testing.assert_close(served, original)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(**batch).logits, original, atol=1e-5, rtol=1e-4)
-
-
-def test_a_picture_of_an_unknown_kind_is_refused(run, capsys):
-    assert main(["inspect", str(run / "adapter"), "--plot", "ranks.docx"]) == 2
-    assert "plot='ranks.docx': unknown kind of picture; its name must end in .png, .svg, .pdf" in (
-        capsys.readouterr().err
-    )

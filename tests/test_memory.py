@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from aroma.errors import ConfigError
-from aroma_lab.run.recipe import make_recipe, run_recipe
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.run.work import work_of
@@ -76,15 +75,6 @@ def test_a_run_leaves_what_is_recalled_and_the_ranks(kind: str, options: dict[st
     assert len(result["ranks"]) == 2 * 7, "the linear modules of both layers"
     assert result["trained_rank"] == 2 if kind == "lora" else result["trained_rank"] <= 1
     assert "planted" not in result
-
-
-def test_a_recipe_learns_pairs(tmp_path: Path) -> None:
-    data = {"task": "memory", "pairs": 12, "layers": 2, "width": 16}
-    loop = {"max_steps": 6, "batch_size": 4, "warmup_steps": 1, "save_steps": None}
-    values = {"model": {"name": "made"}, "data": data, "adapter": AROMA, "training": loop}
-    result = run_recipe(make_recipe({**values, "output": str(tmp_path / "run")}), progress=False)
-    assert result["name"] == "memory/aroma/seed-0"
-    assert result["metric"] == "recalled"
 
 
 @pytest.mark.slow

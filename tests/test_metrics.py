@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 
 from aroma.errors import DataError, NonFiniteError
-from aroma_lab.specs import ModelSpec
-from aroma_lab.tasks.classification import ClassifierJob, encode, load_tokenizer, predict_logits
+from aroma_lab.tasks.classification import encode, load_tokenizer, predict_logits
 from aroma_lab.tasks.metrics import loss_of, metrics_of, score
 from aroma_lab.tasks.model import load_classifier
-from aroma_lab.tasks.task import Task
 from tiny_classifier import examples, save_tiny_bert
 
 
@@ -85,31 +83,6 @@ def test_a_score_is_the_mean_over_splits_of_equal_weight():
         "mismatched": classified([0], [0]),
     }
     assert score("accuracy", by_split) == pytest.approx((4 / 7 + 1) / 2)
-
-
-def test_a_trainer_computes_once_over_all_examples_the_last_short_batch_included(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    base = str(save_tiny_bert(tmp_path / "model"))
-    tokenizer = load_tokenizer(base, 8)
-    data = encode(examples(["w1 w2"] * 7 + ["w9"] * 3, [0, 1] * 5), tokenizer, 8)
-    task = Task("classification", ("a", "b"), "text", None, "label", 8)
-    calls, objective = [], ClassifierJob(ModelSpec(base), task, {}, tokenizer).objective
-
-    def counted(prediction):
-        calls.append(len(prediction.label_ids))
-        return objective.metrics(prediction)
-
-    trainer = Trainer(
-        model=load_classifier(base, ("a", "b"), 0),
-        args=TrainingArguments(str(tmp_path / "out"), per_device_eval_batch_size=4, report_to="none"),
-        data_collator=objective.collator,
-        compute_metrics=counted,
-    )
-    logits = trainer.predict(data).predictions
-    assert calls == [10]
-    expected = (logits.argmax(axis=-1) == np.array([0, 1] * 5)).mean()
-    assert trainer.evaluate(data)["eval_accuracy"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])

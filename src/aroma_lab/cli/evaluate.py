@@ -8,7 +8,7 @@ from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
-from aroma.errors import OutputError, bad_value
+from aroma.errors import bad_value
 
 from ..preflight import require_saved
 from ..progress import progress_bar
@@ -71,7 +71,12 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, and print the metrics."""
     require_extra("lab")
-    files = _new_files(arguments)
+    from aroma.outputs import new_file
+
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
+    named = {name: getattr(arguments, name) for name in ("json", "predictions")}
+    files = {name: new_file(f"--{name}", path, force=arguments.force) for name, path in named.items() if path}
     require_saved(arguments.adapter, *(path for path in arguments.data if "=" not in path))
     from aroma.cli.quiet import quiet
 
@@ -88,19 +93,6 @@ def run(arguments: argparse.Namespace) -> None:
         _run_classifier(arguments, files.get("json"))
 
 
-def _new_files(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Return the files to write, by option."""
-    from aroma.outputs import new_file
-
-    given = {name: getattr(arguments, name) for name in ("json", "predictions")}
-    files = {
-        name: new_file(f"--{name}", path, force=arguments.force) for name, path in given.items() if path is not None
-    }
-    if len(files) == 2 and files["json"].absolute() == files["predictions"].absolute():
-        raise bad_value("--predictions", arguments.predictions, "it is --json's file; give two names", OutputError)
-    return files
-
-
 def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -111,18 +103,10 @@ def _run_classifier(arguments: argparse.Namespace, json_file: Path | None) -> No
 
     if len(arguments.data) > 1:
         raise bad_value("data", arguments.data, "give one file; only a language model answers several")
+    names = ("base_model", "max_length", "batch_size", *_CLASSIFIER_OPTIONS)
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     data = arguments.data[0]
-    result = evaluate_adapter(
-        arguments.adapter,
-        data,
-        base_model=arguments.base_model,
-        text=arguments.text,
-        text_pair=arguments.text_pair,
-        label=arguments.label,
-        max_length=arguments.max_length,
-        batch_size=32 if arguments.batch_size is None else arguments.batch_size,
-        progress=progress_bar,
-    )
+    result = evaluate_adapter(arguments.adapter, data, progress=progress_bar, **given)
     table = Table("metric", "value", title=f"all {result.examples} examples of {data}")
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:.4f}")
