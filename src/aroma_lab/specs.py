@@ -291,6 +291,8 @@ def check_training(training: TrainSpec) -> None:
         value = getattr(training, name)
         if value is not None and not 0 < value < math.inf:
             raise bad_value(f"training.{name}", value, "give a positive number")
+    if not 0 <= training.min_lr_ratio <= 1:
+        raise bad_value("training.min_lr_ratio", training.min_lr_ratio, "give a share of the peak, in [0, 1]")
     if training.checkpoint == "best":
         if training.eval_steps is None:
             raise bad_value("training.eval_steps", None, "training.checkpoint='best' needs evaluations to choose from")
