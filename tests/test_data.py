@@ -106,14 +106,6 @@ def test_labels_are_numbered_in_sorted_order_and_whole_numbers_by_value(tmp_path
     assert splits["test"]["labels"] == [10, 2]
 
 
-def test_a_regression_reads_numbers(tmp_path):
-    path = write(tmp_path, "d.csv", "text,score\n" + "".join(f"t{i},{i / 10}\n" for i in range(20)))
-    splits = load_splits(DataSpec(task="regression", train=path, label="score", validation_fraction=0.25))
-    assert names_of(splits["train"]) is None
-    assert (len(splits["train"]), len(splits["validation"])) == (15, 5)
-    assert sorted([*splits["train"]["labels"], *splits["validation"]["labels"]]) == [i / 10 for i in range(20)]
-
-
 # Splitting -----------------------------------------------------------------------------------------------------------
 
 
@@ -193,14 +185,6 @@ def test_class_labels_of_the_hub_become_names(tmp_path):
 def test_training_examples_that_cannot_be_used_are_refused(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         load_splits(DataSpec(train=write(tmp_path, "d.csv", f"text,label\n{content}")))
-
-
-@pytest.mark.parametrize("value", ["good", "nan"])
-def test_a_regression_refuses_values_that_are_no_finite_numbers(tmp_path, value):
-    path = write(tmp_path, "d.csv", f"text,score\na,1.5\nb,{value}\n")
-    with pytest.raises(DataError) as caught:
-        load_splits(DataSpec(task="regression", train=path, label="score"))
-    assert str(caught.value).startswith(f"data.train (column 'score')={value!r}: row 2: a regression needs")
 
 
 def test_missing_files_sets_splits_and_unseen_labels_are_named(tmp_path, train_csv, hub_folder):

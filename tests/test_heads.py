@@ -5,15 +5,14 @@ import json
 import pytest
 import torch
 import transformers
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from aroma import AromaConfig
 from aroma.errors import ConfigError
 from aroma.export import export_merged, load_with_adapter
-from aroma_lab.methods import METHODS, AdaLora, Aroma, Lora, encoder_linears, make_method
-from aroma_lab.methods.head import Head, find_targets, head_of
+from aroma_lab.methods import METHODS, Lora, make_method
+from aroma_lab.methods.head import head_of
 from aroma_lab.methods.lora import PeftAdapter
 from aroma_lab.specs import ModelSpec, TrainSpec
 from aroma_lab.tasks.model import count_trainable, load_classifier
@@ -63,8 +62,6 @@ def pretrained(build):
 
 OTHERS = list(HEADS)[:7]
 """Builds whose head PEFT does not find for itself."""
-SAME = list(HEADS)[7:]
-"""Builds whose head PEFT finds."""
 TRAINING = [kind for kind, made in METHODS.items() if made.trains]
 ADAPTERS = [kind for kind, made in METHODS.items() if issubclass(made, PeftAdapter)]
 GROWS = {"max_inner_steps": 2, "inner_tolerance": None, "outer_tolerance": None, "rewarmup_steps": 0}
@@ -156,23 +153,6 @@ def test_the_head_is_what_the_checkpoint_lacks(folders, build):
     assert sorted(head.new) == sorted(name for name in names if in_head(build, name) and name not in in_checkpoint)
 
 
-@pytest.mark.parametrize("build", OTHERS)
-def test_a_head_that_was_pretrained_is_a_head_all_the_same(folders, build, tmp_path):
-    model = load(folders, build)
-    if build.startswith("bert"):
-        nn.init.normal_(model.bert.pooler.dense.bias)
-    model.save_pretrained(tmp_path)
-    model = load_classifier(str(tmp_path), LABELS, 0)
-    assert head_of(model).new == ()
-    assert set(head_of(model).modules) == HEADS[build] - {"bert.pooler"}  # that is the backbone's, once it is trained
-
-
-def test_a_language_models_own_head_is_none(folders):
-    model = transformers.GPT2LMHeadModel.from_pretrained(folders / "gpt2")
-    assert head_of(model) == Head()
-    assert "lm_head" not in find_targets("all-linear", model)  # as in PEFT
-
-
 # The pooler ----------------------------------------------------------------------------------------------------------
 
 
@@ -213,17 +193,6 @@ def test_a_pooler_that_cannot_be_had_or_left_is_refused(folders):
     assert head_of(load_classifier(str(folders / "distilbert"), LABELS, 0, False)).pooler is None
     with pytest.raises(ConfigError, match=r"training\.train_pooler=False: the checkpoint lacks bert\.pooler"):
         load_classifier(str(folders / "bert without pooler"), LABELS, 0, False)
-
-
-def test_a_frozen_pooler_stays_as_it_was(folders):
-    build = "bert with untrained pooler"
-    model = load_classifier(str(folders / build), LABELS, 0, False)
-    before = plain_parameters(model)
-    model = train(Lora(), Lora().build(model, STEPS))
-    after = plain_parameters(model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"classifier.weight", "classifier.bias"}
-    assert count_trainable(model)["head"] == 16 * 3 + 3
 
 
 def test_a_quantised_encoder_keeps_its_head_whole(folders):
@@ -296,37 +265,6 @@ def test_the_whole_head_trains_and_the_backbone_only_where_it_must_and_plain_pef
         export_merged(tmp_path, tmp_path / "merged", str(folders / build))
         merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-5)
-
-
-# Saving --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["lora", "adalora", "aroma"])
-@pytest.mark.parametrize("build", SAME)
-def test_where_peft_finds_the_head_the_files_are_those_of_peft_alone(folders, build, kind, tmp_path):
-    targets = encoder_linears(load(folders, build))
-    common = {"target_modules": targets, "task_type": "SEQ_CLS"}
-    method, config = {
-        "lora": (Lora(), LoraConfig(r=8, lora_alpha=8, **common)),
-        "adalora": (AdaLora(), AdaLoraConfig(init_r=12, lora_alpha=12, total_step=STEPS, deltaT=1, **common)),
-        "aroma": (Aroma(options={"component_seed": 3}), AromaConfig(component_seed=3, **common)),
-    }[kind]
-    one, other = tmp_path / "one", tmp_path / "other"
-    base = load(folders, build)
-    torch.manual_seed(4)
-    method.save(method.build(base, STEPS), one)
-    base = load(folders, build)
-    torch.manual_seed(4)
-    get_peft_model(base, config).save_pretrained(other)
-    names = {file.name for file in one.iterdir()} - {"README.md"}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
-    assert json.loads((one / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
-    for name in names - {"adapter_config.json"}:
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (one, other)]
-    for read in configs:
-        read["target_modules"].sort()
-    assert configs[0] == configs[1]
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -136,18 +136,6 @@ def test_a_start_trains_what_lora_trains_and_leaves_nothing_behind(init: Any) ->
 # Trials --------------------------------------------------------------------------------------------------------------
 
 
-def test_batches_are_those_of_the_seed(material: Path) -> None:
-    drawn = []
-    for seed in (0, 0, 1):
-        trial = trial_of(material, "eva", seed=seed, batch_size=4)
-        work = runner.work_of(trial)
-        drawn.append(runner.draw_batches(work.job.train, work, trial.training, torch.device("cpu")))
-    assert len(drawn[0]) == 16
-    ones, same, others = ([batch["input_ids"].tolist() for batch in batches] for batches in drawn)
-    assert ones == same
-    assert ones != others
-
-
 @pytest.mark.slow
 def test_a_trial_of_lora_ga_scores_on_the_original_base_what_it_scored(material: Path, tmp_path: Path) -> None:
     trial = trial_of(material, "lora_ga")
@@ -161,15 +149,6 @@ def test_a_trial_of_lora_ga_scores_on_the_original_base_what_it_scored(material:
     metrics = metrics_of("classification", predicted, torch.tensor(test["labels"]).numpy())
     assert metrics["accuracy"] == result["reported"]["test"]["accuracy"]
     assert {rank for changes in read(tmp_path / "run" / "curve.json")["ranks"].values() for _, rank in changes} == {4}
-
-
-def test_a_run_that_goes_on_draws_nothing_anew(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trial = trial_of(material, "eva")
-    monkeypatch.setattr(runner.TrialFolder, "checkpoint", lambda self: str(tmp_path))
-    monkeypatch.setattr(Lora, "initialize", lambda *_: pytest.fail("it was started anew"))
-    runner._prepare(trial, runner.TrialFolder(tmp_path), runner.join(), runner.Usage())
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from peft import LoraConfig
 from aroma.errors import ConfigError, DataError
 from aroma_lab.methods import make_method
 from aroma_lab.methods.lora import Lora
-from aroma_lab.run.recipe import make_recipe, run_recipe
 from aroma_lab.run.run import run_trial
 from aroma_lab.run.trial import Trial
 from aroma_lab.run.work import work_of
@@ -188,21 +187,6 @@ def test_methods_train_on_a_net_through_the_one_runner(kind: str, options: dict[
         assert result["planted"]["grew"] == sum(grew) / len(grew)
 
 
-def test_a_trial_that_chooses_is_scored_on_what_is_held_out(tmp_path: Path) -> None:
-    """The fresh inputs of a made task are at hand in any trial, and what is reported must not choose."""
-    result = run_trial(replace(net_trial("lora", {"r": 2}), purpose="select"), tmp_path / "run")
-    assert result["score"] == result["held_out"]["explained"] != result["reported"]["fresh"]["explained"]
-
-
-def test_a_recipe_trains_on_a_net(tmp_path: Path) -> None:
-    data = {"task": "planted_net", **SMALL}
-    loop = {"max_steps": 6, "batch_size": 4, "warmup_steps": 1, "save_steps": None}
-    values = {"model": {"name": "made"}, "data": data, "adapter": AROMA, "training": loop}
-    result = run_recipe(make_recipe({**values, "output": str(tmp_path / "run")}), progress=False)
-    assert result["name"] == "planted_net/aroma/seed-0"
-    assert result["planted"]["ranks"] == make_net(net_trial().task, 0).ranks
-
-
 @dataclass(frozen=True)
 class Oracle(Lora):
     """LoRA that is told the ranks."""
@@ -341,16 +325,3 @@ def test_an_encoder_without_enough_texts_or_room_is_refused(material: Path) -> N
         work_of(encoder_trial(material, train_examples=19))
     with pytest.raises(DataError, match=r"tasks\.encoder\.train=.*no such file"):
         work_of(encoder_trial(material, train="other.jsonl"))
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"task": "planted_net", "ranks": [-1]}, r"data\.ranks=\[-1\]: give one rank or more"),
-        ({"task": "planted_encoder"}, r"data\.train=None"),
-        ({"train": "a.jsonl", "pairs": 5}, r"data\.pairs=5: only tasks of kind memory have it"),
-    ],
-)
-def test_a_recipe_that_cannot_work_is_refused(data: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_recipe({"model": {"name": "made"}, "data": data})

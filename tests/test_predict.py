@@ -222,15 +222,6 @@ def test_nothing_is_overwritten_unasked(home: Path, tmp_path: Path, capsys: pyte
     assert "unknown format; its name must end in .csv or .jsonl" in capsys.readouterr().err
     assert main([*arguments, str(out), "--force"]) == 0
     assert len(out.read_text().splitlines()) > 11
-    image = tmp_path / "image"
-    image.mkdir()
-    for file in (home / "named").iterdir():
-        (image / file.name).write_bytes(file.read_bytes())
-    config = json.loads((image / "adapter_config.json").read_text())
-    (image / "adapter_config.json").write_text(json.dumps({**config, "task_type": "FEATURE_EXTRACTION"}))
-    (image / "aroma_state.json").unlink()
-    assert main(["predict", str(image), str(home / "rows.csv"), "--out", str(tmp_path / "new.csv")]) == 2
-    assert "its task_type is FEATURE_EXTRACTION; give an adapter of a sequence classifier" in capsys.readouterr().err
 
 
 # Evaluation without aroma_task.json ----------------------------------------------------------------------------------
@@ -258,12 +249,3 @@ def test_eval_of_a_trainer_s_adapter_needs_its_columns_only(
     assert json.loads((tmp_path / "n.json").read_text())["metrics"]["pearson"] == pytest.approx(1.0)
     assert main(["eval", str(home / "several"), "--data", str(data), "--text", "text", "--label", "score"]) == 2
     assert "an example has several labels, which no metric here counts" in capsys.readouterr().err
-
-
-def test_a_base_model_without_a_tokenizer_is_refused(home: Path, tmp_path: Path, capsys: Any) -> None:
-    """transformers would make an empty one, and every word would be unknown."""
-    bare = tmp_path / "bare"
-    AutoModelForSequenceClassification.from_pretrained(home / "base").save_pretrained(bare)
-    arguments = ["predict", str(home / "named"), str(home / "rows.csv"), "--text", "text", "--out"]
-    assert main([*arguments, str(tmp_path / "o.csv"), "--base-model", str(bare)]) == 2
-    assert "has a tokenizer; tokenizer.save_pretrained(folder) adds it" in capsys.readouterr().err

@@ -108,10 +108,10 @@ def respond(
         require_room(loaded.model, [*prompts[-1], *template.lead], max_new_tokens, where)
     answers: list[Row] = []
     for start in range(0, len(prompts), batch_size):
-        some = prompts[start : start + batch_size]
-        found = generate_batch(loaded, some, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        batch = prompts[start : start + batch_size]
+        found = generate_batch(loaded, batch, max_new_tokens=max_new_tokens, batch_size=batch_size)
         answers += [{PREDICTION: answer.text, FINISHED: answer.finished} for answer in found]
-        on_batch(len(some))
+        on_batch(len(batch))
     return answers
 
 

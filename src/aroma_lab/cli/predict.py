@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from aroma.cli.extras import require_extra
@@ -74,13 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ..language.model import LANGUAGE_KIND, task_kind
     from ..predict import classify, respond, write_answers
 
+    answer: Callable[..., list[Any]] = classify
     names = ["base_model", "text", "batch_size"]
     if task_kind(arguments.adapter) == LANGUAGE_KIND:
         refuse_options(arguments, _CLASSIFIER_OPTIONS, "a language model does not have it")
-        answer, names = respond, [*names, *_LANGUAGE_OPTIONS]
+        names, answer = [*names, *_LANGUAGE_OPTIONS], respond
     else:
         refuse_options(arguments, _LANGUAGE_OPTIONS, "a language model has it, and this is none")
-        answer, names = classify, [*names, *_CLASSIFIER_OPTIONS]
+        names += _CLASSIFIER_OPTIONS
     given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     with progress_bar("predict", len(rows)) as advance:
         answers = answer(rows, arguments.adapter, on_batch=advance, **given)

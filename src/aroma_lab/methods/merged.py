@@ -62,7 +62,7 @@ class MergedWeights(Hooks):
 
         The weight is stored as it is: adding the products again would round alike on the same machine only.
         """
-        state = {}
+        state: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             B, A = merged_of(layer)
             weight = layer.get_base_layer().weight

@@ -46,7 +46,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key, or a value of a wrong type or out of range.
     """
-    kinds = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
+    kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
     given: dict[str, dict[str, Any]] = {section: {} for section in (*kinds, _ADAPTER)}
     made: dict[str, Any] = {}
     for key, value in flatten(values, given).items():
