@@ -349,7 +349,7 @@ def test_the_command_generates_and_a_model_needs_no_adapter(trained, adapter, se
         (["--data", "{a}", "--max-length", "500"], "max_length=500: the model takes at most 128 tokens"),
         (["--data", "{a}", "--max-length", "0"], "max_length=0: a response alone has 6 tokens; give more"),
         (["--data", "{a}", "--limit", "0"], "limit=0: give 1 or more"),
-        (["--data", "{a}", "--batch-size", "0"], "batch_size=0"),
+        (["--data", "{a}", "--batch-size", "0"], "--batch-size=0"),
         (["--data", "{a}", "--base-model", "{nowhere}"], "cannot be loaded as a causal language model"),
     ],
 )

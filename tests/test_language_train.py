@@ -231,20 +231,12 @@ def test_what_was_cut_is_told(files: Path, capsys: pytest.CaptureFixture[str], f
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data.task": "classification"}, ConfigError, None),
-        (
-            {"data.task": "classification", "language.packing": True},
-            ConfigError,
-            r"^language\.[a-z]+=.*it needs data.task=causal_lm, and the task is classification",
-        ),
-        ({"data.task": "classification", "training.loop": "sft"}, ConfigError, "training.loop='sft'"),
-        ({"data.task": "classification", "model.gguf_file": "a.gguf"}, ConfigError, "model.gguf_file='a.gguf'"),
+        ({"data.task": "classification"}, DataError, "it has no column 'text', 'label'"),
         ({"data.max_length": 500}, ConfigError, "data.max_length=500"),
         ({"data.train": "nowhere.jsonl"}, DataError, "data.train='nowhere.jsonl'"),
         ({"data.max_length": 3}, DataError, "no example is left to learn from"),
         ({"language.template": "letter"}, ConfigError, "language.template='letter'"),
-        ({"data.text": "body"}, ConfigError, "data.text='body': it is a classifier's.*section language"),
-        ({"training.head_learning_rate": 0.1}, ConfigError, "training.head_learning_rate=0.1"),
+        ({"data.text": "body"}, ConfigError, "data.text='body': columns of a language model are.*section language"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -379,7 +371,6 @@ def test_news_articles_are_a_task_of_plain_text(files: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"label": "topic"}, "label='topic': a task of kind causal_lm has no such column; leave it out"),
         ({"source": "./nowhere"}, r"source='\./nowhere': no such folder; give a folder of data files, or a hub name"),
         ({"train": "nope.jsonl"}, "no such file"),
         ({"train": "train.jsonl", "reported": {"again": "train.jsonl"}}, r"again=.*: every example of it is"),

@@ -272,6 +272,8 @@ class Recipe:
             raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1")
         if data.max_length < 3:
             raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two")
+        if data.task == "causal_lm" and (data.text, data.text_pair, data.label) != ("text", None, "label"):
+            raise bad_value("data.text", data.text, "columns of a language model are keys of the section language")
         data.check_made(data.task)
         check_training(self.training)
 
