@@ -62,7 +62,7 @@ def main():
         max_steps=options.steps,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         warmup_steps=10,
         save_strategy="no",
         report_to="none",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aroma.report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
+from aroma.report.run import LORA_RANK, MatrixFacts, Result, RunFacts
 
 from ..run.recorder import Curve, history_of
 from ..tasks.articles import SOURCE

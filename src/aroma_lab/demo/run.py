@@ -21,8 +21,7 @@ from aroma.errors import CheckpointError, bad_value
 from aroma.files import read_tensors, write_json, write_text
 from aroma.outputs import new_folder
 from aroma.pictures import rank_picture
-from aroma.report.facts import LORA_RANK
-from aroma.report.run import run_page
+from aroma.report.run import LORA_RANK, run_page
 from aroma.tuner import AromaConfig, aroma_layers
 
 from ..methods import Method, make_method
