@@ -60,7 +60,7 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
     }
     loader, trims = FileSystemLoader([folder, ASSETS]), {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **trims)
-    return environment.get_template(template).render(
+    page: str = environment.get_template(template).render(
         charts=charts,
         data=data,
         css=(ASSETS / "page.css").read_text(encoding="utf-8"),
@@ -70,6 +70,7 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **context,
     )
+    return page
 
 
 # Numbers as texts ----------------------------------------------------------------------------------------------------
