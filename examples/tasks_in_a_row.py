@@ -1,6 +1,6 @@
 """Three tasks on one encoder, one after another: PEFT's several adapters, each with the ranks that its task needs.
 
-    python examples/tasks_in_a_row.py results/tasks --data ../shared/data
+    python examples/tasks_in_a_row.py runs/tasks --data ../shared/data
 
 The frozen weights are held once. Each task has an adapter and a head of its own, so no task is forgotten, and each
 adapter is saved, loaded and served by itself. The table says what each task scores when all have been learnt.
