@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from aroma.report.facts import MatrixFacts, Result, RunFacts
+from aroma.report.run import MatrixFacts, Result, RunFacts
 
 KINDS = ("attention.self.query", "attention.self.value", "output.dense")
 MODULES = [f"encoder.layer.{layer}.{kind}" for layer in range(3) for kind in KINDS]

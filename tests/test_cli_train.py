@@ -109,9 +109,10 @@ def test_a_run_ends_with_a_report(run, tmp_path, capsys):
         known = f"rank {rank}; effective rank {effective:.2f}" if rank else "rank 0; effective rank –"
         told = re.escape(f"{known}; ‖ΔW‖ / ‖W0‖ {relative:.2%}")
         assert re.search(f'data-matrix="{re.escape(name)}"[^>]*aria-label="[^"]*: {told}', page), name
-    drawn = data["charts"]["parameters"]["data"]["parameters"]
-    pairs = [list(pair) for pair in zip(drawn["step"], drawn["parameters"], strict=True)]
-    assert pairs[: len(curve["parameters"])] == curve["parameters"]
+    for name, changes in curve["ranks"].items():
+        drawn = data["matrices"][name]["rank"]
+        pairs = [list(pair) for pair in zip(drawn["step"], drawn["rank"], strict=True)]
+        assert pairs[: len(changes)] == changes
     assert f"{result['reported']['test']['accuracy']:.4f}" in page
     assert f"{result['guessed']['test']['accuracy']:.4f} for guessing" in page
     assert "recipe.yaml output=run-again" in page

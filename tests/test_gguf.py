@@ -111,8 +111,7 @@ def test_every_update_is_there_and_in_the_order_of_its_rows(tmp_path: Path, sour
         name = f"blk.{layer}.{NAMES[kind]}.weight"
         torch.testing.assert_close(as_transformers_reads(name, found.pop(name)), delta, rtol=1e-5, atol=1e-6)
     assert not found
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["out.gguf", "out.md"]
-    assert "--lora out.gguf" in (tmp_path / "out.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["out.gguf"]
 
 
 def test_matrices_keep_their_ranks_and_those_of_rank_0_are_left_out(tmp_path: Path) -> None:

@@ -421,7 +421,7 @@ def test_every_field_of_the_configuration_is_an_option_of_aroma():
     assert all(type(make_method(kind, {})) is made for kind, made in METHODS.items())
     own = set(AromaConfig.__annotations__)
     assert {"r", "inner_tolerance", "reset", "component_seed"} <= own
-    assert own | {"lora_dropout", "exclude_modules", "dropout", "tasks", "over"} == set(Aroma.option_types())
+    assert own | {"lora_dropout", "exclude_modules", "dropout"} == set(Aroma.option_types())
     assert Aroma().resolved_options()["outer_tolerance"] == 5e-3
     config = built(make_method("relora", {"max_inner_steps": 7, "prune_ratio": 0.5})).peft_config["default"]
     assert (config.inner_tolerance, config.outer_tolerance, config.max_components) == (None, None, 8)

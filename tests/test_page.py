@@ -15,9 +15,8 @@ from aroma.cli import main
 from aroma.errors import AromaWarning, CheckpointError, DataError, OutputError
 from aroma.integrations import reporting
 from aroma.measures import relative_norms
-from aroma.report.facts import MatrixFacts, Result, RunFacts
-from aroma.report.page import ASSETS, measured, report_file
-from aroma.report.run import run_page
+from aroma.report.page import ASSETS, measured
+from aroma.report.run import MatrixFacts, Result, RunFacts, run_page
 from aroma_lab.report.grid_page import grid_page
 from aroma_lab.report.run_page import run_facts
 from aroma_lab.tasks.classification import ClassifierJob
@@ -189,22 +188,6 @@ def test_vega_is_the_published_file_with_its_licence():
     vega = gzip.decompress((ASSETS / "vega.min.js.gz").read_bytes())
     assert hashlib.sha256(vega).hexdigest() == VEGA
     assert "University of Washington Interactive Data Lab" in (ASSETS / "LICENSES.txt").read_text()
-
-
-# Where it may go -----------------------------------------------------------------------------------------------------
-
-
-def test_a_report_replaces_a_report_and_nothing_else(html, tmp_path):
-    mine, report = tmp_path / "notes.html", tmp_path / "report.html"
-    mine.write_text("<html>mine</html>")
-    report.write_text(html)
-    assert report_file("--out", report) == report
-    with pytest.raises(OutputError, match="it exists, and nothing is overwritten"):
-        report_file("--out", mine)
-    assert report_file("--out", mine, force=True) == mine
-    with pytest.raises(OutputError, match=r"notes\.html': it exists, .* overwritten; give another name$"):
-        AromaCallback(report=mine)  # which has no --force
-    assert mine.read_text() == "<html>mine</html>"
 
 
 # The Trainer ---------------------------------------------------------------------------------------------------------

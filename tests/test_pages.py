@@ -164,7 +164,7 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "reinforcement.md"}  # test_snippets.py, test_trl.py
-    here = "index evidence serving settings usage files precision distributed tasks layers"
+    here = "index evidence serving settings usage files precision distributed layers"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 

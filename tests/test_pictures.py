@@ -181,7 +181,7 @@ def test_ranks_have_a_panel_for_each_method_with_ranks(grid):
         ),
         (
             ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"],
-            [(0, "encoder.layer.0.SelfAttention.q"), (0, "decoder.layer.0.SelfAttention.q")],
+            [(0, "encoder.block.layer.0.SelfAttention.q"), (0, "decoder.block.layer.0.SelfAttention.q")],
         ),
         (["h.0", "h.1"], [(0, "h"), (1, "h")]),
     ],

@@ -15,7 +15,7 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
-from .about import LABELLED_TASKS, About, unnamed
+from .about import LABELLED_TASKS, UNKNOWN, unnamed
 from .card import CARD_FILE
 from .errors import AromaError, AromaWarning, bad_value
 from .files import free_bytes, own_file, read_json, write_json, write_tensors
@@ -182,18 +182,19 @@ def label_names(adapter: AdapterWeights) -> tuple[str, ...] | None:
 
     `aroma_state.json` has them; older ones of `aroma train` have them in `aroma_task.json`.
     """
-    if about_of(adapter).labels is not None:
-        return about_of(adapter).labels
+    labels: list[str] | None = about_of(adapter)["labels"]
+    if labels is not None:
+        return tuple(labels)
     file = adapter.folder / "aroma_task.json"
     task = read_json(own_file(adapter.folder, file.name)) if os.path.lexists(file) else {}
     names = task.get("label_names") if isinstance(task, dict) else None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def about_of(adapter: AdapterWeights) -> About:
-    """Return what else is known of an adapter; of one that AROMA did not save, nothing."""
-    told = (adapter.state or {}).get("about")
-    return About() if told is None else About.from_json(told)
+def about_of(adapter: AdapterWeights) -> dict[str, Any]:
+    """Return what is known of an adapter's outputs, see `aroma.about`; of one that AROMA did not save, nothing."""
+    found: dict[str, Any] = (adapter.state or {}).get("about", UNKNOWN)
+    return found
 
 
 def _require_names(config: Any, adapter: AdapterWeights) -> None:
@@ -208,7 +209,7 @@ def _require_names(config: Any, adapter: AdapterWeights) -> None:
     if (
         not is_known
         and adapter.config.get("task_type") in LABELLED_TASKS
-        and tuple(config.id2label.values()) == unnamed(max(config.num_labels, 2))
+        and [*config.id2label.values()] == unnamed(max(config.num_labels, 2))
     ):
         warnings.warn(
             f"{adapter.folder}: it names no labels, so the merged model calls them LABEL_0, LABEL_1 and so on; set "
@@ -273,8 +274,8 @@ def base_of(adapter: AdapterWeights, base_model: str | None) -> Any:
     options: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     if names is not None and len(names) == labels:
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    if about.problem_type is not None:
-        options["problem_type"] = about.problem_type
+    if about["problem_type"] is not None:
+        options["problem_type"] = about["problem_type"]
     if base_model is None and adapter.config.get("revision"):
         options["revision"] = adapter.config["revision"]
     try:
@@ -330,7 +331,7 @@ def put_into(base: Any, adapter: AdapterWeights, base_name: str) -> Any:
 
 def output_count(adapter: AdapterWeights) -> int | None:
     """Return the number of outputs of a classifier or regression; None for another model, or where it is not known."""
-    told = about_of(adapter).num_labels
+    told: int | None = about_of(adapter)["num_labels"]
     return _head_size(adapter) if told is None else told
 
 

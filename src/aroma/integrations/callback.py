@@ -53,8 +53,8 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         on_event (`Callable`, *optional*): Called with every `aroma.Event`. Checkpoints do not hold it, so
             `restore_callback_states_from_checkpoint=True` loses it.
         report (`str` or path, *optional*): HTML file to look at, written when the training ends, and again at an
-            evaluation after it: result, loss, ranks, settings. It may replace an earlier report, and
-            no other file. Checkpoints do not hold it.
+            evaluation after it: result, loss, ranks, settings. One that is there is replaced. Checkpoints do not
+            hold it.
 
     Attributes:
         controller: The `AromaController` of the current or last training; None before the first.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..about import About
+from ..about import UNKNOWN
 from ..errors import CheckpointError, ConfigError, bad_value
 from ..files import tensors_digest
 from ..sharding import own_entries
@@ -66,7 +66,7 @@ class LiveAdapter:
         self.seed: int = torch.initial_seed() % 2**31 if config.component_seed is None else config.component_seed
         self.ever_controlled = False
         self.dtype_is_settled = False
-        self.about = About()
+        self.about = UNKNOWN
         self.saved_to: str | None = None
         self._controller: weakref.ref[Any] | None = None
         self._snapshot: Snapshot | None = None

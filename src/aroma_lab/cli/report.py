@@ -41,15 +41,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the report."""
     require_extra("lab")
     from aroma.files import write_text
-    from aroma.report.page import report_file
+    from aroma.outputs import new_file
 
     folder = Path(arguments.run_folder)
-    out = None if arguments.out is None else report_file("--out", arguments.out, force=arguments.force)
+    out = None if arguments.out is None else new_file("--out", arguments.out, force=bool(arguments.force))
     if not folder.exists():
         raise bad_value("RUN", str(folder), "no such folder; give the output of `aroma train` or `aroma lab run`")
     if out is None:
         beside = folder if folder.is_dir() else folder.parent
-        out = report_file("--out", beside / REPORT, force=arguments.force)
+        out = new_file("--out", beside / REPORT, force=True)
     from aroma.cli.quiet import quiet
 
     quiet()

@@ -12,9 +12,8 @@ import pandas as pd
 import yaml
 
 from aroma.errors import DataError, bad_value
-from aroma.report.facts import MatrixFacts
 from aroma.report.page import Chart, Table, render
-from aroma.report.run import Grid, grid_of
+from aroma.report.run import Grid, MatrixFacts, grid_of
 
 from .formats import EMPTY, counted, decimals, points
 from .formats import Table as LabTable

@@ -14,8 +14,7 @@ import yaml
 
 from aroma.errors import AromaError, CheckpointError
 from aroma.files import read_json, write_text
-from aroma.report.facts import LORA_RANK, MatrixFacts, Result, RunFacts
-from aroma.report.run import run_page
+from aroma.report.run import LORA_RANK, MatrixFacts, Result, RunFacts, run_page
 
 from ..run.files import TrialFiles
 from ..run.recorder import history_of
