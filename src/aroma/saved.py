@@ -1,4 +1,4 @@
-"""A saved adapter read back: every field and every tensor is checked before anything is computed from it.
+"""A saved adapter read back: checked before anything is computed from it.
 
 Reads any plain LoRA folder of PEFT; every saved AROMA adapter is one. `aroma_state.json` vouches for one that AROMA
 saved: it has the digests of the tensor files and a copy of the configuration. Nothing vouches for another, so of that
@@ -12,8 +12,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,42 +21,47 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from .errors import AromaError, AromaWarning, CheckpointError, bad_value, shown_value
+from .errors import AromaWarning, CheckpointError, bad_value, shown_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
-from .patterns import Patterns, wrong
-from .tuner.experts import peft_stems, unpack
-from .tuner.forms import LINEAR, Form, form_of_entry, form_of_tensor, is_component
-from .tuner.layout import PEFT_PREFIX, Packed, packed
-from .tuner.parts import split as split_parts
-from .tuner.state import LARGEST_SIDE, STATE_FILE, experts_counts, is_whole, read_state, require_files
+from .tuner.layout import PEFT_PREFIX
+from .tuner.state import STATE_FILE, read_state, require_files
 
 _MOVABLE = ("base_model_name_or_path", "revision")
-"""Fields that a person changes when the base model has moved: the adapter stays what it is, so it is only told."""
+"""Fields that a person changes when the base model has moved: the adapter stays what it is, so a warning is enough."""
 
 _INFORMATIVE = ("peft_version", "inference_mode")
 """Fields that change nothing of what is computed."""
 
-_SETS = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
-"""Fields whose order says nothing; PEFT writes them from sets."""
+_OFF: tuple[str, ...] = (
+    *("use_dora", "lora_bias", "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices"),
+    *(item.name for item in fields(LoraConfig) if item.metadata.get("is_lora_variant")),
+)
+"""Fields by which an update is more than B A, or lies elsewhere."""
+
+_CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "mica", "lora_ga")
+"""Beginnings of values of init_lora_weights by which PEFT changes the base weights, too, when it loads an adapter."""
+
+_COMPONENT_A = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?A(?P<ending>(\.weight)?)")
 
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one matrix, ΔW = B A.
+    """The update of one matrix, ΔW = B A; of an embedding, whose table PEFT holds transposed, ΔWᵀ.
 
     Args:
         B: (m, R), the scale folded in.
         A: (R, n).
-        alpha: What PEFT divides by the rank, or its root with use_rslora, to get the scale.
-        form: How a plain adapter holds it.
+        kernel: Of a convolution, its input channels and sizes, whose product is n.
+        is_embedding: Whether PEFT calls the tensors by the names of an embedding's.
     """
 
     B: Tensor
     A: Tensor
-    alpha: float
-    form: Form = LINEAR
+    kernel: tuple[int, ...] = ()
+    is_embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -73,20 +78,14 @@ class Update:
         """Whether all is 0, as in the one component of an adapter whose ranks are all 0."""
         return not self.A.any() and not self.B.any()
 
-
-@dataclass(frozen=True)
-class ExpertsTensors:
-    """The updates of all experts of one parameter, as the file holds them.
-
-    Args:
-        stem: What the names of its two tensors begin with in the file.
-        rank: The rank of all, padding included.
-        count: E, the number of experts.
-    """
-
-    stem: str
-    rank: int
-    count: int
+    def tensors(self, module: str, rank: int) -> dict[str, Tensor]:
+        """Return PEFT's two tensors of the module by their names, padded with components of zero to `rank`."""
+        A, B = self.A.new_zeros(rank, self.A.shape[1]), self.B.new_zeros(self.B.shape[0], rank)
+        A[: self.rank], B[:, : self.rank] = self.A, self.B
+        if self.kernel:
+            A, B = A.reshape(rank, *self.kernel), B.reshape(*B.shape, *(1 for _ in self.kernel[1:]))
+        name = "lora_embedding_{}" if self.is_embedding else "lora_{}.weight"
+        return {f"{PEFT_PREFIX}{module}.{name.format(side)}": tensor for side, tensor in (("A", A), ("B", B))}
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,9 @@ class AdapterWeights:
 
     Args:
         config: Content of `adapter_config.json`.
-        updates: The update of every adapted matrix by its name in the base model, in the order of layers; those of
-            experts one by one, if their rank is above 0.
+        updates: The update of every adapted module by its name in the base model, in the order of layers.
         others: Further tensors by their name in the file, such as trained heads (`modules_to_save`); any shape.
         state: Content of `aroma_state.json`; None for an adapter that AROMA did not save.
-        experts: How the file holds the updates of experts, by parameter.
-        parts: Rank of the whole update of every module whose parts grow.
     """
 
     folder: Path
@@ -108,84 +104,13 @@ class AdapterWeights:
     updates: dict[str, Update]
     others: dict[str, Tensor]
     state: dict[str, Any] | None
-    experts: dict[str, ExpertsTensors]
-    parts: dict[str, int]
-
-    @property
-    def modules(self) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of the update of every module; not of experts."""
-        packed = self.experts.keys() | self.parts.keys()
-        alone = {name: one for name, one in self.updates.items() if name.rpartition(".")[0] not in packed}
-        found = {name: (one.rank, one.alpha) for name, one in alone.items()}
-        return found | {name: (rank, float(rank)) for name, rank in self.parts.items()}
-
-    @property
-    def tensor_names(self) -> list[str]:
-        """Names of all tensors of components in the file, without PEFT's prefix."""
-        stems = {name: self.updates[name].form if name in self.updates else LINEAR for name in self.modules}
-        stems |= {one.stem: LINEAR for one in self.experts.values()}
-        return [f"{stem}.{form.name(side)}" for stem, form in stems.items() for side in "AB"]
-
-    def packed(self, rank: int | None = None) -> Packed:
-        """Return the adapter as its file holds it; with a `rank`, all that could grow padded to it."""
-        state = self.state or {}
-        counts = experts_counts(state) if self.state else {}
-        experts = {
-            module: {
-                name: [f"{module}.{name}.{index}" for index in range(counts[f"{module}.{name}"])] for name in names
-            }
-            for module, names in state.get("experts", {}).items()
-        }
-        parts = {
-            module: [f"{module}.{place}" for place in range(count)] for module, count in state.get("parts", {}).items()
-        }
-        updates = {
-            name: (update.B, update.A)
-            if (update := self.updates.get(name)) is not None
-            else (torch.zeros(m, 0), torch.zeros(0, n))
-            for name, (m, n) in self.shapes.items()
-        }
-        return packed(updates, self.forms, experts, parts, rank)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(m, n) of every module that could grow; without an `aroma_state.json`, of every adapted module."""
-        if self.state is None:
-            return {name: update.shape for name, update in self.updates.items()}
-        return {name: (entry["shape"][0], entry["shape"][1]) for name, entry in self.state["modules"].items()}
-
-    @property
-    def forms(self) -> dict[str, Form]:
-        """Form of every module in `shapes`."""
-        if self.state is None:
-            return {name: update.form for name, update in self.updates.items()}
-        return {name: form_of_entry(entry) for name, entry in self.state["modules"].items()}
-
-    def lora_config(self) -> LoraConfig:
-        """Return a configuration that names modules and ranks one by one.
-
-        PEFT is given it in place of the file's: it would match the patterns there without a limit.
-        """
-        ranks = dict(self.modules)
-        ranks |= {name: (one.rank, one.rank) for name, one in self.experts.items()}
-        r = min(rank for rank, _ in ranks.values())
-        return LoraConfig(
-            r=r,
-            lora_alpha=r,
-            rank_pattern={f"^{re.escape(name)}": rank for name, (rank, _) in ranks.items()},
-            alpha_pattern={f"^{re.escape(name)}": alpha for name, (_, alpha) in ranks.items()},
-            target_modules=list(self.modules),
-            target_parameters=list(self.experts) or None,
-            use_rslora=bool(self.config.get("use_rslora")),
-            fan_in_fan_out=bool(self.config.get("fan_in_fan_out")),
-            bias=self.config.get("bias", "none"),
-            modules_to_save=self.config.get("modules_to_save"),
-            ensure_weight_tying=bool(self.config.get("ensure_weight_tying")),
-            task_type=self.config.get("task_type"),
-            base_model_name_or_path=self.config.get("base_model_name_or_path"),
-            revision=self.config.get("revision"),
-            inference_mode=True,
-        )
+        modules = (self.state or {}).get("modules", {})
+        grown = {name: (entry["shape"][0], entry["shape"][1]) for name, entry in modules.items()}
+        return grown | {name: update.shape for name, update in self.updates.items()}
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
@@ -201,41 +126,28 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterWeights:
     path = require_adapter_folder(folder)
     # Whatever bears the name: a symlink to nowhere is a damaged state, and not an adapter of somebody else.
     state = read_state(path) if os.path.lexists(path / STATE_FILE) else None
+    if state is not None:
+        require_vouched(path, state)
     config = read_config(path)
-    if state is not None:
-        _require_saved_config(path / CONFIG_NAME, config, state.get("adapter_config"))
-        require_files(path, state)
-    counts = experts_counts(state) if state is not None else {}
-    # Only the state tells which tensors belong to which parameter.
-    _require_plain(path / CONFIG_NAME, {**config, "target_parameters": None} if counts else config)
-    weights = own_file(path, SAFETENSORS_WEIGHTS_NAME)
-    tensors = read_tensors(weights)
-    _require_numbers(weights, tensors)
-    experts, of_experts = _take_experts(weights, tensors, config, (state or {}).get("experts", {}), counts)
-    updates, others = _split(weights, tensors, config, may_be_empty=bool(experts))
-    parts = _take_parts(weights, updates, state) if state is not None else {}
-    updates = dict(sorted((updates | of_experts).items(), key=lambda item: _natural(item[0])))
-    if state is not None:
-        _require_modules(weights, updates, state["modules"])
-        _require_no_scale(path / CONFIG_NAME, config, updates)
-    return AdapterWeights(path, config, updates, others, state, experts, parts)
-
-
-def experts_tensors(adapter: AdapterWeights) -> dict[str, ExpertsTensors]:
-    """Return how a file of an adapter that was made in memory would hold the updates of experts, by parameter."""
-    modules: dict[str, list[str]] = (adapter.state or {}).get("experts", {})
-    if not adapter.state or not modules:
-        return {}
-    counts = experts_counts(adapter.state)
-    stems: dict[str, str] = {}
-    for module, names in modules.items():
-        stems |= {f"{module}.{name}": stem for name, stem in peft_stems(module, names).items()}
-    ranks = adapter.packed().parameters
-    return {name: ExpertsTensors(stems[name], rank, counts[name]) for name, rank in ranks.items()}
+    _require_plain(path / CONFIG_NAME, config)
+    file = own_file(path, SAFETENSORS_WEIGHTS_NAME)
+    tensors = read_tensors(file)
+    try:
+        updates = _updates(tensors, config, is_folded=state is not None)
+    except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError, re.error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{file}: it and {CONFIG_NAME} are no LoRA adapter ({reason}); use another checkpoint"
+        ) from error
+    of_updates = {name for module, update in updates.items() for name in update.tensors(module, update.rank)}
+    others = {name: tensor for name, tensor in tensors.items() if _with_prefix(name) not in of_updates}
+    if stray := next((name for name in others if ".lora_" in name), None):
+        raise CheckpointError(f"{file}: {stray} has no place in a plain LoRA adapter; use another checkpoint")
+    return AdapterWeights(path, config, updates, others, state)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of `adapter_config.json` in `folder`; of its fields nothing is known yet.
+    """Return the content of `adapter_config.json` in `folder`; only names of models and classes are checked yet.
 
     Raises:
         CheckpointError: It is missing, damaged or no configuration.
@@ -243,369 +155,132 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = own_file(require_adapter_folder(folder), CONFIG_NAME)
     config = read_json(path)
     if not isinstance(config, dict) or "peft_type" not in config:
-        found = "peft_type" if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(
-            f"{path}: no configuration of an adapter ({found}{' is missing' if isinstance(config, dict) else ''}); "
-            "use another checkpoint"
-        )
+        raise CheckpointError(f"{path}: no configuration of an adapter; use another checkpoint")
+    try:
+        json.dumps(config, allow_nan=False)
+        _ = (config.get("auto_mapping") or {}).keys()
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: edited ({error}); use another checkpoint") from error
     for name in ("base_model_name_or_path", "revision", "task_type", "peft_type"):
         if not isinstance(config.get(name), str | None) or "\0" in (config.get(name) or ""):
-            raise wrong(path, name, config[name], "give a name")
+            raise bad_value(f"{path}: {name}", config[name], "it is no name; use another checkpoint", CheckpointError)
     return config
-
-
-def require_vouched(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Check that configuration and files in `folder` are those that `state`, its `aroma_state.json`, vouches for.
-
-    Raises:
-        CheckpointError: One is missing, damaged or edited; file and field are named.
-    """
-    path = require_adapter_folder(folder)
-    _require_saved_config(path / CONFIG_NAME, read_config(path), state.get("adapter_config"))
-    require_files(path, state)
-
-
-# The configuration ---------------------------------------------------------------------------------------------------
-
-
-def _require_saved_config(path: Path, config: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:
-    """Raise if a field that decides what is computed was changed since the adapter was saved; warn of a new base."""
-    if saved is None:
-        return  # saved by an early version; what contradicts the tensors is still noticed
-    for name in sorted({*config, *saved} - {*_INFORMATIVE}):
-        now, then = _normal(name, config), _normal(name, saved)
-        if now == then:
-            continue
-        if name in _MOVABLE:
-            warnings.warn(
-                f"{path}: {name}={config.get(name)!r}: edited since the adapter was saved, as {saved.get(name)!r}; "
-                "its updates are right only for the same weights",
-                AromaWarning,
-                stacklevel=4,
-            )
-        elif not (name == "task_type" and saved.get(name) is None):
-            raise wrong(
-                path,
-                name,
-                config.get(name),
-                f"edited since the adapter was saved, as {shown_value(saved.get(name), 200)}; put that back, or use "
-                "another checkpoint (a base model that has moved may be given as base_model_name_or_path)",
-            )
-
-
-def _normal(name: str, config: Mapping[str, Any]) -> str:
-    """Return the value of a field as text in which equal meanings are equal; a missing one has PEFT's default."""
-    value = config.get(name, _defaults().get(name))
-    if name in _SETS and isinstance(value, list):
-        value = sorted(value, key=str)
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    return {
-        item.name: item.default if item.default_factory is MISSING else {}
-        for item in fields(LoraConfig)
-        if item.default is not MISSING or item.default_factory is dict
-    }
-
-
-_OFF: tuple[str, ...] = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    *(item.name for item in fields(LoraConfig) if item.metadata.get("is_lora_variant")),
-)
-"""Fields by which an update is more than B A, or lies elsewhere."""
-
-_CHANGE_BASE = ("pissa", "olora", "loftq", "corda", "mica", "lora_ga")
-"""Beginnings of values of init_lora_weights by which PEFT changes the base weights, too, when it loads an adapter."""
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is one of plain LoRA: an update is B A and nothing else."""
-    return config["peft_type"] == "LORA" and not any(config.get(name) for name in _OFF)
+    return _variant(config) is None
+
+
+def require_vouched(folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Check that configuration and files in `folder` are those that `state`, its `aroma_state.json`, vouches for.
+
+    Raises:
+        CheckpointError: One is missing, damaged or edited; file and field are named.
+
+    Warns:
+        AromaWarning: The base model that it names was changed.
+    """
+    path = require_adapter_folder(folder)
+    now, then = read_config(path), state.get("adapter_config")
+    require_files(path, dict(state))
+    for name in sorted({*now, *then} - {*_INFORMATIVE}) if then is not None else ():
+        if _meaning(name, now) == _meaning(name, then):
+            continue
+        edited = f"edited since the adapter was saved, as {shown_value(then.get(name), 200)}"
+        where = f"{path / CONFIG_NAME}: {name}"
+        if name in _MOVABLE:
+            remedy = f"{edited}; its updates are right only for the same weights"
+            warnings.warn(str(bad_value(where, now.get(name), remedy)), AromaWarning, stacklevel=3)
+        elif not (name == "task_type" and then.get(name) is None):  # which may be filled in
+            remedy = f"{edited}; put that back, or use another checkpoint"
+            raise bad_value(where, now.get(name), remedy, CheckpointError)
+
+
+def _meaning(name: str, config: Mapping[str, Any]) -> str:
+    """Return the value of a field as text in which equal meanings are equal; a missing one has PEFT's default."""
+    value = config.get(name, _defaults().get(name))
+    return json.dumps(sorted(value, key=str) if isinstance(value, list) else value, sort_keys=True, default=str)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return LoraConfig().to_dict()
+
+
+def _variant(config: Mapping[str, Any]) -> str | None:
+    """Return the field by which an adapter is more than plain LoRA; None if it is not."""
+    if config["peft_type"] != "LORA":
+        return "peft_type"
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGE_BASE):
+        return "init_lora_weights"
+    return next((name for name in _OFF if config.get(name)), None)
 
 
 def _require_plain(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise unless a configuration is that of a plain LoRA adapter, with fields of their types.
-
-    Raises:
-        CheckpointError: A field is of a wrong type or beyond all bounds.
-        ConfigError: It is another kind of adapter.
-    """
-    if not is_plain(config):
-        field = next((name for name in _OFF if config.get(name)), "peft_type")
+    if field := _variant(config):
         raise bad_value(
             field, config[field], f"in {path}: only plain LoRA adapters can be read (no DoRA, no bias, no variant)"
         )
-    unknown = [name for name in sorted({*config} - {*_defaults(), "runtime_config"}) if config[name]]
-    if unknown:
-        raise wrong(
-            path, unknown[0], config[unknown[0]], "this version of peft does not know it; upgrade peft, or remove it"
-        )
-    start = config.get("init_lora_weights", True)
-    if not isinstance(start, bool | str | None) or str(start).lower().startswith(_CHANGE_BASE):
-        raise bad_value(
-            "init_lora_weights",
-            start,
-            f"in {path}: it changes the base weights, too; convert the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion",
-        )
-    expected: dict[str, tuple[bool, str]] = {
-        "r": (is_whole(config.get("r", 8), 1, LARGEST_SIDE), "give a rank"),
-        "lora_alpha": (_is_scale(config.get("lora_alpha", 8)), "give a finite number"),
-        "rank_pattern": (_is_pattern(config.get("rank_pattern"), _is_rank), "give ranks by module"),
-        "alpha_pattern": (_is_pattern(config.get("alpha_pattern"), _is_scale), "give numbers by module"),
-        "target_modules": (_is_names(config.get("target_modules"), or_text=True), "give names of modules"),
-        "exclude_modules": (_is_names(config.get("exclude_modules"), or_text=True), "give names of modules"),
-        "modules_to_save": (_is_names(config.get("modules_to_save")), "give names of modules"),
-        "use_rslora": (isinstance(config.get("use_rslora"), bool | None), "give true or false"),
-        "fan_in_fan_out": (isinstance(config.get("fan_in_fan_out"), bool | None), "give true or false"),
-        "bias": (config.get("bias", "none") in ("none", "all", "lora_only"), "give none, all or lora_only"),
-        "auto_mapping": (isinstance(config.get("auto_mapping"), dict | None), "leave it out"),
-    }
-    for name, (fits, remedy) in expected.items():
-        if not fits:
-            raise wrong(path, name, config.get(name), f"{remedy}, or use another checkpoint")
 
 
-def _is_rank(value: object) -> bool:
-    return is_whole(value, 1, LARGEST_SIDE)
-
-
-def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _is_pattern(value: object, fits: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(fits, value.values())))
-
-
-def _is_names(value: object, or_text: bool = False) -> bool:
-    if value is None or (or_text and isinstance(value, str)):
-        return True
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-# Tensors -------------------------------------------------------------------------------------------------------------
-
-
-def _take_experts(
-    path: Path,
-    tensors: dict[str, Tensor],
-    config: Mapping[str, Any],
-    modules: Mapping[str, list[str]],
-    counts: Mapping[str, int],
-) -> tuple[dict[str, ExpertsTensors], dict[str, Update]]:
-    """Take the tensors of experts, of any shape, out of `tensors`; return how they lie there, and their updates.
+def _updates(tensors: Mapping[str, Tensor], config: Mapping[str, Any], is_folded: bool) -> dict[str, Update]:
+    """Return the updates of modules.
 
     Args:
-        tensors: All its tensors.
-        modules: Parameters that grow by module of experts, in the order in which PEFT wraps them.
-        counts: E by parameter.
+        tensors: All tensors of the file, any shapes.
+        config: Content of `adapter_config.json`.
+        is_folded: Whether the scale is folded into B, as AROMA does it.
 
     Raises:
-        CheckpointError: A tensor is missing, or not as the configuration says.
+        ValueError: A tensor is missing, empty, of a wrong kind, not finite, or not as the configuration says.
     """
-    own = path.parent / CONFIG_NAME
-    patterns = Patterns(own, config)
-    targets = config.get("target_parameters") or []
-    if not _is_names(targets):
-        raise wrong(own, "target_parameters", targets, "give names of parameters, or use another checkpoint")
-    stems = {
-        f"{module}.{name}": stem
-        for module, names in modules.items()
-        for name, stem in peft_stems(module, names).items()
-    }
-    for target in targets:
-        if target not in stems:
-            raise wrong(own, "target_parameters", target, f"{STATE_FILE} does not know it; one was edited")
-    found: dict[str, ExpertsTensors] = {}
-    updates: dict[str, Update] = {}
-    for name in targets:
-        stem, count = stems[name], counts[name]
-        A, B = (tensors.pop(f"{PEFT_PREFIX}{stem}.lora_{side}.weight", None) for side in "AB")
-        if (
-            A is None
-            or B is None
-            or A.ndim != 2
-            or B.ndim != 2
-            or len(A) != B.shape[1]
-            or not len(A)
-            or len(A) % count
-        ):
-            raise CheckpointError(
-                f"{path}: {stem} has no A and B of one rank for {count} experts; the file is damaged, use another "
-                "checkpoint"
-            )
-        rank = len(A) // count
-        for field, otherwise in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", config.get("lora_alpha", 8))):
-            said = patterns.value(field, name, otherwise)
-            if said != rank:
-                raise wrong(own, field, said, f"{path.name} has rank {rank} and no scale for {name}; one was edited")
-        found[name] = ExpertsTensors(stem, rank, count)
-        for index, (own_B, own_A) in enumerate(unpack(B.float(), A.float(), count)):
-            if len(own_A):
-                updates[f"{name}.{index}"] = Update(own_B, own_A, float(len(own_A)))
-    return found, updates
-
-
-def _take_parts(path: Path, updates: dict[str, Update], state: Mapping[str, Any]) -> dict[str, int]:
-    """Put the updates of parts in place of those of their modules, in `updates`; return the ranks of these.
-
-    Raises:
-        CheckpointError: An update is not one of such parts.
-    """
-    found: dict[str, int] = {}
-    for module, count in state.get("parts", {}).items():
-        if module not in updates:
-            continue
-        whole, sizes = (
-            updates.pop(module),
-            [state["modules"][f"{module}.{place}"]["shape"][0] for place in range(count)],
-        )
-        split = split_parts(whole.B, whole.A, sizes) if len(whole.B) == sum(sizes) else None
-        if split is None or whole.alpha != whole.rank:
-            raise CheckpointError(
-                f"{path}: {module} has no update of parts with {sizes} outputs; the file is damaged, use another "
-                "checkpoint"
-            )
-        found[module] = whole.rank
-        if whole.is_zero:
-            continue
-        for place, (B, A) in enumerate(split):
-            if len(A):
-                updates[f"{module}.{place}"] = Update(B, A, float(len(A)))
-    return found
-
-
-def _split(
-    path: Path, tensors: dict[str, Tensor], config: Mapping[str, Any], *, may_be_empty: bool
-) -> tuple[dict[str, Update], dict[str, Tensor]]:
-    """Return the updates of modules, and all other tensors; any shapes, each checked.
-
-    `may_be_empty` says whether there may be no update.
-
-    Raises:
-        CheckpointError: A tensor is missing, of a wrong kind, not finite, or not as the configuration says.
-        ConfigError: A tensor belongs to another kind of adapter.
-    """
-    own = path.parent / CONFIG_NAME
-    patterns = Patterns(own, config)
-    others = dict(tensors)
-    updates: dict[str, Update] = {}
-    for key in tensors:
-        found = form_of_tensor(key, tensors[key])
-        if found is None:
-            continue
-        stem, form = found
-        first, second = others.pop(key), others.pop(f"{stem}.{form.name('B')}", None)
-        if first.ndim < 2:
-            raise CheckpointError(
-                f"{path}: {key} is no matrix, its shape is {tuple(first.shape)}; use another checkpoint"
-            )
-        factors = None if second is None else form.read(first, second)
-        if factors is None:
-            raise CheckpointError(
-                f"{path}: {stem} has an A of rank {first.shape[0]} and no fitting B; the file is damaged, use another "
-                "checkpoint"
-            )
-        B, A = factors
-        name = stem.removeprefix(PEFT_PREFIX)
-        rank = patterns.value("rank_pattern", name, config.get("r", 8))
-        if rank != A.shape[0]:
-            raise wrong(own, "rank_pattern", rank, f"{path.name} has rank {A.shape[0]} for {name}; one was edited")
-        if not patterns.names("target_modules", name) or patterns.names("exclude_modules", name):
-            raise wrong(
-                own, "target_modules", config.get("target_modules"), f"{path.name} has {name}, too; one was edited"
-            )
-        alpha = float(patterns.value("alpha_pattern", name, config.get("lora_alpha", 8)))
-        updates[name] = Update(B.float() * _scale(config, alpha, rank), A.float(), alpha, form)
-    stray = next((name for name in others if ".lora_" in name), None)
-    if stray is not None:
-        raise _stray(path, stray)
-    if not updates and not may_be_empty:
-        raise CheckpointError(f"{path}: no lora_A and lora_B in it; not a LoRA adapter")
-    _require_targets(own, config.get("target_modules"), updates)
-    prefixed = all(name.startswith(PEFT_PREFIX) for name in tensors)
-    if not prefixed and any(name.startswith(PEFT_PREFIX) for name in tensors):
-        name = next(name for name in tensors if not name.startswith(PEFT_PREFIX))
-        raise CheckpointError(f"{path}: {name} is named otherwise than the rest; use another checkpoint")
-    return updates, others
-
-
-def _stray(path: Path, name: str) -> AromaError:
-    if is_component(name):
-        return CheckpointError(f"{path}: {name} has no lora_A beside it; the file is damaged, use another checkpoint")
-    return bad_value("adapter", name, f"in {path}: it is no part of a plain LoRA adapter; give one of those")
-
-
-def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise if a weight or a bias is empty, no number of floating point, NaN or infinite; any shapes."""
+    found: dict[str, Update] = {}
     for name, tensor in tensors.items():
-        remedy = None
-        if not tensor.numel():
-            remedy = f"is empty, of shape {tuple(tensor.shape)}"
-        elif name.endswith((".weight", ".bias")) and not tensor.is_floating_point():
-            remedy = f"is of {str(tensor.dtype).removeprefix('torch.')}"
-        elif tensor.is_floating_point() and not tensor.float().isfinite().all():
-            remedy = "has NaN or infinity in it"
-        if remedy is not None:
-            raise CheckpointError(f"{path}: {name} {remedy}; use another checkpoint")
+        if not tensor.numel() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
+            raise ValueError(f"{name} is empty, or has NaN or infinity in it")
+        part = _COMPONENT_A.fullmatch(name)
+        if part is None:
+            continue
+        module, B = part["module"], tensors.get(f"{part['module']}.lora_{part['embedding'] or ''}B{part['ending']}")
+        if B is None or not 2 <= tensor.ndim == B.ndim or B.flatten(1).shape[1] != len(tensor):
+            raise ValueError(f"{module} has an A of rank {len(tensor)} and no fitting B")
+        if not (tensor.is_floating_point() and B.is_floating_point()):
+            raise ValueError(f"{module} has components of {tensor.dtype} and {B.dtype}")
+        module = module.removeprefix(PEFT_PREFIX)
+        scale = 1.0 if is_folded else _scale(module, len(tensor), config)
+        kernel = tuple(tensor.shape[1:]) if tensor.ndim > 2 else ()
+        found[module] = Update(
+            B.float().flatten(1) * scale, tensor.float().flatten(1), kernel, bool(part["embedding"])
+        )
+    if not found:
+        raise ValueError("it holds no lora_A and lora_B")
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
-def _require_targets(path: Path, targets: list[str] | str | None, updates: Iterable[str]) -> None:
-    """Raise if a target has no tensors: the file of tensors lacks what the configuration promises."""
-    if isinstance(targets, list):
-        endings = {ending for name in updates for ending in _endings(name)}
-        missing = next((target for target in targets if target not in endings), None)
-        if missing is not None:
-            raise wrong(path, "target_modules", missing, f"{SAFETENSORS_WEIGHTS_NAME} has no tensors of it")
-
-
-def _endings(name: str) -> Iterable[str]:
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts)))
-
-
-def _scale(config: Mapping[str, Any], alpha: float, rank: int) -> float:
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
     """Return what PEFT multiplies an update by."""
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    said: list[float] = []
+    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        own = config.get(pattern) or {}
+        said.append(own.get(get_pattern_key(own.keys(), module), config.get(default, 8)))
+    if said[0] != rank:
+        raise ValueError(f"{module} has rank {rank}, and {said[0]} in the configuration")
+    scale = said[1] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not math.isfinite(scale):
+        raise ValueError(f"{module} has the scale {scale}")
+    return scale
 
 
-def _require_modules(path: Path, updates: Mapping[str, Update], modules: Mapping[str, Any]) -> None:
-    """Raise if shapes and ranks of the tensors are not those of aroma_state.json.
-
-    It gives rank 0 to the component of zeros that an adapter without updates has. Early versions gave it rank 1.
-    """
-    empty = {name for name, one in updates.items() if one.rank == 1 and one.is_zero}
-    expected = {
-        name: (tuple(entry["shape"]), entry["rank"] or 1, *form_of_entry(entry).described().items())
-        for name, entry in modules.items()
-        if entry["rank"] or name in empty
-    }
-    found = {name: (update.shape, update.rank, *update.form.described().items()) for name, update in updates.items()}
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"{path}: {name} has shape and rank {found.get(name)}, and {expected.get(name)} in {STATE_FILE}; one "
-                "of them is of another save, use another checkpoint"
-            )
-
-
-def _require_no_scale(path: Path, config: Mapping[str, Any], updates: Mapping[str, Update]) -> None:
-    """Raise if an update that AROMA saved has a scale: it folds all scales into B."""
-    for name, update in updates.items():
-        if update.alpha != update.rank or config.get("use_rslora"):
-            raise wrong(
-                path, "lora_alpha", update.alpha, f"{name} has rank {update.rank}, and no scale; put that back"
-            )
+def _with_prefix(name: str) -> str:
+    return PEFT_PREFIX + name.removeprefix(PEFT_PREFIX)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
+
+
+def zero_update(shape: tuple[int, int]) -> Update:
+    """Return the update of rank 0 of a matrix of `shape` (m, n)."""
+    return Update(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, ConfigError, bad_value
 from .files import own_file, read_json, write_json
-from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, require_new_folder
+from .outputs import TOKENIZER_FILES, copy_files, filled_at_once
+from .outputs import new_folder as require_new_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -197,7 +197,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                 "controller_state": pack(self.controller.state_dict()),
                 "scores": live.about.as_json()["scores"],
             }
-            self._records.write(live.saved_to)
+            self._records.write()
         return {"args": {"early_stop": self.early_stop}, "attributes": attributes}
 
     # Around every optimizer step -------------------------------------------------------------------------------------
