@@ -114,7 +114,7 @@ TEXTS = ("[]", "{}", "null", "NaN", "[" * 100_000, "{" * 9, "1" + "0" * 5000, "\
 def json_edited(rng: random.Random, folder: Path, other: Path) -> str:
     """A value changed, replaced or removed at some depth, or all of it."""
     file = rng.choice(files_of(folder, ".json"))
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text())
     parent, key = {"all": content}, "all"
     while isinstance(parent[key], dict | list) and parent[key] and (key == "all" or rng.random() < 0.8):
         parent = parent[key]
@@ -126,8 +126,7 @@ def json_edited(rng: random.Random, folder: Path, other: Path) -> str:
         parent.pop(key)
     else:
         parent[key] = number + 1 if what == "changed" and number else rng.choice(VALUES)
-    text = rng.choice(TEXTS) if what == "all" else json.dumps(content, indent=2)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(rng.choice(TEXTS) if what == "all" else json.dumps(content, indent=2))
     return f"{file.name}: {key} {what}"
 
 
@@ -167,9 +166,7 @@ EDITS: tuple[Callable[[Tensor], Tensor], ...] = (
 def tensors_changed(rng: random.Random, folder: Path, other: Path) -> str:
     file = rng.choice(files_of(folder, ".safetensors"))
     tensors = load_file(file)
-    name, number = rng.choice(sorted(tensors)), rng.randrange(len(EDITS) + 1)
-    tensor = tensors.pop(name)
-    if number < len(EDITS):
-        tensors[name] = EDITS[number](tensor)
+    name, number = rng.choice(sorted(tensors)), rng.randrange(len(EDITS))
+    tensors[name] = EDITS[number](tensors[name])
     save_file(tensors, file, metadata={"format": "pt"})
     return f"{file.name}: edit {number} of {name}"

@@ -59,7 +59,7 @@ def exported(folder: Path) -> Any:
     )
 
 
-def merged(folder: Path) -> Any:
+def merged(folder: Path) -> str:
     return tensors_digest(dict(load_with_adapter(folder).state_dict()))
 
 
