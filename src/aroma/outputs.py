@@ -27,9 +27,9 @@ def new_file(field: str, path: str | os.PathLike[str], *, force: bool | None = N
         OutputError: Something is there, or nothing can be written there.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise bad_value(field, str(path), "it is no file; give another name", OutputError)
-    if target.exists() and not force:
+    if os.path.exists(target) and not force:
         remedy = "give another name" if force is None else "give another name, or --force to replace it"
         raise bad_value(field, str(path), f"it exists, and nothing is overwritten; {remedy}", OutputError)
     _require_place(field, path, target)
@@ -48,7 +48,7 @@ def new_folder(field: str, path: str | os.PathLike[str], remedy: str = "give ano
         OutputError: Something is there, or nothing can be written there.
     """
     target = open_folder(field, path)
-    if target.is_dir() and any(target.iterdir()):
+    if os.path.isdir(target) and any(target.iterdir()):
         raise bad_value(
             field, str(path), f"it is not an empty folder, and nothing is overwritten; {remedy}", OutputError
         )
@@ -62,7 +62,7 @@ def open_folder(field: str, path: str | os.PathLike[str]) -> Path:
         OutputError: A file is there, or nothing can be written there.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):
         raise bad_value(field, str(path), "it is a file, and nothing is overwritten; give a folder", OutputError)
     _require_place(field, path, target / "any")
     return target

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ORDERS = ("name", "rank", "effective", "parameters")
 """What matrices can be sorted by: by name as the model has them, else the largest first."""
 
-_CORNER = "rank by layer"
+_NAMES = _CORNER, _BESIDE, _MATRIX = ("rank by layer", "beside the layers", "matrix")
 _NONE = "·"
 """Rank 0 in a grid."""
 
@@ -126,21 +126,21 @@ def rank_grids(rows: Sequence[RankRow], width: int) -> list[Table]:
                 table.add_row(kind, *("" if rank is None else str(rank or _NONE) for rank in cells))
         tables.append(table)
     if alone := [kind for kind in kinds if (kind, None) in ranks]:
-        table = _table("beside the layers" if layers else "matrix", "rank")
+        table = _table(_BESIDE if layers else _MATRIX, "rank")
         for kind in alone:
             table.add_row(kind, str(ranks[kind, None] or _NONE))
         tables.append(table)
     return tables
 
 
-def _table(first: str, *others: str) -> Table:
-    """Return a table whose first column holds names, and the others numbers."""
+def _table(*heads: str) -> Table:
+    """Return a table with a column of names, headed by one of `_NAMES`, and columns of numbers."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold")
-    for head in others:
-        table.add_column(head, justify="right", no_wrap=True)
+    for head in heads:
+        is_name = head in _NAMES
+        table.add_column(head, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     return table
 
 
@@ -156,11 +156,11 @@ def make_table(rows: Sequence[RankRow]) -> Table:
     """Return the table with a line a matrix."""
     from ..pictures import positions_of
 
-    table = _table("matrix", "layer", "m×n", "rank", "effective", "parameters")
+    table = _table("layer", _MATRIX, "m×n", "rank", "effective", "parameters")
     for row, place in zip(rows, positions_of([row.name for row in rows]), strict=True):
         table.add_row(
-            place.kind,
             "" if place.layer is None else str(place.layer),
+            place.kind,
             "×".join(map(str, row.shape)),
             str(row.rank),
             f"{row.effective_rank:.2f}" if row.rank else "–",
