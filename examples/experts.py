@@ -1,10 +1,10 @@
-"""A mixture of experts that has read the news learns Python: every expert finds its own rank.
+"""A mixture of experts that has read the news learns Python: evidence finds the rank of every expert.
 
     pip install -e '.[demo]'
     python examples/experts.py
 
-A small Qwen3-MoE reads BBC articles byte by byte, all its weights trained. Then these are frozen, and AROMA adapts the
-16 experts of its two layers to the source of Python's standard library. About two minutes on a CPU.
+A small Qwen3-MoE reads BBC articles byte by byte, all its weights trained. Then LoRA adapts the 16 experts
+of its two layers to the source of Python's standard library. About two minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments, set_seed
 
-from aroma import AromaCallback, AromaConfig, aroma_layers, save_adapter
+from aroma import EvidenceCallback, hold_out
 from aroma_lab.tasks.articles import load_articles
 
 LENGTH, BATCH, STEPS, HELD_OUT = 128, 16, 300, 20
@@ -95,24 +95,24 @@ def main() -> None:
     base.save_pretrained(OUT / "base")
     before = loss(base, held_out)
 
-    # docs/experts.md: begin
-    config = AromaConfig(
+    config = LoraConfig(
+        r=8,
+        lora_alpha=32,
         task_type="CAUSAL_LM",
         target_modules=[],  # attention stays as it is
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
     model = get_peft_model(base, config)
-    train(model, Blocks(python, needed), 5e-3, AromaCallback())
-    save_adapter(model, OUT / "adapter")
-    # docs/experts.md: end
+    blocks, asked = hold_out(Blocks(python, needed))
+    evidence = EvidenceCallback(asked)
+    train(model, blocks, 5e-3, evidence)
+    model.save_pretrained(OUT / "adapter")
 
-    after = loss(model, held_out)
-    print(f"loss on Python code: {before:.3f} before, {after:.3f} after")
-    ranks = {name: layer.rank("default") for name, layer in aroma_layers(model).items()}
-    for stack in dict.fromkeys(name.rpartition(".")[0] for name in ranks):
-        print(f"{stack}: {[rank for name, rank in ranks.items() if name.rpartition('.')[0] == stack]}")
+    print(f"loss on Python code: {before:.3f} before, {loss(model, held_out):.3f} after")
+    for name, ranks in evidence.history[-1].ranks.items():
+        print(f"{name}: {ranks}")
     plain = PeftModel.from_pretrained(Qwen3MoeForCausalLM.from_pretrained(OUT / "base"), OUT / "adapter")
-    print(f"in plain PEFT: {loss(plain, held_out):.3f}")
+    print(f"loaded again: {loss(plain, held_out):.3f}")
 
 
 if __name__ == "__main__":

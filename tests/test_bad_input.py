@@ -175,7 +175,7 @@ def test_an_unsupported_kind_of_layer(name: str, target: str, kind: str) -> None
         adapted(name, target_modules=[target])
     message = str(caught.value)
     assert message.startswith("target_modules='")
-    assert f".{target}': it is a {kind};" in message
+    assert f".{target}': it is a {kind}, and the paper's rule grows linear layers" in message
     assert "exclude_modules" in message
 
 

@@ -1,13 +1,8 @@
 """`aroma bench`: what is counted, how cases take turns, what is made of it, and what bounds a step."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,19 +14,23 @@ from aroma import AromaConfig, aroma_layers
 from aroma.cli import main
 from aroma.tuner.fused import Update, linear_with_update
 from aroma_lab.bench.cases import Contender, all_cases, select_cases
-from aroma_lab.bench.measure import Times, case_results, comparisons, measure, take_turns
-from aroma_lab.bench.memory import kept_bytes, optimizer_bytes, peak_resident_bytes
+from aroma_lab.bench.measure import (
+    Times,
+    case_results,
+    comparisons,
+    kept_bytes,
+    measure,
+    optimizer_bytes,
+    take_turns,
+)
 from aroma_lab.bench.models import SHAPES, BenchSettings, load_config, make_batch, make_model
-from aroma_lab.bench.profile import BETWEEN, KINDS, profile
-from aroma_lab.bench.report import case_frame, case_table, draw
+from aroma_lab.bench.report import case_frame, draw
 
 SETTINGS = BenchSettings(
     model="tiny",
     batch_size=2,
     length=8,
     rounds=2,
-    warmup_rounds=0,
-    peak=False,
     only=("lora-r1", "lora-r8", "lora-r8-dropout", "aroma-0", "aroma-8", "aroma-8-dropout", "aroma-all"),
 )
 CASES = {case.key: case for case in all_cases()}
@@ -95,35 +94,7 @@ def test_a_storage_counts_once_and_whole_and_only_while_the_graph_holds_it():
     assert optimizer_bytes(optimizer) == 2 * 4 * M * N + 4  # two moments, and the step count
 
 
-@pytest.mark.slow
-def test_the_peak_is_that_of_a_process_of_its_own():
-    ballast = torch.ones(2**28)  # 1 GiB in this process
-    assert 2**27 < peak_resident_bytes(SETTINGS, "floor") < ballast.nbytes
-
-
-@pytest.mark.slow
-def test_a_process_without_enough_memory_costs_no_other_measurement():
-    too_much = replace(SETTINGS, batch_size=2**40)
-    with pytest.warns(UserWarning, match=r"^floor: the process that measures its peak memory failed .* has none$"):
-        assert peak_resident_bytes(too_much, "floor") is None
-
-
 # Cases ---------------------------------------------------------------------------------------------------------------
-
-
-def test_the_cases_are_those_that_were_asked_for():
-    assert set(CASES) == {
-        *("floor", "head", "full", "relora", "adalora"),
-        *(f"lora-r{r}{end}" for r in (1, 8, 16) for end in ("", "-dropout")),
-        *(f"aroma-{count}" for count in (0, 4, 8, 16, 64)),
-        *(f"aroma-{count}-dropout" for count in (0, 8, 64)),
-        *("aroma-half", "aroma-lower", "aroma-all"),
-    }
-    assert len({case.name for case in CASES.values()}) == len(CASES)
-    assert [case.key for case in select_cases(["aroma-8"], compiled=True)] == [
-        *("floor", "aroma-8"),
-        *("floor-compiled", "aroma-8-compiled"),
-    ]
 
 
 @pytest.mark.slow
@@ -176,13 +147,13 @@ class Logger:
         pass
 
 
-def test_cases_take_turns_and_warm_up_rounds_do_not_count():
+def test_cases_take_turns():
     log, turns = [], []
-    times = take_turns([Logger("A", log), Logger("B", log)], 2, 1, turns.append)
+    times = take_turns([Logger("A", log), Logger("B", log)], 2, turns.append)
     assert list(dict.fromkeys(log)) == ["A1", "A2", "B1", "B2"]
     changes = [after for before, after in zip(["", *log], log, strict=False) if before != after]
-    assert changes == ["A1", "A2", "B1", "B2"] * 3
-    assert len(turns) == 6
+    assert changes == ["A1", "A2", "B1", "B2"] * 2
+    assert len(turns) == 4
     assert all(len(found.forward_backward) == len(found.update) == 2 for found in times)
 
 
@@ -241,15 +212,11 @@ def test_the_result_is_json_and_its_sizes_are_related_as_the_methods_are(result)
     assert cost["amortised_fraction"] == cost["amortised_ms"] / cost["step_ms"]
 
 
-def test_the_picture_has_a_row_a_case_and_says_which_peaks_are_missing(result):
+def test_the_picture_has_a_row_a_case(result):
     frame = case_frame(result)
     times, kept = draw(result).axes
     assert [label.get_text() for label in times.get_yticklabels()] == list(frame["name"])
     assert [bar.get_width() for bar in kept.patches] == list(frame["kept MiB"])
-    first, *others = result["cases"]
-    some = result | {"cases": [first | {"peak_bytes": 2**20}, *others]}
-    assert draw(some).axes[2].patches[0].get_width() == 1.0
-    assert [line.split()[-3] for line in case_table(some).splitlines()[2:]] == ["1", *("–" for _ in others)]
 
 
 # What bounds a step --------------------------------------------------------------------------------------------------
@@ -302,71 +269,20 @@ def test_backward_looks_at_the_weight_only_where_x_wants_a_gradient(wanted):
     assert of_components.count == 0, "folded, or not needed"
 
 
-FAULTS = """
-import resource, torch
-from aroma_lab.run.machine import keep_freed_memory
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for kept in (False, True):
-    assert not kept or keep_freed_memory()
-    for turn in range(11):
-        if turn == 1:
-            before = faults()
-        torch.ones(2**20)  # 4 MiB, 1024 pages
-    print(faults() - before)
-"""
+# The command --------------------------------------------------------------------------------------------------------
+
+SMALL = ["--model", "tiny", "--batch-size", "2", "--length", "9", "--rounds", "1"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_kept_memory_is_not_mapped_again():
-    # The threshold is set, since glibc adapts the size beyond which it maps to what a process frees.
-    environment = {"PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    said = subprocess.check_output([sys.executable, "-c", FAULTS], text=True, env=environment)
-    given_back, kept = map(int, said.split())
-    assert given_back > 10 * 1000
-    assert kept < 1000
-
-
-# The profile ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_what_a_case_does_takes_time_and_what_it_does_not_takes_none():
-    only = ("lora-r8", "aroma-0", "aroma-8-dropout")
-    found = profile(replace(SETTINGS, length=9, only=only))["milliseconds"]
-    assert list(found) == ["floor", *only]
-    for milliseconds in found.values():
-        assert list(milliseconds) == [*KINDS, BETWEEN]
-        assert min(milliseconds.values()) >= 0
-        assert milliseconds["backbone matmuls"] > 0
-    assert found["floor"]["narrow matmuls"] == found["floor"]["folding"] == found["floor"]["dropout mask"] == 0
-    assert found["aroma-0"]["narrow matmuls"] > 0 == found["aroma-0"]["dropout mask"]
-    assert found["lora-r8"]["narrow matmuls"] > 0
-    assert found["aroma-8-dropout"]["dropout mask"] > 0
-
-
-# The commands --------------------------------------------------------------------------------------------------------
-
-SMALL = ["--model", "tiny", "--batch-size", "2", "--length", "9", "--rounds", "1", "--warmup-rounds", "0"]
-
-
-def test_the_commands_leave_results_and_a_picture_and_overwrite_nothing(tmp_path, capsys):
-    out, profiled = tmp_path / "tiny.json", tmp_path / "profile.json"
-    options = [*SMALL, "--threads", "1", "--only", "aroma-0", "lora-r8"]
-    assert main(["bench", *options, "--no-peak", "--out", str(out)]) == 0
+def test_the_command_leaves_results_and_a_picture(tmp_path, capsys):
+    out = tmp_path / "tiny.json"
+    assert main(["bench", *SMALL, "--threads", "1", "--only", "aroma-0", "lora-r8", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     for part in ("AROMA over LoRA r=8", "One outer step", f"torch {version('torch')}"):
         assert part in printed.out
     assert "taking turns" in printed.err
     assert [case["key"] for case in json.loads(out.read_text())["cases"]] == ["floor", "lora-r8", "aroma-0"]
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["bench", "profile", *options, "--out", str(profiled)]) == 0
-    assert "narrow matmuls" in capsys.readouterr().out
-    record = json.loads(profiled.read_text())
-    assert set(record["milliseconds"]) == {"floor", "lora-r8", "aroma-0"}
-    assert record["provenance"]["versions"]
-    assert main(["bench", "profile", *options, "--out", str(profiled)]) == 2
-    assert "it exists, and nothing is overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -375,7 +291,6 @@ def test_the_commands_leave_results_and_a_picture_and_overwrite_nothing(tmp_path
         (["--only", "lora-r9"], "error: only='lora-r9': no such case; choose from floor, head, lora-r1"),
         (["--model", "absent/shape"], "error: model='absent/shape': neither a shape (roberta-base, minilm, tiny) nor"),
         (["--rounds", "0"], "error: rounds=0: give 1 or more"),
-        (["--model", "tiny", "--length", "65"], "error: length=65: the model takes at most 64 tokens"),
         (
             ["--out", "there.json"],
             "error: --out='there.json': it exists, and nothing is overwritten; give another name, or --force",
@@ -404,24 +319,3 @@ def test_an_error_is_one_line_and_nothing_is_written(arguments, message, tmp_pat
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(
         ("there.json", "pictured.png"), "kept"
     )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
-def test_a_bench_that_is_killed_leaves_no_process_behind() -> None:
-    script = (
-        "import os, time\n"
-        "from aroma_lab.bench.memory import fresh_process\n"
-        "if __name__ == '__main__':\n"
-        "    process = fresh_process()\n"
-        "    print(process.submit(os.getpid).result(), flush=True)\n"
-        "    process.submit(time.sleep, 600).result()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as command:
-        assert command.stdout is not None
-        child = Path("/proc", command.stdout.readline().strip())
-        assert child.exists()
-        command.terminate()
-    end = time.monotonic() + 30
-    while child.exists() and "State:\tZ" not in (child / "status").read_text():
-        assert time.monotonic() < end, "the child outlives its parent"
-        time.sleep(0.05)

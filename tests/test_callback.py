@@ -51,6 +51,18 @@ def test_the_adapter_grows_and_the_log_tells(tmp_path: Path) -> None:
         assert entry["active_modules"] == len(modules) - sum(event["kind"] == "frozen" for event in past)
 
 
+@pytest.mark.slow
+def test_trackers_get_the_totals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = train(tmp_path / "out", Run(steps=8, training={"save_strategy": "no"}), report_to=["tensorboard"])
+    found = EventAccumulator(str(tmp_path / "events")).Reload()
+    for name in ("total_rank", "active_modules"):
+        told = [(entry["step"], entry[name]) for entry in steps_of(trainer.state.log_history)]
+        assert [(one.step, one.value) for one in found.Scalars(f"train/{name}")] == told
+
+
 def test_the_base_model_is_never_written(tmp_path: Path) -> None:
     trainer = train(tmp_path, Run(steps=14, training={"save_strategy": "no"}))
     before = tiny_bert().state_dict()
@@ -247,16 +259,6 @@ def test_the_best_checkpoint_comes_back_whole(tmp_path: Path, criterion: str) ->
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "final" / name).read_bytes() == (tmp_path / "checkpoint-18" / name).read_bytes()
     assert verify_adapter(tmp_path / "final")["modules"] == verify_adapter(tmp_path / "checkpoint-18")["modules"]
-
-
-def test_an_evaluation_after_the_training_is_one_of_the_best_checkpoint(tmp_path: Path) -> None:
-    trainer = trainer_that_keeps_the_best(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.2, 0.1, 0.8, 0.9], 6)
-    trainer.train()
-    trainer.evaluate()
-    trainer.save_model(str(tmp_path / "final"))
-    card = (tmp_path / "final" / "README.md").read_text(encoding="utf-8")
-    assert "| 18 |" in card
-    assert "at step" not in card, "what is evaluated is what is saved"
 
 
 def test_a_module_that_finished_after_the_best_trains_again(tmp_path: Path) -> None:

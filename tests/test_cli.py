@@ -25,8 +25,8 @@ HEAVY = (
     "numpy",
 )
 COMMANDS = (
-    *("demo", "train", "report", "eval", "predict", "generate", "inspect", "export", "push"),
-    *("bench", "estimate", "lab"),
+    *("demo", "train", "report", "eval", "predict", "generate", "inspect", "export"),
+    *("bench", "lab"),
 )
 LAB_COMMANDS = ("run", "worker", "search", "table", "figure", "collect")
 
@@ -124,7 +124,6 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         (*train, "data.test={}/absent.csv"): "absent.csv': no such file",
         (*train, "model.name={}/absent"): "absent': no such folder",
         (*train, "model.name=robertta-base"): "model.name='robertta-base': neither a folder nor in the hub's cache",
-        ("estimate", "roberta-basee"): "the nearest shape is 'roberta-base'",
         ("inspect", "{}/absent"): "absent': no such folder",
         ("export", "{}/absent", "{}/out", "--merged"): "absent': no such folder",
         ("eval", "{}/absent", "--data", "x.csv"): "absent': no such folder",
@@ -132,7 +131,6 @@ def test_mistakes_are_told_before_pytorch_is_loaded(tmp_path):
         ("predict", "{}/absent", "x.csv", "--out", "{}/p.csv"): "absent': no such folder",
         ("predict", "{}/model", "absent.csv", "--out", "{}/p.csv"): "data='absent.csv': no such file",
         ("generate", "{}/absent", "Hello"): "absent': no such folder",
-        ("push", "{}/absent", "ann/topics"): "absent': no such folder",
         ("demo", "--steps", "0"): "training.max_steps=0: give 1 or more",
         ("demo", "--out", "{}"): "it is not an empty folder, and nothing is overwritten",
     }

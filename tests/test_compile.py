@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from aroma import AromaCallback, AromaConfig, AromaController, aroma_layers, attach
+from aroma import AromaCallback, AromaController, aroma_layers, attach
 from aroma.controller import AromaController as Controller
 from aroma.tuner.graph import is_compiled
-from models import METHOD, adapted, base, batch, ranks, train, trainable, unlike
-from routed import PARAMETERS, RoutedNet
-from small_nets import Loop, Net, decisions
+from models import adapted, base, batch, ranks, train, trainable, unlike
 from trainer_runs import adapted as adapted_bert
 from trainer_runs import growth, tiny_bert, trainer_for
 
@@ -133,32 +129,6 @@ def test_a_model_that_is_not_known_to_be_compiled_pays_a_graph_for_its_first_gro
     attachment.controller.matrices.freeze(attachment.controller.modules[0])
     train(compiled, batch("llama"), optimizer, 2)
     assert len(graphs.graphs) == 3
-
-
-def blocks(what: str, **method: Any) -> Any:
-    """Parts of a net's layers, or experts."""
-    if what == "experts":
-        base, fields = RoutedNet("batched_mm"), {"target_modules": [], "target_parameters": PARAMETERS}
-    else:
-        base, fields = Net(), {"target_modules": r"layers\.\d+", "split_modules": {"layers.1": [9, 7], "layers.3": 2}}
-    return get_peft_model(base, AromaConfig(**fields, **method), autocast_adapter_dtype=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["experts", "parts"])
-def test_experts_and_parts_that_grow_make_no_new_graph(what: str) -> None:
-    method, steps = {**METHOD, **ALWAYS_GROW}, 12
-    graphs = Graphs()
-    wrap = partial(torch.compile, backend=graphs)
-    compiled = Loop(blocks(what, **method), steps=steps, wrap=wrap).go_on()
-    plain = Loop(blocks(what, **method), steps=steps).go_on()
-    assert len(graphs.graphs) <= 2
-    assert graphs.breaks == {}
-    assert decisions(compiled.events) == decisions(plain.events)
-    assert max(ranks(plain.model).values()) > 8, "no storage is too large to be seen"
-    for name, layer in aroma_layers(plain.model).items():
-        expected, found = (one.get_delta_weight("default") for one in (layer, aroma_layers(compiled.model)[name]))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # Who is compiled -----------------------------------------------------------------------------------------------------

@@ -38,15 +38,6 @@ def test_the_rate(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_every_token_and_every_feature_has_the_rate(p: float) -> None:
-    drawn = masks(p, 2000, 16, 24).double()
-    error = math.sqrt(p * (1 - p) / 2000)
-    scores = (drawn.mean(0) - (1 - p)) / error
-    assert float(scores.abs().max()) < 4.5, "384 positions"
-    assert float(scores.square().mean()) == pytest.approx(1, abs=0.3), "as scattered as independent draws, no less"
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
 def test_tokens_features_and_calls_are_independent(p: float) -> None:
     drawn = masks(p, 400, 64, 72)
     for lag in (1, 2, 3, 5, 8, 16, 31):
@@ -58,12 +49,6 @@ def test_tokens_features_and_calls_are_independent(p: float) -> None:
     centred = (drawn - (1 - p)).double()
     triple = centred[:, 2:, 3:] * centred[:, 1:-1, 1:-2] * centred[:, :-2, :-3]
     assert abs(float(triple.mean())) < 4 * (p * (1 - p)) ** 1.5 / math.sqrt(triple.numel())
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_counts_a_token_scatter_as_binomial_ones(p: float) -> None:
-    counts = masks(p, 200, 64, 256).sum(-1).double()
-    assert float(counts.var()) == pytest.approx(256 * p * (1 - p), rel=0.05)
 
 
 def test_one_seed_one_mask() -> None:
@@ -81,23 +66,6 @@ def test_a_large_mask_is_made_of_pieces_at_offsets_of_their_own() -> None:
     assert torch.equal(large[piece:], keep_mask(second, 0.2, 1, 200, LIKE).view(-1))
 
 
-def test_dtypes_and_default_settings_do_not_change_a_mask() -> None:
-    offsets = draw_offsets(99)
-    expected = keep_mask(offsets, 0.25, 9, 11, LIKE)
-    for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        mask = keep_mask(offsets, 0.25, 9, 11, torch.empty(0, dtype=dtype))
-        assert mask.dtype == dtype
-        assert torch.equal(mask.float(), expected)
-    dropout._banks.cache_clear()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            assert torch.equal(keep_mask(offsets, 0.25, 9, 11, LIKE), expected)
-    finally:
-        torch.set_default_dtype(before)
-
-
 def test_a_mask_first_drawn_in_inference_mode_serves_training() -> None:
     like = torch.ones(1)
     with torch.inference_mode():
@@ -106,10 +74,6 @@ def test_a_mask_first_drawn_in_inference_mode_serves_training() -> None:
     assert torch.equal(first, later)
     (later * torch.ones(2, 3, requires_grad=True)).sum().backward()
     assert not any(bank.is_inference() for bank in dropout._banks(0.37, like.device))
-
-
-def test_no_tokens_no_mask() -> None:
-    assert keep_mask(draw_offsets(0), 0.1, 0, 8, LIKE).shape == (0, 8)
 
 
 # In the layer --------------------------------------------------------------------------------------------------------

@@ -128,19 +128,10 @@ def test_the_first_component_over_a_half_base_is_computed_like_all_others(base: 
     x = torch.randn(4, N, dtype=dtype)
     before = layer(x)
     for looked_into in (composed(layer, x), torch.func.vmap(layer)(x), compiled(layer)(x)):
-        torch.testing.assert_close(looked_into, before, rtol=2e-2, atol=2e-2)  # these round twice
+        torch.testing.assert_close(looked_into, before, rtol=2**-7, atol=2**-7)
     layer.merge_pair("default")
     layer.start_pair("default", torch.zeros(1, N))
     torch.testing.assert_close(layer(x), before, rtol=2**-7, atol=2**-7)
-
-
-def test_a_pair_of_another_precision_than_its_components_decides() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    layer.base_layer.bfloat16()
-    layer.finished("default").bfloat16()
-    x = torch.randn(4, N, dtype=torch.bfloat16, requires_grad=True)
-    assert not layer._can_replace_base(x, layer._update("default"))
-    assert_same(layer, x, rtol=2e-2, atol=2e-2)
 
 
 # Base layers that are not what they seem -----------------------------------------------------------------------------
@@ -151,24 +142,13 @@ class Tanh(nn.Linear):
         return torch.tanh(super().forward(x))
 
 
-class Keeping(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        self.kept = super().forward(x)
-        return self.kept
-
-
 class Centred(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - x.mean(-2, keepdim=True))
 
 
-class Returning(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", [Tanh, Keeping, Centred, Returning])
+@pytest.mark.parametrize("kind", [Tanh, Centred])
 def test_a_derived_layer_is_called_as_it_is_and_its_result_left_alone(
     kind: type[nn.Linear], shape: tuple[int, ...]
 ) -> None:
@@ -181,9 +161,6 @@ def test_a_derived_layer_is_called_as_it_is_and_its_result_left_alone(
             result, expected = layer(given), composed(layer, given)
             assert torch.equal(given, x)
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-            if isinstance(layer.base_layer, Keeping):
-                layer(given)
-                assert torch.equal(layer.base_layer.kept, nn.Linear.forward(layer.base_layer, given))
 
 
 # Modes of PyTorch ----------------------------------------------------------------------------------------------------
@@ -208,37 +185,6 @@ def test_forward_mode_differentiation(hooked: bool) -> None:
     B, A = layer.components("default")
     expected = direction @ (layer.base_layer.weight + B @ A).T
     torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("folded", FOLDED)
-@pytest.mark.parametrize("rank", [0, 3])
-def test_batched_gradients(rank: int, folded: bool, dropout: float) -> None:
-    layer = grown(nn.Linear(N, M), rank, lora_dropout=dropout)
-    x = torch.randn(4, N, requires_grad=True)
-    inputs = [x, *layer.pair("default")]
-    with folding(folded):
-        y = layer(x)
-        each = torch.eye(y.numel()).view(-1, *y.shape)
-        together = torch.autograd.grad(y, inputs, each, is_grads_batched=True, retain_graph=True)
-        alone = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in each]
-    for found, expected in zip(together, zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(found, torch.stack(expected))
-
-
-def test_nested_tensors() -> None:
-    layer = grown(nn.Linear(N, M), 3)
-    sequences = [torch.randn(2, N), torch.randn(3, N)]
-    for found, x in zip(layer(torch.nested.nested_tensor(sequences)).unbind(), sequences, strict=True):
-        torch.testing.assert_close(found, layer(x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_number_is_refused_as_by_any_linear_layer() -> None:
-    with pytest.raises(RuntimeError) as expected:
-        nn.Linear(N, M)(torch.tensor(1.0))
-    with pytest.raises(RuntimeError) as found:
-        grown(nn.Linear(N, M), 3)(torch.tensor(1.0))
-    assert str(found.value) == str(expected.value)
 
 
 def test_growth_in_inference_mode_makes_buffers_that_train() -> None:
@@ -274,19 +220,6 @@ def test_checkpointing(kind: str, dropout: float, autocast: bool) -> None:
         whole = seeded(layer, partial(twice, function), x)
         again = seeded(layer, lambda x: checkpoint(partial(twice, layer), x, **settings), x)
     for one, other in zip(whole, again, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_what_is_kept_may_be_offloaded(dropout: float) -> None:
-    layer = grown(nn.Linear(N, M), 3, lora_dropout=dropout)
-    x = torch.randn(4, N, requires_grad=True)
-
-    def offloaded(x: Tensor) -> Tensor:
-        with torch.autograd.graph.save_on_cpu():
-            return layer(x)
-
-    for one, other in zip(seeded(layer, layer, x), seeded(layer, offloaded, x), strict=True):
         assert torch.equal(one, other)
 
 
@@ -332,26 +265,6 @@ def test_a_copy_made_in_training_goes_its_own_way() -> None:
     assert (twin.finished("default").rank, layer.finished("default").rank) == (3, 4)
 
 
-def test_two_adapters_with_dropout() -> None:
-    net = nn.Sequential(nn.Linear(N, M))
-    config = partial(AromaConfig, target_modules=["0"], max_inner_steps=10, lora_alpha=1, lora_dropout=0.5)
-    model = get_peft_model(net, config())
-    model.add_adapter("second", config(inference_mode=True, r=2))
-    layer = aroma_layers(model)["0"]
-    for name in ("default", "second"):
-        layer.start_pair(name, torch.ones_like(layer.pair(name)[1]), torch.ones_like(layer.pair(name)[0]))
-    layer.set_adapter(["default", "second"])
-    x = torch.ones(3000, N, requires_grad=True)
-    added = layer(x) - layer.base_layer(x)
-    drawn = added.detach()
-    # Each feature of a token counts 1 / (1 - p) or nothing, in each adapter by itself: r s = 1 for both.
-    assert float(drawn.mean()) == pytest.approx(2 * N, rel=0.03)
-    assert float(drawn[:, 0].var()) == pytest.approx(2 * N, rel=0.15)
-    added.sum().backward()
-    b, _ = layer.pair("default")
-    assert float(b.grad.mean()) == pytest.approx(3000 * N, rel=0.05)
-
-
 # What PEFT and its users do to the pair ------------------------------------------------------------------------------
 
 
@@ -381,35 +294,6 @@ def test_half_a_pair_that_trains_gets_its_gradient_alone(part: int) -> None:
     assert layer.pair("default")[1 - part].grad is not None
 
 
-SCALINGS: dict[str, Callable[[AromaLinear], None]] = {
-    "set_scale": lambda layer: layer.set_scale("default", 0.5),
-    "scale_layer": lambda layer: layer.scale_layer(0.5),
-    "unscale_layer": lambda layer: layer.unscale_layer(2),
-}
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("base", [lambda: nn.Linear(N, M), lambda: Conv1D(M, N)])
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_a_scale_of_peft_scales_the_whole_update(scaling: str, base: Callable[[], nn.Module], frozen: bool) -> None:
-    layer = grown(base(), 3, frozen, lora_alpha=3, r=2)
-    x = torch.randn(2, 3, N)
-    without = layer.base_layer(x)
-    delta, added = layer.get_delta_weight("default"), layer(x) - without
-    SCALINGS[scaling](layer)
-    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-    close(layer(x) - without, added / 2)
-    close(composed(layer, x) - without, added / 2)
-    close(layer.get_delta_weight("default"), delta / 2)
-    B, A = layer.components("default")
-    close((B @ A).T if layer.fan_in_fan_out else B @ A, delta / 2)
-    layer.merge()
-    close(layer(x) - without, added / 2)
-    layer.unmerge()
-    layer.unscale_layer()
-    close(layer(x) - without, added)
-
-
 def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(N, M)), AromaConfig(target_modules=["0"], max_inner_steps=10, r=2))
     layer = aroma_layers(model)["0"]
@@ -433,13 +317,6 @@ def test_a_scale_for_a_while_is_neither_merged_nor_saved() -> None:
     assert all(torch.equal(saved[key], again[key]) for key in saved)
 
 
-def test_a_deleted_adapter_takes_its_scale_along() -> None:
-    model = get_peft_model(nn.Sequential(nn.Linear(N, M)), AromaConfig(target_modules=["0"], max_inner_steps=10))
-    model.add_adapter("other", AromaConfig(target_modules=["0"], inference_mode=True))
-    model.delete_adapter("other")
-    assert set(aroma_layers(model)["0"].own_scaling) == {"default"}
-
-
 def test_hooks_on_the_modules_of_the_pair_are_called() -> None:
     layer = grown(nn.Linear(N, M), 3)
     x = torch.randn(4, N, requires_grad=True)
@@ -456,15 +333,3 @@ def test_hooks_on_the_modules_of_the_pair_are_called() -> None:
         handle.remove()
     layer(x)
     assert len(calls) == 3
-
-
-def test_a_replaced_module_of_the_pair_is_called() -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    layer = grown(nn.Linear(N, M), 0)
-    x = torch.randn(4, N)
-    added = layer(x) - layer.base_layer(x)
-    layer.lora_A["default"].__class__ = Doubled
-    torch.testing.assert_close(layer(x) - layer.base_layer(x), 2 * added, rtol=1e-4, atol=1e-4)

@@ -38,8 +38,6 @@ FILES: dict[str, tuple[list[str], str]] = {
     "report --out": (["report", "r", "--out", "OUT"], ".html"),
     "generate --out": (["generate", "a", "x.jsonl", "--out", "OUT"], ".jsonl"),
     "bench --out": (["bench", "--out", "OUT"], ".json"),
-    "bench profile --out": (["bench", "profile", "--out", "OUT"], ".json"),
-    "estimate --json": (["estimate", "minilm", "--json", "OUT"], ".json"),
     "lab table --out": (["lab", "table", "r", "--out", "OUT"], ".csv"),
     "lab figure --out": (["lab", "figure", "curves", "r", "--out", "OUT"], ".png"),
     "lab collect --out": (["lab", "collect", "r", "--out", "OUT"], ".parquet"),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig
 
 import aroma
@@ -27,7 +27,6 @@ from aroma.cli import main, make_parser
 from aroma_lab.run.recipe import load_recipe
 from models import base, batch
 from quick import slow_but
-from routed import language_model
 from test_sft import tokenizer
 from trainer_runs import examples, tiny_bert
 
@@ -77,7 +76,7 @@ def test_the_commands_of_the_pages_are_the_parsers() -> None:
     for command in ours:
         make_parser().parse_args(command)
     names = {command[0] for command in ours}
-    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export", "push"}
+    known = {entry.name for entry in entry_points(group="aroma.commands")} | {"inspect", "export"}
     assert names == known, "each command is shown on some page, and no other"
 
 
@@ -127,7 +126,7 @@ def test_files_that_are_named_exist() -> None:
 def test_what_the_pages_name_of_the_package_is_exported() -> None:
     text = "".join(page for name, page in PAGES.items() if name != "CHANGELOG.md")
     named = {name for line in re.findall(r"from aroma import ([\w, ]+)", text) for name in line.split(", ")}
-    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text)) | {"RichProgress"}
+    named |= set(re.findall(r"\baroma\.([A-Z]\w+)", text))
     assert named <= set(aroma.__all__)
     assert all(getattr(aroma, name).__name__ == name for name in named)
 
@@ -165,7 +164,7 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
 
 def test_pages_with_python_are_those_that_run() -> None:
     of_others = {"README.md", "reinforcement.md"}  # test_snippets.py, test_trl.py
-    here = "index evidence serving settings usage files precision distributed tasks vision experts"
+    here = "index evidence serving settings usage files precision distributed tasks layers"
     pages = {name for name, language, _ in BLOCKS if language == "python"}
     assert pages == of_others | {f"{page}.md" for page in here.split()}
 
@@ -205,33 +204,17 @@ def test_choosing_settings(tmp_path: Path) -> None:
     assert names["config"].r == 1
 
 
-def test_images() -> None:
-    layers = aroma.aroma_layers(run("vision.md", {"base": base("vit")})["model"])
-    assert {type(layer.get_base_layer()) for layer in layers.values()} == {torch.nn.Linear, torch.nn.Conv2d}
-
-
-def test_tasks_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = {**given(tmp_path), "another_base": tiny_bert()}
-    run("tasks.md", names)
-    assert (names["tasks"].names, names["tasks"].over("moods")) == (["topics", "moods"], ["topics"])
-    assert not aroma.aroma_layers(names["model"])
-
-
-def test_experts_and_parts() -> None:
-    first, second = blocks("python", "experts.md")
-    names: dict[str, Any] = {}
-    exec(compile(first, "experts.md", "exec"), names)
-    grown = aroma.aroma_layers(names["get_peft_model"](language_model("qwen3-moe"), names["config"]))
-    assert len(grown) == 2 * 2 * 4
-    exec(compile(second, "experts.md", "exec"), names)
-    grown = aroma.aroma_layers(get_peft_model(base("gpt2"), names["config"]))
-    assert [name.removeprefix("transformer.h.0.attn.") for name in grown][:4] == [
-        "c_attn.0",
-        "c_attn.1",
-        "c_attn.2",
-        "c_proj",
-    ]
+def test_other_layers(tmp_path: Path) -> None:
+    images, of_experts = blocks("python", "layers.md")
+    rows = [{name: value[0] for name, value in batch("vit", seed).items()} for seed in range(100)]
+    names = {**given(tmp_path), "base": base("vit"), "dataset": rows}
+    exec(compile(images, "layers.md", "exec"), names)
+    assert any(isinstance(layer, torch.nn.Conv2d) for layer in names["model"].modules())
+    exec(compile(of_experts, "layers.md", "exec"), names)
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"vocab_size": 40, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4}
+    model = get_peft_model(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)), names["config"])
+    assert [*aroma.compact(model).values()] == [1], "nothing is trained: one zero direction"
 
 
 @pytest.mark.parametrize("section", slow_but(["The Trainer", "A loop of your own"], USAGE))

@@ -107,7 +107,7 @@ def test_frozen_pairs_stay_at_zero(told: Path, name: str) -> None:
         assert load(told / f"loop-{name}-{rank}.pt")["frozen pairs that moved"] == []
 
 
-# Other layers, several adapters, experts and parts -------------------------------------------------------------------
+# Several adapters ---------------------------------------------------------------------------------------------------
 
 OTHERS = str(Path(__file__).parent / "zero_others.py")
 ORDERS = {"zero 1": "one after another", "zero 2": "in turns", "zero 3": "in turns"}
@@ -128,13 +128,6 @@ def assert_did_what_one_does(folder: Path, name: str, alone: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ORDERS)
-def test_convolutions_and_embeddings_grow_as_in_one_process(told: Path, stage: str) -> None:
-    assert_did_what_one_does(told, f"kinds-{stage}", load(told / "kinds-alone.pt"))
-    verify_adapter(told / f"kinds-{stage}")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "order"), ORDERS.items())
 def test_two_adapters_grow_as_in_one_process(told: Path, stage: str, order: str) -> None:
     assert_did_what_one_does(told, f"adapters-{stage}", load(told / f"adapters-{order}-alone.pt"))
@@ -142,16 +135,7 @@ def test_two_adapters_grow_as_in_one_process(told: Path, stage: str, order: str)
         verify_adapter(told / f"adapters-{stage}-{name}")
 
 
-@pytest.mark.slow
-def test_experts_and_parts_do_what_they_do_in_one_process(told: Path) -> None:
-    assert_did_what_one_does(told, "blocks", load(told / "blocks-alone.pt"))
-    verify_adapter(told / "blocks")
-
-
 OTHERS_SAY = {
-    "parts_under_zero_3": "split_modules='ZeRO-3': matrices that are parts of a larger weight",
-    "experts_under_zero_3": "target_parameters='ZeRO-3': matrices that are parts of a larger weight",
-    "parts_loaded_in_shards": "split_modules='ZeRO-3': matrices that are parts of a larger weight",
     "one_engine_for_both": "optimizer='DeepSpeedZeroOptimizer': it holds the pairs of the adapter 'other', too",
     "one_engine_for_both_under_zero_3": "optimizer='DeepSpeedZeroOptimizer_Stage3': it holds the pairs of the adapter",
 }

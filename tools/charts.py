@@ -61,10 +61,7 @@ def charts() -> dict[str, alt.LayerChart]:
     """Return every chart by name. Each draws data sets of the page by their names; see `page.py`."""
     return {
         "loss": _loss(),
-        "score": _score(),
-        "rank": _steps_of("rank", "rank", "rank"),
-        "rate": _rate(),
-        "parameters": _steps_of("parameters", "parameters", "parameters that train"),
+        "rank": _rank(),
         "methods": _methods(),
         "budget": _budget(),
     }
@@ -99,54 +96,16 @@ def _loss() -> alt.LayerChart:
     )
 
 
-def _score() -> alt.LayerChart:
-    """The score of every evaluation, a line for each set."""
-    base = alt.Chart(alt.NamedData("score"))
-    colour = alt.Color(
-        "set:N",
-        legend=None,
-        scale=alt.Scale(range=["var(--other)", "var(--line)", "var(--born)", "var(--fourth)"]),
-    )
-    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=5, format="~g"))
-    tip = [
-        alt.Tooltip("step:Q", title="step"),
-        alt.Tooltip("value:Q", title="score", format=".4~g"),
-        alt.Tooltip("set:N", title="of"),
-    ]
-    return _sized(
-        alt.layer(
-            base.mark_line().encode(x=_STEP, y=y, color=colour),
-            base.mark_point(size=45, filled=True, opacity=1).encode(x=_STEP, y=y, color=colour, tooltip=tip),
-        ),
-        _LOW,
-    )
-
-
-def _rate() -> alt.LayerChart:
-    """The learning rate."""
-    base = alt.Chart(alt.NamedData("rate"))
-    y = alt.Y("rate:Q", title=None, axis=alt.Axis(tickCount=4, format=".1~e"))
-    tip = [alt.Tooltip("step:Q", title="step"), alt.Tooltip("rate:Q", title="rate", format=".3~g")]
-    return _sized(
-        alt.layer(
-            base.mark_area(color="var(--line)", opacity=0.18).encode(x=_STEP, y=y),
-            base.mark_line(color="var(--line)").encode(x=_STEP, y=y),
-            _nearest(base, tip, "rate:Q", "near"),
-        ),
-        _LOW,
-    )
-
-
-def _steps_of(data: str, field: str, title: str) -> alt.LayerChart:
-    """A number that holds from its step on, until the next."""
-    base = alt.Chart(alt.NamedData(data))
-    y = alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4, format="~s"))
-    tip = [alt.Tooltip("step:Q", title="from step"), alt.Tooltip(f"{field}:Q", title=title, format=",")]
+def _rank() -> alt.LayerChart:
+    """The rank of a matrix, which holds from its step on, until the next."""
+    base = alt.Chart(alt.NamedData("rank"))
+    y = alt.Y("rank:Q", title=None, axis=alt.Axis(tickCount=4, format="~s"))
+    tip = [alt.Tooltip("step:Q", title="from step"), alt.Tooltip("rank:Q", title="rank", format=",")]
     return _sized(
         alt.layer(
             base.mark_area(color="var(--line)", opacity=0.18, interpolate="step-after").encode(x=_STEP, y=y),
             base.mark_line(color="var(--line)", interpolate="step-after").encode(x=_STEP, y=y),
-            _nearest(base, tip, f"{field}:Q", "near"),
+            _nearest(base, tip, "rank:Q", "near"),
         ),
         _LOW,
     )

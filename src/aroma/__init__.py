@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from .integrations.evidence_callback import EvidenceCallback
     from .integrations.held_out import hold_out
     from .integrations.loop import Attachment, attach
-    from .integrations.progress import RichProgress
-    from .tasks import Tasks
     from .tuner import AromaConfig, AromaModel, aroma_layers
 
 __version__ = "0.1.0"
@@ -40,8 +38,6 @@ _HOMES = {
     "EvidenceCallback": "integrations.evidence_callback",
     "LoraTensors": "engines",
     "ModuleSummary": "events",
-    "RichProgress": "integrations.progress",
-    "Tasks": "tasks",
     "aroma_layers": "tuner",
     "attach": "integrations.loop",
     "compact": "evidence.compact",
@@ -67,8 +63,6 @@ __all__ = [
     "EvidenceCallback",
     "LoraTensors",
     "ModuleSummary",
-    "RichProgress",
-    "Tasks",
     "aroma_layers",
     "attach",
     "compact",

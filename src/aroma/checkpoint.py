@@ -15,16 +15,16 @@ from typing import Any
 import torch.distributed as dist
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .card import CARD_FILE, PICTURE_FILE, Subject, files_beside, is_by_hand, write_card
+from .card import CARD_FILE
 from .errors import CheckpointError, bad_value
 from .files import file_digest, read_json, require_adapter_folder, require_regular_file, told_of, write_json
 from .folders import replacing_files
-from .saved import read_adapter, read_config, require_vouched
+from .saved import read_adapter, require_vouched
 from .sharding import rank, refuse_together, sharding_of_model, world_size
 from .tuner.live import live_adapter
 from .tuner.state import STATE_FILE, STATE_TENSORS_FILE, WEIGHT_FILES, checksum_of, read_state, require_checksum
 
-ADAPTER_FILES = ("adapter_config.json", *WEIGHT_FILES, STATE_FILE, STATE_TENSORS_FILE, PICTURE_FILE)
+ADAPTER_FILES = ("adapter_config.json", *WEIGHT_FILES, STATE_FILE, STATE_TENSORS_FILE)
 """Files that belong to one moment of an adapter."""
 RECORD_FILE = "aroma_checkpoint.json"
 RECORD_FORMAT = 1
@@ -54,8 +54,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
 
     Args:
         model: A PeftModel with an AROMA adapter.
-        folder: Where to write; created if missing. Files of other names in it, and a README.md
-            that a person wrote, are left alone.
+        folder: Where to write; created if missing. Files of other names in it are left alone; of its README.md,
+            what PEFT does not write.
         adapter_name: Adapter to write.
 
     Raises:
@@ -83,17 +83,15 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
 
 
 def _write_adapter(model: Any, target: Path, new: Path, adapter_name: str) -> None:
-    """Write an adapter into `new`, with the card that it is to have in `target`."""
+    """Write an adapter into `new`, with the card of `target`, which PEFT brings up to date."""
+    if (target / CARD_FILE).is_file():
+        shutil.copyfile(target / CARD_FILE, new / CARD_FILE)
     model.save_pretrained(new, selected_adapters=[adapter_name])
     if adapter_name != "default":  # PEFT gives every adapter but "default" a folder of its own
         for file in (new / adapter_name).iterdir():
             os.replace(file, new / file.name)
         shutil.rmtree(new / adapter_name)
-    state = verify_adapter(new)
-    if is_by_hand(target / CARD_FILE):
-        (new / CARD_FILE).unlink(missing_ok=True)
-    else:  # anew: the tokenizer may be there already
-        write_card(new, Subject.of(read_config(new), state, files=files_beside(new) | files_beside(target)))
+    verify_adapter(new)
 
 
 def verify_adapter(folder: str | os.PathLike[str]) -> dict[str, Any]:

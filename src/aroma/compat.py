@@ -61,8 +61,6 @@ TUNER_NAMES = (
     # How adapters are made.
     PrivateName("peft", _TUNER, "_create_new_module", "make an AromaLinear of a target"),
     PrivateName("peft", _TUNER, "_check_target_module_exists", "leave out heads that train whole"),
-    PrivateName("peft", _TUNER, "_inject_parameters", "let parameters of experts grow"),
-    PrivateName("peft", _TUNER, "_check_new_adapter_config", "let adapters name other parameters of experts"),
     PrivateName("peft", _TUNER, "_cast_adapter_dtype", "cast pairs once only, since the optimizer holds them"),
     PrivateName("peft", _TUNER, "_check_merge_allowed", "refuse to merge into quantised weights before any is merged"),
     # How adapters are saved and loaded.

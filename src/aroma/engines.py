@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from .errors import bad_value
 from .sharding import gathered
-from .tuner.experts import ExpertMatrix, experts_of
-from .tuner.layout import PEFT_PREFIX, packed, plain_config, uniform_config
+from .tuner import aroma_layers
+from .tuner.layout import PEFT_PREFIX, plain_config, plain_factors, uniform_config
 from .tuner.live import LiveAdapter, live_adapter
-from .tuner.model import layers_by_place
-from .tuner.parts import parts_of
 from .tuner.state import is_whole
 
 
@@ -56,25 +54,23 @@ def lora_tensors(model: nn.Module, rank: int | None = None, adapter_name: str = 
         )
     if rank is not None:
         _require_lasting(live, rank)
-    layers = layers_by_place(model, adapter_name)
+    layers = aroma_layers(model, adapter_name)
     whole = iter(gathered([parameter for layer in layers.values() for parameter in layer.pair(adapter_name)]))
     updates = {name: layer.components(adapter_name, (next(whole), next(whole))) for name, layer in layers.items()}
-    forms = {name: layer.kind.form for name, layer in layers.items()}
-    experts, parts = experts_of(layers), parts_of(layers)
-    own = packed(updates, forms, experts, parts)
-    for name, found in {**own.modules, **own.parameters}.items():
+    ranks = {name: len(A) for name, (_, A) in updates.items()}
+    for name, found in ranks.items():
         if rank is not None and found > rank:
             raise bad_value("rank", rank, f"{name} has rank {found}; give at least that, and set max_components")
-    form = own if rank is None else packed(updates, forms, experts, parts, rank)
-    fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values() if not isinstance(layer, ExpertMatrix))
-    config: dict[str, Any] = plain_config(live.config, form.modules, form.parameters, fan_in_fan_out).to_dict()
+    fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
+    config: dict[str, Any] = plain_config(live.config, ranks, fan_in_fan_out).to_dict()
     config |= {"peft_type": "LORA", "inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
     if rank is not None:
-        config = uniform_config(config, form.modules, form.parameters, rank)
+        config = uniform_config(config, ranks, rank)
     tensors: dict[str, Tensor] = {}
-    for stem, (kind, B, A) in form.held.items():
-        tensors |= kind.tensors(f"{PEFT_PREFIX}{stem}", B.detach().clone(), A.detach().clone())
+    for name, (B, A) in plain_factors(updates, rank).items():
+        stem = f"{PEFT_PREFIX}{name}"
+        tensors |= {f"{stem}.lora_A.weight": A.detach().clone(), f"{stem}.lora_B.weight": B.detach().clone()}
     return LoraTensors(config, tensors)
 
 
@@ -87,16 +83,11 @@ def _require_lasting(live: LiveAdapter, rank: int) -> None:
     if not is_whole(rank, 1, 2**31):
         raise bad_value("rank", rank, "give the rank that every matrix is padded to, 1 or more; try 16")
     controller, config = live.controller, live.config
-    # The ranks of a module's parts add up.
-    together = max(
-        [1, *(count if isinstance(count, int) else len(count) for count in (config.split_modules or {}).values())]
-    )
-    least = config.r * together
-    most = None if config.max_components is None else config.max_components * least
+    most = None if config.max_components is None else config.max_components * config.r
     if controller is not None and not controller.finished and (most is None or most > rank):
         raise bad_value(
             "max_components",
             config.max_components,
-            f"the adapter still grows, and may come to a rank above {rank}; set it to {max(rank // least, 1)} or "
+            f"the adapter still grows, and may come to a rank above {rank}; set it to {max(rank // config.r, 1)} or "
             "less in AromaConfig, or give a larger rank",
         )

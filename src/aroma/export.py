@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,10 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor
 
 from .about import LABELLED_TASKS, About
-from .card import (
-    CARD_FILE,
-    MODEL_CLASSES,
-    PICTURE_FILE,
-    SERVING_RANKS,
-    Subject,
-    files_beside,
-    is_by_hand,
-    served_rank,
-    write_card,
-)
+from .card import CARD_FILE
 from .errors import AromaError, AromaWarning, bad_value
 from .files import own_file, read_json, write_json, write_tensors
 from .outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
-from .pictures import rank_picture
 from .saved import AdapterWeights, read_adapter, zero_update
 from .spectra import effective_rank, singular_values
 from .tuner import refuse_merge_if_tied
@@ -39,6 +27,19 @@ from .tuner.layout import PEFT_PREFIX, uniform_config
 from .tuner.state import STATE_FILE, write_export_state
 
 TASK_FILE = "aroma_task.json"
+
+SERVING_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks that vLLM, TGI and SGLang all serve."""
+
+MODEL_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""Class of transformers that loads the base model, by PEFT's task type."""
 
 
 # Ranks ---------------------------------------------------------------------------------------------------------------
@@ -124,14 +125,13 @@ def export_uniform(folder: str | os.PathLike[str], out: str | os.PathLike[str], 
     tensors = dict(adapter.others)
     for name, shape in adapter.shapes.items():
         tensors |= adapter.updates.get(name, zero_update(shape)).tensors(name, uniform)
-    config = uniform_config(adapter.config, adapter.shapes, [], uniform)
+    config = uniform_config(adapter.config, adapter.shapes, uniform)
     with filled_at_once(target) as staging:
         write_tensors(staging / "adapter_model.safetensors", tensors)
         write_json(staging / "adapter_config.json", config)
-        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, TASK_FILE))
+        copy_files([Path(folder)], staging, (*TOKENIZER_FILES, TASK_FILE, CARD_FILE))
         if adapter.state is not None:
             write_export_state(staging, adapter.state, config, tensors, dict.fromkeys(adapter.shapes, uniform))
-        write_card(staging, replace(subject_of(adapter, staging), kind="uniform", rank=uniform))
     return uniform
 
 
@@ -142,7 +142,7 @@ def uniform_rank(adapter: AdapterWeights, wanted: int | None = None) -> int:
         ConfigError: It is too small, or above what engines serve.
     """
     largest = max(update.rank for update in adapter.updates.values())
-    rank = wanted if wanted is not None else served_rank(largest)
+    rank = wanted if wanted is not None else next((served for served in SERVING_RANKS if served >= largest), None)
     if rank is None:
         raise bad_value(
             "rank", largest, f"above {SERVING_RANKS[-1]}, which serving engines refuse; export --merged instead"
@@ -198,7 +198,6 @@ def export_merged(
         merged.save_pretrained(staging)
         copy_files([Path(folder), Path(base_name)], staging, TOKENIZER_FILES)
         copy_files([Path(folder)], staging, (TASK_FILE,))
-        write_card(staging, replace(subject_of(adapter, staging), kind="merged"))
 
 
 # What is known of an adapter -----------------------------------------------------------------------------------------
@@ -235,35 +234,6 @@ def output_count(adapter: AdapterWeights) -> int | None:
     head = [name for name in rows if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
     # Heads of other names (classification_head, logits_proj): tensors with a row per label have the fewest rows.
     return rows[head[-1]] if head else min(rows.values(), default=None)
-
-
-def subject_of(adapter: AdapterWeights, files: Path | None = None) -> Subject:
-    """Return what a card tells of an adapter.
-
-    Args:
-        files: The folder that the card is for; None for the adapter's own.
-    """
-    beside = files_beside(adapter.folder if files is None else files)
-    if adapter.state is not None:
-        subject = Subject.of(adapter.config, adapter.state, files=beside)
-    else:
-        ranks = {name: update.rank for name, update in adapter.updates.items()}
-        subject = Subject(adapter.config, ranks, files=beside)
-    return replace(subject, about=replace(subject.about, labels=label_names(adapter)))
-
-
-def add_picture(folder: str | os.PathLike[str]) -> None:
-    """Draw the ranks of an adapter that AROMA saved beside it, and show them in its card.
-
-    Nothing is done where matplotlib is not installed, or a person wrote the card.
-    """
-    path = Path(folder)
-    if find_spec("matplotlib") is None or is_by_hand(path / CARD_FILE):
-        return
-    adapter = read_adapter(path)
-    rank_picture(rank_rows(adapter), path / PICTURE_FILE)
-    subject = subject_of(adapter)
-    write_card(path, replace(subject, files=subject.files | {PICTURE_FILE}))
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .card import write_card
 from .errors import ConfigError, bad_value
-from .export import base_name_of, subject_of
+from .export import base_name_of
 from .files import replacing
 from .outputs import new_file
 from .saved import AdapterWeights, read_adapter
@@ -33,8 +31,7 @@ def export_gguf(
     """Write an adapter as a GGUF file, in float32, and return the rank of every matrix by its name there.
 
     Every matrix keeps its own rank. llama.cpp scales an update by alpha over the rank of that matrix; alpha is the
-    largest rank, and each B is multiplied by its rank / alpha, so that the scale is 1 everywhere. Its card comes
-    beside the file: `adapter.md` beside `adapter.gguf`.
+    largest rank, and each B is multiplied by its rank / alpha, so that the scale is 1 everywhere.
 
     Args:
         folder: A plain LoRA adapter.
@@ -66,8 +63,6 @@ def export_gguf(
         tensors[f"{names[module]}.lora_a"], tensors[f"{names[module]}.lora_b"] = update.A.numpy(), B
     with replacing(target) as temporary:
         _write(temporary, target.stem, alpha, tensors)
-    subject = replace(subject_of(adapter), kind="gguf", files=frozenset([target.name]))
-    write_card(target.parent, subject, f"{target.stem}.md")
     return {name: adapter.updates[module].rank for module, name in names.items()}
 
 

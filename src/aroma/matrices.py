@@ -114,9 +114,8 @@ class GrowingMatrix:
         self.layer.start_pair(self._adapter_name, self._fresh(draw))
 
     def _fresh(self, draw: int) -> Tensor:
-        """Return the a (r, n) that outer step `draw` starts with, off what lies beneath the adapter."""
-        a = fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
-        return self.layer.off_beneath(self._adapter_name, a)
+        """Return the a (r, n) that outer step `draw` starts with."""
+        return fresh_component(self._live.seed, draw, self.index, (self._live.config.r, self.layer.in_features))
 
     # Saved and restored ----------------------------------------------------------------------------------------------
 
@@ -422,13 +421,12 @@ class GrowingMatrices:
     # Refused ---------------------------------------------------------------------------------------------------------
 
     def require_data(self) -> None:
-        """Raise for a pair that was offloaded, and for a weight that is sharded, so that it cannot train.
+        """Raise for a pair that was offloaded, so that it cannot train.
 
         Raises:
             ConfigError: Naming the first.
         """
         for matrix in self._all:
-            matrix.layer.refuse_sharding()
             if any(parameter.is_meta for parameter in matrix.pair):
                 raise bad_value(
                     "model",

@@ -182,9 +182,10 @@ def require_vouched(folder: str | os.PathLike[str], state: Mapping[str, Any]) ->
         AromaWarning: The base model that it names was changed.
     """
     path = require_adapter_folder(folder)
-    now, then = read_config(path), state.get("adapter_config")
+    now = read_config(path)
+    then: dict[str, Any] = state.get("adapter_config", now)  # which the first versions did not keep
     require_files(path, dict(state))
-    for name in sorted({*now, *then} - {*_INFORMATIVE}) if then is not None else ():
+    for name in sorted({*now, *then} - {*_INFORMATIVE}):
         if _meaning(name, now) == _meaning(name, then):
             continue
         edited = f"edited since the adapter was saved, as {shown_value(then.get(name), 200)}"
@@ -205,7 +206,8 @@ def _meaning(name: str, config: Mapping[str, Any]) -> str:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return LoraConfig().to_dict()
+    defaults: dict[str, Any] = LoraConfig().to_dict()
+    return defaults
 
 
 def _variant(config: Mapping[str, Any]) -> str | None:

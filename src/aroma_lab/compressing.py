@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from aroma.card import MODEL_CLASSES
 from aroma.errors import DataError, bad_value
 from aroma.evidence.checkup import Checkup, model_loss
 from aroma.evidence.checkups import compress, require_standard_errors
 from aroma.evidence.schedule import FEWEST, WANTED
 from aroma.evidence.statistics import SIZES
-from aroma.export import base_of
+from aroma.export import MODEL_CLASSES, base_of
 from aroma.files import read_tensors, write_json, write_tensors
 from aroma.outputs import TOKENIZER_FILES, copy_files, filled_at_once, new_folder
 from aroma.pictures import kept_picture
@@ -99,7 +98,7 @@ def compress_adapter(
         sizes = {"before": weights.stat().st_size, "after": (staging / WEIGHTS).stat().st_size}
         report = {**told, "bytes": sizes, **_report(asked, found)}
         write_json(staging / REPORT, report)
-        if find_spec("matplotlib") and find_spec("PIL"):
+        if find_spec("matplotlib"):
             pairs = {name: (max(before), max(found.ranks[name])) for name, before in found.ranks_before.items()}
             kept_picture(pairs, staging / PICTURE, f"{found.kept} of {found.sizes[-1]} directions stay")
     return report

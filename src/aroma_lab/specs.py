@@ -262,17 +262,8 @@ class Recipe:
     language: LanguageSpec = field(default_factory=LanguageSpec)
     output: str = "runs/aroma"
     """Folder of the run; must be new or empty, or hold this very run when it is resumed."""
-    tasks: str | None = None
-    """Folder of tasks that are learnt one after another: this run is laid over those that are there."""
-    task: str | None = None
-    """Name of this one there, once the run has ended."""
 
     def __post_init__(self) -> None:
-        if (self.tasks is None) != (self.task is None):
-            remedy = (
-                "a folder of tasks and the name of this one belong together; give --continue and --task, or neither"
-            )
-            raise bad_value("task", self.task, remedy)
         if not self.model.name:
             raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
         _check_data(self.data)

@@ -1,7 +1,7 @@
 """The command `aroma`.
 
 Importing this package is light: a command imports PyTorch and what stands on it only when it runs, so that help and
-wrong arguments answer at once. The library's own commands are `inspect`, `export` and `push`. The laboratory's are
+wrong arguments answer at once. The library's own commands are `inspect` and `export`. The laboratory's are
 entry points of the distribution, in the group `aroma.commands`.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import AromaError, AromaWarning
-from . import export, inspect, push
+from . import export, inspect
 from .texts import examples
 
 __all__ = ["main"]
@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _commands() -> list[Any]:
     """Return the modules of all commands, in alphabetical order of their names."""
-    found: dict[str, Any] = {"inspect": inspect, "export": export, "push": push}
+    found: dict[str, Any] = {"inspect": inspect, "export": export}
     found |= {name: import_module(module) for name, module in _entries(COMMAND_GROUP)}
     return [found[name] for name in sorted(found)]
 

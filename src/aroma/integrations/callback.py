@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ from ..tuner.state import pack, read_controller_state, unpack
 from .reporting import TrainingRecord
 from .resuming import CheckpointRecords, prepare_trainings
 from .rewarmup import Rewarmup, was_skipped
-from .telling import score_of, scores_at, tell_of_run, with_score
-from .trackers import add_ranks, keep_totals, tell_trackers
 
 compat.require_names(compat.TRAINER_NAMES)
 
@@ -89,7 +86,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         """Refuse a model without a growing adapter, and options that cannot work, before any work."""
         trainable_adapter(model)
         prepare_trainings(type(self))
-        tell_trackers(self)
         if getattr(args, "enable_jit_checkpoint", False):
             raise bad_value(
                 "enable_jit_checkpoint",
@@ -127,9 +123,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
             # The model that the Trainer shows is not the one that it compiled.
             compiled=args.torch_compile,
         )
-        live = self.controller.live
-        training = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        live.about = tell_of_run(live.about, args, state, training, self._saved(state).get("scores"))
         if state.global_step > 0:
             with self.controller.together():
                 saved = self._saved_state(state)
@@ -169,13 +162,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         # Only the step itself knows: accelerate counts every step of a fused optimizer as taken.
         self._fused_step_was_skipped = was_skipped(optimizer)
 
-    def _saved(self, state: TrainerState) -> dict[str, Any]:
-        """Return what `state()` stored in the checkpoint that the run goes on from; nothing for one that begins."""
-        saved: dict[str, Any] = state.stateful_callbacks.get(type(self).__name__) or {}
-        return saved.get("attributes") or {} if state.global_step > 0 else {}
-
     def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        packed = self._saved(state).get("controller_state")
+        saved: dict[str, Any] = state.stateful_callbacks.get(type(self).__name__) or {}
+        packed = (saved.get("attributes") or {}).get("controller_state")
         if packed is None:
             raise CheckpointError(
                 "trainer_state.json: the checkpoint has no state of AromaCallback, so its inner and outer loops are "
@@ -192,11 +181,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         attributes: dict[str, Any] = {"controller_state": None}
         if self.controller is not None:
             self.controller.require_finite(alone=True)
-            live = self.controller.live
-            attributes = {
-                "controller_state": pack(self.controller.state_dict()),
-                "scores": live.about.as_json()["scores"],
-            }
+            attributes = {"controller_state": pack(self.controller.state_dict())}
             self._records.write()
         return {"args": {"early_stop": self.early_stop}, "attributes": attributes}
 
@@ -244,8 +229,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         self._was_over = self._is_over(state, state.global_step - 1)
         if not skipped and not self._was_over:
             controller.step()
-        if self._report is not None:
-            self._report.note(controller, state)
         if controller.finished and self.early_stop:
             control.should_training_stop = True
             _finish_as_at_the_last_step(args, control)
@@ -273,12 +256,12 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Stop at a loss that is not finite; leave to those who print the logs the totals of the ranks alone."""
+        """Add total rank and the matrices that still train to logs and history; stop at a loss that is not finite."""
         if self.controller is None or logs is None or "loss" not in logs:
             return
-        if "total_rank" not in logs:  # something other than the Trainer calls its callbacks
-            add_ranks(self.controller, logs, state)
-        keep_totals(logs)
+        totals = {"total_rank": self.controller.total_rank, "active_modules": self.controller.active_modules}
+        logs.update(totals)
+        state.log_history[-1].update(totals)
         # logging_nan_inf_filter of the Trainer hides a loss that is not finite. With fp16 a gradient may overflow.
         for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
@@ -288,23 +271,9 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                 )
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        metrics: dict[str, Any] | None = None,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Remember the metrics for the adapter's card; after the training, write the report again with them."""
-        step = state.global_step
-        if self.controller is not None and self._training is None:
-            step = self.controller.global_step  # after the training it may be the best checkpoint's
-        score = score_of(metrics or {}, step, getattr(eval_dataloader, "dataset", None))
-        if self.controller is not None and score is not None:
-            live = self.controller.live
-            live.about = replace(live.about, scores=with_score(live.about.scores, score))
+        """After the training, write the report again with the metrics."""
         if self._report is not None:
             self._report.write(self.controller, args, state, model)
 
@@ -328,8 +297,6 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
                         f"{best}: the best checkpoint has no aroma_state.json; it was not written by AROMA"
                     )
             self.controller.load_state_dict(exported)
-            live, step = self.controller.live, exported["state"]["global_step"]
-            live.about = replace(live.about, scores=scores_at(live.about.scores, state, step))
         if self._report is not None:
             self._report.end(self.controller, args, state, model)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerState, TrainingArguments
 
 from ..checkpoint import last_complete_checkpoint, record_checkpoint, verify_checkpoint
 from ..errors import CheckpointError, bad_value
@@ -64,7 +64,7 @@ def prepare_trainings(kind: type[Any]) -> None:
     """Let every Trainer that has a callback of `kind` check the checkpoint it resumes from, before it reads any of it.
 
     The Trainer tells no callback, so its `train` is wrapped. `resume_from_checkpoint=True` takes the latest whole
-    checkpoint, not the latest folder.
+    checkpoint, not the latest folder. The callback is called before the trackers, so that they get what it logs.
     """
     train = Trainer.train
     if hasattr(train, _CHECKS):
@@ -72,8 +72,11 @@ def prepare_trainings(kind: type[Any]) -> None:
 
     @functools.wraps(train)
     def checked(self: Any, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        if resume_from_checkpoint and any(isinstance(known, kind) for known in self.callback_handler.callbacks):
-            resume_from_checkpoint = _checked(resume_from_checkpoint, self.args)
+        known = self.callback_handler.callbacks
+        if any(isinstance(one, kind) for one in known):
+            known.sort(key=lambda one: (not isinstance(one, DefaultFlowCallback), not isinstance(one, kind)))
+            if resume_from_checkpoint:
+                resume_from_checkpoint = _checked(resume_from_checkpoint, self.args)
         return train(self, resume_from_checkpoint, *args, **options)
 
     setattr(checked, _CHECKS, True)

@@ -57,9 +57,7 @@ class RunFacts:
         seconds: Time of the run, evaluations included.
         loss: Training loss by step.
         eval_loss: Loss of evaluations by step.
-        rate: Learning rate by step.
-        scores: Step, name of the set and score of every evaluation.
-        parameters: Parameters of the adapter that train, from each step on.
+        parameters: Parameters of the adapter that train at the end.
         head_parameters: Parameters that train beside the adapter.
         lora_parameters: Parameters of a LoRA of rank `LORA_RANK` on the same matrices.
         matrices: The adapted matrices in the order of the model.
@@ -82,9 +80,7 @@ class RunFacts:
     seconds: float | None = None
     loss: Steps = ()
     eval_loss: Steps = ()
-    rate: Steps = ()
-    scores: Sequence[tuple[int, str, float]] = ()
-    parameters: Steps = ()
+    parameters: int | None = None
     head_parameters: int | None = None
     lora_parameters: int | None = None
     matrices: Sequence[MatrixFacts] = ()
@@ -96,10 +92,3 @@ class RunFacts:
     recipe: str | None = None
     versions: Mapping[str, Any] = field(default_factory=dict)
     command: str | None = None
-
-
-def thinned(rows: Sequence[Any], most: int) -> list[Any]:
-    """Return at most `most` of the rows, evenly spread, the first and the last among them."""
-    if len(rows) <= most:
-        return [*rows]
-    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..pictures import positions_of
-from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps, thinned
-from .page import EMPTY, Chart, Table, amount, duration, measured, number, render
+from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps
+from .page import EMPTY, Chart, Table, amount, duration, measured, render
 
 _MOST_POINTS = 800
 """Points of a line: more than a screen has pixels for, they would only make the page heavy."""
@@ -50,7 +49,7 @@ class Grid(NamedTuple):
 def run_page(facts: RunFacts) -> str:
     """Return the page of a run, as HTML."""
     return render(
-        "run.html",
+        "page.html",
         _charts(facts),
         facts=facts,
         grid=grid_of(facts.matrices),
@@ -96,107 +95,55 @@ def _facts_of(one: MatrixFacts) -> list[tuple[str, str]]:
 
 
 def _matrix_table(facts: RunFacts) -> Table:
-    rows = []
-    for one in facts.matrices:
-        effective = EMPTY if one.effective_rank is None or not one.rank else f"{one.effective_rank:.2f}"
-        relative = EMPTY if one.relative_update is None else f"{one.relative_update:.2%}"
-        rows.append([one.name, str(one.rank), effective, relative])
-    return Table(["matrix", "rank", "effective rank", "‖ΔW‖ / ‖W0‖"], rows)
+    known = [dict(_facts_of(one)) for one in facts.matrices]
+    heads = list(dict.fromkeys(head for one in known for head in one))
+    names = [one.name for one in facts.matrices]
+    rows = [[name, *(one.get(head, EMPTY) for head in heads)] for name, one in zip(names, known, strict=True)]
+    return Table(["matrix", *heads], rows)
 
 
 def _of_matrices(facts: RunFacts) -> dict[str, Any]:
-    """Return by module what the chart of the chosen matrix draws, and says in words."""
+    """Return by module what the chart of the chosen matrix draws, up to the run's end, and says in words."""
     return {
         one.name: {
-            "rank": _held(facts.ranks[one.name], facts.steps, "rank"),
+            "rank": _columns([*facts.ranks[one.name], [facts.steps, facts.ranks[one.name][-1][1]]], "rank"),
             "words": f"Rank {one.rank} at the end.",
         }
         for one in facts.matrices
-        if one.name in facts.ranks
+        if facts.ranks.get(one.name)
     }
 
 
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
+    """Return at most `most` of the rows, evenly spread, the first and the last among them."""
+    if len(rows) <= most:
+        return [*rows]
+    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
+
+
 def _charts(facts: RunFacts) -> dict[str, Chart]:
-    found = {
-        "loss": _loss_chart(facts),
-        "score": _score_chart(facts),
-        "matrix": _matrix_chart(facts),
-        "rate": _rate_chart(facts),
-        "parameters": _parameters_chart(facts),
-    }
-    return {name: chart for name, chart in found.items() if chart is not None}
-
-
-def _loss_chart(facts: RunFacts) -> Chart | None:
-    if not facts.loss:
-        return None
-    data = {"loss": _columns(facts.loss, "loss"), "eval_loss": _columns(facts.eval_loss, "loss")}
-    (first, before), (last, after) = facts.loss[0], facts.loss[-1]
-    label = f"Training loss: {number(before)} at step {first}, {number(after)} at step {last}."
-    rows = [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
-    return Chart("loss", label, data, ("loss", "step", "loss"), Table(["step", "loss"], rows))
-
-
-def _score_chart(facts: RunFacts) -> Chart | None:
-    if len(facts.scores) < 2:
-        return None
-    steps, sets, values = zip(*facts.scores, strict=True)
-    name, metric = sets[-1], facts.metric or "score"
-    own = [value for _, one, value in facts.scores if one == name]
-    label = f"{metric} of {name} over the steps: {number(own[0])} at first, {number(own[-1])} at last, "
-    label += f"between {number(min(own))} and {number(max(own))}."
-    data = {"score": {"step": steps, "set": sets, "value": values}}
-    rows = [[str(step), one, number(value)] for step, one, value in thinned(facts.scores, _MOST_ROWS)]
-    return Chart("score", label, data, ("score", "step", "value"), Table(["step", "set", metric], rows))
-
-
-def _matrix_chart(facts: RunFacts) -> Chart | None:
-    """Return the chart of the matrix that is chosen on the page, which fills it."""
+    """Return the chart of the loss, and that of the matrix that is chosen on the page, which fills it."""
+    found = {}
+    if facts.loss:
+        data = {"loss": _columns(facts.loss, "loss"), "eval_loss": _columns(facts.eval_loss, "loss")}
+        (first, before), (last, after) = facts.loss[0], facts.loss[-1]
+        label = f"Training loss: {measured(before)} at step {first}, {measured(after)} at step {last}."
+        rows = [[str(step), measured(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
+        found["loss"] = Chart("loss", label, data, ("loss", "step", "loss"), Table(["step", "loss"], rows))
     if any(one.name in facts.ranks for one in facts.matrices):
-        data: dict[str, Mapping[str, Sequence[Any]]] = {"rank": {"step": [], "rank": []}}
-        return Chart("rank", "Rank of the chosen matrix over the optimizer steps.", data, ("rank", "step", "rank"))
-    return None
+        empty: dict[str, Mapping[str, Sequence[Any]]] = {"rank": {"step": [], "rank": []}}
+        label = "Rank of the chosen matrix over the optimizer steps."
+        found["matrix"] = Chart("rank", label, empty, ("rank", "step", "rank"))
+    return found
 
 
-def _rate_chart(facts: RunFacts) -> Chart | None:
-    if not facts.rate:
-        return None
-    rates = [value for _, value in facts.rate]
-    most, last = number(max(rates), 3), number(rates[-1], 3)
-    label = f"Learning rate over the optimizer steps: at most {most}, at last {last}."
-    rows = [[str(step), number(value, 3)] for step, value in thinned(facts.rate, _MOST_ROWS)]
-    data = {"rate": _columns(facts.rate, "rate", digits=6)}
-    return Chart("rate", label, data, ("rate", "step", "rate"), Table(["step", "learning rate"], rows))
-
-
-def _parameters_chart(facts: RunFacts) -> Chart | None:
-    if not facts.parameters:
-        return None
-    counts = [value for _, value in facts.parameters]
-    label = f"Parameters of the adapter that train: {counts[0]:,} at first, {counts[-1]:,} at last, "
-    label += f"{max(counts):,} at most."
-    rows = [[str(step), f"{value:,}"] for step, value in thinned(facts.parameters, _MOST_ROWS)]
-    data = {"parameters": _held(facts.parameters, facts.steps, "parameters")}
-    main = ("parameters", "step", "parameters")
-    return Chart("parameters", label, data, main, Table(["from step", "parameters"], rows))
-
-
-def _columns(rows: Steps, name: str, digits: int = 5) -> dict[str, Sequence[Any]]:
-    """Return pairs of step and number as columns; of very many, means of neighbours."""
-    size = math.ceil(len(rows) / _MOST_POINTS) if rows else 1
-    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-    means = [sum(value for _, value in group) / len(group) for group in groups]
-    return {"step": [group[-1][0] for group in groups], name: [float(f"{mean:.{digits}g}") for mean in means]}
-
-
-def _held(rows: Steps, end: int, name: str) -> dict[str, Sequence[Any]]:
-    """Return a number that holds from its step on as columns, up to the run's end."""
+def _columns(rows: Steps, name: str) -> dict[str, Sequence[Any]]:
+    """Return pairs of step and number as columns; of very many, some."""
     kept = thinned(rows, _MOST_POINTS)
-    kept += [[end, kept[-1][1]]] if kept and kept[-1][0] < end else []
-    return {"step": [step for step, _ in kept], name: [value for _, value in kept]}
+    return {"step": [step for step, _ in kept], name: [float(f"{value:.5g}") for _, value in kept]}
 
 
 # What is said in numbers ---------------------------------------------------------------------------------------------
@@ -216,13 +163,12 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         spread = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)}"
         count = f"{len(ranks)} matrices" if len(ranks) > 1 else "1 matrix"
         tiles.append((f"ranks of {count}", spread, f"{sum(ranks)} in all"))
-    if facts.parameters:
-        last = facts.parameters[-1][1]
+    if facts.parameters is not None:
         remark = f"head: {amount(facts.head_parameters)}" if facts.head_parameters else ""
         if facts.lora_parameters:
             lora = f"LoRA r={LORA_RANK}: {amount(facts.lora_parameters)}"
             remark = f"{lora}; {remark}" if remark else lora
-        tiles.append(("adapter parameters that train", amount(last), remark))
+        tiles.append(("adapter parameters that train", amount(facts.parameters), remark))
     if facts.seconds is not None:
         tiles.append(("time", duration(facts.seconds), f"{facts.steps:,} optimizer steps"))
     elif facts.steps:

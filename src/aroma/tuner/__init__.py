@@ -4,7 +4,7 @@ from .. import compat
 from .config import AromaConfig
 from .layer import AromaLinear
 from .live import LiveAdapter, live_adapter
-from .model import AromaModel, aroma_layers, lay_beneath, refuse_merge_if_tied, register
+from .model import AromaModel, aroma_layers, refuse_merge_if_tied, register
 
 compat.require_names(compat.TUNER_NAMES)
 register()
@@ -15,7 +15,6 @@ __all__ = [
     "AromaModel",
     "LiveAdapter",
     "aroma_layers",
-    "lay_beneath",
     "live_adapter",
     "refuse_merge_if_tied",
 ]

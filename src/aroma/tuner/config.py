@@ -3,48 +3,39 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..card import Subject, files_beside, write_card
+from ..card import write_ranks
 from ..errors import bad_value
 from ..files import write_json
 from .live import take_collected
-from .lora_fields import check_lora_fields, check_split
 from .state import write_adapter_state
 
 
 class _Registered(str):
-    """The name of a PEFT method that is not in PEFT's own enumeration; reads as its members do."""
+    """The name of a PEFT method that is not in PEFT's own enumeration; has a `value`, as its members do."""
 
     __slots__ = ()
 
     @property
     def value(self) -> str:
         """The name."""
-        return str.__str__(self)
-
-    def __str__(self) -> str:
-        return f"PeftType.{self.value}"
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return _Registered, (self.value,)
+        return str(self)
 
 
 PEFT_TYPE = _Registered("AROMA")
 
-_COMPONENT_FIELDS = ("r", "lora_alpha", "lora_dropout")
-"""Fields of LoraConfig that say something else here."""
-
 METHOD_FIELDS = (
-    *_COMPONENT_FIELDS,
+    "r",
+    "lora_alpha",
+    "lora_dropout",
     "max_components",
     "component_seed",
     "inner_tolerance",
@@ -59,8 +50,12 @@ METHOD_FIELDS = (
 )
 """Fields that decide a run: a resumed run must have the same values as its checkpoint."""
 
-_MOST_LIKELY_MEANT = 8
-"""The largest rank of a component that is in use; a larger one is likely that of a LoraConfig, of a whole matrix."""
+_LARGEST_USUAL_RANK = 8
+"""Of a component; a larger `r` is likely meant as that of a LoraConfig, of a whole matrix."""
+
+
+def _help(text: str) -> Mapping[str, str]:
+    return {"help": text}
 
 
 @dataclass
@@ -81,11 +76,8 @@ class AromaConfig(LoraConfig):
         lora_alpha (`float`, *optional*, defaults to 4): Every component is scaled by s = lora_alpha / r.
         lora_dropout (`float`, *optional*, defaults to 0): Dropout on the input of the component in training. Finished
             components count as merged and have no dropout.
-        target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`.
-        target_parameters (`list[str]`, *optional*): As in `LoraConfig`: 3-D parameters of experts. Every expert's
-            matrix grows by itself. With `target_modules=[]` nothing else grows.
-        split_modules (`dict`, *optional*): Fused weights that grow as their parts, by name of the module or its end:
-            the number of equal parts, or a list with the outputs of each. `{"c_attn": 3}` splits q, k and v of GPT-2.
+        target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`): As in `LoraConfig`; linear
+            layers only. For convolutions, embeddings and experts use evidence on PEFT's `LoraConfig`.
         inner_tolerance (`float` or `None`, *optional*, defaults to 0.1): ε_in of equation (5). `None`: no inner
             checks, every inner loop lasts `max_inner_steps`.
         inner_check_interval (`int`, *optional*, defaults to 10): ΔT_in, in optimizer steps.
@@ -111,100 +103,59 @@ class AromaConfig(LoraConfig):
         ConfigError: A value cannot work; the error names the field and the remedy.
     """
 
-    r: int = field(default=1, metadata={"help": "Rank of one component."})
-    lora_alpha: float = field(default=4, metadata={"help": "Every component is scaled by lora_alpha / r."})
+    r: int = field(default=1, metadata=_help("Rank of one component."))
+    lora_alpha: float = field(default=4, metadata=_help("Every component is scaled by lora_alpha / r."))
     target_modules: list[str] | str | None = field(
-        default="all-linear", metadata={"help": "Modules that grow: names, a regular expression, or 'all-linear'."}
+        default="all-linear", metadata=_help("Modules that grow: names, a regular expression, or 'all-linear'.")
     )
-    split_modules: dict[str, int | list[int]] | None = field(
-        default=None,
-        metadata={"help": "Fused weights that grow as parts: number of equal parts, or outputs of each, by name."},
-    )
-    inner_tolerance: float | None = field(
-        default=0.1, metadata={"help": "Tolerance of the inner check, equation (5); None: no inner checks."}
-    )
-    inner_check_interval: int = field(default=10, metadata={"help": "Optimizer steps between inner checks."})
+    inner_tolerance: float | None = field(default=0.1, metadata=_help("Tolerance of (5); None: no inner checks."))
+    inner_check_interval: int = field(default=10, metadata=_help("Optimizer steps between inner checks."))
     max_inner_steps: int | None = field(
         default=None,
-        metadata={"help": "Maximum optimizer steps of an inner loop; None: a twelfth of the run, at least 50."},
+        metadata=_help("Maximum optimizer steps of an inner loop; None: a twelfth of the run, at least 50."),
     )
     outer_tolerance: float | None = field(
-        default=5e-3, metadata={"help": "Tolerance of the outer check, equation (6); None: keep every component."}
+        default=5e-3, metadata=_help("Tolerance of (6); None: keep every component.")
     )
-    min_components: int = field(
-        default=0, metadata={"help": "Components that a module keeps whatever the outer check says."}
-    )
-    max_components: int | None = field(
-        default=None, metadata={"help": "A module with this many components is frozen."}
-    )
+    min_components: int = field(default=0, metadata=_help("Components that a module keeps whatever (6) says."))
+    max_components: int | None = field(default=None, metadata=_help("A module with this many components is frozen."))
     inner_criterion: Literal["norm_change", "update_change"] = field(
-        default="norm_change",
-        metadata={"help": "'norm_change': change of the norm, equation (5); 'update_change': norm of the change."},
+        default="norm_change", metadata=_help("'norm_change': equation (5); 'update_change': norm of the change.")
     )
     reset: Literal["prune", "zero", "none"] = field(
-        default="prune", metadata={"help": "What a merge does to the optimizer state of the pair."}
+        default="prune", metadata=_help("What a merge does to the optimizer state of the pair.")
     )
-    prune_ratio: float = field(default=0.999, metadata={"help": "Share of moment entries zeroed by reset='prune'."})
+    prune_ratio: float = field(default=0.999, metadata=_help("Share of moment entries zeroed by reset='prune'."))
     rewarmup_steps: int = field(
-        default=50, metadata={"help": "Optimizer steps of re-warm-up at the start of every later inner loop."}
+        default=50, metadata=_help("Optimizer steps of re-warm-up at the start of every later inner loop.")
     )
     component_seed: int | None = field(
-        default=None, metadata={"help": "Seed of new components; None: torch.initial_seed()."}
+        default=None, metadata=_help("Seed of new components; None: torch.initial_seed().")
     )
 
     def __post_init__(self) -> None:
-        self._check_component()
-        self._check_loops()
-        self._check_reset()
-        if (remedy := check_split(self.split_modules)) is not None:
-            raise bad_value("split_modules", self.split_modules, remedy)
-        check_lora_fields(self, _COMPONENT_FIELDS)
-        for item in fields(self):
-            if isinstance(value := getattr(self, item.name), np.number):
-                setattr(self, item.name, value.item())  # JSON has none of numpy's numbers
+        for name, (fits, remedy) in _CHECKS.items():
+            if not fits(getattr(self, name)):
+                raise bad_value(name, getattr(self, name), remedy)
+        _require_inherited(self)
+        if self.max_inner_steps is not None:
+            self._require_inner_check(self.max_inner_steps)
+        if self.max_components is not None and self.max_components < self.min_components:
+            remedy = f"it must be at least min_components={self.min_components}"
+            raise bad_value("max_components", self.max_components, remedy)
+        if self.r > _LARGEST_USUAL_RANK:
+            warnings.warn(
+                f"r={self.r} is the rank of one component, not of a matrix: two make rank {2 * self.r}, ten "
+                f"{10 * self.r}. The paper uses 1, and 8 for hard tasks; max_components bounds what a matrix gets",
+                stacklevel=3,
+            )
         # PEFT reads them, also where they were given as None.
         self.rank_pattern: dict[str, int] = {}
         self.alpha_pattern: dict[str, float] = {}
         super().__post_init__()
         self.peft_type = PEFT_TYPE
 
-    def _check_component(self) -> None:
-        _require_int("r", self.r, 1, "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)")
-        _require_positive("lora_alpha", self.lora_alpha, "the scale lora_alpha / r must be a positive number; try 4")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise bad_value("lora_dropout", self.lora_dropout, "give a probability in [0, 1)")
-        if self.component_seed is not None:
-            _require_int("component_seed", self.component_seed, 0, "give a non-negative seed below 2**63, or None")
-
-        if self.r > _MOST_LIKELY_MEANT:
-            warnings.warn(
-                f"r={self.r} is the rank of one component, not of a matrix: two make rank {2 * self.r}, ten "
-                f"{10 * self.r}. The paper uses 1, and 8 for hard tasks; max_components bounds what a matrix gets",
-                stacklevel=4,
-            )
-
-    def _check_loops(self) -> None:
-        for name in ("inner_tolerance", "outer_tolerance"):
-            value = getattr(self, name)
-            if value is not None:
-                _require_positive(name, value, "a tolerance must be a positive number; None switches the check off")
-        _require_int(
-            "inner_check_interval", self.inner_check_interval, 1, "checks are at least one step apart; try 10"
-        )
-        if self.max_inner_steps is not None:
-            _require_int("max_inner_steps", self.max_inner_steps, 1, "an inner loop lasts at least one optimizer step")
-            self._check_inner_steps(self.max_inner_steps)
-        _require_int("min_components", self.min_components, 0, "give 0 or more")
-        if self.max_components is not None:
-            _require_int("max_components", self.max_components, 1, "give 1 or more, or None for no limit")
-            if self.max_components < self.min_components:
-                raise bad_value(
-                    "max_components", self.max_components, f"it must be at least min_components={self.min_components}"
-                )
-        if not isinstance(self.inner_criterion, str) or self.inner_criterion not in ("norm_change", "update_change"):
-            raise bad_value("inner_criterion", self.inner_criterion, "choose 'norm_change' or 'update_change'")
-
-    def _check_inner_steps(self, inner_steps: int) -> None:
+    def _require_inner_check(self, inner_steps: int) -> None:
         """Raise if an inner loop of `inner_steps` would end before its first check."""
         if self.inner_tolerance is not None and inner_steps < self.inner_check_interval:
             raise bad_value(
@@ -213,13 +164,6 @@ class AromaConfig(LoraConfig):
                 f"it is smaller than inner_check_interval={self.inner_check_interval}, so no inner check would ever "
                 "run; raise it, lower inner_check_interval, or set inner_tolerance=None",
             )
-
-    def _check_reset(self) -> None:
-        if not isinstance(self.reset, str) or self.reset not in ("prune", "zero", "none"):
-            raise bad_value("reset", self.reset, "choose 'prune', 'zero' or 'none'")
-        if not _is_number(self.prune_ratio) or not 0 <= self.prune_ratio <= 1:
-            raise bad_value("prune_ratio", self.prune_ratio, "give the share of entries to zero, in [0, 1]")
-        _require_int("rewarmup_steps", self.rewarmup_steps, 0, "give 0 for no re-warm-up, or a number of steps")
 
     @property
     def scale(self) -> float:
@@ -233,21 +177,17 @@ class AromaConfig(LoraConfig):
             ConfigError: T_in cannot be derived, or the run or its inner loops would end before the first check.
         """
         if total_steps is not None and self.inner_tolerance is not None and self.inner_check_interval > total_steps:
-            raise bad_value(
-                "inner_check_interval",
-                self.inner_check_interval,
-                f"it is longer than the run of {total_steps} optimizer steps; lower it or train longer",
-            )
+            remedy = f"it is longer than the run of {total_steps} optimizer steps; lower it or train longer"
+            raise bad_value("inner_check_interval", self.inner_check_interval, remedy)
         if self.max_inner_steps is not None:
             return self.max_inner_steps
         if total_steps is None:
-            raise bad_value(
-                "max_inner_steps", None, "set it, or give the controller total_steps, from which it is derived"
-            )
+            remedy = "set it, or give the controller total_steps, from which it is derived"
+            raise bad_value("max_inner_steps", None, remedy)
         if self.inner_tolerance is None and self.outer_tolerance is None and self.max_components is not None:
             return max(1, total_steps // self.max_components)
         inner_steps = max(50, total_steps // 12)
-        self._check_inner_steps(inner_steps)
+        self._require_inner_check(inner_steps)
         if inner_steps > total_steps:
             warnings.warn(
                 f"max_inner_steps=None gives {inner_steps} steps, and the run has {total_steps}: it ends within its "
@@ -277,25 +217,93 @@ class AromaConfig(LoraConfig):
         ordered = {key: sorted(plain[key]) if isinstance(plain[key], set) else plain[key] for key in sorted(plain)}
         write_json(Path(save_directory) / CONFIG_NAME, ordered)
         state = write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
-        write_card(save_directory, Subject.of(ordered, state, files=files_beside(save_directory)))
-        live.saved_to = str(save_directory)
+        ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
+        write_ranks(save_directory, ranks, state["config"])
 
 
-def _is_number(value: object) -> bool:
-    # An integer can be above what a float holds, and would fail where it is divided.
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return False
-    largest: Any = sys.float_info.max
-    return not abs(value) > largest
+# What the fields may be ----------------------------------------------------------------------------------------------
 
 
-def _require_positive(name: str, value: Any, remedy: str) -> None:
-    # Finite, too: infinity is not JSON, so the first save would fail.
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise bad_value(name, value, remedy)
-
-
-def _require_int(name: str, value: object, minimum: int, remedy: str) -> None:
+def _whole(least: int, optional: bool = False) -> Callable[[Any], bool]:
     # Processes exchange these numbers as 64-bit integers.
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not minimum <= value < 2**63:
-        raise bad_value(name, value, remedy)
+    return lambda value: (optional and value is None) or (type(value) is int and least <= value < 2**63)
+
+
+def _number(fits: Callable[[float], bool], optional: bool = False) -> Callable[[Any], bool]:
+    # Infinity and NaN are not JSON, so the first save would fail.
+    def check(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return (optional and value is None) or (is_number and abs(value) < math.inf and fits(value))
+
+    return check
+
+
+def _one_of(*values: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in values
+
+
+_TOLERANCE = (_number(lambda x: x > 0, optional=True), "give a positive number; None switches the check off")
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_whole(1), "the rank of one component is at least 1 (the paper uses 1, or 8 for hard tasks)"),
+    "lora_alpha": (_number(lambda x: x > 0), "the scale lora_alpha / r must be a positive number; try 4"),
+    "lora_dropout": (_number(lambda x: 0 <= x < 1), "give a probability in [0, 1)"),
+    "inner_tolerance": _TOLERANCE,
+    "inner_check_interval": (_whole(1), "checks are at least one step apart; try 10"),
+    "max_inner_steps": (_whole(1, optional=True), "an inner loop lasts at least one optimizer step"),
+    "outer_tolerance": _TOLERANCE,
+    "min_components": (_whole(0), "give 0 or more"),
+    "max_components": (_whole(1, optional=True), "give 1 or more, or None for no limit"),
+    "inner_criterion": (_one_of("norm_change", "update_change"), "choose 'norm_change' or 'update_change'"),
+    "reset": (_one_of("prune", "zero", "none"), "choose 'prune', 'zero' or 'none'"),
+    "prune_ratio": (_number(lambda x: 0 <= x <= 1), "give the share of entries to zero, in [0, 1]"),
+    "rewarmup_steps": (_whole(0), "give 0 for no re-warm-up, or a number of steps"),
+    "component_seed": (_whole(0, optional=True), "give a non-negative seed below 2**63, or None"),
+}
+"""Whether a value fits a field, and what to do if not."""
+
+_AS_IN_LORA = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "ensure_weight_tying",
+}
+"""Fields of LoraConfig that mean for AROMA what they mean there."""
+
+_WHY_NOT = {
+    "bias": "AROMA trains no biases",
+    "lora_bias": "a component has no bias",
+    "use_rslora": "the scale of a component is lora_alpha / r and never changes as the rank grows",
+    "use_dora": "DoRA's magnitude cannot be written as a plain LoRA adapter of growing rank",
+    "init_lora_weights": "b starts at 0 and a Kaiming-uniform, so that training starts at the pretrained model",
+    "target_parameters": "it grows linear layers; for experts use evidence on PEFT's LoraConfig",
+    "layer_replication": "replicated layers share a base weight",
+    "trainable_token_indices": "train token embeddings with a LoraConfig instead",
+    "rank_pattern": "AROMA finds the ranks; use max_components to bound them",
+    "alpha_pattern": "AROMA finds the ranks; use max_components to bound them",
+}
+"""Why a field of LoraConfig cannot be set. All others, also those of later versions, belong to variants of LoRA."""
+
+
+def _require_inherited(config: AromaConfig) -> None:
+    """Raise if a field of LoraConfig that cannot work with growth is set."""
+    for item in fields(LoraConfig):
+        if item.name in _CHECKS or item.name in _AS_IN_LORA:
+            continue
+        value = getattr(config, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        # Of another type than its default a field says something, however empty it is.
+        if (type(value) is type(default) and value == default) or (value is None and default == {}):
+            continue
+        why = _WHY_NOT.get(item.name, "it belongs to a variant of LoRA, which cannot grow")
+        raise bad_value(item.name, value, f"not supported by AROMA: {why}; leave it unset, at {default!r}")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from .. import compat
-from ..errors import bad_value
 from .layer import AromaLinear
 from .layout import PEFT_PREFIX
 
@@ -39,12 +39,16 @@ class GraphKeeper:
         if torch.compiler.is_compiling() and any(layer.stays_in_graph for layer in self.layers):
             # The layers evaluate frozen pairs themselves; to ask which are frozen would compile again at each freeze.
             return None
-        waiting = [pair for layer in self.layers if layer.stays_in_graph for pair in _frozen_in_graph(layer)]
-        if waiting:
-            return _with_zero_gradients(waiting, output)
-        if any(p.requires_grad for p in model.parameters()) or not any(layer.frozen_adapters for layer in self.layers):
-            return None
-        return _map_tensors(lambda tensor: tensor + tensor.new_zeros((), requires_grad=True), output)
+        waiting: list[Tensor] = [
+            pair for layer in self.layers if layer.stays_in_graph for pair in _frozen_pairs(layer)
+        ]
+        if not waiting:
+            is_finished = any(layer.frozen_adapters for layer in self.layers)
+            if not is_finished or any(parameter.requires_grad for parameter in model.parameters()):
+                return None
+            waiting = [torch.zeros((), requires_grad=True)]
+        node: Callable[..., Tensor] = _ZeroGradients.apply
+        return recursively_apply(lambda tensor: node(tensor, *waiting), output, test_type=_is_floating_point)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -63,39 +67,22 @@ def hide_from_ddp(model: nn.Module, layers: Mapping[str, AromaLinear]) -> None:
         layers: Its growing layers, by their names in it.
     """
     names = {
-        f"{key}.lora_finished.{adapter}.{name}"
+        f"{key}.lora_finished.{adapter}.{side}"
         for key, layer in layers.items()
-        for adapter, finished in layer.lora_finished.items()
-        for name, _ in finished.named_buffers()
+        for adapter in layer.lora_finished
+        for side in "AB"
     }
     # DDP may wrap the model, the tuner or the PeftModel; the latter two look attributes up in the model.
     compat.hide_from_ddp(model, {prefix + name for name in names for prefix in ("", "model.", PEFT_PREFIX)})
 
 
-def _frozen_in_graph(layer: AromaLinear) -> list[nn.Parameter]:
+def _frozen_pairs(layer: AromaLinear) -> list[nn.Parameter]:
     pairs = [layer.pair(name) for name in layer.frozen_adapters if name in layer.lora_A]
     return [parameter for pair in pairs for parameter in pair if parameter.requires_grad]
 
 
-def _with_zero_gradients(parameters: list[nn.Parameter], output: Any) -> Any:
-    """Return `output` with zero gradients for `parameters` (any shape) behind each tensor: the loss may use any."""
-    node: Callable[..., Tensor] = _ZeroGradients.apply
-    found = []
-
-    def change(tensor: Tensor) -> Tensor:
-        """Return a tensor (any shape) behind the zero gradients."""
-        found.append(True)
-        return node(tensor, *parameters)
-
-    changed = _map_tensors(change, output)
-    if not found:
-        raise bad_value(
-            "model",
-            type(output).__name__,
-            "its output has no floating-point tensor, so finished modules cannot take part in "
-            "DistributedDataParallel; let the model return tensors in tuples, lists or dicts",
-        )
-    return changed
+def _is_floating_point(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -112,18 +99,3 @@ class _ZeroGradients(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         """Return `gradient`, shaped as the tensor, and zeros shaped as the parameters."""
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
-
-
-def _map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """Apply `change` to the floating-point tensors (any shapes) in what a model returns, however nested."""
-    if isinstance(output, Tensor):
-        return change(output) if output.is_floating_point() else output
-    if isinstance(output, tuple | list):
-        items = [_map_tensors(change, item) for item in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if isinstance(output, dict):
-        for name, item in [*output.items()]:
-            changed = _map_tensors(change, item)
-            if changed is not item:
-                output[name] = changed
-    return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,34 +12,30 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .. import compat
 from ..errors import ConfigError, NonFiniteError, bad_value
-from ..sharding import Partition, gathered, is_partitioned, is_sharded, sharded_matrix, write
+from ..sharding import Partition, gathered, is_sharded, sharded_matrix, write
 from .finished import CHUNK, FinishedComponents
-from .fused import Update, add_update, autocast_dtype, linear_with_update
-from .kinds import Kind, kind_of
-from .tracing import are_plain_linear, is_hooked, is_traced, returns_fresh_result
+from .fused import Update, autocast_dtype, linear_with_update
+from .tracing import is_hooked, is_traced
 
 if TYPE_CHECKING:
     from .live import LiveAdapter
 
 
-_RANK_TOLERANCE = 1e-6
-"""A direction of a span counts where its singular value is above this share of the largest."""
-
-
 class AromaLinear(LoraLinear):
-    """A layer that is linear in its weight, and whose low-rank update grows; see `kinds` for which ones.
+    """A linear layer whose low-rank update grows: nn.Linear, Conv1D of transformers, bitsandbytes in 4 or 8 bits.
 
     .. code-block:: text
 
         y = W0 x  +  B A x            finished components, frozen, scale folded into B    B (m, R), A (R, n)
                   +  s · b a drop(x)  the component in training, s = lora_alpha / r       b (m, r), a (r, n)
 
-    (section 3.1). For a convolution x is every patch of the input, for an embedding it picks a row (`kinds`). W0 is
-    never written. A frozen module has b = a = 0 and costs its finished components only.
+    (section 3.1). W0 is never written. A frozen module has b = a = 0 and costs its finished components only.
 
     `scaling` is what PEFT's `set_scale`, `scale_layer` and `rescale_adapter_scale` change temporarily; it scales the
     whole update, finished components too. `own_scaling` is s, which merging and saving fold into B.
@@ -53,49 +49,37 @@ class AromaLinear(LoraLinear):
     updates would be rounded away.
 
     Attributes:
-        kind: How the layer uses its weight as the matrix W0.
         in_features: n.
         out_features: m.
         live: The live state of every adapter, by name; shared with the other layers of the adapter.
         frozen_adapters: Adapters that are outer-converged in this module.
         own_scaling: s of every adapter.
-        beneath: By adapter, others that are active whenever it is, and that it leaves as they are.
         stays_in_graph: See above.
     """
 
     in_features: int
     out_features: int
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_finished")
-    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live", "beneath")
+    other_param_names = (*LoraLinear.other_param_names, "own_scaling", "live")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         # Before the parent's constructor, which already calls update_layer.
-        self.kind = self._kind_of(base_layer, kwargs.get("target_name", ""))
+        require_linear(base_layer, kwargs.get("target_name", ""))
         self.live: dict[str, LiveAdapter] = {}
         self.frozen_adapters: set[str] = set()
         self.own_scaling: dict[str, float] = {}
-        self.beneath: dict[str, tuple[str, ...]] = {}
         self.stays_in_graph = False
         super().__init__(base_layer, adapter_name, **kwargs)
         # The parent takes it from the configuration, which a model with both kinds of layer shares.
-        self.fan_in_fan_out = self.kind.is_transposed
-
-    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
-        """Return the kind of the base layer of the module `name`."""
-        return kind_of(base_layer, name)
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **kwargs: Any) -> None:
         """Create the pair, b (m, r) and a (r, n), and the empty finished components of an adapter."""
-        # PEFT has read channels of a convolution, and rows and size of an embedding.
-        self.out_features, self.in_features = self.kind.shape(self.in_features, self.out_features)
         if "lora_finished" not in self._modules:
             self.lora_finished = nn.ModuleDict()
         self.lora_finished[adapter_name] = FinishedComponents(self.in_features, self.out_features)
         self.frozen_adapters.discard(adapter_name)  # left by a deleted adapter of that name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.lora_B[adapter_name], self.lora_A[adapter_name] = self.kind.factors(
-            self.lora_B[adapter_name], self.lora_A[adapter_name]
-        )
         self.own_scaling[adapter_name] = self.scaling[adapter_name]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -229,23 +213,23 @@ class AromaLinear(LoraLinear):
         """
         base = self.get_base_layer()
         if is_sharded(base.weight):
-            part: Tensor | Partition = self.kind.matrix(sharded_matrix(base.weight))
+            part: Partition = self._as_matrix(sharded_matrix(base.weight))
             return part
-        weight: Tensor
         with align_module_device(base):
             if base.weight.is_meta:
                 raise bad_value(
                     "base_layer.weight", "meta", "it has no data; load the model's weights before it is adapted"
                 )
-            weight = base.weight.detach()
+            weight: Tensor = base.weight.detach()
             if self.is_quantised:
                 # Not PEFT's dequantize_module_weight, which puts an 8-bit weight without its scales back on a CPU.
                 weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach()
-        matrix: Tensor = self.kind.matrix(weight)
+        matrix: Tensor = self._as_matrix(weight)
         return matrix
 
-    def refuse_sharding(self) -> None:
-        """Raise if the matrix cannot grow as its weight is sharded: a layer of its own always can."""
+    def _as_matrix(self, weight: Any) -> Any:
+        """Return a weight of the base layer's shape, or a rank's part of it, as W0 (m, n), or the other way round."""
+        return weight.T if self.fan_in_fan_out else weight
 
     @property
     def is_quantised(self) -> bool:
@@ -257,20 +241,8 @@ class AromaLinear(LoraLinear):
         """Return ΔW = B A + s b a, computed in float32 or better, in the shape of the layer's weight."""
         B, A = self.components(adapter)
         precise = torch.promote_types(B.dtype, torch.float32)
-        return self.kind.weight(B.to(precise) @ A.to(precise))
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` can convert the update.
-
-        Raises:
-            ConfigError: It would write tensors of wrong shapes.
-        """
-        if not self.kind.is_matmul:
-            raise ConfigError(
-                f"convert_to_lora: PEFT converts linear layers only, and a {type(self.get_base_layer()).__name__} has "
-                "grown; save the adapter, which is plain LoRA, or run aroma export --uniform for one rank"
-            )
-        return bool(super().supports_lora_conversion(adapter_name))
+        delta: Tensor = self._as_matrix(B.to(precise) @ A.to(precise))
+        return delta
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active and trainable, as PEFT does, except for frozen pairs."""
@@ -301,7 +273,7 @@ class AromaLinear(LoraLinear):
                 "adapter and merge in one process (aroma export --merged)"
             )
         named = check_adapters_to_merge(self, adapter_names)
-        for adapter_name in self.with_beneath(named):
+        for adapter_name in named:
             if adapter_name not in self.lora_A or adapter_name in self.merged_adapters:
                 continue
             merged = (base.weight + self.get_delta_weight(adapter_name)).to(base.weight.dtype)
@@ -310,12 +282,8 @@ class AromaLinear(LoraLinear):
                     f"adapter_name={adapter_name!r}: NaN or infinity in the merged weight. Nothing was merged into "
                     "this layer; use an earlier checkpoint"
                 )
-            self._replace_base_weight(merged)
+            base.weight.data = merged
             self.merged_adapters.append(adapter_name)
-
-    def _replace_base_weight(self, merged: Tensor) -> None:
-        """Let the base layer have the weight `merged`, of the shape that it has."""
-        self.get_base_layer().weight.data = merged
 
     def refuse_merge_if_quantised(self) -> None:
         """Raise if `merge` cannot merge in place.
@@ -330,7 +298,7 @@ class AromaLinear(LoraLinear):
             )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map `x`, (…, n) for a linear layer, to (…, m); see the class for the equation.
+        """Map `x` (…, n) to (…, m); see the class for the equation.
 
         With `adapter_names`, one for each row of `x`, every row gets the update of its own adapter; `"__base__"` gets
         none.
@@ -343,46 +311,15 @@ class AromaLinear(LoraLinear):
             return self._mixed(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        named = [] if self.disable_adapters or self.merged else self.with_beneath(self.active_adapters)
+        named = [] if self.disable_adapters or self.merged else self.active_adapters
         adapters = [*filter(self._adds, named)]
         if not adapters:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        if not self.kind.is_matmul or is_traced(x) or not all(map(self._pair_is_plain, adapters)):
-            return self._composed(x, adapters, *args, **kwargs)
-        updates = [self._update(adapter_name) for adapter_name in adapters]
-        if len(updates) == 1 and not args and not kwargs and self._can_replace_base(x, updates[0]):
-            base = self.get_base_layer()
-            return linear_with_update(x, self.kind.matrix(base.weight), base.bias, updates[0])
-        flat = x.reshape(-1, x.shape[-1])
-        result = self._writable_result(flat, x, *args, **kwargs)
-        for update in updates:
-            result = add_update(result, flat, update)
-        return result.view(*x.shape[:-1], result.shape[-1])
-
-    def with_beneath(self, adapter_names: Sequence[str]) -> list[str]:
-        """Return adapters, each once and after what lies beneath it."""
-        named = (name for active in adapter_names for name in (*self.beneath.get(active, ()), active))
-        return [*dict.fromkeys(named)]
-
-    @torch.no_grad()
-    def rows_beneath(self, adapter_name: str) -> Tensor:
-        """Return the rows A (K, n) of what lies beneath an adapter."""
-        a = self.pair(adapter_name)[1]
-        found = [self.components(name)[1] for name in self.beneath.get(adapter_name, ()) if name in self.lora_A]
-        return torch.cat([a.new_zeros(0, self.in_features), *(A.to(a) for A in found)])
-
-    @torch.no_grad()
-    def off_beneath(self, adapter_name: str, a: Tensor) -> Tensor:
-        """Return rows a (r, n) turned off the span of the rows that lie beneath an adapter, as long as they were."""
-        if not any(name in self.lora_A for name in self.beneath.get(adapter_name, ())):
-            return a
-        _, sizes, rows = torch.linalg.svd(self.rows_beneath(adapter_name).double(), full_matrices=False)
-        basis = rows[sizes > _RANK_TOLERANCE * sizes.max()] if len(sizes) else rows
-        precise = a.to(basis)
-        off: Tensor = precise - precise @ basis.T @ basis
-        length, whole = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (off, precise))
-        return torch.where(length > _RANK_TOLERANCE * whole, off * (whole / length), 0.0).to(a)
+        if len(adapters) == 1 and not args and not kwargs and not is_traced(x) and self._can_be_fused(x, adapters[0]):
+            base = self.base_layer
+            return linear_with_update(x, self._as_matrix(base.weight), base.bias, self._update(adapters[0]))
+        return self._composed(x, adapters, *args, **kwargs)
 
     def _adds(self, adapter_name: str) -> bool:
         """Whether an adapter changes the base layer's result."""
@@ -394,10 +331,6 @@ class AromaLinear(LoraLinear):
         """Whether the pair is evaluated; a frozen one only in a compiled graph, which then need not change."""
         return (self.stays_in_graph and torch.compiler.is_compiling()) or not self.is_frozen(adapter_name)
 
-    def _pair_is_plain(self, adapter_name: str) -> bool:
-        """Whether the modules that hold the pair are plain Linear layers without hooks, or are skipped."""
-        return self.is_frozen(adapter_name) or are_plain_linear(self.lora_A[adapter_name], self.lora_B[adapter_name])
-
     def _update(self, adapter_name: str) -> Update:
         B, A = self.finished(adapter_name).padded
         b, a = self.pair(adapter_name) if self.evaluates_pair(adapter_name) else (B[:, :0], A[:0])
@@ -405,61 +338,47 @@ class AromaLinear(LoraLinear):
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return Update(A, self._scaled(B, adapter_name), a, b, self.scaling[adapter_name], p)
 
-    def _can_replace_base(self, x: Tensor, update: Update) -> bool:
-        """Whether the base layer is a plain frozen matmul without hooks, all in one dtype; x is (…, n)."""
+    def _can_be_fused(self, x: Tensor, adapter_name: str) -> bool:
+        """Whether base layer and pair are plain matmuls without hooks, the base frozen, all in one dtype, x (…, n)."""
         base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D) or is_hooked(base):
+        pair = [] if self.is_frozen(adapter_name) else [self.lora_A[adapter_name], self.lora_B[adapter_name]]
+        if type(base) not in (nn.Linear, Conv1D) or any(type(one) is not nn.Linear for one in pair):
+            return False
+        if is_hooked(base, *pair):
             return False
         for parameter in (base.weight, base.bias):
             if parameter is not None and (parameter.requires_grad or type(parameter) is not nn.Parameter):
                 return False
-        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == update.A.dtype == update.a.dtype
-
-    def _writable_result(self, flat: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's result, (T, m), as a tensor that nobody else holds.
-
-        Args:
-            flat: The inputs as (T, n).
-            x: The inputs, (…, n).
-            args: Further arguments of the base layer.
-            kwargs: Further arguments of the base layer.
-        """
-        base = self.base_layer
-        result: Tensor
-        if args or kwargs or not returns_fresh_result(base):
-            result = base(x, *args, **kwargs)
-            return result.reshape(-1, result.shape[-1]).clone()
-        # Flat: for a batch of sequences nn.Linear returns a view, and writing to views is slow.
-        result = base(flat)
-        return result.clone() if result._is_view() else result
+        finished, (b, _) = self.finished(adapter_name).padded, self.pair(adapter_name)
+        return autocast_dtype(x) is not None or x.dtype == base.weight.dtype == finished[0].dtype == b.dtype
 
     def _composed(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (…, n) to (…, m) in operations of PyTorch alone, which compilers and transforms look into."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
         for adapter_name in adapters:
             result = self._added(result, x, adapter_name)
-        return result
+        return result.to(dtype)
 
     def _mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Map `x` (rows, …, n) to (rows, …, m), each row with the update of the adapter that is named for it."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for named in dict.fromkeys(adapter_names):
             rows = [row for row, name in enumerate(adapter_names) if name == named]
-            for adapter_name in filter(self._adds, self.with_beneath([named])):
-                result[rows] = self._added(result[rows], x[rows], adapter_name)
+            for adapter_name in filter(self._adds, [named]):
+                result[rows] = self._added(result[rows], x[rows], adapter_name).to(result.dtype)
         return result
 
     def _added(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added."""
-        kind, update = self.kind, self._update(adapter_name)
+        """Return `result` (…, m) with the update of an adapter for `x` (…, n) added, in the more precise dtype."""
+        update = self._update(adapter_name)
         dtype = update.a.dtype
-        inputs = self._cast_input_dtype(x, dtype) if x.is_floating_point() else x
+        inputs = self._cast_input_dtype(x, dtype)
         if update.A.shape[0]:
-            result = result + kind.product(inputs, update.B.to(dtype), update.A.to(dtype)).to(result.dtype)
+            result = result + F.linear(F.linear(inputs, update.A.to(dtype)), update.B.to(dtype))
         if update.a.shape[0]:
-            first, second = kind.ordered(self.lora_B[adapter_name], self.lora_A[adapter_name])
-            dropped = self.lora_dropout[adapter_name](inputs) if kind.takes_dropout else inputs
-            result = result + (second(first(dropped)) * update.scale).to(result.dtype)
+            h = self.lora_A[adapter_name](self.lora_dropout[adapter_name](inputs))
+            result = result + self.lora_B[adapter_name](h) * update.scale
         return result
 
     # Devices and precisions ------------------------------------------------------------------------------------------
@@ -496,50 +415,26 @@ class AromaLinear(LoraLinear):
         return nn.Module.__repr__(self).replace("AromaLinear(", "aroma.AromaLinear(", 1)
 
 
+def require_linear(base: nn.Module, name: str) -> None:
+    """Raise unless a layer, of the given name in the model, can grow.
+
+    Raises:
+        ConfigError: Naming it, and what to do.
+    """
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        why = "torch.nn.MultiheadAttention reads its weight and never calls it, so it would not learn"
+    elif isinstance(base, nn.Linear | Conv1D) or type(base).__name__ in ("Linear8bitLt", "Linear4bit"):
+        return
+    else:
+        why = (
+            f"it is a {type(base).__name__}, and the paper's rule grows linear layers; evidence on LoraConfig cuts it"
+        )
+    raise bad_value("target_modules", name, f"{why}; leave it out, or name it in exclude_modules")
+
+
 def _without_rounding(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """Apply `fn` of `Module.to` and the like to `tensor` (any shape), but keep its dtype if it would lose bits."""
     result = fn(tensor)
     if tensor.is_floating_point() and tensor.itemsize >= 4 > result.itemsize:
         return tensor.to(result.device)
     return result
-
-
-class BlockMatrix(AromaLinear):
-    """A growing matrix whose base layer's weight is a view of a larger one: an expert's, or a part of a fused one.
-
-    Attributes:
-        asked_by: The field of the configuration that asks for it.
-    """
-
-    asked_by: str
-
-    def refuse_sharding(self) -> None:
-        """Raise if the matrix cannot grow as the larger weight is sharded.
-
-        Raises:
-            ConfigError: ZeRO-3 shards it.
-        """
-        refuse_zero3(self.asked_by, self.get_base_layer().weight)
-
-    def _kind_of(self, base_layer: nn.Module, name: str) -> Kind:
-        """Return the kind of a linear layer whose weight lies as the larger one does."""
-        return Kind(bool(base_layer.is_transposed))
-
-    def _replace_base_weight(self, merged: Tensor) -> None:
-        """Write `merged`, of the shape of the block, into the larger weight."""
-        self.get_base_layer().weight.copy_(merged)
-
-
-def refuse_zero3(asked_by: str, weight: Tensor) -> None:
-    """Raise if ZeRO-3 shards a weight (any shape) whose blocks are to grow: only its own module would gather it.
-
-    Raises:
-        ConfigError: Naming the field of the configuration that asks for the blocks.
-    """
-    if is_partitioned(weight):
-        raise bad_value(
-            asked_by,
-            "ZeRO-3",
-            "matrices that are parts of a larger weight (experts, parts of a fused layer) cannot grow where ZeRO-3 "
-            "shards it; use FSDP2, ZeRO-1, ZeRO-2 or DistributedDataParallel, or leave them out",
-        )

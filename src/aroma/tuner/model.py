@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.utils import NoMatchingPeftModuleError
@@ -18,29 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
 from ..errors import ConfigError, bad_value
-from ..patterns import is_named
+from ..patterns import is_component
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
-from .experts import MATRICES, inject_experts
-from .forms import is_component
 from .graph import GraphKeeper, hide_from_ddp
 from .layer import AromaLinear
-from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors, saved_stems
+from .layout import PEFT_PREFIX, finished_tensors, pairs_of, plain_tensors
 from .live import LiveAdapter, live_adapter
-from .misuse import (
-    HEADS,
-    UncontrolledWatch,
-    tell_of_frozen_head,
-    tell_of_unmatched,
-    warn_uncontrolled,
-)
-from .parts import AromaParts, parts_of, sizes_of
+from .warnings import HEADS, UncontrolledWatch, warn_frozen_head, warn_uncontrolled
 
 REFERENCE = "ref"
 """What TRL's trainers call the adapter that they keep as it was before the training."""
-
-_SEEDS_APART = 1_000_003
 
 
 class AromaModel(LoraModel):
@@ -80,13 +67,8 @@ class AromaModel(LoraModel):
                 "lists them or their endings (a string is a regular expression for whole names), or 'all-linear', and "
                 "look at exclude_modules, modules_to_save and layers_to_transform",
             ) from error
-        parts = {_base_name(key) for key in parts_of(_layers_by_key(model, adapter_name))}
-        for split in self.peft_config[adapter_name].split_modules or {}:
-            if not any(is_named(name, split) for name in parts):
-                raise bad_value("split_modules", split, "no module that grows is called so; name it in target_modules")
-        tell_of_unmatched(model, self.peft_config[adapter_name], wanted)
         self._bring_to_life(model, adapter_name)
-        tell_of_frozen_head(model, self.peft_config[adapter_name], wanted)
+        warn_frozen_head(model, self.peft_config[adapter_name], wanted)
         if original is not None:
             _copy_adapter(model, original, adapter_name)
 
@@ -118,15 +100,6 @@ class AromaModel(LoraModel):
         self._graph_keeper.layers = self._watch.layers = [*aroma_layers(model).values()]
         hide_from_ddp(model, _layers_by_key(model, None))
 
-    def _check_new_adapter_config(self, config: AromaConfig) -> None:
-        # Not LoraModel's, which wants the same parameters of experts of all adapters: it wraps one within another.
-        super(LoraModel, self)._check_new_adapter_config(config)
-
-    def _inject_parameters(
-        self, peft_config: AromaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
-    ) -> list[str]:
-        return inject_experts(model, adapter_name, peft_config, low_cpu_mem_usage)
-
     @staticmethod
     def _check_target_module_exists(config: AromaConfig, key: str) -> Any:
         # Of these tasks PEFT makes the head trainable when the other layers grow already.
@@ -136,23 +109,7 @@ class AromaModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: AromaConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if isinstance(target, AromaParts) or kwargs.get("target_name", "").endswith(".base_layer"):
-            raise bad_value(
-                "split_modules",
-                kwargs.get("target_name", ""),
-                "an adapter has split it, and a second one cannot be added; add it to a model without the first",
-            )
-        if lora_config.ensure_weight_tying and isinstance(target, nn.Embedding):
-            raise bad_value(
-                "ensure_weight_tying",
-                True,
-                f"{kwargs.get('target_name', '')} would share its components with the output layer, and then neither "
-                "could grow by itself; leave it out, or name the embedding in exclude_modules",
-            )
-        sizes = sizes_of(lora_config, kwargs.get("target_name", ""), target)
         is_conv1d = isinstance(target, Conv1D)
-        if sizes is not None:
-            return AromaParts(target, sizes, adapter_name, config=lora_config, **kwargs)
         return AromaLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=is_conv1d, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -189,7 +146,7 @@ class AromaModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Return the plain LoRA tensors, A (R, n) and B (m, R) of a linear layer, of every module with R > 0.
+        """Return the plain LoRA tensors, A (R, n) and B (m, R), of every module with R > 0.
 
         All ranks call this.
         """
@@ -201,7 +158,7 @@ class AromaModel(LoraModel):
         controller = live.controller
         # Now, while all ranks are here and the pairs are whole: rank 0 alone writes the configuration.
         exported = controller and controller.state_dict(pairs_of(layers, adapter_name, state_dict))
-        live.about = about_model(live.about, model, config.task_type)
+        live.about = about_model(model, config.task_type)
         live.collected(config, plain, exported, layers.values(), adapter_name)
         _hide_internals(layers, state_dict)
         return tensors
@@ -265,11 +222,6 @@ def aroma_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     return {_base_name(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
 
 
-def layers_by_place(model: nn.Module, adapter_name: str) -> dict[str, AromaLinear]:
-    """Return the same by names that tell experts and parts from other layers, for `experts_of` and `parts_of`."""
-    return {_without_wrappers(key): layer for key, layer in _layers_by_key(model, adapter_name).items()}
-
-
 def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
     """Raise if a merge would change a layer that has no adapter, because it shares its weight with one that has.
 
@@ -291,24 +243,6 @@ def refuse_merge_if_tied(model: nn.Module, adapted: Mapping[str, nn.Module]) -> 
                 "merging would change both; serve the adapter unmerged, or untie the weights of the base model "
                 "(tie_word_embeddings=False) before it is adapted",
             )
-
-
-def lay_beneath(model: nn.Module, adapter_name: str, beneath: Iterable[str]) -> None:
-    """Let adapters of a model be active whenever a new one is, which begins off the span of their components.
-
-    Args:
-        model: The model.
-        adapter_name: The new adapter; no controller has driven it yet.
-        beneath: The adapters that lie beneath it.
-    """
-    names, live = (*beneath,), live_adapter(model, adapter_name)
-    # All mostly have one seed. What the earlier ones have drawn from it lies in their span.
-    live.seed = (live.seed + len(names) * _SEEDS_APART) % 2**31
-    for layer in aroma_layers(model).values():
-        layer.beneath[adapter_name] = names
-    for index, layer in enumerate(aroma_layers(model, adapter_name).values()):
-        _, a = layer.pair(adapter_name)
-        layer.start_pair(adapter_name, layer.off_beneath(adapter_name, _first_component(live, index, a).to(a)))
 
 
 def _first_component(live: LiveAdapter, index: int, a: Tensor) -> Tensor:
@@ -372,10 +306,6 @@ def _hide_internals(layers: dict[str, AromaLinear], state_dict: dict[str, Tensor
 
 
 def _base_name(key: str) -> str:
-    return _without_wrappers(key).replace(f".{MATRICES}.", ".")
-
-
-def _without_wrappers(key: str) -> str:
     # Wrappers (DDP's "module.") come before PEFT's own prefix; torch.compile may wrap any module.
     key = key.replace("_orig_mod.", "")
     return key.rsplit(PEFT_PREFIX, 1)[-1] if PEFT_PREFIX in key else key
@@ -394,7 +324,7 @@ def _copy_adapter(model: nn.Module, original: str, copy: str) -> None:
 
 def _refuse_strangers(state_dict: dict[str, Tensor], layers: dict[str, AromaLinear]) -> None:
     """Raise if a saved component, of any shape, belongs to no growing layer: PEFT would drop it silently."""
-    known = {_base_name(key) for key in saved_stems(layers)}
+    known = {_base_name(key) for key in layers}
     saved = {_base_name(key).split(".lora_")[0] for key in state_dict if is_component(key)}
     strangers = sorted(saved - known)
     if strangers:
@@ -411,26 +341,3 @@ def register() -> None:
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AromaConfig
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AromaModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "lora_"
-    _leave_cards_to_saving()
-
-
-def _leave_cards_to_saving() -> None:
-    """Let PEFT write no model card of a growing adapter: `AromaConfig.save_pretrained` writes one.
-
-    PEFT writes an empty template before anything of a save is known, with the path of the base model in it, and puts
-    that path into a card that a person wrote.
-    """
-    write = PeftModel.create_or_update_model_card
-    if hasattr(write, _LEAVES):
-        return
-
-    @functools.wraps(write)
-    def unless_growing(self: Any, output_dir: str) -> None:
-        if not any(isinstance(config, AromaConfig) for config in self.peft_config.values()):
-            write(self, output_dir)
-
-    setattr(unless_growing, _LEAVES, True)
-    PeftModel.create_or_update_model_card = unless_growing
-
-
-_LEAVES = "aroma_leaves"

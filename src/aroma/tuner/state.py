@@ -21,15 +21,14 @@ import numpy as np
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load, save
 
-from ..about import About, is_about
+from ..about import is_about
 from ..errors import CheckpointError, bad_value
 from ..files import file_digest, own_file, read_json, read_tensors, write_bytes, write_json
 from ..folders import settle, sync
 from ..sharding import is_distributed, processes_of_node
-from .forms import form_of_entry
 from .layout import PlainAdapter, components_digest
 from .live import LiveAdapter
-from .misuse import warn_uncontrolled
+from .warnings import warn_uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +43,6 @@ LARGEST_SIDE = 2**24
 """Rows, columns and ranks beyond it are no matrix's, so no memory is asked for on their account."""
 
 _MOST_PROCESSES = 2**16
-_MOST_DIMENSIONS = 4
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -73,12 +71,7 @@ def write_adapter_state(
     state: dict[str, Any] = {
         "format": STATE_FORMAT,
         "config": live.method(),
-        "modules": {
-            name: {"shape": shape, "rank": plain.ranks.get(name, 0), **plain.forms[name].described()}
-            for name, shape in plain.shapes.items()
-        },
-        **({"experts": plain.experts} if plain.experts else {}),
-        **({"parts": plain.parts} if plain.parts else {}),
+        "modules": {name: {"shape": shape, "rank": plain.ranks[name]} for name, shape in plain.shapes.items()},
         "components": plain.digest,
         "files": _written_files(target, plain),
         "adapter_config": written,
@@ -128,17 +121,6 @@ def write_export_state(
     write_json(Path(folder) / STATE_FILE, {**exported, "checksum": checksum_of(exported)})
 
 
-def tell(folder: str | os.PathLike[str], about: About) -> dict[str, Any]:
-    """Write what became known of a saved adapter since into its state, and return that.
-
-    Raises:
-        CheckpointError: The state is missing or damaged.
-    """
-    state = {**read_state(folder), "about": about.as_json()}
-    write_json(Path(folder) / STATE_FILE, {**state, "checksum": checksum_of(state)})
-    return state
-
-
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the content of `aroma_state.json` in `folder`.
 
@@ -170,8 +152,6 @@ def _require_layout(state: dict[str, Any], path: Path) -> None:
         "controller": state.get("controller") is None or _is_run(state["controller"]),
         "files": isinstance(files, dict),
         "modules": isinstance(modules, dict) and bool(modules),
-        "experts": _are_experts(state.get("experts", {}), modules),
-        "parts": _are_parts(state.get("parts", {}), modules),
     }
     # Checked one by one, so that a wrong one is named; what is no dict is named as a whole.
     for name, digest in files.items() if isinstance(files, dict) else ():
@@ -194,62 +174,7 @@ def _is_module(entry: object) -> bool:
         return False
     shape = entry.get("shape")
     fits = isinstance(shape, list) and len(shape) == 2 and all(is_whole(size, 1, LARGEST_SIDE) for size in shape)
-    return fits and is_whole(entry.get("rank"), 0, LARGEST_SIDE) and _has_form(entry)
-
-
-def _has_form(entry: dict[str, Any]) -> bool:
-    """Whether what a module's entry says of its form, if it says anything, goes with its shape."""
-    kernel, embedding = entry.get("kernel", []), entry.get("embedding", True)
-    is_read = isinstance(kernel, list) and all(is_whole(size, 1, LARGEST_SIDE) for size in kernel)
-    if not is_read or len(kernel) > _MOST_DIMENSIONS or embedding is not True:
-        return False
-    m, n = entry["shape"]
-    return form_of_entry(entry).fits((m, n))
-
-
-def _are_experts(experts: object, modules: object) -> bool:
-    """Whether modules of experts have names of parameters, each with matrices that are numbered among `modules`."""
-    if not isinstance(experts, dict) or not isinstance(modules, dict):
-        return isinstance(experts, dict)
-    stacks = {name.rpartition(".")[0] for name in modules}
-    return all(
-        isinstance(names, list)
-        and len({*map(str, names)}) == len(names)
-        and all(isinstance(name, str) and f"{module}.{name}" in stacks for name in names)
-        for module, names in experts.items()
-    )
-
-
-def _are_parts(parts: object, modules: object) -> bool:
-    """Whether modules have numbers of parts, and `modules` all of these."""
-    if not isinstance(parts, dict) or not isinstance(modules, dict):
-        return isinstance(parts, dict)
-    return all(
-        is_whole(count, 1, LARGEST_SIDE)
-        and count <= len(modules)
-        and all(f"{name}.{i}" in modules for i in range(count))
-        for name, count in parts.items()
-    )
-
-
-def experts_counts(state: dict[str, Any]) -> dict[str, int]:
-    """Return the number of experts of every parameter whose experts grow, by its name, as `read_state` returned them.
-
-    Raises:
-        CheckpointError: The matrices of a parameter are not numbered from 0.
-    """
-    counts: dict[str, int] = {}
-    for module, names in state.get("experts", {}).items():
-        for name in names:
-            stack = f"{module}.{name}"
-            own = [key for key in state["modules"] if key.rpartition(".")[0] == stack]
-            if own != [f"{stack}.{index}" for index in range(len(own))]:
-                raise CheckpointError(
-                    f"{STATE_FILE}: the experts of {stack} are not numbered from 0; it was edited, use another "
-                    "checkpoint"
-                )
-            counts[stack] = len(own)
-    return counts
+    return fits and is_whole(entry.get("rank"), 0, LARGEST_SIDE)
 
 
 def is_whole(value: object, least: int, most: int) -> bool:

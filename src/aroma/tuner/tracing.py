@@ -1,4 +1,4 @@
-"""Who looks at a call of the layer: then it is written out in PyTorch's operations, or its modules are called."""
+"""What can see a call of the layer, so that it is written out in PyTorch's operations or calls its modules."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
-
-_BITSANDBYTES_LINEAR = ("Linear8bitLt", "Linear4bit", "LinearFP4", "LinearNF4")
 
 
 def is_traced(x: Tensor) -> bool:
@@ -31,20 +29,3 @@ def is_traced(x: Tensor) -> bool:
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether one of the modules has hooks or a replaced `forward`."""
     return any(map(compat.has_hooks, modules)) or compat.has_global_hooks()
-
-
-def are_plain_linear(one: nn.Module, other: nn.Module) -> bool:
-    """Whether calling both modules does a matmul with their weights and nothing else."""
-    return type(one) is type(other) is nn.Linear and not is_hooked(one, other)
-
-
-def returns_fresh_result(base: nn.Module) -> bool:
-    """Whether a base layer maps every token by itself, and returns a tensor that nobody else holds.
-
-    A subclass of nn.Linear may do anything with its input and its output.
-    """
-    kind = type(base)
-    known = kind is nn.Linear or (
-        kind.__name__ in _BITSANDBYTES_LINEAR and kind.__module__.startswith("bitsandbytes.")
-    )
-    return known and not is_hooked(base)

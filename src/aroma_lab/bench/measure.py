@@ -12,14 +12,15 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as now
 
@@ -30,7 +31,6 @@ from ..methods import Aroma, Lora, encoder_linears
 from ..progress import Progress, no_progress
 from ..run.machine import keep_freed_memory, provenance
 from .cases import FLOOR, Case, Contender, growing_case, make_contenders, select_cases
-from .memory import kept_bytes, optimizer_bytes, peak_of
 from .models import BenchSettings, make_batch, make_model
 
 CONTROLLER_REPEATS = 5
@@ -55,31 +55,30 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
         progress: Shows how far the work is.
 
     Raises:
-        ConfigError: An unknown model, case or device, or a process that failed.
+        ConfigError: An unknown model, case or device.
     """
     select_cases(settings.only, settings.compiled)  # refused before any work
-    keeps_memory = prepare(settings)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise bad_value("device", "cuda", "PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    keeps_memory = keep_freed_memory()
     base = make_model(settings)
     batch = make_batch(base, settings)
     contenders = make_contenders(base, batch, settings)
     cases = [contender.case for contender in contenders]
-    sizes: list[dict[str, Any]] = []
+    sizes: list[dict[str, int]] = []
     with progress("counting bytes", len(contenders)) as advance:
         for one in contenders:
             trained = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
             sizes.append({"kept_bytes": kept_bytes(one.forward, one.model), "trainable_parameters": trained})
             advance(1)
-    with progress("taking turns", len(contenders) * (settings.rounds + settings.warmup_rounds)) as advance:
-        times = take_turns(contenders, settings.rounds, settings.warmup_rounds, advance)
+    with progress("taking turns", len(contenders) * settings.rounds) as advance:
+        times = take_turns(contenders, settings.rounds, advance)
     with progress("controller", CONTROLLER_REPEATS) as advance:
         controller = controller_cost(base, batch, settings.seed, CONTROLLER_REPEATS, advance)
     for one, size in zip(contenders, sizes, strict=True):
-        size |= {"optimizer_bytes": optimizer_bytes(one.optimizer), "peak_bytes": None}
-    if settings.peak:
-        with progress("peak memory", len(contenders)) as advance:
-            for one, size in zip(contenders, sizes, strict=True):
-                size["peak_bytes"] = peak_of(one, settings)
-                advance(1)
+        size["optimizer_bytes"] = optimizer_bytes(one.optimizer)
     return {
         "settings": asdict(settings),
         "model": _describe(base),
@@ -88,19 +87,6 @@ def measure(settings: BenchSettings, progress: Progress = no_progress) -> Result
         "comparisons": comparisons(cases, times, [size["kept_bytes"] for size in sizes]),
         "controller": controller,
     }
-
-
-def prepare(settings: BenchSettings) -> bool:
-    """Check the device and set the number of threads; return whether the process now keeps the memory it frees.
-
-    Raises:
-        ConfigError: PyTorch finds no GPU.
-    """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise bad_value("device", "cuda", "PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    return settings.keep_memory and keep_freed_memory()
 
 
 # Times ---------------------------------------------------------------------------------------------------------------
@@ -119,7 +105,7 @@ class Times(NamedTuple):
 
 
 def take_turns(
-    contenders: Sequence[Any], rounds: int, warmup_rounds: int, on_turn: Callable[[int], None] = lambda done: None
+    contenders: Sequence[Any], rounds: int, on_turn: Callable[[int], None] = lambda done: None
 ) -> list[Times]:
     """Time all contenders once, in order, round after round: A B C A B C …
 
@@ -131,14 +117,12 @@ def take_turns(
         for one in contenders
     ]
     times = [Times([], []) for _ in contenders]
-    for number in range(warmup_rounds + rounds):
+    for _ in range(rounds):
         gc.collect()
         for contender, pair, result in zip(contenders, timers, times, strict=True):
             # With no minimum run time the Timer runs a statement once to warm up, and once for the time.
             for timer, part in zip(pair, result, strict=True):
-                seconds = timer.blocked_autorange(min_run_time=0).median
-                if number >= warmup_rounds:
-                    part.append(seconds)
+                part.append(timer.blocked_autorange(min_run_time=0).median)
             contender.clear()
             on_turn(1)
     return times
@@ -240,6 +224,51 @@ def _ms(work: Callable[[], Any]) -> float:
     start = now()
     work()
     return 1000 * (now() - start)
+
+
+# Bytes ---------------------------------------------------------------------------------------------------------------
+
+
+class _Kept:
+    """What autograd holds in place of a tensor, so that it can be seen whether it still holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached: the output of a node would hold the node, which holds this, and neither would ever be freed.
+        self.tensor = tensor.detach()
+
+
+def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Return the bytes that a forward pass keeps for its backward pass.
+
+    A tensor counts with its whole storage, since a view keeps that alive, and each storage counts once. Parameters
+    and buffers of `model` do not count. The number is exact, and the same on every run.
+    """
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Kept:
+        holder = _Kept(tensor)
+        kept.add(holder)
+        return holder
+
+    own = _storages((*model.parameters(), *model.buffers()))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        loss = forward()
+    # What the graph has freed by now does not wait for backward.
+    storages = _storages([holder.tensor for holder in kept])
+    del loss
+    return sum(size for place, size in storages.items() if place not in own)
+
+
+def optimizer_bytes(optimizer: Any) -> int:
+    """Return the bytes of the optimizer's state; 0 for None."""
+    states = optimizer.state.values() if optimizer is not None else ()
+    return sum(_storages(one for state in states for one in state.values() if isinstance(one, Tensor)).values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, int], int]:
+    """Return the bytes of every storage that holds one of `tensors`, by its address."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
 # What was measured, and where ----------------------------------------------------------------------------------------

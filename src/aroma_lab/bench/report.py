@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -29,7 +29,6 @@ def case_frame(result: Result) -> pd.DataFrame:
             "step ms": 1000 * case["step"]["median"],
             "step × floor": case["step_ratio"]["median"],
             "kept MiB": case["kept_bytes"] / MIB,
-            "peak MiB": float("nan") if case["peak_bytes"] is None else case["peak_bytes"] / MIB,
             "optimizer MiB": case["optimizer_bytes"] / MIB,
             "trainable": case["trainable_parameters"],
         }
@@ -42,7 +41,7 @@ def case_table(result: Result) -> str:
     formats = {
         **dict.fromkeys(("× floor", "lower", "upper", "step × floor"), "{:.3f}"),
         **dict.fromkeys(("fwd+bwd ms", "step ms", "kept MiB"), "{:.1f}"),
-        **{"peak MiB": "{:.0f}", "optimizer MiB": "{:.2f}", "trainable": "{:,}"},
+        **{"optimizer MiB": "{:.2f}", "trainable": "{:,}"},
     }
     return f"{headline(result)}\n{_text(case_frame(result).drop(columns='name'), formats)}"
 
@@ -82,13 +81,6 @@ def notes(result: Result) -> list[str]:
     ]
 
 
-def profile_table(found: dict[str, Any]) -> str:
-    """Return the table of milliseconds as text, one row per kind of operation; see `profile.profile`."""
-    frame = pd.DataFrame(found["milliseconds"])
-    frame.loc["sum"] = frame.sum()
-    return f"forward and backward, ms\n{frame.to_string(float_format='{:.0f}'.format)}"
-
-
 def headline(result: Result) -> str:
     """Return in one line what was measured."""
     settings = result["settings"]
@@ -106,27 +98,24 @@ def _text(frame: pd.DataFrame, formats: dict[str, str]) -> str:
 
 
 def draw(result: Result) -> Figure:
-    """Return a figure that belongs to no window: one row per case, with time, bytes kept, and peak memory.
+    """Return a figure that belongs to no window: one row per case, with its time and the bytes it keeps.
 
     A filled circle is forward and backward, with a line from quartile to quartile; a hollow one is the whole step.
     """
     from matplotlib.figure import Figure
 
     frame = case_frame(result)
-    sizes = {"kept MiB": "kept for backward, MiB", "peak MiB": "peak memory, MiB"}
-    columns = [name for name in sizes if frame[name].notna().any()]
     figure = Figure(figsize=(11, 1.6 + 0.27 * len(frame)), layout="constrained")
-    times, *amounts = figure.subplots(1, 1 + len(columns), sharey=True, width_ratios=[2] + [1] * len(columns))
+    times, kept = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
     colours = [_COLOURS.get(key.partition("-")[0], "#767676") for key in frame["case"]]
     times.axvline(1, color="#767676", linewidth=1.0, linestyle="--")
     times.hlines(frame.index, frame["lower"], frame["upper"], colors=colours)
     times.scatter(frame["× floor"], frame.index, s=25, c=colours)
     times.scatter(frame["step × floor"], frame.index, s=45, facecolors="none", edgecolors=colours)
     times.set_xlabel("× floor:  ● forward + backward, quartiles   ○ whole step")
-    for axes, column in zip(amounts, columns, strict=True):
-        axes.barh(frame.index, frame[column], height=0.55, color=colours)
-        axes.set_xlabel(sizes[column])
-    for axes in (times, *amounts):
+    kept.barh(frame.index, frame["kept MiB"], height=0.55, color=colours)
+    kept.set_xlabel("kept for backward, MiB")
+    for axes in (times, kept):
         axes.set_frame_on(False)
         axes.set_axisbelow(True)
         axes.grid(color="#E4E4E4", linewidth=0.8)

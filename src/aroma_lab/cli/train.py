@@ -21,7 +21,6 @@ _EXAMPLES = examples(
     "aroma train examples/recipes/mrpc.yaml training.seed=1 output=runs/mrpc-1",
     "aroma train examples/recipes/mrpc.yaml --resume",
     "aroma train examples/recipes/smollm2-commonsense.yaml",
-    "aroma train moods.yaml --continue tasks --task moods     # after others, which it leaves as they are",
     "torchrun --nproc-per-node 2 -m aroma train examples/recipes/mrpc.yaml     # on two GPUs",
 )
 
@@ -73,10 +72,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="YAML file with what differs from the defaults")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="stronger than the file, as training.seed=1")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in `output`")
-    parser.add_argument(
-        "--continue", dest="tasks", metavar="FOLDER", help="train over the tasks in a folder, which stay as they are"
-    )
-    parser.add_argument("--task", metavar="NAME", help="with --continue: name of this task in the folder")
     parser.add_argument("--no-report", action="store_true", help="write no report.html to look at")
     parser.set_defaults(run=run)
 
@@ -87,8 +82,6 @@ def run(arguments: argparse.Namespace) -> None:
     from ..preflight import check_sources
     from ..run.recipe import check_output, load_recipe
 
-    given = {"tasks": arguments.tasks, "task": arguments.task}
-    arguments.overrides += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     # Here, too: before PyTorch is loaded.
     check_output(recipe, arguments.resume)
@@ -111,7 +104,6 @@ def run(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_how_to_go_on(arguments, recipe)) from interrupt
     if processes.is_main_process:
-        _draw_ranks(recipe)
         _print_result(recipe, result)
     processes.destroy_process_group()
     if processes.is_main_process and not arguments.no_report:
@@ -144,17 +136,6 @@ def _how_to_go_on(arguments: argparse.Namespace, recipe: Recipe) -> str:
     return f"interrupted; {left}. Go on with: {command}"
 
 
-def _draw_ranks(recipe: Recipe) -> None:
-    from aroma.export import add_picture
-    from aroma.tuner.state import STATE_FILE
-
-    from ..run.files import TrialFiles
-
-    adapter = TrialFiles(Path(recipe.output)).adapter
-    if (adapter / STATE_FILE).exists():
-        add_picture(adapter)
-
-
 def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -173,8 +154,6 @@ def _print_result(recipe: Recipe, result: dict[str, Any]) -> None:
         f"{result['total_rank']} · {frozen} of {len(ranks)} matrices finished"
     )
     console.print(f"adapter: {TrialFiles(Path(recipe.output)).adapter}", soft_wrap=True)
-    if recipe.tasks is not None:
-        console.print(f"task: {recipe.task}, in {recipe.tasks}", soft_wrap=True)
 
 
 def _describe_keys(section: str | None) -> str:

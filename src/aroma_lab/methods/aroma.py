@@ -15,11 +15,10 @@ from transformers import TrainerCallback
 
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
-from aroma.errors import CheckpointError, bad_value
+from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.loop import attach
-from aroma.tasks import Tasks
 from aroma.tuner import AromaConfig, aroma_layers
 from aroma.tuner.state import pack, unpack
 
@@ -41,16 +40,12 @@ class Aroma(PeftAdapter):
         dropout: Dropout on the input of the component in training; `lora_dropout` in `AromaConfig`.
         options: Further fields of `AromaConfig`; they override the other arguments.
         target_modules: Modules that grow; see `head.find_targets`.
-        tasks: Folder of tasks that lie beneath what grows; see `aroma.Tasks`.
-        over: The tasks that are there.
     """
 
     r: int = 1
     dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict, metadata={"option": False})
     target_modules: list[str] | str | None = None
-    tasks: str | None = None
-    over: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._unplaced()  # an impossible value is refused now, not when the model is built
@@ -78,17 +73,6 @@ class Aroma(PeftAdapter):
     def name(self) -> str:
         """Name for tables and pictures."""
         return with_dropout("AROMA" if self.r == 1 else f"AROMA r={self.r}", self.dropout)
-
-    def build(self, model: Any, planned_steps: int) -> Any:
-        """Wrap `model` with PEFT, over the tasks that are there; see `Method.build`."""
-        built = super().build(model, planned_steps)
-        if self.tasks is not None:
-            found = Tasks(self.tasks)
-            if found.names != self.over:
-                there, then = (", ".join(names) or "none" for names in (found.names, self.over))
-                raise bad_value("tasks", self.tasks, f"it has {there} now, and had {then} when the run began")
-            found.lay_beneath(built)
-        return built
 
     def config(self, targets: list[str], planned_steps: int) -> AromaConfig:
         """Return the configuration."""

@@ -14,7 +14,6 @@ import yaml
 from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import new_folder
-from aroma.tasks import Tasks
 
 from ..settings import apply_overrides, describe, nest, read_mapping, typed_fields
 from ..specs import MADE_KEYS, DataSpec, Recipe, adapter_keys, adapter_options
@@ -80,16 +79,13 @@ def trial_of(recipe: Recipe) -> Trial:
     """Return the one trial that a recipe is."""
     model, name = recipe.model, _task_name(recipe.data)
     assert model.name is not None, "Recipe checks it"
-    options = adapter_options(recipe.adapter, recipe.training.seed)
-    if recipe.tasks is not None:
-        options |= {"tasks": recipe.tasks, "over": Tasks(recipe.tasks).names}
     return Trial(
         name=f"{name}/aroma/seed-{recipe.training.seed}",
         model=model.name,
         task=TaskSpec(name=name),
         method="aroma",
         kind="aroma",
-        options=options,
+        options=adapter_options(recipe.adapter, recipe.training.seed),
         training=recipe.training,
         dtype=model.dtype,
         quantization=model.quantization,
@@ -106,11 +102,8 @@ def check_output(recipe: Recipe, resume: bool) -> None:
         ConfigError: The run there is finished.
         OutputError: The folder is not empty, or cannot be written to.
     """
-    if recipe.tasks is not None and recipe.task is not None:
-        Tasks(recipe.tasks).require_new(recipe.task)
     files = TrialFiles(Path(recipe.output))
-    is_to_be_added = recipe.tasks is not None and recipe.task is not None  # a kill may come before that
-    if resume and files.result.exists() and not is_to_be_added:
+    if resume and files.result.exists():
         raise bad_value("output", recipe.output, "the run there is finished; for another run, give another output")
     holds_run = os.path.exists(files.trial)  # False, too, where a path is too long to be asked for
     if not (resume and holds_run):
@@ -153,11 +146,7 @@ def run_recipe(
         for note in job.notes:
             on_note(note)
 
-    trial = trial_of(recipe)
-    result = run_trial(trial, files.root, progress=progress, keep_checkpoints=True, on_start=start)
-    if recipe.tasks is not None and recipe.task is not None and join().is_main_process:
-        Tasks(recipe.tasks).add(recipe.task, files.adapter, trial.options["over"])
-    return result
+    return run_trial(trial_of(recipe), files.root, progress=progress, keep_checkpoints=True, on_start=start)
 
 
 def _task_name(data: DataSpec) -> str:

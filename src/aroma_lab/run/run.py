@@ -32,7 +32,6 @@ from .machine import provenance
 from .processes import join, of_first, require_as_many
 from .recorder import EventLog, ProgressFile, Recorder, Usage, history_of
 from .result import result_of
-from .told import tell_of_adapter
 from .trial import Trial
 from .work import Work, work_of
 
@@ -81,8 +80,6 @@ def run_trial(
         processes.wait_for_everyone()
         result = _train_and_evaluate(run, progress)
         if processes.is_main_process:
-            task = getattr(run.work.job, "task", None)
-            tell_of_adapter(home.adapter, trial, result, run.work.held_out, getattr(task, "label_names", None))
             write_json(home.result, result)
     if processes.is_main_process:
         home.clean(keep_checkpoints)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,7 +21,6 @@ from aroma.errors import CheckpointError
 from aroma.events import Event
 from aroma.files import read_tensors, told_of, write_tensors
 from aroma.integrations.callback import AromaCallback
-from aroma.integrations.progress import RichProgress
 from aroma.integrations.resuming import CheckpointRecords
 
 from ..methods import Method
@@ -47,12 +46,10 @@ class Fit:
     Args:
         trainer: Trains and evaluates.
         growth: The callback with AROMA's controller; None for other methods.
-        bar: The progress bar, if one is shown.
     """
 
     trainer: Trainer
     growth: AromaCallback | None = None
-    bar: RichProgress | None = None
 
     @property
     def controller(self) -> AromaController:
@@ -62,12 +59,16 @@ class Fit:
         return controller
 
     def train(self, checkpoint: str | None = None) -> None:
-        """Train, from a checkpoint if one is given; the progress bar is always closed."""
-        try:
-            self.trainer.train(resume_from_checkpoint=checkpoint)
-        finally:
-            if self.bar is not None:
-                self.bar.close()
+        """Train, from a checkpoint if one is given."""
+        self.trainer.train(resume_from_checkpoint=checkpoint)
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's bar, with the loss beside it in place of a line for every log."""
+
+    def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
 
 def make_trainer(
@@ -103,7 +104,6 @@ def make_trainer(
     """
     own = method.callbacks(model, on_event=on_event, early_stop=training.early_stop, held_out=held_out)
     growth = next((callback for callback in own if isinstance(callback, AromaCallback)), None)
-    bar = RichProgress(growth) if progress else None
     trainer = (objective.trainer.trainer_class or MethodTrainer)(
         hooks=next((callback for callback in own if isinstance(callback, HooksCallback)), None),
         counts_items=objective.counts_items,
@@ -117,11 +117,11 @@ def make_trainer(
         processing_class=objective.processor,
         compute_metrics=objective.metrics,
         preprocess_logits_for_metrics=logits_alone,
-        callbacks=[*own, *callbacks, *([bar] if bar else [])],
+        callbacks=[*own, *callbacks, *([_Bar()] if progress else [])],
         optimizers=(make_optimizer(model, training, method), None),
     )
     trainer.remove_callback(PrinterCallback)  # stands in for the tqdm bar, and would print every log line
-    return Fit(trainer, growth, bar)
+    return Fit(trainer, growth)
 
 
 def make_optimizer(model: nn.Module, training: TrainSpec, method: Method | None = None) -> torch.optim.AdamW:
