@@ -182,7 +182,7 @@ class AromaCallback(TrainerCallback, trainer_callback.ExportableState):
         if self.controller is not None:
             self.controller.require_finite(alone=True)
             attributes = {"controller_state": pack(self.controller.state_dict())}
-            self._records.write(self.controller.live.saved_to)
+            self._records.write()
         return {"args": {"early_stop": self.early_stop}, "attributes": attributes}
 
     # Around every optimizer step -------------------------------------------------------------------------------------

@@ -219,7 +219,6 @@ class AromaConfig(LoraConfig):
         state = write_adapter_state(save_directory, live, snapshot.plain, ordered, snapshot.exported)
         ranks = {name: entry["rank"] for name, entry in state["modules"].items()}
         write_ranks(save_directory, ranks, state["config"])
-        live.saved_to = str(save_directory)
 
 
 # What the fields may be ----------------------------------------------------------------------------------------------

@@ -57,7 +57,6 @@ class LiveAdapter:
         ever_controlled: Whether a controller has ever taken a step.
         dtype_is_settled: Whether PEFT has chosen the dtype of the pairs.
         about: What is saved of the outputs of its model.
-        saved_to: The folder that the adapter was last saved to; None before it was.
     """
 
     def __init__(self, config: AromaConfig) -> None:
@@ -67,7 +66,6 @@ class LiveAdapter:
         self.ever_controlled = False
         self.dtype_is_settled = False
         self.about = UNKNOWN
-        self.saved_to: str | None = None
         self._controller: weakref.ref[Any] | None = None
         self._snapshot: Snapshot | None = None
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..about import about_model
 from ..errors import ConfigError, bad_value
-from ..forms import is_component
+from ..patterns import is_component
 from ..reset import fresh_component
 from ..sharding import gathered, is_partitioned, is_sharded, shard_like
 from .config import PEFT_TYPE, AromaConfig
