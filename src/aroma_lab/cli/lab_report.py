@@ -20,7 +20,7 @@ TABLES = {
 }
 FORMAT_NAMES = ("text", "markdown", "latex", "csv")
 FIGURES = {
-    "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for one seed of each method",
+    "ranks": "Figures 3 and 5: rank and effective rank of every matrix, for the lowest seed of each method",
     "planted": "found against planted rank of every matrix, of a task that plants them",
     "memory": "found rank, and what is recalled, against the number of pairs to remember",
     "budget": "score against trained rank: the curve of LoRA's fixed ranks, and what finds its own",
@@ -64,7 +64,6 @@ def add_parser(commands: Any) -> None:
     figure.add_argument("--out", metavar="FILE", help="new .png, .svg or .pdf file (KIND.png, or KIND-TASK.png)")
     figure.add_argument("--task", metavar="TASK", help="show this task (needed where there are several)")
     figure.add_argument("--methods", metavar="METHOD", nargs="+", help="show these, in this order (all)")
-    figure.add_argument("--seed", type=int, help="seed shown by ranks (the lowest)")
     add_force(figure)
     figure.set_defaults(run=run_figure)
 
@@ -118,8 +117,7 @@ def run_figure(arguments: argparse.Namespace) -> None:
     from ..report.figures import draw_figure
 
     require_picture_name("--out", out)
-    choice = {key: getattr(arguments, key) for key in ("task", "methods", "seed")}
-    save_picture(draw_figure(arguments.kind, arguments.folder, **choice), out)
+    save_picture(draw_figure(arguments.kind, arguments.folder, arguments.task, arguments.methods), out)
     print(f"picture: {out}")
 
 

@@ -25,12 +25,11 @@ _FAINT, _PALETTE = "#767676", "colorblind"
 
 @dataclass(frozen=True)
 class Shown:
-    """The runs that a figure shows, by seed, and what else was chosen; see `draw_figure`."""
+    """The runs that a figure shows, by seed, and methods and tasks in their order; see `draw_figure`."""
 
     frame: pd.DataFrame
     methods: Sequence[str]
     tasks: Sequence[str]
-    seed: int | None
 
 
 def draw_figure(
@@ -38,7 +37,6 @@ def draw_figure(
     folder: str | os.PathLike[str],
     task: str | None = None,
     methods: Sequence[str] | None = None,
-    seed: int | None = None,
 ) -> Figure:
     """Return a figure of finished runs.
 
@@ -47,7 +45,6 @@ def draw_figure(
         folder: Whatever `read_runs` takes: output folder of a grid, table of runs, folder of a run.
         task: Name of the task; None if there is only one, or all are shown.
         methods: Labels of the methods, in the order shown; None for all.
-        seed: For `ranks`, the seed that is shown; None for the lowest.
 
     Raises:
         ConfigError: A choice names what is not there, or leaves open what has to be chosen.
@@ -64,18 +61,14 @@ def draw_figure(
         raise bad_value("--task", None, f"this figure shows one task; choose one of {', '.join(tasks)}")
     frame = frame[frame.task.isin(tasks)]
     labels = _only("--methods", methods, [label for label in runs.methods if (frame.method == label).any()])
-    return FIGURES[kind](Shown(frame[frame.method.isin(labels)], labels, tasks, seed))
+    return FIGURES[kind](Shown(frame[frame.method.isin(labels)], labels, tasks))
 
 
 def ranks_figure(shown: Shown) -> Figure:
-    """Return Figures 3 and 5: rank and effective rank of every matrix, for one seed of each method."""
+    """Return Figures 3 and 5: rank and effective rank of every matrix, for the lowest seed of each method."""
     panels = {}
     for method in shown.methods:
-        runs = shown.frame[shown.frame.method == method]
-        run = next((one for one in rows_of(runs) if shown.seed in (None, one.seed)), None)
-        if run is None:
-            known = ", ".join(map(str, runs.seed))
-            raise bad_value("--seed", shown.seed, f"{method} has no finished run of it; there are {known}")
+        run = rows_of(shown.frame[shown.frame.method == method])[0]
         effective = run.result["effective_ranks"]
         matrices = [MatrixRank(name, rank, effective[name]) for name, rank in run.result["ranks"].items()]
         if matrices:

@@ -6,12 +6,11 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-
-from .statistics import CONFIDENCE
 
 EMPTY = "–"
 """Text of a cell without value."""
@@ -71,17 +70,14 @@ class Table:
             winner = words(np.nanmax(means))
             self.best |= {(title, row) for row, mean in enumerate(means) if words(mean) == winner}
 
-    def difference(self, title: str, found: pd.DataFrame, planned: int) -> None:
-        """Add a column of differences, as `statistics.paired_differences` returns them, of so many planned pairs."""
-        texts = []
-        row: Any
-        for row in found.itertuples():
-            interval = "no interval" if math.isnan(row.low) else f"{signed_points(row.low)}, {signed_points(row.high)}"
-            pairs = "" if row.pairs == planned else f" ({row.pairs:.0f} of {counted(planned, 'pair')})"
-            shown = f"{signed_points(row.difference)} [{interval}]{pairs}"
-            texts.append(EMPTY if math.isnan(row.difference) else shown)
-        values = {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
-        self.add(f"{title} [{CONFIDENCE:.0%}]", texts, **values, difference_pairs=found.pairs.astype("Int64"))
+    def difference(self, title: str, prefix: str, found: pd.DataFrame) -> None:
+        """Add a column of mean differences and their standard errors, which are columns of `found`."""
+        values = found[[f"{prefix}difference", f"{prefix}error", *([] if prefix else ["pairs"])]]
+        texts = [
+            EMPTY if math.isnan(mean) else signed_points(mean) + ("" if math.isnan(error) else f" ± {points(error)}")
+            for mean, error in values.to_numpy()[:, :2].astype(float)
+        ]
+        self.add(title, texts, **values)
 
     def frame(self, emphasize: Callable[[str], str] = str, escape: Callable[[str], str] = str) -> pd.DataFrame:
         """Return what is shown with all texts escaped, and the best ones emphasized."""
@@ -111,8 +107,9 @@ class Table:
         if form == "latex":
             return self._latex()
         if form == "markdown":
-            frame = self.frame("**{}**".format, _escape_markdown)
-            caption, *notes = map(_escape_markdown, self.about("Bold"))
+            escape = partial(re.sub, r"([\\|*_<>`])", r"\\\1")
+            frame = self.frame("**{}**".format, escape)
+            caption, *notes = map(escape, self.about("Bold"))
             notes = [f"- {note}" for note in notes]
         else:
             frame = self.frame("*{}".format)
@@ -176,10 +173,6 @@ _LATEX = str.maketrans(
         **{"[": "{[}", "]": "{]}", "*": "{*}"},
     }
 )
-
-
-def _escape_markdown(words: str) -> str:
-    return re.sub(r"([\\|*_<>`])", r"\\\1", words)
 
 
 def _escape_latex(words: str) -> str:

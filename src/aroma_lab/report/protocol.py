@@ -11,8 +11,6 @@ from ..study.selection import edges
 from .formats import counted, listing, span
 from .runs import Runs, rows_of
 
-_MOST_NAMES = 4
-"""Runs that a note names; of more it gives the number."""
 _MACHINE = ("git_revision", "platform", "device", "cpu_count", "threads")
 _CHECKPOINTS = {"last": "those of the last step", "best": "those of the best evaluation on held-out training examples"}
 
@@ -54,10 +52,9 @@ def common_notes(runs: Runs) -> list[str]:
     begun = {(row["task"], row["method"], row["seed"]) for row in runs.rows if not row["selects"]}
     cells = [(task, method, seed) for task in runs.tasks for method in runs.methods for seed in runs.seeds]
     missing = [f"{task}/{method}/seed-{seed}" for task, method, seed in cells if (task, method, seed) not in begun]
-    failed = [f"{one.name}: {one.message}" for one in rows_of(runs.in_state("failed"))]
     ahead = runs.selecting.name[[bool(result.get("reported")) for result in runs.selecting.result]]
     return [
-        *(f"Failed: {one}" for one in failed),
+        *(f"Failed: {one.name}: {one.message}" for one in rows_of(runs.in_state("failed"))),
         *_note("Not finished: {}.", runs.in_state("unfinished").name),
         *_note("Not begun: {}.", missing),
         *_stopped_early(runs),
@@ -137,6 +134,6 @@ def _note(sentence: str, names: Iterable[str]) -> list[str]:
 
 
 def _who(names: Iterable[str]) -> str:
-    """Return the names, or how many runs there are if they are many; empty if there are none."""
+    """Return the names, or how many runs there are if they are more than four; empty if there are none."""
     runs = list(names)
-    return ", ".join(runs) if len(runs) <= _MOST_NAMES else counted(len(runs), "run")
+    return ", ".join(runs) if len(runs) <= 4 else counted(len(runs), "run")

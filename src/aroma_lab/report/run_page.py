@@ -42,6 +42,7 @@ def run_facts(folder: str | os.PathLike[str]) -> RunFacts:
     history, curve = read_json(files.history), row["curve"]
     effective, relative = result.get("effective_ranks", {}), result.get("relative_updates", {})
     early = f"It stopped early, after {row['steps']:,} of {row['planned_steps']:,} planned steps."
+    of_rank_1 = result["parameters"]["average"] / result["trained_rank"] if result.get("trained_rank") else None
     return RunFacts(
         title=str(row["task"]) if trial.get("data") is None else files.root.resolve().name,
         about=[f"model {Path(trial['model']).name}", f"method {row['method']}", f"seed {row['seed']}"],
@@ -56,7 +57,7 @@ def run_facts(folder: str | os.PathLike[str]) -> RunFacts:
         scores=[(one["step"], one["split"], one[metric]) for one in history["evaluations"] if metric in one],
         parameters=curve["parameters"],
         head_parameters=result["parameters"]["head"],
-        lora_parameters=_of_lora(result),
+        lora_parameters=None if of_rank_1 is None else round(LORA_RANK * of_rank_1),
         matrices=[
             MatrixFacts(name, int(rank), effective.get(name), relative.get(name))
             for name, rank in result.get("ranks", {}).items()
@@ -85,13 +86,6 @@ def _results(trial: Mapping[str, Any], result: Mapping[str, Any]) -> list[Result
         *(Result(split, metrics) for split, metrics in result["reported"].items()),
         *(Result(f"{split}, for guessing", guessed[split], "guess") for split in splits if split in guessed),
     ]
-
-
-def _of_lora(result: Mapping[str, Any]) -> int | None:
-    """Return the parameters of a LoRA on the same matrices."""
-    if not result.get("trained_rank"):
-        return None
-    return round(LORA_RANK * result["parameters"]["average"] / result["trained_rank"])
 
 
 def _command(files: TrialFiles, trial: Mapping[str, Any]) -> str:

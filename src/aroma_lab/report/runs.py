@@ -7,7 +7,6 @@ A frame has one row for each run. Its plain columns are what tables group by and
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ _PARTS = ("trial", "result", "curve", "evaluations", "ended")
 """Columns that the table of runs has as JSON. `ended` has outer step and module of every inner loop that ended."""
 _OF_MATRICES = ("effective_ranks", "relative_updates")
 """Measures by matrix in a result, of which the table of runs keeps four digits."""
-_ONLY_OF_REPORTED = ("curve", "evaluations", "ended", "inner_checks", "states", "explanation", *_OF_MATRICES)
-"""What the table of runs keeps of reported runs alone."""
 _NOT_KEPT = ("singular_values", "overlaps")
 """Long parts of a result that no table and no figure reads, and the table of runs leaves out."""
 _MACHINE = ("git_revision", "platform", "device", "cpu_count", "threads")
@@ -44,7 +41,7 @@ _COLUMNS = (
     *("name", "folder", "where", "state", "message", "task", "method", "seed", "kind", "model", "selects"),
     *("metric", "score", "steps", "planned_steps", "stopped_early", *_RANKS, *_MACHINE),
     *(f"{key}_parameters" for key in _PARAMETERS),
-    *("training_seconds", *_PARTS),
+    *_PARTS,
 )
 """Columns of a frame. `folder` is the run's folder within the grid's, `where` says where it was read, for errors."""
 
@@ -94,12 +91,8 @@ class Runs:
 
     def of(self, method: str | None = None, task: str | None = None) -> pd.DataFrame:
         """Return the reported runs of a method and a task, by seed; None: of any."""
-        frame = self.reported
-        if method is not None:
-            frame = frame[frame.method == method]
-        if task is not None:
-            frame = frame[frame.task == task]
-        return frame.sort_values("seed", kind="stable")
+        frame = self.reported.sort_values("seed", kind="stable")
+        return frame[((frame.method == method) | (method is None)) & ((frame.task == task) | (task is None))]
 
     def finished_methods(self, kind: str | None = None) -> list[str]:
         """Return the labels of the methods, of a kind if given, that have a reported run, in order."""
@@ -137,8 +130,8 @@ def read_runs(source: str | os.PathLike[str]) -> Runs:
     twice = runs.reported[runs.reported.duplicated(keys, keep=False)].sort_values(keys, kind="stable")
     if len(twice):
         first, second = rows_of(twice)[:2]
-        same = f"both hold {first.task}, {first.method}, seed {first.seed}"
-        raise CheckpointError(f"{second.where} and {first.where}: {same}; move one of them away")
+        same = f"both hold {first.task}, {first.method}, seed {first.seed}; move one of them away"
+        raise CheckpointError(f"{second.where} and {first.where}: {same}")
     return runs
 
 
@@ -151,24 +144,19 @@ def collect_runs(runs: Runs, path: str | os.PathLike[str]) -> None:
     """Write all runs into one Parquet file, from which every table and figure comes out the same.
 
     Settings, versions, metrics, ranks, curves, evaluations and inner checks are kept; events, losses and adapters are
-    not. Of runs that chose a setting no table or figure shows more than that and what they were made with. Measures of
-    single matrices, which are most of what a run says, have four digits.
+    not. Measures of single matrices, which are most of what a run says, have four digits.
     """
     frame = _frame(runs.rows).drop(columns="where")
+    frame["result"] = frame.result.map(_shortened)
     for part in _PARTS:
-        values = zip(frame[part], frame.selects, strict=True)
-        frame[part] = [_as_json(part, one, selects) for one, selects in values]
+        frame[part] = [None if value is None else json.dumps(value, ensure_ascii=False) for value in frame[part]]
     write_bytes(path, frame.to_parquet(index=False, compression="zstd", compression_level=19))
 
 
-def _as_json(part: str, value: Any, selects: bool) -> str | None:
-    if value is None or (selects and part in _ONLY_OF_REPORTED):
-        return None
-    if part == "result":
-        value = {key: one for key, one in value.items() if not (selects and key in _ONLY_OF_REPORTED)}
-        for key in [key for key in _OF_MATRICES if key in value]:
-            value[key] = {name: float(f"{measure:.4g}") for name, measure in value[key].items()}
-    return json.dumps(value, ensure_ascii=False)
+def _shortened(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    measured = {key: result[key] for key in _OF_MATRICES if key in result} if result else {}
+    digits = {key: {name: float(f"{one:.4g}") for name, one in values.items()} for key, values in measured.items()}
+    return {**result, **digits} if result else None
 
 
 def rows_of(frame: pd.DataFrame) -> list[Run]:
@@ -197,7 +185,6 @@ def _read_folder(folder: Path, root: Path) -> dict[str, Any]:
     try:
         if files.result.exists():
             parts["result"] = {key: value for key, value in _read(files.result).items() if key not in _NOT_KEPT}
-            # Figures need these two, tables do not.
             parts["curve"] = _read(files.curve) if files.curve.exists() else None
             parts["evaluations"] = _read(files.history)["evaluations"] if files.history.exists() else None
             parts["ended"] = _read_ended(files.events) if files.events.exists() else []
@@ -247,7 +234,6 @@ def _row(parts: Mapping[str, Any], message: str | None, folder: str, where: str)
         row |= {key: result.get(key) for key in _RANKS}
         row |= {"score": float(result["score"])} | {key: int(result[key]) for key in ("steps", "planned_steps")}
         row |= {f"{key}_parameters": float(result["parameters"][key]) for key in _PARAMETERS}
-        row["training_seconds"] = math.fsum(result["epoch_seconds"])
     return row
 
 

@@ -1,4 +1,4 @@
-"""Means, deviations, paired differences with their bootstrap intervals, and which tasks were learnt at all."""
+"""Means, deviations, paired differences with their standard errors, and which tasks were learnt at all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, t
+from scipy.stats import t
 
 from ..study.selection import first_of
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
 CHANCE = 0.05
 """Chance that a task on which every method is as good as head-only counts as learnt all the same."""
 AVERAGE = "average"
@@ -34,49 +32,28 @@ def spread(frame: pd.DataFrame, value: str, methods: Sequence[str]) -> pd.DataFr
     return found.assign(count=found["count"].fillna(0).astype(int))
 
 
-def paired_differences(frame: pd.DataFrame, value: str, baseline: str, methods: Sequence[str]) -> pd.DataFrame:
-    """Return how much more each method's runs score than the baseline's of the same task and seed.
-
-    The interval is the percentile bootstrap's: the seeds of each task are drawn with replacement, and a pair stays a
-    pair. Tasks are taken as given, so it says nothing about tasks that were not run.
+def paired_difference(scores: pd.DataFrame, method: str, other: str | None) -> tuple[float, float, int]:
+    """Return how much more a method's runs score than another's of the same task and seed.
 
     Args:
-        frame: Runs with their `task`, `method` and `seed`.
-        value: Column that is compared.
-        baseline: Method that the others are compared with.
-        methods: Rows of the answer.
+        scores: A row for each task and seed, a column for each method.
+        method: The method.
+        other: What it is compared with.
 
     Returns:
-        By method `difference` (mean over tasks of the mean over seeds), `low` and `high` (NaN where a task has a
-        single pair), and `pairs`.
+        Mean over the tasks of the mean over seeds; its standard error, of the seeds alone, since tasks are taken as
+        given (NaN where a task has a single pair); number of pairs. NaN without a pair.
     """
-    runs = frame.dropna(subset=[value]).sort_values("seed", kind="stable")
-    base = runs[runs.method == baseline].set_index(["task", "seed"])[value].rename("base")
-    pairs = runs.join(base, on=["task", "seed"], how="inner")
-    pairs = pairs.assign(difference=pairs[value] - pairs.base)
-    rows = {}
-    for method, of_method in pairs.groupby("method", sort=False):
-        samples = of_method.groupby("task", sort=False)["difference"].apply(np.asarray)
-        has_interval = samples.map(len).min() > 1
-        low, high = _interval(list(samples)) if has_interval else (np.nan, np.nan)
-        rows[method] = (samples.map(np.mean).mean(), low, high, len(of_method))
-    columns = ["difference", "low", "high", "pairs"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).reindex(list(methods))
+    if method not in scores or other not in scores:
+        return math.nan, math.nan, 0
+    by_task = scores[method].sub(scores[other]).dropna().groupby("task").agg(["mean", "sem", "count"])
+    return *mean_of_means(by_task["mean"], by_task["sem"]), int(by_task["count"].sum())
 
 
-def _interval(samples: Sequence[np.ndarray[Any, Any]]) -> tuple[float, float]:
-    def mean_of_sample_means(*drawn: Any, axis: int) -> Any:
-        return np.mean([np.mean(sample, axis=axis) for sample in drawn], axis=0)
-
-    found = bootstrap(
-        samples,
-        mean_of_sample_means,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+def mean_of_means(means: pd.Series[float], errors: pd.Series[float]) -> tuple[float, float]:
+    """Return the mean of independent means, and its standard error; NaN if there are none, or one is unknown."""
+    error = np.sqrt((errors**2).sum(skipna=False)) / len(errors) if len(errors) else math.nan
+    return float(means.mean(skipna=False)), float(error)
 
 
 def not_learnt(frame: pd.DataFrame) -> dict[str, str]:
@@ -157,14 +134,14 @@ def regrets(
         best = _best(of_task[of_task.index.isin(fixed)])
         for method in growing:
             if best is not None and method in of_task.index:
-                *over_best, pairs = _difference(scores.loc[task], method, str(best.name))
-                over_chosen = _difference(scores.loc[task], method, chosen.get(task))[:2]
+                *over_best, pairs = paired_difference(scores.loc[[task]], method, str(best.name))
+                *over_chosen, _ = paired_difference(scores.loc[[task]], method, chosen.get(task))
                 row = _compared(of_task.loc[method], best, over_best, over_chosen)
                 rows.append({"task": task, **row, "pairs": pairs, "chosen": chosen.get(task)})
     rows = [row for row in rows if row["pairs"]]
     found = pd.DataFrame(rows, columns=_REGRET)
-    over_tasks = [row for method in growing if (row := _average_row(found, cells, scores, method, fixed))]
-    return pd.DataFrame([*rows, *over_tasks], columns=_REGRET)
+    over_tasks = (_average_row(found, cells, scores, method, fixed) for method in growing)
+    return pd.DataFrame([*rows, *filter(None, over_tasks)], columns=_REGRET)
 
 
 def _best(cells: pd.DataFrame) -> Any:
@@ -172,14 +149,6 @@ def _best(cells: pd.DataFrame) -> Any:
     compared = cells[cells.seeds == cells.seeds.max()]
     ordered = compared.sort_values(["mean", "trained"], ascending=[False, True])
     return None if ordered.empty else ordered.iloc[0]
-
-
-def _difference(scores: pd.DataFrame, method: str, other: str | None) -> tuple[float, float, int]:
-    """Return the mean difference of two columns of `scores`, its standard error and the seeds in common."""
-    if method not in scores or other not in scores:
-        return math.nan, math.nan, 0
-    found = scores[method].sub(scores[other]).dropna()
-    return float(found.mean()), float(found.sem()), len(found)
 
 
 def _compared(own: Any, best: Any, over_best: Sequence[float], over_chosen: Sequence[float]) -> dict[str, Any]:
@@ -204,15 +173,9 @@ def _average_row(
     best = _best(means[means.index.isin(fixed)])
     if len(own) < 2 or best is None:
         return None
-    over_best = _mean_of_means([_difference(scores.loc[task], method, str(best.name))[:2] for task in own.task])
-    over_chosen = _mean_of_means(list(zip(own.chosen_difference, own.chosen_error, strict=True)))
+    *over_best, _ = paired_difference(scores.loc[list(own.task)], method, str(best.name))
+    over_chosen = mean_of_means(own.chosen_difference, own.chosen_error)
     return {"task": AVERAGE, **_compared(means.loc[method], best, over_best, over_chosen)}
-
-
-def _mean_of_means(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the mean of independent means, and its standard error."""
-    differences, errors = np.array(found).T
-    return float(differences.mean()), float(np.sqrt((errors**2).sum()) / len(errors))
 
 
 def chosen_by_trying(selecting: pd.DataFrame, methods: Sequence[str], by: str) -> dict[str, str]:

@@ -12,22 +12,11 @@ import pandas as pd
 from aroma.errors import bad_value
 from aroma.pictures import positions_of
 
-from .formats import EMPTY, Table, decimals, plain, points, signed_points
+from .formats import EMPTY, Table, decimals, plain, points
 from .protocol import common_notes, holds_out, protocol, seeds_sentence
 from .runs import Run, Runs, has_fixed_rank, rows_of
-from .statistics import (
-    AVERAGE,
-    CONFIDENCE,
-    RESAMPLES,
-    chosen_by_trying,
-    not_learnt,
-    paired_differences,
-    regrets,
-    spread,
-)
+from .statistics import AVERAGE, chosen_by_trying, not_learnt, paired_difference, regrets, spread
 
-DEFAULT_BASELINE = "lora-r8"
-"""Method that others are compared with if it has run and no other was named."""
 _RANK_TRAINED = "trainable parameters, averaged over the planned steps, over those of rank 1 in all matrices"
 """What captions say of `trained_rank`."""
 _NOT_LEARNT = ", not learnt"
@@ -49,8 +38,8 @@ def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metr
     finished = runs.finished_methods()
     if baseline is not None and baseline not in finished:
         raise bad_value("--baseline", baseline, f"no run of it has finished; give one of {', '.join(finished)}")
-    if baseline is None and DEFAULT_BASELINE in finished:
-        baseline = DEFAULT_BASELINE
+    if baseline is None and "lora-r8" in finished:
+        baseline = "lora-r8"
     if kind in ("main", "sets"):
         table = scores_table(runs, _task_scores(runs) if kind == "main" else _set_scores(runs, metric), baseline)
     else:
@@ -87,13 +76,10 @@ def scores_table(runs: Runs, scores: pd.DataFrame, baseline: str | None) -> Tabl
         table.numbers(title, key, parameters.reindex(runs.methods).tolist(), lambda value: f"{value:,.0f}")
     table.caption = f"{seeds_sentence(runs)} Scores in points (100 × metric); parameters without the head's."
     if baseline is not None and compared:
-        found = paired_differences(averages, "value", baseline, runs.methods)
-        table.difference(f"− {baseline}", found, len(compared) * len(runs.seeds))
-        table.caption += (
-            f" Difference to {baseline}: of runs of the same task and seed, mean over the tasks; interval: "
-            f"{CONFIDENCE:.0%} bootstrap, percentiles of {RESAMPLES:,} resamples of the seeds of each task, which is "
-            "too narrow with fewer than ten seeds."
-        )
+        paired = averages.pivot_table(index=["task", "seed"], columns="method", values="value")
+        found = [paired_difference(paired, method, baseline) for method in runs.methods]
+        table.difference(f"− {baseline}", "", pd.DataFrame(found, columns=["difference", "error", "pairs"]))
+        table.caption += f" Difference to {baseline}: of runs of the same task and seed, mean ± standard error."
     table.notes = [*unlearnt.values()]
     return table
 
@@ -154,14 +140,11 @@ def regret_table(runs: Runs) -> Table:
     table.add("best fixed", rows.best.tolist(), best=rows.best)
     best = rows[["best_mean", "best_std", "best_seeds"]].set_axis(["mean", "std", "count"], axis="columns")
     table.spread("its score", ["best_mean", "best_std", "best_seeds"], best, points)
-    texts = [*map(_difference_text, rows.difference, rows.error)]
-    table.add("difference", texts, difference=rows.difference, error=rows.error, pairs=rows.pairs)
+    table.difference("difference", "", rows)
     table.add("no worse, no dearer", ["yes" if met else "no" for met in rows.met], met=rows.met)
     if rows.chosen_difference.notna().any():
         table.add("chosen by trying", rows.chosen.fillna(EMPTY).tolist(), chosen=rows.chosen)
-        texts = [*map(_difference_text, rows.chosen_difference, rows.chosen_error)]
-        values = {key: rows[key] for key in ("chosen_difference", "chosen_error")}
-        table.add("difference to it", texts, **values)
+        table.difference("difference to it", "chosen_", rows)
     table.notes = [*unlearnt.values()]
     table.caption = (
         "Best fixed: the LoRA with the highest mean on the reported examples, which nobody could have known before. "
@@ -249,12 +232,6 @@ def _predicted_step(options: Mapping[str, Any]) -> float:
     )
     # The norm grows from c(t − ΔT) to ct, by the share ΔT / (t − ΔT), which is less than ε once t > ΔT (1 + 1/ε).
     return float(round(interval * (1 + 1 / tolerance), 6)) if tolerance else np.nan
-
-
-def _difference_text(difference: float, error: float) -> str:
-    if np.isnan(difference):
-        return EMPTY
-    return signed_points(difference) + ("" if np.isnan(error) else f" ± {points(error)}")
 
 
 def _task_scores(runs: Runs) -> pd.DataFrame:
