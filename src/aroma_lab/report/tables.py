@@ -19,8 +19,6 @@ from .statistics import AVERAGE, chosen_by_trying, not_learnt, paired_difference
 
 _RANK_TRAINED = "trainable parameters, averaged over the planned steps, over those of rank 1 in all matrices"
 """What captions say of `trained_rank`."""
-_NOT_LEARNT = ", not learnt"
-"""Ends the title of a column of scores that no method is marked in; see `not_learnt`."""
 
 
 def make_table(runs: Runs, kind: str = "main", baseline: str | None = None, metric: str | None = None) -> Table:
@@ -59,7 +57,7 @@ def scores_table(runs: Runs, scores: pd.DataFrame, baseline: str | None) -> Tabl
     table = Table(runs.methods, len(runs.seeds))
     unlearnt = not_learnt(runs.reported)
     for (task, key, title), of_column in scores.groupby(["task", "key", "title"], sort=False):
-        shown = f"{title}{_NOT_LEARNT}" if task in unlearnt else str(title)
+        shown = f"{title}, not learnt" if task in unlearnt else str(title)
         heads = [f"{key}_{name}" for name in ("mean", "std", "seeds")]
         table.spread(shown, heads, spread(of_column, "value", runs.methods), points, mark=task not in unlearnt)
     compared = [task for task in runs.tasks if task not in unlearnt]
