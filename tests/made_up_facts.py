@@ -20,21 +20,6 @@ RANKS = {
 """Rank of every matrix, from each step on."""
 
 
-def events() -> list[dict[str, Any]]:
-    """First checks and merges as `Event.as_dict()` has them, in order."""
-    return sorted(
-        (
-            {
-                **{"kind": "merged" if rank else "checked", "step": step, "outer_step": 1, "inner_step": 0},
-                **{"module": module, "value": 0.1, "rank": rank, "converged": False},
-            }
-            for module, ranks in RANKS.items()
-            for step, rank in ranks
-        ),
-        key=lambda one: one["step"],
-    )
-
-
 def made_up(**changes: Any) -> RunFacts:
     """A whole run of 240 steps, but for `changes`."""
     facts = RunFacts(

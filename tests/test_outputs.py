@@ -39,7 +39,7 @@ FILES: dict[str, tuple[list[str], str]] = {
     "generate --out": (["generate", "a", "x.jsonl", "--out", "OUT"], ".jsonl"),
     "bench --out": (["bench", "--out", "OUT"], ".json"),
     "lab table --out": (["lab", "table", "r", "--out", "OUT"], ".csv"),
-    "lab figure --out": (["lab", "figure", "curves", "r", "--out", "OUT"], ".png"),
+    "lab figure --out": (["lab", "figure", "ranks", "r", "--out", "OUT"], ".png"),
     "lab collect --out": (["lab", "collect", "r", "--out", "OUT"], ".parquet"),
 }
 """Every file that a command writes: the command, and the suffix of the file."""
