@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from aroma.cli.quiet import quiet
 from aroma.errors import AromaWarning
 
-from ..run.machine import peak_bytes
-from ..study.child import end_with
+from ..run.machine import end_with_parent, peak_bytes
 from .cases import FLOOR, Contender, select_cases
 from .models import BenchSettings, make_batch, make_model
 
@@ -74,13 +72,13 @@ def peak_resident_bytes(settings: BenchSettings, key: str) -> int | None:
 
 
 def fresh_process() -> ProcessPoolExecutor:
-    """Return a process that has nothing of this one; on Linux it ends when this one is killed."""
+    """Return a process that has nothing of this one, and ends when this one is killed."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_begin)
 
 
-def _begin(parent: int) -> None:
-    end_with(parent)
+def _begin() -> None:
+    end_with_parent()
     quiet()
 
 
