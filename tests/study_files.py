@@ -21,6 +21,7 @@ import fake_trial
 
 TESTS = Path(__file__).parent
 RATE, DECAY = "training.learning_rate", "training.weight_decay"
+HEAD_RATE = "training.head_learning_rate"
 
 
 def grid_values(output: Path, **changes: Any) -> dict[str, Any]:
@@ -36,6 +37,15 @@ def grid_values(output: Path, **changes: Any) -> dict[str, Any]:
         **changes,
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def whole_grid(**changes: Any) -> Any:
+    """Return a grid of two tasks and two methods, with `changes` by key."""
+    from aroma_lab.study.grid import make_grid
+
+    methods = {"lora": {"kind": "lora", "r": 8}, "head": {"kind": "head_only"}}
+    tasks = {"mrpc": None, "rte": {"max_length": 128}}
+    return make_grid({**grid_values(Path("out"), tasks=tasks, methods=methods), **changes})
 
 
 def search_values(output: Path, **changes: Any) -> dict[str, Any]:

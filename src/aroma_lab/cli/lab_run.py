@@ -15,6 +15,7 @@ from aroma.cli.texts import add_command
 
 if TYPE_CHECKING:
     from ..study.folder import Ended
+    from ..study.grid import Grid
 
 
 def add_parser(commands: Any) -> None:
@@ -56,22 +57,22 @@ def run(arguments: argparse.Namespace) -> int:
     from ..study.grid import load_grid
     from ..study.run import list_grid, run_grid
 
-    grid = load_grid(arguments.grid, arguments.overrides, processes=arguments.workers)
+    grid: Grid = load_grid(arguments.grid, arguments.overrides, processes=arguments.workers)
     tasks, methods = arguments.tasks, arguments.methods
     if arguments.list:
         states = list_grid(grid, tasks=tasks, methods=methods)
         for name, state in states:
             print(f"{state:12}{name}")
-        counts = Counter(state for _, state in states)
-        print(f"{len(states)} trials: {', '.join(f'{count} {state}' for state, count in counts.items())}")
+        counts = Counter(state for _, state in states).items()
+        print(f"{len(states)} trials: {', '.join(f'{count} {state}' for state, count in counts)}")
         return 0
     from aroma.cli.quiet import quiet
 
     quiet()
     done = run_grid(grid, tasks=tasks, methods=methods, retry_failed=arguments.retry_failed, watch=progress())
-    counts = f"{len(done.finished)} now, {len(done.skipped)} earlier; failed: {len(done.failed)}"
+    ended = f"{len(done.finished)} now, {len(done.skipped)} earlier; failed: {len(done.failed)}"
     files = f"runs/, grid.yaml{', selection.json' if grid.select else ''}"
-    print(f"Trials finished: {counts}. Results are in {grid.output}: {files}.")
+    print(f"Trials finished: {ended}. Results are in {grid.output}: {files}.")
     for name, failure in done.failed.items():
         print(f"failed: {name}: {failure}")
     if done.failed:

@@ -81,11 +81,11 @@ def run_all(plan: Plan, watch: Watch = lambda *_: None, attempt: Attempt = attem
                     if deaths[worker.name] >= MOST_DEATHS:
                         _give_up(plan.runs, worker)
                     workers.append(_start(plan, attempt))
-            while news := [name for name in names if name not in told and plan.runs.ended(name) is not None]:
+            while news := {name: end for name in names if name not in told and (end := plan.runs.ended(name))}:
                 told.update(news)
                 names = plan.names()
-                for name in news:
-                    watch(name, plan.runs.ended(name), len(told.intersection(names)), len(names))
+                for name, end in news.items():
+                    watch(name, end, len(told.intersection(names)), len(names))
     finally:
         for worker in workers:
             worker.process.kill()  # nothing is lost but steps since a checkpoint
