@@ -11,7 +11,7 @@ import pytest
 from aroma.cli import main
 from aroma.errors import ConfigError, DataError
 from aroma_lab.study.grid import load_grid, make_grid
-from aroma_lab.study.search import Found, Search, run_search
+from aroma_lab.study.search import Search, run_search
 from fake_trial import attempt, score_of
 from study_files import DECAY, RATE, output_of, real_grid, runs_in, search_values, start_command, write_yaml
 
@@ -27,7 +27,7 @@ def search_of(output: Path, **changes: Any) -> Search:
     return make_grid(search_values(output, **changes), Search)
 
 
-def searched(output: Path, **changes: Any) -> list[Found]:
+def searched(output: Path, **changes: Any) -> list[dict[str, Any]]:
     return run_search(search_of(output, **changes), attempt=attempt)
 
 
@@ -74,21 +74,21 @@ def test_a_search_runs_each_trial_once_and_more_trials_run_only_what_is_new(tmp_
     out = tmp_path / "out"
     found = searched(out)
     assert sorted(runs_in(log).items()) == [(f"search/{n:04d}", 1) for n in range(4)]
-    rates = [one.values[RATE] for one in found]
+    rates = [one["values"][RATE] for one in found]
     assert len(set(rates)) == 4
     assert all(1e-5 <= rate <= 1e-1 for rate in rates)
-    assert [one.ended.score for one in found] == sorted(map(score_of, rates), reverse=True)
+    assert [one["score"] for one in found] == sorted(map(score_of, rates), reverse=True)
     record = json.loads((out / "search.json").read_text())
     assert record["scored_on"] == "held_out"
-    for entry, one in zip(record["tried"], found, strict=True):
-        assert (entry["values"], entry["score"], entry["error"]) == (one.values, one.ended.score, None)
-        trial = json.loads((out / entry["run"] / "trial.json").read_text())
+    assert record["tried"] == found
+    for entry in found:
+        trial = json.loads((out / "runs" / entry["name"] / "trial.json").read_text())
         assert (trial["purpose"], trial["training"]["learning_rate"]) == ("select", entry["values"][RATE])
 
     assert run_search(search_of(out)) == found, "a finished search needs no data"
     with pytest.raises(DataError, match=r"^tasks\.mine\.train='absent\.jsonl'"):
         run_search(search_of(out, trials=5))
-    assert {*rates} < {one.values[RATE] for one in searched(out, trials=5)}
+    assert {*rates} < {one["values"][RATE] for one in searched(out, trials=5)}
     assert list(runs_in(log).values()) == [1] * 5
     with pytest.raises(
         ConfigError, match=r"search\.json there is of a search with another training\.max_steps, sampl"
@@ -105,10 +105,10 @@ def test_random_points_depend_on_the_seed_alone_and_tpe_learns_and_tries_no_plac
     one, two = searched(tmp_path / "one", processes=1), searched(tmp_path / "two", processes=3)
     assert one == two
     other = searched(tmp_path / "three", seeds=[1])
-    assert {found.values[RATE] for found in one}.isdisjoint(found.values[RATE] for found in other)
+    assert {found["values"][RATE] for found in one}.isdisjoint(found["values"][RATE] for found in other)
     found = searched(tmp_path / "tpe", sampler="tpe", trials=30, processes=2)
-    assert len({one.values[RATE] for one in found}) == 30
-    early, late = ([one.ended.score for one in found if (int(one.name[-4:]) < 10) == is_early] for is_early in (1, 0))
+    assert len({one["values"][RATE] for one in found}) == 30
+    early, late = ([one["score"] for one in found if (int(one["name"][-4:]) < 10) == is_early] for is_early in (1, 0))
     assert sum(late) / 20 > sum(early) / 10
 
 
@@ -125,7 +125,7 @@ def test_two_commands_share_a_search_and_a_killed_trial_keeps_its_values(tmp_pat
     for entry in tried:
         how = entry["values"]["options.fail"]
         assert entry["error"] == ("DataError: no such file" if how == "raise" else None)
-        assert runs_in(log)[entry["run"].removeprefix("runs/")] == (2 if how == "kill once" else 1)
+        assert runs_in(log)[entry["name"]] == (2 if how == "kill once" else 1)
 
 
 @pytest.mark.slow
@@ -139,6 +139,6 @@ def test_the_command_trains_for_real_and_never_opens_what_is_reported(
     tried = json.loads((tmp_path / "out" / "search.json").read_text())["tried"]
     assert "3 trials finished, 0 failed." in capsys.readouterr().out
     for entry in tried:
-        result = json.loads((tmp_path / "out" / entry["run"] / "result.json").read_text())
+        result = json.loads((tmp_path / "out" / "runs" / entry["name"] / "result.json").read_text())
         assert (result["score"], result["reported"]) == (entry["score"], {})
         assert result["examples"] == {"train": 180, "held_out": 20}

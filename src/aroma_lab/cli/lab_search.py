@@ -47,12 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     search = load_grid(arguments.search, arguments.overrides, Search, **given)
     quiet()
     found = run_search(search, progress())
-    finished = [one for one in found if one.ended.failure is None]
-    rows = [[one.name, *one.values.values(), one.ended.score] for one in finished[:_MOST_ROWS]]
+    finished = [one for one in found if one["error"] is None]
+    rows = [[one["name"], *one["values"].values(), one["score"]] for one in finished[:_MOST_ROWS]]
     print(tabulate(rows, ["trial", *search.distributions, "held-out score"], floatfmt=".4g"))
     for one in found:
-        if one.ended.failure is not None:
-            print(f"failed: {one.name}: {one.ended.failure}")
+        if one["error"] is not None:
+            print(f"failed: {one['name']}: {one['error']}")
     counts = f"{len(finished)} trials finished, {len(found) - len(finished)} failed"
     print(f"{counts}. Results are in {search.output}/{SEARCH_FILE}.")
     return 0 if len(finished) == len(found) else 1

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -116,15 +116,9 @@ class SearchPlan:
         return {key: content[part][rest] if rest else content[part] for key, (part, _, rest) in parts.items()}
 
 
-class Found(NamedTuple):
-    """A trial of a search that has ended."""
-
-    name: str
-    values: Settings
-    ended: Ended
-
-
-def run_search(search: Search, watch: Watch = lambda *_: None, attempt: Attempt = worker.attempt) -> list[Found]:
+def run_search(
+    search: Search, watch: Watch = lambda *_: None, attempt: Attempt = worker.attempt
+) -> list[dict[str, Any]]:
     """Run the trials that a search lacks, with other commands on the same folder, and write `search.json`.
 
     Every trial is scored on examples held out from the training data; reported examples are never read.
@@ -134,7 +128,7 @@ def run_search(search: Search, watch: Watch = lambda *_: None, attempt: Attempt 
         attempt: What runs a trial. Tests pass a stand-in, which needs neither methods nor data.
 
     Returns:
-        All trials, the best first; failed ones last.
+        All trials, the best first and failed ones last: `name`, `values`, `score` and `error`, as in `search.json`.
 
     Raises:
         ConfigError: An option that cannot work, or an output folder that holds another search's result.
@@ -153,16 +147,13 @@ def run_search(search: Search, watch: Watch = lambda *_: None, attempt: Attempt 
     if is_open:  # from now on another search is refused here
         write_json(file, record)
         run_all(plan, watch, attempt)
-    found = [
-        Found(name, plan.values(name), end) for name in plan.names() if (end := plan.runs.ended(name)) is not None
-    ]
-    found.sort(key=lambda one: (one.ended.failure is None, one.ended.score), reverse=True)
+    ends = {name: plan.runs.ended(name) or Ended(failure="its files were removed") for name in plan.names()}
     tried = [
-        {"run": f"runs/{one.name}", "values": one.values, "score": one.ended.score, "error": one.ended.failure}
-        for one in found
+        {"name": name, "values": plan.values(name), "score": None if end.failure else end.score, "error": end.failure}
+        for name, end in sorted(ends.items(), key=lambda one: (one[1].failure is None, one[1].score), reverse=True)
     ]
     write_json(file, {**record, "scored_on": "held_out", "tried": tried})
-    return found
+    return tried
 
 
 _FREE = {"output", "processes", "trials", "data", "select"}
