@@ -51,11 +51,10 @@ FOLDERS: dict[str, list[str]] = {
     "train output": ["train", RECIPE, "output=OUT"],
     "lab run output": ["lab", "run", LAB, "output=OUT"],
     "lab search output": ["lab", "search", SEARCH, "output=OUT"],
-    "lab worker output": ["lab", "worker", LAB, "output=OUT"],
 }
 """Every folder that a command fills."""
 
-OPEN_FOLDERS = ("lab run output", "lab search output", "lab worker output")
+OPEN_FOLDERS = ("lab run output", "lab search output")
 """Those that may hold something: what is there is not overwritten, but added to."""
 
 
