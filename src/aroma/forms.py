@@ -52,8 +52,3 @@ def form_of_tensor(name: str, tensor: Tensor) -> tuple[str, Form] | None:
         if name.endswith(ending):
             return name.removesuffix(ending), found
     return None
-
-
-def is_component(name: str) -> bool:
-    """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
-    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))

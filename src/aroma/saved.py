@@ -25,9 +25,9 @@ from torch import Tensor
 
 from .errors import AromaError, AromaWarning, CheckpointError, bad_value, shown_value
 from .files import own_file, read_json, read_tensors, require_adapter_folder
-from .forms import LINEAR, Form, form_of_tensor, is_component
+from .forms import LINEAR, Form, form_of_tensor
 from .patterns import Patterns, wrong
-from .tuner.layout import PEFT_PREFIX, plain_factors
+from .tuner.layout import PEFT_PREFIX, is_component, plain_factors
 from .tuner.state import LARGEST_SIDE, STATE_FILE, is_whole, read_state, require_files
 
 _MOVABLE = ("base_model_name_or_path", "revision")

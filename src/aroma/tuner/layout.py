@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import tensors_digest
-from ..forms import is_component
 from ..sharding import Factors
 
 if TYPE_CHECKING:
@@ -168,6 +167,11 @@ def uniform_config(config: Mapping[str, Any], names: Iterable[str], rank: int) -
 def components_digest(saved: Mapping[str, Tensor]) -> str:
     """Return a digest of the components (any shapes) in an adapter file; trained heads do not count."""
     return tensors_digest({module_name(name): saved[name] for name in saved if is_component(name)})
+
+
+def is_component(name: str) -> bool:
+    """Whether a tensor of a plain adapter, by its name in a file, is a factor of a module's components."""
+    return any(mark in name for mark in (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B"))
 
 
 def finished_tensors(
