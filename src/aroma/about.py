@@ -53,21 +53,20 @@ def is_about(value: Any) -> bool:
 
 
 def about_model(model: Any, task_type: str | None) -> About:
-    """Return what a model says of its outputs.
+    """Return what a model of transformers, wrapped by PEFT or not, says of its outputs.
 
-    Args:
-        model: A model of transformers, wrapped by PEFT or not.
-        task_type: PEFT's task type; where it is None, the name of the model's class tells a classifier.
+    Where PEFT's task type is None, the name of the model's class tells a classifier.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if task_type not in LABELLED_TASKS and (task_type is not None or "Classification" not in type(base).__name__):
         return About()
     config = getattr(base, "config", None)
-    names, meaning = getattr(config, "id2label", None) or {}, getattr(config, "problem_type", None)
-    by_index = {int(index): str(name) for index, name in names.items()}
-    labels = tuple(by_index[index] for index in range(len(by_index))) if {*by_index} == {*range(len(names))} else ()
-    named = labels if labels and labels != unnamed(len(labels)) else None
-    return About(named, len(labels) or None, meaning if isinstance(meaning, str) else None)
+    meaning = getattr(config, "problem_type", None)
+    names = {int(index): str(name) for index, name in (getattr(config, "id2label", None) or {}).items()}
+    if not names or {*names} != {*range(len(names))}:
+        return About(problem_type=meaning)
+    labels = tuple(names[index] for index in range(len(names)))
+    return About(None if labels == unnamed(len(labels)) else labels, len(labels), meaning)
 
 
 def unnamed(count: int) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ def compress_adapter(
         sizes = {"before": weights.stat().st_size, "after": (staging / WEIGHTS).stat().st_size}
         report = {**told, "bytes": sizes, **_report(asked, found)}
         write_json(staging / REPORT, report)
-        if find_spec("matplotlib") and find_spec("PIL"):
+        if find_spec("matplotlib"):
             pairs = {name: (max(before), max(found.ranks[name])) for name, before in found.ranks_before.items()}
             kept_picture(pairs, staging / PICTURE, f"{found.kept} of {found.sizes[-1]} directions stay")
     return report

@@ -6,8 +6,6 @@ import dataclasses
 import os
 import platform
 import re
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -32,10 +30,8 @@ EVALUATION_COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_
 """What the Trainer adds to the metrics of an evaluation, which says nothing of the model."""
 _NO_SETTINGS = ("peft_type", "peft_version", "base_model_name_or_path", "output_dir")
 """Fields that are no one's choice of how to train."""
-_COMMON_NAMES = ("model", "checkpoint", "base", "snapshot")
-"""Names of folders that say nothing of the model in them."""
 _SECRET = re.compile("token|password|secret|apikey|(?<![a-z])key(?![a-z])", re.IGNORECASE)
-"""Names of options whose values are left out of what is passed on."""
+"""Names of fields whose values are left out."""
 
 
 class TrainingRecord:
@@ -51,7 +47,7 @@ class TrainingRecord:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = report_file("report", path)
         self._ranks: dict[str, list[list[int]]] = {}
-        self._began = self._resumed_at = 0.0
+        self._began, self._resumed_at = 0.0, 0
         self._found: list[tuple[ModuleSummary, float | None]] = []
 
     def begin(self, controller: AromaController, state: TrainerState) -> None:
@@ -94,16 +90,10 @@ class TrainingRecord:
     def _facts(
         self, controller: AromaController, args: TrainingArguments, state: TrainerState, model: nn.Module
     ) -> RunFacts:
-        config, log = controller.config, state.log_history
+        config, log, resumed = controller.config, state.log_history, self._resumed_at
         evaluations = _evaluations(log)
         metric = _metric_of(args, evaluations)
         losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-        sizes = [one.layer.in_features + one.layer.out_features for one in controller.modules]
-        notes = []
-        if self._resumed_at:
-            notes.append(
-                f"This training was resumed at optimizer step {self._resumed_at:.0f}, and the time is that since then."
-            )
         return RunFacts(
             title=_title_of(model),
             about=["AROMA", f"seed {args.seed}"],
@@ -114,26 +104,26 @@ class TrainingRecord:
             seconds=time.monotonic() - self._began,
             loss=losses,
             eval_loss=[(step, one["loss"]) for step, one in evaluations.items() if "loss" in one],
-            parameters=sum(
-                (one.layer.in_features + one.layer.out_features) * config.r for one in controller.matrices.active()
-            ),
-            head_parameters=_beside_adapter(controller, model),
-            lora_parameters=LORA_RANK * sum(sizes),
+            parameters=config.r * _sides(controller.matrices.active()),
+            lora_parameters=LORA_RANK * _sides(controller.modules),
             matrices=[MatrixFacts(one.name, one.rank, one.effective_rank, update) for one, update in self._found],
             ranks=self._ranks,
             explanation=controller.explanation(),
-            notes=notes,
+            notes=[f"Resumed at optimizer step {resumed}; the time is that since then."] if resumed else [],
             settings={"AromaConfig": _differing(config), "TrainingArguments": _differing(args)},
             versions=_versions(controller),
-            command=_command(),
         )
+
+
+def _sides(matrices: Iterable[Any]) -> int:
+    """Return the sum of m + n over matrices: the parameters of one component of each."""
+    return sum(one.layer.in_features + one.layer.out_features for one in matrices)
 
 
 def _title_of(model: nn.Module) -> str:
     """Return the pretrained model's name, or its class where it has none."""
     base = getattr(model, "get_base_model", lambda: model)()
-    path = PurePath(getattr(getattr(base, "config", None), "name_or_path", "") or type(base).__name__)
-    return _base_name(str(path.parent if path.is_absolute() and path.name in _COMMON_NAMES else path))
+    return PurePath(getattr(getattr(base, "config", None), "name_or_path", "") or type(base).__name__).name
 
 
 def _evaluations(log: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
@@ -167,25 +157,15 @@ def _results(evaluations: Mapping[int, Mapping[str, float]], log: Iterable[Mappi
     return [*lines, Result(f"evaluation at step {last}", evaluations[last])]
 
 
-def _beside_adapter(controller: AromaController, model: nn.Module) -> int | None:
-    """Return how many parameters train beside the adapter; None where that is not known without gathering."""
-    if controller.matrices.are_sharded:
-        return None
-    own = {id(parameter) for parameter in controller.matrices.parameters}
-    return sum(one.numel() for one in model.parameters() if one.requires_grad and id(one) not in own)
-
-
 def _differing(settings: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are not at their defaults, secrets left out."""
+    """Return the fields of a dataclass that are not at their defaults, secrets and folders left out."""
     written, found = settings.to_dict(), {}
     for field in dataclasses.fields(settings):
-        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        default = made.value if hasattr(made, "value") else made
-        value = written.get(field.name, getattr(settings, field.name))
-        said = isinstance(value, str | int | float | bool | list | tuple | set) and value not in ("", [], (), set())
-        changed = value != default and not (default is None and value is False)
-        if field.init and said and changed and field.name not in _NO_SETTINGS and not _SECRET.search(field.name):
-            found[field.name] = _base_name(value) if isinstance(value, str) else value
+        value, default = written.get(field.name), getattr(field.default, "value", field.default)
+        is_said = isinstance(value, str | int | float | bool | list) and value not in ("", [], default)
+        is_left_out = field.name in _NO_SETTINGS or _SECRET.search(field.name) or os.path.isabs(str(value))
+        if field.init and is_said and not is_left_out and not (default is None and value is False):
+            found[field.name] = value
     return found
 
 
@@ -194,24 +174,3 @@ def _versions(controller: AromaController) -> dict[str, Any]:
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     packages = {name: metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **packages, "platform": platform.platform(), "device": named}
-
-
-def _command() -> str | None:
-    """Return the command line of this process, secrets left out; None in a notebook or an interactive session."""
-    if not sys.argv or sys.argv[0] in ("", "-c") or "ipykernel" in sys.modules:
-        return None
-    words = ["python", *(_base_name(word) for word in sys.orig_argv[1:])]
-    for place, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if not _SECRET.search(name) or not (equals or word.startswith("-")):
-            continue
-        if equals:
-            words[place] = f"{name}=…"
-        elif place + 1 < len(words):
-            words[place + 1] = "…"
-    return shlex.join(words)
-
-
-def _base_name(text: str) -> str:
-    """Return a text as it is, or the last part of a path that begins at the root: it says nothing elsewhere."""
-    return PurePath(text).name if PurePath(text).is_absolute() else text

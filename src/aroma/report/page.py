@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,33 +74,14 @@ def render(template: str, charts: Mapping[str, Chart], folder: Path = ASSETS, **
         folder: Where the template is.
         context: What else the template reads; every text is escaped where it is put.
     """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     drawn = json.loads((ASSETS / "charts.json").read_text(encoding="utf-8"))
     data = {
         "specs": {chart.name: drawn[chart.name] for chart in charts.values()},
         "charts": {name: {"spec": one.name, "data": one.data, "main": one.main} for name, one in charts.items()},
         **context.pop("data", {}),
     }
-    assets = {name: (ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
-    return str(
-        _environment(folder)
-        .get_template(template)
-        .render(
-            charts=charts,
-            data=data,
-            css=assets["page.css"],
-            js=assets["page.js"],
-            vega=base64.b64encode((ASSETS / "vega.min.js.gz").read_bytes()).decode("ascii"),
-            version=__version__,
-            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            **context,
-        )
-    )
-
-
-@cache
-def _environment(folder: Path) -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     environment = Environment(
         loader=FileSystemLoader([folder, ASSETS]),
         autoescape=True,
@@ -110,7 +90,17 @@ def _environment(folder: Path) -> Any:
         lstrip_blocks=True,
     )
     environment.filters["show"] = show
-    return environment
+    page: str = environment.get_template(template).render(
+        charts=charts,
+        data=data,
+        css=(ASSETS / "page.css").read_text(encoding="utf-8"),
+        js=(ASSETS / "page.js").read_text(encoding="utf-8"),
+        vega=base64.b64encode((ASSETS / "vega.min.js.gz").read_bytes()).decode("ascii"),
+        version=__version__,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **context,
+    )
+    return page
 
 
 # Numbers as texts ----------------------------------------------------------------------------------------------------
@@ -123,18 +113,12 @@ def amount(count: float) -> str:
     return f"{rounded / 1000**thousands:.4g}{['', 'K', 'M', 'B'][thousands]}"
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """Return a number with so many significant digits; a dash for None."""
-    if value is None or not math.isfinite(value):
-        return EMPTY
-    return f"{value:,.{digits}g}".replace("-", "−")
-
-
 def measured(value: float | None) -> str:
-    """Return a metric with four decimals, or as many significant digits where it is very large or small."""
+    """Return a metric with four decimals, or four digits where it is very large or small; a dash for none."""
     if value is None or not math.isfinite(value):
         return EMPTY
-    return f"{value:.4f}".replace("-", "−") if value == 0 or 1e-3 <= abs(value) < 1e3 else number(value)
+    form = ".4f" if value == 0 or 1e-3 <= abs(value) < 1e3 else ".4g"
+    return f"{value:{form}}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
@@ -148,12 +132,4 @@ def duration(seconds: float) -> str:
 
 def show(value: object) -> str:
     """Return a setting as a person writes it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float | int):
-        return f"{value:.10g}"
-    if isinstance(value, list | tuple | set | frozenset):
-        return ", ".join(show(one) for one in (value if isinstance(value, list | tuple) else sorted(value)))
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value, default=sorted, ensure_ascii=False)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..pictures import positions_of
 from .facts import LORA_RANK, MatrixFacts, RunFacts, Steps
-from .page import EMPTY, Chart, Table, amount, duration, measured, number, render
+from .page import EMPTY, Chart, Table, amount, duration, measured, render
 
 _MOST_POINTS = 800
 """Points of a line: more than a screen has pixels for, they would only make the page heavy."""
@@ -96,23 +95,22 @@ def _facts_of(one: MatrixFacts) -> list[tuple[str, str]]:
 
 
 def _matrix_table(facts: RunFacts) -> Table:
-    rows = []
-    for one in facts.matrices:
-        effective = EMPTY if one.effective_rank is None or not one.rank else f"{one.effective_rank:.2f}"
-        relative = EMPTY if one.relative_update is None else f"{one.relative_update:.2%}"
-        rows.append([one.name, str(one.rank), effective, relative])
-    return Table(["matrix", "rank", "effective rank", "‖ΔW‖ / ‖W0‖"], rows)
+    known = [dict(_facts_of(one)) for one in facts.matrices]
+    heads = list(dict.fromkeys(head for one in known for head in one))
+    names = [one.name for one in facts.matrices]
+    rows = [[name, *(one.get(head, EMPTY) for head in heads)] for name, one in zip(names, known, strict=True)]
+    return Table(["matrix", *heads], rows)
 
 
 def _of_matrices(facts: RunFacts) -> dict[str, Any]:
-    """Return by module what the chart of the chosen matrix draws, and says in words."""
+    """Return by module what the chart of the chosen matrix draws, up to the run's end, and says in words."""
     return {
         one.name: {
-            "rank": _held(facts.ranks[one.name], facts.steps),
+            "rank": _columns([*facts.ranks[one.name], [facts.steps, facts.ranks[one.name][-1][1]]], "rank"),
             "words": f"Rank {one.rank} at the end.",
         }
         for one in facts.matrices
-        if one.name in facts.ranks
+        if facts.ranks.get(one.name)
     }
 
 
@@ -130,10 +128,10 @@ def _charts(facts: RunFacts) -> dict[str, Chart]:
     """Return the chart of the loss, and that of the matrix that is chosen on the page, which fills it."""
     found = {}
     if facts.loss:
-        data = {"loss": _columns(facts.loss), "eval_loss": _columns(facts.eval_loss)}
+        data = {"loss": _columns(facts.loss, "loss"), "eval_loss": _columns(facts.eval_loss, "loss")}
         (first, before), (last, after) = facts.loss[0], facts.loss[-1]
-        label = f"Training loss: {number(before)} at step {first}, {number(after)} at step {last}."
-        rows = [[str(step), number(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
+        label = f"Training loss: {measured(before)} at step {first}, {measured(after)} at step {last}."
+        rows = [[str(step), measured(value)] for step, value in thinned(facts.loss, _MOST_ROWS)]
         found["loss"] = Chart("loss", label, data, ("loss", "step", "loss"), Table(["step", "loss"], rows))
     if any(one.name in facts.ranks for one in facts.matrices):
         empty: dict[str, Mapping[str, Sequence[Any]]] = {"rank": {"step": [], "rank": []}}
@@ -142,19 +140,10 @@ def _charts(facts: RunFacts) -> dict[str, Chart]:
     return found
 
 
-def _columns(rows: Steps) -> dict[str, Sequence[Any]]:
-    """Return pairs of step and loss as columns; of very many, means of neighbours."""
-    size = math.ceil(len(rows) / _MOST_POINTS) if rows else 1
-    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-    means = [sum(value for _, value in group) / len(group) for group in groups]
-    return {"step": [group[-1][0] for group in groups], "loss": [float(f"{mean:.5g}") for mean in means]}
-
-
-def _held(rows: Steps, end: int) -> dict[str, Sequence[Any]]:
-    """Return a rank that holds from its step on as columns, up to the run's end."""
+def _columns(rows: Steps, name: str) -> dict[str, Sequence[Any]]:
+    """Return pairs of step and number as columns; of very many, some."""
     kept = thinned(rows, _MOST_POINTS)
-    kept += [[end, kept[-1][1]]] if kept and kept[-1][0] < end else []
-    return {"step": [step for step, _ in kept], "rank": [value for _, value in kept]}
+    return {"step": [step for step, _ in kept], name: [float(f"{value:.5g}") for _, value in kept]}
 
 
 # What is said in numbers ---------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def known_by_base(folder: Path, base_model: str | None) -> AdapterWeights:
     state = read_json(own_file(folder, STATE_FILE)) if (folder / STATE_FILE).exists() else {}
     tensors = read_tensors(own_file(folder, "adapter_model.safetensors"))
     head = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
-    adapter = AdapterWeights(folder, read_config(folder) | {"task_type": "SEQ_CLS"}, {}, head, state or None, {}, {})
+    adapter = AdapterWeights(folder, read_config(folder) | {"task_type": "SEQ_CLS"}, {}, head, state or None)
     base, about = AutoConfig.from_pretrained(base_name_of(adapter, base_model)), about_of(adapter)
     outputs, names = output_count(adapter) or base.num_labels, (*base.id2label.values(),)
     own = names if len(names) == outputs and names != unnamed(outputs) else None

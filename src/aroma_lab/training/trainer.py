@@ -67,7 +67,7 @@ class _Bar(ProgressCallback):
     """The Trainer's bar, with the loss beside it in place of a line for every log."""
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
-        if self.training_bar is not None and "loss" in (logs or {}):
+        if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
 

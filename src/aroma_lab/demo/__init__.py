@@ -1,1 +1,0 @@
-"""The demo: AROMA on real articles with a real model, offline."""
