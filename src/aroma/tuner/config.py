@@ -27,7 +27,10 @@ class _Registered(str):
     @property
     def value(self) -> str:
         """The name."""
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 PEFT_TYPE = _Registered("AROMA")
