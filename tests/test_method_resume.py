@@ -173,9 +173,9 @@ def test_a_training_that_goes_on_needs_the_state_of_its_hooks():
 
     callback = HooksCallback(lambda model, optimizer, planned: Hooks())
     arguments = (None, TrainerState(global_step=3, max_steps=10), TrainerControl())
-    with pytest.raises(CheckpointError, match="goes on from step 3, and nobody restored what the method remembers"):
+    with pytest.raises(CheckpointError, match="resumes at step 3 without their state"):
         callback.on_train_begin(*arguments, model=None, optimizer=None)
     callback.load_state_dict({})
     callback.on_train_begin(*arguments, model=None, optimizer=None)
-    with pytest.raises(CheckpointError, match="goes on from step 3"):  # a third training has a state of its own
+    with pytest.raises(CheckpointError, match="resumes at step 3"):  # a third training has a state of its own
         callback.on_train_begin(*arguments, model=None, optimizer=None)

@@ -433,7 +433,7 @@ def test_every_field_of_the_configuration_is_an_option_of_aroma():
     [
         ("lroa", {}, "kind='lroa': there is no such kind of method; the nearest is 'lora'"),
         ("lora", {"rank": 8}, r"options\.rank=8: the method 'lora' has no such key; the nearest is 'options\.r'"),
-        ("bitfit", {"r": 8}, r"options\.r=8: the method 'bitfit' has no options; leave it out"),
+        ("bitfit", {"r": 8}, r"options\.r=8: the method 'bitfit' has no such key; it has none"),
         ("houlsby", {"kind": "pfeiffer"}, r"options\.kind='pfeiffer': the method 'houlsby' has no such key"),
         ("relora", {"inner_tolerance": 0.1}, r"options\.inner_tolerance=0\.1: the method 'relora' has no such key"),
         ("aroma", {"resett": "zero"}, r"options\.resett='zero': .* the nearest is 'options\.reset'"),
@@ -441,16 +441,11 @@ def test_every_field_of_the_configuration_is_an_option_of_aroma():
         ("aroma", {"max_inner_steps": 3}, "max_inner_steps=3: it is smaller than inner_check_interval=10"),
         ("lora", {"r": "many"}, r"options\.r='many': give a whole number"),
         ("lora", {"r": 0}, "r=0: the rank is 1 or more"),
-        ("houlsby", {"size": 0}, "size=0: the bottleneck has at least one neuron"),
         ("lora", {"init": "pissa"}, r"options\.init='pissa': give one of kaiming, eva, lora_ga"),
         ("lora", {"dropout": 1}, r"dropout=1\.0: give a probability in \[0, 1\)"),
-        ("adalora", {"final_share": 1.0}, r"final_share=1\.0: give a share of the planned steps"),
-        ("adalora", {"initial_steps": -1}, "initial_steps=-1: give 0 optimizer steps or more"),
         ("relora_merge", {"prune_ratio": 2}, r"prune_ratio=2\.0: give the share of moments to zero"),
-        ("relora_merge", {"r": 0}, "r=0: the rank is 1 or more"),
         ("relora_merge", {"restart_every": 0}, "restart_every=0: restarts are at least one optimizer step apart"),
         ("adalora", {"target_r": 12}, "target_r=12: give 1 or more, and less than init_r=12"),
-        ("adalora", {"target_r": 0}, "target_r=0: give 1 or more"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(kind, options, message):

@@ -307,9 +307,6 @@ def test_texts_are_split_without_overlap() -> None:
         ({"kind": "planted_net", "ranks": []}, r"tasks\.t\.ranks=\[\]: give one rank or more"),
         ({"kind": "planted_net", "ranks": [-1]}, r"tasks\.t\.ranks=\[-1\]: give one rank or more"),
         ({"kind": "planted_net", "strength": 2}, r"tasks\.t\.strength=2\.0: only tasks of kind planted_encoder"),
-        ({"kind": "planted_net", "train": "a.jsonl"}, r"tasks\.t\.train='a\.jsonl': tasks of kind planted_net do not"),
-        ({"kind": "planted_encoder", "strength": 0}, r"tasks\.t\.strength=0\.0: give a positive number"),
-        ({"kind": "planted_encoder", "label": "x"}, r"tasks\.t\.label='x': tasks of kind planted_encoder do not"),
         ({"noise": 0.1}, r"tasks\.t\.noise=0\.1: only tasks of kind planted_net and planted_encoder have it"),
     ],
 )
@@ -350,7 +347,6 @@ def test_an_encoder_without_enough_texts_or_room_is_refused(material: Path) -> N
     ("data", "message"),
     [
         ({"task": "planted_net", "ranks": [-1]}, r"data\.ranks=\[-1\]: give one rank or more"),
-        ({"task": "planted_net", "train": "a.jsonl"}, r"data\.train='a\.jsonl': tasks of the kind planted_net do not"),
         ({"task": "planted_encoder"}, r"data\.train=None"),
         ({"train": "a.jsonl", "pairs": 5}, r"data\.pairs=5: only tasks of kind memory have it"),
     ],

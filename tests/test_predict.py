@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from aroma import AromaConfig
 from aroma.cli import main
-from aroma_lab.predict import open_classifier_predictor, predict_file
-from aroma_lab.tasks.sources import stream_rows
 from aroma_lab.tasks.task import Task, save_task
 from models import METHOD, set_ranks
 from tiny_classifier import save_tiny_bert, sentences, write_json_lines
@@ -138,20 +135,16 @@ def test_numbers_indices_and_several_labels(home: Path, tmp_path: Path) -> None:
     assert {len(some) for some in chosen} - {1}, "the case has rows with none or several"
 
 
-def test_pairs_and_files_without_a_header(home: Path, tmp_path: Path) -> None:
-    lines = [["w1 w2", "w7"], ["w9", "w3 w4 w5"]]
-    for suffix, sign in ((".csv", ","), (".tsv", "\t")):
-        (home / f"headless{suffix}").write_text("".join(sign.join(line) + "\n" for line in lines))
-        rows = predicted(
-            home, tmp_path / f"{suffix}.jsonl", "named", f"headless{suffix}", "--text", "#1", "--text-pair", "#2"
-        )
-        assert [[row["#1"], row["#2"]] for row in rows] == lines
-        base = AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=3)
-        model = PeftModel.from_pretrained(base, home / "named").eval()
-        tokenizer = AutoTokenizer.from_pretrained(home / "base")
-        for row, (one, other) in zip(rows, lines, strict=True):
-            expected = model(**tokenizer(one, other, return_tensors="pt")).logits[0].softmax(-1).tolist()
-            assert [*row["probabilities"].values()] == pytest.approx(expected, abs=1e-6)
+def test_pairs(home: Path, tmp_path: Path) -> None:
+    given = [["w1 w2", "w7"], ["w9", "w3 w4 w5"]]
+    write_json_lines(home / "pairs.jsonl", [{"one": one, "other": other} for one, other in given])
+    rows = predicted(home, tmp_path / "o.jsonl", "named", "pairs.jsonl", "--text", "one", "--text-pair", "other")
+    base = AutoModelForSequenceClassification.from_pretrained(home / "base", num_labels=3)
+    model = PeftModel.from_pretrained(base, home / "named").eval()
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    for row, (one, other) in zip(rows, given, strict=True):
+        expected = model(**tokenizer(one, other, return_tensors="pt")).logits[0].softmax(-1).tolist()
+        assert [*row["probabilities"].values()] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_language_model_writes_what_plain_peft_writes(
@@ -188,111 +181,30 @@ def test_a_language_model_writes_what_plain_peft_writes(
     write_json_lines(tmp_path / "rows.jsonl", [*rows, {"question": " ".join(["king"] * 500), "id": 4}])
     monkeypatch.setattr("aroma_lab.language.generate.generate_batch", None)
     assert main([*arguments, "--text", "question", "--max-new-tokens", "5", "--force"]) == 2
-    assert "data (line 4)" in capsys.readouterr().err
-
-
-def test_rows_are_written_as_they_come_and_only_a_whole_file_gets_its_name(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[int] = []
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        read.append(0)
-        for row in stream_rows(*arguments, **options):
-            read[-1] += 1
-            yield row
-
-    monkeypatch.setattr("aroma_lab.predict.stream_rows", counted)
-    many = tmp_path / "many.jsonl"
-    write_json_lines(many, [{"text": "w1 w2", "padding": "x" * 500} for _ in range(100)])
-    out, seen = tmp_path / "out" / "done.jsonl", []
-
-    class Stopped(Exception):
-        pass
-
-    @contextmanager
-    def watching(stop_at: int) -> Any:
-        def advance(done: int) -> None:
-            seen.append(done)
-            assert read[-1] == sum(seen), "no row is read before those before it are written"
-            (partial,) = out.parent.iterdir()
-            assert partial != out, "nothing has the name yet"
-            sizes.append(partial.stat().st_size)
-            if sum(seen) >= stop_at:
-                raise Stopped
-
-        yield advance
-
-    for stop_at in (60, 10**9):
-        seen, sizes = [], []
-        predictor = open_classifier_predictor(home / "named", text="text", batch_size=2)
-        try:
-            count = predict_file(
-                predictor, str(many), out, batch_size=2, progress=lambda name, total, end=stop_at: watching(end)
-            )
-        except Stopped:
-            assert [*out.parent.iterdir()] == [], "nothing is left of what was interrupted"
-        else:
-            assert count == 100
-    assert max(seen) <= 32, "no more rows are in memory at once, however many there are"
-    assert sizes[0] < sizes[-1]
-    assert sizes[1] > 10_000, "rows reach the disk long before the end"
-    assert len(out.read_text().splitlines()) == 100
+    assert "data (row 4)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "options", "message"),
+    ("content", "options", "message"),
     [
-        ("named", "rows.csv", [], "no aroma_task.json, as adapters that `aroma train` saves, so its columns are not"),
-        (
-            "named",
-            "rows.csv",
-            ["--text", "words"],
-            "--text='words': data (line 2) has no such column; its columns are 'text', 'la",
-        ),
-        ("named", "nothing.csv", ["--text", "text"], "nothing.csv': no such file"),
-        ("named", "empty.csv", ["--text", "text"], "empty.csv': it has no rows; give at least one"),
-        ("named", "header.csv", ["--text", "text"], "header.csv': it has no rows; give at least one"),
-        ("named", "short.csv", ["--text", "text"], "short.csv': line 3: its number of fields is not that of the"),
-        ("named", "broken.jsonl", ["--text", "text"], "broken.jsonl': line 2: "),
-        ("named", "list.jsonl", ["--text", "text"], "list.jsonl': line 1: a list, not an object"),
-        ("named", "gap.csv", ["--text", "text"], "data (line 3)='': a text is missing in column 'text'; fill it in"),
-        ("named", "taken.csv", ["--text", "text"], "it has a column 'prediction', which a prediction would overwrite"),
-        ("named", "data.docx", ["--text", "text"], "data.docx': unknown format; its name must end in .csv, .tsv"),
-        ("named", "latin.csv", ["--text", "text"], "not UTF-8 text"),
-        ("named", "twice.csv", ["--text", "text"], "line 1: two columns are called 'text'"),
-        ("named", "rows.csv", ["--text", "text", "--batch-size", "0"], "--batch-size=0: give 1 or more"),
-        ("named", "rows.csv", ["--text", "text", "--max-new-tokens", "3"], "--max-new-tokens=3: a language model has"),
-        ("named", "rows.csv", ["--text", "text", "--max-length", "99"], "data.max_length=99"),
-        ("named", "rows.csv", ["--text", "text", "--base-model", "no/model"], "no/model"),
-        ("nowhere", "rows.csv", ["--text", "text"], "no such folder"),
+        ("text,label\na,b\n", [], "no aroma_task.json, as adapters that `aroma train` saves, so its columns are not"),
+        ("text\na\n", ["--text", "words"], "--text='words': data (row 1) has no such column; its columns are 'text'"),
+        ("text,label\n", ["--text", "text"], "it has no rows; give at least one"),
+        ("text,label\na,b\nc\n", ["--text", "text"], "line 3: its number of fields is not that of the"),
+        ("text,label\na,b\n,b\n", ["--text", "text"], "data (row 2)=None: a text is missing in column 'text'"),
+        ("text,prediction\na,b\n", ["--text", "text"], "it has a column 'prediction', which a prediction would over"),
+        ("text\na\n", ["--text", "text", "--batch-size", "0"], "--batch-size=0: give 1 or more"),
+        ("text\na\n", ["--text", "text", "--max-new-tokens", "3"], "--max-new-tokens=3: a language model has"),
+        ("text\na\n", ["--text", "text", "--max-length", "99"], "data.max_length=99"),
+        ("text\na\n", ["--text", "text", "--base-model", "no/model"], "no/model"),
     ],
 )
 def test_what_cannot_be_answered_is_one_clear_error(
-    home: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    data: str,
-    options: list[str],
-    message: str,
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, options: list[str], message: str
 ) -> None:
-    contents = {
-        "empty.csv": b"",
-        "header.csv": b"text,label\n",
-        "short.csv": b"text,label\na,b\nc\n",
-        "broken.jsonl": b'{"text": "a"}\n{"text": \n',
-        "list.jsonl": b"[1]\n",
-        "gap.csv": b"text,label\na,b\n,b\n",
-        "taken.csv": b"text,prediction\na,b\n",
-        "data.docx": b"text\na\n",
-        "latin.csv": "text\nä\n".encode("latin-1"),
-        "twice.csv": b"text,text\na,b\n",
-    }
-    if data in contents:
-        (home / data).write_bytes(contents[data])
+    (home / "data.csv").write_text(content)
     out = tmp_path / "out.csv"
-    assert main(["predict", str(home / name), str(home / data), "--out", str(out), *options]) == 2
+    assert main(["predict", str(home / "named"), str(home / "data.csv"), "--out", str(out), *options]) == 2
     told = capsys.readouterr().err
     assert message in told
     assert told.count("error: ") == 1

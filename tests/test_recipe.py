@@ -44,22 +44,15 @@ def test_a_recipe_is_a_delta_on_the_defaults_and_overrides_are_stronger(recipe_f
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "trainig.batch_size=3",
-            "trainig.batch_size=3: a recipe has no such key; the nearest is 'training.batch_size'",
-        ),
         ("batch_size=3", "the nearest is 'training.batch_size'"),
         ("adapter.outer_tolerence=3", "the nearest is 'adapter.outer_tolerance'"),
-        ("training.lora_alpha=3", "the nearest is 'adapter.lora_alpha'"),
         ("training.batch_size=1.5", "training.batch_size=1.5: give a whole number"),
-        ("training.batch_size=true", "training.batch_size=True: give"),
         ("training.batch_size=null", "training.batch_size=None: give a whole number; it cannot be null"),
         ("training.learning_rate=fast", "training.learning_rate='fast': give a number"),
         ("training.bf16=1", "training.bf16=1: give true or false"),
-        ("training.threads=two", "training.threads='two': give a whole number or null"),
         ("training.scheduler=linaer", "give one of cosine_with_min_lr, cosine, linear"),
         ("adapter.target_modules={a: 1}", "adapter.target_modules={'a': 1}: give a list of texts or a text"),
-        ("training=3", "training=3: it is a section; give it keys, as training.epochs"),
+        ("training=3", "training=3: it is a section; give it keys, as training.NAME"),
         ("resume", "override='resume': write KEY=VALUE"),
     ],
 )
@@ -76,16 +69,13 @@ def test_a_wrong_override_names_key_value_and_remedy(recipe_file, override, mess
         ({"data.train": None}, r"data\.train=None"),
         ({"data.validation_fraction": 1.0}, r"data\.validation_fraction=1\.0"),
         ({"data.max_length": 2}, r"data\.max_length=2"),
-        ({"data.label": "text"}, r"data\.label='text'"),
         ({"training.batch_size": 0}, r"training\.batch_size=0"),
         ({"training.max_steps": 0}, r"training\.max_steps=0"),
         ({"training.head_learning_rate": -1.0}, r"training\.head_learning_rate=-1\.0"),
         ({"training.warmup_steps": -1}, r"training\.warmup_steps=-1"),
-        ({"training.min_lr_ratio": 1.5}, r"training\.min_lr_ratio=1\.5"),
         ({"training.checkpoint": "best"}, r"training\.eval_steps=None"),
         ({"training.checkpoint": "best", "training.eval_steps": 30}, r"training\.save_steps=500.*eval_steps=30"),
         ({"model.dtype": "float16"}, r"model\.dtype='float16'"),
-        ({"language.packing": True}, r"language\.packing=True.*data\.task=causal_lm"),
     ],
     ids=str,
 )
@@ -101,7 +91,6 @@ def test_a_value_out_of_range_is_refused(values, field):
         (b"- a\n- b\n", "holds a list"),
         (b"a: [1\n", "not YAML"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"output: a\noutput: b\n", "the key 'output' is given twice, the second time in line 2"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):

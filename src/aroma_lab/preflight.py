@@ -5,7 +5,6 @@ Everything is checked again, and whole, where it is read.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from aroma.files import require_adapter_folder
 from .language.data import joined_files
 from .language.gguf_source import PACKAGED as PACKAGED_LANGUAGE_MODEL
 from .specs import MADE_KEYS, Recipe
-from .tasks.sources import check_columns, require_data_file
+from .tasks.sources import read_file, require_data_file
 from .tasks.spec import Layout
 
 PACKAGED = ("minilm", PACKAGED_LANGUAGE_MODEL)
@@ -29,35 +28,21 @@ _SECONDS = 5.0
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise if a file, a column of it, or the model of a recipe is missing.
-
-    Raises:
-        DataError: No such file, an unknown suffix, or a missing column.
-        ConfigError: No such model.
-    """
+    """Raise AromaError if a file, a column of it, or the model of a recipe is missing."""
     data = recipe.data
-    speaks = data.task == "causal_lm"
-    if data.name is None:
-        for split in ("train", "validation", "test"):
-            source = getattr(data, split)
-            if source is None:
-                continue
-            for path in joined_files(source) if speaks else [source]:
-                if speaks or data.task in MADE_KEYS:
-                    require_data_file(f"data.{split}", path)
-                else:
-                    check_columns(f"data.{split}", path, Layout(data.text, data.text_pair, data.label).columns())
+    for split in ("train", "validation", "test") if data.name is None else ():
+        where, source = f"data.{split}", getattr(data, split)
+        if source is not None and data.task in ("causal_lm", *MADE_KEYS):
+            for path in joined_files(source):
+                require_data_file(where, path)
+        elif source is not None:
+            read_file(where, source, [Layout(data.text, data.text_pair, data.label).columns()])
     if recipe.model.name is not None:
         require_model("model.name", recipe.model.name)
 
 
 def require_saved(adapter: str, *data: str) -> None:
-    """Raise unless the folder of an adapter or model, and files of data, are there.
-
-    Raises:
-        CheckpointError: No such folder.
-        DataError: No such file.
-    """
+    """Raise AromaError unless the folder of an adapter or model, and files of data, are there."""
     if adapter not in PACKAGED:
         require_adapter_folder(adapter)
     for path in data:
@@ -65,36 +50,25 @@ def require_saved(adapter: str, *data: str) -> None:
 
 
 def require_model(field: str, name: str, shapes: Iterable[str] = ()) -> None:
-    """Raise unless `name` is a folder, or a model that the hub or its cache has.
+    """Raise ConfigError unless `name` is a folder, or a model that the hub or its cache has.
 
     Args:
         field: What named it, for errors.
         name: A folder or hub name.
-        shapes: Names of other things that might have been meant; errors name the nearest.
-
-    Raises:
-        ConfigError: There is no such model, or the hub cannot be reached, which takes some seconds at most.
+        shapes: Names of other things that might have been meant, for errors.
     """
     if Path(name).is_dir() or name in PACKAGED:
         return
-    near = difflib.get_close_matches(name, [*shapes], n=1)
-    hint = f"; the nearest shape is {near[0]!r}" if near else ""
     neither = f"neither a shape ({', '.join(shapes)}) nor" if shapes else "neither"
     if name.startswith((os.sep, ".", "~")) or name.count("/") > 1:
-        raise bad_value(field, name, f"no such folder; give a folder that holds config.json, or a hub name{hint}")
+        raise bad_value(field, name, "no such folder; give a folder that holds config.json, or a hub name")
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         if constants.HF_HUB_OFFLINE:
-            remedy = f"{neither} a folder nor in the hub's cache, and HF_HUB_OFFLINE is set; give a folder{hint}"
+            remedy = f"{neither} a folder nor in the hub's cache, and HF_HUB_OFFLINE is set; give a folder"
             raise bad_value(field, name, remedy)
         HfApi().model_info(name, timeout=_SECONDS)
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise bad_value(
-            field, name, f"{neither} a folder here nor a model on the hub; check its name{hint}"
-        ) from error
-    except (errors.HTTPError, ConnectionError) as error:  # type: ignore[attr-defined]
-        remedy = (
-            f"{neither} a folder here, and the hub cannot be asked ({error}); check the name, and the network{hint}"
-        )
-        raise bad_value(field, name, remedy) from error
+    except (errors.HTTPError, errors.HFValidationError, ConnectionError) as error:  # type: ignore[attr-defined]
+        remedy = f"{neither} a folder here nor a model that the hub shows ({' '.join(str(error).split())})"
+        raise bad_value(field, name, f"{remedy}; check its name, and the network") from error

@@ -1,11 +1,11 @@
-"""Settings on disk: YAML files and KEY=VALUE overrides become dataclasses, checked by jsonargparse key by key."""
+"""Settings on disk: YAML files and KEY=VALUE overrides become dataclasses, each value checked by jsonargparse."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -19,54 +19,53 @@ from aroma.errors import ConfigError, bad_value
 
 
 def typed_fields(
-    kind: type[Any] | Mapping[str, Any],
-    values: Mapping[str, Any],
-    where: str = "",
-    whole: str = "a grid",
-    remedy: str = "",
-    also: Callable[[], Iterable[str]] = lambda: (),
+    kind: type[Any] | Mapping[str, Any], values: Mapping[str, Any], where: str = "", whole: str = "a grid"
 ) -> dict[str, Any]:
-    """Return the values of a dataclass's fields, each of its type; fields that are dataclasses are made.
+    """Return the values of a dataclass's fields, each of its type.
 
     Args:
         kind: The dataclass, or types by name.
-        values: What is given, nested or by dotted key.
+        values: What is given, by name.
         where: Stands before every key in errors, as `"training"` or `"tasks.mrpc"`.
         whole: What an unknown key does not belong to, as `"a grid"`.
-        remedy: A further sentence about unknown keys.
-        also: Gives further keys that could have been meant; called only for one that resembles none of these.
-
-    Returns:
-        Keyword arguments of the dataclass, with only the fields that `values` has.
 
     Raises:
         ConfigError: An unknown key, or a value of a wrong type.
     """
-    types, prefix = _types(kind), f"{where}." if where else ""
-    sections = {key[: dot.start()] for key in types for dot in re.finditer(r"\.", key)}
-    flat = flatten(values, sections)
-    for key, value in flat.items():
-        if key in sections:
-            example = next(known for known in types if known.startswith(f"{key}."))
-            raise bad_value(f"{prefix}{key}", value, f"it is a section; give it keys, as {prefix}{example}")
+    types, prefix = get_type_hints(kind) if isinstance(kind, type) else kind, f"{where}." if where else ""
+    for key, value in values.items():
         if key not in types:
-            while isinstance(value, dict) and value:  # of a section that does not exist, a key tells more
-                name, value = next(iter(value.items()))
-                key = f"{key}.{name}"
-            close = _of_name(key, types) or difflib.get_close_matches(key, types, n=1, cutoff=0.8)
-            known = [*types] if close else [*types, *also()]
-            raise unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in known], whole, remedy)
-    return _nested(kind, _parsed(types, flat, prefix))
+            raise unknown_key(f"{prefix}{key}", value, [f"{prefix}{name}" for name in types], whole)
+    return {key: typed(f"{prefix}{key}", value, types[key]) for key, value in values.items()}
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """Return one `value` as `kind`, by the rules of `typed_fields` ("1e-4" is a float, 1.5 is no int).
+    """Return one `value` as `kind` ("1e-4" is a float, 1.5 is no int).
 
     Raises:
         ConfigError: It is none; the error names `key`.
     """
-    prefix, _, name = key.rpartition(".")
-    return _parsed({name: kind}, {name: value}, f"{prefix}." if prefix else "")[name]
+    if value is None and NoneType not in get_args(kind) and kind is not Any:
+        raise bad_value(key, value, f"give {_type_name(kind)}; it cannot be null")
+    try:
+        return _parser(kind).parse_object({"value": value})["value"]
+    except ArgumentError as error:
+        raise bad_value(key, value, f"give {_type_name(kind)}") from error
+
+
+def unknown_key(key: str, value: Any, known: Iterable[str], whole: str) -> ConfigError:
+    """Return (not raise) the error for a key that does not exist, naming the nearest that does.
+
+    Args:
+        key: The key, dotted.
+        known: All keys there are.
+        whole: What lacks it, as `"a recipe"`.
+    """
+    # A key of the right name in the wrong section is nearer than one that is merely spelled alike.
+    alike = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = alike or difflib.get_close_matches(key, [*known], n=1, cutoff=0.0)
+    hint = f"the nearest is {nearest[0]!r}" if nearest else "it has none; leave it out"
+    return bad_value(key, value, f"{whole} has no such key; {hint}", ConfigError)  # type: ignore[return-value]
 
 
 def describe(kind: type[Any]) -> Iterator[tuple[str, Any, str]]:
@@ -95,7 +94,7 @@ def read_mapping(field: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         field: What the file is called in errors, as `"recipe"`.
 
     Raises:
-        ConfigError: No such file, no YAML, a key given twice, or no mapping.
+        ConfigError: No such file, no YAML, or no mapping.
     """
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
@@ -112,12 +111,10 @@ def parse_yaml(text: str, where: str) -> Any:
     """Return the value of a YAML text, which stands at `where`.
 
     Raises:
-        ConfigError: No YAML, or a key given twice.
+        ConfigError: No YAML.
     """
-    loader = _Loader(text)
-    loader.name = where
     try:
-        return loader.get_single_data()
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())}); quote texts that hold ': '") from error
 
@@ -151,14 +148,6 @@ def _put(values: dict[str, Any], key: str, value: Any, whole: str) -> None:
     _put(values[name], rest, value, whole)
 
 
-def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values that are nested, or given by dotted key, all nested."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        _put(nested, str(key), nest(value) if isinstance(value, dict) else value, str(key))
-    return nested
-
-
 def flatten(values: Mapping[str, Any], sections: Iterable[str], prefix: str = "") -> dict[str, Any]:
     """Return `values` by dotted key; only mappings called `sections` (dotted) are taken apart. Null has no keys."""
     flat: dict[str, Any] = {}
@@ -171,72 +160,23 @@ def flatten(values: Mapping[str, Any], sections: Iterable[str], prefix: str = ""
     return flat
 
 
-def unknown_key(key: str, value: Any, known: Iterable[str], whole: str, remedy: str = "") -> ConfigError:
-    """Return (not raise) the error for a key that does not exist, naming the nearest that does.
-
-    Args:
-        key: The key, dotted.
-        known: All keys there are; at least one.
-        whole: What lacks it, as `"a recipe"`.
-        remedy: A further sentence.
-    """
-    names = list(known)
-    # A key of the right name in the wrong section is nearer than one that is merely spelled alike.
-    nearest = (_of_name(key, names) or difflib.get_close_matches(key, names, n=1, cutoff=0.0))[0]
-    sentences = [f"{key}={value!r}: {whole} has no such key; the nearest is {nearest!r}", remedy]
-    return ConfigError(". ".join(filter(None, sentences)))
+class _Loader(yaml.SafeLoader):
+    """YAML's safe part, where 1e-4 is a number, as YAML 1.2 has it."""
 
 
-def _of_name(key: str, known: Iterable[str]) -> list[str]:
-    """Return the keys whose last part is that of `key`."""
-    return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 # Types ---------------------------------------------------------------------------------------------------------------
 
 
-def _parsed(types: Mapping[str, Any], flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return values by dotted key, each of its type; errors name a key with `prefix`."""
-    for key, value in flat.items():
-        if value is None and NoneType not in get_args(types[key]) and types[key] is not Any:
-            raise bad_value(f"{prefix}{key}", value, f"give {_type_name(types[key])}; it cannot be null")
-    try:
-        parsed = _parser(tuple(types.items())).parse_object(dict(flat))
-    except ArgumentError as error:
-        key = next(key for key in re.findall(r'[kK]ey "([^"]+)"', str(error)) if key in types)
-        raise bad_value(f"{prefix}{key}", flat[key], f"give {_type_name(types[key])}") from error
-    return {key: parsed[key] for key in flat}
-
-
 @cache
-def _parser(types: tuple[tuple[str, Any], ...]) -> ArgumentParser:
+def _parser(kind: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    for key, kind in types:
-        parser.add_argument(f"--{key}", type=kind)
+    parser.add_argument("--value", type=kind)
     return parser
-
-
-def _types(kind: type[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(kind, type):
-        return dict(kind)
-    types: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        types |= {f"{name}.{key}": one for key, one in _types(hint).items()} if is_dataclass(hint) else {name: hint}  # type: ignore[arg-type]
-    return types
-
-
-def _nested(kind: type[Any] | Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by dotted key as keyword arguments of `kind`, its sections made."""
-    made: dict[str, Any] = {}
-    hints = get_type_hints(kind) if isinstance(kind, type) else kind
-    for key, value in flat.items():
-        name = key.partition(".")[0]
-        if key in hints:
-            made[key] = value
-        elif name not in made:
-            inner = {other[len(name) + 1 :]: one for other, one in flat.items() if other.startswith(f"{name}.")}
-            made[name] = hints[name](**_nested(hints[name], inner))
-    return made
 
 
 _TYPE_NAMES: dict[Any, str] = {
@@ -256,24 +196,3 @@ def _type_name(kind: Any) -> str:
         items = _TYPE_NAMES.get(arguments[-1], "a value").removeprefix("a ")
         return f"a {'list' if get_origin(kind) is list else 'mapping'} of {items}s"
     return _TYPE_NAMES.get(kind) or " or ".join(map(_type_name, arguments))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe part, where 1e-4 is a number, as YAML 1.2 has it, and no key may be given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise ConfigError(
-                        f"{self.name}: the key {key.value!r} is given twice, the second time in line {line}; keep one"
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)

@@ -57,20 +57,15 @@ class MadeTask:
 
     def check_made(self, kind: str | None) -> None:
         """Raise ConfigError for a value that cannot work, or a key that tasks of this kind do not have."""
-        least = {"seed": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
+        least = {"seed": 0, "noise": 0, "layers": 1, "width": 2, "examples": 2, "pairs": 1}
         for name in (one.name for one in fields(MadeTask)):
-            value = getattr(self, name)
-            if value is None:
+            if (value := getattr(self, name)) is None:
                 continue
             if name not in MADE_KEYS.get(kind or "", ()):
                 having = " and ".join(kind for kind, keys in MADE_KEYS.items() if name in keys)
                 raise self.bad(name, value, f"only tasks of kind {having} have it; leave it out")
-            if name in least and value < least[name]:
+            if name in least and not value >= least[name]:
                 raise self.bad(name, value, f"give {least[name]} or more")
-        if self.noise is not None and not 0 <= self.noise < math.inf:
-            raise self.bad("noise", self.noise, "give 0 or more")
-        if self.strength is not None and not 0 < self.strength < math.inf:
-            raise self.bad("strength", self.strength, "give a positive number")
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
             raise self.bad("ranks", self.ranks, "give one rank or more, each 0 or more, as [0, 1, 2, 4]")
 
@@ -266,90 +261,38 @@ class Recipe:
     """Folder of the run; must be new or empty, or hold this very run when it is resumed."""
 
     def __post_init__(self) -> None:
+        data = self.data
         if not self.model.name:
             raise bad_value("model.name", self.model.name, "give a hub name or a local model folder")
-        _check_data(self.data)
-        check_training(self.training)
-        _check_nothing_idle(self)
         if self.model.dtype == "float16":
             remedy = "without a scaler small gradients vanish in it; take bfloat16 or float32"
             raise bad_value("model.dtype", "float16", remedy)
+        if data.name is None and data.train is None and data.task not in ("planted_net", "memory"):
+            remedy = "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
+            raise bad_value("data.train", None, remedy)
+        if not 0 < data.validation_fraction < 1:
+            raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1")
+        if data.max_length < 3:
+            raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two")
+        data.check_made(data.task)
+        check_training(self.training)
 
 
-def _check_data(data: DataSpec) -> None:
-    data.check_made(data.task)
-    if data.name is None and data.train is None and data.task not in ("planted_net", "memory"):
-        remedy = "give a CSV, TSV, JSONL or Parquet file, or data.name, the name of a hub data set"
-        raise bad_value("data.train", None, remedy)
-    if not 0 < data.validation_fraction < 1:
-        raise bad_value("data.validation_fraction", data.validation_fraction, "give a share between 0 and 1, as 0.1")
-    if data.task != "causal_lm" and data.label in (data.text, data.text_pair):
-        raise bad_value("data.label", data.label, "the label and a text cannot be the same column")
-    if data.max_length < 3:
-        raise bad_value("data.max_length", data.max_length, "give 3 tokens or more; most models add two of their own")
-
-
-def _check_nothing_idle(recipe: Recipe) -> None:
-    """Refuse what would do nothing for the task."""
-    data, training, default = recipe.data, recipe.training, DataSpec()
-    idle: list[tuple[str, object, object]]
-    language = [
-        (f"language.{key.name}", getattr(recipe.language, key.name), key.default) for key in fields(LanguageSpec)
-    ]
-    if data.task in MADE_KEYS:
-        remedy = f"tasks of the kind {data.task} do not have it; leave it out"
-        read = ("name", "config", "train", "text") if data.task == "planted_encoder" else ()
-        keys = ("name", "config", "train", "validation", "test", "text", "text_pair", "label")
-        idle = [(f"data.{key}", getattr(data, key), getattr(default, key)) for key in keys if key not in read]
-        idle += [("training.head_learning_rate", training.head_learning_rate, None), *language]
-    elif data.task == "causal_lm":
-        remedy = "it is a classifier's, and the task is causal_lm; leave it out (columns: see the section language)"
-        idle = [
-            *(
-                (f"data.{name}", getattr(data, name), getattr(default, name))
-                for name in ("text", "text_pair", "label")
-            ),
-            ("training.head_learning_rate", training.head_learning_rate, None),
-            ("training.train_pooler", training.train_pooler, "auto"),
-        ]
-    else:
-        remedy = f"it needs data.task=causal_lm, and the task is {data.task}"
-        idle = [
-            *language,
-            ("model.gguf_file", recipe.model.gguf_file, None),
-            ("training.loop", training.loop, "trainer"),
-        ]
-    for name, value, unused in idle:
-        if value != unused:
-            raise bad_value(name, value, remedy)
-
-
-_MINIMA = {
-    1: (
-        *("batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps"),
-        *("eval_steps", "save_steps", "keep_checkpoints", "threads"),
-    ),
-    0: ("warmup_steps", "weight_decay", "max_grad_norm", "seed"),
-}
+_LEAST = dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "seed"), 0)
+_LEAST |= dict.fromkeys(("batch_size", "gradient_accumulation_steps", "logging_steps", "max_steps", "eval_steps"), 1)
+_LEAST |= dict.fromkeys(("save_steps", "keep_checkpoints", "threads"), 1)
 
 
 def check_training(training: TrainSpec) -> None:
-    """Raise for a value out of range.
-
-    Raises:
-        ConfigError: Naming the first such field.
-    """
-    for minimum, names in _MINIMA.items():
-        for name in names:
-            value = getattr(training, name)
-            if value is not None and not minimum <= value < math.inf:
-                raise bad_value(f"training.{name}", value, f"give {minimum} or more")
+    """Raise ConfigError for the first value out of range."""
+    for name, least in _LEAST.items():
+        value = getattr(training, name)
+        if value is not None and not value >= least:
+            raise bad_value(f"training.{name}", value, f"give {least} or more")
     for name in ("learning_rate", "head_learning_rate", "epochs"):
         value = getattr(training, name)
         if value is not None and not 0 < value < math.inf:
             raise bad_value(f"training.{name}", value, "give a positive number")
-    if not 0 <= training.min_lr_ratio <= 1:
-        raise bad_value("training.min_lr_ratio", training.min_lr_ratio, "give a share of the peak, in [0, 1]")
     if training.checkpoint == "best":
         if training.eval_steps is None:
             raise bad_value("training.eval_steps", None, "training.checkpoint='best' needs evaluations to choose from")

@@ -7,9 +7,11 @@ from typing import Any
 
 from aroma.cli.extras import require_extra
 from aroma.cli.texts import add_command, add_force
+from aroma.errors import DataError, bad_value
 
 from ..preflight import require_saved
 from ..progress import progress_bar
+from ..tasks.sources import read_rows
 from .evaluate import refuse_options
 
 _CLASSIFIER_OPTIONS = ("text_pair", "max_length")
@@ -25,7 +27,7 @@ def add_parser(commands: Any) -> None:
         (
             "Load base model and adapter in plain PEFT, and answer every row of a file: the label and the\n"
             "probability of each (classifiers), a number (regressions), or a text (language models). Rows keep all\n"
-            "their columns, and are written as they are answered."
+            "their columns."
         ),
         "aroma predict runs/mrpc/adapter new.csv --out labelled.csv",
         "aroma predict out/adapter new.jsonl --out labelled.jsonl --text sentence",
@@ -54,48 +56,33 @@ def run(arguments: argparse.Namespace) -> None:
     """Predict, and say where to."""
     from aroma.outputs import new_file
 
-    new_file("--out", arguments.out, force=arguments.force)  # before PyTorch loads
+    out = new_file("--out", arguments.out, force=arguments.force)  # before PyTorch loads
+    if out.suffix.lower() not in (".csv", ".jsonl"):
+        raise bad_value("--out", arguments.out, "unknown format; its name must end in .csv or .jsonl")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise bad_value("--batch-size", arguments.batch_size, "give 1 or more")
     require_extra("lab")
     require_saved(arguments.adapter, arguments.data)
+    rows = read_rows("data", arguments.data)
+    for taken in ("prediction", "probabilities", "finished"):
+        if any(taken in row for row in rows):
+            remedy = f"it has a column {taken!r}, which a prediction would overwrite; rename it"
+            raise bad_value("data", arguments.data, remedy, DataError)
     from aroma.cli.quiet import quiet
 
     quiet()
     from ..language.model import LANGUAGE_KIND, task_kind
-    from ..predict import predict_file
+    from ..predict import classify, respond, write_answers
 
-    is_language = task_kind(arguments.adapter) == LANGUAGE_KIND
-    default = 8 if is_language else 32
-    batch_size = default if arguments.batch_size is None else arguments.batch_size
-    predictor = _language(arguments, batch_size) if is_language else _classifier(arguments, batch_size)
-    count = predict_file(
-        predictor,
-        arguments.data,
-        arguments.out,
-        batch_size=batch_size,
-        headless=predictor.headless,
-        force=arguments.force,
-        progress=progress_bar,
-    )
-    print(f"{count} predictions: {arguments.out}")
-
-
-def _classifier(arguments: argparse.Namespace, batch_size: int) -> Any:
-    from ..predict import open_classifier_predictor
-
-    refuse_options(arguments, _LANGUAGE_OPTIONS, "a language model has it, and this is none")
-    return open_classifier_predictor(
-        arguments.adapter,
-        base_model=arguments.base_model,
-        text=arguments.text,
-        text_pair=arguments.text_pair,
-        max_length=arguments.max_length,
-        batch_size=batch_size,
-    )
-
-
-def _language(arguments: argparse.Namespace, batch_size: int) -> Any:
-    from ..predict import LanguagePredictor
-
-    refuse_options(arguments, _CLASSIFIER_OPTIONS, "a language model does not have it")
-    tokens = 256 if arguments.max_new_tokens is None else arguments.max_new_tokens
-    return LanguagePredictor(arguments.adapter, arguments.base_model, arguments.text, tokens, batch_size)
+    names = ["base_model", "text", "batch_size"]
+    if task_kind(arguments.adapter) == LANGUAGE_KIND:
+        refuse_options(arguments, _CLASSIFIER_OPTIONS, "a language model does not have it")
+        answer, names = respond, [*names, *_LANGUAGE_OPTIONS]
+    else:
+        refuse_options(arguments, _LANGUAGE_OPTIONS, "a language model has it, and this is none")
+        answer, names = classify, [*names, *_CLASSIFIER_OPTIONS]
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    with progress_bar("predict", len(rows)) as advance:
+        answers = answer(rows, arguments.adapter, on_batch=advance, **given)
+    write_answers(out, rows, answers)
+    print(f"{len(rows)} predictions: {arguments.out}")

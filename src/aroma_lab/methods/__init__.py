@@ -9,14 +9,18 @@ from typing import Any
 from aroma.errors import bad_value
 
 from .adalora import AdaLora
-from .aroma import Aroma, GrowthHooks
+from .aroma import Aroma
 from .base import Hooks, HooksCallback, Method
-from .bottleneck import Bottleneck, Houlsby, Pfeiffer
+from .bottleneck import Houlsby, Pfeiffer
 from .evidence import Evidence
 from .head import encoder_linears, find_targets
 from .lora import Lora, PeftAdapter
 from .plain import BitFit, Frozen, Full, HeadOnly, Pretrained
 from .relora import ReLoraComponents, ReLoraMerge
+
+__all__ = ["METHODS", "AdaLora", "Aroma", "BitFit", "Evidence", "Frozen", "Full", "HeadOnly", "Hooks", "HooksCallback"]
+__all__ += ["Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents", "ReLoraMerge"]
+__all__ += ["encoder_linears", "find_targets", "make_method"]
 
 METHODS: dict[str, type[Method]] = {
     "pretrained": Pretrained,
@@ -33,22 +37,6 @@ METHODS: dict[str, type[Method]] = {
     "evidence": Evidence,
 }
 
-__all__ = [
-    "METHODS",
-    "AdaLora",
-    "Aroma",
-    "BitFit",
-    "Bottleneck",
-    "Evidence",
-    "Frozen",
-    "Full",
-    "GrowthHooks",
-    "HeadOnly",
-    "Hooks",
-]
-__all__ += ["HooksCallback", "Houlsby", "Lora", "Method", "PeftAdapter", "Pfeiffer", "Pretrained", "ReLoraComponents"]
-__all__ += ["ReLoraMerge", "encoder_linears", "find_targets", "make_method"]
-
 
 def make_method(kind: str, options: Mapping[str, Any]) -> Method:
     """Return a method.
@@ -60,17 +48,11 @@ def make_method(kind: str, options: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: An unknown kind or option, with the nearest known one, or a value of a wrong type or out of range.
     """
-    from ..settings import typed, unknown_key  # of the extra `lab`, which those who load a model may lack
+    from ..settings import typed_fields  # of the extra `lab`, which those who load a model may lack
 
     if kind not in METHODS:
         nearest = difflib.get_close_matches(kind, METHODS, n=1, cutoff=0.0)[0]
         remedy = f"there is no such kind of method; the nearest is {nearest!r}, and all are {', '.join(METHODS)}"
         raise bad_value("kind", kind, remedy)
     types = METHODS[kind].option_types()
-    for name, value in options.items():
-        if not types:
-            raise bad_value(f"options.{name}", value, f"the method {kind!r} has no options; leave it out")
-        if name not in types:
-            raise unknown_key(f"options.{name}", value, [f"options.{one}" for one in types], f"the method {kind!r}")
-    chosen = {name: typed(f"options.{name}", value, types[name]) for name, value in options.items()}
-    return METHODS[kind].from_options(chosen)
+    return METHODS[kind].from_options(typed_fields(types, options, "options", f"the method {kind!r}"))

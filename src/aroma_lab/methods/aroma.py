@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 from aroma.checkpoint import save_adapter
 from aroma.controller import AromaController
 from aroma.errors import CheckpointError
-from aroma.events import Event
 from aroma.integrations.callback import AromaCallback
 from aroma.integrations.loop import attach
 from aroma.tuner import AromaConfig, aroma_layers
@@ -82,16 +81,15 @@ class Aroma(PeftAdapter):
         """Return the configuration before it is known which modules a model has."""
         return AromaConfig(**{"target_modules": None, **self._config_fields()})
 
+    def _config_fields(self) -> dict[str, Any]:
+        return {"r": self.r, "lora_dropout": self.dropout, **self.options}
+
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> GrowthHooks:
         """Return the attached controller; see `Method.hooks`."""
         return GrowthHooks(model, optimizer, planned_steps)
 
     def callbacks(
-        self,
-        model: Any,
-        on_event: Callable[[Event], None] | None = None,
-        early_stop: bool = True,
-        held_out: Any = None,
+        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
     ) -> list[TrainerCallback]:
         """Return AROMA's own callback; see `Method.callbacks`."""
         return [AromaCallback(early_stop=early_stop, on_event=on_event)]
@@ -121,9 +119,6 @@ class Aroma(PeftAdapter):
         """Write the adapter in its plain LoRA form, and its state beside it; see `Method.save`."""
         save_adapter(model, folder)
 
-    def _config_fields(self) -> dict[str, Any]:
-        return {"r": self.r, "lora_dropout": self.dropout, **self.options}
-
 
 class GrowthHooks(Hooks):
     """AROMA in a plain loop. `aroma.attach` does all of it within `optimizer.step()`, so only the state is left."""
@@ -133,15 +128,13 @@ class GrowthHooks(Hooks):
     def __init__(self, model: Any, optimizer: Any, planned_steps: int) -> None:
         self._model = model
         self._attachment = attach(model, optimizer, total_steps=planned_steps)
+        self.detach = self._attachment.detach
+        """Leaves the optimizer alone from then on, so that the caller can step the controller."""
 
     @property
     def controller(self) -> AromaController:
         """The controller that is attached to the optimizer."""
         return self._attachment.controller
-
-    def detach(self) -> None:
-        """Leave the optimizer alone from now on, so that the caller can step the controller."""
-        self._attachment.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapter as its file has it, and the packed state of the controller; see `Hooks.state_dict`."""

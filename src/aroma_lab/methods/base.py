@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from aroma.errors import CheckpointError, bad_value
-from aroma.events import Event
 from aroma.files import write_tensors
 
 from .head import head_of
@@ -48,8 +47,7 @@ Batch = Mapping[str, Any]
 class Hooks:
     """What a method does around an optimizer step; most methods do nothing.
 
-    The state holds what the method remembers from step to step, and what it changed in the model besides the trained
-    parameters. Trained parameters, optimizer, schedule and this state together make a resumed run exact.
+    Trained parameters, optimizer, schedule and the state of the hooks together make a resumed run exact.
     """
 
     def before_step(self, step: int) -> None:
@@ -64,8 +62,6 @@ class Hooks:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`; call it after the trained parameters are restored.
-
-        The model may be freshly built, or of a later moment of the same run.
 
         Raises:
             CheckpointError: The state belongs to another method or model.
@@ -107,14 +103,7 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, model: Any, planned_steps: int) -> Any:
-        """Adapt `model` in place, or wrap it, and freeze what does not train.
-
-        Args:
-            model: A transformers model with a head.
-            planned_steps: Optimizer steps of the run.
-
-        Returns:
-            The model to train. Its head trains, unless nothing does.
+        """Adapt a transformers model in place, or wrap it, and freeze what does not train; its head trains.
 
         Raises:
             ConfigError: The method cannot adapt the model, or cannot plan for a run of this length.
@@ -138,9 +127,6 @@ class Method(ABC):
         Args:
             model: A model from `build`, nothing of which has trained.
             batches: `INITIALIZATION_BATCHES` batches or, of a small training set, fewer; on the model's device.
-
-        Raises:
-            ConfigError: The method cannot start this model.
         """
         raise NotImplementedError
 
@@ -153,11 +139,7 @@ class Method(ABC):
         return Hooks()
 
     def callbacks(
-        self,
-        model: Any,
-        on_event: Callable[[Event], None] | None = None,
-        early_stop: bool = True,
-        held_out: Any = None,
+        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
     ) -> list[TrainerCallback]:
         """Return the callbacks that drive the method inside the Hugging Face Trainer.
 
@@ -174,17 +156,14 @@ class Method(ABC):
         return [HooksCallback(self.hooks)]
 
     def ranks(self, model: Any) -> dict[str, int]:
-        """Return the current rank of every adapted module's update, by the module's name in the base model.
-
-        Empty for a method whose updates have no rank.
-        """
+        """Return the current rank of every adapted module's update, by the module's name in the base model."""
         return {}
 
     def check_steps(self, steps: int) -> None:  # noqa: B027 — most methods take any
         """Raise ConfigError if a run of `steps` optimizer steps is too short for the method."""
 
     def hold_out(self, train: Any) -> tuple[Any, Any | None]:
-        """Split the training set into what is trained on, and what the method asks: of most methods nothing."""
+        """Split the training set into what is trained on, and what the method evaluates: of most methods nothing."""
         return train, None
 
     def active_parameters(self, model: Any) -> int:
@@ -209,15 +188,11 @@ class Method(ABC):
         if not valid:
             raise bad_value(option, getattr(self, option), remedy)
 
-    def _require_dropout(self, dropout: float) -> None:
-        self._require(0 <= dropout < 1, "dropout", "give a probability in [0, 1)")
-
 
 class HooksCallback(TrainerCallback):
     """Calls a method's hooks inside the Trainer, around every optimizer step, while the gradients are there.
 
-    To resume, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`. `hooks` are those of the
-    current or last training.
+    To resume, call `load_state_dict` before `Trainer.train(resume_from_checkpoint=...)`.
 
     Args:
         make_hooks: Called with model, optimizer and planned optimizer steps when training begins.
@@ -226,7 +201,8 @@ class HooksCallback(TrainerCallback):
     def __init__(self, make_hooks: Callable[[Any, Any, int], Hooks]) -> None:
         self._make_hooks = make_hooks
         self._saved: dict[str, Tensor] | None = None
-        self.hooks: Hooks | None = None
+        self.hooks = Hooks()
+        """Those of the current or last training."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Keep the state of the hooks until the training that resumes from it begins."""
@@ -244,8 +220,8 @@ class HooksCallback(TrainerCallback):
             self._saved = None
         elif state.global_step > 0:
             raise CheckpointError(
-                f"hooks: the training goes on from step {state.global_step}, and nobody restored what the method "
-                "remembers; call load_state_dict of this callback with the checkpoint's state before training"
+                f"hooks: the training resumes at step {state.global_step} without their state; call load_state_dict "
+                "of this callback with the checkpoint's state before training"
             )
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -253,14 +229,12 @@ class HooksCallback(TrainerCallback):
         if _is_over(state):
             kwargs["optimizer"].zero_grad(set_to_none=True)  # without gradients the step changes nothing
         else:
-            assert self.hooks is not None, "the Trainer calls on_train_begin first"
             self.hooks.before_step(state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Call `after_step`, and let the Trainer log the learning rate that was used."""
         if _is_over(state):
             return
-        assert self.hooks is not None, "the Trainer calls on_train_begin first"
         used = [group["lr"] for group in kwargs["optimizer"].param_groups]
         self.hooks.after_step(state.global_step + 1)
         if hasattr(kwargs["lr_scheduler"], "_last_lr"):

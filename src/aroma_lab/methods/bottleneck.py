@@ -35,9 +35,6 @@ class Bottleneck(Method):
     """Pattern of the endings of the names of the sublayers that get an adapter."""
     size: int = 8
 
-    def __post_init__(self) -> None:
-        self._require(self.size >= 1, "size", "the bottleneck has at least one neuron; try 8 or 16")
-
     @property
     def name(self) -> str:
         """Name for tables and pictures."""

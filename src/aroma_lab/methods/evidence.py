@@ -12,7 +12,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import TrainerCallback
 
-from aroma.errors import bad_value
 from aroma.evidence.checkups import require_standard_errors
 from aroma.evidence.schedule import moments
 from aroma.integrations.evidence_callback import EvidenceCallback
@@ -57,17 +56,11 @@ class Evidence(LoraBase):
         moments(self.at, steps)
 
     def callbacks(
-        self,
-        model: Any,
-        on_event: Callable[[Any], None] | None = None,
-        early_stop: bool = True,
-        held_out: Any = None,
+        self, model: Any, on_event: Callable[[Any], None] | None = None, early_stop: bool = True, held_out: Any = None
     ) -> list[TrainerCallback]:
         """Return the callback that has the checkups; see `Method.callbacks`."""
-        if held_out is None:
-            raise bad_value("held_out", None, "evidence needs examples that are not trained on")
-        asks = EvidenceCallback(held_out, at=self.at, standard_errors=self.standard_errors, on_event=on_event)
-        return [*super().callbacks(model, on_event, early_stop), asks]
+        checkups = EvidenceCallback(held_out, at=self.at, standard_errors=self.standard_errors, on_event=on_event)
+        return [*super().callbacks(model, on_event, early_stop), checkups]
 
     def ranks(self, model: Any) -> dict[str, int]:
         """Return how many directions every module uses; see `Method.ranks`."""

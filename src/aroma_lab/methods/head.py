@@ -22,8 +22,6 @@ from aroma.tuner.layout import PEFT_PREFIX
 _ATTRIBUTE = "_aroma_head"
 _COPY = ".modules_to_save.default"
 """What PEFT inserts into the name of a parameter whose module it trains whole."""
-_POOLER = "pooler"
-"""Name that transformers gives the module between a backbone's first token and the head."""
 _TRAIN_A_POOLER = ("ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification", "ForMultipleChoice")
 """Endings of the classes of transformers whose loss reaches the pooler."""
 _WITHOUT_FORWARD = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
@@ -51,7 +49,7 @@ class Head:
         modules: The largest modules that belong to it whole.
         parameters: Its parameters in modules that otherwise belong to the backbone.
         new: Parameters that the checkpoint lacks, so that they start at random.
-        pooler: What was decided about the backbone's pooler; None for a backbone without one, and where nobody asked.
+        pooler: What was decided about the backbone's pooler; None for a backbone without one.
     """
 
     modules: tuple[str, ...] = ()
@@ -96,8 +94,7 @@ def remember_head(
     """
     # Parameters that transformers itself freezes are computed, such as a table of sines, and are not learned.
     new = [name for name, parameter in model.named_parameters() if name in missing and parameter.requires_grad]
-    pooler = decide_pooler(model, new, train_pooler, is_embedder)
-    setattr(model, _ATTRIBUTE, _find_head(model, new, pooler))
+    setattr(model, _ATTRIBUTE, _find_head(model, new, decide_pooler(model, new, train_pooler, is_embedder)))
 
 
 def decide_pooler(
@@ -111,15 +108,8 @@ def decide_pooler(
     - if the checkpoint lacks it, or its biases are all exactly zero, as they start: no gradient has reached them;
     - not if the checkpoint was saved by a class of transformers whose loss reaches it, or by a masked language model,
       which has none: then it is of an earlier pretraining with a task on sentences, as BERT's;
-    - if the checkpoint is one of sentence-transformers, whose embeddings bypass it;
-    - if nothing of this is known: a trained pooler that trains on costs d² + d parameters, a random one that is frozen
-      costs the run.
-
-    Args:
-        model: A classifier of transformers, not yet wrapped.
-        new: Names of the parameters that the checkpoint lacks.
-        train_pooler: What was asked for.
-        is_embedder: Whether the checkpoint is one of sentence-transformers.
+    - if the checkpoint is one of sentence-transformers, whose embeddings bypass it, or if nothing of this is known: a
+      trained pooler that trains on costs d² + d parameters, a random one that is frozen costs the run.
 
     Raises:
         ConfigError: It is to train and there is none, or it is to stay as it is and the checkpoint lacks it.
@@ -184,9 +174,8 @@ def _find_head(model: Any, new: Collection[str], pooler: Pooler | None = None) -
 
 def _pooler_name(model: Any) -> str | None:
     prefix = getattr(model, "base_model_prefix", "")
-    pooler = getattr(getattr(model, prefix, None), _POOLER, None) if prefix else None
-    has_parameters = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())
-    return f"{prefix}.{_POOLER}" if has_parameters else None
+    pooler = getattr(getattr(model, prefix, None), "pooler", None) if prefix else None
+    return f"{prefix}.pooler" if isinstance(pooler, nn.Module) and [*pooler.parameters()] else None
 
 
 def _is_outside(model: Any, name: str) -> bool:
@@ -237,21 +226,16 @@ def find_targets(chosen: Sequence[str] | str | None, model: nn.Module) -> list[s
         # As in PEFT: the output embeddings of a language model are not among them.
         outputs = getattr(model, "get_output_embeddings", lambda: None)()
         return [name for name in names if outputs is None or model.get_submodule(name) is not outputs]
-    if isinstance(chosen, str):
-        return [name for name in names if re.fullmatch(chosen, name)] or _refuse(chosen, names)
-    for ending in chosen:
-        if not any(is_named(name, ending) for name in names):
-            _refuse(ending, names)
-    return [name for name in names if any(is_named(name, ending) for ending in chosen)] or _refuse(chosen, names)
+    given = [chosen] if isinstance(chosen, str) else list(chosen)
+    matches = re.fullmatch if isinstance(chosen, str) else lambda ending, name: is_named(name, ending)
+    for one in given or [""]:
+        if not any(matches(one, name) for name in names):
+            remedy = "no linear module outside the head is called so; give names of model.named_modules()"
+            raise bad_value("target_modules", one or chosen, remedy)
+    return [name for name in names if any(matches(one, name) for one in given)]
 
 
 def _linears(model: nn.Module) -> list[str]:
     head = head_of(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return [name for name in linears if not head.holds(name)]
-
-
-def _refuse(chosen: Sequence[str] | str, names: list[str]) -> list[str]:
-    example = f", such as {names[0]!r} or its last parts" if names else ""
-    remedy = f"no linear module outside the head is called so; give names of model.named_modules(){example}"
-    raise bad_value("target_modules", chosen, remedy)

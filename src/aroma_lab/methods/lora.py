@@ -1,19 +1,29 @@
-"""LoRA as PEFT has it, and what all methods that are PEFT adapters share."""
+"""LoRA as PEFT has it, started as usual, by EVA or by LoRA-GA, and what all methods that are PEFT adapters share."""
 
 from __future__ import annotations
 
 import copy
 import os
 import tempfile
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+import torch
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import preprocess_loraga
 from torch import Tensor
 
 from aroma.errors import bad_value
@@ -21,11 +31,9 @@ from aroma.files import write_tensors
 from aroma.tuner.layout import PEFT_PREFIX
 
 from .base import Batch, Hooks, Method, with_dropout
-from .head import Head, base_name, find_targets, head_of, require_new_trains
-from .initialization import start_from_gradients, start_from_inputs
-from .merged import ADAPTER, MergedWeights, joined, layers_of, merged_of, pair_of
+from .head import Head, find_targets, head_of, require_new_trains
+from .merged import ADAPTER, MergedWeights, joined, layers_of, merged_of, note_merged, pair_of
 
-Init = Literal["kaiming", "eva", "lora_ga"]
 _NAMES = {"kaiming": "LoRA", "eva": "EVA", "lora_ga": "LoRA-GA"}
 
 
@@ -66,7 +74,7 @@ class LoraBase(PeftAdapter):
 
     def __post_init__(self) -> None:
         self._require(self.r >= 1, "r", "the rank is 1 or more")
-        self._require_dropout(self.dropout)
+        self._require(0 <= self.dropout < 1, "dropout", "give a probability in [0, 1)")
 
     @property
     def name(self) -> str:
@@ -113,17 +121,13 @@ class Lora(LoraBase):
     """LoRA, as PEFT has it, with its default start or with one that is computed from training data.
 
     Args:
-        init: `"kaiming"`: A is random and B zero. `"eva"`: A is what the inputs of a layer vary in most. `"lora_ga"`:
-            A and B are singular directions of the gradient, and their product is taken away from the base weight; the
-            update of the original base has rank 2 r then, and so has what is saved. Both read
-            `INITIALIZATION_BATCHES` batches, drawn with the run's seed; see `initialization`.
+        init: `"kaiming"`: A is random and B zero. `"eva"` (arXiv 2410.07170): A is what the inputs of a layer vary in
+            most; every layer keeps rank r. `"lora_ga"` (arXiv 2407.05000): A and B are singular directions of the
+            gradient, and their product is taken away from the base weight; the update of the original base has rank
+            2 r then, and so has what is saved. Both read `INITIALIZATION_BATCHES` batches, drawn with the run's seed.
     """
 
-    init: Init = "kaiming"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.init in get_args(Init), "init", f"give one of {', '.join(get_args(Init))}")
+    init: Literal["kaiming", "eva", "lora_ga"] = "kaiming"
 
     @property
     def name(self) -> str:
@@ -135,16 +139,64 @@ class Lora(LoraBase):
         """Name of the option that asks for a start from data; see `Method.data_option`."""
         return None if self.init == "kaiming" else "init"
 
-    def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
-        """Compute the start of the pairs; see `Method.initialize`."""
+    def config(self, targets: list[str], planned_steps: int) -> LoraConfig:
+        """Return PEFT's configuration."""
+        config = super().config(targets, planned_steps)
         if self.init == "eva":
-            start_from_inputs(model, self.r, batches)
-        elif self.init == "lora_ga":
-            start_from_gradients(model, self.r, batches)
+            # The label mask of PEFT's default is one of tokens, as language models have it.
+            config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0, use_label_mask=False)
+        return config
+
+    def initialize(self, model: Any, batches: Sequence[Batch]) -> None:
+        """Compute the start of the pairs by PEFT's own routines; see `Method.initialize`.
+
+        Raises:
+            ConfigError: A layer is too small for the directions, or LoRA-GA would change weights of lower precision.
+        """
+        needed = self.r if self.init == "eva" else 2 * self.r
+        for name, layer in layers_of(model, LoraLinear).items():
+            if needed > (least := min(layer.in_features, layer.out_features)):
+                remedy = f"the start takes {needed} directions, and {name} has only {least}; give a lower rank"
+                raise bad_value("r", self.r, remedy)
+            if self.init == "lora_ga" and (dtype := layer.get_base_layer().weight.dtype) != torch.float32:
+                remedy = f"it changes the pretrained weights, which are {dtype} and would be rounded; use float32"
+                raise bad_value("init", "lora_ga", remedy)
+        if self.init == "eva":
+            some = [dict(batch) for batch in batches]
+            initialize_lora_eva_weights(model, some, prepare_layer_inputs_fn=_rows, show_progress_bar=False)
+        else:
+            _start_from_gradients(model, batches)
 
     def hooks(self, model: Any, optimizer: Any, planned_steps: int) -> Hooks:
         """Return what keeps the base weights that LoRA-GA has changed; see `Method.hooks`."""
         return MergedWeights(layers_of(model, LoraLinear)) if self.init == "lora_ga" else Hooks()
+
+
+def _rows(inputs: tuple[Tensor, ...], places: Tensor, name: str) -> Tensor:
+    """Return the inputs of a layer at the `places` of tokens, padding left out; a pooler's are one an example."""
+    values: Tensor = inputs[0]
+    return values[places.T.unbind()] if values.dim() == 3 else values
+
+
+def _start_from_gradients(model: Any, batches: Sequence[Batch]) -> None:
+    """Set the pair of every layer to singular directions of its weight's gradient; the weight loses their product."""
+    layers, settings = layers_of(model, LoraLinear), LoraGAConfig()
+
+    def backward() -> None:
+        for batch in batches:
+            model(**batch).loss.backward()
+
+    # PEFT looks for the modules before it wraps them; in a wrapped model they are one level down.
+    inside = [f"{name}.base_layer" for name in layers]
+    config = LoraConfig(target_modules=inside, init_lora_weights="lora_ga", lora_ga_config=settings)
+    with warnings.catch_warnings():
+        # PEFT counts backwards with hooks, also on the modules behind the embeddings, which nothing trains.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
+        preprocess_loraga(model.get_base_model(), config, backward)
+    for layer in layers.values():
+        layer.lora_ga_init(ADAPTER, settings)
+        B, A = pair_of(layer)
+        note_merged(layer, (-B, A))
 
 
 def wrap(model: Any, config: Any) -> Any:
@@ -156,25 +208,15 @@ def wrap(model: Any, config: Any) -> Any:
             missing task type is filled in.
 
     Raises:
-        ConfigError: A parameter that the checkpoint lacks would not train, or one of the backbone would.
+        ConfigError: A parameter that the checkpoint lacks would not train.
     """
+    head, given = head_of(model), config.modules_to_save or []
     if not config.task_type:  # it decides the wrapper, and whether a head trains
         causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        bare = head_of(model) == Head()
-        config.task_type = "CAUSAL_LM" if causal else "FEATURE_EXTRACTION" if bare else "SEQ_CLS"
-    head, given = head_of(model), config.modules_to_save or []
+        config.task_type = "CAUSAL_LM" if causal else "FEATURE_EXTRACTION" if head == Head() else "SEQ_CLS"
     config.modules_to_save = [*given, *head.modules_to_save()] or None
     wrapped = get_peft_model(model, config)
-    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    require_new_trains(head, trained)
-    for name in trained:
-        # PEFT takes every module whose name ends so.
-        if ".modules_to_save." in name and not given and not head.holds(name):
-            remedy = (
-                f"PEFT would train it with the head, whose modules are {', '.join(head.modules)}, because their names "
-                "are alike; take a method that is no PEFT adapter, such as 'bitfit'"
-            )
-            raise bad_value("parameter", base_name(name), remedy)
+    require_new_trains(head, [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad])
     return wrapped
 
 

@@ -62,24 +62,18 @@ class MergedWeights(Hooks):
 
         The weight is stored as it is: adding the products again would round alike on the same machine only.
         """
-        tensors = [
-            tensor for layer in self._layers.values() for tensor in (layer.get_base_layer().weight, *merged_of(layer))
-        ]
-        return {key: tensor.detach().clone() for key, tensor in zip(self._keys(), tensors, strict=True)}
+        state = {}
+        for name, layer in self._layers.items():
+            B, A = merged_of(layer)
+            weight = layer.get_base_layer().weight
+            state |= {f"weight.{name}": weight, f"B.{name}": B, f"A.{name}": A}
+        return {key: tensor.detach().clone() for key, tensor in state.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`; see `Hooks.load_state_dict`."""
-        require_keys(state, set(self._keys()))
+        require_keys(state, {f"{part}.{name}" for name in self._layers for part in ("weight", "B", "A")})
         for name, layer in self._layers.items():
-            weight, B, A = (state[key] for key in _keys_of(name))
-            layer.get_base_layer().weight.copy_(weight)
-            a = layer.lora_A[ADAPTER].weight
-            layer.merged_products = (B.to(a, copy=True), A.to(a, copy=True))
-
-    def _keys(self) -> list[str]:
-        return [key for name in self._layers for key in _keys_of(name)]
-
-
-def _keys_of(name: str) -> list[str]:
-    return [f"{part}.{name}" for part in ("weight", "B", "A")]
+            layer.get_base_layer().weight.copy_(state[f"weight.{name}"])
+            like = layer.lora_A[ADAPTER].weight
+            layer.merged_products = tuple(state[f"{part}.{name}"].to(like, copy=True) for part in ("B", "A"))

@@ -9,11 +9,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from aroma.errors import CheckpointError
 from aroma.integrations.rewarmup import Rewarmup
 from aroma.reset import component_generator, reset_state
 
 from .aroma import Aroma
-from .base import require_keys, with_dropout
+from .base import with_dropout
 from .lora import LoraBase
 from .merged import ADAPTER, MergedWeights, layers_of, note_merged, pair_of
 
@@ -78,7 +79,6 @@ class ReLoraMerge(LoraBase):
         super().__post_init__()
         self._require(self.restart_every >= 1, "restart_every", "restarts are at least one optimizer step apart")
         self._require(0 <= self.prune_ratio <= 1, "prune_ratio", "give the share of moments to zero, in [0, 1]")
-        self._require(self.rewarmup_steps >= 0, "rewarmup_steps", "give 0 for no climb, or a number of steps")
 
     @property
     def name(self) -> str:
@@ -95,12 +95,9 @@ class Restarts(MergedWeights):
 
     def __init__(self, model: nn.Module, optimizer: Any, method: ReLoraMerge) -> None:
         super().__init__(layers_of(model, LoraLinear))
-        self._optimizer = optimizer
-        self._method = method
-        self._seed = torch.initial_seed() % 2**31 if method.seed is None else method.seed
-        self._rewarmup = Rewarmup()
-        self._restarts = 0
-        self._last_restart = 0
+        self._optimizer, self._method, self._rewarmup = optimizer, method, Rewarmup()
+        seed = torch.initial_seed() % 2**31 if method.seed is None else method.seed
+        self._restarts, self._last_restart, self._seed = 0, 0, seed
 
     def before_step(self, step: int) -> None:
         """Scale the learning rate for this step."""
@@ -140,6 +137,7 @@ class Restarts(MergedWeights):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict()`, and with it the merged backbone; see `Hooks.load_state_dict`."""
-        require_keys(state, {_COUNTERS, *self._keys()})
-        super().load_state_dict({key: state[key] for key in self._keys()})
+        if _COUNTERS not in state:
+            raise CheckpointError("hooks: the saved state has no restarts; use a checkpoint of this very run")
+        super().load_state_dict({key: tensor for key, tensor in state.items() if key != _COUNTERS})
         self._restarts, self._last_restart, self._seed = state[_COUNTERS].tolist()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -15,13 +15,13 @@ from aroma.errors import bad_value
 from aroma.files import write_text
 from aroma.outputs import new_folder
 
-from ..settings import apply_overrides, describe, nest, read_mapping, typed_fields
+from ..settings import apply_overrides, describe, flatten, read_mapping, typed, typed_fields, unknown_key
 from ..specs import MADE_KEYS, DataSpec, Recipe, adapter_keys, adapter_options
 from ..tasks.spec import TaskSpec
 from .files import TrialFiles
 from .trial import Trial
 
-_ADAPTER = "adapter"
+_ADAPTER, _WHOLE = "adapter", "a recipe"
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
@@ -46,17 +46,26 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown key, or a value of a wrong type or out of range.
     """
-    given = nest(values)
-    adapter = given.pop(_ADAPTER, None)
-    if not isinstance(adapter, dict | None):
-        raise bad_value(_ADAPTER, adapter, f"it is a section; give it keys, as {_ADAPTER}.r")
-    whole, remedy = "a recipe", "`aroma train --keys` lists all keys"
-    fields = typed_fields(Recipe, given, "", whole, remedy, lambda: [f"{_ADAPTER}.{name}" for name in adapter_keys()])
-    recipe = Recipe(**fields)
-    if not adapter:
+    kinds = {name: hint for name, hint in get_type_hints(Recipe).items() if is_dataclass(hint)}
+    given: dict[str, dict[str, Any]] = {section: {} for section in (*kinds, _ADAPTER)}
+    made: dict[str, Any] = {}
+    for key, value in flatten(values, given).items():
+        section, dot, name = key.partition(".")
+        if dot and section in given:
+            given[section][name] = value
+        elif key == "output":
+            made[key] = typed(key, value, str)
+        elif key in given:
+            raise bad_value(key, value, f"it is a section; give it keys, as {key}.NAME")
+        else:
+            raise unknown_key(key, value, [name for name, _, _ in recipe_help()], _WHOLE)
+    for section, kind in kinds.items():
+        made[section] = kind(**typed_fields(kind, given[section], section, _WHOLE))
+    recipe = Recipe(**made)
+    if not given[_ADAPTER]:
         return recipe
     types = {name: key.type for name, key in adapter_keys().items()}  # loads PyTorch: the rest is checked before
-    return replace(recipe, adapter=typed_fields(types, adapter, _ADAPTER, whole, remedy))
+    return replace(recipe, adapter=typed_fields(types, given[_ADAPTER], _ADAPTER, _WHOLE))
 
 
 def recipe_help() -> Iterator[tuple[str, Any, str]]:

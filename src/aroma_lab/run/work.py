@@ -127,16 +127,16 @@ def _work_of_made(trial: Trial, spec: DataSpec | TaskSpec, kind: str, held_out: 
 def _split_texts_of(spec: DataSpec | TaskSpec, held_out: str) -> dict[str, list[str]]:
     column, where = spec.text or "text", spec.field("train")
     if isinstance(spec, DataSpec):
-        hub, file, key = spec.name, Path(spec.train or ""), "data.name"
+        hub, file = spec.name, Path(spec.train or "")
         share, of_share, wanted = spec.validation_fraction, "validation_fraction", None
     else:
-        folder, key = Path(spec.source or ""), spec.field("source")
+        folder = Path(spec.source or "")
         hub, file = None if folder.is_dir() else spec.source, folder / (spec.train or "train.jsonl")
         share, of_share, wanted = spec.held_out, "held_out", spec.train_examples
     if hub is None:
         _, columns = read_file(where, str(file), [[column]])
     else:
-        _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]], key)
+        _, columns = read_hub(where, spec.train or "train", hub, spec.config, [[column]])
     texts = planted.split_texts(columns[column], share, spec.split_seed, held_out, spec.field(of_share))
     if wanted is not None:
         if wanted > len(texts["train"]):

@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(name: str, max_length: int) -> Any:
-    """Return the tokenizer of a model, with a padding token.
-
-    Args:
-        name: Hub name or local folder.
-        max_length: Tokens of the longest example, special tokens included.
-
-    Raises:
-        ConfigError: There is no such tokenizer, or the model takes fewer tokens than `max_length`.
-    """
+    """Return the tokenizer of a model, with a padding token; ConfigError if the model takes fewer tokens."""
     from transformers import AutoTokenizer
 
     try:
@@ -51,11 +43,7 @@ def load_tokenizer(name: str, max_length: int) -> Any:
 
 
 def check_positions(name: str, max_length: int) -> None:
-    """Refuse examples longer than a model's positions, which its tokenizer does not always know.
-
-    Raises:
-        ConfigError: The model has fewer positions.
-    """
+    """Raise ConfigError if examples are longer than a model's positions, which its tokenizer does not always know."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name)
@@ -87,13 +75,11 @@ def predict_logits(
     Args:
         model: A sequence classifier; it runs on its own device.
         data: Tokenized examples.
-        tokenizer: Pads the batches.
-        batch_size: Examples of one forward pass.
         on_batch: Called after each batch with its number of examples.
     """
     from torch.utils.data import DataLoader
 
-    inputs: Any = data.remove_columns("labels")
+    inputs: Any = data.select_columns([name for name in data.column_names if name != "labels"])
     logits = []
     for batch in DataLoader(inputs, batch_size=batch_size, collate_fn=DataCollatorWithPadding(tokenizer)):
         logits.append(model.eval()(**batch.to(model.device)).logits.float().cpu())
@@ -122,11 +108,7 @@ class ClassifierJob:
     def make(
         cls, model: ModelSpec, task: Task, parts: Mapping[str, Dataset], train_pooler: TrainPooler = "auto"
     ) -> ClassifierJob:
-        """Return the job, with the model's tokenizer.
-
-        Raises:
-            ConfigError: There is no such tokenizer, or the model takes fewer tokens than the task's `max_length`.
-        """
+        """Return the job, with the model's tokenizer; ConfigError if the model takes fewer tokens than the task's."""
         assert model.name is not None, "Recipe and Trial check it"
         tokenizer = load_tokenizer(model.name, task.max_length)
         check_positions(model.name, task.max_length)
@@ -178,10 +160,7 @@ class ClassifierJob:
         return Prediction(metrics_of(*values), loss_of(*values))
 
     def guess(self, split: str) -> dict[str, float]:
-        """Return the metrics of a split for who answers without reading: the training set's commonest label, or mean.
-
-        Of labels that are equally common the first counts.
-        """
+        """Return the metrics of a split for a constant answer: the training set's commonest label, or its mean."""
         learnt, asked = (np.array(self.parts[name]["labels"]) for name in ("train", split))
         if self.task.kind == "regression":
             answers = np.full((len(asked), 1), learnt.astype("float64").mean())

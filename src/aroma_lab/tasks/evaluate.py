@@ -38,24 +38,16 @@ def evaluate_adapter(
     batch_size: int = 32,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Evaluate a classifier or regression on all examples of a file.
+    """Evaluate a classifier or regression on all examples of a file; other arguments are those of `open_classifier`.
 
     Args:
-        data: A CSV, TSV, JSONL or Parquet file.
-        base_model: Folder or hub name of the base model; None for the adapter's own.
-        text, text_pair, label: Columns of the file; None for those of the training. An adapter without an
-            `aroma_task.json`, as a Trainer saves it, needs text and label. Its labels may be names or their indices.
-        max_length: Most tokens of an example; None for that of the training, see `open_classifier`.
+        data: A CSV, TSV, JSONL or Parquet file, whose labels may be names or their indices.
         batch_size: Examples of one forward pass.
         progress: Shows how far the evaluation is.
 
     Raises:
-        CheckpointError: The adapter is missing or damaged, or its columns are not known.
-        ConfigError: The base model cannot be loaded.
-        DataError: The file cannot be used.
+        AromaError: The adapter, its base model or the file cannot be used.
     """
-    if batch_size < 1:
-        raise bad_value("batch_size", batch_size, "give 1 or more")
     saved = open_classifier(
         folder, base_model=base_model, text=text, text_pair=text_pair, label=label, max_length=max_length
     )

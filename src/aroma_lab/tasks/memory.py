@@ -78,18 +78,13 @@ class MemoryJob:
 
     @classmethod
     def make(cls, spec: MadeTask, seed: int) -> MemoryJob:
-        """Return the job of a task.
-
-        Raises:
-            ConfigError: More pairs than there are keys, or a width that attention cannot divide.
-        """
+        """Return the job of a task; ConfigError for more pairs than keys, or a width that attention cannot divide."""
         count, width = spec.pairs or _PAIRS, spec.width or _WIDTH
         if count > VOCABULARY**KEY_TOKENS:
             raise spec.bad("pairs", count, f"there are {VOCABULARY**KEY_TOKENS} different keys; give at most so many")
         if width % (2 * _HEADS):
-            raise spec.bad(
-                "width", width, f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
-            )
+            remedy = f"attention has {_HEADS} heads of even width; give a multiple of {2 * _HEADS}"
+            raise spec.bad("width", width, remedy)
         return cls(make_pairs(count, seed), spec.layers or _LAYERS, width, seed)
 
     @cached_property

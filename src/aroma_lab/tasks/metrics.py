@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aroma.errors import DataError, NonFiniteError, bad_value
+from aroma.errors import DataError, NonFiniteError
 
 from .spec import TaskSpec
 
@@ -20,37 +20,26 @@ METRICS = {
     "causal_lm": ("token_probability",),
     "commonsense": ("accuracy", "accuracy_normalised", "generated"),
 }
-"""Metrics that can be the score of a task, by kind; 1 is perfect in all of them."""
+"""Metrics that can be the score of a task, by kind, the usual one first; 1 is perfect in all of them."""
 
-CHOICE_METRIC = {"classification": "accuracy", "regression": "pearson"}
+CHOICE_METRIC = {kind: METRICS[kind][0] for kind in ("classification", "regression")}
 """Metric that a checkpoint is chosen by, by kind, unless another is given."""
 
 
 def score(metric: str, by_split: Mapping[str, Mapping[str, float]]) -> float:
-    """Return a task's score: its metric, averaged over splits of equal weight (MNLI: matched and mismatched).
-
-    Args:
-        metric: Name of the metric.
-        by_split: Metrics by split and name, each over the whole split.
-
-    Raises:
-        ConfigError: No split, or one without the metric.
-    """
-    if not by_split:
-        raise bad_value("metric", metric, "there is no split to score; evaluate one first")
-    for split, metrics in by_split.items():
-        if metric not in metrics:
-            raise bad_value("metric", metric, f"{split} has only {', '.join(metrics)}")
+    """Return a task's score: its metric, averaged over splits of equal weight (MNLI: matched and mismatched)."""
     return sum(metrics[metric] for metrics in by_split.values()) / len(by_split)
 
 
-def resolve_metric(spec: TaskSpec, kind: str, default: str | None, label_names: Sequence[str] | None) -> str:
+def resolve_metric(
+    spec: TaskSpec, kind: str, default: str | None = None, label_names: Sequence[str] | None = None
+) -> str:
     """Return the metric that scores a task: its own, or `default` (of its data set), or that of its kind.
 
     Raises:
         ConfigError: The metric does not exist, or not for this kind or number of classes.
     """
-    metric = spec.metric or default or CHOICE_METRIC[kind]
+    metric = spec.metric or default or METRICS[kind][0]
     if metric not in METRICS[kind]:
         raise spec.bad("metric", metric, f"no metric of a {kind}; give one of {', '.join(METRICS[kind])}")
     if metric == "f1" and label_names is not None and len(label_names) != 2:
@@ -59,16 +48,8 @@ def resolve_metric(spec: TaskSpec, kind: str, default: str | None, label_names: 
 
 
 def language_metric(spec: TaskSpec) -> str:
-    """Return the metric that scores a task for a language model: its own, or the first of its kind.
-
-    Raises:
-        ConfigError: The metric does not exist for this kind.
-    """
-    known = METRICS[spec.kind or ""]
-    metric = spec.metric or known[0]
-    if metric not in known:
-        raise spec.bad("metric", metric, f"no metric of {spec.kind}; give {', '.join(known)}")
-    return metric
+    """Return the metric that scores a task for a language model; see `resolve_metric`."""
+    return resolve_metric(spec, spec.kind or "")
 
 
 def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
@@ -84,15 +65,13 @@ def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[st
         labels: Class indices or numbers, shape (examples,).
 
     Raises:
-        DataError: No examples.
         NonFiniteError: A logit is NaN or infinite: its argmax would look like a prediction.
     """
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     _require_examples(labels)
-    damaged = int((~np.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum())
-    if damaged:
+    if damaged := int((~np.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum()):
         where = f"{damaged} of {len(logits)} examples"
         raise NonFiniteError(f"logits: NaN or infinite in {where}; lower the learning rate, or check the model")
     if task == "regression":
@@ -118,15 +97,8 @@ def metrics_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> dict[st
 def loss_of(task: str, logits: NDArray[Any], labels: NDArray[Any]) -> float:
     """Return the mean loss of an example: cross entropy in nats, or the squared error of a regression.
 
-    It is the task's loss alone: a model's own loss may include a method's terms, as AdaLoRA's orthogonality.
-
-    Args:
-        task: `"classification"` or `"regression"`.
-        logits: Shape (examples, classes), or (examples, 1) for a regression.
-        labels: Shape (examples,).
-
-    Raises:
-        DataError: No examples.
+    It is the task's loss alone: a model's own loss may include a method's terms, as AdaLoRA's orthogonality. Arguments
+    are those of `metrics_of`.
     """
     from scipy.special import log_softmax
 

