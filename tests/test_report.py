@@ -464,7 +464,6 @@ def test_what_holds_no_run_has_no_page(tmp_path, capsys):
         ("selection.json", None),
         ("grid.yaml", None),
     ],
-    ids=str,
 )
 def test_a_damaged_file_is_named(file, change, grid):
     path = grid / file if (grid / file).exists() else grid / "runs/mrpc/aroma/seed-0" / file

@@ -236,7 +236,7 @@ def check_settings(values: Mapping[str, Any], where: str = "", lists: bool = Fal
                 raise bad_value(f"{prefix}{key}", several, "give a list of values to try, such as [5.0e-4, 1.0e-3]")
     free = {key: value for key, value in flat.items() if key.startswith("options.")}
     typed = {key: value for key, value in flat.items() if key not in free}
-    checked = free | typed_fields(types, typed, where, also=lambda: ["task", "method", "options.r"])
+    checked = free | typed_fields(types, typed, where)
     return {key: checked[key] for key in flat}
 
 
